@@ -1,0 +1,2 @@
+//! The libvirt hook.
+fn main() {}

@@ -1,0 +1,1 @@
+//! VM encryption for plain libvirt/QEMU hosts.

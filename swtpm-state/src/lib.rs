@@ -1,0 +1,1 @@
+//! Reads the state files of swtpm.

@@ -1,0 +1,1 @@
+//! The stage for stories against a real libvirt.
