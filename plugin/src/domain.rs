@@ -1,0 +1,1 @@
+//! Domain XML to a domain and back.

@@ -1,0 +1,1 @@
+//! Where this host keeps envelopes and providers.

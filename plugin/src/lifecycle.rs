@@ -1,0 +1,1 @@
+//! Hook operation to effect.

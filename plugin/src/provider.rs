@@ -1,0 +1,158 @@
+//! Key providers: what wraps and unwraps data keys.
+//!
+//! A provider holds KEKs and never gives one out. All calls block and are made on a worker thread with a
+//! deadline; `status` answers from memory and never waits for a network.
+
+pub mod native;
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::envelope::{EnvelopeError, KekId, Payload, ProviderId, Stanza, VmId};
+use crate::secret::SecretBytes;
+
+/// Wraps payloads under KEKs that stay inside.
+pub trait KeyProvider: Send + Sync {
+    /// Who it is, on every host.
+    fn id(&self) -> ProviderId;
+
+    /// What the admin calls it.
+    fn name(&self) -> &str;
+
+    /// Whether it can wrap and unwrap now.
+    fn status(&self) -> ProviderStatus;
+
+    /// Makes the KEK for `scope`, or names the one there is.
+    fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError>;
+
+    /// Wraps `payload` under `kek`.
+    fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError>;
+
+    /// Unwraps all of `stanzas` in one go, in their order; any failure fails the whole batch.
+    fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError>;
+
+    /// Destroys a KEK and says what was observed.
+    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError>;
+
+    /// Forgets every key in memory: refuses until unlocked.
+    fn lock(&self);
+
+    /// Becomes able to unwrap, with the passphrase or PIN in `credential`.
+    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError>;
+}
+
+/// Whom a KEK serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KekScope {
+    /// One VM.
+    Vm(VmId),
+    /// All VMs of the provider.
+    Provider,
+}
+
+/// Whether a provider can be used, from worst to best.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", content = "reason")]
+pub enum ProviderStatus {
+    /// Trust is not established both ways.
+    NotTrusted(String),
+    /// Able to unwrap, refuses to wrap until a backup was made.
+    NotBackedUp,
+    /// Refuses until unlocked.
+    Locked,
+    /// Does not answer.
+    Unreachable(String),
+    /// Answers, with something wrong.
+    Degraded(String),
+    /// Wraps and unwraps.
+    Ready,
+}
+
+impl ProviderStatus {
+    /// The state without its reason.
+    #[must_use]
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::NotTrusted(_) => "NotTrusted",
+            Self::NotBackedUp => "NotBackedUp",
+            Self::Locked => "Locked",
+            Self::Unreachable(_) => "Unreachable",
+            Self::Degraded(_) => "Degraded",
+            Self::Ready => "Ready",
+        }
+    }
+}
+
+impl fmt::Display for ProviderStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotTrusted(reason) | Self::Unreachable(reason) | Self::Degraded(reason) => {
+                write!(f, "{} ({reason})", self.as_str())
+            }
+            Self::NotBackedUp | Self::Locked | Self::Ready => f.write_str(self.as_str()),
+        }
+    }
+}
+
+/// What was seen when a KEK was destroyed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DestroyReceipt {
+    /// The KEK.
+    pub kek: KekId,
+    /// What is known to be gone, and what may survive (backups).
+    pub observed: String,
+}
+
+/// Why a provider did not do as asked. The caller adds the provider's and the object's name.
+#[derive(Debug, Error)]
+pub enum ProviderError {
+    /// It must be unlocked first.
+    #[error("is locked")]
+    Locked,
+    /// It must be backed up first.
+    #[error("has not been backed up")]
+    NotBackedUp,
+    /// The passphrase or PIN is wrong.
+    #[error("does not accept this passphrase")]
+    WrongCredential,
+    /// It has no such KEK.
+    #[error("does not know KEK {0}")]
+    UnknownKek(KekId),
+    /// The stanza is not what this provider wrapped.
+    #[error("can't open the wrapped key: it is damaged, tampered with, or from another provider")]
+    Tampered,
+    /// The stanza's mechanism is unknown here.
+    #[error("does not know the mechanism {0:?}: upgrade virtseal")]
+    UnknownMechanism(String),
+    /// It does not answer.
+    #[error("is unreachable: {0}")]
+    Unreachable(String),
+    /// A payload of the wrong shape.
+    #[error("returned a wrong payload")]
+    Payload(#[source] EnvelopeError),
+    /// A failure of this host: memory, disk, OpenSSL.
+    #[error("failed: {context}")]
+    Internal {
+        /// What was being done.
+        context: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl ProviderError {
+    /// Wraps a failure of this host, for `map_err`.
+    pub fn internal<E>(context: &'static str) -> impl FnOnce(E) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        move |source| Self::Internal {
+            context,
+            source: source.into(),
+        }
+    }
+}

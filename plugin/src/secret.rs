@@ -1,0 +1,276 @@
+//! The only home of plaintext keys.
+//!
+//! Every DEK, KEK, root key and passphrase lives in [`SecretBytes`] or a newtype over it: its own pages from
+//! `memfd_secret(2)`, which neither another process, a core dump nor `O_DIRECT` can read, or locked anonymous
+//! pages that core dumps leave out where the kernel has no such call. The bytes are zeroed before the pages go
+//! back. Nothing here is `Clone`, `Serialize` or `PartialEq`, and `Debug` shows the length only.
+
+use std::fmt;
+use std::io;
+use std::ptr::NonNull;
+use std::slice;
+
+use zeroize::{Zeroize, Zeroizing};
+
+/// A fixed number of secret bytes in memory that does not leave the process.
+pub struct SecretBytes {
+    base: NonNull<u8>,
+    mapped: usize,
+    len: usize,
+}
+
+// SAFETY: the mapping is owned by this value alone and is reached only through `&self` and `&mut self`.
+unsafe impl Send for SecretBytes {}
+// SAFETY: as above; shared access only reads.
+unsafe impl Sync for SecretBytes {}
+
+impl SecretBytes {
+    /// `len` zero bytes, at least one page of secret memory.
+    ///
+    /// # Errors
+    /// The kernel's, when memory can't be mapped or locked (`RLIMIT_MEMLOCK`).
+    pub fn zeroed(len: usize) -> io::Result<Self> {
+        let page = 4096;
+        let mapped = len.max(1).div_ceil(page) * page;
+        let base = map_memfd_secret(mapped).or_else(|_| map_locked(mapped))?;
+        Ok(Self { base, mapped, len })
+    }
+
+    /// `len` bytes from the system's random generator (OpenSSL's, seeded by the kernel).
+    pub fn random(len: usize) -> io::Result<Self> {
+        let mut secret = Self::zeroed(len)?;
+        openssl::rand::rand_priv_bytes(secret.expose_mut()).map_err(io::Error::other)?;
+        Ok(secret)
+    }
+
+    /// Moves the bytes of `source` here; `source` is zeroed.
+    pub fn take(source: &mut [u8]) -> io::Result<Self> {
+        let mut secret = Self::zeroed(source.len())?;
+        secret.expose_mut().copy_from_slice(source);
+        source.zeroize();
+        Ok(secret)
+    }
+
+    /// Reads `source` (a pipe, a file, a descriptor) to its end, `limit` bytes at the most, without the bytes
+    /// ever touching ordinary memory.
+    ///
+    /// # Errors
+    /// `InvalidData` when there are more than `limit` bytes, else what `source` says.
+    pub fn read_from(mut source: impl io::Read, limit: usize) -> io::Result<Self> {
+        let mut secret = Self::zeroed(limit + 1)?;
+        let mut filled = 0;
+        while filled <= limit {
+            match source.read(&mut secret.expose_mut()[filled..]) {
+                Ok(0) => break,
+                Ok(n) => filled += n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if filled > limit {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("more than {limit} bytes where a secret was expected"),
+            ));
+        }
+        secret.len = filled;
+        Ok(secret)
+    }
+
+    /// Forgets one trailing newline, which editors and `echo` add to passphrase files.
+    pub fn trim_newline(&mut self) {
+        for end in [b'\n', b'\r'] {
+            if self.expose().last() == Some(&end) {
+                self.len -= 1;
+            }
+        }
+    }
+
+    /// The bytes. For the edge of a cipher, an FFI call or a pipe; never to keep a copy.
+    #[must_use]
+    pub fn expose(&self) -> &[u8] {
+        // SAFETY: `base` maps `mapped >= len` readable bytes for as long as `self` lives.
+        unsafe { slice::from_raw_parts(self.base.as_ptr(), self.len) }
+    }
+
+    /// The bytes, to be filled in place.
+    pub fn expose_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `expose`, and `&mut self` is the only access.
+        unsafe { slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for SecretBytes {
+    fn drop(&mut self) {
+        self.len = self.mapped;
+        self.expose_mut().zeroize();
+        // SAFETY: `base` and `mapped` are what mmap returned and was asked for; nothing borrows them any more.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.mapped) };
+    }
+}
+
+impl fmt::Debug for SecretBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SecretBytes([redacted]; {})", self.len)
+    }
+}
+
+/// A data key: 32 random bytes, one per sealed object.
+#[derive(Debug)]
+pub struct Dek(SecretBytes);
+
+impl Dek {
+    /// Length in bytes.
+    pub const LEN: usize = 32;
+
+    /// A new data key.
+    pub fn random() -> io::Result<Self> {
+        SecretBytes::random(Self::LEN).map(Self)
+    }
+
+    /// The key whose 32 bytes these are.
+    ///
+    /// # Errors
+    /// `InvalidData` for any other length.
+    pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+        if bytes.len() != Self::LEN {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a DEK has 32 bytes"));
+        }
+        let mut secret = SecretBytes::zeroed(Self::LEN)?;
+        secret.expose_mut().copy_from_slice(bytes);
+        Ok(Self(secret))
+    }
+
+    /// The raw 32 bytes: wrapped by a provider, never given to QEMU.
+    #[must_use]
+    pub fn expose(&self) -> &[u8] {
+        self.0.expose()
+    }
+
+    /// What QEMU, swtpm and cryptsetup get: the key's lowercase hex.
+    pub fn passphrase(&self) -> io::Result<Passphrase> {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut hex = SecretBytes::zeroed(2 * Self::LEN)?;
+        for (pair, byte) in hex.expose_mut().chunks_exact_mut(2).zip(self.expose()) {
+            pair[0] = DIGITS[usize::from(byte >> 4)];
+            pair[1] = DIGITS[usize::from(byte & 15)];
+        }
+        Ok(Passphrase(hex))
+    }
+}
+
+/// The 64 ASCII characters of a [`Dek`] in lowercase hex.
+#[derive(Debug)]
+pub struct Passphrase(SecretBytes);
+
+impl Passphrase {
+    /// The 64 bytes, for a cipher, an FFI call or a pipe.
+    #[must_use]
+    pub fn expose(&self) -> &[u8] {
+        self.0.expose()
+    }
+}
+
+/// Heap bytes that are zeroed when dropped, for values that are secret only for a moment.
+pub type Transient = Zeroizing<Vec<u8>>;
+
+fn map_memfd_secret(len: usize) -> io::Result<NonNull<u8>> {
+    // SAFETY: memfd_secret takes flags only and returns a descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) };
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `fd` was just returned to us and is owned by nobody else.
+    let fd = unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+    nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(io::Error::other)?)?;
+    map(len, libc::MAP_SHARED, std::os::fd::AsRawFd::as_raw_fd(&fd))
+}
+
+fn map_locked(len: usize) -> io::Result<NonNull<u8>> {
+    let base = map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+    // SAFETY: `base` maps `len` bytes that were just mapped and that nothing else knows.
+    let locked = unsafe {
+        libc::mlock(base.as_ptr().cast(), len) == 0
+            && libc::madvise(base.as_ptr().cast(), len, libc::MADV_DONTDUMP) == 0
+            && libc::madvise(base.as_ptr().cast(), len, libc::MADV_WIPEONFORK) == 0
+    };
+    if locked {
+        return Ok(base);
+    }
+    let error = io::Error::last_os_error();
+    // SAFETY: as above.
+    unsafe { libc::munmap(base.as_ptr().cast(), len) };
+    Err(error)
+}
+
+fn map(len: usize, flags: i32, fd: i32) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new mapping at an address of the kernel's choice aliases nothing.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            fd,
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap returned a null mapping"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passphrase_is_lowercase_hex_of_the_key() {
+        let bytes: Vec<u8> = (0..32).map(|n| n * 8).collect();
+        let dek = Dek::from_bytes(&bytes).unwrap();
+        assert_eq!(dek.passphrase().unwrap().expose(), hex::encode(&bytes).as_bytes());
+    }
+
+    #[test]
+    fn debug_shows_no_bytes() {
+        let shown = format!(
+            "{:?} {:?}",
+            Dek::from_bytes(&[0x41; 32]).unwrap(),
+            SecretBytes::random(9).unwrap()
+        );
+        assert_eq!(
+            shown,
+            "Dek(SecretBytes([redacted]; 32)) SecretBytes([redacted]; 9)"
+        );
+    }
+
+    #[test]
+    fn take_zeroes_its_source() {
+        let mut source = *b"hunter2";
+        let secret = SecretBytes::take(&mut source).unwrap();
+        assert_eq!(source, [0; 7]);
+        assert_eq!(secret.expose(), b"hunter2");
+    }
+
+    #[test]
+    fn read_from_refuses_more_than_its_limit() {
+        assert!(SecretBytes::read_from(&b"12345"[..], 4).is_err());
+        let mut secret = SecretBytes::read_from(&b"1234\n"[..], 5).unwrap();
+        secret.trim_newline();
+        assert_eq!(secret.expose(), b"1234");
+    }
+
+    #[test]
+    fn locked_fallback_maps_writable_memory() {
+        let base = map_locked(4096).unwrap();
+        let mut secret = SecretBytes {
+            base,
+            mapped: 4096,
+            len: 5,
+        };
+        secret.expose_mut().copy_from_slice(b"abcde");
+        assert_eq!(secret.expose(), b"abcde");
+    }
+}

@@ -1,0 +1,1 @@
+//! Encrypted images: create, open, inspect.
