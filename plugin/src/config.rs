@@ -1,1 +1,304 @@
-//! Reads `virtseald.yaml`.
+//! `virtseald.yaml`: parsed once, at start and on SIGHUP, into a valid [`Config`].
+//!
+//! An unknown key is an error that names file, line and the nearest valid key: a misspelt policy must not be
+//! taken for the default.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, de};
+use thiserror::Error;
+
+/// The daemon's settings. Every key has a default.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where the daemon listens.
+    pub socket: PathBuf,
+    /// The group that may connect, and read.
+    pub socket_group: String,
+    /// Keystore, sealed root keys, audit log.
+    pub state_dir: PathBuf,
+    /// The libvirt that starts the VMs.
+    pub libvirt_uri: String,
+    /// The most time that a start may wait for this daemon.
+    #[serde(deserialize_with = "duration")]
+    pub hook_deadline: Duration,
+    /// The most time that a provider gets for one call.
+    #[serde(deserialize_with = "duration")]
+    pub provider_deadline: Duration,
+    /// Where libvirt keeps vTPM state, a directory per VM UUID.
+    pub swtpm_dir: PathBuf,
+    /// Where new UEFI variable stores go when the domain names none.
+    pub nvram_dir: PathBuf,
+    /// What to log, as `tracing` filters: `info`, `virtseal=debug`, …
+    pub log: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            socket: "/run/virtseal/virtseald.sock".into(),
+            socket_group: "virtseal".into(),
+            state_dir: "/var/lib/virtseal".into(),
+            libvirt_uri: "qemu:///system".into(),
+            hook_deadline: Duration::from_secs(10),
+            provider_deadline: Duration::from_secs(5),
+            swtpm_dir: "/var/lib/libvirt/swtpm".into(),
+            nvram_dir: "/var/lib/libvirt/qemu/nvram".into(),
+            log: "info".into(),
+        }
+    }
+}
+
+impl Config {
+    /// Where the package puts it.
+    pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
+    const KEYS: [&str; 9] = [
+        "socket",
+        "socket_group",
+        "state_dir",
+        "libvirt_uri",
+        "hook_deadline",
+        "provider_deadline",
+        "swtpm_dir",
+        "nvram_dir",
+        "log",
+    ];
+
+    /// Reads `path`.
+    ///
+    /// # Errors
+    /// When it can't be read, is not YAML, has an unknown key or a value that makes no sense.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+            path: path.into(),
+            source,
+        })?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses the text of `path`; an empty one means all defaults.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        if text
+            .lines()
+            .all(|line| line.trim().is_empty() || line.trim_start().starts_with('#'))
+        {
+            return Ok(Self::default());
+        }
+        let config: Self = serde_yaml::from_str(text).map_err(|source| {
+            let line = source.location().map_or(1, |at| at.line());
+            unknown_key(text, path).unwrap_or_else(|| ConfigError::Invalid {
+                path: path.into(),
+                line,
+                source: Box::new(source),
+            })
+        })?;
+        config.validated(path)
+    }
+
+    fn validated(self, path: &Path) -> Result<Self, ConfigError> {
+        let relative = [&self.socket, &self.state_dir, &self.swtpm_dir, &self.nvram_dir]
+            .into_iter()
+            .find(|path| !path.is_absolute());
+        if let Some(value) = relative {
+            return Err(ConfigError::RelativePath {
+                path: path.into(),
+                value: value.clone(),
+            });
+        }
+        if self.provider_deadline > self.hook_deadline {
+            return Err(ConfigError::Deadlines { path: path.into() });
+        }
+        Ok(self)
+    }
+}
+
+/// Why the configuration can't be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("can't read {}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Not YAML, or a value of the wrong type.
+    #[error("{}:{line} is not a valid setting", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        line: usize,
+        /// What is wrong.
+        #[source]
+        source: Box<serde_yaml::Error>,
+    },
+    /// A key that does not exist.
+    #[error("{}:{line}: unknown key '{key}'; {hint}", path.display())]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        line: usize,
+        /// The key.
+        key: String,
+        /// What may have been meant.
+        hint: String,
+    },
+    /// A path that depends on where the daemon was started.
+    #[error("{}: '{}' must be an absolute path", path.display(), value.display())]
+    RelativePath {
+        /// The file.
+        path: PathBuf,
+        /// The value.
+        value: PathBuf,
+    },
+    /// A provider that may take longer than the hook waits.
+    #[error("{}: provider_deadline must not be longer than hook_deadline", path.display())]
+    Deadlines {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+/// The first top-level key that does not exist, with its line.
+fn unknown_key(text: &str, path: &Path) -> Option<ConfigError> {
+    text.lines().enumerate().find_map(|(index, line)| {
+        let key = line.split_once(':')?.0;
+        let is_key = !key.is_empty()
+            && key
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
+        if !is_key || Config::KEYS.contains(&key) {
+            return None;
+        }
+        Some(ConfigError::UnknownKey {
+            path: path.into(),
+            line: index + 1,
+            key: key.into(),
+            hint: hint_for(key),
+        })
+    })
+}
+
+fn hint_for(key: &str) -> String {
+    if key == "require_sealed" {
+        return "it is the hook's, which works with this daemon down: set it in /etc/virtseal/hook.conf"
+            .into();
+    }
+    let nearest = Config::KEYS
+        .into_iter()
+        .map(|valid| (strsim::damerau_levenshtein(key, valid), valid))
+        .min()
+        .expect("KEYS is not empty");
+    if nearest.0 <= 4 {
+        format!("did you mean '{}'?", nearest.1)
+    } else {
+        format!("valid keys are {}", Config::KEYS.join(", "))
+    }
+}
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Raw {
+        Seconds(f64),
+        Text(String),
+    }
+    let parsed = match Raw::deserialize(deserializer)? {
+        Raw::Seconds(seconds) => Duration::try_from_secs_f64(seconds).ok(),
+        Raw::Text(text) => parse_duration(&text),
+    };
+    match parsed {
+        Some(value) if !value.is_zero() && value <= Duration::from_secs(3600) => Ok(value),
+        _ => Err(de::Error::custom(
+            "a duration is '10s', '500ms', '2m' or a number of seconds, at most an hour",
+        )),
+    }
+}
+
+fn parse_duration(text: &str) -> Option<Duration> {
+    let text = text.trim();
+    let split = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let number: f64 = text[..split].parse().ok()?;
+    let unit = match text[split..].trim() {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" | "min" => 60.0,
+        _ => return None,
+    };
+    Duration::try_from_secs_f64(number * unit).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(text, Path::new("virtseald.yaml")).map_err(|error| crate::failure::chain(&error))
+    }
+
+    #[test]
+    fn comments_alone_mean_defaults() {
+        assert_eq!(parse("# socket: /x\n\n").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn durations_have_units() {
+        let config = parse("hook_deadline: 1500ms\nprovider_deadline: 1").unwrap();
+        assert_eq!(config.hook_deadline, Duration::from_millis(1500));
+        assert_eq!(config.provider_deadline, Duration::from_secs(1));
+        assert!(parse("hook_deadline: 0s").unwrap_err().contains("a duration is"));
+        assert!(parse("hook_deadline: -1").is_err());
+        assert!(parse("hook_deadline: 10 parsecs").is_err());
+    }
+
+    #[test]
+    fn misspelt_key_names_file_line_and_nearest_key() {
+        assert_eq!(
+            parse("socket: /run/x\nprovder_deadline: 3s").unwrap_err(),
+            "virtseald.yaml:2: unknown key 'provder_deadline'; did you mean 'provider_deadline'?"
+        );
+    }
+
+    #[test]
+    fn policy_of_the_hook_is_sent_to_the_hooks_file() {
+        assert!(parse("require_sealed: true").unwrap_err().contains("hook.conf"));
+    }
+
+    #[test]
+    fn relative_paths_and_swapped_deadlines_are_refused() {
+        assert!(parse("state_dir: here").unwrap_err().contains("absolute"));
+        assert!(
+            parse("hook_deadline: 1s")
+                .unwrap_err()
+                .contains("provider_deadline")
+        );
+    }
+
+    #[test]
+    fn every_key_is_listed_for_hints() {
+        for key in Config::KEYS {
+            let error = parse(&format!("{key}: [1, 2]")).unwrap_err();
+            assert!(!error.contains("unknown key"), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn garbage_is_an_error_with_a_line() {
+        assert!(
+            parse("socket: /x\n\tfoo")
+                .unwrap_err()
+                .starts_with("virtseald.yaml:2")
+        );
+        assert!(parse("- a\n- b").is_err());
+    }
+}

@@ -7,6 +7,7 @@ pub mod audit;
 pub mod config;
 pub mod domain;
 pub mod envelope;
+pub mod failure;
 pub mod keystore;
 pub mod libvirt;
 pub mod lifecycle;
