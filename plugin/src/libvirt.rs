@@ -1,1 +1,327 @@
 //! The only module that talks to libvirt.
+//!
+//! While a hook waits, only the *secret* driver is called: the domain API would wait for the very VM whose start
+//! waits for us. Everything blocks, and runs on a worker thread with a deadline. The connection is opened when it
+//! is first needed and again after libvirtd was restarted.
+
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+
+use thiserror::Error;
+use virt::connect::Connect;
+use virt::domain::Domain;
+use virt::error::ErrorNumber;
+use virt::sys;
+
+use crate::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::secret::Passphrase;
+
+/// A DEK on its way to libvirt.
+#[derive(Debug)]
+pub struct Arming {
+    /// The envelope; its UUID becomes the secret's.
+    pub envelope: EnvelopeId,
+    /// Decides the usage type that libvirt expects of the secret.
+    pub kind: ObjectKind,
+    /// For people who run `virsh secret-list` in the wrong millisecond.
+    pub description: String,
+    /// The secret's value.
+    pub passphrase: Passphrase,
+}
+
+/// A defined domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DefinedDomain {
+    /// Its UUID.
+    pub vm: VmId,
+    /// Its name.
+    pub name: String,
+    /// Whether it runs now.
+    pub active: bool,
+    /// Whether libvirt itself starts it with the host.
+    pub autostart: bool,
+    /// Whether it has a saved state that the next start restores.
+    pub managed_save: bool,
+    /// The XML of its next start.
+    pub xml: String,
+}
+
+/// A connection to one libvirt, reopened as needed.
+#[derive(Debug)]
+pub struct Libvirt {
+    uri: String,
+    connection: Mutex<Option<Connect>>,
+}
+
+impl Libvirt {
+    /// For the libvirt at `uri`; does not connect yet.
+    #[must_use]
+    pub fn new(uri: &str) -> Self {
+        virt::error::clear_error_callback();
+        Self {
+            uri: uri.into(),
+            connection: Mutex::new(None),
+        }
+    }
+
+    /// Whether the connection stands, without waiting for anything.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        let guard = match self.connection.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        guard
+            .as_ref()
+            .is_some_and(|connection| connection.is_alive().unwrap_or(false))
+    }
+
+    /// Connects unless the connection stands. Says whether it is a new one.
+    pub fn connect(&self) -> Result<bool, LibvirtError> {
+        let mut guard = self.lock();
+        if guard
+            .as_ref()
+            .is_some_and(|connection| connection.is_alive().unwrap_or(false))
+        {
+            return Ok(false);
+        }
+        *guard = None;
+        *guard = Some(Connect::open(Some(&self.uri)).map_err(|source| self.error("connect", source))?);
+        Ok(true)
+    }
+
+    /// Defines each secret as ephemeral and private and sets its value. All or none: what was defined is taken
+    /// back when a later one fails.
+    pub fn arm(&self, secrets: &[Arming]) -> Result<(), LibvirtError> {
+        for (done, secret) in secrets.iter().enumerate() {
+            if let Err(error) = self.with("define a secret", |connection| define(connection, secret)) {
+                let defined: Vec<_> = secrets[..=done].iter().map(|secret| secret.envelope).collect();
+                return match self.disarm(&defined) {
+                    Ok(()) => Err(error),
+                    Err(rollback) => Err(LibvirtError::Rollback {
+                        source: Box::new(error),
+                        rollback: rollback.to_string(),
+                    }),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    /// Undefines the secrets of `envelopes`; one that is not there is no error.
+    pub fn disarm(&self, envelopes: &[EnvelopeId]) -> Result<(), LibvirtError> {
+        for envelope in envelopes {
+            self.with("undefine a secret", |connection| {
+                absent_is(None, connection.lookup_secret_by_uuid(envelope.0).map(Some))?
+                    .map_or(Ok(()), |secret| absent_is((), secret.undefine()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The envelopes whose secrets libvirt holds now.
+    pub fn armed(&self) -> Result<Vec<EnvelopeId>, LibvirtError> {
+        let flags = sys::VIR_CONNECT_LIST_SECRETS_EPHEMERAL | sys::VIR_CONNECT_LIST_SECRETS_PRIVATE;
+        let secrets = self.with("list the secrets", |connection| {
+            connection.list_all_secrets(flags)
+        })?;
+        Ok(secrets
+            .iter()
+            .filter(|secret| {
+                secret
+                    .usage_id()
+                    .is_ok_and(|usage| usage.starts_with(USAGE_PREFIX))
+            })
+            .filter_map(|secret| secret.uuid().ok())
+            .map(EnvelopeId)
+            .collect())
+    }
+
+    /// The domain with this name or UUID, or `None`.
+    pub fn domain(&self, name_or_uuid: &str) -> Result<Option<DefinedDomain>, LibvirtError> {
+        self.with("read the domain", |connection| {
+            let found = match name_or_uuid.parse::<VmId>() {
+                Ok(vm) => absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?,
+                Err(_) => None,
+            };
+            let found = match found {
+                Some(domain) => Some(domain),
+                None => absent_is(None, connection.lookup_domain_by_name(name_or_uuid).map(Some))?,
+            };
+            found.as_ref().map(read).transpose()
+        })
+    }
+
+    /// All persistent domains.
+    pub fn domains(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
+        self.with("list the domains", |connection| {
+            let domains = connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT)?;
+            // One that was undefined meanwhile is simply no longer there.
+            domains
+                .iter()
+                .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())
+                .collect()
+        })
+    }
+
+    /// Redefines a domain.
+    pub fn define(&self, xml: &str) -> Result<(), LibvirtError> {
+        self.with("define the domain", |connection| {
+            connection.define_domain_xml(xml).map(drop)
+        })
+    }
+
+    /// Runs `call`, once more on a new connection when the old one turns out to be dead. All calls made through
+    /// here may be repeated.
+    fn with<T>(
+        &self,
+        what: &'static str,
+        call: impl Fn(&Connect) -> Result<T, virt::error::Error>,
+    ) -> Result<T, LibvirtError> {
+        self.connect()?;
+        let connection = self.lock().clone();
+        let first = match connection.as_ref().map(&call) {
+            Some(Ok(value)) => return Ok(value),
+            Some(Err(error)) => error,
+            None => virt::error::Error::last_error(),
+        };
+        if connection.is_some_and(|connection| connection.is_alive().unwrap_or(false)) {
+            return Err(self.error(what, first));
+        }
+        self.connect()?;
+        let connection = self.lock().clone();
+        connection
+            .as_ref()
+            .map_or(Err(first), &call)
+            .map_err(|source| self.error(what, source))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Connect>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn error(&self, what: &'static str, source: virt::error::Error) -> LibvirtError {
+        LibvirtError::Call {
+            what,
+            uri: self.uri.clone(),
+            message: source.message().to_owned(),
+        }
+    }
+}
+
+/// Why libvirt did not do as asked.
+#[derive(Debug, Error)]
+pub enum LibvirtError {
+    /// A call failed.
+    #[error("libvirt ({uri}) could not {what}: {message}")]
+    Call {
+        /// What was asked.
+        what: &'static str,
+        /// Of which libvirt.
+        uri: String,
+        /// Its message.
+        message: String,
+    },
+    /// A call failed, and so did taking back what had been done before it.
+    #[error("secrets may be left in libvirt, because undoing failed as well ({rollback})")]
+    Rollback {
+        /// The first failure.
+        #[source]
+        source: Box<LibvirtError>,
+        /// The failure of the undoing.
+        rollback: String,
+    },
+}
+
+/// Marks the usage id of our secrets.
+const USAGE_PREFIX: &str = "virtseal:";
+
+fn define(connection: &Connect, secret: &Arming) -> Result<(), virt::error::Error> {
+    connection
+        .define_secret_xml(&secret_xml(secret), 0)?
+        .set_value(secret.passphrase.expose(), 0)
+}
+
+fn secret_xml(secret: &Arming) -> String {
+    let usage = format!("{USAGE_PREFIX}{}", secret.envelope);
+    let usage = match secret.kind {
+        ObjectKind::Disk | ObjectKind::Nvram => {
+            format!("<usage type='volume'><volume>{usage}</volume></usage>")
+        }
+        ObjectKind::Vtpm => format!("<usage type='vtpm'><name>{usage}</name></usage>"),
+    };
+    format!(
+        "<secret ephemeral='yes' private='yes'><uuid>{}</uuid><description>{}</description>{usage}</secret>",
+        secret.envelope,
+        escape(&secret.description),
+    )
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+}
+
+fn read(domain: &Domain) -> Result<DefinedDomain, virt::error::Error> {
+    Ok(DefinedDomain {
+        vm: VmId(domain.uuid()?),
+        name: domain.name()?,
+        active: domain.is_active()?,
+        autostart: domain.autostart()?,
+        managed_save: domain.has_managed_save(0)?,
+        xml: domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?,
+    })
+}
+
+/// `default` where libvirt says that there is no such domain or secret.
+fn absent_is<T>(default: T, result: Result<T, virt::error::Error>) -> Result<T, virt::error::Error> {
+    match result {
+        Err(error) if is_absence(&error) => Ok(default),
+        other => other,
+    }
+}
+
+fn is_absence(error: &virt::error::Error) -> bool {
+    [ErrorNumber::NoSecret, ErrorNumber::NoDomain]
+        .into_iter()
+        .any(|number| error.code() == number.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::Dek;
+
+    #[test]
+    fn secret_xml_is_private_ephemeral_and_escaped() {
+        let envelope = EnvelopeId::random();
+        let xml = secret_xml(&Arming {
+            envelope,
+            kind: ObjectKind::Vtpm,
+            description: "virtseal: vtpm of <&>".into(),
+            passphrase: Dek::random().unwrap().passphrase().unwrap(),
+        });
+        let document = roxmltree::Document::parse(&xml).unwrap();
+        let root = document.root_element();
+        assert_eq!(
+            (root.attribute("ephemeral"), root.attribute("private")),
+            (Some("yes"), Some("yes"))
+        );
+        assert!(xml.contains(&format!(
+            "<usage type='vtpm'><name>virtseal:{envelope}</name></usage>"
+        )));
+        assert!(
+            root.children()
+                .any(|node| node.text() == Some("virtseal: vtpm of <&>"))
+        );
+    }
+
+    #[test]
+    fn a_libvirt_that_is_not_there_is_named() {
+        let libvirt = Libvirt::new("qemu+unix:///system?socket=/nonexistent/libvirt-sock");
+        let error = libvirt.armed().unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/libvirt-sock"), "{error}");
+        assert!(!libvirt.is_connected());
+    }
+}
