@@ -1,0 +1,123 @@
+//! What a kill in the middle of a write leaves behind.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use super::*;
+use crate::envelope::{
+    Binding, Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, Stanza, VmId,
+};
+
+const STATE_DIR: &str = "VIRTSEAL_TEST_STATE_DIR";
+
+/// The child's part: writes for ever, and says what was committed once the call has returned.
+#[test]
+#[ignore = "run by killed_writer_loses_nothing_it_has_reported"]
+fn writer() {
+    let dir = std::env::var_os(STATE_DIR).expect("the parent names the directory");
+    let keystore = Keystore::open(Path::new(&dir)).unwrap();
+    let vm = VmId::random();
+    let say = |word: &str, id: EnvelopeId| {
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "\n{word} {id}").and_then(|()| out.flush()).unwrap();
+    };
+    loop {
+        let mut envelope = new_envelope(vm);
+        keystore.insert_pending(&envelope, "/images/disk.qcow2").unwrap();
+        say("pending", envelope.id);
+        keystore.activate(envelope.id).unwrap();
+        say("active", envelope.id);
+        envelope.generation = Generation(2);
+        keystore.put(&envelope, "").unwrap();
+        say("second", envelope.id);
+        let provider = ProviderId::random();
+        let root = NativeRoot {
+            generation: 1,
+            sealed: vec![1; 400],
+            backed_up_at: None,
+        };
+        keystore
+            .insert_native_root(provider, &provider.to_string(), &root)
+            .unwrap();
+        keystore.set_default_provider(provider).unwrap();
+    }
+}
+
+#[test]
+fn killed_writer_loses_nothing_it_has_reported() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut reported = Vec::new();
+    for round in 0..12_u64 {
+        let mut child = spawn_writer(dir.path());
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let first = lines
+            .by_ref()
+            .map(Result::unwrap)
+            .find(|line| line.starts_with("pending "));
+        std::thread::sleep(Duration::from_millis(round * 7 % 40));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        reported.extend(first);
+        reported.extend(lines.map_while(Result::ok));
+        check(dir.path(), &reported);
+    }
+    assert!(reported.len() > 12, "{reported:?}");
+}
+
+fn spawn_writer(dir: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "keystore::crash::writer", "--ignored", "--nocapture"])
+        .env(STATE_DIR, dir)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+fn check(dir: &Path, reported: &[String]) {
+    let keystore = Keystore::open(dir).unwrap();
+    for line in reported {
+        let Some((word, id)) = line.split_once(' ') else {
+            continue;
+        };
+        let (state, generation) = match word {
+            "pending" => (None, 1),
+            "active" => (Some(EnvelopeState::Active), 1),
+            "second" => (Some(EnvelopeState::Active), 2),
+            _ => continue,
+        };
+        let record = keystore
+            .envelope(id.parse().unwrap())
+            .unwrap()
+            .unwrap_or_else(|| panic!("{line} was lost"));
+        assert!(state.is_none_or(|state| state == record.state), "{line}");
+        assert!(record.envelope.generation >= Generation(generation), "{line}");
+    }
+    let providers = keystore.providers().unwrap();
+    let defaults = providers.iter().filter(|record| record.is_default).count();
+    assert_eq!(defaults, usize::from(!providers.is_empty()));
+    for provider in providers {
+        assert!(
+            keystore.native_root(provider.id).unwrap().is_some(),
+            "a provider without its root key"
+        );
+    }
+}
+
+fn new_envelope(vm: VmId) -> Envelope {
+    let binding = Binding {
+        envelope: EnvelopeId::random(),
+        vm,
+        kind: ObjectKind::Disk,
+    };
+    let stanza = Stanza {
+        provider: ProviderId::random(),
+        provider_name: "main".to_owned(),
+        kek: KekId("v1:provider".to_owned()),
+        mechanism: "A256GCM".to_owned(),
+        body: vec![7; 92],
+    };
+    Envelope::new(&binding, vec![stanza]).unwrap()
+}

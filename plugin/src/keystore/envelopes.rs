@@ -1,0 +1,543 @@
+//! Rows of envelopes and of the VMs that they belong to.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use crate::envelope::{Envelope, EnvelopeId, Generation, VmId};
+
+/// Whether an envelope's object is known to open with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EnvelopeState {
+    /// Written before its object was; the object may not exist yet.
+    Pending,
+    /// Its object was opened with it.
+    Active,
+}
+
+impl EnvelopeState {
+    /// The word in the keystore and in messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Active => "active",
+        }
+    }
+}
+
+/// An envelope as this host knows it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnvelopeRecord {
+    /// The envelope.
+    pub envelope: Envelope,
+    /// Whether its object is known to open.
+    pub state: EnvelopeState,
+    /// The object's path as text; empty where the VM's UUID says it all (a vTPM).
+    pub location: String,
+    /// When it came here.
+    pub created: UnixTime,
+    /// When it last changed.
+    pub updated: UnixTime,
+}
+
+/// A VM that has, or had, sealed objects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmRecord {
+    /// The domain's UUID.
+    pub vm: VmId,
+    /// Its name when it was last seen.
+    pub name: String,
+    /// When the first of its objects was sealed here.
+    pub sealed_at: UnixTime,
+    /// Whether its encrypted vTPM state was ever seen. From then on a missing state file is a loss: swtpm
+    /// would answer it with a new, empty TPM.
+    pub vtpm_seen: bool,
+}
+
+/// What [`Keystore::put`] did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Put {
+    /// It was unknown here.
+    Adopted,
+    /// It replaced a lower generation.
+    Updated,
+    /// It is what the keystore has.
+    Unchanged,
+    /// The keystore has a higher generation, which stays.
+    Stale,
+}
+
+const COLUMNS: &str = "id, vm, kind, generation, json, state, location, created, updated";
+
+impl Keystore {
+    /// Adds a new envelope as pending, before its object is made at `location`.
+    ///
+    /// # Errors
+    /// [`KeystoreError::EnvelopeExists`] when the id is taken.
+    pub fn insert_pending(&self, envelope: &Envelope, location: &str) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            if find(transaction, envelope.id)?.is_some() {
+                return Err(KeystoreError::EnvelopeExists(envelope.id).into());
+            }
+            insert(transaction, envelope, EnvelopeState::Pending, location)
+        })
+    }
+
+    /// Marks an envelope active, once its object was opened with it.
+    pub fn activate(&self, id: EnvelopeId) -> Result<Change, KeystoreError> {
+        self.update(id, "state", EnvelopeState::Active.as_str())
+    }
+
+    /// Notes that an envelope's object is at another path now.
+    pub fn set_location(&self, id: EnvelopeId, location: &str) -> Result<Change, KeystoreError> {
+        self.update(id, "location", location)
+    }
+
+    fn update(&self, id: EnvelopeId, column: &str, value: &str) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            if find(transaction, id)?.is_none() {
+                return Err(KeystoreError::UnknownEnvelope(id).into());
+            }
+            let rows = transaction.execute(
+                &format!("UPDATE envelopes SET {column} = ?2, updated = ?3 WHERE id = ?1 AND {column} <> ?2"),
+                params![id.to_string(), value, now()],
+            )?;
+            Ok(Change::of_rows(rows))
+        })
+    }
+
+    /// Takes over an envelope that was verified by unwrapping it: a copy from a domain's XML or an image, or a
+    /// new generation made here. The highest generation wins; an unknown one becomes active at `location`.
+    ///
+    /// # Errors
+    /// [`KeystoreError::Conflict`] for another envelope of the same generation, [`KeystoreError::OtherObject`]
+    /// when VM or kind differ from what the keystore has. Neither changes anything.
+    pub fn put(&self, envelope: &Envelope, location: &str) -> Result<Put, KeystoreError> {
+        self.write(|transaction| {
+            let known = find(transaction, envelope.id)?;
+            let verdict = compare(known.as_ref().map(|record| &record.envelope), envelope)?;
+            match verdict {
+                Put::Adopted => insert(transaction, envelope, EnvelopeState::Active, location)?,
+                Put::Updated => {
+                    transaction.execute(
+                        "UPDATE envelopes SET generation = ?2, json = ?3, updated = ?4 WHERE id = ?1",
+                        params![
+                            envelope.id.to_string(),
+                            storable_generation(envelope)?,
+                            envelope.to_json(),
+                            now()
+                        ],
+                    )?;
+                }
+                Put::Unchanged | Put::Stale => {}
+            }
+            Ok(verdict)
+        })
+    }
+
+    /// The envelope called `id`.
+    pub fn envelope(&self, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, KeystoreError> {
+        self.read(|connection| find(connection, id))
+    }
+
+    /// The envelopes of one VM, oldest first.
+    pub fn envelopes_of(&self, vm: VmId) -> Result<Vec<EnvelopeRecord>, KeystoreError> {
+        self.read(|connection| select(connection, "WHERE vm = ?1 ORDER BY created, id", [vm.to_string()]))
+    }
+
+    /// All envelopes, by VM.
+    pub fn envelopes(&self) -> Result<Vec<EnvelopeRecord>, KeystoreError> {
+        self.read(|connection| select(connection, "ORDER BY vm, created, id", []))
+    }
+
+    /// Notes that `vm` has sealed objects, and its name now.
+    pub fn remember_vm(&self, vm: VmId, name: &str) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let rows = transaction.execute(
+                "INSERT INTO vms (uuid, name, sealed_at, vtpm_seen) VALUES (?1, ?2, ?3, 0)
+                 ON CONFLICT (uuid) DO UPDATE SET name = excluded.name WHERE name <> excluded.name",
+                params![vm.to_string(), name, now()],
+            )?;
+            Ok(Change::of_rows(rows))
+        })
+    }
+
+    /// Notes that the encrypted vTPM state of `vm` was seen on disk.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownVm`] before [`Keystore::remember_vm`].
+    pub fn set_vtpm_seen(&self, vm: VmId) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let rows = transaction.execute(
+                "UPDATE vms SET vtpm_seen = 1 WHERE uuid = ?1 AND vtpm_seen = 0",
+                [vm.to_string()],
+            )?;
+            if rows == 0 && find_vm(transaction, vm)?.is_none() {
+                return Err(KeystoreError::UnknownVm(vm).into());
+            }
+            Ok(Change::of_rows(rows))
+        })
+    }
+
+    /// The VM called `vm`.
+    pub fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, KeystoreError> {
+        self.read(|connection| find_vm(connection, vm))
+    }
+
+    /// All VMs, by name.
+    pub fn vms(&self) -> Result<Vec<VmRecord>, KeystoreError> {
+        self.read(|connection| {
+            let mut statement =
+                connection.prepare("SELECT uuid, name, sealed_at, vtpm_seen FROM vms ORDER BY name, uuid")?;
+            let mut rows = statement.query([])?;
+            let mut vms = Vec::new();
+            while let Some(row) = rows.next()? {
+                vms.push(vm_of(row)?);
+            }
+            Ok(vms)
+        })
+    }
+}
+
+/// What becomes of `offered` beside what the keystore knows under its id.
+fn compare(known: Option<&Envelope>, offered: &Envelope) -> Result<Put, KeystoreError> {
+    storable_generation(offered)?;
+    let Some(known) = known else {
+        return Ok(Put::Adopted);
+    };
+    if (known.vm, known.kind) != (offered.vm, offered.kind) {
+        return Err(KeystoreError::OtherObject {
+            id: known.id,
+            known: format!("{} of VM {}", known.kind, known.vm),
+            offered: format!("{} of VM {}", offered.kind, offered.vm),
+        });
+    }
+    match offered.generation.cmp(&known.generation) {
+        std::cmp::Ordering::Less => Ok(Put::Stale),
+        std::cmp::Ordering::Greater => Ok(Put::Updated),
+        std::cmp::Ordering::Equal if known == offered => Ok(Put::Unchanged),
+        std::cmp::Ordering::Equal => Err(KeystoreError::Conflict {
+            id: known.id,
+            generation: known.generation,
+        }),
+    }
+}
+
+/// SQLite's integers end at 2^63-1; a generation comes from XML that anyone may have edited.
+fn storable_generation(envelope: &Envelope) -> Result<i64, KeystoreError> {
+    let Generation(generation) = envelope.generation;
+    i64::try_from(generation).map_err(|_| KeystoreError::GenerationTooHigh {
+        id: envelope.id,
+        generation: envelope.generation,
+    })
+}
+
+fn insert(
+    connection: &Connection,
+    envelope: &Envelope,
+    state: EnvelopeState,
+    location: &str,
+) -> Result<(), StoreFault> {
+    connection.execute(
+        &format!("INSERT INTO envelopes ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?8)"),
+        params![
+            envelope.id.to_string(),
+            envelope.vm.to_string(),
+            envelope.kind.as_str(),
+            storable_generation(envelope)?,
+            envelope.to_json(),
+            state.as_str(),
+            location,
+            now()
+        ],
+    )?;
+    Ok(())
+}
+
+fn find(connection: &Connection, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, StoreFault> {
+    Ok(select(connection, "WHERE id = ?1", [id.to_string()])?.pop())
+}
+
+fn select(
+    connection: &Connection,
+    condition: &str,
+    values: impl rusqlite::Params,
+) -> Result<Vec<EnvelopeRecord>, StoreFault> {
+    let mut statement = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM envelopes {condition}"))?;
+    let mut rows = statement.query(values)?;
+    let mut records = Vec::new();
+    while let Some(row) = rows.next()? {
+        records.push(record_of(row)?);
+    }
+    Ok(records)
+}
+
+/// Reads a row, and refuses one whose columns say something else than its envelope.
+fn record_of(row: &Row) -> Result<EnvelopeRecord, StoreFault> {
+    let (id, json): (String, String) = (row.get("id")?, row.get("json")?);
+    let inconsistent = |why: &str| KeystoreError::Inconsistent {
+        row: format!("of envelope {id}"),
+        why: why.to_owned(),
+    };
+    let known_as: EnvelopeId = id.parse().map_err(|_| inconsistent("its id is not a UUID"))?;
+    let envelope =
+        Envelope::from_json(&json).map_err(|source| KeystoreError::DamagedRecord { id: known_as, source })?;
+    let columns: (String, String, i64) = (row.get("vm")?, row.get("kind")?, row.get("generation")?);
+    let expected = (
+        envelope.vm.to_string(),
+        envelope.kind.as_str().to_owned(),
+        storable_generation(&envelope)?,
+    );
+    if envelope.id != known_as || columns != expected {
+        return Err(inconsistent("its columns are not those of its envelope").into());
+    }
+    let state = match row.get::<_, String>("state")?.as_str() {
+        "pending" => EnvelopeState::Pending,
+        "active" => EnvelopeState::Active,
+        other => return Err(inconsistent(&format!("its state is {other:?}")).into()),
+    };
+    Ok(EnvelopeRecord {
+        envelope,
+        state,
+        location: row.get("location")?,
+        created: row.get("created")?,
+        updated: row.get("updated")?,
+    })
+}
+
+fn find_vm(connection: &Connection, vm: VmId) -> Result<Option<VmRecord>, StoreFault> {
+    connection
+        .prepare_cached("SELECT uuid, name, sealed_at, vtpm_seen FROM vms WHERE uuid = ?1")?
+        .query_row([vm.to_string()], |row| Ok(vm_of(row)))
+        .optional()?
+        .transpose()
+}
+
+fn vm_of(row: &Row) -> Result<VmRecord, StoreFault> {
+    let uuid: String = row.get("uuid")?;
+    let vm = uuid.parse().map_err(|_| KeystoreError::Inconsistent {
+        row: format!("of VM {uuid:?}"),
+        why: "its id is not a UUID".to_owned(),
+    })?;
+    Ok(VmRecord {
+        vm,
+        name: row.get("name")?,
+        sealed_at: row.get("sealed_at")?,
+        vtpm_seen: row.get("vtpm_seen")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::envelope::{Binding, KekId, ObjectKind, ProviderId, Stanza};
+
+    fn envelope(vm: VmId) -> Envelope {
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm,
+            kind: ObjectKind::Disk,
+        };
+        let stanza = Stanza {
+            provider: ProviderId::random(),
+            provider_name: "main".to_owned(),
+            kek: KekId("v1:provider".to_owned()),
+            mechanism: "A256GCM".to_owned(),
+            body: vec![7; 92],
+        };
+        Envelope::new(&binding, vec![stanza]).unwrap()
+    }
+
+    fn version(of: &Envelope, generation: u64, body: u8) -> Envelope {
+        let mut envelope = of.clone();
+        envelope.generation = Generation(generation);
+        envelope.stanzas[0].body = vec![body; 92];
+        envelope
+    }
+
+    #[test]
+    fn records_survive_reopening() {
+        let dir = tempfile::tempdir().unwrap();
+        let (vm, other) = (VmId::random(), VmId::random());
+        let (first, second) = (envelope(vm), envelope(other));
+        {
+            let keystore = Keystore::open(dir.path()).unwrap();
+            keystore.insert_pending(&first, "/images/web01.qcow2").unwrap();
+            keystore.insert_pending(&second, "").unwrap();
+            assert_eq!(keystore.activate(first.id).unwrap(), Change::Changed);
+            assert_eq!(keystore.activate(first.id).unwrap(), Change::Unchanged);
+            keystore.remember_vm(vm, "web01").unwrap();
+            assert_eq!(keystore.set_vtpm_seen(vm).unwrap(), Change::Changed);
+        }
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let record = keystore.envelope(first.id).unwrap().unwrap();
+        assert_eq!(record.envelope, first);
+        assert_eq!(record.state, EnvelopeState::Active);
+        assert_eq!(record.location, "/images/web01.qcow2");
+        assert_eq!(keystore.envelopes_of(vm).unwrap(), [record]);
+        assert_eq!(keystore.envelopes().unwrap().len(), 2);
+        assert_eq!(
+            keystore.envelope(second.id).unwrap().unwrap().state,
+            EnvelopeState::Pending
+        );
+        let known = keystore.vm(vm).unwrap().unwrap();
+        assert_eq!((known.name.as_str(), known.vtpm_seen), ("web01", true));
+    }
+
+    #[test]
+    fn vm_keeps_its_seal_date_and_follows_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let vm = VmId::random();
+        assert!(matches!(
+            keystore.set_vtpm_seen(vm),
+            Err(KeystoreError::UnknownVm(_))
+        ));
+        assert_eq!(keystore.remember_vm(vm, "web01").unwrap(), Change::Changed);
+        assert_eq!(keystore.remember_vm(vm, "web01").unwrap(), Change::Unchanged);
+        keystore.set_vtpm_seen(vm).unwrap();
+        assert_eq!(keystore.set_vtpm_seen(vm).unwrap(), Change::Unchanged);
+        assert_eq!(keystore.remember_vm(vm, "web02").unwrap(), Change::Changed);
+        let vms = keystore.vms().unwrap();
+        assert_eq!(vms.len(), 1);
+        assert!(vms[0].vtpm_seen && vms[0].name == "web02");
+    }
+
+    #[test]
+    fn same_id_twice_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let envelope = envelope(VmId::random());
+        keystore.insert_pending(&envelope, "a").unwrap();
+        let again = keystore.insert_pending(&version(&envelope, 5, 5), "b");
+        assert!(matches!(again, Err(KeystoreError::EnvelopeExists(_))));
+        assert_eq!(keystore.envelope(envelope.id).unwrap().unwrap().location, "a");
+        let nobody = EnvelopeId::random();
+        assert!(matches!(
+            keystore.activate(nobody),
+            Err(KeystoreError::UnknownEnvelope(id)) if id == nobody
+        ));
+    }
+
+    #[test]
+    fn location_follows_a_moved_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let envelope = envelope(VmId::random());
+        keystore.insert_pending(&envelope, "a").unwrap();
+        assert_eq!(
+            keystore.set_location(envelope.id, "a").unwrap(),
+            Change::Unchanged
+        );
+        assert_eq!(keystore.set_location(envelope.id, "b").unwrap(), Change::Changed);
+        assert_eq!(keystore.envelope(envelope.id).unwrap().unwrap().location, "b");
+    }
+
+    #[test]
+    fn envelope_never_changes_its_vm_or_kind() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let envelope = envelope(VmId::random());
+        keystore.put(&envelope, "a").unwrap();
+        let mut moved = version(&envelope, 9, 9);
+        moved.vm = VmId::random();
+        assert!(matches!(
+            keystore.put(&moved, "a"),
+            Err(KeystoreError::OtherObject { .. })
+        ));
+        let mut other_kind = version(&envelope, 9, 9);
+        other_kind.kind = ObjectKind::Vtpm;
+        assert!(matches!(
+            keystore.put(&other_kind, "a"),
+            Err(KeystoreError::OtherObject { .. })
+        ));
+        assert_eq!(
+            keystore.envelope(envelope.id).unwrap().unwrap().envelope,
+            envelope
+        );
+    }
+
+    #[test]
+    fn generation_beyond_sqlite_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let hostile = version(&envelope(VmId::random()), u64::MAX, 1);
+        assert!(matches!(
+            keystore.put(&hostile, ""),
+            Err(KeystoreError::GenerationTooHigh { .. })
+        ));
+        assert!(keystore.envelopes().unwrap().is_empty());
+    }
+
+    #[test]
+    fn row_edited_by_hand_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let envelope = envelope(VmId::random());
+        keystore.put(&envelope, "").unwrap();
+        let sql = "UPDATE envelopes SET generation = 7";
+        keystore.connection().execute(sql, []).unwrap();
+        assert!(matches!(
+            keystore.envelope(envelope.id),
+            Err(KeystoreError::Inconsistent { .. })
+        ));
+        let sql = "UPDATE envelopes SET generation = 1, json = '{}'";
+        keystore.connection().execute(sql, []).unwrap();
+        assert!(matches!(
+            keystore.envelope(envelope.id),
+            Err(KeystoreError::DamagedRecord { .. })
+        ));
+    }
+
+    #[derive(Clone, Debug)]
+    struct Offer {
+        generation: u64,
+        body: u8,
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn highest_generation_wins(
+            offers in prop::collection::vec(
+                (1..5_u64, 0..2_u8).prop_map(|(generation, body)| Offer { generation, body }), 1..8)
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let keystore = Keystore::open(dir.path()).unwrap();
+            let base = envelope(VmId::random());
+            let mut model: Option<Offer> = None;
+            for offer in offers {
+                let outcome = keystore.put(&version(&base, offer.generation, offer.body), "");
+                match &model {
+                    None => prop_assert_eq!(outcome.unwrap(), Put::Adopted),
+                    Some(known) if offer.generation > known.generation => {
+                        prop_assert_eq!(outcome.unwrap(), Put::Updated);
+                    }
+                    Some(known) if offer.generation < known.generation => {
+                        prop_assert_eq!(outcome.unwrap(), Put::Stale);
+                    }
+                    Some(known) if offer.body == known.body => {
+                        prop_assert_eq!(outcome.unwrap(), Put::Unchanged);
+                    }
+                    Some(known) => {
+                        let error = outcome.unwrap_err();
+                        prop_assert!(error.to_string().contains(&base.id.to_string()));
+                        let conflict = matches!(error, KeystoreError::Conflict { generation, .. }
+                            if generation == Generation(known.generation));
+                        prop_assert!(conflict);
+                        continue;
+                    }
+                }
+                if model.as_ref().is_none_or(|known| offer.generation > known.generation) {
+                    model = Some(offer);
+                }
+                let known = model.as_ref().unwrap();
+                let stored = keystore.envelope(base.id).unwrap().unwrap();
+                prop_assert_eq!(stored.envelope, version(&base, known.generation, known.body));
+                prop_assert_eq!(stored.state, EnvelopeState::Active);
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The tables, their versions, and how SQLite is set up.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::{KeystoreError, error::StoreFault};
+
+/// `PRAGMA user_version` of the tables below.
+const VERSION: i64 = 1;
+
+/// `PRAGMA application_id`: "vseK", so that `file` and we know a keystore from another database.
+const APPLICATION_ID: i64 = 0x7673_654b;
+
+const TABLES: &str = "
+    CREATE TABLE envelopes (
+        id         TEXT PRIMARY KEY,
+        vm         TEXT NOT NULL,
+        kind       TEXT NOT NULL CHECK (kind IN ('disk', 'vtpm', 'nvram')),
+        generation INTEGER NOT NULL CHECK (generation >= 0),
+        json       TEXT NOT NULL,
+        state      TEXT NOT NULL CHECK (state IN ('pending', 'active')),
+        location   TEXT NOT NULL,
+        created    INTEGER NOT NULL,
+        updated    INTEGER NOT NULL
+    );
+    CREATE INDEX envelopes_of_vm ON envelopes (vm);
+    CREATE TABLE vms (
+        uuid      TEXT PRIMARY KEY,
+        name      TEXT NOT NULL,
+        sealed_at INTEGER NOT NULL,
+        vtpm_seen INTEGER NOT NULL CHECK (vtpm_seen IN (0, 1))
+    );
+    CREATE TABLE providers (
+        id         TEXT PRIMARY KEY,
+        name       TEXT NOT NULL UNIQUE,
+        kind       TEXT NOT NULL,
+        is_default INTEGER NOT NULL CHECK (is_default IN (0, 1)),
+        created    INTEGER NOT NULL,
+        settings   TEXT NOT NULL
+    );
+    CREATE UNIQUE INDEX one_default_provider ON providers (is_default) WHERE is_default = 1;
+    CREATE TABLE native_roots (
+        provider     TEXT NOT NULL REFERENCES providers (id) ON DELETE RESTRICT,
+        generation   INTEGER NOT NULL CHECK (generation >= 1),
+        sealed       BLOB NOT NULL,
+        backed_up_at INTEGER,
+        PRIMARY KEY (provider, generation)
+    );
+";
+
+/// Opens `path`, checks it whole and brings its tables up to date.
+pub(super) fn open(path: &Path) -> Result<Connection, KeystoreError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    Connection::open_with_flags(path, flags)
+        .map_err(StoreFault::from)
+        .and_then(|mut connection| prepare(&mut connection, path).map(|()| connection))
+        .map_err(|fault| fault.at(path))
+}
+
+fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreFault> {
+    connection.busy_timeout(Duration::from_secs(2))?;
+    check_owner(connection, path)?;
+    set_up(connection)?;
+    check_pages(connection, path)?;
+    migrate(connection)
+}
+
+/// Before anything is written: is this ours, and not from the future?
+fn check_owner(connection: &Connection, path: &Path) -> Result<(), StoreFault> {
+    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if found > VERSION {
+        return Err(KeystoreError::TooNew {
+            path: path.to_owned(),
+            found,
+            known: VERSION,
+        }
+        .into());
+    }
+    let application: i64 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
+    let tables: i64 = connection.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0))?;
+    if tables > 0 && application != APPLICATION_ID {
+        return Err(damaged(path, "it is an SQLite database, and not a keystore"));
+    }
+    Ok(())
+}
+
+/// WAL with `synchronous=FULL`: a commit is one append and one fsync, where a rollback journal costs four, and
+/// it is as durable. Its price is that the latest commits sit in `keystore.db-wal` until a checkpoint, so a
+/// backup of a running host copies both files, or uses `sqlite3 keystore.db 'VACUUM INTO …'`.
+fn set_up(connection: &Connection) -> Result<(), StoreFault> {
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "trusted_schema", false)?;
+    Ok(())
+}
+
+fn check_pages(connection: &Connection, path: &Path) -> Result<(), StoreFault> {
+    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    if verdict == "ok" {
+        Ok(())
+    } else {
+        Err(damaged(path, &verdict))
+    }
+}
+
+fn migrate(connection: &mut Connection) -> Result<(), StoreFault> {
+    let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+    let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if version == 0 {
+        transaction.execute_batch(TABLES)?;
+        transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+        transaction.pragma_update(None, "user_version", VERSION)?;
+    }
+    Ok(transaction.commit()?)
+}
+
+fn damaged(path: &Path, why: &str) -> StoreFault {
+    KeystoreError::Damaged {
+        path: path.to_owned(),
+        source: why.into(),
+    }
+    .into()
+}
