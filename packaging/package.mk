@@ -13,8 +13,8 @@ SBINDIR ?= $(PREFIX)/sbin
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
 DOCDIR ?= $(PREFIX)/share/doc/virtseal
-# libvirt looks for hooks under its own sysconfdir, wherever virtseal itself goes.
-HOOKDIR ?= $(SYSCONFDIR)/libvirt/hooks/qemu.d
+# Where libvirt looks, wherever virtseal itself goes.
+HOOKDIR ?= /etc/libvirt/hooks/qemu.d
 
 PACKAGING := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 PACKAGED_BINARIES := $(or $(CARGO_TARGET_DIR),target)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
