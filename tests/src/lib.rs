@@ -1,1 +1,46 @@
-//! The stage for stories against a real libvirt.
+//! The stage for stories against a real libvirt, QEMU, OVMF and swtpm, on a machine that needs no systemd.
+//!
+//! A [`Host`] is a libvirtd in its own mount and pid namespace: it touches nothing of the machine's own libvirt,
+//! several of them run side by side, and when it is dropped (or the test is killed) all it started is gone. A
+//! [`DomainSpec`] describes a VM of it, [`guest_image`] builds the small UEFI guest that VMs boot, and a [`Guest`] talks to
+//! that guest over its serial console:
+//!
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! use virtseal_e2e::{BOOT_DEADLINE, DomainSpec, Guest, Host};
+//!
+//! let host = Host::start()?;
+//! let disk = host.guest_disk("web01")?;
+//! host.define(&DomainSpec::bootable("web01", &disk))?;
+//! host.virsh(&["start", "web01"])?.succeeded()?;
+//! let mut guest = Guest::attach(&host, "web01")?;
+//! guest.wait_for_boot(BOOT_DEADLINE)?;
+//! guest.write_disk("marker")?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Everything here needs root and the packages that `make deps` installs; a program that is missing is an error
+//! that names its package.
+
+mod accelerator;
+mod console;
+mod deadline;
+mod domain;
+mod guest;
+mod host;
+mod namespace;
+mod process;
+mod programs;
+mod virsh;
+
+pub use accelerator::Accelerator;
+pub use console::Console;
+pub use deadline::wait_until;
+pub use domain::{DomainSpec, Firmware};
+pub use guest::{BOOT_DEADLINE, Guest, guest_image};
+pub use host::{Host, HostBuilder};
+pub use namespace::Namespace;
+pub use process::Process;
+pub use programs::{built_program, require_programs};
+pub use virsh::{DomainState, Output};
