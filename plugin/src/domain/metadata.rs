@@ -1,0 +1,142 @@
+//! What virtseal keeps in a domain's `<metadata>`: copies of the VM's envelopes, so that they travel with it.
+//!
+//!     <metadata>
+//!       <virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'>
+//!         <virtseal:envelope id='…'>{"version":1,…}</virtseal:envelope>
+//!       </virtseal:vm>
+//!     </metadata>
+//!
+//! The namespace counts, not its prefix: others may rewrite that. What a later virtseal added in this namespace is
+//! kept and listed in [`Metadata::unknown`]; a form that this one would misread gets a new namespace, or a new
+//! version in the envelope, and so an error.
+
+use std::collections::HashSet;
+
+use roxmltree::Node;
+
+use super::read::{child, text};
+use super::{DomainError, Position};
+use crate::envelope::{Envelope, EnvelopeId};
+
+/// The contents of `<virtseal:vm>`. Its mere presence makes a VM a sealed one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Metadata {
+    /// In the order of the XML. Nothing in them can be trusted before a stanza was unwrapped.
+    pub envelopes: Vec<Envelope>,
+    /// Elements and attributes that this version does not know, for a warning.
+    pub unknown: Vec<String>,
+}
+
+impl Metadata {
+    /// The namespace of everything virtseal writes into domain XML.
+    pub const NAMESPACE: &'static str = "urn:virtseal:vm:1";
+
+    /// The copy of this envelope.
+    #[must_use]
+    pub fn envelope(&self, id: EnvelopeId) -> Option<&Envelope> {
+        self.envelopes.iter().find(|envelope| envelope.id == id)
+    }
+}
+
+pub(super) fn read(root: Node<'_, '_>) -> Result<Option<Metadata>, DomainError> {
+    let Some(vm) = vm_node(root)? else {
+        return Ok(None);
+    };
+    let mut metadata = Metadata {
+        envelopes: envelope_nodes(vm)?.into_iter().map(|(_, found)| found).collect(),
+        unknown: Vec::new(),
+    };
+    let attributes = vm
+        .attributes()
+        .map(|unknown| format!("attribute {}", unknown.name()));
+    metadata.unknown.extend(attributes);
+    let others = vm
+        .children()
+        .filter(|node| node.is_element() && !is_ours(*node, "envelope"));
+    metadata
+        .unknown
+        .extend(others.map(|node| format!("<{}>", node.tag_name().name())));
+    for envelope in vm.children().filter(|node| is_ours(*node, "envelope")) {
+        let attributes = envelope.attributes().filter(|attribute| attribute.name() != "id");
+        metadata
+            .unknown
+            .extend(attributes.map(|unknown| format!("attribute {} of <envelope>", unknown.name())));
+    }
+    Ok(Some(metadata))
+}
+
+/// Our element `name`, under whatever prefix.
+pub(super) fn is_ours(node: Node<'_, '_>, name: &str) -> bool {
+    node.is_element()
+        && node.tag_name().namespace() == Some(Metadata::NAMESPACE)
+        && node.tag_name().name() == name
+}
+
+/// The `<virtseal:vm>` element.
+pub(super) fn vm_node<'a, 'i>(root: Node<'a, 'i>) -> Result<Option<Node<'a, 'i>>, DomainError> {
+    let Some(holder) = child(root, "metadata") else {
+        return Ok(None);
+    };
+    let mut found = holder.children().filter(|node| is_ours(*node, "vm"));
+    let first = found.next();
+    match found.next() {
+        None => Ok(first),
+        Some(second) => Err(DomainError::Twice {
+            what: "virtseal metadata".into(),
+            at: Position::of(second),
+        }),
+    }
+}
+
+/// Every envelope with its element.
+pub(super) fn envelope_nodes<'a, 'i>(vm: Node<'a, 'i>) -> Result<Vec<(Node<'a, 'i>, Envelope)>, DomainError> {
+    let mut seen = HashSet::new();
+    let nodes = vm.children().filter(|node| is_ours(*node, "envelope"));
+    nodes
+        .zip(1..)
+        .map(|(node, number)| {
+            let envelope = envelope(node, number)?;
+            if seen.insert(envelope.id) {
+                Ok((node, envelope))
+            } else {
+                Err(DomainError::Twice {
+                    what: format!("envelope {}", envelope.id),
+                    at: Position::of(node),
+                })
+            }
+        })
+        .collect()
+}
+
+fn envelope(node: Node<'_, '_>, number: u32) -> Result<Envelope, DomainError> {
+    let stated = node.attribute("id");
+    let envelope = Envelope::from_json(text(node).trim()).map_err(|source| DomainError::Envelope {
+        which: stated.map_or_else(|| format!("number {number}"), str::to_owned),
+        at: Position::of(node),
+        source,
+    })?;
+    match stated {
+        Some(id) if id.parse() != Ok(envelope.id) => Err(DomainError::EnvelopeName {
+            stated: id.to_owned(),
+            found: envelope.id,
+            at: Position::of(node),
+        }),
+        _ => Ok(envelope),
+    }
+}
+
+/// The envelope's JSON in ASCII: libvirtd keeps it in any locale, and XML has no character that it can't hold.
+pub(super) fn ascii_json(envelope: &Envelope) -> String {
+    let mut out = String::new();
+    for found in envelope.to_json().chars() {
+        if found.is_ascii() && found != '\x7f' {
+            out.push(found);
+        } else {
+            let mut units = [0; 2];
+            for unit in found.encode_utf16(&mut units) {
+                out.push_str(&format!("\\u{unit:04x}"));
+            }
+        }
+    }
+    out
+}

@@ -1,0 +1,322 @@
+//! From XML nodes to the types of [`super`].
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use roxmltree::{Document, Node};
+
+use super::metadata;
+use super::{
+    BackingLayer, Disk, DiskDevice, Domain, DomainError, Encryption, Firmware, Nvram, Position, SecretRef,
+    Source, Tpm, TpmBackend, Uefi,
+};
+use crate::envelope::EnvelopeId;
+
+pub(super) fn domain(document: &Document<'_>) -> Result<Domain, DomainError> {
+    let root = root(document)?;
+    Ok(Domain {
+        uuid: parsed(required(root, "uuid", "<uuid>")?, "UUID")?,
+        name: name(root)?,
+        domain_type: attribute(root, "type", "<domain type>")?.to_owned(),
+        running_id: running_id(root)?,
+        firmware: firmware(root)?,
+        disks: disks(root)?,
+        tpm: tpm(root)?,
+        metadata: metadata::read(root)?,
+    })
+}
+
+/// The `<domain>` element.
+pub(super) fn root<'a, 'i>(document: &'a Document<'i>) -> Result<Node<'a, 'i>, DomainError> {
+    let root = document.root_element();
+    if is(root, "domain") {
+        Ok(root)
+    } else {
+        Err(DomainError::NotADomain {
+            found: root.tag_name().name().to_owned(),
+            at: Position::of(root),
+        })
+    }
+}
+
+/// Whether this is libvirt's element `name`: those have no namespace.
+pub(super) fn is(node: Node<'_, '_>, name: &str) -> bool {
+    node.is_element() && node.tag_name().namespace().is_none() && node.tag_name().name() == name
+}
+
+/// All of libvirt's elements `name` directly below `node`.
+pub(super) fn children<'a, 'i>(node: Node<'a, 'i>, name: &str) -> impl Iterator<Item = Node<'a, 'i>> {
+    node.children().filter(move |child| is(*child, name))
+}
+
+/// libvirt's element `name` directly below `node`; libvirt too looks at the first one only.
+pub(super) fn child<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
+    children(node, name).next()
+}
+
+/// The text directly in `node`, comments left out.
+pub(super) fn text(node: Node<'_, '_>) -> String {
+    node.children()
+        .filter(Node::is_text)
+        .filter_map(|child| child.text())
+        .collect()
+}
+
+/// Every `<disk>` with its `<target dev=…>`.
+pub(super) fn disk_nodes<'a, 'i>(root: Node<'a, 'i>) -> Result<Vec<(&'a str, Node<'a, 'i>)>, DomainError> {
+    let mut seen = HashSet::new();
+    let devices = children(root, "devices").flat_map(|devices| children(devices, "disk"));
+    devices
+        .map(|disk| {
+            let target = attribute(
+                required(disk, "target", "<target>")?,
+                "dev",
+                "the target's attribute dev",
+            )?;
+            if seen.insert(target) {
+                Ok((target, disk))
+            } else {
+                Err(DomainError::Twice {
+                    what: format!("disk {target}"),
+                    at: Position::of(disk),
+                })
+            }
+        })
+        .collect()
+}
+
+/// The `<tpm>` that holds the VM's state: an emulator before any other.
+pub(super) fn tpm_node<'a, 'i>(root: Node<'a, 'i>) -> Option<Node<'a, 'i>> {
+    let tpms = || children(root, "devices").flat_map(|devices| children(devices, "tpm"));
+    let emulated = |tpm: &Node<'_, '_>| {
+        child(*tpm, "backend").is_some_and(|backend| backend.attribute("type") == Some("emulator"))
+    };
+    tpms().find(emulated).or_else(|| tpms().next())
+}
+
+/// The `<encryption>` of a disk: in its `<source>`, or in the `<disk>` itself as older XML has it.
+pub(super) fn disk_encryption<'a, 'i>(disk: Node<'a, 'i>) -> Option<Node<'a, 'i>> {
+    child(disk, "source")
+        .and_then(|source| child(source, "encryption"))
+        .or_else(|| child(disk, "encryption"))
+}
+
+pub(super) fn encryption(node: Node<'_, '_>) -> Result<Encryption, DomainError> {
+    let mut secrets = children(node, "secret");
+    let first = secrets.next();
+    if let Some(second) = secrets.next() {
+        return Err(DomainError::Twice {
+            what: "<secret> in an <encryption>".into(),
+            at: Position::of(second),
+        });
+    }
+    Ok(Encryption {
+        format: attribute(node, "format", "the encryption's format")?.to_owned(),
+        engine: node.attribute("engine").map(str::to_owned),
+        secret: first.map_or(Ok(SecretRef::Missing), secret)?,
+    })
+}
+
+/// Where `<nvram>` says that the variable store is.
+pub(super) fn nvram_source(node: Node<'_, '_>) -> Result<Source, DomainError> {
+    let path = text(node).trim().to_owned();
+    match node.attribute("type") {
+        None | Some("file") if child(node, "source").is_none() && !path.is_empty() => {
+            Ok(Source::File(path.into()))
+        }
+        kind => source(node, kind.unwrap_or("file")),
+    }
+}
+
+fn secret(node: Node<'_, '_>) -> Result<SecretRef, DomainError> {
+    match (node.attribute("uuid"), node.attribute("usage")) {
+        (Some(uuid), _) => value(node, uuid, "UUID").map(SecretRef::Uuid),
+        (None, Some(usage)) => Ok(SecretRef::Usage(usage.to_owned())),
+        (None, None) => Err(DomainError::Missing {
+            what: "the secret's uuid",
+            at: Position::of(node),
+        }),
+    }
+}
+
+fn name(root: Node<'_, '_>) -> Result<String, DomainError> {
+    let name = text(required(root, "name", "<name>")?);
+    if name.is_empty() {
+        return Err(DomainError::Missing {
+            what: "the text of <name>",
+            at: Position::of(root),
+        });
+    }
+    Ok(name)
+}
+
+fn running_id(root: Node<'_, '_>) -> Result<Option<i32>, DomainError> {
+    match root.attribute("id") {
+        None | Some("-1") => Ok(None),
+        Some(id) => value(root, id, "domain id").map(Some),
+    }
+}
+
+fn firmware(root: Node<'_, '_>) -> Result<Firmware, DomainError> {
+    let Some(os) = child(root, "os") else {
+        return Ok(Firmware::Bios);
+    };
+    let loader = child(os, "loader");
+    let says = |name: &str, value: &str| loader.and_then(|loader| loader.attribute(name)) == Some(value);
+    let path = loader.map(text).filter(|path| !path.trim().is_empty());
+    let path = path.map(|path| PathBuf::from(path.trim()));
+    let autoselected = os.attribute("firmware") == Some("efi");
+    if autoselected || says("type", "pflash") || child(os, "nvram").is_some() {
+        return Ok(Firmware::Uefi(Uefi {
+            autoselected,
+            loader: path,
+            secure: says("secure", "yes"),
+            stateless: says("stateless", "yes"),
+            nvram: child(os, "nvram").map(nvram).transpose()?,
+        }));
+    }
+    Ok(path.map_or(Firmware::Bios, Firmware::Rom))
+}
+
+fn nvram(node: Node<'_, '_>) -> Result<Nvram, DomainError> {
+    let encrypted = child(node, "source").and_then(|source| child(source, "encryption"));
+    Ok(Nvram {
+        source: nvram_source(node)?,
+        template: node.attribute("template").map(PathBuf::from),
+        format: node.attribute("format").map(str::to_owned),
+        encryption: encrypted.map(encryption).transpose()?,
+    })
+}
+
+fn disks(root: Node<'_, '_>) -> Result<Vec<Disk>, DomainError> {
+    let nodes = disk_nodes(root)?.into_iter();
+    nodes.map(|(target, node)| disk(target, node)).collect()
+}
+
+fn disk(target: &str, node: Node<'_, '_>) -> Result<Disk, DomainError> {
+    let device = disk_device(node)?;
+    Ok(Disk {
+        target: target.to_owned(),
+        device,
+        source: source(node, node.attribute("type").unwrap_or("file"))?,
+        format: child(node, "driver")
+            .and_then(|driver| driver.attribute("type"))
+            .map(str::to_owned),
+        readonly: device == DiskDevice::Cdrom || child(node, "readonly").is_some(),
+        shareable: child(node, "shareable").is_some(),
+        transient: child(node, "transient").is_some(),
+        encryption: disk_encryption(node).map(encryption).transpose()?,
+        backing: backing(node)?,
+    })
+}
+
+fn disk_device(node: Node<'_, '_>) -> Result<DiskDevice, DomainError> {
+    match node.attribute("device").unwrap_or("disk") {
+        "disk" => Ok(DiskDevice::Disk),
+        "cdrom" => Ok(DiskDevice::Cdrom),
+        "floppy" => Ok(DiskDevice::Floppy),
+        "lun" => Ok(DiskDevice::Lun),
+        other => Err(DomainError::Value {
+            what: "kind of disk",
+            found: other.to_owned(),
+            at: Position::of(node),
+        }),
+    }
+}
+
+/// The chain of `<backingStore>`, each nested in the one above it; one without `type` ends it.
+fn backing(disk: Node<'_, '_>) -> Result<Vec<BackingLayer>, DomainError> {
+    let mut layers = Vec::new();
+    let mut next = child(disk, "backingStore");
+    while let Some(node) = next {
+        let Some(kind) = node.attribute("type") else { break };
+        layers.push(BackingLayer {
+            source: source(node, kind)?,
+            format: child(node, "format")
+                .and_then(|format| format.attribute("type"))
+                .map(str::to_owned),
+            encryption: disk_encryption(node).map(encryption).transpose()?,
+        });
+        next = child(node, "backingStore");
+    }
+    Ok(layers)
+}
+
+fn source(holder: Node<'_, '_>, kind: &str) -> Result<Source, DomainError> {
+    let Some(source) = child(holder, "source") else {
+        return Ok(match kind {
+            "file" | "block" | "dir" | "network" | "volume" => Source::Empty,
+            other => Source::Other(other.to_owned()),
+        });
+    };
+    let path = |name: &str| source.attribute(name).map(PathBuf::from);
+    Ok(match kind {
+        "file" => path("file").map_or(Source::Empty, Source::File),
+        "block" => path("dev").map_or(Source::Empty, Source::Block),
+        "dir" => path("dir").map_or(Source::Empty, Source::Dir),
+        "network" => Source::Network {
+            protocol: attribute(source, "protocol", "the source's protocol")?.to_owned(),
+            name: source.attribute("name").map(str::to_owned),
+        },
+        "volume" => Source::Volume {
+            pool: attribute(source, "pool", "the source's pool")?.to_owned(),
+            volume: attribute(source, "volume", "the source's volume")?.to_owned(),
+        },
+        other => Source::Other(other.to_owned()),
+    })
+}
+
+fn tpm(root: Node<'_, '_>) -> Result<Option<Tpm>, DomainError> {
+    let Some(node) = tpm_node(root) else {
+        return Ok(None);
+    };
+    let backend = required(node, "backend", "the tpm's <backend>")?;
+    Ok(Some(Tpm {
+        model: node.attribute("model").map(str::to_owned),
+        backend: match attribute(backend, "type", "the backend's type")? {
+            "emulator" => TpmBackend::Emulator {
+                version: backend.attribute("version").map(str::to_owned),
+                secret: tpm_secret(backend)?,
+            },
+            "passthrough" => TpmBackend::Passthrough,
+            "external" => TpmBackend::External,
+            other => TpmBackend::Other(other.to_owned()),
+        },
+    }))
+}
+
+/// The `<encryption secret=…/>` of a TPM's `<backend>`.
+pub(super) fn tpm_secret(backend: Node<'_, '_>) -> Result<Option<EnvelopeId>, DomainError> {
+    let Some(encryption) = child(backend, "encryption") else {
+        return Ok(None);
+    };
+    let uuid = attribute(encryption, "secret", "the encryption's secret")?;
+    value(encryption, uuid, "UUID").map(Some)
+}
+
+fn required<'a, 'i>(node: Node<'a, 'i>, name: &str, what: &'static str) -> Result<Node<'a, 'i>, DomainError> {
+    child(node, name).ok_or_else(|| DomainError::Missing {
+        what,
+        at: Position::of(node),
+    })
+}
+
+fn attribute<'a>(node: Node<'a, '_>, name: &str, what: &'static str) -> Result<&'a str, DomainError> {
+    node.attribute(name).ok_or_else(|| DomainError::Missing {
+        what,
+        at: Position::of(node),
+    })
+}
+
+fn parsed<T: FromStr>(node: Node<'_, '_>, what: &'static str) -> Result<T, DomainError> {
+    value(node, text(node).trim(), what)
+}
+
+fn value<T: FromStr>(node: Node<'_, '_>, found: &str, what: &'static str) -> Result<T, DomainError> {
+    found.parse().map_err(|_| DomainError::Value {
+        what,
+        found: found.chars().take(80).collect(),
+        at: Position::of(node),
+    })
+}
