@@ -5,20 +5,23 @@
 //! process ends at the end of its standard input, and the kernel then kills the rest and drops all mounts.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result};
-use tempfile::TempDir;
 
 use crate::programs::script;
+
+/// Runs the namespace to its end and then removes its directory: also when the test was killed.
+const KEEPER: &str = r#"unshare --mount --pid --fork --kill-child -- "$1" "$2"; rm -rf -- "$2""#;
 
 /// The namespace, and the temporary directory that backs all that is written in it.
 pub struct Namespace {
     keeper: Child,
     /// The first process inside, as this side numbers it.
     init_pid: u32,
-    directory: TempDir,
+    directory: PathBuf,
 }
 
 impl Namespace {
@@ -31,19 +34,22 @@ impl Namespace {
             .prefix("virtseal-e2e-")
             .tempdir()
             .context("no temporary directory")?;
-        let mut keeper = Command::new("unshare")
-            .args(["--mount", "--pid", "--fork", "--kill-child"])
+        let mut keeper = Command::new("bash")
+            .args(["-c", KEEPER, "bash"])
             .arg(script("namespace"))
             .arg(directory.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            // A Ctrl-C is for the test; the keeper has to clean up after it.
+            .process_group(0)
             .spawn()
-            .context("unshare did not start (package util-linux)")?;
+            .context("bash did not start")?;
+        let directory = directory.keep();
         let mut line = String::new();
         let stdout = keeper
             .stdout
             .take()
-            .context("unshare has no standard output")?;
+            .context("bash has no standard output")?;
         BufReader::new(stdout).read_line(&mut line)?;
         let init_pid = parse_ready(&line)
             .context("the private namespace could not be set up; its messages are above")?;
@@ -76,14 +82,14 @@ impl Namespace {
 
     /// The directory on a disk that backs every private path. It has the same path inside and outside.
     pub fn directory(&self) -> &Path {
-        self.directory.path()
+        &self.directory
     }
 }
 
 impl Drop for Namespace {
     fn drop(&mut self) {
         drop(self.keeper.stdin.take());
-        // Returns after the kernel has killed and reaped everything inside, so the directory is unused afterwards.
+        // Returns after the kernel has killed and reaped everything inside, and the directory is gone.
         let _ = self.keeper.wait();
     }
 }

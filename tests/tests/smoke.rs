@@ -44,6 +44,29 @@ fn plain_guest_boots_and_persists() -> Result<()> {
     stop(&host, &vm.name, guest)
 }
 
+#[test]
+fn plain_guest_survives_libvirtd_restart_managedsave_and_reset() -> Result<()> {
+    let mut host = Host::start()?;
+    let vm = DomainSpec::bootable("plain02", &host.guest_disk("plain02")?);
+    host.define(&vm)?;
+    let mut guest = boot(&host, &vm.name)?;
+    guest.write_tpm(TPM_MARKER)?;
+
+    host.restart_libvirtd()?;
+    guest.ping()?;
+
+    host.virsh(&["managedsave", &vm.name])?.succeeded()?;
+    host.virsh(&["start", &vm.name])?.succeeded()?;
+    let mut guest = Guest::attach(&host, &vm.name)?;
+    guest.ping()?;
+
+    host.virsh(&["reset", &vm.name])?.succeeded()?;
+    guest.wait_for_boot(BOOT_DEADLINE)?;
+    ensure!(guest.read_tpm()? == TPM_MARKER);
+    guest.reboot(BOOT_DEADLINE)?;
+    stop(&host, &vm.name, guest)
+}
+
 fn boot(host: &Host, name: &str) -> Result<Guest> {
     let start = Instant::now();
     host.virsh(&["start", name])?.succeeded()?;
