@@ -1,1 +1,34 @@
-//! Encrypted images: create, open, inspect.
+//! Encrypted images: made, inspected and opened, by our own code.
+//!
+//! The daemon calls this for disks (qcow2 with LUKS1 inside, the envelope in a header extension) and for UEFI
+//! variable stores (plain LUKS1). Nothing here writes to an image that exists: new files get their name once they
+//! are complete and have been opened with their key, and reading takes no lock and follows no file name that an
+//! image gives, except in [`backing_chain`].
+//!
+//! - [`create`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
+//! - [`inspect`], [`backing_chain`], [`header_digest`]: read them without a key
+//! - [`verify`]: opens one with its key
+//!
+//! The formats are in [`luks1`] and, for qcow2 and where the envelope lies in it, in [`create`]'s `qcow2` modules.
+
+mod convert;
+mod create;
+mod error;
+pub mod luks1;
+mod nvram;
+mod open;
+mod qcow2;
+mod size;
+mod staging;
+
+pub use convert::Percent;
+pub use create::{
+    Backing, BackingFormat, CreateRequest, Created, Step, create, create_from, create_from_watched,
+    create_watched,
+};
+pub use error::{Flaw, Part, VolumeError};
+pub use nvram::{create_nvram, create_nvram_watched};
+pub use open::{BackingEntry, Format, Layer, VolumeInfo, backing_chain, header_digest, inspect, verify};
+pub use qcow2::allocation::Data;
+pub use size::{Bytes, ClusterSize, SizeError};
+pub use staging::{FileId, sweep_temporaries};

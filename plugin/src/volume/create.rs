@@ -1,0 +1,386 @@
+//! Making encrypted images.
+//!
+//! The file is written without a name, put on stable storage, opened anew and unlocked with the passphrase, and
+//! only then gets its name. A process that dies at any step leaves nothing, or the complete image.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::convert::{self, Percent, Source};
+use super::error::{Attempt, VolumeError};
+use super::luks1;
+use super::open::{Format, Image, local_file_name};
+use super::qcow2::BackingName;
+use super::qcow2::allocation::Data;
+use super::qcow2::layout::{Blueprint, LayoutError, Parts};
+use super::size::{Bytes, ClusterSize};
+use super::staging::{FileId, Staged, is_in_use};
+use crate::envelope::Envelope;
+use crate::secret::Passphrase;
+
+/// The format of a backing file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackingFormat {
+    /// qcow2, encrypted or not.
+    Qcow2,
+    /// raw.
+    Raw,
+}
+
+impl BackingFormat {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// The image that a new one is an overlay of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// As it will be written into the image; a relative path counts from the image's directory.
+    pub path: PathBuf,
+    /// Its format; nothing is guessed.
+    pub format: BackingFormat,
+}
+
+/// What to make.
+#[derive(Clone, Debug)]
+pub struct CreateRequest {
+    /// The image's name.
+    pub path: PathBuf,
+    /// Size of the guest's disk, rounded up to whole sectors. `None`: that of the backing file or the source.
+    pub size: Option<Bytes>,
+    /// Size of a qcow2 cluster.
+    pub cluster_size: ClusterSize,
+    /// For an overlay.
+    pub backing: Option<Backing>,
+    /// `None`: the name must be free. Else the file that [`inspect`](super::inspect) found empty there, to be
+    /// replaced by one of the same owner and mode.
+    pub replace: Option<FileId>,
+}
+
+impl CreateRequest {
+    /// An image of `size` under a free name, with the usual clusters.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, size: Bytes) -> Self {
+        Self {
+            path: path.into(),
+            size: Some(size),
+            cluster_size: ClusterSize::default(),
+            backing: None,
+            replace: None,
+        }
+    }
+}
+
+/// What was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Created {
+    /// The image.
+    pub path: PathBuf,
+    /// Size of the guest's disk.
+    pub size: Bytes,
+    /// As [`header_digest`](super::header_digest) gives it; the header has just been opened with the passphrase.
+    pub header_digest: [u8; 32],
+}
+
+/// A step of the making that is done. Dying right after any of them must be harmless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// There is an empty file without a name.
+    Staged,
+    /// The headers are written.
+    Written,
+    /// The source's data is written.
+    Filled,
+    /// All of it is on stable storage.
+    Synced,
+    /// It was opened with the passphrase.
+    Verified,
+    /// It has its name.
+    Published,
+    /// The name is on stable storage.
+    Durable,
+}
+
+/// Makes an empty image that `passphrase` opens and that carries `envelope`.
+///
+/// # Errors
+/// [`VolumeError`]; nothing was created then, except when only the last fsync of the directory failed.
+pub fn create(
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Created, VolumeError> {
+    create_watched(request, envelope, passphrase, |_| {})
+}
+
+/// [`create`], telling `watch` of every step: for tests that stop there.
+///
+/// # Errors
+/// Those of [`create`].
+pub fn create_watched(
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+    mut watch: impl FnMut(Step),
+) -> Result<Created, VolumeError> {
+    let size = match (request.size, &request.backing) {
+        (Some(size), _) => size,
+        (None, Some(backing)) => backing_size(request, backing)?,
+        (None, None) => return Err(VolumeError::SizeMissing(request.path.clone())),
+    };
+    let making = Making::new(request, size, envelope, passphrase)?;
+    making.run(|_| Ok(()), &mut watch)
+}
+
+/// Makes an image and fills it with the data of `source` (raw or qcow2) through `qemu-img convert`. `progress`
+/// hears how far it got and may stop it.
+///
+/// # Errors
+/// [`VolumeError`]; nothing was created then.
+pub fn create_from(
+    request: &CreateRequest,
+    source: &Path,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+    progress: impl FnMut(Percent) -> ControlFlow<()>,
+) -> Result<Created, VolumeError> {
+    create_from_watched(request, source, envelope, passphrase, progress, |_| {})
+}
+
+/// [`create_from`], telling `watch` of every step: for tests that stop there.
+///
+/// # Errors
+/// Those of [`create_from`].
+pub fn create_from_watched(
+    request: &CreateRequest,
+    source: &Path,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+    progress: impl FnMut(Percent) -> ControlFlow<()>,
+    mut watch: impl FnMut(Step),
+) -> Result<Created, VolumeError> {
+    if let Some(backing) = &request.backing {
+        return Err(VolumeError::BackingName {
+            path: request.path.clone(),
+            backing: backing.path.clone(),
+            reason: "an image that is filled from another one has none".to_owned(),
+        });
+    }
+    let source = Source::open(source)?;
+    let size = request.size.unwrap_or(source.virtual_size());
+    if size < source.virtual_size() {
+        return Err(VolumeError::Size {
+            path: request.path.clone(),
+            size,
+            reason: format!("{} has {}", source.path().display(), source.virtual_size()),
+        });
+    }
+    let making = Making::new(request, size, envelope, passphrase)?;
+    making.run(
+        |staged| convert::fill(&source, staged, passphrase, &request.path, progress),
+        &mut watch,
+    )
+}
+
+/// An image in the making.
+struct Making<'a> {
+    request: &'a CreateRequest,
+    size: Bytes,
+    envelope: &'a Envelope,
+    passphrase: &'a Passphrase,
+    blueprint: Blueprint,
+}
+
+impl<'a> Making<'a> {
+    fn new(
+        request: &'a CreateRequest,
+        size: Bytes,
+        envelope: &'a Envelope,
+        passphrase: &'a Passphrase,
+    ) -> Result<Self, VolumeError> {
+        let json = envelope.to_json();
+        // What can't be read back must not be written.
+        Envelope::from_json(&json).map_err(VolumeError::Envelope)?;
+        let size = allowed(size, &request.path)?;
+        let backing = backing_name(request)?;
+        let parts = Parts {
+            size,
+            cluster_size: request.cluster_size,
+            backing: backing.as_ref(),
+            luks: luks1::Header::create(passphrase)?,
+            envelope: &json,
+        };
+        let blueprint = parts
+            .blueprint()
+            .map_err(|error| impossible(&error, request, size))?;
+        Ok(Self {
+            request,
+            size,
+            envelope,
+            passphrase,
+            blueprint,
+        })
+    }
+
+    fn run(
+        self,
+        fill: impl FnOnce(&Staged) -> Result<(), VolumeError>,
+        watch: &mut dyn FnMut(Step),
+    ) -> Result<Created, VolumeError> {
+        self.check_target()?;
+        let staged = Staged::beside(&self.request.path)?;
+        watch(Step::Staged);
+        self.write(&staged).attempt("write", &self.request.path)?;
+        watch(Step::Written);
+        fill(&staged)?;
+        watch(Step::Filled);
+        if self.request.replace.is_some() {
+            let replaced = fs::metadata(&self.request.path).attempt("look at", &self.request.path)?;
+            staged.take_after(&replaced)?;
+        }
+        staged.sync()?;
+        watch(Step::Synced);
+        let header_digest = self.verify(&staged)?;
+        watch(Step::Verified);
+        self.check_target()?;
+        let published = staged.publish(self.request.replace)?;
+        watch(Step::Published);
+        published.sync()?;
+        watch(Step::Durable);
+        Ok(Created {
+            path: self.request.path.clone(),
+            size: self.size,
+            header_digest,
+        })
+    }
+
+    /// The name is free, or taken by the file to be replaced, which nobody uses and which holds nothing.
+    fn check_target(&self) -> Result<(), VolumeError> {
+        let path = &self.request.path;
+        let Some(expected) = self.request.replace else {
+            return match fs::symlink_metadata(path) {
+                Ok(_) => Err(VolumeError::Exists(path.clone())),
+                Err(_) => Ok(()),
+            };
+        };
+        let image = Image::open(path)?;
+        if image.file_id() != expected {
+            return Err(VolumeError::Changed(path.clone()));
+        }
+        if is_in_use(image.file()).attempt("look for users of", path)? {
+            return Err(VolumeError::InUse(path.clone()));
+        }
+        match image.data()? {
+            Data::Empty => Ok(()),
+            Data::HasData => Err(VolumeError::HoldsData(path.clone())),
+        }
+    }
+
+    fn write(&self, staged: &Staged) -> std::io::Result<()> {
+        staged.file().set_len(self.blueprint.len)?;
+        for region in &self.blueprint.regions {
+            staged.file().write_all_at(&region.bytes, region.offset)?;
+        }
+        Ok(())
+    }
+
+    /// Opens it as anyone would, and finds all that was put in.
+    fn verify(&self, staged: &Staged) -> Result<[u8; 32], VolumeError> {
+        let image = Image::from_file(staged.reopen()?, &self.request.path, None)?;
+        image.unlock(self.passphrase)?;
+        let complete = image.format()? == Format::Qcow2Luks1
+            && image.virtual_size() == self.size
+            && image.envelope()?.as_ref() == Some(self.envelope);
+        if !complete {
+            return Err(VolumeError::unsupported(
+                &self.request.path,
+                "the new image did not read back as it was written",
+                "nothing was created; check the file system and the disk below it",
+            ));
+        }
+        image.header_digest()
+    }
+}
+
+fn allowed(size: Bytes, path: &Path) -> Result<Bytes, VolumeError> {
+    size.whole_sectors()
+        .filter(|rounded| rounded.0 > 0)
+        .ok_or_else(|| VolumeError::Size {
+            path: path.to_owned(),
+            size,
+            reason: "a disk has at least one sector of 512 bytes, and less than 16 EiB".to_owned(),
+        })
+}
+
+fn impossible(error: &LayoutError, request: &CreateRequest, size: Bytes) -> VolumeError {
+    match (error, &request.backing) {
+        (LayoutError::BackingName { room }, Some(backing)) => VolumeError::BackingName {
+            path: request.path.clone(),
+            backing: backing.path.clone(),
+            reason: format!("the header has room for a name of {room} bytes; use larger clusters"),
+        },
+        (LayoutError::BackingName { .. }, None) => VolumeError::SizeMissing(request.path.clone()),
+        (LayoutError::TooLarge { most }, _) => VolumeError::Size {
+            path: request.path.clone(),
+            size,
+            reason: format!(
+                "with clusters of {} a disk has {most} at the most; use larger clusters",
+                Bytes(request.cluster_size.bytes())
+            ),
+        },
+    }
+}
+
+fn backing_name(request: &CreateRequest) -> Result<Option<BackingName>, VolumeError> {
+    let Some(backing) = &request.backing else {
+        return Ok(None);
+    };
+    let refused = |reason: &str| VolumeError::BackingName {
+        path: request.path.clone(),
+        backing: backing.path.clone(),
+        reason: reason.to_owned(),
+    };
+    let name = backing
+        .path
+        .to_str()
+        .ok_or_else(|| refused("its name is not UTF-8"))?;
+    if local_file_name(name) != Some(name) {
+        return Err(refused(
+            "QEMU would take its name for a protocol; write ./ before it",
+        ));
+    }
+    let found = open_backing(request, backing)?.format()?;
+    let fits = match backing.format {
+        BackingFormat::Qcow2 => matches!(found, Format::Qcow2 | Format::Qcow2Luks1),
+        BackingFormat::Raw => found == Format::Raw,
+    };
+    if !fits {
+        return Err(refused(&format!(
+            "it is {}, not {}",
+            found.as_str(),
+            backing.format.as_str()
+        )));
+    }
+    Ok(Some(BackingName {
+        name: name.to_owned(),
+        format: Some(backing.format.as_str().to_owned()),
+    }))
+}
+
+fn backing_size(request: &CreateRequest, backing: &Backing) -> Result<Bytes, VolumeError> {
+    open_backing(request, backing).map(|image| image.virtual_size())
+}
+
+fn open_backing(request: &CreateRequest, backing: &Backing) -> Result<Image, VolumeError> {
+    let directory = request.path.parent().unwrap_or(Path::new(""));
+    Image::open(&directory.join(&backing.path))
+}
