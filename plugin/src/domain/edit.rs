@@ -301,10 +301,8 @@ fn metadata_insertion(xml: &str, root: Node<'_, '_>, envelopes: &[Envelope]) -> 
         return splice::insert(xml, metadata, Place::Last, &vm);
     }
     let before = ["name", "uuid", "genid", "title", "description"];
-    let last = root
-        .children()
-        .filter(|node| before.iter().any(|name| read::is(*node, name)))
-        .last();
+    let is_before = |node: &Node<'_, '_>| before.iter().any(|name| read::is(*node, name));
+    let last = root.children().rfind(is_before);
     let place = last.map_or(Place::First, Place::After);
     splice::insert(xml, root, place, &Element::new("metadata").children([vm]))
 }

@@ -1,0 +1,262 @@
+//! `/etc/virtseal/hook.conf`: `key = value` lines, `#` comments.
+//!
+//! A mistake in it is kept, not raised: it must refuse sealed VMs and nobody else. Only where a mistake leaves
+//! open whether unsealed VMs may start, they may not.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const PATH: &str = "/etc/virtseal/hook.conf";
+const KEYS: [&str; 5] = [
+    "socket",
+    "deadline",
+    "require_sealed",
+    "master_key_tmpfs",
+    "runtime_dir",
+];
+const MAX_LENGTH: u64 = 64 * 1024;
+
+/// What to do where QEMU's master key can't be kept off the disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TmpfsPolicy {
+    Required,
+    Preferred,
+    Off,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Conf {
+    /// Where it was read from, for messages.
+    pub(crate) path: PathBuf,
+    pub(crate) socket: PathBuf,
+    pub(crate) deadline: Duration,
+    /// Also true where the file leaves it open.
+    pub(crate) require_sealed: bool,
+    pub(crate) master_key_tmpfs: TmpfsPolicy,
+    /// The directory in which libvirt makes one for each running domain.
+    pub(crate) runtime_dir: PathBuf,
+    /// The first mistake: `FILE:LINE: what; next: …`.
+    pub(crate) problem: Option<String>,
+}
+
+impl Conf {
+    /// Reads the file; a missing one means the defaults. The environment variables `VIRTSEAL_HOOK_CONF` (the
+    /// file) and `VIRTSEAL_SOCKET` are for scripts: libvirt passes none of them on.
+    pub(crate) fn load() -> Self {
+        let path = variable("VIRTSEAL_HOOK_CONF").map_or_else(|| PATH.into(), PathBuf::from);
+        let mut conf = match read(&path) {
+            Ok(text) => Self::parse(&path, &text),
+            Err(error) if error.kind() == ErrorKind::NotFound => Self::defaults(&path),
+            Err(error) => Self {
+                problem: Some(format!("{}: {error}; next: make it readable", path.display())),
+                require_sealed: true,
+                ..Self::defaults(&path)
+            },
+        };
+        if let Some(socket) = variable("VIRTSEAL_SOCKET") {
+            conf.socket = socket.into();
+        }
+        conf
+    }
+
+    fn defaults(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            socket: "/run/virtseal/virtseald.sock".into(),
+            deadline: Duration::from_secs(10),
+            require_sealed: false,
+            master_key_tmpfs: TmpfsPolicy::Required,
+            runtime_dir: "/var/lib/libvirt/qemu".into(),
+            problem: None,
+        }
+    }
+
+    fn parse(path: &Path, text: &str) -> Self {
+        let mut conf = Self::defaults(path);
+        for (line, number) in text.lines().zip(1..) {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            if let Err(what) = conf.set(line) {
+                let problem = || format!("{}:{number}: {what}; next: correct that line", path.display());
+                conf.problem.get_or_insert_with(problem);
+            }
+        }
+        conf
+    }
+
+    fn set(&mut self, line: &str) -> Result<(), String> {
+        let (key, value) = line.split_once('=').unwrap_or((line, ""));
+        let (key, value) = (key.trim(), value.trim());
+        match key {
+            "socket" => self.socket = absolute(value)?,
+            "deadline" => self.deadline = deadline(value)?,
+            "require_sealed" => {
+                // Stays so if the value is none.
+                self.require_sealed = true;
+                self.require_sealed = boolean(value)?;
+            }
+            "master_key_tmpfs" => self.master_key_tmpfs = policy(value)?,
+            "runtime_dir" => self.runtime_dir = absolute(value)?,
+            _ => {
+                let nearest = nearest(key);
+                self.require_sealed |= nearest == "require_sealed";
+                return Err(format!("unknown key {key:?}, did you mean {nearest}?"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn variable(name: &str) -> Option<OsString> {
+    std::env::var_os(name).filter(|value| !value.is_empty())
+}
+
+fn read(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(MAX_LENGTH + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_LENGTH {
+        return Err(std::io::Error::new(
+            ErrorKind::FileTooLarge,
+            "the file is too long",
+        ));
+    }
+    Ok(text)
+}
+
+fn absolute(value: &str) -> Result<PathBuf, String> {
+    if value.starts_with('/') {
+        Ok(value.into())
+    } else {
+        Err(format!("{value:?} is no absolute path"))
+    }
+}
+
+fn boolean(value: &str) -> Result<bool, String> {
+    match value {
+        "true" | "yes" => Ok(true),
+        "false" | "no" => Ok(false),
+        _ => Err(format!("{value:?} is neither true nor false")),
+    }
+}
+
+fn policy(value: &str) -> Result<TmpfsPolicy, String> {
+    match value {
+        "required" => Ok(TmpfsPolicy::Required),
+        "preferred" => Ok(TmpfsPolicy::Preferred),
+        "off" => Ok(TmpfsPolicy::Off),
+        _ => Err(format!("{value:?} is none of required, preferred, off")),
+    }
+}
+
+/// `10`, `10s` or `500ms`, from 10 ms to 5 minutes.
+fn deadline(value: &str) -> Result<Duration, String> {
+    let (number, unit) = match (value.strip_suffix("ms"), value.strip_suffix('s')) {
+        (Some(number), _) => (number, 1),
+        (None, Some(number)) => (number, 1000),
+        (None, None) => (value, 1000),
+    };
+    let millis = number
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(unit));
+    match millis {
+        Some(millis @ 10..=300_000) => Ok(Duration::from_millis(millis)),
+        _ => Err(format!(
+            "{value:?} is no time from 10ms to 300s, such as 10s or 500ms"
+        )),
+    }
+}
+
+fn nearest(key: &str) -> &'static str {
+    let best = KEYS.into_iter().min_by_key(|known| distance(key, known));
+    best.expect("there are keys")
+}
+
+/// Levenshtein's, on bytes; of a long key the start is enough.
+fn distance(left: &str, right: &str) -> usize {
+    let left = &left.as_bytes()[..left.len().min(40)];
+    let mut row: Vec<usize> = (0..=right.len()).collect();
+    for (index, from) in left.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = index + 1;
+        for (column, to) in right.bytes().enumerate() {
+            let replace = diagonal + usize::from(*from != to);
+            diagonal = row[column + 1];
+            row[column + 1] = replace.min(diagonal + 1).min(row[column] + 1);
+        }
+    }
+    row[right.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Conf {
+        Conf::parse(Path::new("/c"), text)
+    }
+
+    #[test]
+    fn every_key_is_read() {
+        let conf = parse(
+            "# comment\n\n socket = /s/o c\ndeadline=500ms\r\nrequire_sealed = yes\n\
+             master_key_tmpfs = off\nruntime_dir = /r\n",
+        );
+        assert_eq!(
+            conf,
+            Conf {
+                path: "/c".into(),
+                socket: "/s/o c".into(),
+                deadline: Duration::from_millis(500),
+                require_sealed: true,
+                master_key_tmpfs: TmpfsPolicy::Off,
+                runtime_dir: "/r".into(),
+                problem: None,
+            }
+        );
+        assert_eq!(parse(""), Conf::defaults(Path::new("/c")));
+    }
+
+    #[test]
+    fn a_mistake_is_named_with_its_line_and_the_nearest_key() {
+        let problem = parse("deadline = 5s\nsokcet = /a\ndeadline = never")
+            .problem
+            .unwrap();
+        assert_eq!(
+            problem,
+            "/c:2: unknown key \"sokcet\", did you mean socket?; next: correct that line"
+        );
+        for bad in [
+            "socket = a",
+            "socket",
+            "deadline = 0",
+            "deadline = 301s",
+            "deadline = 9e9",
+            "runtime_dir =",
+        ] {
+            let conf = parse(bad);
+            assert!(conf.problem.is_some(), "{bad}");
+            assert!(!conf.require_sealed, "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_unclear_policy_is_the_strict_one() {
+        for unclear in [
+            "require_sealed = ture",
+            "require_sealed",
+            "requires_sealed = true",
+            "Require-Sealed = 1",
+        ] {
+            assert!(parse(unclear).require_sealed, "{unclear}");
+            assert!(parse(unclear).problem.is_some(), "{unclear}");
+        }
+        assert!(!parse("require_sealed = false\nfoo = 1").require_sealed);
+    }
+}
