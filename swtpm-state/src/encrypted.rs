@@ -26,9 +26,7 @@ pub struct EncryptedState {
 #[non_exhaustive]
 pub enum OpenError {
     /// The HMAC does not fit. Nothing in the format tells a wrong key from a changed file.
-    #[error(
-        "the TPM state does not fit this key: the key is another one's, or the file was changed"
-    )]
+    #[error("the TPM state does not fit this key: the key is another one's, or the file was changed")]
     NotAuthentic,
     /// The HMAC fits and the plaintext's padding is wrong: whoever held the key wrote no proper state.
     #[error("the TPM state is authentic, but its writer padded it wrongly")]
@@ -39,11 +37,7 @@ pub enum OpenError {
 }
 
 impl EncryptedState {
-    pub(crate) fn new(
-        ciphertext: &[u8],
-        hmac: [u8; HMAC_BYTES],
-        iv: [u8; IV_RECORD_BYTES],
-    ) -> Self {
+    pub(crate) fn new(ciphertext: &[u8], hmac: [u8; HMAC_BYTES], iv: [u8; IV_RECORD_BYTES]) -> Self {
         Self {
             ciphertext: ciphertext.to_vec(),
             hmac,
@@ -128,9 +122,7 @@ mod tests {
 
     fn sealed(plaintext: &[u8]) -> EncryptedState {
         let iv = [7; CIPHER_BLOCK_BYTES];
-        authentic(
-            &symm::encrypt(Cipher::aes_256_cbc(), key().expose(), Some(&iv), plaintext).unwrap(),
-        )
+        authentic(&symm::encrypt(Cipher::aes_256_cbc(), key().expose(), Some(&iv), plaintext).unwrap())
     }
 
     #[test]

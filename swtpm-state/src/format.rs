@@ -26,8 +26,7 @@ const FLAG_MIGRATION_ENCRYPTED: u16 = 0x02;
 const FLAG_MIGRATION_DATA: u16 = 0x04;
 const FLAG_256_BIT_KEY: u16 = 0x08;
 const FLAG_MIGRATION_256_BIT_KEY: u16 = 0x10;
-const MIGRATION_FLAGS: u16 =
-    FLAG_MIGRATION_ENCRYPTED | FLAG_MIGRATION_DATA | FLAG_MIGRATION_256_BIT_KEY;
+const MIGRATION_FLAGS: u16 = FLAG_MIGRATION_ENCRYPTED | FLAG_MIGRATION_DATA | FLAG_MIGRATION_256_BIT_KEY;
 const STATE_FLAGS: u16 = FLAG_ENCRYPTED | FLAG_256_BIT_KEY;
 
 /// Size of the HMAC-SHA256 in a [`Tag::Hmac`] record.
@@ -63,8 +62,7 @@ fn parse_header(file: &[u8]) -> Result<u16, FormatError> {
     if file.is_empty() {
         return Err(FormatError::Empty);
     }
-    let Some(&[version, min_version, s0, s1, f0, f1, l0, l1, l2, l3]) =
-        file.first_chunk::<HEADER_BYTES>()
+    let Some(&[version, min_version, s0, s1, f0, f1, l0, l1, l2, l3]) = file.first_chunk::<HEADER_BYTES>()
     else {
         return Err(FormatError::ShortHeader { actual: file.len() });
     };
@@ -137,10 +135,7 @@ fn record_at(file: &[u8], offset: usize) -> Result<(Tag, &[u8]), FormatError> {
         .split_first_chunk::<RECORD_HEADER_BYTES>()
         .ok_or(truncated)?;
     let number = u16::from_be_bytes([t0, t1]);
-    let tag = Tag::from_number(number).ok_or(FormatError::UnknownTag {
-        tag: number,
-        offset,
-    })?;
+    let tag = Tag::from_number(number).ok_or(FormatError::UnknownTag { tag: number, offset })?;
     let length = usize::try_from(u32::from_be_bytes([l0, l1, l2, l3])).map_err(|_| truncated)?;
     Ok((tag, rest.get(..length).ok_or(truncated)?))
 }
@@ -230,12 +225,7 @@ mod tests {
         let mut records = ENCRYPTED;
         records.reverse();
         let bytes = file(9, &records);
-        let Ok(Layout::Encrypted {
-            ciphertext,
-            hmac,
-            iv,
-        }) = parse(&bytes)
-        else {
+        let Ok(Layout::Encrypted { ciphertext, hmac, iv }) = parse(&bytes) else {
             panic!("{:?}", parse(&bytes))
         };
         assert_eq!((ciphertext, hmac, iv), (&[0; 48][..], &[1; 32], &[2; 32]));
@@ -253,10 +243,7 @@ mod tests {
         assert_eq!(error(b"\x02\x01"), FormatError::ShortHeader { actual: 2 });
         for (at, value) in [(0, 1), (0, 3), (1, 3), (3, 11)] {
             assert!(
-                matches!(
-                    error(&patched(at, value)),
-                    FormatError::UnknownVersion { .. }
-                ),
+                matches!(error(&patched(at, value)), FormatError::UnknownVersion { .. }),
                 "byte {at}"
             );
         }
@@ -274,9 +261,7 @@ mod tests {
         for flags in [0x02, 0x04, 0x10] {
             assert_eq!(
                 error(&patched(5, flags)),
-                FormatError::MigrationBlob {
-                    flags: flags.into()
-                }
+                FormatError::MigrationBlob { flags: flags.into() }
             );
         }
         assert_eq!(error(&patched(5, 1)), FormatError::ShortKey);
@@ -295,10 +280,7 @@ mod tests {
 
     #[test]
     fn records_that_do_not_fit_are_named() {
-        assert_eq!(
-            error(&file(0, &[])),
-            FormatError::MissingTag { tag: Tag::Plain }
-        );
+        assert_eq!(error(&file(0, &[])), FormatError::MissingTag { tag: Tag::Plain });
         assert_eq!(
             error(&file(0, &[(1, b"")])),
             FormatError::WrongRecordSize {
@@ -331,10 +313,7 @@ mod tests {
                 tag: Tag::Plain
             }
         );
-        for (missing, tag) in [Tag::Ciphertext, Tag::Hmac, Tag::Iv]
-            .into_iter()
-            .enumerate()
-        {
+        for (missing, tag) in [Tag::Ciphertext, Tag::Hmac, Tag::Iv].into_iter().enumerate() {
             let mut records = ENCRYPTED.to_vec();
             records.remove(missing);
             assert_eq!(error(&file(9, &records)), FormatError::MissingTag { tag });

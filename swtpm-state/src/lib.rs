@@ -37,9 +37,7 @@ mod state;
 pub use encrypted::{EncryptedState, OpenError};
 pub use format_error::{FormatError, Tag};
 pub use key::{KeyError, StateKey};
-pub use state::{
-    MAX_STATE_BYTES, PlainState, ReadError, STATE_FILE_NAME, State, libvirt_state_dir,
-};
+pub use state::{MAX_STATE_BYTES, PlainState, ReadError, STATE_FILE_NAME, State, libvirt_state_dir};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -112,11 +112,9 @@ impl State {
     pub fn parse(file: &[u8]) -> Result<State, FormatError> {
         Ok(match format::parse(file)? {
             Layout::Plain(state) => State::Plain(PlainState(Zeroizing::new(state.to_vec()))),
-            Layout::Encrypted {
-                ciphertext,
-                hmac,
-                iv,
-            } => State::Encrypted(EncryptedState::new(ciphertext, *hmac, *iv)),
+            Layout::Encrypted { ciphertext, hmac, iv } => {
+                State::Encrypted(EncryptedState::new(ciphertext, *hmac, *iv))
+            }
         })
     }
 }
@@ -219,11 +217,7 @@ mod tests {
     #[test]
     fn what_is_not_there_is_absent() {
         let (dir, file) = state_dir();
-        for path in [
-            dir.path(),
-            &file,
-            &libvirt_state_dir(dir.path(), &"no-such-vm"),
-        ] {
+        for path in [dir.path(), &file, &libvirt_state_dir(dir.path(), &"no-such-vm")] {
             assert!(
                 matches!(State::read(path), Ok(State::Absent)),
                 "{}",

@@ -12,9 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use swtpm_state::{
-    EncryptedState, FormatError, OpenError, PlainState, STATE_FILE_NAME, State, StateKey,
-};
+use swtpm_state::{EncryptedState, FormatError, OpenError, PlainState, STATE_FILE_NAME, State, StateKey};
 use tempfile::TempDir;
 
 const PASSPHRASE: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f";
@@ -101,10 +99,7 @@ fn wait_for(socket: &Path, swtpm: &mut Child) {
             swtpm.try_wait().unwrap().is_none(),
             "swtpm ended before it opened its control channel"
         );
-        assert!(
-            started.elapsed() < DEADLINE,
-            "swtpm opened no control channel"
-        );
+        assert!(started.elapsed() < DEADLINE, "swtpm opened no control channel");
         sleep(Duration::from_millis(2));
     }
 }
@@ -148,9 +143,7 @@ fn a_state_goes_from_absent_to_encrypted_and_opens() {
 
     // A second power-on loads the same TPM: swtpm and this crate agree on what the file says.
     assert!(tpm.power_on_and_off());
-    assert!(is_libtpms_state(
-        &tpm.encrypted_state().open(&key()).unwrap()
-    ));
+    assert!(is_libtpms_state(&tpm.encrypted_state().open(&key()).unwrap()));
 }
 
 #[test]
