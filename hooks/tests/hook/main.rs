@@ -1,0 +1,8 @@
+//! The hook as libvirt runs it: the real binary, XML on stdin, libvirt's environment.
+
+mod daemon;
+mod protocol;
+mod runtime_dir;
+
+/// The VM of all tests.
+const UUID: &str = "6b2f9b3e-58c3-4fd5-9aa1-0d1f44a3e9b7";
