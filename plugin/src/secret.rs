@@ -3,7 +3,10 @@
 //! Every DEK, KEK, root key and passphrase lives in [`SecretBytes`] or a newtype over it: its own pages from
 //! `memfd_secret(2)`, which neither another process, a core dump nor `O_DIRECT` can read, or locked anonymous
 //! pages that core dumps leave out where the kernel has no such call. The bytes are zeroed before the pages go
-//! back. Nothing here is `Clone`, `Serialize` or `PartialEq`, and `Debug` shows the length only.
+//! back, and so is every block of the ordinary heap, for what libraries copy. Nothing here is `Clone`,
+//! `Serialize` or `PartialEq`, and `Debug` shows the length only.
+
+mod heap;
 
 use std::fmt;
 use std::io;
