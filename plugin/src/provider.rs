@@ -4,8 +4,10 @@
 //! deadline; `status` answers from memory and never waits for a network.
 
 pub mod native;
+pub mod registry;
 
 use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -33,7 +35,7 @@ pub trait KeyProvider: Send + Sync {
     /// Unwraps all of `stanzas` in one go, in their order; any failure fails the whole batch.
     fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError>;
 
-    /// Destroys a KEK and says what was observed.
+    /// Destroys a KEK, where there is something to destroy, and says what was observed.
     fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError>;
 
     /// Forgets every key in memory: refuses until unlocked.
@@ -41,6 +43,50 @@ pub trait KeyProvider: Send + Sync {
 
     /// Becomes able to unwrap, with the passphrase or PIN in `credential`.
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError>;
+}
+
+/// What an admin calls a provider: 1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit, and
+/// not a UUID, so that a name is never taken for an id.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ProviderName(String);
+
+impl ProviderName {
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ProviderName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The text is not a [`ProviderName`].
+#[derive(Debug, Error)]
+#[error(
+    "{0:?} can't be a provider's name: use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or a \
+     digit, and no UUID"
+)]
+pub struct NotAProviderName(pub String);
+
+impl FromStr for ProviderName {
+    type Err = NotAProviderName;
+
+    fn from_str(text: &str) -> Result<Self, NotAProviderName> {
+        let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        let valid = (1..=64).contains(&text.len())
+            && text.as_bytes()[0].is_ascii_alphanumeric()
+            && text.bytes().all(fits)
+            && text.parse::<ProviderId>().is_err();
+        if valid {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(NotAProviderName(text.to_owned()))
+        }
+    }
 }
 
 /// Whom a KEK serves.
@@ -102,6 +148,8 @@ impl fmt::Display for ProviderStatus {
 pub struct DestroyReceipt {
     /// The KEK.
     pub kek: KekId,
+    /// Whether the provider can't use it any more.
+    pub destroyed: bool,
     /// What is known to be gone, and what may survive (backups).
     pub observed: String,
 }
@@ -130,6 +178,12 @@ pub enum ProviderError {
     /// It does not answer.
     #[error("is unreachable: {0}")]
     Unreachable(String),
+    /// Trust is not established both ways.
+    #[error("is not trusted: {0}")]
+    NotTrusted(String),
+    /// This host has a record of it that can't be used.
+    #[error("can't be used: {0}")]
+    Unusable(String),
     /// A payload of the wrong shape.
     #[error("returned a wrong payload")]
     Payload(#[source] EnvelopeError),
@@ -153,6 +207,33 @@ impl ProviderError {
         move |source| Self::Internal {
             context,
             source: source.into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_short_plain_and_no_uuids() {
+        for good in ["main", "a", "hsm-1.example_com", "0day"] {
+            assert_eq!(good.parse::<ProviderName>().unwrap().as_str(), good);
+        }
+        let long = "x".repeat(65);
+        for bad in [
+            "",
+            "-f",
+            ".x",
+            "a b",
+            "a/b",
+            "ö",
+            "a\n",
+            &long,
+            "6b2f9b3e-58c3-4fd5-9aa1-0d1f44a3e9b7",
+            "6b2f9b3e58c34fd59aa10d1f44a3e9b7",
+        ] {
+            assert!(bad.parse::<ProviderName>().is_err(), "{bad:?}");
         }
     }
 }

@@ -1,0 +1,267 @@
+//! Texts sealed by a passphrase, as age files (<https://c2sp.org/age>, the scrypt recipient).
+//!
+//! scrypt takes 256 MiB for about a second, so one runs at a time; the memory is one mapping that goes back to
+//! the kernel. A passphrase is UTF-8 text of one line, as `age` reads it from a terminal; a trailing newline is
+//! the caller's to trim.
+
+use std::io::{self, Read, Write};
+use std::iter;
+use std::sync::{Mutex, PoisonError};
+
+use age::armor::{ArmoredReader, ArmoredWriter, Format};
+use age::secrecy::SecretString;
+use age::{DecryptError, Decryptor, EncryptError, Encryptor, scrypt};
+use thiserror::Error;
+use zeroize::Zeroize;
+
+use crate::secret::{SecretBytes, Transient};
+
+/// scrypt's cost is 2 to this power. 18 is what `age` itself uses: 256 MiB, about a second. A fixed figure
+/// rather than one calibrated at the time: a busy host must not yield a weak file, nor a fast one a file that a
+/// small recovery machine has not the memory for.
+const WORK: u8 = 18;
+
+/// What [`seal`] uses: tests make many files.
+const WORK_HERE: u8 = if cfg!(test) { 10 } else { WORK };
+
+/// The most that is accepted from a file, 1 GiB and some seconds: it may be hostile, or made by a program that
+/// calibrates.
+const MOST_WORK: u8 = 20;
+
+/// The most bytes that a sealed text, or the text itself, may have.
+pub(super) const MOST_BYTES: usize = 64 * 1024;
+
+static ONE_SCRYPT_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// How the age file is written; both are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// For the keystore.
+    Binary,
+    /// Printable: a backup may travel by mail or on paper.
+    Armored,
+}
+
+/// Why a text can't be sealed or opened.
+#[derive(Debug, Error)]
+pub enum SealingError {
+    /// No passphrase.
+    #[error("the passphrase is empty")]
+    EmptyPassphrase,
+    /// Not text of one line.
+    #[error("the passphrase is not one line of UTF-8 text, so no terminal could enter it")]
+    PassphraseText,
+    /// Another passphrase, or a damaged file.
+    #[error("the passphrase is wrong")]
+    WrongPassphrase,
+    /// scrypt would take too much.
+    #[error(
+        "the age file asks for scrypt work factor {required}, at most {MOST_WORK} is accepted: \
+         decrypt it with age -d and restore the result"
+    )]
+    TooMuchWork {
+        /// The work factor.
+        required: u8,
+    },
+    /// Sealed to keys.
+    #[error("the age file is not sealed by a passphrase: decrypt it with age -d and restore the result")]
+    NotByPassphrase,
+    /// Too long.
+    #[error("it has more than {MOST_BYTES} bytes, no virtseal backup is that long")]
+    TooLong,
+    /// Not an age file.
+    #[error("the age file is damaged")]
+    Damaged(#[source] DecryptError),
+    /// age can't encrypt.
+    #[error("encrypting with age failed")]
+    Encrypt(#[source] EncryptError),
+    /// What was sealed does not open.
+    #[error("what was sealed does not open again")]
+    NotVerified,
+}
+
+/// Seals `text` and opens the result again before it is returned.
+pub(super) fn seal(text: &[u8], passphrase: &SecretBytes, form: Form) -> Result<Vec<u8>, SealingError> {
+    let sealed = encrypt(text, passphrase, form, WORK_HERE)?;
+    let opened = open(&sealed, passphrase)?;
+    if opened.len() == text.len() && openssl::memcmp::eq(&opened, text) {
+        Ok(sealed)
+    } else {
+        Err(SealingError::NotVerified)
+    }
+}
+
+fn encrypt(text: &[u8], passphrase: &SecretBytes, form: Form, work: u8) -> Result<Vec<u8>, SealingError> {
+    let mut recipient = scrypt::Recipient::new(typed(passphrase)?);
+    recipient.set_work_factor(work);
+    let encryptor = one_at_a_time(|| Encryptor::with_recipients(iter::once(&recipient as _)))
+        .map_err(SealingError::Encrypt)?;
+    let format = match form {
+        Form::Binary => Format::Binary,
+        Form::Armored => Format::AsciiArmor,
+    };
+    let write = || -> io::Result<Vec<u8>> {
+        let mut writer = encryptor.wrap_output(ArmoredWriter::wrap_output(Vec::new(), format)?)?;
+        writer.write_all(text)?;
+        writer.finish()?.finish()
+    };
+    let sealed = write().map_err(|error| SealingError::Encrypt(error.into()));
+    scrub_stack();
+    sealed
+}
+
+/// Whether `bytes` look like an age file, binary or armored.
+pub(super) fn is_sealed(bytes: &[u8]) -> bool {
+    let bytes = bytes.trim_ascii_start();
+    bytes.starts_with(b"age-encryption.org/") || bytes.starts_with(b"-----BEGIN AGE ENCRYPTED FILE-----")
+}
+
+/// Opens an age file, binary or armored.
+pub(super) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Result<Transient, SealingError> {
+    if sealed.len() > MOST_BYTES {
+        return Err(SealingError::TooLong);
+    }
+    let mut identity = scrypt::Identity::new(typed(passphrase)?);
+    identity.set_max_work_factor(MOST_WORK);
+    let opened = decrypt(sealed, &identity);
+    scrub_stack();
+    opened
+}
+
+fn decrypt(sealed: &[u8], identity: &scrypt::Identity) -> Result<Transient, SealingError> {
+    let decryptor = Decryptor::new_buffered(ArmoredReader::new(sealed)).map_err(SealingError::Damaged)?;
+    if !decryptor.is_scrypt() {
+        return Err(SealingError::NotByPassphrase);
+    }
+    let reader =
+        one_at_a_time(|| decryptor.decrypt(iter::once(identity as _))).map_err(|error| match error {
+            DecryptError::DecryptionFailed | DecryptError::KeyDecryptionFailed => {
+                SealingError::WrongPassphrase
+            }
+            DecryptError::ExcessiveWork { required, .. } => SealingError::TooMuchWork { required },
+            error => SealingError::Damaged(error),
+        })?;
+    // The plaintext is shorter than the file: no growing buffer leaves a copy behind.
+    let mut text = Transient::new(Vec::with_capacity(sealed.len() + 1));
+    reader
+        .take(MOST_BYTES as u64)
+        .read_to_end(&mut text)
+        .map_err(|error| SealingError::Damaged(error.into()))?;
+    Ok(text)
+}
+
+fn one_at_a_time<T>(scrypt: impl FnOnce() -> T) -> T {
+    let _turn = ONE_SCRYPT_AT_A_TIME
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    scrypt()
+}
+
+/// The passphrase as age takes it; zeroed when dropped.
+fn typed(passphrase: &SecretBytes) -> Result<SecretString, SealingError> {
+    let text = std::str::from_utf8(passphrase.expose()).map_err(|_| SealingError::PassphraseText)?;
+    if text.is_empty() {
+        return Err(SealingError::EmptyPassphrase);
+    }
+    if text.contains(char::is_control) {
+        return Err(SealingError::PassphraseText);
+    }
+    Ok(SecretString::from(text))
+}
+
+/// Overwrites the part of the stack where age and scrypt leave keys behind.
+#[inline(never)]
+fn scrub_stack() {
+    let mut deeper = [0_u8; 32 * 1024];
+    deeper.zeroize();
+    std::hint::black_box(&deeper);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn secret(text: &str) -> SecretBytes {
+        SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
+    }
+
+    #[test]
+    fn both_forms_open_again_and_only_with_the_passphrase() {
+        for form in [Form::Binary, Form::Armored] {
+            let sealed = seal(b"root", &secret("correct horse"), form).unwrap();
+            assert!(is_sealed(&sealed));
+            assert_eq!(
+                open(&sealed, &secret("correct horse")).unwrap().as_slice(),
+                b"root"
+            );
+            assert!(matches!(
+                open(&sealed, &secret("correct horse ")),
+                Err(SealingError::WrongPassphrase)
+            ));
+        }
+    }
+
+    #[test]
+    fn passphrases_that_no_terminal_could_enter_are_refused() {
+        assert!(matches!(
+            seal(b"", &secret(""), Form::Binary),
+            Err(SealingError::EmptyPassphrase)
+        ));
+        for bytes in [&b"two\nlines"[..], b"\0", b"\xff\xfe", b"tab\t"] {
+            let passphrase = SecretBytes::take(&mut bytes.to_vec()).unwrap();
+            assert!(matches!(
+                seal(b"", &passphrase, Form::Binary),
+                Err(SealingError::PassphraseText)
+            ));
+        }
+        seal(b"", &secret("größer 🔑"), Form::Binary).unwrap();
+    }
+
+    #[test]
+    fn every_damaged_byte_is_an_error() {
+        let sealed = seal(b"root", &secret("p"), Form::Binary).unwrap();
+        for at in 0..sealed.len() {
+            let mut bytes = sealed.clone();
+            bytes[at] ^= 1;
+            assert!(open(&bytes, &secret("p")).is_err(), "byte {at}");
+            assert!(open(&sealed[..at], &secret("p")).is_err(), "{at} bytes");
+        }
+    }
+
+    #[test]
+    fn excessive_work_is_refused_before_it_is_done() {
+        let mut greedy = seal(b"root", &secret("p"), Form::Binary).unwrap();
+        let factor = greedy.windows(4).position(|bytes| bytes == b" 10\n").unwrap() + 1;
+        greedy[factor] = b'3';
+        assert!(matches!(
+            open(&greedy, &secret("p")),
+            Err(SealingError::TooMuchWork { required: 30 })
+        ));
+    }
+
+    #[test]
+    fn memory_of_a_real_scrypt_goes_back_to_the_kernel() {
+        let resident_kib = || -> usize {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        let sealed = encrypt(b"root", &secret("p"), Form::Armored, WORK).unwrap();
+        let before = resident_kib();
+        assert_eq!(open(&sealed, &secret("p")).unwrap().as_slice(), b"root");
+        let grown = resident_kib().saturating_sub(before);
+        assert!(grown < 64 * 1024, "{grown} KiB more than before");
+    }
+
+    #[test]
+    fn file_sealed_to_a_key_says_what_to_do() {
+        let key = age::x25519::Identity::generate();
+        let sealed = age::encrypt(&key.to_public(), b"root").unwrap();
+        assert!(matches!(
+            open(&sealed, &secret("p")),
+            Err(SealingError::NotByPassphrase)
+        ));
+        let long = vec![b'a'; MOST_BYTES + 1];
+        assert!(matches!(open(&long, &secret("p")), Err(SealingError::TooLong)));
+    }
+}

@@ -1,0 +1,427 @@
+//! The key providers of this host, and what envelopes need of them.
+//!
+//! Built from the keystore when the daemon starts, every provider locked. A provider of a kind that this version
+//! does not know stays in the list, with the reason why it can't be used: it may be the only one that opens a
+//! disk. No lock is held while a provider works.
+
+mod opening;
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use thiserror::Error;
+
+use super::native::{NativeError, NativeProvider};
+use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::envelope::{Binding, Envelope, EnvelopeError, KekId, Payload, ProviderId, Stanza};
+use crate::failure::{Code, Failure, chain};
+use crate::keystore::{Change, Keystore, KeystoreError, ProviderRecord};
+use crate::secret::{Dek, SecretBytes};
+
+pub use opening::{Attempt, OpenError, Refusal};
+
+/// A provider of any kind, where the kind matters.
+#[derive(Clone)]
+pub enum Provider {
+    /// A root key on this host.
+    Native(Arc<NativeProvider>),
+    /// Recorded, but of no use to this version.
+    Unusable(Arc<UnusableProvider>),
+}
+
+impl Provider {
+    /// What every kind can do.
+    #[must_use]
+    pub fn provider(&self) -> &dyn KeyProvider {
+        match self {
+            Self::Native(provider) => provider.as_ref(),
+            Self::Unusable(provider) => provider.as_ref(),
+        }
+    }
+
+    /// Its kind, as the keystore has it.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        match self {
+            Self::Native(_) => NativeProvider::KIND,
+            Self::Unusable(provider) => &provider.record.kind,
+        }
+    }
+
+    fn from_record(keystore: &Arc<Keystore>, record: ProviderRecord) -> Result<Self, KeystoreError> {
+        if record.kind != NativeProvider::KIND {
+            let reason = format!(
+                "this virtseal does not know the kind {:?}: upgrade virtseal",
+                record.kind
+            );
+            return Ok(Self::Unusable(Arc::new(UnusableProvider { record, reason })));
+        }
+        match NativeProvider::open(Arc::clone(keystore), &record) {
+            Ok(provider) => Ok(Self::Native(Arc::new(provider))),
+            Err(NativeError::Keystore(error)) => Err(error),
+            Err(error) => {
+                let reason = chain(&error);
+                Ok(Self::Unusable(Arc::new(UnusableProvider { record, reason })))
+            }
+        }
+    }
+}
+
+/// A recorded provider that can't be used; it refuses everything with the reason.
+pub struct UnusableProvider {
+    record: ProviderRecord,
+    reason: String,
+}
+
+impl UnusableProvider {
+    fn refusal<T>(&self) -> Result<T, ProviderError> {
+        Err(ProviderError::Unusable(self.reason.clone()))
+    }
+}
+
+impl KeyProvider for UnusableProvider {
+    fn id(&self) -> ProviderId {
+        self.record.id
+    }
+
+    fn name(&self) -> &str {
+        &self.record.name
+    }
+
+    fn status(&self) -> ProviderStatus {
+        ProviderStatus::Degraded(self.reason.clone())
+    }
+
+    fn create_kek(&self, _: &KekScope) -> Result<KekId, ProviderError> {
+        self.refusal()
+    }
+
+    fn wrap(&self, _: &KekId, _: &Payload) -> Result<Stanza, ProviderError> {
+        self.refusal()
+    }
+
+    fn unwrap_many(&self, _: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+        self.refusal()
+    }
+
+    fn destroy_kek(&self, _: &KekId) -> Result<DestroyReceipt, ProviderError> {
+        self.refusal()
+    }
+
+    fn lock(&self) {}
+
+    fn unlock(&self, _: &SecretBytes) -> Result<(), ProviderError> {
+        self.refusal()
+    }
+}
+
+/// All providers of this host.
+pub struct Registry {
+    keystore: Arc<Keystore>,
+    known: RwLock<Known>,
+}
+
+#[derive(Default)]
+struct Known {
+    providers: Vec<Provider>,
+    default: Option<ProviderId>,
+}
+
+impl Registry {
+    /// The providers that `keystore` records, all locked.
+    pub fn open(keystore: Arc<Keystore>) -> Result<Self, KeystoreError> {
+        let mut known = Known::default();
+        for record in keystore.providers()? {
+            if record.is_default {
+                known.default = Some(record.id);
+            }
+            known.providers.push(Provider::from_record(&keystore, record)?);
+        }
+        Ok(Self {
+            keystore,
+            known: RwLock::new(known),
+        })
+    }
+
+    /// All of them, by name.
+    #[must_use]
+    pub fn providers(&self) -> Vec<Provider> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.providers.clone()
+    }
+
+    /// The one with this id.
+    #[must_use]
+    pub fn by_id(&self, id: ProviderId) -> Option<Provider> {
+        self.providers()
+            .into_iter()
+            .find(|known| known.provider().id() == id)
+    }
+
+    /// The one with this name or, in text, this id.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn find(&self, name_or_id: &str) -> Result<Provider, UnknownProvider> {
+        let id = name_or_id.parse::<ProviderId>().ok();
+        self.providers()
+            .into_iter()
+            .find(|known| known.provider().name() == name_or_id || Some(known.provider().id()) == id)
+            .ok_or_else(|| UnknownProvider(name_or_id.to_owned()))
+    }
+
+    /// The one that wraps new envelopes unless told otherwise; none only while there are no providers.
+    #[must_use]
+    pub fn default_provider(&self) -> Option<Provider> {
+        let id = self
+            .known
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .default?;
+        self.by_id(id)
+    }
+
+    /// Makes `provider` the default.
+    pub fn set_default(&self, provider: &Provider) -> Result<Change, KeystoreError> {
+        let id = provider.provider().id();
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let change = self.keystore.set_default_provider(id)?;
+        known.default = Some(id);
+        Ok(change)
+    }
+
+    /// Makes a native provider; takes seconds, by the nature of its passphrase.
+    ///
+    /// # Errors
+    /// As [`NativeProvider::create`].
+    pub fn add_native(
+        &self,
+        name: &ProviderName,
+        passphrase: &SecretBytes,
+    ) -> Result<Arc<NativeProvider>, NativeError> {
+        let made = NativeProvider::create(Arc::clone(&self.keystore), name, passphrase)?;
+        Ok(self.enter(made))
+    }
+
+    /// Brings a native provider back from `backup`.
+    ///
+    /// # Errors
+    /// As [`NativeProvider::restore`].
+    pub fn restore_native(
+        &self,
+        name: &ProviderName,
+        backup: &[u8],
+        backup_passphrase: Option<&SecretBytes>,
+        passphrase: &SecretBytes,
+    ) -> Result<Arc<NativeProvider>, NativeError> {
+        let keystore = Arc::clone(&self.keystore);
+        let made = NativeProvider::restore(keystore, name, backup, backup_passphrase, passphrase)?;
+        Ok(self.enter(made))
+    }
+
+    fn enter(&self, made: NativeProvider) -> Arc<NativeProvider> {
+        let made = Arc::new(made);
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        known.providers.push(Provider::Native(Arc::clone(&made)));
+        known
+            .providers
+            .sort_by(|a, b| a.provider().name().cmp(b.provider().name()));
+        // As the keystore does.
+        known.default.get_or_insert(made.id());
+        made
+    }
+
+    /// Locks all providers.
+    pub fn lock_all(&self) {
+        for known in self.providers() {
+            known.provider().lock();
+        }
+    }
+
+    /// The DEK of one envelope.
+    ///
+    /// # Errors
+    /// As [`Registry::open_all`].
+    pub fn open_envelope(&self, envelope: &Envelope) -> Result<Dek, OpenError> {
+        let mut deks = self.open_all(&[envelope])?;
+        Ok(deks.pop().expect("one envelope yields one DEK"))
+    }
+
+    /// The DEKs of all `envelopes`, in their order, with one call per provider unless a stanza does not open.
+    ///
+    /// # Errors
+    /// For the first envelope that none of its providers opens, why each of them did not. Then there is no DEK
+    /// at all.
+    pub fn open_all(&self, envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
+        opening::open_all(&self.providers(), envelopes)
+    }
+
+    /// A new DEK and its envelope, wrapped by `provider` (a name or an id; the default without one), after it was
+    /// unwrapped again. Nothing is stored.
+    ///
+    /// # Errors
+    /// When there is no such provider, or it does not wrap.
+    pub fn seal_new(&self, provider: Option<&str>, binding: &Binding) -> Result<(Envelope, Dek), SealError> {
+        let provider = match provider {
+            Some(name) => self.find(name)?,
+            None => self.default_provider().ok_or(SealError::NoProvider)?,
+        };
+        let dek = Dek::random().map_err(SealError::Memory)?;
+        let payload = Payload::bind(&dek, binding)?;
+        let stanza = wrap(provider.provider(), binding, &payload).map_err(|source| SealError::Refused {
+            name: provider.provider().name().to_owned(),
+            source,
+        })?;
+        let envelope = Envelope::new(binding, vec![stanza])?;
+        let opened = self.open_envelope(&envelope).map_err(SealError::NotVerified)?;
+        if openssl::memcmp::eq(opened.expose(), dek.expose()) {
+            Ok((envelope, dek))
+        } else {
+            Err(SealError::AnotherKey(provider.provider().name().to_owned()))
+        }
+    }
+}
+
+fn wrap(provider: &dyn KeyProvider, binding: &Binding, payload: &Payload) -> Result<Stanza, ProviderError> {
+    let kek = provider.create_kek(&KekScope::Vm(binding.vm))?;
+    provider.wrap(&kek, payload)
+}
+
+/// No provider has this name or id.
+#[derive(Debug, Error)]
+#[error("there is no key provider {0:?} on this host")]
+pub struct UnknownProvider(pub String);
+
+impl From<UnknownProvider> for Failure {
+    fn from(error: UnknownProvider) -> Self {
+        Self::new(Code::NotFound, error.to_string()).next("virtseal provider list")
+    }
+}
+
+/// Why there is no new envelope.
+#[derive(Debug, Error)]
+pub enum SealError {
+    /// There is no provider at all.
+    #[error("there is no key provider on this host")]
+    NoProvider,
+    /// None has the name that was given.
+    #[error(transparent)]
+    UnknownProvider(#[from] UnknownProvider),
+    /// The provider does not wrap.
+    #[error("provider '{name}'")]
+    Refused {
+        /// Its name.
+        name: String,
+        /// Why.
+        #[source]
+        source: ProviderError,
+    },
+    /// The envelope can't be made.
+    #[error("can't make an envelope")]
+    Envelope(#[from] EnvelopeError),
+    /// What was wrapped does not open.
+    #[error("what was wrapped does not open again")]
+    NotVerified(#[source] OpenError),
+    /// What was wrapped opens to something else.
+    #[error("provider '{0}' unwraps another key than it was given")]
+    AnotherKey(String),
+    /// No secret memory.
+    #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
+    Memory(#[source] std::io::Error),
+}
+
+impl SealError {
+    /// The exit code and the next command.
+    #[must_use]
+    pub fn advice(&self) -> (Code, Option<NextCommand>) {
+        match self {
+            Self::NoProvider => (Code::NotFound, Some(NextCommand::AddNative)),
+            Self::UnknownProvider(_) => (Code::NotFound, Some(NextCommand::List)),
+            Self::Refused { name, source } => source.advice(name),
+            Self::NotVerified(error) => (error.code(), error.next()),
+            Self::Envelope(_) | Self::AnotherKey(_) | Self::Memory(_) => (Code::Failed, None),
+        }
+    }
+}
+
+impl From<SealError> for Failure {
+    fn from(error: SealError) -> Self {
+        let (code, next) = error.advice();
+        let failure = match &error {
+            // The provider's own words go on from its name.
+            SealError::Refused { source, .. } => Self::new(code, format!("{error} {}", chain(source))),
+            error => Self::new(code, chain(error)),
+        };
+        match next {
+            Some(next) => failure.next(next.to_string()),
+            None => failure,
+        }
+    }
+}
+
+/// What to run, or do, after a refusal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NextCommand {
+    /// `virtseal provider add …`
+    AddNative,
+    /// `virtseal provider list`
+    List,
+    /// `virtseal provider unlock NAME`
+    Unlock(String),
+    /// `virtseal provider backup NAME`
+    Backup(String),
+    /// `virtseal provider restore NAME`
+    Restore(String),
+    /// `virtseal provider trust NAME`
+    Trust(String),
+    /// `virtseal provider show NAME`
+    Show(String),
+    /// Install a later version.
+    Upgrade,
+}
+
+impl std::fmt::Display for NextCommand {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (verb, name) = match self {
+            Self::AddNative => return f.write_str("virtseal provider add native main"),
+            Self::List => return f.write_str("virtseal provider list"),
+            Self::Upgrade => return f.write_str("upgrade virtseal"),
+            Self::Unlock(name) => ("unlock", name),
+            Self::Backup(name) => ("backup", name),
+            Self::Restore(name) => ("restore", name),
+            Self::Trust(name) => ("trust", name),
+            Self::Show(name) => ("show", name),
+        };
+        write!(f, "virtseal provider {verb} {name}")
+    }
+}
+
+impl ProviderError {
+    /// The exit code for this refusal of the provider called `name`, and what helps.
+    #[must_use]
+    pub fn advice(&self, name: &str) -> (Code, Option<NextCommand>) {
+        let name = name.to_owned();
+        match self {
+            Self::Locked => (Code::Locked, Some(NextCommand::Unlock(name))),
+            Self::WrongCredential => (Code::Locked, Some(NextCommand::Unlock(name))),
+            Self::NotBackedUp => (Code::Failed, Some(NextCommand::Backup(name))),
+            Self::Unreachable(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
+            Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),
+            Self::Unusable(_) => (Code::Failed, Some(NextCommand::Show(name))),
+            Self::UnknownMechanism(_) => (Code::Failed, Some(NextCommand::Upgrade)),
+            Self::UnknownKek(_) | Self::Tampered | Self::Payload(_) | Self::Internal { .. } => {
+                (Code::Failed, None)
+            }
+        }
+    }
+
+    /// Whether it is about a stanza; else the provider refuses every stanza alike.
+    fn is_about_a_stanza(&self) -> bool {
+        matches!(
+            self,
+            Self::UnknownKek(_) | Self::Tampered | Self::UnknownMechanism(_) | Self::Payload(_)
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;

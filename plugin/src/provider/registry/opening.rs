@@ -1,0 +1,304 @@
+//! Opening envelopes: which stanza to give to which provider, and what to say when none opens.
+//!
+//! All or nothing. Stanzas are tried in the envelope's order, those of usable providers first, so that a dead
+//! provider costs its deadline only where nothing else opens the envelope; a provider that refuses as a whole is
+//! asked once.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::fmt;
+use std::sync::Arc;
+
+use super::{NextCommand, Provider};
+use crate::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza};
+use crate::failure::{Code, Failure, chain};
+use crate::provider::{KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::secret::Dek;
+
+/// Why an envelope does not open.
+#[derive(Debug)]
+pub struct OpenError {
+    /// The envelope, its VM and its kind.
+    pub binding: Binding,
+    /// Why each of its providers did not open it; never empty.
+    pub attempts: Vec<Attempt>,
+}
+
+/// Why one provider did not open an envelope.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The provider.
+    pub provider: ProviderId,
+    /// Its name on this host or, where it is not known, the one that the envelope hints at.
+    pub name: String,
+    /// Its reason.
+    pub why: Refusal,
+}
+
+/// The reason of an [`Attempt`].
+#[derive(Debug)]
+pub enum Refusal {
+    /// This host has no such provider.
+    NotKnown,
+    /// The provider refuses.
+    Provider(Arc<ProviderError>),
+    /// It unwraps to a payload that was made for another envelope.
+    Binding(EnvelopeError),
+}
+
+impl OpenError {
+    /// The exit code: that of what is easiest to mend.
+    #[must_use]
+    pub fn code(&self) -> Code {
+        self.easiest().0
+    }
+
+    /// What to run next.
+    #[must_use]
+    pub fn next(&self) -> Option<NextCommand> {
+        self.easiest().1
+    }
+
+    fn easiest(&self) -> (Code, Option<NextCommand>) {
+        let effort = |code: Code| match code {
+            Code::Locked => 0,
+            Code::Unreachable => 1,
+            Code::NotTrusted => 2,
+            Code::NotFound => 4,
+            _ => 3,
+        };
+        self.attempts
+            .iter()
+            .map(Attempt::advice)
+            .min_by_key(|(code, _)| effort(*code))
+            .unwrap_or((Code::Failed, None))
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Binding { envelope, vm, kind } = self.binding;
+        write!(f, "can't open envelope {envelope} ({kind} of VM {vm})")?;
+        for (nth, attempt) in self.attempts.iter().enumerate() {
+            write!(f, "{} {attempt}", if nth == 0 { ":" } else { ";" })?;
+        }
+        Ok(())
+    }
+}
+
+// There may be several causes, so Display has them all and `source` none.
+impl std::error::Error for OpenError {}
+
+impl From<OpenError> for Failure {
+    fn from(error: OpenError) -> Self {
+        let failure = Self::new(error.code(), error.to_string());
+        match error.next() {
+            Some(next) => failure.next(next.to_string()),
+            None => failure,
+        }
+    }
+}
+
+impl Attempt {
+    /// The exit code for this reason alone, and what helps.
+    #[must_use]
+    pub fn advice(&self) -> (Code, Option<NextCommand>) {
+        match &self.why {
+            Refusal::NotKnown => (
+                Code::NotFound,
+                Some(NextCommand::Restore(self.name_to_type().to_owned())),
+            ),
+            Refusal::Provider(error) => error.advice(&self.name),
+            Refusal::Binding(_) => (Code::Failed, None),
+        }
+    }
+
+    /// An unknown provider's name comes from the envelope, which anyone may have written.
+    fn name_to_type(&self) -> &str {
+        if self.name.parse::<ProviderName>().is_ok() {
+            &self.name
+        } else {
+            "NAME"
+        }
+    }
+}
+
+impl fmt::Display for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.why {
+            Refusal::NotKnown => write!(
+                f,
+                "provider '{}' ({}) is not known on this host",
+                self.name, self.provider
+            ),
+            Refusal::Provider(error) => write!(f, "provider '{}' {}", self.name, chain(error.as_ref())),
+            Refusal::Binding(error) => write!(f, "provider '{}': {}", self.name, chain(error)),
+        }
+    }
+}
+
+/// An envelope on its way to its DEK.
+struct Job<'a> {
+    envelope: &'a Envelope,
+    untried: VecDeque<&'a Stanza>,
+    attempts: Vec<Attempt>,
+    dek: Option<Dek>,
+}
+
+impl<'a> Job<'a> {
+    fn new(envelope: &'a Envelope, usable: impl Fn(ProviderId) -> bool) -> Self {
+        let (first, later): (Vec<_>, Vec<_>) = envelope
+            .stanzas
+            .iter()
+            .partition(|stanza| usable(stanza.provider));
+        Self {
+            envelope,
+            untried: first.into_iter().chain(later).collect(),
+            attempts: Vec::new(),
+            dek: None,
+        }
+    }
+
+    fn refused(&mut self, provider: ProviderId, name: String, why: Refusal) {
+        self.attempts.push(Attempt { provider, name, why });
+    }
+
+    fn into_error(self) -> OpenError {
+        OpenError {
+            binding: self.envelope.binding(),
+            attempts: self.attempts,
+        }
+    }
+}
+
+pub(super) fn open_all(providers: &[Provider], envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
+    let mut opening = Opening {
+        providers: providers
+            .iter()
+            .map(|known| (known.provider().id(), known.provider()))
+            .collect(),
+        refusing: HashMap::new(),
+        jobs: Vec::new(),
+    };
+    opening.jobs = envelopes
+        .iter()
+        .map(|envelope| Job::new(envelope, |id| opening.is_usable(id)))
+        .collect();
+    while let Some(round) = opening.next_round()? {
+        for (provider, members) in round {
+            opening.ask(provider, &members);
+        }
+    }
+    let deks = opening.jobs.into_iter().map(|job| job.dek);
+    Ok(deks
+        .collect::<Option<_>>()
+        .expect("the last round left no job without a DEK"))
+}
+
+struct Opening<'a> {
+    providers: HashMap<ProviderId, &'a dyn KeyProvider>,
+    /// Those that said no to everything, and why.
+    refusing: HashMap<ProviderId, Arc<ProviderError>>,
+    jobs: Vec<Job<'a>>,
+}
+
+/// The jobs to give to each provider, with the stanza of each.
+type Round<'a> = BTreeMap<ProviderId, Vec<(usize, &'a Stanza)>>;
+
+impl<'a> Opening<'a> {
+    fn is_usable(&self, id: ProviderId) -> bool {
+        self.providers.get(&id).is_some_and(|provider| {
+            matches!(
+                provider.status(),
+                ProviderStatus::Ready | ProviderStatus::NotBackedUp | ProviderStatus::Degraded(_)
+            )
+        })
+    }
+
+    /// The next stanza of every envelope that is still closed; `None` when all are open.
+    fn next_round(&mut self) -> Result<Option<Round<'a>>, OpenError> {
+        let mut round = Round::new();
+        for at in 0..self.jobs.len() {
+            let job = &mut self.jobs[at];
+            if job.dek.is_some() {
+                continue;
+            }
+            match job.untried.pop_front() {
+                Some(stanza) => round.entry(stanza.provider).or_default().push((at, stanza)),
+                None => return Err(self.jobs.swap_remove(at).into_error()),
+            }
+        }
+        Ok((!round.is_empty()).then_some(round))
+    }
+
+    fn ask(&mut self, id: ProviderId, members: &[(usize, &Stanza)]) {
+        let Some(provider) = self.providers.get(&id).copied() else {
+            for (at, stanza) in members {
+                self.jobs[*at].refused(id, printable(&stanza.provider_name), Refusal::NotKnown);
+            }
+            return;
+        };
+        if let Some(error) = self.refusing.get(&id).cloned() {
+            return self.refuse(provider, members, &error);
+        }
+        let stanzas: Vec<_> = members.iter().map(|(_, stanza)| *stanza).collect();
+        match unwrap(provider, &stanzas) {
+            Ok(payloads) => {
+                for ((at, _), payload) in members.iter().zip(payloads) {
+                    let job = &mut self.jobs[*at];
+                    match payload.dek(&job.envelope.binding()) {
+                        Ok(dek) => job.dek = Some(dek),
+                        Err(error) => {
+                            job.refused(id, provider.name().to_owned(), Refusal::Binding(error));
+                        }
+                    }
+                }
+            }
+            // A batch fails whole; the others may open, and the message must name the right one.
+            Err(error) if error.is_about_a_stanza() && members.len() > 1 => {
+                for member in members {
+                    self.ask(id, std::slice::from_ref(member));
+                }
+            }
+            Err(error) => {
+                let error = Arc::new(error);
+                if !error.is_about_a_stanza() {
+                    self.refusing.insert(id, Arc::clone(&error));
+                }
+                self.refuse(provider, members, &error);
+            }
+        }
+    }
+
+    fn refuse(
+        &mut self,
+        provider: &dyn KeyProvider,
+        members: &[(usize, &Stanza)],
+        error: &Arc<ProviderError>,
+    ) {
+        for (at, _) in members {
+            self.jobs[*at].refused(
+                provider.id(),
+                provider.name().to_owned(),
+                Refusal::Provider(Arc::clone(error)),
+            );
+        }
+    }
+}
+
+fn unwrap(
+    provider: &dyn KeyProvider,
+    stanzas: &[&Stanza],
+) -> Result<Vec<crate::envelope::Payload>, ProviderError> {
+    let payloads = provider.unwrap_many(stanzas)?;
+    if payloads.len() == stanzas.len() {
+        Ok(payloads)
+    } else {
+        let count = format!("{} payloads for {} stanzas", payloads.len(), stanzas.len());
+        Err(ProviderError::internal("unwrapping a batch")(count))
+    }
+}
+
+/// One line, of bounded length, without anything a terminal would act on.
+fn printable(hint: &str) -> String {
+    hint.chars().take(64).flat_map(char::escape_debug).collect()
+}
