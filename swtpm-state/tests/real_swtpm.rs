@@ -7,6 +7,7 @@
 )]
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -50,14 +51,14 @@ impl Tpm {
         self.state_dir().join(STATE_FILE_NAME)
     }
 
-    /// Starts swtpm, sends INIT, which creates the state or loads it, and SHUTDOWN. Says whether INIT succeeded.
-    fn power_on_and_off(&self) -> bool {
+    /// Starts swtpm, sends INIT, which creates the state or loads it, and SHUTDOWN. Says how INIT went.
+    fn power_on_and_off(&self) -> Result<(), String> {
         fs::create_dir_all(self.state_dir()).unwrap();
         let socket = self.dir.path().join("control");
         let mut swtpm = self.start(&socket);
         wait_for(&socket, &mut swtpm);
         let initialized = control(&socket, "-i");
-        control(&socket, "-s");
+        control(&socket, "-s").unwrap();
         swtpm.wait().unwrap();
         initialized
     }
@@ -92,9 +93,10 @@ impl Tpm {
     }
 }
 
+/// Waits for a connection and not for the socket's file: swtpm makes the file first and listens on it later.
 fn wait_for(socket: &Path, swtpm: &mut Child) {
     let started = Instant::now();
-    while !socket.exists() {
+    while UnixStream::connect(socket).is_err() {
         assert!(
             swtpm.try_wait().unwrap().is_none(),
             "swtpm ended before it opened its control channel"
@@ -104,16 +106,24 @@ fn wait_for(socket: &Path, swtpm: &mut Child) {
     }
 }
 
-fn control(socket: &Path, command: &str) -> bool {
+/// What `swtpm_ioctl` printed when its command failed.
+fn control(socket: &Path, command: &str) -> Result<(), String> {
     let output = Command::new("swtpm_ioctl")
         .arg("--unix")
         .arg(socket)
         .arg(command)
         .output();
-    output
-        .expect("swtpm_ioctl can't be started: install the package swtpm-tools")
-        .status
-        .success()
+    let output = output.expect("swtpm_ioctl can't be started: install the package swtpm-tools");
+    let said = || {
+        [&output.stdout[..], &output.stderr[..]]
+            .map(String::from_utf8_lossy)
+            .concat()
+    };
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(said())
+    }
 }
 
 fn key() -> StateKey {
@@ -129,7 +139,7 @@ fn is_libtpms_state(bytes: &[u8]) -> bool {
 fn a_state_goes_from_absent_to_encrypted_and_opens() {
     let tpm = Tpm::encrypted("aes-256-cbc");
     assert!(matches!(State::read(&tpm.state_dir()), Ok(State::Absent)));
-    assert!(tpm.power_on_and_off());
+    tpm.power_on_and_off().unwrap();
     let state = tpm.encrypted_state();
     state.authenticate(&key()).unwrap();
     let opened = state.open(&key()).unwrap();
@@ -142,21 +152,21 @@ fn a_state_goes_from_absent_to_encrypted_and_opens() {
     );
 
     // A second power-on loads the same TPM: swtpm and this crate agree on what the file says.
-    assert!(tpm.power_on_and_off());
+    tpm.power_on_and_off().unwrap();
     assert!(is_libtpms_state(&tpm.encrypted_state().open(&key()).unwrap()));
 }
 
 #[test]
 fn a_plain_state_is_called_plain() {
     let tpm = Tpm::plain();
-    assert!(tpm.power_on_and_off());
+    tpm.power_on_and_off().unwrap();
     assert!(is_libtpms_state(tpm.plain_state().as_bytes()));
 }
 
 #[test]
 fn a_wrong_passphrase_is_refused_by_us_and_by_swtpm() {
     let tpm = Tpm::encrypted("aes-256-cbc");
-    assert!(tpm.power_on_and_off());
+    tpm.power_on_and_off().unwrap();
     for wrong in [
         PASSPHRASE.to_uppercase(),
         format!("{PASSPHRASE}\n"),
@@ -173,14 +183,15 @@ fn a_wrong_passphrase_is_refused_by_us_and_by_swtpm() {
         ));
     }
     fs::write(tpm.dir.path().join("passphrase"), PASSPHRASE.to_uppercase()).unwrap();
-    assert!(!tpm.power_on_and_off(), "swtpm took a wrong passphrase");
+    let refusal = tpm.power_on_and_off().expect_err("swtpm took a wrong passphrase");
+    assert!(refusal.contains("0x101"), "{refusal}");
     tpm.encrypted_state().authenticate(&key()).unwrap();
 }
 
 #[test]
 fn a_128_bit_state_is_refused_by_name() {
     let tpm = Tpm::encrypted("aes-cbc");
-    assert!(tpm.power_on_and_off());
+    tpm.power_on_and_off().unwrap();
     let bytes = fs::read(tpm.state_file()).unwrap();
     assert_eq!(State::parse(&bytes).unwrap_err(), FormatError::ShortKey);
 }
@@ -188,7 +199,7 @@ fn a_128_bit_state_is_refused_by_name() {
 #[test]
 fn a_flipped_bit_anywhere_is_refused() {
     let tpm = Tpm::encrypted("aes-256-cbc");
-    assert!(tpm.power_on_and_off());
+    tpm.power_on_and_off().unwrap();
     let original = fs::read(tpm.state_file()).unwrap();
     for at in 0..original.len() {
         let mut bytes = original.clone();
@@ -202,7 +213,7 @@ fn a_flipped_bit_anywhere_is_refused() {
 #[test]
 fn a_file_cut_off_anywhere_is_refused() {
     for tpm in [Tpm::plain(), Tpm::encrypted("aes-256-cbc")] {
-        assert!(tpm.power_on_and_off());
+        tpm.power_on_and_off().unwrap();
         let original = fs::read(tpm.state_file()).unwrap();
         for length in 0..original.len() {
             assert!(
