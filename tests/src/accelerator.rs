@@ -1,6 +1,7 @@
 //! KVM or emulation, decided by really booting something: `/dev/kvm` may be there and be useless.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::thread::sleep;
@@ -53,22 +54,19 @@ fn probe_once_per_boot() -> Result<Accelerator> {
     }
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let image = guest_image()?;
-    let answer = image.with_file_name(format!("kvm-works-{}", boot.trim()));
-    match fs::read_to_string(&answer).as_deref() {
-        Ok("yes") => return Ok(Accelerator::Kvm),
-        Ok("no") => return Ok(Accelerator::Tcg),
-        _ => {}
-    }
-    let works = guest_boots_with_kvm(&image)?;
-    fs::write(&answer, if works { "yes" } else { "no" })?;
-    Ok(if works {
-        Accelerator::Kvm
-    } else {
-        Accelerator::Tcg
-    })
+    let cached = image.with_file_name("kvm-works");
+    let answer = |works| format!("{} {}\n", boot.trim(), if works { "yes" } else { "no" });
+    let known = fs::read_to_string(&cached).unwrap_or_default();
+    let works = match known {
+        _ if known == answer(true) => true,
+        _ if known == answer(false) => false,
+        _ => guest_boots_with_kvm(&image)?,
+    };
+    fs::write(&cached, answer(works))?;
+    Ok(if works { Accelerator::Kvm } else { Accelerator::Tcg })
 }
 
-fn guest_boots_with_kvm(image: &std::path::Path) -> Result<bool> {
+fn guest_boots_with_kvm(image: &Path) -> Result<bool> {
     let directory = tempfile::tempdir()?;
     let console = directory.path().join("console");
     let firmware = Firmware::default();
