@@ -63,7 +63,11 @@ fn probe_once_per_boot() -> Result<Accelerator> {
         _ => guest_boots_with_kvm(&image)?,
     };
     fs::write(&cached, answer(works))?;
-    Ok(if works { Accelerator::Kvm } else { Accelerator::Tcg })
+    Ok(if works {
+        Accelerator::Kvm
+    } else {
+        Accelerator::Tcg
+    })
 }
 
 fn guest_boots_with_kvm(image: &Path) -> Result<bool> {
