@@ -1,5 +1,31 @@
-.PHONY: deps
+# make demo    shows the main job on a real libvirt, QEMU, OVMF and swtpm (root; installs what it needs)
+# make test    everything: unit tests and stories on the real stack (root; installs what it needs)
+# make bench   the figures, as ratios against a peer in the same run (root)
+# make lint    formatting, clippy, documentation
+# make install, make deb, make test-deb: packaging/package.mk
 
-# What building, testing and the demo need, by apt (root; Debian 12 or 13). VIRTSEAL_STACK=stable|backports picks the pair.
+.PHONY: demo test bench lint deps
+
+CARGO ?= cargo
+include packaging/package.mk
+
+demo: deps
+	$(CARGO) build --locked --release --package virtseal --package virtseal-hook --package virtseal-e2e --bins
+	$(CARGO) run --locked --release --quiet --package virtseal-e2e --bin virtseal-demo
+
+test: deps
+	CARGO="$(CARGO)" tests/run
+
+bench: deps
+	$(CARGO) build --locked --release --package virtseal --package virtseal-hook --package virtseal-e2e --bins
+	$(CARGO) run --locked --release --quiet --package virtseal-e2e --bin virtseal-bench
+
+lint:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
+
+# What building, testing and the demo need, by apt (root; Debian 12 or 13). VIRTSEAL_STACK=stable|backports picks the
+# pair of libvirt and QEMU.
 deps:
 	tests/host/install-deps

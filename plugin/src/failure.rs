@@ -6,6 +6,9 @@
 use std::error::Error;
 use std::fmt;
 
+use crate::keystore::KeystoreError;
+use crate::volume::VolumeError;
+
 /// Why a command ends, as the exit code of `virtseal`. Stable: scripts rely on the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -112,6 +115,24 @@ pub fn chain(error: &dyn Error) -> String {
         source = cause.source();
     }
     text.replace('\n', " ")
+}
+
+impl From<VolumeError> for Failure {
+    fn from(error: VolumeError) -> Self {
+        let code = match &error {
+            VolumeError::NotFound(_) => Code::NotFound,
+            VolumeError::InUse(_) => Code::Busy,
+            VolumeError::HoldsData(_) => Code::WouldLoseKey,
+            _ => Code::Failed,
+        };
+        Self::new(code, chain(&error))
+    }
+}
+
+impl From<KeystoreError> for Failure {
+    fn from(error: KeystoreError) -> Self {
+        Self::new(Code::Failed, chain(&error))
+    }
 }
 
 #[cfg(test)]

@@ -3,8 +3,11 @@
 //! Start reading at [`lifecycle`]: what happens at each step of a VM's life. [`envelope`] is the record that
 //! everything else carries about.
 
+pub mod api;
 pub mod audit;
+pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod domain;
 pub mod envelope;
 pub mod failure;
@@ -12,6 +15,8 @@ pub mod keystore;
 pub mod libvirt;
 pub mod lifecycle;
 pub mod listener;
+pub mod process;
 pub mod provider;
+pub mod seal;
 pub mod secret;
 pub mod volume;

@@ -1,1 +1,311 @@
-//! Hook operation to effect.
+//! What happens to a sealed VM's keys at each step of its life. Read this first.
+//!
+//! ```text
+//!             prepare begin                      started begin
+//!   OFF ───────────────────────▶ ARMED ───────────────────────────▶ RUNNING
+//!    ▲    all DEKs unwrapped,      │     secrets undefined: QEMU       │
+//!    │    opened with, defined     │     and swtpm have their copy     │
+//!    │    as libvirt secrets       │                                   │
+//!    └─────────────────────────────┴───────────────────────────────────┘
+//!                release end: whatever is still armed is undefined
+//! ```
+//!
+//! The hook asks at `prepare begin` and may be told no; the other two steps never stop a VM. A start that fails
+//! between prepare and started ends in `release end`, so nothing stays armed; what a killed daemon left behind is
+//! swept when it starts again.
+//!
+//! [`prepare`] decides: the VM's objects, the envelope of each, every check that needs no key, one unwrap for all,
+//! a real opening of each object, and only then libvirt. All or nothing.
+
+mod arms;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use swtpm_state::{State, StateKey, libvirt_state_dir};
+
+use crate::domain::{Domain, ObjectRef, sealed_objects};
+use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind};
+use crate::failure::{Code, Failure};
+use crate::keystore::{EnvelopeState, Keystore};
+use crate::provider::registry::Registry;
+use crate::secret::Passphrase;
+use crate::volume;
+
+pub use arms::Arms;
+
+/// The moment until which somebody waits for an answer.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline(Instant);
+
+impl Deadline {
+    /// `time` from now.
+    #[must_use]
+    pub fn after(time: Duration) -> Self {
+        Self(Instant::now() + time)
+    }
+
+    /// Whether nobody waits any more.
+    #[must_use]
+    pub fn has_passed(self) -> bool {
+        Instant::now() >= self.0
+    }
+}
+
+/// An object whose key was unwrapped and has really opened it.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its envelope.
+    pub envelope: EnvelopeId,
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Its name in messages.
+    pub label: String,
+    /// Whether other VMs may have it open too.
+    pub shareable: bool,
+    /// For libvirt.
+    pub passphrase: Passphrase,
+}
+
+/// What a start needs to know besides the domain XML.
+pub struct Stage<'a> {
+    /// Where the envelopes are.
+    pub keystore: &'a Keystore,
+    /// What opens them.
+    pub registry: &'a Registry,
+    /// What was opened before.
+    pub memory: &'a Memory,
+    /// Where libvirt keeps vTPM state.
+    pub swtpm_dir: PathBuf,
+}
+
+/// Decides whether the VM of `xml` may start, and with which keys.
+///
+/// # Errors
+/// The one line that the user sees: the VM, the object, the reason, the next command.
+pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failure> {
+    let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
+    let objects = sealed_objects(domain)
+        .map_err(|refusal| stays_off(Failure::new(Code::Failed, refusal.to_string())))?;
+    let mut found = Vec::with_capacity(objects.len());
+    for object in &objects {
+        found.push(
+            find_envelope(stage, domain, object).map_err(|failure| stays_off(failure.of(&object.label)))?,
+        );
+    }
+    let envelopes: Vec<_> = found.iter().map(|found| &found.envelope).collect();
+    let deks = stage.registry.open_all(&envelopes).map_err(|error| {
+        let label = objects
+            .iter()
+            .zip(&envelopes)
+            .find(|(_, envelope)| envelope.id == error.binding.envelope)
+            .map_or("an object", |(object, _)| object.label.as_str());
+        stays_off(Failure::from(error).of(label))
+    })?;
+    let mut opened = Vec::with_capacity(objects.len());
+    for ((object, found), dek) in objects.into_iter().zip(&found).zip(deks) {
+        let passphrase = dek.passphrase().map_err(|error| {
+            stays_off(Failure::from_error(Code::Failed, "no memory for its key", &error).of(&object.label))
+        })?;
+        open_object(stage, domain, &object, &found.envelope, &passphrase)
+            .map_err(|failure| stays_off(failure.of(&object.label)))?;
+        opened.push(Opened {
+            envelope: found.envelope.id,
+            kind: object.kind,
+            shareable: is_shareable(domain, &object),
+            label: object.label,
+            passphrase,
+        });
+    }
+    adopt(stage.keystore, domain, &found).map_err(stays_off)?;
+    Ok(opened)
+}
+
+/// An object's envelope, and whether the keystore has yet to learn of it.
+struct Found {
+    envelope: Envelope,
+    location: String,
+    to_adopt: bool,
+}
+
+/// The keystore's copy or the one that travels in the XML: the higher generation wins.
+fn find_envelope(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Result<Found, Failure> {
+    let known = stage.keystore.envelope(object.secret)?;
+    let travelling = domain
+        .metadata
+        .as_ref()
+        .and_then(|metadata| metadata.envelope(object.secret));
+    let generation = known.as_ref().map(|record| record.envelope.generation);
+    let pending = known
+        .as_ref()
+        .is_some_and(|record| record.state == EnvelopeState::Pending);
+    let location = object
+        .path
+        .as_ref()
+        .map(|path| path.display().to_string())
+        .unwrap_or_default();
+    let found = match (known, travelling) {
+        (known, Some(copy)) if generation < Some(copy.generation) => {
+            let location = known.map_or(location, |record| record.location);
+            Found {
+                envelope: copy.clone(),
+                location,
+                to_adopt: true,
+            }
+        }
+        (Some(record), _) => Found {
+            envelope: record.envelope,
+            location,
+            to_adopt: pending,
+        },
+        (None, _) => return Err(missing(object)),
+    };
+    check_place(domain, object, &found.envelope)?;
+    Ok(found)
+}
+
+fn missing(object: &ObjectRef) -> Failure {
+    Failure::new(
+        Code::NotFound,
+        format!(
+            "its envelope {} is neither in the keystore nor in the domain XML",
+            object.secret
+        ),
+    )
+    .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata")
+}
+
+/// An envelope serves the object that it was made for. A shareable disk keeps that of the VM it came with.
+fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Result<(), Failure> {
+    if envelope.kind != object.kind {
+        let found = envelope.kind;
+        return Err(Failure::new(
+            Code::Failed,
+            format!(
+                "envelope {} is that of a {found}: envelopes were swapped",
+                envelope.id
+            ),
+        )
+        .next(format!(
+            "virsh edit {}: give each object its own secret UUID",
+            domain.name
+        )));
+    }
+    if envelope.vm != domain.uuid && !is_shareable(domain, object) {
+        return Err(Failure::new(
+            Code::Failed,
+            format!(
+                "envelope {} belongs to VM {}: the XML was copied or swapped",
+                envelope.id, envelope.vm
+            ),
+        )
+        .next("create a volume for this VM: virtseal volume create --vm"));
+    }
+    Ok(())
+}
+
+fn is_shareable(domain: &Domain, object: &ObjectRef) -> bool {
+    object.kind == ObjectKind::Disk
+        && domain.disks.iter().any(|disk| {
+            disk.shareable && object.path.is_some() && disk.source.path() == object.path.as_deref()
+        })
+}
+
+/// Really opens the object with its key, or says why QEMU or swtpm would fail.
+fn open_object(
+    stage: &Stage<'_>,
+    domain: &Domain,
+    object: &ObjectRef,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<(), Failure> {
+    match (object.kind, &object.path) {
+        (ObjectKind::Vtpm, _) => open_vtpm(stage, domain, passphrase),
+        (_, Some(path)) => stage.memory.open_image(path, envelope, passphrase),
+        // On the network: QEMU alone can open it.
+        (_, None) => Ok(()),
+    }
+}
+
+/// swtpm answers a missing state file with a new, empty TPM, so a state that was there must not be missing.
+fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Result<(), Failure> {
+    let dir = libvirt_state_dir(&stage.swtpm_dir, &domain.uuid);
+    let shown = dir.display();
+    let state = State::read(&dir)
+        .map_err(|error| Failure::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
+    let seen = stage
+        .keystore
+        .vm(domain.uuid)?
+        .is_some_and(|record| record.vtpm_seen);
+    match state {
+        State::Absent if seen => Err(Failure::new(
+            Code::WouldLoseKey,
+            format!("its state is gone from {shown}, and swtpm would silently make a new TPM"),
+        )
+        .next(format!("restore {shown} from a backup"))),
+        State::Absent => Ok(()),
+        State::Plain(_) => Err(
+            Failure::new(Code::Failed, format!("its state in {shown} is not encrypted"))
+                .next(format!("virtseal vm status {}", domain.name)),
+        ),
+        State::Encrypted(state) => {
+            StateKey::derive(passphrase.expose())
+                .map_err(|error| Failure::from_error(Code::Failed, "its key", &error))
+                .and_then(|key| {
+                    state.authenticate(&key).map_err(|error| {
+                        Failure::from_error(Code::Failed, format!("its state in {shown}"), &error)
+                            .next(format!("restore {shown} from a backup"))
+                    })
+                })?;
+            stage.keystore.remember_vm(domain.uuid, &domain.name)?;
+            stage.keystore.set_vtpm_seen(domain.uuid)?;
+            Ok(())
+        }
+    }
+}
+
+/// Every envelope here was unwrapped and has opened its object: only now the keystore learns of it.
+fn adopt(keystore: &Keystore, domain: &Domain, found: &[Found]) -> Result<(), Failure> {
+    for found in found.iter().filter(|found| found.to_adopt) {
+        keystore.put(&found.envelope, &found.location)?;
+        keystore.activate(found.envelope.id)?;
+    }
+    if keystore
+        .vm(domain.uuid)?
+        .is_none_or(|record| record.name != domain.name)
+    {
+        keystore.remember_vm(domain.uuid, &domain.name)?;
+    }
+    Ok(())
+}
+
+/// Which image headers were opened with which envelope, so that a start does not pay for PBKDF2 again.
+///
+/// Holds digests of LUKS headers, no keys. A header that changes in any byte is opened anew.
+#[derive(Debug, Default)]
+pub struct Memory(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
+
+impl Memory {
+    /// Opens the image at `path` with its passphrase, unless this very header was opened before.
+    pub fn open_image(
+        &self,
+        path: &std::path::Path,
+        envelope: &Envelope,
+        passphrase: &Passphrase,
+    ) -> Result<(), Failure> {
+        let digest = volume::header_digest(path).map_err(Failure::from)?;
+        let opened = (envelope.generation, digest);
+        if self.lock().get(&envelope.id) == Some(&opened) {
+            return Ok(());
+        }
+        volume::verify(path, passphrase).map_err(Failure::from)?;
+        self.lock().insert(envelope.id, opened);
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<EnvelopeId, (Generation, [u8; 32])>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

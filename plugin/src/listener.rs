@@ -1,1 +1,333 @@
-//! The Varlink services.
+//! The Varlink services: `io.virtseal.Lifecycle` for the hook, `io.virtseal.Host` for the CLI.
+//!
+//! Every connection has a server of its own, so one that waits never holds up another. Who calls is known from
+//! the kernel (SO_PEERCRED): root may change things, the group may read. The work itself blocks and runs on
+//! worker threads.
+
+#![expect(missing_docs, reason = "the service macro makes public items without any")]
+
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::Stream;
+use nix::unistd::{Gid, Uid};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use zlink::service;
+use zlink::tokio::unix;
+use zlink::{Connection, Reply, Server};
+
+use crate::api::{
+    AuditLines, AuditVerified, BackupMade, HostError, HostStatus, LifecycleError, ObjectView, Outcome,
+    ProviderView, Providers, VmView, Vms, VolumeProgress, VolumeRequest,
+};
+use crate::daemon::Daemon;
+use crate::failure::{Code, Failure};
+use crate::lifecycle::Deadline;
+
+/// Accepts connections for ever. Must run inside a `LocalSet`.
+pub async fn serve(listener: UnixListener, daemon: Arc<Daemon>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::task::spawn_local(serve_one(stream, Arc::clone(&daemon)));
+            }
+            Err(error) => {
+                // Out of descriptors, most likely: give the others time to end.
+                tracing::warn!(%error, "can't accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
+    let Ok(socket) = unix::Stream::try_from(stream) else {
+        return;
+    };
+    let mut connection = Connection::new(socket);
+    let caller = match connection.peer_credentials().await {
+        Ok(credentials) => Caller::of(
+            Uid::from_raw(credentials.unix_user_id().as_raw()),
+            std::iter::once(credentials.unix_primary_group_id())
+                .chain(credentials.unix_supplementary_group_ids().iter().copied())
+                .map(|gid| Gid::from_raw(gid.as_raw())),
+            daemon.reader_group(),
+        ),
+        Err(error) => {
+            tracing::warn!(%error, "can't tell who connected");
+            return;
+        }
+    };
+    let accepted = Accepted(Some(connection), false);
+    if let Err(error) = Server::new(accepted, Service { daemon, caller }).run().await {
+        tracing::debug!(%error, "connection ended");
+    }
+}
+
+/// What a caller may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Caller {
+    Admin,
+    Reader,
+    Stranger,
+}
+
+impl Caller {
+    fn of(uid: Uid, mut groups: impl Iterator<Item = Gid>, readers: Option<Gid>) -> Self {
+        if uid.is_root() || uid == Uid::effective() {
+            Self::Admin
+        } else if groups.any(|gid| Some(gid) == readers) {
+            Self::Reader
+        } else {
+            Self::Stranger
+        }
+    }
+
+    fn may(self, needed: Self) -> Result<(), Failure> {
+        match (self, needed) {
+            (Self::Admin, _) | (Self::Reader, Self::Reader) => Ok(()),
+            _ => Err(Failure::new(Code::Denied, "only root may do this").next("run it as root, with sudo")),
+        }
+    }
+}
+
+/// Hands one connection to its server, then no more.
+#[derive(Debug)]
+struct Accepted(Option<Connection<unix::Stream>>, bool);
+
+impl zlink::Listener for Accepted {
+    type Socket = unix::Stream;
+
+    async fn accept(&mut self) -> zlink::Result<Option<Connection<Self::Socket>>> {
+        if let Some(connection) = self.0.take() {
+            return Ok(Some(connection));
+        }
+        if !std::mem::replace(&mut self.1, true) {
+            return Ok(None);
+        }
+        std::future::pending().await
+    }
+}
+
+struct Service {
+    daemon: Arc<Daemon>,
+    caller: Caller,
+}
+
+impl Service {
+    /// Runs `work` on a worker thread, if the caller may.
+    async fn run<T: Send + 'static>(
+        &self,
+        needed: Caller,
+        work: impl FnOnce(&Daemon) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, HostError> {
+        self.caller.may(needed)?;
+        let daemon = Arc::clone(&self.daemon);
+        match tokio::task::spawn_blocking(move || work(&daemon)).await {
+            Ok(result) => result.map_err(HostError::from),
+            Err(error) => Err(Failure::new(Code::Failed, format!("virtseald failed: {error}"))
+                .next("see its log: journalctl -u virtseald")
+                .into()),
+        }
+    }
+
+    async fn hook<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Daemon, Deadline) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, LifecycleError> {
+        let time = self.daemon.hook_deadline();
+        let deadline = Deadline::after(time);
+        let run = self.run(Caller::Admin, move |daemon| work(daemon, deadline));
+        let outcome = match tokio::time::timeout(time, run).await {
+            Ok(outcome) => outcome.map_err(Failure::from),
+            Err(_) => Err(self.daemon.deadline_passed(time)),
+        };
+        outcome.map_err(|failure| LifecycleError::Refused {
+            message: failure.to_string(),
+        })
+    }
+}
+
+#[service(
+    vendor = "virtseal",
+    product = "virtseald",
+    version = env!("CARGO_PKG_VERSION"),
+    url = ""
+)]
+impl Service {
+    /// A VM is about to start: arms its DEKs, or refuses.
+    #[zlink(interface = "io.virtseal.Lifecycle")]
+    async fn prepare(&self, xml: String) -> Result<(), LifecycleError> {
+        self.hook(move |daemon, deadline| daemon.prepare(&xml, deadline))
+            .await
+    }
+
+    /// A VM runs: disarms its DEKs.
+    async fn started(&self, vm: String, name: String) -> Result<(), LifecycleError> {
+        self.hook(move |daemon, _| daemon.started(&vm, &name)).await
+    }
+
+    /// A VM is gone, or its start has failed: disarms what is still armed.
+    async fn released(&self, vm: String, name: String) -> Result<(), LifecycleError> {
+        self.hook(move |daemon, _| daemon.released(&vm, &name)).await
+    }
+
+    #[zlink(
+        interface = "io.virtseal.Host",
+        types = [ProviderView, ObjectView, VmView, VolumeRequest]
+    )]
+    async fn status(&self) -> Result<HostStatus, HostError> {
+        self.run(Caller::Reader, Daemon::status).await
+    }
+
+    async fn vm_status(&self, vm: Option<String>) -> Result<Vms, HostError> {
+        self.run(Caller::Reader, move |daemon| daemon.vm_status(vm.as_deref()))
+            .await
+    }
+
+    async fn seal_vm(
+        &self,
+        vm: String,
+        provider: Option<String>,
+        dry_run: bool,
+    ) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.seal_vm(&vm, provider.as_deref(), dry_run)
+        })
+        .await
+    }
+
+    async fn unseal_vm(&self, vm: String, dry_run: bool) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.unseal_vm(&vm, dry_run))
+            .await
+    }
+
+    #[zlink(more)]
+    async fn create_volume(
+        &self,
+        more: bool,
+        request: VolumeRequest,
+    ) -> impl Stream<Item = Result<Reply<VolumeProgress>, HostError>> + Unpin + use<> {
+        let (sender, receiver) = mpsc::channel(8);
+        let daemon = Arc::clone(&self.daemon);
+        let allowed = self.caller.may(Caller::Admin);
+        tokio::task::spawn_blocking(move || {
+            // A client that went away ends the work: `report` says so.
+            let report = |step: VolumeProgress| {
+                let last = step.envelope.is_some();
+                let reply = Reply::new(Some(step)).set_continues(Some(!last));
+                let wanted = more || last;
+                !wanted || sender.blocking_send(Ok(reply)).is_ok()
+            };
+            if let Err(failure) = allowed.and_then(|()| daemon.create_volume(&request, report)) {
+                // Nobody is left to be told when this fails.
+                let _ = sender.blocking_send(Err(failure.into()));
+            }
+        });
+        Replies(receiver)
+    }
+
+    async fn list_providers(&self) -> Result<Providers, HostError> {
+        self.run(Caller::Reader, Daemon::providers).await
+    }
+
+    async fn add_provider(
+        &self,
+        name: String,
+        kind: String,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<Providers, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.add_provider(&name, &kind, fds)
+        })
+        .await
+    }
+
+    async fn set_default_provider(&self, name: String) -> Result<(), HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.set_default_provider(&name))
+            .await
+    }
+
+    async fn lock_provider(&self, name: String) -> Result<(), HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.lock_provider(&name))
+            .await
+    }
+
+    async fn unlock_provider(&self, name: String, #[zlink(fds)] fds: Vec<OwnedFd>) -> Result<(), HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.unlock_provider(&name, fds))
+            .await
+    }
+
+    async fn backup_provider(
+        &self,
+        name: String,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<BackupMade, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.backup_provider(&name, fds))
+            .await
+    }
+
+    async fn confirm_backup(&self, name: String, generation: i64) -> Result<(), HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.confirm_backup(&name, generation)
+        })
+        .await
+    }
+
+    async fn restore_provider(
+        &self,
+        name: String,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<Providers, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.restore_provider(&name, fds))
+            .await
+    }
+
+    async fn show_audit(&self, records: i64) -> Result<AuditLines, HostError> {
+        self.run(Caller::Reader, move |daemon| daemon.show_audit(records))
+            .await
+    }
+
+    async fn verify_audit(&self) -> Result<AuditVerified, HostError> {
+        self.run(Caller::Reader, Daemon::verify_audit).await
+    }
+}
+
+/// The replies of a call that takes long.
+struct Replies<T>(mpsc::Receiver<Result<Reply<T>, HostError>>);
+
+impl<T> Stream for Replies<T> {
+    type Item = Result<Reply<T>, HostError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_recv(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_changes_the_group_reads_others_nothing() {
+        let group = Some(Gid::from_raw(77));
+        let of = |uid, gid| Caller::of(Uid::from_raw(uid), std::iter::once(Gid::from_raw(gid)), group);
+        assert_eq!(of(0, 0), Caller::Admin);
+        assert_eq!(of(54321, 77), Caller::Reader);
+        assert_eq!(of(54321, 78), Caller::Stranger);
+        assert!(Caller::Reader.may(Caller::Reader).is_ok());
+        assert_eq!(Caller::Reader.may(Caller::Admin).unwrap_err().code, Code::Denied);
+        assert_eq!(
+            Caller::Stranger.may(Caller::Reader).unwrap_err().code,
+            Code::Denied
+        );
+        assert_eq!(
+            Caller::of(Uid::from_raw(54321), std::iter::once(Gid::from_raw(0)), None),
+            Caller::Stranger
+        );
+    }
+}

@@ -29,14 +29,12 @@ impl Accelerator {
     /// `VIRTSEAL_E2E_ACCELERATOR=kvm|tcg` overrides it.
     pub fn of_this_machine() -> Self {
         static ANSWER: OnceLock<Accelerator> = OnceLock::new();
-        *ANSWER.get_or_init(
-            || match std::env::var("VIRTSEAL_E2E_ACCELERATOR").as_deref() {
-                Ok("kvm") => Self::Kvm,
-                Ok("tcg") => Self::Tcg,
-                // A probe that can't run is no proof of KVM.
-                _ => probe_once_per_boot().unwrap_or(Self::Tcg),
-            },
-        )
+        *ANSWER.get_or_init(|| match std::env::var("VIRTSEAL_E2E_ACCELERATOR").as_deref() {
+            Ok("kvm") => Self::Kvm,
+            Ok("tcg") => Self::Tcg,
+            // A probe that can't run is no proof of KVM.
+            _ => probe_once_per_boot().unwrap_or(Self::Tcg),
+        })
     }
 
     /// The `type` of the domain element.
@@ -63,11 +61,7 @@ fn probe_once_per_boot() -> Result<Accelerator> {
         _ => guest_boots_with_kvm(&image)?,
     };
     fs::write(&cached, answer(works))?;
-    Ok(if works {
-        Accelerator::Kvm
-    } else {
-        Accelerator::Tcg
-    })
+    Ok(if works { Accelerator::Kvm } else { Accelerator::Tcg })
 }
 
 fn guest_boots_with_kvm(image: &Path) -> Result<bool> {
@@ -101,10 +95,7 @@ fn guest_boots_with_kvm(image: &Path) -> Result<bool> {
         ])
         .args([
             "-drive",
-            &format!(
-                "if=none,id=d,format=raw,snapshot=on,file={}",
-                image.display()
-            ),
+            &format!("if=none,id=d,format=raw,snapshot=on,file={}", image.display()),
         ])
         .args(["-device", "virtio-blk-pci,drive=d,bootindex=1"])
         .args(["-serial", &format!("file:{}", console.display())])

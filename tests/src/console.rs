@@ -29,9 +29,7 @@ impl Console {
     /// Nobody listens there within ten seconds.
     pub fn connect(path: &Path) -> Result<Self> {
         let what = format!("a console at {}", path.display());
-        let socket = wait_until(CONNECT_DEADLINE, &what, || {
-            Ok(UnixStream::connect(path).ok())
-        })?;
+        let socket = wait_until(CONNECT_DEADLINE, &what, || Ok(UnixStream::connect(path).ok()))?;
         Ok(Self {
             socket,
             transcript: Vec::new(),
@@ -90,10 +88,7 @@ impl Console {
         self.socket.set_read_timeout(Some(left))?;
         let mut chunk = [0; 4096];
         match self.socket.read(&mut chunk) {
-            Ok(0) => bail!(
-                "the VM has closed its console, which showed:\n{}",
-                self.tail()
-            ),
+            Ok(0) => bail!("the VM has closed its console, which showed:\n{}", self.tail()),
             Ok(length) => self.transcript.extend_from_slice(&chunk[..length]),
             Err(error)
                 if matches!(
@@ -112,8 +107,7 @@ impl Console {
 }
 
 fn find(text: &[u8], pattern: &[u8]) -> Option<usize> {
-    text.windows(pattern.len())
-        .position(|window| window == pattern)
+    text.windows(pattern.len()).position(|window| window == pattern)
 }
 
 #[cfg(test)]
@@ -135,14 +129,9 @@ mod tests {
     #[test]
     fn lines_come_one_by_one() {
         let (mut console, mut guest) = pair();
-        guest
-            .write_all(b"READY\r\nOK read-disk M1\r\npart")
-            .unwrap();
+        guest.write_all(b"READY\r\nOK read-disk M1\r\npart").unwrap();
         assert_eq!(console.line(Duration::from_secs(1)).unwrap(), "READY");
-        assert_eq!(
-            console.line(Duration::from_secs(1)).unwrap(),
-            "OK read-disk M1"
-        );
+        assert_eq!(console.line(Duration::from_secs(1)).unwrap(), "OK read-disk M1");
         let error = console.line(Duration::from_millis(10)).unwrap_err();
         assert!(format!("{error:#}").contains("part"), "{error:#}");
     }

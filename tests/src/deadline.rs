@@ -11,11 +11,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 /// The deadline has passed, or `poll` failed.
-pub fn wait_until<T>(
-    limit: Duration,
-    what: &str,
-    mut poll: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
+pub fn wait_until<T>(limit: Duration, what: &str, mut poll: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = poll()? {
@@ -45,9 +41,6 @@ mod tests {
     #[test]
     fn names_what_did_not_happen() {
         let error = wait_until::<()>(Duration::ZERO, "the guest's boot", || Ok(None)).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the guest's boot did not happen within 0 s"
-        );
+        assert_eq!(error.to_string(), "the guest's boot did not happen within 0 s");
     }
 }

@@ -144,8 +144,7 @@ impl Guest {
     /// # Errors
     /// The guest's own reason, or it did not answer.
     pub fn command(&mut self, command: &str, argument: &str) -> Result<String> {
-        self.console
-            .send(format!("{command} {argument}").trim_end())?;
+        self.console.send(format!("{command} {argument}").trim_end())?;
         loop {
             let line = self
                 .console
@@ -187,14 +186,8 @@ mod tests {
 
     #[test]
     fn answers_belong_to_their_command() {
-        assert_eq!(
-            parse_answer("nv-read", "OK nv-read M1").unwrap().unwrap(),
-            "M1"
-        );
-        assert_eq!(
-            parse_answer("poweroff", "OK poweroff").unwrap().unwrap(),
-            ""
-        );
+        assert_eq!(parse_answer("nv-read", "OK nv-read M1").unwrap().unwrap(), "M1");
+        assert_eq!(parse_answer("poweroff", "OK poweroff").unwrap().unwrap(), "");
         assert_eq!(
             parse_answer("nv-read", "ERR nv-read no TPM")
                 .unwrap()

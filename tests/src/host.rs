@@ -121,8 +121,7 @@ impl Host {
     /// libvirtd does not answer.
     pub fn versions(&self) -> Result<String> {
         let answer = self.virsh(&["version"])?.succeeded()?;
-        parse_versions(&answer)
-            .with_context(|| format!("`virsh version` has no versions: {answer}"))
+        parse_versions(&answer).with_context(|| format!("`virsh version` has no versions: {answer}"))
     }
 
     // --- commands and daemons inside ---
@@ -220,8 +219,7 @@ impl Host {
     /// The image can't be built or copied.
     pub fn guest_disk(&self, name: &str) -> Result<PathBuf> {
         let disk = Path::new(IMAGES).join(format!("{name}.raw"));
-        fs::copy(guest_image()?, self.path(&disk))
-            .context("the guest image could not be copied")?;
+        fs::copy(guest_image()?, self.path(&disk)).context("the guest image could not be copied")?;
         Ok(disk)
     }
 
@@ -260,9 +258,7 @@ impl Host {
     /// # Errors
     /// libvirt does not know it.
     pub fn state(&self, name: &str) -> Result<DomainState> {
-        Ok(DomainState::parse(
-            &self.virsh(&["domstate", name])?.succeeded()?,
-        ))
+        Ok(DomainState::parse(&self.virsh(&["domstate", name])?.succeeded()?))
     }
 
     /// Waits for a state of a VM.
@@ -271,9 +267,7 @@ impl Host {
     /// It was not reached within `limit`.
     pub fn wait_for_state(&self, name: &str, state: &DomainState, limit: Duration) -> Result<()> {
         let what = format!("{name} being {state:?}");
-        wait_until(limit, &what, || {
-            Ok((self.state(name)? == *state).then_some(()))
-        })
+        wait_until(limit, &what, || Ok((self.state(name)? == *state).then_some(())))
     }
 }
 
@@ -303,8 +297,7 @@ fn start_libvirtd(namespace: &Namespace) -> Result<Process> {
 
 fn install_hook(namespace: &Namespace, hook: &Path) -> Result<()> {
     let target = namespace.path("/etc/libvirt/hooks/qemu.d/virtseal");
-    fs::copy(hook, &target)
-        .with_context(|| format!("the hook {} could not be installed", hook.display()))?;
+    fs::copy(hook, &target).with_context(|| format!("the hook {} could not be installed", hook.display()))?;
     fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     Ok(())
 }
@@ -327,10 +320,7 @@ mod tests {
     fn versions_are_read_from_virsh() {
         let answer = "Compiled against library: libvirt 9.0.0\nUsing library: libvirt 9.0.0\nUsing API: QEMU 9.0.0\n\
             Running hypervisor: QEMU 7.2.22\n";
-        assert_eq!(
-            parse_versions(answer).unwrap(),
-            "libvirt 9.0.0 + QEMU 7.2.22"
-        );
+        assert_eq!(parse_versions(answer).unwrap(), "libvirt 9.0.0 + QEMU 7.2.22");
         assert_eq!(parse_versions("error"), None);
     }
 }

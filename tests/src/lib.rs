@@ -32,6 +32,7 @@ mod host;
 mod namespace;
 mod process;
 mod programs;
+mod sealed;
 mod virsh;
 
 pub use accelerator::Accelerator;
@@ -43,4 +44,5 @@ pub use host::{Host, HostBuilder};
 pub use namespace::Namespace;
 pub use process::Process;
 pub use programs::{built_program, require_programs};
+pub use sealed::SealedHost;
 pub use virsh::{DomainState, Output};

@@ -46,10 +46,7 @@ impl Namespace {
             .context("bash did not start")?;
         let directory = directory.keep();
         let mut line = String::new();
-        let stdout = keeper
-            .stdout
-            .take()
-            .context("bash has no standard output")?;
+        let stdout = keeper.stdout.take().context("bash has no standard output")?;
         BufReader::new(stdout).read_line(&mut line)?;
         let init_pid = parse_ready(&line)
             .context("the private namespace could not be set up; its messages are above")?;

@@ -70,9 +70,7 @@ pub fn built_program(name: &str) -> Result<PathBuf> {
 
 /// The directory of the stage's scripts and templates.
 pub(crate) fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("host")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("host").join(name)
 }
 
 fn find_on_path(program: &str) -> Option<PathBuf> {
@@ -90,10 +88,8 @@ mod tests {
 
     #[test]
     fn a_missing_program_is_named_with_its_package() {
-        let error =
-            require_programs(&[("sh", "dash"), ("no-such-program", "some-package")]).unwrap_err();
-        let expected =
-            "these programs are missing: no-such-program (package some-package); run: make deps";
+        let error = require_programs(&[("sh", "dash"), ("no-such-program", "some-package")]).unwrap_err();
+        let expected = "these programs are missing: no-such-program (package some-package); run: make deps";
         assert_eq!(error.to_string(), expected);
     }
 }

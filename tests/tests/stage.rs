@@ -32,11 +32,7 @@ fn hosts_run_side_by_side_and_leave_nothing() -> Result<()> {
         "a host has no processes"
     );
     drop(first);
-    ensure!(
-        !directory.exists(),
-        "{} is still there",
-        directory.display()
-    );
+    ensure!(!directory.exists(), "{} is still there", directory.display());
     ensure!(
         processes_naming(&directory)?.is_empty(),
         "processes of a dropped host still run"
@@ -53,10 +49,7 @@ fn libvirtd_restart_keeps_vms_and_finds_hooks() -> Result<()> {
     let mut host = Host::start()?;
     start_paused(&host, "kept")?;
     let hook = host.directory().join("hook");
-    fs::write(
-        &hook,
-        "#!/bin/sh\necho \"$1 $2 $3\" >>/var/log/hook-calls\n",
-    )?;
+    fs::write(&hook, "#!/bin/sh\necho \"$1 $2 $3\" >>/var/log/hook-calls\n")?;
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755))?;
     host.install_hook(&hook)?;
     host.restart_libvirtd()?;
@@ -86,11 +79,7 @@ fn libvirtd_restart_keeps_vms_and_finds_hooks() -> Result<()> {
 #[test]
 fn killed_test_leaves_no_process_and_no_file() -> Result<()> {
     let mut victim = Command::new(env!("CARGO_BIN_EXE_private-host"))
-        .args([
-            "bash",
-            "-c",
-            "echo $VIRTSEAL_E2E_DIRECTORY; exec sleep 1000",
-        ])
+        .args(["bash", "-c", "echo $VIRTSEAL_E2E_DIRECTORY; exec sleep 1000"])
         .stdout(Stdio::piped())
         .spawn()?;
     let mut line = String::new();
@@ -122,12 +111,9 @@ fn start_paused(host: &Host, name: &str) -> Result<()> {
 /// The processes that have one of `directory`'s files mounted: every process of the namespace it backs.
 fn processes_naming(directory: &Path) -> Result<Vec<String>> {
     let name = directory.to_string_lossy().into_owned();
-    let processes = fs::read_dir("/proc")?
-        .filter_map(Result::ok)
-        .filter(|entry| {
-            fs::read_to_string(entry.path().join("mountinfo"))
-                .is_ok_and(|mounts| mounts.contains(&name))
-        });
+    let processes = fs::read_dir("/proc")?.filter_map(Result::ok).filter(|entry| {
+        fs::read_to_string(entry.path().join("mountinfo")).is_ok_and(|mounts| mounts.contains(&name))
+    });
     Ok(processes
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
         .collect())

@@ -1,2 +1,239 @@
-//! entry
-fn main() {}
+//! The daemon of virtseal.
+
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fs, io};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::{LocalSet, spawn_blocking, spawn_local};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use virtseal::config::Config;
+use virtseal::daemon::Daemon;
+use virtseal::failure::chain;
+use virtseal::{listener, process};
+
+/// The daemon of virtseal: hands VMs their keys when libvirt starts them.
+#[derive(Debug, Parser)]
+#[command(name = "virtseald", version)]
+struct Args {
+    /// The configuration; without this option a missing file means all defaults.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// A systemd credential of this name, followed by a provider's, unlocks that provider.
+const CREDENTIAL: &str = "virtseal.passphrase.";
+/// How long calls in progress may still take when the daemon is told to end.
+const LAST_CALLS: Duration = Duration::from_secs(2);
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("virtseald: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    process::harden().context("can't protect this process")?;
+    let config = load(args)?;
+    start_log(&config.log)?;
+    let listener = listen(&config)?;
+    let daemon = Arc::new(Daemon::open(config)?);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(64)
+        .thread_keep_alive(Duration::from_secs(5))
+        .build()?;
+    let outcome = LocalSet::new().block_on(&runtime, serve(listener, Arc::clone(&daemon), args));
+    // A worker may be stuck in libvirt: the keys go, whatever it waits for.
+    daemon.lock_all();
+    runtime.shutdown_timeout(LAST_CALLS);
+    outcome
+}
+
+async fn serve(listener: UnixListener, daemon: Arc<Daemon>, args: &Args) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    unlock_from_credentials(&daemon);
+    spawn_local(listener::serve(listener, Arc::clone(&daemon)));
+    spawn_local(watch_libvirt(Arc::clone(&daemon)));
+    notify(&[NotifyState::Ready]);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => reload(&daemon, args),
+        }
+    }
+    notify(&[NotifyState::Stopping]);
+    tracing::info!("ending");
+    Ok(())
+}
+
+fn load(args: &Args) -> anyhow::Result<Config> {
+    match &args.config {
+        Some(path) => Ok(Config::load(path)?),
+        None if Path::new(Config::DEFAULT_PATH).exists() => Ok(Config::load(Config::DEFAULT_PATH.as_ref())?),
+        None => Ok(Config::default()),
+    }
+}
+
+/// To the journal where systemd says so, else to standard error.
+fn start_log(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).with_context(|| format!("log: '{filter}' is no filter"))?;
+    let registry = tracing_subscriber::registry().with(filter);
+    if std::env::var_os("JOURNAL_STREAM").is_some()
+        && let Ok(journal) = tracing_journald::layer()
+    {
+        registry.with(journal).init();
+    } else {
+        registry
+            .with(
+                tracing_subscriber::fmt::layer()
+                    .with_writer(io::stderr)
+                    .with_ansi(false),
+            )
+            .init();
+    }
+    Ok(())
+}
+
+/// The socket that systemd has opened, or one of our own.
+fn listen(config: &Config) -> anyhow::Result<UnixListener> {
+    let inherited: Vec<_> = sd_notify::listen_fds().map(Iterator::collect).unwrap_or_default();
+    match inherited[..] {
+        [] => bind(config),
+        // SAFETY: systemd passes the descriptor to this process, and nothing else here has taken it.
+        [fd] => Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into()),
+        _ => bail!(
+            "systemd passed {} sockets, one was expected: see virtseald.socket",
+            inherited.len()
+        ),
+    }
+}
+
+fn bind(config: &Config) -> anyhow::Result<UnixListener> {
+    let path = &config.socket;
+    let shown = path.display();
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("can't make {}", parent.display()))?;
+        if fs::metadata(parent)?.permissions().mode() & 0o077 == 0 {
+            // We made it, under our umask; the group must get through to the socket.
+            fs::set_permissions(parent, fs::Permissions::from_mode(0o755))?;
+        }
+    }
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => bail!("{shown} exists and is no socket"),
+        Ok(_) if UnixStream::connect(path).is_ok() => bail!("another virtseald listens on {shown}"),
+        Ok(_) => fs::remove_file(path).with_context(|| format!("can't remove the old {shown}"))?,
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("can't listen on {shown}"))?;
+    let group = nix::unistd::Group::from_name(&config.socket_group).ok().flatten();
+    if let Some(group) = &group {
+        nix::unistd::chown(path, None, Some(group.gid))
+            .with_context(|| format!("can't give {shown} its group"))?;
+    }
+    let mode = if group.is_some() { 0o660 } else { 0o600 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
+    Ok(listener)
+}
+
+/// A failure is logged, not fatal: the admin can still unlock by hand.
+fn unlock_from_credentials(daemon: &Arc<Daemon>) {
+    let Some(directory) = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from) else {
+        return;
+    };
+    for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+        let file_name = entry.file_name();
+        let Some(name) = file_name
+            .to_str()
+            .and_then(|name| name.strip_prefix(CREDENTIAL))
+            .map(str::to_owned)
+        else {
+            continue;
+        };
+        let daemon = Arc::clone(daemon);
+        spawn_blocking(move || {
+            let unlocked = fs::File::open(entry.path())
+                .map_err(|error| error.to_string())
+                .and_then(|file| {
+                    daemon
+                        .unlock_provider(&name, vec![file.into()])
+                        .map_err(|failure| failure.to_string())
+                });
+            match unlocked {
+                Ok(()) => tracing::info!(provider = name, "unlocked by its credential"),
+                Err(error) => tracing::error!(provider = name, "its credential does not unlock it: {error}"),
+            }
+        });
+    }
+}
+
+/// Keeps the connection to libvirt, and takes away what an earlier daemon has left there.
+async fn watch_libvirt(daemon: Arc<Daemon>) {
+    const PATIENCE: std::ops::Range<Duration> = Duration::from_millis(200)..Duration::from_secs(30);
+    let mut wait = PATIENCE.start;
+    loop {
+        let checked = Arc::clone(&daemon);
+        let checked = spawn_blocking(move || {
+            let new = checked.connect()?;
+            let swept = if new { checked.sweep()? } else { 0 };
+            process::trim();
+            Ok::<_, virtseal::libvirt::LibvirtError>((new, swept))
+        })
+        .await;
+        wait = match checked {
+            Ok(Ok((new, swept))) => {
+                if new {
+                    tracing::info!(swept, "connected to libvirt");
+                }
+                Duration::from_secs(5)
+            }
+            Ok(Err(error)) => {
+                tracing::warn!("{}", chain(&error));
+                (wait * 2).min(PATIENCE.end)
+            }
+            Err(_) => PATIENCE.end,
+        };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+fn reload(daemon: &Arc<Daemon>, args: &Args) {
+    if let Ok(now) = NotifyState::monotonic_usec_now() {
+        notify(&[NotifyState::Reloading, now]);
+    }
+    match load(args) {
+        Ok(config) => {
+            for key in daemon.reload(config) {
+                tracing::warn!(key, "changes only with a restart of virtseald");
+            }
+            tracing::info!("configuration reloaded");
+        }
+        Err(error) => tracing::error!("the old configuration stays: {error:#}"),
+    }
+    notify(&[NotifyState::Ready]);
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(state);
+}

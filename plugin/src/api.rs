@@ -1,0 +1,267 @@
+//! What travels over the socket between virtseald and its clients: the types of the Varlink interface
+//! `io.virtseal.Host`, and the proxy that the CLI calls.
+//!
+//! No type here holds a key. Passphrases and backups travel as file descriptors beside a call.
+
+use std::os::fd::OwnedFd;
+
+use futures_util::Stream;
+use serde::{Deserialize, Serialize};
+use zlink::introspect::{CustomType, ReplyError as IntrospectError, Type};
+use zlink::{ReplyError, proxy};
+
+use crate::failure::{Code, Failure};
+
+/// A key provider, as `virtseal provider show` prints it.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct ProviderView {
+    /// Its name on this host.
+    pub name: String,
+    /// Its UUID, the same on every host.
+    pub id: String,
+    /// `native`, …
+    pub kind: String,
+    /// NotTrusted, NotBackedUp, Locked, Unreachable, Degraded or Ready.
+    pub state: String,
+    /// Why, where there is more to say than the state does.
+    pub reason: Option<String>,
+    /// Whether new envelopes go to it.
+    pub is_default: bool,
+    /// How many envelopes it has a stanza in.
+    pub envelopes: i64,
+}
+
+/// Reply with providers.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Providers {
+    /// In the order of their names.
+    pub providers: Vec<ProviderView>,
+}
+
+/// One object of a VM, as `virtseal vm status` prints it.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct ObjectView {
+    /// `disk vda`, `vtpm`, `nvram`.
+    pub object: String,
+    /// sealed, plain, or what is wrong.
+    pub state: String,
+    /// The image or state file.
+    pub path: Option<String>,
+    /// The envelope's UUID.
+    pub envelope: Option<String>,
+    /// The envelope's generation.
+    pub generation: Option<i64>,
+    /// The providers that can open it.
+    pub providers: Vec<String>,
+}
+
+/// A VM, as `virtseal vm status` prints it.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub uuid: String,
+    /// running, off, or undefined (known to virtseal only).
+    pub power: String,
+    /// sealed, plain, mixed, or undefined.
+    pub state: String,
+    /// Its objects.
+    pub objects: Vec<ObjectView>,
+}
+
+/// Reply with VMs.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Vms {
+    /// In the order of their names.
+    pub vms: Vec<VmView>,
+}
+
+/// Reply of `virtseal status`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct HostStatus {
+    /// Of virtseald.
+    pub version: String,
+    /// connected, or why not.
+    pub libvirt: String,
+    /// The URI of that libvirt.
+    pub libvirt_uri: String,
+    /// All providers.
+    pub providers: Vec<ProviderView>,
+    /// The sealed VMs.
+    pub vms: Vec<VmView>,
+    /// How many secrets are in libvirt at this moment.
+    pub armed: i64,
+}
+
+/// Reply of `vm seal` and `vm unseal`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Outcome {
+    /// What was done, or would be.
+    pub steps: Vec<String>,
+    /// What the admin should know besides.
+    pub warnings: Vec<String>,
+    /// Whether anything changed.
+    pub changed: bool,
+}
+
+/// What a new volume should be.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct VolumeRequest {
+    /// Where; absolute.
+    pub path: String,
+    /// Its virtual size in bytes; may be left out where `from` or `backing` has one.
+    pub size: Option<u64>,
+    /// The VM that it is for: name or UUID.
+    pub vm: String,
+    /// qcow2 cluster size in bytes.
+    pub cluster_size: Option<u64>,
+    /// The image below it; absolute.
+    pub backing: Option<String>,
+    /// That image's format.
+    pub backing_format: Option<String>,
+    /// The image to fill it from; absolute.
+    pub from: Option<String>,
+    /// Another provider than the default one.
+    pub provider: Option<String>,
+}
+
+/// A step towards a volume; the last one has the envelope.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct VolumeProgress {
+    /// 0 to 100.
+    pub percent: f64,
+    /// The envelope's UUID, once it is active.
+    pub envelope: Option<String>,
+    /// The virtual size in bytes.
+    pub size: Option<u64>,
+}
+
+/// Which root generation a backup holds.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct BackupMade {
+    /// For `ConfirmBackup`, once the file is safe on disk.
+    pub generation: i64,
+}
+
+/// Reply of `audit show`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct AuditLines {
+    /// JSON, a record a line.
+    pub lines: Vec<String>,
+}
+
+/// Reply of `audit verify`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct AuditVerified {
+    /// How many records the chain holds.
+    pub records: i64,
+}
+
+/// Why a method of `io.virtseal.Host` failed.
+#[derive(Clone, Debug, PartialEq, ReplyError, IntrospectError)]
+#[zlink(interface = "io.virtseal.Host")]
+pub enum HostError {
+    /// See [`Failure`].
+    Failed {
+        /// The exit code that the CLI should end with.
+        code: i64,
+        /// What happened, and to which object.
+        message: String,
+        /// The next command to run.
+        next: Option<String>,
+    },
+}
+
+impl From<Failure> for HostError {
+    fn from(failure: Failure) -> Self {
+        Self::Failed {
+            code: failure.code as i64,
+            message: failure.message,
+            next: failure.next,
+        }
+    }
+}
+
+impl From<HostError> for Failure {
+    fn from(error: HostError) -> Self {
+        let HostError::Failed { code, message, next } = error;
+        Self {
+            code: Code::from_number(code),
+            message,
+            next,
+        }
+    }
+}
+
+/// Why a start is refused.
+#[derive(Clone, Debug, PartialEq, ReplyError, IntrospectError)]
+#[zlink(interface = "io.virtseal.Lifecycle")]
+pub enum LifecycleError {
+    /// One line: the VM, the object, the provider, the reason and the next command.
+    Refused {
+        /// That line.
+        message: String,
+    },
+}
+
+/// `io.virtseal.Host`, as the CLI calls it.
+#[proxy("io.virtseal.Host")]
+pub trait HostProxy {
+    /// Everything at a glance.
+    async fn status(&mut self) -> zlink::Result<Result<HostStatus, HostError>>;
+    /// The objects of one VM, or of all sealed ones.
+    async fn vm_status(&mut self, vm: Option<&str>) -> zlink::Result<Result<Vms, HostError>>;
+    /// Seals a defined, stopped VM.
+    async fn seal_vm(
+        &mut self,
+        vm: &str,
+        provider: Option<&str>,
+        dry_run: bool,
+    ) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Makes a VM plain again that never ran sealed.
+    async fn unseal_vm(&mut self, vm: &str, dry_run: bool) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Makes an encrypted volume, and fills it.
+    #[zlink(more)]
+    async fn create_volume(
+        &mut self,
+        request: &VolumeRequest,
+    ) -> zlink::Result<impl Stream<Item = zlink::Result<Result<VolumeProgress, HostError>>>>;
+    /// All providers.
+    async fn list_providers(&mut self) -> zlink::Result<Result<Providers, HostError>>;
+    /// Adds a provider; `fds` holds its passphrase.
+    async fn add_provider(
+        &mut self,
+        name: &str,
+        kind: &str,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<Providers, HostError>>;
+    /// Makes new envelopes go to this provider.
+    async fn set_default_provider(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;
+    /// Purges its keys from memory.
+    async fn lock_provider(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;
+    /// Unlocks it; `fds` holds its passphrase.
+    async fn unlock_provider(
+        &mut self,
+        name: &str,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<(), HostError>>;
+    /// Writes a backup to the first of `fds`, encrypted with the passphrase in the second if there is one.
+    async fn backup_provider(
+        &mut self,
+        name: &str,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<BackupMade, HostError>>;
+    /// Says that the backup is safely on disk.
+    async fn confirm_backup(&mut self, name: &str, generation: i64) -> zlink::Result<Result<(), HostError>>;
+    /// Restores a provider; `fds` holds the backup, the new passphrase, and the backup's own if it has one.
+    async fn restore_provider(
+        &mut self,
+        name: &str,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<Providers, HostError>>;
+    /// The last records of the audit log.
+    async fn show_audit(&mut self, records: i64) -> zlink::Result<Result<AuditLines, HostError>>;
+    /// Checks the audit log's chain.
+    async fn verify_audit(&mut self) -> zlink::Result<Result<AuditVerified, HostError>>;
+}

@@ -1,0 +1,286 @@
+//! The command line: a thin client of virtseald.
+//!
+//! Every step that touches a key runs in the daemon. What happens here is parsing, asking for passphrases,
+//! opening files as the caller, and printing.
+
+mod client;
+mod passphrase;
+mod print;
+mod provider;
+mod volume;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::api::HostProxy;
+use crate::failure::Failure;
+use crate::volume::Bytes;
+use client::Client;
+use passphrase::{NewPassphraseArgs, PassphraseArgs};
+use print::Printer;
+
+/// VM encryption for libvirt hosts.
+#[derive(Debug, Parser)]
+#[command(
+    name = "virtseal",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// The socket of virtseald.
+    #[arg(
+        long,
+        global = true,
+        env = "VIRTSEAL_SOCKET",
+        default_value = "/run/virtseal/virtseald.sock",
+        value_name = "PATH"
+    )]
+    socket: PathBuf,
+    /// Print JSON instead of tables.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Providers, sealed VMs and libvirt at a glance.
+    Status,
+    /// Key providers.
+    #[command(subcommand)]
+    Provider(ProviderCommand),
+    /// Encrypted disk images.
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Sealed VMs.
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// The audit log.
+    #[command(subcommand)]
+    Audit(AuditCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum ProviderCommand {
+    /// Add a provider; the first one becomes the default.
+    #[command(subcommand)]
+    Add(AddCommand),
+    /// List all providers.
+    List,
+    /// Show one provider.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Make new keys go to this provider.
+    Default {
+        /// Its name.
+        name: String,
+    },
+    /// Unlock a provider, so that its VMs can start.
+    Unlock {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        passphrase: PassphraseArgs,
+    },
+    /// Lock a provider: purge its keys from memory, refuse starts.
+    Lock {
+        /// Its name.
+        name: String,
+    },
+    /// Write a password-protected backup that `age -d` opens as well.
+    Backup(BackupArgs),
+    /// Restore a provider from its backup.
+    Restore(RestoreArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum AddCommand {
+    /// The embedded provider: a root key of its own, sealed by a passphrase.
+    Native {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        passphrase: NewPassphraseArgs,
+    },
+}
+
+#[derive(Debug, Args)]
+struct BackupArgs {
+    /// The provider's name.
+    name: String,
+    /// Where to write the backup; must not exist.
+    #[arg(long, short, value_name = "FILE")]
+    output: PathBuf,
+    /// Write the root key in the clear: whoever reads the file has every key.
+    #[arg(long, conflicts_with_all = ["passphrase_file", "passphrase_fd", "passphrase_credential"])]
+    no_passphrase: bool,
+    #[command(flatten)]
+    passphrase: NewPassphraseArgs,
+}
+
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    /// What to call the provider here.
+    name: String,
+    /// The backup.
+    #[arg(long, short, value_name = "FILE")]
+    input: PathBuf,
+    /// The backup was made with --no-passphrase.
+    #[arg(long, conflicts_with_all = ["backup_passphrase_file", "backup_passphrase_fd"])]
+    no_backup_passphrase: bool,
+    /// Read the backup's passphrase from this file; - is standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "backup_passphrase_fd")]
+    backup_passphrase_file: Option<PathBuf>,
+    /// Read the backup's passphrase from this file descriptor.
+    #[arg(long, value_name = "N")]
+    backup_passphrase_fd: Option<i32>,
+    #[command(flatten)]
+    passphrase: NewPassphraseArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum VolumeCommand {
+    /// Create an encrypted qcow2 image.
+    Create(CreateArgs),
+    /// Show header, keyslots and envelope of an image; needs no key and no daemon.
+    Info {
+        /// The image.
+        path: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// Where to create it.
+    path: PathBuf,
+    /// Virtual size: bytes, or with K, M, G, T (powers of 1024).
+    #[arg(long, required_unless_present_any = ["from", "backing"])]
+    size: Option<Bytes>,
+    /// The VM that the image is for: name or UUID.
+    #[arg(long)]
+    vm: String,
+    /// qcow2 cluster size.
+    #[arg(long, value_name = "SIZE")]
+    cluster_size: Option<Bytes>,
+    /// Put the image on top of this one.
+    #[arg(long, value_name = "IMAGE", conflicts_with = "from")]
+    backing: Option<PathBuf>,
+    /// Format of the backing image.
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    backing_format: Option<String>,
+    /// Fill it from this raw or qcow2 image; it grows to --size.
+    #[arg(long, value_name = "IMAGE")]
+    from: Option<PathBuf>,
+    /// Use this provider instead of the default one.
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum VmCommand {
+    /// Seal a defined, stopped UEFI VM: its disks, its vTPM, its UEFI variables.
+    Seal {
+        /// The VM: name or UUID.
+        vm: String,
+        /// Use this provider instead of the default one.
+        #[arg(long, value_name = "NAME")]
+        provider: Option<String>,
+        /// Print what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Make a VM plain again that has not run since it was sealed.
+    Unseal {
+        /// The VM: name or UUID.
+        vm: String,
+        /// Print what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Show the objects of a VM, or of all sealed VMs.
+    Status {
+        /// The VM: name or UUID.
+        vm: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum AuditCommand {
+    /// Print the last records.
+    Show {
+        /// How many.
+        #[arg(long, short = 'n', default_value_t = 20)]
+        records: u32,
+    },
+    /// Check that no record was changed, removed or reordered.
+    Verify,
+}
+
+impl Cli {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// What the user should be told, with the exit code.
+    pub async fn run(self) -> Result<(), Failure> {
+        let printer = Printer::new(self.json);
+        if let Command::Volume(VolumeCommand::Info { path }) = &self.command {
+            return volume::info(path, &printer);
+        }
+        let mut client = Client::connect(&self.socket).await?;
+        match self.command {
+            Command::Status => printer.status(&client.call(async |host| host.status().await).await?),
+            Command::Provider(command) => provider::run(command, &mut client, &printer).await,
+            Command::Volume(VolumeCommand::Create(args)) => {
+                volume::create(&args, &mut client, &printer).await
+            }
+            Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, &printer),
+            Command::Vm(command) => vm(command, &mut client, &printer).await,
+            Command::Audit(command) => audit(command, &mut client, &printer).await,
+        }
+    }
+}
+
+async fn vm(command: VmCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    match command {
+        VmCommand::Seal {
+            vm,
+            provider,
+            dry_run,
+        } => {
+            let outcome = client
+                .call(async |host| host.seal_vm(&vm, provider.as_deref(), dry_run).await)
+                .await?;
+            printer.outcome(&outcome, dry_run)
+        }
+        VmCommand::Unseal { vm, dry_run } => {
+            let outcome = client
+                .call(async |host| host.unseal_vm(&vm, dry_run).await)
+                .await?;
+            printer.outcome(&outcome, dry_run)
+        }
+        VmCommand::Status { vm } => printer.vms(
+            &client
+                .call(async |host| host.vm_status(vm.as_deref()).await)
+                .await?
+                .vms,
+        ),
+    }
+}
+
+async fn audit(command: AuditCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    match command {
+        AuditCommand::Show { records } => printer.audit(
+            &client
+                .call(async |host| host.show_audit(records.into()).await)
+                .await?,
+        ),
+        AuditCommand::Verify => {
+            printer.audit_verified(&client.call(async |host| host.verify_audit().await).await?)
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! The connection to virtseald.
+
+use std::path::{Path, PathBuf};
+
+use zlink::Connection;
+use zlink::tokio::unix;
+
+use crate::api::HostError;
+use crate::failure::{Code, Failure, chain};
+
+/// A connection to one daemon.
+pub(super) struct Client {
+    socket: PathBuf,
+    connection: Connection<unix::Stream>,
+}
+
+impl Client {
+    pub(super) async fn connect(socket: &Path) -> Result<Self, Failure> {
+        let connection = unix::connect(socket)
+            .await
+            .map_err(|error| unreachable(socket, &error))?;
+        Ok(Self {
+            socket: socket.into(),
+            connection,
+        })
+    }
+
+    /// Makes one call: sorts a failure of the connection from one of the daemon's.
+    pub(super) async fn call<T>(
+        &mut self,
+        call: impl AsyncFnOnce(&mut Connection<unix::Stream>) -> zlink::Result<Result<T, HostError>>,
+    ) -> Result<T, Failure> {
+        match call(&mut self.connection).await {
+            Ok(result) => result.map_err(Failure::from),
+            Err(error) => Err(self.broken(&error)),
+        }
+    }
+
+    pub(super) fn connection(&mut self) -> &mut Connection<unix::Stream> {
+        &mut self.connection
+    }
+
+    /// The connection failed in the middle of a call.
+    pub(super) fn broken(&self, error: &zlink::Error) -> Failure {
+        Failure::from_error(
+            Code::Unreachable,
+            format!("virtseald on {} did not answer properly", self.socket.display()),
+            error,
+        )
+        .next("see its log (journalctl -u virtseald), then try again: every command can be repeated")
+    }
+}
+
+fn unreachable(socket: &Path, error: &zlink::Error) -> Failure {
+    let reason = match error {
+        zlink::Error::Io(io) => io.to_string(),
+        other => chain(other),
+    };
+    let denied = reason.contains("ermission denied");
+    let code = if denied { Code::Denied } else { Code::Unreachable };
+    let next = if denied {
+        "run it as root, with sudo"
+    } else {
+        "systemctl start virtseald"
+    };
+    Failure::new(
+        code,
+        format!("virtseald does not answer on {}: {reason}", socket.display()),
+    )
+    .next(next)
+}

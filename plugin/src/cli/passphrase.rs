@@ -1,0 +1,134 @@
+//! Where a passphrase comes from: a prompt, a file, a file descriptor, a systemd credential.
+//!
+//! It reaches the daemon as a file descriptor. A file is opened here, as the caller, and read there; what was
+//! typed goes through a pipe.
+
+use std::fs::File;
+use std::io::{IsTerminal, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use zeroize::Zeroizing;
+
+use crate::failure::{Code, Failure};
+
+/// For a passphrase that exists.
+#[derive(Debug, Args)]
+pub(super) struct PassphraseArgs {
+    /// Read the passphrase from this file; - is standard input.
+    #[arg(long, value_name = "FILE", group = "passphrase_source")]
+    passphrase_file: Option<PathBuf>,
+    /// Read the passphrase from this file descriptor.
+    #[arg(long, value_name = "N", group = "passphrase_source")]
+    passphrase_fd: Option<i32>,
+    /// Read the passphrase from this systemd credential.
+    #[arg(long, value_name = "NAME", group = "passphrase_source")]
+    passphrase_credential: Option<String>,
+}
+
+/// For a passphrase that is being chosen: a prompt asks twice.
+#[derive(Debug, Args)]
+pub(super) struct NewPassphraseArgs {
+    #[command(flatten)]
+    source: PassphraseArgs,
+}
+
+impl PassphraseArgs {
+    /// A descriptor to read the passphrase from.
+    pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Failure> {
+        match self.given() {
+            Some(source) => source,
+            None => to_pipe(&ask(prompt)?),
+        }
+    }
+
+    fn given(&self) -> Option<Result<OwnedFd, Failure>> {
+        if let Some(path) = &self.passphrase_file {
+            return Some(open_file(path));
+        }
+        if let Some(fd) = self.passphrase_fd {
+            return Some(inherited(fd));
+        }
+        self.passphrase_credential.as_deref().map(credential)
+    }
+}
+
+impl NewPassphraseArgs {
+    /// A descriptor to read the passphrase from.
+    pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Failure> {
+        if let Some(source) = self.source.given() {
+            return source;
+        }
+        let first = ask(prompt)?;
+        if *first != *ask("Once more: ")? {
+            return Err(Failure::new(Code::Usage, "the two passphrases differ").next("try again"));
+        }
+        to_pipe(&first)
+    }
+}
+
+/// Opens a file that holds a secret; - is standard input.
+pub(super) fn open_file(path: &Path) -> Result<OwnedFd, Failure> {
+    if path == Path::new("-") {
+        return inherited(0);
+    }
+    let file = File::open(path).map_err(|error| {
+        Failure::from_error(Code::NotFound, format!("can't open {}", path.display()), &error)
+    })?;
+    Ok(file.into())
+}
+
+/// A descriptor that the caller's shell opened for us.
+pub(super) fn inherited(fd: i32) -> Result<OwnedFd, Failure> {
+    let opened = File::open(format!("/proc/self/fd/{fd}")).map_err(|error| {
+        Failure::from_error(Code::Usage, format!("can't read file descriptor {fd}"), &error)
+            .next(format!("open it in the shell: virtseal … {fd}<FILE"))
+    })?;
+    Ok(opened.into())
+}
+
+fn credential(name: &str) -> Result<OwnedFd, Failure> {
+    let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
+        Failure::new(
+            Code::Usage,
+            format!("no systemd credential '{name}': CREDENTIALS_DIRECTORY is not set"),
+        )
+        .next(format!("run it in a unit with LoadCredential={name}:FILE"))
+    })?;
+    if name.contains('/') {
+        return Err(Failure::new(
+            Code::Usage,
+            format!("'{name}' is not the name of a credential"),
+        ));
+    }
+    open_file(&Path::new(&directory).join(name))
+}
+
+/// Asks on the terminal.
+pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Failure> {
+    if !std::io::stdin().is_terminal() {
+        return Err(Failure::new(
+            Code::Usage,
+            "a passphrase is needed, and there is no terminal to ask on",
+        )
+        .next("give it with --passphrase-file FILE, or --passphrase-file - for standard input"));
+    }
+    rpassword::prompt_password(prompt)
+        .map(Zeroizing::new)
+        .map_err(|error| Failure::from_error(Code::Failed, "can't ask for the passphrase", &error))
+}
+
+/// A pipe that holds `secret`.
+pub(super) fn to_pipe(secret: &str) -> Result<OwnedFd, Failure> {
+    let failed = |error: &dyn std::error::Error| {
+        Failure::from_error(Code::Failed, "can't hand the passphrase over", error)
+    };
+    let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|error| failed(&error))?;
+    // A pipe holds 64 KiB before a write would wait; no one types that.
+    let secret = secret.as_bytes().get(..32 * 1024).unwrap_or(secret.as_bytes());
+    File::from(write)
+        .write_all(secret)
+        .map_err(|error| failed(&error))?;
+    Ok(read)
+}

@@ -1,0 +1,185 @@
+//! What the user sees: tables for people, one JSON document for scripts.
+
+use std::io::{IsTerminal, Write};
+
+use comfy_table::{Table, presets};
+use serde::Serialize;
+
+use crate::api::{
+    AuditLines, AuditVerified, HostStatus, ObjectView, Outcome, ProviderView, VmView, VolumeProgress,
+};
+use crate::failure::{Code, Failure};
+
+/// Prints to standard output, as tables or as JSON; hints and warnings go to standard error.
+pub(super) struct Printer {
+    json: bool,
+}
+
+impl Printer {
+    pub(super) fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// Whether a progress bar would reach a person.
+    pub(super) fn shows_progress(&self) -> bool {
+        !self.json && std::io::stderr().is_terminal()
+    }
+
+    pub(super) fn status(&self, status: &HostStatus) -> Result<(), Failure> {
+        if self.json {
+            return json(status);
+        }
+        line(&format!("virtseald  {}", status.version))?;
+        line(&format!("libvirt    {} ({})", status.libvirt, status.libvirt_uri))?;
+        line(&format!("armed      {} secrets in libvirt", status.armed))?;
+        line("")?;
+        self.providers(&status.providers)?;
+        line("")?;
+        self.vms(&status.vms)
+    }
+
+    pub(super) fn providers(&self, providers: &[ProviderView]) -> Result<(), Failure> {
+        if self.json {
+            return json(&providers);
+        }
+        let rows = providers.iter().map(|provider| {
+            let name = format!(
+                "{}{}",
+                provider.name,
+                if provider.is_default { " (default)" } else { "" }
+            );
+            let state = match &provider.reason {
+                Some(reason) => format!("{} ({reason})", provider.state),
+                None => provider.state.clone(),
+            };
+            vec![
+                name,
+                provider.kind.clone(),
+                state,
+                provider.envelopes.to_string(),
+                provider.id.clone(),
+            ]
+        });
+        table(&["PROVIDER", "KIND", "STATE", "ENVELOPES", "ID"], rows)
+    }
+
+    pub(super) fn vms(&self, vms: &[VmView]) -> Result<(), Failure> {
+        if self.json {
+            return json(&vms);
+        }
+        let rows = vms
+            .iter()
+            .flat_map(|vm| vm.objects.iter().map(move |object| object_row(vm, object)));
+        table(
+            &[
+                "VM",
+                "POWER",
+                "OBJECT",
+                "STATE",
+                "GENERATION",
+                "PROVIDERS",
+                "PATH",
+            ],
+            rows,
+        )
+    }
+
+    pub(super) fn outcome(&self, outcome: &Outcome, dry_run: bool) -> Result<(), Failure> {
+        if self.json {
+            return json(outcome);
+        }
+        if outcome.steps.is_empty() {
+            line("Nothing to do")?;
+        }
+        for step in &outcome.steps {
+            line(&format!("{}{step}", if dry_run { "would " } else { "" }))?;
+        }
+        for warning in &outcome.warnings {
+            self.warn(warning);
+        }
+        Ok(())
+    }
+
+    pub(super) fn volume_created(&self, path: &str, created: &VolumeProgress) -> Result<(), Failure> {
+        let envelope = created.envelope.as_deref().unwrap_or_default();
+        if self.json {
+            return json(&serde_json::json!({ "path": path, "envelope": envelope, "size": created.size }));
+        }
+        line(&format!("{path} is ready, envelope {envelope}"))
+    }
+
+    pub(super) fn audit(&self, audit: &AuditLines) -> Result<(), Failure> {
+        audit.lines.iter().try_for_each(|record| line(record))
+    }
+
+    pub(super) fn audit_verified(&self, verified: &AuditVerified) -> Result<(), Failure> {
+        if self.json {
+            return json(verified);
+        }
+        line(&format!("{} records, the chain is whole", verified.records))
+    }
+
+    /// Anything that is printable as JSON; `text` for people.
+    pub(super) fn show(&self, value: &impl Serialize, text: &str) -> Result<(), Failure> {
+        if self.json {
+            json(value)
+        } else {
+            line(text.trim_end())
+        }
+    }
+
+    pub(super) fn done(&self, what: &str) -> Result<(), Failure> {
+        if self.json {
+            json(&serde_json::json!({ "done": what }))
+        } else {
+            line(what)
+        }
+    }
+
+    pub(super) fn advise(&self, what: &str) -> Result<(), Failure> {
+        if self.json { Ok(()) } else { line(what) }
+    }
+
+    pub(super) fn warn(&self, what: &str) {
+        eprintln!("warning: {what}");
+    }
+}
+
+fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {
+    vec![
+        vm.name.clone(),
+        vm.power.clone(),
+        object.object.clone(),
+        object.state.clone(),
+        object
+            .generation
+            .map_or_else(|| "-".into(), |generation| generation.to_string()),
+        object.providers.join(", "),
+        object.path.clone().unwrap_or_else(|| "-".into()),
+    ]
+}
+
+fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<(), Failure> {
+    let mut table = Table::new();
+    table
+        .load_style(presets::NOTHING)
+        .set_header(header)
+        .add_rows(rows);
+    table.lines().try_for_each(|text| line(text.trim_end()))
+}
+
+fn json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| Failure::from_error(Code::Failed, "can't print JSON", &error))?;
+    line(&text)
+}
+
+/// A reader that went away (`| head`) is no failure.
+fn line(text: &str) -> Result<(), Failure> {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::from_error(Code::Failed, "can't print", &error))
+        }
+        _ => Ok(()),
+    }
+}

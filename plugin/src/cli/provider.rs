@@ -1,0 +1,159 @@
+//! `virtseal provider …`.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use super::client::Client;
+use super::print::Printer;
+use super::{AddCommand, BackupArgs, ProviderCommand, RestoreArgs, passphrase};
+use crate::api::HostProxy;
+use crate::failure::{Code, Failure};
+
+pub(super) async fn run(
+    command: ProviderCommand,
+    client: &mut Client,
+    printer: &Printer,
+) -> Result<(), Failure> {
+    match command {
+        ProviderCommand::Add(AddCommand::Native { name, passphrase }) => {
+            let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "))?];
+            let added = client
+                .call(async |host| host.add_provider(&name, "native", fds).await)
+                .await?;
+            printer.providers(&added.providers)?;
+            printer.advise(&format!(
+                "It wraps nothing until it is backed up: virtseal provider backup {name} --output FILE"
+            ))
+        }
+        ProviderCommand::List => printer.providers(
+            &client
+                .call(async |host| host.list_providers().await)
+                .await?
+                .providers,
+        ),
+        ProviderCommand::Show { name } => show(&name, client, printer).await,
+        ProviderCommand::Default { name } => {
+            client
+                .call(async |host| host.set_default_provider(&name).await)
+                .await?;
+            printer.done(&format!("New keys go to '{name}'"))
+        }
+        ProviderCommand::Unlock { name, passphrase } => {
+            let fds = vec![passphrase.open(&format!("Passphrase of '{name}': "))?];
+            client
+                .call(async |host| host.unlock_provider(&name, fds).await)
+                .await?;
+            printer.done(&format!("'{name}' is unlocked"))
+        }
+        ProviderCommand::Lock { name } => {
+            client.call(async |host| host.lock_provider(&name).await).await?;
+            printer.done(&format!("'{name}' is locked, its keys are out of memory"))
+        }
+        ProviderCommand::Backup(args) => backup(&args, client, printer).await,
+        ProviderCommand::Restore(args) => restore(&args, client, printer).await,
+    }
+}
+
+async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let mut all = client
+        .call(async |host| host.list_providers().await)
+        .await?
+        .providers;
+    all.retain(|provider| provider.name == name);
+    if all.is_empty() {
+        return Err(
+            Failure::new(Code::NotFound, format!("there is no provider '{name}'"))
+                .next("virtseal provider list"),
+        );
+    }
+    printer.providers(&all)
+}
+
+async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let name = &args.name;
+    let passphrase = match args.no_passphrase {
+        true => None,
+        false => Some(args.passphrase.open("Passphrase of the backup: ")?),
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&args.output);
+    let file = file.map_err(|error| unwritable(&args.output, &error))?;
+    let written = write_backup(name, file, passphrase, args, client).await;
+    if let Err(failure) = written {
+        // Only what this command created, and only when nothing relies on it.
+        let _ = fs::remove_file(&args.output);
+        return Err(failure);
+    }
+    if args.no_passphrase {
+        printer.warn(&format!(
+            "{} holds the root key in the clear: keep it where no one else reads it",
+            args.output.display()
+        ));
+    }
+    printer.done(&format!("'{name}' is backed up in {}", args.output.display()))
+}
+
+/// Confirms only once the file and its name are on disk: from then on the provider wraps keys that this file
+/// may be the last way to open.
+async fn write_backup(
+    name: &str,
+    file: File,
+    passphrase: Option<OwnedFd>,
+    args: &BackupArgs,
+    client: &mut Client,
+) -> Result<(), Failure> {
+    let copy = file
+        .try_clone()
+        .map_err(|error| unwritable(&args.output, &error))?;
+    let fds = std::iter::once(OwnedFd::from(copy)).chain(passphrase).collect();
+    let made = client
+        .call(async |host| host.backup_provider(name, fds).await)
+        .await?;
+    let directory = match args.output.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    file.sync_all()
+        .and_then(|()| File::open(directory)?.sync_all())
+        .map_err(|error| unwritable(&args.output, &error))?;
+    client
+        .call(async |host| host.confirm_backup(name, made.generation).await)
+        .await
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> Failure {
+    let failure = Failure::from_error(Code::Failed, format!("can't write {}", path.display()), error);
+    match error.kind() {
+        std::io::ErrorKind::AlreadyExists => {
+            failure.next("choose another --output: a backup is never overwritten")
+        }
+        _ => failure,
+    }
+}
+
+async fn restore(args: &RestoreArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let mut fds = vec![passphrase::open_file(&args.input)?];
+    let of_backup = match (&args.backup_passphrase_file, args.backup_passphrase_fd) {
+        (Some(path), _) => Some(passphrase::open_file(path)?),
+        (None, Some(fd)) => Some(passphrase::inherited(fd)?),
+        (None, None) if args.no_backup_passphrase => None,
+        (None, None) => Some(passphrase::to_pipe(&passphrase::ask(
+            "Passphrase of the backup: ",
+        )?)?),
+    };
+    fds.push(
+        args.passphrase
+            .open(&format!("New passphrase of '{}': ", args.name))?,
+    );
+    fds.extend(of_backup);
+    let restored = client
+        .call(async |host| host.restore_provider(&args.name, fds).await)
+        .await?;
+    printer.providers(&restored.providers)
+}

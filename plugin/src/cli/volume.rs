@@ -1,0 +1,144 @@
+//! `virtseal volume …`.
+
+use std::path::{Path, PathBuf};
+
+use futures_util::{StreamExt, pin_mut};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::CreateArgs;
+use super::client::Client;
+use super::print::Printer;
+use crate::api::{HostProxy, VolumeProgress, VolumeRequest};
+use crate::failure::{Code, Failure};
+use crate::volume::{
+    self, Bytes,
+    luks1::{KeyslotInfo, LuksInfo},
+};
+
+pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let request = VolumeRequest {
+        path: absolute(&args.path)?,
+        size: args.size.map(|size| size.0),
+        vm: args.vm.clone(),
+        cluster_size: args.cluster_size.map(|size| size.0),
+        backing: args.backing.as_deref().map(absolute).transpose()?,
+        backing_format: args.backing_format.clone(),
+        from: args.from.as_deref().map(absolute).transpose()?,
+        provider: args.provider.clone(),
+    };
+    let created = follow(&request, client, printer.shows_progress() && args.from.is_some()).await?;
+    printer.volume_created(&request.path, &created)
+}
+
+async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Result<VolumeProgress, Failure> {
+    let bar = if show {
+        ProgressBar::new(100)
+    } else {
+        ProgressBar::hidden()
+    };
+    bar.set_style(
+        ProgressStyle::with_template("{msg} {bar:40} {percent:>3}% {eta}").expect("the template is valid"),
+    );
+    bar.set_message("filling");
+    let mut last = None;
+    let mut broken = None;
+    {
+        let replies = client.connection().create_volume(request).await;
+        match replies {
+            Ok(replies) => {
+                pin_mut!(replies);
+                while let Some(reply) = replies.next().await {
+                    match reply {
+                        Ok(step) => {
+                            let step = step.map_err(Failure::from)?;
+                            bar.set_position(step.percent as u64);
+                            last = Some(step);
+                        }
+                        Err(error) => {
+                            broken = Some(error);
+                            break;
+                        }
+                    }
+                }
+            }
+            Err(error) => broken = Some(error),
+        }
+    }
+    bar.finish_and_clear();
+    match (broken, last) {
+        (Some(error), _) => Err(client.broken(&error)),
+        (None, Some(step)) if step.envelope.is_some() => Ok(step),
+        (None, _) => Err(Failure::new(
+            Code::Failed,
+            format!("virtseald ended before {} was done", request.path),
+        )
+        .next("run the same command again")),
+    }
+}
+
+pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Failure> {
+    let info = volume::inspect(path)?;
+    let mut rows = vec![
+        ("file", info.path.display().to_string()),
+        ("format", info.format.as_str().to_owned()),
+        ("virtual size", info.virtual_size.to_string()),
+    ];
+    rows.extend(
+        info.cluster_size
+            .map(|size| ("cluster size", Bytes(size.bytes()).to_string())),
+    );
+    rows.extend(
+        info.backing
+            .iter()
+            .map(|backing| ("backing file", backing.path.clone())),
+    );
+    if let Some(luks) = &info.luks {
+        rows.extend(luks_rows(luks));
+    }
+    if let Some(envelope) = &info.envelope {
+        let providers: Vec<_> = envelope
+            .stanzas
+            .iter()
+            .map(|stanza| stanza.provider_name.as_str())
+            .collect();
+        rows.push((
+            "envelope",
+            format!("{} (generation {})", envelope.id, envelope.generation),
+        ));
+        rows.push(("made for", format!("{} of VM {}", envelope.kind, envelope.vm)));
+        rows.push(("providers", providers.join(", ")));
+    }
+    let text: Vec<_> = rows
+        .into_iter()
+        .map(|(name, value)| format!("{name:<14}{value}"))
+        .collect();
+    printer.show(&info, &text.join("\n"))
+}
+
+fn luks_rows(luks: &LuksInfo) -> [(&'static str, String); 3] {
+    let slots = luks
+        .keyslots
+        .iter()
+        .enumerate()
+        .filter_map(|(number, slot)| match slot {
+            KeyslotInfo::Active { iterations } => Some(format!("{number} ({iterations} iterations)")),
+            KeyslotInfo::Dead => None,
+        });
+    [
+        ("cipher", format!("{}, {}-bit key", luks.cipher, luks.key_bits)),
+        ("payload at", luks.payload_offset.to_string()),
+        ("keyslots", slots.collect::<Vec<_>>().join(", ")),
+    ]
+}
+
+/// The daemon has another working directory.
+fn absolute(path: &Path) -> Result<String, Failure> {
+    let absolute: PathBuf = std::path::absolute(path)
+        .map_err(|error| Failure::from_error(Code::Usage, format!("{}", path.display()), &error))?;
+    absolute.into_os_string().into_string().map_err(|path| {
+        Failure::new(
+            Code::Usage,
+            format!("{} is not UTF-8, which libvirt can't hold", path.display()),
+        )
+    })
+}

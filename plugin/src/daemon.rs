@@ -1,0 +1,345 @@
+//! The daemon's state, and what each method of the Varlink services does with it.
+//!
+//! Everything here blocks and runs on worker threads; [`crate::listener`] is the asynchronous edge. The answer to
+//! a hook is ready before its deadline or not at all: a start that nobody waits for any more arms nothing.
+
+mod providers;
+mod records;
+mod status;
+mod volumes;
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use nix::unistd::{Gid, Group};
+
+use crate::api::{AuditLines, AuditVerified, Outcome};
+use crate::audit::Audit;
+use crate::config::Config;
+use crate::domain::Domain;
+use crate::envelope::{EnvelopeId, VmId};
+use crate::failure::{Code, Failure, chain};
+use crate::keystore::Keystore;
+use crate::libvirt::{Arming, DefinedDomain, Libvirt, LibvirtError};
+use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
+use crate::provider::registry::Registry;
+use crate::seal::{self, Host};
+
+/// Everything that the daemon holds.
+pub struct Daemon {
+    config: RwLock<Config>,
+    keystore: std::sync::Arc<Keystore>,
+    registry: Registry,
+    libvirt: Libvirt,
+    audit: Audit,
+    memory: Memory,
+    arms: Mutex<Arms>,
+    /// Held while a secret that other VMs may need too is defined or undefined.
+    shared: Mutex<()>,
+    /// Held while a VM is sealed or a volume made: two at once would make two envelopes for one object.
+    sealing: Mutex<()>,
+}
+
+impl Daemon {
+    /// Opens keystore and audit log; all providers start locked. Waits for nothing.
+    pub fn open(config: Config) -> Result<Self, Failure> {
+        let dir = &config.state_dir;
+        let keystore = std::sync::Arc::new(Keystore::open(dir)?);
+        let registry = Registry::open(std::sync::Arc::clone(&keystore))
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let audit = Audit::open(dir).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        Ok(Self {
+            libvirt: Libvirt::new(&config.libvirt_uri),
+            config: RwLock::new(config),
+            keystore,
+            registry,
+            audit,
+            memory: Memory::default(),
+            arms: Mutex::default(),
+            shared: Mutex::default(),
+            sealing: Mutex::default(),
+        })
+    }
+
+    /// Takes a new configuration over, as far as a running daemon can. Says what it can't.
+    pub fn reload(&self, new: Config) -> Vec<&'static str> {
+        let mut config = self.config.write().unwrap_or_else(PoisonError::into_inner);
+        let fixed = [
+            ("socket", config.socket != new.socket),
+            ("socket_group", config.socket_group != new.socket_group),
+            ("state_dir", config.state_dir != new.state_dir),
+            ("libvirt_uri", config.libvirt_uri != new.libvirt_uri),
+            ("log", config.log != new.log),
+        ];
+        *config = Config {
+            socket: config.socket.clone(),
+            socket_group: config.socket_group.clone(),
+            state_dir: config.state_dir.clone(),
+            libvirt_uri: config.libvirt_uri.clone(),
+            log: config.log.clone(),
+            ..new
+        };
+        fixed
+            .into_iter()
+            .filter(|(_, differs)| *differs)
+            .map(|(key, _)| key)
+            .collect()
+    }
+
+    fn config(&self) -> Config {
+        self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The group that may read, if it exists.
+    #[must_use]
+    pub fn reader_group(&self) -> Option<Gid> {
+        Group::from_name(&self.config().socket_group)
+            .ok()
+            .flatten()
+            .map(|group| group.gid)
+    }
+
+    /// How long a hook's call may take: a little less than the hook waits, so that the reason reaches the user.
+    #[must_use]
+    pub fn hook_deadline(&self) -> Duration {
+        self.config().hook_deadline.mul_f64(0.9)
+    }
+
+    /// What a hook is told when time is up.
+    #[must_use]
+    pub fn deadline_passed(&self, deadline: Duration) -> Failure {
+        let waited = format!("no decision within {:.1} s", deadline.as_secs_f64());
+        if self.libvirt.is_connected() {
+            return Failure::new(Code::Unreachable, waited).next("virtseal status");
+        }
+        Failure::new(
+            Code::Unreachable,
+            format!(
+                "{waited}: libvirt ({}) does not answer. A libvirtd that is autostarting VMs can't",
+                self.config().libvirt_uri
+            ),
+        )
+        .next("virsh autostart --disable the sealed VMs, and virsh start them")
+    }
+
+    /// `prepare begin`: arms all keys of the VM, or none.
+    pub fn prepare(&self, xml: &str, deadline: Deadline) -> Result<(), Failure> {
+        let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let decided = self.decide(&domain, deadline);
+        self.audit_start(&domain, &decided);
+        match &decided {
+            Ok(objects) => tracing::info!(domain = domain.name, objects, op = "prepare", "armed"),
+            Err(failure) => tracing::warn!(domain = domain.name, op = "prepare", "refused: {failure}"),
+        }
+        decided.map(drop)
+    }
+
+    fn decide(&self, domain: &Domain, deadline: Deadline) -> Result<usize, Failure> {
+        let stage = Stage {
+            keystore: &self.keystore,
+            registry: &self.registry,
+            memory: &self.memory,
+            swtpm_dir: self.config().swtpm_dir,
+        };
+        let opened = lifecycle::prepare(&stage, domain)?;
+        let count = opened.len();
+        self.arm(domain, opened, deadline)?;
+        Ok(count)
+    }
+
+    /// Arms unless nobody waits any more: the hook has given up then, and its `release end` may have passed.
+    fn arm(&self, domain: &Domain, opened: Vec<Opened>, deadline: Deadline) -> Result<(), Failure> {
+        let too_late = || {
+            Failure::new(
+                Code::Unreachable,
+                format!("{} stays off: the deadline has passed", domain.name),
+            )
+            .next("virtseal status")
+        };
+        if deadline.has_passed() {
+            return Err(too_late());
+        }
+        let shareable = opened.iter().any(|object| object.shareable);
+        let _shared = shareable.then(|| lock(&self.shared));
+        lock(&self.arms).arm(domain.uuid, opened.iter().map(|object| object.envelope));
+        let secrets: Vec<_> = opened.into_iter().map(|object| arming(domain, object)).collect();
+        let armed = self
+            .libvirt
+            .arm(&secrets)
+            .map_err(|error| unreachable_libvirt(domain, &error));
+        let failed = match armed {
+            Ok(()) if !deadline.has_passed() => return Ok(()),
+            Ok(()) => too_late(),
+            Err(failure) => failure,
+        };
+        let unused = lock(&self.arms).disarm(domain.uuid);
+        if let Err(error) = self.libvirt.disarm(&unused) {
+            tracing::error!(domain = domain.name, "{}", chain(&error));
+        }
+        Err(failed)
+    }
+
+    /// `started begin`: QEMU and swtpm have the keys, libvirt needs them no more.
+    pub fn started(&self, vm: &str, name: &str) -> Result<(), Failure> {
+        self.disarm(vm, name)
+    }
+
+    /// `release end`: whatever happened, nothing stays armed.
+    pub fn released(&self, vm: &str, name: &str) -> Result<(), Failure> {
+        self.disarm(vm, name)
+    }
+
+    fn disarm(&self, vm: &str, name: &str) -> Result<(), Failure> {
+        let vm: VmId = vm.parse().map_err(|error| {
+            Failure::from_error(Code::Usage, format!("'{vm}' is not a VM's UUID"), &error)
+        })?;
+        let _shared = lock(&self.shared);
+        let unused = lock(&self.arms).disarm(vm);
+        self.libvirt.disarm(&unused).map_err(|error| {
+            // Remembered, so that `release end` or the next start tries again.
+            lock(&self.arms).arm(vm, unused.iter().copied());
+            tracing::error!(domain = name, op = "disarm", "{}", chain(&error));
+            Failure::new(Code::Unreachable, chain(&error))
+        })
+    }
+
+    /// Undefines the secrets that a daemon before this one left in libvirt. Connects when it has to.
+    pub fn sweep(&self) -> Result<usize, LibvirtError> {
+        let armed = self.libvirt.armed()?;
+        let _shared = lock(&self.shared);
+        let left: Vec<EnvelopeId> = armed
+            .into_iter()
+            .filter(|envelope| !lock(&self.arms).needs(*envelope))
+            .collect();
+        self.libvirt.disarm(&left)?;
+        Ok(left.len())
+    }
+
+    /// Connects to libvirt unless it is connected. Says whether this is a new connection.
+    pub fn connect(&self) -> Result<bool, LibvirtError> {
+        self.libvirt.connect()
+    }
+
+    /// Locks every provider: no key is left in memory.
+    pub fn lock_all(&self) {
+        self.registry.lock_all();
+    }
+
+    /// Seals a VM, or says what would be done.
+    pub fn seal_vm(&self, vm: &str, provider: Option<&str>, dry_run: bool) -> Result<Outcome, Failure> {
+        let _sealing = lock(&self.sealing);
+        let domain = self.find_domain(vm)?;
+        let plan = seal::plan(&self.host(), &domain)?;
+        if dry_run {
+            return Ok(plan.outcome(false));
+        }
+        let sealed = seal::seal(&self.host(), &domain, &plan, provider);
+        self.audit_command("seal", &domain.name, &sealed);
+        let xml = sealed?;
+        let changed = xml != domain.xml;
+        if changed {
+            self.libvirt.define(&xml).map_err(|error| {
+                Failure::new(
+                    Code::Failed,
+                    format!("{} is not redefined: {}", domain.name, chain(&error)),
+                )
+                .next(format!(
+                    "virtseal vm seal {vm}: it goes on from here, nothing is lost"
+                ))
+            })?;
+            self.keystore.remember_vm(domain.vm, &domain.name)?;
+        }
+        Ok(plan.outcome(changed))
+    }
+
+    /// Makes a VM plain again, if nothing was ever written under seal.
+    pub fn unseal_vm(&self, vm: &str, dry_run: bool) -> Result<Outcome, Failure> {
+        let _sealing = lock(&self.sealing);
+        let domain = self.find_domain(vm)?;
+        let plan = seal::plan_unseal(&self.host(), &domain)?;
+        if !dry_run {
+            let unsealed = seal::unseal(&plan).and_then(|()| {
+                self.libvirt
+                    .define(&plan.xml)
+                    .map_err(|error| Failure::new(Code::Failed, chain(&error)))
+            });
+            self.audit_command("unseal", &domain.name, &unsealed);
+            unsealed?;
+        }
+        Ok(plan.outcome(!dry_run))
+    }
+
+    fn host(&self) -> Host<'_> {
+        let config = self.config();
+        Host {
+            keystore: &self.keystore,
+            registry: &self.registry,
+            swtpm_dir: config.swtpm_dir,
+            nvram_dir: config.nvram_dir,
+        }
+    }
+
+    fn find_domain(&self, vm: &str) -> Result<DefinedDomain, Failure> {
+        self.libvirt
+            .domain(vm)
+            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?
+            .ok_or_else(|| {
+                Failure::new(Code::NotFound, format!("there is no VM '{vm}'")).next("virsh list --all")
+            })
+    }
+
+    /// The last `records` of the audit log.
+    pub fn show_audit(&self, records: i64) -> Result<AuditLines, Failure> {
+        let path = self.audit.path();
+        self.audit
+            .flush()
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let text = fs::read_to_string(path).map_err(|error| unreadable(path, &error))?;
+        let lines: Vec<_> = text.lines().collect();
+        let first = lines.len().saturating_sub(usize::try_from(records).unwrap_or(0));
+        Ok(AuditLines {
+            lines: lines[first..].iter().map(|line| (*line).to_owned()).collect(),
+        })
+    }
+
+    /// Checks the audit log's chain.
+    pub fn verify_audit(&self) -> Result<AuditVerified, Failure> {
+        self.audit
+            .flush()
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let verified = crate::audit::verify(self.audit.path())
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        Ok(AuditVerified {
+            records: i64::try_from(verified.records).unwrap_or(i64::MAX),
+        })
+    }
+}
+
+fn arming(domain: &Domain, object: Opened) -> Arming {
+    Arming {
+        envelope: object.envelope,
+        kind: object.kind,
+        description: format!("virtseal: {} of {}", object.label, domain.name),
+        passphrase: object.passphrase,
+    }
+}
+
+fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Failure {
+    Failure::new(
+        Code::Unreachable,
+        format!("{} stays off: {}", domain.name, chain(error)),
+    )
+    .next("virtseal status")
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Failure {
+    Failure::from_error(Code::Failed, format!("can't read {}", path.display()), error)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that a panic could leave half-done is kept behind these.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

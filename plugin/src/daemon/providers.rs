@@ -1,0 +1,233 @@
+//! What `virtseal provider …` asks for.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+
+use super::Daemon;
+use crate::api::{BackupMade, ProviderView, Providers};
+use crate::failure::{Code, Failure, chain};
+use crate::provider::native::{NativeError, NativeProvider};
+use crate::provider::registry::{NextCommand, Provider};
+use crate::provider::{KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::secret::SecretBytes;
+
+/// The most bytes of a passphrase.
+const MAX_PASSPHRASE: usize = 4000;
+
+impl Daemon {
+    /// All providers, by name.
+    pub fn providers(&self) -> Result<Providers, Failure> {
+        let envelopes = self.keystore.envelopes()?;
+        let default = self
+            .registry
+            .default_provider()
+            .map(|known| known.provider().id());
+        let view = |known: &Provider| {
+            let provider = known.provider();
+            let status = provider.status();
+            let uses = envelopes.iter().filter(|record| {
+                record
+                    .envelope
+                    .stanzas
+                    .iter()
+                    .any(|stanza| stanza.provider == provider.id())
+            });
+            ProviderView {
+                name: provider.name().to_owned(),
+                id: provider.id().to_string(),
+                kind: known.kind().to_owned(),
+                state: status.as_str().to_owned(),
+                reason: reason(status),
+                is_default: Some(provider.id()) == default,
+                envelopes: uses.count() as i64,
+            }
+        };
+        let mut providers: Vec<_> = self.registry.providers().iter().map(view).collect();
+        providers.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Providers { providers })
+    }
+
+    /// Adds a provider of `kind`.
+    pub fn add_provider(&self, name: &str, kind: &str, fds: Vec<OwnedFd>) -> Result<Providers, Failure> {
+        if kind != NativeProvider::KIND {
+            return Err(Failure::new(
+                Code::Usage,
+                format!("there is no kind of provider called '{kind}'"),
+            )
+            .next("virtseal provider add --help"));
+        }
+        let [passphrase] = take(fds)?;
+        let passphrase = passphrase_from(passphrase)?;
+        let added = provider_name(name).and_then(|valid| {
+            self.registry
+                .add_native(&valid, &passphrase)
+                .map_err(|error| native_failure(name, &error))
+        });
+        self.audit_provider("provider-add", name, &added);
+        added?;
+        self.providers()
+    }
+
+    /// Makes new envelopes go to `name`.
+    pub fn set_default_provider(&self, name: &str) -> Result<(), Failure> {
+        let provider = self.registry.find(name)?;
+        let set = self
+            .registry
+            .set_default(&provider)
+            .map(drop)
+            .map_err(Failure::from);
+        self.audit_provider("provider-default", name, &set);
+        set
+    }
+
+    /// Purges the keys of `name` from memory.
+    pub fn lock_provider(&self, name: &str) -> Result<(), Failure> {
+        self.registry.find(name)?.provider().lock();
+        crate::process::trim();
+        self.audit_provider("provider-lock", name, &Ok(()));
+        Ok(())
+    }
+
+    /// Unlocks `name` with the passphrase in `fds`.
+    pub fn unlock_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
+        let [passphrase] = take(fds)?;
+        let passphrase = passphrase_from(passphrase)?;
+        let provider = self.registry.find(name)?;
+        let unlocked = provider
+            .provider()
+            .unlock(&passphrase)
+            .map_err(|error| refused(provider.provider(), &error));
+        crate::process::trim();
+        self.audit_provider("provider-unlock", name, &unlocked);
+        unlocked
+    }
+
+    /// Writes a backup of `name` to the first of `fds`.
+    pub fn backup_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<BackupMade, Failure> {
+        let mut fds = fds.into_iter();
+        let output = fds.next().ok_or_else(wrong_fds)?;
+        let passphrase = fds.next().map(passphrase_from).transpose()?;
+        let backup = self
+            .native(name)?
+            .backup(passphrase.as_ref())
+            .map_err(|error| native_failure(name, &error))?;
+        let mut output = File::from(output);
+        output
+            .write_all(&backup.bytes)
+            .and_then(|()| output.sync_all())
+            .map_err(|error| Failure::from_error(Code::Failed, "can't write the backup", &error))?;
+        Ok(BackupMade {
+            generation: backup.generation.into(),
+        })
+    }
+
+    /// Notes that the backup of `name` is on disk.
+    pub fn confirm_backup(&self, name: &str, generation: i64) -> Result<(), Failure> {
+        let generation = u32::try_from(generation).map_err(|_| {
+            Failure::new(
+                Code::Usage,
+                format!("{generation} is no generation of a root key"),
+            )
+        })?;
+        let confirmed = self
+            .native(name)?
+            .confirm_backup(generation)
+            .map_err(|error| native_failure(name, &error));
+        self.audit_provider("provider-backup", name, &confirmed);
+        confirmed
+    }
+
+    /// Restores a provider as `name`; `fds` holds the backup, the new passphrase, and the backup's own if any.
+    pub fn restore_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<Providers, Failure> {
+        let mut fds = fds.into_iter();
+        let (Some(backup), Some(passphrase)) = (fds.next(), fds.next()) else {
+            return Err(wrong_fds());
+        };
+        let backup = SecretBytes::read_from(File::from(backup), NativeProvider::MOST_BACKUP_BYTES)
+            .map_err(|error| Failure::from_error(Code::Failed, "can't read the backup", &error))?;
+        let passphrase = passphrase_from(passphrase)?;
+        let of_backup = fds.next().map(passphrase_from).transpose()?;
+        let restored = provider_name(name).and_then(|valid| {
+            self.registry
+                .restore_native(&valid, backup.expose(), of_backup.as_ref(), &passphrase)
+                .map_err(|error| native_failure(name, &error))
+        });
+        self.audit_provider("provider-restore", name, &restored);
+        restored?;
+        self.providers()
+    }
+
+    fn native(&self, name: &str) -> Result<std::sync::Arc<NativeProvider>, Failure> {
+        match self.registry.find(name)? {
+            Provider::Native(native) => Ok(native),
+            Provider::Unusable(other) => Err(Failure::new(
+                Code::Failed,
+                format!("provider '{name}' {}", other.status()),
+            )
+            .next(format!("virtseal provider show {name}"))),
+        }
+    }
+}
+
+fn reason(status: ProviderStatus) -> Option<String> {
+    match status {
+        ProviderStatus::NotTrusted(reason)
+        | ProviderStatus::Unreachable(reason)
+        | ProviderStatus::Degraded(reason) => Some(reason),
+        ProviderStatus::NotBackedUp | ProviderStatus::Locked | ProviderStatus::Ready => None,
+    }
+}
+
+fn provider_name(name: &str) -> Result<ProviderName, Failure> {
+    name.parse()
+        .map_err(|error| Failure::new(Code::Usage, chain(&error)))
+}
+
+fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Failure {
+    let name = provider.name();
+    let (code, next) = error.advice(name);
+    let failure = Failure::new(code, format!("provider '{name}' {}", chain(error)));
+    next.into_iter()
+        .fold(failure, |failure, next| failure.next(next.to_string()))
+}
+
+fn native_failure(name: &str, error: &NativeError) -> Failure {
+    let (code, next) = match error {
+        NativeError::Locked => (
+            Code::Locked,
+            Some(NextCommand::Unlock(name.to_owned()).to_string()),
+        ),
+        NativeError::BackupIsSealed | NativeError::Backup(_) => (
+            Code::Failed,
+            Some(format!(
+                "virtseal provider restore {name}, with the passphrase of the backup"
+            )),
+        ),
+        _ => (Code::Failed, None),
+    };
+    let failure = Failure::new(code, format!("provider '{name}' {}", chain(error)));
+    next.into_iter().fold(failure, Failure::next)
+}
+
+fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Failure> {
+    fds.try_into().map_err(|_| wrong_fds())
+}
+
+fn wrong_fds() -> Failure {
+    Failure::new(
+        Code::Usage,
+        "the call came without the file descriptors that it needs",
+    )
+    .next("use the virtseal of the same version as virtseald")
+}
+
+fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
+    let mut passphrase = SecretBytes::read_from(File::from(fd), MAX_PASSPHRASE)
+        .map_err(|error| Failure::from_error(Code::Usage, "can't read the passphrase", &error))?;
+    passphrase.trim_newline();
+    if passphrase.expose().is_empty() {
+        return Err(Failure::new(Code::Usage, "the passphrase is empty").next("choose one"));
+    }
+    Ok(passphrase)
+}

@@ -1,0 +1,129 @@
+//! What `virtseal volume create` asks for.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use super::{Daemon, lock};
+use crate::api::{VolumeProgress, VolumeRequest};
+use crate::envelope::{ObjectKind, VmId};
+use crate::failure::{Code, Failure, chain};
+use crate::seal::NewObject;
+use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
+
+impl Daemon {
+    /// Makes an encrypted volume and, with `from`, fills it. `report` says whether anybody still listens.
+    pub fn create_volume(
+        &self,
+        request: &VolumeRequest,
+        report: impl Fn(VolumeProgress) -> bool,
+    ) -> Result<(), Failure> {
+        let made = self.make_volume(request, &report);
+        self.audit_command("volume-create", &request.path, &made);
+        report(made?);
+        Ok(())
+    }
+
+    fn make_volume(
+        &self,
+        request: &VolumeRequest,
+        report: &impl Fn(VolumeProgress) -> bool,
+    ) -> Result<VolumeProgress, Failure> {
+        let vm = self.vm_id(&request.vm)?;
+        let create = create_request(request)?;
+        // Nobody should get an envelope for an image that can't be made.
+        if create.path.symlink_metadata().is_ok() {
+            return Err(volume::VolumeError::Exists(create.path).into());
+        }
+        // Filling takes minutes, making an envelope does not: only the latter excludes others.
+        let object = {
+            let _sealing = lock(&self.sealing);
+            NewObject::find_or_make(
+                &self.host(),
+                vm,
+                ObjectKind::Disk,
+                &request.path,
+                request.provider.as_deref(),
+            )?
+        };
+        let passphrase = object.passphrase()?;
+        let created = match &request.from {
+            None => volume::create(&create, &object.envelope, &passphrase),
+            Some(image) => volume::create_from(
+                &create,
+                Path::new(image),
+                &object.envelope,
+                &passphrase,
+                |percent| {
+                    let step = VolumeProgress {
+                        percent: percent.0.into(),
+                        envelope: None,
+                        size: None,
+                    };
+                    if report(step) {
+                        ControlFlow::Continue(())
+                    } else {
+                        ControlFlow::Break(())
+                    }
+                },
+            ),
+        }?;
+        self.keystore.activate(object.envelope.id)?;
+        Ok(VolumeProgress {
+            percent: 100.0,
+            envelope: Some(object.envelope.id.to_string()),
+            size: Some(created.size.0),
+        })
+    }
+
+    /// A UUID needs no libvirt: the VM may be defined later.
+    fn vm_id(&self, vm: &str) -> Result<VmId, Failure> {
+        if let Ok(id) = vm.parse() {
+            return Ok(id);
+        }
+        let found = self.libvirt.domain(vm).map_err(|error| {
+            Failure::new(Code::Unreachable, chain(&error)).next("virtseal status, or give --vm its UUID")
+        })?;
+        found.map(|domain| domain.vm).ok_or_else(|| {
+            Failure::new(Code::NotFound, format!("there is no VM '{vm}'"))
+                .next("define it first, or give --vm the UUID that it will have")
+        })
+    }
+}
+
+fn create_request(request: &VolumeRequest) -> Result<CreateRequest, Failure> {
+    let cluster_size = match request.cluster_size {
+        None => ClusterSize::default(),
+        Some(bytes) => {
+            ClusterSize::try_from(Bytes(bytes)).map_err(|error| Failure::new(Code::Usage, chain(&error)))?
+        }
+    };
+    Ok(CreateRequest {
+        path: PathBuf::from(&request.path),
+        size: request.size.map(Bytes),
+        cluster_size,
+        backing: request
+            .backing
+            .as_ref()
+            .map(|path| backing(path, request.backing_format.as_deref()))
+            .transpose()?,
+        replace: None,
+    })
+}
+
+fn backing(path: &str, format: Option<&str>) -> Result<Backing, Failure> {
+    let format = match format {
+        Some("qcow2") => BackingFormat::Qcow2,
+        Some("raw") => BackingFormat::Raw,
+        _ => {
+            return Err(Failure::new(
+                Code::Usage,
+                format!("the format of the backing image {path} must be said"),
+            )
+            .next("add --backing-format qcow2 or --backing-format raw"));
+        }
+    };
+    Ok(Backing {
+        path: path.into(),
+        format,
+    })
+}

@@ -1,0 +1,56 @@
+//! An envelope with its key, on the way to becoming an object.
+
+use super::Host;
+use crate::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::failure::{Code, Failure};
+use crate::secret::{Dek, Passphrase};
+
+/// An envelope and the DEK in it.
+#[derive(Debug)]
+pub struct NewObject {
+    /// In the keystore, perhaps still pending.
+    pub envelope: Envelope,
+    dek: Dek,
+}
+
+impl NewObject {
+    /// The envelope for the object of `vm` at `location`: the one that an earlier run has left, or a new one that
+    /// is in the keystore, as pending, before anything can be encrypted with it.
+    pub fn find_or_make(
+        host: &Host<'_>,
+        vm: VmId,
+        kind: ObjectKind,
+        location: &str,
+        provider: Option<&str>,
+    ) -> Result<Self, Failure> {
+        let left = host
+            .keystore
+            .envelopes_of(vm)?
+            .into_iter()
+            .rfind(|record| record.envelope.kind == kind && record.location == location);
+        if let Some(record) = left {
+            return Self::open(host, record.envelope);
+        }
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm,
+            kind,
+        };
+        let (envelope, dek) = host.registry.seal_new(provider, &binding)?;
+        host.keystore.insert_pending(&envelope, location)?;
+        Ok(Self { envelope, dek })
+    }
+
+    /// Unwraps `envelope`.
+    pub fn open(host: &Host<'_>, envelope: Envelope) -> Result<Self, Failure> {
+        let dek = host.registry.open_envelope(&envelope)?;
+        Ok(Self { envelope, dek })
+    }
+
+    /// What QEMU and swtpm get.
+    pub fn passphrase(&self) -> Result<Passphrase, Failure> {
+        self.dek
+            .passphrase()
+            .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))
+    }
+}

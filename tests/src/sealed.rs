@@ -1,0 +1,219 @@
+//! A [`Host`] with virtseal on it: the hook installed, virtseald running, a native provider ready.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+
+use crate::{DomainSpec, Host, HostBuilder, Output, Process, built_program, wait_until};
+
+const START_DEADLINE: Duration = Duration::from_secs(20);
+
+/// The host, with a virtseald of its own.
+
+pub struct SealedHost {
+    host: Host,
+    daemon: Option<Process>,
+}
+
+impl SealedHost {
+    /// The passphrase of the provider `main`.
+    pub const PASSPHRASE: &str = "correct horse battery staple";
+    /// Where the daemon listens, in the namespace.
+    pub const SOCKET: &str = "/run/virtseal/virtseald.sock";
+
+    /// libvirtd with the hook, virtseald, and a provider `main` that is backed up and unlocked.
+    ///
+    /// # Errors
+    /// When something does not start; the message has its output.
+    pub fn start() -> Result<Self> {
+        Self::start_on(Host::builder())
+    }
+
+    /// The same on a host that is set up by `builder`.
+    ///
+    /// # Errors
+    /// As [`SealedHost::start`].
+    pub fn start_on(builder: HostBuilder) -> Result<Self> {
+        let sealed = Self::start_without_provider(builder)?;
+        sealed.add_provider("main")?;
+        Ok(sealed)
+    }
+
+    /// The same without any provider.
+    ///
+    /// # Errors
+    /// As [`SealedHost::start`].
+    pub fn start_without_provider(builder: HostBuilder) -> Result<Self> {
+        let host = builder.hook(&built_program("virtseal-hook")?).start()?;
+        let mut sealed = Self { host, daemon: None };
+        sealed.start_daemon()?;
+        Ok(sealed)
+    }
+
+    /// Adds a native provider and backs it up, with [`SealedHost::PASSPHRASE`] for both.
+    ///
+    /// # Errors
+    /// When virtseal refuses.
+    pub fn add_provider(&self, name: &str) -> Result<PathBuf> {
+        let passphrase = self.passphrase_file()?;
+        let passphrase = passphrase.to_str().context("a UTF-8 path")?;
+        let backup = PathBuf::from(format!("/var/lib/virtseal/{name}.age"));
+        self.virtseal(&["provider", "add", "native", name, "--passphrase-file", passphrase])?
+            .succeeded()?;
+        self.virtseal(&[
+            "provider",
+            "backup",
+            name,
+            "--output",
+            backup.to_str().context("a UTF-8 path")?,
+            "--passphrase-file",
+            passphrase,
+        ])?
+        .succeeded()?;
+        Ok(backup)
+    }
+
+    /// A file with [`SealedHost::PASSPHRASE`], as a path in the namespace.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn passphrase_file(&self) -> Result<PathBuf> {
+        let file = PathBuf::from("/run/passphrase");
+        std::fs::write(self.host.path(&file), Self::PASSPHRASE)?;
+        Ok(file)
+    }
+
+    /// Unlocks the provider `main`.
+    ///
+    /// # Errors
+    /// When virtseal refuses.
+    pub fn unlock(&self) -> Result<()> {
+        let file = self.passphrase_file()?;
+        let file = file.to_str().context("a UTF-8 path")?;
+        self.virtseal(&["provider", "unlock", "main", "--passphrase-file", file])?
+            .succeeded()
+            .map(drop)
+    }
+
+    /// Locks the provider `main`.
+    ///
+    /// # Errors
+    /// When virtseal refuses.
+    pub fn lock(&self) -> Result<()> {
+        self.virtseal(&["provider", "lock", "main"])?
+            .succeeded()
+            .map(drop)
+    }
+
+    /// Runs the command line.
+    ///
+    /// # Errors
+    /// When it can't be started; what it answers is in the output.
+    pub fn virtseal(&self, arguments: &[&str]) -> Result<Output> {
+        let program = built_program("virtseal")?;
+        let program = program.to_str().context("a UTF-8 path")?;
+        self.host.run(&[&[program], arguments].concat())
+    }
+
+    /// Starts virtseald and waits until it answers.
+    ///
+    /// # Errors
+    /// When it ends instead.
+    pub fn start_daemon(&mut self) -> Result<()> {
+        let program = built_program("virtseald")?;
+        let daemon = self
+            .host
+            .spawn("virtseald", &[program.to_str().context("a UTF-8 path")?])?;
+        let socket = self.host.path(Self::SOCKET);
+        self.daemon = Some(daemon);
+        wait_until(START_DEADLINE, "virtseald to listen", || {
+            let daemon = self.daemon.as_mut().context("the daemon was just started")?;
+            if let Some(status) = daemon.ended()? {
+                anyhow::bail!("virtseald ended with {status}: {}", daemon.output());
+            }
+            Ok(std::os::unix::net::UnixStream::connect(&socket)
+                .is_ok()
+                .then_some(()))
+        })
+    }
+
+    /// Ends virtseald: with SIGTERM as systemd does, or any other way.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn stop_daemon(&mut self, signal: Signal) -> Result<()> {
+        let mut daemon = self.daemon.take().context("virtseald is not running")?;
+        daemon.signal(signal)?;
+        daemon.wait(START_DEADLINE).map(drop)
+    }
+
+    /// The running virtseald.
+    ///
+    /// # Errors
+    /// When it was stopped.
+    pub fn daemon(&mut self) -> Result<&mut Process> {
+        self.daemon.as_mut().context("virtseald is not running")
+    }
+
+    /// Its libvirt.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Its libvirt, to be restarted.
+    pub fn host_mut(&mut self) -> &mut Host {
+        &mut self.host
+    }
+
+    /// Defines a VM whose disk is a sealed copy of `image`, and seals it.
+    ///
+    /// # Errors
+    /// When libvirt or virtseal refuses.
+    pub fn seal_from(&self, spec: &DomainSpec, image: &Path) -> Result<()> {
+        let disk = spec.disk.to_str().context("a UTF-8 path")?;
+        let image = image.to_str().context("a UTF-8 path")?;
+        let vm = spec.uuid.to_string();
+        self.virtseal(&["volume", "create", disk, "--from", image, "--vm", &vm])?
+            .succeeded()?;
+        self.host.define(spec)?;
+        self.virtseal(&["vm", "seal", &spec.name])?.succeeded().map(drop)
+    }
+
+    /// Defines a VM with an empty sealed disk, and seals it.
+    ///
+    /// # Errors
+    /// When libvirt or virtseal refuses.
+    pub fn seal_empty(&self, spec: &DomainSpec) -> Result<()> {
+        let disk = spec.disk.to_str().context("a UTF-8 path")?;
+        let vm = spec.uuid.to_string();
+        self.virtseal(&["volume", "create", disk, "--size", "64M", "--vm", &vm])?
+            .succeeded()?;
+        self.host.define(spec)?;
+        self.virtseal(&["vm", "seal", &spec.name])?.succeeded().map(drop)
+    }
+
+    /// The secrets that libvirt holds.
+    ///
+    /// # Errors
+    /// When virsh fails.
+    pub fn secrets(&self) -> Result<Vec<String>> {
+        let listed = self.host.virsh(&["-q", "secret-list"])?.succeeded()?;
+        Ok(listed
+            .lines()
+            .filter(|line| !line.trim().is_empty())
+            .map(str::to_owned)
+            .collect())
+    }
+
+    /// Ends with an error that shows them if libvirt holds any secret.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn expect_no_secrets(&self) -> Result<()> {
+        let secrets = self.secrets()?;
+        ensure!(secrets.is_empty(), "left in libvirt: {secrets:?}");
+        Ok(())
+    }
+}
