@@ -9,8 +9,12 @@
 //! - [`inspect`], [`backing_chain`], [`header_digest`]: read them without a key
 //! - [`verify`]: opens one with its key
 //!
-//! The formats are in [`luks1`] and, for qcow2 and where the envelope lies in it, in [`create`]'s `qcow2` modules.
+//! An image carries its envelope in a qcow2 header extension of type `0x76736561` ("vsea"): one byte for the format
+//! (1), one for the place (0 here, 1 behind the LUKS1 header, for clusters too small), two zero bytes, the length of
+//! the JSON (32 bits, big-endian), then the JSON itself or, for place 1, where it begins in bytes from the LUKS1
+//! header (64 bits, big-endian).
 
+mod chain;
 mod convert;
 mod create;
 mod error;
@@ -18,17 +22,19 @@ pub mod luks1;
 mod nvram;
 mod open;
 mod qcow2;
+mod qemu_img;
 mod size;
 mod staging;
 
-pub use convert::Percent;
+pub use chain::{Layer, backing_chain};
 pub use create::{
     Backing, BackingFormat, CreateRequest, Created, Step, create, create_from, create_from_watched,
     create_watched,
 };
 pub use error::{Flaw, Part, VolumeError};
 pub use nvram::{create_nvram, create_nvram_watched};
-pub use open::{BackingEntry, Format, Layer, VolumeInfo, backing_chain, header_digest, inspect, verify};
+pub use open::{BackingEntry, Format, VolumeInfo, header_digest, inspect, verify};
 pub use qcow2::allocation::Data;
+pub use qemu_img::Percent;
 pub use size::{Bytes, ClusterSize, SizeError};
 pub use staging::{FileId, sweep_temporaries};

@@ -1,5 +1,7 @@
 //! Images against the programs that must understand them: qemu-img, qemu-io and cryptsetup.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 use std::fs;
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
@@ -689,6 +691,7 @@ const STEPS: [Step; 7] = [
 
 /// Set for the process that the test below starts, to be killed: job, number of the step, directory.
 const ORDER: &str = "VIRTSEAL_TEST_CRASH";
+const KILLED: &str = "killed_at_any_step_leaves_nothing_or_an_image_that_opens";
 
 #[test]
 fn killed_at_any_step_leaves_nothing_or_an_image_that_opens() {
@@ -709,10 +712,7 @@ fn killed_at_any_step_leaves_nothing_or_an_image_that_opens() {
             }
             let directory = bench.directory.path().display();
             let status = Command::new(std::env::current_exe().unwrap())
-                .args([
-                    "--exact",
-                    "killed_at_any_step_leaves_nothing_or_an_image_that_opens",
-                ])
+                .args(["--exact", KILLED])
                 .env(ORDER, format!("{job} {number} {directory}"))
                 .stdout(Stdio::null())
                 .status()
@@ -742,6 +742,7 @@ fn carry_out(order: &str) -> ! {
     let mut request = CreateRequest::new(&target, Bytes(64 << 20));
     let failed = match job {
         "nvram" => volume::create_nvram_watched(&source, &target, &passphrase, die_there).err(),
+        "converting" => volume::create_from(&request, &source, &envelope, &passphrase, die_converting).err(),
         "from" => {
             volume::create_from_watched(&request, &source, &envelope, &passphrase, go_on, die_there).err()
         }
@@ -751,6 +752,51 @@ fn carry_out(order: &str) -> ! {
         }
     };
     panic!("still alive: {failed:?}");
+}
+
+/// Stops the child for good, so that only its parent's death can end it, and dies.
+fn die_converting(_: volume::Percent) -> ControlFlow<()> {
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+    for thread in fs::read_dir("/proc/self/task").unwrap() {
+        let children = fs::read_to_string(thread.unwrap().path().join("children")).unwrap();
+        for child in children.split_whitespace() {
+            kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGSTOP).unwrap();
+            fs::write("child", child).unwrap();
+        }
+    }
+    kill(Pid::this(), Signal::SIGKILL).unwrap();
+    ControlFlow::Break(())
+}
+
+#[test]
+fn killed_while_converting_leaves_neither_a_file_nor_a_process() {
+    let bench = Bench::new();
+    fs::write(bench.path("envelope"), bench.envelope.to_json()).unwrap();
+    cloud_image(&bench, "source", "raw");
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", KILLED])
+        .env(
+            ORDER,
+            format!("converting 0 {}", bench.directory.path().display()),
+        )
+        .current_dir(bench.directory.path())
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert_eq!(status.signal(), Some(9));
+    let child = fs::read_to_string(bench.path("child")).unwrap();
+    // A zombie that nobody has reaped yet has no executable any more.
+    let gone = || fs::read_link(format!("/proc/{child}/exe")).is_err();
+    for _ in 0..100 {
+        if gone() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert!(gone(), "qemu-img {child} is still there");
+    assert!(!bench.path("target").exists());
+    assert_eq!(bench.leftovers(), [""; 0]);
 }
 
 fn examine(bench: &Bench, job: &str, step: Step) {

@@ -10,13 +10,15 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::convert::{self, Percent, Source};
+use super::chain::local_file_name;
+use super::convert::{self, Source};
 use super::error::{Attempt, VolumeError};
 use super::luks1;
-use super::open::{Format, Image, local_file_name};
+use super::open::{Format, Image};
 use super::qcow2::BackingName;
 use super::qcow2::allocation::Data;
 use super::qcow2::layout::{Blueprint, LayoutError, Parts};
+use super::qemu_img::Percent;
 use super::size::{Bytes, ClusterSize};
 use super::staging::{FileId, Staged, is_in_use};
 use crate::envelope::Envelope;

@@ -8,6 +8,7 @@
 //! What is made here always has one active keyslot, the first: QEMU tries them in order, and each dead guess costs
 //! it a key derivation. Keyslots 6 and 7 stay unused, since the record of number 6 straddles a sector.
 
+mod fields;
 pub(crate) mod keymaterial;
 pub(crate) mod sector;
 
@@ -18,6 +19,7 @@ use openssl::pkcs5::pbkdf2_hmac;
 use serde::Serialize;
 use uuid::Uuid;
 
+use self::fields::Fields;
 use self::keymaterial::STRIPES;
 use self::sector::{SECTOR, SectorCipher};
 use super::VolumeError;
@@ -358,121 +360,6 @@ fn derive(secret: &[u8], salt: &[u8], iterations: u32, out: &mut [u8]) -> Result
 fn push_padded(out: &mut Vec<u8>, name: &str, width: usize) {
     out.extend_from_slice(name.as_bytes());
     out.resize(out.len() + width - name.len(), 0);
-}
-
-/// Reads the header's fields in order. The length is checked once, at the start.
-struct Fields<'a> {
-    bytes: &'a [u8; Header::LEN],
-    at: usize,
-}
-
-impl<'a> Fields<'a> {
-    fn new(bytes: &'a [u8]) -> Result<Self, Flaw> {
-        let bytes = bytes.first_chunk().ok_or_else(|| {
-            let what = format!("it ends within the {} bytes of the header", Header::LEN);
-            Flaw::new(Part::Luks1, bytes.len() as u64, what)
-        })?;
-        Ok(Self { bytes, at: 0 })
-    }
-
-    fn flaw(&self, what: impl Into<String>) -> Flaw {
-        Flaw::new(Part::Luks1, self.at as u64, what)
-    }
-
-    fn array<const N: usize>(&mut self) -> [u8; N] {
-        let mut out = [0; N];
-        out.copy_from_slice(&self.bytes[self.at..self.at + N]);
-        self.at += N;
-        out
-    }
-
-    fn u32(&mut self) -> u32 {
-        u32::from_be_bytes(self.array())
-    }
-
-    fn expect(&mut self, wanted: &[u8], otherwise: &str) -> Result<(), Flaw> {
-        if self.bytes[self.at..].starts_with(wanted) {
-            self.at += wanted.len();
-            Ok(())
-        } else {
-            Err(self.flaw(otherwise))
-        }
-    }
-
-    fn expect_name(&mut self, wanted: &str, field: &str) -> Result<(), Flaw> {
-        let found = &self.bytes[self.at..self.at + 32];
-        let name = found.split(|byte| *byte == 0).next().unwrap_or_default();
-        if name != wanted.as_bytes() {
-            let name = name.escape_ascii();
-            return Err(self.flaw(format!("the {field} is `{name}`, virtseal opens `{wanted}` only")));
-        }
-        self.at += 32;
-        Ok(())
-    }
-
-    fn key_len(&mut self) -> Result<usize, Flaw> {
-        match u32::from_be_bytes(*self.bytes[self.at..].first_chunk().expect("well before the end")) {
-            length @ (32 | 64) => {
-                self.at += 4;
-                Ok(length as usize)
-            }
-            found => Err(self.flaw(format!("the volume key has {found} bytes, not 32 or 64"))),
-        }
-    }
-
-    fn iterations(&mut self, of: &str) -> Result<u32, Flaw> {
-        let at = self.at;
-        match self.u32() {
-            rounds @ 1..=MOST_ITERATIONS => Ok(rounds),
-            found => {
-                let what = format!("{of} asks for {found} PBKDF2 rounds, 1 to {MOST_ITERATIONS} are allowed");
-                Err(Flaw::new(Part::Luks1, at as u64, what))
-            }
-        }
-    }
-
-    fn uuid(&mut self) -> Result<Uuid, Flaw> {
-        let at = self.at;
-        let text: [u8; 40] = self.array();
-        text.split(|byte| *byte == 0)
-            .next()
-            .and_then(|text| Uuid::try_parse_ascii(text).ok())
-            .ok_or_else(|| Flaw::new(Part::Luks1, at as u64, "the UUID is not one"))
-    }
-
-    fn keyslots(&mut self) -> Result<[Keyslot; KEYSLOTS], Flaw> {
-        let mut keyslots = Vec::with_capacity(KEYSLOTS);
-        for number in 0..KEYSLOTS {
-            keyslots.push(self.keyslot(number)?);
-        }
-        Ok(keyslots.try_into().expect("eight were pushed"))
-    }
-
-    fn keyslot(&mut self, number: usize) -> Result<Keyslot, Flaw> {
-        let at = self.at;
-        let active = match self.u32() {
-            ACTIVE => true,
-            DEAD => false,
-            found => {
-                let what = format!("keyslot {number} is neither active nor dead ({found:#010x})");
-                return Err(Flaw::new(Part::Luks1, at as u64, what));
-            }
-        };
-        let iterations = if active {
-            self.iterations(&format!("keyslot {number}"))?
-        } else {
-            self.u32()
-        };
-        let keyslot = Keyslot {
-            active,
-            iterations,
-            salt: self.array(),
-            first_sector: self.u32(),
-        };
-        let what = format!("keyslot {number} has not {STRIPES} stripes");
-        self.expect(&STRIPES.to_be_bytes(), &what)?;
-        Ok(keyslot)
-    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,5 @@
-//! Reading images without trusting them: what they are, what they rest on, and whether a key opens them.
+//! Reading images without trusting them: what they are, and whether a key opens them.
 
-use std::collections::HashSet;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -17,9 +16,6 @@ use super::size::{Bytes, ClusterSize};
 use super::staging::FileId;
 use crate::envelope::Envelope;
 use crate::secret::Passphrase;
-
-/// libvirt's own limit.
-const DEEPEST_CHAIN: usize = 200;
 
 /// What kind of image a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -95,17 +91,6 @@ pub struct VolumeInfo {
     pub file_id: FileId,
 }
 
-/// One image of a backing chain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Layer {
-    /// The file.
-    pub path: PathBuf,
-    /// What it is to QEMU: the format that the layer above declares.
-    pub format: Format,
-    /// Whether its data is encrypted.
-    pub encrypted: bool,
-}
-
 /// Reads what `path` says about itself, without a key and without looking at its backing file.
 ///
 /// # Errors
@@ -131,39 +116,6 @@ pub fn header_digest(path: &Path) -> Result<[u8; 32], VolumeError> {
     Image::open(path)?.header_digest()
 }
 
-/// The images that `path` rests on, itself first. Formats are those that the images declare; a guest can write any
-/// header into a disk that is declared raw.
-///
-/// # Errors
-/// Those of [`inspect`] for every layer, and [`VolumeError::Chain`] for a loop, a missing file, more than 200
-/// layers, or a backing file that is no local file.
-pub fn backing_chain(path: &Path) -> Result<Vec<Layer>, VolumeError> {
-    let mut layers = Vec::new();
-    let mut seen = HashSet::new();
-    let mut next = Some((path.to_owned(), None));
-    while let Some((layer, declared)) = next {
-        let broken = |reason| VolumeError::Chain {
-            path: path.to_owned(),
-            reason,
-        };
-        let image = Image::open_as(&layer, declared.as_deref()).map_err(|error| match error {
-            VolumeError::NotFound(missing) if !layers.is_empty() => {
-                broken(format!("include {}, which does not exist", missing.display()))
-            }
-            error => error,
-        })?;
-        if !seen.insert(image.file_id.inode()) {
-            return Err(broken(format!("form a loop at {}", layer.display())));
-        }
-        if layers.len() == DEEPEST_CHAIN {
-            return Err(broken(format!("are more than {DEEPEST_CHAIN} deep")));
-        }
-        layers.push(image.layer()?);
-        next = image.backing(path)?;
-    }
-    Ok(layers)
-}
-
 enum Kind {
     Qcow2(Box<qcow2::Header>),
     Luks1(Box<luks1::Header>),
@@ -187,7 +139,7 @@ impl Image {
     }
 
     /// Opens `path` in the format that another image declares for it.
-    fn open_as(path: &Path, declared: Option<&str>) -> Result<Self, VolumeError> {
+    pub(crate) fn open_as(path: &Path, declared: Option<&str>) -> Result<Self, VolumeError> {
         // Looked at before it is opened: opening a device can have effects.
         refuse_what_is_no_image(&metadata(path)?, path)?;
         let file = OpenOptions::new()
@@ -233,6 +185,10 @@ impl Image {
 
     pub(crate) fn file_id(&self) -> FileId {
         self.file_id
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(crate) fn virtual_size(&self) -> Bytes {
@@ -334,8 +290,9 @@ impl Image {
     }
 
     pub(crate) fn header_digest(&self) -> Result<[u8; 32], VolumeError> {
-        let (header, _) = self.encrypted()?;
-        Ok(sha256(&header.to_bytes()))
+        let (_, base) = self.encrypted()?;
+        let bytes = read(&self.file, base, luks1::Header::LEN).attempt("read", &self.path)?;
+        Ok(sha256(&bytes))
     }
 
     fn encrypted(&self) -> Result<(luks1::Header, u64), VolumeError> {
@@ -373,41 +330,12 @@ impl Image {
         }
     }
 
-    fn qcow2(&self) -> Option<&qcow2::Header> {
+    pub(crate) fn qcow2(&self) -> Option<&qcow2::Header> {
         match &self.kind {
             Kind::Qcow2(header) => Some(header),
             _ => None,
         }
     }
-
-    fn layer(&self) -> Result<Layer, VolumeError> {
-        let format = self.format()?;
-        Ok(Layer {
-            path: self.path.clone(),
-            format,
-            encrypted: format.is_encrypted(),
-        })
-    }
-
-    /// Path and declared format of the backing file; `top` is for messages.
-    fn backing(&self, top: &Path) -> Result<Option<(PathBuf, Option<String>)>, VolumeError> {
-        let Some(backing) = self.qcow2().and_then(|header| header.backing.as_ref()) else {
-            return Ok(None);
-        };
-        let local = local_file_name(&backing.name).ok_or_else(|| VolumeError::Chain {
-            path: top.to_owned(),
-            reason: format!("include `{}`, which is no local file", backing.name),
-        })?;
-        let directory = self.path.parent().unwrap_or(Path::new(""));
-        Ok(Some((directory.join(local), backing.format.clone())))
-    }
-}
-
-/// The path that QEMU would open for the name of a backing file; `None` for other protocols and for JSON.
-pub(super) fn local_file_name(name: &str) -> Option<&str> {
-    let local = name.strip_prefix("file:").unwrap_or(name);
-    let before_slash = local.split('/').next().unwrap_or_default();
-    (!before_slash.contains(':') && !local.is_empty()).then_some(local)
 }
 
 enum Sniffed {
@@ -512,16 +440,6 @@ fn refuse_what_is_no_image(metadata: &Metadata, path: &Path) -> Result<(), Volum
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn names_of_backing_files() {
-        assert_eq!(local_file_name("base.qcow2"), Some("base.qcow2"));
-        assert_eq!(local_file_name("/a/b:c"), Some("/a/b:c"));
-        assert_eq!(local_file_name("file:base"), Some("base"));
-        for other in ["nbd://host/x", "json:{}", "b:c", "", "file:"] {
-            assert_eq!(local_file_name(other), None, "{other}");
-        }
-    }
 
     #[test]
     fn what_is_no_file_is_refused_without_waiting() {

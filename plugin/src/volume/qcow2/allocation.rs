@@ -32,6 +32,8 @@ impl Data {
 
 /// How much is read of what is allocated, and of L2 tables, before the answer is yes.
 const MOST_READ: u64 = 1 << 30;
+/// What a search for the next data counts as reading: hostile tables could ask for millions.
+const SEEK_COST: u64 = 4096;
 const BLOCK: usize = 1 << 18;
 
 const L2_COMPRESSED: u64 = 1 << 62;
@@ -111,6 +113,9 @@ impl<'a> Zeros<'a> {
         }
         let mut at = range.start;
         while at < range.end {
+            if self.budget < SEEK_COST {
+                return Ok(false);
+            }
             at = self.skip_hole(at)?;
             if at >= range.end {
                 break;
@@ -140,6 +145,7 @@ impl<'a> Zeros<'a> {
         if self.hole.contains(&at) {
             return Ok(self.hole.end);
         }
+        self.budget -= SEEK_COST;
         let offset = i64::try_from(at).map_err(io::Error::other)?;
         let data = match lseek64(self.file, offset, Whence::SeekData) {
             Ok(data) => data.unsigned_abs(),
@@ -185,8 +191,10 @@ mod tests {
     #[test]
     fn past_the_budget_the_answer_is_yes() {
         let file = file_of(1 << 20, &[(0, &[0; 4096])]);
-        let mut zeros = Zeros::new(&file, 1 << 20);
-        zeros.budget = 100;
-        assert!(!zeros.contain(0..1 << 20).unwrap());
+        for budget in [0, SEEK_COST, SEEK_COST + 100] {
+            let mut zeros = Zeros::new(&file, 1 << 20);
+            zeros.budget = budget;
+            assert!(!zeros.contain(0..1 << 20).unwrap());
+        }
     }
 }
