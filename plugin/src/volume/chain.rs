@@ -26,7 +26,7 @@ pub struct Layer {
 /// header into a disk that is declared raw.
 ///
 /// # Errors
-/// Those of [`inspect`] for every layer, and [`VolumeError::Chain`] for a loop, a missing file, more than 200
+/// Those of [`inspect`](super::inspect) for every layer, and [`VolumeError::Chain`] for a loop, a missing file, more than 200
 /// layers, or a backing file that is no local file.
 pub fn backing_chain(path: &Path) -> Result<Vec<Layer>, VolumeError> {
     let mut layers = Vec::new();
