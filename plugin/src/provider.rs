@@ -6,6 +6,9 @@
 pub mod native;
 pub mod registry;
 
+#[cfg(test)]
+mod conformance;
+
 use std::fmt;
 use std::str::FromStr;
 
