@@ -1,25 +1,264 @@
-//! temporary
-#![allow(missing_docs)]
+//! The audit log: who asked for which key, and what came of it.
+//!
+//! One JSON record a line, appended only. Each carries the SHA-256 of the line before it, so that a changed,
+//! removed or reordered line breaks the chain ([`verify`]). Whoever can write the file can also rewrite all of
+//! it, or cut its end: compare [`Verified::head`] with a copy kept elsewhere to notice that.
+//!
+//! One thread writes. [`AuditLog::record`] returns at once, [`AuditLog::flush`] waits until the disk has all
+//! records made before it; callers that wait together share one fdatasync. A batch that could not be written is
+//! kept and tried again; the callers learn why.
+
+mod chain;
+mod tail;
+mod writer;
+
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::envelope::{EnvelopeId, VmId};
+
+pub use chain::{Verified, verify};
+use writer::{Queue, Writer};
+
+/// How an operation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Done.
+    Ok,
+    /// Not allowed, or not safe.
+    Refused,
+    /// Tried in vain.
+    Failed,
+}
+
+/// What is worth a record. Never holds a key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Event {
+    op: String,
+    outcome: Outcome,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actor: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vm: Option<VmId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vm_name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    envelope: Option<EnvelopeId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    object: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    provider: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
+}
+
+impl Event {
+    /// The most bytes that any text of an event has in the log; what is longer is cut.
+    pub const MOST_TEXT: usize = 2048;
+
+    /// `op` ended in `outcome`: `prepare`, `provider-unlock`, …
+    #[must_use]
+    pub fn new(op: &str, outcome: Outcome) -> Self {
+        Self {
+            op: cut(op),
+            outcome,
+            actor: None,
+            vm: None,
+            vm_name: None,
+            envelope: None,
+            object: None,
+            provider: None,
+            detail: None,
+        }
+    }
+
+    /// The user id of the process that asked.
+    #[must_use]
+    pub fn actor(mut self, uid: u32) -> Self {
+        self.actor = Some(uid);
+        self
+    }
+
+    /// The VM, with its name at that time.
+    #[must_use]
+    pub fn vm(mut self, vm: VmId, name: &str) -> Self {
+        self.vm = Some(vm);
+        self.vm_name = Some(cut(name));
+        self
+    }
+
+    /// The envelope.
+    #[must_use]
+    pub fn envelope(mut self, envelope: EnvelopeId) -> Self {
+        self.envelope = Some(envelope);
+        self
+    }
+
+    /// The object: `disk vda`, `vtpm`, a path.
+    #[must_use]
+    pub fn object(mut self, object: &str) -> Self {
+        self.object = Some(cut(object));
+        self
+    }
+
+    /// The key provider's name.
+    #[must_use]
+    pub fn provider(mut self, name: &str) -> Self {
+        self.provider = Some(cut(name));
+        self
+    }
+
+    /// Anything else, such as the reason of a refusal.
+    #[must_use]
+    pub fn detail(mut self, detail: &str) -> Self {
+        self.detail = Some(cut(detail));
+        self
+    }
+}
+
+/// Names and reasons can come from a domain's XML: none may make a line too long to be read again.
+fn cut(text: &str) -> String {
+    let end = text.floor_char_boundary(Event::MOST_TEXT.min(text.len()));
+    text[..end].to_owned()
+}
+
+/// The open log of one daemon.
 #[derive(Debug)]
-pub struct Audit(PathBuf);
-pub struct Verified {
-    pub records: u64,
+pub struct AuditLog {
+    queue: Arc<Queue>,
+    writer: Option<JoinHandle<()>>,
+    torn: Option<PathBuf>,
 }
-#[derive(Debug, thiserror::Error)]
-#[error("x")]
-pub struct AuditError;
-impl Audit {
-    pub fn open(dir: &Path) -> Result<Self, AuditError> {
-        Ok(Self(dir.join("audit.log")))
+
+impl AuditLog {
+    /// The file's name in the state directory.
+    pub const FILE: &'static str = "audit.log";
+
+    /// Opens `path`, or makes it (0600), and goes on from its last record. What a crash left unfinished behind
+    /// it is moved to a file of its own, and a record says so.
+    ///
+    /// # Errors
+    /// When another process has it open, or it is no audit log.
+    pub fn open(path: &Path) -> Result<Self, AuditError> {
+        let end = tail::open(path)?;
+        let queue = Arc::new(Queue::default());
+        if let Some(torn) = &end.torn {
+            let detail = format!("a crash cut the log short: the rest is in {}", torn.display());
+            queue.push(Event::new("audit-torn", Outcome::Failed).detail(&detail))?;
+        }
+        let torn = end.torn.clone();
+        let writer = Writer::new(Arc::clone(&queue), end);
+        let thread = std::thread::Builder::new()
+            .name("audit".to_owned())
+            .spawn(move || writer.run())
+            .map_err(AuditError::io("start the writer of", path))?;
+        Ok(Self {
+            queue,
+            writer: Some(thread),
+            torn,
+        })
     }
-    pub fn path(&self) -> &Path {
-        &self.0
+
+    /// Where the torn end of the log went when it was opened, for a warning.
+    #[must_use]
+    pub fn torn(&self) -> Option<&Path> {
+        self.torn.as_deref()
     }
-    pub fn flush(&self) -> Result<(), AuditError> {
-        Ok(())
+
+    /// Adds a record, and returns before it is written.
+    ///
+    /// # Errors
+    /// [`AuditError::Backlog`] when the disk has not kept up for a very long time.
+    pub fn record(&self, event: Event) -> Result<(), AuditError> {
+        self.queue.push(event)
+    }
+
+    /// Waits until the disk has all records made before this call, for `deadline` at the most.
+    ///
+    /// # Errors
+    /// [`AuditError::Write`] when it can't be written, [`AuditError::Late`] after the deadline. The records are
+    /// kept and tried again.
+    pub fn flush(&self, deadline: Duration) -> Result<(), AuditError> {
+        self.queue.wait(deadline)
     }
 }
-pub fn verify(_: &Path) -> Result<Verified, AuditError> {
-    Ok(Verified { records: 0 })
+
+impl Drop for AuditLog {
+    /// Writes what is left, once.
+    fn drop(&mut self) {
+        self.queue.close();
+        if let Some(writer) = self.writer.take() {
+            // It has nothing to return; a panic in it was printed.
+            let _ = writer.join();
+        }
+    }
 }
+
+/// Why the log can't be written or trusted.
+#[derive(Debug, Error)]
+pub enum AuditError {
+    /// The chain is broken.
+    #[error("the audit log {} was changed: line {line} {why}", .path.display())]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// The first line that does not fit, from 1.
+        line: u64,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Not a log.
+    #[error(
+        "{} holds no audit record: move it away, virtseald starts a new log", .path.display()
+    )]
+    NotALog {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another process writes it.
+    #[error("another virtseald writes the audit log {}", .path.display())]
+    InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file can't be used.
+    #[error("can't {action} the audit log {}", .path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A record can't be written.
+    #[error("can't write the audit log: free space on its file system, or see why it can't be written")]
+    Write(#[source] Arc<io::Error>),
+    /// The disk is too slow.
+    #[error("the audit log did not reach the disk within {} ms", .0.as_millis())]
+    Late(Duration),
+    /// Too many records wait.
+    #[error("{0} audit records wait for the disk: no more are taken")]
+    Backlog(usize),
+}
+
+impl AuditError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
