@@ -125,7 +125,10 @@ impl Event {
 
 /// Names and reasons can come from a domain's XML: none may make a line too long to be read again.
 fn cut(text: &str) -> String {
-    let end = text.floor_char_boundary(Event::MOST_TEXT.min(text.len()));
+    let end = (0..=Event::MOST_TEXT.min(text.len()))
+        .rev()
+        .find(|end| text.is_char_boundary(*end))
+        .unwrap_or(0);
     text[..end].to_owned()
 }
 
