@@ -1,0 +1,142 @@
+//! What is read, and how hostile XML is refused.
+
+use std::path::Path;
+
+use uuid::Uuid;
+use virtseal::domain::edit::{SealEdit, seal};
+use virtseal::domain::{Domain, DomainError, Firmware, Source, objects};
+
+use crate::{fixture, fixtures, id, nvram_edit};
+
+#[test]
+fn every_fixture_is_read_and_says_what_it_has() {
+    for (name, xml) in fixtures() {
+        let domain = Domain::parse(&xml).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(domain.metadata.is_none(), "{name}");
+        assert_eq!(domain.running_id.is_some(), name.contains("running"), "{name}");
+    }
+    let domain = Domain::parse(&fixture("libvirt11-running.xml")).unwrap();
+    assert_eq!((domain.name.as_str(), domain.running_id), ("büro-käse", Some(1)));
+    assert_eq!(domain.disk("vda").unwrap().format.as_deref(), Some("qcow2"));
+    let labels: Vec<_> = objects(&domain).into_iter().map(|object| object.label).collect();
+    assert_eq!(labels, ["disk vda", "disk vdb", "vtpm", "nvram"]);
+    let Firmware::Uefi(uefi) = domain.firmware else {
+        panic!("no UEFI")
+    };
+    let nvram = uefi.nvram.unwrap();
+    assert_eq!(
+        nvram.source,
+        Source::File("/var/lib/libvirt/qemu/nvram/büro-käse_VARS.fd".into())
+    );
+    assert_eq!(
+        nvram.template.as_deref(),
+        Some(Path::new("/usr/share/OVMF/OVMF_VARS_4M.fd"))
+    );
+}
+
+#[test]
+fn firmware_that_libvirt_is_still_to_choose_is_shown_as_open() {
+    let domain = Domain::parse(&fixture("hand-auto-efi.xml")).unwrap();
+    let Firmware::Uefi(uefi) = &domain.firmware else {
+        panic!("no UEFI")
+    };
+    assert!(uefi.autoselected && uefi.secure && uefi.loader.is_none() && uefi.nvram.is_none());
+    let mut nvram = nvram_edit(&domain, id(1));
+    nvram.loader = None;
+    let edit = SealEdit {
+        nvram: Some(nvram),
+        ..SealEdit::default()
+    };
+    assert!(matches!(
+        seal(&fixture("hand-auto-efi.xml"), &edit),
+        Err(DomainError::FirmwareOpen { .. })
+    ));
+}
+
+#[test]
+fn sources_of_every_type_are_read() {
+    let domain = Domain::parse(&fixture("sources.xml")).unwrap();
+    let source = |target: &str| &domain.disk(target).unwrap().source;
+    let (protocol, name) = ("rbd".into(), Some("pool/image".into()));
+    assert_eq!(source("vda"), &Source::Network { protocol, name });
+    assert_eq!(source("vdb"), &Source::Block("/dev/vg/lv".into()));
+    let (pool, volume) = ("default".into(), "a.qcow2".into());
+    assert_eq!(source("vdc"), &Source::Volume { pool, volume });
+    assert_eq!(source("fda"), &Source::Empty);
+    let layers = &domain.disk("vdd").unwrap().backing;
+    assert_eq!(
+        layers
+            .iter()
+            .map(|layer| layer.source.path().unwrap())
+            .collect::<Vec<_>>(),
+        [Path::new("/srv/base.qcow2"), Path::new("/dev/vg/golden")]
+    );
+    assert!(domain.disk("vde").unwrap().readonly && domain.disk("vdb").unwrap().shareable);
+}
+
+#[test]
+fn hostile_xml_gives_an_error_with_its_place() {
+    let bomb = "<!DOCTYPE d [<!ENTITY a 'xxxxxxxxxx'><!ENTITY b '&a;&a;&a;&a;'>]><domain>&b;</domain>";
+    let deep = format!("{}{}", "<a>".repeat(100_000), "</a>".repeat(100_000));
+    let deep_domain = format!(
+        "<domain type='kvm'><name>a</name><uuid>{}</uuid>{deep}</domain>",
+        Uuid::nil()
+    );
+    assert!(matches!(Domain::parse(bomb), Err(DomainError::Xml(_))));
+    assert!(matches!(
+        Domain::parse(&" ".repeat(Domain::MAX_XML + 1)),
+        Err(DomainError::TooLong { .. })
+    ));
+    assert!(matches!(
+        Domain::parse(&"<a/>".repeat(100)),
+        Err(DomainError::Xml(_))
+    ));
+    assert!(Domain::parse(&deep_domain).is_ok());
+    assert!(matches!(
+        Domain::parse(&format!("<d>{}</d>", "<a/>".repeat(300_000))),
+        Err(DomainError::Xml(_))
+    ));
+    for (from, to, message) in [
+        (
+            "<uuid>6b2f",
+            "<uuid>zz2f",
+            "3:3: \"zz2f9b3e-58c3-4fd5-9aa1-0d1f44a3e9b7\" is no UUID",
+        ),
+        ("<name>web01</name>", "", "1:1: <name> is missing"),
+        ("type='kvm'", "", "1:1: <domain type> is missing"),
+        (
+            "<domain type='kvm'>",
+            "<domain type='kvm' id='many'>",
+            "1:1: \"many\" is no domain id",
+        ),
+        ("dev='sda'", "dev='vda'", "28:5: a second disk vda"),
+        (
+            "device='cdrom'",
+            "device='drum'",
+            "28:5: \"drum\" is no kind of disk",
+        ),
+        (
+            "<target dev='vda' bus='virtio'/>",
+            "",
+            "22:5: <target> is missing",
+        ),
+    ] {
+        let xml = fixture("libvirt9-uefi.xml");
+        assert!(xml.contains(from), "{from}");
+        assert_eq!(
+            Domain::parse(&xml.replacen(from, to, 1)).unwrap_err().to_string(),
+            message
+        );
+    }
+    assert!(matches!(
+        Domain::parse("<domain xmlns='urn:a'/>"),
+        Err(DomainError::NotADomain { .. })
+    ));
+    let malformed = Domain::parse("<domain>\n  <name></domain>").unwrap_err();
+    assert!(
+        std::error::Error::source(&malformed)
+            .unwrap()
+            .to_string()
+            .contains("2:")
+    );
+}
