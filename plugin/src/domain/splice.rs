@@ -371,3 +371,68 @@ fn indentation(xml: &str, at: usize) -> Option<&str> {
 fn unit_of(indentation: &str) -> &'static str {
     if indentation.contains('\t') { "\t" } else { "  " }
 }
+
+#[cfg(test)]
+mod tests {
+    use roxmltree::Document;
+
+    use super::*;
+
+    fn edited(xml: &str, edit: impl FnOnce(Node<'_, '_>) -> Option<Edit>) -> String {
+        let document = Document::parse(xml).unwrap();
+        apply(xml, edit(document.root_element()).into_iter().collect()).unwrap()
+    }
+
+    #[test]
+    fn a_tag_is_read_as_odd_as_it_may_be() {
+        let odd = "<a\n\tx = '1>/'  xmlns:n=\"urn:n\"\r\ny=\"2\" n:y='3'  />";
+        let set = |name, value| edited(odd, |root| set_attribute(odd, root, name, value));
+        assert_eq!(set("x", "1>/"), odd);
+        assert_eq!(set("x", "7"), odd.replace("1>/", "7"));
+        assert_eq!(set("y", "\"'"), odd.replace("y=\"2\"", "y=\"&quot;&apos;\""));
+        assert_eq!(set("z", "<&"), odd.replace("n:y='3'", "n:y='3' z='&lt;&amp;'"));
+        assert_eq!(
+            edited(odd, |root| remove_attribute(odd, root, "y")),
+            odd.replace("\r\ny=\"2\"", "")
+        );
+        let child = Element::new("b");
+        let closed = odd.replace("  />", ">\n  <b/>\n</a>");
+        assert_eq!(
+            edited(odd, |root| Some(insert(odd, root, Place::Last, &child))),
+            closed
+        );
+    }
+
+    #[test]
+    fn a_child_is_laid_out_as_its_neighbours_are() {
+        let child = Element::new("n").children([Element::new("m").text("<")]);
+        for (xml, expected) in [
+            ("<a></a>", "<a>\n  <n>\n    <m>&lt;</m>\n  </n>\n</a>"),
+            ("<a> <b/> </a>", "<a> <b/><n><m>&lt;</m></n> </a>"),
+            (
+                "<a>\r\n\t<b/>\r\n</a>",
+                "<a>\r\n\t<b/>\r\n\t<n>\r\n\t\t<m>&lt;</m>\r\n\t</n>\r\n</a>",
+            ),
+            (
+                "<a>\n   <b/><!-- c -->\n\n</a>",
+                "<a>\n   <b/><!-- c -->\n   <n>\n      <m>&lt;</m>\n   </n>\n\n</a>",
+            ),
+        ] {
+            assert_eq!(
+                edited(xml, |root| Some(insert(xml, root, Place::Last, &child))),
+                expected
+            );
+        }
+    }
+
+    #[test]
+    fn edits_that_overlap_are_refused() {
+        let edit = |at| Edit { at, with: "-".into() };
+        assert_eq!(apply("abcd", vec![edit(1..3), edit(2..4)]), None);
+        assert_eq!(apply("abcd", vec![edit(2..9)]), None);
+        assert_eq!(
+            apply("abcd", vec![edit(3..3), edit(0..1), edit(3..4)]).unwrap(),
+            "-bc--"
+        );
+    }
+}

@@ -23,6 +23,7 @@ fn fixtures() -> Vec<(String, String)> {
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();
+    files.retain(|path| path.is_file());
     files.sort();
     assert!(files.len() >= 7, "fixtures are missing");
     let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();

@@ -168,6 +168,25 @@ fn a_sealed_domain_looks_as_libvirt_writes_it() {
     );
 }
 
+/// What libvirt 11.3 made of a sealed fixture: it moves attributes about, adds some and changes all quotes.
+#[test]
+fn sealed_xml_comes_back_from_libvirt() {
+    let xml = include_str!("../domains/sealed/libvirt11.xml");
+    let domain = Domain::parse(xml).unwrap();
+    let needed = sealed_objects(&domain).unwrap();
+    assert_eq!(needed.len(), 4);
+    let envelopes = &domain.metadata.as_ref().unwrap().envelopes;
+    assert!(
+        needed
+            .iter()
+            .all(|object| envelopes.iter().any(|found| found.id == object.secret))
+    );
+    assert_eq!(set_envelopes(xml, envelopes).unwrap(), xml);
+    let unsealed = unseal(xml).unwrap();
+    assert!(!unsealed.contains("<encryption") && !unsealed.contains("virtseal:"));
+    assert!(unsealed.contains("<libosinfo:os ") && unsealed.contains("<backup:note>keep &amp; rotate<"));
+}
+
 #[test]
 fn a_loader_is_written_where_libvirt_had_the_choice() {
     let sealed = seal_all(&fixture("hand-auto-efi.xml"));
