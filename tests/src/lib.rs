@@ -20,6 +20,11 @@
 //! # }
 //! ```
 //!
+//! virtseald goes on the same stage: write its configuration under `host.path("/etc/virtseal")`, then
+//! `host.spawn("virtseald", …)` with [`built_program`]; the hook goes in by [`HostBuilder::hook`], the command line
+//! tool runs through [`Host::run`]. All of them see the same mounts and pids, the test reads their files through
+//! [`Host::path`].
+//!
 //! Everything here needs root and the packages that `make deps` installs; a program that is missing is an error
 //! that names its package.
 

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -73,6 +74,34 @@ fn libvirtd_restart_keeps_vms_and_finds_hooks() -> Result<()> {
             ],
         "{calls}"
     );
+    Ok(())
+}
+
+#[test]
+fn many_vms_start_at_once() -> Result<()> {
+    let host = Host::builder().libvirtd_conf("max_workers = 20").start()?;
+    let names: Vec<_> = (1..=24).map(|number| format!("vm{number:02}")).collect();
+    for name in &names {
+        host.define(&DomainSpec::minimal(
+            name,
+            &host.empty_disk(name, SMALL_DISK_BYTES)?,
+        ))?;
+    }
+    thread::scope(|scope| {
+        let starts: Vec<_> = names
+            .iter()
+            .map(|name| scope.spawn(|| host.virsh(&["start", "--paused", name])?.succeeded()))
+            .collect();
+        starts
+            .into_iter()
+            .try_for_each(|start| start.join().expect("no start panics").map(drop))
+    })?;
+    for name in &names {
+        ensure!(
+            host.state(name)? == DomainState::Paused,
+            "{name} did not start"
+        );
+    }
     Ok(())
 }
 
