@@ -97,10 +97,7 @@ fn many_vms_start_at_once() -> Result<()> {
             .try_for_each(|start| start.join().expect("no start panics").map(drop))
     })?;
     for name in &names {
-        ensure!(
-            host.state(name)? == DomainState::Paused,
-            "{name} did not start"
-        );
+        ensure!(host.state(name)? == DomainState::Paused, "{name} did not start");
     }
     Ok(())
 }
