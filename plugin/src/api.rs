@@ -156,6 +156,8 @@ pub struct AuditLines {
 pub struct AuditVerified {
     /// How many records the chain holds.
     pub records: i64,
+    /// SHA-256 of the last one, in hex: kept elsewhere, it shows later that nothing before it was rewritten.
+    pub head: String,
 }
 
 /// Why a method of `io.virtseal.Host` failed.

@@ -8,16 +8,13 @@ mod records;
 mod status;
 mod volumes;
 
-use std::fs;
-use std::io;
-use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use nix::unistd::{Gid, Group};
 
-use crate::api::{AuditLines, AuditVerified, Outcome};
-use crate::audit::Audit;
+use crate::api::Outcome;
+use crate::audit::AuditLog;
 use crate::config::Config;
 use crate::domain::Domain;
 use crate::envelope::{EnvelopeId, VmId};
@@ -34,7 +31,7 @@ pub struct Daemon {
     keystore: std::sync::Arc<Keystore>,
     registry: Registry,
     libvirt: Libvirt,
-    audit: Audit,
+    audit: AuditLog,
     memory: Memory,
     arms: Mutex<Arms>,
     /// Held while a secret that other VMs may need too is defined or undefined.
@@ -50,7 +47,8 @@ impl Daemon {
         let keystore = std::sync::Arc::new(Keystore::open(dir)?);
         let registry = Registry::open(std::sync::Arc::clone(&keystore))
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        let audit = Audit::open(dir).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let audit = AuditLog::open(&dir.join(AuditLog::FILE))
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         Ok(Self {
             libvirt: Libvirt::new(&config.libvirt_uri),
             config: RwLock::new(config),
@@ -290,32 +288,6 @@ impl Daemon {
                 Failure::new(Code::NotFound, format!("there is no VM '{vm}'")).next("virsh list --all")
             })
     }
-
-    /// The last `records` of the audit log.
-    pub fn show_audit(&self, records: i64) -> Result<AuditLines, Failure> {
-        let path = self.audit.path();
-        self.audit
-            .flush()
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        let text = fs::read_to_string(path).map_err(|error| unreadable(path, &error))?;
-        let lines: Vec<_> = text.lines().collect();
-        let first = lines.len().saturating_sub(usize::try_from(records).unwrap_or(0));
-        Ok(AuditLines {
-            lines: lines[first..].iter().map(|line| (*line).to_owned()).collect(),
-        })
-    }
-
-    /// Checks the audit log's chain.
-    pub fn verify_audit(&self) -> Result<AuditVerified, Failure> {
-        self.audit
-            .flush()
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        let verified = crate::audit::verify(self.audit.path())
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        Ok(AuditVerified {
-            records: i64::try_from(verified.records).unwrap_or(i64::MAX),
-        })
-    }
 }
 
 fn arming(domain: &Domain, object: Opened) -> Arming {
@@ -333,10 +305,6 @@ fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Failure {
         format!("{} stays off: {}", domain.name, chain(error)),
     )
     .next("virtseal status")
-}
-
-fn unreadable(path: &Path, error: &io::Error) -> Failure {
-    Failure::from_error(Code::Failed, format!("can't read {}", path.display()), error)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -11,7 +11,6 @@ use crate::{DomainSpec, Host, HostBuilder, Output, Process, built_program, wait_
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The host, with a virtseald of its own.
-
 pub struct SealedHost {
     host: Host,
     daemon: Option<Process>,

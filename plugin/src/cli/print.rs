@@ -116,7 +116,10 @@ impl Printer {
         if self.json {
             return json(verified);
         }
-        line(&format!("{} records, the chain is whole", verified.records))
+        line(&format!(
+            "{} records, the chain is whole, head {}",
+            verified.records, verified.head
+        ))
     }
 
     /// Anything that is printable as JSON; `text` for people.
