@@ -480,6 +480,17 @@ fn damage_is_an_error_that_says_where() {
 }
 
 #[test]
+fn a_name_that_would_break_the_line_is_an_error() {
+    let bench = Bench::new();
+    let options = [
+        "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "a\nb", "disk",
+    ];
+    bench.must("qemu-img", &[&options[..], &["1G"]].concat());
+    let error = volume::inspect(&bench.path("disk")).unwrap_err().to_string();
+    assert!(error.contains("not text") && !error.contains('\n'), "{error}");
+}
+
+#[test]
 fn every_changed_byte_of_the_headers_is_survived() {
     let bench = Bench::new();
     bench.create(&bench.request("disk", 1 << 30)).unwrap();

@@ -223,7 +223,7 @@ impl<'a> Making<'a> {
         };
         let blueprint = parts
             .blueprint()
-            .map_err(|error| impossible(&error, request, size))?;
+            .map_err(|error| impossible(error, request, size))?;
         Ok(Self {
             request,
             size,
@@ -323,16 +323,16 @@ fn allowed(size: Bytes, path: &Path) -> Result<Bytes, VolumeError> {
         })
 }
 
-fn impossible(error: &LayoutError, request: &CreateRequest, size: Bytes) -> VolumeError {
-    match (error, &request.backing) {
-        (LayoutError::BackingName { room }, Some(backing)) => VolumeError::BackingName {
-            path: request.path.clone(),
-            backing: backing.path.clone(),
+fn impossible(error: LayoutError, request: &CreateRequest, size: Bytes) -> VolumeError {
+    let path = request.path.clone();
+    match error {
+        LayoutError::BackingName { name, room } => VolumeError::BackingName {
+            path,
+            backing: name.into(),
             reason: format!("the header has room for a name of {room} bytes; use larger clusters"),
         },
-        (LayoutError::BackingName { .. }, None) => VolumeError::SizeMissing(request.path.clone()),
-        (LayoutError::TooLarge { most }, _) => VolumeError::Size {
-            path: request.path.clone(),
+        LayoutError::TooLarge { most } => VolumeError::Size {
+            path,
             size,
             reason: format!(
                 "with clusters of {} a disk has {most} at the most; use larger clusters",

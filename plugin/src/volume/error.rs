@@ -30,11 +30,14 @@ impl Part {
         }
     }
 
-    fn advice(self) -> &'static str {
+    fn advice(self, path: &Path) -> String {
+        let path = path.display();
         match self {
-            Self::Qcow2 => "look closer with: qemu-img check",
-            Self::Luks1 => "restore the file from a backup",
-            Self::Envelope => "the keystore and the domain XML hold copies; see: virtseal vm status",
+            Self::Qcow2 => format!("look closer with `qemu-img check {path}`"),
+            Self::Luks1 => format!("look closer with `qemu-img info {path}`, or restore it from a backup"),
+            Self::Envelope => {
+                "the keystore and the domain XML hold copies, see `virtseal vm status`".to_owned()
+            }
         }
     }
 }
@@ -106,7 +109,7 @@ pub enum VolumeError {
         found: &'static str,
     },
     /// Its bytes break the format.
-    #[error("{} is damaged or of an unknown kind: {flaw}; {}", path.display(), flaw.part.advice())]
+    #[error("{} is damaged or of an unknown kind: {flaw}; {}", path.display(), flaw.part.advice(path))]
     Damaged {
         /// The file.
         path: PathBuf,

@@ -20,6 +20,7 @@ pub(crate) const LUKS: u32 = 2;
 pub(crate) const MOST_L1_BYTES: u64 = 32 << 20;
 const MOST_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MOST_BACKING_NAME: u32 = 1023;
+const MOST_BACKING_FORMAT: usize = 15;
 
 pub(crate) const END_EXTENSION: u32 = 0;
 pub(crate) const BACKING_FORMAT_EXTENSION: u32 = 0xe279_2aca;
@@ -184,7 +185,10 @@ struct Extension<'a> {
 
 impl Extension<'_> {
     fn text(&self, of: &str) -> Result<String, Flaw> {
-        text(self.payload).ok_or_else(|| flaw(self.offset, format!("{of} is not text")))
+        Some(self.payload)
+            .filter(|payload| payload.len() <= MOST_BACKING_FORMAT)
+            .and_then(text)
+            .ok_or_else(|| flaw(self.offset, format!("{of} is no name of a format")))
     }
 
     fn luks_span(&self, cluster_size: ClusterSize, file_len: u64) -> Result<Span, Flaw> {
@@ -204,9 +208,10 @@ impl Extension<'_> {
     }
 }
 
+/// Names end up in messages: one line, and nothing that moves a terminal's cursor.
 fn text(bytes: &[u8]) -> Option<String> {
     let text = std::str::from_utf8(bytes).ok()?;
-    (!text.contains('\0')).then(|| text.to_owned())
+    (!text.contains(char::is_control)).then(|| text.to_owned())
 }
 
 fn check_span(of: &str, field: usize, span: Span, cluster: ClusterSize, file_len: u64) -> Result<(), Flaw> {

@@ -143,7 +143,7 @@ fn last_words(mut stderr: impl Read) -> String {
     // Reading stops early only when the pipe breaks, and then there is no more to say.
     let _ = stderr.by_ref().take(4096).read_to_end(&mut kept);
     let _ = io::copy(&mut stderr, &mut io::sink());
-    let text = String::from_utf8_lossy(&kept);
+    let text = String::from_utf8_lossy(&kept).replace(|c: char| c.is_control() && c != '\n', "?");
     let lines: Vec<&str> = text
         .lines()
         .map(|line| line.trim_start_matches("qemu-img: "))
@@ -195,8 +195,8 @@ mod tests {
     #[test]
     fn what_the_child_says_becomes_one_line() {
         assert_eq!(
-            last_words(&b"qemu-img: no such thing\nqemu-img: really\n"[..]),
-            "no such thing; really"
+            last_words(&b"qemu-img: no such thing\nqemu-img: really\x1b[2J\n"[..]),
+            "no such thing; really?[2J"
         );
     }
 }

@@ -34,7 +34,7 @@ pub(crate) enum LayoutError {
     /// More than this is impossible with the cluster size.
     TooLarge { most: Bytes },
     /// The first cluster has no room for the backing file's name; this is how much it has.
-    BackingName { room: u64 },
+    BackingName { name: String, room: u64 },
 }
 
 /// The first cluster of each part, and how many it takes.
@@ -184,7 +184,10 @@ fn fixed_header(layout: &Layout, size: Bytes) -> Vec<u8> {
 fn append_backing_name(header: &mut Vec<u8>, name: &str, cluster: ClusterSize) -> Result<(), LayoutError> {
     let room = cluster.bytes().saturating_sub(header.len() as u64).min(1023);
     if name.len() as u64 > room {
-        return Err(LayoutError::BackingName { room });
+        return Err(LayoutError::BackingName {
+            name: name.to_owned(),
+            room,
+        });
     }
     let offset = header.len() as u64;
     header[8..16].copy_from_slice(&offset.to_be_bytes());
