@@ -10,6 +10,7 @@ mod envelopes;
 mod error;
 mod providers;
 mod schema;
+mod vms;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
@@ -23,9 +24,10 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use error::StoreFault;
 
-pub use envelopes::{EnvelopeRecord, EnvelopeState, Put, VmRecord};
+pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
 pub use error::KeystoreError;
 pub use providers::{NativeRoot, ProviderRecord};
+pub use vms::VmRecord;
 
 /// Seconds since 1970, UTC.
 pub type UnixTime = i64;

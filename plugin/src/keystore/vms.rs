@@ -1,0 +1,116 @@
+//! Rows of the VMs that have sealed objects.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use crate::envelope::VmId;
+
+/// A VM that has, or had, sealed objects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmRecord {
+    /// The domain's UUID.
+    pub vm: VmId,
+    /// Its name when it was last seen.
+    pub name: String,
+    /// When the first of its objects was sealed here.
+    pub sealed_at: UnixTime,
+    /// Whether its encrypted vTPM state was ever seen. From then on a missing state file is a loss: swtpm
+    /// would answer it with a new, empty TPM.
+    pub vtpm_seen: bool,
+}
+
+impl Keystore {
+    /// Notes that `vm` has sealed objects, and its name now.
+    pub fn remember_vm(&self, vm: VmId, name: &str) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let rows = transaction.execute(
+                "INSERT INTO vms (uuid, name, sealed_at, vtpm_seen) VALUES (?1, ?2, ?3, 0)
+                 ON CONFLICT (uuid) DO UPDATE SET name = excluded.name WHERE name <> excluded.name",
+                params![vm.to_string(), name, now()],
+            )?;
+            Ok(Change::of_rows(rows))
+        })
+    }
+
+    /// Notes that the encrypted vTPM state of `vm` was seen on disk.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownVm`] before [`Keystore::remember_vm`].
+    pub fn set_vtpm_seen(&self, vm: VmId) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let rows = transaction.execute(
+                "UPDATE vms SET vtpm_seen = 1 WHERE uuid = ?1 AND vtpm_seen = 0",
+                [vm.to_string()],
+            )?;
+            if rows == 0 && find_vm(transaction, vm)?.is_none() {
+                return Err(KeystoreError::UnknownVm(vm).into());
+            }
+            Ok(Change::of_rows(rows))
+        })
+    }
+
+    /// The VM called `vm`.
+    pub fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, KeystoreError> {
+        self.read(|connection| find_vm(connection, vm))
+    }
+
+    /// All VMs, by name.
+    pub fn vms(&self) -> Result<Vec<VmRecord>, KeystoreError> {
+        self.read(|connection| {
+            let mut statement =
+                connection.prepare("SELECT uuid, name, sealed_at, vtpm_seen FROM vms ORDER BY name, uuid")?;
+            let mut rows = statement.query([])?;
+            let mut vms = Vec::new();
+            while let Some(row) = rows.next()? {
+                vms.push(vm_of(row)?);
+            }
+            Ok(vms)
+        })
+    }
+}
+
+fn find_vm(connection: &Connection, vm: VmId) -> Result<Option<VmRecord>, StoreFault> {
+    connection
+        .prepare_cached("SELECT uuid, name, sealed_at, vtpm_seen FROM vms WHERE uuid = ?1")?
+        .query_row([vm.to_string()], |row| Ok(vm_of(row)))
+        .optional()?
+        .transpose()
+}
+
+fn vm_of(row: &Row) -> Result<VmRecord, StoreFault> {
+    let uuid: String = row.get("uuid")?;
+    let vm = uuid.parse().map_err(|_| KeystoreError::Inconsistent {
+        row: format!("of VM {uuid:?}"),
+        why: "its id is not a UUID".to_owned(),
+    })?;
+    Ok(VmRecord {
+        vm,
+        name: row.get("name")?,
+        sealed_at: row.get("sealed_at")?,
+        vtpm_seen: row.get("vtpm_seen")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vm_keeps_its_seal_date_and_follows_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let vm = VmId::random();
+        assert!(matches!(
+            keystore.set_vtpm_seen(vm),
+            Err(KeystoreError::UnknownVm(_))
+        ));
+        assert_eq!(keystore.remember_vm(vm, "web01").unwrap(), Change::Changed);
+        assert_eq!(keystore.remember_vm(vm, "web01").unwrap(), Change::Unchanged);
+        keystore.set_vtpm_seen(vm).unwrap();
+        assert_eq!(keystore.set_vtpm_seen(vm).unwrap(), Change::Unchanged);
+        assert_eq!(keystore.remember_vm(vm, "web02").unwrap(), Change::Changed);
+        let vms = keystore.vms().unwrap();
+        assert_eq!(vms.len(), 1);
+        assert!(vms[0].vtpm_seen && vms[0].name == "web02");
+    }
+}
