@@ -396,7 +396,7 @@ mod tests {
             odd.replace("\r\ny=\"2\"", "")
         );
         let child = Element::new("b");
-        let closed = odd.replace("  />", ">\n  <b/>\n</a>");
+        let closed = odd.replace("  />", ">\r\n  <b/>\r\n</a>");
         assert_eq!(
             edited(odd, |root| Some(insert(odd, root, Place::Last, &child))),
             closed
