@@ -168,7 +168,7 @@ fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<(),
         .load_style(presets::NOTHING)
         .set_header(header)
         .add_rows(rows);
-    table.lines().try_for_each(|text| line(text.trim_end()))
+    table.lines().try_for_each(|text| line(text.trim()))
 }
 
 fn json(value: &impl Serialize) -> Result<(), Failure> {

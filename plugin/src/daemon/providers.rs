@@ -194,6 +194,7 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Failure {
 
 fn native_failure(name: &str, error: &NativeError) -> Failure {
     let (code, next) = match error {
+        NativeError::Keystore(error) => return Failure::new(Code::Failed, chain(error)),
         NativeError::Locked => (
             Code::Locked,
             Some(NextCommand::Unlock(name.to_owned()).to_string()),
