@@ -10,14 +10,14 @@ CARGO ?= cargo
 include packaging/package.mk
 
 demo: deps
-	$(CARGO) build --locked --release --package virtseal --package virtseal-hook --package virtseal-e2e --bins
+	$(CARGO) build --locked --release --workspace --bins
 	$(CARGO) run --locked --release --quiet --package virtseal-e2e --bin virtseal-demo
 
 test: deps
 	CARGO="$(CARGO)" tests/run
 
 bench: deps
-	$(CARGO) build --locked --release --package virtseal --package virtseal-hook --package virtseal-e2e --bins
+	$(CARGO) build --locked --release --workspace --bins
 	$(CARGO) run --locked --release --quiet --package virtseal-e2e --bin virtseal-bench
 
 lint:

@@ -23,7 +23,7 @@ PACKAGED_DOCS = $(wildcard README.md SECURITY.md ARCHITECTURE.md CHANGELOG.md)
 .PHONY: install deb test-deb packaged-binaries
 
 packaged-binaries:
-	$(CARGO) build --locked --profile $(PROFILE) --package virtseal --package virtseal-hook --bins
+	$(CARGO) build --locked --profile $(PROFILE) --workspace --bins
 
 # The hook is a symbolic link to a program in BINDIR: packaging/README.md says why. An existing configuration is kept.
 install: packaged-binaries
