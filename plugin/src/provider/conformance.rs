@@ -5,6 +5,7 @@
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant};
 
 use super::native::NativeProvider;
 use super::{KekScope, KeyProvider, ProviderError, ProviderStatus};
@@ -332,19 +333,36 @@ fn lock_during_use_is_clean<F: Fixture>() {
                 }
             });
         }
+        let _end = Raise(&stop);
         for _ in 0..20 {
             provider.lock();
             // Another thread can't have unlocked it: a call that begins now must fail.
-            assert!(matches!(
-                provider.unwrap_many(&[&wrapped.stanza]),
-                Err(ProviderError::Locked)
-            ));
+            let refusal = provider.unwrap_many(&[&wrapped.stanza]);
+            assert!(matches!(refusal, Err(ProviderError::Locked)));
+            wait_for_more(&refused);
             provider.unlock(&fixture.credential()).unwrap();
             wrapped.assert_opened_by(provider);
+            wait_for_more(&opened);
         }
-        stop.store(true, Ordering::SeqCst);
     });
-    assert!(opened.load(Ordering::SeqCst) > 0 && refused.load(Ordering::SeqCst) > 0);
+}
+
+/// Raises a flag when dropped, also by a failed assertion: the threads that watch it must not run for ever.
+struct Raise<'a>(&'a AtomicBool);
+
+impl Drop for Raise<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Until another thread has counted one more, which on a busy machine takes its time.
+fn wait_for_more(counted: &AtomicUsize) {
+    let (before, began) = (counted.load(Ordering::SeqCst), Instant::now());
+    while counted.load(Ordering::SeqCst) == before {
+        assert!(began.elapsed() < Duration::from_secs(60), "no thread gets there");
+        std::thread::sleep(Duration::from_micros(50));
+    }
 }
 
 fn eight_threads_get_what_they_asked_for<F: Fixture>() {
