@@ -1,10 +1,12 @@
 //! What virtseal keeps in a domain's `<metadata>`: copies of the VM's envelopes, so that they travel with it.
 //!
-//!     <metadata>
-//!       <virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'>
-//!         <virtseal:envelope id='…'>{"version":1,…}</virtseal:envelope>
-//!       </virtseal:vm>
-//!     </metadata>
+//! ```xml
+//! <metadata>
+//!   <virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'>
+//!     <virtseal:envelope id='…'>{"version":1,…}</virtseal:envelope>
+//!   </virtseal:vm>
+//! </metadata>
+//! ```
 //!
 //! The namespace counts, not its prefix: others may rewrite that. What a later virtseal added in this namespace is
 //! kept and listed in [`Metadata::unknown`]; a form that this one would misread gets a new namespace, or a new
