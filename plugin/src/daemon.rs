@@ -8,6 +8,8 @@ mod records;
 mod status;
 mod volumes;
 
+use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -24,6 +26,7 @@ use crate::libvirt::{Arming, DefinedDomain, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
 use crate::seal::{self, Host};
+use crate::volume;
 
 /// Everything that the daemon holds.
 pub struct Daemon {
@@ -45,7 +48,7 @@ impl Daemon {
     pub fn open(config: Config) -> Result<Self, Failure> {
         let dir = &config.state_dir;
         let keystore = std::sync::Arc::new(Keystore::open(dir)?);
-        let registry = Registry::open(std::sync::Arc::clone(&keystore))
+        let registry = Registry::open(std::sync::Arc::clone(&keystore), config.provider_deadline)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         let audit = AuditLog::open(&dir.join(AuditLog::FILE))
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
@@ -72,6 +75,7 @@ impl Daemon {
             ("libvirt_uri", config.libvirt_uri != new.libvirt_uri),
             ("log", config.log != new.log),
         ];
+        self.registry.set_deadline(new.provider_deadline);
         *config = Config {
             socket: config.socket.clone(),
             socket_group: config.socket_group.clone(),
@@ -214,6 +218,25 @@ impl Daemon {
             .collect();
         self.libvirt.disarm(&left)?;
         Ok(left.len())
+    }
+
+    /// Removes what killed daemons left half-made beside the images that this host knows.
+    pub fn sweep_temporaries(&self) {
+        let Ok(records) = self.keystore.envelopes() else {
+            return;
+        };
+        let images = records.iter().filter(|record| !record.location.is_empty());
+        let directories: BTreeSet<_> = images
+            .filter_map(|record| Path::new(&record.location).parent().map(Path::to_owned))
+            .collect();
+        for directory in directories.iter().filter(|directory| directory.is_dir()) {
+            match volume::sweep_temporaries(directory) {
+                Ok(removed) => removed
+                    .iter()
+                    .for_each(|path| tracing::info!(path = %path.display(), "removed a leftover")),
+                Err(error) => tracing::warn!("{}", chain(&error)),
+            }
+        }
     }
 
     /// Connects to libvirt unless it is connected. Says whether this is a new connection.

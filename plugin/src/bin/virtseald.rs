@@ -73,6 +73,8 @@ async fn serve(listener: UnixListener, daemon: Arc<Daemon>, args: &Args) -> anyh
     unlock_from_credentials(&daemon);
     spawn_local(listener::serve(listener, Arc::clone(&daemon)));
     spawn_local(watch_libvirt(Arc::clone(&daemon)));
+    let sweeping = Arc::clone(&daemon);
+    spawn_blocking(move || sweeping.sweep_temporaries());
     notify(&[NotifyState::Ready]);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
     loop {

@@ -2,11 +2,13 @@
 //!
 //! Built from the keystore when the daemon starts, every provider locked. A provider of a kind that this version
 //! does not know stays in the list, with the reason why it can't be used: it may be the only one that opens a
-//! disk. No lock is held while a provider works.
+//! disk. No lock is held while a provider works, and none gets more time than the deadline for one call.
 
+mod deadline;
 mod opening;
 
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -118,6 +120,8 @@ impl KeyProvider for UnusableProvider {
 pub struct Registry {
     keystore: Arc<Keystore>,
     known: RwLock<Known>,
+    /// For one call of a provider.
+    deadline: RwLock<Duration>,
 }
 
 #[derive(Default)]
@@ -128,7 +132,7 @@ struct Known {
 
 impl Registry {
     /// The providers that `keystore` records, all locked.
-    pub fn open(keystore: Arc<Keystore>) -> Result<Self, KeystoreError> {
+    pub fn open(keystore: Arc<Keystore>, deadline: Duration) -> Result<Self, KeystoreError> {
         let mut known = Known::default();
         for record in keystore.providers()? {
             if record.is_default {
@@ -139,7 +143,17 @@ impl Registry {
         Ok(Self {
             keystore,
             known: RwLock::new(known),
+            deadline: RwLock::new(deadline),
         })
+    }
+
+    /// The most time that a provider gets for one call from now on.
+    pub fn set_deadline(&self, deadline: Duration) {
+        *self.deadline.write().unwrap_or_else(PoisonError::into_inner) = deadline;
+    }
+
+    fn deadline(&self) -> Duration {
+        *self.deadline.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All of them, by name.
@@ -252,7 +266,7 @@ impl Registry {
     /// For the first envelope that none of its providers opens, why each of them did not. Then there is no DEK
     /// at all.
     pub fn open_all(&self, envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
-        opening::open_all(&self.providers(), envelopes)
+        opening::open_all(&self.providers(), envelopes, self.deadline())
     }
 
     /// A new DEK and its envelope, wrapped by `provider` (a name or an id; the default without one), after it was
@@ -267,7 +281,11 @@ impl Registry {
         };
         let dek = Dek::random().map_err(SealError::Memory)?;
         let payload = Payload::bind(&dek, binding)?;
-        let stanza = wrap(provider.provider(), binding, &payload).map_err(|source| SealError::Refused {
+        let wrapping = (provider.clone(), *binding);
+        let wrapped = deadline::within(self.deadline(), move || {
+            wrap(wrapping.0.provider(), &wrapping.1, &payload)
+        });
+        let stanza = wrapped.map_err(|source| SealError::Refused {
             name: provider.provider().name().to_owned(),
             source,
         })?;

@@ -7,7 +7,9 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::deadline::within;
 use super::{NextCommand, Provider};
 use crate::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza};
 use crate::failure::{Code, Failure, chain};
@@ -170,12 +172,17 @@ impl<'a> Job<'a> {
     }
 }
 
-pub(super) fn open_all(providers: &[Provider], envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
+pub(super) fn open_all(
+    providers: &[Provider],
+    envelopes: &[&Envelope],
+    deadline: Duration,
+) -> Result<Vec<Dek>, OpenError> {
     let mut opening = Opening {
         providers: providers
             .iter()
-            .map(|known| (known.provider().id(), known.provider()))
+            .map(|known| (known.provider().id(), known))
             .collect(),
+        deadline,
         refusing: HashMap::new(),
         jobs: Vec::new(),
     };
@@ -195,7 +202,9 @@ pub(super) fn open_all(providers: &[Provider], envelopes: &[&Envelope]) -> Resul
 }
 
 struct Opening<'a> {
-    providers: HashMap<ProviderId, &'a dyn KeyProvider>,
+    providers: HashMap<ProviderId, &'a Provider>,
+    /// For one call of one of them.
+    deadline: Duration,
     /// Those that said no to everything, and why.
     refusing: HashMap<ProviderId, Arc<ProviderError>>,
     jobs: Vec<Job<'a>>,
@@ -206,9 +215,9 @@ type Round<'a> = BTreeMap<ProviderId, Vec<(usize, &'a Stanza)>>;
 
 impl<'a> Opening<'a> {
     fn is_usable(&self, id: ProviderId) -> bool {
-        self.providers.get(&id).is_some_and(|provider| {
+        self.providers.get(&id).is_some_and(|known| {
             matches!(
-                provider.status(),
+                known.provider().status(),
                 ProviderStatus::Ready | ProviderStatus::NotBackedUp | ProviderStatus::Degraded(_)
             )
         })
@@ -231,17 +240,19 @@ impl<'a> Opening<'a> {
     }
 
     fn ask(&mut self, id: ProviderId, members: &[(usize, &Stanza)]) {
-        let Some(provider) = self.providers.get(&id).copied() else {
+        let Some(known) = self.providers.get(&id).copied() else {
             for (at, stanza) in members {
                 self.jobs[*at].refused(id, printable(&stanza.provider_name), Refusal::NotKnown);
             }
             return;
         };
+        let provider = known.provider();
         if let Some(error) = self.refusing.get(&id).cloned() {
             return self.refuse(provider, members, &error);
         }
-        let stanzas: Vec<_> = members.iter().map(|(_, stanza)| *stanza).collect();
-        match unwrap(provider, &stanzas) {
+        let stanzas: Vec<_> = members.iter().map(|(_, stanza)| (*stanza).clone()).collect();
+        let asked = known.clone();
+        match within(self.deadline, move || unwrap(asked.provider(), &stanzas)) {
             Ok(payloads) => {
                 for ((at, _), payload) in members.iter().zip(payloads) {
                     let job = &mut self.jobs[*at];
@@ -287,9 +298,9 @@ impl<'a> Opening<'a> {
 
 fn unwrap(
     provider: &dyn KeyProvider,
-    stanzas: &[&Stanza],
+    stanzas: &[Stanza],
 ) -> Result<Vec<crate::envelope::Payload>, ProviderError> {
-    let payloads = provider.unwrap_many(stanzas)?;
+    let payloads = provider.unwrap_many(&stanzas.iter().collect::<Vec<_>>())?;
     if payloads.len() == stanzas.len() {
         Ok(payloads)
     } else {

@@ -1,6 +1,8 @@
 use super::*;
 use crate::envelope::{EnvelopeId, ObjectKind, VmId};
 
+const DEADLINE: Duration = Duration::from_secs(30);
+
 fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
 }
@@ -35,7 +37,7 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(Arc::new(Keystore::open(dir.path()).unwrap())).unwrap();
+        let registry = Registry::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
         let (main, spare) = (ready(&registry, "main"), ready(&registry, "spare"));
         Self {
             dir,
@@ -170,7 +172,7 @@ fn unknown_provider_is_named_by_its_hint_in_one_line() {
 #[test]
 fn refusals_to_seal_say_what_to_run() {
     let dir = tempfile::tempdir().unwrap();
-    let registry = Registry::open(Arc::new(Keystore::open(dir.path()).unwrap())).unwrap();
+    let registry = Registry::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
     let failure =
         |provider: Option<&str>| Failure::from(registry.seal_new(provider, &binding()).unwrap_err());
     assert_eq!(failure(None).code, Code::NotFound);
@@ -206,7 +208,7 @@ fn restart_keeps_everything_and_locks_it() {
     keystore
         .insert_provider(later, "hsm", "hologram", &serde_json::json!({"slot": 3}))
         .unwrap();
-    let registry = Registry::open(Arc::clone(&keystore)).unwrap();
+    let registry = Registry::open(Arc::clone(&keystore), DEADLINE).unwrap();
     let states: Vec<_> = registry
         .providers()
         .iter()
@@ -255,7 +257,7 @@ fn native_row_without_a_root_key_is_shown() {
     keystore
         .insert_provider(ProviderId::random(), "main", "native", &serde_json::json!({}))
         .unwrap();
-    let registry = Registry::open(keystore).unwrap();
+    let registry = Registry::open(keystore, DEADLINE).unwrap();
     let status = registry.find("main").unwrap().provider().status();
     assert!(status.to_string().contains("root key is missing"), "{status}");
 }
@@ -265,7 +267,7 @@ fn restored_provider_opens_at_once() {
     let (here, there) = (Host::new(), tempfile::tempdir().unwrap());
     let (envelope, dek) = here.registry.seal_new(None, &binding()).unwrap();
     let backup = here.main.backup(Some(&secret("b"))).unwrap();
-    let registry = Registry::open(Arc::new(Keystore::open(there.path()).unwrap())).unwrap();
+    let registry = Registry::open(Arc::new(Keystore::open(there.path()).unwrap()), DEADLINE).unwrap();
     registry
         .restore_native(&name("from-a"), &backup.bytes, Some(&secret("b")), &secret("q"))
         .unwrap();
