@@ -6,7 +6,8 @@ use std::process::Command;
 
 use swtpm_state::{State, libvirt_state_dir};
 
-use super::{Host, parse, refuse_unless_off};
+use super::Host;
+use super::plan::{parse, refuse_unless_off};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, Firmware, ObjectState};
 use crate::envelope::ObjectKind;
