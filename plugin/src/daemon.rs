@@ -10,7 +10,7 @@ mod volumes;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use nix::unistd::{Gid, Group};
@@ -28,12 +28,15 @@ use crate::provider::registry::Registry;
 use crate::seal::{self, Host};
 use crate::volume;
 
+/// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
+const LIBVIRT_SHARE: f64 = 0.3;
+
 /// Everything that the daemon holds.
 pub struct Daemon {
     config: RwLock<Config>,
-    keystore: std::sync::Arc<Keystore>,
+    keystore: Arc<Keystore>,
     registry: Registry,
-    libvirt: Libvirt,
+    libvirt: Arc<Libvirt>,
     audit: AuditLog,
     memory: Memory,
     arms: Mutex<Arms>,
@@ -47,13 +50,13 @@ impl Daemon {
     /// Opens keystore and audit log; all providers start locked. Waits for nothing.
     pub fn open(config: Config) -> Result<Self, Failure> {
         let dir = &config.state_dir;
-        let keystore = std::sync::Arc::new(Keystore::open(dir)?);
-        let registry = Registry::open(std::sync::Arc::clone(&keystore), config.provider_deadline)
+        let keystore = Arc::new(Keystore::open(dir)?);
+        let registry = Registry::open(Arc::clone(&keystore), config.provider_deadline)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         let audit = AuditLog::open(&dir.join(AuditLog::FILE))
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         Ok(Self {
-            libvirt: Libvirt::new(&config.libvirt_uri),
+            libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
             config: RwLock::new(config),
             keystore,
             registry,
@@ -112,19 +115,17 @@ impl Daemon {
 
     /// What a hook is told when time is up.
     #[must_use]
-    pub fn deadline_passed(&self, deadline: Duration) -> Failure {
-        let waited = format!("no decision within {:.1} s", deadline.as_secs_f64());
-        if self.libvirt.is_connected() {
-            return Failure::new(Code::Unreachable, waited).next("virtseal status");
-        }
+    pub fn deadline_passed(&self, waited: Duration) -> Failure {
+        let libvirt = if self.libvirt.is_connected() {
+            ""
+        } else {
+            ": libvirt does not answer"
+        };
         Failure::new(
             Code::Unreachable,
-            format!(
-                "{waited}: libvirt ({}) does not answer. A libvirtd that is autostarting VMs can't",
-                self.config().libvirt_uri
-            ),
+            format!("no decision within {:.1} s{libvirt}", waited.as_secs_f64()),
         )
-        .next("virsh autostart --disable the sealed VMs, and virsh start them")
+        .next("virtseal status")
     }
 
     /// `prepare begin`: arms all keys of the VM, or none.
@@ -147,6 +148,10 @@ impl Daemon {
             swtpm_dir: self.config().swtpm_dir,
         };
         let opened = lifecycle::prepare(&stage, domain)?;
+        let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
+        self.libvirt
+            .reach(patience)
+            .map_err(|error| unreachable_libvirt(domain, &error))?;
         let count = opened.len();
         self.arm(domain, opened, deadline)?;
         Ok(count)
@@ -323,11 +328,14 @@ fn arming(domain: &Domain, object: Opened) -> Arming {
 }
 
 fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Failure {
-    Failure::new(
-        Code::Unreachable,
-        format!("{} stays off: {}", domain.name, chain(error)),
-    )
-    .next("virtseal status")
+    let name = &domain.name;
+    let failure = Failure::new(Code::Unreachable, format!("{name} stays off: {}", chain(error)));
+    match error {
+        LibvirtError::Silent { .. } => failure.next(format!(
+            "virsh autostart --disable {name}, then virsh start {name}"
+        )),
+        _ => failure.next("virtseal status"),
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

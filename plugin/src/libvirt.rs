@@ -4,7 +4,9 @@
 //! waits for us. Everything blocks, and runs on a worker thread with a deadline. The connection is opened when it
 //! is first needed and again after libvirtd was restarted.
 
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
 use thiserror::Error;
 use virt::connect::Connect;
@@ -88,6 +90,23 @@ impl Libvirt {
         *guard = None;
         *guard = Some(Connect::open(Some(&self.uri)).map_err(|source| self.error("connect", source))?);
         Ok(true)
+    }
+
+    /// Makes sure that libvirt answers at all, within `limit`. A libvirtd that is autostarting VMs accepts a connection
+    /// and then says nothing until it is done, and nothing can interrupt a call that waits for it.
+    pub fn reach(self: &Arc<Self>, limit: Duration) -> Result<(), LibvirtError> {
+        let (sender, receiver) = sync_channel(1);
+        let libvirt = Arc::clone(self);
+        let asked = std::thread::Builder::new().name("libvirt".into()).spawn(move || {
+            // Nobody waits any more when this fails.
+            let _ = sender.send(libvirt.with("answer", Connect::lib_version));
+        });
+        let silent = || LibvirtError::Silent {
+            uri: self.uri.clone(),
+            waited: limit,
+        };
+        asked.map_err(|_| silent())?;
+        receiver.recv_timeout(limit).map_err(|_| silent())?.map(drop)
     }
 
     /// Defines each secret as ephemeral and private and sets its value. All or none: what was defined is taken
@@ -221,6 +240,14 @@ pub enum LibvirtError {
         uri: String,
         /// Its message.
         message: String,
+    },
+    /// Nothing was heard.
+    #[error("libvirt ({uri}) did not answer within {:.1} s; while a libvirtd autostarts VMs it can't", waited.as_secs_f64())]
+    Silent {
+        /// Which libvirt.
+        uri: String,
+        /// For how long.
+        waited: Duration,
     },
     /// A call failed, and so did taking back what had been done before it.
     #[error("secrets may be left in libvirt, because undoing failed as well ({rollback})")]

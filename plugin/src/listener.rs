@@ -25,6 +25,7 @@ use crate::api::{
     ProviderView, Providers, VmView, Vms, VolumeProgress, VolumeRequest,
 };
 use crate::daemon::Daemon;
+use crate::domain::Domain;
 use crate::failure::{Code, Failure};
 use crate::lifecycle::Deadline;
 
@@ -58,7 +59,8 @@ async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
             daemon.reader_group(),
         ),
         Err(error) => {
-            tracing::warn!(%error, "can't tell who connected");
+            // It has hung up already, as probes do.
+            tracing::debug!(%error, "can't tell who connected");
             return;
         }
     };
@@ -135,8 +137,10 @@ impl Service {
         }
     }
 
+    /// Runs `work` for a hook, with its deadline; `subject` names the VM if that passes.
     async fn hook<T: Send + 'static>(
         &self,
+        subject: impl FnOnce() -> String,
         work: impl FnOnce(&Daemon, Deadline) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, LifecycleError> {
         let time = self.daemon.hook_deadline();
@@ -144,7 +148,7 @@ impl Service {
         let run = self.run(Caller::Admin, move |daemon| work(daemon, deadline));
         let outcome = match tokio::time::timeout(time, run).await {
             Ok(outcome) => outcome.map_err(Failure::from),
-            Err(_) => Err(self.daemon.deadline_passed(time)),
+            Err(_) => Err(self.daemon.deadline_passed(time).of(subject())),
         };
         outcome.map_err(|failure| LifecycleError::Refused {
             message: failure.to_string(),
@@ -162,18 +166,25 @@ impl Service {
     /// A VM is about to start: arms its DEKs, or refuses.
     #[zlink(interface = "io.virtseal.Lifecycle")]
     async fn prepare(&self, xml: String) -> Result<(), LifecycleError> {
-        self.hook(move |daemon, deadline| daemon.prepare(&xml, deadline))
+        let copy = xml.clone();
+        let subject =
+            || Domain::parse(&xml).map_or_else(|_| "the VM".into(), |domain| domain.name) + " stays off";
+        self.hook(subject, move |daemon, deadline| daemon.prepare(&copy, deadline))
             .await
     }
 
     /// A VM runs: disarms its DEKs.
     async fn started(&self, vm: String, name: String) -> Result<(), LifecycleError> {
-        self.hook(move |daemon, _| daemon.started(&vm, &name)).await
+        let subject = name.clone();
+        self.hook(|| subject, move |daemon, _| daemon.started(&vm, &name))
+            .await
     }
 
     /// A VM is gone, or its start has failed: disarms what is still armed.
     async fn released(&self, vm: String, name: String) -> Result<(), LifecycleError> {
-        self.hook(move |daemon, _| daemon.released(&vm, &name)).await
+        let subject = name.clone();
+        self.hook(|| subject, move |daemon, _| daemon.released(&vm, &name))
+            .await
     }
 
     #[zlink(
