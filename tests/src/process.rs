@@ -6,7 +6,8 @@ use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::deadline::wait_until;
 use crate::namespace::Namespace;
@@ -90,8 +91,18 @@ impl Process {
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         ensure!(self.ended()?.is_none(), "{} has ended", self.name);
         let outside = self.outside_pid()?;
-        nix::sys::signal::kill(outside, signal)
-            .with_context(|| format!("{} could not be sent {signal}", self.name))
+        kill(outside, signal).with_context(|| format!("{} could not be sent {signal}", self.name))?;
+        if signal == Signal::SIGCONT {
+            self.continue_nsenter();
+        }
+        Ok(())
+    }
+
+    /// nsenter stops when the daemon stops.
+    fn continue_nsenter(&self) {
+        if let Ok(pid) = self.child.id().try_into() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+        }
     }
 
     /// Waits for its end.
@@ -104,14 +115,14 @@ impl Process {
     }
 
     /// nsenter forks to enter a pid namespace, so the daemon is its only child.
-    fn outside_pid(&self) -> Result<nix::unistd::Pid> {
+    fn outside_pid(&self) -> Result<Pid> {
         let nsenter = self.child.id();
         let children = fs::read_to_string(format!("/proc/{nsenter}/task/{nsenter}/children"))?;
         let pid = children
             .split_whitespace()
             .next()
             .with_context(|| format!("{} has ended", self.name))?;
-        Ok(nix::unistd::Pid::from_raw(pid.parse()?))
+        Ok(Pid::from_raw(pid.parse()?))
     }
 }
 
@@ -119,6 +130,7 @@ impl Drop for Process {
     fn drop(&mut self) {
         if let Ok(None) = self.ended() {
             let _ = self.signal(Signal::SIGKILL);
+            self.continue_nsenter();
             let _ = self.child.wait();
         }
     }

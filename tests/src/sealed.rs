@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-use crate::{DomainSpec, Host, HostBuilder, Output, Process, built_program, wait_until};
+use crate::{DomainSpec, DomainState, Host, HostBuilder, Output, Process, built_program, wait_until};
 
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -121,10 +121,17 @@ impl SealedHost {
     /// # Errors
     /// When it ends instead.
     pub fn start_daemon(&mut self) -> Result<()> {
+        self.start_daemon_through(&[])
+    }
+
+    /// The same through a program that sets something up for it, such as `env NAME=VALUE`.
+    ///
+    /// # Errors
+    /// As [`SealedHost::start_daemon`].
+    pub fn start_daemon_through(&mut self, launcher: &[&str]) -> Result<()> {
         let program = built_program("virtseald")?;
-        let daemon = self
-            .host
-            .spawn("virtseald", &[program.to_str().context("a UTF-8 path")?])?;
+        let program = program.to_str().context("a UTF-8 path")?;
+        let daemon = self.host.spawn("virtseald", &[launcher, &[program]].concat())?;
         let socket = self.host.path(Self::SOCKET);
         self.daemon = Some(daemon);
         wait_until(START_DEADLINE, "virtseald to listen", || {
@@ -193,6 +200,82 @@ impl SealedHost {
         self.virtseal(&["vm", "seal", &spec.name])?.succeeded().map(drop)
     }
 
+    /// Defines and seals a VM that is not meant to run its guest, with a TPM and an empty disk of 64 MiB.
+    ///
+    /// # Errors
+    /// When libvirt or virtseal refuses.
+    pub fn seal_new(&self, name: &str) -> Result<DomainSpec> {
+        let spec = Self::spec(name);
+        self.seal_empty(&spec)?;
+        Ok(spec)
+    }
+
+    /// What [`SealedHost::seal_new`] defines.
+    #[must_use]
+    pub fn spec(name: &str) -> DomainSpec {
+        let disk = PathBuf::from(format!("/var/lib/libvirt/images/{name}.qcow2"));
+        DomainSpec {
+            disk_format: "qcow2",
+            ..DomainSpec::minimal(name, &disk)
+        }
+    }
+
+    /// Starts a VM without running its vCPUs; no key may be left in libvirt then.
+    ///
+    /// # Errors
+    /// When it does not start, or a key is left.
+    pub fn start_paused(&self, vm: &str) -> Result<()> {
+        self.host
+            .virsh(&["start", "--paused", vm])?
+            .succeeded()
+            .with_context(|| format!("{vm} did not start"))?;
+        self.expect_no_secrets()
+    }
+
+    /// Switches a VM off the hard way.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn destroy(&self, vm: &str) -> Result<()> {
+        self.host.virsh(&["destroy", vm])?.succeeded().map(drop)
+    }
+
+    /// Tries to start a VM that the hook must refuse, and returns the hook's message as the user sees it.
+    ///
+    /// # Errors
+    /// When it starts, fails for another reason, shows more than one line, or leaves a key in libvirt.
+    pub fn refused_start(&self, vm: &str) -> Result<String> {
+        let said = self.host.virsh(&["start", "--paused", vm])?.refused()?;
+        let message = refusal_in(&said).with_context(|| format!("not refused by the hook: {said}"))?;
+        ensure!(
+            self.host.state(vm)? == DomainState::ShutOff,
+            "{vm} was refused, yet it runs"
+        );
+        self.expect_no_secrets()?;
+        Ok(message)
+    }
+
+    /// The XML of the next start, byte for byte.
+    ///
+    /// # Errors
+    /// When libvirt does not know the VM.
+    pub fn dumpxml(&self, vm: &str) -> Result<String> {
+        let dumped = self
+            .host
+            .virsh(&["dumpxml", "--inactive", "--security-info", vm])?;
+        ensure!(dumped.status.success(), "{}", dumped.stderr);
+        Ok(dumped.stdout)
+    }
+
+    /// What a command answers with `--json`.
+    ///
+    /// # Errors
+    /// When it fails, or prints anything else.
+    pub fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let answer = self.virtseal(&[arguments, &["--json"]].concat())?.succeeded()?;
+        serde_json::from_str(&answer).with_context(|| format!("no JSON: {answer}"))
+    }
+
     /// The secrets that libvirt holds.
     ///
     /// # Errors
@@ -214,5 +297,30 @@ impl SealedHost {
         let secrets = self.secrets()?;
         ensure!(secrets.is_empty(), "left in libvirt: {secrets:?}");
         Ok(())
+    }
+}
+
+/// The one line of the hook in what virsh says: libvirt puts the command and its exit status before it.
+fn refusal_in(said: &str) -> Option<String> {
+    let mut lines = said
+        .lines()
+        .skip_while(|line| !line.contains("Hook script execution failed"));
+    let (_, message) = lines.next()?.split_once("unexpected exit status 1: ")?;
+    let rest: String = lines.collect();
+    rest.trim().is_empty().then(|| message.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::refusal_in;
+
+    #[test]
+    fn refusals_are_one_line() {
+        let said = "error: Failed to start domain 'a'\n\
+            error: Hook script execution failed: internal error: Child process (LC_ALL=C /etc/hook a prepare begin -) \
+            unexpected exit status 1: a stays off: locked\n";
+        assert_eq!(refusal_in(said).unwrap(), "a stays off: locked");
+        assert_eq!(refusal_in(&format!("{said}second line\n")), None);
+        assert_eq!(refusal_in("error: no domain"), None);
     }
 }

@@ -1,8 +1,8 @@
 //! What commands answer, and the states of a domain as `virsh domstate` words them.
 
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 /// The end of a command, with all it printed.
 #[derive(Debug)]
@@ -25,6 +25,23 @@ impl Output {
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
+    }
+
+    /// Its exit code, if no signal ended it.
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    /// Runs a command that was put together by hand to its end.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn of(command: &mut Command) -> Result<Self> {
+        let words = format!("{command:?}");
+        let output = command
+            .output()
+            .with_context(|| format!("{words} did not start"))?;
+        Ok(Self::new(words, &output))
     }
 
     /// Its standard output, without white space at the end.
