@@ -25,6 +25,8 @@ use crate::virsh::{DomainState, Output};
 const LIBVIRTD_CONF: &str = include_str!("../host/libvirtd.conf");
 const QEMU_CONF: &str = include_str!("../host/qemu.conf");
 const LIBVIRT_SOCKET: &str = "/run/libvirt/libvirt-sock";
+/// A service does not get its administrator's PATH; libvirt shows it to the user when a hook refuses.
+const SERVICE_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const LIBVIRTD_DEADLINE: Duration = Duration::from_secs(60);
 const IMAGES: &str = "/var/lib/libvirt/images";
 
@@ -158,7 +160,14 @@ impl Host {
     /// # Errors
     /// virsh could not be started.
     pub fn virsh(&self, arguments: &[&str]) -> Result<Output> {
-        self.run(&[&["virsh", "--connect", "qemu:///system"], arguments].concat())
+        // Without a terminal, on which it would look for polkit and complain.
+        let output = self
+            .command("setsid")
+            .args(["--wait", "virsh", "--connect", "qemu:///system"])
+            .args(arguments)
+            .output()
+            .context("virsh did not start")?;
+        Ok(Output::new(format!("virsh {}", arguments.join(" ")), &output))
     }
 
     /// Where this side finds the path `inside` of the host.
@@ -275,7 +284,7 @@ fn start_libvirtd(namespace: &Namespace) -> Result<Process> {
     let mut libvirtd = Process::spawn(
         namespace,
         "libvirtd",
-        &["libvirtd", "--pid-file", "/run/libvirtd.pid"],
+        &["env", SERVICE_PATH, "libvirtd", "--pid-file", "/run/libvirtd.pid"],
     )?;
     let socket = namespace.path(LIBVIRT_SOCKET);
     wait_until(LIBVIRTD_DEADLINE, "libvirtd's start", || {

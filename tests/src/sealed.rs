@@ -1,6 +1,8 @@
 //! A [`Host`] with virtseal on it: the hook installed, virtseald running, a native provider ready.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -114,6 +116,28 @@ impl SealedHost {
         let program = built_program("virtseal")?;
         let program = program.to_str().context("a UTF-8 path")?;
         self.host.run(&[&[program], arguments].concat())
+    }
+
+    /// Runs the command line with `input` on its standard input, such as a passphrase.
+    ///
+    /// # Errors
+    /// When it can't be started; what it answers is in the output.
+    pub fn virtseal_reading(&self, input: &str, arguments: &[&str]) -> Result<Output> {
+        let mut child = self
+            .host
+            .command(built_program("virtseal")?)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("virtseal did not start")?;
+        let mut stdin = child.stdin.take().context("virtseal has no standard input")?;
+        // One that ends without reading says why.
+        let _ = stdin.write_all(input.as_bytes());
+        drop(stdin);
+        let output = child.wait_with_output()?;
+        Ok(Output::new(format!("virtseal {}", arguments.join(" ")), &output))
     }
 
     /// Starts virtseald and waits until it answers.
