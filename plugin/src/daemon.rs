@@ -129,7 +129,7 @@ impl Daemon {
     }
 
     /// `prepare begin`: arms all keys of the VM, or none.
-    pub fn prepare(&self, xml: &str, deadline: Deadline) -> Result<(), Failure> {
+    pub fn prepare(&self, xml: &str, deadline: &Deadline) -> Result<(), Failure> {
         let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         let decided = self.decide(&domain, deadline);
         self.audit_start(&domain, &decided);
@@ -140,7 +140,7 @@ impl Daemon {
         decided.map(drop)
     }
 
-    fn decide(&self, domain: &Domain, deadline: Deadline) -> Result<usize, Failure> {
+    fn decide(&self, domain: &Domain, deadline: &Deadline) -> Result<usize, Failure> {
         let stage = Stage {
             keystore: &self.keystore,
             registry: &self.registry,
@@ -158,11 +158,11 @@ impl Daemon {
     }
 
     /// Arms unless nobody waits any more: the hook has given up then, and its `release end` may have passed.
-    fn arm(&self, domain: &Domain, opened: Vec<Opened>, deadline: Deadline) -> Result<(), Failure> {
+    fn arm(&self, domain: &Domain, opened: Vec<Opened>, deadline: &Deadline) -> Result<(), Failure> {
         let too_late = || {
             Failure::new(
                 Code::Unreachable,
-                format!("{} stays off: the deadline has passed", domain.name),
+                format!("{} stays off: nobody waits for its start any more", domain.name),
             )
             .next("virtseal status")
         };
@@ -171,7 +171,8 @@ impl Daemon {
         }
         let shareable = opened.iter().any(|object| object.shareable);
         let _shared = shareable.then(|| lock(&self.shared));
-        lock(&self.arms).arm(domain.uuid, opened.iter().map(|object| object.envelope));
+        let envelopes: Vec<_> = opened.iter().map(|object| object.envelope).collect();
+        lock(&self.arms).arm(domain.uuid, envelopes.iter().copied());
         let secrets: Vec<_> = opened.into_iter().map(|object| arming(domain, object)).collect();
         let armed = self
             .libvirt
@@ -182,11 +183,20 @@ impl Daemon {
             Ok(()) => too_late(),
             Err(failure) => failure,
         };
-        let unused = lock(&self.arms).disarm(domain.uuid);
-        if let Err(error) = self.libvirt.disarm(&unused) {
+        self.take_back(domain, envelopes);
+        Err(failed)
+    }
+
+    /// Undefines what no other VM needs, also where `release end` came meanwhile: it may have found less than what
+    /// there is now.
+    fn take_back(&self, domain: &Domain, mut envelopes: Vec<EnvelopeId>) {
+        let mut arms = lock(&self.arms);
+        let _ = arms.disarm(domain.uuid);
+        envelopes.retain(|envelope| !arms.needs(*envelope));
+        drop(arms);
+        if let Err(error) = self.libvirt.disarm(&envelopes) {
             tracing::error!(domain = domain.name, "{}", chain(&error));
         }
-        Err(failed)
     }
 
     /// `started begin`: QEMU and swtpm have the keys, libvirt needs them no more.

@@ -18,11 +18,11 @@
 //! a real opening of each object, and only then libvirt. All or nothing.
 
 mod arms;
+mod deadline;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use swtpm_state::{State, StateKey, libvirt_state_dir};
 
@@ -35,24 +35,7 @@ use crate::secret::Passphrase;
 use crate::volume;
 
 pub use arms::Arms;
-
-/// The moment until which somebody waits for an answer.
-#[derive(Clone, Copy, Debug)]
-pub struct Deadline(Instant);
-
-impl Deadline {
-    /// `time` from now.
-    #[must_use]
-    pub fn after(time: Duration) -> Self {
-        Self(Instant::now() + time)
-    }
-
-    /// Whether nobody waits any more.
-    #[must_use]
-    pub fn has_passed(self) -> bool {
-        Instant::now() >= self.0
-    }
-}
+pub use deadline::Deadline;
 
 /// An object whose key was unwrapped and has really opened it.
 #[derive(Debug)]

@@ -6,7 +6,7 @@
 
 #![expect(missing_docs, reason = "the service macro makes public items without any")]
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -46,6 +46,9 @@ pub async fn serve(listener: UnixListener, daemon: Arc<Daemon>) {
 }
 
 async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
+    let Ok(peer) = stream.as_fd().try_clone_to_owned() else {
+        return;
+    };
     let Ok(socket) = unix::Stream::try_from(stream) else {
         return;
     };
@@ -65,7 +68,17 @@ async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
         }
     };
     let accepted = Accepted(Some(connection), false);
-    if let Err(error) = Server::new(accepted, Service { daemon, caller }).run().await {
+    if let Err(error) = Server::new(
+        accepted,
+        Service {
+            daemon,
+            caller,
+            peer: Arc::new(peer),
+        },
+    )
+    .run()
+    .await
+    {
         tracing::debug!(%error, "connection ended");
     }
 }
@@ -118,6 +131,8 @@ impl zlink::Listener for Accepted {
 struct Service {
     daemon: Arc<Daemon>,
     caller: Caller,
+    /// The connection, to be asked whether anybody is still there.
+    peer: Arc<OwnedFd>,
 }
 
 impl Service {
@@ -141,11 +156,11 @@ impl Service {
     async fn hook<T: Send + 'static>(
         &self,
         subject: impl FnOnce() -> String,
-        work: impl FnOnce(&Daemon, Deadline) -> Result<T, Failure> + Send + 'static,
+        work: impl FnOnce(&Daemon, &Deadline) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, LifecycleError> {
         let time = self.daemon.hook_deadline();
-        let deadline = Deadline::after(time);
-        let run = self.run(Caller::Admin, move |daemon| work(daemon, deadline));
+        let deadline = Deadline::after(time).or_hangup_of(Arc::clone(&self.peer));
+        let run = self.run(Caller::Admin, move |daemon| work(daemon, &deadline));
         let outcome = match tokio::time::timeout(time, run).await {
             Ok(outcome) => outcome.map_err(Failure::from),
             Err(_) => Err(self.daemon.deadline_passed(time).of(subject())),
