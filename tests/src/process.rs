@@ -114,8 +114,11 @@ impl Process {
         wait_until(limit, &what, || Ok(self.child.try_wait()?))
     }
 
-    /// nsenter forks to enter a pid namespace, so the daemon is its only child.
-    fn outside_pid(&self) -> Result<Pid> {
+    /// Its pid as this side sees it: nsenter forks to enter a pid namespace, so the daemon is its only child.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn outside_pid(&self) -> Result<Pid> {
         let nsenter = self.child.id();
         let children = fs::read_to_string(format!("/proc/{nsenter}/task/{nsenter}/children"))?;
         let pid = children

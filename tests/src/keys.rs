@@ -1,0 +1,168 @@
+//! The true keys of a host, worked out without virtseal's own code: from a backup of the root key and the envelopes in
+//! the keystore, with the formats that `plugin/src/provider/native` documents.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use openssl::md::Md;
+use openssl::pkey::Id;
+use openssl::pkey_ctx::PkeyCtx;
+use openssl::symm::{Cipher, decrypt_aead};
+use serde_json::Value;
+use uuid::Uuid;
+
+const NONCE: usize = 12;
+const TAG: usize = 16;
+const DEK: usize = 32;
+
+/// The root key of a native provider.
+pub struct RootKey {
+    provider: Uuid,
+    /// 32 bytes.
+    pub key: Vec<u8>,
+}
+
+/// An envelope as the keystore has it.
+#[derive(Clone, Debug)]
+pub struct KeptEnvelope {
+    /// Its id, which is also that of the libvirt secret.
+    pub id: String,
+    /// `disk`, `nvram` or `vtpm`.
+    pub kind: String,
+    /// `pending` or `active`.
+    pub state: String,
+    /// The object's path; empty for a vTPM.
+    pub location: String,
+    /// The UUID of its VM.
+    pub vm: String,
+    json: Value,
+}
+
+impl RootKey {
+    /// Reads the text that `virtseal provider backup --no-passphrase` writes.
+    ///
+    /// # Errors
+    /// When it is anything else.
+    pub fn from_backup(text: &[u8]) -> Result<Self> {
+        let fields: Value = serde_json::from_slice(text)?;
+        let field = |name: &str| {
+            fields[name]
+                .as_str()
+                .with_context(|| format!("the backup has no {name}"))
+        };
+        Ok(Self {
+            provider: field("provider")?.parse()?,
+            key: hex::decode(field("root_key")?)?,
+        })
+    }
+
+    /// The KEK called `name`: HKDF-SHA256, salted with the provider's UUID.
+    ///
+    /// # Errors
+    /// OpenSSL's.
+    pub fn kek(&self, name: &str) -> Result<Vec<u8>> {
+        let info = [b"virtseal native kek\0", name.as_bytes()].concat();
+        let mut context = PkeyCtx::new_id(Id::HKDF)?;
+        context.derive_init()?;
+        context.set_hkdf_md(Md::sha256())?;
+        context.set_hkdf_salt(self.provider.as_bytes())?;
+        context.set_hkdf_key(&self.key)?;
+        context.add_hkdf_info(&info)?;
+        let mut kek = vec![0; 32];
+        context.derive(Some(&mut kek))?;
+        Ok(kek)
+    }
+
+    /// The KEK that wraps `envelope`.
+    ///
+    /// # Errors
+    /// When the envelope has no stanza.
+    pub fn kek_of(&self, envelope: &KeptEnvelope) -> Result<Vec<u8>> {
+        self.kek(envelope.text("kek")?)
+    }
+
+    /// The DEK in `envelope`.
+    ///
+    /// # Errors
+    /// When the root key does not open it.
+    pub fn dek(&self, envelope: &KeptEnvelope) -> Result<Vec<u8>> {
+        let (name, mechanism) = (envelope.text("kek")?, envelope.text("mechanism")?);
+        let body = STANDARD.decode(envelope.text("body")?)?;
+        ensure!(body.len() == NONCE + 64 + TAG, "a stanza of {} bytes", body.len());
+        let mut additional = self.provider.as_bytes().to_vec();
+        additional.extend_from_slice(&u32::try_from(name.len())?.to_be_bytes());
+        additional.extend_from_slice(name.as_bytes());
+        additional.extend_from_slice(mechanism.as_bytes());
+        let (nonce, rest) = body.split_at(NONCE);
+        let (ciphertext, tag) = rest.split_at(rest.len() - TAG);
+        let payload = decrypt_aead(
+            Cipher::aes_256_gcm(),
+            &self.kek(name)?,
+            Some(nonce),
+            &additional,
+            ciphertext,
+            tag,
+        )
+        .with_context(|| format!("envelope {} does not open", envelope.id))?;
+        Ok(payload[..DEK].to_vec())
+    }
+}
+
+impl KeptEnvelope {
+    fn text(&self, field: &str) -> Result<&str> {
+        self.json["stanzas"][0][field]
+            .as_str()
+            .with_context(|| format!("envelope {} has no {field}", self.id))
+    }
+}
+
+/// The envelopes in the keystore of `state_dir`, whose daemon writes nothing now. A copy is read: nothing there is touched.
+///
+/// # Errors
+/// When it is no keystore.
+pub fn kept_envelopes(state_dir: &Path) -> Result<Vec<KeptEnvelope>> {
+    let copy = tempfile::tempdir()?;
+    let path = copy.path().join("keystore.db");
+    fs::copy(state_dir.join("keystore.db"), &path)?;
+    let log = state_dir.join("keystore.db-wal");
+    if log.exists() {
+        fs::copy(log, copy.path().join("keystore.db-wal"))?;
+    }
+    let database = rusqlite::Connection::open(&path)?;
+    let mut statement =
+        database.prepare("SELECT id, kind, state, location, vm, json FROM envelopes ORDER BY id")?;
+    let rows = statement.query_map([], |row| {
+        let json: String = row.get("json")?;
+        Ok(KeptEnvelope {
+            id: row.get("id")?,
+            kind: row.get("kind")?,
+            state: row.get("state")?,
+            location: row.get("location")?,
+            vm: row.get("vm")?,
+            json: serde_json::from_str(&json).unwrap_or_default(),
+        })
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same vector as in `plugin/src/provider/native/kek.rs`, which was worked out with Python.
+    #[test]
+    fn derivation_is_the_documented_one() {
+        let root = RootKey {
+            provider: Uuid::from_u128(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff),
+            key: vec![0x11; 32],
+        };
+        let kek = root.kek("v1:vm:00000000-0000-0000-0000-000000000001").unwrap();
+        assert_eq!(
+            hex::encode(kek),
+            "78f70f06406809bcfade5668aaba0459c75a4b91b71b65a438799bbf6f0d1b18"
+        );
+    }
+}

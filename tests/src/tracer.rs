@@ -1,0 +1,283 @@
+//! A daemon that dies at a chosen system call.
+//!
+//! [`Tracer`] follows all threads of a running process and counts, over all of them, the system calls by which it leaves
+//! something behind: writes to files and sockets, fsync, rename, link, unlink and their kin. At the Nth it kills the
+//! process, before the call has any effect. strace can do this too, but counts each thread and each call by itself.
+//!
+//! Children of the process are not followed. A process that is a child of this one must not be waited for meanwhile: that
+//! wait would get what is meant for the tracer. amd64 only, like the stage.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::thread::{JoinHandle, sleep, spawn};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::ptrace;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+const POLL_INTERVAL: Duration = Duration::from_micros(50);
+const END_DEADLINE: Duration = Duration::from_secs(10);
+/// What rax holds on the way into a system call.
+const ENTERING: u64 = (-(libc::ENOSYS as i64)) as u64;
+
+/// A traced process. Dropping it lets the process go on without a tracer.
+pub struct Tracer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<Trace>>>,
+}
+
+/// What was seen.
+#[derive(Debug, Default)]
+pub struct Trace {
+    /// The calls that leave something behind, in their order, the last one being that which was not made any more.
+    pub steps: Vec<String>,
+    /// Whether the process was killed.
+    pub killed: bool,
+}
+
+impl Tracer {
+    /// Follows the process `pid`, and kills it before its `nth` step, counted from 1 and from now.
+    ///
+    /// # Errors
+    /// It can't be traced.
+    pub fn kill_at(pid: Pid, nth: usize) -> Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (ready, attached) = channel();
+        let watch = Watch {
+            leader: pid,
+            nth,
+            stop: Arc::clone(&stop),
+            trace: Trace::default(),
+        };
+        // ptrace knows the tracing thread, and lets go of everything when that thread ends.
+        let thread = spawn(move || watch.run(&ready));
+        let tracer = Self {
+            stop,
+            thread: Some(thread),
+        };
+        attached.recv().context("the tracer has ended")??;
+        Ok(tracer)
+    }
+
+    /// Whether there is nothing left to trace.
+    pub fn process_is_gone(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Ends the tracing and says what was seen.
+    ///
+    /// # Errors
+    /// The process could not be followed.
+    pub fn finish(mut self) -> Result<Trace> {
+        self.stop.store(true, Ordering::SeqCst);
+        let thread = self.thread.take().context("it was finished before")?;
+        thread.join().map_err(|_| anyhow!("the tracer has panicked"))?
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Watch {
+    leader: Pid,
+    nth: usize,
+    stop: Arc<AtomicBool>,
+    trace: Trace,
+}
+
+impl Watch {
+    fn run(mut self, ready: &Sender<Result<()>>) -> Result<Trace> {
+        let attached = self.attach();
+        let failed = attached.is_err();
+        ready.send(attached)?;
+        if failed {
+            return Ok(self.trace);
+        }
+        let mut end = None;
+        loop {
+            // Only what this thread traces: other children belong to others.
+            let flags = WaitPidFlag::WNOHANG | WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD;
+            match waitpid(Pid::from_raw(-1), Some(flags)) {
+                Ok(WaitStatus::StillAlive) if self.stop.load(Ordering::SeqCst) => {
+                    // A process that was told to die is gone soon.
+                    let end = end.get_or_insert_with(|| Instant::now() + END_DEADLINE);
+                    if !self.trace.killed {
+                        return Ok(self.trace);
+                    }
+                    if Instant::now() > *end {
+                        bail!("process {} does not die", self.leader);
+                    }
+                    sleep(POLL_INTERVAL);
+                }
+                Ok(WaitStatus::StillAlive) => sleep(POLL_INTERVAL),
+                Ok(status) => self.handle(status),
+                // No tracee is left: the process is gone.
+                Err(Errno::ECHILD) => return Ok(self.trace),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Threads may appear meanwhile: those of traced threads are traced from birth, the others are found again.
+    fn attach(&self) -> Result<()> {
+        let mut known = Vec::new();
+        loop {
+            let mut found = false;
+            for entry in fs::read_dir(format!("/proc/{}/task", self.leader))? {
+                let thread: i32 = entry?.file_name().to_string_lossy().parse()?;
+                if known.contains(&thread) {
+                    continue;
+                }
+                known.push(thread);
+                found = true;
+                let thread = Pid::from_raw(thread);
+                let options = ptrace::Options::PTRACE_O_TRACESYSGOOD | ptrace::Options::PTRACE_O_TRACECLONE;
+                match ptrace::seize(thread, options) {
+                    Ok(()) => ptrace::interrupt(thread)?,
+                    // Traced from birth, or gone already.
+                    Err(Errno::EPERM | Errno::ESRCH) if known.len() > 1 => {}
+                    Err(error) => {
+                        return Err(error).context(format!("process {} can't be traced", self.leader));
+                    }
+                }
+            }
+            if !found {
+                return Ok(());
+            }
+        }
+    }
+
+    fn handle(&mut self, status: WaitStatus) {
+        let (thread, signal) = match status {
+            WaitStatus::PtraceSyscall(thread) => {
+                self.count(thread);
+                (thread, None)
+            }
+            WaitStatus::PtraceEvent(thread, ..) => (thread, None),
+            WaitStatus::Stopped(thread, signal) => (thread, Some(signal)),
+            _ => return,
+        };
+        // It may have been killed meanwhile.
+        let _ = ptrace::syscall(thread, signal);
+    }
+
+    fn count(&mut self, thread: Pid) {
+        let Ok(registers) = ptrace::getregs(thread) else {
+            return;
+        };
+        if registers.rax != ENTERING || self.trace.killed {
+            return;
+        }
+        if let Some(step) = step(thread, registers.orig_rax as i64, registers.rdi, registers.rdx) {
+            self.trace.steps.push(step);
+            if self.trace.steps.len() == self.nth {
+                self.trace.killed = kill(self.leader, Signal::SIGKILL).is_ok();
+            }
+        }
+    }
+}
+
+/// The call in words, if it leaves something behind.
+fn step(thread: Pid, call: i64, first: u64, third: u64) -> Option<String> {
+    let name = match call {
+        libc::SYS_fsync => "fsync",
+        libc::SYS_fdatasync => "fdatasync",
+        libc::SYS_ftruncate => "ftruncate",
+        libc::SYS_fallocate => "fallocate",
+        libc::SYS_fchmod => "fchmod",
+        libc::SYS_fchown => "fchown",
+        libc::SYS_pwrite64 => "pwrite64",
+        libc::SYS_pwritev => "pwritev",
+        libc::SYS_write => "write",
+        libc::SYS_writev => "writev",
+        libc::SYS_sendto => "sendto",
+        libc::SYS_sendmsg => "sendmsg",
+        libc::SYS_openat if third & libc::O_CREAT as u64 != 0 => return Some("openat(O_CREAT)".into()),
+        libc::SYS_openat if third & libc::O_TMPFILE as u64 == libc::O_TMPFILE as u64 => {
+            return Some("openat(O_TMPFILE)".into());
+        }
+        libc::SYS_rename | libc::SYS_renameat | libc::SYS_renameat2 => return Some("rename".into()),
+        libc::SYS_link | libc::SYS_linkat => return Some("link".into()),
+        libc::SYS_unlink | libc::SYS_unlinkat => return Some("unlink".into()),
+        libc::SYS_mkdir | libc::SYS_mkdirat => return Some("mkdir".into()),
+        libc::SYS_chmod | libc::SYS_fchmodat => return Some("chmod".into()),
+        libc::SYS_wait4 | libc::SYS_waitid => return Some("wait for a child".into()),
+        _ => return None,
+    };
+    let target = fs::read_link(format!("/proc/{thread}/fd/{}", first as i32)).unwrap_or_default();
+    let target = target.to_string_lossy();
+    // Its log is on 2; anonymous descriptors are between its threads, and secret memory goes with it.
+    let lasts = target.starts_with('/') && !target.starts_with("/secretmem");
+    let counts = first != 2 && (lasts || target.starts_with("socket:"));
+    let short = target.rsplit('/').next().unwrap_or_default();
+    let short = match short {
+        socket if socket.starts_with("socket:") => "socket",
+        unnamed if unnamed.ends_with(" (deleted)") => "unnamed file",
+        named => named,
+    };
+    counts.then(|| format!("{name}({short})"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    /// Writes three lines into a file, one write each, once it is told to.
+    const WRITER: &str = r#"read line; for n in 1 2 3; do echo $n >>"$0"; done; read line"#;
+
+    fn lines_after(nth: usize) -> (Trace, String) {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("lines");
+        let mut child = Command::new("bash")
+            .args(["-c", WRITER])
+            .arg(&file)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let tracer = Tracer::kill_at(Pid::from_raw(child.id() as i32), nth).unwrap();
+        use std::io::Write;
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"\n").unwrap();
+        let wanted = || fs::read_to_string(&file).unwrap_or_default();
+        let deadline = Instant::now() + END_DEADLINE;
+        while wanted().lines().count() < 3 && !tracer.process_is_gone() && Instant::now() < deadline {
+            sleep(Duration::from_millis(5));
+        }
+        let trace = tracer.finish().unwrap();
+        drop(stdin);
+        // The tracer was told already if it died: here both are one process.
+        let _ = child.wait();
+        (trace, wanted())
+    }
+
+    #[test]
+    fn each_step_is_counted_and_the_last_is_not_made() {
+        let (all, lines) = lines_after(1000);
+        assert_eq!((all.killed, lines.as_str()), (false, "1\n2\n3\n"), "{all:?}");
+        assert_eq!(
+            all.steps,
+            ["openat(O_CREAT)", "write(lines)"].repeat(3),
+            "the steps of the writer"
+        );
+        for (nth, expected) in [(1, ""), (2, ""), (3, "1\n"), (4, "1\n"), (6, "1\n2\n")] {
+            let (trace, lines) = lines_after(nth);
+            assert!(trace.killed, "{nth}: {trace:?} {lines:?}");
+            assert_eq!((trace.steps.len(), lines.as_str()), (nth, expected));
+        }
+    }
+}
