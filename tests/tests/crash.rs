@@ -258,6 +258,7 @@ fn spec(nth: usize) -> DomainSpec {
     let name = format!("seal{nth}");
     let disk = PathBuf::from(format!("{IMAGES}/{name}.qcow2"));
     DomainSpec {
+        uuid: Uuid::from_u128(0x3000 + nth as u128),
         disk_format: "qcow2",
         tpm: nth % 3 > 0,
         ..DomainSpec::minimal(&name, &disk)
