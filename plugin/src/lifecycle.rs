@@ -30,7 +30,7 @@ use crate::domain::{Domain, ObjectRef, sealed_objects};
 use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind};
 use crate::failure::{Code, Failure};
 use crate::keystore::{EnvelopeState, Keystore};
-use crate::provider::registry::Registry;
+use crate::provider::registry::{OpenError, Registry};
 use crate::secret::Passphrase;
 use crate::volume;
 
@@ -79,14 +79,10 @@ pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failur
         );
     }
     let envelopes: Vec<_> = found.iter().map(|found| &found.envelope).collect();
-    let deks = stage.registry.open_all(&envelopes).map_err(|error| {
-        let label = objects
-            .iter()
-            .zip(&envelopes)
-            .find(|(_, envelope)| envelope.id == error.binding.envelope)
-            .map_or("an object", |(object, _)| object.label.as_str());
-        stays_off(Failure::from(error).of(label))
-    })?;
+    let deks = stage
+        .registry
+        .open_all(&envelopes)
+        .map_err(|error| stays_off(closed(&objects, &error)))?;
     let mut opened = Vec::with_capacity(objects.len());
     for ((object, found), dek) in objects.into_iter().zip(&found).zip(deks) {
         let passphrase = dek.passphrase().map_err(|error| {
@@ -104,6 +100,19 @@ pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failur
     }
     adopt(stage.keystore, domain, &found).map_err(stays_off)?;
     Ok(opened)
+}
+
+/// Names the object whose envelope does not open, by its label: its ids are of no use to who reads the line.
+fn closed(objects: &[ObjectRef], error: &OpenError) -> Failure {
+    let object = objects
+        .iter()
+        .find(|object| object.secret == error.binding.envelope);
+    let label = object.map_or("an object", |object| object.label.as_str());
+    Failure {
+        message: error.reasons(),
+        ..Failure::from(error)
+    }
+    .of(label)
 }
 
 /// An object's envelope, and whether the keystore has yet to learn of it.

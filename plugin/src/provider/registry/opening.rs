@@ -60,6 +60,13 @@ impl OpenError {
         self.easiest().1
     }
 
+    /// Each provider's reason, for a reader who knows which object it is about.
+    #[must_use]
+    pub fn reasons(&self) -> String {
+        let reasons: Vec<_> = self.attempts.iter().map(Attempt::to_string).collect();
+        reasons.join("; ")
+    }
+
     fn easiest(&self) -> (Code, Option<NextCommand>) {
         let effort = |code: Code| match code {
             Code::Locked => 0,
@@ -79,11 +86,11 @@ impl OpenError {
 impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Binding { envelope, vm, kind } = self.binding;
-        write!(f, "can't open envelope {envelope} ({kind} of VM {vm})")?;
-        for (nth, attempt) in self.attempts.iter().enumerate() {
-            write!(f, "{} {attempt}", if nth == 0 { ":" } else { ";" })?;
-        }
-        Ok(())
+        write!(
+            f,
+            "can't open envelope {envelope} ({kind} of VM {vm}): {}",
+            self.reasons()
+        )
     }
 }
 
@@ -92,6 +99,12 @@ impl std::error::Error for OpenError {}
 
 impl From<OpenError> for Failure {
     fn from(error: OpenError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<&OpenError> for Failure {
+    fn from(error: &OpenError) -> Self {
         let failure = Self::new(error.code(), error.to_string());
         match error.next() {
             Some(next) => failure.next(next.to_string()),
