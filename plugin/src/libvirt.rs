@@ -8,6 +8,7 @@ use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
+use roxmltree::{Document, Node};
 use thiserror::Error;
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -144,16 +145,11 @@ impl Libvirt {
         let secrets = self.with("list the secrets", |connection| {
             connection.list_all_secrets(flags)
         })?;
-        Ok(secrets
+        // One that is gone meanwhile is no longer armed.
+        let found = secrets
             .iter()
-            .filter(|secret| {
-                secret
-                    .usage_id()
-                    .is_ok_and(|usage| usage.starts_with(USAGE_PREFIX))
-            })
-            .filter_map(|secret| secret.uuid().ok())
-            .map(EnvelopeId)
-            .collect())
+            .filter_map(|secret| armed_by(&secret.xml_desc(0).ok()?));
+        Ok(found.collect())
     }
 
     /// The domain with this name or UUID, or `None`.
@@ -284,6 +280,16 @@ fn secret_xml(secret: &Arming) -> String {
     )
 }
 
+/// The envelope of a secret of ours. Read from its XML, because `virt` 0.5 frees the usage id that libvirt owns.
+fn armed_by(xml: &str) -> Option<EnvelopeId> {
+    let document = Document::parse(xml).ok()?;
+    let secret = document.root_element();
+    let child = |name| secret.children().find(|node| node.has_tag_name(name));
+    let id = child("uuid")?.text()?.parse().ok()?;
+    let usage = child("usage")?.children().find(Node::is_element)?.text()?;
+    (usage == format!("{USAGE_PREFIX}{id}")).then_some(id)
+}
+
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
@@ -329,7 +335,7 @@ mod tests {
             description: "virtseal: vtpm of <&>".into(),
             passphrase: Dek::random().unwrap().passphrase().unwrap(),
         });
-        let document = roxmltree::Document::parse(&xml).unwrap();
+        let document = Document::parse(&xml).unwrap();
         let root = document.root_element();
         assert_eq!(
             (root.attribute("ephemeral"), root.attribute("private")),
@@ -342,6 +348,22 @@ mod tests {
             root.children()
                 .any(|node| node.text() == Some("virtseal: vtpm of <&>"))
         );
+    }
+
+    #[test]
+    fn secrets_of_others_are_not_ours() {
+        for kind in [ObjectKind::Disk, ObjectKind::Nvram, ObjectKind::Vtpm] {
+            let arming = Arming {
+                envelope: EnvelopeId::random(),
+                kind,
+                description: "virtseal:".into(),
+                passphrase: Dek::random().unwrap().passphrase().unwrap(),
+            };
+            let xml = secret_xml(&arming);
+            assert_eq!(armed_by(&xml), Some(arming.envelope), "{xml}");
+            let others = xml.replace(USAGE_PREFIX, "/var/lib/libvirt/images/");
+            assert_eq!(armed_by(&others), None, "{others}");
+        }
     }
 
     #[test]
