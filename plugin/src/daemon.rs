@@ -224,11 +224,14 @@ impl Daemon {
     }
 
     /// Undefines the secrets that a daemon before this one left in libvirt. Connects when it has to.
+    ///
+    /// Only what this keystore knows: another virtseald may be starting a VM of its own on the same libvirt.
     pub fn sweep(&self) -> Result<usize, LibvirtError> {
         let armed = self.libvirt.armed()?;
         let _shared = lock(&self.shared);
         let left: Vec<EnvelopeId> = armed
             .into_iter()
+            .filter(|envelope| matches!(self.keystore.envelope(*envelope), Ok(Some(_))))
             .filter(|envelope| !lock(&self.arms).needs(*envelope))
             .collect();
         self.libvirt.disarm(&left)?;
