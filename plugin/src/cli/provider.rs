@@ -84,12 +84,18 @@ async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Re
         .mode(0o600)
         .open(&args.output);
     let file = file.map_err(|error| unwritable(&args.output, &error))?;
-    let written = write_backup(name, file, passphrase, args, client).await;
-    if let Err(failure) = written {
-        // Only what this command created, and only when nothing relies on it.
-        let _ = fs::remove_file(&args.output);
-        return Err(failure);
-    }
+    let generation = match write_backup(name, file, passphrase, args, client).await {
+        Ok(generation) => generation,
+        Err(failure) => {
+            // Only what this command created, and nothing relies on it yet.
+            let _ = fs::remove_file(&args.output);
+            return Err(failure);
+        }
+    };
+    client
+        .call(async |host| host.confirm_backup(name, generation).await)
+        .await
+        .map_err(|failure| unconfirmed(failure, args))?;
     if args.no_passphrase {
         printer.warn(&format!(
             "{} holds the root key in the clear: keep it where no one else reads it",
@@ -99,15 +105,15 @@ async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Re
     printer.done(&format!("'{name}' is backed up in {}", args.output.display()))
 }
 
-/// Confirms only once the file and its name are on disk: from then on the provider wraps keys that this file
-/// may be the last way to open.
+/// Returns once the file and its name are on disk, with the generation to confirm: from the confirmation on the provider
+/// wraps keys that this file may be the last way to open.
 async fn write_backup(
     name: &str,
     file: File,
     passphrase: Option<OwnedFd>,
     args: &BackupArgs,
     client: &mut Client,
-) -> Result<(), Failure> {
+) -> Result<i64, Failure> {
     let copy = file
         .try_clone()
         .map_err(|error| unwritable(&args.output, &error))?;
@@ -122,9 +128,19 @@ async fn write_backup(
     file.sync_all()
         .and_then(|()| File::open(directory)?.sync_all())
         .map_err(|error| unwritable(&args.output, &error))?;
-    client
-        .call(async |host| host.confirm_backup(name, made.generation).await)
-        .await
+    Ok(made.generation)
+}
+
+/// The daemon may have noted the backup before it failed to say so: the file stays.
+fn unconfirmed(failure: Failure, args: &BackupArgs) -> Failure {
+    let (name, output) = (&args.name, args.output.display());
+    let said = format!(
+        "the backup {output} is complete, but may not be noted: {}",
+        failure.message
+    );
+    Failure::new(failure.code, said).next(format!(
+        "keep {output}; virtseal provider show {name}: if it is NotBackedUp, back it up again to another file"
+    ))
 }
 
 fn unwritable(path: &Path, error: &std::io::Error) -> Failure {
