@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+
+use nix::sys::signal::Signal;
 use uuid::Uuid;
 use virtseal_e2e::{
-    DomainSpec, Host, KeptEnvelope, Output, RootKey, SealedHost, Trace, Tracer, kept_envelopes,
-    require_programs, temporaries,
+    DomainSpec, Host, KeptEnvelope, Output, RootKey, SealedHost, Trace, Tracer, built_program,
+    kept_envelopes, require_programs, temporaries, wait_until,
 };
 
 const IMAGES: &str = "/var/lib/libvirt/images";
@@ -21,7 +23,7 @@ const STATE: &str = "/var/lib/virtseal";
 /// No command has as many steps.
 const MOST_STEPS: usize = 250;
 /// The least that a command with an effect has: fewer, and the tracer is blind.
-const LEAST_STEPS: usize = 4;
+const LEAST_STEPS: usize = 3;
 const END_DEADLINE: Duration = Duration::from_secs(20);
 
 /// A host whose daemon gets killed, and the key that opens everything on it.
@@ -64,7 +66,7 @@ impl Rig {
     /// unlocked again, at what is there, and repeats the command.
     fn at_each_step(
         &mut self,
-        command: impl Fn(&Self, usize) -> Result<Vec<String>>,
+        command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
         mut after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
     ) -> Result<()> {
         for nth in 1..MOST_STEPS {
@@ -101,7 +103,7 @@ impl Rig {
         for envelope in self.envelopes(vm)? {
             self.root.dek(&envelope)?;
             let path = self.host().path(&envelope.location);
-            if envelope.state == "active" || (path.exists() && is_encrypted(&path)?) {
+            if envelope.state == "active" || (path.is_file() && is_encrypted(&path)?) {
                 self.root.open_object(self.host(), &envelope)?;
             }
         }
@@ -133,6 +135,29 @@ impl Rig {
         self.host().virsh(&["start", "--paused", vm])?.succeeded()?;
         self.sealed.expect_no_secrets()?;
         self.host().virsh(&["destroy", vm])?.succeeded().map(drop)
+    }
+
+    fn passphrase(&self) -> Result<String> {
+        let file = self.sealed.passphrase_file()?;
+        Ok(file.to_str().context("a UTF-8 path")?.to_owned())
+    }
+
+    fn unlock(&self, provider: &str) -> Result<()> {
+        let passphrase = self.passphrase()?;
+        self.sealed
+            .virtseal(&["provider", "unlock", provider, "--passphrase-file", &passphrase])?
+            .succeeded()
+            .map(drop)
+    }
+
+    fn restart(&mut self) -> Result<()> {
+        self.sealed.stop_daemon(Signal::SIGTERM)?;
+        self.sealed.start_daemon()
+    }
+
+    fn root_in(&self, backup: &str) -> Result<RootKey> {
+        let text = fs::read(self.host().path(backup)).with_context(|| backup.to_owned())?;
+        RootKey::from_backup(&text).with_context(|| backup.to_owned())
     }
 
     fn state_of(&self, provider: &str) -> Result<Option<String>> {
@@ -218,7 +243,7 @@ fn volume_create_from_an_image_can_be_killed_at_every_step() -> Result<()> {
 #[test]
 fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
     let mut rig = Rig::start()?;
-    let define = |rig: &Rig, nth: usize| {
+    let define = |rig: &mut Rig, nth: usize| {
         let spec = spec(nth);
         let disk = spec.disk.to_str().context("a UTF-8 path")?;
         rig.host()
@@ -252,6 +277,216 @@ fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
         }
         Ok(())
     })
+}
+
+#[test]
+fn provider_add_can_be_killed_at_every_step() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let passphrase = rig.passphrase()?;
+    let name_of = |nth: usize| format!("added-{nth}");
+    rig.at_each_step(
+        |_, nth| {
+            words(&[
+                "provider",
+                "add",
+                "native",
+                &name_of(nth),
+                "--passphrase-file",
+                &passphrase,
+            ])
+        },
+        |rig, nth, command| {
+            let name = name_of(nth);
+            let again = rig.sealed.virtseal(command)?;
+            done_or(again, "already")?;
+            // Whichever of the two runs made it, its passphrase opens it, and it wraps nothing yet.
+            rig.restart()?;
+            rig.unlock(&name)?;
+            ensure!(rig.state_of(&name)?.as_deref() == Some("NotBackedUp"));
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn provider_backup_can_be_killed_at_every_step() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let passphrase = rig.passphrase()?;
+    let name_of = |nth: usize| format!("saved-{nth}");
+    let file_of = |nth: usize| format!("/run/saved-{nth}.json");
+    rig.at_each_step(
+        |rig, nth| {
+            let name = name_of(nth);
+            rig.sealed
+                .virtseal(&[
+                    "provider",
+                    "add",
+                    "native",
+                    &name,
+                    "--passphrase-file",
+                    &passphrase,
+                ])?
+                .succeeded()?;
+            words(&[
+                "provider",
+                "backup",
+                &name,
+                "--output",
+                &file_of(nth),
+                "--no-passphrase",
+            ])
+        },
+        |rig, nth, command| {
+            let (name, file) = (name_of(nth), file_of(nth));
+            rig.unlock(&name)?;
+            if rig.state_of(&name)?.as_deref() == Some("Ready") {
+                // It wraps from now on, and relies on this file.
+                rig.root_in(&file)?;
+            }
+            let again = rig.sealed.virtseal(command)?;
+            if !again.status.success() {
+                done_or(again, "never overwritten")?;
+                let other = format!("{file}.2");
+                let elsewhere = ["provider", "backup", &name, "--output", &other, "--no-passphrase"];
+                rig.sealed.virtseal(&elsewhere)?.succeeded()?;
+                ensure!(
+                    rig.root_in(&file)?.key == rig.root_in(&other)?.key,
+                    "two root keys"
+                );
+            }
+            rig.root_in(&file)?;
+            ensure!(rig.state_of(&name)?.as_deref() == Some("Ready"));
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn provider_unlock_and_lock_can_be_killed_at_every_step() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let passphrase = rig.passphrase()?;
+    let vm = Uuid::from_u128(0x4000);
+    let image = format!("{IMAGES}/locked.qcow2");
+    rig.sealed
+        .virtseal(&[
+            "volume",
+            "create",
+            &image,
+            "--size",
+            "8M",
+            "--vm",
+            &vm.to_string(),
+        ])?
+        .succeeded()?;
+    for verb in ["unlock", "lock"] {
+        rig.at_each_step(
+            |rig, _| match verb {
+                "unlock" => {
+                    rig.sealed.lock()?;
+                    words(&["provider", "unlock", "main", "--passphrase-file", &passphrase])
+                }
+                _ => words(&["provider", "lock", "main"]),
+            },
+            |rig, _, command| {
+                // A new daemon holds no key, whatever the old one was about.
+                ensure!(rig.state_of("main")?.as_deref() == Some("Locked"));
+                rig.expect_active(&vm, &["disk"])?;
+                rig.sealed.virtseal(command)?.succeeded()?;
+                rig.unlock("main")?;
+                ensure!(rig.state_of("main")?.as_deref() == Some("Ready"));
+                Ok(())
+            },
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn provider_restore_can_be_killed_at_every_step() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let passphrase = rig.passphrase()?;
+    let backup = "/run/main.json";
+    rig.sealed
+        .virtseal(&[
+            "provider",
+            "backup",
+            "main",
+            "--output",
+            backup,
+            "--no-passphrase",
+        ])?
+        .succeeded()?;
+    rig.at_each_step(
+        |rig, _| {
+            // A host that has never seen the provider.
+            rig.sealed.stop_daemon(Signal::SIGTERM)?;
+            fs::remove_dir_all(rig.host().path(STATE))?;
+            rig.sealed.start_daemon()?;
+            words(&[
+                "provider",
+                "restore",
+                "main",
+                "--input",
+                backup,
+                "--no-backup-passphrase",
+                "--passphrase-file",
+                &passphrase,
+            ])
+        },
+        |rig, _, command| {
+            let again = rig.sealed.virtseal(command)?;
+            done_or(again, "already")?;
+            rig.restart()?;
+            rig.unlock("main")?;
+            ensure!(rig.state_of("main")?.as_deref() == Some("Ready"));
+            let again = root_of(&rig.sealed, "main", "/run/again.json")?;
+            ensure!(again.key == rig.root.key, "another root key");
+            Ok(())
+        },
+    )
+}
+
+#[test]
+fn first_start_can_be_killed_at_every_step() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let daemon = built_program("virtseald")?;
+    let daemon = daemon.to_str().context("a UTF-8 path")?;
+    for nth in 1..MOST_STEPS {
+        rig.sealed.stop_daemon(Signal::SIGKILL)?;
+        fs::remove_dir_all(rig.host().path(STATE))?;
+        // Held before its first step, so that the tracer sees them all.
+        let held = ["sh", "-c", "read go </run/go; exec \"$0\"", daemon];
+        rig.host()
+            .run(&["sh", "-c", "rm -f /run/go; mkfifo /run/go"])?
+            .succeeded()?;
+        let mut process = rig.host().spawn("held", &held)?;
+        let tracer = Tracer::kill_at(process.outside_pid()?, nth)?;
+        fs::write(rig.host().path("/run/go"), "go\n")?;
+        wait_until(END_DEADLINE, "the first start", || {
+            let answers =
+                || Ok::<_, anyhow::Error>(rig.sealed.virtseal(&["provider", "list"])?.status.success());
+            Ok((tracer.process_is_gone() || answers()?).then_some(()))
+        })?;
+        let trace = tracer.finish()?;
+        if process.ended()?.is_none() {
+            process.signal(Signal::SIGKILL)?;
+        }
+        process.wait(END_DEADLINE)?;
+        rig.sealed
+            .start_daemon()
+            .with_context(|| format!("after {:?}", trace.steps.last()))?;
+        ensure!(rig.state_of("main")?.is_none());
+        if !trace.killed {
+            println!("{} steps: {:?}", trace.steps.len(), trace.steps);
+            ensure!(
+                trace.steps.len() > LEAST_STEPS,
+                "too few steps: {:?}",
+                trace.steps
+            );
+            return Ok(());
+        }
+    }
+    bail!("the daemon does not start in {MOST_STEPS} steps")
 }
 
 fn spec(nth: usize) -> DomainSpec {
