@@ -262,6 +262,16 @@ impl Host {
         outcome.map(drop)
     }
 
+    /// Undefines a VM as an administrator does who wants to define it again: its files stay.
+    ///
+    /// # Errors
+    /// libvirt's own reason.
+    pub fn undefine(&self, name: &str) -> Result<()> {
+        self.virsh(&["undefine", "--keep-nvram", "--keep-tpm", name])?
+            .succeeded()
+            .map(drop)
+    }
+
     /// The state of a VM.
     ///
     /// # Errors

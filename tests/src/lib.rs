@@ -55,7 +55,7 @@ pub use namespace::Namespace;
 pub use openable::temporaries;
 pub use process::Process;
 pub use programs::{built_program, require_programs};
-pub use sealed::SealedHost;
+pub use sealed::{SealedHost, edited, expect_names};
 pub use search::{Needles, Place};
 pub use tracer::{Trace, Tracer};
 pub use virsh::{DomainState, Output};

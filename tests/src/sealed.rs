@@ -324,6 +324,27 @@ impl SealedHost {
     }
 }
 
+/// Checks that a message has each of `parts`.
+///
+/// # Errors
+/// It lacks one.
+pub fn expect_names(message: &str, parts: &[&str]) -> Result<()> {
+    for part in parts {
+        ensure!(message.contains(part), "{part:?} is not in {message:?}");
+    }
+    Ok(())
+}
+
+/// The XML with its only `from` replaced.
+///
+/// # Errors
+/// There is none, or more than one: the story is about something else than it says.
+pub fn edited(xml: &str, from: &str, to: &str) -> Result<String> {
+    let found = xml.matches(from).count();
+    ensure!(found == 1, "{from:?} is there {found} times in {xml}");
+    Ok(xml.replace(from, to))
+}
+
 /// The one line of the hook in what virsh says: libvirt puts the command and its exit status before it.
 fn refusal_in(said: &str) -> Option<String> {
     let mut lines = said
