@@ -148,7 +148,7 @@ fn start_and_kill_daemon(sealed: &mut SealedHost, vm: &str) -> Result<Vec<String
     let mut start = sealed
         .host()
         .command("virsh")
-        .args(["--connect", "qemu:///system", "start", "--paused", vm])
+        .args(["--quiet", "--connect", "qemu:///system", "start", "--paused", vm])
         .spawn()?;
     wait_until(PATIENCE, "the gate", || {
         Ok(sealed.host().path("/run/at-the-gate").exists().then_some(()))
