@@ -251,8 +251,10 @@ fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Res
                             .next(format!("restore {shown} from a backup"))
                     })
                 })?;
-            stage.keystore.remember_vm(domain.uuid, &domain.name)?;
-            stage.keystore.set_vtpm_seen(domain.uuid)?;
+            if !seen {
+                stage.keystore.remember_vm(domain.uuid, &domain.name)?;
+                stage.keystore.set_vtpm_seen(domain.uuid)?;
+            }
             Ok(())
         }
     }

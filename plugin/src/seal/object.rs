@@ -23,11 +23,16 @@ impl NewObject {
         location: &str,
         provider: Option<&str>,
     ) -> Result<Self, Failure> {
-        let left = host
-            .keystore
-            .envelopes_of(vm)?
-            .into_iter()
-            .rfind(|record| record.envelope.kind == kind && record.location == location);
+        let wanted = provider
+            .map(|name| host.registry.find(name))
+            .transpose()?
+            .map(|known| known.provider().id());
+        let left = host.keystore.envelopes_of(vm)?.into_iter().rfind(|record| {
+            let envelope = &record.envelope;
+            envelope.kind == kind
+                && record.location == location
+                && wanted.is_none_or(|id| envelope.stanzas.iter().any(|stanza| stanza.provider == id))
+        });
         if let Some(record) = left {
             return Self::open(host, record.envelope);
         }
