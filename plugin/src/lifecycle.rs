@@ -32,7 +32,7 @@ use crate::failure::{Code, Failure};
 use crate::keystore::{EnvelopeState, Keystore};
 use crate::provider::registry::{OpenError, Registry};
 use crate::secret::Passphrase;
-use crate::volume;
+use crate::volume::{self, VolumeError};
 
 pub use arms::Arms;
 pub use deadline::Deadline;
@@ -166,7 +166,7 @@ fn missing(object: &ObjectRef) -> Failure {
             object.secret
         ),
     )
-    .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata")
+    .next("virsh define FILE, where FILE is a dumpxml with its <virtseal:vm> metadata")
 }
 
 /// An envelope serves the object that it was made for. A shareable disk keeps that of the VM it came with.
@@ -289,17 +289,30 @@ impl Memory {
         envelope: &Envelope,
         passphrase: &Passphrase,
     ) -> Result<(), Failure> {
-        let digest = volume::header_digest(path).map_err(Failure::from)?;
+        let digest = volume::header_digest(path).map_err(of_sealed_image)?;
         let opened = (envelope.generation, digest);
         if self.lock().get(&envelope.id) == Some(&opened) {
             return Ok(());
         }
-        volume::verify(path, passphrase).map_err(Failure::from)?;
+        volume::verify(path, passphrase).map_err(of_sealed_image)?;
         self.lock().insert(envelope.id, opened);
         Ok(())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<EnvelopeId, (Generation, [u8; 32])>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Elsewhere a missing image is one to be created; here it had data.
+fn of_sealed_image(error: VolumeError) -> Failure {
+    match error {
+        VolumeError::NotFound(path) => {
+            let path = path.display();
+            Failure::new(Code::NotFound, format!("{path} does not exist")).next(format!(
+                "put {path} back where it was, or restore it from a backup"
+            ))
+        }
+        other => other.into(),
     }
 }
