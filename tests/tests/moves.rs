@@ -1,0 +1,191 @@
+//! A sealed VM may be undefined and defined again, renamed, and moved to a host that knows nothing of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use virtseal_e2e::{DomainSpec, HostBuilder, SealedHost, edited, expect_names};
+
+#[test]
+fn sealed_vm_can_be_defined_again_from_its_dumpxml() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    sealed.start_paused("web01")?;
+    sealed.destroy("web01")?;
+    let dumped = sealed.dumpxml("web01")?;
+
+    sealed.host().undefine("web01")?;
+    // Its keys are not forgotten with it.
+    let status = sealed.json(&["vm", "status", "web01"])?;
+    ensure!(status[0]["power"] == "undefined", "{status}");
+    ensure!(
+        status[0]["objects"]
+            .as_array()
+            .is_some_and(|objects| objects.len() == 3)
+    );
+
+    sealed.host().define_xml(&dumped)?;
+    ensure!(sealed.dumpxml("web01")? == dumped, "the XML did not survive");
+    sealed.start_paused("web01")
+}
+
+#[test]
+fn sealed_vm_can_be_renamed() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    sealed.start_paused("web01")?;
+    sealed.destroy("web01")?;
+    sealed.host().virsh(&["domrename", "web01", "www"])?.succeeded()?;
+    sealed.start_paused("www")?;
+    let status = sealed.json(&["vm", "status"])?;
+    ensure!(status.as_array().is_some_and(|vms| vms.len() == 1), "{status}");
+    ensure!(
+        status[0]["name"] == "www" && status[0]["state"] == "sealed",
+        "{status}"
+    );
+
+    sealed.lock()?;
+    sealed.destroy("www")?;
+    expect_names(&sealed.refused_start("www")?, &["www stays off", "is locked"])
+}
+
+#[test]
+fn another_host_adopts_a_vm_from_its_xml() -> Result<()> {
+    let old = SealedHost::start()?;
+    let spec = old.seal_new("web01")?;
+    old.start_paused("web01")?;
+    old.destroy("web01")?;
+    let xml = old.dumpxml("web01")?;
+    let generation = |sealed: &SealedHost| -> Result<Vec<_>> {
+        let status = sealed.json(&["vm", "status", "web01"])?;
+        let objects = status[0]["objects"].as_array().cloned().context("no objects")?;
+        Ok(objects
+            .into_iter()
+            .map(|object| (object["envelope"].clone(), object["generation"].clone()))
+            .collect())
+    };
+    let envelopes = generation(&old)?;
+
+    let new = SealedHost::start_without_provider(HostBuilder::default())?;
+    for file in [&spec.disk, &spec.nvram(), &spec.tpm_state()] {
+        carry(&old, &new, file)?;
+    }
+    new.host().define_xml(&xml)?;
+    expect_names(
+        &new.refused_start("web01")?,
+        &[
+            "web01",
+            "disk vda",
+            "provider 'main'",
+            "not known on this host",
+            "virtseal provider restore main",
+        ],
+    )?;
+
+    restore(&old, &new)?;
+    // The XML has the only copies here, and whoever changed one is found out before anything learns of it.
+    new.host().define_xml(&tampered(&xml)?)?;
+    expect_names(
+        &new.refused_start("web01")?,
+        &["web01 stays off", "disk vda", "provider 'main'", "tampered"],
+    )?;
+    ensure!(new.json(&["provider", "show", "main"])?[0]["envelopes"] == 0);
+
+    new.host().define_xml(&xml)?;
+    new.start_paused("web01")?;
+    ensure!(
+        generation(&new)? == envelopes,
+        "other envelopes than on the old host"
+    );
+    ensure!(new.json(&["provider", "show", "main"])?[0]["envelopes"] == 3);
+    // Now the keystore has them: the copies may go.
+    new.destroy("web01")?;
+    new.host().define_xml(&tampered(&xml)?)?;
+    new.start_paused("web01")
+}
+
+/// libvirt lets VMs share a qcow2 image only if none writes to it.
+#[test]
+fn shareable_disk_serves_two_vms_at_once() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let (web, db) = (SealedHost::spec("web01"), SealedHost::spec("db01"));
+    let shared = web.disk.with_file_name("shared.qcow2");
+    let envelope = create_volume(&sealed, &shared, &web)?;
+    for spec in [&web, &db] {
+        create_volume(&sealed, &spec.disk, spec)?;
+        sealed
+            .host()
+            .define_xml(&with_disk(spec, &shared, &envelope, "<readonly/><shareable/>")?)?;
+        sealed.virtseal(&["vm", "seal", &spec.name])?.succeeded()?;
+    }
+    let host = sealed.host();
+    std::thread::scope(|scope| {
+        let starts = [&web, &db]
+            .map(|spec| scope.spawn(|| host.virsh(&["start", "--paused", &spec.name])?.succeeded()));
+        starts
+            .into_iter()
+            .try_for_each(|start| start.join().expect("no start panics").map(drop))
+    })?;
+    sealed.expect_no_secrets()?;
+    ensure!(sealed.json(&["status"])?["armed"] == 0);
+
+    // Not shareable: it stays with the VM that it was made for.
+    sealed.destroy("db01")?;
+    let xml = sealed.dumpxml("db01")?;
+    sealed.host().define_xml(&edited(&xml, "<shareable/>", "")?)?;
+    expect_names(
+        &sealed.refused_start("db01")?,
+        &["db01", "disk vdb", &envelope, &web.uuid.to_string()],
+    )
+}
+
+fn with_disk(spec: &DomainSpec, disk: &Path, envelope: &str, access: &str) -> Result<String> {
+    let disk = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'><encryption format='luks'>\
+         <secret type='passphrase' uuid='{envelope}'/></encryption></source><target dev='vdb' bus='virtio'/>{access}\
+         </disk><controller type='usb'",
+        disk.display()
+    );
+    edited(&spec.xml(), "<controller type='usb'", &disk)
+}
+
+fn create_volume(sealed: &SealedHost, disk: &Path, vm: &DomainSpec) -> Result<String> {
+    let (disk, vm) = (disk.display().to_string(), vm.uuid.to_string());
+    let made = sealed.json(&["volume", "create", &disk, "--size", "64M", "--vm", &vm])?;
+    Ok(made["envelope"].as_str().context("no envelope")?.to_owned())
+}
+
+fn carry(old: &SealedHost, new: &SealedHost, file: &Path) -> Result<()> {
+    let to = new.host().path(file);
+    fs::create_dir_all(to.parent().context("a file is in a directory")?)?;
+    fs::copy(old.host().path(file), to).with_context(|| format!("{}", file.display()))?;
+    Ok(())
+}
+
+fn restore(old: &SealedHost, new: &SealedHost) -> Result<()> {
+    let backup = PathBuf::from("/var/lib/virtseal/main.age");
+    carry(old, new, &backup)?;
+    let passphrase = new.passphrase_file()?.display().to_string();
+    let backup = backup.display().to_string();
+    let arguments = [
+        "provider",
+        "restore",
+        "main",
+        "--input",
+        &backup,
+        "--backup-passphrase-file",
+        &passphrase,
+    ];
+    new.virtseal(&[&arguments[..], &["--passphrase-file", &passphrase]].concat())?
+        .succeeded()
+        .map(drop)
+}
+
+/// One character of the disk's wrapped key is another one.
+fn tampered(xml: &str) -> Result<String> {
+    let disk = xml.find("\"kind\":\"disk\"").context("no disk's envelope")?;
+    let body = xml[disk..].find("\"body\":\"").context("no stanza")?;
+    let at = disk + body + "\"body\":\"".len() + 20;
+    let other = if &xml[at..=at] == "A" { "B" } else { "A" };
+    Ok(format!("{}{other}{}", &xml[..at], &xml[at + 1..]))
+}
