@@ -207,7 +207,11 @@ fn native_failure(name: &str, error: &NativeError) -> Failure {
         ),
         _ => (Code::Failed, None),
     };
-    let failure = Failure::new(code, format!("provider '{name}' {}", chain(error)));
+    let joint = match error {
+        NativeError::Locked | NativeError::Seal(_) | NativeError::Backup(_) | NativeError::Document(_) => "",
+        _ => ":",
+    };
+    let failure = Failure::new(code, format!("provider '{name}'{joint} {}", chain(error)));
     next.into_iter().fold(failure, Failure::next)
 }
 
