@@ -1,0 +1,404 @@
+//! What scripts rely on: exit codes, JSON, where passphrases come from, and who may do what.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use virtseal_e2e::{HostBuilder, SealedHost, built_program, expect_names, wait_until};
+
+const UNLOCK_DEADLINE: Duration = Duration::from_secs(60);
+const READER_GROUP: &str = "54321";
+
+#[test]
+fn exit_codes_tell_what_happened() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    let expect = |code: i32, arguments: &[&str], parts: &[&str]| -> Result<()> {
+        let answer = sealed.virtseal(arguments)?;
+        ensure!(answer.code() == Some(code), "expected {code}: {answer:?}");
+        ensure!(answer.stdout.is_empty(), "{answer:?}");
+        expect_names(&answer.stderr, parts)
+    };
+    expect(2, &["seal"], &["Usage"])?;
+    expect(2, &["provider", "unlock", "main"], &["--passphrase-file"])?;
+    expect(
+        2,
+        &[
+            "provider",
+            "add",
+            "native",
+            "no/name",
+            "--passphrase-file",
+            "/dev/null",
+        ],
+        &["passphrase"],
+    )?;
+    expect(
+        4,
+        &["--socket", "/nonexistent", "status"],
+        &["/nonexistent", "Next: systemctl start virtseald"],
+    )?;
+    expect(
+        7,
+        &["vm", "status", "nobody"],
+        &["'nobody'", "Next: virsh list --all"],
+    )?;
+    expect(7, &["vm", "seal", "nobody"], &["'nobody'"])?;
+    expect(
+        7,
+        &["provider", "show", "nobody"],
+        &["'nobody'", "Next: virtseal provider list"],
+    )?;
+    expect(
+        7,
+        &["provider", "lock", "nobody"],
+        &["nobody", "Next: virtseal provider list"],
+    )?;
+    expect(7, &["volume", "info", "/nonexistent"], &["/nonexistent"])?;
+    expect(
+        7,
+        &[
+            "volume",
+            "create",
+            "/run/x.qcow2",
+            "--size",
+            "1M",
+            "--vm",
+            "nobody",
+        ],
+        &["'nobody'"],
+    )?;
+
+    sealed.start_paused("web01")?;
+    expect(9, &["vm", "unseal", "web01"], &["web01 is running"])?;
+    sealed.destroy("web01")?;
+    expect(8, &["vm", "unseal", "web01"], &["web01 stays sealed"])?;
+
+    sealed.lock()?;
+    let vm = SealedHost::spec("x").uuid.to_string();
+    expect(
+        3,
+        &["volume", "create", "/run/x.qcow2", "--size", "1M", "--vm", &vm],
+        &["is locked", "Next: virtseal provider unlock main"],
+    )?;
+    ensure!(!sealed.host().path("/run/x.qcow2").exists());
+    Ok(())
+}
+
+#[test]
+fn every_command_answers_in_json() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let spec = SealedHost::spec("web01");
+    let disk = spec.disk.display().to_string();
+    let vm = spec.uuid.to_string();
+    let created = sealed.json(&["volume", "create", &disk, "--size", "64M", "--vm", &vm])?;
+    ensure!(
+        created["path"] == *disk && created["size"] == 64 << 20,
+        "{created}"
+    );
+    let info = sealed.json(&["volume", "info", &disk])?;
+    ensure!(
+        info["envelope"]["id"] == created["envelope"] && info["envelope"]["vm"] == *vm,
+        "{info}"
+    );
+
+    sealed.host().define(&spec)?;
+    let outcome = sealed.json(&["vm", "seal", "web01"])?;
+    ensure!(
+        outcome["changed"] == true && outcome["steps"].is_array(),
+        "{outcome}"
+    );
+    let vms = sealed.json(&["vm", "status"])?;
+    ensure!(
+        vms[0]["name"] == "web01" && vms[0]["state"] == "sealed" && vms[0]["power"] == "off",
+        "{vms}"
+    );
+    let status = sealed.json(&["status"])?;
+    ensure!(
+        status["libvirt"] == "connected" && status["armed"] == 0,
+        "{status}"
+    );
+    ensure!(status["vms"] == vms, "{status}");
+    let providers = sealed.json(&["provider", "list"])?;
+    ensure!(providers == status["providers"] && providers == sealed.json(&["provider", "show", "main"])?);
+    ensure!(
+        providers[0]["state"] == "Ready" && providers[0]["is_default"] == true,
+        "{providers}"
+    );
+    ensure!(providers[0]["envelopes"] == 3, "{providers}");
+    for done in [
+        &["provider", "default", "main"][..],
+        &["provider", "lock", "main"],
+    ] {
+        ensure!(sealed.json(done)?["done"].is_string());
+    }
+    let verified = sealed.json(&["audit", "verify"])?;
+    ensure!(verified["records"].as_i64() >= Some(4), "{verified}");
+    let log = sealed.virtseal(&["audit", "show", "--json"])?.succeeded()?;
+    let operations: Vec<_> = log
+        .lines()
+        .map(|line| Ok(serde_json::from_str::<serde_json::Value>(line)?["op"].clone()))
+        .collect::<Result<_>>()?;
+    for operation in [
+        "provider-add",
+        "provider-backup",
+        "volume-create",
+        "seal",
+        "provider-lock",
+    ] {
+        ensure!(
+            operations.iter().any(|found| found == operation),
+            "{operation} is not in {log}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn group_reads_and_root_changes() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    add_group(&sealed)?;
+    sealed.start_daemon()?;
+    sealed.unlock()?;
+    // Where a user can run it.
+    let program = sealed.host().path("/run/virtseal-cli");
+    fs::copy(built_program("virtseal")?, &program)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    let as_user = |groups: &str, arguments: &[&str]| {
+        sealed.host().run(
+            &[
+                &[
+                    "setpriv",
+                    "--reuid",
+                    "12345",
+                    "--regid",
+                    "12345",
+                    "--groups",
+                    groups,
+                    "/run/virtseal-cli",
+                ],
+                arguments,
+            ]
+            .concat(),
+        )
+    };
+    for allowed in [
+        &["status"][..],
+        &["vm", "status", "web01"],
+        &["provider", "list"],
+        &["provider", "show", "main"],
+        &["audit", "show"],
+        &["audit", "verify"],
+    ] {
+        as_user(READER_GROUP, allowed)?.succeeded()?;
+    }
+    let new_id = SealedHost::spec("x").uuid.to_string();
+    for forbidden in [
+        &["vm", "seal", "web01"][..],
+        &["vm", "seal", "web01", "--dry-run"],
+        &["vm", "unseal", "web01"],
+        &["provider", "lock", "main"],
+        &["provider", "default", "main"],
+        &["provider", "unlock", "main", "--passphrase-file", "/dev/null"],
+        &[
+            "provider",
+            "add",
+            "native",
+            "mine",
+            "--passphrase-file",
+            "/dev/null",
+        ],
+        &[
+            "provider",
+            "backup",
+            "main",
+            "-o",
+            "/tmp/virtseal-e2e-stolen",
+            "--no-passphrase",
+        ],
+        &[
+            "volume",
+            "create",
+            "/run/x.qcow2",
+            "--size",
+            "1M",
+            "--vm",
+            &new_id,
+        ],
+    ] {
+        let answer = as_user(READER_GROUP, forbidden)?;
+        ensure!(answer.code() == Some(6), "{answer:?}");
+        expect_names(&answer.stderr, &["Next: "])?;
+    }
+    ensure!(!sealed.host().path("/tmp/virtseal-e2e-stolen").exists());
+    ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "Ready");
+
+    // Whoever is in no group does not even get to the socket.
+    let stranger = as_user("12345", &["status"])?;
+    ensure!(stranger.code() == Some(6), "{stranger:?}");
+    expect_names(&stranger.stderr, &[SealedHost::SOCKET, "ermission denied"])
+}
+
+#[test]
+fn passphrases_come_from_files_descriptors_and_credentials() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    let file = sealed.passphrase_file()?.display().to_string();
+    let cli = built_program("virtseal")?.display().to_string();
+    let locked = |sealed: &SealedHost| -> Result<()> {
+        sealed.lock()?;
+        ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "Locked");
+        Ok(())
+    };
+    let credentials = sealed.host().path("/run/credentials");
+    fs::create_dir(&credentials)?;
+    fs::write(
+        credentials.join("virtseal.passphrase.main"),
+        SealedHost::PASSPHRASE,
+    )?;
+
+    // With a newline, as editors leave one.
+    fs::write(
+        sealed.host().path("/run/typed"),
+        format!("{}\n", SealedHost::PASSPHRASE),
+    )?;
+    for script in [
+        format!("{cli} provider unlock main --passphrase-file {file}"),
+        format!("{cli} provider unlock main --passphrase-file /run/typed"),
+        format!("{cli} provider unlock main --passphrase-file - <{file}"),
+        format!("cat {file} | {cli} provider unlock main --passphrase-file -"),
+        format!("{cli} provider unlock main --passphrase-fd 7 7<{file}"),
+        format!(
+            "CREDENTIALS_DIRECTORY=/run/credentials {cli} provider unlock main --passphrase-credential \
+             virtseal.passphrase.main"
+        ),
+    ] {
+        locked(&sealed)?;
+        sealed
+            .host()
+            .run(&["bash", "-o", "pipefail", "-c", &script])?
+            .succeeded()?;
+        ensure!(
+            sealed.json(&["provider", "show", "main"])?[0]["state"] == "Ready",
+            "{script}"
+        );
+    }
+
+    locked(&sealed)?;
+    let wrong = sealed.host().run(&[
+        "bash",
+        "-c",
+        &format!("echo wrong | {cli} provider unlock main --passphrase-file -"),
+    ])?;
+    ensure!(wrong.code() == Some(3), "{wrong:?}");
+    expect_names(&wrong.stderr, &["'main'", "does not accept this passphrase"])?;
+    let nothing = sealed.virtseal(&["provider", "unlock", "main", "--passphrase-file", "/dev/null"])?;
+    ensure!(nothing.code() == Some(2), "{nothing:?}");
+    let no_credential = sealed.virtseal(&["provider", "unlock", "main", "--passphrase-credential", "x"])?;
+    ensure!(no_credential.code() == Some(2), "{no_credential:?}");
+    ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "Locked");
+
+    // The daemon unlocks itself with a credential of its unit.
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon_through(&["env", "CREDENTIALS_DIRECTORY=/run/credentials"])?;
+    wait_until(UNLOCK_DEADLINE, "the unlocking by a credential", || {
+        Ok((sealed.json(&["provider", "show", "main"])?[0]["state"] == "Ready").then_some(()))
+    })?;
+
+    // A wrong one is no reason not to run.
+    fs::write(credentials.join("virtseal.passphrase.main"), "wrong")?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon_through(&["env", "CREDENTIALS_DIRECTORY=/run/credentials"])?;
+    wait_until(UNLOCK_DEADLINE, "the failed unlocking in the log", || {
+        Ok(sealed
+            .daemon()?
+            .output()
+            .contains("its credential does not unlock it")
+            .then_some(()))
+    })?;
+    sealed.unlock()
+}
+
+#[test]
+fn provider_wraps_nothing_before_its_backup_and_restores_only_where_it_is_missing() -> Result<()> {
+    let sealed = SealedHost::start_without_provider(HostBuilder::default())?;
+    let file = sealed.passphrase_file()?.display().to_string();
+    let vm = SealedHost::spec("x").uuid.to_string();
+    let create = ["volume", "create", "/run/x.qcow2", "--size", "1M", "--vm", &vm];
+    let none = sealed.virtseal(&create)?;
+    ensure!(none.code() != Some(0), "{none:?}");
+    expect_names(&none.stderr, &["no key provider", "virtseal provider add native"])?;
+
+    sealed
+        .virtseal(&["provider", "add", "native", "main", "--passphrase-file", &file])?
+        .succeeded()?;
+    ensure!(sealed.json(&["provider", "list"])?[0]["state"] == "NotBackedUp");
+    let early = sealed.virtseal(&create)?;
+    ensure!(early.code() != Some(0), "{early:?}");
+    expect_names(
+        &early.stderr,
+        &[
+            "'main'",
+            "has not been backed up",
+            "virtseal provider backup main",
+        ],
+    )?;
+    ensure!(!sealed.host().path("/run/x.qcow2").exists());
+
+    let clear = sealed.virtseal(&[
+        "provider",
+        "backup",
+        "main",
+        "-o",
+        "/run/clear",
+        "--no-passphrase",
+    ])?;
+    expect_names(&clear.stderr, &["warning", "/run/clear", "in the clear"])?;
+    clear.succeeded()?;
+    let over = [
+        "provider",
+        "backup",
+        "main",
+        "-o",
+        "/run/clear",
+        "--passphrase-file",
+        &file,
+    ];
+    let over = sealed.virtseal(&over)?;
+    ensure!(over.code() == Some(1), "{over:?}");
+    expect_names(&over.stderr, &["/run/clear", "never overwritten"])?;
+    sealed.virtseal(&create)?.succeeded()?;
+
+    let restore = [
+        "provider",
+        "restore",
+        "main",
+        "-i",
+        "/run/clear",
+        "--no-backup-passphrase",
+        "--passphrase-file",
+        &file,
+    ];
+    let again = sealed.virtseal(&restore)?;
+    ensure!(again.code() != Some(0), "{again:?}");
+    expect_names(&again.stderr, &["provider 'main': there is", "already"])?;
+    let state = sealed.json(&["provider", "list"])?;
+    ensure!(
+        state.as_array().context("no list")?.len() == 1 && state[0]["state"] == "Ready",
+        "{state}"
+    );
+    Ok(())
+}
+
+/// The host's /etc/group is the machine's own, behind a link; this one is private.
+fn add_group(sealed: &SealedHost) -> Result<()> {
+    let groups = sealed.host().run(&["cat", "/etc/group"])?.succeeded()?;
+    let own = sealed.host().path("/etc").join("group");
+    fs::remove_file(&own)?;
+    fs::write(&own, format!("{groups}\nvirtseal:x:{READER_GROUP}:\n"))?;
+    fs::set_permissions(&own, fs::Permissions::from_mode(0o644))?;
+    Ok(())
+}
