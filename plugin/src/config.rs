@@ -3,6 +3,7 @@
 //! An unknown key is an error that names file, line and the nearest valid key: a misspelt policy must not be
 //! taken for the default.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -89,7 +90,7 @@ impl Config {
             return Ok(Self::default());
         }
         let config: Self = serde_yaml::from_str(text).map_err(|source| {
-            let line = source.location().map_or(1, |at| at.line());
+            let line = line_of_bad_value(text).unwrap_or_else(|| source.location().map_or(1, |at| at.line()));
             unknown_key(text, path).unwrap_or_else(|| ConfigError::Invalid {
                 path: path.into(),
                 line,
@@ -187,6 +188,17 @@ fn unknown_key(text: &str, path: &Path) -> Option<ConfigError> {
     })
 }
 
+/// The first line that is no setting by itself, while the text is YAML: for values that are refused by their
+/// meaning the parser has no place.
+fn line_of_bad_value(text: &str) -> Option<usize> {
+    serde_yaml::from_str::<BTreeMap<String, serde_yaml::Value>>(text).ok()?;
+    let is_wrong = |line: &str| {
+        let is_setting = line.starts_with(|first: char| first.is_ascii_alphabetic());
+        is_setting && serde_yaml::from_str::<Config>(line).is_err()
+    };
+    text.lines().position(is_wrong).map(|index| index + 1)
+}
+
 fn hint_for(key: &str) -> String {
     if key == "require_sealed" {
         return "it is the hook's, which works with this daemon down: set it in /etc/virtseal/hook.conf"
@@ -259,6 +271,19 @@ mod tests {
         assert!(parse("hook_deadline: 0s").unwrap_err().contains("a duration is"));
         assert!(parse("hook_deadline: -1").is_err());
         assert!(parse("hook_deadline: 10 parsecs").is_err());
+    }
+
+    #[test]
+    fn bad_value_names_its_line() {
+        for text in [
+            "# first\nlog: info\nhook_deadline: soon",
+            "socket: /x\n\nlog: [1]\n",
+        ] {
+            assert!(
+                parse(text).unwrap_err().starts_with("virtseald.yaml:3 "),
+                "{text}"
+            );
+        }
     }
 
     #[test]
