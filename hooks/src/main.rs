@@ -133,6 +133,10 @@ fn no_tmpfs(vm: &Vm, conf: &Conf, why: &str) -> String {
 fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> String {
     let socket = conf.socket.display();
     let (why, next) = match error {
+        // What the daemon says before it knows the VM, or without: that time was up, that the XML is no good.
+        CallError::Refused(message) if !message.starts_with(&vm.name) => {
+            return format!("{} stays off: {message}", vm.name);
+        }
         CallError::Refused(message) => return message,
         CallError::Connect(error) => (
             format!("virtseald does not listen at {socket} ({error})"),

@@ -162,14 +162,23 @@ fn a_large_domain_reaches_the_daemon_whole() {
 }
 
 #[test]
-fn the_daemons_refusal_is_shown_as_one_line() {
-    let host = Host::new();
-    let message = r"disk vda of web01: provider main is locked;\nnext:\u001b virtseal provider unlock main\n";
-    let reply =
-        format!(r#"{{"error":"io.virtseal.Lifecycle.Refused","parameters":{{"message":"{message}"}}}}"#);
-    let _daemon = host.daemon(Answer::reply(&reply));
-    let line = "disk vda of web01: provider main is locked; next:  virtseal provider unlock main";
-    assert_refused(&host.prepare(&sealed()), line);
+fn the_daemons_refusal_is_shown_as_one_line_that_names_the_vm() {
+    for (message, line) in [
+        (
+            r"web01 stays off: disk vda: provider main is locked;\nnext:\u001b virtseal provider unlock main\n",
+            "web01 stays off: disk vda: provider main is locked; next:  virtseal provider unlock main",
+        ),
+        (
+            "no decision within 9 s",
+            "web01 stays off: no decision within 9 s",
+        ),
+    ] {
+        let reply =
+            format!(r#"{{"error":"io.virtseal.Lifecycle.Refused","parameters":{{"message":"{message}"}}}}"#);
+        let host = Host::new();
+        let _daemon = host.daemon(Answer::reply(&reply));
+        assert_refused(&host.prepare(&sealed()), line);
+    }
 }
 
 #[test]
