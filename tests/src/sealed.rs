@@ -179,6 +179,14 @@ impl SealedHost {
         daemon.wait(START_DEADLINE).map(drop)
     }
 
+    /// The running virtseald, to be ended by the story itself.
+    ///
+    /// # Errors
+    /// When it was stopped.
+    pub fn take_daemon(&mut self) -> Result<Process> {
+        self.daemon.take().context("virtseald is not running")
+    }
+
     /// The running virtseald.
     ///
     /// # Errors
