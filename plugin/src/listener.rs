@@ -59,7 +59,7 @@ async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
             std::iter::once(credentials.unix_primary_group_id())
                 .chain(credentials.unix_supplementary_group_ids().iter().copied())
                 .map(|gid| Gid::from_raw(gid.as_raw())),
-            daemon.reader_group(),
+            || daemon.reader_group(),
         ),
         Err(error) => {
             // It has hung up already, as probes do.
@@ -92,13 +92,14 @@ enum Caller {
 }
 
 impl Caller {
-    fn of(uid: Uid, mut groups: impl Iterator<Item = Gid>, readers: Option<Gid>) -> Self {
+    /// Looks the readers' group up only for those it matters to: that can take longer than a hook's whole call.
+    fn of(uid: Uid, mut groups: impl Iterator<Item = Gid>, readers: impl FnOnce() -> Option<Gid>) -> Self {
         if uid.is_root() || uid == Uid::effective() {
-            Self::Admin
-        } else if groups.any(|gid| Some(gid) == readers) {
-            Self::Reader
-        } else {
-            Self::Stranger
+            return Self::Admin;
+        }
+        match readers() {
+            Some(readers) if groups.any(|gid| gid == readers) => Self::Reader,
+            _ => Self::Stranger,
         }
     }
 
@@ -341,7 +342,7 @@ mod tests {
     #[test]
     fn root_changes_the_group_reads_others_nothing() {
         let group = Some(Gid::from_raw(77));
-        let of = |uid, gid| Caller::of(Uid::from_raw(uid), std::iter::once(Gid::from_raw(gid)), group);
+        let of = |uid, gid| Caller::of(Uid::from_raw(uid), std::iter::once(Gid::from_raw(gid)), || group);
         assert_eq!(of(0, 0), Caller::Admin);
         assert_eq!(of(54321, 77), Caller::Reader);
         assert_eq!(of(54321, 78), Caller::Stranger);
@@ -352,7 +353,7 @@ mod tests {
             Code::Denied
         );
         assert_eq!(
-            Caller::of(Uid::from_raw(54321), std::iter::once(Gid::from_raw(0)), None),
+            Caller::of(Uid::from_raw(54321), std::iter::once(Gid::from_raw(0)), || None),
             Caller::Stranger
         );
     }
