@@ -1,6 +1,7 @@
-//! What keeps keys inside the daemon's process.
+//! What keeps keys inside the daemon's process, and what keeps the process small.
 
-use std::io;
+use std::ops::Range;
+use std::{fs, io};
 
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
@@ -34,4 +35,104 @@ pub fn harden() -> io::Result<()> {
 pub fn trim() {
     // SAFETY: malloc_trim only touches free memory of the allocator.
     unsafe { libc::malloc_trim(0) };
+}
+
+/// The code and constants of this program and of the libraries it is linked with: for libvirt's sake about seventy,
+/// of which the dynamic linker has read the tables once, and most of which are never called.
+#[derive(Debug)]
+pub struct LinkedCode(Vec<Range<usize>>);
+
+impl LinkedCode {
+    /// What is mapped now. Call it before there are other threads: all of it is linked and relocated then, and stays
+    /// mapped as it is until the process ends.
+    ///
+    /// # Errors
+    /// When `/proc` can't be read.
+    pub fn of_this_process() -> io::Result<Self> {
+        fs::read_to_string("/proc/self/smaps").map(|smaps| Self(unwritten(&smaps)))
+    }
+
+    /// Leaves those pages to the page cache. What is used again comes back from there, a page fault each.
+    pub fn release(&self) {
+        for range in &self.0 {
+            // SAFETY: a file's pages that nobody can write to, and that have no copy of ours, are read anew from the
+            // file with the same content.
+            unsafe { libc::madvise(range.start as *mut libc::c_void, range.len(), libc::MADV_DONTNEED) };
+        }
+    }
+}
+
+/// The mappings of files, in the format of `/proc/PID/smaps` (proc(5)), that are private and read-only and have no page
+/// that was ever written to, as relocated ones were.
+fn unwritten(smaps: &str) -> Vec<Range<usize>> {
+    let mut found = Vec::new();
+    let mut mapping = None;
+    for line in smaps.lines() {
+        if let Some(amount) = line.strip_prefix("Anonymous:") {
+            found.extend(mapping.take().filter(|_| amount.trim() == "0 kB"));
+        } else if let Some(range) = read_only_file(line) {
+            mapping = Some(range);
+        } else if line
+            .split_ascii_whitespace()
+            .next()
+            .is_some_and(|first| first.contains('-'))
+        {
+            mapping = None;
+        }
+    }
+    found
+}
+
+/// The range of `ADDRESS-ADDRESS r-xp OFFSET DEVICE INODE /PATH`.
+fn read_only_file(line: &str) -> Option<Range<usize>> {
+    let mut fields = line.split_ascii_whitespace();
+    let (start, end) = fields.next()?.split_once('-')?;
+    let permissions = fields.next()?;
+    let path = fields.nth(3)?;
+    let address = |text| usize::from_str_radix(text, 16).ok();
+    (matches!(permissions, "r-xp" | "r--p") && path.starts_with('/'))
+        .then_some(address(start)?..address(end)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SMAPS: &str = "\
+55d0c0000000-55d0c0100000 r--p 00000000 fe:00 131 /usr/bin/virtseald
+Rss:                 400 kB
+Anonymous:             0 kB
+VmFlags: rd mr mw me
+55d0c0100000-55d0c0200000 r-xp 00100000 fe:00 131 /usr/bin/virtseald
+Anonymous:             0 kB
+55d0c0200000-55d0c0300000 r--p 00200000 fe:00 131 /usr/bin/virtseald
+Anonymous:           144 kB
+55d0c0300000-55d0c0400000 rw-p 00300000 fe:00 131 /usr/bin/virtseald
+Anonymous:             0 kB
+55d0c0400000-55d0c0500000 rw-p 00000000 00:00 0 [heap]
+Anonymous:             0 kB
+7fff00000000-7fff00001000 r-xp 00000000 00:00 0 [vdso]
+Anonymous:             0 kB
+7fff00002000-7fff00003000 r--p 00000000 00:00 0
+Anonymous:             0 kB
+";
+
+    #[test]
+    fn only_pages_that_are_still_the_files_are_released() {
+        let expected = [
+            0x55d0_c000_0000..0x55d0_c010_0000,
+            0x55d0_c010_0000..0x55d0_c020_0000,
+        ];
+        assert_eq!(unwritten(SMAPS), expected);
+        assert!(unwritten("garbage\n-\n1-2\n").is_empty());
+    }
+
+    #[test]
+    fn code_works_after_its_pages_were_released() {
+        let code = LinkedCode::of_this_process().unwrap();
+        assert!(!code.0.is_empty());
+        code.release();
+        assert_eq!(openssl::sha::sha256(b"")[0], 0xe3);
+        assert_eq!(unwritten(SMAPS).len(), 2);
+    }
 }

@@ -20,7 +20,8 @@ use tracing_subscriber::util::SubscriberInitExt;
 use virtseal::config::Config;
 use virtseal::daemon::Daemon;
 use virtseal::failure::chain;
-use virtseal::{listener, process};
+use virtseal::listener;
+use virtseal::process::{self, LinkedCode};
 
 /// The daemon of virtseal: hands VMs their keys when libvirt starts them.
 #[derive(Debug, Parser)]
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> anyhow::Result<()> {
     process::harden().context("can't protect this process")?;
+    let code = Arc::new(LinkedCode::of_this_process().context("can't read /proc/self/smaps")?);
     let config = load(args)?;
     start_log(&config.log)?;
     let listener = listen(&config)?;
@@ -57,14 +59,19 @@ fn run(args: &Args) -> anyhow::Result<()> {
         .max_blocking_threads(64)
         .thread_keep_alive(Duration::from_secs(5))
         .build()?;
-    let outcome = LocalSet::new().block_on(&runtime, serve(listener, Arc::clone(&daemon), args));
+    let outcome = LocalSet::new().block_on(&runtime, serve(listener, Arc::clone(&daemon), code, args));
     // A worker may be stuck in libvirt: the keys go, whatever it waits for.
     daemon.lock_all();
     runtime.shutdown_timeout(LAST_CALLS);
     outcome
 }
 
-async fn serve(listener: UnixListener, daemon: Arc<Daemon>, args: &Args) -> anyhow::Result<()> {
+async fn serve(
+    listener: UnixListener,
+    daemon: Arc<Daemon>,
+    code: Arc<LinkedCode>,
+    args: &Args,
+) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
@@ -72,7 +79,7 @@ async fn serve(listener: UnixListener, daemon: Arc<Daemon>, args: &Args) -> anyh
     let listener = tokio::net::UnixListener::from_std(listener)?;
     unlock_from_credentials(&daemon);
     spawn_local(listener::serve(listener, Arc::clone(&daemon)));
-    spawn_local(watch_libvirt(Arc::clone(&daemon)));
+    spawn_local(watch_libvirt(Arc::clone(&daemon), code));
     let sweeping = Arc::clone(&daemon);
     spawn_blocking(move || sweeping.sweep_temporaries());
     notify(&[NotifyState::Ready]);
@@ -190,15 +197,18 @@ fn unlock_from_credentials(daemon: &Arc<Daemon>) {
 }
 
 /// Keeps the connection to libvirt, and takes away what an earlier daemon has left there.
-async fn watch_libvirt(daemon: Arc<Daemon>) {
+async fn watch_libvirt(daemon: Arc<Daemon>, code: Arc<LinkedCode>) {
     const PATIENCE: std::ops::Range<Duration> = Duration::from_millis(200)..Duration::from_secs(30);
     let mut wait = PATIENCE.start;
     loop {
-        let checked = Arc::clone(&daemon);
+        let (checked, code) = (Arc::clone(&daemon), Arc::clone(&code));
         let checked = spawn_blocking(move || {
             let new = checked.connect()?;
             let swept = if new { checked.sweep()? } else { 0 };
             process::trim();
+            if new {
+                code.release();
+            }
             Ok::<_, virtseal::libvirt::LibvirtError>((new, swept))
         })
         .await;
