@@ -4,8 +4,8 @@
 //! typed goes through a pipe.
 
 use std::fs::File;
-use std::io::{IsTerminal, Write};
-use std::os::fd::OwnedFd;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -79,13 +79,20 @@ pub(super) fn open_file(path: &Path) -> Result<OwnedFd, Failure> {
     Ok(file.into())
 }
 
-/// A descriptor that the caller's shell opened for us.
+/// A descriptor that the caller's shell opened for us; the same one, for opening a named pipe anew would wait for another
+/// writer.
 pub(super) fn inherited(fd: i32) -> Result<OwnedFd, Failure> {
-    let opened = File::open(format!("/proc/self/fd/{fd}")).map_err(|error| {
-        Failure::from_error(Code::Usage, format!("can't read file descriptor {fd}"), &error)
-            .next(format!("open it in the shell: virtseal … {fd}<FILE"))
-    })?;
-    Ok(opened.into())
+    // SAFETY: fcntl takes numbers only, and answers one that is not open with an error.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        let error = io::Error::last_os_error();
+        return Err(
+            Failure::from_error(Code::Usage, format!("can't read file descriptor {fd}"), &error)
+                .next(format!("open it in the shell: virtseal … {fd}<FILE")),
+        );
+    }
+    // SAFETY: `copy` was just returned to us and is owned by nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
 fn credential(name: &str) -> Result<OwnedFd, Failure> {
@@ -107,7 +114,7 @@ fn credential(name: &str) -> Result<OwnedFd, Failure> {
 
 /// Asks on the terminal.
 pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Failure> {
-    if !std::io::stdin().is_terminal() {
+    if !io::stdin().is_terminal() {
         return Err(Failure::new(
             Code::Usage,
             "a passphrase is needed, and there is no terminal to ask on",
