@@ -119,21 +119,24 @@ impl KeptEnvelope {
     }
 }
 
+/// The sealed root key in the keystore of `state_dir`, as the daemon holds it in memory.
+///
+/// # Errors
+/// When it is no keystore, or has no native provider.
+pub fn sealed_root(state_dir: &Path) -> Result<Vec<u8>> {
+    let copy = Copied::of(state_dir)?;
+    let query = "SELECT sealed FROM native_roots";
+    Ok(copy.database.query_row(query, [], |row| row.get(0))?)
+}
+
 /// The envelopes in the keystore of `state_dir`, whose daemon writes nothing now. A copy is read: nothing there is touched.
 ///
 /// # Errors
 /// When it is no keystore.
 pub fn kept_envelopes(state_dir: &Path) -> Result<Vec<KeptEnvelope>> {
-    let copy = tempfile::tempdir()?;
-    let path = copy.path().join("keystore.db");
-    fs::copy(state_dir.join("keystore.db"), &path)?;
-    let log = state_dir.join("keystore.db-wal");
-    if log.exists() {
-        fs::copy(log, copy.path().join("keystore.db-wal"))?;
-    }
-    let database = rusqlite::Connection::open(&path)?;
-    let mut statement =
-        database.prepare("SELECT id, kind, state, location, vm, json FROM envelopes ORDER BY id")?;
+    let copy = Copied::of(state_dir)?;
+    let query = "SELECT id, kind, state, location, vm, json FROM envelopes ORDER BY id";
+    let mut statement = copy.database.prepare(query)?;
     let rows = statement.query_map([], |row| {
         let json: String = row.get("json")?;
         Ok(KeptEnvelope {
@@ -146,6 +149,28 @@ pub fn kept_envelopes(state_dir: &Path) -> Result<Vec<KeptEnvelope>> {
         })
     })?;
     Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// A keystore's copy, so that the daemon's own files are not touched.
+struct Copied {
+    database: rusqlite::Connection,
+    _directory: tempfile::TempDir,
+}
+
+impl Copied {
+    fn of(state_dir: &Path) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let path = directory.path().join("keystore.db");
+        fs::copy(state_dir.join("keystore.db"), &path)?;
+        let log = state_dir.join("keystore.db-wal");
+        if log.exists() {
+            fs::copy(log, directory.path().join("keystore.db-wal"))?;
+        }
+        Ok(Self {
+            database: rusqlite::Connection::open(&path)?,
+            _directory: directory,
+        })
+    }
 }
 
 #[cfg(test)]

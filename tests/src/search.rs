@@ -85,7 +85,8 @@ impl Needles {
                 continue;
             }
             if found.is_dir() {
-                let entries = fs::read_dir(&path).with_context(|| path.display().to_string())?;
+                // Another's temporary directory may be gone by now.
+                let entries = fs::read_dir(&path).into_iter().flatten();
                 left.extend(entries.filter_map(Result::ok).map(|entry| entry.path()));
             } else if found.is_file() {
                 files += 1;
