@@ -5,6 +5,7 @@
 
 pub mod native;
 pub mod registry;
+pub mod transit;
 
 #[cfg(test)]
 mod conformance;
@@ -184,6 +185,12 @@ pub enum ProviderError {
     /// Trust is not established both ways.
     #[error("is not trusted: {0}")]
     NotTrusted(String),
+    /// Its server must be unsealed first.
+    #[error("is locked: its server is sealed")]
+    ServerSealed,
+    /// Its server ended what it was unlocked with, or does not let that do enough.
+    #[error("is not trusted by its server: {0}")]
+    CredentialRefused(String),
     /// This host has a record of it that can't be used.
     #[error("can't be used: {0}")]
     Unusable(String),

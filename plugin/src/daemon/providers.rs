@@ -161,6 +161,10 @@ impl Daemon {
     fn native(&self, name: &str) -> Result<std::sync::Arc<NativeProvider>, Failure> {
         match self.registry.find(name)? {
             Provider::Native(native) => Ok(native),
+            Provider::Transit(_) => Err(Failure::new(
+                Code::Failed,
+                format!("provider '{name}' keeps its keys at its server, which is backed up there"),
+            )),
             Provider::Unusable(other) => Err(Failure::new(
                 Code::Failed,
                 format!("provider '{name}' {}", other.status()),

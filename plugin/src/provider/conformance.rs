@@ -8,6 +8,8 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use super::native::NativeProvider;
+use super::transit::TransitProvider;
+use super::transit::bao::{Bao, secret};
 use super::{KekScope, KeyProvider, ProviderError, ProviderStatus};
 use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, Payload, ProviderId, Stanza, VmId};
 use crate::keystore::Keystore;
@@ -72,6 +74,88 @@ impl Fixture for Native {
 
     fn unknown_kek(&self) -> KekId {
         KekId(format!("v2:vm:{}", VmId::random()))
+    }
+}
+
+/// A transit engine with a key per VM, and an AppRole with the policy that the manual gives.
+struct Transit {
+    /// Ends with the last fixture.
+    _bao: Arc<Bao>,
+    keystore: Arc<Keystore>,
+    secret_id: String,
+    provider: Option<TransitProvider>,
+    _dir: tempfile::TempDir,
+}
+
+impl Transit {
+    fn with(scope: &str) -> Self {
+        let (bao, dir) = (Bao::shared(), tempfile::tempdir().unwrap());
+        let keystore = Native::keystore(&dir);
+        let mount = bao.engine();
+        let (role_id, secret_id) = bao.approle(&bao.policy(&mount), "1h", "2h");
+        let settings = serde_json::json!({
+            "address": bao.address, "mount": mount, "kek_scope": scope, "timeout_ms": 20000,
+            "auth": {"method": "approle", "role_id": role_id}
+        });
+        let settings = serde_json::from_value(settings).unwrap();
+        let provider = TransitProvider::create(&keystore, None, &"vault".parse().unwrap(), settings).unwrap();
+        provider.unlock(&secret(&secret_id)).unwrap();
+        Self {
+            _bao: bao,
+            keystore,
+            secret_id,
+            provider: Some(provider),
+            _dir: dir,
+        }
+    }
+}
+
+impl Fixture for Transit {
+    fn new() -> Self {
+        Self::with("vm")
+    }
+
+    fn provider(&self) -> &dyn KeyProvider {
+        self.provider.as_ref().unwrap()
+    }
+
+    fn credential(&self) -> SecretBytes {
+        secret(&self.secret_id)
+    }
+
+    fn restart(&mut self) {
+        self.provider = None;
+        let record = self.keystore.providers().unwrap().remove(0);
+        self.provider = Some(TransitProvider::open(&record).unwrap());
+    }
+
+    fn unknown_kek(&self) -> KekId {
+        KekId(format!("virtseal-{}:v1", VmId::random()))
+    }
+}
+
+/// The same with one shared key and a derived context for each VM.
+struct TransitShared(Transit);
+
+impl Fixture for TransitShared {
+    fn new() -> Self {
+        Self(Transit::with("provider"))
+    }
+
+    fn provider(&self) -> &dyn KeyProvider {
+        self.0.provider()
+    }
+
+    fn credential(&self) -> SecretBytes {
+        self.0.credential()
+    }
+
+    fn restart(&mut self) {
+        self.0.restart();
+    }
+
+    fn unknown_kek(&self) -> KekId {
+        KekId(format!("virtseal-{}/{}:v1", VmId::random(), VmId::random()))
     }
 }
 
@@ -490,3 +574,5 @@ macro_rules! conformance {
 }
 
 conformance!(native, super::Native);
+conformance!(transit, super::Transit);
+conformance!(transit_shared, super::TransitShared);

@@ -13,6 +13,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::native::{NativeError, NativeProvider};
+use super::transit::{TransitProvider, TransitSettings};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::envelope::{Binding, Envelope, EnvelopeError, KekId, Payload, ProviderId, Stanza};
 use crate::failure::{Code, Failure, chain};
@@ -26,6 +27,8 @@ pub use opening::{Attempt, OpenError, Refusal};
 pub enum Provider {
     /// A root key on this host.
     Native(Arc<NativeProvider>),
+    /// In the transit engine of a Vault or OpenBao.
+    Transit(Arc<TransitProvider>),
     /// Recorded, but of no use to this version.
     Unusable(Arc<UnusableProvider>),
 }
@@ -36,6 +39,7 @@ impl Provider {
     pub fn provider(&self) -> &dyn KeyProvider {
         match self {
             Self::Native(provider) => provider.as_ref(),
+            Self::Transit(provider) => provider.as_ref(),
             Self::Unusable(provider) => provider.as_ref(),
         }
     }
@@ -45,26 +49,27 @@ impl Provider {
     pub fn kind(&self) -> &str {
         match self {
             Self::Native(_) => NativeProvider::KIND,
+            Self::Transit(_) => TransitProvider::KIND,
             Self::Unusable(provider) => &provider.record.kind,
         }
     }
 
     fn from_record(keystore: &Arc<Keystore>, record: ProviderRecord) -> Result<Self, KeystoreError> {
-        if record.kind != NativeProvider::KIND {
-            let reason = format!(
-                "this virtseal does not know the kind {:?}: upgrade virtseal",
-                record.kind
-            );
-            return Ok(Self::Unusable(Arc::new(UnusableProvider { record, reason })));
-        }
-        match NativeProvider::open(Arc::clone(keystore), &record) {
-            Ok(provider) => Ok(Self::Native(Arc::new(provider))),
-            Err(NativeError::Keystore(error)) => Err(error),
-            Err(error) => {
-                let reason = chain(&error);
-                Ok(Self::Unusable(Arc::new(UnusableProvider { record, reason })))
-            }
-        }
+        let opened = match record.kind.as_str() {
+            NativeProvider::KIND => match NativeProvider::open(Arc::clone(keystore), &record) {
+                Ok(provider) => Ok(Self::Native(Arc::new(provider))),
+                Err(NativeError::Keystore(error)) => return Err(error),
+                Err(error) => Err(chain(&error)),
+            },
+            TransitProvider::KIND => match TransitProvider::open(&record) {
+                Ok(provider) => Ok(Self::Transit(Arc::new(provider))),
+                Err(error) => Err(chain(&error)),
+            },
+            kind => Err(format!(
+                "this virtseal does not know the kind {kind:?}: upgrade virtseal"
+            )),
+        };
+        Ok(opened.unwrap_or_else(|reason| Self::Unusable(Arc::new(UnusableProvider { record, reason }))))
     }
 }
 
@@ -212,8 +217,13 @@ impl Registry {
         name: &ProviderName,
         passphrase: &SecretBytes,
     ) -> Result<Arc<NativeProvider>, NativeError> {
-        let made = NativeProvider::create(Arc::clone(&self.keystore), name, passphrase)?;
-        Ok(self.enter(made))
+        let made = Arc::new(NativeProvider::create(
+            Arc::clone(&self.keystore),
+            name,
+            passphrase,
+        )?);
+        self.enter(Provider::Native(Arc::clone(&made)));
+        Ok(made)
     }
 
     /// Brings a native provider back from `backup`.
@@ -228,20 +238,41 @@ impl Registry {
         passphrase: &SecretBytes,
     ) -> Result<Arc<NativeProvider>, NativeError> {
         let keystore = Arc::clone(&self.keystore);
-        let made = NativeProvider::restore(keystore, name, backup, backup_passphrase, passphrase)?;
-        Ok(self.enter(made))
+        let made = Arc::new(NativeProvider::restore(
+            keystore,
+            name,
+            backup,
+            backup_passphrase,
+            passphrase,
+        )?);
+        self.enter(Provider::Native(Arc::clone(&made)));
+        Ok(made)
     }
 
-    fn enter(&self, made: NativeProvider) -> Arc<NativeProvider> {
-        let made = Arc::new(made);
+    /// Adds a transit provider, locked; an `id` makes it the same one that another host has.
+    ///
+    /// # Errors
+    /// As [`TransitProvider::create`].
+    pub fn add_transit(
+        &self,
+        id: Option<ProviderId>,
+        name: &ProviderName,
+        settings: TransitSettings,
+    ) -> Result<Arc<TransitProvider>, KeystoreError> {
+        let made = Arc::new(TransitProvider::create(&self.keystore, id, name, settings)?);
+        self.enter(Provider::Transit(Arc::clone(&made)));
+        Ok(made)
+    }
+
+    fn enter(&self, made: Provider) {
+        let id = made.provider().id();
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        known.providers.push(Provider::Native(Arc::clone(&made)));
+        known.providers.push(made);
         known
             .providers
             .sort_by(|a, b| a.provider().name().cmp(b.provider().name()));
         // As the keystore does.
-        known.default.get_or_insert(made.id());
-        made
+        known.default.get_or_insert(id);
     }
 
     /// Locks all providers.
@@ -393,6 +424,8 @@ pub enum NextCommand {
     Trust(String),
     /// `virtseal provider show NAME`
     Show(String),
+    /// `vault operator unseal`, or OpenBao's, at the server.
+    Unseal,
     /// Install a later version.
     Upgrade,
 }
@@ -402,6 +435,9 @@ impl std::fmt::Display for NextCommand {
         let (verb, name) = match self {
             Self::AddNative => return f.write_str("virtseal provider add native main"),
             Self::List => return f.write_str("virtseal provider list"),
+            Self::Unseal => {
+                return f.write_str("unseal the server (bao operator unseal, vault operator unseal)");
+            }
             Self::Upgrade => return f.write_str("upgrade virtseal"),
             Self::Unlock(name) => ("unlock", name),
             Self::Backup(name) => ("backup", name),
@@ -424,6 +460,8 @@ impl ProviderError {
             Self::NotBackedUp => (Code::Failed, Some(NextCommand::Backup(name))),
             Self::Unreachable(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
             Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),
+            Self::CredentialRefused(_) => (Code::NotTrusted, Some(NextCommand::Unlock(name))),
+            Self::ServerSealed => (Code::Locked, Some(NextCommand::Unseal)),
             Self::Unusable(_) => (Code::Failed, Some(NextCommand::Show(name))),
             Self::UnknownMechanism(_) => (Code::Failed, Some(NextCommand::Upgrade)),
             Self::UnknownKek(_) | Self::Tampered | Self::Payload(_) | Self::Internal { .. } => {

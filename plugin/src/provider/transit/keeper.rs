@@ -1,0 +1,56 @@
+//! What goes on in the background while a provider is unlocked: the token is renewed in time, a server that was away
+//! is found again, and `status` knows of it before a VM starts.
+
+use std::sync::Weak;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use super::Core;
+
+/// Between two looks at a server that answers.
+pub(super) const HEALTHY: Duration = Duration::from_secs(30);
+/// Between two looks at one that does not.
+const ILL: Duration = Duration::from_secs(5);
+/// The least time between two looks, whatever a token's lease says.
+const LEAST: Duration = Duration::from_millis(500);
+
+/// The background thread of one provider; it ends when this is dropped.
+pub(super) struct Keeper {
+    _ends_when_dropped: Sender<()>,
+}
+
+impl Keeper {
+    /// Without a thread everything still works, only later.
+    pub(super) fn start(core: Weak<Core>) -> Option<Self> {
+        let (sender, receiver) = channel();
+        let thread = std::thread::Builder::new().name("transit".to_owned());
+        thread.spawn(move || keep(&core, &receiver)).ok()?;
+        Some(Self {
+            _ends_when_dropped: sender,
+        })
+    }
+}
+
+fn keep(core: &Weak<Core>, end: &Receiver<()>) {
+    let mut wait = ILL;
+    if let Some(core) = core.upgrade() {
+        wait = next_look(&core);
+    }
+    while let Err(RecvTimeoutError::Timeout) = end.recv_timeout(wait) {
+        let Some(core) = core.upgrade() else {
+            return;
+        };
+        let due = core.outlook().1.is_some_and(|due| due <= Instant::now());
+        if due || !core.is_fresh() {
+            core.look();
+        }
+        wait = next_look(&core);
+    }
+}
+
+fn next_look(core: &Core) -> Duration {
+    let (healthy, due) = core.outlook();
+    let usual = if healthy { HEALTHY } else { ILL };
+    let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
+    until_due.map_or(usual, |due| due.min(usual)).max(LEAST)
+}

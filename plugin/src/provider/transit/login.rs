@@ -1,0 +1,226 @@
+//! Logging in, and staying logged in.
+//!
+//! A token is renewed after two thirds of its time. Where it can't be (its maximum is reached), AppRole and
+//! certificate log in anew; a bare token ends, which `status` says beforehand.
+
+use std::borrow::Cow;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use super::http::{Ask, Client, Fault};
+use super::settings::{Auth, TransitSettings};
+use crate::secret::{SecretBytes, Transient};
+
+/// A token, and the connection that it was made for.
+pub(super) struct Session {
+    pub(super) client: Client,
+    pub(super) token: SecretBytes,
+    lease: Lease,
+}
+
+/// How long a token is good for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Lease {
+    /// From when on; `time` counts from here.
+    since: Instant,
+    /// For ever without it.
+    time: Option<Duration>,
+    renewable: bool,
+}
+
+impl Lease {
+    fn new(seconds: u64, renewable: bool) -> Self {
+        Self {
+            since: Instant::now(),
+            // A token without an end has 0 here.
+            time: (seconds > 0).then(|| Duration::from_secs(seconds)),
+            renewable,
+        }
+    }
+
+    /// When to do something about it.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.time.map(|time| self.since + time * 2 / 3)
+    }
+
+    /// What is left.
+    pub(super) fn left(&self) -> Option<Duration> {
+        self.time
+            .map(|time| (self.since + time).saturating_duration_since(Instant::now()))
+    }
+}
+
+#[derive(Deserialize)]
+struct Granted<'a> {
+    #[serde(borrow)]
+    auth: Option<Grant<'a>>,
+}
+
+#[derive(Deserialize)]
+struct Grant<'a> {
+    #[serde(borrow)]
+    client_token: Cow<'a, str>,
+    lease_duration: u64,
+    renewable: bool,
+}
+
+#[derive(Deserialize)]
+struct LookedUp {
+    data: Lookup,
+}
+
+#[derive(Deserialize)]
+struct Lookup {
+    ttl: u64,
+    #[serde(default)]
+    renewable: bool,
+}
+
+impl Session {
+    /// Logs in with `credential`.
+    pub(super) fn login(
+        settings: &TransitSettings,
+        credential: &SecretBytes,
+        deadline: Instant,
+    ) -> Result<Self, Fault> {
+        match &settings.auth {
+            Auth::Token => {
+                let client = Client::new(settings, None)?;
+                let token = copy(credential)?;
+                let lease = look_up(&client, &token, deadline).map_err(wrong_if_denied)?;
+                Ok(Self { client, token, lease })
+            }
+            Auth::AppRole { role_id, mount } => {
+                let client = Client::new(settings, None)?;
+                let secret_id =
+                    std::str::from_utf8(credential.expose()).map_err(|_| Fault::WrongCredential)?;
+                let body = json(&AppRoleLogin { role_id, secret_id })?;
+                Self::granted(client, &format!("auth/{mount}/login"), &body, deadline)
+            }
+            Auth::Cert { role, mount } => {
+                let client = Client::new(settings, Some(credential)).map_err(|fault| match fault {
+                    Fault::NotTrusted(why) => Fault::Ended(why),
+                    other => other,
+                })?;
+                let body = json(&CertLogin {
+                    name: role.as_deref(),
+                })?;
+                Self::granted(client, &format!("auth/{mount}/login"), &body, deadline)
+            }
+        }
+    }
+
+    fn granted(client: Client, path: &str, body: &[u8], deadline: Instant) -> Result<Self, Fault> {
+        let answer = client
+            .ask(None, Ask::post(path, body), deadline)
+            .map_err(|fault| match fault {
+                // Which one it is only the words tell, and these differ.
+                Fault::Refused(_) => Fault::WrongCredential,
+                fault => fault,
+            })?;
+        let granted: Granted<'_> = answer.json()?;
+        let grant = granted
+            .auth
+            .ok_or_else(|| Fault::odd("a login without a token"))?;
+        let mut token = SecretBytes::zeroed(grant.client_token.len()).map_err(Fault::memory)?;
+        token.expose_mut().copy_from_slice(grant.client_token.as_bytes());
+        let lease = Lease::new(grant.lease_duration, grant.renewable);
+        Ok(Self { client, token, lease })
+    }
+
+    pub(super) fn lease(&self) -> Lease {
+        self.lease
+    }
+
+    /// Whether the server still takes the token.
+    pub(super) fn probe(&self, deadline: Instant) -> Result<(), Fault> {
+        look_up(&self.client, &self.token, deadline).map(drop)
+    }
+
+    /// The session with its token renewed; the faults of a token that can't be are [`Fault::Denied`] and
+    /// [`Fault::Refused`].
+    pub(super) fn renewed(&self, deadline: Instant) -> Result<Self, Fault> {
+        if !self.lease.renewable {
+            return Err(Fault::Refused("its token can't be renewed".to_owned()));
+        }
+        let ask = Ask::post("auth/token/renew-self", b"{}");
+        let answer = self.client.ask(Some(&self.token), ask, deadline)?;
+        let granted: Granted<'_> = answer.json()?;
+        let grant = granted
+            .auth
+            .ok_or_else(|| Fault::odd("a renewal without a token"))?;
+        let lease = Lease::new(grant.lease_duration, grant.renewable);
+        let shorter = |then: Duration, now: Duration| now < then / 2;
+        if self
+            .lease
+            .time
+            .zip(lease.time)
+            .is_some_and(|(then, now)| shorter(then, now))
+        {
+            return Err(Fault::Refused("its token comes to its maximum time".to_owned()));
+        }
+        Ok(Self {
+            client: self.client.clone(),
+            token: copy(&self.token)?,
+            lease,
+        })
+    }
+}
+
+#[derive(Serialize)]
+struct AppRoleLogin<'a> {
+    role_id: &'a str,
+    secret_id: &'a str,
+}
+
+#[derive(Serialize)]
+struct CertLogin<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+}
+
+fn look_up(client: &Client, token: &SecretBytes, deadline: Instant) -> Result<Lease, Fault> {
+    let answer = client.ask(Some(token), Ask::get("auth/token/lookup-self"), deadline)?;
+    let LookedUp { data } = answer.json()?;
+    Ok(Lease::new(data.ttl, data.renewable))
+}
+
+fn wrong_if_denied(fault: Fault) -> Fault {
+    match fault {
+        Fault::Denied(_) => Fault::WrongCredential,
+        fault => fault,
+    }
+}
+
+/// JSON in memory that is wiped, and that does not move while it is written.
+pub(super) fn json(value: &impl Serialize) -> Result<Transient, Fault> {
+    let mut text = Zeroizing::new(Vec::with_capacity(4096));
+    serde_json::to_writer(&mut *text, value)
+        .map_err(|error| Fault::odd(&format!("a request that is no JSON: {error}")))?;
+    Ok(text)
+}
+
+pub(super) fn copy(secret: &SecretBytes) -> Result<SecretBytes, Fault> {
+    let mut copy = SecretBytes::zeroed(secret.expose().len()).map_err(Fault::memory)?;
+    copy.expose_mut().copy_from_slice(secret.expose());
+    Ok(copy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn token_is_renewed_before_its_end() {
+        let lease = Lease::new(90, true);
+        let due = lease.due().unwrap() - lease.since;
+        assert_eq!(due, Duration::from_secs(60));
+        assert!(lease.left().unwrap() > Duration::from_secs(60));
+        assert_eq!(
+            (Lease::new(0, false).due(), Lease::new(0, false).left()),
+            (None, None)
+        );
+    }
+}

@@ -1,0 +1,450 @@
+//! Against a real OpenBao: what only a transit engine can show. The rest is in the conformance suite.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::bao::{Bao, Proxy, secret};
+use super::*;
+use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::secret::Dek;
+
+/// Unlocked, with the manual's policy.
+struct Host {
+    provider: TransitProvider,
+    mount: String,
+    policy: String,
+}
+
+fn provider(settings: Value) -> TransitProvider {
+    let settings: TransitSettings = serde_json::from_value(settings).unwrap();
+    TransitProvider::new(ProviderId::random(), "vault", settings.validated().unwrap())
+}
+
+impl Host {
+    /// With a token that `request` describes, by way of `address`.
+    fn with_token(bao: &Bao, address: &str, request: Value) -> Self {
+        let mount = bao.engine();
+        let policy = bao.policy(&mount);
+        let provider = provider(json!({
+            "address": address, "mount": mount, "auth": {"method": "token"}, "timeout_ms": 5000
+        }));
+        provider.unlock(&secret(&bao.token(&policy, request))).unwrap();
+        Self {
+            provider,
+            mount,
+            policy,
+        }
+    }
+
+    fn new(bao: &Bao) -> Self {
+        Self::with_token(bao, &bao.address, json!({"period": "1h"}))
+    }
+
+    fn with_approle(bao: &Bao, ttl: &str, max_ttl: &str) -> Self {
+        let mount = bao.engine();
+        let policy = bao.policy(&mount);
+        let (role_id, secret_id) = bao.approle(&policy, ttl, max_ttl);
+        let provider = provider(json!({
+            "address": bao.address, "mount": mount, "auth": {"method": "approle", "role_id": role_id}
+        }));
+        provider.unlock(&secret(&secret_id)).unwrap();
+        Self {
+            provider,
+            mount,
+            policy,
+        }
+    }
+
+    fn token(&self) -> String {
+        let session = self.provider.core.state().session.clone().unwrap();
+        String::from_utf8(session.token.expose().to_vec()).unwrap()
+    }
+
+    fn opens(&self, sealed: &Sealed) {
+        sealed.opened_by(&self.provider);
+    }
+
+    fn refusal(&self, sealed: &Sealed) -> ProviderError {
+        self.provider.unwrap_many(&[&sealed.stanza]).unwrap_err()
+    }
+}
+
+struct Sealed {
+    payload: Payload,
+    stanza: Stanza,
+}
+
+impl Sealed {
+    fn of(provider: &TransitProvider, vm: VmId) -> Self {
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm,
+            kind: ObjectKind::Disk,
+        };
+        let payload = Payload::bind(&Dek::random().unwrap(), &binding).unwrap();
+        let kek = provider.create_kek(&KekScope::Vm(vm)).unwrap();
+        let stanza = provider.wrap(&kek, &payload).unwrap();
+        Self { payload, stanza }
+    }
+
+    fn by(host: &Host) -> Self {
+        Self::of(&host.provider, VmId::random())
+    }
+
+    fn opened_by(&self, provider: &TransitProvider) {
+        let opened = provider.unwrap_many(&[&self.stanza]).unwrap();
+        assert_eq!(opened[0].expose(), self.payload.expose());
+    }
+}
+
+fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is_so() {
+        assert!(
+            began.elapsed() < Duration::from_secs(60),
+            "it takes too long until {what}"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn eight_disks_of_a_vm_cost_one_round_trip() {
+    let bao = Bao::shared();
+    let proxy = Proxy::before(&bao);
+    let host = Host::with_token(&bao, &proxy.address, json!({"period": "1h"}));
+    let vm = VmId::random();
+    let disks: Vec<_> = (0..8).map(|_| Sealed::of(&host.provider, vm)).collect();
+    let stanzas: Vec<_> = disks.iter().map(|disk| &disk.stanza).collect();
+    let before = proxy.requests();
+    let opened = host.provider.unwrap_many(&stanzas).unwrap();
+    assert_eq!(proxy.requests(), before + 1);
+    for (payload, disk) in opened.iter().zip(&disks) {
+        assert_eq!(payload.expose(), disk.payload.expose());
+    }
+}
+
+#[test]
+fn sealed_and_restarted_server_is_locked_until_it_is_unsealed() {
+    let bao = Bao::stored(tempfile::tempdir().unwrap());
+    let host = Host::new(&bao);
+    let sealed = Sealed::by(&host);
+    bao.ask("POST", "sys/seal", &json!({}));
+    let error = host.refusal(&sealed);
+    assert!(matches!(error, ProviderError::ServerSealed), "{error:?}");
+    let (code, next) = error.advice("vault");
+    assert_eq!(code, crate::failure::Code::Locked);
+    assert!(next.unwrap().to_string().contains("operator unseal"));
+    assert_eq!(host.provider.status(), ProviderStatus::Locked);
+    bao.unseal();
+    host.opens(&sealed);
+    assert_eq!(host.provider.status(), ProviderStatus::Ready);
+
+    bao.kill();
+    assert!(matches!(host.refusal(&sealed), ProviderError::Unreachable(_)));
+    assert!(matches!(host.provider.status(), ProviderStatus::Unreachable(_)));
+    bao.start();
+    bao.wait_for_listener();
+    assert!(matches!(host.refusal(&sealed), ProviderError::ServerSealed));
+    bao.unseal();
+    host.provider.probe();
+    assert_eq!(host.provider.status(), ProviderStatus::Ready);
+    host.opens(&sealed);
+}
+
+#[test]
+fn unlock_of_an_absent_server_is_remembered_and_a_lock_forgets_it() {
+    let bao = Bao::stored(tempfile::tempdir().unwrap());
+    let host = Host::new(&bao);
+    let sealed = Sealed::by(&host);
+    let token = secret(&host.token());
+    host.provider.lock();
+    bao.kill();
+    assert!(matches!(
+        host.provider.unlock(&token),
+        Err(ProviderError::Unreachable(_))
+    ));
+    assert!(matches!(host.provider.status(), ProviderStatus::Unreachable(_)));
+    bao.start();
+    bao.wait_for_listener();
+    bao.unseal();
+    // Nobody asks: the background finds it.
+    wait_for("it is ready", || host.provider.status() == ProviderStatus::Ready);
+    host.opens(&sealed);
+    host.provider.lock();
+    bao.kill();
+    assert!(host.provider.unlock(&token).is_err());
+    host.provider.lock();
+    assert_eq!(host.provider.status(), ProviderStatus::Locked);
+    assert!(matches!(host.refusal(&sealed), ProviderError::Locked));
+}
+
+#[test]
+fn expired_and_revoked_tokens_are_not_trusted_until_there_is_a_new_one() {
+    let bao = Bao::shared();
+    let host = Host::with_token(&bao, &bao.address, json!({"ttl": "2s", "renewable": false}));
+    let sealed = Sealed::by(&host);
+    let is_warned = || matches!(host.provider.status(), ProviderStatus::Degraded(why) if why.contains("can't be renewed"));
+    wait_for("the end of the token is announced", is_warned);
+    wait_for("the token ends", || {
+        host.provider.unwrap_many(&[&sealed.stanza]).is_err()
+    });
+    let expect_refusal = || {
+        let error = host.refusal(&sealed);
+        assert!(matches!(error, ProviderError::CredentialRefused(_)), "{error:?}");
+        let (code, next) = error.advice("vault");
+        assert_eq!(code, crate::failure::Code::NotTrusted);
+        assert_eq!(next.unwrap().to_string(), "virtseal provider unlock vault");
+        assert!(matches!(host.provider.status(), ProviderStatus::NotTrusted(_)));
+    };
+    expect_refusal();
+    let token = bao.token(&host.policy, json!({"period": "1h"}));
+    host.provider.unlock(&secret(&token)).unwrap();
+    host.opens(&sealed);
+    assert_eq!(host.provider.status(), ProviderStatus::Ready);
+    bao.ask("POST", "auth/token/revoke", &json!({"token": token}));
+    expect_refusal();
+}
+
+#[test]
+fn revoked_login_is_repeated_and_a_revoked_role_is_not_hammered() {
+    let bao = Bao::shared();
+    let host = Host::with_approle(&bao, "1h", "2h");
+    let sealed = Sealed::by(&host);
+    let first = host.token();
+    bao.ask("POST", "auth/token/revoke", &json!({"token": first}));
+    host.opens(&sealed);
+    assert_ne!(host.token(), first);
+    bao.ask("DELETE", "sys/auth/approle", &Value::Null);
+    assert!(matches!(
+        host.refusal(&sealed),
+        ProviderError::CredentialRefused(_) | ProviderError::Unusable(_)
+    ));
+}
+
+#[test]
+fn token_outlives_its_time_by_renewal_and_its_maximum_by_a_new_login() {
+    let bao = Bao::shared();
+    let host = Host::with_approle(&bao, "3s", "6s");
+    let sealed = Sealed::by(&host);
+    let first = host.token();
+    let until = Instant::now() + Duration::from_secs(9);
+    while Instant::now() < until {
+        host.opens(&sealed);
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    assert_ne!(host.token(), first);
+    assert_eq!(host.provider.status(), ProviderStatus::Ready);
+}
+
+#[test]
+fn killed_connections_are_not_noticed() {
+    let bao = Bao::shared();
+    let proxy = Proxy::before(&bao);
+    let host = Host::with_token(&bao, &proxy.address, json!({"period": "1h"}));
+    let sealed = Sealed::by(&host);
+    for _ in 0..20 {
+        proxy.cut();
+        host.opens(&sealed);
+    }
+}
+
+#[test]
+fn slow_server_costs_its_timeout_and_no_more() {
+    let bao = Bao::shared();
+    let proxy = Proxy::before(&bao);
+    let host = Host::with_token(&bao, &proxy.address, json!({"period": "1h"}));
+    let sealed = Sealed::by(&host);
+    proxy.stall(true);
+    let began = Instant::now();
+    let error = host.refusal(&sealed);
+    assert!(
+        matches!(&error, ProviderError::Unreachable(why) if why.contains("no answer in time")),
+        "{error:?}"
+    );
+    assert!(began.elapsed() >= Duration::from_secs(5));
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    assert!(matches!(host.provider.status(), ProviderStatus::Unreachable(_)));
+    proxy.stall(false);
+    host.opens(&sealed);
+    assert_eq!(host.provider.status(), ProviderStatus::Ready);
+}
+
+#[test]
+fn deleted_key_is_unknown_and_is_not_made_up_again() {
+    let bao = Bao::shared();
+    let host = Host::new(&bao);
+    let sealed = Sealed::by(&host);
+    let other = Sealed::by(&host);
+    let kek = &sealed.stanza.kek;
+    let receipt = host.provider.destroy_kek(kek).unwrap();
+    assert!(receipt.destroyed, "{receipt:?}");
+    assert!(matches!(host.refusal(&sealed), ProviderError::UnknownKek(unknown) if unknown == *kek));
+    let again = host.provider.wrap(kek, &sealed.payload).unwrap_err();
+    assert!(matches!(again, ProviderError::UnknownKek(_)), "{again:?}");
+    let both = host
+        .provider
+        .unwrap_many(&[&other.stanza, &sealed.stanza])
+        .unwrap_err();
+    assert!(matches!(both, ProviderError::UnknownKek(unknown) if unknown == *kek));
+    assert_eq!(host.provider.status(), ProviderStatus::Ready);
+}
+
+#[test]
+fn key_that_may_not_be_deleted_stays_and_the_receipt_says_so() {
+    let bao = Bao::shared();
+    let host = Host::new(&bao);
+    let sealed = Sealed::by(&host);
+    let policy = json!({"policy": format!(
+        "path \"{0}/keys/virtseal-*\" {{ capabilities = [\"read\"] }} path \"{0}/decrypt/virtseal-*\" {{ capabilities = [\"update\"] }}",
+        host.mount
+    )});
+    bao.ask("POST", &format!("sys/policies/acl/{}", host.policy), &policy);
+    let receipt = host.provider.destroy_kek(&sealed.stanza.kek).unwrap();
+    assert!(!receipt.destroyed);
+    assert!(receipt.observed.contains("deletion_allowed"), "{receipt:?}");
+    host.opens(&sealed);
+    let error = host
+        .provider
+        .create_kek(&KekScope::Vm(VmId::random()))
+        .unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::Unusable(why) if why.contains("policy")),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn rotated_keys_open_the_old_and_the_server_rewraps() {
+    let bao = Bao::shared();
+    let host = Host::new(&bao);
+    let vm = VmId::random();
+    let sealed: Vec<_> = (0..3).map(|_| Sealed::of(&host.provider, vm)).collect();
+    let old = &sealed[0].stanza.kek;
+    let new = host.provider.rotate(old).unwrap();
+    assert_eq!(new.0, old.0.replace(":v1", ":v2"));
+    assert_eq!(host.provider.create_kek(&KekScope::Vm(vm)).unwrap(), new);
+    let stanzas: Vec<_> = sealed.iter().map(|one| &one.stanza).collect();
+    let rewrapped = host.provider.rewrap(&stanzas).unwrap();
+    for (stanza, one) in rewrapped.into_iter().zip(&sealed) {
+        assert_eq!(stanza.kek, new);
+        host.opens(one);
+        Sealed {
+            payload: Payload::from_unwrapped(copy_of(&one.payload)).unwrap(),
+            stanza,
+        }
+        .opened_by(&host.provider);
+    }
+    // An old version is not the whole key.
+    let receipt = host.provider.destroy_kek(old).unwrap();
+    assert!(
+        !receipt.destroyed && receipt.observed.contains("trim"),
+        "{receipt:?}"
+    );
+    let key = host.mount.clone() + "/keys/" + old.0.split(':').next().unwrap();
+    bao.ask(
+        "POST",
+        &format!("{key}/config"),
+        &json!({"min_decryption_version": 2}),
+    );
+    assert!(matches!(host.refusal(&sealed[0]), ProviderError::UnknownKek(unknown) if unknown == *old));
+}
+
+fn copy_of(payload: &Payload) -> SecretBytes {
+    SecretBytes::take(&mut payload.expose().to_vec()).unwrap()
+}
+
+#[test]
+fn derived_kek_is_not_destroyed_and_a_plain_key_is_not_shared() {
+    let bao = Bao::shared();
+    let mount = bao.engine();
+    let policy = bao.policy(&mount);
+    let shared = |key: &str| {
+        let made = provider(json!({
+            "address": bao.address, "mount": mount, "auth": {"method": "token"}, "kek_scope": "provider", "key": key
+        }));
+        made.unlock(&secret(&bao.token(&policy, json!({"period": "1h"}))))
+            .unwrap();
+        made
+    };
+    let provider = shared("virtseal-hosts");
+    let sealed = Sealed::of(&provider, VmId::random());
+    assert!(sealed.stanza.kek.0.starts_with("virtseal-hosts/"));
+    let receipt = provider.destroy_kek(&sealed.stanza.kek).unwrap();
+    assert!(
+        !receipt.destroyed && receipt.observed.contains("derived"),
+        "{receipt:?}"
+    );
+    sealed.opened_by(&provider);
+
+    bao.ask(
+        "POST",
+        &format!("{mount}/keys/virtseal-plain"),
+        &json!({"derived": false}),
+    );
+    let error = shared("virtseal-plain")
+        .create_kek(&KekScope::Provider)
+        .unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::Unusable(why) if why.contains("derived=true")),
+        "{error:?}"
+    );
+    bao.ask(
+        "POST",
+        &format!("{mount}/keys/virtseal-rsa"),
+        &json!({"type": "rsa-2048"}),
+    );
+    let error = shared("virtseal-rsa")
+        .create_kek(&KekScope::Provider)
+        .unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::Unusable(why) if why.contains("rsa-2048")),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn namespace_is_where_engine_and_login_are() {
+    let bao = Bao::shared();
+    let namespace = format!("n-{}", uuid::Uuid::new_v4());
+    bao.ask("POST", &format!("sys/namespaces/{namespace}"), &json!({}));
+    bao.ask(
+        "POST",
+        &format!("{namespace}/sys/mounts/transit"),
+        &json!({"type": "transit"}),
+    );
+    let inside =
+        provider(json!({"address": bao.address, "namespace": namespace, "auth": {"method": "token"}}));
+    let token = bao.ask(
+        "POST",
+        &format!("{namespace}/auth/token/create"),
+        &json!({"policies": ["default"]}),
+    );
+    let token = secret(token["auth"]["client_token"].as_str().unwrap());
+    inside.unlock(&token).unwrap();
+    let outside = provider(json!({"address": bao.address, "auth": {"method": "token"}}));
+    assert!(outside.unlock(&token).is_err());
+    // The root token works everywhere; the engine is in the namespace only.
+    inside.unlock(&secret("root")).unwrap();
+    Sealed::of(&inside, VmId::random()).opened_by(&inside);
+    outside.unlock(&secret("root")).unwrap();
+    let error = outside.create_kek(&KekScope::Provider).unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::Unusable(why) if why.contains("no handler")),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn stanza_can_not_reach_for_the_keys_of_others() {
+    let bao = Bao::shared();
+    let host = Host::new(&bao);
+    let sealed = Sealed::by(&host);
+    for kek in ["payroll:v1", "../sys/raw:v1", "virtseal-x/../y:v1", "a%2fb:v1"] {
+        let mut stanza = sealed.stanza.clone();
+        stanza.kek = KekId(kek.to_owned());
+        let error = host.provider.unwrap_many(&[&stanza]).unwrap_err();
+        assert!(matches!(error, ProviderError::UnknownKek(_)), "{kek}: {error:?}");
+    }
+}

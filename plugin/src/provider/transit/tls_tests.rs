@@ -1,0 +1,192 @@
+//! Trust, both ways, with a real OpenBao over TLS.
+
+use openssl::asn1::Asn1Time;
+use openssl::bn::BigNum;
+use openssl::ec::{EcGroup, EcKey};
+use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
+use openssl::pkey::{PKey, Private};
+use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAlternativeName};
+use openssl::x509::{X509, X509Builder, X509NameBuilder};
+use serde_json::{Value, json};
+
+use super::bao::{Bao, secret};
+use super::*;
+use crate::envelope::VmId;
+
+struct Identity {
+    key: PKey<Private>,
+    certificate: X509,
+}
+
+impl Identity {
+    fn pem(&self) -> String {
+        let key = self.key.private_key_to_pem_pkcs8().unwrap();
+        self.certificate_pem() + std::str::from_utf8(&key).unwrap()
+    }
+
+    fn certificate_pem(&self) -> String {
+        String::from_utf8(self.certificate.to_pem().unwrap()).unwrap()
+    }
+
+    /// Issued by `issuer`, by itself without one; `names` of the server, none makes a client. Good for `days`.
+    fn new(name: &str, issuer: Option<&Self>, names: &[&str], days: i64) -> Self {
+        let curve = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
+        let key = PKey::from_ec_key(EcKey::generate(&curve).unwrap()).unwrap();
+        let mut subject = X509NameBuilder::new().unwrap();
+        subject.append_entry_by_text("CN", name).unwrap();
+        let subject = subject.build();
+        let mut builder = X509Builder::new().unwrap();
+        builder.set_version(2).unwrap();
+        let mut serial = BigNum::new().unwrap();
+        serial
+            .rand(100, openssl::bn::MsbOption::MAYBE_ZERO, false)
+            .unwrap();
+        builder
+            .set_serial_number(&serial.to_asn1_integer().unwrap())
+            .unwrap();
+        builder.set_subject_name(&subject).unwrap();
+        let issuer_name = issuer.map_or(&*subject, |issuer| issuer.certificate.subject_name());
+        builder.set_issuer_name(issuer_name).unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap()
+            .as_secs() as i64;
+        let at = |days: i64| Asn1Time::from_unix(now + days * 86400).unwrap();
+        builder.set_not_before(&at(-2)).unwrap();
+        builder.set_not_after(&at(days)).unwrap();
+        builder.set_pubkey(&key).unwrap();
+        if issuer.is_none() {
+            builder
+                .append_extension(BasicConstraints::new().critical().ca().build().unwrap())
+                .unwrap();
+        } else if names.is_empty() {
+            builder
+                .append_extension(ExtendedKeyUsage::new().client_auth().build().unwrap())
+                .unwrap();
+        } else {
+            let mut extension = SubjectAlternativeName::new();
+            for name in names {
+                if name.parse::<std::net::IpAddr>().is_ok() {
+                    extension.ip(name)
+                } else {
+                    extension.dns(name)
+                };
+            }
+            let context = builder.x509v3_context(None, None);
+            let extension = extension.build(&context).unwrap();
+            builder.append_extension(extension).unwrap();
+            builder
+                .append_extension(ExtendedKeyUsage::new().server_auth().build().unwrap())
+                .unwrap();
+        }
+        builder
+            .sign(issuer.map_or(&key, |issuer| &issuer.key), MessageDigest::sha256())
+            .unwrap();
+        Self {
+            key,
+            certificate: builder.build(),
+        }
+    }
+}
+
+fn server(ca: &Identity, names: &[&str]) -> Bao {
+    let directory = tempfile::tempdir().unwrap();
+    let identity = Identity::new("server", Some(ca), names, 10);
+    let key = identity.key.private_key_to_pem_pkcs8().unwrap();
+    std::fs::write(directory.path().join("server.key"), key).unwrap();
+    std::fs::write(directory.path().join("server.pem"), identity.certificate_pem()).unwrap();
+    std::fs::write(directory.path().join("ca.pem"), ca.certificate_pem()).unwrap();
+    Bao::stored(directory)
+}
+
+fn provider(bao: &Bao, mount: &str, auth: Value, change: impl FnOnce(&mut Value)) -> TransitProvider {
+    let ca = bao.directory.path().join("ca.pem");
+    let mut settings = json!({"address": bao.address, "mount": mount, "auth": auth, "ca": ca});
+    change(&mut settings);
+    let settings: TransitSettings = serde_json::from_value(settings).unwrap();
+    TransitProvider::new(ProviderId::random(), "vault", settings.validated().unwrap())
+}
+
+#[test]
+fn client_certificate_logs_in_and_stays_logged_in() {
+    let ca = Identity::new("ca", None, &[], 10);
+    let bao = server(&ca, &["127.0.0.1"]);
+    let mount = bao.engine();
+    let policy = bao.policy(&mount);
+    bao.ask("POST", "sys/auth/cert", &json!({"type": "cert"}));
+    let hosts = Identity::new("hosts", None, &[], 10);
+    let role = json!({"certificate": hosts.certificate_pem(), "token_policies": [policy], "token_ttl": "1h"});
+    bao.ask("POST", "auth/cert/certs/hosts", &role);
+    let made = provider(&bao, &mount, json!({"method": "cert", "role": "hosts"}), |_| {});
+
+    let stranger = Identity::new("host1", Some(&ca), &[], 5);
+    let error = made.unlock(&secret(&stranger.pem())).unwrap_err();
+    assert!(matches!(error, ProviderError::WrongCredential), "{error:?}");
+    let expired = Identity::new("host1", Some(&hosts), &[], -1);
+    assert!(made.unlock(&secret(&expired.pem())).is_err());
+    for (garbage, wanted) in [
+        ("not a key".to_owned(), "private key"),
+        (hosts.certificate_pem(), "private key"),
+        (
+            String::from_utf8(hosts.key.private_key_to_pem_pkcs8().unwrap()).unwrap(),
+            "certificate",
+        ),
+        (
+            stranger.certificate_pem() + &hosts.pem()[hosts.certificate_pem().len()..],
+            "belong together",
+        ),
+    ] {
+        let error = made.unlock(&secret(&garbage)).unwrap_err();
+        assert!(
+            matches!(&error, ProviderError::CredentialRefused(why) if why.contains(wanted)),
+            "{error:?}"
+        );
+    }
+    assert_eq!(made.status(), ProviderStatus::Locked);
+
+    let host = Identity::new("host1", Some(&hosts), &[], 5);
+    made.unlock(&secret(&host.pem())).unwrap();
+    let kek = made.create_kek(&KekScope::Vm(VmId::random())).unwrap();
+    let token = made.core.state().session.clone().unwrap();
+    let token = std::str::from_utf8(token.token.expose()).unwrap().to_owned();
+    bao.ask("POST", "auth/token/revoke", &json!({"token": token}));
+    assert!(made.rotate(&kek).is_ok());
+    assert_eq!(made.status(), ProviderStatus::Ready);
+}
+
+#[test]
+fn server_is_trusted_by_its_ca_and_its_name_only() {
+    let ca = Identity::new("ca", None, &[], 10);
+    // Admins reach this server by its name alone, so the test does by `server_name`.
+    let bao = server(&ca, &["127.0.0.1", "kms.example"]);
+    let token = || secret(&bao.token("root", json!({})));
+    let with = |change: fn(&mut Value)| provider(&bao, "transit", json!({"method": "token"}), change);
+    with(|_| {}).unlock(&token()).unwrap();
+    with(|settings| settings["server_name"] = json!("kms.example"))
+        .unlock(&token())
+        .unwrap();
+    let refusal = |made: TransitProvider| {
+        let error = made.unlock(&token()).unwrap_err();
+        assert_eq!(made.status(), ProviderStatus::Locked);
+        match error {
+            ProviderError::NotTrusted(why) => why,
+            error => panic!("{error:?}"),
+        }
+    };
+    let why = refusal(with(|settings| settings["server_name"] = json!("other.example")));
+    assert!(why.contains("other.example") && why.contains("mismatch"), "{why}");
+    let why = refusal(with(|settings| {
+        settings.as_object_mut().unwrap().remove("ca");
+    }));
+    assert!(why.contains("not trusted"), "{why}");
+    let why = refusal(with(|settings| settings["ca"] = json!("/nonexistent/ca.pem")));
+    assert!(why.contains("/nonexistent/ca.pem"), "{why}");
+    // A server that does not speak TLS at all.
+    let plain = Bao::shared();
+    let address = plain.address.replace("http://", "https://");
+    let made = provider(&bao, "transit", json!({"method": "token"}), |settings| {
+        settings["address"] = json!(address)
+    });
+    assert!(refusal(made).contains("TLS failed"));
+}

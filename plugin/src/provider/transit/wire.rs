@@ -1,0 +1,429 @@
+//! Connections to the server: TCP, and TLS through the system's OpenSSL.
+//!
+//! Plain keys pass through here as base64, so what ureq reads from and writes to are buffers that are zeroed as soon
+//! as they were used, and OpenSSL is told to cleanse its own. Every wait ends with the deadline of the request.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use openssl::pkey::PKey;
+use openssl::ssl::{
+    ErrorCode, HandshakeError, SslConnector, SslMethod, SslOptions, SslStream, SslVerifyMode, SslVersion,
+};
+use openssl::x509::store::X509StoreBuilder;
+use openssl::x509::{X509, X509VerifyResult};
+use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::secret::SecretBytes;
+
+/// `SSL_OP_CLEANSE_PLAINTEXT` of OpenSSL 3 (SSL_CTX_set_options(3)), which the binding has no name for.
+const CLEANSE_PLAINTEXT: u64 = 1 << 1;
+const BUFFER: usize = 32 * 1024;
+
+/// Why the server and this host do not trust each other.
+#[derive(Debug)]
+pub(super) struct NoTrust(pub(super) String);
+
+impl fmt::Display for NoTrust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for NoTrust {}
+
+/// Opens connections to one server.
+pub(super) struct Wire {
+    connector: SslConnector,
+    /// The name to ask for and to find in the certificate, where it is not the address's.
+    server_name: Option<String>,
+    connect_timeout: Duration,
+}
+
+impl fmt::Debug for Wire {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Wire({:?})", self.server_name)
+    }
+}
+
+impl Wire {
+    /// Trusts the certificates in `ca`, the system's without it; shows the one in `client`.
+    pub(super) fn new(
+        ca: Option<&Path>,
+        server_name: Option<String>,
+        client: Option<&SecretBytes>,
+        connect_timeout: Duration,
+    ) -> Result<Self, NoTrust> {
+        let openssl = |error| NoTrust(format!("OpenSSL can't be set up: {error}"));
+        let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(openssl)?;
+        builder.set_options(SslOptions::from_bits_retain(CLEANSE_PLAINTEXT));
+        builder
+            .set_min_proto_version(Some(SslVersion::TLS1_2))
+            .map_err(openssl)?;
+        builder.set_verify(SslVerifyMode::PEER);
+        if let Some(path) = ca {
+            let mut store = X509StoreBuilder::new().map_err(openssl)?;
+            for certificate in read_ca(path)? {
+                store.add_cert(certificate).map_err(openssl)?;
+            }
+            builder.set_cert_store(store.build());
+        }
+        if let Some(pem) = client {
+            let identity = Identity::read(pem)?;
+            builder.set_certificate(&identity.certificate).map_err(openssl)?;
+            for above in identity.chain {
+                builder.add_extra_chain_cert(above).map_err(openssl)?;
+            }
+            builder.set_private_key(&identity.key).map_err(openssl)?;
+            builder.check_private_key().map_err(|_| {
+                NoTrust("private key and certificate of the client do not belong together".into())
+            })?;
+        }
+        Ok(Self {
+            connector: builder.build(),
+            server_name,
+            connect_timeout,
+        })
+    }
+
+    fn tcp(&self, details: &ConnectionDetails) -> Result<TcpStream, ureq::Error> {
+        let time = limit(details.timeout).min(self.connect_timeout);
+        // A dead first address leaves time for the others.
+        let share = time / u32::try_from(details.addrs.len().max(1)).unwrap_or(u32::MAX);
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for address in details.addrs.iter() {
+            match TcpStream::connect_timeout(address, share.max(Duration::from_millis(1))) {
+                Ok(stream) => {
+                    stream.set_nodelay(true)?;
+                    return Ok(stream);
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(last.into())
+    }
+
+    fn tls(&self, host: &str, stream: Timed) -> Result<SslStream<Timed>, ureq::Error> {
+        let name = self.server_name.as_deref().unwrap_or(host);
+        self.connector.connect(name, stream).map_err(|error| match error {
+            HandshakeError::SetupFailure(stack) => no_trust(format!("TLS can't be set up: {stack}")),
+            HandshakeError::Failure(failed) | HandshakeError::WouldBlock(failed) => {
+                let verified = failed.ssl().verify_result();
+                let cause = failed.into_error();
+                if verified != X509VerifyResult::OK {
+                    return no_trust(format!(
+                        "the certificate of {name} is not trusted: {}",
+                        verified.error_string()
+                    ));
+                }
+                tls_error(cause)
+            }
+        })
+    }
+}
+
+/// A wait without an end is an hour.
+fn limit(timeout: NextTimeout) -> Duration {
+    (*timeout.after).min(Duration::from_secs(3600))
+}
+
+fn no_trust(why: String) -> ureq::Error {
+    ureq::Error::Other(Box::new(NoTrust(why)))
+}
+
+/// A failure of the protocol is a matter of trust, one of the socket is not.
+fn tls_error(error: openssl::ssl::Error) -> ureq::Error {
+    match error.code() {
+        ErrorCode::SSL => no_trust(format!("TLS failed: {error}")),
+        _ => match error.into_io_error() {
+            Ok(io) => io.into(),
+            Err(_) => io::Error::from(io::ErrorKind::UnexpectedEof).into(),
+        },
+    }
+}
+
+fn read_ca(path: &Path) -> Result<Vec<X509>, NoTrust> {
+    let shown = path.display();
+    let pem =
+        std::fs::read(path).map_err(|error| NoTrust(format!("can't read the CA file {shown}: {error}")))?;
+    match X509::stack_from_pem(&pem) {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        _ => Err(NoTrust(format!(
+            "there is no PEM certificate in the CA file {shown}"
+        ))),
+    }
+}
+
+/// A client's private key, its certificate, and those above it.
+struct Identity {
+    key: PKey<openssl::pkey::Private>,
+    certificate: X509,
+    chain: std::vec::IntoIter<X509>,
+}
+
+impl Identity {
+    fn read(pem: &SecretBytes) -> Result<Self, NoTrust> {
+        // Without this callback OpenSSL would ask on the terminal.
+        let key = PKey::private_key_from_pem_callback(pem.expose(), |_| Ok(0)).map_err(|_| {
+            NoTrust("there is no unencrypted PEM private key in what was given to log in with".into())
+        })?;
+        let mut certificates = X509::stack_from_pem(pem.expose()).unwrap_or_default().into_iter();
+        let certificate = certificates
+            .next()
+            .ok_or_else(|| NoTrust("there is no PEM certificate beside the client's private key".into()))?;
+        Ok(Self {
+            key,
+            certificate,
+            chain: certificates,
+        })
+    }
+}
+
+impl Connector<()> for Wire {
+    type Out = Connection;
+
+    fn connect(&self, details: &ConnectionDetails, _: Option<()>) -> Result<Option<Connection>, ureq::Error> {
+        let deadline = Instant::now() + limit(details.timeout);
+        let stream = Timed {
+            stream: self.tcp(details)?,
+            deadline,
+        };
+        let channel = if details.needs_tls() {
+            let host = details.uri.host().unwrap_or_default();
+            let host = host.trim_start_matches('[').trim_end_matches(']');
+            Channel::Tls(self.tls(host, stream)?)
+        } else {
+            Channel::Plain(stream)
+        };
+        Ok(Some(Connection {
+            channel,
+            buffers: WipedBuffers::new(),
+        }))
+    }
+}
+
+/// A socket whose every wait ends at the deadline, however many reads a record takes.
+#[derive(Debug)]
+struct Timed {
+    stream: TcpStream,
+    deadline: Instant,
+}
+
+impl Timed {
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(left)
+    }
+}
+
+fn timed_out(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    }
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        self.stream.read(buffer).map_err(timed_out)
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        self.stream.write(bytes).map_err(timed_out)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+enum Channel {
+    Plain(Timed),
+    Tls(SslStream<Timed>),
+}
+
+impl Channel {
+    fn socket(&mut self) -> &mut Timed {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(tls) => tls.get_mut(),
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, ureq::Error> {
+        match self {
+            Self::Plain(socket) => Ok(socket.read(buffer)?),
+            Self::Tls(tls) => match tls.ssl_read(buffer) {
+                Ok(count) => Ok(count),
+                Err(error) if error.code() == ErrorCode::ZERO_RETURN => Ok(0),
+                Err(error) => Err(tls_error(error)),
+            },
+        }
+    }
+
+    fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), ureq::Error> {
+        while !bytes.is_empty() {
+            let count = match self {
+                Self::Plain(socket) => socket.write(bytes)?,
+                Self::Tls(tls) => tls.ssl_write(bytes).map_err(tls_error)?,
+            };
+            if count == 0 {
+                return Err(io::Error::from(io::ErrorKind::WriteZero).into());
+            }
+            bytes = &bytes[count..];
+        }
+        Ok(())
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    channel: Channel,
+    buffers: WipedBuffers,
+}
+
+impl Connection {
+    fn until(&mut self, timeout: NextTimeout) {
+        self.channel.socket().deadline = Instant::now() + limit(timeout);
+    }
+}
+
+impl Transport for Connection {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
+        self.until(timeout);
+        let sent = self.channel.write_all(&self.buffers.output[..amount]);
+        self.buffers.output[..amount].zeroize();
+        sent
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
+        self.until(timeout);
+        let count = self.channel.read(self.buffers.input_append_buf())?;
+        self.buffers.input_appended(count);
+        Ok(count > 0)
+    }
+
+    /// Whatever has arrived unasked, the connection is of no more use.
+    fn is_open(&mut self) -> bool {
+        let socket = &self.channel.socket().stream;
+        let quiet = socket
+            .set_nonblocking(true)
+            .and_then(|()| socket.peek(&mut [0]))
+            .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+        quiet && socket.set_nonblocking(false).is_ok()
+    }
+
+    fn is_tls(&self) -> bool {
+        matches!(self.channel, Channel::Tls(_))
+    }
+}
+
+/// Buffers that hold nothing longer than it is needed.
+struct WipedBuffers {
+    input: Zeroizing<Vec<u8>>,
+    start: usize,
+    end: usize,
+    progress: bool,
+    output: Zeroizing<Vec<u8>>,
+    spare: Zeroizing<Vec<u8>>,
+}
+
+impl WipedBuffers {
+    fn new() -> Self {
+        let buffer = || Zeroizing::new(vec![0; BUFFER]);
+        Self {
+            input: buffer(),
+            start: 0,
+            end: 0,
+            progress: false,
+            output: buffer(),
+            spare: Zeroizing::default(),
+        }
+    }
+}
+
+impl fmt::Debug for WipedBuffers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WipedBuffers([redacted])")
+    }
+}
+
+impl Buffers for WipedBuffers {
+    fn output(&mut self) -> &mut [u8] {
+        &mut self.output
+    }
+
+    fn input(&self) -> &[u8] {
+        &self.input[self.start..self.end]
+    }
+
+    fn input_append_buf(&mut self) -> &mut [u8] {
+        if self.start > 0 {
+            self.input.copy_within(self.start..self.end, 0);
+            let moved = self.end - self.start;
+            self.input[moved..self.end].zeroize();
+            (self.start, self.end) = (0, moved);
+        }
+        &mut self.input[self.end..]
+    }
+
+    fn input_appended(&mut self, amount: usize) {
+        self.end += amount;
+    }
+
+    fn input_consume(&mut self, amount: usize) {
+        self.progress = amount > 0;
+        let upto = (self.start + amount).min(self.end);
+        self.input[self.start..upto].zeroize();
+        self.start = upto;
+    }
+
+    /// Bodies of a known length, and we send no others, go to the output at once; the spare is for the others.
+    fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
+        self.spare.resize(BUFFER / 2, 0);
+        (&mut self.spare, &mut self.output)
+    }
+
+    fn can_use_input(&self) -> bool {
+        self.start < self.end && self.progress
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn used_bytes_are_gone_from_the_buffers() {
+        let mut buffers = WipedBuffers::new();
+        buffers.input_append_buf()[..9].copy_from_slice(b"headsecre");
+        buffers.input_appended(9);
+        buffers.input_consume(4);
+        assert!(buffers.can_use_input());
+        assert_eq!(buffers.input(), b"secre");
+        assert!(buffers.input[..4].iter().all(|byte| *byte == 0));
+        buffers.input_append_buf()[0] = b't';
+        buffers.input_appended(1);
+        assert_eq!(buffers.input(), b"secret");
+        buffers.input_consume(6);
+        assert!(buffers.input.iter().all(|byte| *byte == 0));
+        assert!(!buffers.can_use_input());
+    }
+}
