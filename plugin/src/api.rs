@@ -231,11 +231,13 @@ pub trait HostProxy {
     ) -> zlink::Result<impl Stream<Item = zlink::Result<Result<VolumeProgress, HostError>>>>;
     /// All providers.
     async fn list_providers(&mut self) -> zlink::Result<Result<Providers, HostError>>;
-    /// Adds a provider; `fds` holds its passphrase.
+    /// Adds a provider; `settings` is the JSON of what its kind needs to know, never a secret; `fds` holds its
+    /// passphrase or PIN.
     async fn add_provider(
         &mut self,
         name: &str,
         kind: &str,
+        settings: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<Providers, HostError>>;
     /// Makes new envelopes go to this provider.

@@ -7,6 +7,7 @@ mod client;
 mod passphrase;
 mod print;
 mod provider;
+mod transit;
 mod volume;
 
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::api::HostProxy;
+use crate::envelope::ProviderId;
 use crate::failure::Failure;
 use crate::volume::Bytes;
 use client::Client;
@@ -80,7 +82,7 @@ enum ProviderCommand {
         /// Its name.
         name: String,
     },
-    /// Unlock a provider, so that its VMs can start.
+    /// Unlock a provider, so that its VMs can start: with its passphrase, PIN, token, secret id or client key.
     Unlock {
         /// Its name.
         name: String,
@@ -107,6 +109,59 @@ enum AddCommand {
         #[command(flatten)]
         passphrase: NewPassphraseArgs,
     },
+    /// The transit engine of a HashiCorp Vault or OpenBao. Its KEKs never leave it.
+    Transit(Box<TransitArgs>),
+}
+
+#[derive(Debug, Args)]
+struct TransitArgs {
+    /// Its name.
+    name: String,
+    /// The server, or the load balancer of its cluster: https://HOST:PORT.
+    #[arg(long, value_name = "URL")]
+    address: String,
+    /// Where the transit engine is mounted.
+    #[arg(long, value_name = "PATH", default_value = "transit")]
+    mount: String,
+    /// The namespace of engine and login.
+    #[arg(long, value_name = "PATH")]
+    namespace: Option<String>,
+    #[command(flatten)]
+    login: TransitLoginArgs,
+    /// Whom a key serves: one VM each (vm), or all, with a context for each VM (provider).
+    #[arg(long, value_name = "SCOPE", default_value = "vm", value_parser = ["vm", "provider"])]
+    kek_scope: String,
+    /// The name of the shared key.
+    #[arg(long, value_name = "NAME")]
+    key: Option<String>,
+    /// PEM certificates to trust in place of the system's.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// The name in the server's certificate, where the address is another.
+    #[arg(long, value_name = "NAME")]
+    server_name: Option<String>,
+    /// The most time for one operation, in milliseconds.
+    #[arg(long, value_name = "N", default_value = "4000")]
+    timeout_ms: u32,
+    /// The provider's UUID on another host: both open what the other sealed.
+    #[arg(long, value_name = "UUID")]
+    id: Option<ProviderId>,
+}
+
+#[derive(Debug, Args)]
+struct TransitLoginArgs {
+    /// How to log in; the secret for it is given to `virtseal provider unlock`.
+    #[arg(long, value_name = "METHOD", default_value = "token", value_parser = ["token", "approle", "cert"])]
+    auth: String,
+    /// The AppRole's id.
+    #[arg(long, value_name = "ID", required_if_eq("auth", "approle"))]
+    role_id: Option<String>,
+    /// The certificate role; any that fits without it.
+    #[arg(long, value_name = "NAME")]
+    cert_role: Option<String>,
+    /// Where the login method is mounted, if not at its usual place.
+    #[arg(long, value_name = "PATH")]
+    auth_mount: Option<String>,
 }
 
 #[derive(Debug, Args)]

@@ -266,10 +266,11 @@ impl Service {
         &self,
         name: String,
         kind: String,
+        settings: String,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> Result<Providers, HostError> {
         self.run(Caller::Admin, move |daemon| {
-            daemon.add_provider(&name, &kind, fds)
+            daemon.add_provider(&name, &kind, &settings, fds)
         })
         .await
     }

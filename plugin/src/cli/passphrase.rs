@@ -43,6 +43,11 @@ impl PassphraseArgs {
         }
     }
 
+    /// Whether nobody has to be asked.
+    pub(super) fn is_given(&self) -> bool {
+        self.passphrase_file.is_some() || self.passphrase_fd.is_some() || self.passphrase_credential.is_some()
+    }
+
     fn given(&self) -> Option<Result<OwnedFd, Failure>> {
         if let Some(path) = &self.passphrase_file {
             return Some(open_file(path));

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use super::client::Client;
 use super::print::Printer;
+use super::transit;
 use super::{AddCommand, BackupArgs, ProviderCommand, RestoreArgs, passphrase};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
@@ -20,13 +21,14 @@ pub(super) async fn run(
         ProviderCommand::Add(AddCommand::Native { name, passphrase }) => {
             let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "))?];
             let added = client
-                .call(async |host| host.add_provider(&name, "native", fds).await)
+                .call(async |host| host.add_provider(&name, "native", "", fds).await)
                 .await?;
             printer.providers(&added.providers)?;
             printer.advise(&format!(
                 "It wraps nothing until it is backed up: virtseal provider backup {name} --output FILE"
             ))
         }
+        ProviderCommand::Add(AddCommand::Transit(args)) => transit::add(&args, client, printer).await,
         ProviderCommand::List => printer.providers(
             &client
                 .call(async |host| host.list_providers().await)
@@ -41,7 +43,11 @@ pub(super) async fn run(
             printer.done(&format!("New keys go to '{name}'"))
         }
         ProviderCommand::Unlock { name, passphrase } => {
-            let fds = vec![passphrase.open(&format!("Passphrase of '{name}': "))?];
+            let question = match passphrase.is_given() {
+                true => String::new(),
+                false => prompt(&name, client).await?,
+            };
+            let fds = vec![passphrase.open(&question)?];
             client
                 .call(async |host| host.unlock_provider(&name, fds).await)
                 .await?;
@@ -54,6 +60,17 @@ pub(super) async fn run(
         ProviderCommand::Backup(args) => backup(&args, client, printer).await,
         ProviderCommand::Restore(args) => restore(&args, client, printer).await,
     }
+}
+
+/// What to ask for depends on the provider's kind.
+async fn prompt(name: &str, client: &mut Client) -> Result<String, Failure> {
+    let all = client.call(async |host| host.list_providers().await).await?;
+    let kind = all.providers.iter().find(|provider| provider.name == name);
+    let what = match kind.map(|provider| provider.kind.as_str()) {
+        Some("transit") => "Token or secret id",
+        _ => "Passphrase",
+    };
+    Ok(format!("{what} of '{name}': "))
 }
 
 async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), Failure> {

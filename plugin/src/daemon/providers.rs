@@ -9,11 +9,12 @@ use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::registry::{NextCommand, Provider};
+use crate::provider::transit::{TransitProvider, TransitSettings};
 use crate::provider::{KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::secret::SecretBytes;
 
-/// The most bytes of a passphrase.
-const MAX_PASSPHRASE: usize = 4000;
+/// The most bytes of a passphrase, or of a client's key and its certificates in PEM.
+const MAX_PASSPHRASE: usize = 32 * 1024;
 
 impl Daemon {
     /// All providers, by name.
@@ -48,25 +49,48 @@ impl Daemon {
         Ok(Providers { providers })
     }
 
-    /// Adds a provider of `kind`.
-    pub fn add_provider(&self, name: &str, kind: &str, fds: Vec<OwnedFd>) -> Result<Providers, Failure> {
-        if kind != NativeProvider::KIND {
-            return Err(Failure::new(
-                Code::Usage,
-                format!("there is no kind of provider called '{kind}'"),
-            )
-            .next("virtseal provider add --help"));
-        }
-        let [passphrase] = take(fds)?;
-        let passphrase = passphrase_from(passphrase)?;
-        let added = provider_name(name).and_then(|valid| {
-            self.registry
-                .add_native(&valid, &passphrase)
-                .map_err(|error| native_failure(name, &error))
-        });
+    /// Adds a provider of `kind`; `settings` is the JSON of what the kind needs to know.
+    pub fn add_provider(
+        &self,
+        name: &str,
+        kind: &str,
+        settings: &str,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Providers, Failure> {
+        let added = match kind {
+            NativeProvider::KIND => self.add_native(name, fds),
+            TransitProvider::KIND => self.add_transit(name, settings),
+            _ => {
+                return Err(Failure::new(
+                    Code::Usage,
+                    format!("there is no kind of provider called '{kind}'"),
+                )
+                .next("virtseal provider add --help"));
+            }
+        };
         self.audit_provider("provider-add", name, &added);
         added?;
         self.providers()
+    }
+
+    fn add_native(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
+        let [passphrase] = take(fds)?;
+        let passphrase = passphrase_from(passphrase)?;
+        self.registry
+            .add_native(&provider_name(name)?, &passphrase)
+            .map(drop)
+            .map_err(|error| native_failure(name, &error))
+    }
+
+    fn add_transit(&self, name: &str, settings: &str) -> Result<(), Failure> {
+        let settings = TransitSettings::parse(settings).map_err(|error| {
+            Failure::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
+                .next("virtseal provider add transit --help")
+        })?;
+        self.registry
+            .add_transit(&provider_name(name)?, settings)
+            .map(drop)
+            .map_err(Failure::from)
     }
 
     /// Makes new envelopes go to `name`.

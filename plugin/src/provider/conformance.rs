@@ -98,7 +98,7 @@ impl Transit {
             "auth": {"method": "approle", "role_id": role_id}
         });
         let settings = serde_json::from_value(settings).unwrap();
-        let provider = TransitProvider::create(&keystore, None, &"vault".parse().unwrap(), settings).unwrap();
+        let provider = TransitProvider::create(&keystore, &"vault".parse().unwrap(), settings).unwrap();
         provider.unlock(&secret(&secret_id)).unwrap();
         Self {
             _bao: bao,

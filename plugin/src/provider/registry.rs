@@ -249,17 +249,16 @@ impl Registry {
         Ok(made)
     }
 
-    /// Adds a transit provider, locked; an `id` makes it the same one that another host has.
+    /// Adds a transit provider, locked.
     ///
     /// # Errors
     /// As [`TransitProvider::create`].
     pub fn add_transit(
         &self,
-        id: Option<ProviderId>,
         name: &ProviderName,
         settings: TransitSettings,
     ) -> Result<Arc<TransitProvider>, KeystoreError> {
-        let made = Arc::new(TransitProvider::create(&self.keystore, id, name, settings)?);
+        let made = Arc::new(TransitProvider::create(&self.keystore, name, settings)?);
         self.enter(Provider::Transit(Arc::clone(&made)));
         Ok(made)
     }

@@ -97,17 +97,16 @@ impl TransitProvider {
     /// The kind in the keystore.
     pub const KIND: &'static str = "transit";
 
-    /// Records a new provider, locked. An `id` makes it the same one that another host has.
+    /// Records a new provider, locked.
     ///
     /// # Errors
     /// When the name or the id is taken, or the keystore can't be written.
     pub fn create(
         keystore: &Keystore,
-        id: Option<ProviderId>,
         name: &ProviderName,
         settings: TransitSettings,
     ) -> Result<Self, KeystoreError> {
-        let id = id.unwrap_or_else(ProviderId::random);
+        let id = settings.id.unwrap_or_else(ProviderId::random);
         let row = serde_json::to_value(&settings).expect("settings hold only strings, numbers and enums");
         keystore.insert_provider(id, name.as_str(), Self::KIND, &row)?;
         Ok(Self::new(id, name.as_str(), settings))
@@ -389,7 +388,7 @@ impl Core {
             Err(Fault::Denied(_)) => {
                 self.forget(session);
                 match self.settings.auth {
-                    Auth::Token => Err(Fault::Ended("its token has expired or was revoked".to_owned())),
+                    Auth::Token {} => Err(Fault::Ended("its token has expired or was revoked".to_owned())),
                     Auth::AppRole { .. } | Auth::Cert { .. } => self.session(deadline),
                 }
             }
@@ -455,7 +454,7 @@ impl Core {
     fn renew(&self, session: &Arc<Session>, locks: u64, deadline: Instant) -> Result<(), Fault> {
         match session.renewed(deadline) {
             Ok(renewed) => self.replace(renewed, locks).map(drop),
-            Err(Fault::Refused(_)) if !matches!(self.settings.auth, Auth::Token) => {
+            Err(Fault::Refused(_)) if !matches!(self.settings.auth, Auth::Token {}) => {
                 self.replace(self.login(deadline)?, locks).map(drop)
             }
             Err(Fault::Refused(why)) => {

@@ -135,18 +135,19 @@ impl Bao {
             }),
             false => json!({"address": format!("127.0.0.1:{port}"), "tls_disable": true}),
         };
-        let config = json!({"storage": {"file": {"path": path("storage")}}, "listener": {"tcp": listener}});
+        std::fs::create_dir(path("storage")).unwrap();
+        let scheme = if tls { "https" } else { "http" };
+        let address = format!("{scheme}://127.0.0.1:{port}");
+        let config = json!({
+            "storage": {"raft": {"path": path("storage"), "node_id": "one"}}, "listener": {"tcp": listener},
+            "api_addr": address, "cluster_addr": format!("https://127.0.0.1:{}", free_port())
+        });
         std::fs::write(path("config.json"), config.to_string()).unwrap();
         let arguments = [
             "server".to_owned(),
             format!("-config={}", path("config.json").display()),
         ];
-        let scheme = if tls { "https" } else { "http" };
-        let mut bao = Self::new(
-            arguments.into(),
-            format!("{scheme}://127.0.0.1:{port}"),
-            directory,
-        );
+        let mut bao = Self::new(arguments.into(), address, directory);
         bao.start();
         bao.wait_for_listener();
         let made = bao.ask(
@@ -196,10 +197,7 @@ impl Bao {
         let key = self.unseal_key.as_deref().unwrap();
         let began = Instant::now();
         self.ask("POST", "sys/unseal", &json!({"key": key}));
-        while self
-            .try_ask("GET", "auth/token/lookup-self", &Value::Null)
-            .is_err()
-        {
+        while self.try_ask("GET", "sys/health", &Value::Null).is_err() {
             assert!(
                 began.elapsed() < Duration::from_secs(60),
                 "OpenBao stays sealed: {}",

@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use ureq::Agent;
 use ureq::http::{HeaderValue, Method, Request, Response};
-use ureq::unversioned::resolver::DefaultResolver;
 
 use super::settings::TransitSettings;
-use super::wire::{NoTrust, Wire};
+use super::wire::{LaterResolver, NoTrust, Wire};
 use crate::envelope::KekId;
 use crate::provider::ProviderError;
 use crate::secret::SecretBytes;
@@ -197,7 +196,7 @@ impl Client {
             .transpose()
             .map_err(|_| Fault::odd("a namespace that no header holds"))?;
         Ok(Self {
-            agent: Agent::with_parts(config, wire, DefaultResolver::default()),
+            agent: Agent::with_parts(config, wire, LaterResolver),
             base: format!("{}/v1/", settings.address),
             namespace,
         })

@@ -86,7 +86,7 @@ impl Session {
         deadline: Instant,
     ) -> Result<Self, Fault> {
         match &settings.auth {
-            Auth::Token => {
+            Auth::Token {} => {
                 let client = Client::new(settings, None)?;
                 let token = copy(credential)?;
                 let lease = look_up(&client, &token, deadline).map_err(wrong_if_denied)?;

@@ -9,6 +9,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::envelope::ProviderId;
+
 /// Where the server is, how to log in, and which keys to use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,12 +37,23 @@ pub struct TransitSettings {
     /// The name that the server's certificate has to have, where it is not the address's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server_name: Option<HostName>,
+    /// The provider's id on another host, to be the same one here: both open what the other sealed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ProviderId>,
     /// The most time for one operation, in milliseconds.
     #[serde(default = "default_timeout_ms")]
     pub timeout_ms: u32,
 }
 
 impl TransitSettings {
+    /// Reads the JSON of settings.
+    ///
+    /// # Errors
+    /// [`SettingsError`], for the user.
+    pub fn parse(json: &str) -> Result<Self, SettingsError> {
+        serde_json::from_str::<Self>(json)?.validated()
+    }
+
     /// Checks what can't be told from one field alone.
     ///
     /// # Errors
@@ -77,7 +90,7 @@ fn default_timeout_ms() -> u32 {
 #[serde(tag = "method", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Auth {
     /// The secret is a token.
-    Token,
+    Token {},
     /// The secret is the secret id of an AppRole.
     AppRole {
         /// The role's id.

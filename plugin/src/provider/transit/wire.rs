@@ -3,26 +3,32 @@
 //! Plain keys pass through here as base64, so what ureq reads from and writes to are buffers that are zeroed as soon
 //! as they were used, and OpenSSL is told to cleanse its own. Every wait ends with the deadline of the request.
 
+mod buffers;
+
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
+use openssl::asn1::Asn1Time;
 use openssl::pkey::PKey;
 use openssl::ssl::{
     ErrorCode, HandshakeError, SslConnector, SslMethod, SslOptions, SslStream, SslVerifyMode, SslVersion,
 };
 use openssl::x509::store::X509StoreBuilder;
 use openssl::x509::{X509, X509VerifyResult};
+use ureq::config::Config;
+use ureq::http::Uri;
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
-use zeroize::{Zeroize, Zeroizing};
 
+use self::buffers::WipedBuffers;
 use crate::secret::SecretBytes;
 
 /// `SSL_OP_CLEANSE_PLAINTEXT` of OpenSSL 3 (SSL_CTX_set_options(3)), which the binding has no name for.
 const CLEANSE_PLAINTEXT: u64 = 1 << 1;
-const BUFFER: usize = 32 * 1024;
 
 /// Why the server and this host do not trust each other.
 #[derive(Debug)]
@@ -78,8 +84,7 @@ impl Wire {
             for above in identity.chain {
                 builder.add_extra_chain_cert(above).map_err(openssl)?;
             }
-            builder.set_private_key(&identity.key).map_err(openssl)?;
-            builder.check_private_key().map_err(|_| {
+            builder.set_private_key(&identity.key).map_err(|_| {
                 NoTrust("private key and certificate of the client do not belong together".into())
             })?;
         }
@@ -90,21 +95,21 @@ impl Wire {
         })
     }
 
-    fn tcp(&self, details: &ConnectionDetails) -> Result<TcpStream, ureq::Error> {
-        let time = limit(details.timeout).min(self.connect_timeout);
+    fn tcp(&self, host: &str, port: u16, time: Duration) -> Result<TcpStream, ureq::Error> {
+        let addresses = look_up(host, port, time)?;
         // A dead first address leaves time for the others.
-        let share = time / u32::try_from(details.addrs.len().max(1)).unwrap_or(u32::MAX);
-        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        for address in details.addrs.iter() {
-            match TcpStream::connect_timeout(address, share.max(Duration::from_millis(1))) {
+        let share = time / u32::try_from(addresses.len().max(1)).unwrap_or(u32::MAX);
+        let mut last = ureq::Error::HostNotFound;
+        for address in addresses {
+            match TcpStream::connect_timeout(&address, share.max(Duration::from_millis(1))) {
                 Ok(stream) => {
                     stream.set_nodelay(true)?;
                     return Ok(stream);
                 }
-                Err(error) => last = error,
+                Err(error) => last = error.into(),
             }
         }
-        Err(last.into())
+        Err(last)
     }
 
     fn tls(&self, host: &str, stream: Timed) -> Result<SslStream<Timed>, ureq::Error> {
@@ -123,6 +128,37 @@ impl Wire {
                 tls_error(cause)
             }
         })
+    }
+}
+
+/// The resolver can hang, and nothing interrupts it: its thread is left behind then.
+fn look_up(host: &str, port: u16, time: Duration) -> Result<Vec<SocketAddr>, ureq::Error> {
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(vec![(address, port).into()]);
+    }
+    let (sender, receiver) = sync_channel(1);
+    let name = host.to_owned();
+    std::thread::Builder::new()
+        .name("transit-dns".to_owned())
+        .spawn(move || {
+            let found = (name.as_str(), port).to_socket_addrs();
+            // Nobody waits any more when this fails.
+            let _ = sender.send(found.map(Iterator::collect));
+        })?;
+    match receiver.recv_timeout(time) {
+        Ok(Ok(addresses)) => Ok(addresses),
+        Ok(Err(_)) => Err(ureq::Error::HostNotFound),
+        Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
+    }
+}
+
+/// Looks nothing up: ureq asks before each request, also when it goes to a connection that is open.
+#[derive(Debug)]
+pub(super) struct LaterResolver;
+
+impl Resolver for LaterResolver {
+    fn resolve(&self, _: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        Ok(self.empty())
     }
 }
 
@@ -175,6 +211,12 @@ impl Identity {
         let certificate = certificates
             .next()
             .ok_or_else(|| NoTrust("there is no PEM certificate beside the client's private key".into()))?;
+        // A server tells of this in words of its own, and OpenBao with the status of a fault of its own.
+        let ended = Asn1Time::days_from_now(0).is_ok_and(|now| *certificate.not_after() < *now);
+        if ended {
+            let end = certificate.not_after();
+            return Err(NoTrust(format!("the client's certificate has expired ({end})")));
+        }
         Ok(Self {
             key,
             certificate,
@@ -187,17 +229,19 @@ impl Connector<()> for Wire {
     type Out = Connection;
 
     fn connect(&self, details: &ConnectionDetails, _: Option<()>) -> Result<Option<Connection>, ureq::Error> {
-        let deadline = Instant::now() + limit(details.timeout);
+        let time = limit(details.timeout);
+        let deadline = Instant::now() + time;
+        let host = details.uri.host().unwrap_or_default();
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let usual_port = if details.needs_tls() { 443 } else { 80 };
+        let port = details.uri.port_u16().unwrap_or(usual_port);
         let stream = Timed {
-            stream: self.tcp(details)?,
+            stream: self.tcp(host, port, time.min(self.connect_timeout))?,
             deadline,
         };
-        let channel = if details.needs_tls() {
-            let host = details.uri.host().unwrap_or_default();
-            let host = host.trim_start_matches('[').trim_end_matches(']');
-            Channel::Tls(self.tls(host, stream)?)
-        } else {
-            Channel::Plain(stream)
+        let channel = match details.needs_tls() {
+            true => Channel::Tls(self.tls(host, stream)?),
+            false => Channel::Plain(stream),
         };
         Ok(Some(Connection {
             channel,
@@ -308,9 +352,8 @@ impl Transport for Connection {
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
         self.until(timeout);
-        let sent = self.channel.write_all(&self.buffers.output[..amount]);
-        self.buffers.output[..amount].zeroize();
-        sent
+        let Self { channel, buffers } = self;
+        buffers.send_output(amount, |output| channel.write_all(output))
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
@@ -332,98 +375,5 @@ impl Transport for Connection {
 
     fn is_tls(&self) -> bool {
         matches!(self.channel, Channel::Tls(_))
-    }
-}
-
-/// Buffers that hold nothing longer than it is needed.
-struct WipedBuffers {
-    input: Zeroizing<Vec<u8>>,
-    start: usize,
-    end: usize,
-    progress: bool,
-    output: Zeroizing<Vec<u8>>,
-    spare: Zeroizing<Vec<u8>>,
-}
-
-impl WipedBuffers {
-    fn new() -> Self {
-        let buffer = || Zeroizing::new(vec![0; BUFFER]);
-        Self {
-            input: buffer(),
-            start: 0,
-            end: 0,
-            progress: false,
-            output: buffer(),
-            spare: Zeroizing::default(),
-        }
-    }
-}
-
-impl fmt::Debug for WipedBuffers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("WipedBuffers([redacted])")
-    }
-}
-
-impl Buffers for WipedBuffers {
-    fn output(&mut self) -> &mut [u8] {
-        &mut self.output
-    }
-
-    fn input(&self) -> &[u8] {
-        &self.input[self.start..self.end]
-    }
-
-    fn input_append_buf(&mut self) -> &mut [u8] {
-        if self.start > 0 {
-            self.input.copy_within(self.start..self.end, 0);
-            let moved = self.end - self.start;
-            self.input[moved..self.end].zeroize();
-            (self.start, self.end) = (0, moved);
-        }
-        &mut self.input[self.end..]
-    }
-
-    fn input_appended(&mut self, amount: usize) {
-        self.end += amount;
-    }
-
-    fn input_consume(&mut self, amount: usize) {
-        self.progress = amount > 0;
-        let upto = (self.start + amount).min(self.end);
-        self.input[self.start..upto].zeroize();
-        self.start = upto;
-    }
-
-    /// Bodies of a known length, and we send no others, go to the output at once; the spare is for the others.
-    fn tmp_and_output(&mut self) -> (&mut [u8], &mut [u8]) {
-        self.spare.resize(BUFFER / 2, 0);
-        (&mut self.spare, &mut self.output)
-    }
-
-    fn can_use_input(&self) -> bool {
-        self.start < self.end && self.progress
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn used_bytes_are_gone_from_the_buffers() {
-        let mut buffers = WipedBuffers::new();
-        buffers.input_append_buf()[..9].copy_from_slice(b"headsecre");
-        buffers.input_appended(9);
-        buffers.input_consume(4);
-        assert!(buffers.can_use_input());
-        assert_eq!(buffers.input(), b"secre");
-        assert!(buffers.input[..4].iter().all(|byte| *byte == 0));
-        buffers.input_append_buf()[0] = b't';
-        buffers.input_appended(1);
-        assert_eq!(buffers.input(), b"secret");
-        buffers.input_consume(6);
-        assert!(buffers.input.iter().all(|byte| *byte == 0));
-        assert!(!buffers.can_use_input());
     }
 }
