@@ -495,7 +495,7 @@ fn spec(nth: usize) -> DomainSpec {
     DomainSpec {
         uuid: Uuid::from_u128(0x3000 + nth as u128),
         disk_format: "qcow2",
-        tpm: nth % 3 > 0,
+        tpm: !nth.is_multiple_of(3),
         ..DomainSpec::minimal(&name, &disk)
     }
 }
