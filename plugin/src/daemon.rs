@@ -229,10 +229,12 @@ impl Daemon {
     pub fn sweep(&self) -> Result<usize, LibvirtError> {
         let armed = self.libvirt.armed()?;
         let _shared = lock(&self.shared);
+        // Held until they are gone: a start that needs one of them again defines it after that.
+        let arms = lock(&self.arms);
         let left: Vec<EnvelopeId> = armed
             .into_iter()
             .filter(|envelope| matches!(self.keystore.envelope(*envelope), Ok(Some(_))))
-            .filter(|envelope| !lock(&self.arms).needs(*envelope))
+            .filter(|envelope| !arms.needs(*envelope))
             .collect();
         self.libvirt.disarm(&left)?;
         Ok(left.len())

@@ -200,21 +200,24 @@ fn unlock_from_credentials(daemon: &Arc<Daemon>) {
 async fn watch_libvirt(daemon: Arc<Daemon>, code: Arc<LinkedCode>) {
     const PATIENCE: std::ops::Range<Duration> = Duration::from_millis(200)..Duration::from_secs(30);
     let mut wait = PATIENCE.start;
+    // Not only on a new connection: a call of somebody else may have made that one, or the sweep failed.
+    let mut sweep_is_due = true;
     loop {
         let (checked, code) = (Arc::clone(&daemon), Arc::clone(&code));
         let checked = spawn_blocking(move || {
             let new = checked.connect()?;
-            let swept = if new { checked.sweep()? } else { 0 };
+            let swept = (new || sweep_is_due).then(|| checked.sweep()).transpose()?;
             process::trim();
             if new {
                 code.release();
             }
-            Ok::<_, virtseal::libvirt::LibvirtError>((new, swept))
+            Ok::<_, virtseal::libvirt::LibvirtError>(swept)
         })
         .await;
+        sweep_is_due = !matches!(checked, Ok(Ok(_)));
         wait = match checked {
-            Ok(Ok((new, swept))) => {
-                if new {
+            Ok(Ok(swept)) => {
+                if let Some(swept) = swept {
                     tracing::info!(swept, "connected to libvirt");
                 }
                 Duration::from_secs(5)
