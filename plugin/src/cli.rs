@@ -12,7 +12,7 @@ mod volume;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::api::HostProxy;
 use crate::envelope::ProviderId;
@@ -148,11 +148,21 @@ struct TransitArgs {
     id: Option<ProviderId>,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LoginMethod {
+    /// With a token.
+    Token,
+    /// With a role id and a secret id.
+    Approle,
+    /// With a client certificate.
+    Cert,
+}
+
 #[derive(Debug, Args)]
 struct TransitLoginArgs {
     /// How to log in; the secret for it is given to `virtseal provider unlock`.
-    #[arg(long, value_name = "METHOD", default_value = "token", value_parser = ["token", "approle", "cert"])]
-    auth: String,
+    #[arg(long, value_name = "METHOD", value_enum, default_value = "token")]
+    auth: LoginMethod,
     /// The AppRole's id.
     #[arg(long, value_name = "ID", required_if_eq("auth", "approle"))]
     role_id: Option<String>,

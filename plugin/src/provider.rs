@@ -167,8 +167,8 @@ pub enum ProviderError {
     /// It must be backed up first.
     #[error("has not been backed up")]
     NotBackedUp,
-    /// The passphrase or PIN is wrong.
-    #[error("does not accept this passphrase")]
+    /// The passphrase, PIN or token is wrong.
+    #[error("does not accept this passphrase, PIN or token")]
     WrongCredential,
     /// It has no such KEK.
     #[error("does not know KEK {0}")]

@@ -291,6 +291,12 @@ impl Core {
                 if matches!(fault, Fault::Unreachable(_) | Fault::Sealed) && state.session.is_none() {
                     state.credential = Some(Arc::new(credential));
                     state.health = health;
+                    return Err(match fault {
+                        Fault::Unreachable(why) => Fault::Unreachable(format!(
+                            "{why}; the login is tried again until it answers or is locked"
+                        )),
+                        fault => fault,
+                    });
                 }
                 Err(fault)
             }

@@ -274,3 +274,31 @@ fn restored_provider_opens_at_once() {
     assert_eq!(registry.open_envelope(&envelope).unwrap().expose(), dek.expose());
     assert!(registry.seal_new(None, &binding()).is_ok());
 }
+
+#[test]
+fn transit_rows_come_back_locked_or_with_what_is_wrong_with_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let id = ProviderId::random();
+    let settings =
+        |address: &str| serde_json::json!({"address": address, "auth": {"method": "token"}, "id": id});
+    let registry = Registry::open(Arc::clone(&keystore), DEADLINE).unwrap();
+    let good = TransitSettings::parse(&settings("https://192.0.2.1:8200").to_string()).unwrap();
+    registry.add_transit(&name("vault"), good.clone()).unwrap();
+    assert!(matches!(
+        registry.add_transit(&name("other"), good),
+        Err(KeystoreError::ProviderExists { .. })
+    ));
+    let bad = settings("http://kms.example:8200");
+    keystore
+        .insert_provider(ProviderId::random(), "bad", "transit", &bad)
+        .unwrap();
+    // Nothing listens there: neither the start nor `status` asks.
+    let registry = Registry::open(keystore, DEADLINE).unwrap();
+    let vault = registry.find("vault").unwrap();
+    assert_eq!((vault.kind(), vault.provider().id()), ("transit", id));
+    assert_eq!(vault.provider().status(), ProviderStatus::Locked);
+    assert_eq!(registry.default_provider().unwrap().provider().id(), id);
+    let status = registry.find("bad").unwrap().provider().status().to_string();
+    assert!(status.contains("in the clear"), "{status}");
+}

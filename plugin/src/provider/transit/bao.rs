@@ -62,8 +62,7 @@ impl Drop for Process {
 
 /// The server that `make deps` installs, or one on PATH.
 fn program() -> PathBuf {
-    let installed =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-tools/openbao/bin/openbao-server");
+    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-tools/openbao/bin/bao");
     let on_path = std::env::var_os("PATH").unwrap_or_default();
     std::iter::once(installed)
         .chain(std::env::split_paths(&on_path).map(|directory| directory.join("bao")))

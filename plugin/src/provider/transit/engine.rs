@@ -187,8 +187,9 @@ impl TransitEngine<'_> {
     /// The payloads of `wrapped`, in their order: one request for each key, unless there are very many.
     pub(super) fn decrypt(&self, wrapped: &[Wrapped]) -> Result<Vec<Payload>, Fault> {
         let mut payloads: Vec<_> = wrapped.iter().map(|_| None).collect();
+        let mut scratch = SecretBytes::zeroed(PAYLOAD_TEXT).map_err(Fault::memory)?;
         self.in_batches("decrypt", wrapped, |at, item| {
-            payloads[at] = Some(item.payload()?);
+            payloads[at] = Some(item.payload(&mut scratch)?);
             Ok(())
         })?;
         Ok(payloads.into_iter().flatten().collect())
@@ -361,16 +362,16 @@ impl ResultItem<'_> {
         KekName::parse_ciphertext(&self.ciphertext).ok_or_else(|| Fault::odd("no ciphertext"))
     }
 
-    fn payload(&self) -> Result<Payload, Fault> {
+    /// By way of `scratch`, which is wiped again.
+    fn payload(&self, scratch: &mut SecretBytes) -> Result<Payload, Fault> {
         let text = self.plaintext.as_ref();
         if text.len() != PAYLOAD_TEXT {
             return Err(Fault::Provider(ProviderError::Tampered));
         }
-        let mut bytes = SecretBytes::zeroed(PAYLOAD_TEXT).map_err(Fault::memory)?;
         let len = STANDARD
-            .decode_slice(text, bytes.expose_mut())
+            .decode_slice(text, scratch.expose_mut())
             .map_err(|_| Fault::odd("a payload that is not base64"))?;
-        let payload = SecretBytes::take(&mut bytes.expose_mut()[..len]).map_err(Fault::memory)?;
+        let payload = SecretBytes::take(&mut scratch.expose_mut()[..len]).map_err(Fault::memory)?;
         Payload::from_unwrapped(payload).map_err(|error| Fault::Provider(ProviderError::Payload(error)))
     }
 }

@@ -19,6 +19,8 @@ use crate::secret::SecretBytes;
 
 /// The most bytes of an answer, without those for each item of a batch.
 const MAX_ANSWER: usize = 16 * 1024;
+/// The most connections to keep open: many VMs may start at once.
+const IDLE: usize = 16;
 /// The most time to get a connection.
 const CONNECT: Duration = Duration::from_secs(2);
 
@@ -186,6 +188,8 @@ impl Client {
             .max_redirects_will_error(false)
             .http_status_as_error(false)
             .max_response_header_size(MAX_ANSWER)
+            .max_idle_connections_per_host(IDLE)
+            .max_idle_connections(IDLE)
             .max_idle_age(Duration::from_secs(60))
             .user_agent(concat!("virtseal/", env!("CARGO_PKG_VERSION")))
             .build();
@@ -265,8 +269,12 @@ impl Client {
             self.run(request.body(())?, left)?
         };
         let status = response.status().as_u16();
-        let limit = MAX_ANSWER + 512 * ask.items;
-        let body = SecretBytes::read_from(response.into_body().into_reader(), limit)?;
+        let body = response.into_body();
+        let most = MAX_ANSWER + 512 * ask.items;
+        // Each page of secret memory takes its time.
+        let told = body.content_length().and_then(|told| usize::try_from(told).ok());
+        let limit = told.map_or(most, |told| told.min(most));
+        let body = SecretBytes::read_from(body.into_reader(), limit)?;
         Ok(Answer { status, body })
     }
 

@@ -285,6 +285,14 @@ pub enum SettingsError {
     /// A client certificate needs TLS.
     #[error("login by certificate needs an https address, not {0}")]
     CertWithoutTls(Address),
+    /// An option of another login method.
+    #[error("{option} is for {belongs_to}")]
+    Option {
+        /// The option.
+        option: &'static str,
+        /// What it is for.
+        belongs_to: &'static str,
+    },
     /// Not the JSON of settings.
     #[error("the settings can't be read")]
     Json(#[from] serde_json::Error),
