@@ -12,7 +12,9 @@ use crate::daemon::{Answer, Daemon};
 use tempfile::TempDir;
 
 const METADATA: &str = "<metadata><virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'/></metadata>";
-const DEADLINE: Duration = Duration::from_millis(400);
+const DEADLINE: Duration = Duration::from_millis(1500);
+/// A hook that hangs is far later than this; a busy machine is not.
+const SLACK: Duration = Duration::from_secs(8);
 
 /// A directory with a hook.conf and a place for the socket.
 struct Host {
@@ -28,7 +30,7 @@ impl Host {
     fn with(more: &str) -> Self {
         let directory = TempDir::new().unwrap();
         let host = Self { directory };
-        host.configure(&format!("master_key_tmpfs = off\ndeadline = 400ms\n{more}"));
+        host.configure(&format!("master_key_tmpfs = off\ndeadline = 1500ms\n{more}"));
         host
     }
 
@@ -240,7 +242,7 @@ fn a_daemon_that_takes_too_long_refuses_at_the_deadline() {
         let output = host.prepare(&xml);
         let took = start.elapsed();
         let parts = [
-            &*format!("virtseald did not {stage} within 400ms"),
+            &*format!("virtseald did not {stage} within {DEADLINE:?}"),
             "; next: virtseal status",
         ];
         assert_refused_with(&output, &parts);
@@ -248,10 +250,7 @@ fn a_daemon_that_takes_too_long_refuses_at_the_deadline() {
             took >= DEADLINE - Duration::from_millis(10),
             "{answer:?} took only {took:?}"
         );
-        assert!(
-            took < DEADLINE + Duration::from_millis(600),
-            "{answer:?} took {took:?}"
-        );
+        assert!(took < DEADLINE + SLACK, "{answer:?} took {took:?}");
     }
 }
 
@@ -274,7 +273,7 @@ fn a_stdin_that_never_ends_meets_the_deadline() {
         stdin.write_all(xml.as_bytes()).unwrap();
         let start = Instant::now();
         assert_eq!(child.wait().unwrap().code(), Some(code));
-        assert!(start.elapsed() < DEADLINE + Duration::from_millis(600));
+        assert!(start.elapsed() < DEADLINE + SLACK);
         drop(stdin);
     }
 }
@@ -413,7 +412,7 @@ fn a_silent_daemon_holds_notices_up_for_two_seconds_at_most() {
         let start = Instant::now();
         assert_passes(&host.run(operation, sealed().as_bytes()));
         assert!(
-            start.elapsed() < Duration::from_millis(2600),
+            start.elapsed() < Duration::from_secs(2) + SLACK,
             "{:?}",
             start.elapsed()
         );
