@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use roxmltree::{Document, Node, ParsingOptions};
 use thiserror::Error;
 
-use crate::envelope::{EnvelopeError, EnvelopeId, Generation, VmId};
+use crate::envelope::{EnvelopeError, EnvelopeId, Generation, ObjectKind, VmId};
 
 pub use metadata::Metadata;
 pub use objects::{Object, ObjectRef, ObjectState, Refusal, objects, sealed_objects};
@@ -58,6 +58,18 @@ impl Domain {
     /// missing or makes no sense.
     pub fn parse(xml: &str) -> Result<Self, DomainError> {
         read::domain(&parse_document(xml)?)
+    }
+
+    /// Whether other VMs may have this object open too: only a `<shareable/>` disk.
+    #[must_use]
+    pub fn shares(&self, object: &ObjectRef) -> bool {
+        let path = object.path.as_deref();
+        object.kind == ObjectKind::Disk
+            && path.is_some()
+            && self
+                .disks
+                .iter()
+                .any(|disk| disk.shareable && disk.source.path() == path)
     }
 
     /// The disk with this `<target dev=…>`.

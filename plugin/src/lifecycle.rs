@@ -93,7 +93,7 @@ pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failur
         opened.push(Opened {
             envelope: found.envelope.id,
             kind: object.kind,
-            shareable: is_shareable(domain, &object),
+            shareable: domain.shares(&object),
             label: object.label,
             passphrase,
         });
@@ -185,7 +185,7 @@ fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Resu
             domain.name
         )));
     }
-    if envelope.vm != domain.uuid && !is_shareable(domain, object) {
+    if envelope.vm != domain.uuid && !domain.shares(object) {
         return Err(Failure::new(
             Code::Failed,
             format!(
@@ -196,13 +196,6 @@ fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Resu
         .next("create a volume for this VM: virtseal volume create --vm"));
     }
     Ok(())
-}
-
-fn is_shareable(domain: &Domain, object: &ObjectRef) -> bool {
-    object.kind == ObjectKind::Disk
-        && domain.disks.iter().any(|disk| {
-            disk.shareable && object.path.is_some() && disk.source.path() == object.path.as_deref()
-        })
 }
 
 /// Really opens the object with its key, or says why QEMU or swtpm would fail.

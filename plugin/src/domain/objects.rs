@@ -255,12 +255,8 @@ fn read_only_layers(disk: &Disk) -> impl Iterator<Item = ObjectRef> {
 
 /// A shareable disk keeps the envelope of the VM that it came with.
 fn check_owner(domain: &Domain, metadata: &Metadata, object: &ObjectRef) -> Result<(), Refusal> {
-    let is_shareable = domain
-        .disks
-        .iter()
-        .any(|disk| disk.shareable && object.path.is_some() && disk.source.path() == object.path.as_deref());
     match metadata.envelope(object.secret) {
-        Some(envelope) if envelope.vm != domain.uuid && !is_shareable => Err(Refusal::OtherVm {
+        Some(envelope) if envelope.vm != domain.uuid && !domain.shares(object) => Err(Refusal::OtherVm {
             vm: domain.name.clone(),
             label: object.label.clone(),
             owner: envelope.vm,
