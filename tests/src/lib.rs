@@ -39,6 +39,7 @@ mod namespace;
 mod openable;
 mod process;
 mod programs;
+pub mod rig;
 mod sealed;
 mod search;
 mod tracer;

@@ -5,175 +5,16 @@
 //! envelopes and their objects are opened without virtseal's code, and the command is repeated.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-
 use nix::sys::signal::Signal;
 use uuid::Uuid;
-use virtseal_e2e::{
-    DomainSpec, Host, KeptEnvelope, Output, RootKey, SealedHost, Trace, Tracer, built_program,
-    kept_envelopes, require_programs, temporaries, wait_until,
-};
+use virtseal_e2e::rig::{IMAGES, LEAST_STEPS, MOST_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
+use virtseal_e2e::{DomainSpec, DomainState, Tracer, built_program, wait_until};
 
-const IMAGES: &str = "/var/lib/libvirt/images";
-const NVRAM: &str = "/var/lib/libvirt/qemu/nvram";
-const STATE: &str = "/var/lib/virtseal";
-/// No command has as many steps.
-const MOST_STEPS: usize = 250;
-/// The least that a command with an effect has: fewer, and the tracer is blind.
-const LEAST_STEPS: usize = 3;
 const END_DEADLINE: Duration = Duration::from_secs(20);
-
-/// A host whose daemon gets killed, and the key that opens everything on it.
-struct Rig {
-    sealed: SealedHost,
-    root: RootKey,
-}
-
-impl Rig {
-    fn start() -> Result<Self> {
-        require_programs(&[("qemu-io", "qemu-utils")])?;
-        let sealed = SealedHost::start()?;
-        let root = root_of(&sealed, "main", "/run/root.json")?;
-        Ok(Self { sealed, root })
-    }
-
-    fn host(&self) -> &Host {
-        self.sealed.host()
-    }
-
-    /// Runs `command` while the daemon is traced, and kills that before its `nth` step.
-    fn kill_at(&mut self, nth: usize, command: &[&str]) -> Result<(Output, Trace)> {
-        let daemon = self.sealed.daemon()?.outside_pid()?;
-        let tracer = Tracer::kill_at(daemon, nth)?;
-        let output = self.sealed.virtseal(command)?;
-        let trace = tracer.finish()?;
-        if trace.killed {
-            self.sealed.daemon()?.wait(END_DEADLINE)?;
-            ensure!(
-                output.status.success() || !output.stderr.trim().is_empty(),
-                "`{}` failed without a word when the daemon was killed at {:?}",
-                output.command,
-                trace.steps.last()
-            );
-        }
-        Ok((output, trace))
-    }
-
-    /// Kills the daemon at each step of `command`, which is made anew for each. `after` looks, with the daemon started and
-    /// unlocked again, at what is there, and repeats the command.
-    fn at_each_step(
-        &mut self,
-        command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
-        mut after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
-    ) -> Result<()> {
-        for nth in 1..MOST_STEPS {
-            let arguments = command(self, nth)?;
-            let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-            let (output, trace) = self.kill_at(nth, &arguments)?;
-            let step = trace.steps.last().cloned().unwrap_or_default();
-            if !trace.killed {
-                output.succeeded()?;
-                println!("{} steps: {:?}", trace.steps.len(), trace.steps);
-                ensure!(
-                    trace.steps.len() >= LEAST_STEPS,
-                    "too few steps: {:?}",
-                    trace.steps
-                );
-                return Ok(());
-            }
-            let what = || format!("killed at step {nth}, {step}, of `{}`", output.command);
-            self.sealed.start_daemon().with_context(what)?;
-            after(self, nth, &arguments).with_context(what)?;
-        }
-        bail!("the command does not get through in {MOST_STEPS} steps")
-    }
-
-    /// The envelopes that are about `vm`.
-    fn envelopes(&self, vm: &Uuid) -> Result<Vec<KeptEnvelope>> {
-        let mut envelopes = kept_envelopes(&self.host().path(STATE))?;
-        envelopes.retain(|envelope| envelope.vm == vm.to_string());
-        Ok(envelopes)
-    }
-
-    /// Every envelope of `vm` opens, and so does the object of each active one, and each encrypted object that has its name.
-    fn expect_openable(&self, vm: &Uuid) -> Result<()> {
-        for envelope in self.envelopes(vm)? {
-            self.root.dek(&envelope)?;
-            let path = self.host().path(&envelope.location);
-            if envelope.state == "active" || (path.is_file() && is_encrypted(&path)?) {
-                self.root.open_object(self.host(), &envelope)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// The same once the command is through: each is active, too, and there are as many as there should be.
-    fn expect_active(&self, vm: &Uuid, kinds: &[&str]) -> Result<()> {
-        self.expect_openable(vm)?;
-        let envelopes = self.envelopes(vm)?;
-        let mut found: Vec<_> = envelopes.iter().map(|envelope| envelope.kind.as_str()).collect();
-        found.sort_unstable();
-        ensure!(found == kinds, "{found:?}, not {kinds:?}");
-        let pending = envelopes.iter().find(|envelope| envelope.state != "active");
-        ensure!(pending.is_none(), "still pending: {pending:?}");
-        Ok(())
-    }
-
-    fn expect_no_temporaries(&self) -> Result<()> {
-        for directory in [IMAGES, NVRAM] {
-            let left = temporaries(&self.host().path(directory))?;
-            ensure!(left.is_empty(), "left in {directory}: {left:?}");
-        }
-        Ok(())
-    }
-
-    /// Starts a VM as far as QEMU, and ends it.
-    fn expect_start(&self, vm: &str) -> Result<()> {
-        self.host().virsh(&["start", "--paused", vm])?.succeeded()?;
-        self.sealed.expect_no_secrets()?;
-        self.host().virsh(&["destroy", vm])?.succeeded().map(drop)
-    }
-
-    fn passphrase(&self) -> Result<String> {
-        let file = self.sealed.passphrase_file()?;
-        Ok(file.to_str().context("a UTF-8 path")?.to_owned())
-    }
-
-    fn unlock(&self, provider: &str) -> Result<()> {
-        let passphrase = self.passphrase()?;
-        self.sealed
-            .virtseal(&["provider", "unlock", provider, "--passphrase-file", &passphrase])?
-            .succeeded()
-            .map(drop)
-    }
-
-    fn restart(&mut self) -> Result<()> {
-        self.sealed.stop_daemon(Signal::SIGTERM)?;
-        self.sealed.start_daemon()
-    }
-
-    fn root_in(&self, backup: &str) -> Result<RootKey> {
-        let text = fs::read(self.host().path(backup)).with_context(|| backup.to_owned())?;
-        RootKey::from_backup(&text).with_context(|| backup.to_owned())
-    }
-
-    fn state_of(&self, provider: &str) -> Result<Option<String>> {
-        let listed = self
-            .sealed
-            .virtseal(&["--json", "provider", "list"])?
-            .succeeded()?;
-        let listed: serde_json::Value = serde_json::from_str(&listed)?;
-        let providers = listed.as_array().or_else(|| listed["providers"].as_array());
-        let found = providers
-            .context("no list of providers")?
-            .iter()
-            .find(|found| found["name"] == provider);
-        Ok(found.and_then(|found| found["state"].as_str()).map(str::to_owned))
-    }
-}
 
 #[test]
 fn volume_create_can_be_killed_at_every_step() -> Result<()> {
@@ -277,6 +118,64 @@ fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
         }
         Ok(())
     })
+}
+
+#[test]
+fn start_can_go_on_whenever_virtseald_is_killed() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let spec = DomainSpec { tpm: true, ..spec(1) };
+    rig.sealed.seal_empty(&spec)?;
+    let (mut ran, mut refused) = (0, 0);
+    for nth in 1..MOST_STEPS {
+        let (started, trace) = rig.kill_at(nth, |sealed| {
+            sealed.host().virsh(&["start", "--paused", &spec.name])
+        })?;
+        let what = || format!("killed at {:?}, step {nth} of a start", trace.steps.last());
+        if !trace.killed {
+            started.succeeded()?;
+            println!(
+                "{} steps: {:?}; {ran} ran, {refused} were refused",
+                trace.steps.len(),
+                trace.steps
+            );
+            ensure!(
+                trace.steps.len() >= LEAST_STEPS && ran > 0 && refused > 0,
+                "too few of something"
+            );
+            return rig.sealed.expect_no_secrets();
+        }
+        let runs = started.status.success();
+        if runs {
+            ran += 1;
+        } else {
+            refused += 1;
+            ensure!(started.stderr.contains(&spec.name), "{}", started.stderr);
+        }
+        // The next daemon takes away what is left in libvirt, even when somebody else uses its connection first.
+        rig.sealed.start_daemon().with_context(what)?;
+        let _ = rig.sealed.virtseal(&["vm", "status"])?;
+        wait_until(END_DEADLINE, "the end of the secrets", || {
+            Ok(rig.sealed.secrets()?.is_empty().then_some(()))
+        })
+        .with_context(what)?;
+        let expected = if runs {
+            DomainState::Paused
+        } else {
+            DomainState::ShutOff
+        };
+        ensure!(
+            rig.host().state(&spec.name)? == expected,
+            "{}: it is not {expected:?}",
+            what()
+        );
+        if runs {
+            rig.host().virsh(&["destroy", &spec.name])?.succeeded()?;
+        }
+        rig.sealed.unlock()?;
+        rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])
+            .with_context(what)?;
+    }
+    bail!("the start does not get through in {MOST_STEPS} steps")
 }
 
 #[test]
@@ -498,41 +397,4 @@ fn spec(nth: usize) -> DomainSpec {
         tpm: !nth.is_multiple_of(3),
         ..DomainSpec::minimal(&name, &disk)
     }
-}
-
-fn root_of(sealed: &SealedHost, provider: &str, backup: &str) -> Result<RootKey> {
-    sealed
-        .virtseal(&[
-            "provider",
-            "backup",
-            provider,
-            "--output",
-            backup,
-            "--no-passphrase",
-        ])?
-        .succeeded()?;
-    let root = RootKey::from_backup(&fs::read(sealed.host().path(backup))?)?;
-    fs::remove_file(sealed.host().path(backup))?;
-    Ok(root)
-}
-
-/// It succeeded, or says with `word` that it was done before.
-fn done_or(output: Output, word: &str) -> Result<()> {
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = output.refused()?;
-    ensure!(said.contains(word), "neither done nor said to be: {said}");
-    Ok(())
-}
-
-fn is_encrypted(path: &Path) -> Result<bool> {
-    let bytes = fs::read(path)?;
-    let luks = |bytes: &[u8]| bytes.starts_with(b"LUKS\xba\xbe");
-    // crypt_method, in bytes 32 to 35 of a qcow2 header.
-    Ok(luks(&bytes) || (bytes.starts_with(b"QFI\xfb") && bytes.get(32..36) == Some(&[0, 0, 0, 2])))
-}
-
-fn words(words: &[&str]) -> Result<Vec<String>> {
-    Ok(words.iter().map(|word| (*word).to_owned()).collect())
 }
