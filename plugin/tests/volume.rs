@@ -672,7 +672,7 @@ fn what_qemu_img_says_reaches_the_user() {
     let error = bench
         .create_from(&bench.request("disk", 1 << 30), "bad")
         .unwrap_err();
-    assert!(matches!(error, VolumeError::QemuImg { .. }), "{error}");
+    assert!(matches!(error, VolumeError::Copy { .. }), "{error}");
     assert!(error.to_string().contains("/bad"), "{error}");
     assert!(!bench.path("disk").exists());
 }

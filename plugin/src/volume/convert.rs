@@ -113,7 +113,16 @@ pub(crate) fn fill(
         .arg("--target-image-opts")
         .arg(descriptor(from))
         .arg(target_options(to));
-    match run(command, &[from, to, key.as_fd()], &source.path, progress)? {
+    let outcome = run(command, &[from, to, key.as_fd()], &source.path, progress);
+    let outcome = outcome.map_err(|error| match error {
+        VolumeError::QemuImg { path: from, said } => VolumeError::Copy {
+            path: target_path.to_owned(),
+            from,
+            said,
+        },
+        error => error,
+    });
+    match outcome? {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(VolumeError::Stopped(target_path.to_owned())),
     }

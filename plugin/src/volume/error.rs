@@ -186,6 +186,16 @@ pub enum VolumeError {
         /// Its words.
         said: String,
     },
+    /// `qemu-img` failed between two images: either may be the reason.
+    #[error("qemu-img could not copy {} into {}: {said}", from.display(), path.display())]
+    Copy {
+        /// The image in the making.
+        path: PathBuf,
+        /// The source image.
+        from: PathBuf,
+        /// Its words.
+        said: String,
+    },
     /// `qemu-img` can't be started.
     #[error("can't run qemu-img: is the package qemu-utils (or qemu-img) installed?")]
     QemuImgMissing(#[source] io::Error),
