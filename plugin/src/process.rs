@@ -33,6 +33,7 @@ pub fn harden() -> io::Result<()> {
 
 /// Gives the memory that a burst of work has left free back to the system.
 pub fn trim() {
+    crate::secret::pages::release();
     // SAFETY: malloc_trim only touches free memory of the allocator.
     unsafe { libc::malloc_trim(0) };
 }

@@ -7,25 +7,20 @@
 //! `Serialize` or `PartialEq`, and `Debug` shows the length only.
 
 mod heap;
+pub(crate) mod pages;
 
 use std::fmt;
 use std::io;
-use std::ptr::NonNull;
-use std::slice;
 
 use zeroize::{Zeroize, Zeroizing};
 
+use pages::Pages;
+
 /// A fixed number of secret bytes in memory that does not leave the process.
 pub struct SecretBytes {
-    base: NonNull<u8>,
-    mapped: usize,
+    pages: Pages,
     len: usize,
 }
-
-// SAFETY: the mapping is owned by this value alone and is reached only through `&self` and `&mut self`.
-unsafe impl Send for SecretBytes {}
-// SAFETY: as above; shared access only reads.
-unsafe impl Sync for SecretBytes {}
 
 impl SecretBytes {
     /// `len` zero bytes, at least one page of secret memory.
@@ -33,10 +28,10 @@ impl SecretBytes {
     /// # Errors
     /// The kernel's, when memory can't be mapped or locked (`RLIMIT_MEMLOCK`).
     pub fn zeroed(len: usize) -> io::Result<Self> {
-        let page = 4096;
-        let mapped = len.max(1).div_ceil(page) * page;
-        let base = map_memfd_secret(mapped).or_else(|_| map_locked(mapped))?;
-        Ok(Self { base, mapped, len })
+        Ok(Self {
+            pages: Pages::zeroed(len)?,
+            len,
+        })
     }
 
     /// `len` bytes from the system's random generator (OpenSSL's, seeded by the kernel).
@@ -92,23 +87,12 @@ impl SecretBytes {
     /// The bytes. For the edge of a cipher, an FFI call or a pipe; never to keep a copy.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
-        // SAFETY: `base` maps `mapped >= len` readable bytes for as long as `self` lives.
-        unsafe { slice::from_raw_parts(self.base.as_ptr(), self.len) }
+        &self.pages.bytes()[..self.len]
     }
 
     /// The bytes, to be filled in place.
     pub fn expose_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `expose`, and `&mut self` is the only access.
-        unsafe { slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
-    }
-}
-
-impl Drop for SecretBytes {
-    fn drop(&mut self) {
-        self.len = self.mapped;
-        self.expose_mut().zeroize();
-        // SAFETY: `base` and `mapped` are what mmap returned and was asked for; nothing borrows them any more.
-        unsafe { libc::munmap(self.base.as_ptr().cast(), self.mapped) };
+        &mut self.pages.bytes_mut()[..self.len]
     }
 }
 
@@ -177,54 +161,6 @@ impl Passphrase {
 /// Heap bytes that are zeroed when dropped, for values that are secret only for a moment.
 pub type Transient = Zeroizing<Vec<u8>>;
 
-fn map_memfd_secret(len: usize) -> io::Result<NonNull<u8>> {
-    // SAFETY: memfd_secret takes flags only and returns a descriptor or -1.
-    let fd = unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) };
-    let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: `fd` was just returned to us and is owned by nobody else.
-    let fd = unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
-    nix::unistd::ftruncate(&fd, i64::try_from(len).map_err(io::Error::other)?)?;
-    map(len, libc::MAP_SHARED, std::os::fd::AsRawFd::as_raw_fd(&fd))
-}
-
-fn map_locked(len: usize) -> io::Result<NonNull<u8>> {
-    let base = map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
-    // SAFETY: `base` maps `len` bytes that were just mapped and that nothing else knows.
-    let locked = unsafe {
-        libc::mlock(base.as_ptr().cast(), len) == 0
-            && libc::madvise(base.as_ptr().cast(), len, libc::MADV_DONTDUMP) == 0
-            && libc::madvise(base.as_ptr().cast(), len, libc::MADV_WIPEONFORK) == 0
-    };
-    if locked {
-        return Ok(base);
-    }
-    let error = io::Error::last_os_error();
-    // SAFETY: as above.
-    unsafe { libc::munmap(base.as_ptr().cast(), len) };
-    Err(error)
-}
-
-fn map(len: usize, flags: i32, fd: i32) -> io::Result<NonNull<u8>> {
-    // SAFETY: a new mapping at an address of the kernel's choice aliases nothing.
-    let base = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            len,
-            libc::PROT_READ | libc::PROT_WRITE,
-            flags,
-            fd,
-            0,
-        )
-    };
-    if base == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap returned a null mapping"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,17 +199,5 @@ mod tests {
         let mut secret = SecretBytes::read_from(&b"1234\n"[..], 5).unwrap();
         secret.trim_newline();
         assert_eq!(secret.expose(), b"1234");
-    }
-
-    #[test]
-    fn locked_fallback_maps_writable_memory() {
-        let base = map_locked(4096).unwrap();
-        let mut secret = SecretBytes {
-            base,
-            mapped: 4096,
-            len: 5,
-        };
-        secret.expose_mut().copy_from_slice(b"abcde");
-        assert_eq!(secret.expose(), b"abcde");
     }
 }
