@@ -223,7 +223,11 @@ impl<'a> Story<'a> {
             parts.push(format!("{name} {}", size(bytes)));
         }
         let all = Searched::through(self.host.directory(), &texts)?;
-        ensure!(all.found.is_empty(), "in plaintext on the host: {:?}", all.found);
+        ensure!(
+            all.places.is_empty(),
+            "in plaintext on the host: {:?}",
+            all.places
+        );
         let line = format!(
             "no marker in {}: {}, {} other files",
             size(all.bytes),
@@ -253,7 +257,7 @@ impl<'a> Story<'a> {
             .map(|((name, file), marker)| {
                 let searched = Searched::through(&self.host.path(&file), &[marker])?;
                 ensure!(
-                    !searched.found.is_empty(),
+                    !searched.places.is_empty(),
                     "{marker} is not in {}, so the search proves nothing",
                     file.display()
                 );
