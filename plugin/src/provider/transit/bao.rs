@@ -305,8 +305,9 @@ struct Shared {
 impl Proxy {
     pub(super) fn before(bao: &Bao) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        let server = bao.address.trim_start_matches("http://").to_owned();
+        let (scheme, server) = bao.address.split_once("://").unwrap();
+        let server = server.to_owned();
+        let address = format!("{scheme}://{}", listener.local_addr().unwrap());
         let shared = Arc::new(Shared::default());
         let accepting = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -357,7 +358,7 @@ impl Proxy {
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::SeqCst);
-        let _ = TcpStream::connect(self.address.trim_start_matches("http://"));
+        let _ = TcpStream::connect(self.address.split_once("://").unwrap().1);
         self.cut();
     }
 }

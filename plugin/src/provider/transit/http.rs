@@ -174,6 +174,8 @@ pub(super) struct Client {
     agent: Agent,
     base: String,
     namespace: Option<HeaderValue>,
+    /// What will be wrong soon.
+    pub(super) warning: Option<String>,
 }
 
 impl Client {
@@ -200,6 +202,7 @@ impl Client {
             .transpose()
             .map_err(|_| Fault::odd("a namespace that no header holds"))?;
         Ok(Self {
+            warning: wire.warning.clone(),
             agent: Agent::with_parts(config, wire, LaterResolver),
             base: format!("{}/v1/", settings.address),
             namespace,

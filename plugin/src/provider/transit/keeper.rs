@@ -5,7 +5,7 @@ use std::sync::Weak;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use super::Core;
+use super::link::Link;
 
 /// Between two looks at a server that answers.
 pub(super) const HEALTHY: Duration = Duration::from_secs(30);
@@ -21,35 +21,35 @@ pub(super) struct Keeper {
 
 impl Keeper {
     /// Without a thread everything still works, only later.
-    pub(super) fn start(core: Weak<Core>) -> Option<Self> {
+    pub(super) fn start(link: Weak<Link>) -> Option<Self> {
         let (sender, receiver) = channel();
         let thread = std::thread::Builder::new().name("transit".to_owned());
-        thread.spawn(move || keep(&core, &receiver)).ok()?;
+        thread.spawn(move || keep(&link, &receiver)).ok()?;
         Some(Self {
             _ends_when_dropped: sender,
         })
     }
 }
 
-fn keep(core: &Weak<Core>, end: &Receiver<()>) {
+fn keep(link: &Weak<Link>, end: &Receiver<()>) {
     let mut wait = ILL;
-    if let Some(core) = core.upgrade() {
-        wait = next_look(&core);
+    if let Some(link) = link.upgrade() {
+        wait = next_look(&link);
     }
     while let Err(RecvTimeoutError::Timeout) = end.recv_timeout(wait) {
-        let Some(core) = core.upgrade() else {
+        let Some(link) = link.upgrade() else {
             return;
         };
-        let due = core.outlook().1.is_some_and(|due| due <= Instant::now());
-        if due || !core.is_fresh() {
-            core.look();
+        let due = link.outlook().1.is_some_and(|due| due <= Instant::now());
+        if due || !link.is_fresh() {
+            link.look();
         }
-        wait = next_look(&core);
+        wait = next_look(&link);
     }
 }
 
-fn next_look(core: &Core) -> Duration {
-    let (healthy, due) = core.outlook();
+fn next_look(link: &Link) -> Duration {
+    let (healthy, due) = link.outlook();
     let usual = if healthy { HEALTHY } else { ILL };
     let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
     until_due.map_or(usual, |due| due.min(usual)).max(LEAST)

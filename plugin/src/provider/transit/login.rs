@@ -32,6 +32,8 @@ pub(super) struct Lease {
 
 impl Lease {
     fn new(seconds: u64, renewable: bool) -> Self {
+        // More than any server grants, and what sums of time can hold.
+        let seconds = seconds.min(100 * 365 * 86400);
         Self {
             since: Instant::now(),
             // A token without an end has 0 here.
@@ -217,6 +219,7 @@ mod tests {
         let lease = Lease::new(90, true);
         let due = lease.due().unwrap() - lease.since;
         assert_eq!(due, Duration::from_secs(60));
+        assert!(Lease::new(u64::MAX, true).due().is_some());
         assert!(lease.left().unwrap() > Duration::from_secs(60));
         assert_eq!(
             (Lease::new(0, false).due(), Lease::new(0, false).left()),

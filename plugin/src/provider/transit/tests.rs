@@ -1,6 +1,6 @@
 //! Against a real OpenBao: what only a transit engine can show. The rest is in the conformance suite.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -57,7 +57,7 @@ impl Host {
     }
 
     fn token(&self) -> String {
-        let session = self.provider.core.state().session.clone().unwrap();
+        let session = self.provider.link.state().session.clone().unwrap();
         String::from_utf8(session.token.expose().to_vec()).unwrap()
     }
 

@@ -10,7 +10,7 @@ use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAltern
 use openssl::x509::{X509, X509Builder, X509NameBuilder};
 use serde_json::{Value, json};
 
-use super::bao::{Bao, secret};
+use super::bao::{Bao, Proxy, secret};
 use super::*;
 use crate::envelope::VmId;
 
@@ -115,7 +115,7 @@ fn client_certificate_logs_in_and_stays_logged_in() {
     let mount = bao.engine();
     let policy = bao.policy(&mount);
     bao.ask("POST", "sys/auth/cert", &json!({"type": "cert"}));
-    let hosts = Identity::new("hosts", None, &[], 10);
+    let hosts = Identity::new("hosts", None, &[], 60);
     let role = json!({"certificate": hosts.certificate_pem(), "token_policies": [policy], "token_ttl": "1h"});
     bao.ask("POST", "auth/cert/certs/hosts", &role);
     let made = provider(&bao, &mount, json!({"method": "cert", "role": "hosts"}), |_| {});
@@ -147,12 +147,41 @@ fn client_certificate_logs_in_and_stays_logged_in() {
 
     let host = Identity::new("host1", Some(&hosts), &[], 5);
     made.unlock(&secret(&host.pem())).unwrap();
+    let status = made.status().to_string();
+    assert!(
+        status.starts_with("Degraded (the client's certificate ends soon"),
+        "{status}"
+    );
+    let host = Identity::new("host1", Some(&hosts), &[], 50);
+    made.unlock(&secret(&host.pem())).unwrap();
     let kek = made.create_kek(&KekScope::Vm(VmId::random())).unwrap();
-    let token = made.core.state().session.clone().unwrap();
+    let token = made.link.state().session.clone().unwrap();
     let token = std::str::from_utf8(token.token.expose()).unwrap().to_owned();
     bao.ask("POST", "auth/token/revoke", &json!({"token": token}));
     assert!(made.rotate(&kek).is_ok());
     assert_eq!(made.status(), ProviderStatus::Ready);
+}
+
+#[test]
+fn killed_connections_are_not_noticed_over_tls_either() {
+    let ca = Identity::new("ca", None, &[], 10);
+    let bao = server(&ca, &["127.0.0.1"]);
+    let proxy = Proxy::before(&bao);
+    let mount = bao.engine();
+    let made = provider(&bao, &mount, json!({"method": "token"}), |settings| {
+        settings["address"] = json!(proxy.address);
+    });
+    made.unlock(&secret(&bao.token(&bao.policy(&mount), json!({}))))
+        .unwrap();
+    let kek = made.create_kek(&KekScope::Vm(VmId::random())).unwrap();
+    for _ in 0..10 {
+        proxy.cut();
+        assert!(made.rotate(&kek).is_ok());
+    }
+    // What is left of a server that is gone is no matter of trust.
+    bao.kill();
+    let error = made.rotate(&kek).unwrap_err();
+    assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
 }
 
 #[test]

@@ -29,6 +29,10 @@ use crate::secret::SecretBytes;
 
 /// `SSL_OP_CLEANSE_PLAINTEXT` of OpenSSL 3 (SSL_CTX_set_options(3)), which the binding has no name for.
 const CLEANSE_PLAINTEXT: u64 = 1 << 1;
+/// `SSL_R_UNEXPECTED_EOF_WHILE_READING` of OpenSSL 3 (sslerr.h): the peer, or what is between, is gone.
+const UNEXPECTED_EOF: i32 = 294;
+/// From how long before its end on a client's certificate is warned of.
+const SOON_DAYS: u32 = 30;
 
 /// Why the server and this host do not trust each other.
 #[derive(Debug)]
@@ -45,6 +49,8 @@ impl std::error::Error for NoTrust {}
 /// Opens connections to one server.
 pub(super) struct Wire {
     connector: SslConnector,
+    /// What will be wrong soon.
+    pub(super) warning: Option<String>,
     /// The name to ask for and to find in the certificate, where it is not the address's.
     server_name: Option<String>,
     connect_timeout: Duration,
@@ -78,6 +84,7 @@ impl Wire {
             }
             builder.set_cert_store(store.build());
         }
+        let mut warning = None;
         if let Some(pem) = client {
             let identity = Identity::read(pem)?;
             builder.set_certificate(&identity.certificate).map_err(openssl)?;
@@ -87,9 +94,11 @@ impl Wire {
             builder.set_private_key(&identity.key).map_err(|_| {
                 NoTrust("private key and certificate of the client do not belong together".into())
             })?;
+            warning = identity.warning;
         }
         Ok(Self {
             connector: builder.build(),
+            warning,
             server_name,
             connect_timeout,
         })
@@ -121,7 +130,7 @@ impl Wire {
                 let cause = failed.into_error();
                 if verified != X509VerifyResult::OK {
                     return no_trust(format!(
-                        "the certificate of {name} is not trusted: {}",
+                        "the certificate of {name} is not trusted: {} (see --ca and --server-name)",
                         verified.error_string()
                     ));
                 }
@@ -174,12 +183,18 @@ fn no_trust(why: String) -> ureq::Error {
 /// A failure of the protocol is a matter of trust, one of the socket is not.
 fn tls_error(error: openssl::ssl::Error) -> ureq::Error {
     match error.code() {
+        ErrorCode::SSL if is_end_of_stream(&error) => io::Error::from(io::ErrorKind::UnexpectedEof).into(),
         ErrorCode::SSL => no_trust(format!("TLS failed: {error}")),
         _ => match error.into_io_error() {
             Ok(io) => io.into(),
             Err(_) => io::Error::from(io::ErrorKind::UnexpectedEof).into(),
         },
     }
+}
+
+fn is_end_of_stream(error: &openssl::ssl::Error) -> bool {
+    let stack = error.ssl_error().map_or(&[][..], |stack| stack.errors());
+    stack.iter().any(|one| one.reason_code() == UNEXPECTED_EOF)
 }
 
 fn read_ca(path: &Path) -> Result<Vec<X509>, NoTrust> {
@@ -199,6 +214,7 @@ struct Identity {
     key: PKey<openssl::pkey::Private>,
     certificate: X509,
     chain: std::vec::IntoIter<X509>,
+    warning: Option<String>,
 }
 
 impl Identity {
@@ -213,11 +229,14 @@ impl Identity {
             .ok_or_else(|| NoTrust("there is no PEM certificate beside the client's private key".into()))?;
         // A server tells of this in words of its own, and OpenBao with the status of a fault of its own.
         let ended = Asn1Time::days_from_now(0).is_ok_and(|now| *certificate.not_after() < *now);
+        let end = certificate.not_after();
         if ended {
-            let end = certificate.not_after();
             return Err(NoTrust(format!("the client's certificate has expired ({end})")));
         }
+        let ends_soon = Asn1Time::days_from_now(SOON_DAYS).is_ok_and(|soon| *end < *soon);
+        let warning = ends_soon.then(|| format!("the client's certificate ends soon ({end})"));
         Ok(Self {
+            warning,
             key,
             certificate,
             chain: certificates,

@@ -1,0 +1,64 @@
+//! Destroying a key at the server, and what can truly be said of it afterwards.
+
+use super::engine::TransitEngine;
+use super::http::Fault;
+use super::kek::KekName;
+
+/// Whether the KEK is gone, and what was seen.
+pub(super) fn destroy(engine: &TransitEngine, name: &KekName) -> Result<(bool, String), Fault> {
+    let key = &name.key;
+    let found = engine.key(key)?.ok_or_else(|| Fault::unknown(&name.id()))?;
+    if let Some(context) = name.context {
+        return Ok((
+            false,
+            format!(
+                "the KEK is derived from key {key} and {context}, and can be again for as long as that key exists"
+            ),
+        ));
+    }
+    if name.version > found.latest_version {
+        return Err(Fault::unknown(&name.id()));
+    }
+    if name.version < found.latest_version {
+        return Ok((
+            false,
+            format!(
+                "version {} of key {key} is not the newest ({}): old versions go at the server, by \
+                 min_decryption_version and trim, once nothing needs them",
+                name.version, found.latest_version
+            ),
+        ));
+    }
+    let allowed = match found.deletion_allowed {
+        true => Ok(()),
+        false => engine.allow_deletion(key, true),
+    };
+    match allowed.and_then(|()| engine.delete(key)) {
+        Ok(()) => {}
+        Err(Fault::Denied(why) | Fault::Refused(why)) => {
+            if !found.deletion_allowed {
+                // As it was; where that is denied as well, nothing was changed.
+                let _ = engine.allow_deletion(key, false);
+            }
+            return Ok((
+                false,
+                format!("{why}. Somebody who may must set deletion_allowed on key {key} and delete it"),
+            ));
+        }
+        Err(fault) => return Err(fault),
+    }
+    Ok(match engine.key(key)? {
+        None => (
+            true,
+            format!(
+                "the server deleted key {key} with its {} version(s) and does not know it any more; backups and \
+                 snapshots of the server's storage may still hold it",
+                found.latest_version
+            ),
+        ),
+        Some(_) => (
+            false,
+            format!("the server took the deletion of key {key}, and still has it"),
+        ),
+    })
+}

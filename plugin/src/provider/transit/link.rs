@@ -1,0 +1,341 @@
+//! The link to the server: what the provider was unlocked with, the session that it made of it, and how the server was
+//! when it was last asked.
+//!
+//! A lock takes effect at once, whatever is under way: a login that ends after it is dropped.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::engine::TransitEngine;
+use super::http::Fault;
+use super::keeper;
+use super::login::{self, Session};
+use super::settings::{Auth, TransitSettings};
+use crate::envelope::ProviderId;
+use crate::provider::{ProviderError, ProviderStatus};
+use crate::secret::SecretBytes;
+
+/// The link of one provider.
+pub(super) struct Link {
+    pub(super) id: ProviderId,
+    pub(super) name: String,
+    pub(super) settings: TransitSettings,
+    state: Mutex<State>,
+    /// Held while logging in: one login serves all who wait for one.
+    logging_in: Mutex<()>,
+}
+
+/// Of the link.
+#[derive(Default)]
+pub(super) struct State {
+    /// Without one it is locked.
+    credential: Option<Arc<SecretBytes>>,
+    pub(super) session: Option<Arc<Session>>,
+    health: Health,
+    /// When the server last did as asked.
+    answered: Option<Instant>,
+    /// What will be wrong soon.
+    warning: Option<String>,
+    /// How often it was locked: a login that took its time meanwhile must not undo that.
+    locks: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Health {
+    #[default]
+    Good,
+    Sealed,
+    Unreachable(String),
+    NotTrusted(String),
+    Degraded(String),
+}
+
+impl Health {
+    /// What a call has shown.
+    fn after<T>(outcome: &Result<T, Fault>) -> Self {
+        match outcome {
+            Ok(_) | Err(Fault::Provider(_)) => Self::Good,
+            Err(Fault::Sealed) => Self::Sealed,
+            Err(Fault::Unreachable(why)) => Self::Unreachable(why.clone()),
+            Err(Fault::NotTrusted(why) | Fault::Ended(why)) => Self::NotTrusted(why.clone()),
+            Err(Fault::WrongCredential) => {
+                Self::NotTrusted("the server does not accept its credential".to_owned())
+            }
+            Err(Fault::Denied(why) | Fault::NotFound(why) | Fault::Refused(why)) => {
+                Self::Degraded(why.clone())
+            }
+        }
+    }
+}
+
+impl Link {
+    /// Locked.
+    pub(super) fn new(id: ProviderId, name: &str, settings: TransitSettings) -> Self {
+        Self {
+            id,
+            name: name.to_owned(),
+            settings,
+            state: Mutex::default(),
+            logging_in: Mutex::default(),
+        }
+    }
+
+    /// How it was when it was last asked.
+    pub(super) fn status(&self) -> ProviderStatus {
+        let state = self.state();
+        if state.credential.is_none() {
+            return ProviderStatus::Locked;
+        }
+        match (&state.health, &state.warning) {
+            (Health::Good, None) => ProviderStatus::Ready,
+            (Health::Good, Some(warning)) => ProviderStatus::Degraded(warning.clone()),
+            (Health::Sealed, _) => ProviderStatus::Locked,
+            (Health::Unreachable(why), _) => ProviderStatus::Unreachable(why.clone()),
+            (Health::NotTrusted(why), _) => ProviderStatus::NotTrusted(why.clone()),
+            (Health::Degraded(why), _) => ProviderStatus::Degraded(why.clone()),
+        }
+    }
+
+    pub(super) fn is_unlocked(&self) -> bool {
+        self.state().credential.is_some()
+    }
+
+    /// Forgets credential and token.
+    pub(super) fn lock(&self) {
+        let mut state = self.state();
+        *state = State {
+            locks: state.locks + 1,
+            ..State::default()
+        };
+    }
+
+    /// See [`KeyProvider::unlock`](crate::provider::KeyProvider::unlock) of the provider.
+    pub(super) fn unlock(&self, credential: &SecretBytes) -> Result<(), Fault> {
+        let locks = self.state().locks;
+        let deadline = Instant::now() + self.settings.timeout();
+        let logged_in = Session::login(&self.settings, credential, deadline);
+        self.hold(login::copy(credential)?, logged_in, locks)
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        guard(&self.state)
+    }
+
+    /// Takes over what a login came to.
+    fn hold(
+        &self,
+        credential: SecretBytes,
+        logged_in: Result<Session, Fault>,
+        locks: u64,
+    ) -> Result<(), Fault> {
+        let health = Health::after(&logged_in);
+        let mut state = self.state();
+        if state.locks != locks {
+            return Err(Fault::Provider(ProviderError::Locked));
+        }
+        match logged_in {
+            Ok(session) => {
+                *state = State {
+                    credential: Some(Arc::new(credential)),
+                    warning: session.client.warning.clone(),
+                    session: Some(Arc::new(session)),
+                    health,
+                    answered: Some(Instant::now()),
+                    locks,
+                };
+                Ok(())
+            }
+            Err(fault) => {
+                if matches!(fault, Fault::Unreachable(_) | Fault::Sealed) && state.session.is_none() {
+                    state.credential = Some(Arc::new(credential));
+                    state.health = health;
+                    return Err(match fault {
+                        Fault::Unreachable(why) => Fault::Unreachable(format!(
+                            "{why}; the login is tried again until it answers or is locked"
+                        )),
+                        fault => fault,
+                    });
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    /// Does `work` with a session, logged in anew if the server has ended the token.
+    pub(super) fn with_engine<T>(
+        &self,
+        work: impl Fn(&TransitEngine) -> Result<T, Fault>,
+    ) -> Result<T, ProviderError> {
+        let deadline = Instant::now() + self.settings.timeout();
+        let locks = self.state().locks;
+        let outcome = self
+            .session(deadline)
+            .and_then(|session| match self.run(&session, deadline, &work) {
+                Err(Fault::Denied(why)) => {
+                    let again = self.after_denial(&session, why, deadline)?;
+                    self.run(&again, deadline, &work)
+                }
+                outcome => outcome,
+            });
+        self.learn(&outcome, locks);
+        match outcome {
+            Ok(value) => Ok(value),
+            // Whatever it failed of, locking it came first.
+            Err(_) if self.state().locks != locks => Err(ProviderError::Locked),
+            Err(fault) => Err(fault.into()),
+        }
+    }
+
+    fn run<T>(
+        &self,
+        session: &Session,
+        deadline: Instant,
+        work: impl Fn(&TransitEngine) -> Result<T, Fault>,
+    ) -> Result<T, Fault> {
+        work(&TransitEngine {
+            session,
+            mount: &self.settings.mount,
+            deadline,
+        })
+    }
+
+    /// The session, or a new one where there is none.
+    fn session(&self, deadline: Instant) -> Result<Arc<Session>, Fault> {
+        if let Some(session) = self.state().session.clone() {
+            return Ok(session);
+        }
+        let _logging_in = guard(&self.logging_in);
+        let locks = {
+            let state = self.state();
+            if let Some(session) = state.session.clone() {
+                return Ok(session);
+            }
+            if let Health::NotTrusted(why) = &state.health {
+                // Trying again what was refused may lock the account.
+                return Err(Fault::Ended(why.clone()));
+            }
+            state.locks
+        };
+        self.replace(self.login(deadline)?, locks)
+    }
+
+    fn login(&self, deadline: Instant) -> Result<Session, Fault> {
+        let credential = self.state().credential.clone();
+        let credential = credential.ok_or(Fault::Provider(ProviderError::Locked))?;
+        Session::login(&self.settings, &credential, deadline).map_err(|fault| match fault {
+            Fault::WrongCredential => {
+                Fault::Ended("the server does not accept its credential any more".to_owned())
+            }
+            fault => fault,
+        })
+    }
+
+    fn replace(&self, session: Session, locks: u64) -> Result<Arc<Session>, Fault> {
+        let session = Arc::new(session);
+        let mut state = self.state();
+        if state.locks != locks {
+            return Err(Fault::Provider(ProviderError::Locked));
+        }
+        state.session = Some(Arc::clone(&session));
+        state.warning = session.client.warning.clone();
+        Ok(session)
+    }
+
+    /// The server said no: to this request, or to the token? In the second case a new session.
+    fn after_denial(
+        &self,
+        session: &Arc<Session>,
+        why: String,
+        deadline: Instant,
+    ) -> Result<Arc<Session>, Fault> {
+        match session.probe(deadline) {
+            Ok(()) => Err(Fault::Refused(format!(
+                "{why} (the policy of its token lacks it)"
+            ))),
+            Err(Fault::Denied(_)) => {
+                self.forget(session);
+                match self.settings.auth {
+                    Auth::Token {} => Err(Fault::Ended("its token has expired or was revoked".to_owned())),
+                    Auth::AppRole { .. } | Auth::Cert { .. } => self.session(deadline),
+                }
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+
+    /// Unless another has taken its place.
+    fn forget(&self, session: &Arc<Session>) {
+        let mut state = self.state();
+        if state
+            .session
+            .as_ref()
+            .is_some_and(|current| Arc::ptr_eq(current, session))
+        {
+            state.session = None;
+        }
+    }
+
+    fn learn<T>(&self, outcome: &Result<T, Fault>, locks: u64) {
+        let mut state = self.state();
+        if state.locks == locks && state.credential.is_some() {
+            state.health = Health::after(outcome);
+            if state.health == Health::Good {
+                state.answered = Some(Instant::now());
+            }
+        }
+    }
+
+    /// Whether a call has shown lately that all is well.
+    pub(super) fn is_fresh(&self) -> bool {
+        let state = self.state();
+        let lately = |answered: Instant| answered.elapsed() < keeper::HEALTHY;
+        state.health == Health::Good && state.answered.is_some_and(lately)
+    }
+
+    /// Whether all is well, and when the token must be renewed.
+    pub(super) fn outlook(&self) -> (bool, Option<Instant>) {
+        let state = self.state();
+        let due = state.session.as_ref().and_then(|session| session.lease().due());
+        (state.health == Health::Good, due)
+    }
+
+    /// Renews the token when it is time, else looks whether the server still takes it.
+    pub(super) fn look(&self) {
+        let deadline = Instant::now() + self.settings.timeout();
+        let locks = self.state().locks;
+        let looked = self.session(deadline).and_then(|session| {
+            let is_due = session.lease().due().is_some_and(|due| due <= Instant::now());
+            let looked = if is_due {
+                self.renew(&session, locks, deadline)
+            } else {
+                session.probe(deadline)
+            };
+            match looked {
+                Err(Fault::Denied(why)) => self.after_denial(&session, why, deadline).map(drop),
+                looked => looked,
+            }
+        });
+        self.learn(&looked, locks);
+    }
+
+    fn renew(&self, session: &Arc<Session>, locks: u64, deadline: Instant) -> Result<(), Fault> {
+        match session.renewed(deadline) {
+            Ok(renewed) => self.replace(renewed, locks).map(drop),
+            Err(Fault::Refused(_)) if !matches!(self.settings.auth, Auth::Token {}) => {
+                self.replace(self.login(deadline)?, locks).map(drop)
+            }
+            Err(Fault::Refused(why)) => {
+                session.probe(deadline)?;
+                let left = session.lease().left().unwrap_or_default();
+                self.state().warning = Some(format!("{why}: it ends in {} s", left.as_secs()));
+                Ok(())
+            }
+            Err(fault) => Err(fault),
+        }
+    }
+}
+
+pub(super) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that a panic could leave half-done is kept behind these.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
