@@ -5,6 +5,7 @@
 
 mod client;
 mod passphrase;
+mod pkcs11;
 mod print;
 mod provider;
 mod transit;
@@ -111,6 +112,8 @@ enum AddCommand {
     },
     /// The transit engine of a HashiCorp Vault or OpenBao. Its KEKs never leave it.
     Transit(Box<TransitArgs>),
+    /// A token behind a PKCS#11 module: an HSM, a smart card, SoftHSM. Its KEKs never leave it.
+    Pkcs11(Pkcs11Args),
 }
 
 #[derive(Debug, Args)]
@@ -172,6 +175,46 @@ struct TransitLoginArgs {
     /// Where the login method is mounted, if not at its usual place.
     #[arg(long, value_name = "PATH")]
     auth_mount: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct Pkcs11Args {
+    /// Its name.
+    name: String,
+    /// The module: a shared library that only root can change.
+    #[arg(long, value_name = "PATH")]
+    module: PathBuf,
+    #[command(flatten)]
+    token: TokenArgs,
+    /// The size of new KEKs: 128, 192 or 256.
+    #[arg(long, value_name = "BITS", default_value = "256")]
+    key_bits: u32,
+    /// Whom a KEK serves: one for all VMs (provider), or one for each (vm).
+    #[arg(long, value_name = "SCOPE", default_value = "provider", value_parser = ["provider", "vm"])]
+    kek_scope: String,
+    /// The string that the module wants for C_Initialize, where it wants one (NSS).
+    #[arg(long, value_name = "TEXT")]
+    init_args: Option<String>,
+    /// The provider's UUID on other hosts, where the token holds KEKs of several.
+    #[arg(long, value_name = "UUID")]
+    id: Option<ProviderId>,
+    /// The PIN.
+    #[command(flatten)]
+    pin: PassphraseArgs,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct TokenArgs {
+    /// The token with this label.
+    #[arg(long, value_name = "LABEL")]
+    token_label: Option<String>,
+    /// The token with this serial number.
+    #[arg(long, value_name = "SERIAL")]
+    token_serial: Option<String>,
+    /// The token in the slot of this number.
+    #[arg(long, value_name = "NUMBER")]
+    slot: Option<u64>,
 }
 
 #[derive(Debug, Args)]

@@ -4,6 +4,7 @@
 //! deadline; `status` answers from memory and never waits for a network.
 
 pub mod native;
+pub mod pkcs11;
 pub mod registry;
 pub mod transit;
 
@@ -170,6 +171,9 @@ pub enum ProviderError {
     /// The passphrase, PIN or token is wrong.
     #[error("does not accept this passphrase, PIN or token")]
     WrongCredential,
+    /// A token refuses the PIN.
+    #[error("{0}")]
+    WrongPin(PinRefusal),
     /// It has no such KEK.
     #[error("does not know KEK {0}")]
     UnknownKek(KekId),
@@ -218,6 +222,45 @@ impl ProviderError {
             context,
             source: source.into(),
         }
+    }
+}
+
+/// What a token says of a PIN that it does not accept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PinRefusal {
+    /// It is wrong.
+    Wrong,
+    /// It is wrong, and so were others before.
+    FewTries,
+    /// It is wrong, and the next wrong one blocks the token.
+    LastTry,
+    /// The next wrong PIN blocks the token; it was not asked.
+    NotTheLastTry,
+    /// The token accepts no PIN any more.
+    Blocked,
+    /// It was wrong before; the token was not asked.
+    KnownToBeWrong,
+    /// Another one unlocked the provider; the token was not asked.
+    UnlockedByAnother,
+}
+
+impl fmt::Display for PinRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Wrong => "does not accept this PIN",
+            Self::FewTries => "does not accept this PIN, and counts wrong ones: few tries are left",
+            Self::LastTry => "does not accept this PIN: one try is left before the token blocks itself",
+            Self::NotTheLastTry => {
+                "has one try left before it blocks itself, so the PIN was not sent: log in once with the right one \
+                 by another tool (pkcs11-tool --login --list-objects)"
+            }
+            Self::Blocked => {
+                "accepts no PIN any more: its security officer must set a new one \
+                 (pkcs11-tool --login --login-type so --init-pin)"
+            }
+            Self::KnownToBeWrong => "has refused this PIN before, so it was not sent to the token again",
+            Self::UnlockedByAnother => "is unlocked with another PIN; to check this one, lock it first",
+        })
     }
 }
 

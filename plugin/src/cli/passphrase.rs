@@ -16,14 +16,24 @@ use crate::failure::{Code, Failure};
 /// For a passphrase that exists.
 #[derive(Debug, Args)]
 pub(super) struct PassphraseArgs {
-    /// Read the passphrase from this file; - is standard input.
-    #[arg(long, value_name = "FILE", group = "passphrase_source")]
+    /// Read the passphrase, or PIN, from this file; - is standard input.
+    #[arg(
+        long,
+        visible_alias = "pin-file",
+        value_name = "FILE",
+        group = "passphrase_source"
+    )]
     passphrase_file: Option<PathBuf>,
-    /// Read the passphrase from this file descriptor.
-    #[arg(long, value_name = "N", group = "passphrase_source")]
+    /// Read the passphrase, or PIN, from this file descriptor.
+    #[arg(long, visible_alias = "pin-fd", value_name = "N", group = "passphrase_source")]
     passphrase_fd: Option<i32>,
-    /// Read the passphrase from this systemd credential.
-    #[arg(long, value_name = "NAME", group = "passphrase_source")]
+    /// Read the passphrase, or PIN, from this systemd credential.
+    #[arg(
+        long,
+        visible_alias = "pin-credential",
+        value_name = "NAME",
+        group = "passphrase_source"
+    )]
     passphrase_credential: Option<String>,
 }
 

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use super::client::Client;
 use super::print::Printer;
-use super::transit;
 use super::{AddCommand, BackupArgs, ProviderCommand, RestoreArgs, passphrase};
+use super::{pkcs11, transit};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
 
@@ -29,6 +29,7 @@ pub(super) async fn run(
             ))
         }
         ProviderCommand::Add(AddCommand::Transit(args)) => transit::add(&args, client, printer).await,
+        ProviderCommand::Add(AddCommand::Pkcs11(args)) => pkcs11::add(&args, client, printer).await,
         ProviderCommand::List => printer.providers(
             &client
                 .call(async |host| host.list_providers().await)
@@ -68,6 +69,7 @@ async fn prompt(name: &str, client: &mut Client) -> Result<String, Failure> {
     let kind = all.providers.iter().find(|provider| provider.name == name);
     let what = match kind.map(|provider| provider.kind.as_str()) {
         Some("transit") => "Token or secret id",
+        Some("pkcs11") => "PIN of the token",
         _ => "Passphrase",
     };
     Ok(format!("{what} of '{name}': "))

@@ -8,9 +8,10 @@ use super::Daemon;
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
 use crate::provider::native::{NativeError, NativeProvider};
+use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
 use crate::provider::registry::{NextCommand, Provider};
 use crate::provider::transit::{TransitProvider, TransitSettings};
-use crate::provider::{KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::provider::{KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus};
 use crate::secret::SecretBytes;
 
 /// The most bytes of a passphrase, or of a client's key and its certificates in PEM.
@@ -59,6 +60,7 @@ impl Daemon {
     ) -> Result<Providers, Failure> {
         let added = match kind {
             NativeProvider::KIND => self.add_native(name, fds),
+            Pkcs11Provider::KIND => self.add_pkcs11(name, settings, fds),
             TransitProvider::KIND => self.add_transit(name, settings),
             _ => {
                 return Err(Failure::new(
@@ -91,6 +93,18 @@ impl Daemon {
             .add_transit(&provider_name(name)?, settings)
             .map(drop)
             .map_err(Failure::from)
+    }
+
+    fn add_pkcs11(&self, name: &str, settings: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
+        let [pin] = take(fds)?;
+        let settings = serde_json::from_str(settings).map_err(|error| {
+            Failure::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
+                .next("virtseal provider add pkcs11 --help")
+        })?;
+        let pin = passphrase_from(pin)?;
+        let added = self.registry.add_pkcs11(&provider_name(name)?, settings, &pin);
+        crate::process::trim();
+        added.map(drop).map_err(|error| pkcs11_failure(name, &error))
     }
 
     /// Makes new envelopes go to `name`.
@@ -189,6 +203,11 @@ impl Daemon {
                 Code::Failed,
                 format!("provider '{name}' keeps its keys at its server, which is backed up there"),
             )),
+            Provider::Pkcs11(_) => Err(Failure::new(
+                Code::Failed,
+                format!("provider '{name}' keeps its keys in a token, which gives none out"),
+            )
+            .next("back the token up with its vendor's tools")),
             Provider::Unusable(other) => Err(Failure::new(
                 Code::Failed,
                 format!("provider '{name}' {}", other.status()),
@@ -240,6 +259,29 @@ fn native_failure(name: &str, error: &NativeError) -> Failure {
         _ => ":",
     };
     let failure = Failure::new(code, format!("provider '{name}'{joint} {}", chain(error)));
+    next.into_iter().fold(failure, Failure::next)
+}
+
+fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Failure {
+    let add = "virtseal provider add pkcs11 --help".to_owned();
+    let (code, next) = match error {
+        Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::Blocked)) => (Code::Locked, None),
+        Pkcs11Error::Provider(ProviderError::WrongPin(_)) => (
+            Code::Locked,
+            Some(format!("the same command with the right PIN for '{name}'")),
+        ),
+        Pkcs11Error::Provider(error @ ProviderError::Unreachable(_)) => (error.advice(name).0, Some(add)),
+        Pkcs11Error::ManyProviders(_) => (Code::Usage, Some("the same command with --id UUID".to_owned())),
+        Pkcs11Error::TokenInUse(other) => (Code::Failed, Some(format!("virtseal provider show {other}"))),
+        Pkcs11Error::Settings(_) => (Code::Usage, Some(add)),
+        Pkcs11Error::Provider(_) | Pkcs11Error::Keystore(_) | Pkcs11Error::Json(_) => (Code::Failed, None),
+    };
+    let message = match error {
+        Pkcs11Error::Provider(ProviderError::WrongPin(_)) => format!("the token {}", chain(error)),
+        Pkcs11Error::Provider(error) => format!("provider '{name}' {}", chain(error)),
+        error => chain(error),
+    };
+    let failure = Failure::new(code, message);
     next.into_iter().fold(failure, Failure::next)
 }
 

@@ -13,8 +13,9 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::native::{NativeError, NativeProvider};
+use super::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
 use super::transit::{TransitProvider, TransitSettings};
-use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use super::{DestroyReceipt, KekScope, KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus};
 use crate::envelope::{Binding, Envelope, EnvelopeError, KekId, Payload, ProviderId, Stanza};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::{Change, Keystore, KeystoreError, ProviderRecord};
@@ -29,6 +30,8 @@ pub enum Provider {
     Native(Arc<NativeProvider>),
     /// In the transit engine of a Vault or OpenBao.
     Transit(Arc<TransitProvider>),
+    /// KEKs in a PKCS#11 token.
+    Pkcs11(Arc<Pkcs11Provider>),
     /// Recorded, but of no use to this version.
     Unusable(Arc<UnusableProvider>),
 }
@@ -40,6 +43,7 @@ impl Provider {
         match self {
             Self::Native(provider) => provider.as_ref(),
             Self::Transit(provider) => provider.as_ref(),
+            Self::Pkcs11(provider) => provider.as_ref(),
             Self::Unusable(provider) => provider.as_ref(),
         }
     }
@@ -50,6 +54,7 @@ impl Provider {
         match self {
             Self::Native(_) => NativeProvider::KIND,
             Self::Transit(_) => TransitProvider::KIND,
+            Self::Pkcs11(_) => Pkcs11Provider::KIND,
             Self::Unusable(provider) => &provider.record.kind,
         }
     }
@@ -63,6 +68,10 @@ impl Provider {
             },
             TransitProvider::KIND => match TransitProvider::open(&record) {
                 Ok(provider) => Ok(Self::Transit(Arc::new(provider))),
+                Err(error) => Err(chain(&error)),
+            },
+            Pkcs11Provider::KIND => match Pkcs11Provider::open(&record) {
+                Ok(provider) => Ok(Self::Pkcs11(Arc::new(provider))),
                 Err(error) => Err(chain(&error)),
             },
             kind => Err(format!(
@@ -263,6 +272,35 @@ impl Registry {
         Ok(made)
     }
 
+    /// Adds the token of `settings`, and unlocks it with `pin`.
+    ///
+    /// # Errors
+    /// As [`Pkcs11Provider::create`].
+    pub fn add_pkcs11(
+        &self,
+        name: &ProviderName,
+        settings: Pkcs11Settings,
+        pin: &SecretBytes,
+    ) -> Result<Arc<Pkcs11Provider>, Pkcs11Error> {
+        let others: Vec<_> = self
+            .providers()
+            .into_iter()
+            .filter_map(|known| match known {
+                Provider::Pkcs11(provider) => Some(provider),
+                _ => None,
+            })
+            .collect();
+        let made = Arc::new(Pkcs11Provider::create(
+            &self.keystore,
+            name,
+            settings,
+            pin,
+            &others,
+        )?);
+        self.enter(Provider::Pkcs11(Arc::clone(&made)));
+        Ok(made)
+    }
+
     fn enter(&self, made: Provider) {
         let id = made.provider().id();
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
@@ -415,6 +453,8 @@ pub enum NextCommand {
     List,
     /// `virtseal provider unlock NAME`
     Unlock(String),
+    /// `virtseal provider lock NAME`
+    Lock(String),
     /// `virtseal provider backup NAME`
     Backup(String),
     /// `virtseal provider restore NAME`
@@ -439,6 +479,7 @@ impl std::fmt::Display for NextCommand {
             }
             Self::Upgrade => return f.write_str("upgrade virtseal"),
             Self::Unlock(name) => ("unlock", name),
+            Self::Lock(name) => ("lock", name),
             Self::Backup(name) => ("backup", name),
             Self::Restore(name) => ("restore", name),
             Self::Trust(name) => ("trust", name),
@@ -455,7 +496,9 @@ impl ProviderError {
         let name = name.to_owned();
         match self {
             Self::Locked => (Code::Locked, Some(NextCommand::Unlock(name))),
-            Self::WrongCredential => (Code::Locked, Some(NextCommand::Unlock(name))),
+            Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(NextCommand::Lock(name))),
+            Self::WrongPin(PinRefusal::Blocked | PinRefusal::NotTheLastTry) => (Code::Locked, None),
+            Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
             Self::NotBackedUp => (Code::Failed, Some(NextCommand::Backup(name))),
             Self::Unreachable(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
             Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),

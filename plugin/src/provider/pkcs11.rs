@@ -1,0 +1,269 @@
+//! The pkcs11 provider: KEKs that a token (an HSM, a smart card, SoftHSM) made and never gives out.
+//!
+//! ```text
+//!            unlock: C_Login with the PIN, once
+//!   Locked ─────────────────────────────────────▶ Ready ◀──────────────┐
+//!     ▲                                             │ token gone,      │ token back:
+//!     │ lock: C_Logout, PIN forgotten               │ module hangs     │ logged in again
+//!     │ token refuses the PIN                       ▼                  │
+//!     └─────────────────────────────────────── Unreachable ────────────┘
+//! ```
+//!
+//! Payloads are wrapped and unwrapped inside the token; `mechanism.rs` has the ways. All calls of a module are made by
+//! one thread (`module.rs`), so a module that hangs costs callers their deadline and nothing else. This is the only place
+//! that touches `cryptoki`.
+
+mod error;
+mod kek;
+mod link;
+mod mechanism;
+mod module;
+mod settings;
+mod token;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+
+use self::error::TokenError;
+use self::kek::Owner;
+use self::link::{DEADLINE, Link};
+use self::mechanism::Mechanism;
+use self::token::Token;
+use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
+use crate::secret::SecretBytes;
+
+pub use settings::{KeyBits, Pkcs11Settings, ScopeSetting, SettingsError, TokenChoice};
+
+/// A provider whose KEKs are in a PKCS#11 token.
+pub struct Pkcs11Provider {
+    id: ProviderId,
+    name: String,
+    link: Arc<Link>,
+}
+
+impl Pkcs11Provider {
+    /// The kind in the keystore.
+    pub const KIND: &'static str = "pkcs11";
+
+    /// Finds the token of `settings`, logs in with `pin`, and records the provider, unlocked. A token that holds KEKs of a
+    /// provider already, from this host or another, gives its id: what that one wrapped opens here too. With a KEK
+    /// for all VMs, that KEK is made, and tried, now.
+    ///
+    /// # Errors
+    /// When the name is taken, `others` use the token, the token is not there, refuses the PIN, or can't do what is needed.
+    pub fn create(
+        keystore: &Keystore,
+        name: &ProviderName,
+        settings: Pkcs11Settings,
+        pin: &SecretBytes,
+        others: &[Arc<Self>],
+    ) -> Result<Self, Pkcs11Error> {
+        Self::create_within(DEADLINE, keystore, name, settings, pin, others)
+    }
+
+    fn create_within(
+        deadline: Duration,
+        keystore: &Keystore,
+        name: &ProviderName,
+        mut settings: Pkcs11Settings,
+        pin: &SecretBytes,
+        others: &[Arc<Self>],
+    ) -> Result<Self, Pkcs11Error> {
+        if keystore
+            .providers()?
+            .iter()
+            .any(|known| known.name == name.as_str())
+        {
+            return Err(KeystoreError::ProviderNameTaken(name.to_string()).into());
+        }
+        settings.check_module()?;
+        settings.host = settings::host_name();
+        settings.serial = None;
+        let wanted = settings.id.take();
+        let link = Link::new(settings.clone(), deadline).map_err(ProviderError::from)?;
+        link.find()?;
+        if let Some(other) = others.iter().find(|other| other.link.is_same_token(&link)) {
+            return Err(Pkcs11Error::TokenInUse(other.name.clone()));
+        }
+        link.unlock(pin)?;
+        let found = link.call(|token| kek::providers(token))?;
+        let id = match (wanted, found.as_slice()) {
+            (Some(wanted), _) => wanted,
+            (None, []) => ProviderId::random(),
+            (None, [one]) => *one,
+            (None, many) => return Err(Pkcs11Error::ManyProviders(many.to_vec())),
+        };
+        settings.serial = link.serial.get().cloned();
+        let provider = Self {
+            id,
+            name: name.to_string(),
+            link,
+        };
+        provider.try_out(settings.kek_scope)?;
+        let stored = serde_json::to_value(&settings).map_err(Pkcs11Error::Json)?;
+        keystore.insert_provider(id, name.as_str(), Self::KIND, &stored)?;
+        Ok(provider)
+    }
+
+    /// The recorded provider, locked. Asks nothing of the module.
+    ///
+    /// # Errors
+    /// When its settings can't be read, or its module is not what may be loaded.
+    pub fn open(record: &ProviderRecord) -> Result<Self, Pkcs11Error> {
+        Self::open_within(DEADLINE, record)
+    }
+
+    fn open_within(deadline: Duration, record: &ProviderRecord) -> Result<Self, Pkcs11Error> {
+        let settings: Pkcs11Settings =
+            serde_json::from_value(record.settings.clone()).map_err(Pkcs11Error::Json)?;
+        settings.check_module()?;
+        Ok(Self {
+            id: record.id,
+            name: record.name.clone(),
+            link: Link::new(settings, deadline).map_err(ProviderError::from)?,
+        })
+    }
+
+    fn try_out(&self, scope: ScopeSetting) -> Result<(), ProviderError> {
+        match scope {
+            ScopeSetting::Provider => self.create_kek(&KekScope::Provider).map(drop),
+            ScopeSetting::Vm => {
+                let bits = self.link.settings.key_bits;
+                self.link
+                    .call(move |token| Ok(Mechanism::choose(&token.offers()?, bits).map(drop)?))
+            }
+        }
+    }
+
+    fn owner(&self) -> Owner {
+        Owner {
+            provider: self.id,
+            host: self.link.settings.host.clone(),
+            key_bits: self.link.settings.key_bits,
+        }
+    }
+
+    fn scope(&self, asked: &KekScope) -> KekScope {
+        match self.link.settings.kek_scope {
+            ScopeSetting::Vm => *asked,
+            ScopeSetting::Provider => KekScope::Provider,
+        }
+    }
+}
+
+impl KeyProvider for Pkcs11Provider {
+    fn id(&self) -> ProviderId {
+        self.id
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn status(&self) -> ProviderStatus {
+        self.link.status()
+    }
+
+    fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
+        let (owner, scope) = (self.owner(), self.scope(scope));
+        self.link.call(move |token| kek::create(token, &owner, &scope))
+    }
+
+    fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
+        let (owner, id) = (self.owner(), kek.clone());
+        let payload = SecretBytes::take(&mut payload.expose().to_vec()).map_err(TokenError::Memory)?;
+        let (mechanism, body) = self.link.call(move |token| {
+            let kek = kek::find(token, &owner, &id)?;
+            let body = mechanism::wrap(token, &kek, &owner.context(&id), payload.expose())?;
+            Ok((kek.mechanism, body))
+        })?;
+        Ok(Stanza {
+            provider: self.id,
+            provider_name: self.name.clone(),
+            kek: kek.clone(),
+            mechanism: mechanism.as_str().to_owned(),
+            body,
+        })
+    }
+
+    /// One turn at the module's queue for all of them.
+    fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+        let owner = self.owner();
+        let stanzas: Vec<Stanza> = stanzas.iter().map(|stanza| (*stanza).clone()).collect();
+        self.link.call(move |token| {
+            let unwrap = |stanza| unwrap_one(token, &owner, stanza);
+            stanzas.iter().map(unwrap).collect()
+        })
+    }
+
+    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+        let (owner, id) = (self.owner(), kek.clone());
+        let objects = self.link.call(move |token| kek::destroy(token, &owner, &id))?;
+        Ok(DestroyReceipt {
+            kek: kek.clone(),
+            destroyed: true,
+            observed: format!(
+                "{objects} object(s) with CKA_ID {kek} were destroyed, and the token finds them no more; a backup or \
+                 a clone of the token may still hold them"
+            ),
+        })
+    }
+
+    fn lock(&self) {
+        self.link.lock();
+    }
+
+    /// Presents a PIN once, and none that the token has refused before.
+    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
+        self.link.unlock(credential)
+    }
+}
+
+fn unwrap_one(token: &mut Token, owner: &Owner, stanza: &Stanza) -> Result<Payload, TokenError> {
+    if stanza.provider != owner.provider {
+        return Err(TokenError::Tampered);
+    }
+    let mechanism = Mechanism::parse(&stanza.mechanism)?;
+    let kek = kek::find(token, owner, &stanza.kek)?;
+    if kek.mechanism != mechanism {
+        return Err(TokenError::Tampered);
+    }
+    let opened = mechanism::unwrap(token, &kek, &owner.context(&stanza.kek), &stanza.body)?;
+    Payload::from_unwrapped(opened).map_err(TokenError::Payload)
+}
+
+/// Why a pkcs11 provider can't be added or opened.
+#[derive(Debug, Error)]
+pub enum Pkcs11Error {
+    /// The keystore refuses.
+    #[error(transparent)]
+    Keystore(#[from] KeystoreError),
+    /// The settings make no sense here.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// The settings can't be read.
+    #[error("its settings are not understood")]
+    Json(#[source] serde_json::Error),
+    /// One login serves a whole process, so two providers would unlock each other.
+    #[error("the token is that of provider '{0}' already")]
+    TokenInUse(String),
+    /// Which one to be is for the admin to say.
+    #[error("the token holds KEKs of several providers ({})", list(.0))]
+    ManyProviders(Vec<ProviderId>),
+    /// The token refuses.
+    #[error(transparent)]
+    Provider(#[from] ProviderError),
+}
+
+fn list(ids: &[ProviderId]) -> String {
+    ids.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+pub(in crate::provider) mod stand;
+#[cfg(test)]
+mod tests;

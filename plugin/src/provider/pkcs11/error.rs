@@ -1,0 +1,184 @@
+//! Why a token did not do as asked: its own answers, and what they mean for a provider.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use cryptoki::error::{Error, RvError};
+use thiserror::Error;
+
+use super::mechanism::Missing;
+use super::settings::TokenChoice;
+use crate::envelope::{EnvelopeError, KekId};
+use crate::failure::chain;
+use crate::provider::{PinRefusal, ProviderError};
+
+/// Why the token did not do as asked.
+#[derive(Debug, Error)]
+pub(super) enum TokenError {
+    /// No thread for the module, or not any more.
+    #[error("can't have a thread for the module")]
+    Thread(#[source] io::Error),
+    /// The module is in a call that does not end, or was too slow.
+    #[error("the module has not answered for {:.1} s", .0.as_secs_f64())]
+    Silent(Duration),
+    /// Not a PKCS#11 module; the reason names it.
+    #[error("can't load the PKCS#11 module: {0}")]
+    Load(String),
+    #[error("the module {} is in use with other arguments for C_Initialize", .0.display())]
+    OtherInitArgs(PathBuf),
+    #[error("the arguments of C_Initialize hold a NUL")]
+    InitArgs,
+    #[error("there is no {wanted}; the module has {found}")]
+    NoToken { wanted: TokenChoice, found: String },
+    #[error("{count} tokens answer to '{wanted}': choose one by its serial number")]
+    Ambiguous { wanted: TokenChoice, count: usize },
+    #[error("the {wanted} is another one: its serial number is {found} and not {expected}")]
+    AnotherToken {
+        wanted: TokenChoice,
+        expected: String,
+        found: String,
+    },
+    #[error("is locked")]
+    Locked,
+    #[error("the token refuses the PIN")]
+    Pin(PinRefusal),
+    /// The token was not asked.
+    #[error("one try is left before the token blocks itself")]
+    LastTry,
+    /// The token did not even look at the PIN.
+    #[error("the token has blocked the PIN")]
+    PinBlocked,
+    #[error("what was wrapped does not open")]
+    Tampered,
+    #[error("there is no KEK {0}")]
+    UnknownKek(KekId),
+    #[error("there is no mechanism {0:?}")]
+    UnknownMechanism(String),
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    #[error("the token made a key that could leave it")]
+    NotKept,
+    #[error("the token keeps a key that it has destroyed")]
+    NotDestroyed,
+    /// An object of ours without what it must have.
+    #[error("an object in the token is incomplete")]
+    NoValue,
+    #[error("not a payload")]
+    Payload(#[source] EnvelopeError),
+    #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
+    Memory(#[source] io::Error),
+    /// The module's own answer.
+    #[error("{}", answer(.0))]
+    Call(Error),
+}
+
+impl From<Error> for TokenError {
+    fn from(error: Error) -> Self {
+        Self::Call(error)
+    }
+}
+
+/// The function and the code: what cryptoki says of a code is a paragraph of the specification.
+fn answer(error: &Error) -> String {
+    match error {
+        Error::Pkcs11(rv, function) => format!("C_{function:?} answers {rv:?}"),
+        error => error.to_string(),
+    }
+}
+
+impl TokenError {
+    /// Whether a new session, or a module initialized anew, may help.
+    pub(super) fn is_loss(&self) -> bool {
+        match self {
+            Self::NoToken { .. } => true,
+            Self::Call(error) => is_lost(error),
+            _ => false,
+        }
+    }
+
+    /// Whether the token, or its module, is not there now, and may be later.
+    pub(super) fn is_absence(&self) -> bool {
+        self.is_loss() || matches!(self, Self::Silent(_) | Self::Load(_))
+    }
+
+    pub(super) fn is_about_the_pin(&self) -> bool {
+        matches!(self, Self::Pin(_) | Self::PinBlocked | Self::LastTry)
+    }
+
+    /// Whether it is about the token as a whole, and so about the provider's status.
+    pub(super) fn is_trouble(&self) -> bool {
+        !matches!(
+            self,
+            Self::Locked
+                | Self::Pin(_)
+                | Self::PinBlocked
+                | Self::LastTry
+                | Self::Tampered
+                | Self::UnknownKek(_)
+                | Self::UnknownMechanism(_)
+                | Self::Payload(_)
+                | Self::Missing(_)
+                | Self::Memory(_)
+        )
+    }
+
+    pub(super) fn in_one_line(&self) -> String {
+        chain(self)
+    }
+}
+
+impl From<TokenError> for ProviderError {
+    fn from(error: TokenError) -> Self {
+        match error {
+            TokenError::Locked => Self::Locked,
+            TokenError::Pin(refusal) => Self::WrongPin(refusal),
+            TokenError::PinBlocked => Self::WrongPin(PinRefusal::Blocked),
+            TokenError::LastTry => Self::WrongPin(PinRefusal::NotTheLastTry),
+            TokenError::Missing(missing) => Self::Unusable(missing.to_string()),
+            TokenError::Tampered => Self::Tampered,
+            TokenError::UnknownKek(kek) => Self::UnknownKek(kek),
+            TokenError::UnknownMechanism(name) => Self::UnknownMechanism(name),
+            TokenError::Payload(error) => Self::Payload(error),
+            TokenError::Memory(error) => Self::internal("getting memory for a key")(error),
+            TokenError::Thread(error) => Self::internal("calling the module")(error),
+            TokenError::OtherInitArgs(_)
+            | TokenError::InitArgs
+            | TokenError::NotKept
+            | TokenError::NotDestroyed
+            | TokenError::NoValue
+            | TokenError::Ambiguous { .. }
+            | TokenError::AnotherToken { .. } => Self::Unusable(error.in_one_line()),
+            TokenError::Silent(_)
+            | TokenError::Load(_)
+            | TokenError::NoToken { .. }
+            | TokenError::Call(_) => Self::Unreachable(error.in_one_line()),
+        }
+    }
+}
+
+/// Whether the answer says that token, session or handle are no more.
+pub(super) fn is_lost(error: &Error) -> bool {
+    let Error::Pkcs11(rv, _) = error else {
+        return false;
+    };
+    matches!(
+        rv,
+        RvError::DeviceRemoved
+            | RvError::DeviceError
+            | RvError::TokenNotPresent
+            | RvError::TokenNotRecognized
+            | RvError::SlotIdInvalid
+            | RvError::SessionHandleInvalid
+            | RvError::SessionClosed
+            | RvError::UserNotLoggedIn
+            | RvError::CryptokiNotInitialized
+            | RvError::ObjectHandleInvalid
+            | RvError::KeyHandleInvalid
+            | RvError::WrappingKeyHandleInvalid
+            | RvError::UnwrappingKeyHandleInvalid
+            | RvError::OperationActive
+            | RvError::GeneralError
+            | RvError::FunctionFailed
+    )
+}

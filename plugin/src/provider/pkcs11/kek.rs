@@ -1,0 +1,325 @@
+//! KEKs in a token: how they are made, named and found.
+//!
+//! A KEK is an AES key, generated in the token, sensitive and not extractable. Its CKA_ID, 16 random bytes, is its
+//! [`KekId`] in lowercase hex. Its label says what it is for:
+//! `virtseal:<mechanism>:<provider>:<VM, or "all">:<host>`. A KEK of `AES-CBC-PAD+HMAC-SHA256` has a second key of
+//! the same ID and label, for the HMAC.
+
+use cryptoki::mechanism::Mechanism as Pkcs11Mechanism;
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::session::Session;
+use cryptoki::types::Ulong;
+
+use super::error::TokenError;
+use super::mechanism::{self, Mechanism};
+use super::settings::KeyBits;
+use super::token::Token;
+use crate::envelope::{KekId, Payload, ProviderId};
+use crate::provider::KekScope;
+use crate::secret::SecretBytes;
+
+const ID: usize = 16;
+const HMAC_KEY: usize = 32;
+
+/// A KEK as a session sees it.
+#[derive(Clone, Debug)]
+pub(super) struct Kek {
+    pub(super) mechanism: Mechanism,
+    pub(super) key: ObjectHandle,
+    mac: Option<ObjectHandle>,
+}
+
+impl Kek {
+    pub(super) fn mac(&self) -> Result<ObjectHandle, TokenError> {
+        self.mac.ok_or(TokenError::NoValue)
+    }
+}
+
+/// Whose KEKs, and how new ones are made.
+#[derive(Clone, Debug)]
+pub(super) struct Owner {
+    pub(super) provider: ProviderId,
+    pub(super) host: String,
+    pub(super) key_bits: KeyBits,
+}
+
+impl Owner {
+    /// What a body of this KEK is bound to.
+    pub(super) fn context(&self, kek: &KekId) -> Vec<u8> {
+        let mut context = b"virtseal pkcs11 v1\0".to_vec();
+        context.extend_from_slice(self.provider.0.as_bytes());
+        context.extend_from_slice(kek.0.as_bytes());
+        context
+    }
+
+    fn label(&self, mechanism: Mechanism, scope: &KekScope) -> String {
+        let scope = match scope {
+            KekScope::Vm(vm) => vm.to_string(),
+            KekScope::Provider => "all".to_owned(),
+        };
+        format!(
+            "virtseal:{}:{}:{scope}:{}",
+            mechanism.as_str(),
+            self.provider,
+            self.host
+        )
+    }
+}
+
+/// What a label says, if it is one of ours.
+fn read_label(label: &[u8]) -> Option<(Mechanism, ProviderId)> {
+    let text = std::str::from_utf8(label).ok()?;
+    let mut parts = text.strip_prefix("virtseal:")?.split(':');
+    let mechanism = Mechanism::parse(parts.next()?).ok()?;
+    Some((mechanism, parts.next()?.parse().ok()?))
+}
+
+/// The KEK of `scope`: the one there is, or a new one that has wrapped and unwrapped.
+pub(super) fn create(token: &mut Token, owner: &Owner, scope: &KekScope) -> Result<KekId, TokenError> {
+    for mechanism in Mechanism::ALL {
+        if let Some(kek) = labelled(token, &owner.label(mechanism, scope))? {
+            return Ok(kek);
+        }
+    }
+    let mut refusal = None;
+    for mechanism in Mechanism::choose(&token.offers()?, owner.key_bits)? {
+        match generate(token, owner, mechanism, scope) {
+            // Listed is not yet allowed: policies of HSMs forbid single mechanisms.
+            Err(error @ (TokenError::Call(_) | TokenError::Tampered)) if token.check().is_ok() => {
+                refusal = Some(error);
+            }
+            done => return done,
+        }
+    }
+    Err(refusal.expect("a token that offers nothing was refused above"))
+}
+
+fn generate(
+    token: &mut Token,
+    owner: &Owner,
+    mechanism: Mechanism,
+    scope: &KekScope,
+) -> Result<KekId, TokenError> {
+    let mut id = [0; ID];
+    openssl::rand::rand_bytes(&mut id).map_err(|error| TokenError::Memory(error.into()))?;
+    let kek = KekId(hex::encode(id));
+    let label = owner.label(mechanism, scope);
+    let session = token.writable()?;
+    let done =
+        generate_keys(&session, owner, mechanism, &id, &label).and_then(|()| try_out(token, owner, &kek));
+    if done.is_err() {
+        token.keks.remove(&kek);
+        for object in all_objects(&session, &id)? {
+            session.destroy_object(object)?;
+        }
+    }
+    done.map(|()| kek)
+}
+
+/// The key for the HMAC first: a KEK is found by its AES key, and is whole then.
+fn generate_keys(
+    session: &Session,
+    owner: &Owner,
+    mechanism: Mechanism,
+    id: &[u8],
+    label: &str,
+) -> Result<(), TokenError> {
+    if mechanism == Mechanism::CbcHmac {
+        let mut template = kept_key(id, label, HMAC_KEY)?;
+        template.extend([Attribute::Sign(true), Attribute::Verify(true)]);
+        template.extend(allowed(false, false));
+        session.generate_key(&Pkcs11Mechanism::GenericSecretKeyGen, &template)?;
+    }
+    let mut template = kept_key(id, label, owner.key_bits.bytes())?;
+    let wraps = mechanism.wraps_objects();
+    template.extend(allowed(!wraps, wraps));
+    let key = session.generate_key(&Pkcs11Mechanism::AesKeyGen, &template)?;
+    let kept = session.get_attributes(key, &[AttributeType::Sensitive, AttributeType::Extractable])?;
+    if kept.contains(&Attribute::Sensitive(true)) && kept.contains(&Attribute::Extractable(false)) {
+        Ok(())
+    } else {
+        Err(TokenError::NotKept)
+    }
+}
+
+fn kept_key(id: &[u8], label: &str, bytes: usize) -> Result<Vec<Attribute>, TokenError> {
+    Ok(vec![
+        Attribute::Token(true),
+        Attribute::Private(true),
+        Attribute::Sensitive(true),
+        Attribute::Extractable(false),
+        Attribute::Id(id.to_vec()),
+        Attribute::Label(label.as_bytes().to_vec()),
+        Attribute::ValueLen(Ulong::try_from(bytes)?),
+    ])
+}
+
+fn allowed(encrypt: bool, wrap: bool) -> [Attribute; 4] {
+    [
+        Attribute::Encrypt(encrypt),
+        Attribute::Decrypt(encrypt),
+        Attribute::Wrap(wrap),
+        Attribute::Unwrap(wrap),
+    ]
+}
+
+/// Nothing relies on a KEK that has not wrapped and unwrapped before.
+fn try_out(token: &mut Token, owner: &Owner, kek: &KekId) -> Result<(), TokenError> {
+    let found = find(token, owner, kek)?;
+    let context = owner.context(kek);
+    let sample = SecretBytes::random(Payload::LEN).map_err(TokenError::Memory)?;
+    let body = mechanism::wrap(token, &found, &context, sample.expose())?;
+    let opened = mechanism::unwrap(token, &found, &context, &body)?;
+    match openssl::memcmp::eq(sample.expose(), opened.expose()) {
+        true => Ok(()),
+        false => Err(TokenError::Tampered),
+    }
+}
+
+/// The KEK that is called `id`, as one of `owner`'s.
+pub(super) fn find(token: &mut Token, owner: &Owner, id: &KekId) -> Result<Kek, TokenError> {
+    if let Some(kek) = token.keks.get(id) {
+        return Ok(kek.clone());
+    }
+    let unknown = || TokenError::UnknownKek(id.clone());
+    let bytes = parse(id).ok_or_else(unknown)?;
+    for key in token.session.find_objects(&secret_key(KeyType::AES, &bytes))? {
+        let label = text(&token.session, key, AttributeType::Label)?;
+        let Some((mechanism, provider)) = read_label(&label) else {
+            continue;
+        };
+        if provider == owner.provider {
+            let mac = match mechanism {
+                Mechanism::CbcHmac => token
+                    .session
+                    .find_objects(&secret_key(KeyType::GENERIC_SECRET, &bytes))?
+                    .first()
+                    .copied(),
+                _ => None,
+            };
+            let kek = Kek { mechanism, key, mac };
+            token.keks.insert(id.clone(), kek.clone());
+            return Ok(kek);
+        }
+    }
+    Err(unknown())
+}
+
+/// Destroys the KEK, and looks whether it is gone.
+pub(super) fn destroy(token: &mut Token, owner: &Owner, id: &KekId) -> Result<usize, TokenError> {
+    find(token, owner, id)?;
+    token.keks.remove(id);
+    let bytes = parse(id).ok_or_else(|| TokenError::UnknownKek(id.clone()))?;
+    let session = token.writable()?;
+    let objects = all_objects(&session, &bytes)?;
+    for object in &objects {
+        session.destroy_object(*object)?;
+    }
+    match all_objects(&session, &bytes)?.is_empty() {
+        true => Ok(objects.len()),
+        false => Err(TokenError::NotDestroyed),
+    }
+}
+
+/// The providers whose KEKs are in the token.
+pub(super) fn providers(token: &Token) -> Result<Vec<ProviderId>, TokenError> {
+    let template = [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::Token(true)];
+    let mut providers = Vec::new();
+    for object in token.session.find_objects(&template)? {
+        let label = text(&token.session, object, AttributeType::Label)?;
+        providers.extend(read_label(&label).map(|(_, provider)| provider));
+    }
+    providers.sort_unstable();
+    providers.dedup();
+    Ok(providers)
+}
+
+/// Of several KEKs with one label, which only a lost race makes, always the same one.
+fn labelled(token: &Token, label: &str) -> Result<Option<KekId>, TokenError> {
+    let template = [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(KeyType::AES),
+        Attribute::Token(true),
+        Attribute::Label(label.as_bytes().to_vec()),
+    ];
+    let mut ids = Vec::new();
+    for object in token.session.find_objects(&template)? {
+        ids.push(text(&token.session, object, AttributeType::Id)?);
+    }
+    Ok(ids.into_iter().min().map(|id| KekId(hex::encode(id))))
+}
+
+fn secret_key(kind: KeyType, id: &[u8]) -> [Attribute; 4] {
+    [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(kind),
+        Attribute::Token(true),
+        Attribute::Id(id.to_vec()),
+    ]
+}
+
+fn all_objects(session: &Session, id: &[u8]) -> Result<Vec<ObjectHandle>, TokenError> {
+    let mut objects = session.find_objects(&secret_key(KeyType::AES, id))?;
+    objects.extend(session.find_objects(&secret_key(KeyType::GENERIC_SECRET, id))?);
+    Ok(objects)
+}
+
+/// A label or an ID; empty where the object has none.
+fn text(session: &Session, object: ObjectHandle, which: AttributeType) -> Result<Vec<u8>, TokenError> {
+    let read = session.get_attributes(object, &[which])?;
+    Ok(match read.into_iter().next() {
+        Some(Attribute::Label(bytes) | Attribute::Id(bytes)) => bytes,
+        _ => Vec::new(),
+    })
+}
+
+/// The CKA_ID, if the name is spelt as it is here: two spellings would be two names.
+fn parse(id: &KekId) -> Option<Vec<u8>> {
+    let bytes = hex::decode(&id.0).ok()?;
+    (bytes.len() == ID && hex::encode(&bytes) == id.0).then_some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::envelope::VmId;
+
+    #[test]
+    fn labels_are_read_back() {
+        let owner = Owner {
+            provider: ProviderId::random(),
+            host: "node-1.example".to_owned(),
+            key_bits: KeyBits::Aes256,
+        };
+        for mechanism in Mechanism::ALL {
+            for scope in [KekScope::Provider, KekScope::Vm(VmId::random())] {
+                let label = owner.label(mechanism, &scope);
+                assert_eq!(read_label(label.as_bytes()), Some((mechanism, owner.provider)));
+            }
+        }
+        for other in [
+            "",
+            "virtseal:",
+            "virtseal:ROT13:x",
+            "kek",
+            "virtseal:AES-GCM:not-a-uuid:all:h",
+        ] {
+            assert_eq!(read_label(other.as_bytes()), None);
+        }
+        assert_eq!(read_label(b"virtseal:\xff"), None);
+    }
+
+    #[test]
+    fn names_have_one_spelling() {
+        let name = "00ff00ff00ff00ff00ff00ff00ff00ff";
+        assert!(parse(&KekId(name.to_owned())).is_some());
+        for bad in [
+            name.to_uppercase(),
+            format!("{name}00"),
+            String::new(),
+            "../../etc".to_owned(),
+        ] {
+            assert_eq!(parse(&KekId(bad)), None);
+        }
+    }
+}

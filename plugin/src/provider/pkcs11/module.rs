@@ -1,0 +1,389 @@
+//! A PKCS#11 module and the one thread that calls it.
+//!
+//! A module may hang in a driver or a network that nothing can interrupt, and a process may initialize it only once.
+//! So each module has a thread for as long as the process lives, which owns the context and every session; callers
+//! wait at its queue, and never longer than their deadline. A call whose caller has given up is not made any more.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::CString;
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+use std::time::{Duration, Instant};
+
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::error::{Error, RvError};
+use openssl::sha::Sha256;
+
+use super::error::TokenError;
+use super::link::{Link, LinkNumber};
+use super::settings::Pkcs11Settings;
+use super::token::Token;
+use crate::provider::PinRefusal;
+use crate::secret::SecretBytes;
+
+/// How often the tokens of unlocked providers are looked at while nobody asks for anything.
+const PROBE: Duration = Duration::from_secs(30);
+/// How often a module is initialized anew for a missing token while it serves other tokens.
+const RESET: Duration = Duration::from_secs(30);
+
+/// How long calls in progress may still take when the process exits.
+const LAST_CALLS: Duration = Duration::from_secs(1);
+
+/// Modules that were loaded; never unloaded, for many do not survive that.
+static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
+
+/// The callers' side of a module's thread.
+pub(super) struct Module {
+    path: PathBuf,
+    init_args: Option<String>,
+    jobs: Sender<Job>,
+    /// When the call began that the thread is in.
+    busy: Arc<Mutex<Option<Instant>>>,
+    /// Held by the thread while it is in a call.
+    gate: Arc<Mutex<Gate>>,
+}
+
+/// Whether the module may be called.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gate {
+    Open,
+    /// The process is exiting: the module's own exit handlers take apart what a call would use.
+    Closed,
+}
+
+struct Job {
+    expires: Option<Instant>,
+    run: Box<dyn FnOnce(&mut Worker) + Send>,
+}
+
+impl Module {
+    /// The module of `settings`, with its thread; nothing is loaded before the first call.
+    pub(super) fn of(settings: &Pkcs11Settings) -> Result<Arc<Self>, TokenError> {
+        // Two names of one file are one module, which must not be initialized twice.
+        let path = settings.module.canonicalize().unwrap_or(settings.module.clone());
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = loaded.get(&path) {
+            if module.init_args != settings.init_args {
+                return Err(TokenError::OtherInitArgs(path));
+            }
+            return Ok(Arc::clone(module));
+        }
+        let module = Self::start(path.clone(), settings.init_args.clone())?;
+        loaded.insert(path, Arc::clone(&module));
+        Ok(module)
+    }
+
+    fn start(path: PathBuf, init_args: Option<String>) -> Result<Arc<Self>, TokenError> {
+        let (jobs, queue) = channel();
+        let busy = Arc::new(Mutex::new(None));
+        let worker = Worker {
+            path: path.clone(),
+            init_args: init_args.clone(),
+            context: None,
+            tokens: HashMap::new(),
+            links: HashMap::new(),
+            last_reset: None,
+            refused: HashSet::new(),
+            salt: SecretBytes::random(32).map_err(TokenError::Memory)?,
+        };
+        let gate = Arc::new(Mutex::new(Gate::Open));
+        let (marks, passes) = (Arc::clone(&busy), Arc::clone(&gate));
+        std::thread::Builder::new()
+            .name("pkcs11".to_owned())
+            .spawn(move || worker.serve(&queue, &marks, &passes))
+            .map_err(TokenError::Thread)?;
+        Ok(Arc::new(Self {
+            path,
+            init_args,
+            jobs,
+            busy,
+            gate,
+        }))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What `work` returns, unless that takes longer than `deadline`, the time in the queue included.
+    pub(super) fn call<T: Send + 'static>(
+        &self,
+        deadline: Duration,
+        work: impl FnOnce(&mut Worker) -> Result<T, TokenError> + Send + 'static,
+    ) -> Result<T, TokenError> {
+        if let Some(silent) = self.silent_for(deadline) {
+            return Err(TokenError::Silent(silent));
+        }
+        let (sender, answer) = sync_channel(1);
+        let run = Box::new(move |worker: &mut Worker| {
+            // Nobody waits any more when this fails.
+            let _ = sender.send(work(worker));
+        });
+        let expires = Some(Instant::now() + deadline);
+        let gone = |_| TokenError::Thread(std::io::Error::other("the thread of the module has ended"));
+        self.jobs.send(Job { expires, run }).map_err(gone)?;
+        match answer.recv_timeout(deadline) {
+            Ok(answer) => answer,
+            Err(_) => Err(TokenError::Silent(deadline)),
+        }
+    }
+
+    /// Lets `work` be done, however late.
+    pub(super) fn post(&self, work: impl FnOnce(&mut Worker) + Send + 'static) {
+        let run = Box::new(work);
+        // Fails only when the thread has ended, and its sessions with it.
+        let _ = self.jobs.send(Job { expires: None, run });
+    }
+
+    /// For how long the module has been in one call, if that is longer than `patience`.
+    pub(super) fn silent_for(&self, patience: Duration) -> Option<Duration> {
+        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.map(|since| since.elapsed()).filter(|time| *time > patience)
+    }
+}
+
+fn load_failure(error: &Error) -> String {
+    match error {
+        Error::LibraryLoading(why) => why.to_string(),
+        error => error.to_string(),
+    }
+}
+
+/// Lets no call into a module begin any more, and those that are in one end, if they do so in time.
+extern "C" fn close_gates() {
+    let until = Instant::now() + LAST_CALLS;
+    let modules: Vec<_> = match LOADED.try_lock() {
+        Ok(loaded) => loaded.values().cloned().collect(),
+        Err(_) => return,
+    };
+    for module in modules {
+        loop {
+            match module.gate.try_lock() {
+                Ok(mut gate) => *gate = Gate::Closed,
+                Err(TryLockError::Poisoned(gate)) => *gate.into_inner() = Gate::Closed,
+                Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+                Err(TryLockError::WouldBlock) => {}
+            }
+            break;
+        }
+    }
+}
+
+/// The thread's side: the context, and a session per provider.
+pub(super) struct Worker {
+    path: PathBuf,
+    init_args: Option<String>,
+    context: Option<Pkcs11>,
+    tokens: HashMap<LinkNumber, Token>,
+    links: HashMap<LinkNumber, Weak<Link>>,
+    last_reset: Option<Instant>,
+    /// Digests of PINs that a token refused. Never sent again: a token counts wrong PINs, and blocks itself.
+    refused: HashSet<[u8; 32]>,
+    /// Makes these digests worthless elsewhere.
+    salt: SecretBytes,
+}
+
+impl Worker {
+    fn serve(mut self, queue: &Receiver<Job>, busy: &Mutex<Option<Instant>>, gate: &Mutex<Gate>) {
+        let mark = |at| *busy.lock().unwrap_or_else(PoisonError::into_inner) = at;
+        loop {
+            let job = queue.recv_timeout(PROBE);
+            let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
+            if *gate == Gate::Closed {
+                // Not even its memory is given back: a session would be closed with it.
+                std::mem::forget(self);
+                return;
+            }
+            mark(Some(Instant::now()));
+            match job {
+                Ok(job) if job.expires.is_some_and(|end| end <= Instant::now()) => {}
+                Ok(job) => (job.run)(&mut self),
+                Err(RecvTimeoutError::Timeout) => self.probe(),
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            mark(None);
+        }
+    }
+
+    /// Does `op` with the token of `link`. When the token went away, and maybe came back, it is tried with a new
+    /// session, and then with a module initialized anew.
+    pub(super) fn with_token<T>(
+        &mut self,
+        link: &Arc<Link>,
+        mut op: impl FnMut(&mut Token) -> Result<T, TokenError>,
+    ) -> Result<T, TokenError> {
+        let had_session = self.tokens.contains_key(&link.number());
+        let mut done = self.attempt(link, &mut op);
+        if had_session && done.as_ref().is_err_and(TokenError::is_loss) {
+            done = self.attempt(link, &mut op);
+        }
+        if done.as_ref().is_err_and(TokenError::is_loss) && self.may_reset() {
+            self.reset();
+            done = self.attempt(link, &mut op);
+        }
+        done
+    }
+
+    fn attempt<T>(
+        &mut self,
+        link: &Arc<Link>,
+        op: impl FnOnce(&mut Token) -> Result<T, TokenError>,
+    ) -> Result<T, TokenError> {
+        let done = self.ready(link).and_then(op);
+        if done.as_ref().is_err_and(TokenError::is_loss) {
+            self.tokens.remove(&link.number());
+        }
+        done
+    }
+
+    fn ready(&mut self, link: &Arc<Link>) -> Result<&mut Token, TokenError> {
+        let pin = link.pin().ok_or(TokenError::Locked)?;
+        if !self.tokens.contains_key(&link.number()) {
+            let token = self.open(link)?;
+            self.login(&token, &pin).inspect_err(|error| {
+                if error.is_about_the_pin() {
+                    link.forget(&pin);
+                }
+            })?;
+            self.keep(link, token);
+        }
+        Ok(self
+            .tokens
+            .get_mut(&link.number())
+            .expect("it was there, or was just put there"))
+    }
+
+    /// Presents `pin` to `token`, unless this token has refused it before.
+    fn login(&mut self, token: &Token, pin: &SecretBytes) -> Result<(), TokenError> {
+        let mut digest = Sha256::new();
+        digest.update(self.salt.expose());
+        digest.update(token.name().as_bytes());
+        digest.update(&[0]);
+        digest.update(pin.expose());
+        let digest = digest.finish();
+        if self.refused.contains(&digest) {
+            return Err(TokenError::Pin(PinRefusal::KnownToBeWrong));
+        }
+        token.login(pin).inspect_err(|error| {
+            if matches!(error, TokenError::Pin(_)) {
+                self.refused.insert(digest);
+            }
+        })
+    }
+
+    /// A new session with the token of `link`, logged in with `pin`.
+    pub(super) fn connect(&mut self, link: &Arc<Link>, pin: &SecretBytes) -> Result<Token, TokenError> {
+        let token = self.reopen(link)?;
+        self.login(&token, pin)?;
+        Ok(token)
+    }
+
+    /// The slot that the token of `link` is in; needs no PIN.
+    pub(super) fn find(&mut self, link: &Arc<Link>) -> Result<u64, TokenError> {
+        Ok(self.reopen(link)?.slot())
+    }
+
+    fn reopen(&mut self, link: &Arc<Link>) -> Result<Token, TokenError> {
+        let opened = self.open(link);
+        if opened.as_ref().is_err_and(TokenError::is_loss) && self.may_reset() {
+            self.reset();
+            return self.open(link);
+        }
+        opened
+    }
+
+    fn open(&mut self, link: &Arc<Link>) -> Result<Token, TokenError> {
+        self.context().and_then(|context| Token::open(context, link))
+    }
+
+    /// Keeps the session of `link`, logged in.
+    pub(super) fn keep(&mut self, link: &Arc<Link>, token: Token) {
+        self.tokens.insert(link.number(), token);
+        self.watch(link);
+    }
+
+    /// From now on, looks at the token of `link` also when nobody asks for anything.
+    pub(super) fn watch(&mut self, link: &Arc<Link>) {
+        self.links.insert(link.number(), Arc::downgrade(link));
+    }
+
+    /// Logs out, and forgets the session.
+    pub(super) fn close(&mut self, link: LinkNumber) {
+        self.links.remove(&link);
+        if let Some(token) = self.tokens.remove(&link) {
+            token.logout();
+        }
+    }
+
+    fn context(&mut self) -> Result<&Pkcs11, TokenError> {
+        if self.context.is_none() {
+            let context = Pkcs11::new(&self.path).map_err(|error| TokenError::Load(load_failure(&error)))?;
+            // SAFETY: `close_gates` is a plain function that lives as long as the process. Exit handlers run in reverse
+            // order, so it runs before those of the module that was just loaded.
+            unsafe { libc::atexit(close_gates) };
+            self.initialize(&context)?;
+            self.context = Some(context);
+        }
+        Ok(self.context.as_ref().expect("it was just loaded"))
+    }
+
+    fn initialize(&self, context: &Pkcs11) -> Result<(), TokenError> {
+        let reserved = match &self.init_args {
+            None => None,
+            Some(args) => Some(CString::new(args.as_str()).map_err(|_| TokenError::InitArgs)?),
+        };
+        let flags = CInitializeFlags::OS_LOCKING_OK;
+        let args = match reserved
+            .as_ref()
+            .and_then(|text| NonNull::new(text.as_ptr().cast_mut()))
+        {
+            None => CInitializeArgs::new(flags),
+            // SAFETY: `reserved` is a C string that outlives the call; a module that wants such a string (NSS) reads
+            // it during C_Initialize only. That the module is one of these is the admin's word, as the module itself.
+            Some(text) => unsafe { CInitializeArgs::new_with_reserved(flags, text.cast()) },
+        };
+        match context.initialize(args) {
+            // Another library of this process uses it as well.
+            Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(()),
+            done => Ok(done?),
+        }
+    }
+
+    /// Some modules look for tokens only when they are initialized. That ends the sessions of the others, which log in
+    /// again by themselves, so it is not done for them all the time.
+    fn may_reset(&self) -> bool {
+        self.tokens.is_empty() || self.last_reset.is_none_or(|last| last.elapsed() > RESET)
+    }
+
+    #[cfg(test)]
+    pub(super) fn allow_reset(&mut self) {
+        self.last_reset = None;
+    }
+
+    fn reset(&mut self) {
+        self.tokens.clear();
+        self.last_reset = Some(Instant::now());
+        if let Some(context) = self.context.take() {
+            // A module that lost its device may refuse; then it refuses what follows as well, with a better reason.
+            let _ = context.clone().finalize();
+            if self.initialize(&context).is_ok() {
+                self.context = Some(context);
+            }
+        }
+    }
+
+    /// Looks at the tokens of unlocked providers, and notes what is wrong or right again.
+    pub(super) fn probe(&mut self) {
+        self.links.retain(|_, link| link.strong_count() > 0);
+        let links: Vec<_> = self.links.values().filter_map(Weak::upgrade).collect();
+        for link in links {
+            let seen = self.with_token(&link, |token| token.check());
+            link.note(seen.as_ref().err());
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! What a PKCS#11 provider remembers of its token: the `settings` of its keystore row. Never a PIN.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::envelope::ProviderId;
+
+/// Which module, which token, which keys.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pkcs11Settings {
+    /// The module, a shared library; absolute.
+    pub module: PathBuf,
+    /// How its token is found.
+    pub token: TokenChoice,
+    /// The size of new KEKs.
+    #[serde(default)]
+    pub key_bits: KeyBits,
+    /// Whom a new KEK serves.
+    #[serde(default)]
+    pub kek_scope: ScopeSetting,
+    /// The string that a module such as NSS wants for `C_Initialize`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init_args: Option<String>,
+    /// The serial number of the token that was added: no other one gets to see the PIN. None where the token tells none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// The host that added it, for the labels of KEKs.
+    #[serde(default)]
+    pub host: String,
+    /// In a request to add a provider: the one that the token's KEKs were made for, where the token does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ProviderId>,
+}
+
+/// How a token is found among those of its module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokenChoice {
+    /// By its label.
+    Label(String),
+    /// By its serial number.
+    Serial(String),
+    /// By the number of its slot; needs nothing of the token itself.
+    Slot(u64),
+}
+
+impl fmt::Display for TokenChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Label(label) => write!(f, "token labelled '{label}'"),
+            Self::Serial(serial) => write!(f, "token with serial number '{serial}'"),
+            Self::Slot(slot) => write!(f, "token in slot {slot}"),
+        }
+    }
+}
+
+/// The size of an AES key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u32", into = "u32")]
+pub enum KeyBits {
+    /// AES-128.
+    Aes128,
+    /// AES-192.
+    Aes192,
+    /// AES-256.
+    #[default]
+    Aes256,
+}
+
+impl KeyBits {
+    pub(super) fn bytes(self) -> usize {
+        usize::try_from(u32::from(self) / 8).expect("at most 32")
+    }
+}
+
+impl From<KeyBits> for u32 {
+    fn from(bits: KeyBits) -> Self {
+        match bits {
+            KeyBits::Aes128 => 128,
+            KeyBits::Aes192 => 192,
+            KeyBits::Aes256 => 256,
+        }
+    }
+}
+
+impl TryFrom<u32> for KeyBits {
+    type Error = SettingsError;
+
+    fn try_from(bits: u32) -> Result<Self, SettingsError> {
+        match bits {
+            128 => Ok(Self::Aes128),
+            192 => Ok(Self::Aes192),
+            256 => Ok(Self::Aes256),
+            _ => Err(SettingsError::KeyBits(bits)),
+        }
+    }
+}
+
+/// Whom a new KEK serves. Tokens hold few objects, so one for all VMs unless told otherwise.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScopeSetting {
+    /// One VM.
+    Vm,
+    /// All VMs of the provider.
+    #[default]
+    Provider,
+}
+
+impl Pkcs11Settings {
+    /// Whether the module may be loaded: what it does, it does as root.
+    ///
+    /// # Errors
+    /// When it is no absolute path of a file that only root (or whoever runs this) can change.
+    pub(super) fn check_module(&self) -> Result<(), SettingsError> {
+        let path = &self.module;
+        if !path.is_absolute() {
+            return Err(SettingsError::Relative(path.clone()));
+        }
+        let found = fs::metadata(path).map_err(|source| SettingsError::NoModule {
+            path: path.clone(),
+            source,
+        })?;
+        let ours = found.uid() == 0 || found.uid() == nix::unistd::geteuid().as_raw();
+        if !found.is_file() || !ours || found.mode() & 0o022 != 0 {
+            return Err(SettingsError::ModuleOfOthers(path.clone()));
+        }
+        self.no_nul()
+    }
+
+    fn no_nul(&self) -> Result<(), SettingsError> {
+        match &self.init_args {
+            Some(args) if args.contains('\0') => Err(SettingsError::InitArgs),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The name of this host, for the labels of KEKs.
+pub(super) fn host_name() -> String {
+    let name = fs::read_to_string(Path::new("/proc/sys/kernel/hostname")).unwrap_or_default();
+    let plain = |c: &char| c.is_ascii_alphanumeric() || *c == '-' || *c == '.';
+    name.trim().chars().filter(plain).take(64).collect()
+}
+
+/// Why settings can't be used.
+#[derive(Debug, Error)]
+pub enum SettingsError {
+    /// Not a size of AES keys.
+    #[error("AES has keys of 128, 192 and 256 bits, not of {0}")]
+    KeyBits(u32),
+    /// A path that depends on where the daemon was started.
+    #[error("the path of the module must be absolute, not '{}'", .0.display())]
+    Relative(PathBuf),
+    /// No such file.
+    #[error("can't load the module {}", path.display())]
+    NoModule {
+        /// The module.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Whoever can change it would get the PIN and every key.
+    #[error("the module {} is no file that only root can change", .0.display())]
+    ModuleOfOthers(PathBuf),
+    /// C ends a string at a NUL.
+    #[error("the arguments of C_Initialize hold a NUL")]
+    InitArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn settings(module: &Path) -> Pkcs11Settings {
+        let json = serde_json::json!({"module": module, "token": {"label": "kek"}});
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn defaults_are_one_aes_256_key_for_all_vms() {
+        let settings = settings(Path::new("/m.so"));
+        assert_eq!(settings.key_bits, KeyBits::Aes256);
+        assert_eq!(settings.kek_scope, ScopeSetting::Provider);
+    }
+
+    #[test]
+    fn settings_survive_the_keystore_and_unknown_ones_are_refused() {
+        for token in [
+            serde_json::json!({"slot": 7}),
+            serde_json::json!({"serial": "0af"}),
+        ] {
+            let json =
+                serde_json::json!({"module": "/m.so", "token": token, "key_bits": 128, "kek_scope": "vm"});
+            let settings: Pkcs11Settings = serde_json::from_value(json).unwrap();
+            let stored = serde_json::to_value(&settings).unwrap();
+            assert_eq!(
+                serde_json::from_value::<Pkcs11Settings>(stored).unwrap(),
+                settings
+            );
+        }
+        for bad in [
+            r#"{"module": "/m.so", "token": {"label": "a"}, "pin": "1234"}"#,
+            r#"{"module": "/m.so", "token": {"label": "a"}, "key_bits": 512}"#,
+            r#"{"module": "/m.so", "token": {"slot": -1}}"#,
+            r#"{"module": "/m.so"}"#,
+        ] {
+            assert!(serde_json::from_str::<Pkcs11Settings>(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn module_must_be_ours_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let module = dir.path().join("m.so");
+        assert!(matches!(
+            settings(Path::new("m.so")).check_module(),
+            Err(SettingsError::Relative(_))
+        ));
+        assert!(matches!(
+            settings(&module).check_module(),
+            Err(SettingsError::NoModule { .. })
+        ));
+        fs::write(&module, "").unwrap();
+        fs::set_permissions(&module, fs::Permissions::from_mode(0o644)).unwrap();
+        settings(&module).check_module().unwrap();
+        fs::set_permissions(&module, fs::Permissions::from_mode(0o664)).unwrap();
+        assert!(matches!(
+            settings(&module).check_module(),
+            Err(SettingsError::ModuleOfOthers(_))
+        ));
+    }
+}

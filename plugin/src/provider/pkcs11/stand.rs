@@ -1,0 +1,237 @@
+//! Real tokens for tests: SoftHSM and NSS.
+//!
+//! Modules read their environment when they are loaded, and a process can't change its own safely. So a test that
+//! needs tokens runs in a process of its own, with tokens made for it in a directory of its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use super::{Pkcs11Provider, Pkcs11Settings};
+use crate::envelope::{KekId, VmId};
+use crate::keystore::Keystore;
+use crate::provider::KeyProvider;
+use crate::provider::conformance::Fixture;
+use crate::secret::SecretBytes;
+
+pub(in crate::provider) const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
+const NSS: &str = "/usr/lib/x86_64-linux-gnu/libsoftokn3.so";
+pub(in crate::provider) const PIN: &str = "4 digits and more";
+/// NSS derives a key from the PIN for every use of an object, with this many iterations at the most.
+const NSS_ITERATIONS: &str = "NSS_MAX_MP_PBE_ITERATION_COUNT";
+/// Where the tokens of this process are.
+const DIRECTORY: &str = "VIRTSEAL_TEST_TOKENS";
+/// For a call, on a machine that has other things to do.
+pub(in crate::provider) const PATIENCE: Duration = Duration::from_secs(60);
+/// How many a test may use.
+const TOKENS: usize = 3;
+
+pub(in crate::provider) fn secret(text: &str) -> SecretBytes {
+    SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
+}
+
+pub(in crate::provider) fn directory() -> PathBuf {
+    PathBuf::from(std::env::var_os(DIRECTORY).expect("the test runs with tokens"))
+}
+
+/// The next token of this process that no one has used.
+pub(in crate::provider) fn next_label() -> String {
+    static USED: AtomicUsize = AtomicUsize::new(0);
+    let number = USED.fetch_add(1, Ordering::SeqCst);
+    assert!(number < TOKENS, "more than {TOKENS} tokens in one test");
+    format!("kek-{number}")
+}
+
+/// Runs `test`, which is the current one, in a process that has SoftHSM tokens. `mechanisms` is SoftHSM's setting.
+pub(in crate::provider) fn with_softhsm(mechanisms: &str, test: fn()) {
+    with_tokens(test, |directory| {
+        let tokens = directory.join("tokens");
+        fs::create_dir(&tokens).unwrap();
+        let text = format!(
+            "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.mechanisms = {mechanisms}\n",
+            tokens.display()
+        );
+        fs::write(directory.join("softhsm2.conf"), text).unwrap();
+        for number in 0..TOKENS {
+            let label = format!("kek-{number}");
+            let mut tool = Command::new("softhsm2-util");
+            tool.env("SOFTHSM2_CONF", directory.join("softhsm2.conf"));
+            tool.args([
+                "--init-token",
+                "--free",
+                "--label",
+                &label,
+                "--so-pin",
+                "12345678",
+            ]);
+            run(tool.args(["--pin", PIN]), "softhsm2");
+        }
+    });
+}
+
+/// Runs `test`, which is the current one, in a process that has NSS databases.
+pub(in crate::provider) fn with_nss(test: fn()) {
+    with_tokens(test, |directory| {
+        assert!(Path::new(NSS).exists(), "{NSS} is missing: install libnss3");
+        fs::write(directory.join("pin"), PIN).unwrap();
+        for number in 0..TOKENS {
+            let database = directory.join(format!("kek-{number}"));
+            fs::create_dir(&database).unwrap();
+            let mut tool = Command::new("certutil");
+            tool.env(NSS_ITERATIONS, "1").args(["-N", "-d"]);
+            tool.arg(format!("sql:{}", database.display()));
+            run(tool.arg("-f").arg(directory.join("pin")), "libnss3-tools");
+        }
+    });
+}
+
+/// The string that NSS wants for `C_Initialize`: all databases, each a token.
+fn nss_args() -> String {
+    let directory = directory();
+    let token = |number| {
+        format!(
+            "0x{:x}=[configDir='sql:{}/kek-{number}' tokenDescription='kek-{number}' slotDescription='kek-{number}']",
+            number + 16,
+            directory.display()
+        )
+    };
+    let tokens: Vec<_> = (0..TOKENS).map(token).collect();
+    format!("flags=noCertDB,noModDB tokens=<{}>", tokens.join(" "))
+}
+
+fn run(command: &mut Command, package: &str) {
+    let output = command
+        .output()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}: install {package}"));
+    let complained = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {complained}");
+}
+
+fn with_tokens(test: fn(), prepare: impl FnOnce(&Path)) {
+    if std::env::var_os(DIRECTORY).is_some() {
+        return test();
+    }
+    // SoftHSM truncates and writes a key's file once per attribute, which some file systems take half a second for.
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    prepare(directory.path());
+    let name = std::thread::current().name().unwrap().to_owned();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &name, "--nocapture", "--test-threads=1"])
+        .env(DIRECTORY, directory.path())
+        .env("SOFTHSM2_CONF", directory.path().join("softhsm2.conf"))
+        .env(NSS_ITERATIONS, "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complained = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{}\n{said}{complained}",
+        output.status
+    );
+}
+
+/// Settings for the token called `label`, with a KEK per VM as the conformance suite wants it.
+pub(in crate::provider) fn softhsm_settings(label: &str) -> Pkcs11Settings {
+    let json = serde_json::json!({"module": SOFTHSM, "token": {"label": label}, "kek_scope": "vm"});
+    serde_json::from_value(json).unwrap()
+}
+
+fn nss_settings(label: &str) -> Pkcs11Settings {
+    let json = serde_json::json!({
+        "module": NSS, "token": {"label": label}, "kek_scope": "vm", "init_args": nss_args()
+    });
+    serde_json::from_value(json).unwrap()
+}
+
+/// A host with one pkcs11 provider.
+pub(in crate::provider) struct Host {
+    keystore: Arc<Keystore>,
+    _state: tempfile::TempDir,
+    provider: Option<Pkcs11Provider>,
+}
+
+impl Host {
+    pub(in crate::provider) fn with(settings: Pkcs11Settings) -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
+        let name = "hsm".parse().unwrap();
+        let pin = secret(PIN);
+        let provider =
+            Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &pin, &[]).unwrap();
+        Self {
+            keystore,
+            _state: state,
+            provider: Some(provider),
+        }
+    }
+
+    pub(in crate::provider) fn pkcs11(&self) -> &Pkcs11Provider {
+        self.provider.as_ref().unwrap()
+    }
+
+    pub(in crate::provider) fn reopen(&mut self, deadline: Duration) {
+        self.provider = None;
+        let record = self.keystore.providers().unwrap().remove(0);
+        self.provider = Some(Pkcs11Provider::open_within(deadline, &record).unwrap());
+    }
+}
+
+fn unknown() -> KekId {
+    KekId(hex::encode(VmId::random().0.as_bytes()))
+}
+
+macro_rules! fixture {
+    ($(#[$doc:meta])* $name:ident: $settings:ident, $around:expr) => {
+        $(#[$doc])*
+        pub(in crate::provider) struct $name(Host);
+
+        impl Fixture for $name {
+            fn around(case: fn()) {
+                let around: fn(fn()) = $around;
+                around(case);
+            }
+
+            fn new() -> Self {
+                Self(Host::with($settings(&next_label())))
+            }
+
+            fn provider(&self) -> &dyn KeyProvider {
+                self.0.pkcs11()
+            }
+
+            fn credential(&self) -> SecretBytes {
+                secret(PIN)
+            }
+
+            fn restart(&mut self) {
+                self.0.reopen(PATIENCE);
+            }
+
+            fn unknown_kek(&self) -> KekId {
+                unknown()
+            }
+        }
+    };
+}
+
+fixture!(
+    /// SoftHSM as it comes: AES-GCM.
+    SoftHsm: softhsm_settings, |case| with_softhsm("ALL", case)
+);
+fixture!(
+    /// A token without AES-GCM: a session object, wrapped.
+    SoftHsmKeyWrap: softhsm_settings, |case| with_softhsm("-CKM_AES_GCM", case)
+);
+fixture!(
+    /// A token with CBC and HMAC only.
+    SoftHsmCbc: softhsm_settings,
+    |case| with_softhsm("-CKM_AES_GCM,CKM_AES_KEY_WRAP,CKM_AES_KEY_WRAP_PAD", case)
+);
+fixture!(
+    /// Another module, by other people.
+    Nss: nss_settings, with_nss
+);
