@@ -4,6 +4,8 @@
 //! something behind: writes to files and sockets, fsync, rename, link, unlink and their kin. At the Nth it kills the
 //! process, before the call has any effect. strace can do this too, but counts each thread and each call by itself.
 //!
+//! Of a row of pwrite64 into one file the first two count: dying before, within and after it are what can differ.
+//!
 //! Children of the process are not followed. A process that is a child of this one must not be waited for meanwhile: that
 //! wait would get what is meant for the tracer. amd64 only, like the stage.
 
@@ -181,12 +183,19 @@ impl Watch {
         if registers.rax != ENTERING || self.trace.killed {
             return;
         }
-        if let Some(step) = step(thread, registers.orig_rax as i64, registers.rdi, registers.rdx) {
+        let step = step(thread, registers.orig_rax as i64, registers.rdi, registers.rdx);
+        if let Some(step) = step.filter(|step| !self.goes_on(step)) {
             self.trace.steps.push(step);
             if self.trace.steps.len() == self.nth {
                 self.trace.killed = kill(self.leader, Signal::SIGKILL).is_ok();
             }
         }
+    }
+
+    /// Whether it is the third write of a row into one file.
+    fn goes_on(&self, step: &str) -> bool {
+        let last = self.trace.steps.iter().rev().take(2);
+        step.starts_with("pwrite64") && last.filter(|last| *last == step).count() == 2
     }
 }
 

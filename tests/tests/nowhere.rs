@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use virtseal_e2e::{
-    DomainSpec, Host, Needles, Place, Process, RootKey, SealedHost, built_program, kept_envelopes,
+    DomainSpec, Host, Needles, Place, RootKey, SealedHost, Strace, built_program, core_image, kept_envelopes,
     require_programs, sealed_root, wait_until,
 };
 
@@ -114,7 +114,7 @@ fn needles_are_found_where_they_are_planted() -> Result<()> {
             .any(|place| place.at.starts_with("environ"))
             .then_some(()))
     })?;
-    let found = needles.in_bytes(&rig.core_of(environment.pid())?);
+    let found = needles.in_bytes(&core_image(host, environment.pid())?);
     ensure!(found == ["planted (HEX)"], "in the core image: {found:?}");
 
     // A process that is gone when anybody looks leaves its argument in strace's log.
@@ -400,7 +400,7 @@ impl Rig {
         let (pid, proc) = self.daemon()?;
         let maps = fs::read_to_string(proc.join("maps"))?;
         let secret_maps = maps.lines().filter(|line| line.contains("/secretmem")).count();
-        let core = self.core_of(pid)?;
+        let core = core_image(self.host(), pid)?;
         // It holds the sealed root key all the time: a core image without it proves nothing.
         let sealed = sealed_root(&self.host().path(STATE))?;
         let control = Needles::default().text("sealed root key", &sealed[40..140]);
@@ -415,24 +415,6 @@ impl Rig {
         );
         ensure!(found.is_empty(), "in virtseald's core image, {when}: {found:?}");
         Ok(())
-    }
-
-    /// All that a debugger reads of the process with this pid in the namespace: also what core dumps leave out.
-    fn core_of(&self, pid: u32) -> Result<Vec<u8>> {
-        let pid = pid.to_string();
-        let file = format!("/run/core.{pid}");
-        let dump = format!("generate-core-file {file}");
-        let commands = [
-            "set use-coredump-filter off",
-            "set dump-excluded-mappings on",
-            &dump,
-        ];
-        let mut arguments = vec!["gdb", "-nx", "-batch", "-p", &pid];
-        arguments.extend(commands.iter().flat_map(|command| ["-ex", command]));
-        let said = self.host().run(&arguments)?;
-        let core = fs::read(self.host().path(&file)).with_context(|| format!("no core image: {said:?}"))?;
-        fs::remove_file(self.host().path(&file))?;
-        Ok(core)
     }
 
     /// Another keystore on the same host: the provider comes from its backup, the envelopes from the domain's XML.
@@ -465,30 +447,6 @@ impl Rig {
         fs::write(&pipe, PASSPHRASE)?;
         ensure!(child.wait()?.success(), "the provider is not restored");
         fs::remove_file(pipe).map_err(Into::into)
-    }
-}
-
-/// strace on a process and all that it starts; the log has every argument and every variable in full.
-struct Strace(Process);
-
-impl Strace {
-    fn attach(host: &Host, name: &str, pid: u32, proc: &Path) -> Result<Self> {
-        let (pid, log) = (pid.to_string(), format!("/run/{name}.execve"));
-        let options = ["-f", "-v", "-s", "1000000", "-e", "trace=execve,execveat"];
-        let argv = [&["strace"], &options[..], &["-o", &log, "-p", &pid]].concat();
-        let strace = host.spawn(&format!("strace-{name}"), &argv)?;
-        wait_until(PATIENCE, "strace to attach", || {
-            let status = fs::read_to_string(proc.join("status"))?;
-            let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
-            Ok(tracer.is_some_and(|tracer| tracer.trim() != "0").then_some(()))
-        })?;
-        Ok(Self(strace))
-    }
-
-    /// Lets go of all that it follows, with the log complete.
-    fn end(mut self) -> Result<()> {
-        self.0.signal(Signal::SIGTERM)?;
-        self.0.wait(PATIENCE).map(drop)
     }
 }
 
