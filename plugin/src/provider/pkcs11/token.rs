@@ -158,14 +158,7 @@ impl Token {
             | RvError::SignatureLenRange
             | RvError::DataInvalid
             | RvError::DataLenRange => TokenError::Tampered,
-            RvError::GeneralError
-            | RvError::FunctionFailed
-            | RvError::ArgumentsBad
-            | RvError::DeviceError
-                if self.check().is_ok() =>
-            {
-                TokenError::Tampered
-            }
+            RvError::GeneralError | RvError::FunctionFailed if self.check().is_ok() => TokenError::Tampered,
             _ => error.into(),
         }
     }
