@@ -133,6 +133,7 @@ fn generate_keys(
     let mut template = kept_key(id, label, owner.key_bits.bytes())?;
     let wraps = mechanism.wraps_objects();
     template.extend(allowed(!wraps, wraps));
+    template.extend([Attribute::Sign(false), Attribute::Verify(false)]);
     let key = session.generate_key(&Pkcs11Mechanism::AesKeyGen, &template)?;
     let kept = session.get_attributes(key, &[AttributeType::Sensitive, AttributeType::Extractable])?;
     if kept.contains(&Attribute::Sensitive(true)) && kept.contains(&Attribute::Extractable(false)) {
@@ -154,8 +155,9 @@ fn kept_key(id: &[u8], label: &str, bytes: usize) -> Result<Vec<Attribute>, Toke
     ])
 }
 
-fn allowed(encrypt: bool, wrap: bool) -> [Attribute; 4] {
+fn allowed(encrypt: bool, wrap: bool) -> [Attribute; 5] {
     [
+        Attribute::Derive(false),
         Attribute::Encrypt(encrypt),
         Attribute::Decrypt(encrypt),
         Attribute::Wrap(wrap),

@@ -373,6 +373,9 @@ fn keks_of_every_size_stay_in_the_token() {
                     read(AttributeType::AlwaysSensitive)?,
                     read(AttributeType::NeverExtractable)?,
                     read(AttributeType::Local)?,
+                    read(AttributeType::Verify)?,
+                    read(AttributeType::Wrap)?,
+                    read(AttributeType::Derive)?,
                     read(AttributeType::ValueLen)?,
                     read(AttributeType::Value)?,
                 ]
@@ -387,6 +390,9 @@ fn keks_of_every_size_stay_in_the_token() {
                     Attribute::AlwaysSensitive(true),
                     Attribute::NeverExtractable(true),
                     Attribute::Local(true),
+                    Attribute::Verify(false),
+                    Attribute::Wrap(false),
+                    Attribute::Derive(false),
                     Attribute::ValueLen(length),
                 ]
             );
