@@ -1,6 +1,6 @@
 //! `vm seal` and `vm unseal`: from a defined, stopped domain to a sealed one, and back while nothing is lost.
 //!
-//! [`plan`] looks and decides, [`seal`] acts, and every act can be killed and repeated: an envelope is in the
+//! [`plan()`] looks and decides, [`seal()`] acts, and every act can be killed and repeated: an envelope is in the
 //! keystore before its object exists, an object is opened with its key before its envelope becomes active, and the
 //! domain is redefined last. A second run finds what the first one made and goes on from there.
 

@@ -5,7 +5,7 @@
 //! are complete and have been opened with their key, and reading takes no lock and follows no file name that an
 //! image gives, except in [`backing_chain`].
 //!
-//! - [`create`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
+//! - [`create()`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
 //! - [`inspect`], [`backing_chain`], [`header_digest`]: read them without a key
 //! - [`verify`]: opens one with its key
 //!
