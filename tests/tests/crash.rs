@@ -367,7 +367,7 @@ fn first_start_can_be_killed_at_every_step() -> Result<()> {
             Ok((tracer.process_is_gone() || answers()?).then_some(()))
         })?;
         let trace = tracer.finish()?;
-        if process.ended()?.is_none() {
+        if !trace.killed {
             process.signal(Signal::SIGKILL)?;
         }
         process.wait(END_DEADLINE)?;
