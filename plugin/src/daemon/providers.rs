@@ -138,6 +138,8 @@ impl Daemon {
             .map_err(|error| refused(provider.provider(), &error));
         crate::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
+        // A job may have waited for this.
+        self.jobs_bell.ring();
         unlocked
     }
 
@@ -173,6 +175,8 @@ impl Daemon {
             .confirm_backup(generation)
             .map_err(|error| native_failure(name, &error));
         self.audit_provider("provider-backup", name, &confirmed);
+        // A rotation waits for this.
+        self.jobs_bell.ring();
         confirmed
     }
 
@@ -192,6 +196,7 @@ impl Daemon {
                 .map_err(|error| native_failure(name, &error))
         });
         self.audit_provider("provider-restore", name, &restored);
+        self.jobs_bell.ring();
         restored?;
         self.providers()
     }
@@ -239,9 +244,15 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Failure {
         .fold(failure, |failure, next| failure.next(next.to_string()))
 }
 
-fn native_failure(name: &str, error: &NativeError) -> Failure {
+pub(super) fn native_failure(name: &str, error: &NativeError) -> Failure {
     let (code, next) = match error {
         NativeError::Keystore(error) => return Failure::new(Code::Failed, chain(error)),
+        NativeError::WrongPassphrase => (
+            Code::Locked,
+            Some(format!(
+                "virtseal provider rotate {name}, with the passphrase that unlocks it"
+            )),
+        ),
         NativeError::Locked => (
             Code::Locked,
             Some(NextCommand::Unlock(name.to_owned()).to_string()),
@@ -285,7 +296,7 @@ fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Failure {
     next.into_iter().fold(failure, Failure::next)
 }
 
-fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Failure> {
+pub(super) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Failure> {
     fds.try_into().map_err(|_| wrong_fds())
 }
 
@@ -297,7 +308,7 @@ fn wrong_fds() -> Failure {
     .next("use the virtseal of the same version as virtseald")
 }
 
-fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
+pub(super) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
     let mut passphrase = SecretBytes::read_from(File::from(fd), MAX_PASSPHRASE)
         .map_err(|error| Failure::from_error(Code::Usage, "can't read the passphrase", &error))?;
     passphrase.trim_newline();
