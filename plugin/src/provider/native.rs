@@ -25,8 +25,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use thiserror::Error;
 
 use self::document::RootKey;
-use self::kek::{Kek, KekName, MECHANISM};
+use self::kek::{Kek, KekName};
 use self::sealing::Form;
+use super::aes_gcm::MECHANISM;
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::envelope::{KekId, Payload, ProviderId, Stanza};
 use crate::keystore::{Keystore, KeystoreError, NativeRoot, ProviderRecord};

@@ -1,29 +1,20 @@
 //! KEKs of a native provider: derived from its root key, never stored.
 //!
 //! KEK = HKDF-SHA256 (RFC 5869) of the root key, salted with the provider's UUID; the info is a label and the
-//! KEK's name. A stanza's body is AES-256-GCM (NIST SP 800-38D) under that KEK: nonce (12 bytes) ‖ ciphertext
-//! (64) ‖ tag (16), with provider, KEK and mechanism as additional data.
+//! KEK's name. What it wraps is laid out as [`aes_gcm`] says.
 
 use std::fmt;
 use std::str::FromStr;
 
-use openssl::cipher::Cipher;
-use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
 use openssl::md::Md;
 use openssl::pkey::Id;
 use openssl::pkey_ctx::PkeyCtx;
 
 use crate::envelope::{KekId, Payload, ProviderId, VmId};
+use crate::provider::aes_gcm::{self, MECHANISM};
 use crate::provider::{KekScope, ProviderError};
 use crate::secret::SecretBytes;
-
-/// The only mechanism there is.
-pub(super) const MECHANISM: &str = "A256GCM";
-
-const NONCE: usize = 12;
-const TAG: usize = 16;
-const BODY: usize = NONCE + Payload::LEN + TAG;
 
 /// What a [`KekId`] of a native provider says: `v1:vm:<uuid>` or `v1:provider`, the number being the root key's
 /// generation.
@@ -93,55 +84,23 @@ impl Kek {
         provider: ProviderId,
         name: KekName,
     ) -> Result<Self, ProviderError> {
-        let mut key = SecretBytes::zeroed(32).map_err(ProviderError::internal("getting memory for a KEK"))?;
+        let mut key =
+            SecretBytes::zeroed(aes_gcm::KEY).map_err(ProviderError::internal("getting memory for a KEK"))?;
         hkdf(root, provider, name, &mut key).map_err(ProviderError::internal("deriving a KEK"))?;
         Ok(Self {
             key,
-            additional_data: additional_data(provider, name),
+            additional_data: aes_gcm::additional_data(provider, &name.to_string(), MECHANISM),
         })
     }
 
     pub(super) fn wrap(&self, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
-        self.seal(payload)
-            .map_err(ProviderError::internal("encrypting a data key"))
-    }
-
-    fn seal(&self, payload: &Payload) -> Result<Vec<u8>, ErrorStack> {
-        let mut body = vec![0; BODY];
-        let (nonce, rest) = body.split_at_mut(NONCE);
-        let (ciphertext, tag) = rest.split_at_mut(Payload::LEN);
-        openssl::rand::rand_bytes(nonce)?;
-        let mut cipher = CipherCtx::new()?;
-        cipher.encrypt_init(Some(Cipher::aes_256_gcm()), Some(self.key.expose()), Some(nonce))?;
-        cipher.cipher_update(&self.additional_data, None)?;
-        cipher.cipher_update(payload.expose(), Some(ciphertext))?;
-        cipher.cipher_final(&mut [0; 16])?;
-        cipher.tag(tag)?;
-        Ok(body)
+        aes_gcm::wrap(&self.key, &self.additional_data, payload)
     }
 
     /// # Errors
     /// [`ProviderError::Tampered`] for anything but what [`Kek::wrap`] returned under the same name.
     pub(super) fn unwrap(&self, body: &[u8]) -> Result<Payload, ProviderError> {
-        if body.len() != BODY {
-            return Err(ProviderError::Tampered);
-        }
-        let mut plain = SecretBytes::zeroed(Payload::LEN)
-            .map_err(ProviderError::internal("getting memory for a data key"))?;
-        self.open(body, &mut plain).map_err(|_| ProviderError::Tampered)?;
-        Payload::from_unwrapped(plain).map_err(ProviderError::Payload)
-    }
-
-    fn open(&self, body: &[u8], plain: &mut SecretBytes) -> Result<(), ErrorStack> {
-        let (nonce, rest) = body.split_at(NONCE);
-        let (ciphertext, tag) = rest.split_at(Payload::LEN);
-        let mut cipher = CipherCtx::new()?;
-        cipher.decrypt_init(Some(Cipher::aes_256_gcm()), Some(self.key.expose()), Some(nonce))?;
-        cipher.cipher_update(&self.additional_data, None)?;
-        cipher.cipher_update(ciphertext, Some(plain.expose_mut()))?;
-        cipher.set_tag(tag)?;
-        cipher.cipher_final(&mut [0; 16])?;
-        Ok(())
+        aes_gcm::unwrap(&self.key, &self.additional_data, body)
     }
 }
 
@@ -161,17 +120,6 @@ fn hkdf(
     context.add_hkdf_info(&info)?;
     context.derive(Some(key.expose_mut()))?;
     Ok(())
-}
-
-/// Provider (16 bytes) ‖ length of the KEK's name (4 bytes, big-endian) ‖ name ‖ mechanism.
-fn additional_data(provider: ProviderId, name: KekName) -> Vec<u8> {
-    let name = name.to_string();
-    let length = u32::try_from(name.len()).expect("a KEK's name has less than 60 bytes");
-    let mut data = provider.0.as_bytes().to_vec();
-    data.extend_from_slice(&length.to_be_bytes());
-    data.extend_from_slice(name.as_bytes());
-    data.extend_from_slice(MECHANISM.as_bytes());
-    data
 }
 
 #[cfg(test)]
