@@ -85,6 +85,14 @@ impl Keystore {
         &self.path
     }
 
+    /// The state directory, which holds more than the database.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.path
+            .parent()
+            .expect("the database is a file in the directory")
+    }
+
     fn connection(&self) -> MutexGuard<'_, Connection> {
         // A panic elsewhere can't leave the connection half changed: transactions roll back when dropped.
         self.connection.lock().unwrap_or_else(PoisonError::into_inner)

@@ -4,6 +4,7 @@
 //! deadline; `status` answers from memory and never waits for a network.
 
 mod aes_gcm;
+pub mod kmip;
 pub mod native;
 pub mod pkcs11;
 pub mod registry;
@@ -196,6 +197,20 @@ pub enum ProviderError {
     /// Its server ended what it was unlocked with, or does not let that do enough.
     #[error("is not trusted by its server: {0}")]
     CredentialRefused(String),
+    /// It does not trust this host.
+    #[error("does not trust this host: {0}")]
+    RefusesUs(String),
+    /// It has the KEK, and the KEK may not be used for this.
+    #[error("can't use KEK {kek}: {why}")]
+    KekUnusable {
+        /// The KEK.
+        kek: KekId,
+        /// Why.
+        why: String,
+    },
+    /// It understands what it is asked, and does not do it.
+    #[error("does not do it: {0}")]
+    Refused(String),
     /// This host has a record of it that can't be used.
     #[error("can't be used: {0}")]
     Unusable(String),

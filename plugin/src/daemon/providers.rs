@@ -199,7 +199,7 @@ impl Daemon {
     fn native(&self, name: &str) -> Result<std::sync::Arc<NativeProvider>, Failure> {
         match self.registry.find(name)? {
             Provider::Native(native) => Ok(native),
-            Provider::Transit(_) => Err(Failure::new(
+            Provider::Kmip(_) | Provider::Transit(_) => Err(Failure::new(
                 Code::Failed,
                 format!("provider '{name}' keeps its keys at its server, which is backed up there"),
             )),

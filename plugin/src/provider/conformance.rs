@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
+use super::kmip::fixture::Kmip;
 use super::native::NativeProvider;
 use super::transit::TransitProvider;
 use super::transit::bao::{Bao, secret};
@@ -161,6 +162,28 @@ impl Fixture for TransitShared {
 
     fn unknown_kek(&self) -> KekId {
         KekId(format!("virtseal-{}/{}:v1", VmId::random(), VmId::random()))
+    }
+}
+
+impl Fixture for Kmip {
+    fn new() -> Self {
+        Self::new()
+    }
+
+    fn provider(&self) -> &dyn KeyProvider {
+        self.provider()
+    }
+
+    fn credential(&self) -> SecretBytes {
+        SecretBytes::take(&mut Self::CREDENTIAL.as_bytes().to_vec()).unwrap()
+    }
+
+    fn restart(&mut self) {
+        self.restart();
+    }
+
+    fn unknown_kek(&self) -> KekId {
+        KekId("4711".to_owned())
     }
 }
 
@@ -585,3 +608,4 @@ conformance!(softhsm, crate::provider::pkcs11::stand::SoftHsm);
 conformance!(softhsm_key_wrap, crate::provider::pkcs11::stand::SoftHsmKeyWrap);
 conformance!(softhsm_cbc, crate::provider::pkcs11::stand::SoftHsmCbc);
 conformance!(nss, crate::provider::pkcs11::stand::Nss);
+conformance!(kmip, super::Kmip);

@@ -14,7 +14,7 @@
 
 mod document;
 mod kek;
-mod sealing;
+pub(super) mod sealing;
 
 use std::fmt;
 use std::io;

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::kmip::{KmipProvider, KmipProviderError, KmipSettings};
 use super::native::{NativeError, NativeProvider};
 use super::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
 use super::transit::{TransitProvider, TransitSettings};
@@ -32,6 +33,8 @@ pub enum Provider {
     Transit(Arc<TransitProvider>),
     /// KEKs in a PKCS#11 token.
     Pkcs11(Arc<Pkcs11Provider>),
+    /// Keys at a key management server.
+    Kmip(Arc<KmipProvider>),
     /// Recorded, but of no use to this version.
     Unusable(Arc<UnusableProvider>),
 }
@@ -44,6 +47,7 @@ impl Provider {
             Self::Native(provider) => provider.as_ref(),
             Self::Transit(provider) => provider.as_ref(),
             Self::Pkcs11(provider) => provider.as_ref(),
+            Self::Kmip(provider) => provider.as_ref(),
             Self::Unusable(provider) => provider.as_ref(),
         }
     }
@@ -55,6 +59,7 @@ impl Provider {
             Self::Native(_) => NativeProvider::KIND,
             Self::Transit(_) => TransitProvider::KIND,
             Self::Pkcs11(_) => Pkcs11Provider::KIND,
+            Self::Kmip(_) => KmipProvider::KIND,
             Self::Unusable(provider) => &provider.record.kind,
         }
     }
@@ -74,6 +79,9 @@ impl Provider {
                 Ok(provider) => Ok(Self::Pkcs11(Arc::new(provider))),
                 Err(error) => Err(chain(&error)),
             },
+            KmipProvider::KIND => KmipProvider::open(keystore, &record)
+                .map(|provider| Self::Kmip(Arc::new(provider)))
+                .map_err(|error| chain(&error)),
             kind => Err(format!(
                 "this virtseal does not know the kind {kind:?}: upgrade virtseal"
             )),
@@ -301,6 +309,20 @@ impl Registry {
         Ok(made)
     }
 
+    /// Records a KMIP provider, which has trust to establish before it does anything.
+    ///
+    /// # Errors
+    /// As [`KmipProvider::create`].
+    pub fn add_kmip(
+        &self,
+        name: &ProviderName,
+        settings: KmipSettings,
+    ) -> Result<Arc<KmipProvider>, KmipProviderError> {
+        let made = Arc::new(KmipProvider::create(&self.keystore, name, settings)?);
+        self.enter(Provider::Kmip(Arc::clone(&made)));
+        Ok(made)
+    }
+
     fn enter(&self, made: Provider) {
         let id = made.provider().id();
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
@@ -461,6 +483,8 @@ pub enum NextCommand {
     Restore(String),
     /// `virtseal provider trust NAME`
     Trust(String),
+    /// `virtseal provider identity NAME …`
+    Identity(String),
     /// `virtseal provider show NAME`
     Show(String),
     /// `vault operator unseal`, or OpenBao's, at the server.
@@ -483,6 +507,7 @@ impl std::fmt::Display for NextCommand {
             Self::Backup(name) => ("backup", name),
             Self::Restore(name) => ("restore", name),
             Self::Trust(name) => ("trust", name),
+            Self::Identity(name) => ("identity", name),
             Self::Show(name) => ("show", name),
         };
         write!(f, "virtseal provider {verb} {name}")
@@ -504,11 +529,14 @@ impl ProviderError {
             Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),
             Self::CredentialRefused(_) => (Code::NotTrusted, Some(NextCommand::Unlock(name))),
             Self::ServerSealed => (Code::Locked, Some(NextCommand::Unseal)),
-            Self::Unusable(_) => (Code::Failed, Some(NextCommand::Show(name))),
+            Self::RefusesUs(_) => (Code::NotTrusted, Some(NextCommand::Identity(name))),
+            Self::Unusable(_) | Self::Refused(_) => (Code::Failed, Some(NextCommand::Show(name))),
             Self::UnknownMechanism(_) => (Code::Failed, Some(NextCommand::Upgrade)),
-            Self::UnknownKek(_) | Self::Tampered | Self::Payload(_) | Self::Internal { .. } => {
-                (Code::Failed, None)
-            }
+            Self::UnknownKek(_)
+            | Self::KekUnusable { .. }
+            | Self::Tampered
+            | Self::Payload(_)
+            | Self::Internal { .. } => (Code::Failed, None),
         }
     }
 
@@ -516,7 +544,11 @@ impl ProviderError {
     fn is_about_a_stanza(&self) -> bool {
         matches!(
             self,
-            Self::UnknownKek(_) | Self::Tampered | Self::UnknownMechanism(_) | Self::Payload(_)
+            Self::UnknownKek(_)
+                | Self::KekUnusable { .. }
+                | Self::Tampered
+                | Self::UnknownMechanism(_)
+                | Self::Payload(_)
         )
     }
 }

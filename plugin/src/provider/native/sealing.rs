@@ -35,7 +35,7 @@ static ONE_SCRYPT_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// How the age file is written; both are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
+pub(in crate::provider) enum Form {
     /// For the keystore.
     Binary,
     /// Printable: a backup may travel by mail or on paper.
@@ -81,7 +81,11 @@ pub enum SealingError {
 }
 
 /// Seals `text` and opens the result again before it is returned.
-pub(super) fn seal(text: &[u8], passphrase: &SecretBytes, form: Form) -> Result<Vec<u8>, SealingError> {
+pub(in crate::provider) fn seal(
+    text: &[u8],
+    passphrase: &SecretBytes,
+    form: Form,
+) -> Result<Vec<u8>, SealingError> {
     let sealed = encrypt(text, passphrase, form, WORK_HERE)?;
     let opened = open(&sealed, passphrase)?;
     if opened.len() == text.len() && openssl::memcmp::eq(&opened, text) {
@@ -117,7 +121,7 @@ pub(super) fn is_sealed(bytes: &[u8]) -> bool {
 }
 
 /// Opens an age file, binary or armored.
-pub(super) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Result<Transient, SealingError> {
+pub(in crate::provider) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Result<Transient, SealingError> {
     if sealed.len() > MOST_BYTES {
         return Err(SealingError::TooLong);
     }

@@ -1,0 +1,505 @@
+//! The KMIP provider: KEKs at a key management server, by the OASIS Key Management Interoperability Protocol.
+//!
+//! ```text
+//!   KeyProvider ── keys.rs: which calls, what their answers mean
+//!        │
+//!    cluster ── health: which server, in which order, when to ask the next
+//!        │
+//!      node ── version, kept connections ── tls: trust both ways, deadlines
+//!        │
+//!     message ── call, answer ── ttlv: bytes that nobody trusts
+//! ```
+//!
+//! A KEK is made at the server (Create, Activate) and known by its unique identifier, never by its name. By default
+//! it is fetched for each wrap and unwrap, its state checked in the same request, and forgotten after; `mode: server`
+//! leaves it there and has the server encrypt. A background thread asks every server how it is, so `status` answers
+//! from memory.
+
+mod answer;
+mod call;
+mod certificate;
+mod cluster;
+mod endpoint;
+mod error;
+mod health;
+mod identity;
+mod keys;
+mod message;
+mod node;
+mod store;
+mod tag;
+mod tls;
+mod trust;
+mod ttlv;
+
+#[cfg(test)]
+pub(super) mod fixture;
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use self::cluster::{Cluster, ClusterStatus};
+use self::identity::Identity;
+use self::keys::Keys;
+use self::node::Access;
+use self::store::Store;
+use self::tls::Tls;
+use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::failure::chain;
+use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
+use crate::provider::native::SealingError;
+use crate::secret::SecretBytes;
+
+pub use certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
+pub use endpoint::{Endpoint, NotAnEndpoint};
+pub(crate) use identity::MOST_PEM;
+pub use identity::{IdentityError, KeyKind, NewIdentity};
+pub use message::{KmipVersion, NotAVersion};
+pub use store::{ServerTrust, StoreError};
+pub use trust::{Presented, TrustError};
+
+/// Where a KEK does its work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Fetched, used on this host, forgotten.
+    #[default]
+    Local,
+    /// At the server, which encrypts and decrypts; the KEK never leaves it.
+    Server,
+}
+
+/// Whom one KEK serves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// One VM.
+    #[default]
+    Vm,
+    /// All VMs of this provider.
+    Provider,
+}
+
+/// The settings of a KMIP provider, as the keystore has them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KmipSettings {
+    /// The servers of one cluster, in the order in which they are asked; never empty.
+    pub endpoints: Vec<Endpoint>,
+    /// Where KEKs do their work.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Whom one KEK serves.
+    #[serde(default)]
+    pub kek_scope: Scope,
+    /// Instead of the best version that both sides speak.
+    #[serde(default)]
+    pub kmip_version: Option<KmipVersion>,
+    /// The most time for one call, in milliseconds, with all its retries and failovers.
+    #[serde(default = "default_timeout")]
+    pub timeout_ms: u64,
+}
+
+/// A little less than the registry's own deadline, whose message knows nothing of nodes.
+fn default_timeout() -> u64 {
+    4_500
+}
+
+impl KmipSettings {
+    const MOST_ENDPOINTS: usize = 16;
+
+    fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms)
+    }
+
+    /// # Errors
+    /// For no endpoint, too many, or a timeout that makes no sense.
+    fn validated(self) -> Result<Self, KmipProviderError> {
+        if !(1..=Self::MOST_ENDPOINTS).contains(&self.endpoints.len()) {
+            return Err(KmipProviderError::Endpoints);
+        }
+        if !(100..=60_000).contains(&self.timeout_ms) {
+            return Err(KmipProviderError::Timeout);
+        }
+        Ok(self)
+    }
+}
+
+/// A provider whose KEKs are at a KMS.
+pub struct KmipProvider {
+    id: ProviderId,
+    name: String,
+    settings: KmipSettings,
+    store: Store,
+    inner: Arc<Inner>,
+    /// One key per scope, also when two callers ask at once.
+    creating: Mutex<()>,
+}
+
+/// What the background thread shares.
+struct Inner {
+    cluster: Cluster,
+    held: RwLock<Held>,
+    wake: (Mutex<bool>, Condvar),
+}
+
+/// What is in memory while unlocked.
+#[derive(Default)]
+struct Held {
+    locked: bool,
+    /// How often it was locked: an unlock that took its second meanwhile must not undo that.
+    locks: u64,
+    /// Counts the changes of `access`.
+    epoch: u64,
+    identity: Option<Arc<Identity>>,
+    trust: Option<ServerTrust>,
+    access: Option<Arc<Access>>,
+    /// What is on disk and can't be used.
+    fault: Option<String>,
+}
+
+/// How long the background thread waits between two probes: also what keeps quiet connections open.
+const PROBE_EVERY: Duration = Duration::from_secs(60);
+/// While something is wrong.
+const PROBE_SOON: Duration = Duration::from_secs(10);
+
+impl KmipProvider {
+    /// The kind in the keystore.
+    pub const KIND: &'static str = "kmip";
+
+    /// Records a new provider. It trusts nobody yet and nobody trusts it.
+    ///
+    /// # Errors
+    /// When the name is taken, a setting makes no sense, or the keystore can't be written.
+    pub fn create(
+        keystore: &Keystore,
+        name: &ProviderName,
+        settings: KmipSettings,
+    ) -> Result<Self, KmipProviderError> {
+        let settings = settings.validated()?;
+        let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
+        let record = keystore.insert_provider(ProviderId::random(), name.as_str(), Self::KIND, &json)?;
+        Self::open(keystore, &record)
+    }
+
+    /// The recorded provider: locked if its private key is sealed, else ready to ask its servers. Waits for nothing.
+    ///
+    /// # Errors
+    /// When the settings can't be read.
+    pub fn open(keystore: &Keystore, record: &ProviderRecord) -> Result<Self, KmipProviderError> {
+        let settings: KmipSettings =
+            serde_json::from_value(record.settings.clone()).map_err(KmipProviderError::Settings)?;
+        let settings = settings.validated()?;
+        let provider = Self {
+            id: record.id,
+            name: record.name.clone(),
+            store: Store::new(keystore.dir(), record.id),
+            inner: Arc::new(Inner {
+                cluster: Cluster::new(&settings.endpoints, settings.kmip_version),
+                held: RwLock::default(),
+                wake: (Mutex::new(false), Condvar::new()),
+            }),
+            settings,
+            creating: Mutex::default(),
+        };
+        provider.load();
+        watch(Arc::downgrade(&provider.inner));
+        Ok(provider)
+    }
+
+    /// Its settings.
+    #[must_use]
+    pub fn settings(&self) -> &KmipSettings {
+        &self.settings
+    }
+
+    /// Takes over what is on disk, as far as no passphrase is needed.
+    fn load(&self) {
+        let (trust, stored) = (self.store.trust(), self.store.identity());
+        let mut held = self.inner.held_mut();
+        let mut faults = Vec::new();
+        match trust {
+            Ok(trust) => held.trust = trust,
+            Err(error) => faults.push(chain(&error)),
+        }
+        match stored {
+            Ok(Some(stored)) if stored.is_sealed() => held.locked = true,
+            Ok(Some(stored)) => match stored.open(None) {
+                Ok(identity) => held.identity = Some(Arc::new(identity)),
+                Err(error) => faults.push(chain(&error)),
+            },
+            Ok(None) => {}
+            Err(error) => faults.push(chain(&error)),
+        }
+        held.fault = (!faults.is_empty()).then(|| faults.join("; "));
+        self.renew_access(&mut held);
+    }
+
+    /// Makes what calls connect with, from what is held now.
+    fn renew_access(&self, held: &mut Held) {
+        held.epoch += 1;
+        held.access = None;
+        if let (false, Some(trust)) = (held.locked, &held.trust) {
+            match Tls::new(trust, held.identity.as_deref()) {
+                Ok(tls) => {
+                    let login = held.identity.as_ref().and_then(|identity| identity.login.clone());
+                    let epoch = held.epoch;
+                    held.access = Some(Arc::new(Access { tls, login, epoch }));
+                }
+                Err(error) => held.fault = Some(format!("TLS can't be set up: {error}")),
+            }
+        }
+        self.inner.cluster.close(held.epoch);
+    }
+
+    /// What a call connects with.
+    fn access(&self) -> Result<Arc<Access>, ProviderError> {
+        let held = self.inner.held();
+        if held.locked {
+            return Err(ProviderError::Locked);
+        }
+        match (&held.access, &held.fault) {
+            (Some(access), _) => Ok(Arc::clone(access)),
+            (None, Some(fault)) => Err(ProviderError::Unusable(fault.clone())),
+            (None, None) => Err(ProviderError::NotTrusted(NO_TRUST.into())),
+        }
+    }
+
+    fn keys<'a>(&'a self, access: &'a Arc<Access>) -> Keys<'a> {
+        Keys {
+            provider: self.id,
+            provider_name: &self.name,
+            mode: self.settings.mode,
+            cluster: &self.inner.cluster,
+            access,
+            deadline: Instant::now() + self.settings.timeout(),
+        }
+    }
+
+    /// Asks every server how it is, now.
+    pub fn probe(&self) {
+        self.inner.probe();
+    }
+}
+
+/// Why a provider without any trust in its servers does nothing.
+const NO_TRUST: &str = "the server's certificate has not been accepted yet";
+
+impl KeyProvider for KmipProvider {
+    fn id(&self) -> ProviderId {
+        self.id
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn status(&self) -> ProviderStatus {
+        let held = self.inner.held();
+        if held.locked {
+            return ProviderStatus::Locked;
+        }
+        if let Some(fault) = &held.fault {
+            return ProviderStatus::Degraded(fault.clone());
+        }
+        if held.access.is_none() {
+            return ProviderStatus::NotTrusted(format!("Not trusted: {NO_TRUST}"));
+        }
+        match self.inner.cluster.status() {
+            ClusterStatus::Unknown => ProviderStatus::Unreachable("not asked yet".into()),
+            ClusterStatus::Unreachable(why) => ProviderStatus::Unreachable(why),
+            ClusterStatus::NotTrusted(why) => ProviderStatus::NotTrusted(format!("Not trusted: {why}")),
+            ClusterStatus::RefusesUs(why) => {
+                ProviderStatus::NotTrusted(format!("Connected, not trusted by KMS: {why}"))
+            }
+            ClusterStatus::Partly(why) => ProviderStatus::Degraded(why),
+            ClusterStatus::Good => match self.warning(&held) {
+                Some(warning) => ProviderStatus::Degraded(warning),
+                None => ProviderStatus::Ready,
+            },
+        }
+    }
+
+    fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
+        let access = self.access()?;
+        let scope = match self.settings.kek_scope {
+            Scope::Vm => *scope,
+            Scope::Provider => KekScope::Provider,
+        };
+        let _creating = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
+        self.keys(&access).create(&scope)
+    }
+
+    fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
+        let access = self.access()?;
+        self.keys(&access).wrap(kek, payload)
+    }
+
+    fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+        let access = self.access()?;
+        self.keys(&access).unwrap_many(stanzas)
+    }
+
+    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+        let access = self.access()?;
+        self.keys(&access).destroy(kek)
+    }
+
+    /// Forgets the private key and closes all connections.
+    fn lock(&self) {
+        let mut held = self.inner.held_mut();
+        held.locked = true;
+        held.locks += 1;
+        held.identity = None;
+        self.renew_access(&mut held);
+    }
+
+    /// Takes the private key from disk again. Where it is not sealed there, any credential does.
+    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
+        let locks = self.inner.held().locks;
+        let identity = self.stored_identity(credential)?;
+        let mut held = self.inner.held_mut();
+        if held.locks != locks {
+            return Err(ProviderError::Locked);
+        }
+        held.locked = false;
+        held.identity = identity.map(Arc::new);
+        held.fault = None;
+        self.renew_access(&mut held);
+        drop(held);
+        self.probe();
+        Ok(())
+    }
+}
+
+impl KmipProvider {
+    fn stored_identity(&self, credential: &SecretBytes) -> Result<Option<Identity>, ProviderError> {
+        let stored = self
+            .store
+            .identity()
+            .map_err(|error| ProviderError::Unusable(chain(&error)))?;
+        let Some(stored) = stored else {
+            return Ok(None);
+        };
+        match stored.open(Some(credential)) {
+            Ok(identity) => Ok(Some(identity)),
+            Err(IdentityError::Seal(
+                SealingError::WrongPassphrase | SealingError::EmptyPassphrase | SealingError::PassphraseText,
+            )) => Err(ProviderError::WrongCredential),
+            Err(error) => Err(ProviderError::Unusable(chain(&error))),
+        }
+    }
+
+    /// What is about to go wrong though everything works.
+    fn warning(&self, held: &Held) -> Option<String> {
+        let leaf = held.identity.as_ref().and_then(|identity| identity.leaf());
+        let client = leaf.and_then(|leaf| CertificateFacts::of(leaf).ok()?.warning("the client"));
+        let servers = self.inner.cluster.certificates().into_iter();
+        let mut warnings: Vec<_> = servers
+            .filter_map(|(endpoint, facts)| facts.warning(&format!("{endpoint}'s")))
+            .collect();
+        warnings.extend(client);
+        if self.settings.mode == Mode::Server {
+            warnings.extend(self.cannot_encrypt());
+        }
+        (!warnings.is_empty()).then(|| warnings.join("; "))
+    }
+
+    fn cannot_encrypt(&self) -> Option<String> {
+        let mut nodes = self.inner.cluster.nodes().iter();
+        nodes.find_map(|node| keys::cannot_encrypt(node))
+    }
+}
+
+impl Inner {
+    fn held(&self) -> RwLockReadGuard<'_, Held> {
+        self.held.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn held_mut(&self) -> RwLockWriteGuard<'_, Held> {
+        self.held.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn probe(&self) {
+        let access = self.held().access.clone();
+        if let Some(access) = access {
+            self.cluster.probe(&access);
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        match self.cluster.status() {
+            ClusterStatus::Good => PROBE_EVERY,
+            _ => PROBE_SOON,
+        }
+    }
+
+    /// Waits, unless the provider goes away meanwhile.
+    fn wait(&self, pause: Duration) {
+        let (ended, wake) = &self.wake;
+        let ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+        // Woken or not, the caller looks for itself.
+        let _ = wake.wait_timeout_while(ended, pause, |ended| !*ended);
+    }
+}
+
+/// Probes until the provider is dropped.
+fn watch(inner: Weak<Inner>) {
+    let work = move || {
+        while let Some(inner) = inner.upgrade() {
+            inner.probe();
+            let pause = inner.pause();
+            inner.wait(pause);
+            if *inner.wake.0.lock().unwrap_or_else(PoisonError::into_inner) {
+                return;
+            }
+        }
+    };
+    let started = std::thread::Builder::new()
+        .name("kmip-probe".to_owned())
+        .spawn(work);
+    if let Err(error) = started {
+        // Calls still work, and note how the servers do.
+        tracing::warn!(%error, "can't start the thread that probes a KMS");
+    }
+}
+
+impl Drop for KmipProvider {
+    fn drop(&mut self) {
+        *self.inner.wake.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.inner.wake.1.notify_all();
+    }
+}
+
+/// What this host calls itself: a hint for people, not an identity.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match message::printable(&name) {
+        empty if empty.is_empty() => "unknown".to_owned(),
+        name => name,
+    }
+}
+
+/// Why a KMIP provider can't be recorded or opened.
+#[derive(Debug, Error)]
+pub enum KmipProviderError {
+    /// The keystore refuses.
+    #[error(transparent)]
+    Keystore(#[from] KeystoreError),
+    /// Not the settings of a KMIP provider.
+    #[error("its settings can't be used")]
+    Settings(#[source] serde_json::Error),
+    /// None, or too many.
+    #[error("give 1 to {} endpoints, all of one cluster", KmipSettings::MOST_ENDPOINTS)]
+    Endpoints,
+    /// Out of range.
+    #[error("the timeout must be between 0.1 and 60 seconds")]
+    Timeout,
+}
+
+#[cfg(test)]
+mod tests;

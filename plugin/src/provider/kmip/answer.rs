@@ -1,0 +1,278 @@
+//! What servers answer, in all the shapes that they choose for it.
+
+use std::collections::BTreeSet;
+
+use super::call::Attribute;
+use super::message::{KmipVersion, ProtocolError};
+use super::tag::{ALGORITHM_AES, KeyState, Operation, Tag};
+use super::ttlv::{Item, Value};
+use crate::envelope::{KekId, Payload};
+use crate::provider::aes_gcm;
+use crate::secret::SecretBytes;
+
+/// The most characters of a server's name for a key: it must fit an envelope several times.
+const MOST_UID: usize = 512;
+
+/// The key that Create made.
+pub(super) fn created(payload: &Item) -> Result<KekId, ProtocolError> {
+    let uid = payload.find(Tag::UNIQUE_IDENTIFIER).and_then(Item::as_text);
+    uid.and_then(kek_id)
+        .ok_or(ProtocolError::Missing("usable identifier of the new key"))
+}
+
+/// The keys that Locate found.
+pub(super) fn located(payload: &Item) -> Vec<KekId> {
+    let uids = payload.all(Tag::UNIQUE_IDENTIFIER).filter_map(Item::as_text);
+    uids.filter_map(kek_id).collect()
+}
+
+fn kek_id(uid: &str) -> Option<KekId> {
+    is_identifier(uid).then(|| KekId(uid.to_owned()))
+}
+
+/// Whether a key at a server may be called that.
+pub(super) fn is_identifier(uid: &str) -> bool {
+    !uid.is_empty() && uid.len() <= MOST_UID && !uid.contains(char::is_control)
+}
+
+/// What GetAttributes says of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct KeyFacts {
+    pub(super) state: KeyState,
+    /// Whether it is, as far as the server says, an AES key of 256 bits.
+    pub(super) is_aes_256: bool,
+}
+
+/// The attributes of a key.
+pub(super) fn facts(payload: &Item) -> Result<KeyFacts, ProtocolError> {
+    let state = Attribute::STATE.of(payload).and_then(Item::as_enumeration);
+    let algorithm = Attribute::CRYPTOGRAPHIC_ALGORITHM.of(payload);
+    let length = Attribute::CRYPTOGRAPHIC_LENGTH.of(payload);
+    Ok(KeyFacts {
+        state: KeyState::of(state.ok_or(ProtocolError::Missing("State"))?),
+        is_aes_256: is_or_unsaid(algorithm.and_then(Item::as_enumeration), ALGORITHM_AES)
+            && is_or_unsaid(length.and_then(Item::as_integer), 256),
+    })
+}
+
+fn is_or_unsaid<T: PartialEq>(said: Option<T>, wanted: T) -> bool {
+    said.is_none_or(|said| said == wanted)
+}
+
+/// The 32 bytes of a key that Get returned: raw, or as a transparent symmetric key.
+pub(super) fn key(payload: &Item) -> Result<SecretBytes, KeyRefused> {
+    let block = payload
+        .find(Tag::SYMMETRIC_KEY)
+        .and_then(|key| key.find(Tag::KEY_BLOCK))
+        .ok_or(KeyRefused::Shape)?;
+    let value = block.find(Tag::KEY_VALUE).ok_or(KeyRefused::Shape)?;
+    if block.find(Tag::KEY_WRAPPING_DATA).is_some() || matches!(value.value, Value::Bytes(_)) {
+        return Err(KeyRefused::Wrapped);
+    }
+    let algorithm = block
+        .find(Tag::CRYPTOGRAPHIC_ALGORITHM)
+        .and_then(Item::as_enumeration);
+    if !is_or_unsaid(algorithm, ALGORITHM_AES) {
+        return Err(KeyRefused::NotAes256);
+    }
+    let material = value.find(Tag::KEY_MATERIAL).ok_or(KeyRefused::Shape)?;
+    let transparent = || material.find(Tag::KEY).and_then(Item::as_bytes);
+    let bytes = material
+        .as_bytes()
+        .or_else(transparent)
+        .ok_or(KeyRefused::Shape)?;
+    if bytes.len() != aes_gcm::KEY {
+        return Err(KeyRefused::NotAes256);
+    }
+    copied(bytes).map_err(KeyRefused::Memory)
+}
+
+/// Why what Get returned is no KEK.
+#[derive(Debug)]
+pub(super) enum KeyRefused {
+    Shape,
+    Wrapped,
+    NotAes256,
+    Memory(std::io::Error),
+}
+
+fn copied(bytes: &[u8]) -> std::io::Result<SecretBytes> {
+    let mut secret = SecretBytes::zeroed(bytes.len())?;
+    secret.expose_mut().copy_from_slice(bytes);
+    Ok(secret)
+}
+
+/// The operations that Query lists; numbers that this client has no name for are left out.
+pub(super) fn operations(payload: &Item) -> BTreeSet<u32> {
+    payload
+        .all(Tag::OPERATION)
+        .filter_map(Item::as_enumeration)
+        .collect()
+}
+
+/// Whether a server with `operations` can wrap by itself.
+pub(super) fn can_encrypt(operations: &BTreeSet<u32>) -> bool {
+    [Operation::Encrypt, Operation::Decrypt]
+        .iter()
+        .all(|operation| operations.contains(&(*operation as u32)))
+}
+
+/// The best version that both sides speak.
+pub(super) fn best_version(payload: &Item) -> Option<KmipVersion> {
+    let offered: Vec<_> = payload
+        .all(Tag::PROTOCOL_VERSION)
+        .filter_map(KmipVersion::of_item)
+        .collect();
+    KmipVersion::SPOKEN
+        .into_iter()
+        .find(|version| offered.contains(version))
+}
+
+/// What Encrypt returned, laid out as a stanza's body.
+///
+/// Some servers put the tag in its own field, others behind the ciphertext.
+pub(super) fn body(payload: &Item, nonce: &[u8]) -> Result<Vec<u8>, ProtocolError> {
+    let bytes = |tag| payload.find(tag).and_then(Item::as_bytes);
+    let data = bytes(Tag::DATA).ok_or(ProtocolError::Missing("ciphertext"))?;
+    let nonce = bytes(Tag::IV_COUNTER_NONCE).unwrap_or(nonce);
+    let tag = bytes(Tag::AUTHENTICATED_ENCRYPTION_TAG).unwrap_or_default();
+    let body = [nonce, data, tag].concat();
+    match aes_gcm::Parts::of(&body) {
+        Ok(_) if nonce.len() == aes_gcm::NONCE => Ok(body),
+        _ => Err(ProtocolError::Missing("AES-GCM ciphertext with a 16-byte tag")),
+    }
+}
+
+/// What Decrypt returned.
+pub(super) fn decrypted(payload: &Item) -> Result<SecretBytes, ProtocolError> {
+    let data = payload.find(Tag::DATA).and_then(Item::as_bytes);
+    let data = data.filter(|data| data.len() == Payload::LEN);
+    data.and_then(|data| copied(data).ok())
+        .ok_or(ProtocolError::Missing("wrapped key of the right length"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn response(items: impl Into<Vec<Item<'static>>>) -> Item<'static> {
+        Item::structure(Tag::RESPONSE_PAYLOAD, items)
+    }
+
+    fn got(block: impl Into<Vec<Item<'static>>>) -> Item<'static> {
+        response([Item::structure(
+            Tag::SYMMETRIC_KEY,
+            [Item::structure(Tag::KEY_BLOCK, block)],
+        )])
+    }
+
+    fn material(item: Item<'static>) -> Item<'static> {
+        Item::structure(Tag::KEY_VALUE, [item])
+    }
+
+    #[test]
+    fn keys_come_raw_or_transparent() {
+        let raw = got([material(Item::bytes(Tag::KEY_MATERIAL, vec![7; 32]))]);
+        assert_eq!(key(&raw).unwrap().expose(), [7; 32]);
+        let inner = Item::structure(Tag::KEY_MATERIAL, [Item::bytes(Tag::KEY, vec![8; 32])]);
+        assert_eq!(key(&got([material(inner)])).unwrap().expose(), [8; 32]);
+    }
+
+    #[test]
+    fn wrapped_short_and_odd_keys_are_refused() {
+        let wrapped = got([Item::bytes(Tag::KEY_VALUE, vec![7; 40])]);
+        assert!(matches!(key(&wrapped), Err(KeyRefused::Wrapped)));
+        let wrapped = got([
+            material(Item::bytes(Tag::KEY_MATERIAL, vec![7; 40])),
+            Item::structure(Tag::KEY_WRAPPING_DATA, []),
+        ]);
+        assert!(matches!(key(&wrapped), Err(KeyRefused::Wrapped)));
+        for length in [0, 16, 24, 31, 33] {
+            let short = got([material(Item::bytes(Tag::KEY_MATERIAL, vec![7; length]))]);
+            assert!(matches!(key(&short), Err(KeyRefused::NotAes256)), "{length}");
+        }
+        let camellia = got([
+            material(Item::bytes(Tag::KEY_MATERIAL, vec![7; 32])),
+            Item::enumeration(Tag::CRYPTOGRAPHIC_ALGORITHM, 0xf),
+        ]);
+        assert!(matches!(key(&camellia), Err(KeyRefused::NotAes256)));
+        assert!(matches!(key(&got([])), Err(KeyRefused::Shape)));
+        assert!(matches!(key(&response([])), Err(KeyRefused::Shape)));
+    }
+
+    #[test]
+    fn attributes_are_read_in_both_forms() {
+        let of_2x = response([Item::structure(
+            Tag::ATTRIBUTES,
+            [
+                Item::enumeration(Tag::STATE, 2),
+                Item::integer(Tag::CRYPTOGRAPHIC_LENGTH, 256),
+            ],
+        )]);
+        let pair = |name: &'static str, value| {
+            Item::structure(Tag::ATTRIBUTE, [Item::text(Tag::ATTRIBUTE_NAME, name), value])
+        };
+        let of_1x = response([
+            pair("Cryptographic Length", Item::integer(Tag::ATTRIBUTE_VALUE, 256)),
+            pair("State", Item::enumeration(Tag::ATTRIBUTE_VALUE, 2)),
+        ]);
+        for payload in [of_1x, of_2x] {
+            let expected = KeyFacts {
+                state: KeyState::Active,
+                is_aes_256: true,
+            };
+            assert_eq!(facts(&payload).unwrap(), expected);
+        }
+        let short = response([Item::structure(
+            Tag::ATTRIBUTES,
+            [
+                Item::enumeration(Tag::STATE, 2),
+                Item::integer(Tag::CRYPTOGRAPHIC_LENGTH, 128),
+            ],
+        )]);
+        assert!(!facts(&short).unwrap().is_aes_256);
+        assert!(facts(&response([])).is_err());
+    }
+
+    #[test]
+    fn tag_is_found_behind_the_ciphertext_or_beside_it() {
+        let whole: Vec<u8> = (0..80).collect();
+        let beside = response([
+            Item::bytes(Tag::DATA, whole[..64].to_vec()),
+            Item::bytes(Tag::AUTHENTICATED_ENCRYPTION_TAG, whole[64..].to_vec()),
+        ]);
+        let behind = response([
+            Item::bytes(Tag::DATA, whole.clone()),
+            Item::bytes(Tag::IV_COUNTER_NONCE, vec![9; 12]),
+        ]);
+        assert_eq!(body(&beside, &[9; 12]).unwrap(), body(&behind, &[1; 12]).unwrap());
+        let none = response([Item::bytes(Tag::DATA, whole[..64].to_vec())]);
+        assert!(body(&none, &[9; 12]).is_err());
+        let shifted = response([
+            Item::bytes(Tag::DATA, whole[..76].to_vec()),
+            Item::bytes(Tag::IV_COUNTER_NONCE, vec![9; 16]),
+        ]);
+        assert!(body(&shifted, &[9; 12]).is_err());
+    }
+
+    #[test]
+    fn best_common_version_is_chosen() {
+        let offer = |versions: &[&str]| {
+            let version = |text: &&str| text.parse::<KmipVersion>().unwrap().item();
+            best_version(&response(versions.iter().map(version).collect::<Vec<_>>()))
+        };
+        assert_eq!(offer(&["1.1", "1.4", "1.2"]).unwrap().to_string(), "1.4");
+        assert_eq!(offer(&["2.0", "1.4"]).unwrap().to_string(), "2.0");
+        assert_eq!(offer(&[]), None);
+    }
+
+    #[test]
+    fn identifiers_of_keys_are_bounded() {
+        let uid = |text: String| response([Item::text(Tag::UNIQUE_IDENTIFIER, text)]);
+        assert_eq!(created(&uid("a-1".into())).unwrap().0, "a-1");
+        for bad in [String::new(), "a\nb".into(), "x".repeat(MOST_UID + 1)] {
+            assert!(created(&uid(bad.clone())).is_err());
+            assert!(located(&uid(bad)).is_empty());
+        }
+    }
+}

@@ -1,0 +1,379 @@
+//! The servers of one KMS, asked in order: a dead or slow one costs [`PATIENCE`] once, not a start its deadline.
+//!
+//! A request that can be repeated goes to the first server and, while that one is silent, after [`PATIENCE`] to the
+//! next as well; the first answer counts. A request that can't be repeated (Create, …) goes to one server, once.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant, SystemTime};
+
+use super::call::Call;
+use super::certificate::CertificateFacts;
+use super::endpoint::Endpoint;
+use super::error::KmipError;
+use super::health::{self, PATIENCE};
+use super::message::KmipVersion;
+use super::node::{Access, Node, lock};
+use crate::secret::SecretBytes;
+
+/// How often a request is sent that can be repeated, and how long to wait before the second time; then twice that.
+const TRIES: u32 = 3;
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+
+/// What a probe may take.
+const PROBE_TIME: Duration = Duration::from_secs(3);
+
+/// The servers of one KMS.
+pub(super) struct Cluster {
+    nodes: Vec<Arc<Node>>,
+}
+
+/// How the servers are doing, all together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ClusterStatus {
+    /// Nothing has been asked yet.
+    Unknown,
+    /// None does what it should; this is why.
+    Unreachable(String),
+    /// The certificates that they show are not trusted.
+    NotTrusted(String),
+    /// They answer, and refuse us.
+    RefusesUs(String),
+    /// Some do.
+    Partly(String),
+    /// All do.
+    Good,
+}
+
+type Answer = (usize, Result<SecretBytes, KmipError>);
+
+impl Cluster {
+    pub(super) fn new(endpoints: &[Endpoint], version: Option<KmipVersion>) -> Self {
+        let node = |endpoint: &Endpoint| Arc::new(Node::new(endpoint.clone(), version));
+        Self {
+            nodes: endpoints.iter().map(node).collect(),
+        }
+    }
+
+    pub(super) fn nodes(&self) -> &[Arc<Node>] {
+        &self.nodes
+    }
+
+    /// Closes all connections; the next calls use those of `epoch`.
+    pub(super) fn close(&self, epoch: u64) {
+        for node in &self.nodes {
+            node.close(epoch);
+            lock(&node.health).forget();
+        }
+    }
+
+    /// Sends `calls` as one request and returns the first answer.
+    ///
+    /// # Errors
+    /// When no server answers before `deadline`: what is wrong with each.
+    pub(super) fn call(
+        &self,
+        access: &Arc<Access>,
+        calls: Vec<Call>,
+        deadline: Instant,
+    ) -> Result<SecretBytes, KmipError> {
+        let order = self.order();
+        if !calls.iter().all(|call| call.operation().is_idempotent()) {
+            return self.nodes[order[0]].timed(access, &calls, deadline, self.is_alone());
+        }
+        // A cluster that was down a moment ago is not waited for again and again.
+        let was_down = self
+            .nodes
+            .iter()
+            .all(|node| lock(&node.health).failure().is_some());
+        let (calls, mut wait) = (Arc::new(calls), FIRST_WAIT);
+        for attempt in 1.. {
+            let error = match self.race(access, &calls, &order, deadline) {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let in_time = Instant::now() + wait < deadline;
+            if attempt == TRIES || was_down || !error.is_transient() || !in_time {
+                return Err(error);
+            }
+            std::thread::sleep(wait);
+            wait *= 2;
+        }
+        unreachable!("the loop ends by its last try")
+    }
+
+    /// One try: every server in turn, the next one as soon as one has failed or was silent for a while.
+    fn race(
+        &self,
+        access: &Arc<Access>,
+        calls: &Arc<Vec<Call>>,
+        order: &[usize],
+        deadline: Instant,
+    ) -> Result<SecretBytes, KmipError> {
+        let (sender, answers) = channel();
+        let mut race = Race::new(order);
+        loop {
+            if let Some(nth) = race.start_next() {
+                self.start(nth, access, calls, deadline, &sender)?;
+            }
+            match race.next_answer(&answers, deadline) {
+                Some((nth, Ok(answer))) => {
+                    for slower in race.running.iter().filter(|other| **other != nth) {
+                        lock(&self.nodes[*slower].health).outrun();
+                    }
+                    return Ok(answer);
+                }
+                Some((nth, Err(_))) => race.running.retain(|other| *other != nth),
+                None if race.is_waiting() => {}
+                None => {
+                    for silent in &race.running {
+                        let why = KmipError::Unreachable("no answer in time".into());
+                        lock(&self.nodes[*silent].health).failed(why);
+                    }
+                    return Err(self.summary());
+                }
+            }
+            if race.is_over() {
+                return Err(self.summary());
+            }
+        }
+    }
+
+    fn start(
+        &self,
+        nth: usize,
+        access: &Arc<Access>,
+        calls: &Arc<Vec<Call>>,
+        deadline: Instant,
+        sender: &Sender<Answer>,
+    ) -> Result<(), KmipError> {
+        let (node, access, calls) = (
+            Arc::clone(&self.nodes[nth]),
+            Arc::clone(access),
+            Arc::clone(calls),
+        );
+        let (sender, alone) = (sender.clone(), self.is_alone());
+        let work = move || {
+            // Nobody waits any more when this fails; an answer that is dropped is wiped.
+            let _ = sender.send((nth, node.timed(&access, &calls, deadline, alone)));
+        };
+        std::thread::Builder::new()
+            .name("kmip".to_owned())
+            .spawn(work)
+            .map(drop)
+            .map_err(|error| KmipError::Unreachable(format!("can't start a thread: {error}")))
+    }
+
+    /// Asks every server for its operations, and notes how it does.
+    pub(super) fn probe(&self, access: &Access) {
+        let deadline = Instant::now() + PROBE_TIME;
+        std::thread::scope(|scope| {
+            for node in &self.nodes {
+                scope.spawn(|| node.timed(access, &[Call::Query], deadline, self.is_alone()));
+            }
+        });
+    }
+
+    fn is_alone(&self) -> bool {
+        self.nodes.len() == 1
+    }
+
+    fn order(&self) -> Vec<usize> {
+        let demoted = self.nodes.iter().map(|node| lock(&node.health).is_demoted());
+        health::order(&demoted.collect::<Vec<_>>())
+    }
+
+    /// What is wrong with every server, as one error: of the kind that an admin has to look at first.
+    fn summary(&self) -> KmipError {
+        let failures: Vec<_> = self
+            .nodes
+            .iter()
+            .filter_map(|node| lock(&node.health).failure().cloned())
+            .collect();
+        let text = self.failure_text();
+        let rank = |error: &&KmipError| match error {
+            KmipError::NotTrusted(_) => 0,
+            KmipError::RefusesUs(_) => 1,
+            _ => 2,
+        };
+        match failures.iter().min_by_key(rank) {
+            Some(KmipError::NotTrusted(_)) => KmipError::NotTrusted(text),
+            Some(KmipError::RefusesUs(_)) => KmipError::RefusesUs(text),
+            _ => KmipError::Unreachable(text),
+        }
+    }
+
+    /// `2 of 3 nodes: connect timed out, last answer 14:02 UTC`
+    fn failure_text(&self) -> String {
+        let failing: Vec<_> = self
+            .nodes
+            .iter()
+            .filter_map(|node| {
+                let failure = lock(&node.health).failure()?.to_string();
+                Some((node.endpoint.to_string(), failure))
+            })
+            .collect();
+        let last = self
+            .nodes
+            .iter()
+            .filter_map(|node| lock(&node.health).last_answer())
+            .max();
+        describe(self.nodes.len(), &failing, last)
+    }
+
+    /// How the servers did when each was asked last.
+    pub(super) fn status(&self) -> ClusterStatus {
+        if self.nodes.iter().any(|node| !lock(&node.health).was_asked()) {
+            let all_asked_fail = self.nodes.iter().all(|node| {
+                let health = lock(&node.health);
+                !health.was_asked() || health.failure().is_some()
+            });
+            if all_asked_fail {
+                return ClusterStatus::Unknown;
+            }
+        }
+        let failing = self
+            .nodes
+            .iter()
+            .filter(|node| lock(&node.health).failure().is_some());
+        match failing.count() {
+            0 => ClusterStatus::Good,
+            some if some < self.nodes.len() => ClusterStatus::Partly(self.failure_text()),
+            _ => match self.summary() {
+                KmipError::NotTrusted(text) => ClusterStatus::NotTrusted(text),
+                KmipError::RefusesUs(text) => ClusterStatus::RefusesUs(text),
+                other => ClusterStatus::Unreachable(other.to_string()),
+            },
+        }
+    }
+
+    /// The certificates that the servers showed last, with where.
+    pub(super) fn certificates(&self) -> Vec<(String, CertificateFacts)> {
+        let shown = |node: &Arc<Node>| Some((node.endpoint.to_string(), node.certificate()?));
+        self.nodes.iter().filter_map(shown).collect()
+    }
+}
+
+impl Node {
+    /// An exchange, and what it says about the server.
+    fn timed(
+        &self,
+        access: &Access,
+        calls: &[Call],
+        deadline: Instant,
+        alone: bool,
+    ) -> Result<SecretBytes, KmipError> {
+        let started = Instant::now();
+        let answer = self.exchange(access, calls, deadline);
+        let mut health = lock(&self.health);
+        match &answer {
+            Ok(_) => health.answered(started.elapsed(), alone, SystemTime::now()),
+            Err(error) => health.failed(error.clone()),
+        }
+        answer
+    }
+}
+
+/// Who has been asked, and who is still expected to answer.
+struct Race<'a> {
+    waiting: &'a [usize],
+    running: Vec<usize>,
+}
+
+impl<'a> Race<'a> {
+    fn new(order: &'a [usize]) -> Self {
+        Self {
+            waiting: order,
+            running: Vec::new(),
+        }
+    }
+
+    fn start_next(&mut self) -> Option<usize> {
+        let (next, rest) = self.waiting.split_first()?;
+        self.waiting = rest;
+        self.running.push(*next);
+        Some(*next)
+    }
+
+    fn is_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    fn is_over(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Waits until one answers, or long enough to ask the next.
+    fn next_answer(&self, answers: &Receiver<Answer>, deadline: Instant) -> Option<Answer> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let patience = if self.is_waiting() {
+            PATIENCE.min(left)
+        } else {
+            left
+        };
+        match answers.recv_timeout(patience) {
+            Ok(answer) => Some(answer),
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
+        }
+    }
+}
+
+fn describe(nodes: usize, failing: &[(String, String)], last: Option<SystemTime>) -> String {
+    let same = failing.windows(2).all(|pair| pair[0].1 == pair[1].1);
+    let mut text = match failing {
+        [] => "no answer".to_owned(),
+        [(endpoint, why)] if nodes == 1 => format!("{endpoint}: {why}"),
+        [(_, why), ..] if same && failing.len() == nodes => format!("{nodes} of {nodes} nodes: {why}"),
+        some => {
+            let each: Vec<_> = some
+                .iter()
+                .map(|(endpoint, why)| format!("{endpoint}: {why}"))
+                .collect();
+            format!("{} of {nodes} nodes: {}", some.len(), each.join("; "))
+        }
+    };
+    if let Some(clock) = last.and_then(clock) {
+        text.push_str(&format!(", last answer {clock}"));
+    }
+    text
+}
+
+fn clock(time: SystemTime) -> Option<String> {
+    let time = time::OffsetDateTime::from(time);
+    let format = time::format_description::parse_borrowed::<2>("[hour]:[minute] UTC").ok()?;
+    time.format(&format).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failing(of: &[(&str, &str)]) -> Vec<(String, String)> {
+        of.iter()
+            .map(|(a, b)| ((*a).to_owned(), (*b).to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn failures_are_told_in_one_line() {
+        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(14 * 3600 + 2 * 60);
+        let timed_out = "connect timed out";
+        assert_eq!(
+            describe(
+                3,
+                &failing(&[("a", timed_out), ("b", timed_out), ("c", timed_out)]),
+                Some(at)
+            ),
+            "3 of 3 nodes: connect timed out, last answer 14:02 UTC"
+        );
+        assert_eq!(
+            describe(3, &failing(&[("b:1", timed_out)]), None),
+            "1 of 3 nodes: b:1: connect timed out"
+        );
+        assert_eq!(describe(1, &failing(&[("b:1", "x")]), None), "b:1: x");
+        assert_eq!(
+            describe(2, &failing(&[("a", "x"), ("b", "y")]), None),
+            "2 of 2 nodes: a: x; b: y"
+        );
+    }
+}

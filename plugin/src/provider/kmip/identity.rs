@@ -1,0 +1,408 @@
+//! Who this host is to a KMS: a client certificate with its private key, and perhaps a user name and password.
+//!
+//! On disk it is one file, 0600: a certificate and its key change together or not at all. With a passphrase the key
+//! and the password in it are an age file; the provider is then locked until it is given. A key that was made here
+//! waits in a file of its own, with its signing request, until the signed certificate comes back.
+
+use std::sync::Arc;
+
+use openssl::ec::{EcGroup, EcKey};
+use openssl::error::ErrorStack;
+use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
+use openssl::pkey::{PKey, Private};
+use openssl::rsa::Rsa;
+use openssl::x509::extension::ExtendedKeyUsage;
+use openssl::x509::{X509, X509NameBuilder, X509ReqBuilder};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use zeroize::{Zeroize, Zeroizing};
+
+use super::certificate::CertificateFacts;
+use crate::provider::native::{SealingError, sealing};
+use crate::secret::{SecretBytes, Transient};
+
+/// The most bytes of a PEM file that is read.
+pub(crate) const MOST_PEM: usize = 64 * 1024;
+
+/// An identity, ready for use.
+pub(super) struct Identity {
+    /// The client's own certificate first.
+    pub(super) certificates: Vec<X509>,
+    pub(super) key: PKey<Private>,
+    pub(super) login: Option<Arc<Login>>,
+}
+
+/// For servers that ask for more than a certificate.
+#[derive(Debug)]
+pub(super) struct Login {
+    pub(super) user: String,
+    pub(super) password: SecretBytes,
+}
+
+/// What `provider identity` brings.
+pub struct NewIdentity {
+    /// PEM: the client's certificate, then those that signed it; may hold the key too.
+    pub certificate: SecretBytes,
+    /// PEM, if it is not in `certificate` and not waiting here.
+    pub key: Option<SecretBytes>,
+    /// A user name and its password.
+    pub login: Option<(String, SecretBytes)>,
+    /// Seals the private key on disk.
+    pub passphrase: Option<SecretBytes>,
+}
+
+/// An identity as it is on disk.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StoredIdentity {
+    certificates: String,
+    user: Option<String>,
+    secret: StoredSecret,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum StoredSecret {
+    Plain(SecretPart),
+    /// An armored age file that holds the JSON of a [`SecretPart`].
+    Sealed(String),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SecretPart {
+    key: String,
+    password: Option<String>,
+}
+
+impl Drop for SecretPart {
+    fn drop(&mut self) {
+        self.key.zeroize();
+        self.password.zeroize();
+    }
+}
+
+impl Identity {
+    /// Puts together what an admin brought; `waiting` are keys that are here already, of a request or of the
+    /// identity that is being renewed.
+    ///
+    /// # Errors
+    /// When something is no PEM, the certificate has expired, or no key fits it.
+    pub(super) fn assemble(
+        new: &NewIdentity,
+        waiting: impl IntoIterator<Item = PKey<Private>>,
+    ) -> Result<Self, IdentityError> {
+        let certificates =
+            X509::stack_from_pem(new.certificate.expose()).map_err(IdentityError::Certificate)?;
+        let leaf = certificates.first().ok_or(IdentityError::NoCertificate)?;
+        let given = match &new.key {
+            Some(pem) => Some(private_key(pem.expose())?),
+            None => private_key(new.certificate.expose()).ok(),
+        };
+        let public = leaf.public_key().map_err(IdentityError::Certificate)?;
+        let explicit = given.is_some();
+        let mut candidates: Vec<_> = given.into_iter().collect();
+        if !explicit {
+            candidates.extend(waiting);
+        }
+        let key = candidates.into_iter().find(|key| key.public_eq(&public));
+        let key = key.ok_or(if explicit {
+            IdentityError::AnotherKey
+        } else {
+            IdentityError::NoKey
+        })?;
+        let facts = CertificateFacts::of(leaf).map_err(IdentityError::Certificate)?;
+        if facts.has_expired() {
+            return Err(IdentityError::Expired(facts.not_after));
+        }
+        let login = match &new.login {
+            Some((user, password)) => Some(Arc::new(Login {
+                user: user.clone(),
+                password: duplicate(password).map_err(IdentityError::Memory)?,
+            })),
+            None => None,
+        };
+        Ok(Self {
+            certificates,
+            key,
+            login,
+        })
+    }
+
+    /// Its form on disk.
+    pub(super) fn stored(&self, passphrase: Option<&SecretBytes>) -> Result<StoredIdentity, IdentityError> {
+        let mut certificates = Vec::new();
+        for certificate in &self.certificates {
+            certificates.extend(certificate.to_pem().map_err(IdentityError::Certificate)?);
+        }
+        let key = key_to_pem(&self.key)?;
+        let secret = SecretPart {
+            key: String::from_utf8_lossy(&key).into_owned(),
+            password: self
+                .login
+                .as_ref()
+                .map(|login| String::from_utf8_lossy(login.password.expose()).into_owned()),
+        };
+        let secret = match passphrase {
+            None => StoredSecret::Plain(secret),
+            Some(passphrase) => {
+                let text = Transient::new(serde_json::to_vec(&secret).map_err(IdentityError::Json)?);
+                let sealed = sealing::seal(&text, passphrase, sealing::Form::Armored)?;
+                StoredSecret::Sealed(String::from_utf8_lossy(&sealed).into_owned())
+            }
+        };
+        Ok(StoredIdentity {
+            certificates: String::from_utf8_lossy(&certificates).into_owned(),
+            user: self.login.as_ref().map(|login| login.user.clone()),
+            secret,
+        })
+    }
+
+    pub(super) fn leaf(&self) -> Option<&X509> {
+        self.certificates.first()
+    }
+}
+
+impl StoredIdentity {
+    pub(super) fn is_sealed(&self) -> bool {
+        matches!(self.secret, StoredSecret::Sealed(_))
+    }
+
+    /// # Errors
+    /// [`SealingError::WrongPassphrase`] and its like inside [`IdentityError::Seal`].
+    pub(super) fn open(&self, passphrase: Option<&SecretBytes>) -> Result<Identity, IdentityError> {
+        let unsealed;
+        let secret = match (&self.secret, passphrase) {
+            (StoredSecret::Plain(secret), _) => secret,
+            (StoredSecret::Sealed(_), None) => return Err(IdentityError::Sealed),
+            (StoredSecret::Sealed(sealed), Some(passphrase)) => {
+                let text = sealing::open(sealed.as_bytes(), passphrase)?;
+                unsealed = serde_json::from_slice::<SecretPart>(&text).map_err(IdentityError::Json)?;
+                &unsealed
+            }
+        };
+        let login = match (&self.user, &secret.password) {
+            (Some(user), Some(password)) => {
+                let mut password = Zeroizing::new(password.as_bytes().to_vec());
+                Some(Arc::new(Login {
+                    user: user.clone(),
+                    password: SecretBytes::take(&mut password).map_err(IdentityError::Memory)?,
+                }))
+            }
+            _ => None,
+        };
+        Ok(Identity {
+            certificates: X509::stack_from_pem(self.certificates.as_bytes())
+                .map_err(IdentityError::Certificate)?,
+            key: private_key(secret.key.as_bytes())?,
+            login,
+        })
+    }
+}
+
+/// A key that was made here, and what asks for its certificate.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SigningRequest {
+    key: String,
+    /// PEM.
+    pub(super) csr: String,
+}
+
+impl Drop for SigningRequest {
+    fn drop(&mut self) {
+        self.key.zeroize();
+    }
+}
+
+/// The kind of a key that is made here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyKind {
+    /// NIST P-256.
+    EcP256,
+    /// 3072 bits, for appliances that know nothing else.
+    Rsa3072,
+}
+
+impl SigningRequest {
+    /// A new key, and a request for a TLS client certificate with the common name `cn`.
+    pub(super) fn new(kind: KeyKind, cn: &str) -> Result<Self, IdentityError> {
+        let key = match kind {
+            KeyKind::EcP256 => EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)
+                .and_then(|group| EcKey::generate(&group))
+                .and_then(PKey::from_ec_key),
+            KeyKind::Rsa3072 => Rsa::generate(3072).and_then(PKey::from_rsa),
+        };
+        let key = key.map_err(IdentityError::Key)?;
+        let csr = request(&key, cn).map_err(IdentityError::Key)?;
+        Ok(Self {
+            key: String::from_utf8_lossy(&key_to_pem(&key)?).into_owned(),
+            csr: String::from_utf8_lossy(&csr).into_owned(),
+        })
+    }
+
+    pub(super) fn key(&self) -> Result<PKey<Private>, IdentityError> {
+        private_key(self.key.as_bytes())
+    }
+}
+
+fn request(key: &PKey<Private>, cn: &str) -> Result<Vec<u8>, ErrorStack> {
+    let mut name = X509NameBuilder::new()?;
+    name.append_entry_by_nid(Nid::COMMONNAME, cn)?;
+    let mut request = X509ReqBuilder::new()?;
+    request.set_version(0)?;
+    request.set_subject_name(&name.build())?;
+    request.set_pubkey(key)?;
+    let mut extensions = openssl::stack::Stack::new()?;
+    extensions.push(ExtendedKeyUsage::new().client_auth().build()?)?;
+    request.add_extensions(&extensions)?;
+    request.sign(key, MessageDigest::sha256())?;
+    request.build().to_pem()
+}
+
+fn private_key(pem: &[u8]) -> Result<PKey<Private>, IdentityError> {
+    // The callback answers "no passphrase": without it OpenSSL would ask on the terminal.
+    PKey::private_key_from_pem_callback(pem, |_| Ok(0)).map_err(|error| {
+        if pem.windows(9).any(|text| text == b"ENCRYPTED") {
+            IdentityError::EncryptedKey
+        } else {
+            IdentityError::Key(error)
+        }
+    })
+}
+
+fn key_to_pem(key: &PKey<Private>) -> Result<Transient, IdentityError> {
+    key.private_key_to_pem_pkcs8()
+        .map(Transient::new)
+        .map_err(IdentityError::Key)
+}
+
+fn duplicate(secret: &SecretBytes) -> std::io::Result<SecretBytes> {
+    let mut copy = SecretBytes::zeroed(secret.expose().len())?;
+    copy.expose_mut().copy_from_slice(secret.expose());
+    Ok(copy)
+}
+
+/// Why an identity can't be used.
+#[derive(Debug, Error)]
+pub enum IdentityError {
+    /// Not PEM, or not X.509.
+    #[error("can't read the certificate: PEM is expected")]
+    Certificate(#[source] ErrorStack),
+    /// The file holds none.
+    #[error("there is no certificate in the file: PEM is expected")]
+    NoCertificate,
+    /// Not PEM, or no key.
+    #[error("can't read the private key: PEM is expected")]
+    Key(#[source] ErrorStack),
+    /// A key with a passphrase of its own.
+    #[error(
+        "the private key is encrypted: decrypt it first (openssl pkey -in KEY), virtseal seals it again with --seal"
+    )]
+    EncryptedKey,
+    /// Key and certificate do not belong together.
+    #[error("the private key is not the one of the certificate")]
+    AnotherKey,
+    /// No key at all.
+    #[error(
+        "no private key fits the certificate: neither the one of the last signing request nor the one in use"
+    )]
+    NoKey,
+    /// Out of date.
+    #[error("the certificate expired on {0}")]
+    Expired(String),
+    /// A passphrase is needed.
+    #[error("the private key is sealed: a passphrase opens it")]
+    Sealed,
+    /// Sealing or opening failed.
+    #[error(transparent)]
+    Seal(#[from] SealingError),
+    /// A damaged file.
+    #[error("the stored identity is damaged")]
+    Json(#[source] serde_json::Error),
+    /// No secret memory.
+    #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
+    Memory(#[source] std::io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provider::kmip::fixture::Authority;
+
+    fn secret(bytes: &[u8]) -> SecretBytes {
+        SecretBytes::take(&mut bytes.to_vec()).unwrap()
+    }
+
+    fn new(certificate: &[u8], key: Option<&[u8]>) -> NewIdentity {
+        NewIdentity {
+            certificate: secret(certificate),
+            key: key.map(secret),
+            login: None,
+            passphrase: None,
+        }
+    }
+
+    #[test]
+    fn key_must_be_the_certificates() {
+        let authority = Authority::new();
+        let (one, other) = (authority.client("a", 90), authority.client("b", 90));
+        assert!(Identity::assemble(&new(&one.certificate, Some(&one.key)), []).is_ok());
+        let both = [one.key.clone(), one.certificate.clone()].concat();
+        assert!(Identity::assemble(&new(&both, None), []).is_ok());
+        let error = Identity::assemble(&new(&one.certificate, Some(&other.key)), [])
+            .err()
+            .unwrap();
+        assert!(matches!(error, IdentityError::AnotherKey));
+        let error = Identity::assemble(&new(&one.certificate, None), [])
+            .err()
+            .unwrap();
+        assert!(matches!(error, IdentityError::NoKey));
+        for (certificate, key) in [(&b""[..], &one.key), (b"junk", &one.key), (&one.key, &one.key)] {
+            assert!(Identity::assemble(&new(certificate, Some(key)), []).is_err());
+        }
+    }
+
+    #[test]
+    fn expired_certificates_are_refused() {
+        let old = Authority::new().client("a", -1);
+        let error = Identity::assemble(&new(&old.certificate, Some(&old.key)), [])
+            .err()
+            .unwrap();
+        assert!(matches!(error, IdentityError::Expired(_)));
+    }
+
+    #[test]
+    fn signed_request_becomes_an_identity() {
+        for kind in [KeyKind::EcP256, KeyKind::Rsa3072] {
+            let request = SigningRequest::new(kind, "host1").unwrap();
+            let certificate = Authority::new().sign(request.csr.as_bytes(), 90);
+            let identity = Identity::assemble(&new(&certificate, None), [request.key().unwrap()]).unwrap();
+            let leaf = identity.leaf().unwrap();
+            assert_eq!(CertificateFacts::of(leaf).unwrap().subject, "CN=host1");
+        }
+    }
+
+    #[test]
+    fn sealed_on_disk_and_opened_again() {
+        let client = Authority::new().client("a", 90);
+        let mut brought = new(&client.certificate, Some(&client.key));
+        brought.login = Some(("vm-host".into(), secret(b"tiger")));
+        let identity = Identity::assemble(&brought, []).unwrap();
+        let stored = identity.stored(Some(&secret(b"pass"))).unwrap();
+        let json = serde_json::to_string(&stored).unwrap();
+        for needle in ["PRIVATE KEY", "tiger"] {
+            assert!(!json.contains(needle));
+        }
+        let read: StoredIdentity = serde_json::from_str(&json).unwrap();
+        assert!(matches!(read.open(None), Err(IdentityError::Sealed)));
+        assert!(matches!(
+            read.open(Some(&secret(b"no"))),
+            Err(IdentityError::Seal(SealingError::WrongPassphrase))
+        ));
+        let opened = read.open(Some(&secret(b"pass"))).unwrap();
+        assert_eq!(opened.login.unwrap().password.expose(), b"tiger");
+        assert!(opened.key.public_eq(&identity.key));
+    }
+}

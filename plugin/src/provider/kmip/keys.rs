@@ -1,0 +1,457 @@
+//! KEKs at a KMS: which calls a wrap, an unwrap, a creation and a destruction are, and what their answers mean.
+//!
+//! However many envelopes a VM has, their KEKs are fetched in one request, each with its state. A new KEK is looked
+//! for by its name first: a Create whose answer was lost has made a key that nothing else would ever find.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Mode;
+use super::answer::{self, KeyFacts, KeyRefused};
+use super::call::{Call, Cryption, Label};
+use super::cluster::Cluster;
+use super::error::KmipError;
+use super::message::{self, KmipVersion, Outcome, ProtocolError, Refusal};
+use super::node::{Access, Node};
+use super::tag::{KeyState, Operation, Reason};
+use super::ttlv::Item;
+use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::provider::aes_gcm::{self, MECHANISM};
+use crate::provider::{DestroyReceipt, KekScope, ProviderError};
+use crate::secret::SecretBytes;
+
+/// Wrapped by the server's own AES-256-GCM; the body is laid out like that of [`MECHANISM`].
+const SERVER_MECHANISM: &str = "KMIP-A256GCM";
+
+/// The most keys in one request.
+const MOST_KEYS: usize = 64;
+
+/// One call of the provider: who asks, whom, and until when.
+pub(super) struct Keys<'a> {
+    pub(super) provider: ProviderId,
+    pub(super) provider_name: &'a str,
+    pub(super) mode: Mode,
+    pub(super) cluster: &'a Cluster,
+    pub(super) access: &'a Arc<Access>,
+    pub(super) deadline: Instant,
+}
+
+impl Keys<'_> {
+    /// Sends one request and hands the outcomes of its calls to `read`.
+    fn ask<T>(
+        &self,
+        calls: Vec<Call>,
+        read: impl FnOnce(&[Outcome]) -> Result<T, ProviderError>,
+    ) -> Result<T, ProviderError> {
+        let count = calls.len();
+        let answer = self.cluster.call(self.access, calls, self.deadline)?;
+        let message = Item::decode(answer.expose()).map_err(|error| unreadable(error.into()))?;
+        let outcomes = message::outcomes(&message, count).map_err(unreadable)?;
+        read(&outcomes)
+    }
+
+    /// The active KEK for `scope`: the one there is, or a new one.
+    pub(super) fn create(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
+        let label = self.label(scope);
+        let candidates = self.locate(&label)?;
+        let in_state = |state| {
+            let mut fitting = candidates.iter().filter(|(_, facts)| facts.state == state);
+            fitting.next().map(|(kek, _)| kek.clone())
+        };
+        if let Some(kek) = in_state(KeyState::Active) {
+            return Ok(kek);
+        }
+        let kek = match in_state(KeyState::PreActive) {
+            Some(kek) => kek,
+            None => self.create_labelled(label)?,
+        };
+        self.activate(&kek)?;
+        Ok(kek)
+    }
+
+    fn label(&self, scope: &KekScope) -> Label {
+        let (whose, vm) = match scope {
+            KekScope::Vm(vm) => (format!("vm-{vm}"), format!("vm={vm}; ")),
+            KekScope::Provider => ("shared".to_owned(), String::new()),
+        };
+        let host = super::host_name();
+        Label {
+            name: format!("virtseal-{whose}-{}", self.provider),
+            tag: Some(format!(
+                "{vm}host={host}; purpose=virtseal-kek; provider={}",
+                self.provider_name
+            )),
+        }
+    }
+
+    /// The AES-256 keys with that label, in an order that does not change from call to call.
+    fn locate(&self, label: &Label) -> Result<Vec<(KekId, KeyFacts)>, ProviderError> {
+        let name = label.name.clone();
+        let mut keks = self.ask(vec![Call::Locate { name }], |outcomes| {
+            match &outcomes[0] {
+                Ok(payload) => Ok(answer::located(payload)),
+                // Some servers call it an error to find nothing.
+                Err(refusal) if refusal.reason.is_unknown_object() => Ok(Vec::new()),
+                Err(refusal) => Err(refused(Operation::Locate, refusal)),
+            }
+        })?;
+        keks.sort_by(|a, b| (a.0.len(), &a.0).cmp(&(b.0.len(), &b.0)));
+        keks.truncate(MOST_KEYS);
+        if keks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let calls = keks.iter().cloned().map(Call::GetAttributes).collect();
+        self.ask(calls, |outcomes| {
+            let facts = outcomes.iter().map(|outcome| match outcome {
+                Ok(payload) => answer::facts(payload).map(Some).map_err(unreadable),
+                // Destroyed meanwhile, or another client's.
+                Err(_) => Ok(None),
+            });
+            let facts = facts.collect::<Result<Vec<_>, _>>()?;
+            let fitting = keks.into_iter().zip(facts);
+            Ok(fitting
+                .filter_map(|(kek, facts)| Some((kek, facts.filter(|facts| facts.is_aes_256)?)))
+                .collect())
+        })
+    }
+
+    fn create_labelled(&self, label: Label) -> Result<KekId, ProviderError> {
+        let mut plain = label.clone();
+        plain.tag = None;
+        match self.create_once(label)? {
+            Ok(kek) => Ok(kek),
+            // The name says most of what the tag does.
+            Err(refusal) if refusal.reason.is_about_an_attribute() => self
+                .create_once(plain)?
+                .map_err(|refusal| refused(Operation::Create, &refusal)),
+            Err(refusal) => Err(refused(Operation::Create, &refusal)),
+        }
+    }
+
+    fn create_once(&self, label: Label) -> Result<Result<KekId, Refusal>, ProviderError> {
+        self.ask(vec![Call::Create(label)], |outcomes| match &outcomes[0] {
+            Ok(payload) => answer::created(payload).map(Ok).map_err(unreadable),
+            Err(refusal) => Ok(Err(refusal.clone())),
+        })
+    }
+
+    /// Some servers make keys active at once and refuse to do it again.
+    fn activate(&self, kek: &KekId) -> Result<(), ProviderError> {
+        let refusal = self.ask(vec![Call::Activate(kek.clone())], |outcomes| {
+            Ok(outcomes[0].as_ref().err().cloned())
+        })?;
+        match refusal {
+            None => Ok(()),
+            Some(_) if self.facts(kek)?.state == KeyState::Active => Ok(()),
+            Some(refusal) => Err(refused(Operation::Activate, &refusal)),
+        }
+    }
+
+    fn facts(&self, kek: &KekId) -> Result<KeyFacts, ProviderError> {
+        self.ask(vec![Call::GetAttributes(kek.clone())], |outcomes| {
+            facts_of(kek, &outcomes[0])
+        })
+    }
+
+    pub(super) fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
+        known_form(kek)?;
+        let (mechanism, body) = match self.mode {
+            Mode::Local => (MECHANISM, self.wrap_here(kek, payload)?),
+            Mode::Server => (SERVER_MECHANISM, self.wrap_there(kek, payload)?),
+        };
+        Ok(Stanza {
+            provider: self.provider,
+            provider_name: self.provider_name.to_owned(),
+            kek: kek.clone(),
+            mechanism: mechanism.to_owned(),
+            body,
+        })
+    }
+
+    fn wrap_here(&self, kek: &KekId, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
+        let mut keys = self.fetch(std::slice::from_ref(kek), KeyState::may_wrap)?;
+        let key = keys.pop().expect("one KEK was asked for");
+        aes_gcm::wrap(&key, &self.additional_data(kek, MECHANISM), payload)
+    }
+
+    fn wrap_there(&self, kek: &KekId, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
+        self.check_server_encrypts()?;
+        let mut nonce = [0; aes_gcm::NONCE];
+        openssl::rand::rand_bytes(&mut nonce).map_err(ProviderError::internal("making a nonce"))?;
+        let data = copy(payload.expose())?;
+        let encrypt = Call::Encrypt(Cryption {
+            kek: kek.clone(),
+            nonce,
+            additional_data: self.additional_data(kek, SERVER_MECHANISM),
+            data,
+            tag: None,
+        });
+        self.ask(vec![Call::GetAttributes(kek.clone()), encrypt], |outcomes| {
+            check_state(kek, facts_of(kek, &outcomes[0])?.state, KeyState::may_wrap)?;
+            let payload = outcomes[1]
+                .as_ref()
+                .map_err(|refusal| refused(Operation::Encrypt, refusal))?;
+            answer::body(payload, &nonce).map_err(unreadable)
+        })
+    }
+
+    fn check_server_encrypts(&self) -> Result<(), ProviderError> {
+        let nodes = self.cluster.nodes();
+        if nodes.iter().all(|node| node.operations().is_none()) {
+            self.ask(vec![Call::Query], |outcomes| match &outcomes[0] {
+                Ok(_) => Ok(()),
+                Err(refusal) => Err(refused(Operation::Query, refusal)),
+            })?;
+        }
+        match nodes.iter().find_map(|node| cannot_encrypt(node)) {
+            None => Ok(()),
+            Some(why) => Err(ProviderError::Refused(why)),
+        }
+    }
+
+    pub(super) fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+        for stanza in stanzas {
+            self.check(stanza)?;
+        }
+        let (here, there): (Vec<_>, Vec<_>) =
+            (0..stanzas.len()).partition(|nth| stanzas[*nth].mechanism == MECHANISM);
+        let mut payloads: Vec<_> = stanzas.iter().map(|_| None).collect();
+        self.unwrap_here(stanzas, &here, &mut payloads)?;
+        self.unwrap_there(stanzas, &there, &mut payloads)?;
+        let payloads = payloads.into_iter().collect::<Option<Vec<_>>>();
+        Ok(payloads.expect("every stanza was unwrapped here or there"))
+    }
+
+    /// What can be said without asking anyone.
+    fn check(&self, stanza: &Stanza) -> Result<(), ProviderError> {
+        if stanza.provider != self.provider {
+            return Err(ProviderError::Tampered);
+        }
+        if ![MECHANISM, SERVER_MECHANISM].contains(&stanza.mechanism.as_str()) {
+            return Err(ProviderError::UnknownMechanism(stanza.mechanism.clone()));
+        }
+        known_form(&stanza.kek)?;
+        aes_gcm::Parts::of(&stanza.body).map(drop)
+    }
+
+    fn unwrap_here(
+        &self,
+        stanzas: &[&Stanza],
+        members: &[usize],
+        payloads: &mut [Option<Payload>],
+    ) -> Result<(), ProviderError> {
+        let mut of_kek: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+        for nth in members {
+            of_kek.entry(&stanzas[*nth].kek.0).or_default().push(*nth);
+        }
+        let wanted: Vec<_> = of_kek.keys().map(|kek| KekId((*kek).to_owned())).collect();
+        for keks in wanted.chunks(MOST_KEYS) {
+            let keys = self.fetch(keks, KeyState::may_unwrap)?;
+            for (kek, key) in keks.iter().zip(&keys) {
+                for nth in &of_kek[kek.0.as_str()] {
+                    let data = self.additional_data(kek, MECHANISM);
+                    payloads[*nth] = Some(aes_gcm::unwrap(key, &data, &stanzas[*nth].body)?);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of `keks`, each with its state checked in the same request.
+    fn fetch(
+        &self,
+        keks: &[KekId],
+        may: impl Fn(KeyState) -> bool,
+    ) -> Result<Vec<SecretBytes>, ProviderError> {
+        let pairs = |kek: &KekId| [Call::GetAttributes(kek.clone()), Call::Get(kek.clone())];
+        self.ask(keks.iter().flat_map(pairs).collect(), |outcomes| {
+            let read = |(kek, pair): (&KekId, &[Outcome])| {
+                check_state(kek, facts_of(kek, &pair[0])?.state, &may)?;
+                let payload = pair[1]
+                    .as_ref()
+                    .map_err(|refusal| key_refused(kek, Operation::Get, refusal))?;
+                answer::key(payload).map_err(|why| unusable_key(kek, why))
+            };
+            keks.iter().zip(outcomes.chunks_exact(2)).map(read).collect()
+        })
+    }
+
+    fn unwrap_there(
+        &self,
+        stanzas: &[&Stanza],
+        members: &[usize],
+        payloads: &mut [Option<Payload>],
+    ) -> Result<(), ProviderError> {
+        for members in members.chunks(MOST_KEYS) {
+            let calls = members.iter().map(|nth| self.decrypt(stanzas[*nth]));
+            let calls = calls.collect::<Result<Vec<_>, _>>()?;
+            self.ask(calls, |outcomes| {
+                for (nth, outcome) in members.iter().zip(outcomes) {
+                    let payload = outcome
+                        .as_ref()
+                        .map_err(|refusal| decryption_refused(&stanzas[*nth].kek, refusal))?;
+                    let plain = answer::decrypted(payload).map_err(unreadable)?;
+                    payloads[*nth] = Some(Payload::from_unwrapped(plain).map_err(ProviderError::Payload)?);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn decrypt(&self, stanza: &Stanza) -> Result<Call, ProviderError> {
+        let parts = aes_gcm::Parts::of(&stanza.body)?;
+        let lengths = "a body's parts have fixed lengths";
+        Ok(Call::Decrypt(Cryption {
+            kek: stanza.kek.clone(),
+            nonce: parts.nonce.try_into().expect(lengths),
+            additional_data: self.additional_data(&stanza.kek, SERVER_MECHANISM),
+            data: copy(parts.ciphertext)?,
+            tag: Some(parts.tag.try_into().expect(lengths)),
+        }))
+    }
+
+    fn additional_data(&self, kek: &KekId, mechanism: &str) -> Vec<u8> {
+        aes_gcm::additional_data(self.provider, &kek.0, mechanism)
+    }
+
+    /// Revokes and destroys; can be repeated from wherever it was interrupted.
+    pub(super) fn destroy(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+        known_form(kek)?;
+        let before = self.facts(kek)?.state;
+        if before == KeyState::Active {
+            self.once(kek, Call::Revoke(kek.clone()))?;
+        }
+        if before != KeyState::Destroyed {
+            self.once(kek, Call::Destroy(kek.clone()))?;
+        }
+        let (destroyed, seen) = match self.facts(kek) {
+            Err(ProviderError::UnknownKek(_)) => (true, "says that it has no such key".to_owned()),
+            Ok(KeyFacts { state, .. }) => (
+                state == KeyState::Destroyed,
+                format!("says that the key is {state}"),
+            ),
+            Err(error) => return Err(error),
+        };
+        Ok(DestroyReceipt {
+            kek: kek.clone(),
+            destroyed,
+            observed: format!(
+                "the KMS was told to destroy the key (it was {before}), and {seen}; backups and replicas of the KMS may \
+                 still hold it"
+            ),
+        })
+    }
+
+    fn once(&self, kek: &KekId, call: Call) -> Result<(), ProviderError> {
+        let operation = call.operation();
+        self.ask(vec![call], |outcomes| match &outcomes[0] {
+            Ok(_) => Ok(()),
+            Err(refusal) => Err(key_refused(kek, operation, refusal)),
+        })
+    }
+}
+
+/// Why the server can't do what `mode: server` needs; `None` if it can or has not been asked.
+pub(super) fn cannot_encrypt(node: &Node) -> Option<String> {
+    let endpoint = &node.endpoint;
+    let operations = node.operations()?;
+    let version = node.version()?;
+    if !answer::can_encrypt(&operations) {
+        return Some(format!(
+            "{endpoint} offers no Encrypt and Decrypt: add the provider with --mode local"
+        ));
+    }
+    (version < KmipVersion::WITH_GCM).then(|| {
+        format!(
+            "{endpoint} speaks KMIP {version}, whose Encrypt has no AES-GCM ({} has): add the provider with --mode local",
+            KmipVersion::WITH_GCM
+        )
+    })
+}
+
+/// An empty identifier means "the one of the call before" to KMIP.
+fn known_form(kek: &KekId) -> Result<(), ProviderError> {
+    if answer::is_identifier(&kek.0) {
+        Ok(())
+    } else {
+        Err(ProviderError::UnknownKek(kek.clone()))
+    }
+}
+
+fn facts_of(kek: &KekId, outcome: &Outcome) -> Result<KeyFacts, ProviderError> {
+    let payload = outcome
+        .as_ref()
+        .map_err(|refusal| key_refused(kek, Operation::GetAttributes, refusal))?;
+    answer::facts(payload).map_err(unreadable)
+}
+
+fn check_state(kek: &KekId, state: KeyState, may: impl Fn(KeyState) -> bool) -> Result<(), ProviderError> {
+    if may(state) {
+        return Ok(());
+    }
+    if state == KeyState::Destroyed {
+        return Err(ProviderError::UnknownKek(kek.clone()));
+    }
+    Err(ProviderError::KekUnusable {
+        kek: kek.clone(),
+        why: format!("it is {state} at the KMS"),
+    })
+}
+
+fn unusable_key(kek: &KekId, why: KeyRefused) -> ProviderError {
+    let why = match why {
+        KeyRefused::Memory(error) => return ProviderError::internal("getting memory for a KEK")(error),
+        KeyRefused::Shape => return unreadable(ProtocolError::Missing("key")),
+        KeyRefused::Wrapped => "the KMS hands it out wrapped only: allow its export, or use --mode server",
+        KeyRefused::NotAes256 => "it is no AES key of 256 bits",
+    };
+    ProviderError::KekUnusable {
+        kek: kek.clone(),
+        why: why.to_owned(),
+    }
+}
+
+fn decryption_refused(kek: &KekId, refusal: &Refusal) -> ProviderError {
+    if [
+        Reason::CRYPTOGRAPHIC_FAILURE,
+        Reason::INVALID_FIELD,
+        Reason::GENERAL_FAILURE,
+    ]
+    .contains(&refusal.reason)
+    {
+        // Few servers say more about a tag that does not fit.
+        return ProviderError::Tampered;
+    }
+    key_refused(kek, Operation::Decrypt, refusal)
+}
+
+/// A refusal that is about one key.
+fn key_refused(kek: &KekId, operation: Operation, refusal: &Refusal) -> ProviderError {
+    if refusal.reason.is_unknown_object() {
+        return ProviderError::UnknownKek(kek.clone());
+    }
+    match KmipError::refused(operation, refusal.clone()) {
+        refused @ KmipError::Refused { .. } => ProviderError::KekUnusable {
+            kek: kek.clone(),
+            why: refused.to_string(),
+        },
+        other => other.into(),
+    }
+}
+
+fn refused(operation: Operation, refusal: &Refusal) -> ProviderError {
+    KmipError::refused(operation, refusal.clone()).into()
+}
+
+fn unreadable(error: ProtocolError) -> ProviderError {
+    KmipError::from(error).into()
+}
+
+fn copy(bytes: &[u8]) -> Result<SecretBytes, ProviderError> {
+    let mut copy =
+        SecretBytes::zeroed(bytes.len()).map_err(ProviderError::internal("getting memory for a data key"))?;
+    copy.expose_mut().copy_from_slice(bytes);
+    Ok(copy)
+}

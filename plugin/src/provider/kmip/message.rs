@@ -1,0 +1,373 @@
+//! Messages: a batch of calls in, an outcome for each out (KMIP 1.4 section 7, KMIP 2.1 section 8).
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::call::Call;
+use super::identity::Login;
+use super::tag::{BATCH_CONTINUE, CREDENTIAL_USERNAME_AND_PASSWORD, RESULT_SUCCESS, Reason, Tag};
+use super::ttlv::{Item, MOST_BYTES, TtlvError};
+use crate::secret::Transient;
+
+/// A version of the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct KmipVersion {
+    major: u8,
+    minor: u8,
+}
+
+impl KmipVersion {
+    const fn new(major: u8, minor: u8) -> Self {
+        Self { major, minor }
+    }
+
+    /// What this client speaks, the best first.
+    pub(super) const SPOKEN: [Self; 6] = [
+        Self::new(2, 1),
+        Self::new(2, 0),
+        Self::new(1, 4),
+        Self::new(1, 3),
+        Self::new(1, 2),
+        Self::new(1, 1),
+    ];
+    /// The first version with DiscoverVersions.
+    pub(super) const FIRST: Self = Self::new(1, 1);
+    pub(super) const V2_0: Self = Self::new(2, 0);
+    /// The first version whose Encrypt can authenticate.
+    pub(super) const WITH_GCM: Self = Self::new(1, 4);
+
+    /// Attributes are structures of their own from 2.0 on, and name-value pairs in a template before.
+    pub(super) fn has_attributes(self) -> bool {
+        self.major >= 2
+    }
+
+    pub(super) fn item(self) -> Item<'static> {
+        Item::structure(
+            Tag::PROTOCOL_VERSION,
+            [
+                Item::integer(Tag::PROTOCOL_VERSION_MAJOR, self.major.into()),
+                Item::integer(Tag::PROTOCOL_VERSION_MINOR, self.minor.into()),
+            ],
+        )
+    }
+
+    /// `None` for what no version of this client can be.
+    pub(super) fn of_item(item: &Item) -> Option<Self> {
+        let number = |tag| u8::try_from(item.find(tag)?.as_integer()?).ok();
+        Some(Self::new(
+            number(Tag::PROTOCOL_VERSION_MAJOR)?,
+            number(Tag::PROTOCOL_VERSION_MINOR)?,
+        ))
+    }
+}
+
+impl fmt::Display for KmipVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)
+    }
+}
+
+/// The text names no version that this client speaks.
+#[derive(Debug, Error)]
+#[error("{0:?} is no KMIP version that virtseal speaks: use 1.1, 1.2, 1.3, 1.4, 2.0 or 2.1")]
+pub struct NotAVersion(String);
+
+impl FromStr for KmipVersion {
+    type Err = NotAVersion;
+
+    fn from_str(text: &str) -> Result<Self, NotAVersion> {
+        let known = Self::SPOKEN.into_iter();
+        let mut found = known.filter(|version| version.to_string() == text);
+        found.next().ok_or_else(|| NotAVersion(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for KmipVersion {
+    type Error = NotAVersion;
+
+    fn try_from(text: String) -> Result<Self, NotAVersion> {
+        text.parse()
+    }
+}
+
+impl From<KmipVersion> for String {
+    fn from(version: KmipVersion) -> Self {
+        version.to_string()
+    }
+}
+
+/// Why a server did not do what a call asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    pub(super) reason: Reason,
+    message: String,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.reason.fmt(f)?;
+        match self.message.as_str() {
+            "" => Ok(()),
+            message => write!(f, ", {message}"),
+        }
+    }
+}
+
+/// What a call came to: the payload of its answer, or why there is none.
+pub(super) type Outcome<'m, 'b> = Result<&'m Item<'b>, Refusal>;
+
+/// The bytes of a request with all of `calls`.
+pub(super) fn request(
+    version: KmipVersion,
+    login: Option<&Login>,
+    calls: &[Call],
+) -> Result<Transient, TtlvError> {
+    let mut items = vec![header(version, login, calls.len())];
+    for (nth, call) in calls.iter().enumerate() {
+        let mut item = vec![Item::enumeration(Tag::OPERATION, call.operation() as u32)];
+        if calls.len() > 1 {
+            item.push(Item::bytes(Tag::UNIQUE_BATCH_ITEM_ID, batch_id(nth).to_vec()));
+        }
+        item.push(Item::structure(Tag::REQUEST_PAYLOAD, call.payload(version)));
+        items.push(Item::structure(Tag::BATCH_ITEM, item));
+    }
+    let mut bytes = Transient::new(Vec::with_capacity(4096));
+    Item::structure(Tag::REQUEST_MESSAGE, items).encode(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn batch_id(nth: usize) -> [u8; 8] {
+    (nth as u64).to_be_bytes()
+}
+
+fn header(version: KmipVersion, login: Option<&Login>, calls: usize) -> Item<'_> {
+    let limit = i32::try_from(MOST_BYTES).expect("the limit is below 2 GiB");
+    let mut items = vec![version.item(), Item::integer(Tag::MAXIMUM_RESPONSE_SIZE, limit)];
+    if let Some(login) = login {
+        let value = [
+            Item::text(Tag::USERNAME, login.user.as_str()),
+            // Passwords are text to KMIP; what is not UTF-8 would not be accepted anyway.
+            Item::text(Tag::PASSWORD, String::from_utf8_lossy(login.password.expose())),
+        ];
+        let credential = [
+            Item::enumeration(Tag::CREDENTIAL_TYPE, CREDENTIAL_USERNAME_AND_PASSWORD),
+            Item::structure(Tag::CREDENTIAL_VALUE, value),
+        ];
+        items.push(Item::structure(
+            Tag::AUTHENTICATION,
+            [Item::structure(Tag::CREDENTIAL, credential)],
+        ));
+    }
+    if calls > 1 {
+        // An unknown key must not hide what happened to the others.
+        items.push(Item::enumeration(
+            Tag::BATCH_ERROR_CONTINUATION_OPTION,
+            BATCH_CONTINUE,
+        ));
+    }
+    items.push(Item::integer(
+        Tag::BATCH_COUNT,
+        i32::try_from(calls).expect("batches are small"),
+    ));
+    Item::structure(Tag::REQUEST_HEADER, items)
+}
+
+/// What became of each of `calls` calls, in their order.
+///
+/// The version in the answer's header is not looked at: some servers refuse in 1.0 what they can't parse.
+///
+/// # Errors
+/// When the answer does not fit the request. A server that refuses the request as a whole answers one item; that
+/// refusal is then every call's.
+pub(super) fn outcomes<'m, 'b>(
+    message: &'m Item<'b>,
+    calls: usize,
+) -> Result<Vec<Outcome<'m, 'b>>, ProtocolError> {
+    if message.tag != Tag::RESPONSE_MESSAGE {
+        return Err(ProtocolError::Shape);
+    }
+    let items: Vec<_> = message.all(Tag::BATCH_ITEM).collect();
+    if items.len() == 1
+        && calls != 1
+        && let Err(refusal) = outcome(items[0])?
+    {
+        return Ok(vec![Err(refusal); calls]);
+    }
+    if items.len() != calls {
+        return Err(ProtocolError::Count {
+            asked: calls,
+            answered: items.len(),
+        });
+    }
+    let mut ordered = Vec::with_capacity(calls);
+    for nth in 0..calls {
+        ordered.push(outcome(item_of_call(&items, nth).ok_or(ProtocolError::Shape)?)?);
+    }
+    Ok(ordered)
+}
+
+/// By its id, for a server may answer in another order; by its place, where a single item needs no id.
+fn item_of_call<'m, 'b>(items: &[&'m Item<'b>], nth: usize) -> Option<&'m Item<'b>> {
+    if items.len() == 1 {
+        return items.first().copied();
+    }
+    let has_id = |item: &&&Item| {
+        let id = item.find(Tag::UNIQUE_BATCH_ITEM_ID);
+        id.and_then(Item::as_bytes) == Some(&batch_id(nth))
+    };
+    items.iter().find(has_id).copied()
+}
+
+fn outcome<'m, 'b>(item: &'m Item<'b>) -> Result<Outcome<'m, 'b>, ProtocolError> {
+    let number = |tag| item.find(tag).and_then(Item::as_enumeration);
+    if number(Tag::RESULT_STATUS).ok_or(ProtocolError::Shape)? == RESULT_SUCCESS {
+        return item
+            .find(Tag::RESPONSE_PAYLOAD)
+            .map(Ok)
+            .ok_or(ProtocolError::Shape);
+    }
+    let message = item.find(Tag::RESULT_MESSAGE).and_then(Item::as_text);
+    Ok(Err(Refusal {
+        // A server that gives none is not worth another kind of error.
+        reason: Reason(number(Tag::RESULT_REASON).unwrap_or(0)),
+        message: printable(message.unwrap_or_default()),
+    }))
+}
+
+/// What a server says, on one line of bounded length and without anything that a terminal would act on.
+pub(super) fn printable(text: &str) -> String {
+    text.trim()
+        .chars()
+        .take(200)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}
+
+/// Why an answer can't be read.
+#[derive(Debug, Error)]
+pub(super) enum ProtocolError {
+    #[error(transparent)]
+    Ttlv(#[from] TtlvError),
+    #[error("the answer lacks what the protocol asks for")]
+    Shape,
+    #[error("{asked} calls got {answered} answers")]
+    Count { asked: usize, answered: usize },
+    #[error("the answer has no {0}")]
+    Missing(&'static str),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::envelope::KekId;
+
+    fn success(nth: usize, uid: &'static str) -> Item<'static> {
+        Item::structure(
+            Tag::BATCH_ITEM,
+            [
+                Item::bytes(Tag::UNIQUE_BATCH_ITEM_ID, batch_id(nth).to_vec()),
+                Item::enumeration(Tag::RESULT_STATUS, 0),
+                Item::structure(Tag::RESPONSE_PAYLOAD, [Item::text(Tag::UNIQUE_IDENTIFIER, uid)]),
+            ],
+        )
+    }
+
+    fn failure(reason: u32, text: &'static str) -> Item<'static> {
+        Item::structure(
+            Tag::BATCH_ITEM,
+            [
+                Item::enumeration(Tag::RESULT_STATUS, 1),
+                Item::enumeration(Tag::RESULT_REASON, reason),
+                Item::text(Tag::RESULT_MESSAGE, text),
+            ],
+        )
+    }
+
+    fn message(items: impl Into<Vec<Item<'static>>>) -> Item<'static> {
+        Item::structure(Tag::RESPONSE_MESSAGE, items)
+    }
+
+    #[test]
+    fn outcomes_follow_the_calls_not_the_answer() {
+        let message = message([success(1, "b"), success(0, "a")]);
+        let uids: Vec<_> = outcomes(&message, 2)
+            .unwrap()
+            .iter()
+            .map(|outcome| {
+                let uid = outcome.as_ref().unwrap().find(Tag::UNIQUE_IDENTIFIER).unwrap();
+                uid.as_text().unwrap().to_owned()
+            })
+            .collect();
+        assert_eq!(uids, ["a", "b"]);
+    }
+
+    #[test]
+    fn refusal_of_the_whole_request_is_every_calls() {
+        let message = message([failure(4, "can't\u{1b}[2J parse\n")]);
+        let outcomes = outcomes(&message, 3).unwrap();
+        assert_eq!(outcomes.len(), 3);
+        for outcome in outcomes {
+            assert_eq!(
+                outcome.unwrap_err().to_string(),
+                "Invalid Message, can't [2J parse"
+            );
+        }
+    }
+
+    #[test]
+    fn unknown_reasons_are_readable() {
+        let message = message([failure(0x8000_0042, "HSM quorum lost")]);
+        let refusal = outcomes(&message, 1).unwrap().remove(0).unwrap_err();
+        assert_eq!(refusal.to_string(), "reason 0x80000042, HSM quorum lost");
+    }
+
+    #[test]
+    fn answers_that_do_not_fit_are_errors() {
+        for (items, calls) in [
+            (vec![], 1),
+            (vec![success(0, "a"), success(1, "b")], 3),
+            (vec![success(0, "a"), success(0, "b")], 2),
+            (vec![success(0, "a")], 2),
+            (vec![Item::structure(Tag::BATCH_ITEM, [])], 1),
+            (
+                vec![Item::structure(
+                    Tag::BATCH_ITEM,
+                    [Item::enumeration(Tag::RESULT_STATUS, 0)],
+                )],
+                1,
+            ),
+        ] {
+            assert!(outcomes(&message(items), calls).is_err());
+        }
+        assert!(outcomes(&Item::structure(Tag::REQUEST_MESSAGE, []), 0).is_err());
+    }
+
+    #[test]
+    fn versions_are_those_that_are_spoken() {
+        for version in KmipVersion::SPOKEN {
+            assert_eq!(version.to_string().parse::<KmipVersion>().unwrap(), version);
+            assert_eq!(KmipVersion::of_item(&version.item()), Some(version));
+        }
+        for bad in ["1.0", "3.0", "1", "1.4.0", " 1.4", ""] {
+            assert!(bad.parse::<KmipVersion>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn single_calls_carry_no_batch_fields() {
+        let get = || Call::Get(KekId("7".into()));
+        let version = KmipVersion::WITH_GCM;
+        let one = request(version, None, &[get()]).unwrap();
+        let two = request(version, None, &[get(), get()]).unwrap();
+        let has_id = |bytes: &[u8]| {
+            let message = Item::decode(bytes).unwrap();
+            let mut items = message.all(Tag::BATCH_ITEM);
+            items.all(|item| item.find(Tag::UNIQUE_BATCH_ITEM_ID).is_some())
+        };
+        assert!(!has_id(&one) && has_id(&two));
+    }
+}

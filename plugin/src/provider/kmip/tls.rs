@@ -1,0 +1,391 @@
+//! TLS to a KMS: 1.2 or newer, the client's certificate, and only the server that is trusted.
+//!
+//! The server's certificate is judged inside the handshake: an impostor gets neither a request nor a password.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use openssl::error::ErrorStack;
+use openssl::ssl::{
+    HandshakeError, SslConnector, SslMethod, SslOptions, SslStream, SslVerifyMode, SslVersion,
+};
+use openssl::x509::store::X509StoreBuilder;
+use openssl::x509::verify::X509VerifyFlags;
+use openssl::x509::{X509, X509StoreContextRef, X509VerifyResult};
+
+use super::certificate::{CertificateFacts, Fingerprint};
+use super::endpoint::Endpoint;
+use super::error::KmipError;
+use super::identity::Identity;
+use super::message::printable;
+use super::store::ServerTrust;
+
+/// Both sides of the trust, ready to connect with.
+pub(super) struct Tls {
+    connector: SslConnector,
+    trust: Arc<ServerTrust>,
+    has_identity: bool,
+}
+
+/// `SSL_OP_CLEANSE_PLAINTEXT` of OpenSSL 3: received keys do not stay in its buffers. The crate has no name for it.
+const CLEANSE_PLAINTEXT: u64 = 1 << 1;
+
+impl Tls {
+    pub(super) fn new(trust: &ServerTrust, identity: Option<&Identity>) -> Result<Self, ErrorStack> {
+        let mut builder = SslConnector::builder(SslMethod::tls_client())?;
+        builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;
+        #[allow(
+            clippy::useless_conversion,
+            reason = "its width differs between versions of OpenSSL"
+        )]
+        builder.set_options(SslOptions::from_bits_retain(CLEANSE_PLAINTEXT.into()));
+        // The host's own CAs, which the builder has loaded, have no say here.
+        let mut store = X509StoreBuilder::new()?;
+        if let ServerTrust::Ca(pem) = trust {
+            for authority in X509::stack_from_pem(pem.as_bytes())? {
+                store.add_cert(authority)?;
+            }
+            store.set_flags(X509VerifyFlags::PARTIAL_CHAIN)?;
+        }
+        builder.set_cert_store(store.build());
+        if let Some(identity) = identity {
+            let mut certificates = identity.certificates.iter();
+            if let Some(leaf) = certificates.next() {
+                builder.set_certificate(leaf)?;
+            }
+            for authority in certificates {
+                builder.add_extra_chain_cert(authority.clone())?;
+            }
+            builder.set_private_key(&identity.key)?;
+            builder.check_private_key()?;
+        }
+        Ok(Self {
+            connector: builder.build(),
+            trust: Arc::new(trust.clone()),
+            has_identity: identity.is_some(),
+        })
+    }
+
+    /// A connection to the trusted server at `endpoint`.
+    pub(super) fn connect(&self, endpoint: &Endpoint, deadline: Instant) -> Result<TlsStream, KmipError> {
+        let judge = Judge::new(Some(Arc::clone(&self.trust)));
+        let by_name = matches!(*self.trust, ServerTrust::Ca(_));
+        let stream = handshake(&self.connector, endpoint, deadline, &judge, by_name)
+            .map_err(|failure| self.explain(failure, &judge))?;
+        Ok(TlsStream {
+            server: judge.leaf(),
+            has_identity: self.has_identity,
+            stream,
+        })
+    }
+
+    fn explain(&self, failure: Failed, judge: &Judge) -> KmipError {
+        if let Some(reason) = judge.verdict() {
+            return KmipError::NotTrusted(reason);
+        }
+        match failure {
+            Failed::Tls(stack) => refusal(&stack, self.has_identity),
+            Failed::Io(reason) => KmipError::Unreachable(reason),
+        }
+    }
+}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tls(identity: {}, {:?})", self.has_identity, self.trust)
+    }
+}
+
+/// The certificates that the server at `endpoint` shows, its own first. Nothing is trusted and nothing is sent.
+pub(super) fn presented(endpoint: &Endpoint, deadline: Instant) -> Result<Vec<X509>, KmipError> {
+    let failed = |error: ErrorStack| KmipError::Unreachable(format!("TLS: {error}"));
+    let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(failed)?;
+    builder
+        .set_min_proto_version(Some(SslVersion::TLS1_2))
+        .map_err(failed)?;
+    builder.set_cert_store(X509StoreBuilder::new().map_err(failed)?.build());
+    let judge = Judge::new(None);
+    let outcome = handshake(&builder.build(), endpoint, deadline, &judge, false);
+    // A server that wants our certificate first ends the handshake, after it has shown its own.
+    match (judge.chain(), outcome) {
+        (chain, _) if !chain.is_empty() => Ok(chain),
+        (_, Err(Failed::Io(reason))) => Err(KmipError::Unreachable(reason)),
+        (_, Err(Failed::Tls(stack))) => Err(refusal(&stack, true)),
+        (_, Ok(_)) => Err(KmipError::NotTrusted("the server showed no certificate".into())),
+    }
+}
+
+/// Decides on the server's certificate while the handshake runs, and remembers what it saw.
+struct Judge {
+    trust: Option<Arc<ServerTrust>>,
+    seen: Arc<Mutex<Seen>>,
+}
+
+#[derive(Default)]
+struct Seen {
+    chain: Vec<X509>,
+    verdict: Option<String>,
+}
+
+impl Judge {
+    fn new(trust: Option<Arc<ServerTrust>>) -> Self {
+        Self {
+            trust,
+            seen: Arc::default(),
+        }
+    }
+
+    /// OpenSSL calls this for each certificate of the chain, and for each thing that is wrong with it.
+    fn callback(&self) -> impl Fn(bool, &mut X509StoreContextRef) -> bool + Send + Sync + 'static {
+        let (trust, seen) = (self.trust.clone(), Arc::clone(&self.seen));
+        move |verified, context| {
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(chain) = context.chain() {
+                seen.chain = chain.iter().map(|one| one.to_owned()).collect();
+            }
+            let verdict = match trust.as_deref() {
+                None => None,
+                Some(ServerTrust::Pins(pins)) => judge_pins(pins, seen.chain.first()),
+                Some(ServerTrust::Ca(_)) if verified => None,
+                Some(ServerTrust::Ca(_)) => Some(judge_error(context.error(), seen.chain.first())),
+            };
+            let accepted = verdict.is_none();
+            if !accepted {
+                seen.verdict = verdict;
+            }
+            accepted
+        }
+    }
+
+    fn seen(&self) -> std::sync::MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn verdict(&self) -> Option<String> {
+        self.seen().verdict.clone()
+    }
+
+    fn chain(&self) -> Vec<X509> {
+        self.seen().chain.clone()
+    }
+
+    fn leaf(&self) -> Option<CertificateFacts> {
+        let seen = self.seen();
+        CertificateFacts::of(seen.chain.first()?).ok()
+    }
+}
+
+/// Why a certificate is not the pinned one; `None` if it is.
+fn judge_pins(pins: &[Fingerprint], leaf: Option<&X509>) -> Option<String> {
+    let Some(facts) = leaf.and_then(|leaf| CertificateFacts::of(leaf).ok()) else {
+        return Some("the server showed no readable certificate".into());
+    };
+    if !pins.contains(&facts.fingerprint) {
+        let pinned: Vec<_> = pins.iter().map(Fingerprint::to_string).collect();
+        return Some(format!(
+            "the server's certificate has changed: {} is trusted, it shows {}",
+            pinned.join(" or "),
+            facts.fingerprint
+        ));
+    }
+    facts
+        .has_expired()
+        .then(|| format!("the server's certificate expired on {}", facts.not_after))
+}
+
+fn judge_error(error: X509VerifyResult, leaf: Option<&X509>) -> String {
+    let facts = leaf.and_then(|leaf| CertificateFacts::of(leaf).ok());
+    let shown = facts.map_or(String::new(), |facts| {
+        format!(" (it shows {}, {})", facts.subject, facts.fingerprint)
+    });
+    format!(
+        "the server's certificate does not verify: {}{shown}",
+        error.error_string()
+    )
+}
+
+enum Failed {
+    Io(String),
+    Tls(ErrorStack),
+}
+
+fn handshake(
+    connector: &SslConnector,
+    endpoint: &Endpoint,
+    deadline: Instant,
+    judge: &Judge,
+    by_name: bool,
+) -> Result<SslStream<Timed>, Failed> {
+    let stream = connect_tcp(endpoint, deadline)?;
+    let mut configuration = connector.configure().map_err(Failed::Tls)?;
+    configuration.set_verify_hostname(by_name);
+    configuration.set_verify_callback(SslVerifyMode::PEER, judge.callback());
+    configuration
+        .connect(endpoint.host(), Timed { stream, deadline })
+        .map_err(|error| match error {
+            HandshakeError::SetupFailure(stack) => Failed::Tls(stack),
+            HandshakeError::Failure(mid) | HandshakeError::WouldBlock(mid) => {
+                failed(mid.error(), "TLS handshake")
+            }
+        })
+}
+
+fn failed(error: &openssl::ssl::Error, doing: &str) -> Failed {
+    match (error.ssl_error(), error.io_error()) {
+        (Some(stack), _) if !stack.errors().is_empty() => Failed::Tls(stack.clone()),
+        (_, Some(error)) => Failed::Io(io_reason(error, doing)),
+        _ => Failed::Io(format!("{doing}: the server closed the connection")),
+    }
+}
+
+fn io_reason(error: &io::Error, doing: &str) -> String {
+    match error.kind() {
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => format!("{doing} timed out"),
+        io::ErrorKind::UnexpectedEof => format!("{doing}: the server closed the connection"),
+        _ => format!("{doing}: {error}"),
+    }
+}
+
+/// What a failed handshake or read means: an alert about our certificate is the server's distrust.
+fn refusal(stack: &ErrorStack, has_identity: bool) -> KmipError {
+    // OpenSSL counts received alerts from 1000 on; RFC 8446 section 6.2 has their numbers.
+    let alert = stack.errors().iter().find_map(|error| match error.reason_code() {
+        code @ 1000..1256 => Some(code - 1000),
+        _ => None,
+    });
+    let reason = match alert {
+        Some(41 | 116) => "it asks for a client certificate",
+        Some(42 | 43) => "it does not accept the client certificate",
+        Some(44) => "the client certificate was revoked",
+        Some(45) => "the client certificate has expired",
+        Some(46) => "it has a problem with the client certificate",
+        Some(48) => "it does not know the CA of the client certificate",
+        Some(49) => "it denies access to the client certificate",
+        Some(40) if !has_identity => "it refuses the handshake without a client certificate",
+        _ => {
+            let text: Vec<_> = stack.errors().iter().filter_map(|error| error.reason()).collect();
+            return KmipError::Unreachable(format!("TLS: {}", printable(&text.join(", "))));
+        }
+    };
+    KmipError::RefusesUs(reason.into())
+}
+
+fn connect_tcp(endpoint: &Endpoint, deadline: Instant) -> Result<TcpStream, Failed> {
+    let addresses = (endpoint.host(), endpoint.port())
+        .to_socket_addrs()
+        .map_err(|error| Failed::Io(format!("can't resolve '{}': {error}", endpoint.host())))?;
+    let mut last = Failed::Io(format!("'{}' has no address", endpoint.host()));
+    for address in addresses {
+        let connected = TcpStream::connect_timeout(&address, remaining(deadline)?);
+        match connected.and_then(|stream| prepared(&stream).map(|()| stream)) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = Failed::Io(io_reason(&error, "connect")),
+        }
+    }
+    Err(last)
+}
+
+fn prepared(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    // A firewall that forgets a quiet connection, or a host that is gone, shows between two calls rather than in one.
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    Ok(())
+}
+
+fn remaining(deadline: Instant) -> Result<Duration, Failed> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(Failed::Io("connect timed out".into()));
+    }
+    Ok(left)
+}
+
+/// A connection whose every read and write together end at one deadline, however slowly the other side drips.
+#[derive(Debug)]
+struct Timed {
+    stream: TcpStream,
+    deadline: Instant,
+}
+
+impl Timed {
+    fn left(&self) -> io::Result<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(left)
+    }
+}
+
+/// OpenSSL would take WouldBlock for "try again".
+fn timed_out<T>(result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    })
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.set_read_timeout(Some(self.left()?))?;
+        timed_out(self.stream.read(buffer))
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.stream.set_write_timeout(Some(self.left()?))?;
+        timed_out(self.stream.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+/// An open connection to a trusted server.
+pub(super) struct TlsStream {
+    stream: SslStream<Timed>,
+    has_identity: bool,
+    /// What the server showed.
+    pub(super) server: Option<CertificateFacts>,
+}
+
+impl TlsStream {
+    /// From now on, reads and writes end at `deadline`.
+    pub(super) fn set_deadline(&mut self, deadline: Instant) {
+        self.stream.get_mut().deadline = deadline;
+    }
+
+    pub(super) fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), KmipError> {
+        while !bytes.is_empty() {
+            match self.stream.ssl_write(bytes) {
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) => return Err(self.explain(&error, "sending")),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn read_exact(&mut self, mut buffer: &mut [u8]) -> Result<(), KmipError> {
+        while !buffer.is_empty() {
+            match self.stream.ssl_read(buffer) {
+                Ok(0) => return Err(KmipError::Unreachable("the server closed the connection".into())),
+                Ok(read) => buffer = &mut buffer[read..],
+                Err(error) => return Err(self.explain(&error, "answer")),
+            }
+        }
+        Ok(())
+    }
+
+    fn explain(&self, error: &openssl::ssl::Error, doing: &str) -> KmipError {
+        match failed(error, doing) {
+            Failed::Io(reason) => KmipError::Unreachable(reason),
+            Failed::Tls(stack) => refusal(&stack, self.has_identity),
+        }
+    }
+}

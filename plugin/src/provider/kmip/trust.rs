@@ -1,0 +1,192 @@
+//! How trust comes about: the client's certificate goes one way, the server's the other.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use openssl::x509::X509;
+use thiserror::Error;
+
+use super::KmipProvider;
+use super::certificate::CertificateFacts;
+use super::error::KmipError;
+use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest};
+use super::store::{ServerTrust, StoreError};
+use super::tls::{self, Tls};
+
+/// What a look at a server's certificate may take.
+const LOOK: Duration = Duration::from_secs(4);
+
+/// What one endpoint shows to whoever connects.
+#[derive(Clone, Debug)]
+pub struct Presented {
+    /// The endpoint.
+    pub endpoint: String,
+    /// The server's own certificate first, or why there is none.
+    pub chain: Result<Vec<CertificateFacts>, String>,
+}
+
+impl KmipProvider {
+    /// What the servers show now. Nothing is trusted by this.
+    #[must_use]
+    pub fn presented(&self) -> Vec<Presented> {
+        let deadline = Instant::now() + LOOK;
+        let look = |endpoint| {
+            let shown = tls::presented(endpoint, deadline).map_err(|error| error.to_string())?;
+            let facts = shown.iter().map(|certificate| CertificateFacts::of(certificate));
+            facts
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|error| error.to_string())
+        };
+        let endpoints = &self.settings.endpoints;
+        std::thread::scope(|scope| {
+            let looks: Vec<_> = endpoints
+                .iter()
+                .map(|endpoint| (endpoint, scope.spawn(move || look(endpoint))))
+                .collect();
+            let shown = looks.into_iter().map(|(endpoint, look)| Presented {
+                endpoint: endpoint.to_string(),
+                chain: look
+                    .join()
+                    .unwrap_or_else(|_| Err("the look at it failed".into())),
+            });
+            shown.collect()
+        })
+    }
+
+    /// Trusts servers by `trust` from now on.
+    ///
+    /// # Errors
+    /// When a server that answers is not the one that `trust` says; then nothing changes. A server that does not
+    /// answer is judged when it does.
+    pub fn trust(&self, trust: ServerTrust) -> Result<(), TrustError> {
+        match &trust {
+            ServerTrust::Ca(pem) => {
+                let found = X509::stack_from_pem(pem.as_bytes()).map_err(TrustError::Ca)?;
+                if found.is_empty() {
+                    return Err(TrustError::Empty);
+                }
+            }
+            ServerTrust::Pins(pins) if pins.is_empty() => return Err(TrustError::Empty),
+            ServerTrust::Pins(_) => {}
+        }
+        self.try_out(&trust)?;
+        self.store.put_trust(&trust)?;
+        let mut held = self.inner.held_mut();
+        held.trust = Some(trust);
+        self.renew_access(&mut held);
+        drop(held);
+        self.probe();
+        Ok(())
+    }
+
+    fn try_out(&self, trust: &ServerTrust) -> Result<(), TrustError> {
+        let tls = Tls::new(trust, None).map_err(TrustError::Ca)?;
+        let (deadline, tls) = (Instant::now() + LOOK, &tls);
+        std::thread::scope(|scope| {
+            let endpoints = self.settings.endpoints.iter();
+            let trials: Vec<_> = endpoints
+                .map(|endpoint| {
+                    (
+                        endpoint,
+                        scope.spawn(move || tls.connect(endpoint, deadline).map(drop)),
+                    )
+                })
+                .collect();
+            for (endpoint, trial) in trials {
+                if let Ok(Err(KmipError::NotTrusted(why))) = trial.join() {
+                    let endpoint = endpoint.to_string();
+                    return Err(TrustError::Refused { endpoint, why });
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Shows itself to the servers as `new` from now on.
+    ///
+    /// # Errors
+    /// When certificate and key do not fit, when the provider is locked, or when a sealed key would be replaced by
+    /// one that is not.
+    pub fn set_identity(&self, new: &NewIdentity) -> Result<CertificateFacts, TrustError> {
+        let stored = self.store.identity()?;
+        let was_sealed = stored.as_ref().is_some_and(|stored| stored.is_sealed());
+        if was_sealed && new.passphrase.is_none() {
+            return Err(TrustError::WouldUnseal);
+        }
+        let (current, locked) = {
+            let held = self.inner.held();
+            (held.identity.clone(), held.locked)
+        };
+        if locked {
+            return Err(TrustError::Locked);
+        }
+        let request = self.store.request()?;
+        let requested = request.as_ref().map(SigningRequest::key).transpose()?;
+        let waiting = requested
+            .iter()
+            .chain(current.as_ref().map(|identity| &identity.key))
+            .cloned();
+        let mut identity = Identity::assemble(new, waiting)?;
+        if let (None, Some(current)) = (&identity.login, &current) {
+            identity.login.clone_from(&current.login);
+        }
+        self.store
+            .put_identity(&identity.stored(new.passphrase.as_ref())?)?;
+        if requested.is_some_and(|key| key.public_eq(&identity.key)) {
+            // It is in the identity now, sealed perhaps: no second copy.
+            self.store.remove_request()?;
+        }
+        let facts = CertificateFacts::of(identity.leaf().ok_or(IdentityError::NoCertificate)?)
+            .map_err(IdentityError::Certificate)?;
+        let mut held = self.inner.held_mut();
+        held.identity = Some(Arc::new(identity));
+        held.fault = None;
+        self.renew_access(&mut held);
+        drop(held);
+        self.probe();
+        Ok(facts)
+    }
+
+    /// The signing request that waits for its certificate, in PEM; a first or a `new` one is made.
+    pub fn signing_request(&self, new: Option<(KeyKind, &str)>) -> Result<String, TrustError> {
+        if let (None, Some(request)) = (&new, self.store.request()?) {
+            return Ok(request.csr.clone());
+        }
+        let host = super::host_name();
+        let (kind, name) = new.unwrap_or((KeyKind::EcP256, &host));
+        let request = SigningRequest::new(kind, name)?;
+        self.store.put_request(&request)?;
+        Ok(request.csr.clone())
+    }
+}
+
+/// Why trust did not come about.
+#[derive(Debug, Error)]
+pub enum TrustError {
+    /// The CA file can't be used.
+    #[error("can't read the CA's certificates: PEM is expected")]
+    Ca(#[source] openssl::error::ErrorStack),
+    /// Neither a CA nor a fingerprint.
+    #[error("there is nothing to trust: a CA's certificate or a fingerprint is needed")]
+    Empty,
+    /// A server is another one.
+    #[error("{endpoint} is not what you trust: {why}")]
+    Refused {
+        /// Which.
+        endpoint: String,
+        /// What it shows instead.
+        why: String,
+    },
+    /// The current key must be at hand.
+    #[error("is locked")]
+    Locked,
+    /// No silent fall-back to a key in the clear.
+    #[error("the private key in use is sealed by a passphrase, the new one would not be: add --seal")]
+    WouldUnseal,
+    /// The client's side.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The disk.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
