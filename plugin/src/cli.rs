@@ -9,6 +9,7 @@ mod pkcs11;
 mod print;
 mod provider;
 mod transit;
+mod trust;
 mod volume;
 
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::api::HostProxy;
 use crate::envelope::ProviderId;
 use crate::failure::Failure;
+use crate::provider::kmip::{Endpoint, Fingerprint, KmipVersion};
 use crate::volume::Bytes;
 use client::Client;
 use passphrase::{NewPassphraseArgs, PassphraseArgs};
@@ -95,6 +97,12 @@ enum ProviderCommand {
         /// Its name.
         name: String,
     },
+    /// Show this host to a KMS: a client certificate with its private key.
+    Identity(IdentityArgs),
+    /// Print the signing request for a client certificate whose private key stays on this host.
+    Csr(CsrArgs),
+    /// Look at the certificates of a KMS, and trust it.
+    Trust(TrustArgs),
     /// Write a password-protected backup that `age -d` opens as well.
     Backup(BackupArgs),
     /// Restore a provider from its backup.
@@ -114,6 +122,8 @@ enum AddCommand {
     Transit(Box<TransitArgs>),
     /// A token behind a PKCS#11 module: an HSM, a smart card, SoftHSM. Its KEKs never leave it.
     Pkcs11(Pkcs11Args),
+    /// Keys at a key management server that speaks KMIP.
+    Kmip(KmipArgs),
 }
 
 #[derive(Debug, Args)]
@@ -175,6 +185,84 @@ struct TransitLoginArgs {
     /// Where the login method is mounted, if not at its usual place.
     #[arg(long, value_name = "PATH")]
     auth_mount: Option<String>,
+}
+
+/// As the settings of the kind have it; the daemon reads them.
+#[derive(Debug, Args)]
+struct KmipArgs {
+    /// Its name.
+    name: String,
+    /// A server of the KMS; repeat it for the other nodes of the same cluster, in the order to ask them.
+    #[arg(long = "endpoint", value_name = "HOST[:PORT]", required = true)]
+    endpoints: Vec<Endpoint>,
+    /// Where keys do their work: fetched and used on this host, or never leaving the server.
+    #[arg(long, value_parser = ["local", "server"], default_value = "local")]
+    mode: String,
+    /// Whom one key serves.
+    #[arg(long, value_parser = ["vm", "provider"], default_value = "vm")]
+    kek_scope: String,
+    /// Speak this version instead of the best that both sides have.
+    #[arg(long, value_name = "1.1 … 2.1")]
+    kmip_version: Option<KmipVersion>,
+    /// The most time for one call, with its retries.
+    #[arg(long, value_name = "SECONDS", default_value_t = 4.5)]
+    timeout: f64,
+}
+
+#[derive(Debug, Args)]
+struct IdentityArgs {
+    /// The provider's name.
+    name: String,
+    /// The client's certificate in PEM, then those that signed it; - is standard input.
+    #[arg(long, value_name = "FILE")]
+    cert: PathBuf,
+    /// Its private key in PEM; not needed if it is in the same file or belongs to the last `provider csr`.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// A user name, for a KMS that asks for more than a certificate.
+    #[arg(long, value_name = "NAME", requires = "password_file")]
+    user: Option<String>,
+    /// Read that user's password from this file.
+    #[arg(long, value_name = "FILE", requires = "user")]
+    password_file: Option<PathBuf>,
+    /// Seal the private key by a passphrase: the provider is locked then until it is unlocked.
+    #[arg(long)]
+    seal: bool,
+    #[command(flatten)]
+    passphrase: NewPassphraseArgs,
+}
+
+#[derive(Debug, Args)]
+struct CsrArgs {
+    /// The provider's name.
+    name: String,
+    /// Make a new private key and request, in place of the one that waits.
+    #[arg(long)]
+    new: bool,
+    /// An RSA key of 3072 bits instead of a NIST P-256 one.
+    #[arg(long, requires = "new")]
+    rsa: bool,
+    /// The common name to ask for instead of the host's name; many a KMS takes it for the user's name.
+    #[arg(long, value_name = "NAME", requires = "new")]
+    common_name: Option<String>,
+    /// Write it to this file.
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct TrustArgs {
+    /// The provider's name.
+    name: String,
+    /// Trust servers whose certificate was signed by a CA in this PEM file and bears the endpoint's name.
+    #[arg(long, value_name = "FILE", group = "known_by")]
+    ca: Option<PathBuf>,
+    /// Trust a server with this SHA-256 fingerprint; repeat it for every node.
+    #[arg(long = "fingerprint", value_name = "HEX", group = "known_by")]
+    fingerprints: Vec<Fingerprint>,
+    /// Do not ask.
+    #[arg(long, requires = "known_by")]
+    yes: bool,
 }
 
 #[derive(Debug, Args)]

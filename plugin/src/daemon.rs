@@ -6,6 +6,7 @@
 mod providers;
 mod records;
 mod status;
+mod trust;
 mod volumes;
 
 use std::collections::BTreeSet;

@@ -21,8 +21,9 @@ use zlink::tokio::unix;
 use zlink::{Connection, Reply, Server};
 
 use crate::api::{
-    AuditLines, AuditVerified, BackupMade, HostError, HostStatus, LifecycleError, ObjectView, Outcome,
-    ProviderView, Providers, VmView, Vms, VolumeProgress, VolumeRequest,
+    AuditLines, AuditVerified, BackupMade, CertificateView, HostError, HostStatus, IdentityParts,
+    IdentitySet, LifecycleError, NewKey, ObjectView, Outcome, ProviderView, Providers, ServerView, Servers,
+    SigningRequestMade, VmView, Vms, VolumeProgress, VolumeRequest,
 };
 use crate::daemon::Daemon;
 use crate::domain::Domain;
@@ -205,7 +206,9 @@ impl Service {
 
     #[zlink(
         interface = "io.virtseal.Host",
-        types = [ProviderView, ObjectView, VmView, VolumeRequest]
+        types = [
+            ProviderView, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest
+        ]
     )]
     async fn status(&self) -> Result<HostStatus, HostError> {
         self.run(Caller::Reader, Daemon::status).await
@@ -313,6 +316,46 @@ impl Service {
     ) -> Result<Providers, HostError> {
         self.run(Caller::Admin, move |daemon| daemon.restore_provider(&name, fds))
             .await
+    }
+
+    async fn set_provider_identity(
+        &self,
+        name: String,
+        parts: IdentityParts,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<IdentitySet, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.set_provider_identity(&name, &parts, fds)
+        })
+        .await
+    }
+
+    async fn provider_signing_request(
+        &self,
+        name: String,
+        new: Option<NewKey>,
+    ) -> Result<SigningRequestMade, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.provider_signing_request(&name, new.as_ref())
+        })
+        .await
+    }
+
+    async fn provider_servers(&self, name: String) -> Result<Servers, HostError> {
+        self.run(Caller::Reader, move |daemon| daemon.provider_servers(&name))
+            .await
+    }
+
+    async fn trust_provider(
+        &self,
+        name: String,
+        fingerprints: Vec<String>,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<Providers, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.trust_provider(&name, &fingerprints, fds)
+        })
+        .await
     }
 
     async fn show_audit(&self, records: i64) -> Result<AuditLines, HostError> {

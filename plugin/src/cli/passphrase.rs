@@ -70,6 +70,13 @@ impl PassphraseArgs {
 }
 
 impl NewPassphraseArgs {
+    /// Whether one comes from elsewhere than a prompt.
+    pub(super) fn is_given(&self) -> bool {
+        self.source.passphrase_file.is_some()
+            || self.source.passphrase_fd.is_some()
+            || self.source.passphrase_credential.is_some()
+    }
+
     /// A descriptor to read the passphrase from.
     pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Failure> {
         if let Some(source) = self.source.given() {

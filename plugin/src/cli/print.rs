@@ -6,7 +6,8 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use crate::api::{
-    AuditLines, AuditVerified, HostStatus, ObjectView, Outcome, ProviderView, VmView, VolumeProgress,
+    AuditLines, AuditVerified, CertificateView, HostStatus, ObjectView, Outcome, ProviderView, ServerView,
+    VmView, VolumeProgress,
 };
 use crate::failure::{Code, Failure};
 
@@ -61,6 +62,32 @@ impl Printer {
             ]
         });
         table(&["PROVIDER", "KIND", "STATE", "ENVELOPES", "ID"], rows)
+    }
+
+    /// For people who compare fingerprints, on standard error: what follows may be asked for as JSON.
+    pub(super) fn servers(&self, servers: &[ServerView]) {
+        for server in servers {
+            eprintln!("{}", server.endpoint);
+            if let Some(problem) = &server.problem {
+                eprintln!("    shows no certificate: {problem}");
+            }
+            for (nth, certificate) in server.chain.iter().enumerate() {
+                self.certificate(if nth == 0 { "server " } else { "signer " }, certificate);
+            }
+        }
+    }
+
+    fn certificate(&self, role: &str, certificate: &CertificateView) {
+        eprintln!("    {role}  {}", certificate.subject);
+        eprintln!("      issuer   {}", certificate.issuer);
+        if !certificate.names.is_empty() {
+            eprintln!("      names    {}", certificate.names.join(", "));
+        }
+        eprintln!("      SHA-256  {}", certificate.sha256);
+        eprintln!(
+            "      expires  {} ({} days)",
+            certificate.not_after, certificate.days_left
+        );
     }
 
     pub(super) fn vms(&self, vms: &[VmView]) -> Result<(), Failure> {

@@ -8,7 +8,7 @@ use std::path::Path;
 use super::client::Client;
 use super::print::Printer;
 use super::{AddCommand, BackupArgs, ProviderCommand, RestoreArgs, passphrase};
-use super::{pkcs11, transit};
+use super::{pkcs11, transit, trust};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
 
@@ -30,6 +30,10 @@ pub(super) async fn run(
         }
         ProviderCommand::Add(AddCommand::Transit(args)) => transit::add(&args, client, printer).await,
         ProviderCommand::Add(AddCommand::Pkcs11(args)) => pkcs11::add(&args, client, printer).await,
+        ProviderCommand::Add(AddCommand::Kmip(args)) => trust::add_kmip(&args, client, printer).await,
+        ProviderCommand::Identity(args) => trust::identity(&args, client, printer).await,
+        ProviderCommand::Csr(args) => trust::csr(&args, client, printer).await,
+        ProviderCommand::Trust(args) => trust::trust(&args, client, printer).await,
         ProviderCommand::List => printer.providers(
             &client
                 .call(async |host| host.list_providers().await)

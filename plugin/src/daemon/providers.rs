@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use super::Daemon;
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
+use crate::provider::kmip::{KmipProvider, KmipProviderError};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
 use crate::provider::registry::{NextCommand, Provider};
@@ -61,6 +62,7 @@ impl Daemon {
         let added = match kind {
             NativeProvider::KIND => self.add_native(name, fds),
             Pkcs11Provider::KIND => self.add_pkcs11(name, settings, fds),
+            KmipProvider::KIND => self.add_kmip(name, settings),
             TransitProvider::KIND => self.add_transit(name, settings),
             _ => {
                 return Err(Failure::new(
@@ -105,6 +107,22 @@ impl Daemon {
         let added = self.registry.add_pkcs11(&provider_name(name)?, settings, &pin);
         crate::process::trim();
         added.map(drop).map_err(|error| pkcs11_failure(name, &error))
+    }
+
+    fn add_kmip(&self, name: &str, settings: &str) -> Result<(), Failure> {
+        let valid = provider_name(name)?;
+        let settings = serde_json::from_str(settings)
+            .map_err(|error| Failure::from_error(Code::Usage, "the settings can't be used", &error))?;
+        self.registry
+            .add_kmip(&valid, settings)
+            .map(drop)
+            .map_err(|error| {
+                let code = match &error {
+                    KmipProviderError::Keystore(_) => Code::Failed,
+                    _ => Code::Usage,
+                };
+                Failure::from_error(code, format!("provider '{name}' is not added"), &error)
+            })
     }
 
     /// Makes new envelopes go to `name`.
@@ -289,7 +307,7 @@ fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Failure> {
     fds.try_into().map_err(|_| wrong_fds())
 }
 
-fn wrong_fds() -> Failure {
+pub(super) fn wrong_fds() -> Failure {
     Failure::new(
         Code::Usage,
         "the call came without the file descriptors that it needs",
@@ -297,7 +315,7 @@ fn wrong_fds() -> Failure {
     .next("use the virtseal of the same version as virtseald")
 }
 
-fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
+pub(super) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
     let mut passphrase = SecretBytes::read_from(File::from(fd), MAX_PASSPHRASE)
         .map_err(|error| Failure::from_error(Code::Usage, "can't read the passphrase", &error))?;
     passphrase.trim_newline();

@@ -4,7 +4,7 @@ mod proxy;
 mod server;
 
 pub(in crate::provider) use proxy::{Manner, Proxy};
-pub(in crate::provider) use server::{Kmip, Server};
+pub(in crate::provider) use server::{Kmip, Server, free_port, identity, secret, settings};
 
 use openssl::asn1::Asn1Time;
 use openssl::bn::{BigNum, MsbOption};

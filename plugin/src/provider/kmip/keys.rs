@@ -70,7 +70,7 @@ impl Keys<'_> {
         Ok(kek)
     }
 
-    fn label(&self, scope: &KekScope) -> Label {
+    pub(super) fn label(&self, scope: &KekScope) -> Label {
         let (whose, vm) = match scope {
             KekScope::Vm(vm) => (format!("vm-{vm}"), format!("vm={vm}; ")),
             KekScope::Provider => ("shared".to_owned(), String::new()),

@@ -107,6 +107,19 @@ pub(super) struct Refusal {
     message: String,
 }
 
+impl Refusal {
+    /// The server may not speak the version that it was asked in.
+    pub(super) fn is_about_the_version(&self) -> bool {
+        [Reason::INVALID_MESSAGE, Reason::UNSUPPORTED_PROTOCOL_VERSION].contains(&self.reason)
+    }
+
+    /// With the version that it was asked in.
+    pub(super) fn to(self, version: KmipVersion) -> Self {
+        let message = format!("{} (asked in KMIP {version})", self.message);
+        Self { message, ..self }
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.reason.fmt(f)?;

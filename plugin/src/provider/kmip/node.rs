@@ -124,11 +124,16 @@ impl Node {
             None => self.negotiate(stream, access)?,
         };
         let answer = round_trip(stream, version, access.login.as_deref(), calls)?;
-        self.inspect(answer, calls)
+        self.inspect(answer, calls, version)
     }
 
     /// Makes sure that the answer can be read, and sorts out what concerns the server rather than a key.
-    fn inspect(&self, answer: SecretBytes, calls: &[Call]) -> Result<SecretBytes, KmipError> {
+    fn inspect(
+        &self,
+        answer: SecretBytes,
+        calls: &[Call],
+        version: KmipVersion,
+    ) -> Result<SecretBytes, KmipError> {
         let message = Item::decode(answer.expose()).map_err(message::ProtocolError::from)?;
         for (call, outcome) in calls.iter().zip(message::outcomes(&message, calls.len())?) {
             match outcome {
@@ -139,10 +144,10 @@ impl Node {
                 Err(refusal) if refusal.reason == Reason::AUTHENTICATION_NOT_SUCCESSFUL => {
                     return Err(KmipError::refused(call.operation(), refusal));
                 }
-                Err(refusal) if refusal.reason == Reason::UNSUPPORTED_PROTOCOL_VERSION => {
-                    // Upgraded or replaced since: the next call negotiates again.
+                Err(refusal) if refusal.is_about_the_version() => {
+                    // Another server since, perhaps: the next call negotiates again.
                     lock(&self.facts).version = None;
-                    return Err(KmipError::refused(call.operation(), refusal));
+                    return Err(KmipError::refused(call.operation(), refusal.to(version)));
                 }
                 Err(_) => {}
             }

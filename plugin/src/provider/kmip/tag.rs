@@ -190,6 +190,7 @@ pub(super) struct Reason(pub(super) u32);
 impl Reason {
     pub(super) const ITEM_NOT_FOUND: Self = Self(0x1);
     pub(super) const AUTHENTICATION_NOT_SUCCESSFUL: Self = Self(0x3);
+    pub(super) const INVALID_MESSAGE: Self = Self(0x4);
     pub(super) const INVALID_FIELD: Self = Self(0x7);
     pub(super) const CRYPTOGRAPHIC_FAILURE: Self = Self(0xA);
     pub(super) const OBJECT_DESTROYED: Self = Self(0x36);

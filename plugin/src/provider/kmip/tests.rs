@@ -1,1 +1,242 @@
+//! What only a KMIP provider can show, against PyKMIP. The suite that all kinds share is in `conformance`.
 
+mod faults;
+mod trust;
+
+use super::call::Call;
+use super::fixture::{Kmip, Proxy, secret, settings};
+use super::*;
+use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::secret::Dek;
+
+/// A payload, wrapped under the KEK of its VM.
+pub(super) struct Wrapped {
+    payload: Payload,
+    pub(super) stanza: Stanza,
+}
+
+impl Wrapped {
+    pub(super) fn by(provider: &KmipProvider) -> Self {
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm: VmId::random(),
+            kind: ObjectKind::Disk,
+        };
+        let payload = Payload::bind(&Dek::random().unwrap(), &binding).unwrap();
+        let kek = provider.create_kek(&KekScope::Vm(binding.vm)).unwrap();
+        let stanza = provider.wrap(&kek, &payload).unwrap();
+        Self { payload, stanza }
+    }
+
+    pub(super) fn assert_opened_by(&self, provider: &KmipProvider) {
+        let opened = provider.unwrap_many(&[&self.stanza]).unwrap();
+        assert_eq!(opened[0].expose(), self.payload.expose());
+    }
+}
+
+#[test]
+fn every_version_does_the_whole_job() {
+    let kmip = Kmip::new();
+    assert_eq!(
+        kmip.provider().inner.cluster.nodes()[0].version(),
+        Some("2.0".parse().unwrap())
+    );
+    for version in ["1.1", "1.2", "1.3", "1.4", "2.0"] {
+        let (provider, _dir) =
+            kmip.another(|settings| settings.kmip_version = Some(version.parse().unwrap()));
+        assert_eq!(provider.status(), ProviderStatus::Ready, "{version}");
+        let wrapped = Wrapped::by(&provider);
+        wrapped.assert_opened_by(&provider);
+        let receipt = provider.destroy_kek(&wrapped.stanza.kek).unwrap();
+        assert!(receipt.destroyed, "{version}: {}", receipt.observed);
+    }
+}
+
+#[test]
+fn version_that_the_server_lacks_is_named() {
+    let kmip = Kmip::new();
+    let (provider, _dir) = kmip.another(|settings| settings.kmip_version = Some("2.1".parse().unwrap()));
+    let error = provider.create_kek(&KekScope::Provider).unwrap_err();
+    assert!(chain(&error).contains("2.1"), "{error:?}");
+}
+
+#[test]
+fn eight_disks_cost_one_round_trip() {
+    let kmip = Kmip::new();
+    let proxy = Proxy::to(kmip.server.port);
+    let (provider, _dir) = kmip.another(|settings| *settings = super::fixture::settings(&[proxy.port]));
+    let wrapped: Vec<_> = (0..8).map(|_| Wrapped::by(&provider)).collect();
+    let stanzas: Vec<_> = wrapped.iter().map(|one| &one.stanza).collect();
+    let (before, connections) = (proxy.requests(), proxy.connections());
+    let opened = provider.unwrap_many(&stanzas).unwrap();
+    assert_eq!(proxy.requests() - before, 1);
+    assert_eq!(proxy.connections(), connections);
+    for (payload, one) in opened.iter().zip(&wrapped) {
+        assert_eq!(payload.expose(), one.payload.expose());
+    }
+}
+
+#[test]
+fn state_at_the_server_decides() {
+    const PRE_ACTIVE: u32 = 1;
+    const ACTIVE: u32 = 2;
+    const DEACTIVATED: u32 = 3;
+    const COMPROMISED: u32 = 4;
+    let kmip = Kmip::new();
+    let provider = kmip.provider();
+    let wrapped = Wrapped::by(provider);
+    let kek = &wrapped.stanza.kek;
+    for (state, wraps, unwraps) in [
+        (DEACTIVATED, false, true),
+        (COMPROMISED, false, true),
+        (PRE_ACTIVE, false, false),
+        (ACTIVE, true, true),
+    ] {
+        kmip.server.set_state(kek, state);
+        let wrap = provider.wrap(kek, &wrapped.payload);
+        let unwrap = provider.unwrap_many(&[&wrapped.stanza]);
+        assert_eq!((wrap.is_ok(), unwrap.is_ok()), (wraps, unwraps), "state {state}");
+        if let Err(error) = wrap {
+            assert!(matches!(&error, ProviderError::KekUnusable { kek: named, .. } if named == kek));
+            assert!(chain(&error).contains("at the KMS"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn retired_key_is_replaced_for_what_comes() {
+    let kmip = Kmip::new();
+    let provider = kmip.provider();
+    let scope = KekScope::Vm(VmId::random());
+    let old = provider.create_kek(&scope).unwrap();
+    kmip.server.set_state(&old, 3);
+    let new = provider.create_kek(&scope).unwrap();
+    assert_ne!(new, old);
+    assert_eq!(provider.create_kek(&scope).unwrap(), new);
+}
+
+#[test]
+fn create_whose_answer_was_lost_leaves_no_orphan() {
+    let kmip = Kmip::new();
+    let provider = kmip.provider();
+    let (scope, access) = (KekScope::Vm(VmId::random()), provider.access().unwrap());
+    let keys = provider.keys(&access);
+    let create = Call::Create(keys.label(&scope));
+    let answer = provider
+        .inner
+        .cluster
+        .call(&access, vec![create], keys.deadline)
+        .unwrap();
+    // Its identifier is in the answer that the caller never sees; the key stays Pre-Active.
+    drop(answer);
+    let kek = provider.create_kek(&scope).unwrap();
+    assert_eq!(kmip.server.keys(), 1);
+    let dek = Payload::bind(
+        &Dek::random().unwrap(),
+        &Binding {
+            envelope: EnvelopeId::random(),
+            vm: VmId::random(),
+            kind: ObjectKind::Nvram,
+        },
+    );
+    provider.wrap(&kek, &dek.unwrap()).unwrap();
+}
+
+#[test]
+fn keys_say_whose_they_are() {
+    let kmip = Kmip::new();
+    let vm = VmId::random();
+    kmip.provider().create_kek(&KekScope::Vm(vm)).unwrap();
+    let labels = kmip.server.labels();
+    for needle in [
+        format!("virtseal-vm-{vm}-{}", kmip.provider().id()),
+        format!("vm={vm}; host={}; purpose=virtseal-kek", host_name()),
+    ] {
+        assert!(labels.contains(&needle), "{labels}");
+    }
+}
+
+#[test]
+fn one_key_for_all_where_the_admin_says_so() {
+    let kmip = Kmip::with(false, |settings| settings.kek_scope = Scope::Provider);
+    let keks = [0, 1].map(|_| kmip.provider().create_kek(&KekScope::Vm(VmId::random())).unwrap());
+    assert_eq!(keks[0], keks[1]);
+}
+
+#[test]
+fn server_that_encrypts_must_say_so() {
+    let kmip = Kmip::new();
+    let (provider, _dir) = kmip.another(|settings| {
+        settings.mode = Mode::Server;
+        settings.kmip_version = Some("1.2".parse().unwrap());
+    });
+    assert!(matches!(provider.status(), ProviderStatus::Degraded(_)));
+    let wrapped = Wrapped::by(kmip.provider());
+    let error = provider.wrap(&wrapped.stanza.kek, &wrapped.payload).unwrap_err();
+    assert!(chain(&error).contains("--mode local"), "{error}");
+}
+
+#[test]
+fn key_never_leaves_a_server_that_encrypts() {
+    let kmip = Kmip::new();
+    let proxy = Proxy::to(kmip.server.port);
+    let (provider, _dir) = kmip.another(|settings| {
+        settings.mode = Mode::Server;
+        settings.endpoints = super::fixture::settings(&[proxy.port]).endpoints;
+    });
+    let wrapped = Wrapped::by(&provider);
+    assert_eq!(wrapped.stanza.mechanism, "KMIP-A256GCM");
+    wrapped.assert_opened_by(&provider);
+    // Switching the mode leaves nothing behind closed doors.
+    let local = Wrapped::by(kmip.provider());
+    let mut foreign = local.stanza.clone();
+    foreign.mechanism = wrapped.stanza.mechanism.clone();
+    assert!(matches!(
+        kmip.provider().unwrap_many(&[&foreign]),
+        Err(ProviderError::Tampered)
+    ));
+}
+
+#[test]
+fn settings_are_checked() {
+    let dir = tempfile::tempdir().unwrap();
+    let keystore = Keystore::open(dir.path()).unwrap();
+    let create = |change: &dyn Fn(&mut KmipSettings)| {
+        let mut settings = settings(&[1]);
+        change(&mut settings);
+        KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings).err()
+    };
+    assert!(matches!(
+        create(&|settings| settings.endpoints.clear()),
+        Some(KmipProviderError::Endpoints)
+    ));
+    assert!(matches!(
+        create(&|settings| settings.timeout_ms = 0),
+        Some(KmipProviderError::Timeout)
+    ));
+    assert!(keystore.providers().unwrap().is_empty());
+    for json in [
+        r#"{"endpoints":["a"],"pin":"x"}"#,
+        r#"{"endpoints":["https://a"]}"#,
+        r#"{"endpoints":["a"],"kmip_version":"1.0"}"#,
+    ] {
+        assert!(serde_json::from_str::<KmipSettings>(json).is_err(), "{json}");
+    }
+    let plain: KmipSettings = serde_json::from_str(r#"{"endpoints":["a"]}"#).unwrap();
+    assert_eq!((plain.mode, plain.kek_scope), (Mode::Local, Scope::Vm));
+}
+
+#[test]
+fn key_in_the_clear_on_disk_needs_no_unlock_after_a_restart() {
+    let mut kmip = Kmip::with(false, |_| {});
+    let wrapped = Wrapped::by(kmip.provider());
+    kmip.restart();
+    wrapped.assert_opened_by(kmip.provider());
+    kmip.provider().lock();
+    assert!(matches!(
+        kmip.provider().unwrap_many(&[&wrapped.stanza]),
+        Err(ProviderError::Locked)
+    ));
+    kmip.provider().unlock(&secret("anything")).unwrap();
+    wrapped.assert_opened_by(kmip.provider());
+}

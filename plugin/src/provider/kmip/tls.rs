@@ -264,6 +264,7 @@ fn refusal(stack: &ErrorStack, has_identity: bool) -> KmipError {
         Some(45) => "the client certificate has expired",
         Some(46) => "it has a problem with the client certificate",
         Some(48) => "it does not know the CA of the client certificate",
+        Some(51) => "it can't verify the client certificate",
         Some(49) => "it denies access to the client certificate",
         Some(40) if !has_identity => "it refuses the handshake without a client certificate",
         _ => {

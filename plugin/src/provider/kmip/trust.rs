@@ -147,14 +147,15 @@ impl KmipProvider {
         Ok(facts)
     }
 
-    /// The signing request that waits for its certificate, in PEM; a first or a `new` one is made.
-    pub fn signing_request(&self, new: Option<(KeyKind, &str)>) -> Result<String, TrustError> {
+    /// The signing request that waits for its certificate, in PEM. A first one is made; with `new`, another one, for
+    /// this common name or, without one, the host's.
+    pub fn signing_request(&self, new: Option<(KeyKind, Option<&str>)>) -> Result<String, TrustError> {
         if let (None, Some(request)) = (&new, self.store.request()?) {
             return Ok(request.csr.clone());
         }
-        let host = super::host_name();
-        let (kind, name) = new.unwrap_or((KeyKind::EcP256, &host));
-        let request = SigningRequest::new(kind, name)?;
+        let (kind, name) = new.unwrap_or((KeyKind::EcP256, None));
+        let name = name.map_or_else(super::host_name, str::to_owned);
+        let request = SigningRequest::new(kind, &name)?;
         self.store.put_request(&request)?;
         Ok(request.csr.clone())
     }

@@ -1,0 +1,193 @@
+//! What `virtseal provider identity`, `csr` and `trust` ask for.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::Daemon;
+use super::providers::{passphrase_from, wrong_fds};
+use crate::api::{
+    CertificateView, IdentityParts, IdentitySet, NewKey, ProviderView, Providers, ServerView, Servers,
+    SigningRequestMade,
+};
+use crate::failure::{Code, Failure, chain};
+use crate::provider::kmip::{
+    CertificateFacts, Fingerprint, KeyKind, KmipProvider, MOST_PEM, NewIdentity, Presented, ServerTrust,
+    TrustError,
+};
+use crate::provider::registry::{NextCommand, Provider};
+use crate::secret::SecretBytes;
+
+impl Daemon {
+    /// Shows itself to the servers of `name` by what `fds` holds, as `parts` says.
+    pub fn set_provider_identity(
+        &self,
+        name: &str,
+        parts: &IdentityParts,
+        fds: Vec<OwnedFd>,
+    ) -> Result<IdentitySet, Failure> {
+        let provider = self.kmip(name)?;
+        let set = new_identity(parts, fds).and_then(|new| {
+            provider
+                .set_identity(&new)
+                .map_err(|error| trust_failure(name, &error))
+        });
+        crate::process::trim();
+        self.audit_provider("provider-identity", name, &set);
+        Ok(IdentitySet {
+            certificate: certificate_view(&set?),
+            provider: self.view_of(name)?,
+        })
+    }
+
+    /// The signing request of `name`.
+    pub fn provider_signing_request(
+        &self,
+        name: &str,
+        new: Option<&NewKey>,
+    ) -> Result<SigningRequestMade, Failure> {
+        let provider = self.kmip(name)?;
+        let new = new.map(|new| {
+            let kind = if new.rsa {
+                KeyKind::Rsa3072
+            } else {
+                KeyKind::EcP256
+            };
+            (kind, new.common_name.as_deref())
+        });
+        let made = provider
+            .signing_request(new)
+            .map_err(|error| trust_failure(name, &error));
+        self.audit_provider("provider-csr", name, &made);
+        Ok(SigningRequestMade { pem: made? })
+    }
+
+    /// What the servers of `name` show.
+    pub fn provider_servers(&self, name: &str) -> Result<Servers, Failure> {
+        let shown = self.kmip(name)?.presented();
+        Ok(Servers {
+            servers: shown.into_iter().map(server_view).collect(),
+        })
+    }
+
+    /// Trusts the servers of `name` by their fingerprints or by the CA in `fds`.
+    pub fn trust_provider(
+        &self,
+        name: &str,
+        fingerprints: &[String],
+        fds: Vec<OwnedFd>,
+    ) -> Result<Providers, Failure> {
+        let provider = self.kmip(name)?;
+        let trusted = server_trust(fingerprints, fds)
+            .and_then(|trust| provider.trust(trust).map_err(|error| trust_failure(name, &error)));
+        self.audit_provider("provider-trust", name, &trusted);
+        trusted?;
+        Ok(Providers {
+            providers: vec![self.view_of(name)?],
+        })
+    }
+
+    fn kmip(&self, name: &str) -> Result<Arc<KmipProvider>, Failure> {
+        match self.registry.find(name)? {
+            Provider::Kmip(kmip) => Ok(kmip),
+            other => Err(Failure::new(
+                Code::Usage,
+                format!(
+                    "provider '{name}' is of kind {}, which has no servers to trust",
+                    other.kind()
+                ),
+            )
+            .next(NextCommand::List.to_string())),
+        }
+    }
+
+    fn view_of(&self, name: &str) -> Result<ProviderView, Failure> {
+        let id = self.registry.find(name)?.provider().id().to_string();
+        let mut views = self.providers()?.providers.into_iter();
+        views
+            .find(|view| view.id == id)
+            .ok_or_else(|| Failure::new(Code::NotFound, format!("provider '{name}' is gone")))
+    }
+}
+
+fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity, Failure> {
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().ok_or_else(wrong_fds);
+    let certificate = pem_from(next()?)?;
+    let key = match parts.key {
+        true => Some(pem_from(next()?)?),
+        false => None,
+    };
+    let login = match &parts.user {
+        Some(user) => Some((user.clone(), passphrase_from(next()?)?)),
+        None => None,
+    };
+    let passphrase = match parts.seal {
+        true => Some(passphrase_from(next()?)?),
+        false => None,
+    };
+    Ok(NewIdentity {
+        certificate,
+        key,
+        login,
+        passphrase,
+    })
+}
+
+fn pem_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
+    SecretBytes::read_from(File::from(fd), MOST_PEM)
+        .map_err(|error| Failure::from_error(Code::Usage, "can't read the PEM file", &error))
+}
+
+fn server_trust(fingerprints: &[String], fds: Vec<OwnedFd>) -> Result<ServerTrust, Failure> {
+    if let Some(ca) = fds.into_iter().next() {
+        let pem = pem_from(ca)?;
+        return Ok(ServerTrust::Ca(
+            String::from_utf8_lossy(pem.expose()).into_owned(),
+        ));
+    }
+    let pins = fingerprints.iter().map(|text| text.parse::<Fingerprint>());
+    let pins = pins.collect::<Result<_, _>>();
+    pins.map(ServerTrust::Pins)
+        .map_err(|error| Failure::new(Code::Usage, chain(&error)))
+}
+
+fn server_view(shown: Presented) -> ServerView {
+    let (chain, problem) = match shown.chain {
+        Ok(chain) => (chain.iter().map(certificate_view).collect(), None),
+        Err(problem) => (Vec::new(), Some(problem)),
+    };
+    ServerView {
+        endpoint: shown.endpoint,
+        chain,
+        problem,
+    }
+}
+
+fn certificate_view(facts: &CertificateFacts) -> CertificateView {
+    CertificateView {
+        subject: facts.subject.clone(),
+        issuer: facts.issuer.clone(),
+        names: facts.names.clone(),
+        sha256: facts.fingerprint.to_string(),
+        not_after: facts.not_after.clone(),
+        days_left: facts.days_left.into(),
+    }
+}
+
+fn trust_failure(name: &str, error: &TrustError) -> Failure {
+    let (code, next) = match error {
+        TrustError::Refused { .. } => (
+            Code::NotTrusted,
+            format!("compare fingerprints with the KMS's admin, then virtseal provider trust {name}"),
+        ),
+        TrustError::Locked => (Code::Locked, NextCommand::Unlock(name.to_owned()).to_string()),
+        TrustError::WouldUnseal => (Code::Usage, format!("virtseal provider identity {name} --seal …")),
+        TrustError::Identity(_) => (Code::Usage, format!("virtseal provider csr {name}")),
+        TrustError::Ca(_) | TrustError::Empty => (Code::Usage, format!("virtseal provider trust {name}")),
+        TrustError::Store(_) => {
+            return Failure::from_error(Code::Failed, format!("provider '{name}'"), error);
+        }
+    };
+    Failure::from_error(code, format!("provider '{name}'"), error).next(next)
+}

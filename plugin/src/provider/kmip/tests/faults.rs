@@ -1,0 +1,166 @@
+//! Servers that die, restart, stall or disappear.
+
+use std::time::{Duration, Instant};
+
+use super::super::fixture::{Kmip, Manner, Proxy, free_port, settings};
+use super::{KmipProvider, Wrapped};
+use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
+
+#[test]
+fn killed_server_is_named_and_a_restarted_one_works_again() {
+    let mut kmip = Kmip::with(false, |settings| settings.timeout_ms = 900);
+    let wrapped = Wrapped::by(kmip.provider());
+    kmip.server.kill();
+    let error = kmip.provider().unwrap_many(&[&wrapped.stanza]).unwrap_err();
+    let ProviderError::Unreachable(why) = &error else {
+        panic!("{error:?}");
+    };
+    assert!(why.contains("last answer") && why.contains("127.0.0.1"), "{why}");
+    assert!(matches!(kmip.provider().status(), ProviderStatus::Unreachable(_)));
+    kmip.server.run();
+    kmip.provider().probe();
+    assert_eq!(kmip.provider().status(), ProviderStatus::Ready);
+    // With the time that a busy machine needs.
+    let (patient, _dir) = kmip.another(|_| {});
+    let again = Wrapped::by(&patient);
+    again.assert_opened_by(&patient);
+}
+
+#[test]
+fn outage_shorter_than_the_retries_costs_time_only() {
+    let kmip = Kmip::new();
+    let proxy = Proxy::to(kmip.server.port);
+    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&[proxy.port]).endpoints);
+    let wrapped = Wrapped::by(&provider);
+    proxy.be(Manner::Refuse);
+    std::thread::scope(|scope| {
+        // After the first try, before the second.
+        let mending = scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(300));
+            proxy.be(Manner::Forward);
+        });
+        let began = Instant::now();
+        wrapped.assert_opened_by(&provider);
+        assert!(began.elapsed() >= Duration::from_millis(300));
+        mending.join().unwrap();
+    });
+}
+
+#[test]
+fn cut_connections_are_replaced_at_once() {
+    let kmip = Kmip::new();
+    let proxy = Proxy::to(kmip.server.port);
+    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&[proxy.port]).endpoints);
+    let wrapped = Wrapped::by(&provider);
+    for _ in 0..3 {
+        proxy.cut();
+        let before = proxy.connections();
+        wrapped.assert_opened_by(&provider);
+        assert_eq!(proxy.connections(), before + 1);
+        assert_eq!(provider.status(), ProviderStatus::Ready);
+    }
+}
+
+#[test]
+fn stalled_server_ends_at_the_timeout() {
+    let kmip = Kmip::new();
+    let proxy = Proxy::to(kmip.server.port);
+    let (provider, _dir) = kmip.another(|set| {
+        set.endpoints = settings(&[proxy.port]).endpoints;
+        set.timeout_ms = 700;
+    });
+    proxy.be(Manner::Stall);
+    let began = Instant::now();
+    let error = provider.create_kek(&KekScope::Provider).unwrap_err();
+    assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
+    let took = began.elapsed();
+    assert!(
+        took >= Duration::from_millis(600) && took < Duration::from_secs(10),
+        "{took:?}"
+    );
+}
+
+#[test]
+fn dead_first_node_costs_its_patience_once() {
+    let kmip = Kmip::new();
+    let first = Proxy::to(kmip.server.port);
+    let ports = [first.port, kmip.server.port];
+    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&ports).endpoints);
+    let wrapped = Wrapped::by(&provider);
+    // A busy machine may have made it look slow.
+    recovered(&provider);
+    first.be(Manner::Stall);
+    let asked = first.requests();
+    let began = Instant::now();
+    wrapped.assert_opened_by(&provider);
+    let with_dead_node = began.elapsed();
+    assert!(first.requests() > asked, "the first node was asked first");
+    assert!(with_dead_node >= Duration::from_millis(250));
+    let asked = first.requests();
+    let began = Instant::now();
+    wrapped.assert_opened_by(&provider);
+    println!("first start {with_dead_node:?}, second {:?}", began.elapsed());
+    assert_eq!(first.requests(), asked, "the second start did not wait for it");
+    first.be(Manner::Forward);
+    recovered(&provider);
+    wrapped.assert_opened_by(&provider);
+    assert!(first.requests() > asked, "it has its place again");
+}
+
+/// Until the first node is the one that is asked first.
+fn recovered(provider: &KmipProvider) {
+    let demoted = || {
+        let health = &provider.inner.cluster.nodes()[0].health;
+        health.lock().unwrap().is_demoted()
+    };
+    let began = Instant::now();
+    while demoted() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it never recovers");
+        provider.probe();
+    }
+}
+
+#[test]
+fn dead_nodes_are_counted_and_the_living_one_serves() {
+    let kmip = Kmip::new();
+    let ports = [free_port(), free_port(), kmip.server.port];
+    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&ports).endpoints);
+    Wrapped::by(&provider).assert_opened_by(&provider);
+    let ProviderStatus::Degraded(why) = provider.status() else {
+        panic!("{:?}", provider.status());
+    };
+    assert!(why.starts_with("2 of 3 nodes"), "{why}");
+    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&ports[..2]).endpoints);
+    let ProviderStatus::Unreachable(why) = provider.status() else {
+        panic!("{:?}", provider.status());
+    };
+    assert!(why.starts_with("2 of 2 nodes: connect:"), "{why}");
+}
+
+#[test]
+fn server_that_speaks_something_else_is_an_error() {
+    let kmip = Kmip::new();
+    let (provider, _dir) = kmip.another(|set| {
+        let port = talkative();
+        set.endpoints = settings(&[port]).endpoints;
+        set.timeout_ms = 3_000;
+    });
+    let ProviderStatus::Unreachable(why) = provider.status() else {
+        panic!("{:?}", provider.status());
+    };
+    assert!(why.contains("TLS"), "{why}");
+}
+
+/// A server that greets like SSH whoever connects.
+fn talkative() -> u16 {
+    use std::io::Write;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().take(32).flatten() {
+            // A client that has gone by now has seen enough.
+            let _ = stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n");
+        }
+    });
+    port
+}

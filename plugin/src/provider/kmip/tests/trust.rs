@@ -1,0 +1,212 @@
+//! Trust both ways: what is refused until it is there, and what ends it.
+
+use std::fs;
+
+use super::super::fixture::{Authority, Kmip, Server, identity, settings};
+use super::Wrapped;
+use crate::keystore::Keystore;
+use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
+use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
+use crate::secret::SecretBytes;
+
+fn not_trusted(provider: &KmipProvider) -> String {
+    match provider.status() {
+        ProviderStatus::NotTrusted(why) => why,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn untrusting(port: u16) -> (KmipProvider, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let keystore = Keystore::open(dir.path()).unwrap();
+    let provider = KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings(&[port])).unwrap();
+    (provider, dir)
+}
+
+fn shown(provider: &KmipProvider) -> Fingerprint {
+    provider.presented()[0].chain.as_ref().unwrap()[0].fingerprint
+}
+
+#[test]
+fn nothing_works_until_both_sides_trust() {
+    let authority = Authority::new();
+    let server = Server::start(&authority, 90);
+    let (provider, _dir) = untrusting(server.port);
+    assert!(not_trusted(&provider).starts_with("Not trusted: "));
+    assert!(matches!(
+        provider.create_kek(&crate::provider::KekScope::Provider),
+        Err(ProviderError::NotTrusted(_))
+    ));
+    provider.trust(ServerTrust::Pins(vec![shown(&provider)])).unwrap();
+    assert!(not_trusted(&provider).starts_with("Connected, not trusted by KMS: "));
+    assert!(matches!(
+        provider.create_kek(&crate::provider::KekScope::Provider),
+        Err(ProviderError::RefusesUs(_))
+    ));
+    let stranger = identity(&Authority::new(), false);
+    provider.set_identity(&stranger).unwrap();
+    assert!(not_trusted(&provider).starts_with("Connected, not trusted by KMS: "));
+    provider.set_identity(&identity(&authority, false)).unwrap();
+    assert_eq!(provider.status(), ProviderStatus::Ready);
+    Wrapped::by(&provider).assert_opened_by(&provider);
+}
+
+#[test]
+fn servers_are_shown_with_what_there_is_to_compare() {
+    let kmip = Kmip::new();
+    let presented = kmip.provider().presented();
+    assert_eq!(presented.len(), 1);
+    let chain = presented[0].chain.as_ref().unwrap();
+    assert_eq!(chain[0].subject, "CN=kms");
+    assert_eq!(chain[0].names, ["localhost", "127.0.0.1"]);
+    assert!((89..=90).contains(&chain[0].days_left));
+    let (provider, _dir) = untrusting(super::super::fixture::free_port());
+    assert!(
+        provider.presented()[0]
+            .chain
+            .as_ref()
+            .unwrap_err()
+            .contains("connect")
+    );
+}
+
+#[test]
+fn changed_server_certificate_is_refused_with_both_fingerprints() {
+    let mut kmip = Kmip::new();
+    let provider = kmip.provider();
+    let old = shown(provider);
+    provider.trust(ServerTrust::Pins(vec![old])).unwrap();
+    let wrapped = Wrapped::by(provider);
+    kmip.server.kill();
+    kmip.server.certify(&kmip.authority, 90);
+    kmip.server.run();
+    let provider = kmip.provider();
+    let new = shown(provider);
+    assert_ne!(old, new);
+    let error = provider.unwrap_many(&[&wrapped.stanza]).unwrap_err();
+    assert!(matches!(error, ProviderError::NotTrusted(_)), "{error:?}");
+    for fingerprint in [old, new] {
+        assert!(error.to_string().contains(&fingerprint.to_string()), "{error}");
+    }
+    assert!(not_trusted(provider).starts_with("Not trusted: "));
+    provider.trust(ServerTrust::Pins(vec![old, new])).unwrap();
+    wrapped.assert_opened_by(provider);
+}
+
+#[test]
+fn wrong_fingerprint_or_ca_changes_nothing() {
+    let kmip = Kmip::new();
+    let wrong: Fingerprint = "AB".repeat(32).parse().unwrap();
+    let error = kmip.provider().trust(ServerTrust::Pins(vec![wrong])).unwrap_err();
+    let TrustError::Refused { why, .. } = &error else {
+        panic!("{error:?}");
+    };
+    let actual = shown(kmip.provider());
+    assert!(
+        why.contains(&wrong.to_string()) && why.contains(&actual.to_string()),
+        "{why}"
+    );
+    let other = ServerTrust::Ca(Authority::new().pem());
+    assert!(matches!(
+        kmip.provider().trust(other),
+        Err(TrustError::Refused { .. })
+    ));
+    for nothing in [ServerTrust::Pins(Vec::new()), ServerTrust::Ca(String::new())] {
+        assert!(matches!(kmip.provider().trust(nothing), Err(TrustError::Empty)));
+    }
+    assert_eq!(kmip.provider().status(), ProviderStatus::Ready);
+}
+
+#[test]
+fn expired_server_certificate_is_refused_by_ca_and_by_pin() {
+    let mut kmip = Kmip::new();
+    let wrapped = Wrapped::by(kmip.provider());
+    kmip.server.kill();
+    kmip.server.certify(&kmip.authority, -2);
+    kmip.server.run();
+    let error = kmip.provider().unwrap_many(&[&wrapped.stanza]).unwrap_err();
+    assert!(matches!(error, ProviderError::NotTrusted(_)), "{error:?}");
+    assert!(error.to_string().contains("expired"), "{error}");
+    let pin = ServerTrust::Pins(vec![shown(kmip.provider())]);
+    let error = kmip.provider().trust(pin).unwrap_err();
+    assert!(format!("{error}").contains("expired on"), "{error}");
+}
+
+#[test]
+fn end_of_a_certificate_is_announced() {
+    let mut kmip = Kmip::with(false, |_| {});
+    kmip.server.kill();
+    kmip.server.certify(&kmip.authority, 12);
+    kmip.server.run();
+    let client = kmip.authority.client("vm-host", 20);
+    let new = NewIdentity {
+        certificate: SecretBytes::take(&mut client.certificate.clone()).unwrap(),
+        key: Some(SecretBytes::take(&mut client.key.clone()).unwrap()),
+        login: None,
+        passphrase: None,
+    };
+    kmip.provider().set_identity(&new).unwrap();
+    let ProviderStatus::Degraded(why) = kmip.provider().status() else {
+        panic!("{:?}", kmip.provider().status());
+    };
+    for part in ["expires in 12 days", "the client certificate expires in 20 days"] {
+        assert!(why.contains(part), "{why}");
+    }
+    Wrapped::by(kmip.provider()).assert_opened_by(kmip.provider());
+}
+
+#[test]
+fn signed_request_makes_the_identity() {
+    let kmip = Kmip::with(false, |_| {});
+    let provider = kmip.provider();
+    let first = provider.signing_request(None).unwrap();
+    assert_eq!(provider.signing_request(None).unwrap(), first);
+    let second = provider
+        .signing_request(Some((KeyKind::EcP256, Some("kvm7"))))
+        .unwrap();
+    assert_ne!(first, second);
+    let signed = kmip.authority.sign(second.as_bytes(), 90);
+    let new = |certificate: &[u8]| NewIdentity {
+        certificate: SecretBytes::take(&mut certificate.to_vec()).unwrap(),
+        key: None,
+        login: None,
+        passphrase: None,
+    };
+    let old = kmip.authority.sign(first.as_bytes(), 90);
+    assert!(
+        provider.set_identity(&new(&old)).is_err(),
+        "the key of that request is gone"
+    );
+    assert_eq!(provider.set_identity(&new(&signed)).unwrap().subject, "CN=kvm7");
+    assert_eq!(provider.status(), ProviderStatus::Ready);
+    // Renewed for the key in use.
+    let renewed = kmip.authority.sign(second.as_bytes(), 200);
+    assert_eq!(provider.set_identity(&new(&renewed)).unwrap().days_left / 10, 20);
+}
+
+#[test]
+fn sealed_key_is_never_replaced_by_one_in_the_clear() {
+    let kmip = Kmip::new();
+    let plain = identity(&kmip.authority, false);
+    assert!(matches!(
+        kmip.provider().set_identity(&plain),
+        Err(TrustError::WouldUnseal)
+    ));
+    kmip.provider().lock();
+    let sealed = identity(&kmip.authority, true);
+    assert!(matches!(
+        kmip.provider().set_identity(&sealed),
+        Err(TrustError::Locked)
+    ));
+    for entry in walk(kmip.state_dir()) {
+        let text = String::from_utf8_lossy(&fs::read(entry).unwrap()).into_owned();
+        assert!(!text.contains("PRIVATE KEY") && !text.contains("\"password\""));
+    }
+}
+
+fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] })
+        .collect()
+}
