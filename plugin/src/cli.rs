@@ -204,9 +204,12 @@ struct KmipArgs {
     /// Speak this version instead of the best that both sides have.
     #[arg(long, value_name = "1.1 … 2.1")]
     kmip_version: Option<KmipVersion>,
-    /// The most time for one call, with its retries.
-    #[arg(long, value_name = "SECONDS", default_value_t = 4.5)]
-    timeout: f64,
+    /// The most time for one operation with its retries, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 4500)]
+    timeout_ms: u64,
+    /// The provider's UUID on another host: both open what the other sealed.
+    #[arg(long, value_name = "UUID")]
+    id: Option<ProviderId>,
 }
 
 #[derive(Debug, Args)]

@@ -15,7 +15,8 @@ pub(super) async fn add_kmip(args: &KmipArgs, client: &mut Client, printer: &Pri
         "mode": args.mode,
         "kek_scope": args.kek_scope,
         "kmip_version": args.kmip_version,
-        "timeout_ms": (args.timeout * 1000.0).round() as u64,
+        "timeout_ms": args.timeout_ms,
+        "id": args.id,
     });
     let (name, settings) = (&args.name, settings.to_string());
     let added = client

@@ -102,6 +102,9 @@ pub struct KmipSettings {
     /// The most time for one call, in milliseconds, with all its retries and failovers.
     #[serde(default = "default_timeout")]
     pub timeout_ms: u64,
+    /// The provider's id on another host, to be the same one here: both open what the other sealed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<ProviderId>,
 }
 
 /// A little less than the registry's own deadline, whose message knows nothing of nodes.
@@ -182,7 +185,8 @@ impl KmipProvider {
     ) -> Result<Self, KmipProviderError> {
         let settings = settings.validated()?;
         let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
-        let record = keystore.insert_provider(ProviderId::random(), name.as_str(), Self::KIND, &json)?;
+        let id = settings.id.unwrap_or_else(ProviderId::random);
+        let record = keystore.insert_provider(id, name.as_str(), Self::KIND, &json)?;
         Self::open(keystore, &record)
     }
 

@@ -4,7 +4,7 @@
 //! next as well; the first answer counts. A request that can't be repeated (Create, …) goes to one server, once.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::call::Call;
@@ -178,9 +178,9 @@ impl Cluster {
         self.nodes.len() == 1
     }
 
-    fn order(&self) -> Vec<usize> {
-        let demoted = self.nodes.iter().map(|node| lock(&node.health).is_demoted());
-        health::order(&demoted.collect::<Vec<_>>())
+    pub(super) fn order(&self) -> Vec<usize> {
+        let ranks = self.nodes.iter().map(|node| lock(&node.health).rank());
+        health::order(&ranks.collect::<Vec<_>>())
     }
 
     /// What is wrong with every server, as one error: of the kind that an admin has to look at first.
@@ -311,10 +311,7 @@ impl<'a> Race<'a> {
         } else {
             left
         };
-        match answers.recv_timeout(patience) {
-            Ok(answer) => Some(answer),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        answers.recv_timeout(patience).ok()
     }
 }
 

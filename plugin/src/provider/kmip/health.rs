@@ -20,6 +20,8 @@ pub(super) struct Health {
     failure: Option<KmipError>,
     /// Behind the others until it has recovered.
     demoted: bool,
+    /// Nothing has come from it since it was asked last.
+    silent: bool,
     quick_answers: u32,
     last_answer: Option<SystemTime>,
     asked: bool,
@@ -30,6 +32,7 @@ impl Health {
     pub(super) fn answered(&mut self, took: Duration, alone: bool, now: SystemTime) {
         self.asked = true;
         self.failure = None;
+        self.silent = false;
         self.last_answer = Some(now);
         if took > PATIENCE && !alone {
             self.demoted = true;
@@ -44,13 +47,13 @@ impl Health {
     pub(super) fn failed(&mut self, why: KmipError) {
         self.asked = true;
         self.failure = Some(why);
-        self.demoted = true;
-        self.quick_answers = 0;
+        self.outrun();
     }
 
     /// Another one answered first.
     pub(super) fn outrun(&mut self) {
         self.demoted = true;
+        self.silent = true;
         self.quick_answers = 0;
     }
 
@@ -71,8 +74,12 @@ impl Health {
         self.asked
     }
 
-    pub(super) fn is_demoted(&self) -> bool {
-        self.demoted
+    pub(super) fn rank(&self) -> Rank {
+        match (self.demoted, self.silent) {
+            (false, _) => Rank::Good,
+            (true, false) => Rank::Slow,
+            (true, true) => Rank::Silent,
+        }
     }
 
     pub(super) fn last_answer(&self) -> Option<SystemTime> {
@@ -80,10 +87,21 @@ impl Health {
     }
 }
 
-/// In which order to ask: as configured, demoted servers last.
-pub(super) fn order(demoted: &[bool]) -> Vec<usize> {
-    let mut order: Vec<_> = (0..demoted.len()).collect();
-    order.sort_by_key(|nth| demoted[*nth]);
+/// What decides who is asked first, from best to worst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Rank {
+    /// In its place.
+    Good,
+    /// It answers, and has not recovered yet.
+    Slow,
+    /// It did not answer.
+    Silent,
+}
+
+/// In which order to ask: by rank, and as configured among equals.
+pub(super) fn order(ranks: &[Rank]) -> Vec<usize> {
+    let mut order: Vec<_> = (0..ranks.len()).collect();
+    order.sort_by_key(|nth| ranks[*nth]);
     order
 }
 
@@ -106,37 +124,40 @@ mod tests {
     fn one_answer_does_not_bring_a_failed_server_back() {
         let mut health = Health::default();
         health.failed(down());
-        assert!(health.is_demoted() && health.failure().is_some());
+        assert!(health.rank() == Rank::Silent && health.failure().is_some());
         answered(&mut health, QUICK);
-        assert!(health.is_demoted() && health.failure().is_none());
+        assert!(health.rank() == Rank::Slow && health.failure().is_none());
         health.failed(down());
         answered(&mut health, QUICK);
-        assert!(health.is_demoted(), "a flapping server stays behind");
+        assert_eq!(health.rank(), Rank::Slow, "a flapping server stays behind");
         answered(&mut health, QUICK);
-        assert!(!health.is_demoted());
+        assert_eq!(health.rank(), Rank::Good);
     }
 
     #[test]
     fn slow_answers_demote_unless_there_is_no_other() {
         let mut health = Health::default();
         answered(&mut health, SLOW);
-        assert!(health.is_demoted() && health.failure().is_none());
+        assert!(health.rank() == Rank::Slow && health.failure().is_none());
         let mut health = Health::default();
         health.answered(SLOW, true, SystemTime::UNIX_EPOCH);
-        assert!(!health.is_demoted());
+        assert_eq!(health.rank(), Rank::Good);
         health.outrun();
+        assert_eq!(health.rank(), Rank::Silent);
         answered(&mut health, QUICK);
         answered(&mut health, SLOW);
         answered(&mut health, QUICK);
-        assert!(health.is_demoted());
+        assert_eq!(health.rank(), Rank::Slow);
     }
 
     #[test]
     fn configured_order_is_kept_among_equals() {
-        assert_eq!(order(&[false, false, false]), [0, 1, 2]);
-        assert_eq!(order(&[true, false, false]), [1, 2, 0]);
-        assert_eq!(order(&[true, true, true]), [0, 1, 2]);
-        assert_eq!(order(&[true, false, true]), [1, 0, 2]);
+        use Rank::{Good, Silent, Slow};
+        assert_eq!(order(&[Good, Good, Good]), [0, 1, 2]);
+        assert_eq!(order(&[Slow, Good, Good]), [1, 2, 0]);
+        assert_eq!(order(&[Silent, Silent, Silent]), [0, 1, 2]);
+        assert_eq!(order(&[Silent, Good, Slow]), [1, 2, 0]);
+        assert_eq!(order(&[Silent, Slow]), [1, 0]);
         assert!(order(&[]).is_empty());
     }
 }

@@ -198,6 +198,18 @@ fn key_never_leaves_a_server_that_encrypts() {
 }
 
 #[test]
+fn provider_with_the_same_id_opens_what_another_host_sealed() {
+    let here = Kmip::new();
+    let wrapped = Wrapped::by(here.provider());
+    let id = Some(here.provider().id());
+    let (there, _dir) = here.another(|settings| settings.id = id);
+    wrapped.assert_opened_by(&there);
+    let (stranger, _dir) = here.another(|_| {});
+    let refused = stranger.unwrap_many(&[&wrapped.stanza]);
+    assert!(matches!(refused, Err(ProviderError::Tampered)));
+}
+
+#[test]
 fn settings_are_checked() {
     let dir = tempfile::tempdir().unwrap();
     let keystore = Keystore::open(dir.path()).unwrap();

@@ -145,7 +145,7 @@ impl Judge {
         move |verified, context| {
             let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(chain) = context.chain() {
-                seen.chain = chain.iter().map(|one| one.to_owned()).collect();
+                seen.chain = chain.iter().map(ToOwned::to_owned).collect();
             }
             let verdict = match trust.as_deref() {
                 None => None,
@@ -268,7 +268,11 @@ fn refusal(stack: &ErrorStack, has_identity: bool) -> KmipError {
         Some(49) => "it denies access to the client certificate",
         Some(40) if !has_identity => "it refuses the handshake without a client certificate",
         _ => {
-            let text: Vec<_> = stack.errors().iter().filter_map(|error| error.reason()).collect();
+            let text: Vec<_> = stack
+                .errors()
+                .iter()
+                .filter_map(openssl::error::Error::reason)
+                .collect();
             return KmipError::Unreachable(format!("TLS: {}", printable(&text.join(", "))));
         }
     };

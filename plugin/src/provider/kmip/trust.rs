@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::KmipProvider;
 use super::certificate::CertificateFacts;
 use super::error::KmipError;
-use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest};
+use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest, StoredIdentity};
 use super::store::{ServerTrust, StoreError};
 use super::tls::{self, Tls};
 
@@ -109,7 +109,7 @@ impl KmipProvider {
     /// one that is not.
     pub fn set_identity(&self, new: &NewIdentity) -> Result<CertificateFacts, TrustError> {
         let stored = self.store.identity()?;
-        let was_sealed = stored.as_ref().is_some_and(|stored| stored.is_sealed());
+        let was_sealed = stored.as_ref().is_some_and(StoredIdentity::is_sealed);
         if was_sealed && new.passphrase.is_none() {
             return Err(TrustError::WouldUnseal);
         }
