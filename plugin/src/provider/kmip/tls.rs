@@ -187,7 +187,7 @@ fn judge_pins(pins: &[Fingerprint], leaf: Option<&X509>) -> Option<String> {
     if !pins.contains(&facts.fingerprint) {
         let pinned: Vec<_> = pins.iter().map(Fingerprint::to_string).collect();
         return Some(format!(
-            "the server's certificate has changed: {} is trusted, it shows {}",
+            "the server shows another certificate than the trusted one: {} is trusted, {} is shown",
             pinned.join(" or "),
             facts.fingerprint
         ));
@@ -245,6 +245,7 @@ fn failed(error: &openssl::ssl::Error, doing: &str) -> Failed {
 fn io_reason(error: &io::Error, doing: &str) -> String {
     match error.kind() {
         io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => format!("{doing} timed out"),
+        io::ErrorKind::ConnectionRefused => "connection refused".to_owned(),
         io::ErrorKind::UnexpectedEof => format!("{doing}: the server closed the connection"),
         _ => format!("{doing}: {error}"),
     }

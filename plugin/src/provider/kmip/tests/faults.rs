@@ -134,7 +134,7 @@ fn dead_nodes_are_counted_and_the_living_one_serves() {
     let ProviderStatus::Unreachable(why) = provider.status() else {
         panic!("{:?}", provider.status());
     };
-    assert!(why.starts_with("2 of 2 nodes: connect:"), "{why}");
+    assert!(why.starts_with("2 of 2 nodes: connection refused"), "{why}");
 }
 
 #[test]
