@@ -70,6 +70,33 @@ impl Keystore {
         })
     }
 
+    /// Adds the next root key of a native provider.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownProvider`], and when it has a root key of this generation or a later one.
+    pub fn insert_native_generation(&self, id: ProviderId, root: &NativeRoot) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            let newest: Option<u32> = transaction.query_row(
+                "SELECT max(generation) FROM native_roots WHERE provider = ?1",
+                [id.to_string()],
+                |row| row.get(0),
+            )?;
+            let newest = newest.ok_or(KeystoreError::UnknownProvider(id))?;
+            if root.generation != newest + 1 {
+                return Err(KeystoreError::Inconsistent {
+                    row: format!("of the root keys of provider {id}"),
+                    why: format!("generation {} can't follow {newest}", root.generation),
+                }
+                .into());
+            }
+            transaction.execute(
+                "INSERT INTO native_roots (provider, generation, sealed, backed_up_at) VALUES (?1, ?2, ?3, ?4)",
+                params![id.to_string(), root.generation, root.sealed, root.backed_up_at],
+            )?;
+            Ok(())
+        })
+    }
+
     /// All providers, by name.
     pub fn providers(&self) -> Result<Vec<ProviderRecord>, KeystoreError> {
         self.read(|connection| {

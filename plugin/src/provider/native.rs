@@ -8,6 +8,9 @@
 //!                Locked ◄────────── open ──────────► Locked
 //! ```
 //!
+//! [`rotate`](NativeProvider::rotate) adds a root key and leads back to NotBackedUp: the new one wraps once it is backed
+//! up, all of them unwrap for ever, and the newest sealed text and every backup from then on hold them all.
+//!
 //! KEKs are derived from the root key, so one backup covers every VM to come; until it exists nothing is
 //! wrapped. The root key is in memory only while unlocked: [`lock`](KeyProvider::lock) takes it away at once, a
 //! call that runs at that moment ends with the copy it holds, and no later one starts.
@@ -18,13 +21,12 @@ pub(super) mod sealing;
 
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use thiserror::Error;
 
-use self::document::RootKey;
+use self::document::RootKeys;
 use self::kek::{Kek, KekName};
 use self::sealing::Form;
 use super::aes_gcm::MECHANISM;
@@ -41,15 +43,31 @@ pub struct NativeProvider {
     id: ProviderId,
     name: String,
     keystore: Arc<Keystore>,
-    generation: u32,
-    sealed: Vec<u8>,
-    backed_up: AtomicBool,
+    newest: RwLock<Newest>,
     held: RwLock<Held>,
+}
+
+/// The newest root key, as the keystore has it.
+#[derive(Clone)]
+struct Newest {
+    generation: u32,
+    sealed: Arc<[u8]>,
+    backed_up: bool,
+}
+
+impl From<NativeRoot> for Newest {
+    fn from(row: NativeRoot) -> Self {
+        Self {
+            generation: row.generation,
+            sealed: row.sealed.into(),
+            backed_up: row.backed_up_at.is_some(),
+        }
+    }
 }
 
 #[derive(Default)]
 struct Held {
-    root: Option<Arc<SecretBytes>>,
+    roots: Option<Arc<RootKeys>>,
     /// How often it was locked: an unlock that took its second meanwhile must not undo that.
     locks: u64,
 }
@@ -90,8 +108,8 @@ impl NativeProvider {
         passphrase: &SecretBytes,
     ) -> Result<Self, NativeError> {
         refuse_taken(&keystore, None, name)?;
-        let root = RootKey::random(ProviderId::random()).map_err(NativeError::Memory)?;
-        Self::record(keystore, name, root, passphrase, None)
+        let roots = RootKeys::random(ProviderId::random()).map_err(NativeError::Memory)?;
+        Self::record(keystore, name, roots, passphrase, None)
     }
 
     /// Brings a backed-up provider to this host, sealed by `passphrase`. It counts as backed up.
@@ -106,27 +124,22 @@ impl NativeProvider {
         passphrase: &SecretBytes,
     ) -> Result<Self, NativeError> {
         refuse_taken(&keystore, None, name)?;
-        let root = read_backup(backup, backup_passphrase)?;
-        refuse_taken(&keystore, Some(root.provider), name)?;
-        Self::record(keystore, name, root, passphrase, Some(now()))
+        let roots = read_backup(backup, backup_passphrase)?;
+        refuse_taken(&keystore, Some(roots.provider), name)?;
+        Self::record(keystore, name, roots, passphrase, Some(now()))
     }
 
     fn record(
         keystore: Arc<Keystore>,
         name: &ProviderName,
-        root: RootKey,
+        roots: RootKeys,
         passphrase: &SecretBytes,
         backed_up_at: Option<i64>,
     ) -> Result<Self, NativeError> {
-        let text = root.to_text(name.as_str())?;
-        let row = NativeRoot {
-            generation: root.generation,
-            sealed: sealing::seal(&text, passphrase, Form::Binary).map_err(NativeError::Seal)?,
-            backed_up_at,
-        };
-        let record = keystore.insert_native_root(root.provider, name.as_str(), &row)?;
+        let row = seal_row(&roots, name.as_str(), passphrase, backed_up_at)?;
+        let record = keystore.insert_native_root(roots.provider, name.as_str(), &row)?;
         let provider = Self::from_rows(keystore, &record, row);
-        provider.hold(root.key, 0).map_err(|_| NativeError::Locked)?;
+        provider.hold(roots, 0).map_err(|_| NativeError::Locked)?;
         Ok(provider)
     }
 
@@ -144,119 +157,164 @@ impl NativeProvider {
             id: record.id,
             name: record.name.clone(),
             keystore,
-            generation: row.generation,
-            sealed: row.sealed,
-            backed_up: AtomicBool::new(row.backed_up_at.is_some()),
+            newest: RwLock::new(row.into()),
             held: RwLock::default(),
         }
     }
 
-    /// Whether a backup was ever confirmed.
+    /// The newest root key's generation.
     #[must_use]
-    pub fn is_backed_up(&self) -> bool {
-        self.backed_up.load(Ordering::SeqCst)
+    pub fn generation(&self) -> u32 {
+        self.newest().generation
     }
 
-    /// A backup of the root key: an age file that stock `age -d` opens with `passphrase`, or the bare text,
+    /// Whether a backup of the newest root key was ever confirmed.
+    #[must_use]
+    pub fn is_backed_up(&self) -> bool {
+        self.newest().backed_up
+    }
+
+    fn newest(&self) -> Newest {
+        self.newest.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Adds a root key, sealed together with all earlier ones by the same `passphrase`. From then on nothing is wrapped
+    /// until a backup of it is confirmed; what was wrapped before still opens. Returns the new generation; where the
+    /// newest one was never backed up there is nothing to retire, and it stays.
+    ///
+    /// # Errors
+    /// When the passphrase is wrong, or the keystore can't be written.
+    pub fn rotate(&self, passphrase: &SecretBytes) -> Result<u32, NativeError> {
+        let began = self.newest();
+        let locks = self.locks();
+        let mut roots = self
+            .unseal(&began.sealed, passphrase)
+            .map_err(|error| match error {
+                ProviderError::WrongCredential => NativeError::WrongPassphrase,
+                error => NativeError::Unseal(error),
+            })?;
+        if !began.backed_up {
+            return Ok(began.generation);
+        }
+        if roots.len() >= RootKeys::MOST {
+            return Err(NativeError::TooManyGenerations);
+        }
+        roots.grow().map_err(NativeError::Memory)?;
+        let row = seal_row(&roots, &self.name, passphrase, None)?;
+        let generation = row.generation;
+        let mut newest = self.newest.write().unwrap_or_else(PoisonError::into_inner);
+        // Two at once: the second finds its row taken, and nothing has changed.
+        self.keystore.insert_native_generation(self.id, &row)?;
+        *newest = row.into();
+        drop(newest);
+        if self.roots().is_ok() {
+            // A lock meanwhile wins.
+            let _ = self.hold(roots, locks);
+        }
+        Ok(generation)
+    }
+
+    /// A backup of all root keys: an age file that stock `age -d` opens with `passphrase`, or the bare text,
     /// about which the caller warns. It was opened again before it is returned. Once it is written and synced,
     /// the caller says so with [`NativeProvider::confirm_backup`].
     ///
     /// # Errors
     /// [`NativeError::Locked`], or when the passphrase is empty.
     pub fn backup(&self, passphrase: Option<&SecretBytes>) -> Result<Backup, NativeError> {
-        let root = self.root().map_err(|_| NativeError::Locked)?;
-        let mut key = SecretBytes::zeroed(root.expose().len()).map_err(NativeError::Memory)?;
-        key.expose_mut().copy_from_slice(root.expose());
-        let document = RootKey {
-            provider: self.id,
-            generation: self.generation,
-            key,
-        };
-        let text = document.to_text(&self.name)?;
+        let roots = self.roots().map_err(|_| NativeError::Locked)?;
+        let text = roots.to_text(&self.name)?;
         let bytes = match passphrase {
             None => text,
             Some(passphrase) => {
                 Transient::new(sealing::seal(&text, passphrase, Form::Armored).map_err(NativeError::Seal)?)
             }
         };
-        let read = read_backup(&bytes, passphrase)?;
-        if !openssl::memcmp::eq(read.key.expose(), root.expose()) {
+        if !read_backup(&bytes, passphrase)?.are(&roots) {
             return Err(NativeError::Seal(SealingError::NotVerified));
         }
         Ok(Backup {
-            generation: self.generation,
+            generation: roots.newest(),
             bytes,
         })
     }
 
-    /// Notes that a [`Backup`] was written and synced: from now on the provider wraps.
+    /// Notes that a [`Backup`] was written and synced: from now on the provider wraps, unless it was rotated since.
     pub fn confirm_backup(&self, generation: u32) -> Result<(), NativeError> {
         self.keystore.mark_backed_up(self.id, generation)?;
-        self.backed_up.store(true, Ordering::SeqCst);
+        let mut newest = self.newest.write().unwrap_or_else(PoisonError::into_inner);
+        newest.backed_up |= newest.generation == generation;
         Ok(())
     }
 
-    fn root(&self) -> Result<Arc<SecretBytes>, ProviderError> {
+    fn roots(&self) -> Result<Arc<RootKeys>, ProviderError> {
         let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
-        held.root.clone().ok_or(ProviderError::Locked)
+        held.roots.clone().ok_or(ProviderError::Locked)
     }
 
     fn locks(&self) -> u64 {
         self.held.read().unwrap_or_else(PoisonError::into_inner).locks
     }
 
-    /// Keeps the root key, unless the provider was locked since that many locks were counted.
-    fn hold(&self, root: SecretBytes, since: u64) -> Result<(), ProviderError> {
+    /// Keeps the root keys, unless the provider was locked since that many locks were counted.
+    fn hold(&self, roots: RootKeys, since: u64) -> Result<(), ProviderError> {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         if held.locks != since {
             return Err(ProviderError::Locked);
         }
-        held.root = Some(Arc::new(root));
+        // An unlock that began before a rotation ended knows less than what is held.
+        if held
+            .roots
+            .as_ref()
+            .is_none_or(|known| known.newest() <= roots.newest())
+        {
+            held.roots = Some(Arc::new(roots));
+        }
         Ok(())
     }
 
-    /// The root key, if the provider may wrap.
-    fn root_for_wrapping(&self) -> Result<Arc<SecretBytes>, ProviderError> {
-        let root = self.root()?;
-        if self.is_backed_up() {
-            Ok(root)
+    /// The root keys, if the provider may wrap, and the generation to wrap with.
+    fn roots_for_wrapping(&self) -> Result<(Arc<RootKeys>, u32), ProviderError> {
+        let roots = self.roots()?;
+        let newest = self.newest();
+        if newest.backed_up {
+            Ok((roots, newest.generation))
         } else {
             Err(ProviderError::NotBackedUp)
         }
     }
 
-    fn kek(&self, root: &SecretBytes, id: &KekId) -> Result<Kek, ProviderError> {
+    fn kek(&self, roots: &RootKeys, id: &KekId) -> Result<Kek, ProviderError> {
         let name = KekName::parse(id)?;
-        if name.generation != self.generation {
-            return Err(ProviderError::UnknownKek(id.clone()));
-        }
+        let root = roots
+            .key(name.generation)
+            .ok_or_else(|| ProviderError::UnknownKek(id.clone()))?;
         Kek::derive(root, self.id, name)
     }
 
-    fn unwrap_one(&self, root: &SecretBytes, stanza: &Stanza) -> Result<Payload, ProviderError> {
+    fn unwrap_one(&self, roots: &RootKeys, stanza: &Stanza) -> Result<Payload, ProviderError> {
         if stanza.provider != self.id {
             return Err(ProviderError::Tampered);
         }
         if stanza.mechanism != MECHANISM {
             return Err(ProviderError::UnknownMechanism(stanza.mechanism.clone()));
         }
-        self.kek(root, &stanza.kek)?.unwrap(&stanza.body)
+        self.kek(roots, &stanza.kek)?.unwrap(&stanza.body)
     }
 
-    fn unseal(&self, passphrase: &SecretBytes) -> Result<SecretBytes, ProviderError> {
-        let text = sealing::open(&self.sealed, passphrase).map_err(|error| match error {
+    fn unseal(&self, sealed: &[u8], passphrase: &SecretBytes) -> Result<RootKeys, ProviderError> {
+        let text = sealing::open(sealed, passphrase).map_err(|error| match error {
             SealingError::WrongPassphrase | SealingError::EmptyPassphrase | SealingError::PassphraseText => {
                 ProviderError::WrongCredential
             }
             error => ProviderError::internal("opening the sealed root key")(error),
         })?;
-        let root = RootKey::from_text(&text).map_err(ProviderError::internal("reading the root key"))?;
-        if (root.provider, root.generation) == (self.id, self.generation) {
-            Ok(root.key)
+        let roots = RootKeys::from_text(&text).map_err(ProviderError::internal("reading the root key"))?;
+        if roots.provider == self.id {
+            Ok(roots)
         } else {
             Err(ProviderError::Unusable(format!(
                 "the keystore holds the root key of provider {} in its place",
-                root.provider
+                roots.provider
             )))
         }
     }
@@ -272,7 +330,7 @@ impl KeyProvider for NativeProvider {
     }
 
     fn status(&self) -> ProviderStatus {
-        match self.root_for_wrapping() {
+        match self.roots_for_wrapping() {
             Ok(_) => ProviderStatus::Ready,
             Err(ProviderError::NotBackedUp) => ProviderStatus::NotBackedUp,
             Err(_) => ProviderStatus::Locked,
@@ -280,37 +338,40 @@ impl KeyProvider for NativeProvider {
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
-        self.root_for_wrapping()?;
+        let (_, generation) = self.roots_for_wrapping()?;
         let name = KekName {
-            generation: self.generation,
+            generation,
             scope: *scope,
         };
         Ok(name.id())
     }
 
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
-        let root = self.root_for_wrapping()?;
+        let (roots, generation) = self.roots_for_wrapping()?;
+        if KekName::parse(kek)?.generation != generation {
+            return Err(ProviderError::UnknownKek(kek.clone()));
+        }
         Ok(Stanza {
             provider: self.id,
             provider_name: self.name.clone(),
             kek: kek.clone(),
             mechanism: MECHANISM.to_owned(),
-            body: self.kek(&root, kek)?.wrap(payload)?,
+            body: self.kek(&roots, kek)?.wrap(payload)?,
         })
     }
 
     fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
-        let root = self.root()?;
+        let roots = self.roots()?;
         stanzas
             .iter()
-            .map(|stanza| self.unwrap_one(&root, stanza))
+            .map(|stanza| self.unwrap_one(&roots, stanza))
             .collect()
     }
 
     /// Destroys nothing: the root key and its backups derive every KEK again, as the receipt says.
     fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
-        let root = self.root()?;
-        self.kek(&root, kek)?;
+        let roots = self.roots()?;
+        self.kek(&roots, kek)?;
         Ok(DestroyReceipt {
             kek: kek.clone(),
             destroyed: false,
@@ -324,13 +385,14 @@ impl KeyProvider for NativeProvider {
     fn lock(&self) {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         held.locks += 1;
-        held.root = None;
+        held.roots = None;
     }
 
     /// Also tells a wrong passphrase while unlocked. A lock during the second that this takes wins.
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
         let locks = self.locks();
-        self.hold(self.unseal(credential)?, locks)
+        let sealed = self.newest().sealed;
+        self.hold(self.unseal(&sealed, credential)?, locks)
     }
 }
 
@@ -353,16 +415,30 @@ fn refuse_taken(
     Ok(())
 }
 
-fn read_backup(backup: &[u8], passphrase: Option<&SecretBytes>) -> Result<RootKey, NativeError> {
+fn seal_row(
+    roots: &RootKeys,
+    name: &str,
+    passphrase: &SecretBytes,
+    backed_up_at: Option<i64>,
+) -> Result<NativeRoot, NativeError> {
+    let text = roots.to_text(name)?;
+    Ok(NativeRoot {
+        generation: roots.newest(),
+        sealed: sealing::seal(&text, passphrase, Form::Binary).map_err(NativeError::Seal)?,
+        backed_up_at,
+    })
+}
+
+fn read_backup(backup: &[u8], passphrase: Option<&SecretBytes>) -> Result<RootKeys, NativeError> {
     if backup.len() > sealing::MOST_BYTES {
         return Err(NativeError::Backup(SealingError::TooLong));
     }
     if !sealing::is_sealed(backup) {
-        return Ok(RootKey::from_text(backup)?);
+        return Ok(RootKeys::from_text(backup)?);
     }
     let passphrase = passphrase.ok_or(NativeError::BackupIsSealed)?;
     let text = sealing::open(backup, passphrase).map_err(NativeError::Backup)?;
-    Ok(RootKey::from_text(&text)?)
+    Ok(RootKeys::from_text(&text)?)
 }
 
 fn now() -> i64 {
@@ -395,6 +471,18 @@ pub enum NativeError {
     /// What was opened is no root key.
     #[error("can't read the root key")]
     Document(#[from] DocumentError),
+    /// Another passphrase than the one that seals it.
+    #[error("does not accept this passphrase")]
+    WrongPassphrase,
+    /// The sealed root keys can't be opened.
+    #[error("can't open its root keys")]
+    Unseal(#[source] ProviderError),
+    /// As many as one sealed text may hold.
+    #[error(
+        "has had {} root keys, which is as many as there can be: move its VMs to a new provider",
+        RootKeys::MOST
+    )]
+    TooManyGenerations,
     /// A row without its root key.
     #[error("its root key is missing from the keystore")]
     NoRoot,

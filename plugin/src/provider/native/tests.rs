@@ -95,9 +95,10 @@ fn a_lock_wins_over_an_unlock_that_began_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let provider = created(dir.path());
     let began = provider.locks();
-    let root = provider.unseal(&secret("sealing")).unwrap();
+    let sealed = provider.newest().sealed;
+    let roots = provider.unseal(&sealed, &secret("sealing")).unwrap();
     provider.lock();
-    assert!(matches!(provider.hold(root, began), Err(ProviderError::Locked)));
+    assert!(matches!(provider.hold(roots, began), Err(ProviderError::Locked)));
     assert_eq!(provider.status(), ProviderStatus::Locked);
     provider.unlock(&secret("sealing")).unwrap();
 }
@@ -106,7 +107,7 @@ fn a_lock_wins_over_an_unlock_that_began_before_it() {
 fn locking_ends_the_root_key_with_its_last_user() {
     let dir = tempfile::tempdir().unwrap();
     let provider = created(dir.path());
-    let user = provider.root().unwrap();
+    let user = provider.roots().unwrap();
     let watch = Arc::downgrade(&user);
     provider.lock();
     assert!(watch.upgrade().is_some());
@@ -185,6 +186,88 @@ fn restore_refuses_what_is_here_or_does_not_open() {
 }
 
 #[test]
+fn rotated_it_wraps_nothing_until_backed_up_and_still_opens_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let provider = created(dir.path());
+    assert_eq!(
+        provider.rotate(&secret("sealing")).unwrap(),
+        1,
+        "nothing to retire before a backup"
+    );
+    let first = provider.backup(Some(&secret("backup"))).unwrap();
+    provider.confirm_backup(first.generation).unwrap();
+    let (payload, binding) = payload();
+    let scope = KekScope::Vm(binding.vm);
+    let old_kek = provider.create_kek(&scope).unwrap();
+    let old = provider.wrap(&old_kek, &payload).unwrap();
+
+    assert!(matches!(
+        provider.rotate(&secret("wrong")),
+        Err(NativeError::WrongPassphrase)
+    ));
+    assert_eq!(provider.status(), ProviderStatus::Ready);
+    assert_eq!(provider.rotate(&secret("sealing")).unwrap(), 2);
+    assert_eq!(provider.status(), ProviderStatus::NotBackedUp);
+    assert!(matches!(
+        provider.create_kek(&scope),
+        Err(ProviderError::NotBackedUp)
+    ));
+    assert_eq!(
+        provider.unwrap_many(&[&old]).unwrap()[0].expose(),
+        payload.expose()
+    );
+
+    // The confirmation of an earlier backup says nothing of the new root key.
+    provider.confirm_backup(first.generation).unwrap();
+    assert_eq!(provider.status(), ProviderStatus::NotBackedUp);
+    let second = provider.backup(Some(&secret("backup"))).unwrap();
+    provider.confirm_backup(second.generation).unwrap();
+    let kek = provider.create_kek(&scope).unwrap();
+    assert_ne!(kek, old_kek);
+    assert!(matches!(
+        provider.wrap(&old_kek, &payload),
+        Err(ProviderError::UnknownKek(_))
+    ));
+    let new = provider.wrap(&kek, &payload).unwrap();
+
+    // After a restart, and on another host, both generations open.
+    let record = provider.keystore.providers().unwrap().remove(0);
+    let again = NativeProvider::open(Arc::clone(&provider.keystore), &record).unwrap();
+    again.unlock(&secret("sealing")).unwrap();
+    assert_eq!(again.status(), ProviderStatus::Ready);
+    let elsewhere = dir.path().join("elsewhere");
+    let moved = NativeProvider::restore(
+        keystore(&elsewhere),
+        &name("moved"),
+        &second.bytes,
+        Some(&secret("backup")),
+        &secret("other"),
+    )
+    .unwrap();
+    for opener in [&provider, &again, &moved] {
+        for payload_again in opener.unwrap_many(&[&old, &new]).unwrap() {
+            assert_eq!(payload_again.expose(), payload.expose());
+        }
+        assert_eq!(opener.create_kek(&scope).unwrap(), kek);
+    }
+}
+
+#[test]
+fn rotating_while_locked_leaves_it_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let provider = created(dir.path());
+    provider
+        .confirm_backup(provider.backup(None).unwrap().generation)
+        .unwrap();
+    provider.lock();
+    assert_eq!(provider.rotate(&secret("sealing")).unwrap(), 2);
+    assert_eq!(provider.status(), ProviderStatus::Locked);
+    provider.unlock(&secret("sealing")).unwrap();
+    assert_eq!(provider.status(), ProviderStatus::NotBackedUp);
+    assert_eq!(provider.backup(None).unwrap().generation, 2);
+}
+
+#[test]
 fn empty_passphrases_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let store = keystore(dir.path());
@@ -200,8 +283,8 @@ fn empty_passphrases_are_refused() {
 #[test]
 fn root_key_of_another_provider_is_noticed() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (mut mine, other) = (created(one.path()), created(two.path()));
-    mine.sealed = other.sealed.clone();
+    let (mine, other) = (created(one.path()), created(two.path()));
+    mine.newest.write().unwrap().sealed = other.newest().sealed;
     let error = mine.unlock(&secret("sealing")).unwrap_err();
     assert!(error.to_string().contains(&other.id().to_string()), "{error}");
 }
@@ -233,6 +316,10 @@ fn stock_age_decrypts(sealed: &Path, passphrase: &str) -> Vec<u8> {
 fn stock_age_opens_a_backup_and_its_text_restores() {
     let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let provider = created(here.path());
+    provider
+        .confirm_backup(provider.backup(None).unwrap().generation)
+        .unwrap();
+    provider.rotate(&secret("sealing")).unwrap();
     let backup = provider.backup(Some(&secret("correct horse"))).unwrap();
     assert!(backup.bytes.starts_with(b"-----BEGIN AGE ENCRYPTED FILE-----\n"));
     let file = there.path().join("main.age");
@@ -240,10 +327,7 @@ fn stock_age_opens_a_backup_and_its_text_restores() {
     let text = stock_age_decrypts(&file, "correct horse");
     let restored =
         NativeProvider::restore(keystore(there.path()), &name("main"), &text, None, &secret("x")).unwrap();
-    assert_eq!(
-        restored.root().unwrap().expose(),
-        provider.root().unwrap().expose()
-    );
+    assert!(restored.roots().unwrap().are(&provider.roots().unwrap()));
 }
 
 /// The sealed key in the keystore is an age file too: the way back when only the database is left.
@@ -252,9 +336,9 @@ fn stock_age_opens_the_keystores_copy() {
     let dir = tempfile::tempdir().unwrap();
     let provider = created(dir.path());
     let file = dir.path().join("root.age");
-    fs::write(&file, &provider.sealed).unwrap();
-    let root = RootKey::from_text(&stock_age_decrypts(&file, "sealing")).unwrap();
-    assert_eq!(root.key.expose(), provider.root().unwrap().expose());
+    fs::write(&file, provider.newest().sealed).unwrap();
+    let roots = RootKeys::from_text(&stock_age_decrypts(&file, "sealing")).unwrap();
+    assert!(roots.are(&provider.roots().unwrap()));
 }
 
 /// Where in this process' readable memory `needle` is, apart from where it was passed. Pages of
@@ -302,13 +386,18 @@ fn find_in_memory(needle: &[u8]) -> Vec<String> {
 fn root_key_is_nowhere_in_ordinary_memory() {
     let dir = tempfile::tempdir().unwrap();
     let provider = created(dir.path());
-    let root = Dek::from_bytes(provider.root().unwrap().expose()).unwrap();
-    let digits = root.passphrase().unwrap();
-    let search = |step: &str| {
+    let root = |generation| {
+        let roots = provider.roots().unwrap();
+        Dek::from_bytes(roots.key(generation).unwrap().expose()).unwrap()
+    };
+    let search_for = |root: &Dek, step: &str| {
+        let digits = root.passphrase().unwrap();
         for needle in [&root.expose()[4..28], &digits.expose()[8..56]] {
             assert_eq!(find_in_memory(needle), Vec::<String>::new(), "after {step}");
         }
     };
+    let first = root(1);
+    let search = |step: &str| search_for(&first, step);
     search("create");
     let backup = provider.backup(Some(&secret("backup"))).unwrap();
     search("backup");
@@ -334,6 +423,13 @@ fn root_key_is_nowhere_in_ordinary_memory() {
     )
     .unwrap();
     search("restore");
+    provider.rotate(&secret("sealing")).unwrap();
+    let second = root(2);
+    search("rotate");
+    search_for(&second, "rotate");
+    drop(provider.backup(Some(&secret("backup"))).unwrap());
+    search("backup of both");
+    search_for(&second, "backup of both");
     provider.lock();
     search("lock");
 }
