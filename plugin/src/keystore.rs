@@ -4,10 +4,12 @@
 //! sees to that). Losing a row here can mean losing a disk, so no row is ever deleted as a side effect, a
 //! change is on the disk when its call returns, and a file that can't be trusted is refused and left alone.
 
+mod copies;
 #[cfg(test)]
 mod crash;
 mod envelopes;
 mod error;
+mod jobs;
 mod providers;
 mod schema;
 mod vms;
@@ -24,9 +26,11 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use error::StoreFault;
 
+pub use copies::{CopyPlace, NeededKek, StaleCopy};
 pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
 pub use error::KeystoreError;
-pub use providers::{NativeRoot, ProviderRecord};
+pub use jobs::{JobId, JobRecord, JobState, LeftBehind, Pass, Verdict};
+pub use providers::{DeletedProvider, NativeRoot, ProviderRecord};
 pub use vms::VmRecord;
 
 /// Seconds since 1970, UTC.
@@ -91,6 +95,14 @@ impl Keystore {
         self.path
             .parent()
             .expect("the database is a file in the directory")
+    }
+
+    /// Takes what was deleted out of the write-ahead log too; the pages themselves are zeroed (`secure_delete`).
+    fn forget_deleted_rows(&self) -> Result<(), KeystoreError> {
+        self.read(|connection| {
+            connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+            Ok(())
+        })
     }
 
     fn connection(&self) -> MutexGuard<'_, Connection> {

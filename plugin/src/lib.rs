@@ -17,6 +17,7 @@ pub mod lifecycle;
 pub mod listener;
 pub mod process;
 pub mod provider;
+pub mod rotation;
 pub mod seal;
 pub mod secret;
 pub mod volume;

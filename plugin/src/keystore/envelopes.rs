@@ -162,7 +162,7 @@ fn compare(known: Option<&Envelope>, offered: &Envelope) -> Result<Put, Keystore
 }
 
 /// SQLite's integers end at 2^63-1; a generation comes from XML that anyone may have edited.
-fn storable_generation(envelope: &Envelope) -> Result<i64, KeystoreError> {
+pub(super) fn storable_generation(envelope: &Envelope) -> Result<i64, KeystoreError> {
     let Generation(generation) = envelope.generation;
     i64::try_from(generation).map_err(|_| KeystoreError::GenerationTooHigh {
         id: envelope.id,
@@ -196,7 +196,7 @@ fn find(connection: &Connection, id: EnvelopeId) -> Result<Option<EnvelopeRecord
     Ok(select(connection, "WHERE id = ?1", [id.to_string()])?.pop())
 }
 
-fn select(
+pub(super) fn select(
     connection: &Connection,
     condition: &str,
     values: impl rusqlite::Params,

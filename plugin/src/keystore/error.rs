@@ -157,6 +157,12 @@ pub enum KeystoreError {
     /// There is no such provider.
     #[error("key provider {0} is not in the keystore")]
     UnknownProvider(ProviderId),
+    /// A job runs already.
+    #[error("job {0} runs: one runs at a time")]
+    JobRunning(i64),
+    /// There is no such job.
+    #[error("there is no job {0}")]
+    UnknownJob(i64),
     /// The name is in use.
     #[error("there is a key provider called {0:?} already: choose another name")]
     ProviderNameTaken(String),

@@ -33,6 +33,19 @@ pub struct NativeRoot {
     pub backed_up_at: Option<UnixTime>,
 }
 
+/// What is remembered of a provider that was deleted here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeletedProvider {
+    /// Who it was.
+    pub id: ProviderId,
+    /// What it was called.
+    pub name: String,
+    /// Its kind.
+    pub kind: String,
+    /// When it was deleted.
+    pub deleted: UnixTime,
+}
+
 const COLUMNS: &str = "id, name, kind, is_default, created, settings";
 
 impl Keystore {
@@ -151,6 +164,48 @@ impl Keystore {
         })
     }
 
+    /// Removes a provider with its sealed root keys, and remembers its name.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownProvider`].
+    pub fn delete_provider(&self, id: ProviderId) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            let record =
+                find(transaction, "id = ?1", &id.to_string())?.ok_or(KeystoreError::UnknownProvider(id))?;
+            transaction.execute(
+                "INSERT OR REPLACE INTO deleted_providers (id, name, kind, deleted) VALUES (?1, ?2, ?3, ?4)",
+                params![id.to_string(), record.name, record.kind, now()],
+            )?;
+            transaction.execute("DELETE FROM native_roots WHERE provider = ?1", [id.to_string()])?;
+            transaction.execute("DELETE FROM providers WHERE id = ?1", [id.to_string()])?;
+            Ok(())
+        })?;
+        self.forget_deleted_rows()
+    }
+
+    /// The providers that were deleted here and did not come back.
+    pub fn deleted_providers(&self) -> Result<Vec<DeletedProvider>, KeystoreError> {
+        self.read(|connection| {
+            let mut statement =
+                connection.prepare("SELECT id, name, kind, deleted FROM deleted_providers ORDER BY name")?;
+            let mut rows = statement.query([])?;
+            let mut deleted = Vec::new();
+            while let Some(row) = rows.next()? {
+                let id: String = row.get(0)?;
+                deleted.push(DeletedProvider {
+                    id: id.parse().map_err(|_| KeystoreError::Inconsistent {
+                        row: format!("of deleted key provider {id:?}"),
+                        why: "its id is not a UUID".to_owned(),
+                    })?,
+                    name: row.get(1)?,
+                    kind: row.get(2)?,
+                    deleted: row.get(3)?,
+                });
+            }
+            Ok(deleted)
+        })
+    }
+
     /// Notes that a backup of that root key was written and synced, now.
     ///
     /// # Errors
@@ -182,6 +237,7 @@ fn insert(
     if let Some(known) = find(connection, "id = ?1", &id.to_string())? {
         return Err(KeystoreError::ProviderExists { id, name: known.name }.into());
     }
+    connection.execute("DELETE FROM deleted_providers WHERE id = ?1", [id.to_string()])?;
     let others: i64 = connection.query_row("SELECT count(*) FROM providers", [], |row| row.get(0))?;
     let record = ProviderRecord {
         id,

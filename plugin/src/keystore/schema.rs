@@ -7,8 +7,11 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::{KeystoreError, error::StoreFault};
 
-/// `PRAGMA user_version` of the tables below.
-const VERSION: i64 = 1;
+/// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
+const STEPS: [&str; 2] = [TABLES, ROTATION];
+
+/// `PRAGMA user_version` after all steps.
+const VERSION: i64 = STEPS.len() as i64;
 
 /// `PRAGMA application_id`: "vseK", so that `file` and we know a keystore from another database.
 const APPLICATION_ID: i64 = 0x7673_654b;
@@ -47,6 +50,53 @@ const TABLES: &str = "
         sealed       BLOB NOT NULL,
         backed_up_at INTEGER,
         PRIMARY KEY (provider, generation)
+    );
+";
+
+/// `jobs`: the sweeps over envelopes, the running one and those before it; `left_behind` has the envelopes that a job
+/// could not change. `stale_copies`: which KEKs a copy of an envelope outside of this file still needs, because it has an
+/// earlier generation. `header_journal`: image headers that are being rewritten. `deleted_providers`: their names.
+const ROTATION: &str = "
+    CREATE TABLE jobs (
+        id       INTEGER PRIMARY KEY AUTOINCREMENT,
+        task     TEXT NOT NULL,
+        state    TEXT NOT NULL CHECK (state IN ('running', 'done', 'incomplete', 'aborted')),
+        pass     TEXT NOT NULL CHECK (pass IN ('all', 'left')),
+        cursor   TEXT NOT NULL,
+        total    INTEGER NOT NULL,
+        seen     INTEGER NOT NULL,
+        changed  INTEGER NOT NULL,
+        waiting  TEXT NOT NULL,
+        created  INTEGER NOT NULL,
+        updated  INTEGER NOT NULL
+    );
+    CREATE UNIQUE INDEX one_running_job ON jobs (state) WHERE state = 'running';
+    CREATE TABLE left_behind (
+        job      INTEGER NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        envelope TEXT NOT NULL,
+        reason   TEXT NOT NULL,
+        again    INTEGER NOT NULL CHECK (again IN (0, 1)),
+        PRIMARY KEY (job, envelope)
+    );
+    CREATE TABLE stale_copies (
+        envelope TEXT NOT NULL,
+        place    TEXT NOT NULL CHECK (place IN ('xml', 'image')),
+        provider TEXT NOT NULL,
+        kek      TEXT NOT NULL,
+        since    INTEGER NOT NULL,
+        reason   TEXT NOT NULL,
+        PRIMARY KEY (envelope, place, provider, kek)
+    );
+    CREATE TABLE header_journal (
+        envelope TEXT PRIMARY KEY,
+        path     TEXT NOT NULL,
+        patch    BLOB NOT NULL
+    );
+    CREATE TABLE deleted_providers (
+        id      TEXT PRIMARY KEY,
+        name    TEXT NOT NULL,
+        kind    TEXT NOT NULL,
+        deleted INTEGER NOT NULL
     );
 ";
 
@@ -94,6 +144,7 @@ fn set_up(connection: &Connection) -> Result<(), StoreFault> {
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
     connection.pragma_update(None, "trusted_schema", false)?;
+    connection.pragma_update(None, "secure_delete", true)?;
     Ok(())
 }
 
@@ -109,8 +160,11 @@ fn check_pages(connection: &Connection, path: &Path) -> Result<(), StoreFault> {
 fn migrate(connection: &mut Connection) -> Result<(), StoreFault> {
     let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
     let version: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    if version == 0 {
-        transaction.execute_batch(TABLES)?;
+    let done = usize::try_from(version).unwrap_or(0);
+    if done < STEPS.len() {
+        for step in &STEPS[done..] {
+            transaction.execute_batch(step)?;
+        }
         transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
         transaction.pragma_update(None, "user_version", VERSION)?;
     }
@@ -123,4 +177,37 @@ fn damaged(path: &Path, why: &str) -> StoreFault {
         source: why.into(),
     }
     .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_keystore_of_any_earlier_version_keeps_its_rows() {
+        for version in 1..STEPS.len() {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("keystore.db");
+            let raw = Connection::open(&path).unwrap();
+            for step in &STEPS[..version] {
+                raw.execute_batch(step).unwrap();
+            }
+            raw.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
+            raw.pragma_update(None, "user_version", version as i64).unwrap();
+            raw.execute("INSERT INTO vms VALUES ('u', 'web01', 1, 0)", [])
+                .unwrap();
+            drop(raw);
+            let connection = open(&path).unwrap();
+            let name: String = connection
+                .query_row("SELECT name FROM vms", [], |row| row.get(0))
+                .unwrap();
+            let now: i64 = connection
+                .pragma_query_value(None, "user_version", |row| row.get(0))
+                .unwrap();
+            assert_eq!((name.as_str(), now), ("web01", VERSION));
+            connection
+                .query_row("SELECT count(*) FROM jobs", [], |_| Ok(()))
+                .unwrap();
+        }
+    }
 }

@@ -49,6 +49,25 @@ impl Keystore {
         })
     }
 
+    /// Removes a VM and its envelopes with everything that is known of them. Whoever calls this means to lose the keys.
+    pub fn shred_vm(&self, vm: VmId) -> Result<usize, KeystoreError> {
+        let removed = self.write(|transaction| {
+            let id = vm.to_string();
+            for table in ["stale_copies", "left_behind", "header_journal"] {
+                transaction.execute(
+                    &format!(
+                        "DELETE FROM {table} WHERE envelope IN (SELECT id FROM envelopes WHERE vm = ?1)"
+                    ),
+                    [&id],
+                )?;
+            }
+            transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
+            Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)
+        })?;
+        self.forget_deleted_rows()?;
+        Ok(removed)
+    }
+
     /// The VM called `vm`.
     pub fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, KeystoreError> {
         self.read(|connection| find_vm(connection, vm))

@@ -6,6 +6,7 @@
 
 mod deadline;
 mod opening;
+mod rewrapping;
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -23,6 +24,7 @@ use crate::keystore::{Change, Keystore, KeystoreError, ProviderRecord};
 use crate::secret::{Dek, SecretBytes};
 
 pub use opening::{Attempt, OpenError, Refusal};
+pub use rewrapping::{Blocked, Rewrap, Rewrapped, Slot};
 
 /// A provider of any kind, where the kind matters.
 #[derive(Clone)]
@@ -144,6 +146,8 @@ pub struct Registry {
     known: RwLock<Known>,
     /// For one call of a provider.
     deadline: RwLock<Duration>,
+    /// Whose stanzas a new envelope gets; the default provider's alone, if empty.
+    recipients: RwLock<Vec<String>>,
 }
 
 #[derive(Default)]
@@ -166,12 +170,46 @@ impl Registry {
             keystore,
             known: RwLock::new(known),
             deadline: RwLock::new(deadline),
+            recipients: RwLock::default(),
         })
     }
 
     /// The most time that a provider gets for one call from now on.
     pub fn set_deadline(&self, deadline: Duration) {
         *self.deadline.write().unwrap_or_else(PoisonError::into_inner) = deadline;
+    }
+
+    /// Gives each new envelope a stanza of each of these providers (names or ids), or of the default one if there are none.
+    pub fn set_recipients(&self, recipients: Vec<String>) {
+        *self.recipients.write().unwrap_or_else(PoisonError::into_inner) = recipients;
+    }
+
+    /// The providers that new envelopes are for.
+    ///
+    /// # Errors
+    /// When there is none, or the policy names one that is not here.
+    pub fn policy(&self) -> Result<Vec<Provider>, SealError> {
+        let names = self
+            .recipients
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if names.is_empty() {
+            return Ok(vec![self.default_provider().ok_or(SealError::NoProvider)?]);
+        }
+        let mut policy: Vec<Provider> = Vec::with_capacity(names.len());
+        for name in &names {
+            let found = self
+                .find(name)
+                .map_err(|_| SealError::UnknownRecipient(name.clone()))?;
+            if policy
+                .iter()
+                .all(|known| known.provider().id() != found.provider().id())
+            {
+                policy.push(found);
+            }
+        }
+        Ok(policy)
     }
 
     fn deadline(&self) -> Duration {
@@ -359,33 +397,53 @@ impl Registry {
         opening::open_all(&self.providers(), envelopes, self.deadline())
     }
 
-    /// A new DEK and its envelope, wrapped by `provider` (a name or an id; the default without one), after it was
-    /// unwrapped again. Nothing is stored.
+    /// A new DEK and its envelope, wrapped by `provider` (a name or an id) or, without one, by all recipients of the
+    /// policy, after each stanza was unwrapped again. Nothing is stored.
     ///
     /// # Errors
-    /// When there is no such provider, or it does not wrap.
+    /// When there is no such provider, or one of them does not wrap: then there is no envelope at all.
     pub fn seal_new(&self, provider: Option<&str>, binding: &Binding) -> Result<(Envelope, Dek), SealError> {
-        let provider = match provider {
-            Some(name) => self.find(name)?,
-            None => self.default_provider().ok_or(SealError::NoProvider)?,
+        let providers = match provider {
+            Some(name) => vec![self.find(name)?],
+            None => self.policy()?,
         };
         let dek = Dek::random().map_err(SealError::Memory)?;
-        let payload = Payload::bind(&dek, binding)?;
-        let wrapping = (provider.clone(), *binding);
-        let wrapped = deadline::within(self.deadline(), move || {
-            wrap(wrapping.0.provider(), &wrapping.1, &payload)
-        });
-        let stanza = wrapped.map_err(|source| SealError::Refused {
-            name: provider.provider().name().to_owned(),
-            source,
-        })?;
-        let envelope = Envelope::new(binding, vec![stanza])?;
-        let opened = self.open_envelope(&envelope).map_err(SealError::NotVerified)?;
-        if openssl::memcmp::eq(opened.expose(), dek.expose()) {
-            Ok((envelope, dek))
-        } else {
-            Err(SealError::AnotherKey(provider.provider().name().to_owned()))
+        let mut stanzas = Vec::with_capacity(providers.len());
+        for provider in &providers {
+            let payload = Payload::bind(&dek, binding)?;
+            let (asked, binding) = (provider.clone(), *binding);
+            let wrapped = deadline::within(self.deadline(), move || {
+                wrap(asked.provider(), &binding, &payload)
+            });
+            stanzas.push(wrapped.map_err(|source| SealError::Refused {
+                name: provider.provider().name().to_owned(),
+                source,
+            })?);
         }
+        let envelope = Envelope::new(binding, stanzas)?;
+        for (provider, stanza) in providers.iter().zip(&envelope.stanzas) {
+            let mut alone = envelope.clone();
+            alone.stanzas = vec![stanza.clone()];
+            let opened = self.open_envelope(&alone).map_err(SealError::NotVerified)?;
+            if !openssl::memcmp::eq(opened.expose(), dek.expose()) {
+                return Err(SealError::AnotherKey(provider.provider().name().to_owned()));
+            }
+        }
+        Ok((envelope, dek))
+    }
+
+    /// Removes a provider from the list and the keystore, which keeps its name.
+    ///
+    /// # Errors
+    /// The keystore's; then it stays.
+    pub fn delete(&self, id: ProviderId) -> Result<(), KeystoreError> {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        self.keystore.delete_provider(id)?;
+        known.providers.retain(|provider| provider.provider().id() != id);
+        if known.default == Some(id) {
+            known.default = None;
+        }
+        Ok(())
     }
 }
 
@@ -414,6 +472,9 @@ pub enum SealError {
     /// None has the name that was given.
     #[error(transparent)]
     UnknownProvider(#[from] UnknownProvider),
+    /// The policy names a provider that is not here.
+    #[error("the recipients in virtseald.yaml name {0:?}, and there is no such key provider on this host")]
+    UnknownRecipient(String),
     /// The provider does not wrap.
     #[error("provider '{name}'")]
     Refused {
@@ -443,7 +504,7 @@ impl SealError {
     pub fn advice(&self) -> (Code, Option<NextCommand>) {
         match self {
             Self::NoProvider => (Code::NotFound, Some(NextCommand::AddNative)),
-            Self::UnknownProvider(_) => (Code::NotFound, Some(NextCommand::List)),
+            Self::UnknownProvider(_) | Self::UnknownRecipient(_) => (Code::NotFound, Some(NextCommand::List)),
             Self::Refused { name, source } => source.advice(name),
             Self::NotVerified(error) => (error.code(), error.next()),
             Self::Envelope(_) | Self::AnotherKey(_) | Self::Memory(_) => (Code::Failed, None),

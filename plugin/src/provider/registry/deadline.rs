@@ -30,6 +30,38 @@ pub(super) fn within<T: Send + 'static>(
     }
 }
 
+/// Makes `call` for each of `items`, all on one thread, each with the deadline of its own. The answers are in the items'
+/// order; they end early, with an error that is about the provider as a whole, when one does not come in time.
+pub(super) fn each_within<I: Send + 'static, T: Send + 'static>(
+    deadline: Duration,
+    items: Vec<I>,
+    call: impl Fn(I) -> Result<T, ProviderError> + Send + 'static,
+) -> Result<Vec<Result<T, ProviderError>>, ProviderError> {
+    let count = items.len();
+    let (sender, receiver) = sync_channel(count.max(1));
+    std::thread::Builder::new()
+        .name("provider".to_owned())
+        .spawn(move || {
+            for item in items {
+                if sender.send(call(item)).is_err() {
+                    // Nobody waits any more.
+                    return;
+                }
+            }
+        })
+        .map_err(ProviderError::internal("starting a thread"))?;
+    (0..count)
+        .map(|_| {
+            receiver.recv_timeout(deadline).map_err(|error| match error {
+                RecvTimeoutError::Timeout => {
+                    ProviderError::Unreachable(format!("no answer within {:.1} s", deadline.as_secs_f64()))
+                }
+                RecvTimeoutError::Disconnected => ProviderError::internal("calling it")("its thread ended"),
+            })
+        })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
@@ -45,6 +77,21 @@ mod tests {
         });
         assert!(matches!(answer, Err(ProviderError::Unreachable(_))));
         assert!(started.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn each_call_has_its_own_deadline() {
+        let slow = |nth: u64| {
+            std::thread::sleep(Duration::from_millis(if nth == 3 { 30_000 } else { 20 }));
+            Ok(nth)
+        };
+        let answers = each_within(Duration::from_secs(10), (10..40).collect(), slow).unwrap();
+        let answers: Vec<u64> = answers.into_iter().map(Result::unwrap).collect();
+        assert_eq!(answers, (10..40).collect::<Vec<_>>());
+        assert!(matches!(
+            each_within(Duration::from_secs(1), vec![1, 2, 3, 4], slow),
+            Err(ProviderError::Unreachable(_))
+        ));
     }
 
     #[test]

@@ -67,6 +67,14 @@ impl OpenError {
         reasons.join("; ")
     }
 
+    /// Whether a provider that refuses everything now may open it later.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        self.attempts
+            .iter()
+            .any(|attempt| matches!(&attempt.why, Refusal::Provider(error) if !error.is_about_a_stanza()))
+    }
+
     fn easiest(&self) -> (Code, Option<NextCommand>) {
         let effort = |code: Code| match code {
             Code::Locked => 0,

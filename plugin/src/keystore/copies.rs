@@ -1,0 +1,218 @@
+//! Rows about the copies of envelopes that travel: which ones are behind, and which KEKs they still need.
+
+use rusqlite::{OptionalExtension, params};
+
+use super::{Keystore, KeystoreError, UnixTime, error::StoreFault};
+use crate::envelope::{EnvelopeId, Generation, KekId, ProviderId, VmId};
+
+/// Where a copy is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum CopyPlace {
+    /// In the domain's metadata.
+    Xml,
+    /// In the header of the image.
+    Image,
+}
+
+impl CopyPlace {
+    /// The word in the keystore and in messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Xml => "xml",
+            Self::Image => "image",
+        }
+    }
+}
+
+/// A copy with an earlier generation than the keystore's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StaleCopy {
+    /// The envelope.
+    pub envelope: EnvelopeId,
+    /// Its VM.
+    pub vm: VmId,
+    /// Where the copy is.
+    pub place: CopyPlace,
+    /// Since when.
+    pub since: UnixTime,
+    /// Why it could not be brought up to date; empty if nobody has tried.
+    pub reason: String,
+}
+
+/// A KEK that a stale copy needs.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct NeededKek {
+    /// The envelope whose copy it is.
+    pub envelope: EnvelopeId,
+    /// Where the copy is.
+    pub place: CopyPlace,
+    /// The KEK's provider.
+    pub provider: ProviderId,
+    /// The KEK.
+    pub kek: KekId,
+}
+
+impl Keystore {
+    /// Up to `most` stale copies in `place`, of VMs behind `after`, by VM.
+    pub fn stale_copies(
+        &self,
+        place: CopyPlace,
+        after: Option<(VmId, EnvelopeId)>,
+        most: u32,
+    ) -> Result<Vec<StaleCopy>, KeystoreError> {
+        let after = after.map_or_else(String::new, |(vm, envelope)| format!("{vm} {envelope}"));
+        self.read(|connection| {
+            let mut statement = connection.prepare_cached(
+                "SELECT envelope, vm, min(since), max(reason) FROM stale_copies JOIN envelopes ON id = envelope
+                 WHERE place = ?1 AND vm || ' ' || envelope > ?2
+                 GROUP BY envelope ORDER BY vm, envelope LIMIT ?3",
+            )?;
+            let mut rows = statement.query(params![place.as_str(), after, most])?;
+            let mut copies = Vec::new();
+            while let Some(row) = rows.next()? {
+                copies.push(StaleCopy {
+                    envelope: parse(&row.get::<_, String>(0)?)?,
+                    vm: parse(&row.get::<_, String>(1)?)?,
+                    place,
+                    since: row.get(2)?,
+                    reason: row.get(3)?,
+                });
+            }
+            Ok(copies)
+        })
+    }
+
+    /// How many copies are stale.
+    pub fn count_stale_copies(&self) -> Result<u64, KeystoreError> {
+        self.read(|connection| {
+            let count: i64 = connection.query_row(
+                "SELECT count(*) FROM (SELECT DISTINCT envelope, place FROM stale_copies)",
+                [],
+                |row| row.get(0),
+            )?;
+            Ok(u64::try_from(count).unwrap_or(0))
+        })
+    }
+
+    /// The KEKs that stale copies need.
+    pub fn needed_keks(&self) -> Result<Vec<NeededKek>, KeystoreError> {
+        self.read(|connection| {
+            let mut statement = connection.prepare_cached(
+                "SELECT envelope, place, provider, kek FROM stale_copies ORDER BY envelope, place",
+            )?;
+            let mut rows = statement.query([])?;
+            let mut needed = Vec::new();
+            while let Some(row) = rows.next()? {
+                needed.push(NeededKek {
+                    envelope: parse(&row.get::<_, String>(0)?)?,
+                    place: match row.get::<_, String>(1)?.as_str() {
+                        "xml" => CopyPlace::Xml,
+                        _ => CopyPlace::Image,
+                    },
+                    provider: parse(&row.get::<_, String>(2)?)?,
+                    kek: KekId(row.get(3)?),
+                });
+            }
+            Ok(needed)
+        })
+    }
+
+    /// Notes that the copy in `place` has `generation`: it is stale no more, unless the envelope has changed since.
+    pub fn copy_has(
+        &self,
+        envelope: EnvelopeId,
+        place: CopyPlace,
+        generation: Generation,
+    ) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "DELETE FROM stale_copies WHERE envelope = ?1 AND place = ?2
+                 AND EXISTS (SELECT 1 FROM envelopes WHERE id = ?1 AND generation <= ?3)",
+                params![
+                    envelope.to_string(),
+                    place.as_str(),
+                    i64::try_from(generation.0).unwrap_or(i64::MAX)
+                ],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Notes why a copy could not be brought up to date.
+    pub fn copy_stays(
+        &self,
+        envelope: EnvelopeId,
+        place: CopyPlace,
+        reason: &str,
+    ) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "UPDATE stale_copies SET reason = ?3 WHERE envelope = ?1 AND place = ?2 AND reason <> ?3",
+                params![envelope.to_string(), place.as_str(), reason],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Keeps what an image header is about to become, until it has.
+    pub fn journal_header(
+        &self,
+        envelope: EnvelopeId,
+        path: &str,
+        patch: &[u8],
+    ) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "INSERT OR REPLACE INTO header_journal (envelope, path, patch) VALUES (?1, ?2, ?3)",
+                params![envelope.to_string(), path, patch],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// The header is what it was to become, or no longer what the journal is about.
+    pub fn forget_header(&self, envelope: EnvelopeId) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "DELETE FROM header_journal WHERE envelope = ?1",
+                [envelope.to_string()],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// The envelopes whose image headers a killed daemon was rewriting.
+    pub fn journaled_headers(&self) -> Result<Vec<EnvelopeId>, KeystoreError> {
+        self.read(|connection| {
+            let mut statement = connection.prepare_cached("SELECT envelope FROM header_journal")?;
+            let mut rows = statement.query([])?;
+            let mut ids = Vec::new();
+            while let Some(row) = rows.next()? {
+                ids.push(parse(&row.get::<_, String>(0)?)?);
+            }
+            Ok(ids)
+        })
+    }
+
+    /// What the header of this envelope's image was to become, and the image's path.
+    pub fn journaled_header(&self, envelope: EnvelopeId) -> Result<Option<(String, Vec<u8>)>, KeystoreError> {
+        self.read(|connection| {
+            let found = connection
+                .prepare_cached("SELECT path, patch FROM header_journal WHERE envelope = ?1")?
+                .query_row([envelope.to_string()], |row| Ok((row.get(0)?, row.get(1)?)))
+                .optional()?;
+            Ok(found)
+        })
+    }
+}
+
+fn parse<T: std::str::FromStr>(id: &str) -> Result<T, StoreFault> {
+    id.parse().map_err(|_| {
+        KeystoreError::Inconsistent {
+            row: format!("{id:?}"),
+            why: "its id is not a UUID".to_owned(),
+        }
+        .into()
+    })
+}

@@ -1,0 +1,395 @@
+//! Rows of jobs: sweeps over the envelopes that survive the daemon.
+//!
+//! The envelopes of a batch, where the job is, and what it left behind change in one transaction. So each envelope is
+//! visited once, whenever the daemon dies.
+
+use rusqlite::{Connection, Row, Transaction, params};
+
+use super::envelopes::{self, EnvelopeRecord};
+use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
+
+/// Names a job on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct JobId(pub i64);
+
+/// How far a job has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobState {
+    /// At work, or waiting until it can be.
+    Running,
+    /// Through, nothing left behind.
+    Done,
+    /// Through, with envelopes left behind.
+    Incomplete,
+    /// Ended by an admin; what it changed until then stays.
+    Aborted,
+}
+
+impl JobState {
+    /// The word in the keystore and in messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Incomplete => "incomplete",
+            Self::Aborted => "aborted",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::Running, Self::Done, Self::Incomplete, Self::Aborted]
+            .into_iter()
+            .find(|state| state.as_str() == text)
+    }
+}
+
+/// Which envelopes a job goes through now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// All of them, in the order of their ids.
+    All,
+    /// Those that it left behind and that may open by now.
+    Left,
+}
+
+/// A job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobRecord {
+    /// Its number.
+    pub id: JobId,
+    /// What it does, as JSON.
+    pub task: String,
+    /// How far it is.
+    pub state: JobState,
+    /// Which envelopes it goes through.
+    pub pass: Pass,
+    /// The last envelope of the pass that it has seen; none yet, if empty.
+    pub cursor: String,
+    /// How many envelopes there were when it began.
+    pub total: u64,
+    /// How many of them it has seen.
+    pub seen: u64,
+    /// How many of them it has changed.
+    pub changed: u64,
+    /// How many of them it could not change.
+    pub left: u64,
+    /// What it waits for; empty while it works.
+    pub waiting: String,
+    /// When it was started.
+    pub created: UnixTime,
+    /// When it last changed.
+    pub updated: UnixTime,
+}
+
+/// An envelope that a job could not change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftBehind {
+    /// The envelope.
+    pub envelope: EnvelopeId,
+    /// Why.
+    pub reason: String,
+    /// Whether it may work later, as with a locked provider.
+    pub again: bool,
+}
+
+/// What a batch has come to, envelope by envelope.
+#[derive(Debug)]
+pub enum Verdict {
+    /// It is as the job wants it.
+    Unchanged(EnvelopeId),
+    /// The second, of the next generation, takes the place of the first.
+    Replace(Box<Envelope>, Box<Envelope>),
+    /// It stays as it was.
+    Left(LeftBehind),
+}
+
+impl Keystore {
+    /// Starts a job.
+    ///
+    /// # Errors
+    /// [`KeystoreError::JobRunning`]: one runs at a time.
+    pub fn insert_job(&self, task: &str) -> Result<JobRecord, KeystoreError> {
+        self.write(|transaction| {
+            if let Some(running) = select(transaction, "state = 'running'", [])?.pop() {
+                return Err(KeystoreError::JobRunning(running.id.0).into());
+            }
+            let total: i64 = transaction.query_row("SELECT count(*) FROM envelopes", [], |row| row.get(0))?;
+            transaction.execute(
+                "INSERT INTO jobs (task, state, pass, cursor, total, seen, changed, waiting, created, updated)
+                 VALUES (?1, 'running', 'all', '', ?2, 0, 0, '', ?3, ?3)",
+                params![task, total, now()],
+            )?;
+            let id = JobId(transaction.last_insert_rowid());
+            find(transaction, id)
+        })
+    }
+
+    /// The job that runs, if one does.
+    pub fn running_job(&self) -> Result<Option<JobRecord>, KeystoreError> {
+        self.read(|connection| Ok(select(connection, "state = 'running'", [])?.pop()))
+    }
+
+    /// The job with this number.
+    pub fn job(&self, id: JobId) -> Result<Option<JobRecord>, KeystoreError> {
+        self.read(|connection| Ok(select(connection, "id = ?1", [id.0])?.pop()))
+    }
+
+    /// The last `most` jobs, oldest first.
+    pub fn jobs(&self, most: u32) -> Result<Vec<JobRecord>, KeystoreError> {
+        self.read(|connection| {
+            let recent = "id IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?1)";
+            select(connection, recent, [most])
+        })
+    }
+
+    /// The first `most` envelopes that a job left behind.
+    pub fn left_behind(&self, job: JobId, most: u32) -> Result<Vec<LeftBehind>, KeystoreError> {
+        self.read(|connection| {
+            let mut statement = connection.prepare_cached(
+                "SELECT envelope, reason, again FROM left_behind WHERE job = ?1 ORDER BY envelope LIMIT ?2",
+            )?;
+            let mut rows = statement.query(params![job.0, most])?;
+            let mut left = Vec::new();
+            while let Some(row) = rows.next()? {
+                left.push(left_of(row)?);
+            }
+            Ok(left)
+        })
+    }
+
+    /// The next `most` envelopes of a job's pass.
+    pub fn next_of_job(&self, job: &JobRecord, most: u32) -> Result<Vec<EnvelopeRecord>, KeystoreError> {
+        self.read(|connection| match job.pass {
+            Pass::All => envelopes::select(
+                connection,
+                "WHERE id > ?1 ORDER BY id LIMIT ?2",
+                params![job.cursor, most],
+            ),
+            Pass::Left => envelopes::select(
+                connection,
+                "WHERE id > ?1 AND id IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 1)
+                 ORDER BY id LIMIT ?2",
+                params![job.cursor, most, job.id.0],
+            ),
+        })
+    }
+
+    /// Writes down what became of a batch and that the job is behind its last envelope, in one transaction. An envelope
+    /// that was changed by someone else meanwhile is left for the next pass. Each copy of a replaced envelope that
+    /// travels is stale from here on.
+    pub fn commit_batch(&self, job: JobId, verdicts: &[Verdict]) -> Result<JobRecord, KeystoreError> {
+        self.write(|transaction| {
+            let before = find(transaction, job)?;
+            if before.state != JobState::Running {
+                return Ok(before);
+            }
+            let (mut changed, mut cursor) = (0, before.cursor.clone());
+            for verdict in verdicts {
+                let (id, outcome) = match verdict {
+                    Verdict::Unchanged(id) => (*id, None),
+                    Verdict::Left(left) => (left.envelope, Some(left.clone())),
+                    Verdict::Replace(old, new) => (old.id, replace(transaction, old, new)?),
+                };
+                if matches!(verdict, Verdict::Replace(..)) && outcome.is_none() {
+                    changed += 1;
+                }
+                note(transaction, job, id, outcome)?;
+                cursor = cursor.max(id.to_string());
+            }
+            let seen = match before.pass {
+                Pass::All => verdicts.len(),
+                Pass::Left => 0,
+            };
+            transaction.execute(
+                "UPDATE jobs SET cursor = ?2, seen = seen + ?3, changed = changed + ?4, waiting = '', updated = ?5
+                 WHERE id = ?1",
+                params![job.0, cursor, seen as i64, changed, now()],
+            )?;
+            find(transaction, job)
+        })
+    }
+
+    /// Ends a pass: with envelopes left that may open later, another one follows once something has changed; else the
+    /// job is through.
+    pub fn end_pass(&self, job: JobId) -> Result<JobRecord, KeystoreError> {
+        self.write(|transaction| {
+            let count = |condition: &str| -> Result<i64, rusqlite::Error> {
+                let sql = format!("SELECT count(*) FROM left_behind WHERE job = ?1{condition}");
+                transaction.query_row(&sql, [job.0], |row| row.get(0))
+            };
+            // An envelope that is gone has nothing left to be done.
+            transaction.execute(
+                "DELETE FROM left_behind WHERE job = ?1 AND envelope NOT IN (SELECT id FROM envelopes)",
+                [job.0],
+            )?;
+            let state = match (count(" AND again = 1")?, count("")?) {
+                (0, 0) => JobState::Done,
+                (0, _) => JobState::Incomplete,
+                _ => JobState::Running,
+            };
+            transaction.execute(
+                "UPDATE jobs SET state = ?2, pass = 'left', cursor = '', waiting = '', updated = ?3
+                 WHERE id = ?1 AND state = 'running'",
+                params![job.0, state.as_str(), now()],
+            )?;
+            find(transaction, job)
+        })
+    }
+
+    /// Notes what a job waits for.
+    pub fn job_waits(&self, job: JobId, waiting: &str) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "UPDATE jobs SET waiting = ?2, updated = ?3 WHERE id = ?1 AND state = 'running' AND waiting <> ?2",
+                params![job.0, waiting, now()],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Ends a job where it is; says how it stands then.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownJob`].
+    pub fn abort_job(&self, job: JobId) -> Result<JobRecord, KeystoreError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "UPDATE jobs SET state = 'aborted', waiting = '', updated = ?2 WHERE id = ?1 AND state = 'running'",
+                params![job.0, now()],
+            )?;
+            find(transaction, job)
+        })
+    }
+}
+
+/// Puts `new` in the place of `old`, if that is still there.
+fn replace(
+    transaction: &Transaction,
+    old: &Envelope,
+    new: &Envelope,
+) -> Result<Option<LeftBehind>, StoreFault> {
+    let rows = transaction
+        .prepare_cached(
+            "UPDATE envelopes SET generation = ?2, json = ?3, updated = ?4 WHERE id = ?1 AND json = ?5",
+        )?
+        .execute(params![
+            old.id.to_string(),
+            envelopes::storable_generation(new)?,
+            new.to_json(),
+            now(),
+            old.to_json()
+        ])?;
+    if rows == 0 {
+        return Ok(Some(LeftBehind {
+            envelope: old.id,
+            reason: "it changed meanwhile".to_owned(),
+            again: true,
+        }));
+    }
+    let places: &[&str] = match old.kind {
+        ObjectKind::Disk => &["xml", "image"],
+        // The image of a variable store is plain LUKS, and a vTPM has none.
+        ObjectKind::Nvram | ObjectKind::Vtpm => &["xml"],
+    };
+    let mut insert = transaction.prepare_cached(
+        "INSERT OR IGNORE INTO stale_copies (envelope, place, provider, kek, since, reason)
+         VALUES (?1, ?2, ?3, ?4, ?5, '')",
+    )?;
+    for place in places {
+        for stanza in &old.stanzas {
+            insert.execute(params![
+                old.id.to_string(),
+                place,
+                stanza.provider.to_string(),
+                stanza.kek.0,
+                now()
+            ])?;
+        }
+    }
+    Ok(None)
+}
+
+fn note(
+    transaction: &Transaction,
+    job: JobId,
+    envelope: EnvelopeId,
+    left: Option<LeftBehind>,
+) -> Result<(), StoreFault> {
+    match left {
+        None => transaction
+            .prepare_cached("DELETE FROM left_behind WHERE job = ?1 AND envelope = ?2")?
+            .execute(params![job.0, envelope.to_string()])?,
+        Some(left) => transaction
+            .prepare_cached(
+                "INSERT OR REPLACE INTO left_behind (job, envelope, reason, again) VALUES (?1, ?2, ?3, ?4)",
+            )?
+            .execute(params![job.0, envelope.to_string(), left.reason, left.again])?,
+    };
+    Ok(())
+}
+
+fn find(connection: &Connection, id: JobId) -> Result<JobRecord, StoreFault> {
+    let found = select(connection, "id = ?1", [id.0])?.pop();
+    found.ok_or_else(|| KeystoreError::UnknownJob(id.0).into())
+}
+
+fn select(
+    connection: &Connection,
+    condition: &str,
+    values: impl rusqlite::Params,
+) -> Result<Vec<JobRecord>, StoreFault> {
+    let mut statement = connection.prepare_cached(&format!(
+        "SELECT id, task, state, pass, cursor, total, seen, changed, waiting, created, updated,
+            (SELECT count(*) FROM left_behind WHERE job = jobs.id) AS left
+         FROM jobs WHERE {condition} ORDER BY id"
+    ))?;
+    let mut rows = statement.query(values)?;
+    let mut jobs = Vec::new();
+    while let Some(row) = rows.next()? {
+        jobs.push(job_of(row)?);
+    }
+    Ok(jobs)
+}
+
+fn job_of(row: &Row) -> Result<JobRecord, StoreFault> {
+    let id: i64 = row.get("id")?;
+    let count = |column: &str| -> Result<u64, rusqlite::Error> {
+        Ok(u64::try_from(row.get::<_, i64>(column)?).unwrap_or(0))
+    };
+    let state: String = row.get("state")?;
+    let state = JobState::parse(&state).ok_or_else(|| KeystoreError::Inconsistent {
+        row: format!("of job {id}"),
+        why: format!("its state is {state:?}"),
+    })?;
+    Ok(JobRecord {
+        id: JobId(id),
+        task: row.get("task")?,
+        state,
+        pass: match row.get::<_, String>("pass")?.as_str() {
+            "all" => Pass::All,
+            _ => Pass::Left,
+        },
+        cursor: row.get("cursor")?,
+        total: count("total")?,
+        seen: count("seen")?,
+        changed: count("changed")?,
+        left: count("left")?,
+        waiting: row.get("waiting")?,
+        created: row.get("created")?,
+        updated: row.get("updated")?,
+    })
+}
+
+fn left_of(row: &Row) -> Result<LeftBehind, StoreFault> {
+    let envelope: String = row.get(0)?;
+    Ok(LeftBehind {
+        envelope: envelope.parse().map_err(|_| KeystoreError::Inconsistent {
+            row: format!("of envelope {envelope:?}"),
+            why: "its id is not a UUID".to_owned(),
+        })?,
+        reason: row.get(1)?,
+        again: row.get(2)?,
+    })
+}

@@ -1,0 +1,334 @@
+//! Envelopes with other stanzas around the same DEK.
+//!
+//! Each DEK is unwrapped, wrapped by whoever is to have it, unwrapped from every new stanza and compared, before the new
+//! envelope is returned. Nothing is stored here, and no DEK leaves.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use super::deadline::each_within;
+use super::{NextCommand, OpenError, Provider, Registry};
+use crate::envelope::{Envelope, Generation, KekId, Payload, ProviderId, Stanza};
+use crate::failure::{Code, Failure, chain};
+use crate::provider::{KekScope, ProviderError, ProviderStatus};
+use crate::secret::Dek;
+
+/// One stanza of the envelope to be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// The stanza that is at this place now.
+    Keep(usize),
+    /// One by the KEK that this provider uses now.
+    Wrap(ProviderId),
+    /// One by a KEK of this provider that is another than its stanza has now.
+    Rotate(ProviderId),
+}
+
+/// An envelope, and the stanzas that it should have.
+#[derive(Clone, Debug)]
+pub struct Rewrap {
+    /// The envelope as it is.
+    pub envelope: Envelope,
+    /// What it should become; never empty.
+    pub slots: Vec<Slot>,
+}
+
+/// What became of a [`Rewrap`].
+#[derive(Debug)]
+pub enum Rewrapped {
+    /// Every stanza is already what it should be.
+    Unchanged,
+    /// The next generation, verified.
+    Changed(Box<Envelope>),
+    /// It can't be done.
+    Left {
+        /// Why.
+        reason: String,
+        /// Whether it may work later.
+        again: bool,
+    },
+}
+
+/// A provider that is to wrap does not, whatever it is given: there is no point in going on.
+#[derive(Debug)]
+pub struct Blocked {
+    /// Its name.
+    pub name: String,
+    /// Why.
+    pub source: ProviderError,
+}
+
+impl fmt::Display for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "provider '{}' {}", self.name, chain(&self.source))
+    }
+}
+
+impl From<Blocked> for Failure {
+    fn from(blocked: Blocked) -> Self {
+        let (code, next) = blocked.source.advice(&blocked.name);
+        let failure = Self::new(code, blocked.to_string());
+        next.into_iter().fold(failure, |failure, next: NextCommand| {
+            failure.next(next.to_string())
+        })
+    }
+}
+
+/// A wrap to be made: which envelope of the batch, in which slot.
+struct Order {
+    at: (usize, usize),
+    scope: KekScope,
+    /// The KEK of its stanza now, and whether that has to go.
+    old: Option<KekId>,
+    rotate: bool,
+    payload: Payload,
+}
+
+/// What a slot of the new envelope gets: the stanza that is there, or a new one.
+enum Filled {
+    Kept,
+    New(Stanza),
+}
+
+impl Registry {
+    /// Why `provider` can't wrap now, without asking it.
+    #[must_use]
+    pub fn cannot_wrap(&self, provider: ProviderId) -> Option<Failure> {
+        let Some(known) = self.by_id(provider) else {
+            return Some(
+                Failure::new(Code::NotFound, format!("provider {provider} is not on this host"))
+                    .next("virtseal provider list"),
+            );
+        };
+        let source = match known.provider().status() {
+            ProviderStatus::Ready | ProviderStatus::Degraded(_) => return None,
+            ProviderStatus::NotBackedUp => ProviderError::NotBackedUp,
+            ProviderStatus::Locked => ProviderError::Locked,
+            ProviderStatus::Unreachable(reason) => ProviderError::Unreachable(reason),
+            ProviderStatus::NotTrusted(reason) => ProviderError::NotTrusted(reason),
+        };
+        let name = known.provider().name().to_owned();
+        Some(Blocked { name, source }.into())
+    }
+
+    /// Makes each of `work`, in its order, with one call per provider for opening and one for verifying.
+    ///
+    /// # Errors
+    /// [`Blocked`] when a provider that is to wrap refuses as a whole; then nothing was made.
+    pub fn rewrap(&self, work: &[Rewrap]) -> Result<Vec<Rewrapped>, Blocked> {
+        let envelopes: Vec<_> = work.iter().map(|rewrap| &rewrap.envelope).collect();
+        let opened = self.open_each(&envelopes);
+        let mut orders: BTreeMap<ProviderId, Vec<Order>> = BTreeMap::new();
+        let mut outcomes: Vec<Result<(&Dek, Vec<Option<Filled>>), Rewrapped>> = Vec::new();
+        for (number, (rewrap, dek)) in work.iter().zip(&opened).enumerate() {
+            outcomes.push(match dek {
+                Ok(dek) => order(number, rewrap, dek, &mut orders).map(|filled| (dek, filled)),
+                Err(error) => Err(left(error)),
+            });
+        }
+        for (provider, orders) in orders {
+            for (at, answer) in self.fill(provider, orders)? {
+                let (number, slot) = at;
+                match (answer, &mut outcomes[number]) {
+                    (_, Err(_)) => {}
+                    (Ok(filled), Ok((_, slots))) => slots[slot] = Some(filled),
+                    (Err(error), outcome) => {
+                        *outcome = Err(Rewrapped::Left {
+                            reason: chain(&error),
+                            again: false,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(self.verify_all(work, outcomes))
+    }
+
+    /// Opens each of them, where [`Registry::open_all`] opens all or none.
+    fn open_each(&self, envelopes: &[&Envelope]) -> Vec<Result<Dek, OpenError>> {
+        match self.open_all(envelopes) {
+            Ok(deks) => deks.into_iter().map(Ok).collect(),
+            Err(_) => envelopes
+                .iter()
+                .map(|envelope| self.open_envelope(envelope))
+                .collect(),
+        }
+    }
+
+    #[expect(clippy::type_complexity, reason = "read once, right above")]
+    fn fill(
+        &self,
+        provider: ProviderId,
+        orders: Vec<Order>,
+    ) -> Result<Vec<((usize, usize), Result<Filled, ProviderError>)>, Blocked> {
+        let Some(known) = self.by_id(provider) else {
+            return Err(Blocked {
+                name: provider.to_string(),
+                source: ProviderError::Unusable("it is not on this host".to_owned()),
+            });
+        };
+        let blocked = |source| Blocked {
+            name: known.provider().name().to_owned(),
+            source,
+        };
+        let places: Vec<_> = orders.iter().map(|order| order.at).collect();
+        let asked = known.clone();
+        let answers =
+            each_within(self.deadline(), orders, move |order| wrap(&asked, &order)).map_err(blocked)?;
+        let mut filled = Vec::with_capacity(places.len());
+        for (place, answer) in places.into_iter().zip(answers) {
+            filled.push(match answer {
+                Ok(Some(stanza)) => (place, Ok(Filled::New(stanza))),
+                Ok(None) => (place, Ok(Filled::Kept)),
+                Err(error) if error.is_about_a_stanza() => (place, Err(error)),
+                Err(error) => return Err(blocked(error)),
+            });
+        }
+        Ok(filled)
+    }
+
+    fn verify_all(
+        &self,
+        work: &[Rewrap],
+        outcomes: Vec<Result<(&Dek, Vec<Option<Filled>>), Rewrapped>>,
+    ) -> Vec<Rewrapped> {
+        let mut results = Vec::with_capacity(work.len());
+        let mut probes: Vec<(usize, &Dek, Envelope)> = Vec::new();
+        for (number, (rewrap, outcome)) in work.iter().zip(outcomes).enumerate() {
+            let made = outcome.and_then(|(dek, filled)| {
+                let (next, fresh) = put_together(rewrap, filled)?;
+                // Each new stanza must open by itself; without any, what is left of the old ones must.
+                if fresh.is_empty() {
+                    probes.push((number, dek, next.clone()));
+                }
+                for stanza in fresh {
+                    let mut alone = next.clone();
+                    alone.stanzas = vec![next.stanzas[stanza].clone()];
+                    probes.push((number, dek, alone));
+                }
+                Ok(next)
+            });
+            results.push(match made {
+                Ok(next) => Rewrapped::Changed(Box::new(next)),
+                Err(outcome) => outcome,
+            });
+        }
+        let envelopes: Vec<_> = probes.iter().map(|(_, _, probe)| probe).collect();
+        let opened = self.open_each(&envelopes);
+        for ((number, dek, _), found) in probes.iter().zip(opened) {
+            match found {
+                Ok(found) if openssl::memcmp::eq(found.expose(), dek.expose()) => {}
+                Ok(_) => {
+                    results[*number] = Rewrapped::Left {
+                        reason: "what was wrapped anew opens to another key".to_owned(),
+                        again: false,
+                    };
+                }
+                Err(error) => results[*number] = left(&error),
+            }
+        }
+        results
+    }
+}
+
+fn left(error: &OpenError) -> Rewrapped {
+    Rewrapped::Left {
+        reason: error.reasons(),
+        again: error.may_pass(),
+    }
+}
+
+/// Notes which wraps `rewrap` takes; what it keeps is filled in.
+fn order(
+    number: usize,
+    rewrap: &Rewrap,
+    dek: &Dek,
+    orders: &mut BTreeMap<ProviderId, Vec<Order>>,
+) -> Result<Vec<Option<Filled>>, Rewrapped> {
+    let envelope = &rewrap.envelope;
+    let mut filled = Vec::with_capacity(rewrap.slots.len());
+    for (place, slot) in rewrap.slots.iter().enumerate() {
+        let (provider, rotate) = match slot {
+            Slot::Keep(_) => {
+                filled.push(Some(Filled::Kept));
+                continue;
+            }
+            Slot::Wrap(provider) => (*provider, false),
+            Slot::Rotate(provider) => (*provider, true),
+        };
+        let payload = Payload::bind(dek, &envelope.binding()).map_err(|error| Rewrapped::Left {
+            reason: chain(&error),
+            again: true,
+        })?;
+        let old = stanza_of(envelope, provider).map(|at| envelope.stanzas[at].kek.clone());
+        orders.entry(provider).or_default().push(Order {
+            at: (number, place),
+            scope: KekScope::Vm(envelope.vm),
+            old,
+            rotate,
+            payload,
+        });
+        filled.push(None);
+    }
+    Ok(filled)
+}
+
+/// The first one: a provider that has several opens any of them.
+fn stanza_of(envelope: &Envelope, provider: ProviderId) -> Option<usize> {
+    envelope
+        .stanzas
+        .iter()
+        .position(|stanza| stanza.provider == provider)
+}
+
+/// `None` if the stanza that is there is what is wanted.
+fn wrap(known: &Provider, order: &Order) -> Result<Option<Stanza>, ProviderError> {
+    let provider = known.provider();
+    let kek = match (&order.old, order.rotate) {
+        (Some(old), true) => provider.rotate_kek(&order.scope, old)?,
+        _ => provider.create_kek(&order.scope)?,
+    };
+    if order.old.as_ref() == Some(&kek) {
+        return Ok(None);
+    }
+    provider.wrap(&kek, &order.payload).map(Some)
+}
+
+/// The next generation, and which of its stanzas are new.
+fn put_together(rewrap: &Rewrap, filled: Vec<Option<Filled>>) -> Result<(Envelope, Vec<usize>), Rewrapped> {
+    let envelope = &rewrap.envelope;
+    let (mut stanzas, mut fresh) = (Vec::with_capacity(filled.len()), Vec::new());
+    for (slot, filled) in rewrap.slots.iter().zip(filled) {
+        match (filled, slot) {
+            (Some(Filled::New(stanza)), _) => {
+                fresh.push(stanzas.len());
+                stanzas.push(stanza);
+            }
+            (Some(Filled::Kept), Slot::Keep(at)) => stanzas.push(envelope.stanzas[*at].clone()),
+            (Some(Filled::Kept), Slot::Wrap(provider) | Slot::Rotate(provider)) => {
+                let at = stanza_of(envelope, *provider).expect("its KEK was read from there");
+                stanzas.push(envelope.stanzas[at].clone());
+            }
+            (None, _) => {
+                return Err(Rewrapped::Left {
+                    reason: "it was not wrapped".to_owned(),
+                    again: true,
+                });
+            }
+        }
+    }
+    if stanzas == envelope.stanzas {
+        return Err(Rewrapped::Unchanged);
+    }
+    let too_much = |reason: String| Rewrapped::Left { reason, again: false };
+    let generation = envelope.generation.0.checked_add(1).map(Generation);
+    let mut next = envelope.clone();
+    next.generation = generation.ok_or_else(|| too_much("its generation can't rise".to_owned()))?;
+    next.stanzas = stanzas;
+    // As anyone else will read it: not too long, not too many stanzas.
+    match Envelope::from_json(&next.to_json()) {
+        Ok(read) if read == next => Ok((next, fresh)),
+        Ok(_) => Err(too_much("it does not read back as it was written".to_owned())),
+        Err(error) => Err(too_much(chain(&error))),
+    }
+}
