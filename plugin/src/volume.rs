@@ -1,13 +1,14 @@
 //! Encrypted images: made, inspected and opened, by our own code.
 //!
 //! The daemon calls this for disks (qcow2 with LUKS1 inside, the envelope in a header extension) and for UEFI
-//! variable stores (plain LUKS1). Nothing here writes to an image that exists: new files get their name once they
-//! are complete and have been opened with their key, and reading takes no lock and follows no file name that an
-//! image gives, except in [`backing_chain`].
+//! variable stores (plain LUKS1). New files get their name once they are complete and have been opened with their key, and
+//! reading takes no lock and follows no file name that an image gives, except in [`backing_chain`]. An image that exists is
+//! written to in one place, and only while nobody has it open: see [`rewrite_envelope`].
 //!
 //! - [`create()`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
 //! - [`inspect`], [`backing_chain`], [`header_digest`]: read them without a key
 //! - [`verify`]: opens one with its key
+//! - [`rewrite_envelope`], [`finish_rewrite`]: bring the envelope in an image up to date; [`shred_keys`] ends its keys
 //!
 //! An image carries its envelope in a qcow2 header extension of type `0x76736561` ("vsea"): one byte for the format
 //! (1), one for the place (0 here, 1 behind the LUKS1 header, for clusters too small), two zero bytes, the length of
@@ -23,6 +24,7 @@ mod nvram;
 mod open;
 mod qcow2;
 mod qemu_img;
+mod rewrite;
 mod size;
 mod staging;
 
@@ -36,5 +38,6 @@ pub use nvram::{create_nvram, create_nvram_watched};
 pub use open::{BackingEntry, Format, VolumeInfo, header_digest, inspect, verify};
 pub use qcow2::allocation::Data;
 pub use qemu_img::Percent;
+pub use rewrite::{Carried, Shredded, finish_rewrite, rewrite_envelope, shred_keys};
 pub use size::{Bytes, ClusterSize, SizeError};
 pub use staging::{FileId, sweep_temporaries};

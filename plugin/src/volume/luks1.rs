@@ -273,6 +273,28 @@ impl Header {
         Ok(digest)
     }
 
+    /// How many keyslots some passphrase opens.
+    pub(super) fn active_keyslots(&self) -> usize {
+        self.keyslots.iter().filter(|keyslot| keyslot.active).count()
+    }
+
+    /// Where the key material of every keyslot lies, in bytes from the header.
+    pub(super) fn all_material(&self) -> impl Iterator<Item = Range<u64>> {
+        (0..KEYSLOTS).map(|number| self.material(number))
+    }
+
+    /// The header with all keyslots dead, and without the volume key's digest.
+    pub(super) fn without_keys(&self) -> Self {
+        let mut header = self.clone();
+        header.key_digest = [0; DIGEST_LEN];
+        header.key_digest_salt = [0; SALT_LEN];
+        for keyslot in &mut header.keyslots {
+            keyslot.active = false;
+            keyslot.salt = [0; SALT_LEN];
+        }
+        header
+    }
+
     /// Where the key material of a keyslot lies, in bytes from the header.
     fn material(&self, number: usize) -> Range<u64> {
         let start = u64::from(self.keyslots[number].first_sector) * SECTOR as u64;

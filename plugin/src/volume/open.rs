@@ -295,7 +295,8 @@ impl Image {
         Ok(sha256(&bytes))
     }
 
-    fn encrypted(&self) -> Result<(luks1::Header, u64), VolumeError> {
+    /// The LUKS1 header, and where in the file it begins.
+    pub(crate) fn encrypted(&self) -> Result<(luks1::Header, u64), VolumeError> {
         if let Kind::Luks2 = self.kind {
             return Err(VolumeError::unsupported(
                 &self.path,
@@ -323,11 +324,21 @@ impl Image {
             .map_err(|flaw| VolumeError::damaged(&self.path, flaw.within(offset)))
     }
 
-    fn luks_span(&self) -> Option<Span> {
+    pub(crate) fn luks_span(&self) -> Option<Span> {
         match self.qcow2()?.encryption {
             Encryption::Luks1(span) => Some(span),
             Encryption::None | Encryption::Legacy => None,
         }
+    }
+
+    /// Its length in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// `len` bytes from `offset` on.
+    pub(crate) fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, VolumeError> {
+        read(&self.file, offset, len).attempt("read", &self.path)
     }
 
     pub(crate) fn qcow2(&self) -> Option<&qcow2::Header> {

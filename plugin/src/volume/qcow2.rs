@@ -8,6 +8,7 @@
 pub(crate) mod allocation;
 pub(crate) mod extension;
 pub(crate) mod layout;
+pub(crate) mod rewrite;
 
 use super::error::{Flaw, Part};
 use super::size::{Bytes, ClusterSize};

@@ -1,0 +1,258 @@
+use std::fs;
+use std::process::Command;
+
+use super::*;
+use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
+use crate::secret::{Dek, Passphrase};
+use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
+
+fn stanza(body: u8) -> Stanza {
+    Stanza {
+        provider: ProviderId::random(),
+        provider_name: "main".to_owned(),
+        kek: KekId("v1:provider".to_owned()),
+        mechanism: "A256GCM".to_owned(),
+        body: vec![body; 92],
+    }
+}
+
+struct Bench {
+    dir: tempfile::TempDir,
+    passphrase: Passphrase,
+    envelope: Envelope,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm: VmId::random(),
+            kind: ObjectKind::Disk,
+        };
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            passphrase: Dek::random().unwrap().passphrase().unwrap(),
+            envelope: Envelope::new(&binding, vec![stanza(1)]).unwrap(),
+        }
+    }
+
+    fn create(&self, name: &str, cluster: u64, backing: Option<Backing>) -> std::path::PathBuf {
+        let path = self.dir.path().join(name);
+        let request = CreateRequest {
+            cluster_size: ClusterSize::try_from(Bytes(cluster)).unwrap(),
+            backing,
+            ..CreateRequest::new(&path, Bytes(8 << 20))
+        };
+        volume::create(&request, &self.envelope, &self.passphrase).unwrap();
+        path
+    }
+
+    /// With as many stanzas as the generation says.
+    fn next(&self, generation: u64) -> Envelope {
+        let mut next = self.envelope.clone();
+        next.generation = Generation(generation);
+        next.stanzas = (0..generation).map(|body| stanza(body as u8)).collect();
+        next
+    }
+
+    fn assert_whole(&self, path: &Path) {
+        volume::verify(path, &self.passphrase).unwrap();
+        let key = self.dir.path().join("key");
+        fs::write(&key, self.passphrase.expose()).unwrap();
+        let checked = Command::new("qemu-img")
+            .args(["check", "-q", "--object"])
+            .arg(format!("secret,id=s,file={}", key.display()))
+            .arg("--image-opts")
+            .arg(format!(
+                "driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.filename={}",
+                path.display()
+            ))
+            .output()
+            .expect("the program qemu-img is missing: apt install qemu-utils");
+        assert!(
+            checked.status.success(),
+            "{}",
+            String::from_utf8_lossy(&checked.stderr)
+        );
+    }
+}
+
+fn unjournaled(_: &[u8]) -> Result<(), VolumeError> {
+    Ok(())
+}
+
+#[test]
+fn an_image_follows_its_envelope_and_nothing_else_changes() {
+    let bench = Bench::new();
+    let base = bench.dir.path().join("base");
+    let created = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .args([base.as_os_str(), "8M".as_ref()])
+        .status();
+    assert!(created.unwrap().success());
+    for cluster in [512, 4096, 65536, 2 << 20] {
+        for with_backing in [false, true] {
+            let backing = with_backing.then(|| Backing {
+                path: base.clone(),
+                format: BackingFormat::Qcow2,
+            });
+            let name = format!("{cluster}-{with_backing}");
+            let path = bench.create(&name, cluster, backing);
+            let luks = volume::header_digest(&path).unwrap();
+            let before = volume::inspect(&path).unwrap();
+            for generation in [2, 3, 1, 16, 15] {
+                let next = bench.next(generation);
+                let carried = rewrite_envelope(&path, &next, unjournaled);
+                let held = volume::inspect(&path).unwrap().envelope.unwrap();
+                if cluster == 4096 && generation > 3 {
+                    assert!(carried.unwrap_err().to_string().contains("no room"));
+                    assert_eq!(held.generation, Generation(3));
+                } else {
+                    assert_eq!(carried.unwrap(), Carried::Generation(held.generation));
+                    assert!(held == next || held.generation > next.generation);
+                }
+                bench.assert_whole(&path);
+            }
+            let after = volume::inspect(&path).unwrap();
+            assert_eq!(
+                (&after.backing, after.virtual_size),
+                (&before.backing, before.virtual_size)
+            );
+            assert_eq!(volume::header_digest(&path).unwrap(), luks);
+        }
+    }
+}
+
+#[test]
+fn an_open_image_and_a_foreign_one_are_left_alone() {
+    let bench = Bench::new();
+    let path = bench.create("disk", 65536, None);
+    let before = fs::read(&path).unwrap();
+    let mut other = bench.next(2);
+    other.id = EnvelopeId::random();
+    assert_eq!(
+        rewrite_envelope(&path, &other, unjournaled).unwrap(),
+        Carried::NotThere
+    );
+    // As a QEMU that only reads: it uses and does not share writing.
+    let reader = File::open(&path).unwrap();
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 100,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(&reader, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
+    for error in [
+        rewrite_envelope(&path, &bench.next(2), unjournaled).unwrap_err(),
+        shred_keys(&path).unwrap_err(),
+        finish_rewrite(&path, b"").unwrap_err(),
+    ] {
+        assert!(matches!(error, VolumeError::InUse(_)), "{error}");
+    }
+    assert_eq!(fs::read(&path).unwrap(), before);
+    drop(reader);
+    rewrite_envelope(&path, &bench.next(2), unjournaled).unwrap();
+}
+
+#[test]
+fn no_qemu_opens_an_image_that_is_being_written() {
+    let bench = Bench::new();
+    let path = bench.create("disk", 65536, None);
+    let check = || {
+        Command::new("qemu-img")
+            .args(["info", "-f", "qcow2"])
+            .arg(&path)
+            .output()
+            .unwrap()
+    };
+    assert!(check().status.success());
+    let held = open_alone(&path).unwrap();
+    let said = String::from_utf8_lossy(&check().stderr).into_owned();
+    assert!(said.contains("lock"), "{said}");
+    drop(held);
+    assert!(check().status.success());
+}
+
+#[test]
+fn whatever_part_was_written_the_journal_completes_it() {
+    let bench = Bench::new();
+    for cluster in [512, 65536] {
+        let path = bench.create(&format!("torn-{cluster}"), cluster, None);
+        rewrite_envelope(&path, &bench.next(9), unjournaled).unwrap();
+        let before = fs::read(&path).unwrap();
+        let next = bench.next(14);
+        let mut journal = Vec::new();
+        let refused = rewrite_envelope(&path, &next, |bytes| {
+            journal = bytes.to_vec();
+            Err(VolumeError::Stopped(path.clone()))
+        });
+        assert!(refused.is_err());
+        assert_eq!(fs::read(&path).unwrap(), before, "written before the journal was");
+
+        let patch = Patch::from_bytes(&journal).unwrap();
+        assert_eq!(Patch::from_bytes(&journal[..journal.len() - 1]), None);
+        let sectors: Vec<_> = patch
+            .regions
+            .iter()
+            .flat_map(|region| {
+                (0..region.new.len()).step_by(SECTOR).map(move |at| {
+                    let end = region.new.len().min(at + SECTOR);
+                    (region.offset + at as u64, &region.new[at..end])
+                })
+            })
+            .collect();
+        assert!(sectors.len() > 4, "{}", sectors.len());
+        for subset in 0..1_u32 << sectors.len().min(6) {
+            fs::write(&path, &before).unwrap();
+            let file = OpenOptions::new().write(true).open(&path).unwrap();
+            for (number, (offset, bytes)) in sectors.iter().enumerate() {
+                if subset >> (number % 6) & 1 == 1 {
+                    file.write_all_at(bytes, *offset).unwrap();
+                }
+            }
+            finish_rewrite(&path, &journal).unwrap();
+            assert_eq!(volume::inspect(&path).unwrap().envelope.unwrap(), next);
+            volume::verify(&path, &bench.passphrase).unwrap();
+        }
+        bench.assert_whole(&path);
+        // Somebody else's change counts more.
+        let mut theirs = fs::read(&path).unwrap();
+        theirs[0x300] ^= 1;
+        fs::write(&path, &theirs).unwrap();
+        finish_rewrite(&path, &journal).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), theirs);
+    }
+}
+
+#[test]
+fn shredded_images_open_for_nobody() {
+    let bench = Bench::new();
+    for cluster in [512, 65536] {
+        let path = bench.create(&format!("shred-{cluster}"), cluster, None);
+        let before = fs::read(&path).unwrap();
+        let info = volume::inspect(&path).unwrap();
+        let done = shred_keys(&path).unwrap();
+        assert_eq!((done.keyslots, done.envelope), (1, true));
+        assert!(matches!(
+            volume::verify(&path, &bench.passphrase),
+            Err(VolumeError::NoKeyslotOpens(_))
+        ));
+        let after = volume::inspect(&path).unwrap();
+        assert_eq!((after.envelope, after.virtual_size), (None, info.virtual_size));
+        // The old header on the new material opens nothing either: none of the material is left.
+        let image = Image::open(&path).unwrap();
+        let (header, base) = image.encrypted().unwrap();
+        let now = fs::read(&path).unwrap();
+        for range in header.all_material() {
+            let range = (base + range.start) as usize..(base + range.end) as usize;
+            assert_ne!(now[range.clone()], before[range]);
+        }
+        let again = shred_keys(&path).unwrap();
+        assert_eq!((again.keyslots, again.envelope), (0, false));
+    }
+    let plain = bench.dir.path().join("plain.raw");
+    fs::write(&plain, vec![0; 1 << 20]).unwrap();
+    assert!(matches!(shred_keys(&plain), Err(VolumeError::NotEncrypted(_))));
+}
