@@ -12,6 +12,11 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 
+use crate::envelope::Envelope;
+
+/// The most envelopes that a job may have in memory.
+const MOST_BATCH: u32 = 1000;
+
 /// The daemon's settings. Every key has a default.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -34,6 +39,13 @@ pub struct Config {
     pub swtpm_dir: PathBuf,
     /// Where new UEFI variable stores go when the domain names none.
     pub nvram_dir: PathBuf,
+    /// The providers (names or UUIDs) that each new envelope gets a stanza of; the default provider alone, if empty.
+    pub recipients: Vec<String>,
+    /// How many envelopes a job changes in one transaction.
+    pub batch_size: u32,
+    /// How long a job rests between two batches.
+    #[serde(deserialize_with = "pause")]
+    pub interval: Duration,
     /// What to log, as `tracing` filters: `info`, `virtseal=debug`, …
     pub log: String,
 }
@@ -49,6 +61,9 @@ impl Default for Config {
             provider_deadline: Duration::from_secs(5),
             swtpm_dir: "/var/lib/libvirt/swtpm".into(),
             nvram_dir: "/var/lib/libvirt/qemu/nvram".into(),
+            recipients: Vec::new(),
+            batch_size: 50,
+            interval: Duration::ZERO,
             log: "info".into(),
         }
     }
@@ -57,7 +72,7 @@ impl Default for Config {
 impl Config {
     /// Where the package puts it.
     pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
-    const KEYS: [&str; 9] = [
+    const KEYS: [&str; 12] = [
         "socket",
         "socket_group",
         "state_dir",
@@ -66,6 +81,9 @@ impl Config {
         "provider_deadline",
         "swtpm_dir",
         "nvram_dir",
+        "recipients",
+        "batch_size",
+        "interval",
         "log",
     ];
 
@@ -109,6 +127,12 @@ impl Config {
                 path: path.into(),
                 value: value.clone(),
             });
+        }
+        if self.recipients.len() > Envelope::MAX_STANZAS || self.recipients.iter().any(String::is_empty) {
+            return Err(ConfigError::Recipients { path: path.into() });
+        }
+        if !(1..=MOST_BATCH).contains(&self.batch_size) {
+            return Err(ConfigError::BatchSize { path: path.into() });
         }
         if self.provider_deadline > self.hook_deadline {
             return Err(ConfigError::Deadlines { path: path.into() });
@@ -159,6 +183,18 @@ pub enum ConfigError {
         path: PathBuf,
         /// The value.
         value: PathBuf,
+    },
+    /// No name, or more than an envelope holds.
+    #[error("{}: recipients must be names of providers, {} at the most", path.display(), Envelope::MAX_STANZAS)]
+    Recipients {
+        /// The file.
+        path: PathBuf,
+    },
+    /// No envelope at all, or more than should be in memory.
+    #[error("{}: batch_size must be 1 to {MOST_BATCH}", path.display())]
+    BatchSize {
+        /// The file.
+        path: PathBuf,
     },
     /// A provider that may take longer than the hook waits.
     #[error("{}: provider_deadline must not be longer than hook_deadline", path.display())]
@@ -217,6 +253,14 @@ fn hint_for(key: &str) -> String {
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    match pause(deserializer)? {
+        none if none.is_zero() => Err(de::Error::custom("a duration is more than 0 here")),
+        some => Ok(some),
+    }
+}
+
+/// A duration that may be 0.
+fn pause<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
     enum Raw {
@@ -228,7 +272,7 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::E
         Raw::Text(text) => parse_duration(&text),
     };
     match parsed {
-        Some(value) if !value.is_zero() && value <= Duration::from_secs(3600) => Ok(value),
+        Some(value) if value <= Duration::from_secs(3600) => Ok(value),
         _ => Err(de::Error::custom(
             "a duration is '10s', '500ms', '2m' or a number of seconds, at most an hour",
         )),
@@ -269,6 +313,7 @@ mod tests {
         assert_eq!(config.hook_deadline, Duration::from_millis(1500));
         assert_eq!(config.provider_deadline, Duration::from_secs(1));
         assert!(parse("hook_deadline: 0s").unwrap_err().contains("a duration is"));
+        assert_eq!(parse("interval: 0").unwrap().interval, Duration::ZERO);
         assert!(parse("hook_deadline: -1").is_err());
         assert!(parse("hook_deadline: 10 parsecs").is_err());
     }
@@ -292,6 +337,21 @@ mod tests {
             parse("socket: /run/x\nprovder_deadline: 3s").unwrap_err(),
             "virtseald.yaml:2: unknown key 'provder_deadline'; did you mean 'provider_deadline'?"
         );
+    }
+
+    #[test]
+    fn recipients_and_batches_have_their_bounds() {
+        let config = parse("recipients: [kmip-prod, breakglass]\nbatch_size: 7").unwrap();
+        assert_eq!(
+            (config.recipients, config.batch_size),
+            (vec!["kmip-prod".to_owned(), "breakglass".to_owned()], 7)
+        );
+        assert!(
+            parse("recipients: ['']")
+                .unwrap_err()
+                .contains("names of providers")
+        );
+        assert!(parse("batch_size: 0").unwrap_err().contains("1 to 1000"));
     }
 
     #[test]

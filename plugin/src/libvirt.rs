@@ -186,6 +186,41 @@ impl Libvirt {
         })
     }
 
+    /// Changes the metadata element of a domain in the namespace `uri`, in the XML of its next start and, while it runs, in
+    /// that of now; nothing else in the XML is touched. `edit` gets the element without its namespace and returns the new
+    /// one, or `None` to leave it. Says whether the domain is defined.
+    pub fn edit_metadata(
+        &self,
+        vm: VmId,
+        (prefix, uri): (&str, &str),
+        edit: impl Fn(&str) -> Option<String>,
+    ) -> Result<bool, LibvirtError> {
+        self.with("change the metadata of the domain", |connection| {
+            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+                return Ok(false);
+            };
+            for impact in impacts(&domain)? {
+                let found = domain.metadata(ELEMENT, Some(uri), impact).map(Some);
+                if let Some(new) = absent_is(None, found)?.as_deref().and_then(&edit) {
+                    domain.set_metadata(ELEMENT, Some(&new), Some(prefix), Some(uri), impact)?;
+                }
+            }
+            Ok(true)
+        })
+    }
+
+    /// Removes the metadata element of a domain in the namespace `uri`. Says whether the domain is defined.
+    pub fn remove_metadata(&self, vm: VmId, uri: &str) -> Result<bool, LibvirtError> {
+        self.with("change the metadata of the domain", |connection| {
+            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+                return Ok(false);
+            };
+            let config = sys::VIR_DOMAIN_AFFECT_CONFIG;
+            absent_is((), domain.set_metadata(ELEMENT, None, None, Some(uri), config))?;
+            Ok(true)
+        })
+    }
+
     /// Runs `call`, once more on a new connection when the old one turns out to be dead. All calls made through
     /// here may be repeated.
     fn with<T>(
@@ -256,6 +291,20 @@ pub enum LibvirtError {
     },
 }
 
+const ELEMENT: i32 = sys::VIR_DOMAIN_METADATA_ELEMENT as i32;
+
+/// Which of a domain's XMLs there are to change.
+fn impacts(domain: &Domain) -> Result<Vec<u32>, virt::error::Error> {
+    let mut impacts = Vec::new();
+    if domain.is_persistent()? {
+        impacts.push(sys::VIR_DOMAIN_AFFECT_CONFIG);
+    }
+    if domain.is_active()? {
+        impacts.push(sys::VIR_DOMAIN_AFFECT_LIVE);
+    }
+    Ok(impacts)
+}
+
 /// Marks the usage id of our secrets.
 const USAGE_PREFIX: &str = "virtseal:";
 
@@ -316,9 +365,13 @@ fn absent_is<T>(default: T, result: Result<T, virt::error::Error>) -> Result<T, 
 }
 
 fn is_absence(error: &virt::error::Error) -> bool {
-    [ErrorNumber::NoSecret, ErrorNumber::NoDomain]
-        .into_iter()
-        .any(|number| error.code() == number.into())
+    [
+        ErrorNumber::NoSecret,
+        ErrorNumber::NoDomain,
+        ErrorNumber::NoDomainMetadata,
+    ]
+    .into_iter()
+    .any(|number| error.code() == number.into())
 }
 
 #[cfg(test)]

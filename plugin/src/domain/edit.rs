@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use roxmltree::Node;
 
-use super::metadata::{ascii_json, envelope_nodes, vm_node};
+use super::metadata::{ascii_json, envelope, envelope_nodes, vm_node};
 use super::read::{self, child, children};
 use super::splice::{self, Edit, Element, Place};
 use super::{Domain, DomainError, Encryption, Metadata, Position, SecretRef, parse_document};
@@ -98,6 +98,35 @@ pub fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, Domain
     let document = parse_document(xml)?;
     let edits = envelope_edits(xml, read::root(&document)?, envelopes)?;
     finish(xml, edits)
+}
+
+/// Brings the envelopes in the `<vm>` element that libvirt hands out, without its namespace, up to date: each one that is
+/// there gets the generation of `newest`, if that is higher. `None` if nothing changes.
+///
+/// # Errors
+/// When the element or an envelope in it can't be read.
+pub fn refresh_element(
+    element: &str,
+    newest: impl Fn(EnvelopeId) -> Option<Envelope>,
+) -> Result<Option<String>, DomainError> {
+    let document = parse_document(element)?;
+    let mut edits = Vec::new();
+    let envelopes = document
+        .root_element()
+        .children()
+        .filter(|node| node.is_element() && node.tag_name().name() == "envelope");
+    for (number, node) in (1..).zip(envelopes) {
+        let found = envelope(node, number)?;
+        if let Some(new) = newest(found.id).filter(|new| new.generation > found.generation) {
+            edits.push(splice::set_text(element, node, &ascii_json(&new)));
+        }
+    }
+    if edits.is_empty() {
+        return Ok(None);
+    }
+    splice::apply(element, edits)
+        .ok_or(DomainError::Overlap)
+        .map(Some)
 }
 
 /// Removes the metadata and each `<encryption>` whose secret is one of its envelopes. Formats, paths and the `<tpm>`

@@ -33,6 +33,9 @@ impl Metadata {
     /// The namespace of everything virtseal writes into domain XML.
     pub const NAMESPACE: &'static str = "urn:virtseal:vm:1";
 
+    /// The prefix that virtseal writes for it.
+    pub const PREFIX: &'static str = "virtseal";
+
     /// The copy of this envelope.
     #[must_use]
     pub fn envelope(&self, id: EnvelopeId) -> Option<&Envelope> {
@@ -110,7 +113,7 @@ pub(super) fn envelope_nodes<'a, 'i>(vm: Node<'a, 'i>) -> Result<Vec<(Node<'a, '
         .collect()
 }
 
-fn envelope(node: Node<'_, '_>, number: u32) -> Result<Envelope, DomainError> {
+pub(super) fn envelope(node: Node<'_, '_>, number: u32) -> Result<Envelope, DomainError> {
     let stated = node.attribute("id");
     let envelope = Envelope::from_json(text(node).trim()).map_err(|source| DomainError::Envelope {
         which: stated.map_or_else(|| format!("number {number}"), str::to_owned),
