@@ -133,6 +133,8 @@ pub struct VmView {
     pub name: String,
     /// Its UUID.
     pub uuid: String,
+    /// The provider without which one of its objects does not open.
+    pub hangs_on: Option<String>,
     /// running, off, or undefined (known to virtseal only).
     pub power: String,
     /// sealed, plain, mixed, or undefined.
@@ -206,6 +208,147 @@ pub struct VolumeProgress {
     pub envelope: Option<String>,
     /// The virtual size in bytes.
     pub size: Option<u64>,
+}
+
+/// A job to start.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct JobRequest {
+    /// rotate, rekey, move, add-recipient or remove-recipient.
+    pub kind: String,
+    /// The provider that it is about; for a move, the one to move from.
+    pub provider: Option<String>,
+    /// For a move, the provider to move to.
+    pub to: Option<String>,
+    /// Only the envelopes of this VM, for rekey and move: name or UUID.
+    pub vm: Option<String>,
+}
+
+/// A sweep over the envelopes, as `virtseal jobs` prints it.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct JobView {
+    /// Its number.
+    pub id: i64,
+    /// What it does, in words.
+    pub task: String,
+    /// running, done, incomplete or aborted.
+    pub state: String,
+    /// How many envelopes there were when it began.
+    pub total: i64,
+    /// How many of them it has seen.
+    pub seen: i64,
+    /// How many of them it has changed.
+    pub changed: i64,
+    /// How many of them it could not change.
+    pub left: i64,
+    /// What it waits for, while it does.
+    pub waiting: Option<String>,
+    /// Why it could not change some of them, an envelope a line.
+    pub reasons: Vec<String>,
+    /// When it was started, in seconds since 1970.
+    pub started: i64,
+    /// When it last changed, in seconds since 1970.
+    pub updated: i64,
+}
+
+/// How a job stands.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct JobReport {
+    /// The job.
+    pub job: JobView,
+}
+
+/// A job that was started.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct JobStarted {
+    /// The job.
+    pub job: JobView,
+    /// What the admin should know besides.
+    pub warnings: Vec<String>,
+}
+
+/// A copy of an envelope that is behind the keystore's.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct CopyView {
+    /// The VM.
+    pub vm: String,
+    /// The envelope's UUID.
+    pub envelope: String,
+    /// xml or image.
+    pub place: String,
+    /// Why it could not follow yet; empty if nobody has tried.
+    pub reason: String,
+}
+
+/// Reply of `virtseal jobs`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Jobs {
+    /// The last ones, oldest first.
+    pub jobs: Vec<JobView>,
+    /// How many copies are behind.
+    pub stale_copies: i64,
+    /// The first hundred of each place.
+    pub copies: Vec<CopyView>,
+}
+
+/// An envelope that no VM uses.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct OrphanEnvelope {
+    /// The envelope's UUID.
+    pub envelope: String,
+    /// Its VM's name, or UUID if no name is known.
+    pub vm: String,
+    /// disk, vtpm or nvram.
+    pub kind: String,
+    /// Where its object was.
+    pub path: Option<String>,
+    /// Whether there is still something.
+    pub present: bool,
+    /// The providers that open it.
+    pub providers: Vec<String>,
+}
+
+/// A KEK that no VM's envelope needs.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct OrphanKek {
+    /// Its provider.
+    pub provider: String,
+    /// Its name there.
+    pub kek: String,
+    /// How many envelopes without a VM need it.
+    pub envelopes: i64,
+    /// How many copies that are behind need it.
+    pub copies: i64,
+}
+
+/// Reply of `provider orphans`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Orphans {
+    /// Envelopes whose VM is not defined.
+    pub envelopes: Vec<OrphanEnvelope>,
+    /// The KEKs that only these, or copies that are behind, need.
+    pub keks: Vec<OrphanKek>,
+}
+
+/// One thing that `vm shred` came to.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct ReceiptLine {
+    /// The KEK, image, XML or record.
+    pub what: String,
+    /// Whether it is gone.
+    pub destroyed: bool,
+    /// What was seen.
+    pub observed: String,
+}
+
+/// Reply of `vm shred`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Receipt {
+    /// The VM.
+    pub vm: String,
+    /// What was destroyed, and what was not.
+    pub lines: Vec<ReceiptLine>,
+    /// What may survive elsewhere.
+    pub survives: Vec<String>,
 }
 
 /// Which root generation a backup holds.
@@ -357,6 +500,34 @@ pub trait HostProxy {
         fingerprints: &[String],
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<Providers, HostError>>;
+    /// Starts a job.
+    async fn start_job(&mut self, request: &JobRequest) -> zlink::Result<Result<JobStarted, HostError>>;
+    /// Retires the keys in use of a provider and starts the job that leaves them; `fds` holds the passphrase of a native one.
+    async fn rotate_provider(
+        &mut self,
+        name: &str,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<JobStarted, HostError>>;
+    /// The last jobs, and the copies that are behind.
+    async fn list_jobs(&mut self) -> zlink::Result<Result<Jobs, HostError>>;
+    /// Follows a job, or the one that runs, until it ends.
+    #[zlink(more)]
+    async fn watch_job(
+        &mut self,
+        id: Option<i64>,
+    ) -> zlink::Result<impl Stream<Item = zlink::Result<Result<JobReport, HostError>>>>;
+    /// Ends a job, or the one that runs, where it is.
+    async fn abort_job(&mut self, id: Option<i64>) -> zlink::Result<Result<JobReport, HostError>>;
+    /// Deletes a provider that nothing needs, or one whose name was typed.
+    async fn delete_provider(
+        &mut self,
+        name: &str,
+        typed: Option<&str>,
+    ) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Envelopes and KEKs that no VM uses.
+    async fn orphans(&mut self) -> zlink::Result<Result<Orphans, HostError>>;
+    /// Destroys all keys of a VM whose name was typed.
+    async fn shred_vm(&mut self, vm: &str, typed: Option<&str>) -> zlink::Result<Result<Receipt, HostError>>;
     /// The last records of the audit log.
     async fn show_audit(&mut self, records: i64) -> zlink::Result<Result<AuditLines, HostError>>;
     /// Checks the audit log's chain.

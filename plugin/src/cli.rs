@@ -4,6 +4,7 @@
 //! opening files as the caller, and printing.
 
 mod client;
+mod job;
 mod passphrase;
 mod pkcs11;
 mod print;
@@ -63,9 +64,55 @@ enum Command {
     /// Sealed VMs.
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Sweeps over the envelopes: what runs, what ran, what is behind.
+    Jobs {
+        #[command(subcommand)]
+        command: Option<JobsCommand>,
+    },
     /// The audit log.
     #[command(subcommand)]
     Audit(AuditCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum JobsCommand {
+    /// List the last jobs, and the copies of envelopes that are behind.
+    List,
+    /// Follow a job, or the one that runs, until it ends.
+    Watch {
+        /// Its number.
+        id: Option<i64>,
+    },
+    /// End a job, or the one that runs, where it is. What it changed stays.
+    Abort {
+        /// Its number.
+        id: Option<i64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum RecipientsCommand {
+    /// Give every envelope a stanza of this provider.
+    Add {
+        /// The provider's name.
+        name: String,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Take the stanzas of this provider from every envelope that another one opens.
+    Remove {
+        /// The provider's name.
+        name: String,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+}
+
+#[derive(Debug, Args)]
+struct WatchArgs {
+    /// Follow the job until it ends.
+    #[arg(long)]
+    watch: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -107,6 +154,48 @@ enum ProviderCommand {
     Backup(BackupArgs),
     /// Restore a provider from its backup.
     Restore(RestoreArgs),
+    /// Retire the keys in use, and rewrap every envelope with new ones.
+    Rotate {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        passphrase: PassphraseArgs,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Rewrap every envelope for the providers that new ones are for: the default one, or the recipients of the policy.
+    Rekey {
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Move envelopes from one provider to another; VMs may run meanwhile.
+    Move {
+        /// The provider to leave.
+        from: String,
+        /// The provider to go to.
+        to: String,
+        /// Only those of this VM: name or UUID.
+        #[arg(long)]
+        vm: Option<String>,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Add or remove a provider that can open every envelope.
+    #[command(subcommand)]
+    Recipients(RecipientsCommand),
+    /// Delete a provider that nothing needs.
+    Delete {
+        /// Its name.
+        name: String,
+        /// Delete it although VMs need it; asks for its name.
+        #[arg(long)]
+        force: bool,
+        /// The name, typed here instead of at the prompt.
+        #[arg(long, value_name = "NAME", requires = "force")]
+        yes_delete: Option<String>,
+    },
+    /// List envelopes and KEKs that no VM uses. Nothing is deleted.
+    Orphans,
 }
 
 #[derive(Debug, Subcommand)]
@@ -401,6 +490,21 @@ enum VmCommand {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Rewrap the keys of one VM for the providers that new ones are for.
+    Rekey {
+        /// The VM: name or UUID.
+        vm: String,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Destroy all keys of a VM that is off: nothing opens its disks again. Prints a receipt.
+    Shred {
+        /// The VM: name or UUID.
+        vm: String,
+        /// The VM's name, typed here instead of at the prompt.
+        #[arg(long, value_name = "NAME")]
+        yes_shred: Option<String>,
+    },
     /// Show the objects of a VM, or of all sealed VMs.
     Status {
         /// The VM: name or UUID.
@@ -439,6 +543,7 @@ impl Cli {
             }
             Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, &printer),
             Command::Vm(command) => vm(command, &mut client, &printer).await,
+            Command::Jobs { command } => job::run(command, &mut client, &printer).await,
             Command::Audit(command) => audit(command, &mut client, &printer).await,
         }
     }
@@ -461,6 +566,20 @@ async fn vm(command: VmCommand, client: &mut Client, printer: &Printer) -> Resul
                 .call(async |host| host.unseal_vm(&vm, dry_run).await)
                 .await?;
             printer.outcome(&outcome, dry_run)
+        }
+        VmCommand::Rekey { vm, watch } => {
+            let request = job::request("rekey", None, None, Some(vm));
+            job::start(&request, &watch, client, printer).await
+        }
+        VmCommand::Shred { vm, yes_shred } => {
+            let typed = job::typed(
+                yes_shred,
+                &format!("All keys of {vm} will be destroyed. Type its name: "),
+            )?;
+            let receipt = client
+                .call(async |host| host.shred_vm(&vm, Some(&typed)).await)
+                .await?;
+            printer.receipt(&receipt)
         }
         VmCommand::Status { vm } => printer.vms(
             &client

@@ -3,8 +3,14 @@
 //! Everything here blocks and runs on worker threads; [`crate::listener`] is the asynchronous edge. The answer to
 //! a hook is ready before its deadline or not at all: a start that nobody waits for any more arms nothing.
 
+mod bell;
+mod copies;
+mod deletion;
+mod headers;
+mod jobs;
 mod providers;
 mod records;
+mod shred;
 mod status;
 mod trust;
 mod volumes;
@@ -19,7 +25,7 @@ use nix::unistd::{Gid, Group};
 use crate::api::Outcome;
 use crate::audit::AuditLog;
 use crate::config::Config;
-use crate::domain::Domain;
+use crate::domain::{self, Domain, ObjectState};
 use crate::envelope::{EnvelopeId, VmId};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::Keystore;
@@ -28,6 +34,8 @@ use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
 use crate::seal::{self, Host};
 use crate::volume;
+use bell::Bell;
+use headers::Headers;
 
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
 const LIBVIRT_SHARE: f64 = 0.3;
@@ -38,6 +46,8 @@ pub struct Daemon {
     keystore: Arc<Keystore>,
     registry: Registry,
     libvirt: Arc<Libvirt>,
+    /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
+    background: Libvirt,
     audit: AuditLog,
     memory: Memory,
     arms: Mutex<Arms>,
@@ -45,6 +55,12 @@ pub struct Daemon {
     shared: Mutex<()>,
     /// Held while a VM is sealed or a volume made: two at once would make two envelopes for one object.
     sealing: Mutex<()>,
+    /// Which image headers are being rewritten, and which must not be.
+    headers: Headers,
+    /// Rung when a job may have something to do.
+    jobs_bell: Bell,
+    /// Rung when a copy of an envelope may have to follow, or can.
+    copies_bell: Bell,
 }
 
 impl Daemon {
@@ -54,10 +70,13 @@ impl Daemon {
         let keystore = Arc::new(Keystore::open(dir)?);
         let registry = Registry::open(Arc::clone(&keystore), config.provider_deadline)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        registry.set_recipients(config.recipients.clone());
+        let headers = Headers::interrupted(keystore.journaled_headers()?);
         let audit = AuditLog::open(&dir.join(AuditLog::FILE))
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
+            background: Libvirt::new(&config.libvirt_uri),
             config: RwLock::new(config),
             keystore,
             registry,
@@ -66,6 +85,9 @@ impl Daemon {
             arms: Mutex::default(),
             shared: Mutex::default(),
             sealing: Mutex::default(),
+            headers,
+            jobs_bell: Bell::default(),
+            copies_bell: Bell::default(),
         })
     }
 
@@ -80,6 +102,7 @@ impl Daemon {
             ("log", config.log != new.log),
         ];
         self.registry.set_deadline(new.provider_deadline);
+        self.registry.set_recipients(new.recipients.clone());
         *config = Config {
             socket: config.socket.clone(),
             socket_group: config.socket_group.clone(),
@@ -148,6 +171,8 @@ impl Daemon {
             memory: &self.memory,
             swtpm_dir: self.config().swtpm_dir,
         };
+        // Until the VM is armed: from then on that keeps its headers as they are.
+        let _held = self.headers.hold(envelopes_of(domain), deadline);
         let opened = lifecycle::prepare(&stage, domain)?;
         let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
         self.libvirt
@@ -207,7 +232,10 @@ impl Daemon {
 
     /// `release end`: whatever happened, nothing stays armed.
     pub fn released(&self, vm: &str, name: &str) -> Result<(), Failure> {
-        self.disarm(vm, name)
+        let disarmed = self.disarm(vm, name);
+        // Its images can follow what was rewrapped while it ran.
+        self.copies_bell.ring();
+        disarmed
     }
 
     fn disarm(&self, vm: &str, name: &str) -> Result<(), Failure> {
@@ -332,6 +360,16 @@ impl Daemon {
                 Failure::new(Code::NotFound, format!("there is no VM '{vm}'")).next("virsh list --all")
             })
     }
+}
+
+fn envelopes_of(domain: &Domain) -> Vec<EnvelopeId> {
+    let sealed = domain::objects(domain)
+        .into_iter()
+        .filter_map(|object| match object.state {
+            ObjectState::Sealed(envelope) => Some(envelope),
+            ObjectState::Plain | ObjectState::Unsupported(_) => None,
+        });
+    sealed.collect()
 }
 
 fn arming(domain: &Domain, object: Opened) -> Arming {

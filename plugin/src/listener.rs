@@ -21,9 +21,10 @@ use zlink::tokio::unix;
 use zlink::{Connection, Reply, Server};
 
 use crate::api::{
-    AuditLines, AuditVerified, BackupMade, CertificateView, HostError, HostStatus, IdentityParts,
-    IdentitySet, LifecycleError, NewKey, ObjectView, Outcome, ProviderView, Providers, ServerView, Servers,
-    SigningRequestMade, VmView, Vms, VolumeProgress, VolumeRequest,
+    AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
+    IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
+    OrphanEnvelope, OrphanKek, Orphans, Outcome, ProviderView, Providers, Receipt, ReceiptLine, ServerView,
+    Servers, SigningRequestMade, VmView, Vms, VolumeProgress, VolumeRequest,
 };
 use crate::daemon::Daemon;
 use crate::domain::Domain;
@@ -207,7 +208,8 @@ impl Service {
     #[zlink(
         interface = "io.virtseal.Host",
         types = [
-            ProviderView, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest
+            ProviderView, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest,
+            JobRequest, JobView, CopyView, OrphanEnvelope, OrphanKek, ReceiptLine
         ]
     )]
     async fn status(&self) -> Result<HostStatus, HostError> {
@@ -354,6 +356,72 @@ impl Service {
     ) -> Result<Providers, HostError> {
         self.run(Caller::Admin, move |daemon| {
             daemon.trust_provider(&name, &fingerprints, fds)
+        })
+        .await
+    }
+
+    async fn start_job(&self, request: JobRequest) -> Result<JobStarted, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.start_job(&request))
+            .await
+    }
+
+    async fn rotate_provider(
+        &self,
+        name: String,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<JobStarted, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.rotate_provider(&name, fds))
+            .await
+    }
+
+    async fn list_jobs(&self) -> Result<Jobs, HostError> {
+        self.run(Caller::Reader, Daemon::jobs).await
+    }
+
+    #[zlink(more)]
+    async fn watch_job(
+        &self,
+        more: bool,
+        id: Option<i64>,
+    ) -> impl Stream<Item = Result<Reply<JobReport>, HostError>> + Unpin + use<> {
+        let (sender, receiver) = mpsc::channel(8);
+        let daemon = Arc::clone(&self.daemon);
+        let allowed = self.caller.may(Caller::Reader);
+        tokio::task::spawn_blocking(move || {
+            let report = |job: JobView, last: bool| {
+                let reply = Reply::new(Some(JobReport { job })).set_continues(Some(!last));
+                let wanted = more || last;
+                !sender.is_closed() && (!wanted || sender.blocking_send(Ok(reply)).is_ok())
+            };
+            if let Err(failure) = allowed.and_then(|()| daemon.watch_job(id, report)) {
+                // Nobody is left to be told when this fails.
+                let _ = sender.blocking_send(Err(failure.into()));
+            }
+        });
+        Replies(receiver)
+    }
+
+    async fn abort_job(&self, id: Option<i64>) -> Result<JobReport, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.abort_job(id).map(|job| JobReport { job })
+        })
+        .await
+    }
+
+    async fn delete_provider(&self, name: String, typed: Option<String>) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.delete_provider(&name, typed.as_deref())
+        })
+        .await
+    }
+
+    async fn orphans(&self) -> Result<Orphans, HostError> {
+        self.run(Caller::Reader, Daemon::orphans).await
+    }
+
+    async fn shred_vm(&self, vm: String, typed: Option<String>) -> Result<Receipt, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.shred_vm(&vm, typed.as_deref())
         })
         .await
     }

@@ -82,6 +82,7 @@ async fn serve(
     spawn_local(watch_libvirt(Arc::clone(&daemon), code));
     let sweeping = Arc::clone(&daemon);
     spawn_blocking(move || sweeping.sweep_temporaries());
+    work_in_background(&daemon)?;
     notify(&[NotifyState::Ready]);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
     loop {
@@ -163,6 +164,19 @@ fn bind(config: &Config) -> anyhow::Result<UnixListener> {
     let mode = if group.is_some() { 0o660 } else { 0o600 };
     fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     Ok(listener)
+}
+
+/// Jobs and copies have threads of their own, which end with the process: each step of theirs may be the last.
+fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
+    type Work = fn(&Daemon);
+    for (name, run) in [("jobs", Daemon::run_jobs as Work), ("copies", Daemon::run_copies)] {
+        let daemon = Arc::clone(daemon);
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || run(&daemon))
+            .with_context(|| format!("can't start the thread for {name}"))?;
+    }
+    Ok(())
 }
 
 /// A failure is logged, not fatal: the admin can still unlock by hand.

@@ -6,8 +6,8 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use crate::api::{
-    AuditLines, AuditVerified, CertificateView, HostStatus, ObjectView, Outcome, ProviderView, ServerView,
-    VmView, VolumeProgress,
+    AuditLines, AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome,
+    ProviderView, Receipt, ServerView, VmView, VolumeProgress,
 };
 use crate::failure::{Code, Failure};
 
@@ -108,7 +108,101 @@ impl Printer {
                 "PATH",
             ],
             rows,
-        )
+        )?;
+        hanging(vms).iter().try_for_each(|text| line(text))
+    }
+
+    pub(super) fn jobs(&self, jobs: &Jobs) -> Result<(), Failure> {
+        if self.json {
+            return json(jobs);
+        }
+        let rows = jobs.jobs.iter().map(|job| {
+            vec![
+                job.id.to_string(),
+                job.task.clone(),
+                job.state.clone(),
+                format!("{} of {}", job.seen, job.total),
+                job.changed.to_string(),
+                job.left.to_string(),
+            ]
+        });
+        table(&["JOB", "TASK", "STATE", "SEEN", "CHANGED", "LEFT"], rows)?;
+        for job in &jobs.jobs {
+            if let Some(waiting) = &job.waiting {
+                line(&format!("job {} waits: {waiting}", job.id))?;
+            }
+        }
+        if jobs.stale_copies == 0 {
+            return Ok(());
+        }
+        line("")?;
+        line(&format!("{} copies of envelopes are behind:", jobs.stale_copies))?;
+        let rows = jobs.copies.iter().map(|copy| {
+            let reason = if copy.reason.is_empty() { "-" } else { &copy.reason };
+            vec![
+                copy.vm.clone(),
+                copy.place.clone(),
+                copy.envelope.clone(),
+                reason.to_owned(),
+            ]
+        });
+        table(&["VM", "COPY IN", "ENVELOPE", "WHY"], rows)
+    }
+
+    pub(super) fn job(&self, job: &JobView) -> Result<(), Failure> {
+        if self.json {
+            return json(job);
+        }
+        line(&format!(
+            "Job {} ({}): {}, {} of {} envelopes seen, {} changed, {} left",
+            job.id, job.task, job.state, job.seen, job.total, job.changed, job.left
+        ))
+    }
+
+    pub(super) fn orphans(&self, orphans: &Orphans) -> Result<(), Failure> {
+        if self.json {
+            return json(orphans);
+        }
+        let rows = orphans.envelopes.iter().map(|orphan| {
+            vec![
+                orphan.vm.clone(),
+                orphan.kind.clone(),
+                orphan.envelope.clone(),
+                orphan.providers.join(", "),
+                match (&orphan.path, orphan.present) {
+                    (Some(path), true) => path.clone(),
+                    (Some(path), false) => format!("{path} (missing)"),
+                    (None, _) => "-".to_owned(),
+                },
+            ]
+        });
+        table(&["VM", "KIND", "ENVELOPE", "PROVIDERS", "PATH"], rows)?;
+        line("")?;
+        let rows = orphans.keks.iter().map(|kek| {
+            vec![
+                kek.provider.clone(),
+                kek.kek.clone(),
+                kek.envelopes.to_string(),
+                kek.copies.to_string(),
+            ]
+        });
+        table(&["PROVIDER", "KEK", "ENVELOPES", "COPIES"], rows)
+    }
+
+    pub(super) fn receipt(&self, receipt: &Receipt) -> Result<(), Failure> {
+        if self.json {
+            return json(receipt);
+        }
+        line(&format!("The keys of {}:", receipt.vm))?;
+        for seen in &receipt.lines {
+            let mark = if seen.destroyed { "destroyed" } else { "left" };
+            line(&format!("  {mark:<10}{}: {}", seen.what, seen.observed))?;
+        }
+        line("What may survive, and virtseal can't see:")?;
+        receipt
+            .survives
+            .iter()
+            .try_for_each(|what| line(&format!("  {what}")))
     }
 
     pub(super) fn outcome(&self, outcome: &Outcome, dry_run: bool) -> Result<(), Failure> {
@@ -173,6 +267,29 @@ impl Printer {
     pub(super) fn warn(&self, what: &str) {
         eprintln!("warning: {what}");
     }
+}
+
+/// Which VMs a single provider can stop.
+fn hanging(vms: &[VmView]) -> Vec<String> {
+    let mut by_provider: std::collections::BTreeMap<&str, Vec<&str>> = std::collections::BTreeMap::new();
+    for vm in vms {
+        if let Some(provider) = &vm.hangs_on {
+            by_provider.entry(provider).or_default().push(&vm.name);
+        }
+    }
+    let text = |(provider, names): (&str, Vec<&str>)| {
+        let more = if names.len() > 8 { ", …" } else { "" };
+        format!(
+            "{} on provider '{provider}' alone: {}{more}",
+            if names.len() == 1 {
+                "1 VM hangs".to_owned()
+            } else {
+                format!("{} VMs hang", names.len())
+            },
+            names[..names.len().min(8)].join(", ")
+        )
+    };
+    by_provider.into_iter().map(text).collect()
 }
 
 fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::client::Client;
 use super::print::Printer;
-use super::{AddCommand, BackupArgs, ProviderCommand, RestoreArgs, passphrase};
+use super::{AddCommand, BackupArgs, ProviderCommand, RecipientsCommand, RestoreArgs, job, passphrase};
 use super::{pkcs11, transit, trust};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
@@ -64,14 +64,61 @@ pub(super) async fn run(
         }
         ProviderCommand::Backup(args) => backup(&args, client, printer).await,
         ProviderCommand::Restore(args) => restore(&args, client, printer).await,
+        ProviderCommand::Rotate {
+            name,
+            passphrase,
+            watch,
+        } => {
+            let fds = match kind(&name, client).await?.as_deref() {
+                Some("native") => vec![passphrase.open(&format!("Passphrase of '{name}': "))?],
+                _ => Vec::new(),
+            };
+            let started = client
+                .call(async |host| host.rotate_provider(&name, fds).await)
+                .await?;
+            job::started(&started, &watch, client, printer).await
+        }
+        ProviderCommand::Rekey { watch } => {
+            job::start(&job::request("rekey", None, None, None), &watch, client, printer).await
+        }
+        ProviderCommand::Move { from, to, vm, watch } => {
+            let request = job::request("move", Some(from), Some(to), vm);
+            job::start(&request, &watch, client, printer).await
+        }
+        ProviderCommand::Recipients(RecipientsCommand::Add { name, watch }) => {
+            let request = job::request("add-recipient", Some(name), None, None);
+            job::start(&request, &watch, client, printer).await
+        }
+        ProviderCommand::Recipients(RecipientsCommand::Remove { name, watch }) => {
+            let request = job::request("remove-recipient", Some(name), None, None);
+            job::start(&request, &watch, client, printer).await
+        }
+        ProviderCommand::Delete {
+            name,
+            force,
+            yes_delete,
+        } => {
+            let question = format!("What only '{name}' opens will be lost. Type its name: ");
+            let typed = force.then(|| job::typed(yes_delete, &question)).transpose()?;
+            let outcome = client
+                .call(async |host| host.delete_provider(&name, typed.as_deref()).await)
+                .await?;
+            printer.outcome(&outcome, false)
+        }
+        ProviderCommand::Orphans => printer.orphans(&client.call(async |host| host.orphans().await).await?),
     }
+}
+
+/// `None` if there is no such provider.
+async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Failure> {
+    let all = client.call(async |host| host.list_providers().await).await?;
+    let found = all.providers.into_iter().find(|provider| provider.name == name);
+    Ok(found.map(|provider| provider.kind))
 }
 
 /// What to ask for depends on the provider's kind.
 async fn prompt(name: &str, client: &mut Client) -> Result<String, Failure> {
-    let all = client.call(async |host| host.list_providers().await).await?;
-    let kind = all.providers.iter().find(|provider| provider.name == name);
-    let what = match kind.map(|provider| provider.kind.as_str()) {
+    let what = match kind(name, client).await?.as_deref() {
         Some("transit") => "Token or secret id",
         Some("pkcs11") => "PIN of the token",
         _ => "Passphrase",

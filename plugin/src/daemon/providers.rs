@@ -156,6 +156,8 @@ impl Daemon {
             .map_err(|error| refused(provider.provider(), &error));
         crate::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
+        // A job may have waited for this.
+        self.jobs_bell.ring();
         unlocked
     }
 
@@ -191,6 +193,8 @@ impl Daemon {
             .confirm_backup(generation)
             .map_err(|error| native_failure(name, &error));
         self.audit_provider("provider-backup", name, &confirmed);
+        // A rotation waits for this.
+        self.jobs_bell.ring();
         confirmed
     }
 
@@ -210,6 +214,7 @@ impl Daemon {
                 .map_err(|error| native_failure(name, &error))
         });
         self.audit_provider("provider-restore", name, &restored);
+        self.jobs_bell.ring();
         restored?;
         self.providers()
     }
@@ -257,9 +262,15 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Failure {
         .fold(failure, |failure, next| failure.next(next.to_string()))
 }
 
-fn native_failure(name: &str, error: &NativeError) -> Failure {
+pub(super) fn native_failure(name: &str, error: &NativeError) -> Failure {
     let (code, next) = match error {
         NativeError::Keystore(error) => return Failure::new(Code::Failed, chain(error)),
+        NativeError::WrongPassphrase => (
+            Code::Locked,
+            Some(format!(
+                "virtseal provider rotate {name}, with the passphrase that unlocks it"
+            )),
+        ),
         NativeError::Locked => (
             Code::Locked,
             Some(NextCommand::Unlock(name.to_owned()).to_string()),
@@ -303,7 +314,7 @@ fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Failure {
     next.into_iter().fold(failure, Failure::next)
 }
 
-fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Failure> {
+pub(super) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Failure> {
     fds.try_into().map_err(|_| wrong_fds())
 }
 

@@ -7,7 +7,7 @@ use swtpm_state::{State, libvirt_state_dir};
 use super::{Daemon, lock};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
 use crate::domain::{self, Domain, Object, ObjectState};
-use crate::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::EnvelopeRecord;
 use crate::libvirt::DefinedDomain;
@@ -103,6 +103,7 @@ impl Daemon {
         VmView {
             name: defined.name.clone(),
             uuid: defined.vm.to_string(),
+            hangs_on: hangs_on(&objects),
             power: power.into(),
             state,
             objects,
@@ -147,6 +148,10 @@ impl Daemon {
                 };
                 view.generation = i64::try_from(envelope.generation.0).ok();
                 view.providers = self.names(envelope);
+                if let Some(gone) = self.gone_providers(envelope) {
+                    view.state = format!("locked: {gone}");
+                    return view;
+                }
                 let present = path.as_ref().is_some_and(|path| path.exists());
                 view.state = match object.kind {
                     ObjectKind::Vtpm => vtpm_state(path.as_deref()),
@@ -164,23 +169,48 @@ impl Daemon {
             .filter(|record| record.envelope.vm == vm)
             .map(|record| ObjectView {
                 object: record.envelope.kind.to_string(),
-                state: record.state.as_str().into(),
+                state: match self.gone_providers(&record.envelope) {
+                    Some(gone) => format!("locked: {gone}"),
+                    None => record.state.as_str().into(),
+                },
                 path: (!record.location.is_empty()).then(|| record.location.clone()),
                 envelope: Some(record.envelope.id.to_string()),
                 generation: i64::try_from(record.envelope.generation.0).ok(),
                 providers: self.names(&record.envelope),
             });
+        let objects: Vec<_> = objects.collect();
         VmView {
             name,
             uuid: vm.to_string(),
+            hangs_on: hangs_on(&objects),
             power: "undefined".into(),
             state: "undefined".into(),
-            objects: objects.collect(),
+            objects,
         }
     }
 
+    /// Why nobody on this host can ever open it, if that is so.
+    fn gone_providers(&self, envelope: &Envelope) -> Option<String> {
+        let mut stanzas = envelope.stanzas.iter();
+        if stanzas.any(|stanza| self.registry.by_id(stanza.provider).is_some()) {
+            return None;
+        }
+        let deleted = self.keystore.deleted_providers().unwrap_or_default();
+        let names: Vec<_> = envelope
+            .stanzas
+            .iter()
+            .map(
+                |stanza| match deleted.iter().find(|deleted| deleted.id == stanza.provider) {
+                    Some(deleted) => format!("provider '{}' was deleted", deleted.name),
+                    None => format!("provider '{}' is not on this host", stanza.provider_name),
+                },
+            )
+            .collect();
+        Some(names.join(", "))
+    }
+
     /// A provider's name here, else the one that it had where the stanza was made.
-    fn names(&self, envelope: &crate::envelope::Envelope) -> Vec<String> {
+    pub(super) fn names(&self, envelope: &Envelope) -> Vec<String> {
         envelope
             .stanzas
             .iter()
@@ -190,6 +220,16 @@ impl Daemon {
             })
             .collect()
     }
+}
+
+/// The provider that is the only one to open one of the objects.
+fn hangs_on(objects: &[ObjectView]) -> Option<String> {
+    let alone = objects.iter().find_map(|object| match &object.providers[..] {
+        [only] => Some(only),
+        [first, rest @ ..] if rest.iter().all(|other| other == first) => Some(first),
+        _ => None,
+    });
+    alone.cloned()
 }
 
 fn vm_state(domain: &Domain, objects: &[Object]) -> &'static str {

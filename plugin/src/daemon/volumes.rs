@@ -93,7 +93,7 @@ impl Daemon {
     }
 
     /// A UUID needs no libvirt: the VM may be defined later.
-    fn vm_id(&self, vm: &str) -> Result<VmId, Failure> {
+    pub(super) fn vm_id(&self, vm: &str) -> Result<VmId, Failure> {
         if let Ok(id) = vm.parse() {
             return Ok(id);
         }

@@ -432,6 +432,18 @@ impl Registry {
         Ok((envelope, dek))
     }
 
+    /// Destroys a KEK, within the deadline.
+    ///
+    /// # Errors
+    /// The provider's; [`ProviderError::Unusable`] when it is not on this host.
+    pub fn destroy_kek(&self, provider: ProviderId, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+        let known = self
+            .by_id(provider)
+            .ok_or_else(|| ProviderError::Unusable("it is not on this host".to_owned()))?;
+        let kek = kek.clone();
+        deadline::within(self.deadline(), move || known.provider().destroy_kek(&kek))
+    }
+
     /// Removes a provider from the list and the keystore, which keeps its name.
     ///
     /// # Errors

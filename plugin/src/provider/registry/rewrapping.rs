@@ -90,6 +90,9 @@ enum Filled {
     New(Stanza),
 }
 
+/// An envelope's DEK and what its slots have got so far, or what has become of it already.
+type Outcome<'a> = Result<(&'a Dek, Vec<Option<Filled>>), Rewrapped>;
+
 impl Registry {
     /// Why `provider` can't wrap now, without asking it.
     #[must_use]
@@ -111,6 +114,16 @@ impl Registry {
         Some(Blocked { name, source }.into())
     }
 
+    /// Why `provider` can't destroy KEKs now, without asking it; one that is not on this host has none to destroy.
+    #[must_use]
+    pub fn cannot_destroy(&self, provider: ProviderId) -> Option<Failure> {
+        let known = self.by_id(provider)?;
+        match known.provider().status() {
+            ProviderStatus::NotBackedUp => None,
+            _ => self.cannot_wrap(provider),
+        }
+    }
+
     /// Makes each of `work`, in its order, with one call per provider for opening and one for verifying.
     ///
     /// # Errors
@@ -119,7 +132,7 @@ impl Registry {
         let envelopes: Vec<_> = work.iter().map(|rewrap| &rewrap.envelope).collect();
         let opened = self.open_each(&envelopes);
         let mut orders: BTreeMap<ProviderId, Vec<Order>> = BTreeMap::new();
-        let mut outcomes: Vec<Result<(&Dek, Vec<Option<Filled>>), Rewrapped>> = Vec::new();
+        let mut outcomes: Vec<Outcome<'_>> = Vec::new();
         for (number, (rewrap, dek)) in work.iter().zip(&opened).enumerate() {
             outcomes.push(match dek {
                 Ok(dek) => order(number, rewrap, dek, &mut orders).map(|filled| (dek, filled)),
@@ -187,11 +200,7 @@ impl Registry {
         Ok(filled)
     }
 
-    fn verify_all(
-        &self,
-        work: &[Rewrap],
-        outcomes: Vec<Result<(&Dek, Vec<Option<Filled>>), Rewrapped>>,
-    ) -> Vec<Rewrapped> {
+    fn verify_all(&self, work: &[Rewrap], outcomes: Vec<Outcome<'_>>) -> Vec<Rewrapped> {
         let mut results = Vec::with_capacity(work.len());
         let mut probes: Vec<(usize, &Dek, Envelope)> = Vec::new();
         for (number, (rewrap, outcome)) in work.iter().zip(outcomes).enumerate() {

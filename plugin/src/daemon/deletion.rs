@@ -1,0 +1,242 @@
+//! What `provider delete` and `provider orphans` ask for: nothing that is needed goes without saying what it would cost.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use super::{Daemon, lock};
+use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
+use crate::envelope::{KekId, ProviderId, VmId};
+use crate::failure::{Code, Failure, chain};
+use crate::rotation::Task;
+
+/// How many VMs a message names.
+const NAMED: usize = 8;
+
+/// What needs a provider.
+#[derive(Debug, Default)]
+struct Uses {
+    /// The VM of each envelope that has a stanza of it.
+    objects: Vec<VmId>,
+    /// How many of these nobody else opens.
+    alone: usize,
+    /// Copies that are behind and have a stanza of it.
+    copies: usize,
+}
+
+impl Daemon {
+    /// Deletes a provider. One that is needed goes only when its name was `typed`; the default one only as the last.
+    pub fn delete_provider(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Failure> {
+        let _sealing = lock(&self.sealing);
+        let deleted = self.delete(name, typed);
+        self.audit_provider("provider-delete", name, &deleted);
+        deleted
+    }
+
+    fn delete(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Failure> {
+        let known = self.registry.find(name)?;
+        let (id, name) = (known.provider().id(), known.provider().name().to_owned());
+        let others = self.registry.providers().len() - 1;
+        let default = self
+            .registry
+            .default_provider()
+            .map(|known| known.provider().id());
+        if default == Some(id) && others > 0 {
+            return Err(Failure::new(
+                Code::WouldLoseKey,
+                format!("'{name}' stays: it is the default provider, and there are others"),
+            )
+            .next("virtseal provider default OTHER"));
+        }
+        self.refuse_while_a_job_needs(id, &name)?;
+        let uses = self.uses(id)?;
+        let in_policy = others > 0 && self.is_recipient(id);
+        let needed = !uses.objects.is_empty() || uses.copies > 0 || in_policy;
+        match typed {
+            Some(typed) if typed != name => {
+                return Err(Failure::new(
+                    Code::WouldLoseKey,
+                    format!("'{name}' stays: '{typed}' was typed, which is not its name"),
+                ));
+            }
+            None if needed => return Err(self.in_use(id, &name, &uses, in_policy)?),
+            _ => {}
+        }
+        known.provider().lock();
+        self.registry.delete(id)?;
+        crate::process::trim();
+        let mut warnings = Vec::new();
+        if !uses.objects.is_empty() {
+            warnings.push(format!(
+                "{} had a stanza of it, {} of them with no other: these stay locked until it is restored",
+                self.objects_of_vms(&uses.objects)?,
+                uses.alone
+            ));
+        }
+        Ok(Outcome {
+            steps: vec![format!(
+                "delete provider '{name}' ({id}) with its keys and settings on this host; backups and servers keep theirs"
+            )],
+            warnings,
+            changed: true,
+        })
+    }
+
+    fn refuse_while_a_job_needs(&self, id: ProviderId, name: &str) -> Result<(), Failure> {
+        let Some(job) = self.keystore.running_job()? else {
+            return Ok(());
+        };
+        if !Task::from_json(&job.task)?.names().contains(&id) {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::Busy,
+            format!("'{name}' stays: job {} is about it", job.id.0),
+        )
+        .next(format!(
+            "virtseal jobs watch {0}, or virtseal jobs abort {0}",
+            job.id.0
+        )))
+    }
+
+    fn is_recipient(&self, id: ProviderId) -> bool {
+        let recipients = self.config().recipients;
+        let named = recipients.iter().filter_map(|name| self.registry.find(name).ok());
+        named.into_iter().any(|known| known.provider().id() == id)
+    }
+
+    fn uses(&self, id: ProviderId) -> Result<Uses, Failure> {
+        let mut uses = Uses::default();
+        for record in self.keystore.envelopes()? {
+            let stanzas = &record.envelope.stanzas;
+            if stanzas.iter().any(|stanza| stanza.provider == id) {
+                uses.objects.push(record.envelope.vm);
+                uses.alone += usize::from(stanzas.iter().all(|stanza| stanza.provider == id));
+            }
+        }
+        let copies: BTreeSet<_> = self
+            .keystore
+            .needed_keks()?
+            .into_iter()
+            .filter(|needed| needed.provider == id)
+            .map(|needed| (needed.envelope, needed.place))
+            .collect();
+        uses.copies = copies.len();
+        Ok(uses)
+    }
+
+    fn in_use(&self, id: ProviderId, name: &str, uses: &Uses, in_policy: bool) -> Result<Failure, Failure> {
+        let mut reasons = Vec::new();
+        if !uses.objects.is_empty() {
+            reasons.push(format!(
+                "{} need it, {} of them have no other",
+                self.objects_of_vms(&uses.objects)?,
+                uses.alone
+            ));
+        }
+        if uses.copies > 0 {
+            reasons.push(format!("{} copies that are behind need it", uses.copies));
+        }
+        if in_policy {
+            reasons.push("it is one of the recipients in virtseald.yaml".to_owned());
+        }
+        let other = self
+            .registry
+            .providers()
+            .into_iter()
+            .map(|known| (known.provider().id(), known.provider().name().to_owned()))
+            .find(|(other, _)| *other != id)
+            .map_or_else(|| "OTHER".to_owned(), |(_, name)| name);
+        let next = match (uses.objects.len(), uses.alone) {
+            (0, _) if uses.copies > 0 => {
+                "virtseal jobs: it shows the copies and what they wait for".to_owned()
+            }
+            (0, _) => "take it out of recipients in virtseald.yaml, then reload virtseald".to_owned(),
+            (_, 0) => format!("virtseal provider recipients remove {name}"),
+            _ => format!("virtseal provider move {name} {other}"),
+        };
+        Ok(Failure::new(
+            Code::WouldLoseKey,
+            format!("'{name}' stays: {}", reasons.join("; ")),
+        )
+        .next(next))
+    }
+
+    /// `12 objects of 4 VMs (a, b, c, d)`, given the VM of each object.
+    pub(super) fn objects_of_vms(&self, objects: &[VmId]) -> Result<String, Failure> {
+        let names = self.vm_names()?;
+        let vms: BTreeSet<String> = objects
+            .iter()
+            .map(|vm| names.get(vm).cloned().unwrap_or_else(|| vm.to_string()))
+            .collect();
+        let mut named: Vec<_> = vms.iter().take(NAMED).cloned().collect();
+        if vms.len() > NAMED {
+            named.push(format!("{} more", vms.len() - NAMED));
+        }
+        Ok(format!(
+            "{} objects of {} VMs ({})",
+            objects.len(),
+            vms.len(),
+            named.join(", ")
+        ))
+    }
+
+    /// The names of the VMs that the keystore knows.
+    pub(super) fn vm_names(&self) -> Result<BTreeMap<VmId, String>, Failure> {
+        let vms = self.keystore.vms()?;
+        Ok(vms.into_iter().map(|known| (known.vm, known.name)).collect())
+    }
+
+    /// Envelopes whose VM is not defined, and KEKs that no defined VM's envelope needs.
+    pub fn orphans(&self) -> Result<Orphans, Failure> {
+        let domains = self
+            .background
+            .domains()
+            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
+        let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
+        let names = self.vm_names()?;
+        let (mut envelopes, mut in_use) = (Vec::new(), BTreeSet::new());
+        let mut keks: BTreeMap<(ProviderId, String), (i64, i64)> = BTreeMap::new();
+        for record in self.keystore.envelopes()? {
+            let envelope = &record.envelope;
+            let used = defined.contains(&envelope.vm);
+            for stanza in &envelope.stanzas {
+                let kek = (stanza.provider, stanza.kek.0.clone());
+                if used {
+                    in_use.insert(kek);
+                } else {
+                    keks.entry(kek).or_default().0 += 1;
+                }
+            }
+            if !used {
+                envelopes.push(OrphanEnvelope {
+                    envelope: envelope.id.to_string(),
+                    vm: names
+                        .get(&envelope.vm)
+                        .cloned()
+                        .unwrap_or_else(|| envelope.vm.to_string()),
+                    kind: envelope.kind.to_string(),
+                    path: (!record.location.is_empty()).then(|| record.location.clone()),
+                    present: !record.location.is_empty() && Path::new(&record.location).exists(),
+                    providers: self.names(envelope),
+                });
+            }
+        }
+        for needed in self.keystore.needed_keks()? {
+            let KekId(kek) = needed.kek;
+            keks.entry((needed.provider, kek)).or_default().1 += 1;
+        }
+        keks.retain(|kek, _| !in_use.contains(kek));
+        let keks = keks
+            .into_iter()
+            .map(|((provider, kek), (envelopes, copies))| OrphanKek {
+                provider: self.name_of(provider),
+                kek,
+                envelopes,
+                copies,
+            });
+        Ok(Orphans {
+            envelopes,
+            keks: keks.collect(),
+        })
+    }
+}

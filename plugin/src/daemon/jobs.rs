@@ -1,0 +1,338 @@
+//! What `provider rotate`, `rekey`, `move`, `recipients` and `virtseal jobs` ask for, and the thread that does it.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use super::Daemon;
+use super::providers::{native_failure, passphrase_from, take};
+use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
+use crate::envelope::{ProviderId, VmId};
+use crate::failure::{Code, Failure};
+use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
+use crate::provider::registry::Provider;
+use crate::rotation::{self, Step, Task};
+
+/// How many jobs `virtseal jobs` shows.
+const RECENT: u32 = 20;
+/// How many envelopes left behind are shown with a job.
+const SHOWN: u32 = 20;
+/// How often a watched job is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+/// A job that waits is tried again after this time, and after twice that, up to the limit.
+const PATIENCE: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(60);
+
+impl Daemon {
+    /// Does jobs for ever. For a thread of its own.
+    pub fn run_jobs(&self) {
+        let mut patience = PATIENCE.start;
+        loop {
+            let config = self.config();
+            let stepped = rotation::step(&self.keystore, &self.registry, config.batch_size);
+            let pause = match stepped {
+                Ok(Some(Step::Worked(_))) => {
+                    self.copies_bell.ring();
+                    patience = PATIENCE.start;
+                    config.interval
+                }
+                Ok(Some(Step::Ended(job))) => {
+                    tracing::info!(
+                        job = job.id.0,
+                        state = job.state.as_str(),
+                        changed = job.changed,
+                        "ended"
+                    );
+                    self.audit_command("job-end", &self.words(&job), &Ok(()));
+                    crate::process::trim();
+                    Duration::ZERO
+                }
+                Ok(Some(Step::Waits(_))) | Err(_) => {
+                    if let Err(failure) = &stepped {
+                        tracing::error!("the job stands still: {failure}");
+                    }
+                    patience = (patience * 2).min(PATIENCE.end);
+                    patience
+                }
+                Ok(None) => PATIENCE.end,
+            };
+            if !pause.is_zero() {
+                self.jobs_bell.wait(pause);
+            }
+        }
+    }
+
+    /// Starts a job.
+    pub fn start_job(&self, request: &JobRequest) -> Result<JobStarted, Failure> {
+        let task = self.task(request)?;
+        self.start(&task)
+    }
+
+    /// Retires the keys in use of a provider: a native one gets a new root key, sealed by the passphrase in `fds`; any other
+    /// makes new KEKs during the job that follows.
+    pub fn rotate_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<JobStarted, Failure> {
+        let known = self.registry.find(name)?;
+        // Before anything changes.
+        self.refuse_second_job()?;
+        if let Provider::Native(native) = &known {
+            let [passphrase] = take(fds)?;
+            let rotated = native
+                .rotate(&passphrase_from(passphrase)?)
+                .map_err(|error| native_failure(name, &error));
+            crate::process::trim();
+            self.audit_provider("provider-rotate", name, &rotated);
+            rotated?;
+        }
+        let provider = known.provider().id();
+        let mut started = self.start(&Task::Rotate { provider })?;
+        if let (Provider::Native(native), false) = (&known, known.provider().status().as_str() == "Ready") {
+            started.warnings.push(format!(
+                "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} --output \
+                 FILE. The job goes on then",
+                native.generation()
+            ));
+        }
+        Ok(started)
+    }
+
+    fn start(&self, task: &Task) -> Result<JobStarted, Failure> {
+        if let Task::RemoveRecipient { provider } = task {
+            self.refuse_to_close(task, *provider)?;
+        }
+        let inserted = self
+            .keystore
+            .insert_job(&task.to_json())
+            .map_err(|error| match error {
+                KeystoreError::JobRunning(id) => second_job(id),
+                error => error.into(),
+            });
+        let words = task.words(|id| self.name_of(id));
+        self.audit_command("job-start", &words, &inserted);
+        let job = inserted?;
+        self.jobs_bell.ring();
+        Ok(JobStarted {
+            job: self.job_view(&job)?,
+            warnings: self.warnings(task),
+        })
+    }
+
+    fn refuse_second_job(&self) -> Result<(), Failure> {
+        match self.keystore.running_job()? {
+            Some(job) => Err(second_job(job.id.0)),
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing may be left that no provider opens.
+    fn refuse_to_close(&self, task: &Task, provider: ProviderId) -> Result<(), Failure> {
+        let records = self.keystore.envelopes()?;
+        let closed: Vec<VmId> = records
+            .iter()
+            .filter(|record| task.would_close(&record.envelope))
+            .map(|record| record.envelope.vm)
+            .collect();
+        if closed.is_empty() {
+            return Ok(());
+        }
+        let name = self.name_of(provider);
+        Err(Failure::new(
+            Code::WouldLoseKey,
+            format!(
+                "'{name}' stays a recipient: {} can be opened by nobody else",
+                self.objects_of_vms(&closed)?
+            ),
+        )
+        .next(format!(
+            "virtseal provider move {name} OTHER, or virtseal provider recipients add OTHER"
+        )))
+    }
+
+    fn task(&self, request: &JobRequest) -> Result<Task, Failure> {
+        let named = |name: &Option<String>| {
+            let name = name.as_deref().unwrap_or_default();
+            self.provider_id(name)
+        };
+        let vm = request.vm.as_deref().map(|vm| self.vm_id(vm)).transpose()?;
+        match request.kind.as_str() {
+            "rekey" => {
+                let policy = self.registry.policy()?;
+                let to = policy.iter().map(|known| known.provider().id()).collect();
+                Ok(Task::Rekey { to, vm })
+            }
+            "move" => {
+                let (from, to) = (named(&request.provider)?, named(&request.to)?);
+                if from == to {
+                    return Err(Failure::new(
+                        Code::Usage,
+                        "a move is from one provider to another",
+                    ));
+                }
+                Ok(Task::Move { from, to, vm })
+            }
+            "add-recipient" => Ok(Task::AddRecipient {
+                provider: named(&request.provider)?,
+            }),
+            "remove-recipient" => Ok(Task::RemoveRecipient {
+                provider: named(&request.provider)?,
+            }),
+            other => Err(Failure::new(
+                Code::Usage,
+                format!("there is no kind of job called '{other}'"),
+            )),
+        }
+    }
+
+    /// A provider of this host, or one that was deleted here.
+    fn provider_id(&self, name: &str) -> Result<ProviderId, Failure> {
+        match self.registry.find(name) {
+            Ok(known) => Ok(known.provider().id()),
+            Err(unknown) => {
+                let deleted = self.keystore.deleted_providers()?;
+                let found = deleted
+                    .iter()
+                    .find(|deleted| deleted.name == name || name.parse() == Ok(deleted.id));
+                found.map(|deleted| deleted.id).ok_or_else(|| unknown.into())
+            }
+        }
+    }
+
+    /// A provider's name, also after it was deleted.
+    pub(super) fn name_of(&self, id: ProviderId) -> String {
+        if let Some(known) = self.registry.by_id(id) {
+            return known.provider().name().to_owned();
+        }
+        let deleted = self.keystore.deleted_providers().unwrap_or_default();
+        let found = deleted.into_iter().find(|deleted| deleted.id == id);
+        found.map_or_else(|| id.to_string(), |deleted| deleted.name)
+    }
+
+    /// New envelopes do not ask what a job did to the others.
+    fn warnings(&self, task: &Task) -> Vec<String> {
+        let Ok(policy) = self.registry.policy() else {
+            return Vec::new();
+        };
+        let policy: Vec<_> = policy.iter().map(|known| known.provider().id()).collect();
+        let leaves = match task {
+            Task::Move { from, .. } => Some(*from),
+            Task::RemoveRecipient { provider } => Some(*provider),
+            Task::AddRecipient { provider } if !policy.contains(provider) => {
+                return vec![format!(
+                    "new VMs do not get a stanza of '{}': add it to recipients in virtseald.yaml, then reload virtseald",
+                    self.name_of(*provider)
+                )];
+            }
+            Task::Rotate { .. } | Task::Rekey { .. } | Task::AddRecipient { .. } => None,
+        };
+        let still = leaves.filter(|id| policy.contains(id));
+        let advise = |id| {
+            format!(
+                "new VMs still go to '{}': virtseal provider default OTHER, or change recipients in virtseald.yaml",
+                self.name_of(id)
+            )
+        };
+        still.map(advise).into_iter().collect()
+    }
+
+    /// The last jobs, and what is behind.
+    pub fn jobs(&self) -> Result<Jobs, Failure> {
+        let jobs = self.keystore.jobs(RECENT)?;
+        let names = self.vm_names()?;
+        let mut copies = Vec::new();
+        for place in [CopyPlace::Xml, CopyPlace::Image] {
+            for copy in self.keystore.stale_copies(place, None, 100)? {
+                copies.push(CopyView {
+                    vm: names
+                        .get(&copy.vm)
+                        .cloned()
+                        .unwrap_or_else(|| copy.vm.to_string()),
+                    envelope: copy.envelope.to_string(),
+                    place: place.as_str().to_owned(),
+                    reason: copy.reason,
+                });
+            }
+        }
+        Ok(Jobs {
+            jobs: jobs
+                .iter()
+                .map(|job| self.job_view(job))
+                .collect::<Result<_, _>>()?,
+            stale_copies: number(self.keystore.count_stale_copies()?),
+            copies,
+        })
+    }
+
+    /// Reports a job, or the one that runs, whenever it has changed, until it ends or nobody listens.
+    pub fn watch_job(&self, id: Option<i64>, report: impl Fn(JobView, bool) -> bool) -> Result<(), Failure> {
+        let id = self.job_id(id)?;
+        let (mut last, mut told) = (None, Instant::now());
+        loop {
+            let job = self.keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
+            let ended = job.state != JobState::Running;
+            // Now and then also without news: that is how a listener who left is noticed.
+            if ended || last.as_ref() != Some(&job) || told.elapsed() > 10 * LOOK {
+                if !report(self.job_view(&job)?, ended) || ended {
+                    return Ok(());
+                }
+                last = Some(job);
+                told = Instant::now();
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Ends a job, or the one that runs, where it is.
+    pub fn abort_job(&self, id: Option<i64>) -> Result<JobView, Failure> {
+        let aborted = self.keystore.abort_job(self.job_id(id)?)?;
+        self.audit_command("job-abort", &self.words(&aborted), &Ok(()));
+        self.jobs_bell.ring();
+        self.job_view(&aborted)
+    }
+
+    fn job_id(&self, id: Option<i64>) -> Result<JobId, Failure> {
+        let found = match id {
+            Some(id) => self.keystore.job(JobId(id))?,
+            None => self.keystore.running_job()?,
+        };
+        found.map(|job| job.id).ok_or_else(|| {
+            let what = id.map_or_else(|| "no job runs".to_owned(), |id| format!("there is no job {id}"));
+            Failure::new(Code::NotFound, what).next("virtseal jobs")
+        })
+    }
+
+    fn words(&self, job: &JobRecord) -> String {
+        match Task::from_json(&job.task) {
+            Ok(task) => task.words(|id| self.name_of(id)),
+            Err(_) => "of another version".to_owned(),
+        }
+    }
+
+    fn job_view(&self, job: &JobRecord) -> Result<JobView, Failure> {
+        let left = match job.left {
+            0 => Vec::new(),
+            _ => self.keystore.left_behind(job.id, SHOWN)?,
+        };
+        let reasons = left
+            .iter()
+            .map(|left| format!("envelope {}: {}", left.envelope, left.reason));
+        Ok(JobView {
+            id: job.id.0,
+            task: self.words(job),
+            state: job.state.as_str().to_owned(),
+            total: number(job.total),
+            seen: number(job.seen),
+            changed: number(job.changed),
+            left: number(job.left),
+            waiting: (!job.waiting.is_empty()).then(|| job.waiting.clone()),
+            reasons: reasons.collect(),
+            started: job.created,
+            updated: job.updated,
+        })
+    }
+}
+
+fn second_job(id: i64) -> Failure {
+    Failure::new(Code::Busy, format!("job {id} runs, and one runs at a time"))
+        .next(format!("virtseal jobs watch {id}, or virtseal jobs abort {id}"))
+}
+
+fn number(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,253 @@
+//! What `vm shred` asks for: the end of all keys of one VM, and a receipt of what was seen.
+//!
+//! From the outside in: KEKs at their providers, keyslots and key material, the copies in images and XML, the records last.
+//! So it can be repeated from wherever it stopped, and says the same again.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use swtpm_state::libvirt_state_dir;
+
+use super::{Daemon, lock};
+use crate::api::{Receipt, ReceiptLine};
+use crate::domain::{Domain, Metadata};
+use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
+use crate::failure::{Code, Failure, chain};
+use crate::keystore::EnvelopeRecord;
+use crate::provider::ProviderError;
+use crate::volume::{self, VolumeError};
+
+/// A VM to be shredded.
+struct Doomed {
+    vm: VmId,
+    name: String,
+    records: Vec<EnvelopeRecord>,
+}
+
+impl Daemon {
+    /// Destroys all keys of a VM that is off, if its name was `typed`.
+    pub fn shred_vm(&self, vm: &str, typed: Option<&str>) -> Result<Receipt, Failure> {
+        let _sealing = lock(&self.sealing);
+        let doomed = self.doomed(vm)?;
+        let name = &doomed.name;
+        if typed != Some(name) {
+            let said = typed.map_or_else(String::new, |typed| format!(", and '{typed}' was typed"));
+            return Err(Failure::new(
+                Code::WouldLoseKey,
+                format!("{name} stays: what is on its disks would be lost for ever{said}"),
+            )
+            .next(format!("virtseal vm shred {name} --yes-shred {name}")));
+        }
+        let shredded = self.refuse_to_shred(&doomed).and_then(|()| self.shred(&doomed));
+        self.audit_command("shred", name, &shredded);
+        shredded
+    }
+
+    fn doomed(&self, vm: &str) -> Result<Doomed, Failure> {
+        let (id, name) = match self.find_domain(vm) {
+            Ok(defined) if defined.active => {
+                return Err(Failure::new(Code::Busy, format!("{} is running", defined.name))
+                    .next(format!("virsh shutdown {}", defined.name)));
+            }
+            Ok(defined) => (defined.vm, defined.name),
+            Err(absent) if absent.code == Code::NotFound => {
+                let known = self.keystore.vms()?;
+                let found = known
+                    .into_iter()
+                    .find(|known| known.name == vm || vm.parse() == Ok(known.vm));
+                found.map(|known| (known.vm, known.name)).ok_or(absent)?
+            }
+            Err(failure) => return Err(failure),
+        };
+        Ok(Doomed {
+            vm: id,
+            name,
+            records: self.keystore.envelopes_of(id)?,
+        })
+    }
+
+    fn refuse_to_shred(&self, doomed: &Doomed) -> Result<(), Failure> {
+        let name = &doomed.name;
+        if doomed.records.is_empty() {
+            return Err(Failure::new(Code::NotFound, format!("{name} has no keys here")));
+        }
+        if let Some(job) = self.keystore.running_job()? {
+            return Err(Failure::new(Code::Busy, format!("job {} runs", job.id.0))
+                .next(format!("virtseal jobs watch {}", job.id.0)));
+        }
+        let ids: BTreeSet<EnvelopeId> = doomed.records.iter().map(|record| record.envelope.id).collect();
+        if ids.iter().any(|id| lock(&self.arms).needs(*id)) {
+            return Err(Failure::new(Code::Busy, format!("{name} is starting")));
+        }
+        let domains = self
+            .background
+            .domains()
+            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
+        for other in domains.iter().filter(|other| other.vm != doomed.vm) {
+            let metadata = Domain::parse(&other.xml).ok().and_then(|domain| domain.metadata);
+            let shares = |metadata: &Metadata| ids.iter().any(|id| metadata.envelope(*id).is_some());
+            if metadata.as_ref().is_some_and(shares) {
+                return Err(Failure::new(
+                    Code::WouldLoseKey,
+                    format!("{name} stays: {} uses one of its disks", other.name),
+                )
+                .next(format!("virsh edit {}: remove that disk", other.name)));
+            }
+        }
+        Ok(())
+    }
+
+    fn shred(&self, doomed: &Doomed) -> Result<Receipt, Failure> {
+        let mut lines = self.destroy_keks(doomed)?;
+        for record in &doomed.records {
+            lines.extend(self.shred_object(doomed.vm, record)?);
+        }
+        let defined = self
+            .background
+            .remove_metadata(doomed.vm, Metadata::NAMESPACE)
+            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)))?;
+        if defined {
+            lines.push(line(
+                "the copies in the domain XML",
+                true,
+                "removed from its metadata",
+            ));
+        }
+        let removed = self.keystore.shred_vm(doomed.vm)?;
+        lines.push(line(
+            "the records in the keystore",
+            true,
+            &format!("{removed} envelopes removed, their pages zeroed, the write-ahead log emptied"),
+        ));
+        Ok(Receipt {
+            vm: doomed.name.clone(),
+            lines,
+            survives: survivors(),
+        })
+    }
+
+    /// Those that nothing else needs. A provider that does not answer stops it before anything is destroyed.
+    fn destroy_keks(&self, doomed: &Doomed) -> Result<Vec<ReceiptLine>, Failure> {
+        let (own, others) = self.keks(doomed)?;
+        for (provider, _) in own.difference(&others) {
+            if let Some(failure) = self.registry.cannot_destroy(*provider) {
+                return Err(failure.of(format!("{} stays", doomed.name)));
+            }
+        }
+        let mut lines = Vec::new();
+        for (provider, kek) in own {
+            let what = format!("KEK {kek} of provider '{}'", self.name_of(provider));
+            let id = KekId(kek.clone());
+            lines.push(if others.contains(&(provider, kek)) {
+                line(&what, false, "not destroyed: other VMs need it")
+            } else if self.registry.by_id(provider).is_none() {
+                line(
+                    &what,
+                    false,
+                    "not destroyed: this host does not have the provider",
+                )
+            } else {
+                match self.registry.destroy_kek(provider, &id) {
+                    Ok(receipt) => line(&what, receipt.destroyed, &receipt.observed),
+                    Err(ProviderError::UnknownKek(_)) => {
+                        line(&what, true, "the provider does not know it any more")
+                    }
+                    Err(error) => {
+                        return Err(Failure::new(Code::Failed, format!("{what}: {}", chain(&error)))
+                            .next(format!("virtseal vm shred {}: it goes on from here", doomed.name)));
+                    }
+                }
+            });
+        }
+        Ok(lines)
+    }
+
+    /// The KEKs of the VM's envelopes and of their copies; and those of all others.
+    #[expect(clippy::type_complexity, reason = "two sets of the same")]
+    fn keks(
+        &self,
+        doomed: &Doomed,
+    ) -> Result<(BTreeSet<(ProviderId, String)>, BTreeSet<(ProviderId, String)>), Failure> {
+        let (mut own, mut others) = (BTreeSet::new(), BTreeSet::new());
+        let ids: BTreeSet<EnvelopeId> = doomed.records.iter().map(|record| record.envelope.id).collect();
+        for record in self.keystore.envelopes()? {
+            let set = if ids.contains(&record.envelope.id) {
+                &mut own
+            } else {
+                &mut others
+            };
+            set.extend(
+                record
+                    .envelope
+                    .stanzas
+                    .into_iter()
+                    .map(|stanza| (stanza.provider, stanza.kek.0)),
+            );
+        }
+        for needed in self.keystore.needed_keks()? {
+            let set = if ids.contains(&needed.envelope) {
+                &mut own
+            } else {
+                &mut others
+            };
+            set.insert((needed.provider, needed.kek.0));
+        }
+        Ok((own, others))
+    }
+
+    fn shred_object(&self, vm: VmId, record: &EnvelopeRecord) -> Result<Vec<ReceiptLine>, Failure> {
+        let kind = record.envelope.kind;
+        if kind == ObjectKind::Vtpm {
+            let dir = libvirt_state_dir(&self.config().swtpm_dir, &vm);
+            let what = format!("the state of the vTPM in {}", dir.display());
+            return Ok(vec![line(
+                &what,
+                false,
+                "left as it is: encrypted with a key that is gone with its stanzas",
+            )]);
+        }
+        let path = Path::new(&record.location);
+        let what = format!("the {kind} {}", path.display());
+        match volume::shred_keys(path) {
+            Ok(shredded) => {
+                let envelope = if shredded.envelope {
+                    ", the envelope removed"
+                } else {
+                    ""
+                };
+                Ok(vec![line(
+                    &what,
+                    true,
+                    &format!(
+                        "{} keyslots made dead, {} bytes of key material overwritten{envelope}",
+                        shredded.keyslots, shredded.material
+                    ),
+                )])
+            }
+            Err(VolumeError::NotFound(_)) => Ok(vec![line(&what, false, "there is no such file")]),
+            Err(VolumeError::NotEncrypted(_)) => {
+                Ok(vec![line(&what, false, "there is another file, not encrypted")])
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn line(what: &str, destroyed: bool, observed: &str) -> ReceiptLine {
+    ReceiptLine {
+        what: what.to_owned(),
+        destroyed,
+        observed: observed.to_owned(),
+    }
+}
+
+fn survivors() -> Vec<String> {
+    [
+        "backups and snapshots of the images, of the domain XML, of the keystore and of the providers",
+        "copies of the VM on other hosts",
+        "saved states (virsh managedsave): they hold the guest's memory in plaintext",
+        "blocks that an SSD, a copy-on-write file system or storage below it has remapped and not erased",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
