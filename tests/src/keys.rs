@@ -112,6 +112,14 @@ impl RootKey {
 }
 
 impl KeptEnvelope {
+    /// A field of its first stanza: `provider`, `kek`, `mechanism`.
+    ///
+    /// # Errors
+    /// There is no such field.
+    pub fn stanza(&self, field: &str) -> Result<&str> {
+        self.text(field)
+    }
+
     fn text(&self, field: &str) -> Result<&str> {
         self.json["stanzas"][0][field]
             .as_str()
