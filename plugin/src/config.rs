@@ -372,7 +372,7 @@ mod tests {
     #[test]
     fn every_key_is_listed_for_hints() {
         for key in Config::KEYS {
-            let error = parse(&format!("{key}: [1, 2]")).unwrap_err();
+            let error = parse(&format!("{key}: {{a: 1}}")).unwrap_err();
             assert!(!error.contains("unknown key"), "{key}: {error}");
         }
     }
