@@ -147,8 +147,8 @@ impl Daemon {
                 tracing::info!(path, "completed its header");
                 Ok(self.keystore.forget_header(id)?)
             }
-            // Somebody has it open, so they could open it.
-            Err(VolumeError::InUse(_) | VolumeError::NotFound(_)) => Ok(self.keystore.forget_header(id)?),
+            // Tried again later; a start may see for itself.
+            Err(VolumeError::InUse(_) | VolumeError::NotFound(_)) => Ok(()),
             Err(error) => {
                 tracing::error!(path, "its header may be half written: {}", chain(&error));
                 writing.keep();
