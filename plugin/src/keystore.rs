@@ -26,7 +26,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use error::StoreFault;
 
-pub use copies::{CopyPlace, NeededKek, StaleCopy};
+pub use copies::{CopyPlace, NeededKek, RetiredKek, StaleCopy};
 pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
 pub use error::KeystoreError;
 pub use jobs::{JobId, JobRecord, JobState, LeftBehind, Pass, Verdict};

@@ -225,6 +225,9 @@ impl Daemon {
             let KekId(kek) = needed.kek;
             keks.entry((needed.provider, kek)).or_default().1 += 1;
         }
+        for retired in self.keystore.retired_keks()? {
+            keks.entry((retired.provider, retired.kek.0)).or_default();
+        }
         keks.retain(|kek, _| !in_use.contains(kek));
         let keks = keks
             .into_iter()

@@ -162,7 +162,7 @@ impl Daemon {
         Ok(lines)
     }
 
-    /// The KEKs of the VM's envelopes and of their copies; and those of all others.
+    /// The KEKs of the VM's envelopes and of their copies, those from before a rotation too; and those of all others.
     #[expect(clippy::type_complexity, reason = "two sets of the same")]
     fn keks(
         &self,
@@ -191,6 +191,14 @@ impl Daemon {
                 &mut others
             };
             set.insert((needed.provider, needed.kek.0));
+        }
+        for retired in self.keystore.retired_keks()? {
+            let set = if retired.vm == doomed.vm {
+                &mut own
+            } else {
+                &mut others
+            };
+            set.insert((retired.provider, retired.kek.0));
         }
         Ok((own, others))
     }

@@ -53,7 +53,36 @@ pub struct NeededKek {
     pub kek: KekId,
 }
 
+/// A KEK that a job has taken out of use; its provider may still have it, and a backup may still need it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RetiredKek {
+    /// The VM that it wrapped something of.
+    pub vm: VmId,
+    /// The KEK's provider.
+    pub provider: ProviderId,
+    /// The KEK.
+    pub kek: KekId,
+}
+
 impl Keystore {
+    /// The KEKs that jobs have taken out of use.
+    pub fn retired_keks(&self) -> Result<Vec<RetiredKek>, KeystoreError> {
+        self.read(|connection| {
+            let mut statement = connection
+                .prepare_cached("SELECT vm, provider, kek FROM retired_keks ORDER BY provider, kek, vm")?;
+            let mut rows = statement.query([])?;
+            let mut retired = Vec::new();
+            while let Some(row) = rows.next()? {
+                retired.push(RetiredKek {
+                    vm: parse(&row.get::<_, String>(0)?)?,
+                    provider: parse(&row.get::<_, String>(1)?)?,
+                    kek: KekId(row.get(2)?),
+                });
+            }
+            Ok(retired)
+        })
+    }
+
     /// Up to `most` stale copies in `place`, of VMs behind `after`, by VM.
     pub fn stale_copies(
         &self,

@@ -7,7 +7,7 @@ use rusqlite::{Connection, Row, Transaction, params};
 
 use super::envelopes::{self, EnvelopeRecord};
 use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now};
-use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
+use crate::envelope::{Envelope, EnvelopeId, ObjectKind, Stanza};
 
 /// Names a job on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -308,7 +308,30 @@ fn replace(
             ])?;
         }
     }
+    retire(transaction, old, new)?;
     Ok(None)
+}
+
+/// Remembers the KEKs that `new` has no stanza of any more.
+fn retire(transaction: &Transaction, old: &Envelope, new: &Envelope) -> Result<(), StoreFault> {
+    let mut insert = transaction.prepare_cached(
+        "INSERT OR IGNORE INTO retired_keks (provider, kek, vm, since) VALUES (?1, ?2, ?3, ?4)",
+    )?;
+    let stays = |gone: &&Stanza| {
+        let kek = (gone.provider, &gone.kek);
+        new.stanzas
+            .iter()
+            .any(|stanza| (stanza.provider, &stanza.kek) == kek)
+    };
+    for gone in old.stanzas.iter().filter(|stanza| !stays(stanza)) {
+        insert.execute(params![
+            gone.provider.to_string(),
+            gone.kek.0,
+            old.vm.to_string(),
+            now()
+        ])?;
+    }
+    Ok(())
 }
 
 fn note(

@@ -55,7 +55,8 @@ const TABLES: &str = "
 
 /// `jobs`: the sweeps over envelopes, the running one and those before it; `left_behind` has the envelopes that a job
 /// could not change. `stale_copies`: which KEKs a copy of an envelope outside of this file still needs, because it has an
-/// earlier generation. `header_journal`: image headers that are being rewritten. `deleted_providers`: their names.
+/// earlier generation. `retired_keks`: KEKs that wrapped something of a VM here before a job replaced their stanzas, and that
+/// their provider may still have. `header_journal`: image headers that are being rewritten. `deleted_providers`: their names.
 const ROTATION: &str = "
     CREATE TABLE jobs (
         id       INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -86,6 +87,13 @@ const ROTATION: &str = "
         since    INTEGER NOT NULL,
         reason   TEXT NOT NULL,
         PRIMARY KEY (envelope, place, provider, kek)
+    );
+    CREATE TABLE retired_keks (
+        provider TEXT NOT NULL,
+        kek      TEXT NOT NULL,
+        vm       TEXT NOT NULL,
+        since    INTEGER NOT NULL,
+        PRIMARY KEY (provider, kek, vm)
     );
     CREATE TABLE header_journal (
         envelope TEXT PRIMARY KEY,

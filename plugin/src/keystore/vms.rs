@@ -61,6 +61,7 @@ impl Keystore {
                     [&id],
                 )?;
             }
+            transaction.execute("DELETE FROM retired_keks WHERE vm = ?1", [&id])?;
             transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
             Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)
         })?;
