@@ -43,6 +43,7 @@ mod programs;
 pub mod rig;
 mod sealed;
 mod search;
+pub mod servers;
 mod tracer;
 mod virsh;
 
