@@ -1,0 +1,182 @@
+//! A UEFI VM whose keys are at a real key server or token starts as ever, stays off with the reason while they can't be
+//! had, and starts again when they can.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use virtseal_e2e::servers::{Manner, OpenBao, PyKmip, Relay, SoftHsm};
+use virtseal_e2e::{Host, SealedHost, expect_names, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The host that these stories take turns on, with tokens that its virtseald can see.
+struct Stage {
+    sealed: Mutex<SealedHost>,
+    hsm: SoftHsm,
+}
+
+impl Stage {
+    /// One for all stories that run or wait.
+    fn shared() -> Result<Arc<Self>> {
+        static SHARED: Mutex<Weak<Stage>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stage) = shared.upgrade() {
+            return Ok(stage);
+        }
+        let hsm = SoftHsm::new()?;
+        let mut sealed = SealedHost::start_without_provider(Host::builder())?;
+        sealed.stop_daemon(Signal::SIGTERM)?;
+        let launcher = hsm.launcher();
+        sealed.start_daemon_through(&launcher.each_ref().map(String::as_str))?;
+        let stage = Arc::new(Self {
+            sealed: Mutex::new(sealed),
+            hsm,
+        });
+        *shared = Arc::downgrade(&stage);
+        Ok(stage)
+    }
+
+    fn take_turn(&self) -> MutexGuard<'_, SealedHost> {
+        self.sealed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Seals a VM with a disk, UEFI variables and a vTPM under `provider`.
+fn seal_under(sealed: &SealedHost, provider: &str, vm: &str) -> Result<()> {
+    let mut spec = SealedHost::spec(vm);
+    spec.tpm = true;
+    let (disk, uuid) = (spec.disk.display().to_string(), spec.uuid.to_string());
+    let create = ["volume", "create", &disk, "--size", "64M", "--vm", &uuid];
+    sealed
+        .virtseal(&[&create[..], &["--provider", provider]].concat())?
+        .succeeded()?;
+    sealed.host().define(&spec)?;
+    sealed
+        .virtseal(&["vm", "seal", vm, "--provider", provider])?
+        .succeeded()
+        .map(drop)
+}
+
+fn starts(sealed: &SealedHost, vm: &str) -> Result<Duration> {
+    let began = Instant::now();
+    sealed.start_paused(vm)?;
+    let took = began.elapsed();
+    sealed.destroy(vm)?;
+    Ok(took)
+}
+
+/// Starts, is refused while the provider is locked, and starts once it is unlocked.
+fn starts_unless_locked(
+    sealed: &SealedHost,
+    provider: &str,
+    vm: &str,
+    unlock: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    seal_under(sealed, provider, vm)?;
+    starts(sealed, vm)?;
+    sealed.virtseal(&["provider", "lock", provider])?.succeeded()?;
+    let next = format!("virtseal provider unlock {provider}");
+    let quoted = format!("'{provider}'");
+    expect_names(
+        &sealed.refused_start(vm)?,
+        &[&format!("{vm} stays off"), &quoted, "is locked", &next],
+    )?;
+    unlock()?;
+    starts(sealed, vm).map(drop)
+}
+
+fn unlock_with_passphrase(sealed: &SealedHost, provider: &str) -> Result<()> {
+    let file = sealed.passphrase_file()?;
+    let file = file.to_str().context("a UTF-8 path")?;
+    sealed
+        .virtseal(&["provider", "unlock", provider, "--passphrase-file", file])?
+        .succeeded()
+        .map(drop)
+}
+
+fn state(sealed: &SealedHost, provider: &str) -> Result<String> {
+    sealed.virtseal(&["provider", "show", provider])?.succeeded()
+}
+
+#[test]
+fn transit_vm_starts_unless_locked() -> Result<()> {
+    let (stage, bao) = (Stage::shared()?, OpenBao::start()?);
+    let sealed = stage.take_turn();
+    bao.add_to(&sealed, "vault", bao.port())?;
+    starts_unless_locked(&sealed, "vault", "onvault", || bao.unlock(&sealed, "vault"))?;
+
+    // The server's admin takes the keys away from this host, at once.
+    bao.bao(&["token", "revoke", "-mode", "path", "auth/approle"])?;
+    bao.bao(&["delete", "auth/approle/role/virtseal"])?;
+    let message = sealed.refused_start("onvault")?;
+    expect_names(
+        &message,
+        &["onvault stays off", "'vault'", "virtseal provider unlock vault"],
+    )
+}
+
+#[test]
+fn pkcs11_vm_starts_unless_locked_or_its_token_is_gone() -> Result<()> {
+    let stage = Stage::shared()?;
+    let sealed = stage.take_turn();
+    stage.hsm.make("kek")?;
+    stage.hsm.add_to(&sealed, "hsm", "kek")?;
+    starts_unless_locked(&sealed, "hsm", "onhsm", || stage.hsm.unlock(&sealed, "hsm"))?;
+
+    sealed.start_paused("onhsm")?;
+    let removed = stage.hsm.remove("kek")?;
+    sealed.destroy("onhsm")?;
+    let message = sealed.refused_start("onhsm")?;
+    expect_names(&message, &["onhsm stays off", "'hsm'", "unreachable", "'kek'"])?;
+    removed.put_back()?;
+    // Nobody types the PIN again.
+    wait_until(PATIENCE, "the token is found again", || {
+        Ok(sealed
+            .host()
+            .virsh(&["start", "--paused", "onhsm"])?
+            .succeeded()
+            .ok())
+    })?;
+    sealed.destroy("onhsm")
+}
+
+#[test]
+fn kmip_vm_starts_unless_locked_or_all_nodes_are_dead() -> Result<()> {
+    let (stage, kms) = (Stage::shared()?, PyKmip::start()?);
+    let nodes = [Relay::to(kms.port())?, Relay::to(kms.port())?];
+    let sealed = stage.take_turn();
+    kms.add_to(&sealed, "kms", &nodes.each_ref().map(Relay::port), true)?;
+    let unlock = || unlock_with_passphrase(&sealed, "kms");
+    starts_unless_locked(&sealed, "kms", "onkms", unlock)?;
+
+    for manner in [Manner::Dead, Manner::Silent] {
+        nodes[0].be(manner)?;
+        let (first, second) = (starts(&sealed, "onkms")?, starts(&sealed, "onkms")?);
+        println!("with a first node that is {manner:?}: {first:?}, then {second:?}");
+        wait_until(PATIENCE, "the dead node is shown", || {
+            Ok(expect_names(&state(&sealed, "kms")?, &["Degraded", "1 of 2 nodes"]).ok())
+        })?;
+        nodes[0].be(Manner::Forward)?;
+        // As if it had never been away.
+        unlock()?;
+    }
+
+    nodes.iter().try_for_each(|node| node.be(Manner::Dead))?;
+    let began = Instant::now();
+    let message = sealed.refused_start("onkms")?;
+    ensure!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
+    expect_names(
+        &message,
+        &[
+            "onkms stays off",
+            "'kms'",
+            "unreachable",
+            "2 of 2 nodes",
+            "last answer",
+        ],
+    )?;
+    nodes[1].be(Manner::Forward)?;
+    starts(&sealed, "onkms").map(drop)
+}
