@@ -308,10 +308,10 @@ impl Daemon {
         }
         let sealed = seal::seal(&self.host(), &domain, &plan, provider);
         self.audit_command("seal", &domain.name, &sealed);
-        let xml = sealed?;
-        let changed = xml != domain.xml;
+        let made = sealed?;
+        let changed = made.xml != domain.xml;
         if changed {
-            self.libvirt.define(&xml).map_err(|error| {
+            self.libvirt.define(&made.xml).map_err(|error| {
                 Failure::new(
                     Code::Failed,
                     format!("{} is not redefined: {}", domain.name, chain(&error)),
@@ -331,10 +331,14 @@ impl Daemon {
         let domain = self.find_domain(vm)?;
         let plan = seal::plan_unseal(&self.host(), &domain)?;
         if !dry_run {
-            let unsealed = seal::unseal(&plan).and_then(|()| {
-                self.libvirt
-                    .define(&plan.xml)
-                    .map_err(|error| Failure::new(Code::Failed, chain(&error)))
+            let unsealed = seal::unseal(&plan).and_then(|_replaced| {
+                self.libvirt.define(&plan.xml).map_err(|error| {
+                    Failure::new(
+                        Code::Failed,
+                        format!("{} is not redefined: {}", domain.name, chain(&error)),
+                    )
+                    .next(format!("virtseal vm unseal {vm}: it goes on from here"))
+                })
             });
             self.audit_command("unseal", &domain.name, &unsealed);
             unsealed?;

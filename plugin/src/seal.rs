@@ -17,7 +17,7 @@ use crate::failure::{Code, Failure, chain};
 use crate::keystore::Keystore;
 use crate::libvirt::DefinedDomain;
 use crate::provider::registry::Registry;
-use crate::volume::{self, CreateRequest};
+use crate::volume::{self, CreateRequest, Held};
 
 pub use object::NewObject;
 use plan::{DiskStep, DiskWork, NvramStep, VtpmStep, same_content};
@@ -36,7 +36,16 @@ pub struct Host<'a> {
     pub nvram_dir: PathBuf,
 }
 
-/// Makes and adopts what the plan says. Returns the XML of the sealed domain, which the caller defines.
+/// A domain whose objects are made, to be defined.
+#[derive(Debug)]
+pub struct Made {
+    /// Its XML.
+    pub xml: String,
+    /// The files that were replaced: until the domain is defined, a start may still be opening them.
+    pub replaced: Vec<Held>,
+}
+
+/// Makes and adopts what the plan says. The caller defines the domain.
 ///
 /// # Errors
 /// With what went wrong and with which object. Run it again to go on.
@@ -45,11 +54,12 @@ pub fn seal(
     defined: &DefinedDomain,
     plan: &Plan,
     provider: Option<&str>,
-) -> Result<String, Failure> {
+) -> Result<Made, Failure> {
     let mut changes = SealEdit::default();
     let mut envelopes = Vec::new();
+    let mut replaced = Vec::new();
     for step in &plan.disks {
-        let envelope = seal_disk(host, defined, step, provider)
+        let envelope = seal_disk(host, defined, step, provider, &mut replaced)
             .map_err(|failure| failure.of(format!("{} disk {}", defined.name, step.target)))?;
         changes.disks.push(DiskEdit {
             target: step.target.clone(),
@@ -67,7 +77,7 @@ pub fn seal(
             template,
             loader,
         } => {
-            let envelope = seal_nvram(host, defined, path, template, provider)
+            let envelope = seal_nvram(host, defined, path, template, provider, &mut replaced)
                 .map_err(|failure| failure.of(format!("{} nvram", defined.name)))?;
             changes.nvram = Some(NvramEdit {
                 path: path.clone(),
@@ -92,8 +102,9 @@ pub fn seal(
         }
     }
     changes.envelopes = &envelopes;
-    edit::seal(&defined.xml, &changes)
-        .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))
+    let xml = edit::seal(&defined.xml, &changes)
+        .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
+    Ok(Made { xml, replaced })
 }
 
 fn seal_disk(
@@ -101,6 +112,7 @@ fn seal_disk(
     defined: &DefinedDomain,
     step: &DiskStep,
     provider: Option<&str>,
+    replaced: &mut Vec<Held>,
 ) -> Result<Envelope, Failure> {
     match &step.work {
         DiskWork::Sealed(envelope) => Ok(envelope.clone()),
@@ -116,10 +128,11 @@ fn seal_disk(
             let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Disk, &location, provider)?;
             let request = CreateRequest {
                 cluster_size: info.cluster_size.unwrap_or_default(),
-                replace: Some(info.file_id),
                 ..CreateRequest::new(&step.path, info.virtual_size)
             };
-            volume::create(&request, &object.envelope, &object.passphrase()?)?;
+            let held = Held::unchanged(&step.path, info.file_id)?;
+            volume::create_over(&held, &request, &object.envelope, &object.passphrase()?)?;
+            replaced.push(held);
             host.keystore.activate(object.envelope.id)?;
             Ok(object.envelope)
         }
@@ -132,6 +145,7 @@ fn seal_nvram(
     path: &Path,
     template: &Path,
     provider: Option<&str>,
+    replaced: &mut Vec<Held>,
 ) -> Result<Envelope, Failure> {
     let object = NewObject::find_or_make(
         host,
@@ -144,7 +158,12 @@ fn seal_nvram(
     if path.exists() && volume::inspect(path)?.format.is_encrypted() {
         volume::verify(path, &passphrase)?;
     } else {
-        if path.exists() && same_content(path, template)? {
+        if path.exists() {
+            let held = Held::open(path)?;
+            if !same_content(path, template)? {
+                return Err(volume::VolumeError::Changed(path.to_owned()).into());
+            }
+            replaced.push(held);
             std::fs::remove_file(path).map_err(|error| {
                 Failure::from_error(Code::Failed, format!("can't remove {}", path.display()), &error)
             })?;

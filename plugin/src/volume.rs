@@ -6,6 +6,7 @@
 //! written to in one place, and only while nobody has it open: see [`rewrite_envelope`].
 //!
 //! - [`create()`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
+//! - [`create_over`], [`empty_over`], [`copy_over`]: replace one that holds nothing, while nobody can open it ([`Held`])
 //! - [`inspect`], [`backing_chain`], [`header_digest`]: read them without a key
 //! - [`verify`]: opens one with its key
 //! - [`rewrite_envelope`], [`finish_rewrite`]: bring the envelope in an image up to date; [`shred_keys`] ends its keys
@@ -19,9 +20,11 @@ mod chain;
 mod convert;
 mod create;
 mod error;
+mod held;
 pub mod luks1;
 mod nvram;
 mod open;
+mod plain;
 mod qcow2;
 mod qemu_img;
 mod rewrite;
@@ -31,11 +34,13 @@ mod staging;
 pub use chain::{Layer, backing_chain};
 pub use create::{
     Backing, BackingFormat, CreateRequest, Created, Step, create, create_from, create_from_watched,
-    create_watched,
+    create_over, create_over_watched,
 };
 pub use error::{Flaw, Part, VolumeError};
+pub use held::Held;
 pub use nvram::{create_nvram, create_nvram_watched};
 pub use open::{BackingEntry, Format, VolumeInfo, header_digest, inspect, verify};
+pub use plain::{copy_over, empty_over};
 pub use qcow2::allocation::Data;
 pub use qemu_img::Percent;
 pub use rewrite::{Carried, Shredded, finish_rewrite, rewrite_envelope, shred_keys};

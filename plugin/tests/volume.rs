@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use virtseal::envelope::{Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
 use virtseal::secret::{Dek, Passphrase};
 use virtseal::volume::{
-    self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Format, Step, VolumeError,
+    self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Format, Held, Step, VolumeError,
 };
 
 /// A directory, and a key for what is made in it.
@@ -47,6 +47,10 @@ impl Bench {
 
     fn create(&self, request: &CreateRequest) -> Result<volume::Created, VolumeError> {
         volume::create(request, &self.envelope, &self.passphrase)
+    }
+
+    fn create_over(&self, held: &Held, request: &CreateRequest) -> Result<volume::Created, VolumeError> {
+        volume::create_over(held, request, &self.envelope, &self.passphrase)
     }
 
     fn create_from(&self, request: &CreateRequest, source: &str) -> Result<volume::Created, VolumeError> {
@@ -515,16 +519,66 @@ fn an_empty_image_is_replaced_and_keeps_its_owner_and_mode() {
     bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "disk", "1G"]);
     fs::set_permissions(bench.path("disk"), fs::Permissions::from_mode(0o640)).unwrap();
     std::os::unix::fs::chown(bench.path("disk"), Some(12), Some(34)).unwrap();
-    let mut request = bench.request("disk", 1 << 30);
+    let request = bench.request("disk", 1 << 30);
     assert!(matches!(bench.create(&request), Err(VolumeError::Exists(_))));
 
-    request.replace = Some(bench.inspect("disk").file_id);
-    bench.create(&request).unwrap();
+    let inspected = bench.inspect("disk").file_id;
+    let held = Held::unchanged(&bench.path("disk"), inspected).unwrap();
+    bench.create_over(&held, &request).unwrap();
     bench.verify("disk").unwrap();
     let found = fs::metadata(bench.path("disk")).unwrap();
     assert_eq!((found.mode() & 0o777, found.uid(), found.gid()), (0o640, 12, 34));
-    assert!(matches!(bench.create(&request), Err(VolumeError::Changed(_))));
+    assert!(matches!(
+        bench.create_over(&held, &request),
+        Err(VolumeError::Changed(_))
+    ));
+    assert!(matches!(
+        Held::unchanged(&bench.path("disk"), inspected),
+        Err(VolumeError::Changed(_))
+    ));
     assert_eq!(bench.leftovers(), [""; 0]);
+}
+
+#[test]
+fn a_held_image_gives_way_to_a_plain_one() {
+    let bench = Bench::new();
+    bench.create(&bench.request("disk", 1 << 30)).unwrap();
+    let held = Held::open(&bench.path("disk")).unwrap();
+    volume::empty_over(&held, Bytes(1 << 30)).unwrap();
+    let found = bench.inspect("disk");
+    assert_eq!(
+        (found.format, found.virtual_size),
+        (Format::Qcow2, Bytes(1 << 30))
+    );
+
+    fs::write(bench.path("variables"), [7; 1024]).unwrap();
+    let held = Held::open(&bench.path("disk")).unwrap();
+    volume::copy_over(&held, &bench.path("variables")).unwrap();
+    assert_eq!(fs::read(bench.path("disk")).unwrap(), [7; 1024]);
+    assert_eq!(bench.leftovers(), [""; 0]);
+}
+
+#[test]
+fn a_qemu_that_opened_the_old_image_before_gets_no_lock_on_it_after() {
+    let bench = Bench::new();
+    bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "disk", "1G"]);
+    // As a start that is a moment late: the file is open, its locks are not yet taken.
+    let opened = fs::File::open(bench.path("disk")).unwrap();
+    let held = Held::open(&bench.path("disk")).unwrap();
+    bench.create_over(&held, &bench.request("disk", 1 << 30)).unwrap();
+    let late = || {
+        use std::os::fd::AsRawFd;
+        let link = format!("/proc/{}/fd/{}", std::process::id(), opened.as_raw_fd());
+        let output = Command::new("qemu-io")
+            .args(["-f", "qcow2", "-c", "length"])
+            .arg(link)
+            .output();
+        String::from_utf8(output.unwrap().stderr).unwrap()
+    };
+    let said = late();
+    assert!(said.contains("lock"), "{said}");
+    drop(held);
+    assert_eq!(late(), "");
 }
 
 #[test]
@@ -532,9 +586,9 @@ fn an_image_with_data_is_not_replaced() {
     let bench = Bench::new();
     bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "disk", "1G"]);
     bench.must("qemu-io", &["-f", "qcow2", "-c", "write 0 512", "disk"]);
-    let mut request = bench.request("disk", 1 << 30);
-    request.replace = Some(bench.inspect("disk").file_id);
-    assert!(matches!(bench.create(&request), Err(VolumeError::HoldsData(_))));
+    let held = Held::open(&bench.path("disk")).unwrap();
+    let outcome = bench.create_over(&held, &bench.request("disk", 1 << 30));
+    assert!(matches!(outcome, Err(VolumeError::HoldsData(_))));
 }
 
 #[test]
@@ -557,9 +611,10 @@ fn an_image_in_use_is_not_replaced() {
         answers.read_exact(&mut byte).unwrap();
         said.push(byte[0]);
     }
-    let mut request = bench.request("disk", 1 << 30);
-    request.replace = Some(bench.inspect("disk").file_id);
-    assert!(matches!(bench.create(&request), Err(VolumeError::InUse(_))));
+    assert!(matches!(
+        Held::open(&bench.path("disk")),
+        Err(VolumeError::InUse(_))
+    ));
     drop(commands);
     user.wait().unwrap();
 }
@@ -750,7 +805,7 @@ fn carry_out(order: &str) -> ! {
         }
     };
     let (source, target) = (directory.join("source"), directory.join("target"));
-    let mut request = CreateRequest::new(&target, Bytes(64 << 20));
+    let request = CreateRequest::new(&target, Bytes(64 << 20));
     let failed = match job {
         "nvram" => volume::create_nvram_watched(&source, &target, &passphrase, die_there).err(),
         "converting" => volume::create_from(&request, &source, &envelope, &passphrase, die_converting).err(),
@@ -758,8 +813,8 @@ fn carry_out(order: &str) -> ! {
             volume::create_from_watched(&request, &source, &envelope, &passphrase, go_on, die_there).err()
         }
         _ => {
-            request.replace = volume::inspect(&target).ok().map(|found| found.file_id);
-            volume::create_watched(&request, &envelope, &passphrase, die_there).err()
+            let held = target.exists().then(|| Held::open(&target).unwrap());
+            volume::create_over_watched(held.as_ref(), &request, &envelope, &passphrase, die_there).err()
         }
     };
     panic!("still alive: {failed:?}");

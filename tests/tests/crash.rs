@@ -121,6 +121,28 @@ fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
 }
 
 #[test]
+fn vm_unseal_can_be_killed_at_every_step() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let sealed = |rig: &mut Rig, nth: usize| {
+        rig.sealed.seal_empty(&spec(nth))?;
+        words(&["vm", "unseal", &spec(nth).name])
+    };
+    rig.at_each_step(sealed, |rig, nth, command| {
+        let name = spec(nth).name;
+        rig.sealed.unlock()?;
+        let again = rig.sealed.virtseal(command)?;
+        done_or(again, "is not sealed")?;
+        let xml = rig.sealed.dumpxml(&name)?;
+        ensure!(!xml.contains("encryption") && !xml.contains("virtseal"), "{xml}");
+        rig.expect_no_temporaries()?;
+        if nth % 4 == 1 {
+            rig.expect_start(&name)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn start_can_go_on_whenever_virtseald_is_killed() -> Result<()> {
     let mut rig = Rig::start()?;
     let spec = DomainSpec { tpm: true, ..spec(1) };

@@ -123,7 +123,6 @@ fn create_request(request: &VolumeRequest) -> Result<CreateRequest, Failure> {
             .as_ref()
             .map(|path| backing(path, request.backing_format.as_deref()))
             .transpose()?,
-        replace: None,
     })
 }
 

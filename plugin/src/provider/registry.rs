@@ -597,7 +597,7 @@ impl ProviderError {
             Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(NextCommand::Lock(name))),
             Self::WrongPin(PinRefusal::Blocked | PinRefusal::NotTheLastTry) => (Code::Locked, None),
             Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
-            Self::NotBackedUp => (Code::Failed, Some(NextCommand::Backup(name))),
+            Self::NotBackedUp => (Code::WouldLoseKey, Some(NextCommand::Backup(name))),
             Self::Unreachable(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
             Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),
             Self::CredentialRefused(_) => (Code::NotTrusted, Some(NextCommand::Unlock(name))),

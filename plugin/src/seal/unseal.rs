@@ -1,8 +1,6 @@
 //! Back to plain, as long as nothing was ever written under seal.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
 use swtpm_state::{State, libvirt_state_dir};
 
@@ -13,7 +11,7 @@ use crate::domain::{self, Domain, Firmware, ObjectState};
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain};
 use crate::libvirt::DefinedDomain;
-use crate::volume::{self, Data, VolumeInfo};
+use crate::volume::{self, Data, Held, VolumeInfo};
 
 /// What unsealing takes.
 #[derive(Debug)]
@@ -87,19 +85,21 @@ pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPla
     })
 }
 
-/// Replaces the sealed objects by plain ones. May be repeated; the caller defines the XML after it.
-pub fn unseal(plan: &UnsealPlan) -> Result<(), Failure> {
+/// Replaces the sealed objects by plain ones. May be repeated. The caller keeps what was replaced until it has defined the
+/// XML: a start may still be opening it.
+pub fn unseal(plan: &UnsealPlan) -> Result<Vec<Held>, Failure> {
+    let mut replaced = Vec::new();
     for (_, path, info) in &plan.disks {
-        replace(path, |temporary| plain_image(temporary, info))?;
+        let held = Held::unchanged(path, info.file_id)?;
+        volume::empty_over(&held, info.virtual_size)?;
+        replaced.push(held);
     }
-    match &plan.nvram {
-        Some((path, template)) => replace(path, |temporary| {
-            fs::copy(template, temporary).map(drop).map_err(|error| {
-                Failure::from_error(Code::Failed, format!("can't copy {}", template.display()), &error)
-            })
-        }),
-        None => Ok(()),
+    if let Some((path, template)) = &plan.nvram {
+        let held = Held::open(path)?;
+        volume::copy_over(&held, template)?;
+        replaced.push(held);
     }
+    Ok(replaced)
 }
 
 /// The first start makes the vTPM's state: without one the VM never ran.
@@ -142,40 +142,4 @@ fn nvram(domain: &Domain) -> Result<Option<(PathBuf, PathBuf)>, Failure> {
         )
         .next(format!("virsh edit {}: add template= to <nvram>", domain.name))),
     }
-}
-
-fn plain_image(path: &Path, info: &VolumeInfo) -> Result<(), Failure> {
-    let mut command = Command::new("qemu-img");
-    command.args(["create", "-q", "-f", "qcow2"]);
-    let output = command.arg(path).arg(info.virtual_size.0.to_string()).output();
-    let output = output.map_err(|error| {
-        Failure::from_error(Code::Failed, "can't run qemu-img", &error).next("apt install qemu-utils")
-    })?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let message = String::from_utf8_lossy(&output.stderr).replace('\n', " ");
-    Err(Failure::new(
-        Code::Failed,
-        format!("qemu-img can't create {}: {message}", path.display()),
-    ))
-}
-
-/// Makes the new file beside the old one and takes its place at once.
-fn replace(path: &Path, make: impl FnOnce(&Path) -> Result<(), Failure>) -> Result<(), Failure> {
-    let failed = |error: &std::io::Error| {
-        Failure::from_error(Code::Failed, format!("can't replace {}", path.display()), error)
-    };
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    let temporary = tempfile::Builder::new()
-        .prefix(".virtseal-")
-        .tempdir_in(directory)
-        .map_err(|error| failed(&error))?;
-    let file = temporary.path().join("image");
-    make(&file)?;
-    File::open(&file)
-        .and_then(|file| file.sync_all())
-        .and_then(|()| fs::rename(&file, path))
-        .and_then(|()| File::open(directory)?.sync_all())
-        .map_err(|error| failed(&error))
 }

@@ -3,7 +3,6 @@
 //! The file is written without a name, put on stable storage, opened anew and unlocked with the passphrase, and
 //! only then gets its name. A process that dies at any step leaves nothing, or the complete image.
 
-use std::fs;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::chain::local_file_name;
 use super::convert::{self, Source};
 use super::error::{Attempt, VolumeError};
+use super::held::Held;
 use super::luks1;
 use super::open::{Format, Image};
 use super::qcow2::BackingName;
@@ -20,7 +20,7 @@ use super::qcow2::allocation::Data;
 use super::qcow2::layout::{Blueprint, LayoutError, Parts};
 use super::qemu_img::Percent;
 use super::size::{Bytes, ClusterSize};
-use super::staging::{FileId, Staged, is_in_use};
+use super::staging::Staged;
 use crate::envelope::Envelope;
 use crate::secret::Passphrase;
 
@@ -63,9 +63,6 @@ pub struct CreateRequest {
     pub cluster_size: ClusterSize,
     /// For an overlay.
     pub backing: Option<Backing>,
-    /// `None`: the name must be free. Else the file that [`inspect`](super::inspect) found empty there, to be
-    /// replaced by one of the same owner and mode.
-    pub replace: Option<FileId>,
 }
 
 impl CreateRequest {
@@ -77,7 +74,6 @@ impl CreateRequest {
             size: Some(size),
             cluster_size: ClusterSize::default(),
             backing: None,
-            replace: None,
         }
     }
 }
@@ -121,14 +117,29 @@ pub fn create(
     envelope: &Envelope,
     passphrase: &Passphrase,
 ) -> Result<Created, VolumeError> {
-    create_watched(request, envelope, passphrase, |_| {})
+    create_over_watched(None, request, envelope, passphrase, |_| {})
 }
 
-/// [`create`], telling `watch` of every step: for tests that stop there.
+/// As [`create`], in the place of the empty image `replaced`, whose owner and mode the new one gets. Keep hold of it for as
+/// long as anyone may still open the old one.
 ///
 /// # Errors
-/// Those of [`create`].
-pub fn create_watched(
+/// Those of [`create`], and [`VolumeError::HoldsData`].
+pub fn create_over(
+    replaced: &Held,
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Created, VolumeError> {
+    create_over_watched(Some(replaced), request, envelope, passphrase, |_| {})
+}
+
+/// [`create`] or [`create_over`], telling `watch` of every step: for tests that stop there.
+///
+/// # Errors
+/// Those of [`create_over`].
+pub fn create_over_watched(
+    replaced: Option<&Held>,
     request: &CreateRequest,
     envelope: &Envelope,
     passphrase: &Passphrase,
@@ -139,7 +150,7 @@ pub fn create_watched(
         (None, Some(backing)) => backing_size(request, backing)?,
         (None, None) => return Err(VolumeError::SizeMissing(request.path.clone())),
     };
-    let making = Making::new(request, size, envelope, passphrase)?;
+    let making = Making::new(replaced, request, size, envelope, passphrase)?;
     making.run(|_| Ok(()), &mut watch)
 }
 
@@ -186,7 +197,7 @@ pub fn create_from_watched(
             reason: format!("{} has {}", source.path().display(), source.virtual_size()),
         });
     }
-    let making = Making::new(request, size, envelope, passphrase)?;
+    let making = Making::new(None, request, size, envelope, passphrase)?;
     making.run(
         |staged| convert::fill(&source, staged, passphrase, &request.path, progress),
         &mut watch,
@@ -195,6 +206,7 @@ pub fn create_from_watched(
 
 /// An image in the making.
 struct Making<'a> {
+    replaced: Option<&'a Held>,
     request: &'a CreateRequest,
     size: Bytes,
     envelope: &'a Envelope,
@@ -204,6 +216,7 @@ struct Making<'a> {
 
 impl<'a> Making<'a> {
     fn new(
+        replaced: Option<&'a Held>,
         request: &'a CreateRequest,
         size: Bytes,
         envelope: &'a Envelope,
@@ -225,6 +238,7 @@ impl<'a> Making<'a> {
             .blueprint()
             .map_err(|error| impossible(error, request, size))?;
         Ok(Self {
+            replaced,
             request,
             size,
             envelope,
@@ -245,16 +259,15 @@ impl<'a> Making<'a> {
         watch(Step::Written);
         fill(&staged)?;
         watch(Step::Filled);
-        if self.request.replace.is_some() {
-            let replaced = fs::metadata(&self.request.path).attempt("look at", &self.request.path)?;
-            staged.take_after(&replaced)?;
+        if let Some(held) = self.replaced {
+            staged.take_after(held)?;
         }
         staged.sync()?;
         watch(Step::Synced);
         let header_digest = self.verify(&staged)?;
         watch(Step::Verified);
         self.check_target()?;
-        let published = staged.publish(self.request.replace)?;
+        let published = staged.publish(self.replaced.map(Held::id))?;
         watch(Step::Published);
         published.sync()?;
         watch(Step::Durable);
@@ -265,25 +278,13 @@ impl<'a> Making<'a> {
         })
     }
 
-    /// The name is free, or taken by the file to be replaced, which nobody uses and which holds nothing.
+    /// The name is free, or taken by the file to be replaced, which holds nothing.
     fn check_target(&self) -> Result<(), VolumeError> {
         let path = &self.request.path;
-        let Some(expected) = self.request.replace else {
-            return match fs::symlink_metadata(path) {
-                Ok(_) => Err(VolumeError::Exists(path.clone())),
-                Err(_) => Ok(()),
-            };
-        };
-        let image = Image::open(path)?;
-        if image.file_id() != expected {
-            return Err(VolumeError::Changed(path.clone()));
-        }
-        if is_in_use(image.file()).attempt("look for users of", path)? {
-            return Err(VolumeError::InUse(path.clone()));
-        }
-        match image.data()? {
-            Data::Empty => Ok(()),
-            Data::HasData => Err(VolumeError::HoldsData(path.clone())),
+        match self.replaced {
+            None if path.symlink_metadata().is_ok() => Err(VolumeError::Exists(path.clone())),
+            Some(held) if held.image()?.data()? == Data::HasData => Err(VolumeError::HoldsData(path.clone())),
+            _ => Ok(()),
         }
     }
 

@@ -5,21 +5,16 @@
 //! or leaves alone when somebody else has changed it since. The LUKS header, the key material and the data are never among
 //! them; [`shred_keys`] is the one exception, and the purpose of it.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use nix::fcntl::{FcntlArg, fcntl};
-
 use super::error::{Attempt, Flaw, Part, VolumeError};
+use super::held::Held;
 use super::open::Image;
 use super::qcow2::{extension, extension::Place, rewrite};
-use super::staging::is_in_use;
 use crate::envelope::{Envelope, Generation};
 
-/// The first bytes of QEMU's lock ranges: what an opener does, and what it does not let others do.
-const LOCKED_BYTES: [i64; 2] = [100, 200];
-const LOCKS_IN_RANGE: i64 = 4;
 /// Bytes that a disk replaces whole or not at all.
 const SECTOR: usize = 512;
 
@@ -43,8 +38,8 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
     envelope: &Envelope,
     journal: impl FnOnce(&[u8]) -> Result<(), E>,
 ) -> Result<Carried, E> {
-    let file = open_alone(path)?;
-    let image = image(&file, path)?;
+    let held = Held::open(path)?;
+    let (file, image) = (held.file(), held.image()?);
     let found = match image.envelope()? {
         Some(found) if found.id == envelope.id => found,
         _ => return Ok(Carried::NotThere),
@@ -55,8 +50,8 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
     let digest = image.header_digest()?;
     let patch = patch(&image, Some(envelope))?;
     journal(&patch.to_bytes())?;
-    patch.write(&file, path)?;
-    let written = self::image(&file, path)?;
+    patch.write(file, path)?;
+    let written = held.image()?;
     if written.envelope()?.as_ref() != Some(envelope) || written.header_digest()? != digest {
         return Err(damaged(path, "the envelope does not read back as it was written").into());
     }
@@ -68,10 +63,10 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
 /// # Errors
 /// [`VolumeError::InUse`], and when the image can't be written.
 pub fn finish_rewrite(path: &Path, journaled: &[u8]) -> Result<(), VolumeError> {
-    let file = open_alone(path)?;
+    let held = Held::open(path)?;
     let patch = Patch::from_bytes(journaled).ok_or_else(|| damaged(path, "its journal is damaged"))?;
-    if patch.is_torn(&file, path)? {
-        patch.write(&file, path)?;
+    if patch.is_torn(held.file(), path)? {
+        patch.write(held.file(), path)?;
     }
     Ok(())
 }
@@ -93,8 +88,8 @@ pub struct Shredded {
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has the image open, and when it is not encrypted or can't be written. May be repeated.
 pub fn shred_keys(path: &Path) -> Result<Shredded, VolumeError> {
-    let file = open_alone(path)?;
-    let image = image(&file, path)?;
+    let held = Held::open(path)?;
+    let (file, image) = (held.file(), held.image()?);
     let (header, base) = image.encrypted()?;
     let keyslots = header.active_keyslots();
     let mut material = 0;
@@ -111,49 +106,13 @@ pub fn shred_keys(path: &Path) -> Result<Shredded, VolumeError> {
     file.sync_data().attempt("write", path)?;
     let envelope = image.envelope()?.is_some();
     if envelope {
-        patch(&image, None)?.write(&file, path)?;
+        patch(&image, None)?.write(file, path)?;
     }
     Ok(Shredded {
         keyslots,
         material,
         envelope,
     })
-}
-
-/// Opens `path` for writing with locks that no QEMU can share, and that no QEMU holds.
-fn open_alone(path: &Path) -> Result<File, VolumeError> {
-    // Tells what is no image before a device is opened.
-    match Image::open(path) {
-        // A torn header is what `finish_rewrite` is for.
-        Ok(_) | Err(VolumeError::Damaged { .. }) => {}
-        Err(error) => return Err(error),
-    }
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-        .open(path)
-        .attempt("open for writing", path)?;
-    for first in LOCKED_BYTES {
-        let lock = libc::flock {
-            l_type: libc::F_RDLCK as libc::c_short,
-            l_whence: libc::SEEK_SET as libc::c_short,
-            l_start: first,
-            l_len: LOCKS_IN_RANGE,
-            l_pid: 0,
-        };
-        fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).map_err(|_| VolumeError::InUse(path.to_owned()))?;
-    }
-    // QEMU takes its locks before it looks for others', and so do we: of two, one notices.
-    if is_in_use(&file).attempt("look for locks on", path)? {
-        return Err(VolumeError::InUse(path.to_owned()));
-    }
-    Ok(file)
-}
-
-fn image(file: &File, path: &Path) -> Result<Image, VolumeError> {
-    let copy = file.try_clone().attempt("read", path)?;
-    Image::from_file(copy, path, None)
 }
 
 fn damaged(path: &Path, what: &str) -> VolumeError {

@@ -18,6 +18,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, RenameFlags, fcntl, renameat2};
 use nix::unistd::linkat;
 
 use super::error::{Attempt, VolumeError};
+use super::held::Held;
 
 const PREFIX: &str = ".virtseal-";
 const SUFFIX: &str = ".tmp";
@@ -64,11 +65,7 @@ pub(crate) struct Staged {
 impl Staged {
     /// An empty file of mode 0600 on the file system of `target`.
     pub(crate) fn beside(target: &Path) -> Result<Self, VolumeError> {
-        let target = resolved(target);
-        let directory = match target.parent() {
-            Some(parent) if parent != Path::new("") => parent.to_owned(),
-            _ => PathBuf::from("."),
-        };
+        let (target, directory) = place(target);
         match unnamed(&directory) {
             Ok(file) => Ok(Self {
                 file,
@@ -79,6 +76,17 @@ impl Staged {
             Err(error) if needs_a_name(&error) => Self::named(target, directory),
             Err(error) => Err(error).attempt("create a file in", &directory),
         }
+    }
+
+    /// As [`Self::beside`], with the temporary name that a child process needs to write to it.
+    pub(crate) fn named_beside(target: &Path) -> Result<Self, VolumeError> {
+        let (target, directory) = place(target);
+        Self::named(target, directory)
+    }
+
+    /// Its temporary name.
+    pub(crate) fn name(&self) -> Option<&Path> {
+        self.name.as_deref()
     }
 
     fn named(target: PathBuf, directory: PathBuf) -> Result<Self, VolumeError> {
@@ -112,7 +120,8 @@ impl Staged {
     }
 
     /// Gives it the owner and the mode of the file that it will replace.
-    pub(crate) fn take_after(&self, replaced: &Metadata) -> Result<(), VolumeError> {
+    pub(crate) fn take_after(&self, replaced: &Held) -> Result<(), VolumeError> {
+        let replaced = replaced.file().metadata().attempt("look at", replaced.path())?;
         fchown(&self.file, Some(replaced.uid()), Some(replaced.gid()))
             .and_then(|()| self.file.set_permissions(replaced.permissions()))
             .attempt("set the owner and mode of", &self.target)
@@ -280,9 +289,15 @@ fn temporary_name(directory: &Path) -> Result<PathBuf, VolumeError> {
     Ok(directory.join(name))
 }
 
-/// A symbolic link that exists is followed, so that a replaced file is the one that was inspected.
-fn resolved(target: &Path) -> PathBuf {
-    fs::canonicalize(target).unwrap_or_else(|_| target.to_owned())
+/// The file's final name and its directory. A symbolic link that exists is followed, so that a replaced file is the one that
+/// was inspected.
+fn place(target: &Path) -> (PathBuf, PathBuf) {
+    let target = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
+    let directory = match target.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    (target, directory)
 }
 
 fn rename_without_clobber(from: &Path, to: &Path) -> nix::Result<()> {

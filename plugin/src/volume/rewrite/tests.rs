@@ -1,5 +1,7 @@
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::process::Command;
+
+use nix::fcntl::{FcntlArg, fcntl};
 
 use super::*;
 use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
@@ -168,7 +170,7 @@ fn no_qemu_opens_an_image_that_is_being_written() {
             .unwrap()
     };
     assert!(check().status.success());
-    let held = open_alone(&path).unwrap();
+    let held = Held::open(&path).unwrap();
     let said = String::from_utf8_lossy(&check().stderr).into_owned();
     assert!(said.contains("lock"), "{said}");
     drop(held);
