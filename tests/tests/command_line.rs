@@ -337,7 +337,7 @@ fn provider_wraps_nothing_before_its_backup_and_restores_only_where_it_is_missin
         .succeeded()?;
     ensure!(sealed.json(&["provider", "list"])?[0]["state"] == "NotBackedUp");
     let early = sealed.virtseal(&create)?;
-    ensure!(early.code() != Some(0), "{early:?}");
+    ensure!(early.code() == Some(8), "{early:?}");
     expect_names(
         &early.stderr,
         &[

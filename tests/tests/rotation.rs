@@ -225,7 +225,7 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
     let path = format!("{IMAGES}/new.qcow2");
     let vm = uuid(1);
     let create = ["volume", "create", &path, "--size", "8M", "--vm", &vm];
-    expect_names(&rig.refused(1, &create)?, &["has not been backed up"])?;
+    expect_names(&rig.refused(8, &create)?, &["has not been backed up"])?;
     ensure!(!rig.sealed.host().path(&path).exists());
     wait_until(PATIENCE, "the job to say what it waits for", || {
         let waiting = rig.job()?["waiting"].as_str().unwrap_or_default().to_owned();
