@@ -1,6 +1,7 @@
 //! A daemon that a test runs inside a namespace: libvirtd, virtseald, a key server.
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
@@ -40,6 +41,9 @@ impl Process {
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)
+            // A daemon that a story stops must not be in a group with others: when a group with a stopped process becomes
+            // an orphan, the kernel sends SIGHUP to all of it.
+            .process_group(0)
             .spawn()
             .with_context(|| format!("{name} did not start"))?;
         let pid = wait_until(START_DEADLINE, &format!("the start of {name}"), || {
