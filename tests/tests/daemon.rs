@@ -226,7 +226,7 @@ fn socket_activation_and_readiness_work_as_systemd_does_them() -> Result<()> {
     let children = sealed.host().run(&["pidof", "virtseald"])?.succeeded()?;
     sealed
         .host()
-        .run(&["kill", "-TERM", children.trim()])?
+        .run(&["sh", "-c", &format!("kill -TERM {}", children.trim())])?
         .succeeded()?;
     ensure!(activated.wait()?.success());
     ensure!(socket.exists(), "the socket of systemd was removed");
