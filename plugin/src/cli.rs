@@ -349,6 +349,9 @@ struct TrustArgs {
     /// Trust servers whose certificate was signed by a CA in this PEM file and bears the endpoint's name.
     #[arg(long, value_name = "FILE", group = "known_by")]
     ca: Option<PathBuf>,
+    /// Refuse certificates that this revocation list of the CA (PEM) names. Renew it before it runs out.
+    #[arg(long, value_name = "FILE", requires = "ca")]
+    crl: Option<PathBuf>,
     /// Trust a server with this SHA-256 fingerprint; repeat it for every node.
     #[arg(long = "fingerprint", value_name = "HEX", group = "known_by")]
     fingerprints: Vec<Fingerprint>,

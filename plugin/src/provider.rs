@@ -8,6 +8,7 @@ pub mod kmip;
 pub mod native;
 pub mod pkcs11;
 pub mod registry;
+mod revocation;
 pub mod transit;
 
 #[cfg(test)]

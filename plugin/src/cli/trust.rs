@@ -107,7 +107,8 @@ pub(super) async fn trust(args: &TrustArgs, client: &mut Client, printer: &Print
     if !args.yes {
         confirm(name, args)?;
     }
-    let fds = ca.into_iter().collect();
+    let crl = args.crl.as_deref().map(passphrase::open_file).transpose()?;
+    let fds = ca.into_iter().chain(crl).collect();
     let trusted = client
         .call(async |host| host.trust_provider(name, &fingerprints, fds).await)
         .await?;

@@ -70,7 +70,7 @@ impl Daemon {
         })
     }
 
-    /// Trusts the servers of `name` by their fingerprints or by the CA in `fds`.
+    /// Trusts the servers of `name` by their fingerprints or by the CA in `fds`, with a revocation list after it.
     pub fn trust_provider(
         &self,
         name: &str,
@@ -140,11 +140,13 @@ fn pem_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
 }
 
 fn server_trust(fingerprints: &[String], fds: Vec<OwnedFd>) -> Result<ServerTrust, Failure> {
-    if let Some(ca) = fds.into_iter().next() {
-        let pem = pem_from(ca)?;
-        return Ok(ServerTrust::Ca(
-            String::from_utf8_lossy(pem.expose()).into_owned(),
-        ));
+    if !fds.is_empty() {
+        let mut pem = String::new();
+        for fd in fds {
+            pem.push_str(&String::from_utf8_lossy(pem_from(fd)?.expose()));
+            pem.push('\n');
+        }
+        return Ok(ServerTrust::Ca(pem));
     }
     let pins = fingerprints.iter().map(|text| text.parse::<Fingerprint>());
     let pins = pins.collect::<Result<_, _>>();

@@ -24,7 +24,8 @@ const MOST_BYTES: usize = 1 << 20;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ServerTrust {
-    /// Its certificate was signed by one of these (PEM) and bears the endpoint's name.
+    /// Its certificate was signed by one of these (PEM) and bears the endpoint's name. Revocation lists (PEM) among them
+    /// are heeded.
     Ca(String),
     /// Its certificate is one of these.
     Pins(Vec<Fingerprint>),

@@ -23,6 +23,7 @@ use super::error::KmipError;
 use super::identity::Identity;
 use super::message::printable;
 use super::store::ServerTrust;
+use crate::provider::revocation;
 
 /// Both sides of the trust, ready to connect with.
 pub(super) struct Tls {
@@ -50,6 +51,7 @@ impl Tls {
                 store.add_cert(authority)?;
             }
             store.set_flags(X509VerifyFlags::PARTIAL_CHAIN)?;
+            revocation::add_lists(&mut store, pem.as_bytes())?;
         }
         builder.set_cert_store(store.build());
         if let Some(identity) = identity {

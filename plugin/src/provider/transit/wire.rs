@@ -25,6 +25,7 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use self::buffers::WipedBuffers;
+use crate::provider::revocation;
 use crate::secret::SecretBytes;
 
 /// `SSL_OP_CLEANSE_PLAINTEXT` of OpenSSL 3 (SSL_CTX_set_options(3)), which the binding has no name for.
@@ -79,9 +80,16 @@ impl Wire {
         builder.set_verify(SslVerifyMode::PEER);
         if let Some(path) = ca {
             let mut store = X509StoreBuilder::new().map_err(openssl)?;
-            for certificate in read_ca(path)? {
+            let pem = read_ca(path)?;
+            for certificate in certificates_in(path, &pem)? {
                 store.add_cert(certificate).map_err(openssl)?;
             }
+            revocation::add_lists(&mut store, &pem).map_err(|error| {
+                NoTrust(format!(
+                    "can't read the revocation list in {}: {error}",
+                    path.display()
+                ))
+            })?;
             builder.set_cert_store(store.build());
         }
         let mut warning = None;
@@ -197,11 +205,14 @@ fn is_end_of_stream(error: &openssl::ssl::Error) -> bool {
     stack.iter().any(|one| one.reason_code() == UNEXPECTED_EOF)
 }
 
-fn read_ca(path: &Path) -> Result<Vec<X509>, NoTrust> {
+fn read_ca(path: &Path) -> Result<Vec<u8>, NoTrust> {
     let shown = path.display();
-    let pem =
-        std::fs::read(path).map_err(|error| NoTrust(format!("can't read the CA file {shown}: {error}")))?;
-    match X509::stack_from_pem(&pem) {
+    std::fs::read(path).map_err(|error| NoTrust(format!("can't read the CA file {shown}: {error}")))
+}
+
+fn certificates_in(path: &Path, pem: &[u8]) -> Result<Vec<X509>, NoTrust> {
+    let shown = path.display();
+    match X509::stack_from_pem(pem) {
         Ok(certificates) if !certificates.is_empty() => Ok(certificates),
         _ => Err(NoTrust(format!(
             "there is no PEM certificate in the CA file {shown}"
