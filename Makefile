@@ -1,10 +1,11 @@
 # make demo    shows the main job on a real libvirt, QEMU, OVMF and swtpm (root; installs what it needs)
 # make test    everything: unit tests and stories on the real stack (root; installs what it needs)
+# make test-providers   what every key provider must do, against the real ones; a line per provider and case (root)
 # make bench   the figures, as ratios against a peer in the same run (root)
 # make lint    formatting, clippy, documentation
 # make install, make deb, make test-deb: packaging/package.mk
 
-.PHONY: demo test bench lint deps
+.PHONY: demo test test-providers bench lint deps
 
 CARGO ?= cargo
 include packaging/package.mk
@@ -15,6 +16,9 @@ demo: deps
 
 test: deps
 	CARGO="$(CARGO)" tests/run
+
+test-providers: deps
+	CARGO="$(CARGO)" tests/run-providers
 
 bench: deps
 	$(CARGO) build --locked --release --workspace --bins

@@ -506,4 +506,4 @@ pub enum KmipProviderError {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -266,4 +266,4 @@ fn list(ids: &[ProviderId]) -> String {
 #[cfg(test)]
 pub(in crate::provider) mod stand;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -229,4 +229,4 @@ pub(super) mod bao;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-mod tls_tests;
+pub(super) mod tls_tests;

@@ -4,8 +4,9 @@ mod proxy;
 mod server;
 
 pub(in crate::provider) use proxy::{Manner, Proxy};
-pub(in crate::provider) use server::{Kmip, Server, free_port, identity, secret, settings};
+pub(in crate::provider) use server::{Kmip, Server, TlsServer, free_port, identity, secret, settings};
 
+use crate::provider::revocation;
 use openssl::asn1::Asn1Time;
 use openssl::bn::{BigNum, MsbOption};
 use openssl::ec::{EcGroup, EcKey};
@@ -58,6 +59,12 @@ impl Authority {
         let key = new_key();
         let certificate = self.issue(&named("kms"), &key, days, true);
         certified(&certificate, &key)
+    }
+
+    /// Its revocation list (PEM), with the certificate `revoked` (PEM) on it.
+    pub(in crate::provider) fn revocation_list(&self, revoked: &[u8]) -> String {
+        let revoked = X509::from_pem(revoked).unwrap();
+        revocation::list(&self.certificate, &self.key, &[&revoked])
     }
 
     /// The client's certificate that a PEM request asks for.

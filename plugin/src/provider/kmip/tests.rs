@@ -1,7 +1,7 @@
 //! What only a KMIP provider can show, against PyKMIP. The suite that all kinds share is in `conformance`.
 
 mod faults;
-mod trust;
+pub(in crate::provider) mod trust;
 
 use super::call::Call;
 use super::fixture::{Kmip, Proxy, secret, settings};

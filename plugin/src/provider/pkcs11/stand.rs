@@ -26,6 +26,10 @@ const NSS_ITERATIONS: &str = "NSS_MAX_MP_PBE_ITERATION_COUNT";
 const DIRECTORY: &str = "VIRTSEAL_TEST_TOKENS";
 /// For a call, on a machine that has other things to do.
 pub(in crate::provider) const PATIENCE: Duration = Duration::from_secs(60);
+/// SoftHSM's setting for a token that can wrap, but knows no AES-GCM.
+pub(in crate::provider) const WITHOUT_GCM: &str = "-CKM_AES_GCM";
+/// For one that has CBC and HMAC only.
+pub(in crate::provider) const CBC_ONLY: &str = "-CKM_AES_GCM,CKM_AES_KEY_WRAP,CKM_AES_KEY_WRAP_PAD";
 /// How many a test may use.
 const TOKENS: usize = 3;
 
@@ -224,12 +228,12 @@ fixture!(
 );
 fixture!(
     /// A token without AES-GCM: a session object, wrapped.
-    SoftHsmKeyWrap: softhsm_settings, |case| with_softhsm("-CKM_AES_GCM", case)
+    SoftHsmKeyWrap: softhsm_settings, |case| with_softhsm(WITHOUT_GCM, case)
 );
 fixture!(
     /// A token with CBC and HMAC only.
     SoftHsmCbc: softhsm_settings,
-    |case| with_softhsm("-CKM_AES_GCM,CKM_AES_KEY_WRAP,CKM_AES_KEY_WRAP_PAD", case)
+    |case| with_softhsm(CBC_ONLY, case)
 );
 fixture!(
     /// Another module, by other people.

@@ -39,7 +39,11 @@ impl Process {
     fn start(arguments: &[String], directory: &Path) -> Self {
         let log = std::fs::File::create(directory.join("log")).unwrap();
         let shell = Command::new("sh")
-            .args(["-c", r#""$@" & server=$!; read -r _; kill -9 $server"#, "sh"])
+            .args([
+                "-c",
+                r#""$@" & server=$!; read -r _; kill -9 $server; wait $server"#,
+                "sh",
+            ])
             .arg(program())
             .args(arguments)
             .env("HOME", directory)
@@ -90,21 +94,45 @@ impl Bao {
         })
     }
 
+    /// The same over TLS, with client certificates as a way to log in.
+    pub(in crate::provider) fn shared_tls() -> Arc<Self> {
+        static SHARED: Mutex<Weak<Bao>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap();
+        shared.upgrade().unwrap_or_else(|| {
+            let started = Arc::new(Self::started(Self::listening_with_tls));
+            *shared = Arc::downgrade(&started);
+            started
+        })
+    }
+
+    fn listening_with_tls(arguments: &mut Vec<String>, directory: &Path) {
+        arguments.extend([
+            "-dev-tls".to_owned(),
+            format!("-dev-tls-cert-dir={}", directory.display()),
+        ]);
+    }
+
     /// In memory: a restart forgets everything.
     pub(super) fn dev() -> Self {
-        let port = free_port();
-        let arguments = [
+        Self::started(|_, _| {})
+    }
+
+    fn started(change: fn(&mut Vec<String>, &Path)) -> Self {
+        let (port, directory) = (free_port(), tempfile::tempdir().unwrap());
+        let mut arguments = vec![
             "server".to_owned(),
             "-dev".to_owned(),
             "-dev-no-store-token".to_owned(),
             "-dev-root-token-id=root".to_owned(),
             format!("-dev-listen-address=127.0.0.1:{port}"),
         ];
-        let bao = Self::new(
-            arguments.into(),
-            format!("http://127.0.0.1:{port}"),
-            tempfile::tempdir().unwrap(),
-        );
+        change(&mut arguments, directory.path());
+        let scheme = if arguments.iter().any(|one| one == "-dev-tls") {
+            "https"
+        } else {
+            "http"
+        };
+        let bao = Self::new(arguments, format!("{scheme}://127.0.0.1:{port}"), directory);
         bao.start();
         let began = Instant::now();
         while bao
@@ -121,9 +149,15 @@ impl Bao {
         bao
     }
 
+    /// The same as [`Bao::stored`] over TLS, with an authority of its own.
+    pub(in crate::provider) fn stored_tls(directory: tempfile::TempDir) -> Self {
+        let authority = super::tls_tests::Identity::authority("ca");
+        super::tls_tests::server_in(directory, &authority, &["127.0.0.1"])
+    }
+
     /// With its storage in a directory, initialised and unsealed; over TLS with the files `server.pem`, `server.key`
     /// and `ca.pem` of `directory` where there are any.
-    pub(super) fn stored(directory: tempfile::TempDir) -> Self {
+    pub(in crate::provider) fn stored(directory: tempfile::TempDir) -> Self {
         let port = free_port();
         let path = |name: &str| directory.path().join(name);
         let tls = path("server.pem").exists();
@@ -138,7 +172,9 @@ impl Bao {
         let scheme = if tls { "https" } else { "http" };
         let address = format!("{scheme}://127.0.0.1:{port}");
         let config = json!({
-            "storage": {"raft": {"path": path("storage"), "node_id": "one"}}, "listener": {"tcp": listener},
+            // Alone, it need not wait for the votes of others.
+            "storage": {"raft": {"path": path("storage"), "node_id": "one", "performance_multiplier": "1"}},
+            "listener": {"tcp": listener},
             "api_addr": address, "cluster_addr": format!("https://127.0.0.1:{}", free_port())
         });
         std::fs::write(path("config.json"), config.to_string()).unwrap();
@@ -171,16 +207,16 @@ impl Bao {
         }
     }
 
-    pub(super) fn start(&self) {
+    pub(in crate::provider) fn start(&self) {
         *self.process.lock().unwrap() = Some(Process::start(&self.arguments, self.directory.path()));
     }
 
     /// As a crash does.
-    pub(super) fn kill(&self) {
+    pub(in crate::provider) fn kill(&self) {
         *self.process.lock().unwrap() = None;
     }
 
-    pub(super) fn wait_for_listener(&self) {
+    pub(in crate::provider) fn wait_for_listener(&self) {
         let began = Instant::now();
         while self.try_ask("GET", "sys/seal-status", &Value::Null).is_err() {
             assert!(
@@ -192,7 +228,17 @@ impl Bao {
         }
     }
 
-    pub(super) fn unseal(&self) {
+    /// Until somebody listens, whom to trust is another matter.
+    pub(super) fn wait_for_port(&self) {
+        let began = Instant::now();
+        let (_, server) = self.address.split_once("://").unwrap();
+        while TcpStream::connect(server).is_err() {
+            assert!(began.elapsed() < Duration::from_secs(60), "{}", self.log());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    pub(in crate::provider) fn unseal(&self) {
         let key = self.unseal_key.as_deref().unwrap();
         let began = Instant::now();
         self.ask("POST", "sys/unseal", &json!({"key": key}));
@@ -204,6 +250,25 @@ impl Bao {
             );
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// The file with the CA of its certificate.
+    pub(in crate::provider) fn ca(&self) -> PathBuf {
+        let made_by_itself = self.directory.path().join("vault-ca.pem");
+        match made_by_itself.exists() {
+            true => made_by_itself,
+            false => self.directory.path().join("ca.pem"),
+        }
+    }
+
+    /// Lets clients with a certificate of `authority` (PEM) log in; the role's name.
+    pub(in crate::provider) fn certificate_role(&self, policy: &str, authority: &str) -> String {
+        // Which of the tests is the first to ask makes no difference.
+        let _ = self.try_ask("POST", "sys/auth/cert", &json!({"type": "cert"}));
+        let name = format!("r-{}", Uuid::new_v4());
+        let role = json!({"certificate": authority, "token_policies": [policy], "token_ttl": "1h"});
+        self.ask("POST", &format!("auth/cert/certs/{name}"), &role);
+        name
     }
 
     fn log(&self) -> String {
@@ -218,9 +283,8 @@ impl Bao {
 
     pub(super) fn try_ask(&self, method: &str, path: &str, body: &Value) -> Result<Value, Fault> {
         let mut settings = json!({"address": self.address, "auth": {"method": "token"}, "timeout_ms": 20000});
-        let ca = self.directory.path().join("ca.pem");
-        if ca.exists() {
-            settings["ca"] = json!(ca);
+        if self.address.starts_with("https:") {
+            settings["ca"] = json!(self.ca());
         }
         let settings: TransitSettings = serde_json::from_value(settings).unwrap();
         let body = body.to_string();
@@ -267,7 +331,7 @@ impl Bao {
     }
 
     /// A token with what `request` asks for besides.
-    pub(super) fn token(&self, policy: &str, mut request: Value) -> String {
+    pub(in crate::provider) fn token(&self, policy: &str, mut request: Value) -> String {
         request["policies"] = json!([policy]);
         request["no_default_policy"] = json!(false);
         let made = self.ask("POST", "auth/token/create", &request);
@@ -289,8 +353,8 @@ impl Bao {
 }
 
 /// Passes on what it gets, until told otherwise.
-pub(super) struct Proxy {
-    pub(super) address: String,
+pub(in crate::provider) struct Proxy {
+    pub(in crate::provider) address: String,
     shared: Arc<Shared>,
 }
 
@@ -303,7 +367,7 @@ struct Shared {
 }
 
 impl Proxy {
-    pub(super) fn before(bao: &Bao) -> Self {
+    pub(in crate::provider) fn before(bao: &Bao) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (scheme, server) = bao.address.split_once("://").unwrap();
         let server = server.to_owned();
@@ -338,12 +402,12 @@ impl Proxy {
     }
 
     /// From now on no answer comes back, or again.
-    pub(super) fn stall(&self, stalls: bool) {
+    pub(in crate::provider) fn stall(&self, stalls: bool) {
         self.shared.stalls.store(stalls, Ordering::SeqCst);
     }
 
     /// Cuts all connections there are.
-    pub(super) fn cut(&self) {
+    pub(in crate::provider) fn cut(&self) {
         for stream in self.shared.connections.lock().unwrap().drain(..) {
             let _ = stream.shutdown(Shutdown::Both);
         }

@@ -239,39 +239,6 @@ fn token_outlives_its_time_by_renewal_and_its_maximum_by_a_new_login() {
 }
 
 #[test]
-fn killed_connections_are_not_noticed() {
-    let bao = Bao::shared();
-    let proxy = Proxy::before(&bao);
-    let host = Host::with_token(&bao, &proxy.address, json!({"period": "1h"}));
-    let sealed = Sealed::by(&host);
-    for _ in 0..20 {
-        proxy.cut();
-        host.opens(&sealed);
-    }
-}
-
-#[test]
-fn slow_server_costs_its_timeout_and_no_more() {
-    let bao = Bao::shared();
-    let proxy = Proxy::before(&bao);
-    let host = Host::with_token(&bao, &proxy.address, json!({"period": "1h"}));
-    let sealed = Sealed::by(&host);
-    proxy.stall(true);
-    let began = Instant::now();
-    let error = host.refusal(&sealed);
-    assert!(
-        matches!(&error, ProviderError::Unreachable(why) if why.contains("no answer in time")),
-        "{error:?}"
-    );
-    assert!(began.elapsed() >= Duration::from_secs(5));
-    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
-    assert!(matches!(host.provider.status(), ProviderStatus::Unreachable(_)));
-    proxy.stall(false);
-    host.opens(&sealed);
-    assert_eq!(host.provider.status(), ProviderStatus::Ready);
-}
-
-#[test]
 fn deleted_key_is_unknown_and_is_not_made_up_again() {
     let bao = Bao::shared();
     let host = Host::new(&bao);

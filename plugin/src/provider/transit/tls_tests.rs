@@ -13,19 +13,35 @@ use serde_json::{Value, json};
 use super::bao::{Bao, Proxy, secret};
 use super::*;
 use crate::envelope::VmId;
+use crate::provider::revocation;
 
-struct Identity {
+pub(in crate::provider) struct Identity {
     key: PKey<Private>,
     certificate: X509,
 }
 
 impl Identity {
-    fn pem(&self) -> String {
+    /// One that issues others.
+    pub(in crate::provider) fn authority(name: &str) -> Self {
+        Self::new(name, None, &[], 60)
+    }
+
+    /// A client's, issued by this one.
+    pub(in crate::provider) fn client(&self, name: &str, days: i64) -> Self {
+        Self::new(name, Some(self), &[], days)
+    }
+
+    /// Its revocation list, with `revoked` on it.
+    fn revocation_list(&self, revoked: &[&X509]) -> String {
+        revocation::list(&self.certificate, &self.key, revoked)
+    }
+
+    pub(in crate::provider) fn pem(&self) -> String {
         let key = self.key.private_key_to_pem_pkcs8().unwrap();
         self.certificate_pem() + std::str::from_utf8(&key).unwrap()
     }
 
-    fn certificate_pem(&self) -> String {
+    pub(in crate::provider) fn certificate_pem(&self) -> String {
         String::from_utf8(self.certificate.to_pem().unwrap()).unwrap()
     }
 
@@ -91,13 +107,22 @@ impl Identity {
 }
 
 fn server(ca: &Identity, names: &[&str]) -> Bao {
-    let directory = tempfile::tempdir().unwrap();
-    let identity = Identity::new("server", Some(ca), names, 10);
-    let key = identity.key.private_key_to_pem_pkcs8().unwrap();
-    std::fs::write(directory.path().join("server.key"), key).unwrap();
-    std::fs::write(directory.path().join("server.pem"), identity.certificate_pem()).unwrap();
+    server_in(tempfile::tempdir().unwrap(), ca, names)
+}
+
+pub(super) fn server_in(directory: tempfile::TempDir, ca: &Identity, names: &[&str]) -> Bao {
+    certify(directory.path(), ca, names, 50);
     std::fs::write(directory.path().join("ca.pem"), ca.certificate_pem()).unwrap();
     Bao::stored(directory)
+}
+
+/// Gives the server a new certificate, from its next start on.
+fn certify(directory: &std::path::Path, ca: &Identity, names: &[&str], days: i64) -> X509 {
+    let identity = Identity::new("server", Some(ca), names, days);
+    let key = identity.key.private_key_to_pem_pkcs8().unwrap();
+    std::fs::write(directory.join("server.key"), key).unwrap();
+    std::fs::write(directory.join("server.pem"), identity.certificate_pem()).unwrap();
+    identity.certificate
 }
 
 fn provider(bao: &Bao, mount: &str, auth: Value, change: impl FnOnce(&mut Value)) -> TransitProvider {
@@ -218,4 +243,63 @@ fn server_is_trusted_by_its_ca_and_its_name_only() {
         settings["address"] = json!(address);
     });
     assert!(refusal(made).contains("TLS failed"));
+}
+
+/// What the conformance suite runs: certificates that end, by their time or by a revocation list, on both sides.
+pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
+    let ca = Identity::authority("ca");
+    let bao = server(&ca, &["127.0.0.1"]);
+    let mount = bao.engine();
+    let policy = bao.policy(&mount);
+    let hosts = Identity::authority("hosts");
+    let role = bao.certificate_role(&policy, &hosts.certificate_pem());
+    let made = provider(&bao, &mount, json!({"method": "cert", "role": role}), |_| {});
+
+    // Ours, by its time: it is not even shown.
+    let error = made
+        .unlock(&secret(&hosts.client("host1", -1).pem()))
+        .unwrap_err();
+    assert!(error.to_string().contains("has expired"), "{error}");
+    // Ours, by the server's list.
+    let host = hosts.client("host1", 50);
+    made.unlock(&secret(&host.pem())).unwrap();
+    let list = json!({"crl": hosts.revocation_list(&[&host.certificate])});
+    bao.ask("POST", "auth/cert/crls/hosts", &list);
+    let error = made.unlock(&secret(&host.pem())).unwrap_err();
+    assert!(matches!(error, ProviderError::WrongCredential), "{error:?}");
+    made.unlock(&secret(&hosts.client("host1", 50).pem())).unwrap();
+
+    // The server's, by our list: another certificate on it does no harm.
+    let shown = X509::from_pem(&std::fs::read(bao.directory.path().join("server.pem")).unwrap()).unwrap();
+    let other = Identity::new("other", Some(&ca), &["127.0.0.1"], 10);
+    let client = hosts.client("host1", 50).pem();
+    for (revoked, wanted) in [(&other.certificate, None), (&shown, Some("revoked"))] {
+        let trusted = ca.certificate_pem() + &ca.revocation_list(&[revoked]);
+        let file = bao.directory.path().join("ca-and-list.pem");
+        std::fs::write(&file, trusted).unwrap();
+        let made = provider(
+            &bao,
+            &mount,
+            json!({"method": "cert", "role": role}),
+            |settings| {
+                settings["ca"] = json!(file);
+            },
+        );
+        let unlocked = made.unlock(&secret(&client));
+        match (wanted, unlocked) {
+            (None, unlocked) => unlocked.unwrap(),
+            (Some(wanted), Err(ProviderError::NotTrusted(why))) => assert!(why.contains(wanted), "{why}"),
+            (Some(_), unlocked) => panic!("{unlocked:?}"),
+        }
+    }
+    // The server's, by its time.
+    bao.kill();
+    certify(bao.directory.path(), &ca, &["127.0.0.1"], -1);
+    bao.start();
+    bao.wait_for_port();
+    let error = made.unlock(&secret(&client)).unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::NotTrusted(why) if why.contains("expired")),
+        "{error:?}"
+    );
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::super::fixture::{Authority, Kmip, Server, identity, settings};
+use super::super::fixture::{Authority, Certified, Kmip, Server, TlsServer, identity, settings};
 use super::Wrapped;
 use crate::keystore::Keystore;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
@@ -117,8 +117,17 @@ fn wrong_fingerprint_or_ca_changes_nothing() {
     assert_eq!(kmip.provider().status(), ProviderStatus::Ready);
 }
 
-#[test]
-fn expired_server_certificate_is_refused_by_ca_and_by_pin() {
+/// What the conformance suite runs: certificates that end, by their time or by a revocation list, on both sides.
+pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
+    expired_server();
+    expired_client();
+    revoked_server();
+    for version in ["-tls1_2", "-tls1_3"] {
+        revoked_client(version);
+    }
+}
+
+fn expired_server() {
     let mut kmip = Kmip::new();
     let wrapped = Wrapped::by(kmip.provider());
     kmip.server.kill();
@@ -132,6 +141,79 @@ fn expired_server_certificate_is_refused_by_ca_and_by_pin() {
     assert!(format!("{error}").contains("expired on"), "{error}");
 }
 
+/// It is not even shown to the server.
+fn expired_client() {
+    let kmip = Kmip::with(false, |_| {});
+    let client = kmip.authority.client("vm-host", -2);
+    let error = kmip.provider().set_identity(&identity_of(&client)).unwrap_err();
+    assert!(crate::failure::chain(&error).contains("expired"), "{error:?}");
+    Wrapped::by(kmip.provider()).assert_opened_by(kmip.provider());
+}
+
+fn identity_of(client: &Certified) -> NewIdentity {
+    NewIdentity {
+        certificate: SecretBytes::take(&mut client.certificate.clone()).unwrap(),
+        key: Some(SecretBytes::take(&mut client.key.clone()).unwrap()),
+        login: None,
+        passphrase: None,
+    }
+}
+
+fn revoked_server() {
+    let kmip = Kmip::with(false, |_| {});
+    let wrapped = Wrapped::by(kmip.provider());
+    let ca = kmip.authority.pem();
+    let other = kmip.authority.server(90).certificate;
+    let with_list = |revoked: &[u8]| ServerTrust::Ca(ca.clone() + &kmip.authority.revocation_list(revoked));
+    // A list with others on it does no harm.
+    kmip.provider().trust(with_list(&other)).unwrap();
+    wrapped.assert_opened_by(kmip.provider());
+    let error = kmip
+        .provider()
+        .trust(with_list(&kmip.server.certificate()))
+        .unwrap_err();
+    let TrustError::Refused { why, .. } = &error else {
+        panic!("{error:?}");
+    };
+    assert!(why.contains("revoked"), "{why}");
+    // Nothing has changed by that.
+    wrapped.assert_opened_by(kmip.provider());
+    // A list by somebody else says nothing about this CA.
+    let foreign = Authority::new().revocation_list(&other);
+    assert!(matches!(
+        kmip.provider().trust(ServerTrust::Ca(ca.clone() + &foreign)),
+        Err(TrustError::Refused { .. })
+    ));
+    let damaged = "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n";
+    let damaged = ServerTrust::Ca(ca + damaged);
+    assert!(matches!(kmip.provider().trust(damaged), Err(TrustError::Ca(_))));
+}
+
+/// PyKMIP looks at no list, so this server is OpenSSL's own, which talks TLS and no KMIP.
+fn revoked_client(version: &str) {
+    let authority = Authority::new();
+    let (good, revoked) = (authority.client("good", 90), authority.client("bad", 90));
+    let server = TlsServer::start(
+        &authority,
+        &authority.revocation_list(&revoked.certificate),
+        version,
+    );
+    let (provider, _dir) = untrusting(server.port);
+    provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
+    provider.set_identity(&identity_of(&revoked)).unwrap();
+    let why = not_trusted(&provider);
+    assert!(
+        why.contains("the client certificate was revoked"),
+        "{version}: {why}"
+    );
+    provider.set_identity(&identity_of(&good)).unwrap();
+    let status = provider.status();
+    assert!(
+        matches!(status, ProviderStatus::Unreachable(_)),
+        "{version}: it gets through TLS, to a server that does not answer: {status}"
+    );
+}
+
 #[test]
 fn end_of_a_certificate_is_announced() {
     let mut kmip = Kmip::with(false, |_| {});
@@ -139,13 +221,7 @@ fn end_of_a_certificate_is_announced() {
     kmip.server.certify(&kmip.authority, 12);
     kmip.server.run();
     let client = kmip.authority.client("vm-host", 20);
-    let new = NewIdentity {
-        certificate: SecretBytes::take(&mut client.certificate.clone()).unwrap(),
-        key: Some(SecretBytes::take(&mut client.key.clone()).unwrap()),
-        login: None,
-        passphrase: None,
-    };
-    kmip.provider().set_identity(&new).unwrap();
+    kmip.provider().set_identity(&identity_of(&client)).unwrap();
     let ProviderStatus::Degraded(why) = kmip.provider().status() else {
         panic!("{:?}", kmip.provider().status());
     };
