@@ -366,12 +366,17 @@ impl KeyProvider for KmipProvider {
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
         let locks = self.inner.held().locks;
         let identity = self.stored_identity(credential)?;
+        let trust = self
+            .store
+            .trust()
+            .map_err(|error| ProviderError::Unusable(chain(&error)))?;
         let mut held = self.inner.held_mut();
         if held.locks != locks {
             return Err(ProviderError::Locked);
         }
         held.locked = false;
         held.identity = identity.map(Arc::new);
+        held.trust = trust;
         held.fault = None;
         self.renew_access(&mut held);
         drop(held);

@@ -26,6 +26,15 @@ pub(super) fn located(payload: &Item) -> Vec<KekId> {
     uids.filter_map(kek_id).collect()
 }
 
+/// Makes sure that an answer is about `kek`, where it says so: a server that mixes answers up must not have a data key
+/// wrapped under a KEK that its stanza does not name.
+pub(super) fn check_subject(payload: &Item, kek: &KekId) -> Result<(), ProtocolError> {
+    match payload.find(Tag::UNIQUE_IDENTIFIER).and_then(Item::as_text) {
+        Some(uid) if !uid.eq_ignore_ascii_case(&kek.0) => Err(ProtocolError::AnotherKey),
+        _ => Ok(()),
+    }
+}
+
 fn kek_id(uid: &str) -> Option<KekId> {
     is_identifier(uid).then(|| KekId(uid.to_owned()))
 }
@@ -168,6 +177,16 @@ mod tests {
 
     fn material(item: Item<'static>) -> Item<'static> {
         Item::structure(Tag::KEY_VALUE, [item])
+    }
+
+    #[test]
+    fn answers_about_another_key_are_refused() {
+        let kek = KekId("Abc-7".to_owned());
+        let about = |uid: &'static str| response([Item::text(Tag::UNIQUE_IDENTIFIER, uid)]);
+        for good in [about("Abc-7"), about("ABC-7"), response([])] {
+            check_subject(&good, &kek).unwrap();
+        }
+        assert!(check_subject(&about("Abc-8"), &kek).is_err());
     }
 
     #[test]

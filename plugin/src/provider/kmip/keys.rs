@@ -103,8 +103,8 @@ impl Keys<'_> {
         }
         let calls = keks.iter().cloned().map(Call::GetAttributes).collect();
         self.ask(calls, |outcomes| {
-            let facts = outcomes.iter().map(|outcome| match outcome {
-                Ok(payload) => answer::facts(payload).map(Some).map_err(unreadable),
+            let facts = keks.iter().zip(outcomes).map(|(kek, outcome)| match outcome {
+                Ok(_) => facts_of(kek, outcome).map(Some),
                 // Destroyed meanwhile, or another client's.
                 Err(_) => Ok(None),
             });
@@ -192,6 +192,7 @@ impl Keys<'_> {
             let payload = outcomes[1]
                 .as_ref()
                 .map_err(|refusal| refused(Operation::Encrypt, refusal))?;
+            answer::check_subject(payload, kek).map_err(unreadable)?;
             answer::body(payload, &nonce).map_err(unreadable)
         })
     }
@@ -268,10 +269,7 @@ impl Keys<'_> {
         self.ask(keks.iter().flat_map(pairs).collect(), |outcomes| {
             let read = |(kek, pair): (&KekId, &[Outcome])| {
                 check_state(kek, facts_of(kek, &pair[0])?.state, &may)?;
-                let payload = pair[1]
-                    .as_ref()
-                    .map_err(|refusal| key_refused(kek, Operation::Get, refusal))?;
-                answer::key(payload).map_err(|why| unusable_key(kek, why))
+                answer::key(about(kek, Operation::Get, &pair[1])?).map_err(|why| unusable_key(kek, why))
             };
             keks.iter().zip(outcomes.chunks_exact(2)).map(read).collect()
         })
@@ -291,6 +289,7 @@ impl Keys<'_> {
                     let payload = outcome
                         .as_ref()
                         .map_err(|refusal| decryption_refused(&stanzas[*nth].kek, refusal))?;
+                    answer::check_subject(payload, &stanzas[*nth].kek).map_err(unreadable)?;
                     let plain = answer::decrypted(payload).map_err(unreadable)?;
                     payloads[*nth] = Some(Payload::from_unwrapped(plain).map_err(ProviderError::Payload)?);
                 }
@@ -381,10 +380,20 @@ fn known_form(kek: &KekId) -> Result<(), ProviderError> {
 }
 
 fn facts_of(kek: &KekId, outcome: &Outcome) -> Result<KeyFacts, ProviderError> {
+    answer::facts(about(kek, Operation::GetAttributes, outcome)?).map_err(unreadable)
+}
+
+/// The payload of an answer about `kek`.
+fn about<'m, 'b>(
+    kek: &KekId,
+    operation: Operation,
+    outcome: &Outcome<'m, 'b>,
+) -> Result<&'m Item<'b>, ProviderError> {
     let payload = outcome
         .as_ref()
-        .map_err(|refusal| key_refused(kek, Operation::GetAttributes, refusal))?;
-    answer::facts(payload).map_err(unreadable)
+        .map_err(|refusal| key_refused(kek, operation, refusal))?;
+    answer::check_subject(payload, kek).map_err(unreadable)?;
+    Ok(payload)
 }
 
 fn check_state(kek: &KekId, state: KeyState, may: impl Fn(KeyState) -> bool) -> Result<(), ProviderError> {

@@ -256,8 +256,13 @@ pub(super) fn printable(text: &str) -> String {
     text.trim()
         .chars()
         .take(200)
-        .map(|c| if c.is_control() { ' ' } else { c })
+        .map(|c| if c.is_control() || turns_text(c) { ' ' } else { c })
         .collect()
+}
+
+/// Unicode's marks, embeddings, overrides and isolates of direction: with them a terminal shows another text.
+fn turns_text(c: char) -> bool {
+    matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Why an answer can't be read.
@@ -269,6 +274,8 @@ pub(super) enum ProtocolError {
     Shape,
     #[error("{asked} calls got {answered} answers")]
     Count { asked: usize, answered: usize },
+    #[error("the answer is about another key than the question")]
+    AnotherKey,
     #[error("the answer has no {0}")]
     Missing(&'static str),
 }
@@ -320,7 +327,7 @@ mod tests {
 
     #[test]
     fn refusal_of_the_whole_request_is_every_calls() {
-        let message = message([failure(4, "can't\u{1b}[2J parse\n")]);
+        let message = message([failure(4, "can't\u{1b}[2J\u{202e}parse\n")]);
         let outcomes = outcomes(&message, 3).unwrap();
         assert_eq!(outcomes.len(), 3);
         for outcome in outcomes {

@@ -88,8 +88,9 @@ impl Node {
 
     /// Sends `calls` as one request and returns the answer, which fits it.
     ///
-    /// A kept connection may have been closed by the other side meanwhile: if nothing in `calls` could be done
-    /// twice, a new one is tried at once.
+    /// A kept connection may have been closed by the other side meanwhile, or forgotten by a firewall, which then
+    /// swallows what is sent: if all of `calls` can be done twice, a new one is tried, at once in the first case, and
+    /// while there is still time for that in the second.
     pub(super) fn exchange(
         &self,
         access: &Access,
@@ -98,7 +99,7 @@ impl Node {
     ) -> Result<SecretBytes, KmipError> {
         let repeatable = calls.iter().all(|call| call.operation().is_idempotent());
         if let Some(mut kept) = self.take(access.epoch) {
-            kept.set_deadline(deadline);
+            kept.set_deadline(if repeatable { early(deadline) } else { deadline });
             match self.ask(&mut kept, access, calls) {
                 Ok(answer) => {
                     self.keep(kept, access.epoch);
@@ -203,6 +204,12 @@ impl Node {
             idle.connections.clear();
         }
     }
+}
+
+/// Leaves a third of the time until `deadline` for another connection.
+fn early(deadline: Instant) -> Instant {
+    let left = deadline.saturating_duration_since(Instant::now());
+    deadline - left / 3
 }
 
 fn no_common_version() -> KmipError {

@@ -78,8 +78,12 @@ impl Tls {
         let by_name = matches!(*self.trust, ServerTrust::Ca(_));
         let stream = handshake(&self.connector, endpoint, deadline, &judge, by_name)
             .map_err(|failure| self.explain(failure, &judge))?;
+        let server = judge.leaf();
+        if server.is_none() {
+            return Err(KmipError::NotTrusted("the server showed no certificate".into()));
+        }
         Ok(TlsStream {
-            server: judge.leaf(),
+            server,
             has_identity: self.has_identity,
             stream,
         })
@@ -285,10 +289,14 @@ fn refusal(stack: &ErrorStack, has_identity: bool) -> KmipError {
 fn connect_tcp(endpoint: &Endpoint, deadline: Instant) -> Result<TcpStream, Failed> {
     let addresses = (endpoint.host(), endpoint.port())
         .to_socket_addrs()
-        .map_err(|error| Failed::Io(format!("can't resolve '{}': {error}", endpoint.host())))?;
+        .map_err(|error| Failed::Io(format!("can't resolve '{}': {error}", endpoint.host())))?
+        .collect::<Vec<_>>();
     let mut last = Failed::Io(format!("'{}' has no address", endpoint.host()));
+    let mut waiting = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
     for address in addresses {
-        let connected = TcpStream::connect_timeout(&address, remaining(deadline)?);
+        // An address that swallows packets, often the IPv6 one, must leave time for the others.
+        let connected = TcpStream::connect_timeout(&address, remaining(deadline)? / waiting);
+        waiting -= 1;
         match connected.and_then(|stream| prepared(&stream).map(|()| stream)) {
             Ok(stream) => return Ok(stream),
             Err(error) => last = Failed::Io(io_reason(&error, "connect")),
@@ -297,10 +305,19 @@ fn connect_tcp(endpoint: &Endpoint, deadline: Instant) -> Result<TcpStream, Fail
     Err(last)
 }
 
+/// In seconds: how long a connection is quiet before the other side is asked whether it is still there, and how often.
+/// By default Linux would ask after two hours.
+const KEEP_ALIVE_IDLE: u32 = 20;
+const KEEP_ALIVE_EVERY: u32 = 5;
+const KEEP_ALIVE_TRIES: u32 = 3;
+
 fn prepared(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     // A firewall that forgets a quiet connection, or a host that is gone, shows between two calls rather than in one.
     setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &KEEP_ALIVE_IDLE)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &KEEP_ALIVE_EVERY)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &KEEP_ALIVE_TRIES)?;
     Ok(())
 }
 

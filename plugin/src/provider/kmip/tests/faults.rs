@@ -62,6 +62,22 @@ fn cut_connections_are_replaced_at_once() {
 }
 
 #[test]
+fn connection_that_a_firewall_forgot_does_not_cost_the_call() {
+    let kmip = Kmip::new();
+    let proxy = Proxy::to(kmip.server.port);
+    let (provider, _dir) = kmip.another(|set| {
+        set.endpoints = settings(&[proxy.port]).endpoints;
+        set.timeout_ms = 6_000;
+    });
+    let wrapped = Wrapped::by(&provider);
+    proxy.forget();
+    let before = proxy.connections();
+    wrapped.assert_opened_by(&provider);
+    assert_eq!(proxy.connections(), before + 1);
+    assert_eq!(provider.status(), ProviderStatus::Ready);
+}
+
+#[test]
 fn stalled_server_ends_at_the_timeout() {
     let kmip = Kmip::new();
     let proxy = Proxy::to(kmip.server.port);

@@ -215,6 +215,36 @@ fn revoked_client(version: &str) {
 }
 
 #[test]
+fn certificate_for_another_name_or_use_is_refused() {
+    let authority = Authority::new();
+    let client = authority.client("127.0.0.1", 90);
+    let list = authority.revocation_list(&authority.server(90).certificate);
+    for (certified, host, wanted) in [
+        (&client, "127.0.0.1", "unsuitable certificate purpose"),
+        (&authority.server(90), "127.0.0.2", "mismatch"),
+    ] {
+        let server = TlsServer::showing(certified, host, &authority, &list, "-tls1_2");
+        let (provider, _dir) = {
+            let dir = tempfile::tempdir().unwrap();
+            let keystore = Keystore::open(dir.path()).unwrap();
+            let mut settings = settings(&[server.port]);
+            settings.endpoints = vec![format!("{host}:{}", server.port).parse().unwrap()];
+            (
+                KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings).unwrap(),
+                dir,
+            )
+        };
+        let error = provider.trust(ServerTrust::Ca(authority.pem())).unwrap_err();
+        let TrustError::Refused { why, .. } = &error else {
+            panic!("{error:?}");
+        };
+        assert!(why.contains(wanted), "{why}");
+        // Whose fingerprint was compared needs no name.
+        provider.trust(ServerTrust::Pins(vec![shown(&provider)])).unwrap();
+    }
+}
+
+#[test]
 fn end_of_a_certificate_is_announced() {
     let mut kmip = Kmip::with(false, |_| {});
     kmip.server.kill();
