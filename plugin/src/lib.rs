@@ -20,4 +20,5 @@ pub mod provider;
 pub mod rotation;
 pub mod seal;
 pub mod secret;
+pub mod tpm;
 pub mod volume;

@@ -19,6 +19,7 @@ const HEAPS: libc::c_int = 2;
 /// When the kernel refuses: then nothing secret may be read.
 pub fn harden() -> io::Result<()> {
     umask(Mode::from_bits_truncate(0o077));
+    silence_tss();
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     prctl::set_dumpable(false)?;
     // SAFETY: mallopt changes settings of the allocator, and is called before there are other threads.
@@ -28,6 +29,19 @@ pub fn harden() -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::other("mallopt was refused"))
+    }
+}
+
+/// The TSS writes what the daemon reports anyway to standard error, several lines for each error. Whoever looks for more
+/// sets its `TSS2_LOG`.
+fn silence_tss() {
+    const LEVELS: &str = "TSS2_LOG";
+    if std::env::var_os(LEVELS).is_none() {
+        // SAFETY: called before there are other threads.
+        #[expect(clippy::disallowed_methods, reason = "it is no key")]
+        unsafe {
+            std::env::set_var(LEVELS, "all+NONE");
+        }
     }
 }
 

@@ -1,0 +1,130 @@
+//! A TPM for tests: a real swtpm with a state of its own.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use tss_esapi::handles::PcrHandle;
+use tss_esapi::interface_types::algorithm::HashingAlgorithm;
+use tss_esapi::structures::{Digest, DigestValues};
+
+use super::session::Session;
+use super::{Tcti, Tpm};
+
+/// A running swtpm. Dropping it ends it and deletes its state.
+pub(crate) struct Stand {
+    state: TempDir,
+    port: u16,
+    swtpm: Child,
+}
+
+impl Stand {
+    pub(crate) fn start() -> Self {
+        let state = tempfile::tempdir().unwrap();
+        // Taken by somebody else in between: the next one, then.
+        for _ in 0..20 {
+            let port = free_pair_of_ports();
+            if let Some(swtpm) = power_on(state.path(), port) {
+                return Self { state, port, swtpm };
+            }
+        }
+        panic!("swtpm found no port to listen on");
+    }
+
+    pub(crate) fn tcti(&self) -> Tcti {
+        format!("swtpm:host=127.0.0.1,port={}", self.port)
+            .parse()
+            .unwrap()
+    }
+
+    pub(crate) fn tpm(&self) -> Tpm {
+        Tpm::new(self.tcti(), Duration::from_secs(30))
+    }
+
+    /// What a host's reset does: PCRs are what they were at the start, keys are still there.
+    pub(crate) fn reboot(&mut self) {
+        self.off();
+        self.swtpm = power_on(self.state.path(), self.port).expect("swtpm starts again on its port");
+    }
+
+    pub(crate) fn off(&mut self) {
+        self.swtpm.kill().unwrap();
+        self.swtpm.wait().unwrap();
+    }
+
+    /// As firmware does when it measures something.
+    pub(crate) fn extend(&self, pcr: u8) {
+        let handle = match pcr {
+            7 => PcrHandle::Pcr7,
+            11 => PcrHandle::Pcr11,
+            other => panic!("PCR {other}"),
+        };
+        let mut values = DigestValues::new();
+        values.set(
+            HashingAlgorithm::Sha256,
+            Digest::try_from(&[0x11; 32][..]).unwrap(),
+        );
+        self.session()
+            .context()
+            .execute_with_nullauth_session(|context| context.pcr_extend(handle, values))
+            .unwrap();
+    }
+
+    pub(super) fn session(&self) -> Session {
+        Session::open(&self.tcti()).unwrap()
+    }
+
+    /// Stops and continues, like a chip that hangs.
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.swtpm.id()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Stand {
+    fn drop(&mut self) {
+        let _ = self.swtpm.kill();
+        let _ = self.swtpm.wait();
+    }
+}
+
+/// The TSS wants the control channel one port above the commands.
+fn free_pair_of_ports() -> u16 {
+    loop {
+        let first = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = first.local_addr().unwrap().port();
+        if port < u16::MAX && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return port;
+        }
+    }
+}
+
+fn power_on(state: &Path, port: u16) -> Option<Child> {
+    let log = state.join("log");
+    let mut swtpm = Command::new("swtpm")
+        .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear"])
+        .arg(format!("--tpmstate=dir={}", state.display()))
+        .arg(format!("--server=type=tcp,port={port},bindaddr=127.0.0.1"))
+        .arg(format!("--ctrl=type=tcp,port={},bindaddr=127.0.0.1", port + 1))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(log).unwrap())
+        .spawn()
+        .expect("swtpm can't be started: install the package swtpm");
+    let started = Instant::now();
+    // The control channel: a connection to the other would be a client, of which it serves one at a time.
+    while TcpStream::connect(("127.0.0.1", port + 1)).is_err() {
+        if swtpm.try_wait().unwrap().is_some() {
+            return None;
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "swtpm opened no control channel"
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Some(swtpm)
+}

@@ -1,0 +1,233 @@
+use std::time::Instant;
+
+use nix::sys::signal::Signal;
+use tss_esapi::constants::CapabilityType;
+use tss_esapi::handles::AuthHandle;
+use tss_esapi::structures::CapabilityData;
+
+use super::stand::Stand;
+use super::*;
+
+fn secret(bytes: &[u8]) -> Arc<SecretBytes> {
+    Arc::new(SecretBytes::take(&mut bytes.to_vec()).unwrap())
+}
+
+fn pcrs(text: &str) -> PcrList {
+    text.parse().unwrap()
+}
+
+#[test]
+fn opens_what_it_sealed_also_after_a_reboot() {
+    let mut stand = Stand::start();
+    let tpm = stand.tpm();
+    for length in [1, 32, Tpm::MOST_BYTES] {
+        let secret = secret(&vec![0xa5; length]);
+        let sealed = tpm.seal(&secret, &PcrList::default()).unwrap();
+        let stored = SealedByTpm::from_bytes(&sealed.to_bytes()).unwrap();
+        assert_eq!(stored, sealed);
+        assert_eq!(tpm.unseal(&stored).unwrap().expose(), secret.expose());
+        if length == 32 {
+            stand.reboot();
+            assert_eq!(tpm.unseal(&stored).unwrap().expose(), secret.expose());
+        }
+    }
+    let long = secret(&[0; Tpm::MOST_BYTES + 1]);
+    assert!(matches!(
+        tpm.seal(&long, &PcrList::default()),
+        Err(TpmError::TooLong)
+    ));
+}
+
+#[test]
+fn says_which_pcrs_differ_and_opens_again_when_they_are_as_they_were() {
+    let mut stand = Stand::start();
+    let tpm = stand.tpm();
+    let seven = tpm.seal(&secret(b"seven"), &PcrList::default()).unwrap();
+    let both = tpm.seal(&secret(b"both"), &pcrs("7, 11")).unwrap();
+    stand.extend(11);
+    assert_eq!(tpm.unseal(&seven).unwrap().expose(), b"seven");
+    let error = tpm.unseal(&both).unwrap_err();
+    assert_eq!(error.to_string(), "PCR 11 differs from when it was enrolled");
+    stand.extend(7);
+    let error = tpm.unseal(&both).unwrap_err();
+    assert_eq!(error.to_string(), "PCRs 7,11 differ from when it was enrolled");
+    assert!(!error.may_pass());
+    // Sealed to what they are now, and then they change back.
+    let now = tpm.seal(&secret(b"now"), &pcrs("7,11")).unwrap();
+    assert_eq!(tpm.unseal(&now).unwrap().expose(), b"now");
+    stand.reboot();
+    assert_eq!(tpm.unseal(&both).unwrap().expose(), b"both");
+    assert!(matches!(tpm.unseal(&now), Err(TpmError::PcrsDiffer(_))));
+}
+
+#[test]
+fn what_was_tampered_with_does_not_open() {
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let sealed = tpm.seal(&secret(b"secret"), &PcrList::default()).unwrap();
+    for at in [0, 2, 20, sealed.private.len() / 2, sealed.private.len() - 1] {
+        let mut other = sealed.clone();
+        other.private[at] ^= 1;
+        let error = tpm.unseal(&other).unwrap_err();
+        assert!(matches!(error, TpmError::Damaged), "private {at}: {error:?}");
+    }
+    for at in 0..sealed.public.len() {
+        let mut other = sealed.clone();
+        other.public[at] ^= 1;
+        let error = tpm.unseal(&other).unwrap_err();
+        assert!(
+            matches!(error, TpmError::Damaged | TpmError::Failed { .. }),
+            "public {at}: {error:?}"
+        );
+    }
+    // A policy that another PCR value would satisfy can't be put in the place of the first.
+    stand.extend(7);
+    let weaker = tpm.seal(&secret(b"other"), &PcrList::default()).unwrap();
+    let swapped = SealedByTpm {
+        public: weaker.public.clone(),
+        pcrs: weaker.pcrs.clone(),
+        ..sealed.clone()
+    };
+    assert!(matches!(tpm.unseal(&swapped), Err(TpmError::Damaged)));
+    let json = String::from_utf8(sealed.to_bytes()).unwrap();
+    for bad in [
+        json.replace("\"version\":1", "\"version\":2"),
+        json.replace("from-seed", "from-elsewhere"),
+        json[..json.len() / 2].to_owned(),
+        "x".repeat(20_000),
+    ] {
+        assert!(SealedByTpm::from_bytes(bad.as_bytes()).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn another_tpm_and_a_cleared_one_are_told_apart_from_damage() {
+    let (stand, other) = (Stand::start(), Stand::start());
+    let sealed = stand.tpm().seal(&secret(b"secret"), &PcrList::default()).unwrap();
+    assert!(matches!(other.tpm().unseal(&sealed), Err(TpmError::AnotherTpm)));
+    stand
+        .session()
+        .context()
+        .execute_with_nullauth_session(|context| context.clear(AuthHandle::Platform))
+        .unwrap();
+    assert!(matches!(stand.tpm().unseal(&sealed), Err(TpmError::AnotherTpm)));
+}
+
+#[test]
+fn the_persistent_storage_key_is_used_where_there_is_one() {
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let before = tpm.seal(&secret(b"before"), &PcrList::default()).unwrap();
+    assert_eq!(before.parent, Parent::FromSeed);
+    stand.session().keep_storage_key();
+    let after = tpm.seal(&secret(b"after"), &PcrList::default()).unwrap();
+    assert_eq!(after.parent, Parent::Persistent);
+    assert_eq!(tpm.unseal(&before).unwrap().expose(), b"before");
+    assert_eq!(tpm.unseal(&after).unwrap().expose(), b"after");
+}
+
+#[test]
+fn a_hanging_tpm_costs_its_deadline_once() {
+    let stand = Stand::start();
+    let sealed = stand.tpm().seal(&secret(b"secret"), &PcrList::default()).unwrap();
+    let tpm = Tpm::new(stand.tcti(), Duration::from_millis(300));
+    stand.signal(Signal::SIGSTOP);
+    let started = Instant::now();
+    assert!(matches!(tpm.unseal(&sealed), Err(TpmError::Silent(_))));
+    assert!(
+        started.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        started.elapsed()
+    );
+    let started = Instant::now();
+    let error = tpm.unseal(&sealed).unwrap_err();
+    assert_eq!(error.to_string(), "the TPM did not answer within 0.3 s");
+    assert!(error.may_pass());
+    assert!(
+        started.elapsed() < Duration::from_millis(200),
+        "{:?}",
+        started.elapsed()
+    );
+    stand.signal(Signal::SIGCONT);
+    let started = Instant::now();
+    while tpm.unseal(&sealed).is_err() {
+        assert!(started.elapsed() < Duration::from_secs(20), "it never recovered");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn an_absent_tpm_is_named() {
+    let absent = |tcti: &str| {
+        let tpm = Tpm::new(tcti.parse().unwrap(), Duration::from_secs(10));
+        tpm.seal(&secret(b"x"), &PcrList::default()).unwrap_err()
+    };
+    let error = absent("device:/dev/no-such-tpm");
+    assert_eq!(error.to_string(), "this host has no TPM at /dev/no-such-tpm");
+    let error = absent("device:/proc/self/mem/x");
+    assert!(matches!(error, TpmError::Device { .. }), "{error:?}");
+    let mut stand = Stand::start();
+    let tcti = stand.tcti().to_string();
+    stand.off();
+    let error = absent(&tcti);
+    assert!(matches!(error, TpmError::Unreachable(..)), "{error:?}");
+    assert!(error.to_string().contains(&tcti) && error.may_pass(), "{error}");
+}
+
+#[test]
+fn nothing_stays_in_the_tpm_after_a_hundred_rounds() {
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let sealed = tpm.seal(&secret(b"secret"), &pcrs("7,11")).unwrap();
+    let started = Instant::now();
+    for round in 0..100 {
+        match round % 10 {
+            9 => drop(tpm.seal(&secret(b"secret"), &PcrList::default()).unwrap()),
+            _ => drop(tpm.unseal(&sealed).unwrap()),
+        }
+    }
+    println!("100 rounds in {:?}", started.elapsed());
+    let mut broken = sealed.clone();
+    broken.private[30] ^= 1;
+    stand.extend(11);
+    for _ in 0..5 {
+        assert!(tpm.unseal(&broken).is_err());
+        assert!(tpm.unseal(&sealed).is_err());
+    }
+    // Transient objects, loaded sessions, saved sessions.
+    for range in [0x8000_0000, 0x0200_0000, 0x0300_0000] {
+        let (handles, _) = stand
+            .session()
+            .context()
+            .get_capability(CapabilityType::Handles, range, 16)
+            .unwrap();
+        match handles {
+            CapabilityData::Handles(handles) => assert!(handles.is_empty(), "{range:x}: {handles:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn many_callers_take_turns() {
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let sealed = tpm.seal(&secret(b"secret"), &PcrList::default()).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| assert_eq!(tpm.unseal(&sealed).unwrap().expose(), b"secret"));
+        }
+    });
+}
+
+#[test]
+fn lists_of_pcrs_and_ways_to_a_tpm_are_checked() {
+    assert_eq!(pcrs("11,7,7").to_string(), "7,11");
+    for bad in ["", "7,", "24", "16", "23", "seven", "-1", "7 11"] {
+        assert!(bad.parse::<PcrList>().is_err(), "{bad:?}");
+    }
+    assert_eq!(Tcti::default().to_string(), "device:/dev/tpmrm0");
+    for bad in ["", "/dev/tpm0", "libtss2-tcti-evil.so:x", "swtpm:port=x"] {
+        assert!(bad.parse::<Tcti>().is_err(), "{bad:?}");
+    }
+}
