@@ -29,6 +29,8 @@ pub struct ProviderView {
     pub is_default: bool,
     /// How many envelopes it has a stanza in.
     pub envelopes: i64,
+    /// What unlocks it on this host, as far as the daemon can tell without asking anybody.
+    pub unlocked_by: Vec<String>,
 }
 
 /// Reply with providers.
@@ -351,6 +353,13 @@ pub struct Receipt {
     pub survives: Vec<String>,
 }
 
+/// Reply of `provider tpm --remove`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct TpmRemoved {
+    /// Whether there was anything to remove.
+    pub removed: bool,
+}
+
 /// Which root generation a backup holds.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct BackupMade {
@@ -464,6 +473,12 @@ pub trait HostProxy {
         name: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<(), HostError>>;
+    /// Unlocks it by the TPM of this host.
+    async fn unlock_provider_by_tpm(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;
+    /// Lets the TPM of this host open it while these PCRs (7, if none are given) are what they are now.
+    async fn enroll_tpm(&mut self, name: &str, pcrs: Option<&str>) -> zlink::Result<Result<(), HostError>>;
+    /// Takes that away again.
+    async fn remove_tpm(&mut self, name: &str) -> zlink::Result<Result<TpmRemoved, HostError>>;
     /// Writes a backup to the first of `fds`, encrypted with the passphrase in the second if there is one.
     async fn backup_provider(
         &mut self,

@@ -136,9 +136,14 @@ enum ProviderCommand {
     Unlock {
         /// Its name.
         name: String,
+        /// By the TPM of this host, with which it was enrolled.
+        #[arg(long, conflicts_with = "passphrase_source")]
+        tpm: bool,
         #[command(flatten)]
         passphrase: PassphraseArgs,
     },
+    /// Let the TPM of this host unlock a native provider when virtseald starts, or no longer.
+    Tpm(TpmArgs),
     /// Lock a provider: purge its keys from memory, refuse starts.
     Lock {
         /// Its name.
@@ -299,6 +304,21 @@ struct KmipArgs {
     /// The provider's UUID on another host: both open what the other sealed.
     #[arg(long, value_name = "UUID")]
     id: Option<ProviderId>,
+}
+
+#[derive(Debug, Args)]
+struct TpmArgs {
+    /// The provider's name.
+    name: String,
+    /// Seal its root keys to the TPM; it must be unlocked. Its passphrase goes on unlocking it too.
+    #[arg(long, required_unless_present = "remove", conflicts_with = "remove")]
+    enroll: bool,
+    /// Only while these PCRs are what they are now: PCR 7, unless given, is Secure Boot's state and keys.
+    #[arg(long, value_name = "LIST", requires = "enroll")]
+    pcrs: Option<String>,
+    /// Take that way in away again.
+    #[arg(long)]
+    remove: bool,
 }
 
 #[derive(Debug, Args)]

@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 
 use crate::envelope::Envelope;
+use crate::tpm::Tcti;
 
 /// The most envelopes that a job may have in memory.
 const MOST_BATCH: u32 = 1000;
@@ -46,6 +47,8 @@ pub struct Config {
     /// How long a job rests between two batches.
     #[serde(deserialize_with = "pause")]
     pub interval: Duration,
+    /// How the TPM of this host is reached.
+    pub tpm: Tcti,
     /// What to log, as `tracing` filters: `info`, `virtseal=debug`, …
     pub log: String,
 }
@@ -64,6 +67,7 @@ impl Default for Config {
             recipients: Vec::new(),
             batch_size: 50,
             interval: Duration::ZERO,
+            tpm: Tcti::default(),
             log: "info".into(),
         }
     }
@@ -72,7 +76,7 @@ impl Default for Config {
 impl Config {
     /// Where the package puts it.
     pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
-    const KEYS: [&str; 12] = [
+    const KEYS: [&str; 13] = [
         "socket",
         "socket_group",
         "state_dir",
@@ -84,6 +88,7 @@ impl Config {
         "recipients",
         "batch_size",
         "interval",
+        "tpm",
         "log",
     ];
 

@@ -7,6 +7,7 @@ mod bell;
 mod copies;
 mod deletion;
 mod headers;
+mod host_tpm;
 mod jobs;
 mod providers;
 mod records;
@@ -33,9 +34,12 @@ use crate::libvirt::{Arming, DefinedDomain, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
 use crate::seal::{self, Host};
+use crate::tpm::Tpm;
 use crate::volume;
 use bell::Bell;
 use headers::Headers;
+
+pub use host_tpm::{CREDENTIAL, TpmUnlock, Tried};
 
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
 const LIBVIRT_SHARE: f64 = 0.3;
@@ -48,6 +52,8 @@ pub struct Daemon {
     libvirt: Arc<Libvirt>,
     /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
     background: Libvirt,
+    /// Of this host, for providers that it unlocks.
+    tpm: Tpm,
     audit: AuditLog,
     memory: Memory,
     arms: Mutex<Arms>,
@@ -77,6 +83,7 @@ impl Daemon {
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
             background: Libvirt::new(&config.libvirt_uri),
+            tpm: Tpm::new(config.tpm.clone(), Tpm::DEADLINE),
             config: RwLock::new(config),
             keystore,
             registry,
@@ -99,6 +106,7 @@ impl Daemon {
             ("socket_group", config.socket_group != new.socket_group),
             ("state_dir", config.state_dir != new.state_dir),
             ("libvirt_uri", config.libvirt_uri != new.libvirt_uri),
+            ("tpm", config.tpm != new.tpm),
             ("log", config.log != new.log),
         ];
         self.registry.set_deadline(new.provider_deadline);
@@ -108,6 +116,7 @@ impl Daemon {
             socket_group: config.socket_group.clone(),
             state_dir: config.state_dir.clone(),
             libvirt_uri: config.libvirt_uri.clone(),
+            tpm: config.tpm.clone(),
             log: config.log.clone(),
             ..new
         };

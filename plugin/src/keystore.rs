@@ -12,6 +12,7 @@ mod error;
 mod jobs;
 mod providers;
 mod schema;
+mod tpm_seals;
 mod vms;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
@@ -31,6 +32,7 @@ pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
 pub use error::KeystoreError;
 pub use jobs::{JobId, JobRecord, JobState, LeftBehind, Pass, Verdict};
 pub use providers::{DeletedProvider, NativeRoot, ProviderRecord};
+pub use tpm_seals::TpmSeal;
 pub use vms::VmRecord;
 
 /// Seconds since 1970, UTC.

@@ -24,7 +24,7 @@ use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
     IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
     OrphanEnvelope, OrphanKek, Orphans, Outcome, ProviderView, Providers, Receipt, ReceiptLine, ServerView,
-    Servers, SigningRequestMade, VmView, Vms, VolumeProgress, VolumeRequest,
+    Servers, SigningRequestMade, TpmRemoved, VmView, Vms, VolumeProgress, VolumeRequest,
 };
 use crate::daemon::Daemon;
 use crate::domain::Domain;
@@ -293,6 +293,25 @@ impl Service {
     async fn unlock_provider(&self, name: String, #[zlink(fds)] fds: Vec<OwnedFd>) -> Result<(), HostError> {
         self.run(Caller::Admin, move |daemon| daemon.unlock_provider(&name, fds))
             .await
+    }
+
+    async fn unlock_provider_by_tpm(&self, name: String) -> Result<(), HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.unlock_by_tpm(&name))
+            .await
+    }
+
+    async fn enroll_tpm(&self, name: String, pcrs: Option<String>) -> Result<(), HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.enroll_tpm(&name, pcrs.as_deref())
+        })
+        .await
+    }
+
+    async fn remove_tpm(&self, name: String) -> Result<TpmRemoved, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.remove_tpm(&name).map(|removed| TpmRemoved { removed })
+        })
+        .await
     }
 
     async fn backup_provider(

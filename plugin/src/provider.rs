@@ -175,6 +175,9 @@ pub enum ProviderError {
     /// It must be unlocked first.
     #[error("is locked")]
     Locked,
+    /// It must be unlocked first, and what would have done that by itself did not.
+    #[error("is locked: {0}")]
+    LockedBecause(String),
     /// It must be backed up first.
     #[error("has not been backed up")]
     NotBackedUp,

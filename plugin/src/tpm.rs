@@ -20,8 +20,8 @@ use std::fs::OpenOptions;
 use std::io;
 use std::str::FromStr;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -323,8 +323,17 @@ pub struct Tpm {
 #[derive(Debug, Default)]
 struct Turn {
     taken: Mutex<()>,
-    /// Since when the call runs whose turn it is.
-    since: Mutex<Option<Instant>>,
+    running: Mutex<Running>,
+}
+
+/// The call whose turn it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Running {
+    #[default]
+    None,
+    InTime,
+    /// Somebody has given up waiting for it.
+    Late,
 }
 
 impl Tpm {
@@ -377,7 +386,7 @@ impl Tpm {
         work: impl FnOnce(&mut Session) -> Result<T, TpmError> + Send + 'static,
     ) -> Result<T, TpmError> {
         // One that hangs already takes all that come after it along: no thread for each of them.
-        if self.turn.hangs_for(self.deadline) {
+        if *self.turn.running() == Running::Late {
             return Err(TpmError::Silent(self.deadline));
         }
         let (sender, receiver) = sync_channel(1);
@@ -393,7 +402,10 @@ impl Tpm {
             .map_err(TpmError::Host)?;
         match receiver.recv_timeout(self.deadline) {
             Ok(done) => done,
-            Err(RecvTimeoutError::Timeout) => Err(TpmError::Silent(self.deadline)),
+            Err(RecvTimeoutError::Timeout) => {
+                self.turn.is_late();
+                Err(TpmError::Silent(self.deadline))
+            }
             Err(RecvTimeoutError::Disconnected) => Err(TpmError::Host(io::Error::other("its thread ended"))),
         }
     }
@@ -402,18 +414,21 @@ impl Tpm {
 impl Turn {
     fn take<T>(&self, work: impl FnOnce() -> T) -> T {
         let _turn = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        *self.since() = Some(Instant::now());
+        *self.running() = Running::InTime;
         let done = work();
-        *self.since() = None;
+        *self.running() = Running::None;
         done
     }
 
-    fn hangs_for(&self, time: Duration) -> bool {
-        self.since().is_some_and(|since| since.elapsed() > time)
+    fn is_late(&self) {
+        let mut running = self.running();
+        if *running == Running::InTime {
+            *running = Running::Late;
+        }
     }
 
-    fn since(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        self.since.lock().unwrap_or_else(PoisonError::into_inner)
+    fn running(&self) -> MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -18,7 +18,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use virtseal::config::Config;
-use virtseal::daemon::Daemon;
+use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
 use virtseal::failure::chain;
 use virtseal::listener;
 use virtseal::process::{self, LinkedCode};
@@ -32,8 +32,6 @@ struct Args {
     config: Option<PathBuf>,
 }
 
-/// A systemd credential of this name, followed by a provider's, unlocks that provider.
-const CREDENTIAL: &str = "virtseal.passphrase.";
 /// How long calls in progress may still take when the daemon is told to end.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
@@ -78,6 +76,9 @@ async fn serve(
     listener.set_nonblocking(true)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
     unlock_from_credentials(&daemon);
+    for unlock in daemon.to_unlock_by_tpm() {
+        spawn_local(unlock_by_tpm(Arc::clone(&daemon), Arc::new(unlock)));
+    }
     spawn_local(listener::serve(listener, Arc::clone(&daemon)));
     spawn_local(watch_libvirt(Arc::clone(&daemon), code));
     let sweeping = Arc::clone(&daemon);
@@ -207,6 +208,20 @@ fn unlock_from_credentials(daemon: &Arc<Daemon>) {
                 Err(error) => tracing::error!(provider = name, "its credential does not unlock it: {error}"),
             }
         });
+    }
+}
+
+/// Tries again for a while: the TPM's driver may come later than this daemon, or others use the TPM first.
+async fn unlock_by_tpm(daemon: Arc<Daemon>, unlock: Arc<TpmUnlock>) {
+    const PATIENCE: Duration = Duration::from_secs(120);
+    let mut wait = Duration::from_millis(500);
+    while wait < PATIENCE {
+        let (daemon, unlock) = (Arc::clone(&daemon), Arc::clone(&unlock));
+        if spawn_blocking(move || daemon.try_to_unlock(&unlock)).await.ok() != Some(Tried::Again) {
+            return;
+        }
+        tokio::time::sleep(wait).await;
+        wait *= 2;
     }
 }
 

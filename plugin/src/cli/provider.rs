@@ -7,7 +7,9 @@ use std::path::Path;
 
 use super::client::Client;
 use super::print::Printer;
-use super::{AddCommand, BackupArgs, ProviderCommand, RecipientsCommand, RestoreArgs, job, passphrase};
+use super::{
+    AddCommand, BackupArgs, ProviderCommand, RecipientsCommand, RestoreArgs, TpmArgs, job, passphrase,
+};
 use super::{pkcs11, transit, trust};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
@@ -47,7 +49,14 @@ pub(super) async fn run(
                 .await?;
             printer.done(&format!("New keys go to '{name}'"))
         }
-        ProviderCommand::Unlock { name, passphrase } => {
+        ProviderCommand::Unlock { name, tpm: true, .. } => {
+            client
+                .call(async |host| host.unlock_provider_by_tpm(&name).await)
+                .await?;
+            printer.done(&format!("'{name}' is unlocked"))
+        }
+        ProviderCommand::Tpm(args) => tpm(&args, client, printer).await,
+        ProviderCommand::Unlock { name, passphrase, .. } => {
             let question = match passphrase.is_given() {
                 true => String::new(),
                 false => prompt(&name, client).await?,
@@ -116,6 +125,26 @@ async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Failure
     Ok(found.map(|provider| provider.kind))
 }
 
+async fn tpm(args: &TpmArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let name = &args.name;
+    if args.remove {
+        let gone = client.call(async |host| host.remove_tpm(name).await).await?;
+        return printer.done(&match gone.removed {
+            true => format!("The TPM does not unlock '{name}' any more, its passphrase does"),
+            false => format!("The TPM did not unlock '{name}'"),
+        });
+    }
+    let pcrs = args.pcrs.as_deref();
+    client
+        .call(async |host| host.enroll_tpm(name, pcrs).await)
+        .await?;
+    printer.done(&format!(
+        "The TPM unlocks '{name}' when virtseald starts, while PCR {} stays as it is now. Keep the passphrase: it unlocks \
+         '{name}' whatever changes",
+        pcrs.unwrap_or("7")
+    ))
+}
+
 /// What to ask for depends on the provider's kind.
 async fn prompt(name: &str, client: &mut Client) -> Result<String, Failure> {
     let what = match kind(name, client).await?.as_deref() {
@@ -138,7 +167,11 @@ async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), 
                 .next("virtseal provider list"),
         );
     }
-    printer.providers(&all)
+    printer.providers(&all)?;
+    match all[0].unlocked_by.as_slice() {
+        [] => Ok(()),
+        ways => printer.advise(&format!("\nUnlocked by: {}", ways.join("; "))),
+    }
 }
 
 async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {

@@ -83,6 +83,9 @@ impl Daemon {
         }
         let provider = known.provider().id();
         let mut started = self.start(&Task::Rotate { provider })?;
+        if let Provider::Native(native) = &known {
+            started.warnings.extend(self.renew_tpm(native));
+        }
         if let (Provider::Native(native), false) = (&known, known.provider().status().as_str() == "Ready") {
             started.warnings.push(format!(
                 "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} --output \

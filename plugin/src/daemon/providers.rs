@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use super::Daemon;
+use super::host_tpm::why_locked;
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
 use crate::provider::kmip::{KmipProvider, KmipProviderError};
@@ -41,7 +42,8 @@ impl Daemon {
                 id: provider.id().to_string(),
                 kind: known.kind().to_owned(),
                 state: status.as_str().to_owned(),
-                reason: reason(status),
+                reason: reason(status).or_else(|| why_locked(known)),
+                unlocked_by: self.ways_in(known),
                 is_default: Some(provider.id()) == default,
                 envelopes: uses.count() as i64,
             }
@@ -156,6 +158,9 @@ impl Daemon {
             .map_err(|error| refused(provider.provider(), &error));
         crate::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
+        if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {
+            self.renew_tpm(native);
+        }
         // A job may have waited for this.
         self.jobs_bell.ring();
         unlocked

@@ -42,6 +42,21 @@ fn writer() {
             .insert_native_root(provider, &provider.to_string(), &root)
             .unwrap();
         keystore.set_default_provider(provider).unwrap();
+        let mut seal = TpmSeal {
+            generation: 1,
+            sealed_key: vec![2; 900],
+            roots: vec![3; 600],
+            enrolled: 0,
+        };
+        keystore.put_tpm_seal(provider, &seal).unwrap();
+        let root = NativeRoot {
+            generation: 2,
+            ..root
+        };
+        keystore.insert_native_generation(provider, &root).unwrap();
+        seal.generation = 2;
+        keystore.put_tpm_seal(provider, &seal).unwrap();
+        say("sealed", EnvelopeId(provider.0));
     }
 }
 
@@ -82,6 +97,10 @@ fn check(dir: &Path, reported: &[String]) {
         let Some((word, id)) = line.split_once(' ') else {
             continue;
         };
+        if word == "sealed" {
+            let seal = keystore.tpm_seal(id.parse().unwrap()).unwrap();
+            assert!(seal.is_some_and(|seal| seal.generation == 2), "{line}");
+        }
         let (state, generation) = match word {
             "pending" => (None, 1),
             "active" => (Some(EnvelopeState::Active), 1),
@@ -99,10 +118,12 @@ fn check(dir: &Path, reported: &[String]) {
     let defaults = providers.iter().filter(|record| record.is_default).count();
     assert_eq!(defaults, usize::from(!providers.is_empty()));
     for provider in providers {
-        assert!(
-            keystore.native_root(provider.id).unwrap().is_some(),
-            "a provider without its root key"
-        );
+        let root = keystore.native_root(provider.id).unwrap();
+        let root = root.expect("a provider without its root key");
+        if let Some(seal) = keystore.tpm_seal(provider.id).unwrap() {
+            assert!(seal.generation <= root.generation);
+            assert_eq!((seal.sealed_key.len(), seal.roots.len()), (900, 600));
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now, tpm_seals};
 use crate::envelope::ProviderId;
 
 /// A key provider as this host knows it.
@@ -176,6 +176,7 @@ impl Keystore {
                 "INSERT OR REPLACE INTO deleted_providers (id, name, kind, deleted) VALUES (?1, ?2, ?3, ?4)",
                 params![id.to_string(), record.name, record.kind, now()],
             )?;
+            tpm_seals::delete(transaction, id)?;
             transaction.execute("DELETE FROM native_roots WHERE provider = ?1", [id.to_string()])?;
             transaction.execute("DELETE FROM providers WHERE id = ?1", [id.to_string()])?;
             Ok(())

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::{KeystoreError, error::StoreFault};
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 2] = [TABLES, ROTATION];
+const STEPS: [&str; 3] = [TABLES, ROTATION, TPM];
 
 /// `PRAGMA user_version` after all steps.
 const VERSION: i64 = STEPS.len() as i64;
@@ -105,6 +105,17 @@ const ROTATION: &str = "
         name    TEXT NOT NULL,
         kind    TEXT NOT NULL,
         deleted INTEGER NOT NULL
+    );
+";
+
+/// `tpm_seals`: the root keys of native providers once more, encrypted under a key that this host's TPM has sealed.
+const TPM: &str = "
+    CREATE TABLE tpm_seals (
+        provider   TEXT PRIMARY KEY REFERENCES providers (id) ON DELETE RESTRICT,
+        generation INTEGER NOT NULL CHECK (generation >= 1),
+        sealed_key BLOB NOT NULL,
+        roots      BLOB NOT NULL,
+        enrolled   INTEGER NOT NULL
     );
 ";
 
@@ -214,7 +225,7 @@ mod tests {
                 .unwrap();
             assert_eq!((name.as_str(), now), ("web01", VERSION));
             connection
-                .query_row("SELECT count(*) FROM jobs", [], |_| Ok(()))
+                .query_row("SELECT count(*) FROM jobs, tpm_seals", [], |_| Ok(()))
                 .unwrap();
         }
     }

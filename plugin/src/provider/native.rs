@@ -18,6 +18,7 @@
 mod document;
 mod kek;
 pub(super) mod sealing;
+mod tpm_seal;
 
 use std::fmt;
 use std::io;
@@ -34,9 +35,11 @@ use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, 
 use crate::envelope::{KekId, Payload, ProviderId, Stanza};
 use crate::keystore::{Keystore, KeystoreError, NativeRoot, ProviderRecord};
 use crate::secret::{SecretBytes, Transient};
+use crate::tpm::TpmError;
 
 pub use document::DocumentError;
 pub use sealing::SealingError;
+pub use tpm_seal::TpmEnrollment;
 
 /// A provider whose root key is on this host.
 pub struct NativeProvider {
@@ -70,6 +73,8 @@ struct Held {
     roots: Option<Arc<RootKeys>>,
     /// How often it was locked: an unlock that took its second meanwhile must not undo that.
     locks: u64,
+    /// Why it did not unlock by itself.
+    why: Option<String>,
 }
 
 /// A backup, ready to be written.
@@ -248,10 +253,30 @@ impl NativeProvider {
 
     fn roots(&self) -> Result<Arc<RootKeys>, ProviderError> {
         let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
-        held.roots.clone().ok_or(ProviderError::Locked)
+        held.roots.clone().ok_or_else(|| match &held.why {
+            Some(why) => ProviderError::LockedBecause(why.clone()),
+            None => ProviderError::Locked,
+        })
     }
 
-    fn locks(&self) -> u64 {
+    /// Why it is locked, where somebody expected that it is not.
+    #[must_use]
+    pub fn why_locked(&self) -> Option<String> {
+        match self.roots() {
+            Err(ProviderError::LockedBecause(why)) => Some(why),
+            _ => None,
+        }
+    }
+
+    /// Remembers the reason of an attempt that began after so many locks.
+    fn explain_lock(&self, why: Option<(u64, String)>) {
+        let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
+        held.why = why.filter(|(locks, _)| *locks == held.locks).map(|(_, why)| why);
+    }
+
+    /// How often it was locked so far.
+    #[must_use]
+    pub fn locks(&self) -> u64 {
         self.held.read().unwrap_or_else(PoisonError::into_inner).locks
     }
 
@@ -268,6 +293,7 @@ impl NativeProvider {
             .is_none_or(|known| known.newest() <= roots.newest())
         {
             held.roots = Some(Arc::new(roots));
+            held.why = None;
         }
         Ok(())
     }
@@ -386,6 +412,7 @@ impl KeyProvider for NativeProvider {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         held.locks += 1;
         held.roots = None;
+        held.why = None;
     }
 
     /// Also tells a wrong passphrase while unlocked. A lock during the second that this takes wins.
@@ -483,6 +510,21 @@ pub enum NativeError {
         RootKeys::MOST
     )]
     TooManyGenerations,
+    /// The TPM is no way in.
+    #[error("is not enrolled with the TPM of this host")]
+    NotEnrolled,
+    /// It was rotated, and the TPM has not been told.
+    #[error("has a newer root key than the TPM opens")]
+    TpmStale,
+    /// The TPM does not do it.
+    #[error("is not opened by the TPM")]
+    Tpm(#[source] TpmError),
+    /// The TPM opens its part, and the rest is not what was written.
+    #[error("has a damaged record of what the TPM opens")]
+    TpmSeal,
+    /// OpenSSL can't encrypt.
+    #[error("can't encrypt the root key")]
+    Cipher(#[source] openssl::error::ErrorStack),
     /// A row without its root key.
     #[error("its root key is missing from the keystore")]
     NoRoot,

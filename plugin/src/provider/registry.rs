@@ -593,7 +593,7 @@ impl ProviderError {
     pub fn advice(&self, name: &str) -> (Code, Option<NextCommand>) {
         let name = name.to_owned();
         match self {
-            Self::Locked => (Code::Locked, Some(NextCommand::Unlock(name))),
+            Self::Locked | Self::LockedBecause(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
             Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(NextCommand::Lock(name))),
             Self::WrongPin(PinRefusal::Blocked | PinRefusal::NotTheLastTry) => (Code::Locked, None),
             Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(NextCommand::Unlock(name))),

@@ -8,7 +8,7 @@ use super::*;
 use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::secret::Dek;
 
-fn secret(text: &str) -> SecretBytes {
+pub(super) fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
 }
 
@@ -16,15 +16,15 @@ fn name(text: &str) -> ProviderName {
     text.parse().unwrap()
 }
 
-fn keystore(dir: &Path) -> Arc<Keystore> {
+pub(super) fn keystore(dir: &Path) -> Arc<Keystore> {
     Arc::new(Keystore::open(dir).unwrap())
 }
 
-fn created(dir: &Path) -> NativeProvider {
+pub(super) fn created(dir: &Path) -> NativeProvider {
     NativeProvider::create(keystore(dir), &name("main"), &secret("sealing")).unwrap()
 }
 
-fn payload() -> (Payload, Binding) {
+pub(super) fn payload() -> (Payload, Binding) {
     let binding = Binding {
         envelope: EnvelopeId::random(),
         vm: VmId::random(),
@@ -343,7 +343,7 @@ fn stock_age_opens_the_keystores_copy() {
 
 /// Where in this process' readable memory `needle` is, apart from where it was passed. Pages of
 /// `memfd_secret` can't be read this way, which is their point.
-fn find_in_memory(needle: &[u8]) -> Vec<String> {
+pub(super) fn find_in_memory(needle: &[u8]) -> Vec<String> {
     let memory = File::open("/proc/self/mem").unwrap();
     let own_page = needle.as_ptr() as u64 & !4095;
     // Off the heap, so as not to overwrite what is looked for.

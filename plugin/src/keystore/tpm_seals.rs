@@ -1,0 +1,156 @@
+//! Rows of native providers that this host's TPM opens besides their passphrase: one each at the most.
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use crate::envelope::ProviderId;
+
+/// The root keys of a native provider, encrypted under a key that the TPM has sealed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TpmSeal {
+    /// The newest root key in it.
+    pub generation: u32,
+    /// What the TPM opens.
+    pub sealed_key: Vec<u8>,
+    /// What the key in it opens.
+    pub roots: Vec<u8>,
+    /// When it was made; [`Keystore::put_tpm_seal`] sets it.
+    pub enrolled: UnixTime,
+}
+
+impl Keystore {
+    /// Puts `seal` in the place of the one there is, if any.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownProvider`], and when a later root key has come meanwhile: it would be missing.
+    pub fn put_tpm_seal(&self, provider: ProviderId, seal: &TpmSeal) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            let newest = newest_generation(transaction, provider)?;
+            if seal.generation != newest {
+                return Err(KeystoreError::Inconsistent {
+                    row: format!("of the TPM for provider {provider}"),
+                    why: format!("it has root key {}, and {newest} is the newest", seal.generation),
+                }
+                .into());
+            }
+            transaction.execute(
+                "INSERT OR REPLACE INTO tpm_seals (provider, generation, sealed_key, roots, enrolled)
+                 VALUES (?1, ?2, ?3, ?4, ?5)",
+                params![
+                    provider.to_string(),
+                    seal.generation,
+                    seal.sealed_key,
+                    seal.roots,
+                    now()
+                ],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// The one of `provider`.
+    pub fn tpm_seal(&self, provider: ProviderId) -> Result<Option<TpmSeal>, KeystoreError> {
+        self.read(|connection| {
+            let seal = connection
+                .prepare_cached(
+                    "SELECT generation, sealed_key, roots, enrolled FROM tpm_seals WHERE provider = ?1",
+                )?
+                .query_row([provider.to_string()], |row| {
+                    Ok(TpmSeal {
+                        generation: row.get(0)?,
+                        sealed_key: row.get(1)?,
+                        roots: row.get(2)?,
+                        enrolled: row.get(3)?,
+                    })
+                })
+                .optional()?;
+            Ok(seal)
+        })
+    }
+
+    /// Removes it: the TPM opens `provider` no more, not from old pages of this file either.
+    pub fn delete_tpm_seal(&self, provider: ProviderId) -> Result<Change, KeystoreError> {
+        let change = self.write(|transaction| Ok(Change::of_rows(delete(transaction, provider)?)))?;
+        self.forget_deleted_rows()?;
+        Ok(change)
+    }
+}
+
+pub(super) fn delete(connection: &Connection, provider: ProviderId) -> Result<usize, StoreFault> {
+    Ok(connection.execute(
+        "DELETE FROM tpm_seals WHERE provider = ?1",
+        [provider.to_string()],
+    )?)
+}
+
+fn newest_generation(connection: &Connection, provider: ProviderId) -> Result<u32, StoreFault> {
+    let newest: Option<u32> = connection.query_row(
+        "SELECT max(generation) FROM native_roots WHERE provider = ?1",
+        [provider.to_string()],
+        |row| row.get(0),
+    )?;
+    newest.ok_or_else(|| KeystoreError::UnknownProvider(provider).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keystore::NativeRoot;
+
+    fn root(generation: u32) -> NativeRoot {
+        NativeRoot {
+            generation,
+            sealed: b"age".to_vec(),
+            backed_up_at: None,
+        }
+    }
+
+    fn seal(generation: u32) -> TpmSeal {
+        TpmSeal {
+            generation,
+            sealed_key: b"blob".to_vec(),
+            roots: b"ciphertext of the root keys".to_vec(),
+            enrolled: 0,
+        }
+    }
+
+    #[test]
+    fn there_is_one_at_the_most_and_it_goes_without_a_trace() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let id = ProviderId::random();
+        assert!(matches!(
+            keystore.put_tpm_seal(id, &seal(1)),
+            Err(KeystoreError::UnknownProvider(_))
+        ));
+        keystore.insert_native_root(id, "main", &root(1)).unwrap();
+        assert_eq!(keystore.tpm_seal(id).unwrap(), None);
+        assert!(keystore.put_tpm_seal(id, &seal(2)).is_err());
+        keystore.put_tpm_seal(id, &seal(1)).unwrap();
+        keystore.insert_native_generation(id, &root(2)).unwrap();
+        assert!(keystore.put_tpm_seal(id, &seal(1)).is_err());
+        keystore.put_tpm_seal(id, &seal(2)).unwrap();
+        let found = keystore.tpm_seal(id).unwrap().unwrap();
+        assert_eq!(found.generation, 2);
+        assert!(found.enrolled > 0);
+
+        assert_eq!(keystore.delete_tpm_seal(id).unwrap(), Change::Changed);
+        assert_eq!(keystore.delete_tpm_seal(id).unwrap(), Change::Unchanged);
+        for file in std::fs::read_dir(dir.path()).unwrap() {
+            let bytes = std::fs::read(file.unwrap().path()).unwrap();
+            assert!(!bytes.windows(10).any(|window| window == b"ciphertext"));
+        }
+        assert!(keystore.native_root(id).unwrap().is_some());
+    }
+
+    #[test]
+    fn it_goes_with_its_provider() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let id = ProviderId::random();
+        keystore.insert_native_root(id, "main", &root(1)).unwrap();
+        keystore.put_tpm_seal(id, &seal(1)).unwrap();
+        keystore.delete_provider(id).unwrap();
+        assert_eq!(keystore.tpm_seal(id).unwrap(), None);
+    }
+}

@@ -1,0 +1,180 @@
+//! A second way into a native provider: the host's TPM, so that it unlocks by itself after a reboot.
+//!
+//! The root keys' text is encrypted (AES-256-GCM) under a key of its own, and the TPM seals that key. The passphrase stays:
+//! what it opens is another row, which nothing here touches, so the TPM is never the only way in.
+//!
+//! ```text
+//!   enroll: lock taken off ─► text ─► encrypt under a new key ─► TPM seals the key ─► TPM opens it, the text is read
+//!           again and compared ─► one transaction replaces the row
+//! ```
+//!
+//! A kill at any point leaves the old row or the new one. A rotation makes the row stale, which says so and opens nothing
+//! until it is [renewed](NativeProvider::renew_tpm).
+
+use std::sync::Arc;
+
+use openssl::cipher::Cipher;
+use openssl::cipher_ctx::CipherCtx;
+use openssl::error::ErrorStack;
+
+use super::document::RootKeys;
+use super::{NativeError, NativeProvider};
+use crate::envelope::ProviderId;
+use crate::failure::chain;
+use crate::keystore::{Change, TpmSeal, UnixTime};
+use crate::provider::aes_gcm::{KEY, NONCE, TAG};
+use crate::secret::{SecretBytes, Transient};
+use crate::tpm::{PcrList, SealedByTpm, Tpm, TpmError};
+
+/// That a TPM opens a provider.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TpmEnrollment {
+    /// The PCRs that must be what they were; none can be told of a damaged record.
+    pub pcrs: Option<PcrList>,
+    /// Since when.
+    pub enrolled: UnixTime,
+    /// Whether it was made before the newest root key.
+    pub stale: bool,
+}
+
+impl NativeProvider {
+    /// Lets `tpm` open the provider while `pcrs` are what they are now, in place of what it could before. The provider must
+    /// be unlocked. What was sealed is opened again before anything changes.
+    ///
+    /// # Errors
+    /// [`NativeError::Locked`], [`NativeError::Tpm`], or when the keystore can't be written.
+    pub fn enroll_tpm(&self, tpm: &Tpm, pcrs: &PcrList) -> Result<(), NativeError> {
+        let roots = self.roots().map_err(|_| NativeError::Locked)?;
+        let text = roots.to_text(&self.name)?;
+        let key = Arc::new(SecretBytes::random(KEY).map_err(NativeError::Memory)?);
+        let seal = TpmSeal {
+            generation: roots.newest(),
+            sealed_key: tpm.seal(&key, pcrs).map_err(NativeError::Tpm)?.to_bytes(),
+            roots: encrypt(&key, self.id, roots.newest(), &text).map_err(NativeError::Cipher)?,
+            enrolled: 0,
+        };
+        if !self.opened_by(tpm, &seal)?.are(&roots) {
+            return Err(NativeError::TpmSeal);
+        }
+        Ok(self.keystore.put_tpm_seal(self.id, &seal)?)
+    }
+
+    /// After a rotation: seals the new root keys as the earlier ones were, if `tpm` still opens those; else their PCRs
+    /// have changed, and what they are now is for the admin to accept.
+    ///
+    /// # Errors
+    /// As [`NativeProvider::enroll_tpm`]; the row stays stale then.
+    pub fn renew_tpm(&self, tpm: &Tpm) -> Result<Change, NativeError> {
+        let Some(seal) = self.keystore.tpm_seal(self.id)? else {
+            return Ok(Change::Unchanged);
+        };
+        if seal.generation == self.generation() {
+            return Ok(Change::Unchanged);
+        }
+        self.opened_by(tpm, &seal)?;
+        let sealed = SealedByTpm::from_bytes(&seal.sealed_key).map_err(NativeError::Tpm)?;
+        self.enroll_tpm(tpm, &sealed.pcrs())?;
+        Ok(Change::Changed)
+    }
+
+    /// Takes this way in away again.
+    pub fn remove_tpm(&self) -> Result<Change, NativeError> {
+        self.explain_lock(None);
+        Ok(self.keystore.delete_tpm_seal(self.id)?)
+    }
+
+    /// Whether there is this way in.
+    pub fn tpm_enrollment(&self) -> Result<Option<TpmEnrollment>, NativeError> {
+        let seal = self.keystore.tpm_seal(self.id)?;
+        Ok(seal.map(|seal| TpmEnrollment {
+            pcrs: SealedByTpm::from_bytes(&seal.sealed_key)
+                .ok()
+                .map(|sealed| sealed.pcrs()),
+            enrolled: seal.enrolled,
+            stale: seal.generation != self.generation(),
+        }))
+    }
+
+    /// Unlocks by `tpm`, unless the provider was locked since `locks` were counted. A failure is what a locked provider gives for its reason from now on.
+    ///
+    /// # Errors
+    /// [`NativeError::NotEnrolled`], [`NativeError::TpmStale`], or why the TPM does not open it.
+    pub fn unlock_by_tpm(&self, tpm: &Tpm, locks: u64) -> Result<(), NativeError> {
+        let seal = self.keystore.tpm_seal(self.id)?.ok_or(NativeError::NotEnrolled)?;
+        let opened = match seal.generation == self.generation() {
+            true => self.opened_by(tpm, &seal),
+            false => Err(NativeError::TpmStale),
+        };
+        match opened {
+            Ok(roots) => self.hold(roots, locks).map_err(|_| NativeError::Locked),
+            Err(error) => {
+                self.explain_lock(Some((locks, format!("it {}", chain(&error)))));
+                Err(error)
+            }
+        }
+    }
+
+    fn opened_by(&self, tpm: &Tpm, seal: &TpmSeal) -> Result<RootKeys, NativeError> {
+        let sealed = SealedByTpm::from_bytes(&seal.sealed_key).map_err(NativeError::Tpm)?;
+        let key = tpm.unseal(&sealed).map_err(NativeError::Tpm)?;
+        if key.expose().len() != KEY {
+            return Err(NativeError::Tpm(TpmError::Damaged));
+        }
+        let text = decrypt(&key, self.id, seal.generation, &seal.roots).ok_or(NativeError::TpmSeal)?;
+        let roots = RootKeys::from_text(&text)?;
+        if roots.provider == self.id && roots.newest() == seal.generation {
+            Ok(roots)
+        } else {
+            Err(NativeError::TpmSeal)
+        }
+    }
+}
+
+/// Label ‖ provider (16 bytes) ‖ generation (4 bytes, big-endian): a row can't stand in for another.
+fn additional_data(provider: ProviderId, generation: u32) -> Vec<u8> {
+    let mut data = b"virtseal native roots by TPM v1".to_vec();
+    data.extend_from_slice(provider.0.as_bytes());
+    data.extend_from_slice(&generation.to_be_bytes());
+    data
+}
+
+/// Nonce (12 bytes) ‖ ciphertext ‖ tag (16).
+fn encrypt(
+    key: &SecretBytes,
+    provider: ProviderId,
+    generation: u32,
+    text: &[u8],
+) -> Result<Vec<u8>, ErrorStack> {
+    let mut body = vec![0; NONCE + text.len() + TAG];
+    let (nonce, rest) = body.split_at_mut(NONCE);
+    let (ciphertext, tag) = rest.split_at_mut(text.len());
+    openssl::rand::rand_bytes(nonce)?;
+    let mut cipher = CipherCtx::new()?;
+    cipher.encrypt_init(Some(Cipher::aes_256_gcm()), Some(key.expose()), Some(nonce))?;
+    cipher.cipher_update(&additional_data(provider, generation), None)?;
+    cipher.cipher_update(text, Some(ciphertext))?;
+    cipher.cipher_final(&mut [0; 16])?;
+    cipher.tag(tag)?;
+    Ok(body)
+}
+
+/// None for anything that [`encrypt`] did not return for the same key, provider and generation.
+fn decrypt(key: &SecretBytes, provider: ProviderId, generation: u32, body: &[u8]) -> Option<Transient> {
+    let (nonce, rest) = body.split_at_checked(NONCE)?;
+    let (ciphertext, tag) = rest.split_at_checked(rest.len().checked_sub(TAG)?)?;
+    let mut text = Transient::new(vec![0; ciphertext.len()]);
+    let mut open = || -> Result<(), ErrorStack> {
+        let mut cipher = CipherCtx::new()?;
+        cipher.decrypt_init(Some(Cipher::aes_256_gcm()), Some(key.expose()), Some(nonce))?;
+        cipher.cipher_update(&additional_data(provider, generation), None)?;
+        cipher.cipher_update(ciphertext, Some(&mut text))?;
+        cipher.set_tag(tag)?;
+        cipher.cipher_final(&mut [0; 16])?;
+        Ok(())
+    };
+    open().ok()?;
+    Some(text)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,265 @@
+use std::path::Path;
+use std::time::Duration;
+
+use super::super::tests::{created, find_in_memory, keystore, payload, secret};
+use super::*;
+use crate::envelope::{Payload, Stanza};
+use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
+use crate::tpm::stand::Stand;
+
+/// A provider that is backed up, with something that it wrapped.
+fn at_work(dir: &Path) -> (NativeProvider, Payload, Stanza) {
+    let provider = created(dir);
+    let generation = provider.backup(None).unwrap().generation;
+    provider.confirm_backup(generation).unwrap();
+    let (payload, binding) = payload();
+    let kek = provider.create_kek(&KekScope::Vm(binding.vm)).unwrap();
+    let stanza = provider.wrap(&kek, &payload).unwrap();
+    (provider, payload, stanza)
+}
+
+/// As the next daemon finds it.
+fn reopened(provider: NativeProvider, dir: &Path) -> NativeProvider {
+    drop(provider);
+    let keystore = keystore(dir);
+    let record = keystore.providers().unwrap().remove(0);
+    NativeProvider::open(keystore, &record).unwrap()
+}
+
+fn unlock(provider: &NativeProvider, tpm: &Tpm) -> Result<(), NativeError> {
+    provider.unlock_by_tpm(tpm, provider.locks())
+}
+
+fn unwraps(provider: &NativeProvider, stanza: &Stanza, payload: &Payload) -> bool {
+    provider.unwrap_many(&[stanza]).unwrap()[0].expose() == payload.expose()
+}
+
+#[test]
+fn it_unlocks_after_a_restart_and_the_passphrase_still_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, payload, stanza) = at_work(dir.path());
+    assert!(matches!(unlock(&provider, &tpm), Err(NativeError::NotEnrolled)));
+    provider.lock();
+    assert!(matches!(
+        provider.enroll_tpm(&tpm, &PcrList::default()),
+        Err(NativeError::Locked)
+    ));
+    provider.unlock(&secret("sealing")).unwrap();
+    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    let enrollment = provider.tpm_enrollment().unwrap().unwrap();
+    assert_eq!(
+        (enrollment.pcrs, enrollment.stale),
+        (Some(PcrList::default()), false)
+    );
+
+    stand.reboot();
+    let provider = reopened(provider, dir.path());
+    assert_eq!(provider.status(), ProviderStatus::Locked);
+    unlock(&provider, &tpm).unwrap();
+    assert_eq!(provider.status(), ProviderStatus::Ready);
+    assert!(unwraps(&provider, &stanza, &payload));
+
+    assert_eq!(provider.remove_tpm().unwrap(), Change::Changed);
+    assert_eq!(provider.remove_tpm().unwrap(), Change::Unchanged);
+    let provider = reopened(provider, dir.path());
+    assert!(matches!(unlock(&provider, &tpm), Err(NativeError::NotEnrolled)));
+    provider.unlock(&secret("sealing")).unwrap();
+    assert!(unwraps(&provider, &stanza, &payload));
+}
+
+#[test]
+fn other_pcrs_say_why_and_the_passphrase_leads_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, payload, stanza) = at_work(dir.path());
+    provider.enroll_tpm(&tpm, &"7,11".parse().unwrap()).unwrap();
+    stand.extend(7);
+    let provider = reopened(provider, dir.path());
+    assert!(unlock(&provider, &tpm).is_err());
+    assert_eq!(provider.status(), ProviderStatus::Locked);
+    let why = "it is not opened by the TPM: PCR 7 differs from when it was enrolled";
+    assert_eq!(provider.why_locked().as_deref(), Some(why));
+    let refused = provider.unwrap_many(&[&stanza]).unwrap_err();
+    assert_eq!(refused.to_string(), format!("is locked: {why}"));
+
+    provider.unlock(&secret("sealing")).unwrap();
+    assert_eq!(provider.why_locked(), None);
+    assert!(unwraps(&provider, &stanza, &payload));
+    provider.enroll_tpm(&tpm, &"7,11".parse().unwrap()).unwrap();
+    let provider = reopened(provider, dir.path());
+    unlock(&provider, &tpm).unwrap();
+    assert!(unwraps(&provider, &stanza, &payload));
+    provider.lock();
+    assert!(matches!(
+        provider.unwrap_many(&[&stanza]),
+        Err(ProviderError::Locked)
+    ));
+}
+
+#[test]
+fn a_lost_tpm_costs_nothing_but_this_way_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut stand, other) = (Stand::start(), Stand::start());
+    let (provider, payload, stanza) = at_work(dir.path());
+    provider.enroll_tpm(&stand.tpm(), &PcrList::default()).unwrap();
+    // What can't be enrolled leaves what was there.
+    stand.off();
+    let short = Tpm::new(stand.tcti(), Duration::from_secs(5));
+    let failed = provider.enroll_tpm(&short, &PcrList::default()).unwrap_err();
+    assert!(
+        matches!(&failed, NativeError::Tpm(error) if error.may_pass()),
+        "{failed:?}"
+    );
+    stand.reboot();
+    let provider = reopened(provider, dir.path());
+    unlock(&provider, &stand.tpm()).unwrap();
+
+    let provider = reopened(provider, dir.path());
+    let error = unlock(&provider, &other.tpm()).unwrap_err();
+    assert!(
+        matches!(error, NativeError::Tpm(TpmError::AnotherTpm)),
+        "{error:?}"
+    );
+    stand.off();
+    assert!(unlock(&provider, &short).is_err());
+    provider.unlock(&secret("sealing")).unwrap();
+    assert!(unwraps(&provider, &stanza, &payload));
+    // To the new one, then.
+    provider.enroll_tpm(&other.tpm(), &PcrList::default()).unwrap();
+    let provider = reopened(provider, dir.path());
+    unlock(&provider, &other.tpm()).unwrap();
+}
+
+#[test]
+fn a_lock_wins_over_an_unlock_that_began_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, ..) = at_work(dir.path());
+    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    let began = provider.locks();
+    provider.lock();
+    assert!(matches!(
+        provider.unlock_by_tpm(&tpm, began),
+        Err(NativeError::Locked)
+    ));
+    assert_eq!(provider.status(), ProviderStatus::Locked);
+    assert_eq!(provider.why_locked(), None);
+    unlock(&provider, &tpm).unwrap();
+}
+
+#[test]
+fn a_rotation_makes_it_stale_until_it_is_renewed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, payload, stanza) = at_work(dir.path());
+    assert_eq!(provider.renew_tpm(&tpm).unwrap(), Change::Unchanged);
+    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    assert_eq!(provider.renew_tpm(&tpm).unwrap(), Change::Unchanged);
+    assert_eq!(provider.rotate(&secret("sealing")).unwrap(), 2);
+    assert!(provider.tpm_enrollment().unwrap().unwrap().stale);
+
+    // The daemon died before it could renew it.
+    let provider = reopened(provider, dir.path());
+    assert!(matches!(unlock(&provider, &tpm), Err(NativeError::TpmStale)));
+    assert!(provider.why_locked().unwrap().contains("newer root key"));
+    assert!(matches!(provider.renew_tpm(&tpm), Err(NativeError::Locked)));
+    provider.unlock(&secret("sealing")).unwrap();
+    // Not to PCRs that nobody has accepted.
+    stand.extend(7);
+    assert!(matches!(
+        provider.renew_tpm(&tpm),
+        Err(NativeError::Tpm(TpmError::PcrsDiffer(_)))
+    ));
+    assert!(provider.tpm_enrollment().unwrap().unwrap().stale);
+    stand.reboot();
+    assert_eq!(provider.renew_tpm(&tpm).unwrap(), Change::Changed);
+
+    let provider = reopened(provider, dir.path());
+    unlock(&provider, &tpm).unwrap();
+    assert_eq!(provider.status(), ProviderStatus::NotBackedUp);
+    assert!(unwraps(&provider, &stanza, &payload));
+    provider.confirm_backup(2).unwrap();
+    assert_eq!(provider.create_kek(&KekScope::Provider).unwrap().0, "v2:provider");
+}
+
+#[test]
+fn a_row_that_was_changed_opens_nothing() {
+    let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, other) = (created(dir.path()), created(elsewhere.path()));
+    for each in [&provider, &other] {
+        each.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+        each.lock();
+    }
+    let row = |of: &NativeProvider| of.keystore.tpm_seal(of.id).unwrap().unwrap();
+    let (mine, foreign) = (row(&provider), row(&other));
+    let changed = |change: fn(&mut TpmSeal, &TpmSeal)| {
+        let mut row = mine.clone();
+        change(&mut row, &foreign);
+        provider.keystore.put_tpm_seal(provider.id, &row).unwrap();
+        unlock(&provider, &tpm).unwrap_err()
+    };
+    for (what, error) in [
+        ("the other's row", changed(|row, other| *row = other.clone())),
+        (
+            "the other's key",
+            changed(|row, other| row.sealed_key = other.sealed_key.clone()),
+        ),
+        (
+            "the other's roots",
+            changed(|row, other| row.roots = other.roots.clone()),
+        ),
+        ("a bit", changed(|row, _| row.roots[40] ^= 1)),
+        (
+            "the tag",
+            changed(|row, _| row.roots.truncate(row.roots.len() - 1)),
+        ),
+        ("no roots", changed(|row, _| row.roots.clear())),
+    ] {
+        assert!(matches!(error, NativeError::TpmSeal), "{what}: {error:?}");
+        assert_eq!(provider.status(), ProviderStatus::Locked);
+    }
+    let error = changed(|row, _| row.sealed_key.truncate(9));
+    assert!(matches!(error, NativeError::Tpm(TpmError::Damaged)), "{error:?}");
+    assert_eq!(provider.tpm_enrollment().unwrap().unwrap().pcrs, None);
+    provider.unlock(&secret("sealing")).unwrap();
+    provider.keystore.put_tpm_seal(provider.id, &mine).unwrap();
+    provider.lock();
+    unlock(&provider, &tpm).unwrap();
+}
+
+/// The library and the C code under it copy what the TPM seals and opens.
+#[test]
+fn neither_key_nor_roots_stay_in_ordinary_memory() {
+    // As `process::harden` has it in the daemon.
+    // SAFETY: it changes a setting of the allocator.
+    unsafe { libc::mallopt(libc::M_PERTURB, 0x5a) };
+    let dir = tempfile::tempdir().unwrap();
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, ..) = at_work(dir.path());
+    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    let row = provider.keystore.tpm_seal(provider.id).unwrap().unwrap();
+    let sealed = SealedByTpm::from_bytes(&row.sealed_key).unwrap();
+    let key = tpm.unseal(&sealed).unwrap();
+    let root = SecretBytes::take(&mut provider.roots().unwrap().key(1).unwrap().expose().to_vec()).unwrap();
+    let search = |step: &str| {
+        for needle in [&key.expose()[4..28], &root.expose()[4..28]] {
+            assert_eq!(find_in_memory(needle), Vec::<String>::new(), "after {step}");
+        }
+    };
+    search("enroll");
+    provider.lock();
+    unlock(&provider, &tpm).unwrap();
+    search("unlock");
+    stand.extend(7);
+    provider.lock();
+    unlock(&provider, &tpm).unwrap_err();
+    search("refusal");
+}
