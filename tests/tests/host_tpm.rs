@@ -1,0 +1,287 @@
+//! A host that comes up by itself: its TPM unlocks a native provider, and the passphrase does whatever the TPM says.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use virtseal_e2e::{Output, Process, SealedHost, expect_names, require_programs, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A sealed host whose TPM is a swtpm.
+struct Rig {
+    sealed: SealedHost,
+    tpm: Option<Process>,
+    port: u16,
+}
+
+impl Rig {
+    fn start() -> Result<Self> {
+        require_programs(&[("swtpm", "swtpm"), ("tpm2_pcrextend", "tpm2-tools")])?;
+        let mut rig = Self {
+            sealed: SealedHost::start()?,
+            tpm: None,
+            port: free_pair_of_ports()?,
+        };
+        rig.power_on()?;
+        fs::write(
+            rig.sealed.host().path("/etc/virtseal/virtseald.yaml"),
+            format!("tpm: {}\n", rig.tcti()),
+        )?;
+        rig.restart()?;
+        rig.sealed.unlock()?;
+        Ok(rig)
+    }
+
+    fn tcti(&self) -> String {
+        format!("swtpm:host=127.0.0.1,port={}", self.port)
+    }
+
+    /// PCRs are zero then, keys are those that it had.
+    fn power_on(&mut self) -> Result<()> {
+        drop(self.tpm.take());
+        let host = self.sealed.host();
+        fs::create_dir_all(host.path("/run/host-tpm"))?;
+        let server = format!("--server=type=tcp,port={},bindaddr=127.0.0.1", self.port);
+        let control = format!("--ctrl=type=tcp,port={},bindaddr=127.0.0.1", self.port + 1);
+        let state = "--tpmstate=dir=/run/host-tpm";
+        let flags = "--flags=not-need-init,startup-clear";
+        self.tpm = Some(host.spawn(
+            "host-tpm",
+            &["swtpm", "socket", "--tpm2", state, flags, &server, &control],
+        )?);
+        // Not the port of the commands: it serves one client at a time.
+        wait_until(PATIENCE, "swtpm to listen", || {
+            Ok(TcpStream::connect(("127.0.0.1", self.port + 1)).ok().map(drop))
+        })
+    }
+
+    fn tpm(&mut self) -> Result<&mut Process> {
+        self.tpm.as_mut().context("the TPM is off")
+    }
+
+    /// As a boot with another Secure Boot configuration does.
+    fn measure_something_else(&self) -> Result<()> {
+        let tcti = self.tcti();
+        let digest = format!("7:sha256={}", "11".repeat(32));
+        let extended = Output::of(
+            self.sealed
+                .host()
+                .command("tpm2_pcrextend")
+                .args(["-T", &tcti, &digest]),
+        )?;
+        extended.succeeded().map(drop)
+    }
+
+    fn virtseal(&self, arguments: &[&str]) -> Result<String> {
+        self.sealed.virtseal(arguments)?.succeeded()
+    }
+
+    fn refused(&self, code: i32, arguments: &[&str], parts: &[&str]) -> Result<()> {
+        let answer = self.sealed.virtseal(arguments)?;
+        ensure!(answer.code() == Some(code), "expected {code}: {answer:?}");
+        expect_names(&answer.stderr, parts)
+    }
+
+    fn enroll(&self) -> Result<()> {
+        let said = self.virtseal(&["provider", "tpm", "main", "--enroll"])?;
+        expect_names(
+            &said,
+            &[
+                "unlocks 'main' when virtseald starts",
+                "PCR 7",
+                "Keep the passphrase",
+            ],
+        )
+    }
+
+    /// As a reboot of the host does to virtseald; it takes no time that depends on the TPM.
+    fn restart(&mut self) -> Result<()> {
+        self.sealed.stop_daemon(Signal::SIGKILL)?;
+        let begin = Instant::now();
+        self.sealed.start_daemon()?;
+        self.virtseal(&["status"])?;
+        ensure!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+        Ok(())
+    }
+
+    fn main(&self) -> Result<Value> {
+        Ok(self.sealed.json(&["provider", "show", "main"])?[0].take())
+    }
+
+    fn expect_state(&self, state: &str) -> Result<()> {
+        wait_until(PATIENCE, &format!("provider 'main' to be {state}"), || {
+            Ok((self.main()?["state"] == state).then_some(()))
+        })
+    }
+
+    /// Until the daemon has tried, and says why it could not.
+    fn expect_locked_because(&self, parts: &[&str]) -> Result<()> {
+        let reason = wait_until(PATIENCE, "the reason why 'main' is locked", || {
+            let main = self.main()?;
+            ensure!(main["state"] == "Locked", "{main}");
+            Ok(main["reason"].as_str().map(str::to_owned))
+        })?;
+        expect_names(&reason, parts)
+    }
+}
+
+#[test]
+fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
+    let mut rig = Rig::start()?;
+    rig.sealed.seal_new("web01")?;
+    ensure!(rig.main()?["unlocked_by"] == serde_json::json!(["passphrase"]));
+    rig.refused(
+        7,
+        &["provider", "unlock", "main", "--tpm"],
+        &["'main' is not enrolled", "--enroll"],
+    )?;
+    rig.refused(
+        2,
+        &["provider", "tpm", "main", "--enroll", "--pcrs", "16"],
+        &["'16'", "7,11"],
+    )?;
+    rig.enroll()?;
+    let shown = rig.virtseal(&["provider", "show", "main"])?;
+    expect_names(&shown, &["Unlocked by: passphrase; TPM (PCR 7, since 20"])?;
+
+    rig.power_on()?;
+    rig.restart()?;
+    rig.expect_state("Ready")?;
+    rig.sealed.start_paused("web01")?;
+    rig.sealed.destroy("web01")?;
+
+    // Locked by hand it stays locked, until the next unlock in whatever way.
+    rig.sealed.lock()?;
+    expect_names(
+        &rig.sealed.refused_start("web01")?,
+        &["web01", "'main' is locked"],
+    )?;
+    rig.virtseal(&["provider", "unlock", "main", "--tpm"])?;
+    rig.expect_state("Ready")?;
+
+    rig.measure_something_else()?;
+    rig.restart()?;
+    rig.expect_locked_because(&[
+        "PCR 7 differs from when it was enrolled",
+        "with its passphrase",
+        "virtseal provider tpm main --enroll",
+    ])?;
+    let refused = rig.sealed.refused_start("web01")?;
+    expect_names(
+        &refused,
+        &[
+            "web01 stays off",
+            "'main' is locked",
+            "PCR 7 differs",
+            "virtseal provider unlock main",
+        ],
+    )?;
+    rig.refused(
+        3,
+        &["provider", "unlock", "main", "--tpm"],
+        &["PCR 7 differs", "with its passphrase"],
+    )?;
+    rig.sealed.unlock()?;
+    rig.sealed.start_paused("web01")?;
+    rig.sealed.destroy("web01")?;
+    rig.enroll()?;
+    rig.restart()?;
+    rig.expect_state("Ready")?;
+
+    let removed = rig.virtseal(&["provider", "tpm", "main", "--remove"])?;
+    expect_names(&removed, &["does not unlock 'main' any more"])?;
+    rig.restart()?;
+    rig.refused(7, &["provider", "unlock", "main", "--tpm"], &["not enrolled"])?;
+    ensure!(rig.main()?["state"] == "Locked");
+    rig.sealed.unlock()
+}
+
+#[test]
+fn an_absent_or_hanging_tpm_delays_no_start() -> Result<()> {
+    let mut rig = Rig::start()?;
+    rig.enroll()?;
+
+    // It comes later than virtseald.
+    rig.tpm = None;
+    rig.restart()?;
+    rig.expect_locked_because(&["can't reach the TPM at swtpm:host=127.0.0.1"])?;
+    rig.refused(
+        4,
+        &["provider", "unlock", "main", "--tpm"],
+        &["can't reach the TPM", "with its passphrase"],
+    )?;
+    rig.power_on()?;
+    rig.expect_state("Ready")?;
+
+    // A lock by hand ends the tries.
+    rig.tpm = None;
+    rig.restart()?;
+    rig.expect_locked_because(&["can't reach the TPM"])?;
+    rig.sealed.lock()?;
+    rig.power_on()?;
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(rig.main()?["state"] == "Locked");
+    rig.virtseal(&["provider", "unlock", "main", "--tpm"])?;
+
+    // It hangs: everything else goes on, and the passphrase opens.
+    rig.tpm()?.signal(Signal::SIGSTOP)?;
+    rig.restart()?;
+    rig.sealed.unlock()?;
+    rig.expect_state("Ready")?;
+    rig.sealed.stop_daemon(Signal::SIGTERM)?;
+    rig.tpm()?.signal(Signal::SIGCONT)?;
+    rig.sealed.start_daemon()?;
+    rig.expect_state("Ready")
+}
+
+#[test]
+fn a_rotation_takes_the_tpm_along() -> Result<()> {
+    let mut rig = Rig::start()?;
+    rig.sealed.seal_new("web01")?;
+    rig.enroll()?;
+    let passphrase = rig.sealed.passphrase_file()?.display().to_string();
+    let rotate = ["provider", "rotate", "main", "--passphrase-file", &passphrase];
+    rig.virtseal(&rotate)?;
+    rig.restart()?;
+    rig.expect_state("NotBackedUp")?;
+    rig.sealed.start_paused("web01")?;
+    rig.sealed.destroy("web01")?;
+    rig.virtseal(&[
+        "provider",
+        "backup",
+        "main",
+        "--output",
+        "/run/second.age",
+        "--passphrase-file",
+        &passphrase,
+    ])?;
+
+    // Without the TPM it gets none of the new root key, says so, and catches up at the next unlock.
+    rig.tpm = None;
+    let rotated = rig.sealed.virtseal(&rotate)?;
+    expect_names(
+        &rotated.stderr,
+        &["the TPM does not unlock 'main' any more", "--enroll"],
+    )?;
+    rig.power_on()?;
+    rig.restart()?;
+    rig.expect_locked_because(&["newer root key than the TPM opens"])?;
+    rig.sealed.unlock()?;
+    rig.restart()?;
+    rig.expect_state("NotBackedUp")
+}
+
+/// The TSS wants the control channel one port above the commands.
+fn free_pair_of_ports() -> Result<u16> {
+    for _ in 0..100 {
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        if port < u16::MAX && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
+            return Ok(port);
+        }
+    }
+    anyhow::bail!("no two free ports in a row")
+}
