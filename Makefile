@@ -10,7 +10,8 @@
 CARGO ?= cargo
 include packaging/package.mk
 
-demo: deps
+demo:
+	tests/host/install-deps demo
 	$(CARGO) build --locked --release --workspace --bins
 	$(CARGO) run --locked --release --quiet --package virtseal-e2e --bin virtseal-demo
 
