@@ -39,10 +39,7 @@ pub trait KeyProvider: Send + Sync {
 
     /// The KEK that is to take the place of `old` for `scope`: a new one if `old` is the one in use, else the one in use.
     /// A kind whose KEKs are retired by another step, as a native root key is, names the one in use.
-    fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
-        let _ = old;
-        self.create_kek(scope)
-    }
+    fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError>;
 
     /// Wraps `payload` under `kek`.
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError>;

@@ -41,6 +41,9 @@ pub(super) trait Fixture: Sync {
     /// What a restart of the daemon does to it; it must be unlocked then.
     fn restart(&mut self);
 
+    /// What an admin does before a rotation, where its KEKs do not change one by one.
+    fn retire(&mut self) {}
+
     /// A well-formed name of a KEK that it never made.
     fn unknown_kek(&self) -> KekId;
 }
@@ -72,9 +75,10 @@ pub(super) trait Faulty {
 }
 
 /// The cases that each kind must have, or say why it has not.
-const CASES: [&str; 20] = [
+const CASES: [&str; 21] = [
     "wrap_and_unwrap",
     "has_one_kek_per_scope",
+    "rotated_kek_takes_the_place_of_the_old",
     "batch_comes_back_in_order",
     "one_bad_stanza_fails_the_batch",
     "wrong_binding",
@@ -111,6 +115,7 @@ macro_rules! conformance {
         conformance! { @ $kind, $fixture:
             wrap_and_unwrap,
             has_one_kek_per_scope,
+            rotated_kek_takes_the_place_of_the_old,
             batch_comes_back_in_order,
             one_bad_stanza_fails_the_batch,
             wrong_binding,

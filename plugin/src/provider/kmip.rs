@@ -273,6 +273,13 @@ impl KmipProvider {
         }
     }
 
+    fn scope(&self, asked: &KekScope) -> KekScope {
+        match self.settings.kek_scope {
+            Scope::Vm => *asked,
+            Scope::Provider => KekScope::Provider,
+        }
+    }
+
     fn keys<'a>(&'a self, access: &'a Arc<Access>) -> Keys<'a> {
         Keys {
             provider: self.id,
@@ -330,12 +337,16 @@ impl KeyProvider for KmipProvider {
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
         let access = self.access()?;
-        let scope = match self.settings.kek_scope {
-            Scope::Vm => *scope,
-            Scope::Provider => KekScope::Provider,
-        };
+        let scope = self.scope(scope);
         let _creating = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
         self.keys(&access).create(&scope)
+    }
+
+    fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
+        let access = self.access()?;
+        let scope = self.scope(scope);
+        let _creating = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
+        self.keys(&access).rotate(&scope, old)
     }
 
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {

@@ -372,6 +372,11 @@ impl KeyProvider for NativeProvider {
         Ok(name.id())
     }
 
+    /// [`NativeProvider::rotate`] has retired the earlier ones.
+    fn rotate_kek(&self, scope: &KekScope, _: &KekId) -> Result<KekId, ProviderError> {
+        self.create_kek(scope)
+    }
+
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
         let (roots, generation) = self.roots_for_wrapping()?;
         if KekName::parse(kek)?.generation != generation {

@@ -173,6 +173,12 @@ impl KeyProvider for Pkcs11Provider {
         self.link.call(move |token| kek::create(token, &owner, &scope))
     }
 
+    fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
+        let (owner, scope, old) = (self.owner(), self.scope(scope), old.clone());
+        self.link
+            .call(move |token| kek::rotate(token, &owner, &scope, &old))
+    }
+
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
         let (owner, id) = (self.owner(), kek.clone());
         let payload = SecretBytes::take(&mut payload.expose().to_vec()).map_err(TokenError::Memory)?;

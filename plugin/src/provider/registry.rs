@@ -121,6 +121,10 @@ impl KeyProvider for UnusableProvider {
         self.refusal()
     }
 
+    fn rotate_kek(&self, _: &KekScope, _: &KekId) -> Result<KekId, ProviderError> {
+        self.refusal()
+    }
+
     fn wrap(&self, _: &KekId, _: &Payload) -> Result<Stanza, ProviderError> {
         self.refusal()
     }

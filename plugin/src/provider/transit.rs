@@ -144,6 +144,16 @@ impl KeyProvider for TransitProvider {
         .id())
     }
 
+    /// A version of the key counts for all whom it serves.
+    fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
+        let current = self.create_kek(scope)?;
+        if current == *old {
+            self.rotate(old)
+        } else {
+            Ok(current)
+        }
+    }
+
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
         let name = self.kek(kek)?;
         let body = self.link.with_engine(|engine| engine.encrypt(&name, payload))?;

@@ -81,6 +81,37 @@ pub(in crate::provider) fn has_one_kek_per_scope<F: Fixture>() {
     assert_eq!(provider.create_kek(&scopes[0]).unwrap(), keks[0]);
 }
 
+pub(in crate::provider) fn rotated_kek_takes_the_place_of_the_old<F: Fixture>() {
+    let mut fixture = F::new();
+    let wrapped = Wrapped::by(fixture.provider());
+    let (scope, first) = (KekScope::Vm(wrapped.binding.vm), wrapped.stanza.kek.clone());
+    let mut last = first.clone();
+    for _ in 0..2 {
+        fixture.retire();
+        let provider = fixture.provider();
+        let new = provider.rotate_kek(&scope, &last).unwrap();
+        assert_ne!(new, last);
+        // Whoever has an earlier one, or none, gets the same.
+        assert_eq!(provider.rotate_kek(&scope, &last).unwrap(), new);
+        assert_eq!(provider.rotate_kek(&scope, &first).unwrap(), new);
+        assert_eq!(provider.create_kek(&scope).unwrap(), new);
+        last = new;
+    }
+    let stanza = fixture.provider().wrap(&last, &wrapped.payload).unwrap();
+    assert_eq!(stanza.kek, last);
+    fixture.restart();
+    let provider = fixture.provider();
+    provider.unlock(&fixture.credential()).unwrap();
+    assert_eq!(provider.create_kek(&scope).unwrap(), last);
+    wrapped.assert_opened_by(provider);
+    let opened = provider.unwrap_many(&[&stanza, &wrapped.stanza]).unwrap();
+    assert!(
+        opened
+            .iter()
+            .all(|payload| payload.expose() == wrapped.payload.expose())
+    );
+}
+
 pub(in crate::provider) fn batch_comes_back_in_order<F: Fixture>() {
     let fixture = F::new();
     let provider = fixture.provider();

@@ -57,6 +57,12 @@ impl Fixture for Native {
         self.provider = Some(NativeProvider::open(keystore, &record).unwrap());
     }
 
+    fn retire(&mut self) {
+        let provider = self.provider.as_ref().unwrap();
+        let generation = provider.rotate(&self.credential()).unwrap();
+        provider.confirm_backup(generation).unwrap();
+    }
+
     fn unknown_kek(&self) -> KekId {
         KekId(format!("v2:vm:{}", VmId::random()))
     }

@@ -50,6 +50,8 @@ pub(super) struct KeyFacts {
     pub(super) state: KeyState,
     /// Whether it is, as far as the server says, an AES key of 256 bits.
     pub(super) is_aes_256: bool,
+    /// When it was made, if that was asked and said; seconds since 1970.
+    pub(super) made: Option<i64>,
 }
 
 /// The attributes of a key.
@@ -61,6 +63,7 @@ pub(super) fn facts(payload: &Item) -> Result<KeyFacts, ProtocolError> {
         state: KeyState::of(state.ok_or(ProtocolError::Missing("State"))?),
         is_aes_256: is_or_unsaid(algorithm.and_then(Item::as_enumeration), ALGORITHM_AES)
             && is_or_unsaid(length.and_then(Item::as_integer), 256),
+        made: Attribute::INITIAL_DATE.of(payload).and_then(Item::as_date_time),
     })
 }
 
@@ -221,11 +224,16 @@ mod tests {
 
     #[test]
     fn attributes_are_read_in_both_forms() {
+        let date = |tag| Item {
+            tag,
+            value: Value::DateTime(7),
+        };
         let of_2x = response([Item::structure(
             Tag::ATTRIBUTES,
             [
                 Item::enumeration(Tag::STATE, 2),
                 Item::integer(Tag::CRYPTOGRAPHIC_LENGTH, 256),
+                date(Tag::INITIAL_DATE),
             ],
         )]);
         let pair = |name: &'static str, value| {
@@ -234,11 +242,13 @@ mod tests {
         let of_1x = response([
             pair("Cryptographic Length", Item::integer(Tag::ATTRIBUTE_VALUE, 256)),
             pair("State", Item::enumeration(Tag::ATTRIBUTE_VALUE, 2)),
+            pair("Initial Date", date(Tag::ATTRIBUTE_VALUE)),
         ]);
         for payload in [of_1x, of_2x] {
             let expected = KeyFacts {
                 state: KeyState::Active,
                 is_aes_256: true,
+                made: Some(7),
             };
             assert_eq!(facts(&payload).unwrap(), expected);
         }

@@ -26,6 +26,8 @@ pub(super) enum Call {
     Get(KekId),
     /// State, algorithm and length of a key.
     GetAttributes(KekId),
+    /// The same, and when it was made.
+    GetAttributesAndAge(KekId),
     /// The keys with that name.
     Locate { name: String },
     /// The operations that the server has.
@@ -74,7 +76,7 @@ impl Call {
             Self::Create(_) => Operation::Create,
             Self::Activate(_) => Operation::Activate,
             Self::Get(_) => Operation::Get,
-            Self::GetAttributes(_) => Operation::GetAttributes,
+            Self::GetAttributes(_) | Self::GetAttributesAndAge(_) => Operation::GetAttributes,
             Self::Locate { .. } => Operation::Locate,
             Self::Query => Operation::Query,
             Self::DiscoverVersions => Operation::DiscoverVersions,
@@ -94,15 +96,8 @@ impl Call {
             ],
             Self::Activate(kek) | Self::Destroy(kek) => vec![uid(kek)],
             Self::Get(kek) => vec![uid(kek), Item::enumeration(Tag::KEY_FORMAT_TYPE, KEY_FORMAT_RAW)],
-            Self::GetAttributes(kek) => {
-                let wanted = [
-                    Attribute::STATE,
-                    Attribute::CRYPTOGRAPHIC_ALGORITHM,
-                    Attribute::CRYPTOGRAPHIC_LENGTH,
-                ];
-                let wanted = wanted.iter().map(|attribute| attribute.reference(version));
-                std::iter::once(uid(kek)).chain(wanted).collect()
-            }
+            Self::GetAttributes(kek) => attributes_of(kek, &[], version),
+            Self::GetAttributesAndAge(kek) => attributes_of(kek, &[Attribute::INITIAL_DATE], version),
             Self::Locate { name } => {
                 let name = named(name);
                 let filter = match version.has_attributes() {
@@ -152,6 +147,19 @@ impl Cryption {
 
 fn uid(kek: &KekId) -> Item<'_> {
     Item::text(Tag::UNIQUE_IDENTIFIER, kek.0.as_str())
+}
+
+fn attributes_of<'a>(kek: &'a KekId, more: &[Attribute], version: KmipVersion) -> Vec<Item<'a>> {
+    let facts = [
+        Attribute::STATE,
+        Attribute::CRYPTOGRAPHIC_ALGORITHM,
+        Attribute::CRYPTOGRAPHIC_LENGTH,
+    ];
+    let wanted = facts
+        .iter()
+        .chain(more)
+        .map(|attribute| attribute.reference(version));
+    std::iter::once(uid(kek)).chain(wanted).collect()
 }
 
 fn named(name: &str) -> Item<'_> {
@@ -213,6 +221,7 @@ impl Attribute {
         Self::new("Cryptographic Algorithm", Tag::CRYPTOGRAPHIC_ALGORITHM);
     pub(super) const CRYPTOGRAPHIC_LENGTH: Self =
         Self::new("Cryptographic Length", Tag::CRYPTOGRAPHIC_LENGTH);
+    pub(super) const INITIAL_DATE: Self = Self::new("Initial Date", Tag::INITIAL_DATE);
     const CRYPTOGRAPHIC_USAGE_MASK: Self =
         Self::new("Cryptographic Usage Mask", Tag::CRYPTOGRAPHIC_USAGE_MASK);
     const NAME: Self = Self::new("Name", Tag::NAME);

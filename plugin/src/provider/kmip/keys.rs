@@ -51,21 +51,32 @@ impl Keys<'_> {
         read(&outcomes)
     }
 
-    /// The active KEK for `scope`: the one there is, or a new one.
+    /// The active KEK for `scope`: the newest one there is, or a new one where that was taken out of use. An earlier one is
+    /// never taken up again.
     pub(super) fn create(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
         let label = self.label(scope);
-        let candidates = self.locate(&label)?;
-        let in_state = |state| {
-            let mut fitting = candidates.iter().filter(|(_, facts)| facts.state == state);
-            fitting.next().map(|(kek, _)| kek.clone())
-        };
-        if let Some(kek) = in_state(KeyState::Active) {
-            return Ok(kek);
+        match newest(self.locate(&label)?) {
+            Some((kek, KeyState::Active)) => Ok(kek),
+            Some((kek, KeyState::PreActive)) => {
+                self.activate(&kek)?;
+                Ok(kek)
+            }
+            _ => self.create_active(label),
         }
-        let kek = match in_state(KeyState::PreActive) {
-            Some(kek) => kek,
-            None => self.create_labelled(label)?,
-        };
+    }
+
+    /// The KEK that takes the place of `old`: a new one, unless a newer one than that is in use.
+    pub(super) fn rotate(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
+        let current = self.create(scope)?;
+        if current == *old {
+            self.create_active(self.label(scope))
+        } else {
+            Ok(current)
+        }
+    }
+
+    fn create_active(&self, label: Label) -> Result<KekId, ProviderError> {
+        let kek = self.create_labelled(label)?;
         self.activate(&kek)?;
         Ok(kek)
     }
@@ -85,7 +96,7 @@ impl Keys<'_> {
         }
     }
 
-    /// The AES-256 keys with that label, in an order that does not change from call to call.
+    /// The AES-256 keys with that label.
     fn locate(&self, label: &Label) -> Result<Vec<(KekId, KeyFacts)>, ProviderError> {
         let name = label.name.clone();
         let mut keks = self.ask(vec![Call::Locate { name }], |outcomes| {
@@ -96,12 +107,11 @@ impl Keys<'_> {
                 Err(refusal) => Err(refused(Operation::Locate, refusal)),
             }
         })?;
-        keks.sort_by(|a, b| (a.0.len(), &a.0).cmp(&(b.0.len(), &b.0)));
         keks.truncate(MOST_KEYS);
         if keks.is_empty() {
             return Ok(Vec::new());
         }
-        let calls = keks.iter().cloned().map(Call::GetAttributes).collect();
+        let calls = keks.iter().cloned().map(Call::GetAttributesAndAge).collect();
         self.ask(calls, |outcomes| {
             let facts = keks.iter().zip(outcomes).map(|(kek, outcome)| match outcome {
                 Ok(_) => facts_of(kek, outcome).map(Some),
@@ -368,6 +378,17 @@ pub(super) fn cannot_encrypt(node: &Node) -> Option<String> {
             KmipVersion::WITH_GCM
         )
     })
+}
+
+/// The newest of them by the server's clock, whose seconds may not tell two apart: of these one that can be used, then
+/// always the same one.
+fn newest(candidates: Vec<(KekId, KeyFacts)>) -> Option<(KekId, KeyState)> {
+    let order = |(kek, facts): &(KekId, KeyFacts)| {
+        let usable = [KeyState::Active, KeyState::PreActive].contains(&facts.state);
+        (facts.made, usable, kek.0.len(), kek.0.clone())
+    };
+    let newest = candidates.into_iter().max_by_key(order);
+    newest.map(|(kek, facts)| (kek, facts.state))
 }
 
 /// An empty identifier means "the one of the call before" to KMIP.

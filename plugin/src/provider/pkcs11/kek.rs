@@ -1,7 +1,8 @@
 //! KEKs in a token: how they are made, named and found.
 //!
-//! A KEK is an AES key, generated in the token, sensitive and not extractable. Its CKA_ID, 16 random bytes, is its
-//! [`KekId`] in lowercase hex. Its label says what it is for:
+//! A KEK is an AES key, generated in the token, sensitive and not extractable. Its CKA_ID, 16 bytes, is its
+//! [`KekId`] in lowercase hex. The first one of a label has a random ID; one that takes its place has a lesser one, so the
+//! least is the one in use: the token alone says so, to any host, and changes from one to the other in one call. The label says what it is for:
 //! `virtseal:<mechanism>:<provider>:<VM, or "all">:<host>`. A KEK of `AES-CBC-PAD+HMAC-SHA256` has a second key of
 //! the same ID and label, for the HMAC.
 
@@ -19,6 +20,8 @@ use crate::provider::KekScope;
 use crate::secret::SecretBytes;
 
 const ID: usize = 16;
+/// Of the random step from one ID to the next.
+const STEP: usize = 8;
 const HMAC_KEY: usize = 32;
 
 /// A KEK as a session sees it.
@@ -76,14 +79,36 @@ fn read_label(label: &[u8]) -> Option<(Mechanism, ProviderId)> {
 
 /// The KEK of `scope`: the one there is, or a new one that has wrapped and unwrapped.
 pub(super) fn create(token: &mut Token, owner: &Owner, scope: &KekScope) -> Result<KekId, TokenError> {
-    for mechanism in Mechanism::ALL {
-        if let Some(kek) = labelled(token, &owner.label(mechanism, scope))? {
-            return Ok(kek);
-        }
+    match in_use(token, owner, scope)? {
+        Some(id) => Ok(KekId(hex::encode(id))),
+        None => make(token, owner, scope, None),
     }
+}
+
+/// The KEK that takes the place of `old`: a new one, unless that is not the one in use.
+pub(super) fn rotate(
+    token: &mut Token,
+    owner: &Owner,
+    scope: &KekScope,
+    old: &KekId,
+) -> Result<KekId, TokenError> {
+    match in_use(token, owner, scope)? {
+        Some(id) if parse(old).as_deref() == Some(&id[..]) => make(token, owner, scope, Some(id)),
+        Some(id) => Ok(KekId(hex::encode(id))),
+        None => make(token, owner, scope, None),
+    }
+}
+
+/// A new KEK, in the place of `before`.
+fn make(
+    token: &mut Token,
+    owner: &Owner,
+    scope: &KekScope,
+    before: Option<[u8; ID]>,
+) -> Result<KekId, TokenError> {
     let mut refusal = None;
     for mechanism in Mechanism::choose(&token.offers()?, owner.key_bits)? {
-        match generate(token, owner, mechanism, scope) {
+        match generate(token, owner, mechanism, scope, new_id(before)?) {
             // Listed is not yet allowed: policies of HSMs forbid single mechanisms.
             Err(error @ (TokenError::Call(_) | TokenError::Tampered)) if token.check().is_ok() => {
                 refusal = Some(error);
@@ -99,9 +124,8 @@ fn generate(
     owner: &Owner,
     mechanism: Mechanism,
     scope: &KekScope,
+    id: [u8; ID],
 ) -> Result<KekId, TokenError> {
-    let mut id = [0; ID];
-    openssl::rand::rand_bytes(&mut id).map_err(|error| TokenError::Memory(error.into()))?;
     let kek = KekId(hex::encode(id));
     let label = owner.label(mechanism, scope);
     let session = token.writable()?;
@@ -114,6 +138,26 @@ fn generate(
         }
     }
     done.map(|()| kek)
+}
+
+/// A random ID or, for a KEK in the place of `before`, one that is less by a random step: so small that the IDs last for ever.
+fn new_id(before: Option<[u8; ID]>) -> Result<[u8; ID], TokenError> {
+    let random =
+        |bytes: &mut [u8]| openssl::rand::rand_bytes(bytes).map_err(|error| TokenError::Memory(error.into()));
+    let mut step = [0; STEP];
+    random(&mut step)?;
+    match before.map(u128::from_be_bytes) {
+        Some(before) => {
+            let step = u128::from(u64::from_be_bytes(step)) + 1;
+            let id = before.checked_sub(step).ok_or(TokenError::NoValue)?;
+            Ok(id.to_be_bytes())
+        }
+        None => {
+            let mut id = [0; ID];
+            random(&mut id)?;
+            Ok(id)
+        }
+    }
 }
 
 /// The key for the HMAC first: a KEK is found by its AES key, and is whole then.
@@ -236,8 +280,21 @@ pub(super) fn providers(token: &Token) -> Result<Vec<ProviderId>, TokenError> {
     Ok(providers)
 }
 
-/// Of several KEKs with one label, which only a lost race makes, always the same one.
-fn labelled(token: &Token, label: &str) -> Result<Option<KekId>, TokenError> {
+/// The ID of the KEK in use: the least, whatever its mechanism.
+fn in_use(token: &Token, owner: &Owner, scope: &KekScope) -> Result<Option<[u8; ID]>, TokenError> {
+    let mut least = None;
+    for mechanism in Mechanism::ALL {
+        for id in labelled(token, &owner.label(mechanism, scope))? {
+            if least.is_none_or(|least| id < least) {
+                least = Some(id);
+            }
+        }
+    }
+    Ok(least)
+}
+
+/// The IDs of the KEKs with one label.
+fn labelled(token: &Token, label: &str) -> Result<Vec<[u8; ID]>, TokenError> {
     let template = [
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(KeyType::AES),
@@ -246,9 +303,10 @@ fn labelled(token: &Token, label: &str) -> Result<Option<KekId>, TokenError> {
     ];
     let mut ids = Vec::new();
     for object in token.session.find_objects(&template)? {
-        ids.push(text(&token.session, object, AttributeType::Id)?);
+        let id = text(&token.session, object, AttributeType::Id)?;
+        ids.extend(<[u8; ID]>::try_from(id));
     }
-    Ok(ids.into_iter().min().map(|id| KekId(hex::encode(id))))
+    Ok(ids)
 }
 
 fn secret_key(kind: KeyType, id: &[u8]) -> [Attribute; 4] {
