@@ -14,6 +14,7 @@ mod records;
 mod shred;
 mod status;
 mod trust;
+mod visible;
 mod volumes;
 
 use std::collections::BTreeSet;
@@ -29,7 +30,7 @@ use crate::config::Config;
 use crate::domain::{self, Domain, ObjectState};
 use crate::envelope::{EnvelopeId, VmId};
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::Keystore;
+use crate::keystore::{CopyPlace, Keystore};
 use crate::libvirt::{Arming, DefinedDomain, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
@@ -330,8 +331,23 @@ impl Daemon {
                 ))
             })?;
             self.keystore.remember_vm(domain.vm, &domain.name)?;
+            self.catch_up(&xml)?;
         }
         Ok(plan.outcome(changed))
+    }
+
+    /// A job may have changed an envelope between the reading of an XML and its definition: then what was defined is behind.
+    fn catch_up(&self, xml: &str) -> Result<(), Failure> {
+        let copies =
+            domain::Metadata::envelopes_in(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        for copy in copies {
+            let known = self.keystore.envelope(copy.id)?;
+            if known.is_some_and(|record| record.envelope != copy) {
+                self.keystore.copy_is_behind(&copy, CopyPlace::Xml)?;
+            }
+        }
+        self.copies_bell.ring();
+        Ok(())
     }
 
     /// Makes a VM plain again, if nothing was ever written under seal.

@@ -22,7 +22,7 @@ use thiserror::Error;
 use crate::envelope::{EnvelopeError, EnvelopeId, Generation, ObjectKind, VmId};
 
 pub use metadata::Metadata;
-pub use objects::{Object, ObjectRef, ObjectState, Refusal, objects, sealed_objects};
+pub use objects::{Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects};
 
 /// What virtseal needs to know of a libvirt domain (<https://libvirt.org/formatdomain.html>).
 #[derive(Clone, Debug, PartialEq, Eq)]

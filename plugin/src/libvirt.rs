@@ -48,6 +48,19 @@ pub struct DefinedDomain {
     pub xml: String,
 }
 
+/// An XML that libvirt keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptXml {
+    /// The VM.
+    pub vm: VmId,
+    /// Its name.
+    pub name: String,
+    /// The snapshot whose XML it is; else it is that of the VM itself.
+    pub snapshot: Option<String>,
+    /// The text; that of a snapshot has the domain inside.
+    pub xml: String,
+}
+
 /// A connection to one libvirt, reopened as needed.
 #[derive(Debug)]
 pub struct Libvirt {
@@ -176,6 +189,18 @@ impl Libvirt {
                 .iter()
                 .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())
                 .collect()
+        })
+    }
+
+    /// Every XML with which libvirt could start or revert a VM: of the next start and of now, and of its snapshots.
+    pub fn every_xml(&self) -> Result<Vec<KeptXml>, LibvirtError> {
+        self.with("read every domain", |connection| {
+            let mut found = Vec::new();
+            for domain in connection.list_all_domains(0)? {
+                // One that was undefined meanwhile has none.
+                found.extend(absent_is(Vec::new(), xml_of(&domain))?);
+            }
+            Ok(found)
         })
     }
 
@@ -354,6 +379,25 @@ fn read(domain: &Domain) -> Result<DefinedDomain, virt::error::Error> {
         managed_save: domain.has_managed_save(0)?,
         xml: domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?,
     })
+}
+
+fn xml_of(domain: &Domain) -> Result<Vec<KeptXml>, virt::error::Error> {
+    let (vm, name) = (VmId(domain.uuid()?), domain.name()?);
+    let kept = |snapshot, xml| KeptXml {
+        vm,
+        name: name.clone(),
+        snapshot,
+        xml,
+    };
+    let mut found = vec![kept(None, domain.xml_desc(sys::VIR_DOMAIN_XML_SECURE)?)];
+    if domain.is_persistent()? && domain.is_active()? {
+        let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
+        found.push(kept(None, domain.xml_desc(flags)?));
+    }
+    for snapshot in domain.list_all_snapshots(0)? {
+        found.push(kept(Some(snapshot.name()?), snapshot.xml_desc(0)?));
+    }
+    Ok(found)
 }
 
 /// `default` where libvirt says that there is no such domain or secret.

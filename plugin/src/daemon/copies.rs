@@ -3,21 +3,25 @@
 //! The keystore has the list of what is behind, with the KEKs that these copies still need; a copy leaves it once it was
 //! brought up to date, or is known not to exist. Woken by a job, by the end of a VM, and by the clock.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::{Daemon, lock};
-use crate::domain::{Metadata, edit};
-use crate::envelope::{Envelope, EnvelopeId, Generation, VmId};
+use crate::domain::{Domain, Metadata, edit, encrypted_layers};
+use crate::envelope::{Envelope, EnvelopeId, VmId};
 use crate::failure::{Failure, chain};
-use crate::keystore::{CopyPlace, KeystoreError, StaleCopy};
+use crate::keystore::{CopyPlace, EnvelopeState, KeystoreError, StaleCopy};
+use crate::libvirt::KeptXml;
 use crate::volume::{self, Carried, VolumeError};
 
 /// How many stale copies are in memory at a time.
 const PAGE: u32 = 100;
 /// After this time a copy that could not follow is tried again, whatever has happened.
 const AGAIN: Duration = Duration::from_secs(60);
+/// Whoever makes an object writes the copies that it began with.
+const MADE_NOW: &str = "its object is being made";
 
 impl Daemon {
     /// Brings copies up to date for ever. For a thread of its own.
@@ -35,17 +39,29 @@ impl Daemon {
         for envelope in self.keystore.journaled_headers()? {
             self.finish_header(envelope)?;
         }
-        self.for_each_page(CopyPlace::Xml, |page| {
-            let mut vms: BTreeMap<VmId, Vec<StaleCopy>> = BTreeMap::new();
-            for copy in page {
-                vms.entry(copy.vm).or_default().push(copy);
-            }
-            vms.iter()
-                .try_for_each(|(vm, copies)| self.update_xml(*vm, copies))
-        })?;
+        if self.keystore.count_stale_copies()? == 0 {
+            return Ok(());
+        }
+        let holders = match self.background.every_xml() {
+            Ok(kept) => Holders::among(&kept),
+            Err(error) => return self.all_stay(&chain(&error)),
+        };
+        self.for_each_page(CopyPlace::Xml, |page| self.update_xml(&page, &holders))?;
         self.for_each_page(CopyPlace::Image, |page| {
-            page.iter().try_for_each(|copy| self.update_image(copy.envelope))
+            page.iter()
+                .try_for_each(|copy| self.update_image(copy.envelope, &holders))
         })
+    }
+
+    /// Without libvirt nobody knows which VM has them.
+    fn all_stay(&self, reason: &str) -> Result<(), Failure> {
+        for place in [CopyPlace::Xml, CopyPlace::Image] {
+            self.for_each_page(place, |page| {
+                page.iter()
+                    .try_for_each(|copy| Ok(self.keystore.copy_stays(copy.envelope, place, reason)?))
+            })?;
+        }
+        Ok(())
     }
 
     fn for_each_page(
@@ -64,46 +80,69 @@ impl Daemon {
         }
     }
 
-    /// A VM that is not defined has no XML here that could be behind.
-    fn update_xml(&self, vm: VmId, copies: &[StaleCopy]) -> Result<(), Failure> {
-        let newest: BTreeMap<EnvelopeId, Envelope> = self
-            .keystore
-            .envelopes_of(vm)?
-            .into_iter()
-            .map(|record| (record.envelope.id, record.envelope))
-            .collect();
-        let edited =
-            self.background
-                .edit_metadata(vm, (Metadata::PREFIX, Metadata::NAMESPACE), |element| {
-                    match edit::refresh_element(element, |id| newest.get(&id).cloned()) {
-                        Ok(edited) => edited,
-                        Err(error) => {
-                            tracing::warn!(%vm, "its metadata stays as it is: {}", chain(&error));
-                            None
-                        }
-                    }
-                });
-        for copy in copies {
-            match (&edited, newest.get(&copy.envelope)) {
-                (Ok(_), Some(envelope)) => {
+    /// A copy that no domain has is not behind.
+    fn update_xml(&self, page: &[StaleCopy], holders: &Holders) -> Result<(), Failure> {
+        let mut newest = BTreeMap::new();
+        let mut vms: BTreeMap<VmId, Vec<EnvelopeId>> = BTreeMap::new();
+        let mut failed: BTreeMap<EnvelopeId, String> = BTreeMap::new();
+        for copy in page {
+            match self.keystore.envelope(copy.envelope)? {
+                Some(record) if record.state == EnvelopeState::Pending => {
+                    failed.insert(copy.envelope, MADE_NOW.to_owned());
+                }
+                Some(record) => {
+                    newest.insert(copy.envelope, record.envelope);
+                }
+                None => {}
+            }
+            for vm in holders.vms.get(&copy.envelope).into_iter().flatten() {
+                vms.entry(*vm).or_default().push(copy.envelope);
+            }
+        }
+        for (vm, envelopes) in vms {
+            if let Err(reason) = self.edit_xml(vm, &newest) {
+                failed.extend(envelopes.into_iter().map(|id| (id, reason.clone())));
+            }
+        }
+        for copy in page {
+            match (failed.get(&copy.envelope), newest.get(&copy.envelope)) {
+                (Some(reason), _) => self.keystore.copy_stays(copy.envelope, CopyPlace::Xml, reason)?,
+                (None, Some(envelope)) => {
                     self.keystore
                         .copy_has(copy.envelope, CopyPlace::Xml, envelope.generation)?;
                 }
-                (Ok(_), None) => {}
-                (Err(error), _) => {
-                    self.keystore
-                        .copy_stays(copy.envelope, CopyPlace::Xml, &chain(error))?;
-                }
+                (None, None) => {}
             }
         }
         Ok(())
     }
 
-    fn update_image(&self, id: EnvelopeId) -> Result<(), Failure> {
+    fn edit_xml(&self, vm: VmId, newest: &BTreeMap<EnvelopeId, Envelope>) -> Result<(), String> {
+        let unreadable = RefCell::new(None);
+        let namespace = (Metadata::PREFIX, Metadata::NAMESPACE);
+        let edited = self.background.edit_metadata(vm, namespace, |element| {
+            edit::refresh_element(element, |id| newest.get(&id).cloned()).unwrap_or_else(|error| {
+                *unreadable.borrow_mut() = Some(chain(&error));
+                None
+            })
+        });
+        match (edited, unreadable.into_inner()) {
+            (Err(error), _) => Err(chain(&error)),
+            (Ok(_), Some(error)) => Err(format!("its metadata stays as it is: {error}")),
+            (Ok(_), None) => Ok(()),
+        }
+    }
+
+    /// In the image that the keystore knows, and in those that a VM has for this envelope: it may have been moved, or be
+    /// below an overlay.
+    fn update_image(&self, id: EnvelopeId, holders: &Holders) -> Result<(), Failure> {
         let Some(record) = self.keystore.envelope(id)? else {
             return Ok(());
         };
         let stays = |reason: &str| Ok(self.keystore.copy_stays(id, CopyPlace::Image, reason)?);
+        if record.state == EnvelopeState::Pending {
+            return stays(MADE_NOW);
+        }
         let Some(writing) = self.headers.write(id) else {
             return stays("its VM is starting");
         };
@@ -111,29 +150,45 @@ impl Daemon {
         if lock(&self.arms).needs(id) {
             return stays("its VM is starting");
         }
-        let (path, location) = (Path::new(&record.location), record.location.as_str());
-        let rewritten = volume::rewrite_envelope(path, &record.envelope, |bytes| {
-            self.keystore
-                .journal_header(id, location, bytes)
-                .map_err(RewriteError::Journal)
-        });
-        match rewritten {
-            Ok(carried) => {
-                self.keystore.forget_header(id)?;
-                let generation = match carried {
-                    Carried::Generation(generation) => generation,
-                    // Another image is there now, or none of ours: no copy that could be behind.
-                    Carried::NotThere => Generation(u64::MAX),
-                };
-                Ok(self.keystore.copy_has(id, CopyPlace::Image, generation)?)
-            }
-            Err(error) => {
-                if self.keystore.journaled_header(id)?.is_some() {
-                    writing.keep();
+        let mut paths = holders.paths.get(&id).cloned().unwrap_or_default();
+        paths.insert(PathBuf::from(&record.location));
+        let (mut found, mut missing) = (false, None);
+        for path in &paths {
+            match self.rewrite(path, &record.envelope) {
+                Ok(carried) => found |= carried,
+                Err(RewriteError::Volume(error @ VolumeError::NotFound(_))) => missing = Some(chain(&error)),
+                Err(error) => {
+                    if self.keystore.journaled_header(id)?.is_some() {
+                        writing.keep();
+                    }
+                    return stays(&chain(&error));
                 }
-                stays(&chain(&error))
             }
         }
+        match missing {
+            Some(reason) if !found => stays(&reason),
+            _ => Ok(self
+                .keystore
+                .copy_has(id, CopyPlace::Image, record.envelope.generation)?),
+        }
+    }
+
+    /// Says whether the image carries the envelope. Another image may be at its path, or one that never carried any: then
+    /// there is no copy that could be behind.
+    fn rewrite(&self, path: &Path, envelope: &Envelope) -> Result<bool, RewriteError> {
+        let shown = path.display().to_string();
+        let rewritten = volume::rewrite_envelope(path, envelope, |bytes| {
+            self.keystore
+                .journal_header(envelope.id, &shown, bytes)
+                .map_err(RewriteError::Journal)
+        })?;
+        self.keystore
+            .forget_header(envelope.id)
+            .map_err(RewriteError::Journal)?;
+        Ok(match rewritten {
+            Carried::Generation(_) => true,
+            Carried::NotThere => false,
+        })
     }
 
     /// Completes a header that was being rewritten when the daemon died, or a write failed.
@@ -155,6 +210,33 @@ impl Daemon {
                 Ok(())
             }
         }
+    }
+}
+
+/// Who has a copy of which envelope, by what libvirt has.
+#[derive(Debug, Default)]
+struct Holders {
+    /// The VMs with it in their XML: of a disk that several share, all of them.
+    vms: BTreeMap<EnvelopeId, BTreeSet<VmId>>,
+    /// The files that it opens.
+    paths: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
+}
+
+impl Holders {
+    fn among(kept: &[KeptXml]) -> Self {
+        let mut holders = Self::default();
+        for kept in kept.iter().filter(|kept| kept.snapshot.is_none()) {
+            // One envelope that can't be read must not hide the others: whether the element can be changed shows then.
+            for id in Metadata::ids_in(&kept.xml) {
+                holders.vms.entry(id).or_default().insert(kept.vm);
+            }
+            if let Ok(domain) = Domain::parse(&kept.xml) {
+                for (id, path) in encrypted_layers(&domain) {
+                    holders.paths.entry(id).or_default().insert(path);
+                }
+            }
+        }
+        holders
     }
 }
 

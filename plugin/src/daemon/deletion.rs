@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use super::visible::Place;
 use super::{Daemon, lock};
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
-use crate::envelope::{KekId, ProviderId, VmId};
+use crate::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain};
+use crate::keystore::CopyPlace;
 use crate::rotation::Task;
 
 /// How many VMs a message names.
@@ -20,7 +22,9 @@ struct Uses {
     /// How many of these nobody else opens.
     alone: usize,
     /// Copies that are behind and have a stanza of it.
-    copies: usize,
+    copies: BTreeSet<String>,
+    /// Those among them that nobody can change.
+    fixed: usize,
 }
 
 impl Daemon {
@@ -48,9 +52,16 @@ impl Daemon {
             .next("virtseal provider default OTHER"));
         }
         self.refuse_while_a_job_needs(id, &name)?;
-        let uses = self.uses(id)?;
+        let mut uses = self.uses(id)?;
+        match self.visible_uses(id, &mut uses) {
+            Err(blind) if typed.is_none() => {
+                return Err(blind.of(format!("'{name}' stays: it can't be seen who needs it")));
+            }
+            // Whoever types the name knows.
+            Ok(()) | Err(_) => {}
+        }
         let in_policy = others > 0 && self.is_recipient(id);
-        let needed = !uses.objects.is_empty() || uses.copies > 0 || in_policy;
+        let needed = !uses.objects.is_empty() || !uses.copies.is_empty() || in_policy;
         match typed {
             Some(typed) if typed != name => {
                 return Err(Failure::new(
@@ -113,15 +124,48 @@ impl Daemon {
                 uses.alone += usize::from(stanzas.iter().all(|stanza| stanza.provider == id));
             }
         }
-        let copies: BTreeSet<_> = self
-            .keystore
-            .needed_keks()?
-            .into_iter()
-            .filter(|needed| needed.provider == id)
-            .map(|needed| (needed.envelope, needed.place))
-            .collect();
-        uses.copies = copies.len();
+        for needed in self.keystore.needed_keks()? {
+            if needed.provider == id {
+                uses.copies.insert(self.copy_name(needed.envelope, needed.place)?);
+            }
+        }
         Ok(uses)
+    }
+
+    fn copy_name(&self, envelope: EnvelopeId, place: CopyPlace) -> Result<String, Failure> {
+        let Some(record) = self.keystore.envelope(envelope)? else {
+            return Ok(format!("a copy of envelope {envelope}"));
+        };
+        let vm = record.envelope.vm;
+        let xml = |name: Option<&String>| Place::Xml(name.map_or_else(|| vm.to_string(), String::clone));
+        Ok(match place {
+            CopyPlace::Xml => xml(self.vm_names()?.get(&vm)),
+            CopyPlace::Image => Place::Image(record.location.into()),
+        }
+        .to_string())
+    }
+
+    /// What the keystore does not know of: VMs that came here and have not started yet, and copies from before a job.
+    fn visible_uses(&self, id: ProviderId, uses: &mut Uses) -> Result<(), Failure> {
+        let of_it = |envelope: &Envelope| envelope.stanzas.iter().any(|stanza| stanza.provider == id);
+        let mut unknown = BTreeSet::new();
+        for copy in self.visible_copies()?.iter().filter(|copy| of_it(&copy.envelope)) {
+            match self.keystore.envelope(copy.envelope.id)? {
+                Some(record) if of_it(&record.envelope) => {}
+                Some(_) => {
+                    uses.copies.insert(copy.place.to_string());
+                    uses.fixed += usize::from(!self.note_behind(copy)?);
+                }
+                None => {
+                    if unknown.insert(copy.envelope.id) {
+                        uses.objects.push(copy.envelope.vm);
+                        let others = copy.envelope.stanzas.iter().any(|stanza| stanza.provider != id);
+                        uses.alone += usize::from(!others);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     fn in_use(&self, id: ProviderId, name: &str, uses: &Uses, in_policy: bool) -> Result<Failure, Failure> {
@@ -133,21 +177,26 @@ impl Daemon {
                 uses.alone
             ));
         }
-        if uses.copies > 0 {
-            reasons.push(format!("{} copies that are behind need it", uses.copies));
+        if !uses.copies.is_empty() {
+            let count = uses.copies.len();
+            let mut named: Vec<_> = uses.copies.iter().take(NAMED).cloned().collect();
+            if count > NAMED {
+                named.push(format!("{} more", count - NAMED));
+            }
+            reasons.push(format!(
+                "{count} copies that are behind need it ({})",
+                named.join(", ")
+            ));
         }
         if in_policy {
             reasons.push("it is one of the recipients in virtseald.yaml".to_owned());
         }
-        let other = self
-            .registry
-            .providers()
-            .into_iter()
-            .map(|known| (known.provider().id(), known.provider().name().to_owned()))
-            .find(|(other, _)| *other != id)
-            .map_or_else(|| "OTHER".to_owned(), |(_, name)| name);
+        let other = self.where_to_move(id);
         let next = match (uses.objects.len(), uses.alone) {
-            (0, _) if uses.copies > 0 => {
+            (0, _) if uses.fixed > 0 => {
+                "virsh snapshot-delete those snapshots, or virtseal provider delete --force".to_owned()
+            }
+            (0, _) if !uses.copies.is_empty() => {
                 "virtseal jobs: it shows the copies and what they wait for".to_owned()
             }
             (0, _) => "take it out of recipients in virtseald.yaml, then reload virtseald".to_owned(),
@@ -159,6 +208,21 @@ impl Daemon {
             format!("'{name}' stays: {}", reasons.join("; ")),
         )
         .next(next))
+    }
+
+    /// The default provider, which is never the one that goes; else one that wraps now.
+    fn where_to_move(&self, from: ProviderId) -> String {
+        let others = self
+            .registry
+            .providers()
+            .into_iter()
+            .chain(self.registry.default_provider());
+        let others: Vec<_> = others.filter(|known| known.provider().id() != from).collect();
+        let ready = others
+            .iter()
+            .rfind(|known| self.registry.cannot_wrap(known.provider().id()).is_none());
+        let chosen = ready.or(others.last());
+        chosen.map_or_else(|| "OTHER".to_owned(), |known| known.provider().name().to_owned())
     }
 
     /// `12 objects of 4 VMs (a, b, c, d)`, given the VM of each object.

@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use super::Daemon;
 use super::providers::{native_failure, passphrase_from, take};
+use super::{Daemon, lock};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
 use crate::envelope::{ProviderId, VmId};
 use crate::failure::{Code, Failure};
@@ -62,6 +62,8 @@ impl Daemon {
 
     /// Starts a job.
     pub fn start_job(&self, request: &JobRequest) -> Result<JobStarted, Failure> {
+        // Nobody deletes a provider, shreds a VM or redefines one in between.
+        let _sealing = lock(&self.sealing);
         let task = self.task(request)?;
         self.start(&task)
     }
@@ -69,6 +71,7 @@ impl Daemon {
     /// Retires the keys in use of a provider: a native one gets a new root key, sealed by the passphrase in `fds`; any other
     /// makes new KEKs during the job that follows.
     pub fn rotate_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<JobStarted, Failure> {
+        let _sealing = lock(&self.sealing);
         let known = self.registry.find(name)?;
         // Before anything changes.
         self.refuse_second_job()?;
@@ -97,6 +100,8 @@ impl Daemon {
     }
 
     fn start(&self, task: &Task) -> Result<JobStarted, Failure> {
+        self.refuse_second_job()?;
+        let unseen = self.take_in_travelling().err();
         if let Task::RemoveRecipient { provider } = task {
             self.refuse_to_close(task, *provider)?;
         }
@@ -111,9 +116,16 @@ impl Daemon {
         self.audit_command("job-start", &words, &inserted);
         let job = inserted?;
         self.jobs_bell.ring();
+        let mut warnings = self.warnings(task);
+        if let Some(unseen) = unseen {
+            warnings.push(format!(
+                "VMs that came to this host and have not started here yet are left out: {}",
+                unseen.message
+            ));
+        }
         Ok(JobStarted {
             job: self.job_view(&job)?,
-            warnings: self.warnings(task),
+            warnings,
         })
     }
 

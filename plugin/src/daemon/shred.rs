@@ -3,18 +3,20 @@
 //! From the outside in: KEKs at their providers, keyslots and key material, the copies in images and XML, the records last.
 //! So it can be repeated from wherever it stopped, and says the same again.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use swtpm_state::libvirt_state_dir;
 
+use super::headers::Writing;
 use super::{Daemon, lock};
 use crate::api::{Receipt, ReceiptLine};
-use crate::domain::{Domain, Metadata};
+use crate::domain::Metadata;
 use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::EnvelopeRecord;
 use crate::provider::ProviderError;
+use crate::secret::Passphrase;
 use crate::volume::{self, VolumeError};
 
 /// A VM to be shredded.
@@ -22,6 +24,12 @@ struct Doomed {
     vm: VmId,
     name: String,
     records: Vec<EnvelopeRecord>,
+}
+
+impl Doomed {
+    fn ids(&self) -> impl Iterator<Item = EnvelopeId> {
+        self.records.iter().map(|record| record.envelope.id)
+    }
 }
 
 impl Daemon {
@@ -38,7 +46,10 @@ impl Daemon {
             )
             .next(format!("virtseal vm shred {name} --yes-shred {name}")));
         }
-        let shredded = self.refuse_to_shred(&doomed).and_then(|()| self.shred(&doomed));
+        let shredded = self
+            .refuse_to_shred(&doomed)
+            .and_then(|()| self.keep_off(&doomed))
+            .and_then(|_kept_off| self.shred(&doomed));
         self.audit_command("shred", name, &shredded);
         shredded
     }
@@ -75,18 +86,14 @@ impl Daemon {
             return Err(Failure::new(Code::Busy, format!("job {} runs", job.id.0))
                 .next(format!("virtseal jobs watch {}", job.id.0)));
         }
-        let ids: BTreeSet<EnvelopeId> = doomed.records.iter().map(|record| record.envelope.id).collect();
-        if ids.iter().any(|id| lock(&self.arms).needs(*id)) {
-            return Err(Failure::new(Code::Busy, format!("{name} is starting")));
-        }
-        let domains = self
+        let ids: Vec<String> = doomed.ids().map(|id| id.to_string()).collect();
+        let kept = self
             .background
-            .domains()
+            .every_xml()
             .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
-        for other in domains.iter().filter(|other| other.vm != doomed.vm) {
-            let metadata = Domain::parse(&other.xml).ok().and_then(|domain| domain.metadata);
-            let shares = |metadata: &Metadata| ids.iter().any(|id| metadata.envelope(*id).is_some());
-            if metadata.as_ref().is_some_and(shares) {
+        for other in kept.iter().filter(|other| other.vm != doomed.vm) {
+            // As text: an XML that can't be read may need its disk all the same.
+            if ids.iter().any(|id| other.xml.contains(id)) {
                 return Err(Failure::new(
                     Code::WouldLoseKey,
                     format!("{name} stays: {} uses one of its disks", other.name),
@@ -97,10 +104,34 @@ impl Daemon {
         Ok(())
     }
 
+    /// A start that comes now waits until this is dropped, and finds no key; one that came before it makes this fail.
+    fn keep_off(&self, doomed: &Doomed) -> Result<Vec<Writing<'_>>, Failure> {
+        let starting = || Failure::new(Code::Busy, format!("{} is starting", doomed.name));
+        let taken: Option<Vec<_>> = doomed.ids().map(|id| self.headers.write(id)).collect();
+        let taken = taken.ok_or_else(starting)?;
+        if doomed.ids().any(|id| lock(&self.arms).needs(id)) {
+            return Err(starting());
+        }
+        // It may have started while this looked around.
+        match self.background.domain(&doomed.vm.to_string()) {
+            Ok(Some(defined)) if defined.active => Err(starting()),
+            Ok(_) => Ok(taken),
+            Err(error) => Err(Failure::new(Code::Unreachable, chain(&error)).next("virtseal status")),
+        }
+    }
+
     fn shred(&self, doomed: &Doomed) -> Result<Receipt, Failure> {
+        // As long as anything opens the envelopes.
+        let passphrases: BTreeMap<_, _> = doomed
+            .records
+            .iter()
+            .filter_map(|record| Some((record.envelope.id, self.passphrase_of(record)?)))
+            .collect();
+        self.refuse_while_open(doomed)?;
         let mut lines = self.destroy_keks(doomed)?;
         for record in &doomed.records {
-            lines.extend(self.shred_object(doomed.vm, record)?);
+            let passphrase = passphrases.get(&record.envelope.id);
+            lines.extend(self.shred_object(doomed.vm, record, passphrase)?);
         }
         let defined = self
             .background
@@ -203,7 +234,29 @@ impl Daemon {
         Ok((own, others))
     }
 
-    fn shred_object(&self, vm: VmId, record: &EnvelopeRecord) -> Result<Vec<ReceiptLine>, Failure> {
+    /// What tells the VM's own variable store, which carries no envelope, from another that is in its place by now.
+    fn passphrase_of(&self, record: &EnvelopeRecord) -> Option<Passphrase> {
+        let dek = self.registry.open_envelope(&record.envelope).ok()?;
+        dek.passphrase().ok()
+    }
+
+    /// Before anything is destroyed: half a shredding helps nobody.
+    fn refuse_while_open(&self, doomed: &Doomed) -> Result<(), Failure> {
+        for record in doomed.records.iter().filter(|record| !record.location.is_empty()) {
+            match volume::is_free(Path::new(&record.location)) {
+                Err(VolumeError::NotFound(_)) | Ok(()) => {}
+                Err(error) => return Err(Failure::from(error).of(format!("{} stays", doomed.name))),
+            }
+        }
+        Ok(())
+    }
+
+    fn shred_object(
+        &self,
+        vm: VmId,
+        record: &EnvelopeRecord,
+        passphrase: Option<&Passphrase>,
+    ) -> Result<Vec<ReceiptLine>, Failure> {
         let kind = record.envelope.kind;
         if kind == ObjectKind::Vtpm {
             let dir = libvirt_state_dir(&self.config().swtpm_dir, &vm);
@@ -216,8 +269,14 @@ impl Daemon {
         }
         let path = Path::new(&record.location);
         let what = format!("the {kind} {}", path.display());
-        match volume::shred_keys(path) {
-            Ok(shredded) => {
+        let opens = || passphrase.is_some_and(|passphrase| volume::verify(path, passphrase).is_ok());
+        match volume::shred_keys(path, record.envelope.id, opens) {
+            Ok(None) => Ok(vec![line(
+                &what,
+                false,
+                "left alone: it is not, or can't be shown to be, the image that this VM had there",
+            )]),
+            Ok(Some(shredded)) => {
                 let envelope = if shredded.envelope {
                     ", the envelope removed"
                 } else {

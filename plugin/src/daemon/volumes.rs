@@ -36,6 +36,8 @@ impl Daemon {
                 tracing::error!(path = request.path, "the envelope could not be activated");
             }
         }
+        // A job may have changed it meanwhile.
+        self.copies_bell.ring();
         report(step);
         Ok(())
     }

@@ -101,7 +101,7 @@ pub fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, Domain
 }
 
 /// Brings the envelopes in the `<vm>` element that libvirt hands out, without its namespace, up to date: each one that is
-/// there gets the generation of `newest`, if that is higher. `None` if nothing changes.
+/// there becomes the one of `newest`, unless that has an earlier generation. `None` if nothing changes.
 ///
 /// # Errors
 /// When the element or an envelope in it can't be read.
@@ -117,7 +117,8 @@ pub fn refresh_element(
         .filter(|node| node.is_element() && node.tag_name().name() == "envelope");
     for (number, node) in (1..).zip(envelopes) {
         let found = envelope(node, number)?;
-        if let Some(new) = newest(found.id).filter(|new| new.generation > found.generation) {
+        if let Some(new) = newest(found.id).filter(|new| new.generation >= found.generation && *new != found)
+        {
             edits.push(splice::set_text(element, node, &ascii_json(&new)));
         }
     }

@@ -13,11 +13,12 @@
 //! version in the envelope, and so an error.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 
 use roxmltree::Node;
 
 use super::read::{child, text};
-use super::{DomainError, Position};
+use super::{DomainError, Position, parse_document};
 use crate::envelope::{Envelope, EnvelopeId};
 
 /// The contents of `<virtseal:vm>`. Its mere presence makes a VM a sealed one.
@@ -35,6 +36,47 @@ impl Metadata {
 
     /// The prefix that virtseal writes for it.
     pub const PREFIX: &'static str = "virtseal";
+
+    /// The envelopes in any XML that libvirt keeps: that of a snapshot has one domain or two inside.
+    ///
+    /// # Errors
+    /// When the XML or an envelope in it can't be read.
+    pub fn envelopes_in(xml: &str) -> Result<Vec<Envelope>, DomainError> {
+        let document = parse_document(xml)?;
+        let nodes = document.descendants().filter(|node| is_ours(*node, "envelope"));
+        nodes
+            .zip(1..)
+            .map(|(node, number)| envelope(node, number))
+            .collect()
+    }
+
+    /// The ids of the envelopes in any XML, also of those that can't be read.
+    #[must_use]
+    pub fn ids_in(xml: &str) -> Vec<EnvelopeId> {
+        let Ok(document) = parse_document(xml) else {
+            return Vec::new();
+        };
+        let nodes = document.descendants().filter(|node| is_ours(*node, "envelope"));
+        let id = |node: Node<'_, '_>| match node.attribute("id") {
+            Some(id) => id.parse().ok(),
+            None => envelope(node, 1).ok().map(|envelope| envelope.id),
+        };
+        nodes.filter_map(id).collect()
+    }
+
+    /// The files and devices that any XML names as a source, those that a disk is based on too.
+    ///
+    /// # Errors
+    /// When the XML can't be read.
+    pub fn sources_in(xml: &str) -> Result<Vec<PathBuf>, DomainError> {
+        let document = parse_document(xml)?;
+        let sources = document.descendants().filter(|node| node.has_tag_name("source"));
+        let paths = sources.filter_map(|node| node.attribute("file").or_else(|| node.attribute("dev")));
+        Ok(paths
+            .filter(|path| path.starts_with('/'))
+            .map(PathBuf::from)
+            .collect())
+    }
 
     /// The copy of this envelope.
     #[must_use]

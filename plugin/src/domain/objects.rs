@@ -151,6 +151,19 @@ pub fn sealed_objects(domain: &Domain) -> Result<Vec<ObjectRef>, Refusal> {
     Ok(needed)
 }
 
+/// The files that are encrypted, with the envelope that opens each: disks, what they are based on, the variable store.
+#[must_use]
+pub fn encrypted_layers(domain: &Domain) -> Vec<(EnvelopeId, PathBuf)> {
+    let below = domain.disks.iter().flat_map(read_only_layers);
+    let below = below.filter_map(|layer| Some((layer.secret, layer.path?)));
+    let objects = objects(domain).into_iter();
+    let sealed = objects.filter_map(|object| match object.state {
+        ObjectState::Sealed(id) => Some((id, object.path?)),
+        ObjectState::Plain | ObjectState::Unsupported(_) => None,
+    });
+    sealed.chain(below).collect()
+}
+
 fn keeps_data(disk: &Disk) -> bool {
     !disk.readonly && disk.source != Source::Empty
 }

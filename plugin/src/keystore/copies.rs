@@ -1,9 +1,9 @@
 //! Rows about the copies of envelopes that travel: which ones are behind, and which KEKs they still need.
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::{Keystore, KeystoreError, UnixTime, error::StoreFault};
-use crate::envelope::{EnvelopeId, Generation, KekId, ProviderId, VmId};
+use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use crate::envelope::{Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, VmId};
 
 /// Where a copy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -147,6 +147,11 @@ impl Keystore {
         })
     }
 
+    /// Notes that a copy was found which is not what the keystore has, and needs the KEKs of its own stanzas.
+    pub fn copy_is_behind(&self, copy: &Envelope, place: CopyPlace) -> Result<(), KeystoreError> {
+        self.write(|transaction| note_stale(transaction, copy, place))
+    }
+
     /// Notes that the copy in `place` has `generation`: it is stale no more, unless the envelope has changed since.
     pub fn copy_has(
         &self,
@@ -234,6 +239,32 @@ impl Keystore {
             Ok(found)
         })
     }
+}
+
+/// The copy in `place` is as `old`, which the keystore no longer has; nothing for an object that has no such place.
+pub(super) fn note_stale(
+    transaction: &Transaction,
+    old: &Envelope,
+    place: CopyPlace,
+) -> Result<(), StoreFault> {
+    // The image of a variable store is plain LUKS, and a vTPM has none.
+    if place == CopyPlace::Image && old.kind != ObjectKind::Disk {
+        return Ok(());
+    }
+    let mut insert = transaction.prepare_cached(
+        "INSERT OR IGNORE INTO stale_copies (envelope, place, provider, kek, since, reason)
+         SELECT ?1, ?2, ?3, ?4, ?5, '' FROM envelopes WHERE id = ?1",
+    )?;
+    for stanza in &old.stanzas {
+        insert.execute(params![
+            old.id.to_string(),
+            place.as_str(),
+            stanza.provider.to_string(),
+            stanza.kek.0,
+            now()
+        ])?;
+    }
+    Ok(())
 }
 
 fn parse<T: std::str::FromStr>(id: &str) -> Result<T, StoreFault> {

@@ -2,6 +2,7 @@
 
 use rusqlite::{Connection, Row, params};
 
+use super::copies::{self, CopyPlace};
 use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
 use crate::envelope::{Envelope, EnvelopeId, Generation, VmId};
 
@@ -105,6 +106,10 @@ impl Keystore {
             match verdict {
                 Put::Adopted => insert(transaction, envelope, EnvelopeState::Active, location)?,
                 Put::Updated => {
+                    // The image may still have the earlier one; the next look at it tells.
+                    if let Some(known) = &known {
+                        copies::note_stale(transaction, &known.envelope, CopyPlace::Image)?;
+                    }
                     transaction.execute(
                         "UPDATE envelopes SET generation = ?2, json = ?3, updated = ?4 WHERE id = ?1",
                         params![

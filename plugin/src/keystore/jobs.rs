@@ -5,9 +5,10 @@
 
 use rusqlite::{Connection, Row, Transaction, params};
 
+use super::copies::{self, CopyPlace};
 use super::envelopes::{self, EnvelopeRecord};
 use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now};
-use crate::envelope::{Envelope, EnvelopeId, ObjectKind, Stanza};
+use crate::envelope::{Envelope, EnvelopeId, Stanza};
 
 /// Names a job on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -288,25 +289,8 @@ fn replace(
             again: true,
         }));
     }
-    let places: &[&str] = match old.kind {
-        ObjectKind::Disk => &["xml", "image"],
-        // The image of a variable store is plain LUKS, and a vTPM has none.
-        ObjectKind::Nvram | ObjectKind::Vtpm => &["xml"],
-    };
-    let mut insert = transaction.prepare_cached(
-        "INSERT OR IGNORE INTO stale_copies (envelope, place, provider, kek, since, reason)
-         VALUES (?1, ?2, ?3, ?4, ?5, '')",
-    )?;
-    for place in places {
-        for stanza in &old.stanzas {
-            insert.execute(params![
-                old.id.to_string(),
-                place,
-                stanza.provider.to_string(),
-                stanza.kek.0,
-                now()
-            ])?;
-        }
+    for place in [CopyPlace::Xml, CopyPlace::Image] {
+        copies::note_stale(transaction, old, place)?;
     }
     retire(transaction, old, new)?;
     Ok(None)

@@ -270,6 +270,47 @@ fn new_envelopes_get_all_recipients_or_none() {
 }
 
 #[test]
+fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
+    let host = Host::with_envelopes(3);
+    let (main, spare) = (host.main.id(), host.spare.id());
+    host.sweep(&Task::AddRecipient { provider: spare });
+    for mut envelope in host.envelopes() {
+        envelope.generation = Generation(envelope.generation.0 + 1);
+        envelope.stanzas[1].body[20] ^= 1;
+        host.keystore.put(&envelope, "").unwrap();
+    }
+    let job = host.sweep(&Task::RemoveRecipient { provider: main });
+    assert_eq!((job.state, job.left), (JobState::Incomplete, 3));
+    host.assert_whole();
+    let to = Task::Move {
+        from: main,
+        to: spare,
+        vm: None,
+    };
+    assert_eq!(host.sweep(&to).changed, 3);
+    host.main.lock();
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn an_adopted_generation_leaves_the_image_in_doubt() {
+    let host = Host::with_envelopes(1);
+    let mut travelled = host.envelopes().remove(0);
+    let needed = |host: &Host| host.keystore.needed_keks().unwrap();
+    assert_eq!(needed(&host), []);
+    travelled.generation = Generation(2);
+    host.keystore.put(&travelled, "").unwrap();
+    let found = needed(&host);
+    assert_eq!((found.len(), found[0].place), (1, CopyPlace::Image));
+    // What is found in an XML counts as long as the envelope is known.
+    host.keystore.copy_is_behind(&travelled, CopyPlace::Xml).unwrap();
+    travelled.id = EnvelopeId::random();
+    host.keystore.copy_is_behind(&travelled, CopyPlace::Xml).unwrap();
+    assert_eq!(needed(&host).len(), 2);
+}
+
+#[test]
 fn a_damaged_envelope_is_left_alone_and_named() {
     let host = Host::with_envelopes(7);
     let mut bad = host.envelopes()[3].clone();

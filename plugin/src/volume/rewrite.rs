@@ -13,7 +13,7 @@ use super::error::{Attempt, Flaw, Part, VolumeError};
 use super::held::Held;
 use super::open::Image;
 use super::qcow2::{extension, extension::Place, rewrite};
-use crate::envelope::{Envelope, Generation};
+use crate::envelope::{Envelope, EnvelopeId, Generation};
 
 /// Bytes that a disk replaces whole or not at all.
 const SECTOR: usize = 512;
@@ -27,7 +27,7 @@ pub enum Carried {
     NotThere,
 }
 
-/// Makes the image at `path` carry `envelope`, if it carries an earlier generation of it. `journal` keeps the bytes that it
+/// Makes the image at `path` carry `envelope`, if it carries it, and in no later generation. `journal` keeps the bytes that it
 /// gets, on stable storage, until this returns; after a crash they go to [`finish_rewrite`].
 ///
 /// # Errors
@@ -44,7 +44,7 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
         Some(found) if found.id == envelope.id => found,
         _ => return Ok(Carried::NotThere),
     };
-    if found.generation >= envelope.generation {
+    if found.generation > envelope.generation || found == *envelope {
         return Ok(Carried::Generation(found.generation));
     }
     let digest = image.header_digest()?;
@@ -83,15 +83,27 @@ pub struct Shredded {
 }
 
 /// Overwrites the key material of all keyslots of the image at `path` with random bytes, makes the keyslots dead, and removes
-/// the envelope. Nothing opens the image afterwards; what the storage below keeps of the old bytes is out of reach.
+/// the envelope, if it is the image of envelope `id`: it carries that, or it carries none and `opens` says so of it. Whatever
+/// else is at that path by now is left alone: `None`. Nothing opens the image afterwards; what the storage below keeps of the old bytes is out of reach.
 ///
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has the image open, and when it is not encrypted or can't be written. May be repeated.
-pub fn shred_keys(path: &Path) -> Result<Shredded, VolumeError> {
+pub fn shred_keys(
+    path: &Path,
+    id: EnvelopeId,
+    opens: impl FnOnce() -> bool,
+) -> Result<Option<Shredded>, VolumeError> {
     let held = Held::open(path)?;
     let (file, image) = (held.file(), held.image()?);
     let (header, base) = image.encrypted()?;
     let keyslots = header.active_keyslots();
+    let is_it = match image.envelope()? {
+        Some(found) => found.id == id,
+        None => keyslots == 0 || opens(),
+    };
+    if !is_it {
+        return Ok(None);
+    }
     let mut material = 0;
     for range in header.all_material() {
         let mut noise = vec![0; (range.end - range.start) as usize];
@@ -108,11 +120,19 @@ pub fn shred_keys(path: &Path) -> Result<Shredded, VolumeError> {
     if envelope {
         patch(&image, None)?.write(file, path)?;
     }
-    Ok(Shredded {
+    Ok(Some(Shredded {
         keyslots,
         material,
         envelope,
-    })
+    }))
+}
+
+/// Whether an image could be changed now.
+///
+/// # Errors
+/// [`VolumeError::InUse`] while anyone has it open, and when it can't be opened for writing.
+pub fn is_free(path: &Path) -> Result<(), VolumeError> {
+    Held::open(path).map(drop)
 }
 
 fn damaged(path: &Path, what: &str) -> VolumeError {

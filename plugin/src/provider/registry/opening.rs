@@ -165,6 +165,7 @@ struct Job<'a> {
     untried: VecDeque<&'a Stanza>,
     attempts: Vec<Attempt>,
     dek: Option<Dek>,
+    failed: bool,
 }
 
 impl<'a> Job<'a> {
@@ -178,11 +179,21 @@ impl<'a> Job<'a> {
             untried: first.into_iter().chain(later).collect(),
             attempts: Vec::new(),
             dek: None,
+            failed: false,
         }
     }
 
     fn refused(&mut self, provider: ProviderId, name: String, why: Refusal) {
         self.attempts.push(Attempt { provider, name, why });
+    }
+
+    /// Nobody is left to be asked.
+    fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    fn into_result(mut self) -> Result<Dek, OpenError> {
+        self.dek.take().ok_or_else(|| self.into_error())
     }
 
     fn into_error(self) -> OpenError {
@@ -193,33 +204,41 @@ impl<'a> Job<'a> {
     }
 }
 
+/// All of them, or the first that does not open.
 pub(super) fn open_all(
     providers: &[Provider],
     envelopes: &[&Envelope],
     deadline: Duration,
 ) -> Result<Vec<Dek>, OpenError> {
-    let mut opening = Opening {
-        providers: providers
-            .iter()
-            .map(|known| (known.provider().id(), known))
-            .collect(),
-        deadline,
-        refusing: HashMap::new(),
-        jobs: Vec::new(),
-    };
-    opening.jobs = envelopes
-        .iter()
-        .map(|envelope| Job::new(envelope, |id| opening.is_usable(id)))
-        .collect();
-    while let Some(round) = opening.next_round()? {
-        for (provider, members) in round {
-            opening.ask(provider, &members);
+    let mut opening = Opening::of(providers, envelopes, deadline);
+    loop {
+        let round = opening.next_round();
+        if let Some(at) = opening.jobs.iter().position(Job::has_failed) {
+            return Err(opening.jobs.swap_remove(at).into_error());
         }
+        if round.is_empty() {
+            break;
+        }
+        opening.ask_all(round);
     }
-    let deks = opening.jobs.into_iter().map(|job| job.dek);
-    Ok(deks
-        .collect::<Option<_>>()
-        .expect("the last round left no job without a DEK"))
+    opening.jobs.into_iter().map(Job::into_result).collect()
+}
+
+/// Each of them as far as it goes. A provider that refuses everything is asked once, however many need it.
+pub(super) fn open_each(
+    providers: &[Provider],
+    envelopes: &[&Envelope],
+    deadline: Duration,
+) -> Vec<Result<Dek, OpenError>> {
+    let mut opening = Opening::of(providers, envelopes, deadline);
+    loop {
+        let round = opening.next_round();
+        if round.is_empty() {
+            break;
+        }
+        opening.ask_all(round);
+    }
+    opening.jobs.into_iter().map(Job::into_result).collect()
 }
 
 struct Opening<'a> {
@@ -235,6 +254,23 @@ struct Opening<'a> {
 type Round<'a> = BTreeMap<ProviderId, Vec<(usize, &'a Stanza)>>;
 
 impl<'a> Opening<'a> {
+    fn of(providers: &'a [Provider], envelopes: &[&'a Envelope], deadline: Duration) -> Self {
+        let mut opening = Self {
+            providers: providers
+                .iter()
+                .map(|known| (known.provider().id(), known))
+                .collect(),
+            deadline,
+            refusing: HashMap::new(),
+            jobs: Vec::new(),
+        };
+        opening.jobs = envelopes
+            .iter()
+            .map(|envelope| Job::new(envelope, |id| opening.is_usable(id)))
+            .collect();
+        opening
+    }
+
     fn is_usable(&self, id: ProviderId) -> bool {
         self.providers.get(&id).is_some_and(|known| {
             matches!(
@@ -244,20 +280,25 @@ impl<'a> Opening<'a> {
         })
     }
 
-    /// The next stanza of every envelope that is still closed; `None` when all are open.
-    fn next_round(&mut self) -> Result<Option<Round<'a>>, OpenError> {
+    /// The next stanza of every envelope that is still closed; none when all are open or have failed.
+    fn next_round(&mut self) -> Round<'a> {
         let mut round = Round::new();
-        for at in 0..self.jobs.len() {
-            let job = &mut self.jobs[at];
+        for (at, job) in self.jobs.iter_mut().enumerate() {
             if job.dek.is_some() {
                 continue;
             }
             match job.untried.pop_front() {
                 Some(stanza) => round.entry(stanza.provider).or_default().push((at, stanza)),
-                None => return Err(self.jobs.swap_remove(at).into_error()),
+                None => job.failed = true,
             }
         }
-        Ok((!round.is_empty()).then_some(round))
+        round
+    }
+
+    fn ask_all(&mut self, round: Round<'a>) {
+        for (provider, members) in round {
+            self.ask(provider, &members);
+        }
     }
 
     fn ask(&mut self, id: ProviderId, members: &[(usize, &Stanza)]) {

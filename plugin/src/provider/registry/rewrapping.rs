@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use super::deadline::each_within;
-use super::{NextCommand, OpenError, Provider, Registry};
+use super::{NextCommand, OpenError, Provider, Registry, opening};
 use crate::envelope::{Envelope, Generation, KekId, Payload, ProviderId, Stanza};
 use crate::failure::{Code, Failure, chain};
 use crate::provider::{KekScope, ProviderError, ProviderStatus};
@@ -78,9 +78,12 @@ impl From<Blocked> for Failure {
 struct Order {
     at: (usize, usize),
     scope: KekScope,
-    /// The KEK of its stanza now, and whether that has to go.
+    /// The KEK of its stanza now.
     old: Option<KekId>,
+    /// Whether that has to go.
     rotate: bool,
+    /// Whether its stanza may stay if that is by the right KEK.
+    keep: bool,
     payload: Payload,
 }
 
@@ -159,13 +162,7 @@ impl Registry {
 
     /// Opens each of them, where [`Registry::open_all`] opens all or none.
     fn open_each(&self, envelopes: &[&Envelope]) -> Vec<Result<Dek, OpenError>> {
-        match self.open_all(envelopes) {
-            Ok(deks) => deks.into_iter().map(Ok).collect(),
-            Err(_) => envelopes
-                .iter()
-                .map(|envelope| self.open_envelope(envelope))
-                .collect(),
-        }
+        opening::open_each(&self.providers(), envelopes, self.deadline())
     }
 
     #[expect(clippy::type_complexity, reason = "read once, right above")]
@@ -255,6 +252,7 @@ fn order(
     orders: &mut BTreeMap<ProviderId, Vec<Order>>,
 ) -> Result<Vec<Option<Filled>>, Rewrapped> {
     let envelope = &rewrap.envelope;
+    let keep = keeps_its_providers(rewrap);
     let mut filled = Vec::with_capacity(rewrap.slots.len());
     for (place, slot) in rewrap.slots.iter().enumerate() {
         let (provider, rotate) = match slot {
@@ -275,11 +273,25 @@ fn order(
             scope: KekScope::Vm(envelope.vm),
             old,
             rotate,
+            keep,
             payload,
         });
         filled.push(None);
     }
     Ok(filled)
+}
+
+/// Whether it comes out with a stanza of each provider that it has one of. If not, those that stay alone must be known to
+/// open: whatever is to wrap does so anew, and is verified.
+fn keeps_its_providers(rewrap: &Rewrap) -> bool {
+    let stanzas = &rewrap.envelope.stanzas;
+    let stays = |provider: ProviderId| {
+        rewrap.slots.iter().any(|slot| match slot {
+            Slot::Keep(at) => stanzas[*at].provider == provider,
+            Slot::Wrap(other) | Slot::Rotate(other) => *other == provider,
+        })
+    };
+    stanzas.iter().all(|stanza| stays(stanza.provider))
 }
 
 /// The first one: a provider that has several opens any of them.
@@ -297,7 +309,7 @@ fn wrap(known: &Provider, order: &Order) -> Result<Option<Stanza>, ProviderError
         (Some(old), true) => provider.rotate_kek(&order.scope, old)?,
         _ => provider.create_kek(&order.scope)?,
     };
-    if order.old.as_ref() == Some(&kek) {
+    if order.keep && order.old.as_ref() == Some(&kek) {
         return Ok(None);
     }
     provider.wrap(&kek, &order.payload).map(Some)

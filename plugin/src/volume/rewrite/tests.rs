@@ -148,7 +148,8 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     fcntl(&reader, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     for error in [
         rewrite_envelope(&path, &bench.next(2), unjournaled).unwrap_err(),
-        shred_keys(&path).unwrap_err(),
+        shred_keys(&path, bench.next(1).id, || true).unwrap_err(),
+        is_free(&path).unwrap_err(),
         finish_rewrite(&path, b"").unwrap_err(),
     ] {
         assert!(matches!(error, VolumeError::InUse(_)), "{error}");
@@ -235,7 +236,11 @@ fn shredded_images_open_for_nobody() {
         let path = bench.create(&format!("shred-{cluster}"), cluster, None);
         let before = fs::read(&path).unwrap();
         let info = volume::inspect(&path).unwrap();
-        let done = shred_keys(&path).unwrap();
+        // Another VM's image may be at the path by now.
+        assert_eq!(shred_keys(&path, EnvelopeId::random(), || true).unwrap(), None);
+        assert_eq!(fs::read(&path).unwrap(), before);
+        let id = bench.next(1).id;
+        let done = shred_keys(&path, id, || false).unwrap().unwrap();
         assert_eq!((done.keyslots, done.envelope), (1, true));
         assert!(matches!(
             volume::verify(&path, &bench.passphrase),
@@ -251,10 +256,23 @@ fn shredded_images_open_for_nobody() {
             let range = (base + range.start) as usize..(base + range.end) as usize;
             assert_ne!(now[range.clone()], before[range]);
         }
-        let again = shred_keys(&path).unwrap();
+        let again = shred_keys(&path, id, || false).unwrap().unwrap();
         assert_eq!((again.keyslots, again.envelope), (0, false));
     }
     let plain = bench.dir.path().join("plain.raw");
     fs::write(&plain, vec![0; 1 << 20]).unwrap();
-    assert!(matches!(shred_keys(&plain), Err(VolumeError::NotEncrypted(_))));
+    assert!(matches!(
+        shred_keys(&plain, bench.next(1).id, || true),
+        Err(VolumeError::NotEncrypted(_))
+    ));
+    // A variable store carries no envelope: only its key tells whose it is.
+    let store = bench.dir.path().join("store.fd");
+    let template = bench.dir.path().join("template.fd");
+    fs::write(&template, vec![7; 1 << 16]).unwrap();
+    volume::create_nvram(&template, &store, &bench.passphrase).unwrap();
+    let shred = |opens| shred_keys(&store, bench.next(1).id, || opens).unwrap();
+    assert_eq!(shred(false), None);
+    volume::verify(&store, &bench.passphrase).unwrap();
+    assert!(shred(true).is_some_and(|done| done.keyslots == 1));
+    assert!(volume::verify(&store, &bench.passphrase).is_err());
 }

@@ -1,0 +1,165 @@
+//! Copies of envelopes as they are, not as the keystore has noted: what a deletion must know and a job should begin with.
+//!
+//! An admin may define a VM from an older dump, put an image back from a backup, revert to a snapshot, or bring a VM from
+//! another host: nobody tells the keystore.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use super::Daemon;
+use crate::domain::{Domain, Metadata, encrypted_layers};
+use crate::envelope::{Envelope, ObjectKind};
+use crate::failure::{Code, Failure, chain};
+use crate::keystore::{CopyPlace, EnvelopeRecord};
+use crate::libvirt::KeptXml;
+use crate::volume;
+
+/// A copy that this host can see.
+#[derive(Debug)]
+pub(super) struct VisibleCopy {
+    pub(super) envelope: Envelope,
+    /// The file of its object, if the place tells.
+    pub(super) location: Option<PathBuf>,
+    pub(super) place: Place,
+}
+
+/// Where it is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Place {
+    /// In the XML of this VM.
+    Xml(String),
+    /// In the XML of a snapshot of this VM, which nobody can change.
+    Snapshot(String, String),
+    /// In this image.
+    Image(PathBuf),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Xml(vm) => write!(f, "the XML of {vm}"),
+            Self::Snapshot(vm, snapshot) => write!(f, "snapshot {snapshot} of {vm}"),
+            Self::Image(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+impl Place {
+    /// As the keystore has it, if it can be brought up to date.
+    fn kept(&self) -> Option<CopyPlace> {
+        match self {
+            Self::Xml(_) => Some(CopyPlace::Xml),
+            Self::Snapshot(..) => None,
+            Self::Image(_) => Some(CopyPlace::Image),
+        }
+    }
+}
+
+impl Daemon {
+    /// Every copy in the XML of a domain or of a snapshot, and in every image that these or the keystore name.
+    ///
+    /// # Errors
+    /// When libvirt does not answer, or has XML whose envelopes can't be read. An image that is not there now is left out.
+    pub(super) fn visible_copies(&self) -> Result<Vec<VisibleCopy>, Failure> {
+        let kept = self
+            .background
+            .every_xml()
+            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
+        let (mut copies, mut images) = (Vec::new(), BTreeSet::new());
+        for record in self.keystore.envelopes()? {
+            if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {
+                images.insert(PathBuf::from(record.location));
+            }
+        }
+        for kept in &kept {
+            let unreadable = |error| Failure::new(Code::Failed, format!("{}: {}", kept.name, chain(&error)));
+            copies.extend(copies_in(kept).map_err(unreadable)?);
+            images.extend(Metadata::sources_in(&kept.xml).map_err(unreadable)?);
+        }
+        for image in images
+            .iter()
+            .flat_map(|image| with_those_below(image))
+            .collect::<BTreeSet<_>>()
+        {
+            copies.extend(carried(image));
+        }
+        Ok(copies)
+    }
+
+    /// Notes that a copy which differs from what the keystore has is behind. Says whether it can follow.
+    pub(super) fn note_behind(&self, copy: &VisibleCopy) -> Result<bool, Failure> {
+        let Some(place) = copy.place.kept() else {
+            return Ok(false);
+        };
+        self.keystore.copy_is_behind(&copy.envelope, place)?;
+        self.copies_bell.ring();
+        Ok(true)
+    }
+
+    /// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
+    /// know, or in an earlier generation, and that open. A job that did not know them would leave them behind.
+    pub(super) fn take_in_travelling(&self) -> Result<(), Failure> {
+        for copy in self.visible_copies()? {
+            let known = self.keystore.envelope(copy.envelope.id)?;
+            let Some(location) = to_take_in(&copy, known.as_ref()) else {
+                continue;
+            };
+            if self.registry.open_envelope(&copy.envelope).is_err() {
+                continue;
+            }
+            match self.keystore.put(&copy.envelope, &location) {
+                Ok(_) => tracing::info!(envelope = %copy.envelope.id, place = %copy.place, "taken in"),
+                Err(error) => tracing::warn!(place = %copy.place, "not taken in: {}", chain(&error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The location to keep it with, if the keystore should learn of it. A snapshot is the past.
+fn to_take_in(copy: &VisibleCopy, known: Option<&EnvelopeRecord>) -> Option<String> {
+    if matches!(copy.place, Place::Snapshot(..)) {
+        return None;
+    }
+    match known {
+        Some(known) if known.envelope.generation >= copy.envelope.generation => None,
+        Some(known) => Some(known.location.clone()),
+        None if copy.envelope.kind == ObjectKind::Vtpm => Some(String::new()),
+        None => Some(copy.location.as_ref()?.display().to_string()),
+    }
+}
+
+fn copies_in(kept: &KeptXml) -> Result<Vec<VisibleCopy>, crate::domain::DomainError> {
+    let layers = Domain::parse(&kept.xml).map_or_else(|_| Vec::new(), |domain| encrypted_layers(&domain));
+    let place = match &kept.snapshot {
+        Some(snapshot) => Place::Snapshot(kept.name.clone(), snapshot.clone()),
+        None => Place::Xml(kept.name.clone()),
+    };
+    let envelopes = Metadata::envelopes_in(&kept.xml)?;
+    let copies = envelopes.into_iter().map(|envelope| VisibleCopy {
+        location: layers
+            .iter()
+            .find(|(id, _)| *id == envelope.id)
+            .map(|(_, path)| path.clone()),
+        envelope,
+        place: place.clone(),
+    });
+    Ok(copies.collect())
+}
+
+/// An image and what it is based on, as far as that can be told.
+fn with_those_below(image: &Path) -> Vec<PathBuf> {
+    match volume::backing_chain(image) {
+        Ok(layers) => layers.into_iter().map(|layer| layer.path).collect(),
+        Err(_) => vec![image.to_owned()],
+    }
+}
+
+fn carried(image: PathBuf) -> Option<VisibleCopy> {
+    Some(VisibleCopy {
+        envelope: volume::inspect(&image).ok()?.envelope?,
+        place: Place::Image(image.clone()),
+        location: Some(image),
+    })
+}
