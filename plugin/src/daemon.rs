@@ -331,7 +331,7 @@ impl Daemon {
                 ))
             })?;
             self.keystore.remember_vm(domain.vm, &domain.name)?;
-            self.catch_up(&xml)?;
+            self.catch_up(&made.xml)?;
         }
         Ok(plan.outcome(changed))
     }

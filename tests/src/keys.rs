@@ -10,9 +10,11 @@ use base64::engine::general_purpose::STANDARD;
 use openssl::md::Md;
 use openssl::pkey::Id;
 use openssl::pkey_ctx::PkeyCtx;
-use openssl::symm::{Cipher, decrypt_aead};
+use openssl::symm::{Cipher, decrypt_aead, encrypt_aead};
 use serde_json::Value;
 use uuid::Uuid;
+
+use crate::SealedHost;
 
 const NONCE: usize = 12;
 const TAG: usize = 16;
@@ -82,6 +84,42 @@ impl RootKey {
     /// When the envelope has no stanza.
     pub fn kek_of(&self, envelope: &KeptEnvelope) -> Result<Vec<u8>> {
         self.kek(envelope.text("kek")?)
+    }
+
+    /// A new envelope for the vTPM of `vm`, wrapped by the first root key of the provider called `name`: its id and its JSON.
+    ///
+    /// # Errors
+    /// OpenSSL's.
+    pub fn new_vtpm_envelope(&self, name: &str, vm: Uuid) -> Result<(Uuid, String)> {
+        const VTPM: u8 = 2;
+        let (id, kek) = (Uuid::new_v4(), format!("v1:vm:{vm}"));
+        let binding = [
+            b"virtseal binding\0\x01",
+            &id.as_bytes()[..],
+            vm.as_bytes(),
+            &[VTPM],
+        ]
+        .concat();
+        let mut payload = vec![0; DEK];
+        openssl::rand::rand_bytes(&mut payload)?;
+        payload.extend_from_slice(&openssl::sha::sha256(&binding));
+        let (mut nonce, mut tag) = ([0; NONCE], [0; TAG]);
+        openssl::rand::rand_bytes(&mut nonce)?;
+        let mut additional = self.provider.as_bytes().to_vec();
+        additional.extend_from_slice(&u32::try_from(kek.len())?.to_be_bytes());
+        additional.extend_from_slice(kek.as_bytes());
+        additional.extend_from_slice(b"A256GCM");
+        let key = self.kek(&kek)?;
+        let cipher = Cipher::aes_256_gcm();
+        let sealed = encrypt_aead(cipher, &key, Some(&nonce), &additional, &payload, &mut tag)?;
+        let body = STANDARD.encode([&nonce[..], &sealed, &tag].concat());
+        // In the order that virtseal writes.
+        let json = format!(
+            "{{\"version\":1,\"id\":\"{id}\",\"vm\":\"{vm}\",\"kind\":\"vtpm\",\"generation\":1,\"stanzas\":[{{\"provider\":\"{}\",\
+             \"provider_name\":\"{name}\",\"kek\":\"{kek}\",\"mechanism\":\"A256GCM\",\"body\":\"{body}\"}}]}}",
+            self.provider
+        );
+        Ok((id, json))
     }
 
     /// The DEK in `envelope`.
@@ -162,7 +200,7 @@ pub fn kept_envelopes(state_dir: &Path) -> Result<Vec<KeptEnvelope>> {
 /// A keystore's copy, so that the daemon's own files are not touched.
 struct Copied {
     database: rusqlite::Connection,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Copied {
@@ -176,9 +214,35 @@ impl Copied {
         }
         Ok(Self {
             database: rusqlite::Connection::open(&path)?,
-            _directory: directory,
+            directory,
         })
     }
+}
+
+/// Changes the keystore of a host whose daemon is stopped, where nothing that virtseal offers would do it. SQLite can't open
+/// it in place: it resolves the way into the host's namespace to a path outside.
+///
+/// # Errors
+/// When it is no keystore, or `change` fails.
+pub fn edit_keystore<T>(
+    sealed: &SealedHost,
+    change: impl FnOnce(&mut rusqlite::Connection) -> Result<T>,
+) -> Result<T> {
+    let state_dir = sealed.host().path("/var/lib/virtseal");
+    let mut copy = Copied::of(&state_dir)?;
+    let changed = change(&mut copy.database)?;
+    copy.database
+        .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+    fs::copy(
+        copy.directory.path().join("keystore.db"),
+        state_dir.join("keystore.db"),
+    )?;
+    for log in ["keystore.db-wal", "keystore.db-shm"] {
+        if state_dir.join(log).exists() {
+            fs::remove_file(state_dir.join(log))?;
+        }
+    }
+    Ok(changed)
 }
 
 #[cfg(test)]

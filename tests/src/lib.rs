@@ -53,7 +53,7 @@ pub use deadline::wait_until;
 pub use domain::{DomainSpec, Firmware};
 pub use guest::{BOOT_DEADLINE, Guest, guest_image};
 pub use host::{Host, HostBuilder};
-pub use keys::{KeptEnvelope, RootKey, kept_envelopes, sealed_root};
+pub use keys::{KeptEnvelope, RootKey, edit_keystore, kept_envelopes, sealed_root};
 pub use namespace::Namespace;
 pub use observed::{Strace, core_image};
 pub use openable::temporaries;

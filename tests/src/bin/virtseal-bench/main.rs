@@ -1,7 +1,7 @@
 //! `make bench`: what virtseal promises about time and memory, each figure next to a peer measured in the same run.
 //!
 //! ```text
-//! virtseal-bench [volume|hook|prepare|start]...
+//! virtseal-bench [volume|hook|prepare|start|sweep]...
 //! ```
 //!
 //! Prints a table, writes `target/bench/results.json` (see [`figure::Figure`]) and ends with exit status 1 where a
@@ -16,6 +16,7 @@ mod inside;
 mod prepare;
 mod samples;
 mod start;
+mod sweep;
 mod volume;
 
 use std::env;
@@ -29,11 +30,12 @@ use virtseal_e2e::SealedHost;
 use figure::Figure;
 
 const RESULTS: &str = "target/bench/results.json";
-const EXPERIMENTS: [(&str, Experiment); 4] = [
+const EXPERIMENTS: [(&str, Experiment); 5] = [
     ("volume", volume::measure),
     ("hook", hook::measure),
     ("prepare", prepare::measure),
     ("start", start::measure),
+    ("sweep", sweep::measure),
 ];
 
 type Experiment = fn(&mut SealedHost) -> Result<Vec<Figure>>;
