@@ -7,6 +7,9 @@ use serde::Serialize;
 pub(crate) enum Target {
     AtMost(f64),
     AtLeast(f64),
+    Exactly(f64),
+    /// It depends on what is bought: to be looked at, not to be reached.
+    Nothing,
 }
 
 /// One line of the results.
@@ -20,7 +23,7 @@ pub(crate) struct Figure {
     pub(crate) unit: &'static str,
     /// What it was held against in the same run, with both sides' measured values and the number of samples.
     pub(crate) peer: String,
-    /// `<= N` or `>= N`, in `unit`.
+    /// `<= N`, `>= N` or `= N`, in `unit`; or `none`.
     pub(crate) target: String,
     /// Whether it was reached.
     pub(crate) ok: bool,
@@ -32,6 +35,8 @@ impl Figure {
         let (target, ok) = match target {
             Target::AtMost(most) => (format!("<= {most}"), value <= most),
             Target::AtLeast(least) => (format!(">= {least}"), value >= least),
+            Target::Exactly(wanted) => (format!("= {wanted}"), value == wanted),
+            Target::Nothing => ("none".to_owned(), true),
         };
         Self {
             name: name.to_owned(),
@@ -82,5 +87,6 @@ mod tests {
         let ok = |value, target| Figure::new("", value, "x", target, String::new()).ok;
         assert!(ok(1.5, Target::AtMost(1.5)) && !ok(1.51, Target::AtMost(1.5)));
         assert!(ok(50.0, Target::AtLeast(50.0)) && !ok(49.9, Target::AtLeast(50.0)));
+        assert!(ok(1.0, Target::Exactly(1.0)) && !ok(2.0, Target::Exactly(1.0)) && ok(7.0, Target::Nothing));
     }
 }

@@ -1,7 +1,7 @@
 //! `make bench`: what virtseal promises about time and memory, each figure next to a peer measured in the same run.
 //!
 //! ```text
-//! virtseal-bench [volume|hook|prepare|start|sweep]...
+//! virtseal-bench [volume|hook|prepare|start|sweep|unwraps|kms]...
 //! ```
 //!
 //! Prints a table, writes `target/bench/results.json` (see [`figure::Figure`]) and ends with exit status 1 where a
@@ -13,10 +13,12 @@
 mod figure;
 mod hook;
 mod inside;
+mod kms;
 mod prepare;
 mod samples;
 mod start;
 mod sweep;
+mod unwraps;
 mod volume;
 
 use std::env;
@@ -30,12 +32,14 @@ use virtseal_e2e::SealedHost;
 use figure::Figure;
 
 const RESULTS: &str = "target/bench/results.json";
-const EXPERIMENTS: [(&str, Experiment); 5] = [
+const EXPERIMENTS: [(&str, Experiment); 7] = [
     ("volume", volume::measure),
     ("hook", hook::measure),
     ("prepare", prepare::measure),
     ("start", start::measure),
     ("sweep", sweep::measure),
+    ("unwraps", unwraps::measure),
+    ("kms", kms::measure),
 ];
 
 type Experiment = fn(&mut SealedHost) -> Result<Vec<Figure>>;
