@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use virtseal_e2e::rig::STATE;
 use virtseal_e2e::servers::{Manner, OpenBao, PyKmip, Relay, SoftHsm};
-use virtseal_e2e::{Host, SealedHost, expect_names, wait_until};
+use virtseal_e2e::{Host, KeptEnvelope, SealedHost, expect_names, kept_envelopes, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -179,4 +180,111 @@ fn kmip_vm_starts_unless_locked_or_all_nodes_are_dead() -> Result<()> {
     )?;
     nodes[1].be(Manner::Forward)?;
     starts(&sealed, "onkms").map(drop)
+}
+
+/// As docs/providers/kmip.md has it, step by step.
+#[test]
+fn kmip_trust_comes_about_by_the_manuals_commands() -> Result<()> {
+    let (stage, kms) = (Stage::shared()?, PyKmip::start()?);
+    let sealed = stage.take_turn();
+    let file = |name: &str| kms.directory().join(name).display().to_string();
+    let virtseal = |arguments: &str| {
+        let arguments: Vec<_> = arguments.split(' ').collect();
+        sealed.virtseal(&arguments)
+    };
+    let shown = |wanted: &str| expect_names(&state(&sealed, "manual")?, &[wanted]);
+    virtseal(&format!(
+        "provider add kmip manual --endpoint 127.0.0.1:{}",
+        kms.port()
+    ))?
+    .succeeded()?;
+
+    let fingerprint = openssl_prints(&[
+        "x509",
+        "-in",
+        &file("server.pem"),
+        "-noout",
+        "-fingerprint",
+        "-sha256",
+    ])?;
+    let (_, fingerprint) = fingerprint.trim().split_once('=').context("no fingerprint")?;
+    let wrong = format!("00{}", fingerprint.get(2..).context("a short fingerprint")?);
+    let refused = virtseal(&format!("provider trust manual --fingerprint {wrong} --yes"))?.refused()?;
+    expect_names(&refused, &[&wrong, fingerprint])?;
+    virtseal(&format!(
+        "provider trust manual --fingerprint {fingerprint} --yes"
+    ))?
+    .succeeded()?;
+
+    let server = std::fs::read(file("server.pem"))?;
+    let other = kms.authority.server(90)?.certificate;
+    let (ca, list) = (file("ca.pem"), file("ca.crl"));
+    let by_ca = format!("provider trust manual --ca {ca} --crl {list} --yes");
+    std::fs::write(&list, kms.authority.revocation_list(&[&server])?)?;
+    expect_names(&virtseal(&by_ca)?.refused()?, &["revoked"])?;
+    std::fs::write(&list, kms.authority.revocation_list(&[&other])?)?;
+    virtseal(&by_ca)?.succeeded()?;
+    shown("not trusted by KMS")?;
+
+    let (request, signed) = (file("host.csr"), file("host.pem"));
+    virtseal(&format!("provider csr manual -o {request}"))?.succeeded()?;
+    std::fs::write(&signed, kms.authority.sign(&std::fs::read(&request)?, 90)?)?;
+    virtseal(&format!("provider identity manual --cert {signed}"))?.succeeded()?;
+    shown("Ready")
+}
+
+fn openssl_prints(arguments: &[&str]) -> Result<String> {
+    let output = std::process::Command::new("openssl")
+        .args(arguments)
+        .output()
+        .context("openssl did not start: install openssl")?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// As docs/providers/transit.md has it: a shared key, a token, and the way to the key of a disk without virtseal.
+#[test]
+fn transit_keys_are_found_by_the_manuals_commands() -> Result<()> {
+    let (stage, bao) = (Stage::shared()?, OpenBao::start()?);
+    let sealed = stage.take_turn();
+    bao.bao(&["write", "-f", "transit/keys/virtseal-hosts", "derived=true"])?;
+    let token = bao.bao(&[
+        "token",
+        "create",
+        "-policy=virtseal",
+        "-period=24h",
+        "-orphan",
+        "-field=token",
+    ])?;
+    let address = format!("http://127.0.0.1:{}", bao.port());
+    let add = ["provider", "add", "transit", "shared", "--address", &address];
+    let shared = ["--kek-scope", "provider", "--key", "virtseal-hosts"];
+    sealed.virtseal(&[&add[..], &shared].concat())?.succeeded()?;
+    let unlock = ["provider", "unlock", "shared", "--passphrase-file", "-"];
+    sealed.virtseal_reading(&token, &unlock)?.succeeded()?;
+    seal_under(&sealed, "shared", "onshared")?;
+    starts(&sealed, "onshared")?;
+
+    let envelopes = kept_envelopes(&sealed.host().path(STATE))?;
+    let of_shared = |envelope: &&KeptEnvelope| {
+        envelope
+            .stanza("kek")
+            .is_ok_and(|kek| kek.starts_with("virtseal-hosts/"))
+    };
+    let envelope = envelopes
+        .iter()
+        .find(of_shared)
+        .context("no envelope of the shared key")?;
+    let (name, rest) = envelope.stanza("kek")?.split_once('/').context("no context")?;
+    let (uuid, version) = rest.split_once(":v").context("no version")?;
+    let plain = bao.bao(&[
+        "write",
+        "-field=plaintext",
+        &format!("transit/decrypt/{name}"),
+        &format!("ciphertext=vault:v{version}:{}", envelope.stanza("body")?),
+        &format!("context={}", openssl::base64::encode_block(uuid.as_bytes())),
+    ])?;
+    // 64 bytes.
+    ensure!(plain.len() == 88, "{} characters", plain.len());
+    Ok(())
 }

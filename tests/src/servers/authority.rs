@@ -9,9 +9,9 @@ use openssl::bn::{BigNum, MsbOption};
 use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
-use openssl::pkey::{PKey, Private};
+use openssl::pkey::{HasPublic, PKey, PKeyRef, Private};
 use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, KeyUsage, SubjectAlternativeName};
-use openssl::x509::{X509, X509Builder, X509Name, X509NameBuilder, X509NameRef};
+use openssl::x509::{X509, X509Builder, X509Name, X509NameBuilder, X509NameRef, X509Req};
 
 /// A certificate and its key, both PEM.
 pub struct Certified {
@@ -66,6 +66,25 @@ impl Authority {
     /// OpenSSL's.
     pub fn server(&self, days: i64) -> Result<Certified> {
         self.issue("kms", days, true)
+    }
+
+    /// The client's certificate (PEM) that a request (PEM) asks for.
+    ///
+    /// # Errors
+    /// It is no request, or not signed by its key.
+    pub fn sign(&self, request: &[u8], days: i64) -> Result<Vec<u8>> {
+        let request = X509Req::from_pem(request)?;
+        let key = request.public_key()?;
+        ensure!(request.verify(&key)?, "the request is not signed by its key");
+        let mut builder = builder(
+            request.subject_name(),
+            self.certificate.subject_name(),
+            &key,
+            days,
+        )?;
+        builder.append_extension(ExtendedKeyUsage::new().client_auth().build()?)?;
+        builder.sign(&self.key, MessageDigest::sha256())?;
+        Ok(builder.build().to_pem()?)
     }
 
     /// Its revocation list (PEM), with the certificates `revoked` (PEM) in it.
@@ -138,10 +157,10 @@ fn named(cn: &str) -> Result<X509Name> {
     Ok(name.build())
 }
 
-fn builder(
+fn builder<K: HasPublic>(
     subject: &X509NameRef,
     issuer: &X509NameRef,
-    key: &PKey<Private>,
+    key: &PKeyRef<K>,
     days: i64,
 ) -> Result<X509Builder> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
