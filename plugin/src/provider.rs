@@ -9,6 +9,7 @@ pub mod native;
 pub mod pkcs11;
 pub mod registry;
 mod revocation;
+mod timed;
 pub mod transit;
 
 #[cfg(test)]

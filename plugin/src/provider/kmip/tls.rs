@@ -3,7 +3,7 @@
 //! The server's certificate is judged inside the handshake: an impostor gets neither a request nor a password.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +24,7 @@ use super::identity::Identity;
 use super::message::printable;
 use super::store::ServerTrust;
 use crate::provider::revocation;
+use crate::provider::timed::Timed;
 
 /// Both sides of the trust, ready to connect with.
 pub(super) struct Tls {
@@ -327,49 +328,6 @@ fn remaining(deadline: Instant) -> Result<Duration, Failed> {
         return Err(Failed::Io("connect timed out".into()));
     }
     Ok(left)
-}
-
-/// A connection whose every read and write together end at one deadline, however slowly the other side drips.
-#[derive(Debug)]
-struct Timed {
-    stream: TcpStream,
-    deadline: Instant,
-}
-
-impl Timed {
-    fn left(&self) -> io::Result<Duration> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        Ok(left)
-    }
-}
-
-/// OpenSSL would take WouldBlock for "try again".
-fn timed_out<T>(result: io::Result<T>) -> io::Result<T> {
-    result.map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
-        _ => error,
-    })
-}
-
-impl Read for Timed {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(Some(self.left()?))?;
-        timed_out(self.stream.read(buffer))
-    }
-}
-
-impl Write for Timed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(Some(self.left()?))?;
-        timed_out(self.stream.write(bytes))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.stream.flush()
-    }
 }
 
 /// An open connection to a trusted server.
