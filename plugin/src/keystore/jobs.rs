@@ -3,7 +3,7 @@
 //! The envelopes of a batch, where the job is, and what it left behind change in one transaction. So each envelope is
 //! visited once, whenever the daemon dies.
 
-use rusqlite::{Connection, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::copies::{self, CopyPlace};
 use super::envelopes::{self, EnvelopeRecord};
@@ -49,7 +49,7 @@ impl JobState {
 /// Which envelopes a job goes through now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
-    /// All of them, in the order of their ids.
+    /// All of them, in the order in which they came here: one that is made meanwhile comes last.
     All,
     /// Those that it left behind and that may open by now.
     Left,
@@ -66,7 +66,7 @@ pub struct JobRecord {
     pub state: JobState,
     /// Which envelopes it goes through.
     pub pass: Pass,
-    /// The last envelope of the pass that it has seen; none yet, if empty.
+    /// The row of the last envelope of the pass that it has seen; none yet, if empty.
     pub cursor: String,
     /// How many envelopes there were when it began.
     pub total: u64,
@@ -165,13 +165,14 @@ impl Keystore {
         self.read(|connection| match job.pass {
             Pass::All => envelopes::select(
                 connection,
-                "WHERE id > ?1 ORDER BY id LIMIT ?2",
+                "WHERE rowid > CAST(?1 AS INTEGER) ORDER BY rowid LIMIT ?2",
                 params![job.cursor, most],
             ),
             Pass::Left => envelopes::select(
                 connection,
-                "WHERE id > ?1 AND id IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 1)
-                 ORDER BY id LIMIT ?2",
+                "WHERE rowid > CAST(?1 AS INTEGER)
+                 AND id IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 1)
+                 ORDER BY rowid LIMIT ?2",
                 params![job.cursor, most, job.id.0],
             ),
         })
@@ -186,7 +187,7 @@ impl Keystore {
             if before.state != JobState::Running {
                 return Ok(before);
             }
-            let (mut changed, mut cursor) = (0, before.cursor.clone());
+            let (mut changed, mut cursor) = (0, before.cursor.parse().unwrap_or(0));
             for verdict in verdicts {
                 let (id, outcome) = match verdict {
                     Verdict::Unchanged(id) => (*id, None),
@@ -197,16 +198,16 @@ impl Keystore {
                     changed += 1;
                 }
                 note(transaction, job, id, outcome)?;
-                cursor = cursor.max(id.to_string());
+                cursor = cursor.max(row_of(transaction, id)?);
             }
             let seen = match before.pass {
                 Pass::All => verdicts.len(),
                 Pass::Left => 0,
             };
             transaction.execute(
-                "UPDATE jobs SET cursor = ?2, seen = seen + ?3, changed = changed + ?4, waiting = '', updated = ?5
+                "UPDATE jobs SET cursor = ?2, seen = seen + ?3, total = max(total, seen + ?3), changed = changed + ?4, waiting = '', updated = ?5
                  WHERE id = ?1",
-                params![job.0, cursor, seen as i64, changed, now()],
+                params![job.0, cursor.to_string(), seen as i64, changed, now()],
             )?;
             find(transaction, job)
         })
@@ -263,6 +264,15 @@ impl Keystore {
             find(transaction, job)
         })
     }
+}
+
+/// Where an envelope is in the order in which they came; 0 for one that is gone.
+fn row_of(transaction: &Transaction, id: EnvelopeId) -> Result<i64, StoreFault> {
+    let row = transaction
+        .prepare_cached("SELECT rowid FROM envelopes WHERE id = ?1")?
+        .query_row([id.to_string()], |row| row.get(0))
+        .optional()?;
+    Ok(row.unwrap_or(0))
 }
 
 /// Puts `new` in the place of `old`, if that is still there.

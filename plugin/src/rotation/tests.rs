@@ -365,6 +365,25 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
 }
 
 #[test]
+fn what_is_sealed_meanwhile_is_not_forgotten() {
+    let mut host = Host::with_envelopes(10);
+    let job = host.start(&Task::Move {
+        from: host.main.id(),
+        to: host.spare.id(),
+        vm: None,
+    });
+    for _ in 0..8 {
+        host.step(1);
+        host.seal(Some("main"));
+    }
+    let ended = host.run();
+    assert_eq!((ended.id, ended.state, ended.changed), (job, JobState::Done, 18));
+    assert_eq!((ended.total, ended.seen), (18, 18));
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
 fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
     let host = Host::with_envelopes(10);
     let task = Task::AddRecipient {
