@@ -34,7 +34,7 @@ pub(crate) fn measure(sealed: &mut SealedHost) -> Result<Vec<Figure>> {
         sealed.virtseal(&unlock)?.succeeded().map(drop)
     };
     let mut figures = vec![
-        round_trips(sealed, &on_kms, &nodes[0], "kms", &unlock_kms)?,
+        round_trips(sealed, &on_kms, &nodes[0], "kms", unlock_kms)?,
         round_trips(sealed, &on_vault, &before_bao, "vault", || {
             bao.unlock(sealed, "vault")
         })?,
@@ -43,7 +43,7 @@ pub(crate) fn measure(sealed: &mut SealedHost) -> Result<Vec<Figure>> {
         (Manner::Dead, "connection refused"),
         (Manner::Silent, "black hole"),
     ] {
-        figures.extend(dead_node(sealed, &on_kms, &nodes[0], manner, what, &unlock_kms)?);
+        figures.extend(dead_node(sealed, &on_kms, &nodes[0], manner, what, unlock_kms)?);
     }
     Ok(figures)
 }
