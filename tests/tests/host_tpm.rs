@@ -92,7 +92,7 @@ impl Rig {
             &said,
             &[
                 "unlocks 'main' when virtseald starts",
-                "PCR 7",
+                "PCR 7 is what it is now",
                 "Keep the passphrase",
             ],
         )

@@ -139,7 +139,7 @@ async fn tpm(args: &TpmArgs, client: &mut Client, printer: &Printer) -> Result<(
         .call(async |host| host.enroll_tpm(name, pcrs).await)
         .await?;
     printer.done(&format!(
-        "The TPM unlocks '{name}' when virtseald starts, while PCR {} stays as it is now. Keep the passphrase: it unlocks \
+        "The TPM unlocks '{name}' when virtseald starts, while PCR {} is what it is now. Keep the passphrase: it unlocks \
          '{name}' whatever changes",
         pcrs.unwrap_or("7")
     ))

@@ -19,7 +19,7 @@ pub struct TpmSeal {
 }
 
 impl Keystore {
-    /// Puts `seal` in the place of the one there is, if any.
+    /// Puts `seal` in the place of the one there is, if any: that one may ask for less, and opens nothing any more.
     ///
     /// # Errors
     /// [`KeystoreError::UnknownProvider`], and when a later root key has come meanwhile: it would be missing.
@@ -45,7 +45,8 @@ impl Keystore {
                 ],
             )?;
             Ok(())
-        })
+        })?;
+        self.forget_deleted_rows()
     }
 
     /// The one of `provider`.
@@ -94,6 +95,8 @@ fn newest_generation(connection: &Connection, provider: ProviderId) -> Result<u3
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
     use crate::keystore::NativeRoot;
 
@@ -114,6 +117,13 @@ mod tests {
         }
     }
 
+    fn is_on_disk(dir: &Path, text: &[u8]) -> bool {
+        std::fs::read_dir(dir).unwrap().any(|file| {
+            let bytes = std::fs::read(file.unwrap().path()).unwrap();
+            bytes.windows(text.len()).any(|window| window == text)
+        })
+    }
+
     #[test]
     fn there_is_one_at_the_most_and_it_goes_without_a_trace() {
         let dir = tempfile::tempdir().unwrap();
@@ -129,17 +139,17 @@ mod tests {
         keystore.put_tpm_seal(id, &seal(1)).unwrap();
         keystore.insert_native_generation(id, &root(2)).unwrap();
         assert!(keystore.put_tpm_seal(id, &seal(1)).is_err());
-        keystore.put_tpm_seal(id, &seal(2)).unwrap();
+        let roots = b"stricter".to_vec();
+        keystore.put_tpm_seal(id, &TpmSeal { roots, ..seal(2) }).unwrap();
+        assert!(!is_on_disk(dir.path(), b"ciphertext"));
+        assert!(is_on_disk(dir.path(), b"stricter"));
         let found = keystore.tpm_seal(id).unwrap().unwrap();
         assert_eq!(found.generation, 2);
         assert!(found.enrolled > 0);
 
         assert_eq!(keystore.delete_tpm_seal(id).unwrap(), Change::Changed);
         assert_eq!(keystore.delete_tpm_seal(id).unwrap(), Change::Unchanged);
-        for file in std::fs::read_dir(dir.path()).unwrap() {
-            let bytes = std::fs::read(file.unwrap().path()).unwrap();
-            assert!(!bytes.windows(10).any(|window| window == b"ciphertext"));
-        }
+        assert!(!is_on_disk(dir.path(), b"stricter"));
         assert!(keystore.native_root(id).unwrap().is_some());
     }
 

@@ -6,7 +6,7 @@ use std::error::Error as StdError;
 use tss_esapi::attributes::{ObjectAttributesBuilder, SessionAttributesBuilder};
 use tss_esapi::constants::SessionType;
 use tss_esapi::constants::response_code::{Tss2ResponseCode, Tss2ResponseCodeKind as Kind};
-use tss_esapi::handles::{KeyHandle, PersistentTpmHandle, TpmHandle};
+use tss_esapi::handles::{KeyHandle, PersistentTpmHandle, SessionHandle, TpmHandle};
 use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
 use tss_esapi::interface_types::ecc::EccCurve;
 use tss_esapi::interface_types::resource_handles::Hierarchy;
@@ -98,24 +98,29 @@ impl Session {
         let public = Public::unmarshall(&sealed.public).map_err(|_| TpmError::Damaged)?;
         let private = Private::try_from(&sealed.private[..]).map_err(|_| TpmError::Damaged)?;
         let encrypted = self.encrypted_session(key, true)?;
+        let loaded = self
+            .context
+            .execute_with_session(Some(encrypted), |context| context.load(key, private, public));
+        // Many a TPM has room for three sessions, and two are to come.
         self.context
-            .execute_with_session(Some(encrypted), |context| context.load(key, private, public))
-            .map_err(|error| match kind(error) {
-                // The storage key is the one that it was sealed under.
-                Some(
-                    Kind::Integrity
-                    | Kind::Size
-                    | Kind::Value
-                    | Kind::Type
-                    | Kind::Attributes
-                    | Kind::Hash
-                    | Kind::Scheme
-                    | Kind::Insufficient
-                    | Kind::Binding
-                    | Kind::Sensitive,
-                ) => TpmError::Damaged,
-                _ => failed("loading what was sealed")(error),
-            })
+            .flush_context(SessionHandle::from(encrypted).into())
+            .map_err(failed("ending a session"))?;
+        loaded.map_err(|error| match kind(error) {
+            // The storage key is the one that it was sealed under.
+            Some(
+                Kind::Integrity
+                | Kind::Size
+                | Kind::Value
+                | Kind::Type
+                | Kind::Attributes
+                | Kind::Hash
+                | Kind::Scheme
+                | Kind::Insufficient
+                | Kind::Binding
+                | Kind::Sensitive,
+            ) => TpmError::Damaged,
+            _ => failed("loading what was sealed")(error),
+        })
     }
 
     /// The storage key: the persistent one where there is one, for it works without the owner's password.
