@@ -77,7 +77,11 @@ async fn serve(
     let listener = tokio::net::UnixListener::from_std(listener)?;
     unlock_from_credentials(&daemon);
     for unlock in daemon.to_unlock_by_tpm() {
-        spawn_local(unlock_by_tpm(Arc::clone(&daemon), Arc::new(unlock)));
+        spawn_local(unlock_by_tpm(
+            Arc::clone(&daemon),
+            Arc::new(unlock),
+            Arc::clone(&code),
+        ));
     }
     spawn_local(listener::serve(listener, Arc::clone(&daemon)));
     spawn_local(watch_libvirt(Arc::clone(&daemon), code));
@@ -212,12 +216,14 @@ fn unlock_from_credentials(daemon: &Arc<Daemon>) {
 }
 
 /// Tries again for a while: the TPM's driver may come later than this daemon, or others use the TPM first.
-async fn unlock_by_tpm(daemon: Arc<Daemon>, unlock: Arc<TpmUnlock>) {
+async fn unlock_by_tpm(daemon: Arc<Daemon>, unlock: Arc<TpmUnlock>, code: Arc<LinkedCode>) {
     const PATIENCE: Duration = Duration::from_secs(120);
     let mut wait = Duration::from_millis(500);
     while wait < PATIENCE {
         let (daemon, unlock) = (Arc::clone(&daemon), Arc::clone(&unlock));
         if spawn_blocking(move || daemon.try_to_unlock(&unlock)).await.ok() != Some(Tried::Again) {
+            // The library of the TPM is not needed again before long.
+            code.release();
             return;
         }
         tokio::time::sleep(wait).await;
