@@ -1,7 +1,7 @@
 //! A host that comes up by itself: its TPM unlocks a native provider, and the passphrase does whatever the TPM says.
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -53,9 +53,9 @@ impl Rig {
             "host-tpm",
             &["swtpm", "socket", "--tpm2", state, flags, &server, &control],
         )?);
-        // Not the port of the commands: it serves one client at a time.
+        let port = self.port;
         wait_until(PATIENCE, "swtpm to listen", || {
-            Ok(TcpStream::connect(("127.0.0.1", self.port + 1)).ok().map(drop))
+            Ok((listens(port)? && listens(port + 1)?).then_some(()))
         })
     }
 
@@ -260,6 +260,12 @@ fn a_rotation_takes_the_tpm_along() -> Result<()> {
     rig.restart()?;
     rig.expect_state("NotBackedUp")?;
     rig.sealed.start_paused("web01")
+}
+
+/// Without a connection, which would be a client: swtpm serves one at a time. See proc_net_tcp(5): address, then state.
+fn listens(port: u16) -> Result<bool> {
+    let listening = format!(": 0100007F:{port:04X} 00000000:0000 0A ");
+    Ok(fs::read_to_string("/proc/net/tcp")?.contains(&listening))
 }
 
 /// The TSS wants the control channel one port above the commands.

@@ -1,7 +1,7 @@
 //! A TPM for tests: a real swtpm with a state of its own.
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -102,6 +102,12 @@ fn free_pair_of_ports() -> u16 {
     }
 }
 
+/// Without a connection, which would be a client: swtpm serves one at a time. See proc_net_tcp(5): address, then state.
+fn listens(port: u16) -> bool {
+    let listening = format!(": 0100007F:{port:04X} 00000000:0000 0A ");
+    fs::read_to_string("/proc/net/tcp").unwrap().contains(&listening)
+}
+
 fn power_on(state: &Path, port: u16) -> Option<Child> {
     let log = state.join("log");
     let mut swtpm = Command::new("swtpm")
@@ -115,14 +121,13 @@ fn power_on(state: &Path, port: u16) -> Option<Child> {
         .spawn()
         .expect("swtpm can't be started: install the package swtpm");
     let started = Instant::now();
-    // The control channel: a connection to the other would be a client, of which it serves one at a time.
-    while TcpStream::connect(("127.0.0.1", port + 1)).is_err() {
+    while !(listens(port) && listens(port + 1)) {
         if swtpm.try_wait().unwrap().is_some() {
             return None;
         }
         assert!(
             started.elapsed() < Duration::from_secs(20),
-            "swtpm opened no control channel"
+            "swtpm opened no port"
         );
         std::thread::sleep(Duration::from_millis(2));
     }
