@@ -25,6 +25,13 @@ pub struct ProviderView {
     pub state: String,
     /// Why, where there is more to say than the state does.
     pub reason: Option<String>,
+    /// Since when it has been in this state, as far as virtseald has seen: RFC 3339, UTC.
+    pub since: String,
+    /// When its server or token last did as asked: RFC 3339, UTC. None if it has not since virtseald started, or if there
+    /// is neither.
+    pub last_answer: Option<String>,
+    /// What is about to go wrong, such as a certificate that ends within 30 days.
+    pub warnings: Vec<String>,
     /// Whether new envelopes go to it.
     pub is_default: bool,
     /// How many envelopes it has a stanza in.

@@ -582,7 +582,8 @@ async fn vm(command: VmCommand, client: &mut Client, printer: &Printer) -> Resul
             let outcome = client
                 .call(async |host| host.seal_vm(&vm, provider.as_deref(), dry_run).await)
                 .await?;
-            printer.outcome(&outcome, dry_run)
+            printer.outcome(&outcome, dry_run)?;
+            warn_of_providers(client, printer).await
         }
         VmCommand::Unseal { vm, dry_run } => {
             let outcome = client
@@ -604,13 +605,21 @@ async fn vm(command: VmCommand, client: &mut Client, printer: &Printer) -> Resul
                 .await?;
             printer.receipt(&receipt)
         }
-        VmCommand::Status { vm } => printer.vms(
-            &client
+        VmCommand::Status { vm } => {
+            let shown = client
                 .call(async |host| host.vm_status(vm.as_deref()).await)
-                .await?
-                .vms,
-        ),
+                .await?;
+            printer.vms(&shown.vms)?;
+            warn_of_providers(client, printer).await
+        }
     }
+}
+
+/// Says what is about to go wrong with them.
+async fn warn_of_providers(client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let known = client.call(async |host| host.list_providers().await).await?;
+    printer.warnings(&known.providers);
+    Ok(())
 }
 
 async fn audit(command: AuditCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {

@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 
 use crate::envelope::Envelope;
+use crate::provider::registry::Registry;
 use crate::tpm::Tcti;
 
 /// The most envelopes that a job may have in memory.
@@ -36,6 +37,9 @@ pub struct Config {
     /// The most time that a provider gets for one call.
     #[serde(deserialize_with = "duration")]
     pub provider_deadline: Duration,
+    /// How often each provider is asked how it is.
+    #[serde(deserialize_with = "duration")]
+    pub probe_interval: Duration,
     /// Where libvirt keeps vTPM state, a directory per VM UUID.
     pub swtpm_dir: PathBuf,
     /// Where new UEFI variable stores go when the domain names none.
@@ -62,6 +66,7 @@ impl Default for Config {
             libvirt_uri: "qemu:///system".into(),
             hook_deadline: Duration::from_secs(10),
             provider_deadline: Duration::from_secs(5),
+            probe_interval: Registry::PROBE_INTERVAL,
             swtpm_dir: "/var/lib/libvirt/swtpm".into(),
             nvram_dir: "/var/lib/libvirt/qemu/nvram".into(),
             recipients: Vec::new(),
@@ -76,13 +81,14 @@ impl Default for Config {
 impl Config {
     /// Where the package puts it.
     pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
-    const KEYS: [&str; 13] = [
+    const KEYS: [&str; 14] = [
         "socket",
         "socket_group",
         "state_dir",
         "libvirt_uri",
         "hook_deadline",
         "provider_deadline",
+        "probe_interval",
         "swtpm_dir",
         "nvram_dir",
         "recipients",

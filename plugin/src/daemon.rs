@@ -79,6 +79,7 @@ impl Daemon {
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         registry.set_recipients(config.recipients.clone());
         let headers = Headers::interrupted(keystore.journaled_headers()?);
+        registry.set_probe_interval(config.probe_interval);
         let audit = AuditLog::open(&dir.join(AuditLog::FILE))
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         Ok(Self {
@@ -112,6 +113,7 @@ impl Daemon {
         ];
         self.registry.set_deadline(new.provider_deadline);
         self.registry.set_recipients(new.recipients.clone());
+        self.registry.set_probe_interval(new.probe_interval);
         *config = Config {
             socket: config.socket.clone(),
             socket_group: config.socket_group.clone(),

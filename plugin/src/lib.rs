@@ -15,6 +15,7 @@ pub mod keystore;
 pub mod libvirt;
 pub mod lifecycle;
 pub mod listener;
+pub mod local_time;
 pub mod process;
 pub mod provider;
 pub mod rotation;

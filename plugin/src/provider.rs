@@ -17,6 +17,7 @@ mod conformance;
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -34,6 +35,20 @@ pub trait KeyProvider: Send + Sync {
 
     /// Whether it can wrap and unwrap now.
     fn status(&self) -> ProviderStatus;
+
+    /// Asks its server or token how it is; returns when `status` has the answer, or when time is up. A kind whose keys are
+    /// on this host has nobody to ask.
+    fn probe(&self) {}
+
+    /// When its server or token last did as asked; `None` if it has not since virtseald started, or if there is none.
+    fn last_answer(&self) -> Option<SystemTime> {
+        None
+    }
+
+    /// What is about to go wrong while everything works, such as a certificate that ends soon.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// Makes the KEK for `scope`, or names the one there is.
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError>;

@@ -146,7 +146,7 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
     )?;
     rig.enroll()?;
     let shown = rig.virtseal(&["provider", "show", "main"])?;
-    expect_names(&shown, &["Unlocked by: passphrase; TPM (PCR 7, since 20"])?;
+    expect_names(&shown, &["unlocked by  passphrase; TPM (PCR 7, since 20"])?;
 
     rig.power_on()?;
     rig.restart()?;

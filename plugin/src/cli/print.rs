@@ -10,6 +10,7 @@ use crate::api::{
     ProviderView, Receipt, ServerView, VmView, VolumeProgress,
 };
 use crate::failure::{Code, Failure};
+use crate::local_time::{parse_rfc3339, time_of_day};
 
 /// Prints to standard output, as tables or as JSON; hints and warnings go to standard error.
 pub(super) struct Printer {
@@ -44,24 +45,65 @@ impl Printer {
             return json(&providers);
         }
         let rows = providers.iter().map(|provider| {
-            let name = format!(
-                "{}{}",
-                provider.name,
-                if provider.is_default { " (default)" } else { "" }
-            );
-            let state = match &provider.reason {
-                Some(reason) => format!("{} ({reason})", provider.state),
-                None => provider.state.clone(),
-            };
             vec![
-                name,
+                provider_name(provider),
                 provider.kind.clone(),
-                state,
+                provider_state(provider),
+                local(Some(&provider.since)),
+                local(provider.last_answer.as_deref()),
                 provider.envelopes.to_string(),
                 provider.id.clone(),
             ]
         });
-        table(&["PROVIDER", "KIND", "STATE", "ENVELOPES", "ID"], rows)
+        let header = [
+            "PROVIDER",
+            "KIND",
+            "STATE",
+            "SINCE",
+            "LAST ANSWER",
+            "ENVELOPES",
+            "ID",
+        ];
+        table(&header, rows)?;
+        self.warnings(providers);
+        Ok(())
+    }
+
+    /// The same, each with all there is to say of it.
+    pub(super) fn provider(&self, providers: &[ProviderView]) -> Result<(), Failure> {
+        if self.json {
+            return json(&providers);
+        }
+        for provider in providers {
+            line(&provider_name(provider))?;
+            line(&format!("  kind         {}", provider.kind))?;
+            line(&format!("  id           {}", provider.id))?;
+            line(&format!("  state        {}", provider_state(provider)))?;
+            line(&format!("  since        {}", local(Some(&provider.since))))?;
+            line(&format!(
+                "  last answer  {}",
+                local(provider.last_answer.as_deref())
+            ))?;
+            line(&format!("  envelopes    {}", provider.envelopes))?;
+            if !provider.unlocked_by.is_empty() {
+                line(&format!("  unlocked by  {}", provider.unlocked_by.join("; ")))?;
+            }
+            self.provider_warnings(provider);
+        }
+        Ok(())
+    }
+
+    /// What is about to go wrong with a provider that this command did not ask about, but may need.
+    pub(super) fn warnings(&self, providers: &[ProviderView]) {
+        providers
+            .iter()
+            .for_each(|provider| self.provider_warnings(provider));
+    }
+
+    fn provider_warnings(&self, provider: &ProviderView) {
+        for warning in &provider.warnings {
+            self.warn(&format!("provider '{}': {warning}", provider.name));
+        }
     }
 
     /// For people who compare fingerprints, on standard error: what follows may be asked for as JSON.
@@ -290,6 +332,24 @@ fn hanging(vms: &[VmView]) -> Vec<String> {
         )
     };
     by_provider.into_iter().map(text).collect()
+}
+
+fn provider_name(provider: &ProviderView) -> String {
+    let default = if provider.is_default { " (default)" } else { "" };
+    format!("{}{default}", provider.name)
+}
+
+fn provider_state(provider: &ProviderView) -> String {
+    match &provider.reason {
+        Some(reason) => format!("{} ({reason})", provider.state),
+        None => provider.state.clone(),
+    }
+}
+
+/// A time from the daemon, as a person here would write it.
+fn local(time: Option<&str>) -> String {
+    time.and_then(parse_rfc3339)
+        .map_or_else(|| "-".to_owned(), time_of_day)
 }
 
 fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {

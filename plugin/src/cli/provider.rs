@@ -65,7 +65,8 @@ pub(super) async fn run(
             client
                 .call(async |host| host.unlock_provider(&name, fds).await)
                 .await?;
-            printer.done(&format!("'{name}' is unlocked"))
+            printer.done(&format!("'{name}' is unlocked"))?;
+            super::warn_of_providers(client, printer).await
         }
         ProviderCommand::Lock { name } => {
             client.call(async |host| host.lock_provider(&name).await).await?;
@@ -167,11 +168,7 @@ async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), 
                 .next("virtseal provider list"),
         );
     }
-    printer.providers(&all)?;
-    match all[0].unlocked_by.as_slice() {
-        [] => Ok(()),
-        ways => printer.advise(&format!("\nUnlocked by: {}", ways.join("; "))),
-    }
+    printer.provider(&all)
 }
 
 async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {

@@ -8,6 +8,7 @@ use super::Daemon;
 use super::host_tpm::why_locked;
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
+use crate::local_time::rfc3339;
 use crate::provider::kmip::{KmipProvider, KmipProviderError};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
@@ -29,7 +30,7 @@ impl Daemon {
             .map(|known| known.provider().id());
         let view = |known: &Provider| {
             let provider = known.provider();
-            let status = provider.status();
+            let report = self.registry.report(known);
             let uses = envelopes.iter().filter(|record| {
                 record
                     .envelope
@@ -41,9 +42,12 @@ impl Daemon {
                 name: provider.name().to_owned(),
                 id: provider.id().to_string(),
                 kind: known.kind().to_owned(),
-                state: status.as_str().to_owned(),
-                reason: reason(status).or_else(|| why_locked(known)),
+                state: report.status.as_str().to_owned(),
+                reason: reason(report.status).or_else(|| why_locked(known)),
                 unlocked_by: self.ways_in(known),
+                since: rfc3339(report.since),
+                last_answer: report.last_answer.map(rfc3339),
+                warnings: report.warnings,
                 is_default: Some(provider.id()) == default,
                 envelopes: uses.count() as i64,
             }
@@ -141,7 +145,10 @@ impl Daemon {
 
     /// Purges the keys of `name` from memory.
     pub fn lock_provider(&self, name: &str) -> Result<(), Failure> {
-        self.registry.find(name)?.provider().lock();
+        let provider = self.registry.find(name)?;
+        provider.provider().lock();
+        // Notes the time.
+        let _ = self.registry.report(&provider);
         crate::process::trim();
         self.audit_provider("provider-lock", name, &Ok(()));
         Ok(())
@@ -156,6 +163,7 @@ impl Daemon {
             .provider()
             .unlock(&passphrase)
             .map_err(|error| refused(provider.provider(), &error));
+        let _ = self.registry.report(&provider);
         crate::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
         if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {

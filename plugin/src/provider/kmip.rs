@@ -11,9 +11,9 @@
 //! ```
 //!
 //! A KEK is made at the server (Create, Activate) and known by its unique identifier, never by its name. By default
-//! it is fetched for each wrap and unwrap, its state checked in the same request, and forgotten after; `mode: server`
-//! leaves it there and has the server encrypt. A background thread asks every server how it is, so `status` answers
-//! from memory.
+//! it is fetched for each wrap and unwrap, its state checked in the same request, and forgotten after; `mode: server` leaves it
+//! there and has the server encrypt. `probe` asks every server how it is, so `status` answers from
+//! memory.
 
 mod answer;
 mod call;
@@ -35,8 +35,8 @@ mod ttlv;
 #[cfg(test)]
 pub(super) mod fixture;
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, Weak};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -138,16 +138,10 @@ pub struct KmipProvider {
     name: String,
     settings: KmipSettings,
     store: Store,
-    inner: Arc<Inner>,
-    /// One key per scope, also when two callers ask at once.
-    creating: Mutex<()>,
-}
-
-/// What the background thread shares.
-struct Inner {
     cluster: Cluster,
     held: RwLock<Held>,
-    wake: (Mutex<bool>, Condvar),
+    /// One key per scope, also when two callers ask at once.
+    creating: Mutex<()>,
 }
 
 /// What is in memory while unlocked.
@@ -164,11 +158,6 @@ struct Held {
     /// What is on disk and can't be used.
     fault: Option<String>,
 }
-
-/// How long the background thread waits between two probes: also what keeps quiet connections open.
-const PROBE_EVERY: Duration = Duration::from_secs(60);
-/// While something is wrong.
-const PROBE_SOON: Duration = Duration::from_secs(10);
 
 impl KmipProvider {
     /// The kind in the keystore.
@@ -202,16 +191,12 @@ impl KmipProvider {
             id: record.id,
             name: record.name.clone(),
             store: Store::new(keystore.dir(), record.id),
-            inner: Arc::new(Inner {
-                cluster: Cluster::new(&settings.endpoints, settings.kmip_version),
-                held: RwLock::default(),
-                wake: (Mutex::new(false), Condvar::new()),
-            }),
+            cluster: Cluster::new(&settings.endpoints, settings.kmip_version),
+            held: RwLock::default(),
             settings,
             creating: Mutex::default(),
         };
         provider.load();
-        watch(Arc::downgrade(&provider.inner));
         Ok(provider)
     }
 
@@ -224,7 +209,7 @@ impl KmipProvider {
     /// Takes over what is on disk, as far as no passphrase is needed.
     fn load(&self) {
         let (trust, stored) = (self.store.trust(), self.store.identity());
-        let mut held = self.inner.held_mut();
+        let mut held = self.held_mut();
         let mut faults = Vec::new();
         match trust {
             Ok(trust) => held.trust = trust,
@@ -257,12 +242,12 @@ impl KmipProvider {
                 Err(error) => held.fault = Some(format!("TLS can't be set up: {error}")),
             }
         }
-        self.inner.cluster.close(held.epoch);
+        self.cluster.close(held.epoch);
     }
 
     /// What a call connects with.
     fn access(&self) -> Result<Arc<Access>, ProviderError> {
-        let held = self.inner.held();
+        let held = self.held();
         if held.locked {
             return Err(ProviderError::Locked);
         }
@@ -285,15 +270,10 @@ impl KmipProvider {
             provider: self.id,
             provider_name: &self.name,
             mode: self.settings.mode,
-            cluster: &self.inner.cluster,
+            cluster: &self.cluster,
             access,
             deadline: Instant::now() + self.settings.timeout(),
         }
-    }
-
-    /// Asks every server how it is, now.
-    pub fn probe(&self) {
-        self.inner.probe();
     }
 }
 
@@ -310,7 +290,7 @@ impl KeyProvider for KmipProvider {
     }
 
     fn status(&self) -> ProviderStatus {
-        let held = self.inner.held();
+        let held = self.held();
         if held.locked {
             return ProviderStatus::Locked;
         }
@@ -320,7 +300,7 @@ impl KeyProvider for KmipProvider {
         if held.access.is_none() {
             return ProviderStatus::NotTrusted(format!("Not trusted: {NO_TRUST}"));
         }
-        match self.inner.cluster.status() {
+        match self.cluster.status() {
             ClusterStatus::Unknown => ProviderStatus::Unreachable("not asked yet".into()),
             ClusterStatus::Unreachable(why) => ProviderStatus::Unreachable(why),
             ClusterStatus::NotTrusted(why) => ProviderStatus::NotTrusted(format!("Not trusted: {why}")),
@@ -328,11 +308,27 @@ impl KeyProvider for KmipProvider {
                 ProviderStatus::NotTrusted(format!("Connected, not trusted by KMS: {why}"))
             }
             ClusterStatus::Partly(why) => ProviderStatus::Degraded(why),
-            ClusterStatus::Good => match self.warning(&held) {
-                Some(warning) => ProviderStatus::Degraded(warning),
-                None => ProviderStatus::Ready,
+            ClusterStatus::Good => match self.warnings_of(&held) {
+                some if !some.is_empty() => ProviderStatus::Degraded(some.join("; ")),
+                _ => ProviderStatus::Ready,
             },
         }
+    }
+
+    /// Also what keeps quiet connections open.
+    fn probe(&self) {
+        let access = self.held().access.clone();
+        if let Some(access) = access {
+            self.cluster.probe(&access);
+        }
+    }
+
+    fn last_answer(&self) -> Option<SystemTime> {
+        self.cluster.last_answer()
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.warnings_of(&self.held())
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
@@ -366,7 +362,7 @@ impl KeyProvider for KmipProvider {
 
     /// Forgets the private key and closes all connections.
     fn lock(&self) {
-        let mut held = self.inner.held_mut();
+        let mut held = self.held_mut();
         held.locked = true;
         held.locks += 1;
         held.identity = None;
@@ -375,13 +371,13 @@ impl KeyProvider for KmipProvider {
 
     /// Takes the private key from disk again. Where it is not sealed there, any credential does.
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
-        let locks = self.inner.held().locks;
+        let locks = self.held().locks;
         let identity = self.stored_identity(credential)?;
         let trust = self
             .store
             .trust()
             .map_err(|error| ProviderError::Unusable(chain(&error)))?;
-        let mut held = self.inner.held_mut();
+        let mut held = self.held_mut();
         if held.locks != locks {
             return Err(ProviderError::Locked);
         }
@@ -397,6 +393,14 @@ impl KeyProvider for KmipProvider {
 }
 
 impl KmipProvider {
+    fn held(&self) -> RwLockReadGuard<'_, Held> {
+        self.held.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn held_mut(&self) -> RwLockWriteGuard<'_, Held> {
+        self.held.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn stored_identity(&self, credential: &SecretBytes) -> Result<Option<Identity>, ProviderError> {
         let stored = self
             .store
@@ -415,10 +419,10 @@ impl KmipProvider {
     }
 
     /// What is about to go wrong though everything works.
-    fn warning(&self, held: &Held) -> Option<String> {
+    fn warnings_of(&self, held: &Held) -> Vec<String> {
         let leaf = held.identity.as_ref().and_then(|identity| identity.leaf());
         let client = leaf.and_then(|leaf| CertificateFacts::of(leaf).ok()?.warning("the client"));
-        let servers = self.inner.cluster.certificates().into_iter();
+        let servers = self.cluster.certificates().into_iter();
         let mut warnings: Vec<_> = servers
             .filter_map(|(endpoint, facts)| facts.warning(&format!("{endpoint}'s")))
             .collect();
@@ -426,72 +430,12 @@ impl KmipProvider {
         if self.settings.mode == Mode::Server {
             warnings.extend(self.cannot_encrypt());
         }
-        (!warnings.is_empty()).then(|| warnings.join("; "))
+        warnings
     }
 
     fn cannot_encrypt(&self) -> Option<String> {
-        let mut nodes = self.inner.cluster.nodes().iter();
+        let mut nodes = self.cluster.nodes().iter();
         nodes.find_map(|node| keys::cannot_encrypt(node))
-    }
-}
-
-impl Inner {
-    fn held(&self) -> RwLockReadGuard<'_, Held> {
-        self.held.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn held_mut(&self) -> RwLockWriteGuard<'_, Held> {
-        self.held.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn probe(&self) {
-        let access = self.held().access.clone();
-        if let Some(access) = access {
-            self.cluster.probe(&access);
-        }
-    }
-
-    fn pause(&self) -> Duration {
-        match self.cluster.status() {
-            ClusterStatus::Good => PROBE_EVERY,
-            _ => PROBE_SOON,
-        }
-    }
-
-    /// Waits, unless the provider goes away meanwhile.
-    fn wait(&self, pause: Duration) {
-        let (ended, wake) = &self.wake;
-        let ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
-        // Woken or not, the caller looks for itself.
-        let _ = wake.wait_timeout_while(ended, pause, |ended| !*ended);
-    }
-}
-
-/// Probes until the provider is dropped.
-fn watch(inner: Weak<Inner>) {
-    let work = move || {
-        while let Some(inner) = inner.upgrade() {
-            inner.probe();
-            let pause = inner.pause();
-            inner.wait(pause);
-            if *inner.wake.0.lock().unwrap_or_else(PoisonError::into_inner) {
-                return;
-            }
-        }
-    };
-    let started = std::thread::Builder::new()
-        .name("kmip-probe".to_owned())
-        .spawn(work);
-    if let Err(error) = started {
-        // Calls still work, and note how the servers do.
-        tracing::warn!(%error, "can't start the thread that probes a KMS");
-    }
-}
-
-impl Drop for KmipProvider {
-    fn drop(&mut self) {
-        *self.inner.wake.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.inner.wake.1.notify_all();
     }
 }
 

@@ -22,7 +22,7 @@ mod settings;
 mod token;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use thiserror::Error;
 
@@ -166,6 +166,15 @@ impl KeyProvider for Pkcs11Provider {
 
     fn status(&self) -> ProviderStatus {
         self.link.status()
+    }
+
+    fn probe(&self) {
+        // What it comes to is noted for `status`.
+        let _ = self.link.call(|token| token.check());
+    }
+
+    fn last_answer(&self) -> Option<SystemTime> {
+        self.link.last_answer()
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {

@@ -7,6 +7,7 @@
 mod deadline;
 mod opening;
 mod rewrapping;
+mod watch;
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -22,9 +23,11 @@ use crate::envelope::{Binding, Envelope, EnvelopeError, KekId, Payload, Provider
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::{Change, Keystore, KeystoreError, ProviderRecord};
 use crate::secret::{Dek, SecretBytes};
+use watch::{Pace, Watches};
 
 pub use opening::{Attempt, OpenError, Refusal};
 pub use rewrapping::{Blocked, Rewrap, Rewrapped, Slot};
+pub use watch::Report;
 
 /// A provider of any kind, where the kind matters.
 #[derive(Clone)]
@@ -51,6 +54,16 @@ impl Provider {
             Self::Pkcs11(provider) => provider.as_ref(),
             Self::Kmip(provider) => provider.as_ref(),
             Self::Unusable(provider) => provider.as_ref(),
+        }
+    }
+
+    fn shared(&self) -> Arc<dyn KeyProvider> {
+        match self {
+            Self::Native(provider) => Arc::<NativeProvider>::clone(provider),
+            Self::Transit(provider) => Arc::<TransitProvider>::clone(provider),
+            Self::Pkcs11(provider) => Arc::<Pkcs11Provider>::clone(provider),
+            Self::Kmip(provider) => Arc::<KmipProvider>::clone(provider),
+            Self::Unusable(provider) => Arc::<UnusableProvider>::clone(provider),
         }
     }
 
@@ -152,6 +165,7 @@ pub struct Registry {
     deadline: RwLock<Duration>,
     /// Whose stanzas a new envelope gets; the default provider's alone, if empty.
     recipients: RwLock<Vec<String>>,
+    watches: Watches,
 }
 
 #[derive(Default)]
@@ -161,7 +175,10 @@ struct Known {
 }
 
 impl Registry {
-    /// The providers that `keystore` records, all locked.
+    /// How often a provider is probed unless told otherwise.
+    pub const PROBE_INTERVAL: Duration = Duration::from_secs(60);
+
+    /// The providers that `keystore` records, all locked, and each probed in the background from now on.
     pub fn open(keystore: Arc<Keystore>, deadline: Duration) -> Result<Self, KeystoreError> {
         let mut known = Known::default();
         for record in keystore.providers()? {
@@ -170,17 +187,37 @@ impl Registry {
             }
             known.providers.push(Provider::from_record(&keystore, record)?);
         }
+        let watches = Watches::new(Pace {
+            interval: Self::PROBE_INTERVAL,
+            patience: deadline,
+        });
+        for provider in &known.providers {
+            watches.add(&provider.shared());
+        }
         Ok(Self {
             keystore,
             known: RwLock::new(known),
             deadline: RwLock::new(deadline),
             recipients: RwLock::default(),
+            watches,
         })
+    }
+
+    /// How often each provider is probed from now on; more often while it does not answer.
+    pub fn set_probe_interval(&self, interval: Duration) {
+        self.watches.set_pace(|pace| pace.interval = interval);
+    }
+
+    /// How `provider` is, and since when. Waits for nothing.
+    #[must_use]
+    pub fn report(&self, provider: &Provider) -> Report {
+        self.watches.report(provider.provider())
     }
 
     /// The most time that a provider gets for one call from now on.
     pub fn set_deadline(&self, deadline: Duration) {
         *self.deadline.write().unwrap_or_else(PoisonError::into_inner) = deadline;
+        self.watches.set_pace(|pace| pace.patience = deadline);
     }
 
     /// Gives each new envelope a stanza of each of these providers (names or ids), or of the default one if there are none.
@@ -367,6 +404,7 @@ impl Registry {
 
     fn enter(&self, made: Provider) {
         let id = made.provider().id();
+        self.watches.add(&made.shared());
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         known.providers.push(made);
         known
@@ -456,6 +494,7 @@ impl Registry {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         self.keystore.delete_provider(id)?;
         known.providers.retain(|provider| provider.provider().id() != id);
+        self.watches.remove(id);
         if known.default == Some(id) {
             known.default = None;
         }

@@ -24,6 +24,7 @@ mod settings;
 mod wire;
 
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use self::destroy::destroy;
 use self::engine::Wrapped;
@@ -129,6 +130,21 @@ impl KeyProvider for TransitProvider {
 
     fn status(&self) -> ProviderStatus {
         self.link.status()
+    }
+
+    /// Unless a call has just shown how it is.
+    fn probe(&self) {
+        if self.link.is_unlocked() && !self.link.is_fresh() {
+            self.link.look();
+        }
+    }
+
+    fn last_answer(&self) -> Option<SystemTime> {
+        self.link.last_answer()
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        self.link.warning().into_iter().collect()
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {

@@ -203,7 +203,7 @@ impl Cluster {
         }
     }
 
-    /// `2 of 3 nodes: connect timed out, last answer 14:02 UTC`
+    /// `2 of 3 nodes: connect timed out`
     fn failure_text(&self) -> String {
         let failing: Vec<_> = self
             .nodes
@@ -213,12 +213,13 @@ impl Cluster {
                 Some((node.endpoint.to_string(), failure))
             })
             .collect();
-        let last = self
-            .nodes
-            .iter()
-            .filter_map(|node| lock(&node.health).last_answer())
-            .max();
-        describe(self.nodes.len(), &failing, last)
+        describe(self.nodes.len(), &failing)
+    }
+
+    /// When one of them last answered.
+    pub(super) fn last_answer(&self) -> Option<SystemTime> {
+        let answers = self.nodes.iter().map(|node| lock(&node.health).last_answer());
+        answers.max().flatten()
     }
 
     /// How the servers did when each was asked last.
@@ -315,9 +316,9 @@ impl<'a> Race<'a> {
     }
 }
 
-fn describe(nodes: usize, failing: &[(String, String)], last: Option<SystemTime>) -> String {
+fn describe(nodes: usize, failing: &[(String, String)]) -> String {
     let same = failing.windows(2).all(|pair| pair[0].1 == pair[1].1);
-    let mut text = match failing {
+    match failing {
         [] => "no answer".to_owned(),
         [(endpoint, why)] if nodes == 1 => format!("{endpoint}: {why}"),
         [(_, why), ..] if same && failing.len() == nodes => format!("{nodes} of {nodes} nodes: {why}"),
@@ -328,17 +329,7 @@ fn describe(nodes: usize, failing: &[(String, String)], last: Option<SystemTime>
                 .collect();
             format!("{} of {nodes} nodes: {}", some.len(), each.join("; "))
         }
-    };
-    if let Some(clock) = last.and_then(clock) {
-        text.push_str(&format!(", last answer {clock}"));
     }
-    text
-}
-
-fn clock(time: SystemTime) -> Option<String> {
-    let time = time::OffsetDateTime::from(time);
-    let format = time::format_description::parse_borrowed::<2>("[hour]:[minute] UTC").ok()?;
-    time.format(&format).ok()
 }
 
 #[cfg(test)]
@@ -353,23 +344,21 @@ mod tests {
 
     #[test]
     fn failures_are_told_in_one_line() {
-        let at = SystemTime::UNIX_EPOCH + Duration::from_secs(14 * 3600 + 2 * 60);
         let timed_out = "connect timed out";
         assert_eq!(
             describe(
                 3,
-                &failing(&[("a", timed_out), ("b", timed_out), ("c", timed_out)]),
-                Some(at)
+                &failing(&[("a", timed_out), ("b", timed_out), ("c", timed_out)])
             ),
-            "3 of 3 nodes: connect timed out, last answer 14:02 UTC"
+            "3 of 3 nodes: connect timed out"
         );
         assert_eq!(
-            describe(3, &failing(&[("b:1", timed_out)]), None),
+            describe(3, &failing(&[("b:1", timed_out)])),
             "1 of 3 nodes: b:1: connect timed out"
         );
-        assert_eq!(describe(1, &failing(&[("b:1", "x")]), None), "b:1: x");
+        assert_eq!(describe(1, &failing(&[("b:1", "x")])), "b:1: x");
         assert_eq!(
-            describe(2, &failing(&[("a", "x"), ("b", "y")]), None),
+            describe(2, &failing(&[("a", "x"), ("b", "y")])),
             "2 of 2 nodes: a: x; b: y"
         );
     }

@@ -38,7 +38,7 @@ impl Wrapped {
 fn every_version_does_the_whole_job() {
     let kmip = Kmip::new();
     assert_eq!(
-        kmip.provider().inner.cluster.nodes()[0].version(),
+        kmip.provider().cluster.nodes()[0].version(),
         Some("2.0".parse().unwrap())
     );
     for version in ["1.1", "1.2", "1.3", "1.4", "2.0"] {
@@ -123,7 +123,6 @@ fn create_whose_answer_was_lost_leaves_no_orphan() {
     let keys = provider.keys(&access);
     let create = Call::Create(keys.label(&scope));
     let answer = provider
-        .inner
         .cluster
         .call(&access, vec![create], keys.deadline)
         .unwrap();

@@ -12,6 +12,7 @@ use super::error::KmipError;
 use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest, StoredIdentity};
 use super::store::{ServerTrust, StoreError};
 use super::tls::{self, Tls};
+use crate::provider::KeyProvider;
 
 /// What a look at a server's certificate may take.
 const LOOK: Duration = Duration::from_secs(4);
@@ -71,7 +72,7 @@ impl KmipProvider {
         }
         self.try_out(&trust)?;
         self.store.put_trust(&trust)?;
-        let mut held = self.inner.held_mut();
+        let mut held = self.held_mut();
         held.trust = Some(trust);
         self.renew_access(&mut held);
         drop(held);
@@ -114,7 +115,7 @@ impl KmipProvider {
             return Err(TrustError::WouldUnseal);
         }
         let (current, locked) = {
-            let held = self.inner.held();
+            let held = self.held();
             (held.identity.clone(), held.locked)
         };
         if locked {
@@ -138,7 +139,7 @@ impl KmipProvider {
         }
         let facts = CertificateFacts::of(identity.leaf().ok_or(IdentityError::NoCertificate)?)
             .map_err(IdentityError::Certificate)?;
-        let mut held = self.inner.held_mut();
+        let mut held = self.held_mut();
         held.identity = Some(Arc::new(identity));
         held.fault = None;
         self.renew_access(&mut held);

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::error::TokenError;
 use super::module::Module;
@@ -38,6 +38,7 @@ struct State {
     /// How often it was locked: an unlock that waits for the token meanwhile must not undo that.
     locks: u64,
     trouble: Option<String>,
+    last_answer: Option<SystemTime>,
 }
 
 impl Link {
@@ -164,6 +165,10 @@ impl Link {
         self.module.post(move |worker| worker.close(number));
     }
 
+    pub(super) fn last_answer(&self) -> Option<SystemTime> {
+        self.state().last_answer
+    }
+
     pub(super) fn pin(&self) -> Option<Arc<SecretBytes>> {
         self.state().pin.clone()
     }
@@ -189,7 +194,11 @@ impl Link {
     /// Remembers how the last call went, for `status`.
     pub(super) fn note(&self, error: Option<&TokenError>) {
         match error {
-            None => self.state().trouble = None,
+            None => {
+                let mut state = self.state();
+                state.trouble = None;
+                state.last_answer = Some(SystemTime::now());
+            }
             Some(error) if error.is_trouble() => self.state().trouble = Some(error.in_one_line()),
             Some(_) => {}
         }

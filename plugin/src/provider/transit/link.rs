@@ -4,7 +4,7 @@
 //! A lock takes effect at once, whatever is under way: a login that ends after it is dropped.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use super::engine::TransitEngine;
 use super::http::Fault;
@@ -23,6 +23,8 @@ pub(super) struct Link {
     state: Mutex<State>,
     /// Held while logging in: one login serves all who wait for one.
     logging_in: Mutex<()>,
+    /// Held while looking at the server: the second of two looks at once must know what the first has learnt.
+    looking: Mutex<()>,
 }
 
 /// Of the link.
@@ -34,6 +36,8 @@ pub(super) struct State {
     health: Health,
     /// When the server last did as asked.
     answered: Option<Instant>,
+    /// The same by the clock on the wall; kept over a lock.
+    last_answer: Option<SystemTime>,
     /// What will be wrong soon.
     warning: Option<String>,
     /// How often it was locked: a login that took its time meanwhile must not undo that.
@@ -77,6 +81,7 @@ impl Link {
             settings,
             state: Mutex::default(),
             logging_in: Mutex::default(),
+            looking: Mutex::default(),
         }
     }
 
@@ -96,6 +101,14 @@ impl Link {
         }
     }
 
+    pub(super) fn last_answer(&self) -> Option<SystemTime> {
+        self.state().last_answer
+    }
+
+    pub(super) fn warning(&self) -> Option<String> {
+        self.state().warning.clone()
+    }
+
     pub(super) fn is_unlocked(&self) -> bool {
         self.state().credential.is_some()
     }
@@ -105,6 +118,7 @@ impl Link {
         let mut state = self.state();
         *state = State {
             locks: state.locks + 1,
+            last_answer: state.last_answer,
             ..State::default()
         };
     }
@@ -141,6 +155,7 @@ impl Link {
                     session: Some(Arc::new(session)),
                     health,
                     answered: Some(Instant::now()),
+                    last_answer: Some(SystemTime::now()),
                     locks,
                 };
                 Ok(())
@@ -281,6 +296,7 @@ impl Link {
             state.health = Health::after(outcome);
             if state.health == Health::Good {
                 state.answered = Some(Instant::now());
+                state.last_answer = Some(SystemTime::now());
             }
         }
     }
@@ -301,6 +317,7 @@ impl Link {
 
     /// Renews the token when it is time, else looks whether the server still takes it.
     pub(super) fn look(&self) {
+        let _looking = guard(&self.looking);
         let deadline = Instant::now() + self.settings.timeout();
         let locks = self.state().locks;
         let looked = self.session(deadline).and_then(|session| {

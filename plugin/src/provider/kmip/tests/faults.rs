@@ -15,7 +15,8 @@ fn killed_server_is_named_and_a_restarted_one_works_again() {
     let ProviderError::Unreachable(why) = &error else {
         panic!("{error:?}");
     };
-    assert!(why.contains("last answer") && why.contains("127.0.0.1"), "{why}");
+    assert!(why.contains("127.0.0.1"), "{why}");
+    assert!(kmip.provider().last_answer().is_some());
     assert!(matches!(kmip.provider().status(), ProviderStatus::Unreachable(_)));
     kmip.server.run();
     kmip.provider().probe();
@@ -113,7 +114,7 @@ fn dead_first_node_costs_its_patience_once() {
     assert!(first.requests() > asked, "the first node was asked first");
     assert!(with_dead_node >= Duration::from_millis(250));
     assert_eq!(
-        provider.inner.cluster.order(),
+        provider.cluster.order(),
         [1, 0],
         "the second start does not wait for it"
     );
@@ -130,7 +131,7 @@ fn dead_first_node_costs_its_patience_once() {
 /// Until the first node is the one that is asked first.
 fn recovered(provider: &KmipProvider) {
     let began = Instant::now();
-    while provider.inner.cluster.order() != [0, 1] {
+    while provider.cluster.order() != [0, 1] {
         assert!(began.elapsed() < Duration::from_secs(120), "it never recovers");
         provider.probe();
     }

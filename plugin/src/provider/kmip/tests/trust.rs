@@ -259,6 +259,15 @@ fn end_of_a_certificate_is_announced() {
         assert!(why.contains(part), "{why}");
     }
     Wrapped::by(kmip.provider()).assert_opened_by(kmip.provider());
+    // Another trouble hides none of it.
+    kmip.server.kill();
+    kmip.provider().probe();
+    assert!(matches!(kmip.provider().status(), ProviderStatus::Unreachable(_)));
+    let warnings = kmip.provider().warnings();
+    assert!(
+        warnings.len() == 2 && warnings.iter().all(|warning| why.contains(warning)),
+        "{warnings:?}"
+    );
 }
 
 #[test]
