@@ -210,7 +210,7 @@ pub enum ProviderError {
     #[error("does not know the mechanism {0:?}: upgrade virtseal")]
     UnknownMechanism(String),
     /// It does not answer.
-    #[error("is unreachable: {0}")]
+    #[error("unreachable ({0})")]
     Unreachable(String),
     /// Trust is not established both ways.
     #[error("is not trusted: {0}")]

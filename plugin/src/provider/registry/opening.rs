@@ -7,12 +7,13 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::deadline::within;
 use super::{NextCommand, Provider};
 use crate::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza};
 use crate::failure::{Code, Failure, chain};
+use crate::local_time::time_of_day;
 use crate::provider::{KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::secret::Dek;
 
@@ -21,7 +22,7 @@ use crate::secret::Dek;
 pub struct OpenError {
     /// The envelope, its VM and its kind.
     pub binding: Binding,
-    /// Why each of its providers did not open it; never empty.
+    /// Why each of its providers did not open it, in the order of its stanzas; never empty.
     pub attempts: Vec<Attempt>,
 }
 
@@ -34,6 +35,8 @@ pub struct Attempt {
     pub name: String,
     /// Its reason.
     pub why: Refusal,
+    /// When it last did as asked.
+    pub last_answer: Option<SystemTime>,
 }
 
 /// The reason of an [`Attempt`].
@@ -60,11 +63,14 @@ impl OpenError {
         self.easiest().1
     }
 
-    /// Each provider's reason, for a reader who knows which object it is about.
+    /// Each provider's reason, for a reader who knows which object it is about: `provider 'kmip-prod' unreachable (3 of 3
+    /// nodes: connect timed out), last answer 14:02, recipient 'breakglass' is locked`.
     #[must_use]
     pub fn reasons(&self) -> String {
-        let reasons: Vec<_> = self.attempts.iter().map(Attempt::to_string).collect();
-        reasons.join("; ")
+        let role = |nth| if nth == 0 { "provider" } else { "recipient" };
+        let reasons = self.attempts.iter().enumerate();
+        let reasons: Vec<_> = reasons.map(|(nth, attempt)| attempt.reason(role(nth))).collect();
+        reasons.join(", ")
     }
 
     /// Whether a provider that refuses everything now may open it later.
@@ -135,26 +141,31 @@ impl Attempt {
         }
     }
 
+    fn reason(&self, role: &str) -> String {
+        let name = &self.name;
+        match &self.why {
+            Refusal::NotKnown => format!("{role} '{name}' ({}) is not known on this host", self.provider),
+            Refusal::Provider(error) => {
+                let last = self
+                    .last_answer
+                    .filter(|_| matches!(**error, ProviderError::Unreachable(_)));
+                let last = last.map(|at| format!(", last answer {}", time_of_day(at)));
+                format!(
+                    "{role} '{name}' {}{}",
+                    chain(error.as_ref()),
+                    last.unwrap_or_default()
+                )
+            }
+            Refusal::Binding(error) => format!("{role} '{name}': {}", chain(error)),
+        }
+    }
+
     /// An unknown provider's name comes from the envelope, which anyone may have written.
     fn name_to_type(&self) -> &str {
         if self.name.parse::<ProviderName>().is_ok() {
             &self.name
         } else {
             "NAME"
-        }
-    }
-}
-
-impl fmt::Display for Attempt {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.why {
-            Refusal::NotKnown => write!(
-                f,
-                "provider '{}' ({}) is not known on this host",
-                self.name, self.provider
-            ),
-            Refusal::Provider(error) => write!(f, "provider '{}' {}", self.name, chain(error.as_ref())),
-            Refusal::Binding(error) => write!(f, "provider '{}': {}", self.name, chain(error)),
         }
     }
 }
@@ -183,8 +194,22 @@ impl<'a> Job<'a> {
         }
     }
 
-    fn refused(&mut self, provider: ProviderId, name: String, why: Refusal) {
-        self.attempts.push(Attempt { provider, name, why });
+    fn refused(&mut self, provider: &dyn KeyProvider, why: Refusal) {
+        self.attempts.push(Attempt {
+            provider: provider.id(),
+            name: provider.name().to_owned(),
+            why,
+            last_answer: provider.last_answer(),
+        });
+    }
+
+    fn unknown(&mut self, stanza: &Stanza) {
+        self.attempts.push(Attempt {
+            provider: stanza.provider,
+            name: printable(&stanza.provider_name),
+            why: Refusal::NotKnown,
+            last_answer: None,
+        });
     }
 
     /// Nobody is left to be asked.
@@ -196,7 +221,14 @@ impl<'a> Job<'a> {
         self.dek.take().ok_or_else(|| self.into_error())
     }
 
-    fn into_error(self) -> OpenError {
+    fn into_error(mut self) -> OpenError {
+        let stanzas = &self.envelope.stanzas;
+        let place = |attempt: &Attempt| {
+            stanzas
+                .iter()
+                .position(|stanza| stanza.provider == attempt.provider)
+        };
+        self.attempts.sort_by_key(place);
         OpenError {
             binding: self.envelope.binding(),
             attempts: self.attempts,
@@ -304,7 +336,7 @@ impl<'a> Opening<'a> {
     fn ask(&mut self, id: ProviderId, members: &[(usize, &Stanza)]) {
         let Some(known) = self.providers.get(&id).copied() else {
             for (at, stanza) in members {
-                self.jobs[*at].refused(id, printable(&stanza.provider_name), Refusal::NotKnown);
+                self.jobs[*at].unknown(stanza);
             }
             return;
         };
@@ -321,7 +353,7 @@ impl<'a> Opening<'a> {
                     match payload.dek(&job.envelope.binding()) {
                         Ok(dek) => job.dek = Some(dek),
                         Err(error) => {
-                            job.refused(id, provider.name().to_owned(), Refusal::Binding(error));
+                            job.refused(provider, Refusal::Binding(error));
                         }
                     }
                 }
@@ -349,11 +381,7 @@ impl<'a> Opening<'a> {
         error: &Arc<ProviderError>,
     ) {
         for (at, _) in members {
-            self.jobs[*at].refused(
-                provider.id(),
-                provider.name().to_owned(),
-                Refusal::Provider(Arc::clone(error)),
-            );
+            self.jobs[*at].refused(provider, Refusal::Provider(Arc::clone(error)));
         }
     }
 }

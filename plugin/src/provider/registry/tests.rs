@@ -125,7 +125,7 @@ fn all_or_nothing_and_every_reason_is_told() {
     for part in [
         &bad.id.to_string(),
         "provider 'main' is locked",
-        "provider 'spare' can't open",
+        "recipient 'spare' can't open",
         "unlock main",
     ] {
         assert!(text.contains(part), "{text}");
