@@ -32,6 +32,11 @@ pub struct ProviderView {
     pub last_answer: Option<String>,
     /// What is about to go wrong, such as a certificate that ends within 30 days.
     pub warnings: Vec<String>,
+    /// How long KEKs are kept in memory, in case its servers don't answer: none, until-lock, or a time such as 24h. None
+    /// where no KEK ever comes to this host.
+    pub cache: Option<String>,
+    /// How many are kept now.
+    pub cached_keks: i64,
     /// Whether new envelopes go to it.
     pub is_default: bool,
     /// How many envelopes it has a stanza in.
@@ -469,6 +474,12 @@ pub trait HostProxy {
         kind: &str,
         settings: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<Providers, HostError>>;
+    /// Keeps its KEKs in memory for that long: none, until-lock, or a time such as 4h.
+    async fn set_provider_cache(
+        &mut self,
+        name: &str,
+        policy: &str,
     ) -> zlink::Result<Result<Providers, HostError>>;
     /// Makes new envelopes go to this provider.
     async fn set_default_provider(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;

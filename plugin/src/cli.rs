@@ -19,7 +19,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::api::HostProxy;
 use crate::envelope::ProviderId;
-use crate::failure::Failure;
+use crate::failure::{Code, Failure};
+use crate::provider::cache::{CachePolicy, NothingToCache};
 use crate::provider::kmip::{Endpoint, Fingerprint, KmipVersion};
 use crate::volume::Bytes;
 use client::Client;
@@ -127,6 +128,13 @@ enum ProviderCommand {
         /// Its name.
         name: String,
     },
+    /// Change how long the KEKs of a provider are kept for when its servers don't answer.
+    Cache {
+        /// Its name.
+        name: String,
+        /// none, until-lock, or a time such as 4h: counted from when each was last fetched.
+        policy: CachePolicy,
+    },
     /// Make new keys go to this provider.
     Default {
         /// Its name.
@@ -210,6 +218,8 @@ enum AddCommand {
         /// Its name.
         name: String,
         #[command(flatten)]
+        cache: NoCacheArgs,
+        #[command(flatten)]
         passphrase: NewPassphraseArgs,
     },
     /// The transit engine of a HashiCorp Vault or OpenBao. Its KEKs never leave it.
@@ -218,6 +228,24 @@ enum AddCommand {
     Pkcs11(Pkcs11Args),
     /// Keys at a key management server that speaks KMIP.
     Kmip(KmipArgs),
+}
+
+/// For kinds without a cache, so that who asks for one learns why there is none.
+#[derive(Debug, Args)]
+struct NoCacheArgs {
+    #[arg(long, value_name = "POLICY", hide = true)]
+    cache: Option<CachePolicy>,
+}
+
+impl NoCacheArgs {
+    fn refuse(&self, kind: &str) -> Result<(), Failure> {
+        match (self.cache, NothingToCache::of_kind(kind)) {
+            (Some(CachePolicy::For(_) | CachePolicy::UntilLock), Some(why)) => {
+                Err(Failure::new(Code::Usage, why.to_string()).next("the same command without --cache"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -247,6 +275,8 @@ struct TransitArgs {
     /// The name in the server's certificate, where the address is another.
     #[arg(long, value_name = "NAME")]
     server_name: Option<String>,
+    #[command(flatten)]
+    cache: NoCacheArgs,
     /// The most time for one operation, in milliseconds.
     #[arg(long, value_name = "N", default_value = "4000")]
     timeout_ms: u32,
@@ -295,6 +325,9 @@ struct KmipArgs {
     /// Whom one key serves.
     #[arg(long, value_parser = ["vm", "provider"], default_value = "vm")]
     kek_scope: String,
+    /// How long a fetched key is kept for when no server answers: none, until-lock, or a time such as 4h [default: 24h].
+    #[arg(long, value_name = "POLICY")]
+    cache: Option<CachePolicy>,
     /// Speak this version instead of the best that both sides have.
     #[arg(long, value_name = "1.1 … 2.1")]
     kmip_version: Option<KmipVersion>,
@@ -395,6 +428,8 @@ struct Pkcs11Args {
     /// Whom a KEK serves: one for all VMs (provider), or one for each (vm).
     #[arg(long, value_name = "SCOPE", default_value = "provider", value_parser = ["provider", "vm"])]
     kek_scope: String,
+    #[command(flatten)]
+    cache: NoCacheArgs,
     /// The string that the module wants for C_Initialize, where it wants one (NSS).
     #[arg(long, value_name = "TEXT")]
     init_args: Option<String>,

@@ -4,6 +4,7 @@
 //! a hook is ready before its deadline or not at all: a start that nobody waits for any more arms nothing.
 
 mod bell;
+mod cache;
 mod copies;
 mod deletion;
 mod headers;

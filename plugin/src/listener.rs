@@ -280,6 +280,13 @@ impl Service {
         .await
     }
 
+    async fn set_provider_cache(&self, name: String, policy: String) -> Result<Providers, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.set_provider_cache(&name, &policy)
+        })
+        .await
+    }
+
     async fn set_default_provider(&self, name: String) -> Result<(), HostError> {
         self.run(Caller::Admin, move |daemon| daemon.set_default_provider(&name))
             .await

@@ -4,6 +4,7 @@
 //! deadline; `status` answers from memory and never waits for a network.
 
 mod aes_gcm;
+pub mod cache;
 pub mod kmip;
 pub mod native;
 pub mod pkcs11;

@@ -10,6 +10,7 @@ use crate::failure::{Code, Failure};
 use crate::provider::pkcs11::{KeyBits, Pkcs11Settings, ScopeSetting, TokenChoice};
 
 pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    args.cache.refuse("pkcs11")?;
     let settings = settings(args)?;
     let fds = vec![args.pin.open(&format!("PIN of the token of '{}': ", args.name))?];
     let added = client

@@ -88,6 +88,12 @@ impl Printer {
             if !provider.unlocked_by.is_empty() {
                 line(&format!("  unlocked by  {}", provider.unlocked_by.join("; ")))?;
             }
+            if let Some(cache) = &provider.cache {
+                line(&format!(
+                    "  cache        {cache}, {} keys in it",
+                    provider.cached_keks
+                ))?;
+            }
             self.provider_warnings(provider);
         }
         Ok(())

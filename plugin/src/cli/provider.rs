@@ -20,7 +20,12 @@ pub(super) async fn run(
     printer: &Printer,
 ) -> Result<(), Failure> {
     match command {
-        ProviderCommand::Add(AddCommand::Native { name, passphrase }) => {
+        ProviderCommand::Add(AddCommand::Native {
+            name,
+            cache,
+            passphrase,
+        }) => {
+            cache.refuse("native")?;
             let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "))?];
             let added = client
                 .call(async |host| host.add_provider(&name, "native", "", fds).await)
@@ -43,6 +48,13 @@ pub(super) async fn run(
                 .providers,
         ),
         ProviderCommand::Show { name } => show(&name, client, printer).await,
+        ProviderCommand::Cache { name, policy } => {
+            let policy = policy.to_string();
+            let set = client
+                .call(async |host| host.set_provider_cache(&name, &policy).await)
+                .await?;
+            printer.provider(&set.providers)
+        }
         ProviderCommand::Default { name } => {
             client
                 .call(async |host| host.set_default_provider(&name).await)

@@ -13,6 +13,7 @@ use crate::provider::transit::{
 };
 
 pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    args.cache.refuse("transit")?;
     let name = &args.name;
     let settings = settings(args)?;
     let added = client

@@ -14,6 +14,7 @@ pub(super) async fn add_kmip(args: &KmipArgs, client: &mut Client, printer: &Pri
         "endpoints": args.endpoints,
         "mode": args.mode,
         "kek_scope": args.kek_scope,
+        "cache": args.cache,
         "kmip_version": args.kmip_version,
         "timeout_ms": args.timeout_ms,
         "id": args.id,

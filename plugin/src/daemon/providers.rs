@@ -31,6 +31,7 @@ impl Daemon {
         let view = |known: &Provider| {
             let provider = known.provider();
             let report = self.registry.report(known);
+            let cache = known.cache();
             let uses = envelopes.iter().filter(|record| {
                 record
                     .envelope
@@ -48,6 +49,8 @@ impl Daemon {
                 since: rfc3339(report.since),
                 last_answer: report.last_answer.map(rfc3339),
                 warnings: report.warnings,
+                cache: cache.map(|cache| cache.policy().to_string()),
+                cached_keks: cache.map_or(0, |cache| cache.len() as i64),
                 is_default: Some(provider.id()) == default,
                 envelopes: uses.count() as i64,
             }

@@ -101,7 +101,7 @@ impl Daemon {
         }
     }
 
-    fn view_of(&self, name: &str) -> Result<ProviderView, Failure> {
+    pub(super) fn view_of(&self, name: &str) -> Result<ProviderView, Failure> {
         let id = self.registry.find(name)?.provider().id().to_string();
         let mut views = self.providers()?.providers.into_iter();
         views

@@ -144,6 +144,27 @@ impl Keystore {
         })
     }
 
+    /// Replaces what the kind of a provider needs to know.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownProvider`].
+    pub fn set_provider_settings(
+        &self,
+        id: ProviderId,
+        settings: &serde_json::Value,
+    ) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            let rows = transaction.execute(
+                "UPDATE providers SET settings = ?2 WHERE id = ?1",
+                params![id.to_string(), settings.to_string()],
+            )?;
+            if rows == 0 {
+                return Err(KeystoreError::UnknownProvider(id).into());
+            }
+            Ok(())
+        })
+    }
+
     /// The newest sealed root key of a native provider.
     pub fn native_root(&self, provider: ProviderId) -> Result<Option<NativeRoot>, KeystoreError> {
         self.read(|connection| {
@@ -353,6 +374,14 @@ mod tests {
         let keystore = Keystore::open(dir.path()).unwrap();
         let record = keystore.providers().unwrap().remove(0);
         assert_eq!((record.kind.as_str(), record.settings), ("kmip", settings));
+        let changed = serde_json::json!({"endpoint": "other.example:5696"});
+        keystore.set_provider_settings(id, &changed).unwrap();
+        assert_eq!(keystore.providers().unwrap()[0].settings, changed);
+        assert!(
+            keystore
+                .set_provider_settings(ProviderId::random(), &changed)
+                .is_err()
+        );
         assert_eq!(keystore.native_root(id).unwrap(), None);
     }
 

@@ -11,9 +11,9 @@
 //! ```
 //!
 //! A KEK is made at the server (Create, Activate) and known by its unique identifier, never by its name. By default
-//! it is fetched for each wrap and unwrap, its state checked in the same request, and forgotten after; `mode: server` leaves it
-//! there and has the server encrypt. `probe` asks every server how it is, so `status` answers from
-//! memory.
+//! it is fetched for each wrap and unwrap, its state checked in the same request, and kept only for the time when no server
+//! answers, as the cache policy says; `mode: server` leaves it there and has the server encrypt. `probe` asks every server
+//! how it is, so `status` answers from memory.
 
 mod answer;
 mod call;
@@ -47,6 +47,7 @@ use self::keys::Keys;
 use self::node::Access;
 use self::store::Store;
 use self::tls::Tls;
+use super::cache::{CachePolicy, KekCache, NothingToCache};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::envelope::{KekId, Payload, ProviderId, Stanza};
 use crate::failure::chain;
@@ -66,7 +67,7 @@ pub use trust::{Presented, TrustError};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
-    /// Fetched, used on this host, forgotten.
+    /// Fetched and used on this host.
     #[default]
     Local,
     /// At the server, which encrypts and decrypts; the KEK never leaves it.
@@ -102,6 +103,9 @@ pub struct KmipSettings {
     /// The most time for one call, in milliseconds, with all its retries and failovers.
     #[serde(default = "default_timeout")]
     pub timeout_ms: u64,
+    /// How long KEKs are kept for when no server answers; without a word, as [`CachePolicy::default`] in mode local.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CachePolicy>,
     /// The provider's id on another host, to be the same one here: both open what the other sealed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<ProviderId>,
@@ -128,7 +132,24 @@ impl KmipSettings {
         if !(100..=60_000).contains(&self.timeout_ms) {
             return Err(KmipProviderError::Timeout);
         }
+        self.check_cache(self.cache.unwrap_or(CachePolicy::None))?;
         Ok(self)
+    }
+
+    fn check_cache(&self, policy: CachePolicy) -> Result<(), KmipProviderError> {
+        match (self.mode, policy) {
+            (Mode::Server, CachePolicy::For(_) | CachePolicy::UntilLock) => {
+                Err(NothingToCache::ModeServer.into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn cache(&self) -> CachePolicy {
+        match self.mode {
+            Mode::Local => self.cache.unwrap_or_default(),
+            Mode::Server => CachePolicy::None,
+        }
     }
 }
 
@@ -140,6 +161,9 @@ pub struct KmipProvider {
     store: Store,
     cluster: Cluster,
     held: RwLock<Held>,
+    cache: KekCache,
+    /// Held while the policy of `cache` is changed on disk and then here.
+    changing: Mutex<()>,
     /// One key per scope, also when two callers ask at once.
     creating: Mutex<()>,
 }
@@ -193,6 +217,8 @@ impl KmipProvider {
             store: Store::new(keystore.dir(), record.id),
             cluster: Cluster::new(&settings.endpoints, settings.kmip_version),
             held: RwLock::default(),
+            cache: KekCache::new(settings.cache()),
+            changing: Mutex::default(),
             settings,
             creating: Mutex::default(),
         };
@@ -200,7 +226,30 @@ impl KmipProvider {
         Ok(provider)
     }
 
-    /// Its settings.
+    /// The KEKs that it keeps; none in mode server, where they never come here.
+    #[must_use]
+    pub fn cache(&self) -> Option<&KekCache> {
+        (self.settings.mode == Mode::Local).then_some(&self.cache)
+    }
+
+    /// Keeps KEKs as `policy` says, once that is recorded.
+    ///
+    /// # Errors
+    /// When there is nothing to keep, or the keystore can't be written; then nothing changes.
+    pub fn set_cache(&self, keystore: &Keystore, policy: CachePolicy) -> Result<(), KmipProviderError> {
+        self.settings.check_cache(policy)?;
+        let settings = KmipSettings {
+            cache: Some(policy),
+            ..self.settings.clone()
+        };
+        let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        keystore.set_provider_settings(self.id, &json)?;
+        self.cache.set_policy(policy);
+        Ok(())
+    }
+
+    /// Its settings, as they were when it was opened.
     #[must_use]
     pub fn settings(&self) -> &KmipSettings {
         &self.settings
@@ -271,6 +320,7 @@ impl KmipProvider {
             provider_name: &self.name,
             mode: self.settings.mode,
             cluster: &self.cluster,
+            cache: &self.cache,
             access,
             deadline: Instant::now() + self.settings.timeout(),
         }
@@ -317,6 +367,7 @@ impl KeyProvider for KmipProvider {
 
     /// Also what keeps quiet connections open.
     fn probe(&self) {
+        self.cache.sweep();
         let access = self.held().access.clone();
         if let Some(access) = access {
             self.cluster.probe(&access);
@@ -351,22 +402,27 @@ impl KeyProvider for KmipProvider {
     }
 
     fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+        // Before the access is taken: what a lock in between ends must not fill the cache again.
+        let ticket = self.cache.ticket();
         let access = self.access()?;
-        self.keys(&access).unwrap_many(stanzas)
+        self.keys(&access).unwrap_many(ticket, stanzas)
     }
 
     fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
         let access = self.access()?;
-        self.keys(&access).destroy(kek)
+        let destroyed = self.keys(&access).destroy(kek);
+        self.cache.forget(kek);
+        destroyed
     }
 
-    /// Forgets the private key and closes all connections.
+    /// Forgets the private key and all KEKs, and closes all connections.
     fn lock(&self) {
         let mut held = self.held_mut();
         held.locked = true;
         held.locks += 1;
         held.identity = None;
         self.renew_access(&mut held);
+        self.cache.purge();
     }
 
     /// Takes the private key from disk again. Where it is not sealed there, any credential does.
@@ -460,6 +516,9 @@ pub enum KmipProviderError {
     /// None, or too many.
     #[error("give 1 to {} endpoints, all of one cluster", KmipSettings::MOST_ENDPOINTS)]
     Endpoints,
+    /// No KEK ever comes to this host.
+    #[error(transparent)]
+    Cache(#[from] NothingToCache),
     /// Out of range.
     #[error("the timeout must be between 0.1 and 60 seconds")]
     Timeout,

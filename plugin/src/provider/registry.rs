@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::cache::KekCache;
 use super::kmip::{KmipProvider, KmipProviderError, KmipSettings};
 use super::native::{NativeError, NativeProvider};
 use super::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
@@ -76,6 +77,15 @@ impl Provider {
             Self::Pkcs11(_) => Pkcs11Provider::KIND,
             Self::Kmip(_) => KmipProvider::KIND,
             Self::Unusable(provider) => &provider.record.kind,
+        }
+    }
+
+    /// The KEKs that it keeps for when its servers don't answer; none for a kind, or a mode, whose KEKs stay where they are.
+    #[must_use]
+    pub fn cache(&self) -> Option<&KekCache> {
+        match self {
+            Self::Kmip(provider) => provider.cache(),
+            Self::Native(_) | Self::Transit(_) | Self::Pkcs11(_) | Self::Unusable(_) => None,
         }
     }
 

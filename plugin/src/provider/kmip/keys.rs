@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::Mode;
 use super::answer::{self, KeyFacts, KeyRefused};
@@ -18,11 +18,15 @@ use super::tag::{KeyState, Operation, Reason};
 use super::ttlv::Item;
 use crate::envelope::{KekId, Payload, ProviderId, Stanza};
 use crate::provider::aes_gcm::{self, MECHANISM};
+use crate::provider::cache::{KekCache, Ticket};
 use crate::provider::{DestroyReceipt, KekScope, ProviderError};
 use crate::secret::SecretBytes;
 
 /// Wrapped by the server's own AES-256-GCM; the body is laid out like that of [`MECHANISM`].
 const SERVER_MECHANISM: &str = "KMIP-A256GCM";
+
+/// How long a KMS may take to answer for keys that are cached; a start waits for no more of it.
+const RECALL_AFTER: Duration = Duration::from_secs(2);
 
 /// The most keys in one request.
 const MOST_KEYS: usize = 64;
@@ -33,6 +37,7 @@ pub(super) struct Keys<'a> {
     pub(super) provider_name: &'a str,
     pub(super) mode: Mode,
     pub(super) cluster: &'a Cluster,
+    pub(super) cache: &'a KekCache,
     pub(super) access: &'a Arc<Access>,
     pub(super) deadline: Instant,
 }
@@ -44,8 +49,17 @@ impl Keys<'_> {
         calls: Vec<Call>,
         read: impl FnOnce(&[Outcome]) -> Result<T, ProviderError>,
     ) -> Result<T, ProviderError> {
+        self.ask_until(self.deadline, calls, read)
+    }
+
+    fn ask_until<T>(
+        &self,
+        deadline: Instant,
+        calls: Vec<Call>,
+        read: impl FnOnce(&[Outcome]) -> Result<T, ProviderError>,
+    ) -> Result<T, ProviderError> {
         let count = calls.len();
-        let answer = self.cluster.call(self.access, calls, self.deadline)?;
+        let answer = self.cluster.call(self.access, calls, deadline)?;
         let message = Item::decode(answer.expose()).map_err(|error| unreadable(error.into()))?;
         let outcomes = message::outcomes(&message, count).map_err(unreadable)?;
         read(&outcomes)
@@ -180,7 +194,7 @@ impl Keys<'_> {
     }
 
     fn wrap_here(&self, kek: &KekId, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
-        let mut keys = self.fetch(std::slice::from_ref(kek), KeyState::may_wrap)?;
+        let mut keys = self.fetch(std::slice::from_ref(kek), KeyState::may_wrap, self.deadline)?;
         let key = keys.pop().expect("one KEK was asked for");
         aes_gcm::wrap(&key, &self.additional_data(kek, MECHANISM), payload)
     }
@@ -221,14 +235,19 @@ impl Keys<'_> {
         }
     }
 
-    pub(super) fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+    /// What comes from the server is cached under `ticket`.
+    pub(super) fn unwrap_many(
+        &self,
+        ticket: Ticket,
+        stanzas: &[&Stanza],
+    ) -> Result<Vec<Payload>, ProviderError> {
         for stanza in stanzas {
             self.check(stanza)?;
         }
         let (here, there): (Vec<_>, Vec<_>) =
             (0..stanzas.len()).partition(|nth| stanzas[*nth].mechanism == MECHANISM);
         let mut payloads: Vec<_> = stanzas.iter().map(|_| None).collect();
-        self.unwrap_here(stanzas, &here, &mut payloads)?;
+        self.unwrap_here(ticket, stanzas, &here, &mut payloads)?;
         self.unwrap_there(stanzas, &there, &mut payloads)?;
         let payloads = payloads.into_iter().collect::<Option<Vec<_>>>();
         Ok(payloads.expect("every stanza was unwrapped here or there"))
@@ -248,6 +267,7 @@ impl Keys<'_> {
 
     fn unwrap_here(
         &self,
+        ticket: Ticket,
         stanzas: &[&Stanza],
         members: &[usize],
         payloads: &mut [Option<Payload>],
@@ -258,7 +278,7 @@ impl Keys<'_> {
         }
         let wanted: Vec<_> = of_kek.keys().map(|kek| KekId((*kek).to_owned())).collect();
         for keks in wanted.chunks(MOST_KEYS) {
-            let keys = self.fetch(keks, KeyState::may_unwrap)?;
+            let keys = self.fetch_or_recall(ticket, keks)?;
             for (kek, key) in keks.iter().zip(&keys) {
                 for nth in &of_kek[kek.0.as_str()] {
                     let data = self.additional_data(kek, MECHANISM);
@@ -269,14 +289,45 @@ impl Keys<'_> {
         Ok(())
     }
 
+    /// The bytes of `keks` to unwrap with: from the server, or, where none answers, from the cache.
+    fn fetch_or_recall(
+        &self,
+        ticket: Ticket,
+        keks: &[KekId],
+    ) -> Result<Vec<Arc<SecretBytes>>, ProviderError> {
+        let deadline = match self.cache.all(keks) {
+            Some(_) => self.deadline.min(Instant::now() + RECALL_AFTER),
+            None => self.deadline,
+        };
+        match self.fetch(keks, KeyState::may_unwrap, deadline) {
+            Ok(keys) => {
+                let keys: Vec<_> = keys.into_iter().map(Arc::new).collect();
+                self.cache.put(ticket, keks, &keys);
+                Ok(keys)
+            }
+            Err(ProviderError::Unreachable(why)) => {
+                let Some(keys) = self.cache.all(keks) else {
+                    return Err(ProviderError::Unreachable(why));
+                };
+                tracing::warn!(provider = self.provider_name, "opened with cached keys: {why}");
+                Ok(keys)
+            }
+            Err(error) => {
+                self.cache.heed(&error);
+                Err(error)
+            }
+        }
+    }
+
     /// The bytes of `keks`, each with its state checked in the same request.
     fn fetch(
         &self,
         keks: &[KekId],
         may: impl Fn(KeyState) -> bool,
+        deadline: Instant,
     ) -> Result<Vec<SecretBytes>, ProviderError> {
         let pairs = |kek: &KekId| [Call::GetAttributes(kek.clone()), Call::Get(kek.clone())];
-        self.ask(keks.iter().flat_map(pairs).collect(), |outcomes| {
+        self.ask_until(deadline, keks.iter().flat_map(pairs).collect(), |outcomes| {
             let read = |(kek, pair): (&KekId, &[Outcome])| {
                 check_state(kek, facts_of(kek, &pair[0])?.state, &may)?;
                 answer::key(about(kek, Operation::Get, &pair[1])?).map_err(|why| unusable_key(kek, why))

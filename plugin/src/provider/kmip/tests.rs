@@ -1,5 +1,6 @@
 //! What only a KMIP provider can show, against PyKMIP. The suite that all kinds share is in `conformance`.
 
+mod cache;
 mod faults;
 pub(in crate::provider) mod trust;
 
@@ -11,7 +12,7 @@ use crate::secret::Dek;
 
 /// A payload, wrapped under the KEK of its VM.
 pub(super) struct Wrapped {
-    payload: Payload,
+    pub(super) payload: Payload,
     pub(super) stanza: Stanza,
 }
 
