@@ -4,6 +4,7 @@
 //! does not know stays in the list, with the reason why it can't be used: it may be the only one that opens a
 //! disk. No lock is held while a provider works, and none gets more time than the deadline for one call.
 
+mod advice;
 mod deadline;
 mod opening;
 mod rewrapping;
@@ -12,20 +13,19 @@ mod watch;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use thiserror::Error;
-
 use super::cache::KekCache;
 use super::kmip::{KmipProvider, KmipProviderError, KmipSettings};
 use super::native::{NativeError, NativeProvider};
 use super::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
 use super::transit::{TransitProvider, TransitSettings};
-use super::{DestroyReceipt, KekScope, KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus};
-use crate::envelope::{Binding, Envelope, EnvelopeError, KekId, Payload, ProviderId, Stanza};
-use crate::failure::{Code, Failure, chain};
+use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Stanza};
+use crate::failure::chain;
 use crate::keystore::{Change, Keystore, KeystoreError, ProviderRecord};
 use crate::secret::{Dek, SecretBytes};
 use watch::{Pace, Watches};
 
+pub use advice::{NextCommand, SealError, UnknownProvider};
 pub use opening::{Attempt, OpenError, Refusal};
 pub use rewrapping::{Blocked, Rewrap, Rewrapped, Slot};
 pub use watch::Report;
@@ -515,168 +515,6 @@ impl Registry {
 fn wrap(provider: &dyn KeyProvider, binding: &Binding, payload: &Payload) -> Result<Stanza, ProviderError> {
     let kek = provider.create_kek(&KekScope::Vm(binding.vm))?;
     provider.wrap(&kek, payload)
-}
-
-/// No provider has this name or id.
-#[derive(Debug, Error)]
-#[error("there is no key provider {0:?} on this host")]
-pub struct UnknownProvider(pub String);
-
-impl From<UnknownProvider> for Failure {
-    fn from(error: UnknownProvider) -> Self {
-        Self::new(Code::NotFound, error.to_string()).next("virtseal provider list")
-    }
-}
-
-/// Why there is no new envelope.
-#[derive(Debug, Error)]
-pub enum SealError {
-    /// There is no provider at all.
-    #[error("there is no key provider on this host")]
-    NoProvider,
-    /// None has the name that was given.
-    #[error(transparent)]
-    UnknownProvider(#[from] UnknownProvider),
-    /// The policy names a provider that is not here.
-    #[error("the recipients in virtseald.yaml name {0:?}, and there is no such key provider on this host")]
-    UnknownRecipient(String),
-    /// The provider does not wrap.
-    #[error("provider '{name}'")]
-    Refused {
-        /// Its name.
-        name: String,
-        /// Why.
-        #[source]
-        source: ProviderError,
-    },
-    /// The envelope can't be made.
-    #[error("can't make an envelope")]
-    Envelope(#[from] EnvelopeError),
-    /// What was wrapped does not open.
-    #[error("what was wrapped does not open again")]
-    NotVerified(#[source] OpenError),
-    /// What was wrapped opens to something else.
-    #[error("provider '{0}' unwraps another key than it was given")]
-    AnotherKey(String),
-    /// No secret memory.
-    #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
-    Memory(#[source] std::io::Error),
-}
-
-impl SealError {
-    /// The exit code and the next command.
-    #[must_use]
-    pub fn advice(&self) -> (Code, Option<NextCommand>) {
-        match self {
-            Self::NoProvider => (Code::NotFound, Some(NextCommand::AddNative)),
-            Self::UnknownProvider(_) | Self::UnknownRecipient(_) => (Code::NotFound, Some(NextCommand::List)),
-            Self::Refused { name, source } => source.advice(name),
-            Self::NotVerified(error) => (error.code(), error.next()),
-            Self::Envelope(_) | Self::AnotherKey(_) | Self::Memory(_) => (Code::Failed, None),
-        }
-    }
-}
-
-impl From<SealError> for Failure {
-    fn from(error: SealError) -> Self {
-        let (code, next) = error.advice();
-        let failure = match &error {
-            // The provider's own words go on from its name.
-            SealError::Refused { source, .. } => Self::new(code, format!("{error} {}", chain(source))),
-            error => Self::new(code, chain(error)),
-        };
-        match next {
-            Some(next) => failure.next(next.to_string()),
-            None => failure,
-        }
-    }
-}
-
-/// What to run, or do, after a refusal.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NextCommand {
-    /// `virtseal provider add …`
-    AddNative,
-    /// `virtseal provider list`
-    List,
-    /// `virtseal provider unlock NAME`
-    Unlock(String),
-    /// `virtseal provider lock NAME`
-    Lock(String),
-    /// `virtseal provider backup NAME`
-    Backup(String),
-    /// `virtseal provider restore NAME`
-    Restore(String),
-    /// `virtseal provider trust NAME`
-    Trust(String),
-    /// `virtseal provider identity NAME …`
-    Identity(String),
-    /// `virtseal provider show NAME`
-    Show(String),
-    /// `vault operator unseal`, or OpenBao's, at the server.
-    Unseal,
-    /// Install a later version.
-    Upgrade,
-}
-
-impl std::fmt::Display for NextCommand {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (verb, name) = match self {
-            Self::AddNative => return f.write_str("virtseal provider add native main"),
-            Self::List => return f.write_str("virtseal provider list"),
-            Self::Unseal => {
-                return f.write_str("unseal the server (bao operator unseal, vault operator unseal)");
-            }
-            Self::Upgrade => return f.write_str("upgrade virtseal"),
-            Self::Unlock(name) => ("unlock", name),
-            Self::Lock(name) => ("lock", name),
-            Self::Backup(name) => ("backup", name),
-            Self::Restore(name) => ("restore", name),
-            Self::Trust(name) => ("trust", name),
-            Self::Identity(name) => ("identity", name),
-            Self::Show(name) => ("show", name),
-        };
-        write!(f, "virtseal provider {verb} {name}")
-    }
-}
-
-impl ProviderError {
-    /// The exit code for this refusal of the provider called `name`, and what helps.
-    #[must_use]
-    pub fn advice(&self, name: &str) -> (Code, Option<NextCommand>) {
-        let name = name.to_owned();
-        match self {
-            Self::Locked | Self::LockedBecause(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
-            Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(NextCommand::Lock(name))),
-            Self::WrongPin(PinRefusal::Blocked | PinRefusal::NotTheLastTry) => (Code::Locked, None),
-            Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
-            Self::NotBackedUp => (Code::WouldLoseKey, Some(NextCommand::Backup(name))),
-            Self::Unreachable(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
-            Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),
-            Self::CredentialRefused(_) => (Code::NotTrusted, Some(NextCommand::Unlock(name))),
-            Self::ServerSealed => (Code::Locked, Some(NextCommand::Unseal)),
-            Self::RefusesUs(_) => (Code::NotTrusted, Some(NextCommand::Identity(name))),
-            Self::Unusable(_) | Self::Refused(_) => (Code::Failed, Some(NextCommand::Show(name))),
-            Self::UnknownMechanism(_) => (Code::Failed, Some(NextCommand::Upgrade)),
-            Self::UnknownKek(_)
-            | Self::KekUnusable { .. }
-            | Self::Tampered
-            | Self::Payload(_)
-            | Self::Internal { .. } => (Code::Failed, None),
-        }
-    }
-
-    /// Whether it is about a stanza; else the provider refuses every stanza alike.
-    fn is_about_a_stanza(&self) -> bool {
-        matches!(
-            self,
-            Self::UnknownKek(_)
-                | Self::KekUnusable { .. }
-                | Self::Tampered
-                | Self::UnknownMechanism(_)
-                | Self::Payload(_)
-        )
-    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 use super::*;
-use crate::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::envelope::{EnvelopeError, EnvelopeId, ObjectKind, VmId};
+use crate::failure::{Code, Failure};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
