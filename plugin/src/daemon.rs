@@ -20,6 +20,7 @@ mod volumes;
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -61,6 +62,8 @@ pub struct Daemon {
     arms: Mutex<Arms>,
     /// Held while a secret that other VMs may need too is defined or undefined.
     shared: Mutex<()>,
+    /// How many calls there were.
+    calls: AtomicU64,
     /// Held while a VM is sealed or a volume made: two at once would make two envelopes for one object.
     sealing: Mutex<()>,
     /// Which image headers are being rewritten, and which must not be.
@@ -95,6 +98,7 @@ impl Daemon {
             arms: Mutex::default(),
             shared: Mutex::default(),
             sealing: Mutex::default(),
+            calls: AtomicU64::default(),
             headers,
             jobs_bell: Bell::default(),
             copies_bell: Bell::default(),
@@ -133,6 +137,17 @@ impl Daemon {
 
     fn config(&self) -> Config {
         self.config.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes that somebody has called.
+    pub fn note_call(&self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many calls there were: as long as it stays the same, there is nothing to do.
+    #[must_use]
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
     }
 
     /// The group that may read, if it exists.

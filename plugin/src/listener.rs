@@ -146,6 +146,7 @@ impl Service {
         work: impl FnOnce(&Daemon) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, HostError> {
         self.caller.may(needed)?;
+        self.daemon.note_call();
         let daemon = Arc::clone(&self.daemon);
         match tokio::task::spawn_blocking(move || work(&daemon)).await {
             Ok(result) => result.map_err(HostError::from),

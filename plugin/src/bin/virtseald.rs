@@ -237,13 +237,21 @@ async fn watch_libvirt(daemon: Arc<Daemon>, code: Arc<LinkedCode>) {
     let mut wait = PATIENCE.start;
     // Not only on a new connection: a call of somebody else may have made that one, or the sweep failed.
     let mut sweep_is_due = true;
+    let (mut calls_seen, mut calls_released) = (0, 0);
     loop {
+        // What a burst of calls has read of the code is given back once there was none for a turn.
+        let calls = daemon.calls();
+        let idle = calls == calls_seen && calls != calls_released;
+        calls_seen = calls;
+        if idle {
+            calls_released = calls;
+        }
         let (checked, code) = (Arc::clone(&daemon), Arc::clone(&code));
         let checked = spawn_blocking(move || {
             let new = checked.connect()?;
             let swept = (new || sweep_is_due).then(|| checked.sweep()).transpose()?;
             process::trim();
-            if new {
+            if new || idle {
                 code.release();
             }
             Ok::<_, virtseal::libvirt::LibvirtError>(swept)

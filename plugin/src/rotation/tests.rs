@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::*;
 use crate::envelope::{Binding, EnvelopeId, Generation, ObjectKind};
@@ -445,46 +445,4 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     assert_eq!((job.state, job.changed), (JobState::Done, 30));
     host.assert_providers(&[&host.spare]);
     host.assert_whole();
-}
-
-fn resident_kib() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
-/// `cargo test --release … -- --ignored --nocapture` prints the figure.
-#[test]
-#[ignore = "the figure of a release build; run alone"]
-fn ten_thousand_envelopes() {
-    let mut host = Host::with_envelopes(1);
-    let one = host.envelopes().remove(0);
-    host.deks.clear();
-    for _ in 0..10_000 {
-        let binding = Binding {
-            envelope: EnvelopeId::random(),
-            ..one.binding()
-        };
-        let (envelope, dek) = host.registry.seal_new(None, &binding).unwrap();
-        host.deks.insert(envelope.id, openssl::sha::sha256(dek.expose()));
-        host.keystore
-            .insert_pending(&envelope, "/images/disk.qcow2")
-            .unwrap();
-    }
-    host.start(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
-    assert!(matches!(host.step(50), Some(Step::Worked(_))));
-    let (before, began) = (resident_kib(), Instant::now());
-    let job = host.run();
-    let took = began.elapsed();
-    assert_eq!(job.state, JobState::Done);
-    let grown = resident_kib().saturating_sub(before);
-    println!(
-        "{:.0} envelopes/s, {grown} KiB more than before",
-        9950.0 / took.as_secs_f64()
-    );
-    assert!(grown < 8 * 1024, "{grown} KiB");
 }

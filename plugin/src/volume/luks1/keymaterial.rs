@@ -3,9 +3,7 @@
 //! A split key is 4000 stripes as long as the key; losing any one loses the key. It is made and merged one sector
 //! at a time, so that no more than 512 bytes of it are ever in the clear, and those in secret memory.
 
-use openssl::error::ErrorStack;
-use openssl::md::Md;
-use openssl::md_ctx::MdCtx;
+use openssl::sha::Sha256;
 
 use super::sector::{SECTOR, SectorCipher};
 use crate::secret::SecretBytes;
@@ -31,7 +29,7 @@ pub(crate) fn seal(key: &SecretBytes, slot_key: &SecretBytes) -> Result<Vec<u8>,
         openssl::rand::rand_priv_bytes(clear.expose_mut())?;
         let random = if number == last { SECTOR - key_len } else { SECTOR };
         let (stripes, closing) = clear.expose_mut().split_at_mut(random);
-        mixer.absorb(stripes)?;
+        mixer.absorb(stripes);
         if number == last {
             mixer.mask(key.expose(), closing);
         }
@@ -52,7 +50,7 @@ pub(crate) fn open(material: &[u8], slot_key: &SecretBytes) -> Result<SecretByte
         cipher.apply(number as u64, sealed, clear.expose_mut())?;
         let random = if number == last { SECTOR - key_len } else { SECTOR };
         let (stripes, closing) = clear.expose().split_at(random);
-        mixer.absorb(stripes)?;
+        mixer.absorb(stripes);
         if number == last {
             mixer.mask(closing, key.expose_mut());
         }
@@ -63,38 +61,33 @@ pub(crate) fn open(material: &[u8], slot_key: &SecretBytes) -> Result<SecretByte
 /// What the stripes so far add up to.
 struct Mixer {
     sum: SecretBytes,
-    digest: MdCtx,
-    sha256: Md,
 }
 
 impl Mixer {
     fn new(key_len: usize) -> Result<Self, VolumeError> {
         Ok(Self {
             sum: SecretBytes::zeroed(key_len).map_err(VolumeError::Memory)?,
-            digest: MdCtx::new()?,
-            sha256: Md::fetch(None, "SHA256", None)?,
         })
     }
 
-    fn absorb(&mut self, stripes: &[u8]) -> Result<(), ErrorStack> {
+    fn absorb(&mut self, stripes: &[u8]) {
         for stripe in stripes.chunks_exact(self.sum.expose().len()) {
             for (sum, byte) in self.sum.expose_mut().iter_mut().zip(stripe) {
                 *sum ^= byte;
             }
-            self.diffuse()?;
+            self.diffuse();
         }
-        Ok(())
     }
 
-    /// Each 32-byte block becomes SHA-256(be32(its number) ‖ block). Both key lengths are whole blocks.
-    fn diffuse(&mut self) -> Result<(), ErrorStack> {
+    /// Each 32-byte block becomes SHA-256(be32(its number) ‖ block). Both key lengths are whole blocks. It is done 8000 times for
+    /// each key, and through EVP most of the time would go into its contexts.
+    fn diffuse(&mut self) {
         for (number, block) in (0_u32..).zip(self.sum.expose_mut().chunks_exact_mut(32)) {
-            self.digest.digest_init(&self.sha256)?;
-            self.digest.digest_update(&number.to_be_bytes())?;
-            self.digest.digest_update(block)?;
-            self.digest.digest_final(block)?;
+            let mut digest = Sha256::new();
+            digest.update(&number.to_be_bytes());
+            digest.update(block);
+            block.copy_from_slice(&digest.finish());
         }
-        Ok(())
     }
 
     fn mask(&self, input: &[u8], output: &mut [u8]) {
