@@ -15,11 +15,13 @@ mod volume;
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::api::HostProxy;
 use crate::envelope::ProviderId;
 use crate::failure::{Code, Failure};
+use crate::provider::ScopeSetting;
 use crate::provider::cache::{CachePolicy, NothingToCache};
 use crate::provider::kmip::{Endpoint, Fingerprint, KmipVersion};
 use crate::volume::Bytes;
@@ -230,6 +232,13 @@ enum AddCommand {
     Kmip(KmipArgs),
 }
 
+fn kek_scope() -> impl TypedValueParser<Value = ScopeSetting> {
+    PossibleValuesParser::new(["vm", "provider"]).map(|word| match word.as_str() {
+        "provider" => ScopeSetting::Provider,
+        _ => ScopeSetting::Vm,
+    })
+}
+
 /// For kinds without a cache, so that who asks for one learns why there is none.
 #[derive(Debug, Args)]
 struct NoCacheArgs {
@@ -264,8 +273,8 @@ struct TransitArgs {
     #[command(flatten)]
     login: TransitLoginArgs,
     /// Whom a key serves: one VM each (vm), or all, with a context for each VM (provider).
-    #[arg(long, value_name = "SCOPE", default_value = "vm", value_parser = ["vm", "provider"])]
-    kek_scope: String,
+    #[arg(long, value_name = "SCOPE", default_value = "vm", value_parser = kek_scope())]
+    kek_scope: ScopeSetting,
     /// The name of the shared key.
     #[arg(long, value_name = "NAME")]
     key: Option<String>,
@@ -323,8 +332,8 @@ struct KmipArgs {
     #[arg(long, value_parser = ["local", "server"], default_value = "local")]
     mode: String,
     /// Whom one key serves.
-    #[arg(long, value_parser = ["vm", "provider"], default_value = "vm")]
-    kek_scope: String,
+    #[arg(long, value_parser = kek_scope(), default_value = "vm")]
+    kek_scope: ScopeSetting,
     /// How long a fetched key is kept for when no server answers: none, until-lock, or a time such as 4h [default: 24h].
     #[arg(long, value_name = "POLICY")]
     cache: Option<CachePolicy>,
@@ -426,8 +435,8 @@ struct Pkcs11Args {
     #[arg(long, value_name = "BITS", default_value = "256")]
     key_bits: u32,
     /// Whom a KEK serves: one for all VMs (provider), or one for each (vm).
-    #[arg(long, value_name = "SCOPE", default_value = "provider", value_parser = ["provider", "vm"])]
-    kek_scope: String,
+    #[arg(long, value_name = "SCOPE", default_value = "provider", value_parser = kek_scope())]
+    kek_scope: ScopeSetting,
     #[command(flatten)]
     cache: NoCacheArgs,
     /// The string that the module wants for C_Initialize, where it wants one (NSS).

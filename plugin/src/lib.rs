@@ -16,6 +16,8 @@ pub mod libvirt;
 pub mod lifecycle;
 pub mod listener;
 pub mod local_time;
+#[cfg(test)]
+mod own_process;
 pub mod process;
 pub mod provider;
 pub mod rotation;

@@ -128,6 +128,27 @@ pub enum KekScope {
     Provider,
 }
 
+/// Whom a provider makes its KEKs for, whoever asks: the setting `kek_scope`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScopeSetting {
+    /// One for each VM.
+    #[default]
+    Vm,
+    /// One for all VMs of the provider.
+    Provider,
+}
+
+impl ScopeSetting {
+    /// Whom the KEK serves that is made when one for `asked` is wanted.
+    fn scope(self, asked: &KekScope) -> KekScope {
+        match self {
+            Self::Vm => *asked,
+            Self::Provider => KekScope::Provider,
+        }
+    }
+}
+
 /// Whether a provider can be used, from worst to best.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", content = "reason")]

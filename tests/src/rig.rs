@@ -159,16 +159,6 @@ impl Rig {
         Ok(())
     }
 
-    /// Starts a VM as far as QEMU, and ends it.
-    ///
-    /// # Errors
-    /// It does not start, or a secret is left.
-    pub fn expect_start(&self, vm: &str) -> Result<()> {
-        self.host().virsh(&["start", "--paused", vm])?.succeeded()?;
-        self.sealed.expect_no_secrets()?;
-        self.host().virsh(&["destroy", vm])?.succeeded().map(drop)
-    }
-
     /// A file with the passphrase, as a path in the namespace.
     ///
     /// # Errors
@@ -176,18 +166,6 @@ impl Rig {
     pub fn passphrase(&self) -> Result<String> {
         let file = self.sealed.passphrase_file()?;
         Ok(file.to_str().context("a UTF-8 path")?.to_owned())
-    }
-
-    /// Unlocks a provider.
-    ///
-    /// # Errors
-    /// virtseal refuses.
-    pub fn unlock(&self, provider: &str) -> Result<()> {
-        let passphrase = self.passphrase()?;
-        self.sealed
-            .virtseal(&["provider", "unlock", provider, "--passphrase-file", &passphrase])?
-            .succeeded()
-            .map(drop)
     }
 
     /// Ends the daemon in good order and starts it again.

@@ -1,14 +1,17 @@
 //! A [`Host`] with virtseal on it: the hook installed, virtseald running, a native provider ready.
 
-use std::io::Write;
+mod commands;
+
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-use crate::{DomainSpec, DomainState, Host, HostBuilder, Output, Process, built_program, wait_until};
+pub use commands::expect_names;
+
+use crate::{DomainSpec, DomainState, Host, HostBuilder, Process, built_program, wait_until};
 
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -82,62 +85,8 @@ impl SealedHost {
     /// When it can't be written.
     pub fn passphrase_file(&self) -> Result<PathBuf> {
         let file = PathBuf::from("/run/passphrase");
-        std::fs::write(self.host.path(&file), Self::PASSPHRASE)?;
+        fs::write(self.host.path(&file), Self::PASSPHRASE)?;
         Ok(file)
-    }
-
-    /// Unlocks the provider `main`.
-    ///
-    /// # Errors
-    /// When virtseal refuses.
-    pub fn unlock(&self) -> Result<()> {
-        let file = self.passphrase_file()?;
-        let file = file.to_str().context("a UTF-8 path")?;
-        self.virtseal(&["provider", "unlock", "main", "--passphrase-file", file])?
-            .succeeded()
-            .map(drop)
-    }
-
-    /// Locks the provider `main`.
-    ///
-    /// # Errors
-    /// When virtseal refuses.
-    pub fn lock(&self) -> Result<()> {
-        self.virtseal(&["provider", "lock", "main"])?
-            .succeeded()
-            .map(drop)
-    }
-
-    /// Runs the command line.
-    ///
-    /// # Errors
-    /// When it can't be started; what it answers is in the output.
-    pub fn virtseal(&self, arguments: &[&str]) -> Result<Output> {
-        let program = built_program("virtseal")?;
-        let program = program.to_str().context("a UTF-8 path")?;
-        self.host.run(&[&[program], arguments].concat())
-    }
-
-    /// Runs the command line with `input` on its standard input, such as a passphrase.
-    ///
-    /// # Errors
-    /// When it can't be started; what it answers is in the output.
-    pub fn virtseal_reading(&self, input: &str, arguments: &[&str]) -> Result<Output> {
-        let mut child = self
-            .host
-            .command(built_program("virtseal")?)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context("virtseal did not start")?;
-        let mut stdin = child.stdin.take().context("virtseal has no standard input")?;
-        // One that ends without reading says why.
-        let _ = stdin.write_all(input.as_bytes());
-        drop(stdin);
-        let output = child.wait_with_output()?;
-        Ok(Output::new(format!("virtseal {}", arguments.join(" ")), &output))
     }
 
     /// Starts virtseald and waits until it answers.
@@ -177,6 +126,24 @@ impl SealedHost {
         let mut daemon = self.daemon.take().context("virtseald is not running")?;
         daemon.signal(signal)?;
         daemon.wait(START_DEADLINE).map(drop)
+    }
+
+    /// Ends virtseald as a crash does, and starts it again; every provider is locked then.
+    ///
+    /// # Errors
+    /// As [`SealedHost::start_daemon`].
+    pub fn kill_and_restart(&mut self) -> Result<()> {
+        self.stop_daemon(Signal::SIGKILL)?;
+        self.start_daemon()
+    }
+
+    /// Writes the daemon's configuration, which it reads when it starts and at SIGHUP.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn configure(&self, yaml: &str) -> Result<()> {
+        let file = self.host.path("/etc/virtseal/virtseald.yaml");
+        fs::write(&file, yaml).with_context(|| file.display().to_string())
     }
 
     /// The running virtseald, to be ended by the story itself.
@@ -264,6 +231,15 @@ impl SealedHost {
         self.expect_no_secrets()
     }
 
+    /// Starts a VM as far as QEMU, and ends it.
+    ///
+    /// # Errors
+    /// As [`SealedHost::start_paused`].
+    pub fn expect_start(&self, vm: &str) -> Result<()> {
+        self.start_paused(vm)?;
+        self.destroy(vm)
+    }
+
     /// Switches a VM off the hard way.
     ///
     /// # Errors
@@ -299,15 +275,6 @@ impl SealedHost {
         Ok(dumped.stdout)
     }
 
-    /// What a command answers with `--json`.
-    ///
-    /// # Errors
-    /// When it fails, or prints anything else.
-    pub fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
-        let answer = self.virtseal(&[arguments, &["--json"]].concat())?.succeeded()?;
-        serde_json::from_str(&answer).with_context(|| format!("no JSON: {answer}"))
-    }
-
     /// The secrets that libvirt holds.
     ///
     /// # Errors
@@ -330,17 +297,6 @@ impl SealedHost {
         ensure!(secrets.is_empty(), "left in libvirt: {secrets:?}");
         Ok(())
     }
-}
-
-/// Checks that a message has each of `parts`.
-///
-/// # Errors
-/// It lacks one.
-pub fn expect_names(message: &str, parts: &[&str]) -> Result<()> {
-    for part in parts {
-        ensure!(message.contains(part), "{part:?} is not in {message:?}");
-    }
-    Ok(())
 }
 
 /// The XML with its only `from` replaced.

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use virtseal_e2e::rig::{IMAGES, STATE};
 use virtseal_e2e::servers::PyKmip;
 use virtseal_e2e::{Host, SealedHost, expect_names, kept_envelopes, temporaries, wait_until};
 
 const KMS: &str = "kmip-prod";
 const SPARE: &str = "breakglass";
-const IMAGES: &str = "/var/lib/libvirt/images";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// web01, sealed for both providers; the spare one is locked.
@@ -19,40 +19,17 @@ fn host_with(kms: &PyKmip) -> Result<SealedHost> {
     kms.add_to(&sealed, KMS, &[kms.port()], false)?;
     sealed.add_provider(SPARE)?;
     sealed.seal_new("web01")?;
-    virtseal(&sealed, &["provider", "recipients", "add", SPARE, "--watch"])?;
-    virtseal(&sealed, &["provider", "lock", SPARE])?;
+    sealed.run(&["provider", "recipients", "add", SPARE, "--watch"])?;
+    sealed.run(&["provider", "lock", SPARE])?;
     Ok(sealed)
-}
-
-fn virtseal(sealed: &SealedHost, arguments: &[&str]) -> Result<String> {
-    sealed.virtseal(arguments)?.succeeded()
-}
-
-fn unlock(sealed: &SealedHost, provider: &str) -> Result<()> {
-    let file = sealed.passphrase_file()?;
-    let file = file.to_str().context("a UTF-8 path")?;
-    virtseal(
-        sealed,
-        &["provider", "unlock", provider, "--passphrase-file", file],
-    )
-    .map(drop)
-}
-
-fn show(sealed: &SealedHost) -> Result<serde_json::Value> {
-    Ok(sealed.json(&["provider", "show", KMS])?[0].take())
-}
-
-fn starts(sealed: &SealedHost) -> Result<()> {
-    sealed.start_paused("web01")?;
-    sealed.destroy("web01")
 }
 
 #[test]
 fn vm_starts_without_its_kms_until_the_cache_is_gone() -> Result<()> {
     let mut kms = PyKmip::start()?;
     let mut sealed = host_with(&kms)?;
-    starts(&sealed)?;
-    let shown = show(&sealed)?;
+    sealed.expect_start("web01")?;
+    let shown = sealed.provider(KMS)?;
     ensure!(shown["state"] == "Ready" && shown["cache"] == "24h", "{shown}");
     ensure!(
         shown["cached_keks"] == 1 && shown["last_answer"].is_string(),
@@ -60,16 +37,16 @@ fn vm_starts_without_its_kms_until_the_cache_is_gone() -> Result<()> {
     );
 
     kms.kill();
-    starts(&sealed).context("from the cache")?;
-    let shown = show(&sealed)?;
+    sealed.expect_start("web01").context("from the cache")?;
+    let shown = sealed.provider(KMS)?;
     ensure!(
         shown["state"] == "Unreachable" && shown["cached_keks"] == 1,
         "{shown}"
     );
     nothing_new_is_sealed(&sealed)?;
 
-    virtseal(&sealed, &["provider", "lock", KMS])?;
-    unlock(&sealed, KMS)?;
+    sealed.run(&["provider", "lock", KMS])?;
+    sealed.unlock_provider(KMS)?;
     let refused = sealed.refused_start("web01")?;
     let (unreachable, rest) = refused
         .split_once(", last answer ")
@@ -92,14 +69,16 @@ fn vm_starts_without_its_kms_until_the_cache_is_gone() -> Result<()> {
         rest == format!("recipient '{SPARE}' is locked. Next: virtseal provider unlock {SPARE}"),
         "{refused}"
     );
-    unlock(&sealed, SPARE)?;
-    starts(&sealed).context("what was said to run next helps")?;
-    virtseal(&sealed, &["provider", "lock", SPARE])?;
+    sealed.unlock_provider(SPARE)?;
+    sealed
+        .expect_start("web01")
+        .context("what was said to run next helps")?;
+    sealed.run(&["provider", "lock", SPARE])?;
 
     kms.run()?;
-    starts(&sealed).context("with the KMS again")?;
+    sealed.expect_start("web01").context("with the KMS again")?;
     kms.kill();
-    starts(&sealed).context("from the cache again")?;
+    sealed.expect_start("web01").context("from the cache again")?;
     sealed.stop_daemon(Signal::SIGTERM)?;
     sealed.start_daemon()?;
     expect_names(
@@ -111,12 +90,14 @@ fn vm_starts_without_its_kms_until_the_cache_is_gone() -> Result<()> {
         ],
     )?;
     kms.run()?;
-    wait_until(PATIENCE, "the KMS is found again", || Ok(starts(&sealed).ok()))
+    wait_until(PATIENCE, "the KMS is found again", || {
+        Ok(sealed.expect_start("web01").ok())
+    })
 }
 
 /// Neither an image nor a VM is sealed without the KMS, and nothing is left of the try.
 fn nothing_new_is_sealed(sealed: &SealedHost) -> Result<()> {
-    let state = sealed.host().path("/var/lib/virtseal");
+    let state = sealed.host().path(STATE);
     let before = kept_envelopes(&state)?.len();
     let spec = SealedHost::spec("web02");
     let (disk, vm) = (spec.disk.display().to_string(), spec.uuid.to_string());
@@ -192,21 +173,18 @@ fn cache_is_refused_where_no_key_ever_comes() -> Result<()> {
     ensure!(listed.as_array().is_some_and(|all| all.len() == 1), "{listed}");
     ensure!(listed[0]["cache"].is_null(), "{listed}");
 
-    virtseal(
-        &sealed,
-        &[
-            "provider",
-            "add",
-            "kmip",
-            "k",
-            "--endpoint",
-            "127.0.0.1:1",
-            "--cache",
-            "4h",
-        ],
-    )?;
-    virtseal(&sealed, &["provider", "cache", "k", "until-lock"])?;
-    let shown = virtseal(&sealed, &["provider", "show", "k"])?;
+    sealed.run(&[
+        "provider",
+        "add",
+        "kmip",
+        "k",
+        "--endpoint",
+        "127.0.0.1:1",
+        "--cache",
+        "4h",
+    ])?;
+    sealed.run(&["provider", "cache", "k", "until-lock"])?;
+    let shown = sealed.run(&["provider", "show", "k"])?;
     expect_names(
         &shown,
         &["kmip", "NotTrusted", "last answer", "until-lock, 0 keys"],

@@ -114,7 +114,7 @@ fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
         rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])?;
         rig.expect_no_temporaries()?;
         if nth % 8 == 1 {
-            rig.expect_start(&spec.name)?;
+            rig.sealed.expect_start(&spec.name)?;
         }
         Ok(())
     })
@@ -136,7 +136,7 @@ fn vm_unseal_can_be_killed_at_every_step() -> Result<()> {
         ensure!(!xml.contains("encryption") && !xml.contains("virtseal"), "{xml}");
         rig.expect_no_temporaries()?;
         if nth % 4 == 1 {
-            rig.expect_start(&name)?;
+            rig.sealed.expect_start(&name)?;
         }
         Ok(())
     })
@@ -222,7 +222,7 @@ fn provider_add_can_be_killed_at_every_step() -> Result<()> {
             done_or(again, "already")?;
             // Whichever of the two runs made it, its passphrase opens it, and it wraps nothing yet.
             rig.restart()?;
-            rig.unlock(&name)?;
+            rig.sealed.unlock_provider(&name)?;
             ensure!(rig.state_of(&name)?.as_deref() == Some("NotBackedUp"));
             Ok(())
         },
@@ -259,7 +259,7 @@ fn provider_backup_can_be_killed_at_every_step() -> Result<()> {
         },
         |rig, nth, command| {
             let (name, file) = (name_of(nth), file_of(nth));
-            rig.unlock(&name)?;
+            rig.sealed.unlock_provider(&name)?;
             if rig.state_of(&name)?.as_deref() == Some("Ready") {
                 // It wraps from now on, and relies on this file.
                 rig.root_in(&file)?;
@@ -313,7 +313,7 @@ fn provider_unlock_and_lock_can_be_killed_at_every_step() -> Result<()> {
                 ensure!(rig.state_of("main")?.as_deref() == Some("Locked"));
                 rig.expect_active(&vm, &["disk"])?;
                 rig.sealed.virtseal(command)?.succeeded()?;
-                rig.unlock("main")?;
+                rig.sealed.unlock_provider("main")?;
                 ensure!(rig.state_of("main")?.as_deref() == Some("Ready"));
                 Ok(())
             },
@@ -358,7 +358,7 @@ fn provider_restore_can_be_killed_at_every_step() -> Result<()> {
             let again = rig.sealed.virtseal(command)?;
             done_or(again, "already")?;
             rig.restart()?;
-            rig.unlock("main")?;
+            rig.sealed.unlock_provider("main")?;
             ensure!(rig.state_of("main")?.as_deref() == Some("Ready"));
             let again = root_of(&rig.sealed, "main", "/run/again.json")?;
             ensure!(again.key == rig.root.key, "another root key");

@@ -74,7 +74,7 @@ fn vm_seal_on_a_full_disk_can_be_repeated_when_there_is_room() -> Result<()> {
         small.resize("32m")?;
         rig.sealed.virtseal(&["vm", "seal", &spec.name])?.succeeded()?;
         rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])?;
-        rig.expect_start(&spec.name)?;
+        rig.sealed.expect_start(&spec.name)?;
     }
     Ok(())
 }
@@ -96,8 +96,8 @@ fn full_state_directory_refuses_new_keys_and_still_starts_vms() -> Result<()> {
         ..spec("state01")
     };
     rig.sealed.seal_empty(&spec)?;
-    rig.expect_start(&spec.name)?;
-    rig.expect_start(&spec.name)?;
+    rig.sealed.expect_start(&spec.name)?;
+    rig.sealed.expect_start(&spec.name)?;
 
     let ballast = rig.host().path(STATE).join("ballast");
     let filled = fs::write(&ballast, vec![0; 2 << 20]);
@@ -128,7 +128,7 @@ fn full_state_directory_refuses_new_keys_and_still_starts_vms() -> Result<()> {
     ensure!(!rig.host().path(&image).exists(), "an image without an envelope");
     ensure!(rig.state_of("second")?.is_none(), "half a provider");
     // A host whose log can't be written still has to run its VMs.
-    rig.expect_start(&spec.name)?;
+    rig.sealed.expect_start(&spec.name)?;
 
     fs::remove_file(ballast)?;
     rig.sealed.virtseal(&create)?.succeeded()?;
@@ -136,9 +136,9 @@ fn full_state_directory_refuses_new_keys_and_still_starts_vms() -> Result<()> {
     rig.sealed.virtseal(&add)?.succeeded()?;
     rig.sealed.virtseal(&["audit", "verify"])?.succeeded()?;
     rig.restart()?;
-    rig.unlock("second")?;
-    rig.unlock("main")?;
-    rig.expect_start(&spec.name)
+    rig.sealed.unlock_provider("second")?;
+    rig.sealed.unlock_provider("main")?;
+    rig.sealed.expect_start(&spec.name)
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn two_seals_of_one_vm_make_one() -> Result<()> {
             ensure!(ok, "{said}");
         }
         rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])?;
-        rig.expect_start(&spec.name)?;
+        rig.sealed.expect_start(&spec.name)?;
     }
     Ok(())
 }

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 use virtseal_e2e::{Output, Process, SealedHost, expect_names, require_programs, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,10 +26,7 @@ impl Rig {
             port: free_pair_of_ports()?,
         };
         rig.power_on()?;
-        fs::write(
-            rig.sealed.host().path("/etc/virtseal/virtseald.yaml"),
-            format!("tpm: {}\n", rig.tcti()),
-        )?;
+        rig.sealed.configure(&format!("tpm: {}\n", rig.tcti()))?;
         rig.restart()?;
         rig.sealed.unlock()?;
         Ok(rig)
@@ -76,18 +72,12 @@ impl Rig {
         extended.succeeded().map(drop)
     }
 
-    fn virtseal(&self, arguments: &[&str]) -> Result<String> {
-        self.sealed.virtseal(arguments)?.succeeded()
-    }
-
     fn refused(&self, code: i32, arguments: &[&str], parts: &[&str]) -> Result<()> {
-        let answer = self.sealed.virtseal(arguments)?;
-        ensure!(answer.code() == Some(code), "expected {code}: {answer:?}");
-        expect_names(&answer.stderr, parts)
+        expect_names(&self.sealed.refused(code, arguments)?, parts)
     }
 
     fn enroll(&self) -> Result<()> {
-        let said = self.virtseal(&["provider", "tpm", "main", "--enroll"])?;
+        let said = self.sealed.run(&["provider", "tpm", "main", "--enroll"])?;
         expect_names(
             &said,
             &[
@@ -103,25 +93,21 @@ impl Rig {
         self.sealed.stop_daemon(Signal::SIGKILL)?;
         let begin = Instant::now();
         self.sealed.start_daemon()?;
-        self.virtseal(&["status"])?;
+        self.sealed.run(&["status"])?;
         ensure!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
         Ok(())
     }
 
-    fn main(&self) -> Result<Value> {
-        Ok(self.sealed.json(&["provider", "show", "main"])?[0].take())
-    }
-
     fn expect_state(&self, state: &str) -> Result<()> {
         wait_until(PATIENCE, &format!("provider 'main' to be {state}"), || {
-            Ok((self.main()?["state"] == state).then_some(()))
+            Ok((self.sealed.provider("main")?["state"] == state).then_some(()))
         })
     }
 
     /// Until the daemon has tried, and says why it could not.
     fn expect_locked_because(&self, parts: &[&str]) -> Result<()> {
         let reason = wait_until(PATIENCE, "the reason why 'main' is locked", || {
-            let main = self.main()?;
+            let main = self.sealed.provider("main")?;
             ensure!(main["state"] == "Locked", "{main}");
             Ok(main["reason"].as_str().map(str::to_owned))
         })?;
@@ -133,7 +119,7 @@ impl Rig {
 fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
     let mut rig = Rig::start()?;
     rig.sealed.seal_new("web01")?;
-    ensure!(rig.main()?["unlocked_by"] == serde_json::json!(["passphrase"]));
+    ensure!(rig.sealed.provider("main")?["unlocked_by"] == serde_json::json!(["passphrase"]));
     rig.refused(
         7,
         &["provider", "unlock", "main", "--tpm"],
@@ -145,14 +131,13 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
         &["'16'", "7,11"],
     )?;
     rig.enroll()?;
-    let shown = rig.virtseal(&["provider", "show", "main"])?;
+    let shown = rig.sealed.run(&["provider", "show", "main"])?;
     expect_names(&shown, &["unlocked by  passphrase; TPM (PCR 7, since 20"])?;
 
     rig.power_on()?;
     rig.restart()?;
     rig.expect_state("Ready")?;
-    rig.sealed.start_paused("web01")?;
-    rig.sealed.destroy("web01")?;
+    rig.sealed.expect_start("web01")?;
 
     // Locked by hand it stays locked, until the next unlock in whatever way.
     rig.sealed.lock()?;
@@ -160,7 +145,7 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
         &rig.sealed.refused_start("web01")?,
         &["web01", "'main' is locked"],
     )?;
-    rig.virtseal(&["provider", "unlock", "main", "--tpm"])?;
+    rig.sealed.run(&["provider", "unlock", "main", "--tpm"])?;
     rig.expect_state("Ready")?;
 
     rig.measure_something_else()?;
@@ -186,17 +171,16 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
         &["PCR 7 differs", "with its passphrase"],
     )?;
     rig.sealed.unlock()?;
-    rig.sealed.start_paused("web01")?;
-    rig.sealed.destroy("web01")?;
+    rig.sealed.expect_start("web01")?;
     rig.enroll()?;
     rig.restart()?;
     rig.expect_state("Ready")?;
 
-    let removed = rig.virtseal(&["provider", "tpm", "main", "--remove"])?;
+    let removed = rig.sealed.run(&["provider", "tpm", "main", "--remove"])?;
     expect_names(&removed, &["does not unlock 'main' any more"])?;
     rig.restart()?;
     rig.refused(7, &["provider", "unlock", "main", "--tpm"], &["not enrolled"])?;
-    ensure!(rig.main()?["state"] == "Locked");
+    ensure!(rig.sealed.provider("main")?["state"] == "Locked");
     rig.sealed.unlock()
 }
 
@@ -224,8 +208,8 @@ fn an_absent_or_hanging_tpm_delays_no_start() -> Result<()> {
     rig.sealed.lock()?;
     rig.power_on()?;
     std::thread::sleep(Duration::from_secs(3));
-    ensure!(rig.main()?["state"] == "Locked");
-    rig.virtseal(&["provider", "unlock", "main", "--tpm"])?;
+    ensure!(rig.sealed.provider("main")?["state"] == "Locked");
+    rig.sealed.run(&["provider", "unlock", "main", "--tpm"])?;
 
     // It hangs: everything else goes on, and the passphrase opens.
     rig.tpm()?.signal(Signal::SIGSTOP)?;

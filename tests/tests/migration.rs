@@ -3,15 +3,13 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use virtseal_e2e::rig::{IMAGES, STATE};
 use virtseal_e2e::servers::{OpenBao, PyKmip, SoftHsm};
 use virtseal_e2e::{Host, SealedHost, edit_keystore, expect_names, kept_envelopes, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const STATE: &str = "/var/lib/virtseal";
-const IMAGES: &str = "/var/lib/libvirt/images";
 const VOLUMES: usize = 12;
 
 /// A host with the providers `hsm` (SoftHSM), `kms` (PyKMIP) and `vault` (OpenBao).
@@ -27,12 +25,9 @@ impl Rig {
         let (hsm, kms, bao) = (SoftHsm::new()?, PyKmip::start()?, OpenBao::start()?);
         hsm.make("kek")?;
         let mut sealed = SealedHost::start_without_provider(Host::builder())?;
-        let settings = sealed.host().path("/etc/virtseal");
-        fs::create_dir_all(&settings)?;
-        fs::write(settings.join("virtseald.yaml"), "batch_size: 1\ninterval: 20ms\n")?;
+        sealed.configure("batch_size: 1\ninterval: 20ms\n")?;
         sealed.stop_daemon(Signal::SIGTERM)?;
-        let launcher = hsm.launcher();
-        sealed.start_daemon_through(&launcher.each_ref().map(String::as_str))?;
+        hsm.start_daemon(&mut sealed)?;
         hsm.add_to(&sealed, "hsm", "kek")?;
         kms.add_to(&sealed, "kms", &[kms.port()], false)?;
         bao.add_to(&sealed, "vault", bao.port())?;
@@ -44,23 +39,6 @@ impl Rig {
         })
     }
 
-    fn virtseal(&self, arguments: &[&str]) -> Result<String> {
-        run(&self.sealed, arguments)
-    }
-
-    fn refused(&self, code: i32, arguments: &[&str]) -> Result<String> {
-        let output = self.sealed.virtseal(arguments)?;
-        ensure!(
-            output.status.code() == Some(code),
-            "{} ended with {:?}, not {code}: {}{}",
-            output.command,
-            output.status.code(),
-            output.stdout,
-            output.stderr
-        );
-        Ok(output.stderr)
-    }
-
     fn unlock(&self) -> Result<()> {
         self.hsm.unlock(&self.sealed, "hsm")?;
         self.bao.unlock(&self.sealed, "vault")
@@ -68,32 +46,13 @@ impl Rig {
 
     fn kill_and_restart(&mut self) -> Result<()> {
         self.sealed.stop_daemon(Signal::SIGKILL)?;
-        let launcher = self.hsm.launcher();
-        self.sealed
-            .start_daemon_through(&launcher.each_ref().map(String::as_str))
+        self.hsm.start_daemon(&mut self.sealed)
     }
 
     fn seal(&self, vm: &str) -> Result<()> {
         let mut spec = SealedHost::spec(vm);
         spec.tpm = true;
-        let (disk, uuid) = (spec.disk.display().to_string(), spec.uuid.to_string());
-        self.virtseal(&["volume", "create", &disk, "--size", "64M", "--vm", &uuid])?;
-        self.sealed.host().define(&spec)?;
-        self.virtseal(&["vm", "seal", vm]).map(drop)
-    }
-
-    fn starts(&self, vm: &str) -> Result<()> {
-        self.sealed.start_paused(vm)?;
-        self.sealed.destroy(vm)
-    }
-
-    fn last_job(&self) -> Result<Value> {
-        let jobs = self.sealed.json(&["jobs"])?;
-        jobs["jobs"]
-            .as_array()
-            .and_then(|jobs| jobs.last())
-            .cloned()
-            .context("no job")
+        self.sealed.seal_empty(&spec)
     }
 
     /// The KEK of every envelope, all of which have one stanza, of `provider`.
@@ -114,18 +73,18 @@ impl Rig {
             // One that was deleted is out of the way too.
             let _ = self.sealed.virtseal(&["provider", "lock", other])?;
         }
-        self.starts(vm)
+        self.sealed.expect_start(vm)
     }
 
     fn move_all(&self, from: &str, to: &str) -> Result<()> {
-        self.virtseal(&["provider", "default", to])?;
-        let moved = self.virtseal(&["provider", "move", from, to, "--watch"])?;
+        self.sealed.run(&["provider", "default", to])?;
+        let moved = self.sealed.run(&["provider", "move", from, to, "--watch"])?;
         expect_names(&moved, &["done", "0 left"])
     }
 
     fn rotate(&self, provider: &str) -> Result<()> {
         let before = self.keks(provider)?;
-        let rotated = self.virtseal(&["provider", "rotate", provider, "--watch"])?;
+        let rotated = self.sealed.run(&["provider", "rotate", provider, "--watch"])?;
         expect_names(&rotated, &["done", "0 left"])?;
         let after = self.keks(provider)?;
         ensure!(
@@ -147,23 +106,24 @@ fn a_fleet_moves_from_a_token_to_kmip_and_on() -> Result<()> {
             format!("{IMAGES}/fleet{nth}.qcow2"),
             format!("00000000-0000-4000-8000-0000000000{nth:02}"),
         );
-        rig.virtseal(&["volume", "create", &path, "--size", "8M", "--vm", &vm])?;
+        rig.sealed
+            .run(&["volume", "create", &path, "--size", "8M", "--vm", &vm])?;
     }
     rig.keks("hsm")?;
     rig.rotate("hsm")?;
-    rig.starts("off01")?;
+    rig.sealed.expect_start("off01")?;
     rig.sealed.start_paused("run01")?;
 
     // From the token to the key server; the daemon dies on the way, again and again.
-    rig.virtseal(&["provider", "default", "kms"])?;
-    rig.virtseal(&["provider", "move", "hsm", "kms"])?;
+    rig.sealed.run(&["provider", "default", "kms"])?;
+    rig.sealed.run(&["provider", "move", "hsm", "kms"])?;
     let (began, mut kills) = (Instant::now(), 0);
-    while rig.last_job()?["state"] == "running" {
-        ensure!(began.elapsed() < 2 * PATIENCE, "{}", rig.last_job()?);
+    while rig.sealed.last_job()?["state"] == "running" {
+        ensure!(began.elapsed() < 2 * PATIENCE, "{}", rig.sealed.last_job()?);
         if kills < 3 {
-            let seen = rig.last_job()?["seen"].as_i64();
+            let seen = rig.sealed.last_job()?["seen"].as_i64();
             wait_until(PATIENCE, "the next envelope", || {
-                let job = rig.last_job()?;
+                let job = rig.sealed.last_job()?;
                 Ok((job["seen"].as_i64() > seen || job["state"] != "running").then_some(()))
             })?;
             rig.kill_and_restart()?;
@@ -171,44 +131,46 @@ fn a_fleet_moves_from_a_token_to_kmip_and_on() -> Result<()> {
             kills += 1;
         }
     }
-    let job = rig.last_job()?;
+    let job = rig.sealed.last_job()?;
     ensure!(job["state"] == "done" && kills > 1, "{kills} kills, {job}");
     ensure!(job["changed"].as_i64() == Some(6 + VOLUMES as i64), "{job}");
     rig.keks("kms")?;
-    wait_for_copies(&rig.sealed, 1)?;
+    rig.sealed.wait_for_copies(1)?;
     expect_names(
-        &rig.refused(8, &["provider", "delete", "hsm"])?,
+        &rig.sealed.refused(8, &["provider", "delete", "hsm"])?,
         &["'hsm' stays", "run01.qcow2", "virtseal jobs"],
     )?;
     rig.sealed.destroy("run01")?;
-    wait_for_copies(&rig.sealed, 0)?;
+    rig.sealed.wait_for_copies(0)?;
     for vm in ["off01", "run01"] {
         rig.starts_with("kms", vm)?;
     }
-    rig.virtseal(&["provider", "delete", "hsm"])?;
+    rig.sealed.run(&["provider", "delete", "hsm"])?;
 
     // New keys at the key server; a VM that is destroyed takes its old ones with it.
     rig.rotate("kms")?;
-    rig.starts("off01")?;
-    let receipt = rig.virtseal(&["vm", "shred", "run01", "--yes-shred", "run01"])?;
+    rig.sealed.expect_start("off01")?;
+    let receipt = rig
+        .sealed
+        .run(&["vm", "shred", "run01", "--yes-shred", "run01"])?;
     let destroyed = receipt.matches("destroyed KEK").count();
     ensure!(destroyed == 2, "{receipt}");
     expect_names(&receipt, &["the KMS was told to destroy the key"])?;
-    wait_for_copies(&rig.sealed, 0)?;
+    rig.sealed.wait_for_copies(0)?;
 
     // On to the transit engine, and to a key on the host.
     rig.bao.unlock(&rig.sealed, "vault")?;
     rig.move_all("kms", "vault")?;
     rig.rotate("vault")?;
-    wait_for_copies(&rig.sealed, 0)?;
+    rig.sealed.wait_for_copies(0)?;
     rig.starts_with("vault", "off01")?;
-    rig.virtseal(&["provider", "delete", "kms"])?;
+    rig.sealed.run(&["provider", "delete", "kms"])?;
     rig.sealed.add_provider("main")?;
     rig.move_all("vault", "main")?;
-    wait_for_copies(&rig.sealed, 0)?;
+    rig.sealed.wait_for_copies(0)?;
     rig.keks("main")?;
-    rig.virtseal(&["provider", "delete", "vault"])?;
-    rig.starts("off01")
+    rig.sealed.run(&["provider", "delete", "vault"])?;
+    rig.sealed.expect_start("off01")
 }
 
 #[test]
@@ -219,17 +181,15 @@ fn what_the_keystore_was_not_told_is_found_before_a_provider_goes() -> Result<()
     let dump = sealed.dumpxml("web01")?;
     let image = sealed.host().path(format!("{IMAGES}/web01.qcow2"));
     let backup = fs::read(&image)?;
-    run(&sealed, &["provider", "default", "spare"])?;
-    run(&sealed, &["provider", "move", "main", "spare", "--watch"])?;
-    wait_for_copies(&sealed, 0)?;
+    sealed.run(&["provider", "default", "spare"])?;
+    sealed.run(&["provider", "move", "main", "spare", "--watch"])?;
+    sealed.wait_for_copies(0)?;
 
     // An admin defines the VM from an old dump and puts an old image back.
     sealed.host().define_xml(&dump)?;
     fs::write(&image, backup)?;
-    let output = sealed.virtseal(&["provider", "delete", "main"])?;
-    ensure!(output.status.code() == Some(8), "{}", output.stderr);
     expect_names(
-        &output.stderr,
+        &sealed.refused(8, &["provider", "delete", "main"])?,
         &[
             "copies that are behind",
             "the XML of web01",
@@ -237,18 +197,15 @@ fn what_the_keystore_was_not_told_is_found_before_a_provider_goes() -> Result<()
             "virtseal jobs",
         ],
     )?;
-    wait_for_copies(&sealed, 0)?;
+    sealed.wait_for_copies(0)?;
 
     // And brings a VM of another host, which has not started here.
     sealed.seal_new("guest01")?;
-    run(&sealed, &["provider", "move", "spare", "main", "--watch"])?;
-    wait_for_copies(&sealed, 0)?;
-    run(&sealed, &["provider", "default", "main"])?;
-    run(
-        &sealed,
-        &["provider", "move", "main", "spare", "--vm", "web01", "--watch"],
-    )?;
-    wait_for_copies(&sealed, 0)?;
+    sealed.run(&["provider", "move", "spare", "main", "--watch"])?;
+    sealed.wait_for_copies(0)?;
+    sealed.run(&["provider", "default", "main"])?;
+    sealed.run(&["provider", "move", "main", "spare", "--vm", "web01", "--watch"])?;
+    sealed.wait_for_copies(0)?;
     sealed.stop_daemon(Signal::SIGTERM)?;
     edit_keystore(&sealed, |keystore| {
         let others = "vm <> (SELECT vm FROM envelopes WHERE location LIKE '%/web01.qcow2')";
@@ -256,36 +213,17 @@ fn what_the_keystore_was_not_told_is_found_before_a_provider_goes() -> Result<()
     })?;
     sealed.start_daemon()?;
     sealed.unlock()?;
-    let file = sealed.passphrase_file()?;
-    let file = file.to_str().context("a UTF-8 path")?;
-    run(
-        &sealed,
-        &["provider", "unlock", "spare", "--passphrase-file", file],
-    )?;
-    run(&sealed, &["provider", "default", "spare"])?;
-    let output = sealed.virtseal(&["provider", "delete", "main"])?;
+    sealed.unlock_provider("spare")?;
+    sealed.run(&["provider", "default", "spare"])?;
     expect_names(
-        &output.stderr,
+        &sealed.refused(8, &["provider", "delete", "main"])?,
         &["3 objects of 1 VMs", "virtseal provider move main spare"],
     )?;
-    run(&sealed, &["provider", "move", "main", "spare", "--watch"])?;
-    wait_for_copies(&sealed, 0)?;
-    run(&sealed, &["provider", "delete", "main"])?;
+    sealed.run(&["provider", "move", "main", "spare", "--watch"])?;
+    sealed.wait_for_copies(0)?;
+    sealed.run(&["provider", "delete", "main"])?;
     for vm in ["web01", "guest01"] {
-        sealed.start_paused(vm)?;
-        sealed.destroy(vm)?;
+        sealed.expect_start(vm)?;
     }
     Ok(())
-}
-
-fn run(sealed: &SealedHost, arguments: &[&str]) -> Result<String> {
-    sealed.virtseal(arguments)?.succeeded()
-}
-
-/// Until only so many copies are behind.
-fn wait_for_copies(sealed: &SealedHost, left: i64) -> Result<()> {
-    wait_until(PATIENCE, "the copies to follow", || {
-        let jobs = sealed.json(&["jobs"])?;
-        Ok((jobs["stale_copies"].as_i64() == Some(left)).then_some(()))
-    })
 }

@@ -29,8 +29,7 @@ impl Stage {
         let hsm = SoftHsm::new()?;
         let mut sealed = SealedHost::start_without_provider(Host::builder())?;
         sealed.stop_daemon(Signal::SIGTERM)?;
-        let launcher = hsm.launcher();
-        sealed.start_daemon_through(&launcher.each_ref().map(String::as_str))?;
+        hsm.start_daemon(&mut sealed)?;
         let stage = Arc::new(Self {
             sealed: Mutex::new(sealed),
             hsm,
@@ -86,15 +85,6 @@ fn starts_unless_locked(
     )?;
     unlock()?;
     starts(sealed, vm).map(drop)
-}
-
-fn unlock_with_passphrase(sealed: &SealedHost, provider: &str) -> Result<()> {
-    let file = sealed.passphrase_file()?;
-    let file = file.to_str().context("a UTF-8 path")?;
-    sealed
-        .virtseal(&["provider", "unlock", provider, "--passphrase-file", file])?
-        .succeeded()
-        .map(drop)
 }
 
 fn state(sealed: &SealedHost, provider: &str) -> Result<String> {
@@ -153,7 +143,7 @@ fn kmip_vm_starts_unless_locked_or_all_nodes_are_dead() -> Result<()> {
     sealed
         .virtseal(&["provider", "cache", "kms", "none"])?
         .succeeded()?;
-    let unlock = || unlock_with_passphrase(&sealed, "kms");
+    let unlock = || sealed.unlock_provider("kms");
     starts_unless_locked(&sealed, "kms", "onkms", unlock)?;
 
     for manner in [Manner::Dead, Manner::Silent] {

@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use uuid::Uuid;
+use virtseal_e2e::rig::{IMAGES, STATE, root_of};
 use virtseal_e2e::{KeptEnvelope, RootKey, SealedHost, Tracer, expect_names, kept_envelopes, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-const STATE: &str = "/var/lib/virtseal";
-const IMAGES: &str = "/var/lib/libvirt/images";
+/// Where a root key is for a moment.
+const ROOT: &str = "/run/root.json";
 /// No move of one envelope has as many steps.
 const MOST_STEPS: usize = 120;
 
@@ -28,39 +29,9 @@ impl Rig {
         sealed.add_provider("spare")?;
         let mut roots = BTreeMap::new();
         for name in ["main", "spare"] {
-            roots.insert(id_of(&sealed, name)?, root_of(&sealed, name)?);
+            roots.insert(id_of(&sealed, name)?, root_of(&sealed, name, ROOT)?);
         }
         Ok(Self { sealed, roots })
-    }
-
-    fn virtseal(&self, arguments: &[&str]) -> Result<String> {
-        self.sealed.virtseal(arguments)?.succeeded()
-    }
-
-    /// What a command says that is refused with this exit code.
-    fn refused(&self, code: i32, arguments: &[&str]) -> Result<String> {
-        let output = self.sealed.virtseal(arguments)?;
-        ensure!(
-            output.status.code() == Some(code),
-            "{} ended with {:?}, not {code}: {}{}",
-            output.command,
-            output.status.code(),
-            output.stdout,
-            output.stderr
-        );
-        Ok(output.stderr)
-    }
-
-    fn unlock(&self, name: &str) -> Result<()> {
-        let file = self.sealed.passphrase_file()?;
-        let file = file.to_str().context("a UTF-8 path")?;
-        self.virtseal(&["provider", "unlock", name, "--passphrase-file", file])
-            .map(drop)
-    }
-
-    fn kill_and_restart(&mut self) -> Result<()> {
-        self.sealed.stop_daemon(Signal::SIGKILL)?;
-        self.sealed.start_daemon()
     }
 
     /// The DEK of each envelope, by the first of its stanzas.
@@ -87,22 +58,11 @@ impl Rig {
         Ok(())
     }
 
-    /// Until no copy is behind.
-    fn wait_for_copies(&self) -> Result<()> {
-        wait_until(PATIENCE, "the copies to follow", || {
-            Ok((self.stale()? == 0).then_some(()))
-        })
-    }
-
-    fn stale(&self) -> Result<i64> {
-        let jobs = self.sealed.json(&["jobs"])?;
-        jobs["stale_copies"].as_i64().context("no stale_copies")
-    }
-
     fn volume(&self, name: &str, nth: u128) -> Result<String> {
         let path = format!("{IMAGES}/{name}.qcow2");
-        let vm = uuid(nth);
-        self.virtseal(&["volume", "create", &path, "--size", "8M", "--vm", &vm])?;
+        let vm = Uuid::from_u128(nth).to_string();
+        self.sealed
+            .run(&["volume", "create", &path, "--size", "8M", "--vm", &vm])?;
         Ok(path)
     }
 
@@ -118,15 +78,6 @@ impl Rig {
             .host()
             .virsh(&[&["dumpxml"], arguments].concat())?
             .succeeded()
-    }
-
-    fn job(&self) -> Result<Value> {
-        let jobs = self.sealed.json(&["jobs"])?;
-        jobs["jobs"]
-            .as_array()
-            .and_then(|jobs| jobs.last())
-            .cloned()
-            .context("no job")
     }
 }
 
@@ -152,9 +103,7 @@ fn vms_move_to_another_provider_while_they_run() -> Result<()> {
     ensure!(rig.deks()? == before, "a DEK has changed");
 
     // The XML follows at once, that of now too; so does the image of the VM that is off.
-    wait_until(PATIENCE, "all copies but one to follow", || {
-        Ok((rig.stale()? == 1).then_some(()))
-    })?;
+    rig.sealed.wait_for_copies(1)?;
     for xml in [
         rig.xml(&["--inactive", "off01"])?,
         rig.xml(&["--inactive", "run01"])?,
@@ -177,21 +126,20 @@ fn vms_move_to_another_provider_while_they_run() -> Result<()> {
     )?;
 
     // Nothing needs main but that copy, and it says so.
-    rig.virtseal(&["provider", "default", "spare"])?;
-    let said = rig.refused(8, &["provider", "delete", "main"])?;
+    rig.sealed.run(&["provider", "default", "spare"])?;
+    let said = rig.sealed.refused(8, &["provider", "delete", "main"])?;
     expect_names(
         &said,
         &["'main' stays", "1 copies that are behind", "virtseal jobs"],
     )?;
     rig.sealed.destroy("run01")?;
-    rig.wait_for_copies()?;
+    rig.sealed.wait_for_copies(0)?;
     ensure!(rig.carried(&image("run01"))?["generation"] == 2);
-    rig.virtseal(&["provider", "delete", "main"])?;
+    rig.sealed.run(&["provider", "delete", "main"])?;
 
     rig.expect_objects_open()?;
     for name in ["off01", "run01"] {
-        rig.sealed.start_paused(name)?;
-        rig.sealed.destroy(name)?;
+        rig.sealed.expect_start(name)?;
     }
     Ok(())
 }
@@ -204,36 +152,40 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
     let file = file.to_str().context("a UTF-8 path")?.to_owned();
     fs::write(rig.sealed.host().path("/run/wrong"), "wrong")?;
     let wrong = ["provider", "rotate", "main", "--passphrase-file", "/run/wrong"];
-    expect_names(&rig.refused(3, &wrong)?, &["does not accept this passphrase"])?;
+    expect_names(
+        &rig.sealed.refused(3, &wrong)?,
+        &["does not accept this passphrase"],
+    )?;
 
     let rotated = rig
         .sealed
         .virtseal(&["provider", "rotate", "main", "--passphrase-file", &file])?;
     expect_names(&rotated.stderr, &["root key 2", "virtseal provider backup main"])?;
     rotated.succeeded()?;
-    ensure!(state_of(&rig.sealed, "main")? == "NotBackedUp");
+    ensure!(rig.sealed.provider("main")?["state"] == "NotBackedUp");
     let again = ["provider", "rotate", "main", "--passphrase-file", &file];
-    expect_names(&rig.refused(9, &again)?, &["one runs at a time"])?;
+    expect_names(&rig.sealed.refused(9, &again)?, &["one runs at a time"])?;
 
     // What was sealed still starts, also after a restart; nothing new is sealed.
-    rig.sealed.start_paused("web01")?;
-    rig.sealed.destroy("web01")?;
-    rig.kill_and_restart()?;
-    rig.unlock("main")?;
-    rig.sealed.start_paused("web01")?;
-    rig.sealed.destroy("web01")?;
+    rig.sealed.expect_start("web01")?;
+    rig.sealed.kill_and_restart()?;
+    rig.sealed.unlock_provider("main")?;
+    rig.sealed.expect_start("web01")?;
     let path = format!("{IMAGES}/new.qcow2");
-    let vm = uuid(1);
+    let vm = Uuid::from_u128(1).to_string();
     let create = ["volume", "create", &path, "--size", "8M", "--vm", &vm];
-    expect_names(&rig.refused(8, &create)?, &["has not been backed up"])?;
+    expect_names(&rig.sealed.refused(8, &create)?, &["has not been backed up"])?;
     ensure!(!rig.sealed.host().path(&path).exists());
     wait_until(PATIENCE, "the job to say what it waits for", || {
-        let waiting = rig.job()?["waiting"].as_str().unwrap_or_default().to_owned();
+        let waiting = rig.sealed.last_job()?["waiting"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
         Ok(waiting.contains("provider backup main").then_some(()))
     })?;
 
     let backup = "/run/second.age";
-    rig.virtseal(&[
+    rig.sealed.run(&[
         "provider",
         "backup",
         "main",
@@ -242,14 +194,18 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
         "--passphrase-file",
         &file,
     ])?;
-    rig.virtseal(&["jobs", "watch", "1"])?;
-    ensure!(rig.job()?["changed"] == 3, "{}", rig.job()?);
+    rig.sealed.run(&["jobs", "watch", "1"])?;
+    ensure!(
+        rig.sealed.last_job()?["changed"] == 3,
+        "{}",
+        rig.sealed.last_job()?
+    );
     for envelope in kept_envelopes(&rig.sealed.host().path(STATE))? {
         ensure!(envelope.stanza("kek")?.starts_with("v2:vm:"));
     }
     rig.roots
-        .insert(id_of(&rig.sealed, "main")?, root_of(&rig.sealed, "main")?);
-    rig.wait_for_copies()?;
+        .insert(id_of(&rig.sealed, "main")?, root_of(&rig.sealed, "main", ROOT)?);
+    rig.sealed.wait_for_copies(0)?;
     rig.expect_objects_open()?;
 
     // The backup alone brings every generation to a new host.
@@ -257,7 +213,7 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
     rig.sealed.stop_daemon(Signal::SIGTERM)?;
     fs::remove_dir_all(rig.sealed.host().path(STATE))?;
     rig.sealed.start_daemon()?;
-    rig.virtseal(&[
+    rig.sealed.run(&[
         "provider",
         "restore",
         "main",
@@ -276,21 +232,21 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
 fn a_second_recipient_opens_what_the_first_can_not() -> Result<()> {
     let mut rig = Rig::start()?;
     rig.sealed.seal_new("web01")?;
-    let status = rig.virtseal(&["vm", "status"])?;
+    let status = rig.sealed.run(&["vm", "status"])?;
     expect_names(&status, &["1 VM hangs on provider 'main' alone: web01"])?;
     let added = rig
         .sealed
         .virtseal(&["provider", "recipients", "add", "spare", "--watch"])?;
     expect_names(&added.stderr, &["new VMs do not get a stanza of 'spare'"])?;
     added.succeeded()?;
-    ensure!(!rig.virtseal(&["status"])?.contains("alone"));
+    ensure!(!rig.sealed.run(&["status"])?.contains("alone"));
 
     // The policy gives one to new VMs as well, or seals nothing.
-    configure(&rig.sealed, "recipients: [main, spare]\n")?;
+    rig.sealed.configure("recipients: [main, spare]\n")?;
     rig.sealed.daemon()?.signal(Signal::SIGHUP)?;
     let path = format!("{IMAGES}/half.qcow2");
-    rig.virtseal(&["provider", "lock", "spare"])?;
-    let vm = uuid(7);
+    rig.sealed.run(&["provider", "lock", "spare"])?;
+    let vm = Uuid::from_u128(7).to_string();
     let create = ["volume", "create", &path, "--size", "8M", "--vm", &vm];
     wait_until(PATIENCE, "the policy to be read", || {
         let output = rig.sealed.virtseal(&create)?;
@@ -300,27 +256,30 @@ fn a_second_recipient_opens_what_the_first_can_not() -> Result<()> {
         Ok((output.status.code() == Some(3)).then_some(()))
     })?;
     ensure!(!rig.sealed.host().path(&path).exists());
-    rig.unlock("spare")?;
+    rig.sealed.unlock_provider("spare")?;
     rig.sealed.seal_new("web02")?;
-    rig.virtseal(&["provider", "lock", "main"])?;
+    rig.sealed.run(&["provider", "lock", "main"])?;
     for name in ["web01", "web02"] {
-        rig.sealed.start_paused(name)?;
-        rig.sealed.destroy(name)?;
+        rig.sealed.expect_start(name)?;
     }
 
     // spare may go where main opens, which is locked now; and main may not go where nobody else opens.
     let remove = ["provider", "recipients", "remove", "spare"];
-    rig.virtseal(&remove)?;
+    rig.sealed.run(&remove)?;
     wait_until(PATIENCE, "the job to wait for main", || {
-        let waiting = rig.job()?["waiting"].as_str().unwrap_or_default().to_owned();
+        let waiting = rig.sealed.last_job()?["waiting"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
         Ok(waiting.contains("provider 'main' is locked").then_some(()))
     })?;
-    rig.sealed.start_paused("web01")?;
-    rig.sealed.destroy("web01")?;
-    rig.unlock("main")?;
-    let id = rig.job()?["id"].to_string();
-    rig.virtseal(&["jobs", "watch", &id])?;
-    let said = rig.refused(8, &["provider", "recipients", "remove", "main"])?;
+    rig.sealed.expect_start("web01")?;
+    rig.sealed.unlock_provider("main")?;
+    let id = rig.sealed.last_job()?["id"].to_string();
+    rig.sealed.run(&["jobs", "watch", &id])?;
+    let said = rig
+        .sealed
+        .refused(8, &["provider", "recipients", "remove", "main"])?;
     expect_names(
         &said,
         &[
@@ -337,13 +296,13 @@ fn nothing_that_is_needed_is_deleted_by_accident() -> Result<()> {
     let rig = Rig::start()?;
     rig.sealed.seal_new("web01")?;
     rig.sealed.seal_new("web02")?;
-    let said = rig.refused(8, &["provider", "delete", "main"])?;
+    let said = rig.sealed.refused(8, &["provider", "delete", "main"])?;
     expect_names(
         &said,
         &["it is the default provider", "virtseal provider default"],
     )?;
-    rig.virtseal(&["provider", "default", "spare"])?;
-    let said = rig.refused(8, &["provider", "delete", "main"])?;
+    rig.sealed.run(&["provider", "default", "spare"])?;
+    let said = rig.sealed.refused(8, &["provider", "delete", "main"])?;
     expect_names(
         &said,
         &[
@@ -354,7 +313,7 @@ fn nothing_that_is_needed_is_deleted_by_accident() -> Result<()> {
     )?;
     for typed in [&["--yes-delete", "mian"][..], &[]] {
         let command = [&["provider", "delete", "main", "--force"], typed].concat();
-        rig.refused(8, &command)?;
+        rig.sealed.refused(8, &command)?;
     }
 
     // A VM that is gone leaves its keys, and they can be found.
@@ -368,7 +327,7 @@ fn nothing_that_is_needed_is_deleted_by_accident() -> Result<()> {
     let deleted = rig.sealed.virtseal(&command)?;
     expect_names(&deleted.stderr, &["6 objects of 2 VMs"])?;
     deleted.succeeded()?;
-    let status = rig.virtseal(&["vm", "status", "web01"])?;
+    let status = rig.sealed.run(&["vm", "status", "web01"])?;
     expect_names(&status, &["locked: provider 'main' was deleted"])?;
     let said = rig.sealed.refused_start("web01")?;
     expect_names(
@@ -379,7 +338,7 @@ fn nothing_that_is_needed_is_deleted_by_accident() -> Result<()> {
     // Its backup brings it back, and the VM with it.
     let file = rig.sealed.passphrase_file()?;
     let file = file.to_str().context("a UTF-8 path")?;
-    rig.virtseal(&[
+    rig.sealed.run(&[
         "provider",
         "restore",
         "main",
@@ -400,11 +359,12 @@ fn a_shredded_vm_opens_for_nobody() -> Result<()> {
     rig.sealed.seal_new("kept")?;
     rig.sealed.start_paused("doomed")?;
     expect_names(
-        &rig.refused(9, &["vm", "shred", "doomed", "--yes-shred", "doomed"])?,
+        &rig.sealed
+            .refused(9, &["vm", "shred", "doomed", "--yes-shred", "doomed"])?,
         &["doomed is running"],
     )?;
     rig.sealed.destroy("doomed")?;
-    let said = rig.refused(8, &["vm", "shred", "doomed"])?;
+    let said = rig.sealed.refused(8, &["vm", "shred", "doomed"])?;
     expect_names(&said, &["would be lost for ever", "--yes-shred doomed"])?;
     let path = rig.sealed.host().path(format!("{IMAGES}/doomed.qcow2"));
     let before = fs::read(&path)?;
@@ -460,31 +420,39 @@ fn a_shredded_vm_opens_for_nobody() -> Result<()> {
 #[test]
 fn a_sweep_survives_being_killed_again_and_again() -> Result<()> {
     let mut rig = Rig::start()?;
-    configure(&rig.sealed, "batch_size: 1\ninterval: 30ms\n")?;
-    rig.kill_and_restart()?;
-    rig.unlock("main")?;
-    rig.unlock("spare")?;
+    rig.sealed.configure("batch_size: 1\ninterval: 30ms\n")?;
+    rig.sealed.kill_and_restart()?;
+    rig.sealed.unlock_provider("main")?;
+    rig.sealed.unlock_provider("spare")?;
     for nth in 0..24 {
         rig.volume(&format!("swept{nth}"), 0x1000 + nth)?;
     }
     let before = rig.deks()?;
-    rig.virtseal(&["provider", "move", "main", "spare"])?;
+    rig.sealed.run(&["provider", "move", "main", "spare"])?;
     let began = Instant::now();
     let mut kills = 0;
-    while rig.job()?["state"] == "running" {
-        ensure!(began.elapsed() < 4 * PATIENCE, "it never ends: {}", rig.job()?);
+    while rig.sealed.last_job()?["state"] == "running" {
+        ensure!(
+            began.elapsed() < 4 * PATIENCE,
+            "it never ends: {}",
+            rig.sealed.last_job()?
+        );
         std::thread::sleep(Duration::from_millis(40 + 37 * kills % 150));
         rig.sealed.stop_daemon(Signal::SIGKILL)?;
         ensure!(rig.deks()? == before, "a DEK was lost by kill {kills}");
         rig.sealed.start_daemon()?;
-        rig.unlock("main")?;
-        rig.unlock("spare")?;
+        rig.sealed.unlock_provider("main")?;
+        rig.sealed.unlock_provider("spare")?;
         kills += 1;
     }
     println!("{kills} kills");
     ensure!(kills >= 5, "only {kills} kills");
-    ensure!(rig.job()?["changed"] == 24, "{}", rig.job()?);
-    rig.wait_for_copies()?;
+    ensure!(
+        rig.sealed.last_job()?["changed"] == 24,
+        "{}",
+        rig.sealed.last_job()?
+    );
+    rig.sealed.wait_for_copies(0)?;
     for nth in 0..24 {
         ensure!(rig.carried(&format!("{IMAGES}/swept{nth}.qcow2"))?["generation"] == 2);
     }
@@ -507,8 +475,8 @@ fn a_move_can_be_killed_at_every_step() -> Result<()> {
         let at = at[0].stanza("provider")?.to_owned();
         if at != id_of(&rig.sealed, from)? {
             // The kill before was after the end of the move: start from there.
-            rig.virtseal(&["provider", "move", to, from, "--watch"])?;
-            rig.wait_for_copies()?;
+            rig.sealed.run(&["provider", "move", to, from, "--watch"])?;
+            rig.sealed.wait_for_copies(0)?;
         }
         let daemon = rig.sealed.daemon()?.outside_pid()?;
         let tracer = Tracer::kill_at(daemon, nth)?;
@@ -539,16 +507,16 @@ fn a_move_can_be_killed_at_every_step() -> Result<()> {
         rig.sealed.daemon()?.wait(PATIENCE)?;
         ensure!(rig.deks()? == before, "{}", what());
         rig.sealed.start_daemon().with_context(what)?;
-        rig.unlock("main")?;
-        rig.unlock("spare")?;
+        rig.sealed.unlock_provider("main")?;
+        rig.sealed.unlock_provider("spare")?;
         if rig.sealed.json(&["jobs"])?["jobs"]
             .as_array()
             .is_some_and(|jobs| !jobs.is_empty())
         {
-            let id = rig.job()?["id"].to_string();
-            rig.virtseal(&["jobs", "watch", &id]).with_context(what)?;
+            let id = rig.sealed.last_job()?["id"].to_string();
+            rig.sealed.run(&["jobs", "watch", &id]).with_context(what)?;
         }
-        rig.wait_for_copies().with_context(what)?;
+        rig.sealed.wait_for_copies(0).with_context(what)?;
         let kept = &kept_envelopes(&rig.sealed.host().path(STATE))?[0];
         ensure!(
             rig.carried(&image)?["stanzas"][0]["provider"] == kept.stanza("provider")?,
@@ -561,49 +529,9 @@ fn a_move_can_be_killed_at_every_step() -> Result<()> {
     bail!("the move does not get through in {MOST_STEPS} steps")
 }
 
-fn configure(sealed: &SealedHost, settings: &str) -> Result<()> {
-    let directory = sealed.host().path("/etc/virtseal");
-    fs::create_dir_all(&directory)?;
-    Ok(fs::write(directory.join("virtseald.yaml"), settings)?)
-}
-
-fn provider(sealed: &SealedHost, name: &str, field: &str) -> Result<String> {
-    let listed = sealed.json(&["provider", "list"])?;
-    let found = listed
-        .as_array()
-        .and_then(|listed| listed.iter().find(|provider| provider["name"] == name));
-    let found = found.with_context(|| format!("no provider {name} in {listed}"))?;
-    Ok(found[field].as_str().context("no such field")?.to_owned())
-}
-
-fn id_of(sealed: &SealedHost, name: &str) -> Result<String> {
-    provider(sealed, name, "id")
-}
-
-fn state_of(sealed: &SealedHost, name: &str) -> Result<String> {
-    provider(sealed, name, "state")
-}
-
-/// The newest root key of a native provider.
-fn root_of(sealed: &SealedHost, name: &str) -> Result<RootKey> {
-    let file = format!("/run/{name}-root.json");
-    let _ = fs::remove_file(sealed.host().path(&file));
-    sealed
-        .virtseal(&["provider", "backup", name, "--output", &file, "--no-passphrase"])?
-        .succeeded()?;
-    RootKey::from_backup(&fs::read(sealed.host().path(Path::new(&file)))?)
-}
-
-fn uuid(nth: u128) -> String {
-    let digits = format!("{nth:032x}");
-    let (a, b, c, d, e) = (
-        &digits[..8],
-        &digits[8..12],
-        &digits[12..16],
-        &digits[16..20],
-        &digits[20..],
-    );
-    format!("{a}-{b}-{c}-{d}-{e}")
+fn id_of(sealed: &SealedHost, provider: &str) -> Result<String> {
+    let shown = sealed.provider(provider)?;
+    Ok(shown["id"].as_str().context("no id")?.to_owned())
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {

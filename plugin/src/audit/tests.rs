@@ -1,11 +1,11 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::*;
+use crate::own_process;
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -242,25 +242,10 @@ fn full_disk_reaches_the_caller() {
 /// limit holds for all files of one.
 #[test]
 fn writes_go_on_when_there_is_room_again() {
-    const ALONE: &str = "VIRTSEAL_TEST_ALONE";
-    if std::env::var_os(ALONE).is_none() {
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                "audit::tests::writes_go_on_when_there_is_room_again",
-                "--nocapture",
-            ])
-            .env(ALONE, "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        let complained = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success() && said.contains("1 passed"),
-            "{said}{complained}"
-        );
-        return;
-    }
+    own_process::run(writes_go_on_after_a_limit);
+}
+
+fn writes_go_on_after_a_limit() {
     // SAFETY: ignoring a signal runs no code of ours.
     unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.unwrap();
     let (_, hard) = getrlimit(Resource::RLIMIT_FSIZE).unwrap();

@@ -7,7 +7,7 @@ use super::print::Printer;
 use super::{Pkcs11Args, TokenArgs};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
-use crate::provider::pkcs11::{KeyBits, Pkcs11Settings, ScopeSetting, TokenChoice};
+use crate::provider::pkcs11::{KeyBits, Pkcs11Settings, TokenChoice};
 
 pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
     args.cache.refuse("pkcs11")?;
@@ -25,15 +25,11 @@ fn settings(args: &Pkcs11Args) -> Result<String, Failure> {
         Failure::from_error(Code::Usage, format!("can't add provider '{}'", args.name), error)
             .next("virtseal provider add pkcs11 --help")
     };
-    let scope = match args.kek_scope.as_str() {
-        "vm" => ScopeSetting::Vm,
-        _ => ScopeSetting::Provider,
-    };
     let settings = Pkcs11Settings {
         module: std::path::absolute(&args.module).map_err(|error| unfit(&error))?,
         token: token_choice(&args.token),
         key_bits: KeyBits::try_from(args.key_bits).map_err(|error| unfit(&error))?,
-        kek_scope: scope,
+        kek_scope: args.kek_scope,
         init_args: args.init_args.clone(),
         serial: None,
         host: String::new(),

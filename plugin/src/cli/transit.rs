@@ -8,9 +8,7 @@ use super::print::Printer;
 use super::{LoginMethod, TransitArgs, TransitLoginArgs};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
-use crate::provider::transit::{
-    Address, ApiPath, Auth, HostName, KeyName, Scope, SettingsError, TransitSettings,
-};
+use crate::provider::transit::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
 
 pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
     args.cache.refuse("transit")?;
@@ -43,16 +41,12 @@ fn settings(args: &TransitArgs) -> Result<String, Failure> {
 }
 
 fn parse(args: &TransitArgs, ca: Option<PathBuf>) -> Result<TransitSettings, SettingsError> {
-    let kek_scope = match args.kek_scope.as_str() {
-        "provider" => Scope::Provider,
-        _ => Scope::Vm,
-    };
     let settings = TransitSettings {
         address: Address::try_from(args.address.clone())?,
         mount: ApiPath::try_from(args.mount.clone())?,
         namespace: args.namespace.clone().map(ApiPath::try_from).transpose()?,
         auth: auth(&args.login)?,
-        kek_scope,
+        kek_scope: args.kek_scope,
         key: args.key.clone().map(KeyName::try_from).transpose()?,
         ca,
         server_name: args.server_name.clone().map(HostName::try_from).transpose()?,
@@ -112,6 +106,7 @@ mod tests {
 
     use super::super::{AddCommand, Cli, Command, ProviderCommand};
     use super::*;
+    use crate::provider::ScopeSetting;
 
     fn parsed(options: &[&str]) -> Result<String, String> {
         let common = ["virtseal", "provider", "add", "transit", "vault"];
@@ -127,7 +122,7 @@ mod tests {
         let url = ["--address", "https://kms:8200"];
         let with = |options: &[&str]| parsed(&[&url[..], options].concat());
         let plain = TransitSettings::parse(&with(&[]).unwrap()).unwrap();
-        assert_eq!((plain.auth, plain.kek_scope), (Auth::Token {}, Scope::Vm));
+        assert_eq!((plain.auth, plain.kek_scope), (Auth::Token {}, ScopeSetting::Vm));
         let shared = with(&[
             "--auth",
             "approle",

@@ -48,7 +48,9 @@ use self::node::Access;
 use self::store::Store;
 use self::tls::Tls;
 use super::cache::{CachePolicy, KekCache, NothingToCache};
-use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use super::{
+    DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
+};
 use crate::envelope::{KekId, Payload, ProviderId, Stanza};
 use crate::failure::chain;
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
@@ -74,17 +76,6 @@ pub enum Mode {
     Server,
 }
 
-/// Whom one KEK serves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Scope {
-    /// One VM.
-    #[default]
-    Vm,
-    /// All VMs of this provider.
-    Provider,
-}
-
 /// The settings of a KMIP provider, as the keystore has them.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -96,7 +87,7 @@ pub struct KmipSettings {
     pub mode: Mode,
     /// Whom one KEK serves.
     #[serde(default)]
-    pub kek_scope: Scope,
+    pub kek_scope: ScopeSetting,
     /// Instead of the best version that both sides speak.
     #[serde(default)]
     pub kmip_version: Option<KmipVersion>,
@@ -307,13 +298,6 @@ impl KmipProvider {
         }
     }
 
-    fn scope(&self, asked: &KekScope) -> KekScope {
-        match self.settings.kek_scope {
-            Scope::Vm => *asked,
-            Scope::Provider => KekScope::Provider,
-        }
-    }
-
     fn keys<'a>(&'a self, access: &'a Arc<Access>) -> Keys<'a> {
         Keys {
             provider: self.id,
@@ -384,14 +368,14 @@ impl KeyProvider for KmipProvider {
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
         let access = self.access()?;
-        let scope = self.scope(scope);
+        let scope = self.settings.kek_scope.scope(scope);
         let _creating = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
         self.keys(&access).create(&scope)
     }
 
     fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
         let access = self.access()?;
-        let scope = self.scope(scope);
+        let scope = self.settings.kek_scope.scope(scope);
         let _creating = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
         self.keys(&access).rotate(&scope, old)
     }

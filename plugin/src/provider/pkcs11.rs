@@ -31,12 +31,14 @@ use self::kek::Owner;
 use self::link::{DEADLINE, Link};
 use self::mechanism::Mechanism;
 use self::token::Token;
-use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use super::{
+    DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
+};
 use crate::envelope::{KekId, Payload, ProviderId, Stanza};
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::secret::SecretBytes;
 
-pub use settings::{KeyBits, Pkcs11Settings, ScopeSetting, SettingsError, TokenChoice};
+pub use settings::{KeyBits, Pkcs11Settings, SettingsError, TokenChoice};
 
 /// A provider whose KEKs are in a PKCS#11 token.
 pub struct Pkcs11Provider {
@@ -146,13 +148,6 @@ impl Pkcs11Provider {
             key_bits: self.link.settings.key_bits,
         }
     }
-
-    fn scope(&self, asked: &KekScope) -> KekScope {
-        match self.link.settings.kek_scope {
-            ScopeSetting::Vm => *asked,
-            ScopeSetting::Provider => KekScope::Provider,
-        }
-    }
 }
 
 impl KeyProvider for Pkcs11Provider {
@@ -178,12 +173,16 @@ impl KeyProvider for Pkcs11Provider {
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
-        let (owner, scope) = (self.owner(), self.scope(scope));
+        let (owner, scope) = (self.owner(), self.link.settings.kek_scope.scope(scope));
         self.link.call(move |token| kek::create(token, &owner, &scope))
     }
 
     fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
-        let (owner, scope, old) = (self.owner(), self.scope(scope), old.clone());
+        let (owner, scope, old) = (
+            self.owner(),
+            self.link.settings.kek_scope.scope(scope),
+            old.clone(),
+        );
         self.link
             .call(move |token| kek::rotate(token, &owner, &scope, &old))
     }

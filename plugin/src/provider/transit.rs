@@ -37,7 +37,7 @@ use crate::envelope::{KekId, Payload, ProviderId, Stanza};
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::secret::SecretBytes;
 
-pub use settings::{Address, ApiPath, Auth, HostName, KeyName, Scope, SettingsError, TransitSettings};
+pub use settings::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
 
 /// A provider whose KEKs are in a transit engine.
 pub struct TransitProvider {

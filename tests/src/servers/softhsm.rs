@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use super::{directory, text};
 use crate::SealedHost;
 
-/// The tokens. virtseald must be started through [`SoftHsm::launcher`] to see them.
+/// The tokens. virtseald must be started by [`SoftHsm::start_daemon`] to see them.
 pub struct SoftHsm {
     dir: TempDir,
 }
@@ -51,6 +51,14 @@ impl SoftHsm {
             "env".to_owned(),
             format!("SOFTHSM2_CONF={}", configuration.display()),
         ]
+    }
+
+    /// Starts virtseald where it sees the tokens.
+    ///
+    /// # Errors
+    /// As [`SealedHost::start_daemon`].
+    pub fn start_daemon(&self, sealed: &mut SealedHost) -> Result<()> {
+        sealed.start_daemon_through(&self.launcher().each_ref().map(String::as_str))
     }
 
     /// A file with [`SoftHsm::PIN`].

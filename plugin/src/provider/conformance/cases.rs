@@ -1,12 +1,12 @@
 //! What every kind must do. Each case runs once for each kind.
 
-use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Faulty, Fixture};
 use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, Payload, ProviderId, Stanza, VmId};
+use crate::own_process;
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::Dek;
 
@@ -380,22 +380,10 @@ pub(in crate::provider) fn destroy_receipt_is_true<F: Fixture>() {
 
 /// In a process of its own: other tests' memory would count.
 pub(in crate::provider) fn ten_thousand_unwraps_without_a_leak<F: Fixture>() {
-    const ALONE: &str = "VIRTSEAL_TEST_ALONE";
-    if std::env::var_os(ALONE).is_none() {
-        let name = std::thread::current().name().unwrap().to_owned();
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", &name, "--nocapture", "--test-threads=1"])
-            .env(ALONE, "1")
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        let complained = String::from_utf8_lossy(&output.stderr);
-        assert!(
-            output.status.success() && said.contains("1 passed"),
-            "{said}{complained}"
-        );
-        return;
-    }
+    own_process::run(leaks_nothing::<F>);
+}
+
+fn leaks_nothing<F: Fixture>() {
     let fixture = F::new();
     let wrapped: Vec<_> = (0..4).map(|_| Wrapped::by(fixture.provider())).collect();
     let stanzas = wrapped.iter().map(|one| &one.stanza).cycle();

@@ -158,7 +158,7 @@ fn keys_say_whose_they_are() {
 
 #[test]
 fn one_key_for_all_where_the_admin_says_so() {
-    let kmip = Kmip::with(false, |settings| settings.kek_scope = Scope::Provider);
+    let kmip = Kmip::with(false, |settings| settings.kek_scope = ScopeSetting::Provider);
     let keks = [0, 1].map(|_| kmip.provider().create_kek(&KekScope::Vm(VmId::random())).unwrap());
     assert_eq!(keks[0], keks[1]);
 }
@@ -235,7 +235,7 @@ fn settings_are_checked() {
         assert!(serde_json::from_str::<KmipSettings>(json).is_err(), "{json}");
     }
     let plain: KmipSettings = serde_json::from_str(r#"{"endpoints":["a"]}"#).unwrap();
-    assert_eq!((plain.mode, plain.kek_scope), (Mode::Local, Scope::Vm));
+    assert_eq!((plain.mode, plain.kek_scope), (Mode::Local, ScopeSetting::Vm));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::envelope::ProviderId;
+use crate::provider::ScopeSetting;
 
 /// Which module, which token, which keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,7 +23,7 @@ pub struct Pkcs11Settings {
     #[serde(default)]
     pub key_bits: KeyBits,
     /// Whom a new KEK serves.
-    #[serde(default)]
+    #[serde(default = "one_for_all")]
     pub kek_scope: ScopeSetting,
     /// The string that a module such as NSS wants for `C_Initialize`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -102,15 +103,9 @@ impl TryFrom<u32> for KeyBits {
     }
 }
 
-/// Whom a new KEK serves. Tokens hold few objects, so one for all VMs unless told otherwise.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ScopeSetting {
-    /// One VM.
-    Vm,
-    /// All VMs of the provider.
-    #[default]
-    Provider,
+/// Tokens hold few objects.
+fn one_for_all() -> ScopeSetting {
+    ScopeSetting::Provider
 }
 
 impl Pkcs11Settings {

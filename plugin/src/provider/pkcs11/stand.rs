@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::{Pkcs11Provider, Pkcs11Settings};
 use crate::envelope::{KekId, VmId};
 use crate::keystore::Keystore;
+use crate::own_process;
 use crate::provider::KeyProvider;
 use crate::provider::conformance::Fixture;
 use crate::secret::SecretBytes;
@@ -22,6 +23,9 @@ const NSS: &str = "/usr/lib/x86_64-linux-gnu/libsoftokn3.so";
 pub(in crate::provider) const PIN: &str = "4 digits and more";
 /// NSS derives a key from the PIN for every use of an object, with this many iterations at the most.
 const NSS_ITERATIONS: &str = "NSS_MAX_MP_PBE_ITERATION_COUNT";
+/// Where SoftHSM finds its configuration.
+const SOFTHSM2_CONF: &str = "SOFTHSM2_CONF";
+const CONFIGURATION: &str = "softhsm2.conf";
 /// Where the tokens of this process are.
 const DIRECTORY: &str = "VIRTSEAL_TEST_TOKENS";
 /// For a call, on a machine that has other things to do.
@@ -58,22 +62,19 @@ pub(in crate::provider) fn with_softhsm(mechanisms: &str, test: fn()) {
             "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.mechanisms = {mechanisms}\n",
             tokens.display()
         );
-        fs::write(directory.join("softhsm2.conf"), text).unwrap();
+        fs::write(directory.join(CONFIGURATION), text).unwrap();
         for number in 0..TOKENS {
-            let label = format!("kek-{number}");
-            let mut tool = Command::new("softhsm2-util");
-            tool.env("SOFTHSM2_CONF", directory.join("softhsm2.conf"));
-            tool.args([
-                "--init-token",
-                "--free",
-                "--label",
-                &label,
-                "--so-pin",
-                "12345678",
-            ]);
-            run(tool.args(["--pin", PIN]), "softhsm2");
+            make_token(directory, &format!("kek-{number}"));
         }
     });
+}
+
+/// Makes a SoftHSM token, whose PIN is [`PIN`].
+pub(in crate::provider) fn make_token(directory: &Path, label: &str) {
+    let mut tool = Command::new("softhsm2-util");
+    tool.env(SOFTHSM2_CONF, directory.join(CONFIGURATION));
+    tool.args(["--init-token", "--free", "--label", label]);
+    run(tool.args(["--so-pin", "12345678", "--pin", PIN]), "softhsm2");
 }
 
 /// Runs `test`, which is the current one, in a process that has NSS databases.
@@ -115,27 +116,17 @@ fn run(command: &mut Command, package: &str) {
 }
 
 fn with_tokens(test: fn(), prepare: impl FnOnce(&Path)) {
-    if std::env::var_os(DIRECTORY).is_some() {
+    if own_process::is_this() {
         return test();
     }
     // SoftHSM truncates and writes a key's file once per attribute, which some file systems take half a second for.
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     prepare(directory.path());
-    let name = std::thread::current().name().unwrap().to_owned();
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &name, "--nocapture", "--test-threads=1"])
-        .env(DIRECTORY, directory.path())
-        .env("SOFTHSM2_CONF", directory.path().join("softhsm2.conf"))
-        .env(NSS_ITERATIONS, "1")
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    let complained = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() && said.contains("1 passed"),
-        "{}\n{said}{complained}",
-        output.status
-    );
+    own_process::start([
+        (DIRECTORY, directory.path().as_os_str()),
+        (SOFTHSM2_CONF, directory.path().join(CONFIGURATION).as_os_str()),
+        (NSS_ITERATIONS, "1".as_ref()),
+    ]);
 }
 
 /// Settings for the token called `label`, with a KEK per VM as the conformance suite wants it.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use cryptoki::object::{Attribute, AttributeType};
 
 use super::stand::{
-    Host, PATIENCE, PIN, SOFTHSM, directory, next_label, secret, softhsm_settings, with_softhsm,
+    Host, PATIENCE, PIN, SOFTHSM, directory, make_token, next_label, secret, softhsm_settings, with_softhsm,
 };
 use super::*;
 use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
@@ -226,19 +226,7 @@ fn another_token_of_that_label_never_sees_the_pin() {
         let host = Host::with(softhsm_settings(&label));
         let sealed = wrapped(host.pkcs11());
         let _removed = Removed::take(&label);
-        let made = Command::new("softhsm2-util")
-            .args([
-                "--init-token",
-                "--free",
-                "--label",
-                &label,
-                "--so-pin",
-                "12345678",
-            ])
-            .args(["--pin", PIN])
-            .status()
-            .unwrap();
-        assert!(made.success());
+        make_token(&directory(), &label);
         let error = refusal(host.pkcs11(), &sealed);
         assert!(error.to_string().contains("is another one"), "{error}");
     });

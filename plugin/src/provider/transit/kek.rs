@@ -8,9 +8,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use uuid::Uuid;
 
-use super::settings::{KeyName, Scope, TransitSettings};
+use super::settings::{KeyName, TransitSettings};
 use crate::envelope::{KekId, ProviderId};
-use crate::provider::KekScope;
+use crate::provider::{KekScope, ScopeSetting};
 
 /// Of every stanza that the engine wrapped.
 pub(super) const MECHANISM: &str = "transit";
@@ -90,8 +90,8 @@ pub(super) fn key_of(
         KekScope::Provider => provider.0,
     };
     match settings.kek_scope {
-        Scope::Vm => (made(whom), None),
-        Scope::Provider => (shared_key(settings, provider), Some(whom)),
+        ScopeSetting::Vm => (made(whom), None),
+        ScopeSetting::Provider => (shared_key(settings, provider), Some(whom)),
     }
 }
 

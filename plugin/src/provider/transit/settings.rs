@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::envelope::ProviderId;
+use crate::provider::ScopeSetting;
 
 /// Where the server is, how to log in, and which keys to use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,9 +26,9 @@ pub struct TransitSettings {
     pub namespace: Option<ApiPath>,
     /// How to log in.
     pub auth: Auth,
-    /// A key per VM, or one shared key from which the server derives one per VM.
+    /// A key per VM, or one shared key with `derived=true`, from which the server derives one per VM by its UUID as context.
     #[serde(default)]
-    pub kek_scope: Scope,
+    pub kek_scope: ScopeSetting,
     /// The shared key's name; `virtseal-` and the provider's id unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<KeyName>,
@@ -65,7 +66,7 @@ impl TransitSettings {
         if !(100..=60_000).contains(&self.timeout_ms) {
             return Err(SettingsError::Timeout(self.timeout_ms));
         }
-        if self.key.is_some() && self.kek_scope == Scope::Vm {
+        if self.key.is_some() && self.kek_scope == ScopeSetting::Vm {
             return Err(SettingsError::KeyWithoutScope);
         }
         if matches!(self.auth, Auth::Cert { .. }) && !self.address.is_tls() {
@@ -108,17 +109,6 @@ pub enum Auth {
         #[serde(default = "ApiPath::cert")]
         mount: ApiPath,
     },
-}
-
-/// Whom a key at the server serves.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Scope {
-    /// One VM.
-    #[default]
-    Vm,
-    /// All VMs: one key with `derived=true`, the context is the VM's UUID.
-    Provider,
 }
 
 /// `https://HOST[:PORT]`; plain `http` only to this host itself, for keys would cross the network in the clear.
@@ -315,7 +305,7 @@ mod tests {
         assert_eq!(settings.address.as_str(), "https://kms.example:8200");
         assert_eq!(
             (settings.mount.as_str(), settings.kek_scope),
-            ("transit", Scope::Vm)
+            ("transit", ScopeSetting::Vm)
         );
         assert_eq!(settings.timeout(), Duration::from_secs(4));
         let full = parse(json!({

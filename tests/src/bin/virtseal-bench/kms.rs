@@ -6,7 +6,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use virtseal_e2e::servers::{Manner, OpenBao, PyKmip, Relay};
@@ -27,12 +27,7 @@ pub(crate) fn measure(sealed: &mut SealedHost) -> Result<Vec<Figure>> {
     kms.add_to(sealed, "kms", &nodes.each_ref().map(Relay::port), false)?;
     bao.add_to(sealed, "vault", before_bao.port())?;
     let (on_kms, on_vault) = (Vm::make(sealed, "kms")?, Vm::make(sealed, "vault")?);
-    let unlock_kms = || {
-        let file = sealed.passphrase_file()?;
-        let file = file.to_str().context("a UTF-8 path")?;
-        let unlock = ["provider", "unlock", "kms", "--passphrase-file", file];
-        sealed.virtseal(&unlock)?.succeeded().map(drop)
-    };
+    let unlock_kms = || sealed.unlock_provider("kms");
     let mut figures = vec![
         round_trips(sealed, &on_kms, &nodes[0], "kms", unlock_kms)?,
         round_trips(sealed, &on_vault, &before_bao, "vault", || {

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use rusqlite::params;
 use uuid::Uuid;
+use virtseal_e2e::rig::root_of;
 use virtseal_e2e::servers::SoftHsm;
 use virtseal_e2e::{RootKey, SealedHost, edit_keystore};
 
@@ -22,27 +23,12 @@ pub(crate) fn measure(sealed: &mut SealedHost) -> Result<Vec<Figure>> {
     let hsm = SoftHsm::new()?;
     hsm.make("kek")?;
     sealed.add_provider("spare")?;
-    let backup = "/run/sweep-root.json";
-    run(
-        sealed,
-        &[
-            "provider",
-            "backup",
-            "main",
-            "--output",
-            backup,
-            "--no-passphrase",
-        ],
-    )?;
-    let root = RootKey::from_backup(&fs::read(sealed.host().path(backup))?)?;
+    let root = root_of(sealed, "main", "/run/sweep-root.json")?;
     sealed.stop_daemon(Signal::SIGTERM)?;
     fill(sealed, &root)?;
-    let launcher = hsm.launcher();
-    sealed.start_daemon_through(&launcher.each_ref().map(String::as_str))?;
-    let file = sealed.passphrase_file()?;
-    let file = file.to_str().context("a UTF-8 path")?;
+    hsm.start_daemon(sealed)?;
     for name in ["main", "spare"] {
-        run(sealed, &["provider", "unlock", name, "--passphrase-file", file])?;
+        sealed.unlock_provider(name)?;
     }
     hsm.add_to(sealed, "hsm", "kek")?;
     let mut figures = sweep(sealed, ("main", "spare"), "native to native")?;
@@ -65,7 +51,7 @@ fn sweep(sealed: &mut SealedHost, (from, to): (&str, &str), name: &str) -> Resul
     // The high-water mark counts from here.
     fs::write(format!("/proc/{daemon}/clear_refs"), "5")?;
     let began = Instant::now();
-    let moved = run(sealed, &["provider", "move", from, to, "--watch", "--json"])?;
+    let moved = sealed.run(&["provider", "move", from, to, "--watch", "--json"])?;
     let seconds = began.elapsed().as_secs_f64();
     let job: serde_json::Value = serde_json::from_str(&moved)?;
     let changed = job["changed"].as_u64().context("no job")?;
@@ -109,10 +95,6 @@ fn fill(sealed: &SealedHost, root: &RootKey) -> Result<()> {
         }
         Ok(transaction.commit()?)
     })
-}
-
-fn run(sealed: &SealedHost, arguments: &[&str]) -> Result<String> {
-    sealed.virtseal(arguments)?.succeeded()
 }
 
 fn memory_mib(pid: i32, field: &str) -> Result<f64> {

@@ -1,0 +1,97 @@
+//! Key providers.
+
+use serde::{Deserialize, Serialize};
+use zlink::introspect::{CustomType, Type};
+
+/// A key provider, as `virtseal provider show` prints it.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct ProviderView {
+    /// Its name on this host.
+    pub name: String,
+    /// Its UUID, the same on every host.
+    pub id: String,
+    /// `native`, …
+    pub kind: String,
+    /// NotTrusted, NotBackedUp, Locked, Unreachable, Degraded or Ready.
+    pub state: String,
+    /// Why, where there is more to say than the state does.
+    pub reason: Option<String>,
+    /// Since when it has been in this state, as far as virtseald has seen: RFC 3339, UTC.
+    pub since: String,
+    /// When its server or token last did as asked: RFC 3339, UTC. None if it has not since virtseald started, or if there
+    /// is neither.
+    pub last_answer: Option<String>,
+    /// What is about to go wrong, such as a certificate that ends within 30 days.
+    pub warnings: Vec<String>,
+    /// How long KEKs are kept in memory, in case its servers don't answer: none, until-lock, or a time such as 24h. None
+    /// where no KEK ever comes to this host.
+    pub cache: Option<String>,
+    /// How many are kept now.
+    pub cached_keks: i64,
+    /// Whether new envelopes go to it.
+    pub is_default: bool,
+    /// How many envelopes it has a stanza in.
+    pub envelopes: i64,
+    /// What unlocks it on this host, as far as the daemon can tell without asking anybody.
+    pub unlocked_by: Vec<String>,
+}
+
+/// Reply with providers.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Providers {
+    /// In the order of their names.
+    pub providers: Vec<ProviderView>,
+}
+
+/// Which root generation a backup holds.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct BackupMade {
+    /// For `ConfirmBackup`, once the file is safe on disk.
+    pub generation: i64,
+}
+
+/// Reply of `provider tpm --remove`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct TpmRemoved {
+    /// Whether there was anything to remove.
+    pub removed: bool,
+}
+
+/// An envelope that no VM uses.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct OrphanEnvelope {
+    /// The envelope's UUID.
+    pub envelope: String,
+    /// Its VM's name, or UUID if no name is known.
+    pub vm: String,
+    /// disk, vtpm or nvram.
+    pub kind: String,
+    /// Where its object was.
+    pub path: Option<String>,
+    /// Whether there is still something.
+    pub present: bool,
+    /// The providers that open it.
+    pub providers: Vec<String>,
+}
+
+/// A KEK that no VM's envelope needs.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct OrphanKek {
+    /// Its provider.
+    pub provider: String,
+    /// Its name there.
+    pub kek: String,
+    /// How many envelopes without a VM need it.
+    pub envelopes: i64,
+    /// How many copies that are behind need it.
+    pub copies: i64,
+}
+
+/// Reply of `provider orphans`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct Orphans {
+    /// Envelopes whose VM is not defined.
+    pub envelopes: Vec<OrphanEnvelope>,
+    /// The KEKs that only these, or copies that are behind, need.
+    pub keks: Vec<OrphanKek>,
+}

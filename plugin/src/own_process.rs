@@ -1,0 +1,43 @@
+//! For tests of what a process has only one of, such as its memory, its limits and its environment: they run once more,
+//! alone in a process of their own.
+
+use std::ffi::OsStr;
+use std::process::Command;
+
+const ALONE: &str = "VIRTSEAL_TEST_ALONE";
+
+/// Runs `test`, which is the current one, in a process of its own.
+pub(crate) fn run(test: impl FnOnce()) {
+    if is_this() {
+        test();
+    } else {
+        start([]);
+    }
+}
+
+/// Whether this process is there for one test only.
+pub(crate) fn is_this() -> bool {
+    std::env::var_os(ALONE).is_some()
+}
+
+/// Runs the current test in a process of its own that has these variables too, and waits for it to pass there.
+pub(crate) fn start<const N: usize>(variables: [(&str, &OsStr); N]) {
+    let name = std::thread::current().name().unwrap().to_owned();
+    assert_ne!(
+        name, "main",
+        "a single test thread does not know its test: use two"
+    );
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &name, "--nocapture", "--test-threads=1"])
+        .env(ALONE, "1")
+        .envs(variables)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let complained = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{}\n{said}{complained}",
+        output.status
+    );
+}

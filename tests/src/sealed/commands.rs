@@ -1,0 +1,141 @@
+//! What stories tell virtseal to do, and ask it.
+
+use std::io::Write;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::SealedHost;
+use crate::{Output, built_program, wait_until};
+
+const COPIES_DEADLINE: Duration = Duration::from_secs(60);
+
+impl SealedHost {
+    /// Runs the command line.
+    ///
+    /// # Errors
+    /// When it can't be started; what it answers is in the output.
+    pub fn virtseal(&self, arguments: &[&str]) -> Result<Output> {
+        let program = built_program("virtseal")?;
+        let program = program.to_str().context("a UTF-8 path")?;
+        self.host.run(&[&[program], arguments].concat())
+    }
+
+    /// Runs the command line, which must succeed, and returns what it prints.
+    ///
+    /// # Errors
+    /// When it fails; the message has all that it said.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        self.virtseal(arguments)?.succeeded()
+    }
+
+    /// Runs the command line, which must end with the exit code `code`, and returns what it says.
+    ///
+    /// # Errors
+    /// When it ends otherwise.
+    pub fn refused(&self, code: i32, arguments: &[&str]) -> Result<String> {
+        let output = self.virtseal(arguments)?;
+        ensure!(output.code() == Some(code), "expected {code}: {output:?}");
+        Ok(output.stderr)
+    }
+
+    /// Runs the command line with `input` on its standard input, such as a passphrase.
+    ///
+    /// # Errors
+    /// When it can't be started; what it answers is in the output.
+    pub fn virtseal_reading(&self, input: &str, arguments: &[&str]) -> Result<Output> {
+        let mut child = self
+            .host
+            .command(built_program("virtseal")?)
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("virtseal did not start")?;
+        let mut stdin = child.stdin.take().context("virtseal has no standard input")?;
+        // One that ends without reading says why.
+        let _ = stdin.write_all(input.as_bytes());
+        drop(stdin);
+        let output = child.wait_with_output()?;
+        Ok(Output::new(format!("virtseal {}", arguments.join(" ")), &output))
+    }
+
+    /// What a command answers with `--json`.
+    ///
+    /// # Errors
+    /// When it fails, or prints anything else.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let answer = self.run(&[arguments, &["--json"]].concat())?;
+        serde_json::from_str(&answer).with_context(|| format!("no JSON: {answer}"))
+    }
+
+    /// Unlocks the provider `main`.
+    ///
+    /// # Errors
+    /// When virtseal refuses.
+    pub fn unlock(&self) -> Result<()> {
+        self.unlock_provider("main")
+    }
+
+    /// Unlocks a provider that takes [`SealedHost::PASSPHRASE`].
+    ///
+    /// # Errors
+    /// When virtseal refuses.
+    pub fn unlock_provider(&self, name: &str) -> Result<()> {
+        let file = self.passphrase_file()?;
+        let file = file.to_str().context("a UTF-8 path")?;
+        self.run(&["provider", "unlock", name, "--passphrase-file", file])
+            .map(drop)
+    }
+
+    /// Locks the provider `main`.
+    ///
+    /// # Errors
+    /// When virtseal refuses.
+    pub fn lock(&self) -> Result<()> {
+        self.run(&["provider", "lock", "main"]).map(drop)
+    }
+
+    /// What virtseal shows of a provider.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn provider(&self, name: &str) -> Result<Value> {
+        Ok(self.json(&["provider", "show", name])?[0].take())
+    }
+
+    /// The job that was begun last.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn last_job(&self) -> Result<Value> {
+        let jobs = self.json(&["jobs"])?;
+        let jobs = jobs["jobs"].as_array();
+        jobs.and_then(|jobs| jobs.last()).cloned().context("no job")
+    }
+
+    /// Waits until only `left` copies of envelopes are behind.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub fn wait_for_copies(&self, left: u64) -> Result<()> {
+        wait_until(COPIES_DEADLINE, "the copies to follow", || {
+            let behind = &self.json(&["jobs"])?["stale_copies"];
+            Ok((behind.as_u64().context("no stale_copies")? == left).then_some(()))
+        })
+    }
+}
+
+/// Checks that a message has each of `parts`.
+///
+/// # Errors
+/// It lacks one.
+pub fn expect_names(message: &str, parts: &[&str]) -> Result<()> {
+    for part in parts {
+        ensure!(message.contains(part), "{part:?} is not in {message:?}");
+    }
+    Ok(())
+}
