@@ -4,7 +4,8 @@
 //! waits for us. Everything blocks, and runs on a worker thread with a deadline. The connection is opened when it
 //! is first needed and again after libvirtd was restarted.
 
-use std::sync::mpsc::sync_channel;
+mod probe;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use virt::sys;
 
 use crate::envelope::{EnvelopeId, ObjectKind, VmId};
 use crate::secret::Passphrase;
+use probe::Probe;
 
 /// A DEK on its way to libvirt.
 #[derive(Debug)]
@@ -66,6 +68,9 @@ pub struct KeptXml {
 pub struct Libvirt {
     uri: String,
     connection: Mutex<Option<Connect>>,
+    probe: Probe,
+    /// Held while one VM's secrets are defined: calls that share a connection wake each other's threads.
+    arming: Mutex<()>,
 }
 
 impl Libvirt {
@@ -76,6 +81,8 @@ impl Libvirt {
         Self {
             uri: uri.into(),
             connection: Mutex::new(None),
+            probe: Probe::default(),
+            arming: Mutex::new(()),
         }
     }
 
@@ -109,23 +116,23 @@ impl Libvirt {
     /// Makes sure that libvirt answers at all, within `limit`. A libvirtd that is autostarting VMs accepts a connection
     /// and then says nothing until it is done, and nothing can interrupt a call that waits for it.
     pub fn reach(self: &Arc<Self>, limit: Duration) -> Result<(), LibvirtError> {
-        let (sender, receiver) = sync_channel(1);
         let libvirt = Arc::clone(self);
-        let asked = std::thread::Builder::new().name("libvirt".into()).spawn(move || {
-            // Nobody waits any more when this fails.
-            let _ = sender.send(libvirt.with("answer", Connect::lib_version));
+        let answered = self.probe.within(limit, move || {
+            let asked = || libvirt.with("answer", Connect::lib_version).map(drop);
+            libvirt.probe.run(asked);
         });
-        let silent = || LibvirtError::Silent {
-            uri: self.uri.clone(),
-            waited: limit,
-        };
-        asked.map_err(|_| silent())?;
-        receiver.recv_timeout(limit).map_err(|_| silent())?.map(drop)
+        answered.unwrap_or_else(|| {
+            Err(LibvirtError::Silent {
+                uri: self.uri.clone(),
+                waited: limit,
+            })
+        })
     }
 
     /// Defines each secret as ephemeral and private and sets its value. All or none: what was defined is taken
     /// back when a later one fails.
     pub fn arm(&self, secrets: &[Arming]) -> Result<(), LibvirtError> {
+        let _turn = self.arming.lock().unwrap_or_else(PoisonError::into_inner);
         for (done, secret) in secrets.iter().enumerate() {
             if let Err(error) = self.with("define a secret", |connection| define(connection, secret)) {
                 let defined: Vec<_> = secrets[..=done].iter().map(|secret| secret.envelope).collect();
@@ -285,7 +292,7 @@ impl Libvirt {
 }
 
 /// Why libvirt did not do as asked.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum LibvirtError {
     /// A call failed.
     #[error("libvirt ({uri}) could not {what}: {message}")]
