@@ -19,11 +19,12 @@ use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
-use rusqlite::{Connection, Transaction, TransactionBehavior};
+use rusqlite::{Connection, Params, Row, Transaction, TransactionBehavior};
 
 use error::StoreFault;
 
@@ -130,6 +131,30 @@ impl Keystore {
         };
         run().map_err(|fault: StoreFault| fault.at(&self.path))
     }
+}
+
+/// What `row_of` makes of each row of a query.
+fn collect<T>(
+    connection: &Connection,
+    sql: &str,
+    values: impl Params,
+    row_of: impl Fn(&Row) -> Result<T, StoreFault>,
+) -> Result<Vec<T>, StoreFault> {
+    let mut statement = connection.prepare_cached(sql)?;
+    let mut rows = statement.query(values)?;
+    let mut found = Vec::new();
+    while let Some(row) = rows.next()? {
+        found.push(row_of(row)?);
+    }
+    Ok(found)
+}
+
+/// The id in a row of `what`.
+fn parse_id<T: FromStr>(what: &str, id: &str) -> Result<T, KeystoreError> {
+    id.parse().map_err(|_| KeystoreError::Inconsistent {
+        row: format!("of {what} {id:?}"),
+        why: "its id is not a UUID".to_owned(),
+    })
 }
 
 /// Makes `dir` with mode 0700, or takes the group's and others' rights from the one there is.

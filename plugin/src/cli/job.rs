@@ -2,14 +2,37 @@
 
 use std::io::{IsTerminal, Write};
 
+use clap::{Args, Subcommand};
 use futures_util::{StreamExt, pin_mut};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::client::Client;
 use super::print::Printer;
-use super::{JobsCommand, WatchArgs};
 use crate::api::{HostProxy, JobRequest, JobStarted, JobView};
 use crate::failure::{Code, Failure};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum JobsCommand {
+    /// List the last jobs, and the copies of envelopes that are behind.
+    List,
+    /// Follow a job, or the one that runs, until it ends.
+    Watch {
+        /// Its number.
+        id: Option<i64>,
+    },
+    /// End a job, or the one that runs, where it is. What it changed stays.
+    Abort {
+        /// Its number.
+        id: Option<i64>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct WatchArgs {
+    /// Follow the job until it ends.
+    #[arg(long)]
+    watch: bool,
+}
 
 pub(super) async fn run(
     command: Option<JobsCommand>,

@@ -1,13 +1,61 @@
 //! `virtseal provider add pkcs11 …`.
 
 use std::error::Error;
+use std::path::PathBuf;
+
+use clap::Args;
 
 use super::client::Client;
+use super::passphrase::PassphraseArgs;
 use super::print::Printer;
-use super::{Pkcs11Args, TokenArgs};
+use super::provider_add::{NoCacheArgs, kek_scope};
 use crate::api::HostProxy;
+use crate::envelope::ProviderId;
 use crate::failure::{Code, Failure};
+use crate::provider::ScopeSetting;
 use crate::provider::pkcs11::{KeyBits, Pkcs11Settings, TokenChoice};
+
+#[derive(Debug, Args)]
+pub(super) struct Pkcs11Args {
+    /// Its name.
+    name: String,
+    /// The module: a shared library that only root can change.
+    #[arg(long, value_name = "PATH")]
+    module: PathBuf,
+    #[command(flatten)]
+    token: TokenArgs,
+    /// The size of new KEKs: 128, 192 or 256.
+    #[arg(long, value_name = "BITS", default_value = "256")]
+    key_bits: u32,
+    /// Whom a KEK serves: one for all VMs (provider), or one for each (vm).
+    #[arg(long, value_name = "SCOPE", default_value = "provider", value_parser = kek_scope())]
+    kek_scope: ScopeSetting,
+    #[command(flatten)]
+    cache: NoCacheArgs,
+    /// The string that the module wants for C_Initialize, where it wants one (NSS).
+    #[arg(long, value_name = "TEXT")]
+    init_args: Option<String>,
+    /// The provider's UUID on other hosts, where the token holds KEKs of several.
+    #[arg(long, value_name = "UUID")]
+    id: Option<ProviderId>,
+    /// The PIN.
+    #[command(flatten)]
+    pin: PassphraseArgs,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct TokenArgs {
+    /// The token with this label.
+    #[arg(long, value_name = "LABEL")]
+    token_label: Option<String>,
+    /// The token with this serial number.
+    #[arg(long, value_name = "SERIAL")]
+    token_serial: Option<String>,
+    /// The token in the slot of this number.
+    #[arg(long, value_name = "NUMBER")]
+    slot: Option<u64>,
+}
 
 pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
     args.cache.refuse("pkcs11")?;

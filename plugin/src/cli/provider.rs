@@ -1,18 +1,132 @@
 //! `virtseal provider …`.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use clap::Subcommand;
 
+use super::backup::{BackupArgs, RestoreArgs};
 use super::client::Client;
+use super::job::WatchArgs;
+use super::passphrase::PassphraseArgs;
 use super::print::Printer;
-use super::{
-    AddCommand, BackupArgs, ProviderCommand, RecipientsCommand, RestoreArgs, TpmArgs, job, passphrase,
-};
-use super::{pkcs11, transit, trust};
+use super::provider_add::AddCommand;
+use super::tpm::TpmArgs;
+use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
+use super::{backup, job, provider_add, tpm, trust, warn_of_providers};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
+use crate::provider::cache::CachePolicy;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ProviderCommand {
+    /// Add a provider; the first one becomes the default.
+    #[command(subcommand)]
+    Add(AddCommand),
+    /// List all providers.
+    List,
+    /// Show one provider.
+    Show {
+        /// Its name.
+        name: String,
+    },
+    /// Change how long the KEKs of a provider are kept for when its servers don't answer.
+    Cache {
+        /// Its name.
+        name: String,
+        /// none, until-lock, or a time such as 4h: counted from when each was last fetched.
+        policy: CachePolicy,
+    },
+    /// Make new keys go to this provider.
+    Default {
+        /// Its name.
+        name: String,
+    },
+    /// Unlock a provider, so that its VMs can start: with its passphrase, PIN, token, secret id or client key.
+    Unlock {
+        /// Its name.
+        name: String,
+        /// By the TPM of this host, with which it was enrolled.
+        #[arg(long, conflicts_with = "passphrase_source")]
+        tpm: bool,
+        #[command(flatten)]
+        passphrase: PassphraseArgs,
+    },
+    /// Let the TPM of this host unlock a native provider when virtseald starts, or no longer.
+    Tpm(TpmArgs),
+    /// Lock a provider: purge its keys from memory, refuse starts.
+    Lock {
+        /// Its name.
+        name: String,
+    },
+    /// Show this host to a KMS: a client certificate with its private key.
+    Identity(IdentityArgs),
+    /// Print the signing request for a client certificate whose private key stays on this host.
+    Csr(CsrArgs),
+    /// Look at the certificates of a KMS, and trust it.
+    Trust(TrustArgs),
+    /// Write a password-protected backup that `age -d` opens as well.
+    Backup(BackupArgs),
+    /// Restore a provider from its backup.
+    Restore(RestoreArgs),
+    /// Retire the keys in use, and rewrap every envelope with new ones.
+    Rotate {
+        /// Its name.
+        name: String,
+        #[command(flatten)]
+        passphrase: PassphraseArgs,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Rewrap every envelope for the providers that new ones are for: the default one, or the recipients of the policy.
+    Rekey {
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Move envelopes from one provider to another; VMs may run meanwhile.
+    Move {
+        /// The provider to leave.
+        from: String,
+        /// The provider to go to.
+        to: String,
+        /// Only those of this VM: name or UUID.
+        #[arg(long)]
+        vm: Option<String>,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Add or remove a provider that can open every envelope.
+    #[command(subcommand)]
+    Recipients(RecipientsCommand),
+    /// Delete a provider that nothing needs.
+    Delete {
+        /// Its name.
+        name: String,
+        /// Delete it although VMs need it; asks for its name.
+        #[arg(long)]
+        force: bool,
+        /// The name, typed here instead of at the prompt.
+        #[arg(long, value_name = "NAME", requires = "force")]
+        yes_delete: Option<String>,
+    },
+    /// List envelopes and KEKs that no VM uses. Nothing is deleted.
+    Orphans,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum RecipientsCommand {
+    /// Give every envelope a stanza of this provider.
+    Add {
+        /// The provider's name.
+        name: String,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Take the stanzas of this provider from every envelope that another one opens.
+    Remove {
+        /// The provider's name.
+        name: String,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+}
 
 pub(super) async fn run(
     command: ProviderCommand,
@@ -20,24 +134,7 @@ pub(super) async fn run(
     printer: &Printer,
 ) -> Result<(), Failure> {
     match command {
-        ProviderCommand::Add(AddCommand::Native {
-            name,
-            cache,
-            passphrase,
-        }) => {
-            cache.refuse("native")?;
-            let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "))?];
-            let added = client
-                .call(async |host| host.add_provider(&name, "native", "", fds).await)
-                .await?;
-            printer.providers(&added.providers)?;
-            printer.advise(&format!(
-                "It wraps nothing until it is backed up: virtseal provider backup {name} --output FILE"
-            ))
-        }
-        ProviderCommand::Add(AddCommand::Transit(args)) => transit::add(&args, client, printer).await,
-        ProviderCommand::Add(AddCommand::Pkcs11(args)) => pkcs11::add(&args, client, printer).await,
-        ProviderCommand::Add(AddCommand::Kmip(args)) => trust::add_kmip(&args, client, printer).await,
+        ProviderCommand::Add(command) => provider_add::run(command, client, printer).await,
         ProviderCommand::Identity(args) => trust::identity(&args, client, printer).await,
         ProviderCommand::Csr(args) => trust::csr(&args, client, printer).await,
         ProviderCommand::Trust(args) => trust::trust(&args, client, printer).await,
@@ -67,39 +164,19 @@ pub(super) async fn run(
                 .await?;
             printer.done(&format!("'{name}' is unlocked"))
         }
-        ProviderCommand::Tpm(args) => tpm(&args, client, printer).await,
-        ProviderCommand::Unlock { name, passphrase, .. } => {
-            let question = match passphrase.is_given() {
-                true => String::new(),
-                false => prompt(&name, client).await?,
-            };
-            let fds = vec![passphrase.open(&question)?];
-            client
-                .call(async |host| host.unlock_provider(&name, fds).await)
-                .await?;
-            printer.done(&format!("'{name}' is unlocked"))?;
-            super::warn_of_providers(client, printer).await
-        }
+        ProviderCommand::Unlock { name, passphrase, .. } => unlock(&name, &passphrase, client, printer).await,
+        ProviderCommand::Tpm(args) => tpm::run(&args, client, printer).await,
         ProviderCommand::Lock { name } => {
             client.call(async |host| host.lock_provider(&name).await).await?;
             printer.done(&format!("'{name}' is locked, its keys are out of memory"))
         }
-        ProviderCommand::Backup(args) => backup(&args, client, printer).await,
-        ProviderCommand::Restore(args) => restore(&args, client, printer).await,
+        ProviderCommand::Backup(args) => backup::backup(&args, client, printer).await,
+        ProviderCommand::Restore(args) => backup::restore(&args, client, printer).await,
         ProviderCommand::Rotate {
             name,
             passphrase,
             watch,
-        } => {
-            let fds = match kind(&name, client).await?.as_deref() {
-                Some("native") => vec![passphrase.open(&format!("Passphrase of '{name}': "))?],
-                _ => Vec::new(),
-            };
-            let started = client
-                .call(async |host| host.rotate_provider(&name, fds).await)
-                .await?;
-            job::started(&started, &watch, client, printer).await
-        }
+        } => rotate(&name, &passphrase, &watch, client, printer).await,
         ProviderCommand::Rekey { watch } => {
             job::start(&job::request("rekey", None, None, None), &watch, client, printer).await
         }
@@ -131,31 +208,46 @@ pub(super) async fn run(
     }
 }
 
+async fn unlock(
+    name: &str,
+    passphrase: &PassphraseArgs,
+    client: &mut Client,
+    printer: &Printer,
+) -> Result<(), Failure> {
+    let question = match passphrase.is_given() {
+        true => String::new(),
+        false => prompt(name, client).await?,
+    };
+    let fds = vec![passphrase.open(&question)?];
+    client
+        .call(async |host| host.unlock_provider(name, fds).await)
+        .await?;
+    printer.done(&format!("'{name}' is unlocked"))?;
+    warn_of_providers(client, printer).await
+}
+
+async fn rotate(
+    name: &str,
+    passphrase: &PassphraseArgs,
+    watch: &WatchArgs,
+    client: &mut Client,
+    printer: &Printer,
+) -> Result<(), Failure> {
+    let fds = match kind(name, client).await?.as_deref() {
+        Some("native") => vec![passphrase.open(&format!("Passphrase of '{name}': "))?],
+        _ => Vec::new(),
+    };
+    let started = client
+        .call(async |host| host.rotate_provider(name, fds).await)
+        .await?;
+    job::started(&started, watch, client, printer).await
+}
+
 /// `None` if there is no such provider.
 async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Failure> {
     let all = client.call(async |host| host.list_providers().await).await?;
     let found = all.providers.into_iter().find(|provider| provider.name == name);
     Ok(found.map(|provider| provider.kind))
-}
-
-async fn tpm(args: &TpmArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
-    let name = &args.name;
-    if args.remove {
-        let gone = client.call(async |host| host.remove_tpm(name).await).await?;
-        return printer.done(&match gone.removed {
-            true => format!("The TPM does not unlock '{name}' any more, its passphrase does"),
-            false => format!("The TPM did not unlock '{name}'"),
-        });
-    }
-    let pcrs = args.pcrs.as_deref();
-    client
-        .call(async |host| host.enroll_tpm(name, pcrs).await)
-        .await?;
-    printer.done(&format!(
-        "The TPM unlocks '{name}' when virtseald starts, while PCR {} is what it is now. Keep the passphrase: it unlocks \
-         '{name}' whatever changes",
-        pcrs.unwrap_or("7")
-    ))
 }
 
 /// What to ask for depends on the provider's kind.
@@ -181,107 +273,4 @@ async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), 
         );
     }
     printer.provider(&all)
-}
-
-async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
-    let name = &args.name;
-    let passphrase = match args.no_passphrase {
-        true => None,
-        false => Some(args.passphrase.open("Passphrase of the backup: ")?),
-    };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&args.output);
-    let file = file.map_err(|error| unwritable(&args.output, &error))?;
-    let generation = match write_backup(name, file, passphrase, args, client).await {
-        Ok(generation) => generation,
-        Err(failure) => {
-            // Only what this command created, and nothing relies on it yet.
-            let _ = fs::remove_file(&args.output);
-            return Err(failure);
-        }
-    };
-    client
-        .call(async |host| host.confirm_backup(name, generation).await)
-        .await
-        .map_err(|failure| unconfirmed(failure, args))?;
-    if args.no_passphrase {
-        printer.warn(&format!(
-            "{} holds the root key in the clear: keep it where no one else reads it",
-            args.output.display()
-        ));
-    }
-    printer.done(&format!("'{name}' is backed up in {}", args.output.display()))
-}
-
-/// Returns once the file and its name are on disk, with the generation to confirm: from the confirmation on the provider
-/// wraps keys that this file may be the last way to open.
-async fn write_backup(
-    name: &str,
-    file: File,
-    passphrase: Option<OwnedFd>,
-    args: &BackupArgs,
-    client: &mut Client,
-) -> Result<i64, Failure> {
-    let copy = file
-        .try_clone()
-        .map_err(|error| unwritable(&args.output, &error))?;
-    let fds = std::iter::once(OwnedFd::from(copy)).chain(passphrase).collect();
-    let made = client
-        .call(async |host| host.backup_provider(name, fds).await)
-        .await?;
-    let directory = match args.output.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    file.sync_all()
-        .and_then(|()| File::open(directory)?.sync_all())
-        .map_err(|error| unwritable(&args.output, &error))?;
-    Ok(made.generation)
-}
-
-/// The daemon may have noted the backup before it failed to say so: the file stays.
-fn unconfirmed(failure: Failure, args: &BackupArgs) -> Failure {
-    let (name, output) = (&args.name, args.output.display());
-    let said = format!(
-        "the backup {output} is complete, but may not be noted: {}",
-        failure.message
-    );
-    Failure::new(failure.code, said).next(format!(
-        "keep {output}; virtseal provider show {name}: if it is NotBackedUp, back it up again to another file"
-    ))
-}
-
-fn unwritable(path: &Path, error: &std::io::Error) -> Failure {
-    let failure = Failure::from_error(Code::Failed, format!("can't write {}", path.display()), error);
-    match error.kind() {
-        std::io::ErrorKind::AlreadyExists => {
-            failure.next("choose another --output: a backup is never overwritten")
-        }
-        _ => failure,
-    }
-}
-
-async fn restore(args: &RestoreArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
-    let mut fds = vec![passphrase::open_file(&args.input)?];
-    let of_backup = match (&args.backup_passphrase_file, args.backup_passphrase_fd) {
-        (Some(path), _) => Some(passphrase::open_file(path)?),
-        (None, Some(fd)) => Some(passphrase::inherited(fd)?),
-        (None, None) if args.no_backup_passphrase => None,
-        (None, None) => Some(passphrase::to_pipe(&passphrase::ask(
-            "Passphrase of the backup: ",
-        )?)?),
-    };
-    fds.push(
-        args.passphrase
-            .open(&format!("New passphrase of '{}': ", args.name))?,
-    );
-    fds.extend(of_backup);
-    let restored = client
-        .call(async |host| host.restore_provider(&args.name, fds).await)
-        .await?;
-    printer.providers(&restored.providers)
 }

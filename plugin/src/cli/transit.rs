@@ -3,12 +3,79 @@
 use std::error::Error;
 use std::path::PathBuf;
 
+use clap::{Args, ValueEnum};
+
 use super::client::Client;
 use super::print::Printer;
-use super::{LoginMethod, TransitArgs, TransitLoginArgs};
+use super::provider_add::{NoCacheArgs, kek_scope};
 use crate::api::HostProxy;
+use crate::envelope::ProviderId;
 use crate::failure::{Code, Failure};
+use crate::provider::ScopeSetting;
 use crate::provider::transit::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
+
+#[derive(Debug, Args)]
+pub(super) struct TransitArgs {
+    /// Its name.
+    name: String,
+    /// The server, or the load balancer of its cluster: https://HOST:PORT.
+    #[arg(long, value_name = "URL")]
+    address: String,
+    /// Where the transit engine is mounted.
+    #[arg(long, value_name = "PATH", default_value = "transit")]
+    mount: String,
+    /// The namespace of engine and login.
+    #[arg(long, value_name = "PATH")]
+    namespace: Option<String>,
+    #[command(flatten)]
+    login: TransitLoginArgs,
+    /// Whom a key serves: one VM each (vm), or all, with a context for each VM (provider).
+    #[arg(long, value_name = "SCOPE", default_value = "vm", value_parser = kek_scope())]
+    kek_scope: ScopeSetting,
+    /// The name of the shared key.
+    #[arg(long, value_name = "NAME")]
+    key: Option<String>,
+    /// PEM certificates to trust in place of the system's.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
+    /// The name in the server's certificate, where the address is another.
+    #[arg(long, value_name = "NAME")]
+    server_name: Option<String>,
+    #[command(flatten)]
+    cache: NoCacheArgs,
+    /// The most time for one operation, in milliseconds.
+    #[arg(long, value_name = "N", default_value = "4000")]
+    timeout_ms: u32,
+    /// The provider's UUID on another host: both open what the other sealed.
+    #[arg(long, value_name = "UUID")]
+    id: Option<ProviderId>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum LoginMethod {
+    /// With a token.
+    Token,
+    /// With a role id and a secret id.
+    Approle,
+    /// With a client certificate.
+    Cert,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TransitLoginArgs {
+    /// How to log in; the secret for it is given to `virtseal provider unlock`.
+    #[arg(long, value_name = "METHOD", value_enum, default_value = "token")]
+    auth: LoginMethod,
+    /// The AppRole's id.
+    #[arg(long, value_name = "ID", required_if_eq("auth", "approle"))]
+    role_id: Option<String>,
+    /// The certificate role; any that fits without it.
+    #[arg(long, value_name = "NAME")]
+    cert_role: Option<String>,
+    /// Where the login method is mounted, if not at its usual place.
+    #[arg(long, value_name = "PATH")]
+    auth_mount: Option<String>,
+}
 
 pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
     args.cache.refuse("transit")?;
@@ -104,9 +171,10 @@ impl LoginMethod {
 mod tests {
     use clap::Parser;
 
-    use super::super::{AddCommand, Cli, Command, ProviderCommand};
+    use super::super::provider::ProviderCommand;
+    use super::super::provider_add::AddCommand;
+    use super::super::{Cli, Command};
     use super::*;
-    use crate::provider::ScopeSetting;
 
     fn parsed(options: &[&str]) -> Result<String, String> {
         let common = ["virtseal", "provider", "add", "transit", "vault"];

@@ -1,33 +1,75 @@
-//! `virtseal provider add kmip`, `identity`, `csr` and `trust`: trust between this host and a KMS, both ways.
+//! `virtseal provider identity`, `csr` and `trust`: trust between this host and a KMS, both ways.
 
 use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+
+use clap::Args;
 
 use super::client::Client;
+use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
-use super::{CsrArgs, IdentityArgs, KmipArgs, TrustArgs, passphrase};
 use crate::api::{HostProxy, IdentityParts, NewKey, ServerView};
 use crate::failure::{Code, Failure};
+use crate::provider::kmip::Fingerprint;
 
-pub(super) async fn add_kmip(args: &KmipArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
-    let settings = serde_json::json!({
-        "endpoints": args.endpoints,
-        "mode": args.mode,
-        "kek_scope": args.kek_scope,
-        "cache": args.cache,
-        "kmip_version": args.kmip_version,
-        "timeout_ms": args.timeout_ms,
-        "id": args.id,
-    });
-    let (name, settings) = (&args.name, settings.to_string());
-    let added = client
-        .call(async |host| host.add_provider(name, "kmip", &settings, Vec::new()).await)
-        .await?;
-    printer.providers(&added.providers)?;
-    printer.advise(&format!(
-        "Next: virtseal provider trust {name}, and virtseal provider identity {name} --cert FILE --key FILE (or \
-         virtseal provider csr {name})"
-    ))
+#[derive(Debug, Args)]
+pub(super) struct IdentityArgs {
+    /// The provider's name.
+    name: String,
+    /// The client's certificate in PEM, then those that signed it; - is standard input.
+    #[arg(long, value_name = "FILE")]
+    cert: PathBuf,
+    /// Its private key in PEM; not needed if it is in the same file or belongs to the last `provider csr`.
+    #[arg(long, value_name = "FILE")]
+    key: Option<PathBuf>,
+    /// A user name, for a KMS that asks for more than a certificate.
+    #[arg(long, value_name = "NAME", requires = "password_file")]
+    user: Option<String>,
+    /// Read that user's password from this file.
+    #[arg(long, value_name = "FILE", requires = "user")]
+    password_file: Option<PathBuf>,
+    /// Seal the private key by a passphrase: the provider is locked then until it is unlocked.
+    #[arg(long)]
+    seal: bool,
+    #[command(flatten)]
+    passphrase: NewPassphraseArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CsrArgs {
+    /// The provider's name.
+    name: String,
+    /// Make a new private key and request, in place of the one that waits.
+    #[arg(long)]
+    new: bool,
+    /// An RSA key of 3072 bits instead of a NIST P-256 one.
+    #[arg(long, requires = "new")]
+    rsa: bool,
+    /// The common name to ask for instead of the host's name; many a KMS takes it for the user's name.
+    #[arg(long, value_name = "NAME", requires = "new")]
+    common_name: Option<String>,
+    /// Write it to this file.
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct TrustArgs {
+    /// The provider's name.
+    name: String,
+    /// Trust servers whose certificate was signed by a CA in this PEM file and bears the endpoint's name.
+    #[arg(long, value_name = "FILE", group = "known_by")]
+    ca: Option<PathBuf>,
+    /// Refuse certificates that this revocation list of the CA (PEM) names. Renew it before it runs out.
+    #[arg(long, value_name = "FILE", requires = "ca")]
+    crl: Option<PathBuf>,
+    /// Trust a server with this SHA-256 fingerprint; repeat it for every node.
+    #[arg(long = "fingerprint", value_name = "HEX", group = "known_by")]
+    fingerprints: Vec<Fingerprint>,
+    /// Do not ask.
+    #[arg(long, requires = "known_by")]
+    yes: bool,
 }
 
 pub(super) async fn identity(

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::{Args, Subcommand};
 use futures_util::{StreamExt, pin_mut};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::CreateArgs;
 use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, VolumeProgress, VolumeRequest};
@@ -14,6 +14,44 @@ use crate::volume::{
     self, Bytes,
     luks1::{KeyslotInfo, LuksInfo},
 };
+
+#[derive(Debug, Subcommand)]
+pub(super) enum VolumeCommand {
+    /// Create an encrypted qcow2 image.
+    Create(CreateArgs),
+    /// Show header, keyslots and envelope of an image; needs no key and no daemon.
+    Info {
+        /// The image.
+        path: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CreateArgs {
+    /// Where to create it.
+    path: PathBuf,
+    /// Virtual size: bytes, or with K, M, G, T (powers of 1024).
+    #[arg(long, required_unless_present_any = ["from", "backing"])]
+    size: Option<Bytes>,
+    /// The VM that the image is for: name or UUID.
+    #[arg(long)]
+    vm: String,
+    /// qcow2 cluster size.
+    #[arg(long, value_name = "SIZE")]
+    cluster_size: Option<Bytes>,
+    /// Put the image on top of this one.
+    #[arg(long, value_name = "IMAGE", conflicts_with = "from")]
+    backing: Option<PathBuf>,
+    /// Format of the backing image.
+    #[arg(long, value_name = "FORMAT", requires = "backing")]
+    backing_format: Option<String>,
+    /// Fill it from this raw or qcow2 image; it grows to --size.
+    #[arg(long, value_name = "IMAGE")]
+    from: Option<PathBuf>,
+    /// Use this provider instead of the default one.
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+}
 
 pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
     let request = VolumeRequest {

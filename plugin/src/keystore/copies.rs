@@ -2,7 +2,7 @@
 
 use rusqlite::{OptionalExtension, Transaction, params};
 
-use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use super::{Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id};
 use crate::envelope::{Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, VmId};
 
 /// Where a copy is.
@@ -68,18 +68,14 @@ impl Keystore {
     /// The KEKs that jobs have taken out of use.
     pub fn retired_keks(&self) -> Result<Vec<RetiredKek>, KeystoreError> {
         self.read(|connection| {
-            let mut statement = connection
-                .prepare_cached("SELECT vm, provider, kek FROM retired_keks ORDER BY provider, kek, vm")?;
-            let mut rows = statement.query([])?;
-            let mut retired = Vec::new();
-            while let Some(row) = rows.next()? {
-                retired.push(RetiredKek {
-                    vm: parse(&row.get::<_, String>(0)?)?,
-                    provider: parse(&row.get::<_, String>(1)?)?,
+            let sql = "SELECT vm, provider, kek FROM retired_keks ORDER BY provider, kek, vm";
+            collect(connection, sql, [], |row| {
+                Ok(RetiredKek {
+                    vm: parse_id("VM", &row.get::<_, String>(0)?)?,
+                    provider: parse_id("key provider", &row.get::<_, String>(1)?)?,
                     kek: KekId(row.get(2)?),
-                });
-            }
-            Ok(retired)
+                })
+            })
         })
     }
 
@@ -92,23 +88,18 @@ impl Keystore {
     ) -> Result<Vec<StaleCopy>, KeystoreError> {
         let after = after.map_or_else(String::new, |(vm, envelope)| format!("{vm} {envelope}"));
         self.read(|connection| {
-            let mut statement = connection.prepare_cached(
-                "SELECT envelope, vm, min(since), max(reason) FROM stale_copies JOIN envelopes ON id = envelope
+            let sql = "SELECT envelope, vm, min(since), max(reason) FROM stale_copies JOIN envelopes ON id = envelope
                  WHERE place = ?1 AND vm || ' ' || envelope > ?2
-                 GROUP BY envelope ORDER BY vm, envelope LIMIT ?3",
-            )?;
-            let mut rows = statement.query(params![place.as_str(), after, most])?;
-            let mut copies = Vec::new();
-            while let Some(row) = rows.next()? {
-                copies.push(StaleCopy {
-                    envelope: parse(&row.get::<_, String>(0)?)?,
-                    vm: parse(&row.get::<_, String>(1)?)?,
+                 GROUP BY envelope ORDER BY vm, envelope LIMIT ?3";
+            collect(connection, sql, params![place.as_str(), after, most], |row| {
+                Ok(StaleCopy {
+                    envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,
+                    vm: parse_id("VM", &row.get::<_, String>(1)?)?,
                     place,
                     since: row.get(2)?,
                     reason: row.get(3)?,
-                });
-            }
-            Ok(copies)
+                })
+            })
         })
     }
 
@@ -127,23 +118,18 @@ impl Keystore {
     /// The KEKs that stale copies need.
     pub fn needed_keks(&self) -> Result<Vec<NeededKek>, KeystoreError> {
         self.read(|connection| {
-            let mut statement = connection.prepare_cached(
-                "SELECT envelope, place, provider, kek FROM stale_copies ORDER BY envelope, place",
-            )?;
-            let mut rows = statement.query([])?;
-            let mut needed = Vec::new();
-            while let Some(row) = rows.next()? {
-                needed.push(NeededKek {
-                    envelope: parse(&row.get::<_, String>(0)?)?,
+            let sql = "SELECT envelope, place, provider, kek FROM stale_copies ORDER BY envelope, place";
+            collect(connection, sql, [], |row| {
+                Ok(NeededKek {
+                    envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,
                     place: match row.get::<_, String>(1)?.as_str() {
                         "xml" => CopyPlace::Xml,
                         _ => CopyPlace::Image,
                     },
-                    provider: parse(&row.get::<_, String>(2)?)?,
+                    provider: parse_id("key provider", &row.get::<_, String>(2)?)?,
                     kek: KekId(row.get(3)?),
-                });
-            }
-            Ok(needed)
+                })
+            })
         })
     }
 
@@ -219,13 +205,9 @@ impl Keystore {
     /// The envelopes whose image headers a killed daemon was rewriting.
     pub fn journaled_headers(&self) -> Result<Vec<EnvelopeId>, KeystoreError> {
         self.read(|connection| {
-            let mut statement = connection.prepare_cached("SELECT envelope FROM header_journal")?;
-            let mut rows = statement.query([])?;
-            let mut ids = Vec::new();
-            while let Some(row) = rows.next()? {
-                ids.push(parse(&row.get::<_, String>(0)?)?);
-            }
-            Ok(ids)
+            collect(connection, "SELECT envelope FROM header_journal", [], |row| {
+                Ok(parse_id("envelope", &row.get::<_, String>(0)?)?)
+            })
         })
     }
 
@@ -265,14 +247,4 @@ pub(super) fn note_stale(
         ])?;
     }
     Ok(())
-}
-
-fn parse<T: std::str::FromStr>(id: &str) -> Result<T, StoreFault> {
-    id.parse().map_err(|_| {
-        KeystoreError::Inconsistent {
-            row: format!("{id:?}"),
-            why: "its id is not a UUID".to_owned(),
-        }
-        .into()
-    })
 }

@@ -206,13 +206,8 @@ pub(super) fn select(
     condition: &str,
     values: impl rusqlite::Params,
 ) -> Result<Vec<EnvelopeRecord>, StoreFault> {
-    let mut statement = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM envelopes {condition}"))?;
-    let mut rows = statement.query(values)?;
-    let mut records = Vec::new();
-    while let Some(row) = rows.next()? {
-        records.push(record_of(row)?);
-    }
-    Ok(records)
+    let sql = format!("SELECT {COLUMNS} FROM envelopes {condition}");
+    super::collect(connection, &sql, values, record_of)
 }
 
 /// Reads a row, and refuses one whose columns say something else than its envelope.

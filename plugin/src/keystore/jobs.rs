@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::copies::{self, CopyPlace};
 use super::envelopes::{self, EnvelopeRecord};
-use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now, parse_id};
 use crate::envelope::{Envelope, EnvelopeId, Stanza};
 
 /// Names a job on this host.
@@ -148,15 +148,12 @@ impl Keystore {
     /// The first `most` envelopes that a job left behind.
     pub fn left_behind(&self, job: JobId, most: u32) -> Result<Vec<LeftBehind>, KeystoreError> {
         self.read(|connection| {
-            let mut statement = connection.prepare_cached(
+            super::collect(
+                connection,
                 "SELECT envelope, reason, again FROM left_behind WHERE job = ?1 ORDER BY envelope LIMIT ?2",
-            )?;
-            let mut rows = statement.query(params![job.0, most])?;
-            let mut left = Vec::new();
-            while let Some(row) = rows.next()? {
-                left.push(left_of(row)?);
-            }
-            Ok(left)
+                params![job.0, most],
+                left_of,
+            )
         })
     }
 
@@ -357,17 +354,12 @@ fn select(
     condition: &str,
     values: impl rusqlite::Params,
 ) -> Result<Vec<JobRecord>, StoreFault> {
-    let mut statement = connection.prepare_cached(&format!(
+    let sql = format!(
         "SELECT id, task, state, pass, cursor, total, seen, changed, waiting, created, updated,
             (SELECT count(*) FROM left_behind WHERE job = jobs.id) AS left
          FROM jobs WHERE {condition} ORDER BY id"
-    ))?;
-    let mut rows = statement.query(values)?;
-    let mut jobs = Vec::new();
-    while let Some(row) = rows.next()? {
-        jobs.push(job_of(row)?);
-    }
-    Ok(jobs)
+    );
+    super::collect(connection, &sql, values, job_of)
 }
 
 fn job_of(row: &Row) -> Result<JobRecord, StoreFault> {
@@ -400,12 +392,8 @@ fn job_of(row: &Row) -> Result<JobRecord, StoreFault> {
 }
 
 fn left_of(row: &Row) -> Result<LeftBehind, StoreFault> {
-    let envelope: String = row.get(0)?;
     Ok(LeftBehind {
-        envelope: envelope.parse().map_err(|_| KeystoreError::Inconsistent {
-            row: format!("of envelope {envelope:?}"),
-            why: "its id is not a UUID".to_owned(),
-        })?,
+        envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,
         reason: row.get(1)?,
         again: row.get(2)?,
     })

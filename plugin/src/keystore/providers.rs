@@ -2,7 +2,9 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now, tpm_seals};
+use super::{
+    Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id, tpm_seals,
+};
 use crate::envelope::ProviderId;
 
 /// A key provider as this host knows it.
@@ -75,10 +77,7 @@ impl Keystore {
     ) -> Result<ProviderRecord, KeystoreError> {
         self.write(|transaction| {
             let record = insert(transaction, id, name, "native", &serde_json::json!({}))?;
-            transaction.execute(
-                "INSERT INTO native_roots (provider, generation, sealed, backed_up_at) VALUES (?1, ?2, ?3, ?4)",
-                params![id.to_string(), root.generation, root.sealed, root.backed_up_at],
-            )?;
+            insert_root(transaction, id, root)?;
             Ok(record)
         })
     }
@@ -89,12 +88,7 @@ impl Keystore {
     /// [`KeystoreError::UnknownProvider`], and when it has a root key of this generation or a later one.
     pub fn insert_native_generation(&self, id: ProviderId, root: &NativeRoot) -> Result<(), KeystoreError> {
         self.write(|transaction| {
-            let newest: Option<u32> = transaction.query_row(
-                "SELECT max(generation) FROM native_roots WHERE provider = ?1",
-                [id.to_string()],
-                |row| row.get(0),
-            )?;
-            let newest = newest.ok_or(KeystoreError::UnknownProvider(id))?;
+            let newest = newest_generation(transaction, id)?;
             if root.generation != newest + 1 {
                 return Err(KeystoreError::Inconsistent {
                     row: format!("of the root keys of provider {id}"),
@@ -102,25 +96,15 @@ impl Keystore {
                 }
                 .into());
             }
-            transaction.execute(
-                "INSERT INTO native_roots (provider, generation, sealed, backed_up_at) VALUES (?1, ?2, ?3, ?4)",
-                params![id.to_string(), root.generation, root.sealed, root.backed_up_at],
-            )?;
-            Ok(())
+            insert_root(transaction, id, root)
         })
     }
 
     /// All providers, by name.
     pub fn providers(&self) -> Result<Vec<ProviderRecord>, KeystoreError> {
         self.read(|connection| {
-            let mut statement =
-                connection.prepare(&format!("SELECT {COLUMNS} FROM providers ORDER BY name"))?;
-            let mut rows = statement.query([])?;
-            let mut records = Vec::new();
-            while let Some(row) = rows.next()? {
-                records.push(record_of(row)?);
-            }
-            Ok(records)
+            let sql = format!("SELECT {COLUMNS} FROM providers ORDER BY name");
+            collect(connection, &sql, [], record_of)
         })
     }
 
@@ -208,23 +192,15 @@ impl Keystore {
     /// The providers that were deleted here and did not come back.
     pub fn deleted_providers(&self) -> Result<Vec<DeletedProvider>, KeystoreError> {
         self.read(|connection| {
-            let mut statement =
-                connection.prepare("SELECT id, name, kind, deleted FROM deleted_providers ORDER BY name")?;
-            let mut rows = statement.query([])?;
-            let mut deleted = Vec::new();
-            while let Some(row) = rows.next()? {
-                let id: String = row.get(0)?;
-                deleted.push(DeletedProvider {
-                    id: id.parse().map_err(|_| KeystoreError::Inconsistent {
-                        row: format!("of deleted key provider {id:?}"),
-                        why: "its id is not a UUID".to_owned(),
-                    })?,
+            let sql = "SELECT id, name, kind, deleted FROM deleted_providers ORDER BY name";
+            collect(connection, sql, [], |row| {
+                Ok(DeletedProvider {
+                    id: parse_id("deleted key provider", &row.get::<_, String>(0)?)?,
                     name: row.get(1)?,
                     kind: row.get(2)?,
                     deleted: row.get(3)?,
-                });
-            }
-            Ok(deleted)
+                })
+            })
         })
     }
 
@@ -281,6 +257,29 @@ fn insert(
         ],
     )?;
     Ok(record)
+}
+
+fn insert_root(connection: &Connection, provider: ProviderId, root: &NativeRoot) -> Result<(), StoreFault> {
+    connection.execute(
+        "INSERT INTO native_roots (provider, generation, sealed, backed_up_at) VALUES (?1, ?2, ?3, ?4)",
+        params![
+            provider.to_string(),
+            root.generation,
+            root.sealed,
+            root.backed_up_at
+        ],
+    )?;
+    Ok(())
+}
+
+/// Of the root keys of a native provider.
+pub(super) fn newest_generation(connection: &Connection, provider: ProviderId) -> Result<u32, StoreFault> {
+    let newest: Option<u32> = connection.query_row(
+        "SELECT max(generation) FROM native_roots WHERE provider = ?1",
+        [provider.to_string()],
+        |row| row.get(0),
+    )?;
+    newest.ok_or_else(|| KeystoreError::UnknownProvider(provider).into())
 }
 
 fn find(connection: &Connection, condition: &str, value: &str) -> Result<Option<ProviderRecord>, StoreFault> {

@@ -2,7 +2,9 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use super::{
+    Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now, providers::newest_generation,
+};
 use crate::envelope::ProviderId;
 
 /// The root keys of a native provider, encrypted under a key that the TPM has sealed.
@@ -82,15 +84,6 @@ pub(super) fn delete(connection: &Connection, provider: ProviderId) -> Result<us
         "DELETE FROM tpm_seals WHERE provider = ?1",
         [provider.to_string()],
     )?)
-}
-
-fn newest_generation(connection: &Connection, provider: ProviderId) -> Result<u32, StoreFault> {
-    let newest: Option<u32> = connection.query_row(
-        "SELECT max(generation) FROM native_roots WHERE provider = ?1",
-        [provider.to_string()],
-        |row| row.get(0),
-    )?;
-    newest.ok_or_else(|| KeystoreError::UnknownProvider(provider).into())
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use super::{Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id};
 use crate::envelope::VmId;
 
 /// A VM that has, or had, sealed objects.
@@ -77,14 +77,8 @@ impl Keystore {
     /// All VMs, by name.
     pub fn vms(&self) -> Result<Vec<VmRecord>, KeystoreError> {
         self.read(|connection| {
-            let mut statement =
-                connection.prepare("SELECT uuid, name, sealed_at, vtpm_seen FROM vms ORDER BY name, uuid")?;
-            let mut rows = statement.query([])?;
-            let mut vms = Vec::new();
-            while let Some(row) = rows.next()? {
-                vms.push(vm_of(row)?);
-            }
-            Ok(vms)
+            let sql = "SELECT uuid, name, sealed_at, vtpm_seen FROM vms ORDER BY name, uuid";
+            collect(connection, sql, [], vm_of)
         })
     }
 }
@@ -98,13 +92,8 @@ fn find_vm(connection: &Connection, vm: VmId) -> Result<Option<VmRecord>, StoreF
 }
 
 fn vm_of(row: &Row) -> Result<VmRecord, StoreFault> {
-    let uuid: String = row.get("uuid")?;
-    let vm = uuid.parse().map_err(|_| KeystoreError::Inconsistent {
-        row: format!("of VM {uuid:?}"),
-        why: "its id is not a UUID".to_owned(),
-    })?;
     Ok(VmRecord {
-        vm,
+        vm: parse_id("VM", &row.get::<_, String>("uuid")?)?,
         name: row.get("name")?,
         sealed_at: row.get("sealed_at")?,
         vtpm_seen: row.get("vtpm_seen")?,

@@ -6,6 +6,8 @@
 
 mod advice;
 mod deadline;
+mod kind;
+mod membership;
 mod opening;
 mod rewrapping;
 mod watch;
@@ -13,159 +15,17 @@ mod watch;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use super::cache::KekCache;
-use super::kmip::{KmipProvider, KmipProviderError, KmipSettings};
-use super::native::{NativeError, NativeProvider};
-use super::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
-use super::transit::{TransitProvider, TransitSettings};
-use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError};
 use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Stanza};
-use crate::failure::chain;
-use crate::keystore::{Change, Keystore, KeystoreError, ProviderRecord};
-use crate::secret::{Dek, SecretBytes};
+use crate::keystore::{Change, Keystore, KeystoreError};
+use crate::secret::Dek;
 use watch::{Pace, Watches};
 
 pub use advice::{NextCommand, SealError, UnknownProvider};
+pub use kind::{Provider, UnusableProvider};
 pub use opening::{Attempt, OpenError, Refusal};
 pub use rewrapping::{Blocked, Rewrap, Rewrapped, Slot};
 pub use watch::Report;
-
-/// A provider of any kind, where the kind matters.
-#[derive(Clone)]
-pub enum Provider {
-    /// A root key on this host.
-    Native(Arc<NativeProvider>),
-    /// In the transit engine of a Vault or OpenBao.
-    Transit(Arc<TransitProvider>),
-    /// KEKs in a PKCS#11 token.
-    Pkcs11(Arc<Pkcs11Provider>),
-    /// Keys at a key management server.
-    Kmip(Arc<KmipProvider>),
-    /// Recorded, but of no use to this version.
-    Unusable(Arc<UnusableProvider>),
-}
-
-impl Provider {
-    /// What every kind can do.
-    #[must_use]
-    pub fn provider(&self) -> &dyn KeyProvider {
-        match self {
-            Self::Native(provider) => provider.as_ref(),
-            Self::Transit(provider) => provider.as_ref(),
-            Self::Pkcs11(provider) => provider.as_ref(),
-            Self::Kmip(provider) => provider.as_ref(),
-            Self::Unusable(provider) => provider.as_ref(),
-        }
-    }
-
-    fn shared(&self) -> Arc<dyn KeyProvider> {
-        match self {
-            Self::Native(provider) => Arc::<NativeProvider>::clone(provider),
-            Self::Transit(provider) => Arc::<TransitProvider>::clone(provider),
-            Self::Pkcs11(provider) => Arc::<Pkcs11Provider>::clone(provider),
-            Self::Kmip(provider) => Arc::<KmipProvider>::clone(provider),
-            Self::Unusable(provider) => Arc::<UnusableProvider>::clone(provider),
-        }
-    }
-
-    /// Its kind, as the keystore has it.
-    #[must_use]
-    pub fn kind(&self) -> &str {
-        match self {
-            Self::Native(_) => NativeProvider::KIND,
-            Self::Transit(_) => TransitProvider::KIND,
-            Self::Pkcs11(_) => Pkcs11Provider::KIND,
-            Self::Kmip(_) => KmipProvider::KIND,
-            Self::Unusable(provider) => &provider.record.kind,
-        }
-    }
-
-    /// The KEKs that it keeps for when its servers don't answer; none for a kind, or a mode, whose KEKs stay where they are.
-    #[must_use]
-    pub fn cache(&self) -> Option<&KekCache> {
-        match self {
-            Self::Kmip(provider) => provider.cache(),
-            Self::Native(_) | Self::Transit(_) | Self::Pkcs11(_) | Self::Unusable(_) => None,
-        }
-    }
-
-    fn from_record(keystore: &Arc<Keystore>, record: ProviderRecord) -> Result<Self, KeystoreError> {
-        let opened = match record.kind.as_str() {
-            NativeProvider::KIND => match NativeProvider::open(Arc::clone(keystore), &record) {
-                Ok(provider) => Ok(Self::Native(Arc::new(provider))),
-                Err(NativeError::Keystore(error)) => return Err(error),
-                Err(error) => Err(chain(&error)),
-            },
-            TransitProvider::KIND => match TransitProvider::open(&record) {
-                Ok(provider) => Ok(Self::Transit(Arc::new(provider))),
-                Err(error) => Err(chain(&error)),
-            },
-            Pkcs11Provider::KIND => match Pkcs11Provider::open(&record) {
-                Ok(provider) => Ok(Self::Pkcs11(Arc::new(provider))),
-                Err(error) => Err(chain(&error)),
-            },
-            KmipProvider::KIND => KmipProvider::open(keystore, &record)
-                .map(|provider| Self::Kmip(Arc::new(provider)))
-                .map_err(|error| chain(&error)),
-            kind => Err(format!(
-                "this virtseal does not know the kind {kind:?}: upgrade virtseal"
-            )),
-        };
-        Ok(opened.unwrap_or_else(|reason| Self::Unusable(Arc::new(UnusableProvider { record, reason }))))
-    }
-}
-
-/// A recorded provider that can't be used; it refuses everything with the reason.
-pub struct UnusableProvider {
-    record: ProviderRecord,
-    reason: String,
-}
-
-impl UnusableProvider {
-    fn refusal<T>(&self) -> Result<T, ProviderError> {
-        Err(ProviderError::Unusable(self.reason.clone()))
-    }
-}
-
-impl KeyProvider for UnusableProvider {
-    fn id(&self) -> ProviderId {
-        self.record.id
-    }
-
-    fn name(&self) -> &str {
-        &self.record.name
-    }
-
-    fn status(&self) -> ProviderStatus {
-        ProviderStatus::Degraded(self.reason.clone())
-    }
-
-    fn create_kek(&self, _: &KekScope) -> Result<KekId, ProviderError> {
-        self.refusal()
-    }
-
-    fn rotate_kek(&self, _: &KekScope, _: &KekId) -> Result<KekId, ProviderError> {
-        self.refusal()
-    }
-
-    fn wrap(&self, _: &KekId, _: &Payload) -> Result<Stanza, ProviderError> {
-        self.refusal()
-    }
-
-    fn unwrap_many(&self, _: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
-        self.refusal()
-    }
-
-    fn destroy_kek(&self, _: &KekId) -> Result<DestroyReceipt, ProviderError> {
-        self.refusal()
-    }
-
-    fn lock(&self) {}
-
-    fn unlock(&self, _: &SecretBytes) -> Result<(), ProviderError> {
-        self.refusal()
-    }
-}
 
 /// All providers of this host.
 pub struct Registry {
@@ -314,116 +174,6 @@ impl Registry {
         Ok(change)
     }
 
-    /// Makes a native provider; takes seconds, by the nature of its passphrase.
-    ///
-    /// # Errors
-    /// As [`NativeProvider::create`].
-    pub fn add_native(
-        &self,
-        name: &ProviderName,
-        passphrase: &SecretBytes,
-    ) -> Result<Arc<NativeProvider>, NativeError> {
-        let made = Arc::new(NativeProvider::create(
-            Arc::clone(&self.keystore),
-            name,
-            passphrase,
-        )?);
-        self.enter(Provider::Native(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    /// Brings a native provider back from `backup`.
-    ///
-    /// # Errors
-    /// As [`NativeProvider::restore`].
-    pub fn restore_native(
-        &self,
-        name: &ProviderName,
-        backup: &[u8],
-        backup_passphrase: Option<&SecretBytes>,
-        passphrase: &SecretBytes,
-    ) -> Result<Arc<NativeProvider>, NativeError> {
-        let keystore = Arc::clone(&self.keystore);
-        let made = Arc::new(NativeProvider::restore(
-            keystore,
-            name,
-            backup,
-            backup_passphrase,
-            passphrase,
-        )?);
-        self.enter(Provider::Native(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    /// Adds a transit provider, locked.
-    ///
-    /// # Errors
-    /// As [`TransitProvider::create`].
-    pub fn add_transit(
-        &self,
-        name: &ProviderName,
-        settings: TransitSettings,
-    ) -> Result<Arc<TransitProvider>, KeystoreError> {
-        let made = Arc::new(TransitProvider::create(&self.keystore, name, settings)?);
-        self.enter(Provider::Transit(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    /// Adds the token of `settings`, and unlocks it with `pin`.
-    ///
-    /// # Errors
-    /// As [`Pkcs11Provider::create`].
-    pub fn add_pkcs11(
-        &self,
-        name: &ProviderName,
-        settings: Pkcs11Settings,
-        pin: &SecretBytes,
-    ) -> Result<Arc<Pkcs11Provider>, Pkcs11Error> {
-        let others: Vec<_> = self
-            .providers()
-            .into_iter()
-            .filter_map(|known| match known {
-                Provider::Pkcs11(provider) => Some(provider),
-                _ => None,
-            })
-            .collect();
-        let made = Arc::new(Pkcs11Provider::create(
-            &self.keystore,
-            name,
-            settings,
-            pin,
-            &others,
-        )?);
-        self.enter(Provider::Pkcs11(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    /// Records a KMIP provider, which has trust to establish before it does anything.
-    ///
-    /// # Errors
-    /// As [`KmipProvider::create`].
-    pub fn add_kmip(
-        &self,
-        name: &ProviderName,
-        settings: KmipSettings,
-    ) -> Result<Arc<KmipProvider>, KmipProviderError> {
-        let made = Arc::new(KmipProvider::create(&self.keystore, name, settings)?);
-        self.enter(Provider::Kmip(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    fn enter(&self, made: Provider) {
-        let id = made.provider().id();
-        self.watches.add(&made.shared());
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        known.providers.push(made);
-        known
-            .providers
-            .sort_by(|a, b| a.provider().name().cmp(b.provider().name()));
-        // As the keystore does.
-        known.default.get_or_insert(id);
-    }
-
     /// Locks all providers.
     pub fn lock_all(&self) {
         for known in self.providers() {
@@ -494,21 +244,6 @@ impl Registry {
             .ok_or_else(|| ProviderError::Unusable("it is not on this host".to_owned()))?;
         let kek = kek.clone();
         deadline::within(self.deadline(), move || known.provider().destroy_kek(&kek))
-    }
-
-    /// Removes a provider from the list and the keystore, which keeps its name.
-    ///
-    /// # Errors
-    /// The keystore's; then it stays.
-    pub fn delete(&self, id: ProviderId) -> Result<(), KeystoreError> {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        self.keystore.delete_provider(id)?;
-        known.providers.retain(|provider| provider.provider().id() != id);
-        self.watches.remove(id);
-        if known.default == Some(id) {
-            known.default = None;
-        }
-        Ok(())
     }
 }
 

@@ -1,6 +1,10 @@
 use super::*;
 use crate::envelope::{EnvelopeError, EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure};
+use crate::provider::native::NativeProvider;
+use crate::provider::transit::TransitSettings;
+use crate::provider::{ProviderName, ProviderStatus};
+use crate::secret::SecretBytes;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 

@@ -1,0 +1,62 @@
+//! `virtseal provider add kmip …`.
+
+use clap::Args;
+
+use super::client::Client;
+use super::print::Printer;
+use super::provider_add::kek_scope;
+use crate::api::HostProxy;
+use crate::envelope::ProviderId;
+use crate::failure::Failure;
+use crate::provider::ScopeSetting;
+use crate::provider::cache::CachePolicy;
+use crate::provider::kmip::{Endpoint, KmipVersion};
+
+/// As the settings of the kind have it; the daemon reads them.
+#[derive(Debug, Args)]
+pub(super) struct KmipArgs {
+    /// Its name.
+    name: String,
+    /// A server of the KMS; repeat it for the other nodes of the same cluster, in the order to ask them.
+    #[arg(long = "endpoint", value_name = "HOST[:PORT]", required = true)]
+    endpoints: Vec<Endpoint>,
+    /// Where keys do their work: fetched and used on this host, or never leaving the server.
+    #[arg(long, value_parser = ["local", "server"], default_value = "local")]
+    mode: String,
+    /// Whom one key serves.
+    #[arg(long, value_parser = kek_scope(), default_value = "vm")]
+    kek_scope: ScopeSetting,
+    /// How long a fetched key is kept for when no server answers: none, until-lock, or a time such as 4h [default: 24h].
+    #[arg(long, value_name = "POLICY")]
+    cache: Option<CachePolicy>,
+    /// Speak this version instead of the best that both sides have.
+    #[arg(long, value_name = "1.1 … 2.1")]
+    kmip_version: Option<KmipVersion>,
+    /// The most time for one operation with its retries, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = 4500)]
+    timeout_ms: u64,
+    /// The provider's UUID on another host: both open what the other sealed.
+    #[arg(long, value_name = "UUID")]
+    id: Option<ProviderId>,
+}
+
+pub(super) async fn add(args: &KmipArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let settings = serde_json::json!({
+        "endpoints": args.endpoints,
+        "mode": args.mode,
+        "kek_scope": args.kek_scope,
+        "cache": args.cache,
+        "kmip_version": args.kmip_version,
+        "timeout_ms": args.timeout_ms,
+        "id": args.id,
+    });
+    let (name, settings) = (&args.name, settings.to_string());
+    let added = client
+        .call(async |host| host.add_provider(name, "kmip", &settings, Vec::new()).await)
+        .await?;
+    printer.providers(&added.providers)?;
+    printer.advise(&format!(
+        "Next: virtseal provider trust {name}, and virtseal provider identity {name} --cert FILE --key FILE (or \
+         virtseal provider csr {name})"
+    ))
+}

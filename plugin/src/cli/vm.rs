@@ -1,0 +1,96 @@
+//! `virtseal vm …`.
+
+use clap::Subcommand;
+
+use super::client::Client;
+use super::job::{self, WatchArgs};
+use super::print::Printer;
+use super::warn_of_providers;
+use crate::api::HostProxy;
+use crate::failure::Failure;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum VmCommand {
+    /// Seal a defined, stopped UEFI VM: its disks, its vTPM, its UEFI variables.
+    Seal {
+        /// The VM: name or UUID.
+        vm: String,
+        /// Use this provider instead of the default one.
+        #[arg(long, value_name = "NAME")]
+        provider: Option<String>,
+        /// Print what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Make a VM plain again that has not run since it was sealed.
+    Unseal {
+        /// The VM: name or UUID.
+        vm: String,
+        /// Print what would be done.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Rewrap the keys of one VM for the providers that new ones are for.
+    Rekey {
+        /// The VM: name or UUID.
+        vm: String,
+        #[command(flatten)]
+        watch: WatchArgs,
+    },
+    /// Destroy all keys of a VM that is off: nothing opens its disks again. Prints a receipt.
+    Shred {
+        /// The VM: name or UUID.
+        vm: String,
+        /// The VM's name, typed here instead of at the prompt.
+        #[arg(long, value_name = "NAME")]
+        yes_shred: Option<String>,
+    },
+    /// Show the objects of a VM, or of all sealed VMs.
+    Status {
+        /// The VM: name or UUID.
+        vm: Option<String>,
+    },
+}
+
+pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    match command {
+        VmCommand::Seal {
+            vm,
+            provider,
+            dry_run,
+        } => {
+            let outcome = client
+                .call(async |host| host.seal_vm(&vm, provider.as_deref(), dry_run).await)
+                .await?;
+            printer.outcome(&outcome, dry_run)?;
+            warn_of_providers(client, printer).await
+        }
+        VmCommand::Unseal { vm, dry_run } => {
+            let outcome = client
+                .call(async |host| host.unseal_vm(&vm, dry_run).await)
+                .await?;
+            printer.outcome(&outcome, dry_run)
+        }
+        VmCommand::Rekey { vm, watch } => {
+            let request = job::request("rekey", None, None, Some(vm));
+            job::start(&request, &watch, client, printer).await
+        }
+        VmCommand::Shred { vm, yes_shred } => {
+            let typed = job::typed(
+                yes_shred,
+                &format!("All keys of {vm} will be destroyed. Type its name: "),
+            )?;
+            let receipt = client
+                .call(async |host| host.shred_vm(&vm, Some(&typed)).await)
+                .await?;
+            printer.receipt(&receipt)
+        }
+        VmCommand::Status { vm } => {
+            let shown = client
+                .call(async |host| host.vm_status(vm.as_deref()).await)
+                .await?;
+            printer.vms(&shown.vms)?;
+            warn_of_providers(client, printer).await
+        }
+    }
+}
