@@ -43,6 +43,7 @@ use bell::Bell;
 use headers::Headers;
 
 pub use host_tpm::{CREDENTIAL, TpmUnlock, Tried};
+pub use records::on_behalf_of;
 
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
 const LIBVIRT_SHARE: f64 = 0.3;
@@ -66,6 +67,8 @@ pub struct Daemon {
     calls: AtomicU64,
     /// Held while a VM is sealed or a volume made: two at once would make two envelopes for one object.
     sealing: Mutex<()>,
+    /// The images that `volume create` makes now.
+    making: Mutex<BTreeSet<String>>,
     /// Which image headers are being rewritten, and which must not be.
     headers: Headers,
     /// Rung when a job may have something to do.
@@ -98,6 +101,7 @@ impl Daemon {
             arms: Mutex::default(),
             shared: Mutex::default(),
             sealing: Mutex::default(),
+            making: Mutex::default(),
             calls: AtomicU64::default(),
             headers,
             jobs_bell: Bell::default(),
@@ -335,7 +339,7 @@ impl Daemon {
             return Ok(plan.outcome(false));
         }
         let sealed = seal::seal(&self.host(), &domain, &plan, provider);
-        self.audit_command("seal", &domain.name, &sealed);
+        self.audit_vm("seal", domain.vm, &domain.name, &sealed);
         let made = sealed?;
         let changed = made.xml != domain.xml;
         if changed {
@@ -383,7 +387,7 @@ impl Daemon {
                     .next(format!("virtseal vm unseal {vm}: it goes on from here"))
                 })
             });
-            self.audit_command("unseal", &domain.name, &unsealed);
+            self.audit_vm("unseal", domain.vm, &domain.name, &unsealed);
             unsealed?;
         }
         Ok(plan.outcome(!dry_run))

@@ -26,7 +26,7 @@ use crate::api::{
     OrphanEnvelope, OrphanKek, Orphans, Outcome, ProviderView, Providers, Receipt, ReceiptLine, ServerView,
     Servers, SigningRequestMade, TpmRemoved, VmView, Vms, VolumeProgress, VolumeRequest,
 };
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, on_behalf_of};
 use crate::domain::Domain;
 use crate::failure::{Code, Failure};
 use crate::lifecycle::Deadline;
@@ -55,14 +55,14 @@ async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
         return;
     };
     let mut connection = Connection::new(socket);
-    let caller = match connection.peer_credentials().await {
-        Ok(credentials) => Caller::of(
-            Uid::from_raw(credentials.unix_user_id().as_raw()),
-            std::iter::once(credentials.unix_primary_group_id())
+    let (caller, uid) = match connection.peer_credentials().await {
+        Ok(credentials) => {
+            let uid = Uid::from_raw(credentials.unix_user_id().as_raw());
+            let groups = std::iter::once(credentials.unix_primary_group_id())
                 .chain(credentials.unix_supplementary_group_ids().iter().copied())
-                .map(|gid| Gid::from_raw(gid.as_raw())),
-            || daemon.reader_group(),
-        ),
+                .map(|gid| Gid::from_raw(gid.as_raw()));
+            (Caller::of(uid, groups, || daemon.reader_group()), uid)
+        }
         Err(error) => {
             // It has hung up already, as probes do.
             tracing::debug!(%error, "can't tell who connected");
@@ -75,6 +75,7 @@ async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
         Service {
             daemon,
             caller,
+            uid,
             peer: Arc::new(peer),
         },
     )
@@ -134,6 +135,8 @@ impl zlink::Listener for Accepted {
 struct Service {
     daemon: Arc<Daemon>,
     caller: Caller,
+    /// Who it is, for the audit log.
+    uid: Uid,
     /// The connection, to be asked whether anybody is still there.
     peer: Arc<OwnedFd>,
 }
@@ -147,8 +150,8 @@ impl Service {
     ) -> Result<T, HostError> {
         self.caller.may(needed)?;
         self.daemon.note_call();
-        let daemon = Arc::clone(&self.daemon);
-        match tokio::task::spawn_blocking(move || work(&daemon)).await {
+        let (daemon, uid) = (Arc::clone(&self.daemon), self.uid.as_raw());
+        match tokio::task::spawn_blocking(move || on_behalf_of(uid, || work(&daemon))).await {
             Ok(result) => result.map_err(HostError::from),
             Err(error) => Err(Failure::new(Code::Failed, format!("virtseald failed: {error}"))
                 .next("see its log: journalctl -u virtseald")
@@ -246,7 +249,7 @@ impl Service {
         request: VolumeRequest,
     ) -> impl Stream<Item = Result<Reply<VolumeProgress>, HostError>> + Unpin + use<> {
         let (sender, receiver) = mpsc::channel(8);
-        let daemon = Arc::clone(&self.daemon);
+        let (daemon, uid) = (Arc::clone(&self.daemon), self.uid.as_raw());
         let allowed = self.caller.may(Caller::Admin);
         tokio::task::spawn_blocking(move || {
             // A client that went away ends the work: `report` says so.
@@ -256,7 +259,8 @@ impl Service {
                 let wanted = more || last;
                 !wanted || sender.blocking_send(Ok(reply)).is_ok()
             };
-            if let Err(failure) = allowed.and_then(|()| daemon.create_volume(&request, report)) {
+            let create = || daemon.create_volume(&request, report);
+            if let Err(failure) = allowed.and_then(|()| on_behalf_of(uid, create)) {
                 // Nobody is left to be told when this fails.
                 let _ = sender.blocking_send(Err(failure.into()));
             }

@@ -41,6 +41,11 @@ pub trait KeyProvider: Send + Sync {
     /// on this host has nobody to ask.
     fn probe(&self) {}
 
+    /// Whether a call may wait for something outside of this process: then it gets a thread of its own and a deadline.
+    fn may_hang(&self) -> bool {
+        true
+    }
+
     /// When its server or token last did as asked; `None` if it has not since virtseald started, or if there is none.
     fn last_answer(&self) -> Option<SystemTime> {
         None

@@ -137,10 +137,16 @@ fn every_command_answers_in_json() -> Result<()> {
     let verified = sealed.json(&["audit", "verify"])?;
     ensure!(verified["records"].as_i64() >= Some(4), "{verified}");
     let log = sealed.virtseal(&["audit", "show", "--json"])?.succeeded()?;
-    let operations: Vec<_> = log
+    let records: Vec<serde_json::Value> = log
         .lines()
-        .map(|line| Ok(serde_json::from_str::<serde_json::Value>(line)?["op"].clone()))
-        .collect::<Result<_>>()?;
+        .map(serde_json::from_str)
+        .collect::<serde_json::Result<_>>()?;
+    for record in &records {
+        ensure!(record["actor"] == 0, "all of it was asked for by root: {record}");
+    }
+    let operations: Vec<_> = records.iter().map(|record| &record["op"]).collect();
+    let table = sealed.virtseal(&["audit", "show"])?.succeeded()?;
+    ensure!(table.contains("UID") && table.contains("provider-backup"), "{table}");
     for operation in [
         "provider-add",
         "provider-backup",
@@ -149,7 +155,7 @@ fn every_command_answers_in_json() -> Result<()> {
         "provider-lock",
     ] {
         ensure!(
-            operations.iter().any(|found| found == operation),
+            operations.iter().any(|found| *found == operation),
             "{operation} is not in {log}"
         );
     }

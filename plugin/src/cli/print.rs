@@ -1,5 +1,6 @@
 //! What the user sees: tables for people, one JSON document for scripts.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 
 use comfy_table::{Table, presets};
@@ -278,7 +279,11 @@ impl Printer {
     }
 
     pub(super) fn audit(&self, audit: &AuditLines) -> Result<(), Failure> {
-        audit.lines.iter().try_for_each(|record| line(record))
+        if self.json {
+            return audit.lines.iter().try_for_each(|record| line(record));
+        }
+        let rows = audit.lines.iter().map(|record| audit_row(record));
+        table(&["TIME", "UID", "OPERATION", "OUTCOME", "OF", "DETAIL"], rows)
     }
 
     pub(super) fn audit_verified(&self, verified: &AuditVerified) -> Result<(), Failure> {
@@ -369,6 +374,31 @@ fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {
             .map_or_else(|| "-".into(), |generation| generation.to_string()),
         object.providers.join(", "),
         object.path.clone().unwrap_or_else(|| "-".into()),
+    ]
+}
+
+/// A record for people. A line that is no record is shown as it is: `audit verify` says what is wrong with it.
+fn audit_row(record: &str) -> Vec<String> {
+    let Ok(fields) = serde_json::from_str::<BTreeMap<String, serde_json::Value>>(record) else {
+        return vec![record.to_owned()];
+    };
+    let text = |name: &str| match fields.get(name) {
+        None => String::new(),
+        Some(serde_json::Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    };
+    let subject = ["provider", "vm_name", "object"].map(text);
+    let subject: Vec<_> = subject.into_iter().filter(|name| !name.is_empty()).collect();
+    // Times are kept to the nanosecond.
+    let time = text("time");
+    let seconds = time.split_once('.').map_or(time.clone(), |(seconds, _)| format!("{seconds}Z"));
+    vec![
+        seconds,
+        text("actor"),
+        text("op"),
+        text("outcome"),
+        subject.join(" "),
+        text("detail"),
     ]
 }
 

@@ -3,16 +3,35 @@
 //! A record is on disk before the caller hears of the outcome, unless the disk is full or hangs: then the log keeps
 //! the record and tries again, and a start goes on. A host whose log can't be written still has to run its VMs.
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use super::Daemon;
 use crate::api::{AuditLines, AuditVerified};
 use crate::audit::{self, AuditError, AuditLog, Event, Outcome};
 use crate::domain::Domain;
+use crate::envelope::VmId;
 use crate::failure::{Code, Failure, chain};
 
 /// The most time that a record may cost a start.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+thread_local! {
+    static ACTOR: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Does `work`, which a process of this user asked for, and notes the user in what it records. A thread that `work`
+/// starts, and whatever the daemon does on its own, has nobody to name.
+pub fn on_behalf_of<T>(uid: u32, work: impl FnOnce() -> T) -> T {
+    struct Restore(Option<u32>);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            ACTOR.set(self.0);
+        }
+    }
+    let _restore = Restore(ACTOR.replace(Some(uid)));
+    work()
+}
 
 impl Daemon {
     /// A start that was allowed or refused.
@@ -32,7 +51,12 @@ impl Daemon {
         ));
     }
 
-    /// A change of a VM or an image.
+    /// A change of a VM.
+    pub(super) fn audit_vm<T>(&self, op: &str, vm: VmId, name: &str, result: &Result<T, Failure>) {
+        self.append(with_reason(Event::new(op, outcome(result)).vm(vm, name), result));
+    }
+
+    /// A change of an image, or a job.
     pub(super) fn audit_command<T>(&self, op: &str, object: &str, result: &Result<T, Failure>) {
         self.append(with_reason(
             Event::new(op, outcome(result)).object(object),
@@ -41,6 +65,7 @@ impl Daemon {
     }
 
     fn append(&self, event: Event) {
+        let event = ACTOR.get().into_iter().fold(event, Event::actor);
         if let Err(error) = self.audit.record(event).and_then(|()| self.audit.flush(PATIENCE)) {
             tracing::error!("the audit log is behind: {}", chain(&error));
         }

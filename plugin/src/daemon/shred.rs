@@ -50,7 +50,7 @@ impl Daemon {
             .refuse_to_shred(&doomed)
             .and_then(|()| self.keep_off(&doomed))
             .and_then(|_kept_off| self.shred(&doomed));
-        self.audit_command("shred", name, &shredded);
+        self.audit_vm("shred", doomed.vm, name, &shredded);
         shredded
     }
 
@@ -66,7 +66,11 @@ impl Daemon {
                 let found = known
                     .into_iter()
                     .find(|known| known.name == vm || vm.parse() == Ok(known.vm));
-                found.map(|known| (known.vm, known.name)).ok_or(absent)?
+                let never_defined = vm.parse::<VmId>().map(|id| (id, id.to_string()));
+                found
+                    .map(|known| (known.vm, known.name))
+                    .or(never_defined.ok())
+                    .ok_or(absent)?
             }
             Err(failure) => return Err(failure),
         };

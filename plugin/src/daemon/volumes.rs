@@ -1,7 +1,9 @@
 //! What `virtseal volume create` asks for.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use super::{Daemon, lock};
 use crate::api::{VolumeProgress, VolumeRequest};
@@ -54,6 +56,7 @@ impl Daemon {
         if create.path.symlink_metadata().is_ok() {
             return Err(volume::VolumeError::Exists(create.path).into());
         }
+        let _claim = self.claim(&request.path)?;
         // Filling takes minutes, making an envelope does not: only the latter excludes others.
         let object = {
             let _sealing = lock(&self.sealing);
@@ -65,11 +68,48 @@ impl Daemon {
                 request.provider.as_deref(),
             )?
         };
+        let made = Self::fill_volume(request, &create, &object, report);
+        if made.is_err() && object.is_new {
+            self.withdraw(&object, &create.path);
+        }
+        made
+    }
+
+    /// Two that make one image would share its envelope, and the one that fails would withdraw it.
+    fn claim(&self, path: &str) -> Result<Claim<'_>, Failure> {
+        if !lock(&self.making).insert(path.to_owned()) {
+            return Err(Failure::new(Code::Busy, format!("{path} is being made"))
+                .next("virtseal volume info, when that is done"));
+        }
+        Ok(Claim {
+            making: &self.making,
+            path: path.to_owned(),
+        })
+    }
+
+    /// Takes an envelope back whose image was not made, so that no job and no provider has to count with it. What can't be
+    /// known for sure leaves it: a key too many is better than one too few.
+    fn withdraw(&self, object: &NewObject, path: &Path) {
+        let _sealing = lock(&self.sealing);
+        let is_absent = path
+            .symlink_metadata()
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+        if is_absent && let Err(error) = self.keystore.withdraw(object.envelope.id) {
+            tracing::warn!(path = %path.display(), "its envelope stays pending: {}", chain(&error));
+        }
+    }
+
+    fn fill_volume(
+        request: &VolumeRequest,
+        create: &CreateRequest,
+        object: &NewObject,
+        report: &impl Fn(VolumeProgress) -> bool,
+    ) -> Result<VolumeProgress, Failure> {
         let passphrase = object.passphrase()?;
         let created = match &request.from {
-            None => volume::create(&create, &object.envelope, &passphrase),
+            None => volume::create(create, &object.envelope, &passphrase),
             Some(image) => volume::create_from(
-                &create,
+                create,
                 Path::new(image),
                 &object.envelope,
                 &passphrase,
@@ -106,6 +146,18 @@ impl Daemon {
             Failure::new(Code::NotFound, format!("there is no VM '{vm}'"))
                 .next("define it first, or give --vm the UUID that it will have")
         })
+    }
+}
+
+/// An image that is being made here, until this is dropped.
+struct Claim<'a> {
+    making: &'a Mutex<BTreeSet<String>>,
+    path: String,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        lock(self.making).remove(&self.path);
     }
 }
 

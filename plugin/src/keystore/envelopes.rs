@@ -75,6 +75,23 @@ impl Keystore {
         self.update(id, "state", EnvelopeState::Active.as_str())
     }
 
+    /// Removes an envelope that is still pending, and nothing else. Only for who has inserted it, and knows that no object
+    /// was made with it.
+    pub fn withdraw(&self, id: EnvelopeId) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let pending = "SELECT id FROM envelopes WHERE id = ?1 AND state = 'pending'";
+            for table in ["stale_copies", "left_behind"] {
+                let sql = format!("DELETE FROM {table} WHERE envelope IN ({pending})");
+                transaction.execute(&sql, [id.to_string()])?;
+            }
+            let rows = transaction.execute(
+                "DELETE FROM envelopes WHERE id = ?1 AND state = 'pending'",
+                [id.to_string()],
+            )?;
+            Ok(Change::of_rows(rows))
+        })
+    }
+
     /// Notes that an envelope's object is at another path now.
     pub fn set_location(&self, id: EnvelopeId, location: &str) -> Result<Change, KeystoreError> {
         self.update(id, "location", location)
@@ -316,6 +333,23 @@ mod tests {
             keystore.activate(nobody),
             Err(KeystoreError::UnknownEnvelope(id)) if id == nobody
         ));
+    }
+
+    #[test]
+    fn only_what_is_pending_is_withdrawn() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let (failed, made) = (envelope(VmId::random()), envelope(VmId::random()));
+        for envelope in [&failed, &made] {
+            keystore.insert_pending(envelope, "/images/web01.qcow2").unwrap();
+        }
+        keystore.activate(made.id).unwrap();
+        assert_eq!(keystore.withdraw(made.id).unwrap(), Change::Unchanged);
+        assert_eq!(keystore.withdraw(failed.id).unwrap(), Change::Changed);
+        assert_eq!(keystore.withdraw(failed.id).unwrap(), Change::Unchanged);
+        let left = keystore.envelopes().unwrap();
+        assert_eq!(left.len(), 1);
+        assert_eq!(left[0].envelope, made);
     }
 
     #[test]

@@ -317,14 +317,15 @@ impl NativeProvider {
         Kek::derive(root, self.id, name)
     }
 
-    fn unwrap_one(&self, roots: &RootKeys, stanza: &Stanza) -> Result<Payload, ProviderError> {
+    /// Whether this provider can have made the stanza.
+    fn check(&self, stanza: &Stanza) -> Result<(), ProviderError> {
         if stanza.provider != self.id {
             return Err(ProviderError::Tampered);
         }
         if stanza.mechanism != MECHANISM {
             return Err(ProviderError::UnknownMechanism(stanza.mechanism.clone()));
         }
-        self.kek(roots, &stanza.kek)?.unwrap(&stanza.body)
+        Ok(())
     }
 
     fn unseal(&self, sealed: &[u8], passphrase: &SecretBytes) -> Result<RootKeys, ProviderError> {
@@ -363,6 +364,10 @@ impl KeyProvider for NativeProvider {
         }
     }
 
+    fn may_hang(&self) -> bool {
+        false
+    }
+
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
         let (_, generation) = self.roots_for_wrapping()?;
         let name = KekName {
@@ -393,9 +398,20 @@ impl KeyProvider for NativeProvider {
 
     fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
         let roots = self.roots()?;
+        // The objects of one VM have one KEK.
+        let mut last: Option<(&KekId, Kek)> = None;
         stanzas
             .iter()
-            .map(|stanza| self.unwrap_one(&roots, stanza))
+            .map(|stanza| {
+                self.check(stanza)?;
+                let kek = match last.take() {
+                    Some((id, kek)) if *id == stanza.kek => kek,
+                    _ => self.kek(&roots, &stanza.kek)?,
+                };
+                let payload = kek.unwrap(&stanza.body);
+                last = Some((&stanza.kek, kek));
+                payload
+            })
             .collect()
     }
 

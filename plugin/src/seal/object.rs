@@ -10,6 +10,8 @@ use crate::secret::{Dek, Passphrase};
 pub struct NewObject {
     /// In the keystore, perhaps still pending.
     pub envelope: Envelope,
+    /// Whether it was made just now: then nothing can be encrypted with it yet.
+    pub is_new: bool,
     dek: Dek,
 }
 
@@ -43,13 +45,21 @@ impl NewObject {
         };
         let (envelope, dek) = host.registry.seal_new(provider, &binding)?;
         host.keystore.insert_pending(&envelope, location)?;
-        Ok(Self { envelope, dek })
+        Ok(Self {
+            envelope,
+            is_new: true,
+            dek,
+        })
     }
 
     /// Unwraps `envelope`.
     pub fn open(host: &Host<'_>, envelope: Envelope) -> Result<Self, Failure> {
         let dek = host.registry.open_envelope(&envelope)?;
-        Ok(Self { envelope, dek })
+        Ok(Self {
+            envelope,
+            is_new: false,
+            dek,
+        })
     }
 
     /// What QEMU and swtpm get.

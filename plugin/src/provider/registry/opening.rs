@@ -345,8 +345,13 @@ impl<'a> Opening<'a> {
             return self.refuse(provider, members, &error);
         }
         let stanzas: Vec<_> = members.iter().map(|(_, stanza)| (*stanza).clone()).collect();
-        let asked = known.clone();
-        match within(self.deadline, move || unwrap(asked.provider(), &stanzas)) {
+        let answer = if provider.may_hang() {
+            let asked = known.clone();
+            within(self.deadline, move || unwrap(asked.provider(), &stanzas))
+        } else {
+            unwrap(provider, &stanzas)
+        };
+        match answer {
             Ok(payloads) => {
                 for ((at, _), payload) in members.iter().zip(payloads) {
                     let job = &mut self.jobs[*at];
