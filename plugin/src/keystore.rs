@@ -28,7 +28,7 @@ use rusqlite::{Connection, Params, Row, Transaction, TransactionBehavior};
 
 use error::StoreFault;
 
-pub use copies::{CopyPlace, NeededKek, RetiredKek, StaleCopy};
+pub use copies::{CopyNews, CopyPlace, NeededKek, RetiredKek, StaleCopy};
 pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
 pub use error::KeystoreError;
 pub use jobs::{JobId, JobRecord, JobState, LeftBehind, Pass, Verdict};

@@ -146,7 +146,10 @@ fn every_command_answers_in_json() -> Result<()> {
     }
     let operations: Vec<_> = records.iter().map(|record| &record["op"]).collect();
     let table = sealed.virtseal(&["audit", "show"])?.succeeded()?;
-    ensure!(table.contains("UID") && table.contains("provider-backup"), "{table}");
+    ensure!(
+        table.contains("UID") && table.contains("provider-backup"),
+        "{table}"
+    );
     for operation in [
         "provider-add",
         "provider-backup",

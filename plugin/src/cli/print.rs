@@ -391,7 +391,9 @@ fn audit_row(record: &str) -> Vec<String> {
     let subject: Vec<_> = subject.into_iter().filter(|name| !name.is_empty()).collect();
     // Times are kept to the nanosecond.
     let time = text("time");
-    let seconds = time.split_once('.').map_or(time.clone(), |(seconds, _)| format!("{seconds}Z"));
+    let seconds = time
+        .split_once('.')
+        .map_or(time.clone(), |(seconds, _)| format!("{seconds}Z"));
     vec![
         seconds,
         text("actor"),

@@ -12,16 +12,19 @@ use super::{Daemon, lock};
 use crate::domain::{Domain, Metadata, edit, encrypted_layers};
 use crate::envelope::{Envelope, EnvelopeId, VmId};
 use crate::failure::{Failure, chain};
-use crate::keystore::{CopyPlace, EnvelopeState, KeystoreError, StaleCopy};
+use crate::keystore::{CopyNews, CopyPlace, EnvelopeState, KeystoreError, StaleCopy};
 use crate::libvirt::KeptXml;
 use crate::volume::{self, Carried, VolumeError};
 
 /// How many stale copies are in memory at a time.
 const PAGE: u32 = 100;
+/// Between two looks at the copies: a job that is under way rings after each of its batches.
+const PAUSE: Duration = Duration::from_millis(500);
 /// After this time a copy that could not follow is tried again, whatever has happened.
 const AGAIN: Duration = Duration::from_secs(60);
 /// Whoever makes an object writes the copies that it began with.
-const MADE_NOW: &str = "its object is being made; if that was interrupted, repeat it, or end it with virtseal vm shred";
+const MADE_NOW: &str =
+    "its object is being made; if that was interrupted, repeat it, or end it with virtseal vm shred";
 
 impl Daemon {
     /// Brings copies up to date for ever. For a thread of its own.
@@ -30,6 +33,7 @@ impl Daemon {
             if let Err(failure) = self.update_copies() {
                 tracing::warn!("copies of envelopes: {failure}");
             }
+            std::thread::sleep(PAUSE);
             self.copies_bell.wait(AGAIN);
         }
     }
@@ -46,19 +50,30 @@ impl Daemon {
             Ok(kept) => Holders::among(&kept),
             Err(error) => return self.all_stay(&chain(&error)),
         };
-        self.for_each_page(CopyPlace::Xml, |page| self.update_xml(&page, &holders))?;
+        self.for_each_page(CopyPlace::Xml, |page| self.update_xml(page, &holders))?;
         self.for_each_page(CopyPlace::Image, |page| {
-            page.iter()
-                .try_for_each(|copy| self.update_image(copy.envelope, &holders))
+            let (mut news, mut outcome) = (Vec::new(), Ok(()));
+            for copy in page {
+                match self.update_image(copy.envelope, &holders) {
+                    Ok(found) => news.extend(found.map(|news| (copy.envelope, news))),
+                    Err(failure) => {
+                        outcome = Err(failure);
+                        break;
+                    }
+                }
+            }
+            self.keystore.note_copies(CopyPlace::Image, &news)?;
+            outcome
         })
     }
 
     /// Without libvirt nobody knows which VM has them.
     fn all_stay(&self, reason: &str) -> Result<(), Failure> {
+        let stays = |copy: &StaleCopy| (copy.envelope, CopyNews::Stays(reason.to_owned()));
         for place in [CopyPlace::Xml, CopyPlace::Image] {
             self.for_each_page(place, |page| {
-                page.iter()
-                    .try_for_each(|copy| Ok(self.keystore.copy_stays(copy.envelope, place, reason)?))
+                let news: Vec<_> = page.iter().map(stays).collect();
+                Ok(self.keystore.note_copies(place, &news)?)
             })?;
         }
         Ok(())
@@ -67,7 +82,7 @@ impl Daemon {
     fn for_each_page(
         &self,
         place: CopyPlace,
-        mut work: impl FnMut(Vec<StaleCopy>) -> Result<(), Failure>,
+        work: impl Fn(&[StaleCopy]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let mut after = None;
         loop {
@@ -76,7 +91,7 @@ impl Daemon {
                 return Ok(());
             };
             after = Some((last.vm, last.envelope));
-            work(page)?;
+            work(&page)?;
         }
     }
 
@@ -104,17 +119,18 @@ impl Daemon {
                 failed.extend(envelopes.into_iter().map(|id| (id, reason.clone())));
             }
         }
-        for copy in page {
-            match (failed.get(&copy.envelope), newest.get(&copy.envelope)) {
-                (Some(reason), _) => self.keystore.copy_stays(copy.envelope, CopyPlace::Xml, reason)?,
-                (None, Some(envelope)) => {
-                    self.keystore
-                        .copy_has(copy.envelope, CopyPlace::Xml, envelope.generation)?;
-                }
-                (None, None) => {}
-            }
-        }
-        Ok(())
+        let news: Vec<_> = page
+            .iter()
+            .filter_map(|copy| {
+                let id = copy.envelope;
+                let news = match (failed.remove(&id), newest.get(&id)) {
+                    (Some(reason), _) => CopyNews::Stays(reason),
+                    (None, envelope) => CopyNews::Has(envelope?.generation),
+                };
+                Some((id, news))
+            })
+            .collect();
+        Ok(self.keystore.note_copies(CopyPlace::Xml, &news)?)
     }
 
     fn edit_xml(&self, vm: VmId, newest: &BTreeMap<EnvelopeId, Envelope>) -> Result<(), String> {
@@ -135,11 +151,11 @@ impl Daemon {
 
     /// In the image that the keystore knows, and in those that a VM has for this envelope: it may have been moved, or be
     /// below an overlay.
-    fn update_image(&self, id: EnvelopeId, holders: &Holders) -> Result<(), Failure> {
+    fn update_image(&self, id: EnvelopeId, holders: &Holders) -> Result<Option<CopyNews>, Failure> {
         let Some(record) = self.keystore.envelope(id)? else {
-            return Ok(());
+            return Ok(None);
         };
-        let stays = |reason: &str| Ok(self.keystore.copy_stays(id, CopyPlace::Image, reason)?);
+        let stays = |reason: &str| Ok(Some(CopyNews::Stays(reason.to_owned())));
         if record.state == EnvelopeState::Pending {
             return stays(MADE_NOW);
         }
@@ -167,9 +183,7 @@ impl Daemon {
         }
         match missing {
             Some(reason) if !found => stays(&reason),
-            _ => Ok(self
-                .keystore
-                .copy_has(id, CopyPlace::Image, record.envelope.generation)?),
+            _ => Ok(Some(CopyNews::Has(record.envelope.generation))),
         }
     }
 

@@ -64,6 +64,15 @@ pub struct RetiredKek {
     pub kek: KekId,
 }
 
+/// What became of a copy that was stale.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CopyNews {
+    /// It has this generation: it is stale no more, unless the envelope has changed since.
+    Has(Generation),
+    /// It could not be brought up to date, and why.
+    Stays(String),
+}
+
 impl Keystore {
     /// The KEKs that jobs have taken out of use.
     pub fn retired_keks(&self) -> Result<Vec<RetiredKek>, KeystoreError> {
@@ -138,39 +147,36 @@ impl Keystore {
         self.write(|transaction| note_stale(transaction, copy, place))
     }
 
-    /// Notes that the copy in `place` has `generation`: it is stale no more, unless the envelope has changed since.
-    pub fn copy_has(
+    /// Notes what became of copies in `place`, in one transaction.
+    pub fn note_copies(
         &self,
-        envelope: EnvelopeId,
         place: CopyPlace,
-        generation: Generation,
+        news: &[(EnvelopeId, CopyNews)],
     ) -> Result<(), KeystoreError> {
+        if news.is_empty() {
+            return Ok(());
+        }
         self.write(|transaction| {
-            transaction.execute(
-                "DELETE FROM stale_copies WHERE envelope = ?1 AND place = ?2
-                 AND EXISTS (SELECT 1 FROM envelopes WHERE id = ?1 AND generation <= ?3)",
-                params![
-                    envelope.to_string(),
-                    place.as_str(),
-                    i64::try_from(generation.0).unwrap_or(i64::MAX)
-                ],
-            )?;
-            Ok(())
-        })
-    }
-
-    /// Notes why a copy could not be brought up to date.
-    pub fn copy_stays(
-        &self,
-        envelope: EnvelopeId,
-        place: CopyPlace,
-        reason: &str,
-    ) -> Result<(), KeystoreError> {
-        self.write(|transaction| {
-            transaction.execute(
-                "UPDATE stale_copies SET reason = ?3 WHERE envelope = ?1 AND place = ?2 AND reason <> ?3",
-                params![envelope.to_string(), place.as_str(), reason],
-            )?;
+            for (envelope, news) in news {
+                let (envelope, place) = (envelope.to_string(), place.as_str());
+                match news {
+                    CopyNews::Has(generation) => transaction
+                        .prepare_cached(
+                            "DELETE FROM stale_copies WHERE envelope = ?1 AND place = ?2
+                             AND EXISTS (SELECT 1 FROM envelopes WHERE id = ?1 AND generation <= ?3)",
+                        )?
+                        .execute(params![
+                            envelope,
+                            place,
+                            i64::try_from(generation.0).unwrap_or(i64::MAX)
+                        ])?,
+                    CopyNews::Stays(reason) => transaction
+                        .prepare_cached(
+                            "UPDATE stale_copies SET reason = ?3 WHERE envelope = ?1 AND place = ?2 AND reason <> ?3",
+                        )?
+                        .execute(params![envelope, place, reason])?,
+                };
+            }
             Ok(())
         })
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::envelope::{Binding, EnvelopeId, Generation, ObjectKind};
-use crate::keystore::{CopyPlace, JobId, Pass};
+use crate::keystore::{CopyNews, CopyPlace, JobId, Pass};
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::secret::SecretBytes;
@@ -203,7 +203,10 @@ fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
     let envelope = &host.envelopes()[0];
     for (generation, left) in [(1, 2), (2, 1)] {
         host.keystore
-            .copy_has(envelope.id, CopyPlace::Xml, Generation(generation))
+            .note_copies(
+                CopyPlace::Xml,
+                &[(envelope.id, CopyNews::Has(Generation(generation)))],
+            )
             .unwrap();
         let needed = host.keystore.needed_keks().unwrap();
         assert_eq!(
