@@ -51,7 +51,7 @@ use super::cache::{CachePolicy, KekCache, NothingToCache};
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::failure::chain;
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::provider::native::SealingError;
@@ -392,11 +392,9 @@ impl KeyProvider for KmipProvider {
         self.keys(&access).unwrap_many(ticket, stanzas)
     }
 
-    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         let access = self.access()?;
-        let destroyed = self.keys(&access).destroy(kek);
-        self.cache.forget(kek);
-        destroyed
+        self.keys(&access).destroy(kek, vm)
     }
 
     /// Forgets the private key and all KEKs, and closes all connections.

@@ -32,7 +32,7 @@ use self::kek::{Kek, KekName};
 use self::sealing::Form;
 use super::aes_gcm::MECHANISM;
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::keystore::{Keystore, KeystoreError, NativeRoot, ProviderRecord};
 use crate::secret::{SecretBytes, Transient};
 use crate::tpm::TpmError;
@@ -416,7 +416,7 @@ impl KeyProvider for NativeProvider {
     }
 
     /// Destroys nothing: the root key and its backups derive every KEK again, as the receipt says.
-    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, kek: &KekId, _: VmId) -> Result<DestroyReceipt, ProviderError> {
         let roots = self.roots()?;
         self.kek(&roots, kek)?;
         Ok(DestroyReceipt {
