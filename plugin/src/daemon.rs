@@ -32,7 +32,7 @@ use crate::config::Config;
 use crate::domain::{self, Domain, ObjectState};
 use crate::envelope::{EnvelopeId, VmId};
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::{CopyPlace, Keystore};
+use crate::keystore::{CopyPlace, JobId, Keystore};
 use crate::libvirt::{Arming, DefinedDomain, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
@@ -73,6 +73,8 @@ pub struct Daemon {
     headers: Headers,
     /// Rung when a job may have something to do.
     jobs_bell: Bell,
+    /// Why the job that runs stands still, where its own record can't be written.
+    stalled: Mutex<Option<(JobId, String)>>,
     /// Rung when a copy of an envelope may have to follow, or can.
     copies_bell: Bell,
 }
@@ -105,6 +107,7 @@ impl Daemon {
             calls: AtomicU64::default(),
             headers,
             jobs_bell: Bell::default(),
+            stalled: Mutex::default(),
             copies_bell: Bell::default(),
         })
     }

@@ -28,6 +28,7 @@ impl Daemon {
         loop {
             let config = self.config();
             let stepped = rotation::step(&self.keystore, &self.registry, config.batch_size);
+            self.note_stalled(stepped.as_ref().err());
             let pause = match stepped {
                 Ok(Some(Step::Worked(_))) => {
                     self.copies_bell.ring();
@@ -58,6 +59,22 @@ impl Daemon {
                 self.jobs_bell.wait(pause);
             }
         }
+    }
+
+    /// A keystore that can't be written can't say so in the job's record either.
+    fn note_stalled(&self, failure: Option<&Failure>) {
+        let running = failure.and_then(|_| self.keystore.running_job().ok().flatten());
+        *lock(&self.stalled) = running
+            .zip(failure)
+            .map(|(job, failure)| (job.id, failure.to_string()));
+    }
+
+    /// What a job waits for, if it does.
+    fn waiting(&self, job: &JobRecord) -> Option<String> {
+        let stalled = lock(&self.stalled).clone();
+        let stalled = stalled.filter(|(id, _)| *id == job.id && job.state == JobState::Running);
+        let noted = (!job.waiting.is_empty()).then(|| job.waiting.clone());
+        stalled.map(|(_, why)| why).or(noted)
     }
 
     /// Starts a job.
@@ -281,12 +298,14 @@ impl Daemon {
         loop {
             let job = self.keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
             let ended = job.state != JobState::Running;
+            let seen = (self.waiting(&job), job);
+            let job = &seen.1;
             // Now and then also without news: that is how a listener who left is noticed.
-            if ended || last.as_ref() != Some(&job) || told.elapsed() > 10 * LOOK {
-                if !report(self.job_view(&job)?, ended) || ended {
+            if ended || last.as_ref() != Some(&seen) || told.elapsed() > 10 * LOOK {
+                if !report(self.job_view(job)?, ended) || ended {
                     return Ok(());
                 }
-                last = Some(job);
+                last = Some(seen);
                 told = Instant::now();
             }
             std::thread::sleep(LOOK);
@@ -335,7 +354,7 @@ impl Daemon {
             seen: number(job.seen),
             changed: number(job.changed),
             left: number(job.left),
-            waiting: (!job.waiting.is_empty()).then(|| job.waiting.clone()),
+            waiting: self.waiting(job),
             reasons: reasons.collect(),
             started: job.created,
             updated: job.updated,
