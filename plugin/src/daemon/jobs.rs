@@ -1,14 +1,17 @@
 //! What `provider rotate`, `rekey`, `move`, `recipients` and `virtseal jobs` ask for, and the thread that does it.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::providers::{native_failure, passphrase_from, take};
 use super::{Daemon, lock};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
-use crate::envelope::{ProviderId, VmId};
+use crate::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::failure::{Code, Failure};
 use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
+use crate::provider::KeyProvider;
+use crate::provider::native::NativeProvider;
 use crate::provider::registry::Provider;
 use crate::rotation::{self, Step, Task};
 
@@ -93,6 +96,7 @@ impl Daemon {
         // Before anything changes.
         self.refuse_second_job()?;
         if let Provider::Native(native) = &known {
+            self.refuse_to_fork(native)?;
             let [passphrase] = take(fds)?;
             let rotated = native
                 .rotate(&passphrase_from(passphrase)?)
@@ -114,6 +118,45 @@ impl Daemon {
             ));
         }
         Ok(started)
+    }
+
+    /// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
+    fn refuse_to_fork(&self, native: &NativeProvider) -> Result<(), Failure> {
+        let name = native.name();
+        let records = self
+            .keystore
+            .envelopes()?
+            .into_iter()
+            .map(|record| record.envelope);
+        // Without libvirt, at least what is known here.
+        let visible = self.visible_copies().unwrap_or_default().into_iter();
+        let all = records.chain(visible.map(|copy| copy.envelope));
+        let lacks = |envelope: &Envelope| {
+            let mut own = envelope
+                .stanzas
+                .iter()
+                .filter(|stanza| stanza.provider == native.id());
+            own.any(|stanza| native.lacks(&stanza.kek))
+        };
+        let lacking: BTreeMap<EnvelopeId, VmId> = all
+            .filter(lacks)
+            .map(|envelope| (envelope.id, envelope.vm))
+            .collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        let vms: Vec<VmId> = lacking.into_values().collect();
+        Err(Failure::new(
+            Code::WouldLoseKey,
+            format!(
+                "'{name}' is not rotated: it has root key {}, and {} have keys by a later one, which is in a newer backup",
+                native.generation(),
+                self.objects_of_vms(&vms)?
+            ),
+        )
+        .next(format!(
+            "virtseal provider delete {name} --force, then virtseal provider restore {name} with the newest backup"
+        )))
     }
 
     fn start(&self, task: &Task) -> Result<JobStarted, Failure> {

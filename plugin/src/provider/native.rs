@@ -173,6 +173,12 @@ impl NativeProvider {
         self.newest().generation
     }
 
+    /// Whether a later root key than it has made this KEK: it was restored from an old backup, or its keystore was.
+    #[must_use]
+    pub fn lacks(&self, kek: &KekId) -> bool {
+        KekName::parse(kek).is_ok_and(|name| name.generation > self.generation())
+    }
+
     /// Whether a backup of the newest root key was ever confirmed.
     #[must_use]
     pub fn is_backed_up(&self) -> bool {
