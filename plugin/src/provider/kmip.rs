@@ -240,6 +240,11 @@ impl KmipProvider {
         Ok(())
     }
 
+    /// Removes its private key and trust from the disk, once its record is gone.
+    pub(super) fn remove_files(&self) -> Result<(), StoreError> {
+        self.store.remove()
+    }
+
     /// Its settings, as they were when it was opened.
     #[must_use]
     pub fn settings(&self) -> &KmipSettings {
