@@ -6,11 +6,11 @@ use super::{Provider, Registry};
 use crate::envelope::ProviderId;
 use crate::failure::chain;
 use crate::keystore::KeystoreError;
-use crate::provider::{KeyProvider, ProviderName};
 use crate::provider::kmip::{KmipProvider, KmipProviderError, KmipSettings};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
 use crate::provider::transit::{TransitProvider, TransitSettings};
+use crate::provider::{KeyProvider, ProviderName};
 use crate::secret::SecretBytes;
 
 impl Registry {
