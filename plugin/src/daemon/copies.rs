@@ -41,6 +41,7 @@ impl Daemon {
 
     /// Brings up to date what can be.
     fn update_copies(&self) -> Result<(), Failure> {
+        let _copying = lock(&self.copying);
         for envelope in self.keystore.journaled_headers()? {
             self.finish_header(envelope)?;
         }

@@ -13,7 +13,7 @@ use super::{Daemon, lock};
 use crate::api::{Receipt, ReceiptLine};
 use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
-use crate::failure::{Code, Failure, chain};
+use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::EnvelopeRecord;
 use crate::libvirt::KeptXml;
 use crate::provider::ProviderError;
@@ -57,6 +57,7 @@ impl Daemon {
     /// Destroys all keys of a VM that is off, if its name was `typed`.
     pub fn shred_vm(&self, vm: &str, typed: Option<&str>) -> Result<Receipt, Failure> {
         let _sealing = lock(&self.sealing);
+        let _copying = lock(&self.copying);
         let mut doomed = self.doomed(vm)?;
         let name = doomed.name.clone();
         if typed != Some(&name) {
@@ -65,7 +66,7 @@ impl Daemon {
                 Code::WouldLoseKey,
                 format!("{name} stays: what is on its disks would be lost for ever{said}"),
             )
-            .next(format!("virtseal vm shred {name} --yes-shred {name}")));
+            .next(format!("virtseal vm shred {0} --yes-shred {0}", word(&name))));
         }
         let shredded = self
             .refuse_to_shred(&mut doomed)
@@ -79,7 +80,7 @@ impl Daemon {
         let (id, name) = match self.find_domain(vm) {
             Ok(defined) if defined.active => {
                 return Err(Failure::new(Code::Busy, format!("{} is running", defined.name))
-                    .next(format!("virsh shutdown {}", defined.name)));
+                    .next(format!("virsh shutdown {}", word(&defined.name))));
             }
             Ok(defined) => (defined.vm, defined.name),
             Err(absent) if absent.code == Code::NotFound => self.known_as(vm)?.ok_or(absent)?,
@@ -136,7 +137,7 @@ impl Daemon {
                     Code::WouldLoseKey,
                     format!("{name} stays: {} uses one of its disks", other.name),
                 )
-                .next(format!("virsh edit {}: remove that disk", other.name)));
+                .next(format!("virsh edit {}: remove that disk", word(&other.name))));
             }
         }
         doomed.note_files(&kept);
@@ -172,7 +173,10 @@ impl Daemon {
             let failure = failure.of(format!("some keys of {} are destroyed, and not all", doomed.name));
             match failure.next {
                 Some(_) => failure,
-                None => failure.next(format!("virtseal vm shred {}: it goes on from here", doomed.name)),
+                None => failure.next(format!(
+                    "virtseal vm shred {}: it goes on from here",
+                    word(&doomed.name)
+                )),
             }
         };
         for record in &doomed.records {
@@ -235,8 +239,12 @@ impl Daemon {
                         line(&what, true, "the provider does not know it any more")
                     }
                     Err(error) => {
-                        return Err(Failure::new(Code::Failed, format!("{what}: {}", chain(&error)))
-                            .next(format!("virtseal vm shred {}: it goes on from here", doomed.name)));
+                        return Err(
+                            Failure::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
+                                "virtseal vm shred {}: it goes on from here",
+                                word(&doomed.name)
+                            )),
+                        );
                     }
                 }
             });
