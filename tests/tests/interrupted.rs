@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal_e2e::rig::{IMAGES, Rig, STATE, done_or, root_of};
-use virtseal_e2e::{KeptEnvelope, Output, RootKey, Trace, Tracer, expect_names, kept_envelopes, wait_until};
+use virtseal_e2e::{
+    KeptEnvelope, Output, RootKey, Trace, Tracer, edit_keystore, edited, expect_names, kept_envelopes,
+    wait_until,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// The rounds of a story: one that only counts, then those with a kill.
@@ -317,6 +320,56 @@ fn a_rotation_waits_while_the_state_directory_is_full() -> Result<()> {
         .all(|envelope| envelope.stanza("kek").is_ok_and(|kek| kek.starts_with("v2:")));
     ensure!(all_new, "not all are rotated");
     Ok(())
+}
+
+/// As if the daemon had died between two sectors of it, and an admin had moved the image before the next start.
+#[test]
+fn a_header_that_is_half_written_is_completed_where_the_image_is_now() -> Result<()> {
+    const CLUSTER: usize = 64 << 10;
+    let mut rig = Rig::start()?;
+    rig.sealed.add_provider("spare")?;
+    rig.sealed.seal_new("moved01")?;
+    let (from, to) = (
+        format!("{IMAGES}/moved01.qcow2"),
+        format!("{IMAGES}/elsewhere.qcow2"),
+    );
+    let header = || Ok::<_, std::io::Error>(fs::read(rig.host().path(&from))?[..CLUSTER].to_vec());
+    let old = header()?;
+    rig.sealed
+        .run(&["provider", "recipients", "add", "spare", "--watch"])?;
+    wait_until_quiet(&rig)?;
+    let new = header()?;
+    let differs: Vec<usize> = (0..CLUSTER).filter(|at| old[*at] != new[*at]).collect();
+    let (first, last) = (differs[0] / 512, differs[differs.len() - 1] / 512);
+    ensure!(first < last, "the header changes in one sector: {first}");
+
+    let mut image = fs::read(rig.host().path(&from))?;
+    image[(first + 1) * 512..CLUSTER].copy_from_slice(&old[(first + 1) * 512..]);
+    fs::write(rig.host().path(&to), image)?;
+    fs::remove_file(rig.host().path(&from))?;
+    let xml = edited(&rig.sealed.dumpxml("moved01")?, &from, &to)?;
+    rig.host().define_xml(&xml)?;
+    let mut journal = 0_u64.to_be_bytes().to_vec();
+    journal.extend(u32::try_from(CLUSTER)?.to_be_bytes());
+    journal.extend(old.iter().chain(&new));
+    let envelope = kept(&rig)?
+        .into_iter()
+        .find(|envelope| envelope.kind == "disk")
+        .context("no envelope")?
+        .id;
+    rig.sealed.stop_daemon(Signal::SIGTERM)?;
+    let row = format!(
+        "INSERT INTO header_journal (envelope, path, patch) VALUES ('{envelope}', '{from}', x'{}')",
+        hex::encode(journal)
+    );
+    edit_keystore(&rig.sealed, |keystore| Ok(keystore.execute(&row, [])?))?;
+    rig.sealed.start_daemon()?;
+    wait_until(PATIENCE, "the header", || {
+        let image = fs::read(rig.host().path(&to))?;
+        Ok((image[..CLUSTER] == new).then_some(()))
+    })?;
+    rig.sealed.unlock_provider("spare")?;
+    rig.sealed.expect_start("moved01")
 }
 
 fn ensure_full(written: std::io::Result<()>) -> Result<()> {
