@@ -31,8 +31,8 @@ use crate::audit::AuditLog;
 use crate::config::Config;
 use crate::domain::{self, Domain, ObjectState};
 use crate::envelope::{EnvelopeId, VmId};
-use crate::failure::{Code, Failure, chain};
-use crate::keystore::{CopyPlace, Keystore};
+use crate::failure::{Code, Failure, chain, word};
+use crate::keystore::{CopyPlace, JobId, Keystore};
 use crate::libvirt::{Arming, DefinedDomain, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
@@ -73,8 +73,12 @@ pub struct Daemon {
     headers: Headers,
     /// Rung when a job may have something to do.
     jobs_bell: Bell,
+    /// Why the job that runs stands still, where its own record can't be written.
+    stalled: Mutex<Option<(JobId, String)>>,
     /// Rung when a copy of an envelope may have to follow, or can.
     copies_bell: Bell,
+    /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
+    copying: Mutex<()>,
 }
 
 impl Daemon {
@@ -105,7 +109,9 @@ impl Daemon {
             calls: AtomicU64::default(),
             headers,
             jobs_bell: Bell::default(),
+            stalled: Mutex::default(),
             copies_bell: Bell::default(),
+            copying: Mutex::default(),
         })
     }
 
@@ -349,7 +355,8 @@ impl Daemon {
                     format!("{} is not redefined: {}", domain.name, chain(&error)),
                 )
                 .next(format!(
-                    "virtseal vm seal {vm}: it goes on from here, nothing is lost"
+                    "virtseal vm seal {}: it goes on from here, nothing is lost",
+                    word(vm)
                 ))
             })?;
             self.keystore.remember_vm(domain.vm, &domain.name)?;
@@ -384,7 +391,7 @@ impl Daemon {
                         Code::Failed,
                         format!("{} is not redefined: {}", domain.name, chain(&error)),
                     )
-                    .next(format!("virtseal vm unseal {vm}: it goes on from here"))
+                    .next(format!("virtseal vm unseal {}: it goes on from here", word(vm)))
                 })
             });
             self.audit_vm("unseal", domain.vm, &domain.name, &unsealed);
@@ -437,7 +444,8 @@ fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Failure {
     let failure = Failure::new(Code::Unreachable, format!("{name} stays off: {}", chain(error)));
     match error {
         LibvirtError::Silent { .. } => failure.next(format!(
-            "virsh autostart --disable {name}, then virsh start {name}"
+            "virsh autostart --disable {0}, then virsh start {0}",
+            word(name)
         )),
         _ => failure.next("virtseal status"),
     }

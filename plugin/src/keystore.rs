@@ -100,11 +100,13 @@ impl Keystore {
             .expect("the database is a file in the directory")
     }
 
-    /// Takes what was deleted out of the write-ahead log too; the pages themselves are zeroed (`secure_delete`).
-    fn forget_deleted_rows(&self) -> Result<(), KeystoreError> {
+    /// Takes what was deleted out of the write-ahead log too; the pages themselves are zeroed (`secure_delete`). The deletion
+    /// itself stands already, whatever becomes of this. Says whether the log is empty: another program that reads the file
+    /// may keep it.
+    fn forget_deleted_rows(&self) -> Result<bool, KeystoreError> {
         self.read(|connection| {
-            connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
-            Ok(())
+            let kept: i64 = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
+            Ok(kept == 0)
         })
     }
 

@@ -28,7 +28,7 @@ use swtpm_state::{State, StateKey, libvirt_state_dir};
 
 use crate::domain::{Domain, ObjectRef, sealed_objects};
 use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind};
-use crate::failure::{Code, Failure};
+use crate::failure::{Code, Failure, word};
 use crate::keystore::{EnvelopeState, Keystore};
 use crate::provider::registry::{OpenError, Registry};
 use crate::secret::Passphrase;
@@ -182,7 +182,7 @@ fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Resu
         )
         .next(format!(
             "virsh edit {}: give each object its own secret UUID",
-            domain.name
+            word(&domain.name)
         )));
     }
     if envelope.vm != domain.uuid && !domain.shares(object) {
@@ -233,7 +233,7 @@ fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Res
         State::Absent => Ok(()),
         State::Plain(_) => Err(
             Failure::new(Code::Failed, format!("its state in {shown} is not encrypted"))
-                .next(format!("virtseal vm status {}", domain.name)),
+                .next(format!("virtseal vm status {}", word(&domain.name))),
         ),
         State::Encrypted(state) => {
             StateKey::derive(passphrase.expose())

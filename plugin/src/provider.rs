@@ -69,8 +69,9 @@ pub trait KeyProvider: Send + Sync {
     /// Unwraps all of `stanzas` in one go, in their order; any failure fails the whole batch.
     fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError>;
 
-    /// Destroys a KEK, where there is something to destroy, and says what was observed.
-    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError>;
+    /// Destroys a KEK that serves `vm` alone, where there is something to destroy, and says what was observed. One that serves
+    /// others too, who may be on other hosts, stays: what made it knows that, the envelopes of one host do not.
+    fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError>;
 
     /// Forgets every key in memory: refuses until unlocked.
     fn lock(&self);
@@ -207,6 +208,18 @@ pub struct DestroyReceipt {
     pub destroyed: bool,
     /// What is known to be gone, and what may survive (backups).
     pub observed: String,
+}
+
+impl DestroyReceipt {
+    /// Of a KEK that was left alone because it is not one VM's.
+    #[must_use]
+    pub fn shared(kek: &KekId, why: &str) -> Self {
+        Self {
+            kek: kek.clone(),
+            destroyed: false,
+            observed: format!("left as it is: {why}, so other VMs may need it, on other hosts too"),
+        }
+    }
 }
 
 /// Why a provider did not do as asked. The caller adds the provider's and the object's name.

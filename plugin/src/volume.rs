@@ -43,6 +43,6 @@ pub use open::{BackingEntry, Format, VolumeInfo, header_digest, inspect, verify}
 pub use plain::{copy_over, empty_over};
 pub use qcow2::allocation::Data;
 pub use qemu_img::Percent;
-pub use rewrite::{Carried, Shredded, finish_rewrite, is_free, rewrite_envelope, shred_keys};
+pub use rewrite::{Carried, Shredded, Shredding, finish_rewrite, is_free, rewrite_envelope, shred_keys};
 pub use size::{Bytes, ClusterSize, SizeError};
 pub use staging::{FileId, sweep_temporaries};

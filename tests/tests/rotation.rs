@@ -208,23 +208,28 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
     rig.sealed.wait_for_copies(0)?;
     rig.expect_objects_open()?;
 
-    // The backup alone brings every generation to a new host.
+    // On a new host, the backup from before opens nothing of it, and no second root key 2 is made.
     let xml = rig.sealed.dumpxml("web01")?;
+    let state = rig.sealed.host().path(STATE);
+    fs::copy(state.join("main.age"), rig.sealed.host().path("/run/first.age"))?;
     rig.sealed.stop_daemon(Signal::SIGTERM)?;
-    fs::remove_dir_all(rig.sealed.host().path(STATE))?;
+    fs::remove_dir_all(state)?;
     rig.sealed.start_daemon()?;
-    rig.sealed.run(&[
-        "provider",
-        "restore",
-        "main",
-        "--input",
-        backup,
-        "--backup-passphrase-file",
-        &file,
-        "--passphrase-file",
-        &file,
-    ])?;
+    let restore = |backup: &str| {
+        let from = ["provider", "restore", "main", "--input", backup];
+        let by = ["--backup-passphrase-file", &file, "--passphrase-file", &file];
+        rig.sealed.run(&[&from[..], &by].concat())
+    };
+    restore("/run/first.age")?;
     rig.sealed.host().define_xml(&xml)?;
+    expect_names(&rig.sealed.refused_start("web01")?, &["does not know KEK v2:vm:"])?;
+    let said = rig.sealed.refused(8, &again)?;
+    expect_names(&said, &["has root key 1", "3 objects of 1 VMs", "newest backup"])?;
+
+    // The newest backup alone brings every generation.
+    rig.sealed
+        .run(&["provider", "delete", "main", "--force", "--yes-delete", "main"])?;
+    restore(backup)?;
     rig.sealed.start_paused("web01")
 }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::headers::Writing;
 use super::{Daemon, lock};
 use crate::domain::{Domain, Metadata, edit, encrypted_layers};
 use crate::envelope::{Envelope, EnvelopeId, VmId};
@@ -40,16 +41,22 @@ impl Daemon {
 
     /// Brings up to date what can be.
     fn update_copies(&self) -> Result<(), Failure> {
+        let _copying = lock(&self.copying);
         for envelope in self.keystore.journaled_headers()? {
             self.finish_header(envelope)?;
         }
-        if self.keystore.count_stale_copies()? == 0 {
+        // Before what is stale: a rewrite writes a journal of its own.
+        let moved = self.keystore.journaled_headers()?;
+        if moved.is_empty() && self.keystore.count_stale_copies()? == 0 {
             return Ok(());
         }
         let holders = match self.background.every_xml() {
             Ok(kept) => Holders::among(&kept),
             Err(error) => return self.all_stay(&chain(&error)),
         };
+        for envelope in moved {
+            self.finish_moved_header(envelope, &holders)?;
+        }
         self.for_each_page(CopyPlace::Xml, |page| self.update_xml(page, &holders))?;
         self.for_each_page(CopyPlace::Image, |page| {
             let (mut news, mut outcome) = (Vec::new(), Ok(()));
@@ -159,6 +166,11 @@ impl Daemon {
         if record.state == EnvelopeState::Pending {
             return stays(MADE_NOW);
         }
+        if let Some((path, _)) = self.keystore.journaled_header(id)? {
+            return stays(&format!(
+                "its header may be half written in {path}, which can't be completed now"
+            ));
+        }
         let Some(writing) = self.headers.write(id) else {
             return stays("its VM is starting");
         };
@@ -211,15 +223,42 @@ impl Daemon {
             return Ok(());
         };
         let writing = self.headers.take_over(id);
-        match volume::finish_rewrite(Path::new(&path), &patch) {
+        self.finish_header_in(id, Path::new(&path), &patch, writing)
+    }
+
+    /// An image that was moved before its header was whole is where its VM has it now.
+    fn finish_moved_header(&self, id: EnvelopeId, holders: &Holders) -> Result<(), Failure> {
+        for path in holders.paths.get(&id).into_iter().flatten() {
+            let Some((journaled, patch)) = self.keystore.journaled_header(id)? else {
+                return Ok(());
+            };
+            if *path == Path::new(&journaled) || Path::new(&journaled).exists() {
+                continue;
+            }
+            let Some(writing) = self.headers.write(id) else {
+                return Ok(());
+            };
+            self.finish_header_in(id, path, &patch, writing)?;
+        }
+        Ok(())
+    }
+
+    fn finish_header_in(
+        &self,
+        id: EnvelopeId,
+        path: &Path,
+        patch: &[u8],
+        writing: Writing<'_>,
+    ) -> Result<(), Failure> {
+        match volume::finish_rewrite(path, patch) {
             Ok(()) => {
-                tracing::info!(path, "completed its header");
+                tracing::info!(path = %path.display(), "completed its header");
                 Ok(self.keystore.forget_header(id)?)
             }
             // Tried again later; a start may see for itself.
             Err(VolumeError::InUse(_) | VolumeError::NotFound(_)) => Ok(()),
             Err(error) => {
-                tracing::error!(path, "its header may be half written: {}", chain(&error));
+                tracing::error!(path = %path.display(), "its header may be half written: {}", chain(&error));
                 writing.keep();
                 Ok(())
             }

@@ -1,14 +1,17 @@
 //! What `provider rotate`, `rekey`, `move`, `recipients` and `virtseal jobs` ask for, and the thread that does it.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::providers::{native_failure, passphrase_from, take};
 use super::{Daemon, lock};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
-use crate::envelope::{ProviderId, VmId};
+use crate::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::failure::{Code, Failure};
 use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
+use crate::provider::KeyProvider;
+use crate::provider::native::NativeProvider;
 use crate::provider::registry::Provider;
 use crate::rotation::{self, Step, Task};
 
@@ -28,6 +31,7 @@ impl Daemon {
         loop {
             let config = self.config();
             let stepped = rotation::step(&self.keystore, &self.registry, config.batch_size);
+            self.note_stalled(stepped.as_ref().err());
             let pause = match stepped {
                 Ok(Some(Step::Worked(_))) => {
                     self.copies_bell.ring();
@@ -60,6 +64,22 @@ impl Daemon {
         }
     }
 
+    /// A keystore that can't be written can't say so in the job's record either.
+    fn note_stalled(&self, failure: Option<&Failure>) {
+        let running = failure.and_then(|_| self.keystore.running_job().ok().flatten());
+        *lock(&self.stalled) = running
+            .zip(failure)
+            .map(|(job, failure)| (job.id, failure.to_string()));
+    }
+
+    /// What a job waits for, if it does.
+    fn waiting(&self, job: &JobRecord) -> Option<String> {
+        let stalled = lock(&self.stalled).clone();
+        let stalled = stalled.filter(|(id, _)| *id == job.id && job.state == JobState::Running);
+        let noted = (!job.waiting.is_empty()).then(|| job.waiting.clone());
+        stalled.map(|(_, why)| why).or(noted)
+    }
+
     /// Starts a job.
     pub fn start_job(&self, request: &JobRequest) -> Result<JobStarted, Failure> {
         // Nobody deletes a provider, shreds a VM or redefines one in between.
@@ -76,6 +96,7 @@ impl Daemon {
         // Before anything changes.
         self.refuse_second_job()?;
         if let Provider::Native(native) = &known {
+            self.refuse_to_fork(native)?;
             let [passphrase] = take(fds)?;
             let rotated = native
                 .rotate(&passphrase_from(passphrase)?)
@@ -97,6 +118,45 @@ impl Daemon {
             ));
         }
         Ok(started)
+    }
+
+    /// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
+    fn refuse_to_fork(&self, native: &NativeProvider) -> Result<(), Failure> {
+        let name = native.name();
+        let records = self
+            .keystore
+            .envelopes()?
+            .into_iter()
+            .map(|record| record.envelope);
+        // Without libvirt, at least what is known here.
+        let visible = self.visible_copies().unwrap_or_default().into_iter();
+        let all = records.chain(visible.map(|copy| copy.envelope));
+        let lacks = |envelope: &Envelope| {
+            let mut own = envelope
+                .stanzas
+                .iter()
+                .filter(|stanza| stanza.provider == native.id());
+            own.any(|stanza| native.lacks(&stanza.kek))
+        };
+        let lacking: BTreeMap<EnvelopeId, VmId> = all
+            .filter(lacks)
+            .map(|envelope| (envelope.id, envelope.vm))
+            .collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        let vms: Vec<VmId> = lacking.into_values().collect();
+        Err(Failure::new(
+            Code::WouldLoseKey,
+            format!(
+                "'{name}' is not rotated: it has root key {}, and {} have keys by a later one, which is in a newer backup",
+                native.generation(),
+                self.objects_of_vms(&vms)?
+            ),
+        )
+        .next(format!(
+            "virtseal provider delete {name} --force, then virtseal provider restore {name} with the newest backup"
+        )))
     }
 
     fn start(&self, task: &Task) -> Result<JobStarted, Failure> {
@@ -281,12 +341,14 @@ impl Daemon {
         loop {
             let job = self.keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
             let ended = job.state != JobState::Running;
+            let seen = (self.waiting(&job), job);
+            let job = &seen.1;
             // Now and then also without news: that is how a listener who left is noticed.
-            if ended || last.as_ref() != Some(&job) || told.elapsed() > 10 * LOOK {
-                if !report(self.job_view(&job)?, ended) || ended {
+            if ended || last.as_ref() != Some(&seen) || told.elapsed() > 10 * LOOK {
+                if !report(self.job_view(job)?, ended) || ended {
                     return Ok(());
                 }
-                last = Some(job);
+                last = Some(seen);
                 told = Instant::now();
             }
             std::thread::sleep(LOOK);
@@ -335,7 +397,7 @@ impl Daemon {
             seen: number(job.seen),
             changed: number(job.changed),
             left: number(job.left),
-            waiting: (!job.waiting.is_empty()).then(|| job.waiting.clone()),
+            waiting: self.waiting(job),
             reasons: reasons.collect(),
             started: job.created,
             updated: job.updated,

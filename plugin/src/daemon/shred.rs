@@ -4,31 +4,52 @@
 //! So it can be repeated from wherever it stopped, and says the same again.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use swtpm_state::libvirt_state_dir;
 
 use super::headers::Writing;
 use super::{Daemon, lock};
 use crate::api::{Receipt, ReceiptLine};
-use crate::domain::Metadata;
+use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
-use crate::failure::{Code, Failure, chain};
+use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::EnvelopeRecord;
+use crate::libvirt::KeptXml;
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
-use crate::volume::{self, VolumeError};
+use crate::volume::{self, Shredded, Shredding, VolumeError};
 
 /// A VM to be shredded.
 struct Doomed {
     vm: VmId,
     name: String,
     records: Vec<EnvelopeRecord>,
+    /// The files that its own XML has for its envelopes: the keystore learns of a moved image only at a start.
+    files: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
 }
 
 impl Doomed {
     fn ids(&self) -> impl Iterator<Item = EnvelopeId> {
         self.records.iter().map(|record| record.envelope.id)
+    }
+
+    /// Where the object of `record` may be.
+    fn files_of(&self, record: &EnvelopeRecord) -> BTreeSet<PathBuf> {
+        let mut files = self.files.get(&record.envelope.id).cloned().unwrap_or_default();
+        if !record.location.is_empty() {
+            files.insert(PathBuf::from(&record.location));
+        }
+        files
+    }
+
+    fn note_files(&mut self, kept: &[KeptXml]) {
+        let own = kept.iter().filter(|kept| kept.vm == self.vm);
+        for domain in own.filter_map(|kept| Domain::parse(&kept.xml).ok()) {
+            for (id, path) in encrypted_layers(&domain) {
+                self.files.entry(id).or_default().insert(path);
+            }
+        }
     }
 }
 
@@ -36,21 +57,22 @@ impl Daemon {
     /// Destroys all keys of a VM that is off, if its name was `typed`.
     pub fn shred_vm(&self, vm: &str, typed: Option<&str>) -> Result<Receipt, Failure> {
         let _sealing = lock(&self.sealing);
-        let doomed = self.doomed(vm)?;
-        let name = &doomed.name;
-        if typed != Some(name) {
+        let _copying = lock(&self.copying);
+        let mut doomed = self.doomed(vm)?;
+        let name = doomed.name.clone();
+        if typed != Some(&name) {
             let said = typed.map_or_else(String::new, |typed| format!(", and '{typed}' was typed"));
             return Err(Failure::new(
                 Code::WouldLoseKey,
                 format!("{name} stays: what is on its disks would be lost for ever{said}"),
             )
-            .next(format!("virtseal vm shred {name} --yes-shred {name}")));
+            .next(format!("virtseal vm shred {0} --yes-shred {0}", word(&name))));
         }
         let shredded = self
-            .refuse_to_shred(&doomed)
+            .refuse_to_shred(&mut doomed)
             .and_then(|()| self.keep_off(&doomed))
             .and_then(|_kept_off| self.shred(&doomed));
-        self.audit_vm("shred", doomed.vm, name, &shredded);
+        self.audit_vm("shred", doomed.vm, &name, &shredded);
         shredded
     }
 
@@ -58,30 +80,43 @@ impl Daemon {
         let (id, name) = match self.find_domain(vm) {
             Ok(defined) if defined.active => {
                 return Err(Failure::new(Code::Busy, format!("{} is running", defined.name))
-                    .next(format!("virsh shutdown {}", defined.name)));
+                    .next(format!("virsh shutdown {}", word(&defined.name))));
             }
             Ok(defined) => (defined.vm, defined.name),
-            Err(absent) if absent.code == Code::NotFound => {
-                let known = self.keystore.vms()?;
-                let found = known
-                    .into_iter()
-                    .find(|known| known.name == vm || vm.parse() == Ok(known.vm));
-                let never_defined = vm.parse::<VmId>().map(|id| (id, id.to_string()));
-                found
-                    .map(|known| (known.vm, known.name))
-                    .or(never_defined.ok())
-                    .ok_or(absent)?
-            }
+            Err(absent) if absent.code == Code::NotFound => self.known_as(vm)?.ok_or(absent)?,
             Err(failure) => return Err(failure),
         };
         Ok(Doomed {
             vm: id,
             name,
             records: self.keystore.envelopes_of(id)?,
+            files: BTreeMap::new(),
         })
     }
 
-    fn refuse_to_shred(&self, doomed: &Doomed) -> Result<(), Failure> {
+    /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is meant can't be guessed.
+    fn known_as(&self, vm: &str) -> Result<Option<(VmId, String)>, Failure> {
+        let known = self.keystore.vms()?.into_iter();
+        let mut found: Vec<_> = known
+            .filter(|known| known.name == vm || vm.parse() == Ok(known.vm))
+            .map(|known| (known.vm, known.name))
+            .collect();
+        if found.len() > 1 {
+            let ids: Vec<_> = found.iter().map(|(id, _)| id.to_string()).collect();
+            return Err(Failure::new(
+                Code::WouldLoseKey,
+                format!(
+                    "{} VMs were called {vm}, and none of them is defined",
+                    found.len()
+                ),
+            )
+            .next(format!("virtseal vm shred UUID, one of {}", ids.join(", "))));
+        }
+        let never_defined = || vm.parse::<VmId>().ok().map(|id| (id, id.to_string()));
+        Ok(found.pop().or_else(never_defined))
+    }
+
+    fn refuse_to_shred(&self, doomed: &mut Doomed) -> Result<(), Failure> {
         let name = &doomed.name;
         if doomed.records.is_empty() {
             return Err(Failure::new(Code::NotFound, format!("{name} has no keys here")));
@@ -102,9 +137,10 @@ impl Daemon {
                     Code::WouldLoseKey,
                     format!("{name} stays: {} uses one of its disks", other.name),
                 )
-                .next(format!("virsh edit {}: remove that disk", other.name)));
+                .next(format!("virsh edit {}: remove that disk", word(&other.name))));
             }
         }
+        doomed.note_files(&kept);
         Ok(())
     }
 
@@ -133,14 +169,24 @@ impl Daemon {
             .collect();
         self.refuse_while_open(doomed)?;
         let mut lines = self.destroy_keks(doomed)?;
+        let half_done = |failure: Failure| {
+            let failure = failure.of(format!("some keys of {} are destroyed, and not all", doomed.name));
+            match failure.next {
+                Some(_) => failure,
+                None => failure.next(format!(
+                    "virtseal vm shred {}: it goes on from here",
+                    word(&doomed.name)
+                )),
+            }
+        };
         for record in &doomed.records {
             let passphrase = passphrases.get(&record.envelope.id);
-            lines.extend(self.shred_object(doomed.vm, record, passphrase)?);
+            lines.extend(self.shred_object(doomed, record, passphrase).map_err(half_done)?);
         }
         let defined = self
             .background
             .remove_metadata(doomed.vm, Metadata::NAMESPACE)
-            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)))?;
+            .map_err(|error| half_done(Failure::new(Code::Unreachable, chain(&error))))?;
         if defined {
             lines.push(line(
                 "the copies in the domain XML",
@@ -148,11 +194,16 @@ impl Daemon {
                 "removed from its metadata",
             ));
         }
-        let removed = self.keystore.shred_vm(doomed.vm)?;
+        let removed = self.keystore.shred_vm(doomed.vm);
+        let (removed, emptied) = removed.map_err(|error| half_done(error.into()))?;
+        let log = match emptied {
+            true => "the write-ahead log emptied",
+            false => "but the write-ahead log could not be emptied and has them until virtseald ends",
+        };
         lines.push(line(
             "the records in the keystore",
             true,
-            &format!("{removed} envelopes removed, their pages zeroed, the write-ahead log emptied"),
+            &format!("{removed} envelopes removed, their pages zeroed, {log}"),
         ));
         Ok(Receipt {
             vm: doomed.name.clone(),
@@ -182,14 +233,18 @@ impl Daemon {
                     "not destroyed: this host does not have the provider",
                 )
             } else {
-                match self.registry.destroy_kek(provider, &id) {
+                match self.registry.destroy_kek(provider, &id, doomed.vm) {
                     Ok(receipt) => line(&what, receipt.destroyed, &receipt.observed),
                     Err(ProviderError::UnknownKek(_)) => {
                         line(&what, true, "the provider does not know it any more")
                     }
                     Err(error) => {
-                        return Err(Failure::new(Code::Failed, format!("{what}: {}", chain(&error)))
-                            .next(format!("virtseal vm shred {}: it goes on from here", doomed.name)));
+                        return Err(
+                            Failure::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
+                                "virtseal vm shred {}: it goes on from here",
+                                word(&doomed.name)
+                            )),
+                        );
                     }
                 }
             });
@@ -246,8 +301,8 @@ impl Daemon {
 
     /// Before anything is destroyed: half a shredding helps nobody.
     fn refuse_while_open(&self, doomed: &Doomed) -> Result<(), Failure> {
-        for record in doomed.records.iter().filter(|record| !record.location.is_empty()) {
-            match volume::is_free(Path::new(&record.location)) {
+        for file in doomed.records.iter().flat_map(|record| doomed.files_of(record)) {
+            match volume::is_free(&file) {
                 Err(VolumeError::NotFound(_)) | Ok(()) => {}
                 Err(error) => return Err(Failure::from(error).of(format!("{} stays", doomed.name))),
             }
@@ -257,13 +312,12 @@ impl Daemon {
 
     fn shred_object(
         &self,
-        vm: VmId,
+        doomed: &Doomed,
         record: &EnvelopeRecord,
         passphrase: Option<&Passphrase>,
     ) -> Result<Vec<ReceiptLine>, Failure> {
-        let kind = record.envelope.kind;
-        if kind == ObjectKind::Vtpm {
-            let dir = libvirt_state_dir(&self.config().swtpm_dir, &vm);
+        if record.envelope.kind == ObjectKind::Vtpm {
+            let dir = libvirt_state_dir(&self.config().swtpm_dir, &doomed.vm);
             let what = format!("the state of the vTPM in {}", dir.display());
             return Ok(vec![line(
                 &what,
@@ -271,36 +325,50 @@ impl Daemon {
                 "left as it is: encrypted with a key that is gone with its stanzas",
             )]);
         }
-        let path = Path::new(&record.location);
-        let what = format!("the {kind} {}", path.display());
-        let opens = || passphrase.is_some_and(|passphrase| volume::verify(path, passphrase).is_ok());
-        match volume::shred_keys(path, record.envelope.id, opens) {
-            Ok(None) => Ok(vec![line(
-                &what,
-                false,
-                "left alone: it is not, or can't be shown to be, the image that this VM had there",
-            )]),
-            Ok(Some(shredded)) => {
-                let envelope = if shredded.envelope {
-                    ", the envelope removed"
-                } else {
-                    ""
-                };
-                Ok(vec![line(
-                    &what,
-                    true,
-                    &format!(
-                        "{} keyslots made dead, {} bytes of key material overwritten{envelope}",
-                        shredded.keyslots, shredded.material
-                    ),
-                )])
-            }
-            Err(VolumeError::NotFound(_)) => Ok(vec![line(&what, false, "there is no such file")]),
-            Err(VolumeError::NotEncrypted(_)) => {
-                Ok(vec![line(&what, false, "there is another file, not encrypted")])
-            }
-            Err(error) => Err(error.into()),
-        }
+        let files = doomed.files_of(record).into_iter();
+        files.map(|file| shred_file(&file, record, passphrase)).collect()
+    }
+}
+
+fn shred_file(
+    path: &Path,
+    record: &EnvelopeRecord,
+    passphrase: Option<&Passphrase>,
+) -> Result<ReceiptLine, Failure> {
+    let what = format!("the {} {}", record.envelope.kind, path.display());
+    let opens = || passphrase.is_some_and(|passphrase| volume::verify(path, passphrase).is_ok());
+    let left = |seen: &str| Ok(line(&what, false, &format!("left alone: {seen}")));
+    match volume::shred_keys(path, record.envelope.id, opens) {
+        Ok(Shredding::Done(shredded)) => Ok(line(&what, true, &destroyed(shredded))),
+        Ok(Shredding::Carries(other)) => left(&format!(
+            "it carries envelope {other}, so it is not the image that this VM had there"
+        )),
+        Ok(Shredding::NotShown(keyslots)) if passphrase.is_some() => left(&format!(
+            "the VM's key opens none of its {keyslots} active keyslots; its key material was overwritten before, or it is \
+             another file"
+        )),
+        Ok(Shredding::NotShown(keyslots)) => left(&format!(
+            "nothing unwraps the VM's key any more, so nobody can tell whether that opens the file, which has {keyslots} \
+             active keyslots"
+        )),
+        Err(VolumeError::NotFound(_)) => Ok(line(&what, false, "there is no such file")),
+        Err(VolumeError::NotEncrypted(_)) => Ok(line(&what, false, "there is another file, not encrypted")),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn destroyed(shredded: Shredded) -> String {
+    let Shredded {
+        keyslots,
+        material,
+        envelope,
+    } = shredded;
+    let envelope = if envelope { ", the envelope removed" } else { "" };
+    match keyslots {
+        0 => format!(
+            "its keyslots were dead before, {material} bytes of key material overwritten once more{envelope}"
+        ),
+        _ => format!("{keyslots} keyslots made dead, {material} bytes of key material overwritten{envelope}"),
     }
 }
 

@@ -10,6 +10,7 @@ use super::{
     Disk, DiskDevice, Domain, Encryption, Firmware, Metadata, SecretRef, Source, Tpm, TpmBackend, Uefi,
 };
 use crate::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::failure::word;
 
 /// A disk, TPM or variable store that keeps what the guest writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,14 +53,15 @@ pub struct ObjectRef {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
     /// It has no virtseal metadata.
-    #[error("VM {vm} is not sealed; next: virtseal vm seal {vm}")]
+    #[error("VM {vm} is not sealed; next: virtseal vm seal {}", word(.vm))]
     NotSealed {
         /// The VM's name.
         vm: String,
     },
     /// An object would be written in plaintext.
     #[error(
-        "{label} of sealed VM {vm} is not encrypted; next: virtseal vm status {vm}, then detach or seal it"
+        "{label} of sealed VM {vm} is not encrypted; next: virtseal vm status {}, then detach or seal it",
+        word(.vm)
     )]
     Plain {
         /// The VM's name.
@@ -68,7 +70,7 @@ pub enum Refusal {
         label: String,
     },
     /// An object has a form that virtseal can't vouch for.
-    #[error("{label} of sealed VM {vm} {reason}; next: virsh edit {vm}")]
+    #[error("{label} of sealed VM {vm} {reason}; next: virsh edit {}", word(.vm))]
     Unsupported {
         /// The VM's name.
         vm: String,
@@ -79,7 +81,8 @@ pub enum Refusal {
     },
     /// The XML is a copy of another VM's.
     #[error(
-        "{label} of VM {vm} has an envelope of another VM ({owner}): the XML was copied; next: virtseal vm status {vm}"
+        "{label} of VM {vm} has an envelope of another VM ({owner}): the XML was copied; next: virtseal vm status {}",
+        word(.vm)
     )]
     OtherVm {
         /// The VM's name.

@@ -3,7 +3,7 @@
 use rusqlite::{Connection, Row, params};
 
 use super::copies::{self, CopyPlace};
-use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, now};
+use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, jobs, now};
 use crate::envelope::{Envelope, EnvelopeId, Generation, VmId};
 
 /// Whether an envelope's object is known to open with it.
@@ -136,6 +136,7 @@ impl Keystore {
                             now()
                         ],
                     )?;
+                    jobs::take_along(transaction, envelope.id)?;
                 }
                 Put::Unchanged | Put::Stale => {}
             }
@@ -211,7 +212,7 @@ fn insert(
             now()
         ],
     )?;
-    Ok(())
+    jobs::take_along(connection, envelope.id)
 }
 
 fn find(connection: &Connection, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, StoreFault> {

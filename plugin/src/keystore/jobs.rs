@@ -106,6 +106,9 @@ pub enum Verdict {
     Left(LeftBehind),
 }
 
+/// Why a job has an envelope still before it that it never had in hand.
+const CAME_MEANWHILE: &str = "it came here meanwhile";
+
 impl Keystore {
     /// Starts a job.
     ///
@@ -218,6 +221,14 @@ impl Keystore {
                 let sql = format!("SELECT count(*) FROM left_behind WHERE job = ?1{condition}");
                 transaction.query_row(&sql, [job.0], |row| row.get(0))
             };
+            // Came after the last look: nobody else would see it.
+            transaction.execute(
+                "INSERT OR IGNORE INTO left_behind (job, envelope, reason, again)
+                 SELECT jobs.id, envelopes.id, ?2, 1 FROM jobs JOIN envelopes
+                 ON envelopes.rowid > CAST(jobs.cursor AS INTEGER)
+                 WHERE jobs.id = ?1 AND jobs.state = 'running' AND jobs.pass = 'all'",
+                params![job.0, CAME_MEANWHILE],
+            )?;
             // An envelope that is gone has nothing left to be done.
             transaction.execute(
                 "DELETE FROM left_behind WHERE job = ?1 AND envelope NOT IN (SELECT id FROM envelopes)",
@@ -261,6 +272,20 @@ impl Keystore {
             find(transaction, job)
         })
     }
+}
+
+/// The job that runs has a look at an envelope that came, or changed, where it will not pass any more: it may need a KEK that
+/// the job takes out of use.
+pub(super) fn take_along(connection: &Connection, envelope: EnvelopeId) -> Result<(), StoreFault> {
+    connection
+        .prepare_cached(
+            "INSERT OR REPLACE INTO left_behind (job, envelope, reason, again)
+             SELECT jobs.id, envelopes.id, ?2, 1 FROM jobs JOIN envelopes ON envelopes.id = ?1
+             WHERE jobs.state = 'running'
+             AND (jobs.pass = 'left' OR envelopes.rowid <= CAST(jobs.cursor AS INTEGER))",
+        )?
+        .execute(params![envelope.to_string(), CAME_MEANWHILE])?;
+    Ok(())
 }
 
 /// Where an envelope is in the order in which they came; 0 for one that is gone.

@@ -6,6 +6,7 @@ use super::{
     Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id, tpm_seals,
 };
 use crate::envelope::ProviderId;
+use crate::failure::chain;
 
 /// A key provider as this host knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,7 +187,14 @@ impl Keystore {
             transaction.execute("DELETE FROM providers WHERE id = ?1", [id.to_string()])?;
             Ok(())
         })?;
-        self.forget_deleted_rows()
+        // It is deleted: who heard otherwise would go on using root keys that the next start does not find.
+        if let Err(error) = self.forget_deleted_rows() {
+            tracing::warn!(
+                "traces of provider {id} stay in the write-ahead log: {}",
+                chain(&error)
+            );
+        }
+        Ok(())
     }
 
     /// The providers that were deleted here and did not come back.

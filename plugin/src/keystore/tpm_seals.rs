@@ -48,7 +48,7 @@ impl Keystore {
             )?;
             Ok(())
         })?;
-        self.forget_deleted_rows()
+        self.forget_deleted_rows().map(drop)
     }
 
     /// The one of `provider`.

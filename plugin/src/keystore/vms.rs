@@ -4,6 +4,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id};
 use crate::envelope::VmId;
+use crate::failure::chain;
 
 /// A VM that has, or had, sealed objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +51,8 @@ impl Keystore {
     }
 
     /// Removes a VM and its envelopes with everything that is known of them. Whoever calls this means to lose the keys.
-    pub fn shred_vm(&self, vm: VmId) -> Result<usize, KeystoreError> {
+    /// Returns how many envelopes there were, and whether the write-ahead log is free of them too.
+    pub fn shred_vm(&self, vm: VmId) -> Result<(usize, bool), KeystoreError> {
         let removed = self.write(|transaction| {
             let id = vm.to_string();
             for table in ["stale_copies", "left_behind", "header_journal"] {
@@ -65,8 +67,14 @@ impl Keystore {
             transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
             Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)
         })?;
-        self.forget_deleted_rows()?;
-        Ok(removed)
+        let emptied = self.forget_deleted_rows().unwrap_or_else(|error| {
+            tracing::warn!(
+                "envelopes of VM {vm} stay in the write-ahead log: {}",
+                chain(&error)
+            );
+            false
+        });
+        Ok((removed, emptied))
     }
 
     /// The VM called `vm`.

@@ -51,7 +51,7 @@ use super::cache::{CachePolicy, KekCache, NothingToCache};
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::failure::chain;
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::provider::native::SealingError;
@@ -240,6 +240,11 @@ impl KmipProvider {
         Ok(())
     }
 
+    /// Removes its private key and trust from the disk, once its record is gone.
+    pub(super) fn remove_files(&self) -> Result<(), StoreError> {
+        self.store.remove()
+    }
+
     /// Its settings, as they were when it was opened.
     #[must_use]
     pub fn settings(&self) -> &KmipSettings {
@@ -392,11 +397,9 @@ impl KeyProvider for KmipProvider {
         self.keys(&access).unwrap_many(ticket, stanzas)
     }
 
-    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         let access = self.access()?;
-        let destroyed = self.keys(&access).destroy(kek);
-        self.cache.forget(kek);
-        destroyed
+        self.keys(&access).destroy(kek, vm)
     }
 
     /// Forgets the private key and all KEKs, and closes all connections.

@@ -32,7 +32,7 @@ use self::kek::{Kek, KekName};
 use self::sealing::Form;
 use super::aes_gcm::MECHANISM;
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::keystore::{Keystore, KeystoreError, NativeRoot, ProviderRecord};
 use crate::secret::{SecretBytes, Transient};
 use crate::tpm::TpmError;
@@ -171,6 +171,12 @@ impl NativeProvider {
     #[must_use]
     pub fn generation(&self) -> u32 {
         self.newest().generation
+    }
+
+    /// Whether a later root key than it has made this KEK: it was restored from an old backup, or its keystore was.
+    #[must_use]
+    pub fn lacks(&self, kek: &KekId) -> bool {
+        KekName::parse(kek).is_ok_and(|name| name.generation > self.generation())
     }
 
     /// Whether a backup of the newest root key was ever confirmed.
@@ -416,7 +422,7 @@ impl KeyProvider for NativeProvider {
     }
 
     /// Destroys nothing: the root key and its backups derive every KEK again, as the receipt says.
-    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, kek: &KekId, _: VmId) -> Result<DestroyReceipt, ProviderError> {
         let roots = self.roots()?;
         self.kek(&roots, kek)?;
         Ok(DestroyReceipt {

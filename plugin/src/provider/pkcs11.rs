@@ -34,7 +34,7 @@ use self::token::Token;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::secret::SecretBytes;
 
@@ -214,9 +214,15 @@ impl KeyProvider for Pkcs11Provider {
         })
     }
 
-    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         let (owner, id) = (self.owner(), kek.clone());
-        let objects = self.link.call(move |token| kek::destroy(token, &owner, &id))?;
+        let Some(objects) = self
+            .link
+            .call(move |token| kek::destroy(token, &owner, vm, &id))?
+        else {
+            let why = format!("the label of CKA_ID {kek} does not name this VM");
+            return Ok(DestroyReceipt::shared(kek, &why));
+        };
         Ok(DestroyReceipt {
             kek: kek.clone(),
             destroyed: true,

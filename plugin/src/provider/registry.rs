@@ -16,7 +16,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError};
-use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Stanza, VmId};
 use crate::keystore::{Change, Keystore, KeystoreError};
 use crate::secret::Dek;
 use watch::{Pace, Watches};
@@ -234,16 +234,21 @@ impl Registry {
         Ok((envelope, dek))
     }
 
-    /// Destroys a KEK, within the deadline.
+    /// Destroys a KEK that serves `vm` alone, within the deadline.
     ///
     /// # Errors
     /// The provider's; [`ProviderError::Unusable`] when it is not on this host.
-    pub fn destroy_kek(&self, provider: ProviderId, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    pub fn destroy_kek(
+        &self,
+        provider: ProviderId,
+        kek: &KekId,
+        vm: VmId,
+    ) -> Result<DestroyReceipt, ProviderError> {
         let known = self
             .by_id(provider)
             .ok_or_else(|| ProviderError::Unusable("it is not on this host".to_owned()))?;
         let kek = kek.clone();
-        deadline::within(self.deadline(), move || known.provider().destroy_kek(&kek))
+        deadline::within(self.deadline(), move || known.provider().destroy_kek(&kek, vm))
     }
 }
 

@@ -33,7 +33,7 @@ use self::keeper::Keeper;
 use self::kek::{KekName, MECHANISM};
 use self::link::{Link, guard};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::secret::SecretBytes;
 
@@ -183,14 +183,9 @@ impl KeyProvider for TransitProvider {
 
     /// Deletes a VM's own key with all its versions, and looks whether it is gone. A derived KEK, and an old version,
     /// can't be destroyed alone, as the receipt says.
-    fn destroy_kek(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         let name = self.kek(kek)?;
-        let (destroyed, observed) = self.link.with_engine(|engine| destroy(engine, &name))?;
-        Ok(DestroyReceipt {
-            kek: kek.clone(),
-            destroyed,
-            observed,
-        })
+        self.link.with_engine(|engine| destroy(engine, &name, vm))
     }
 
     fn lock(&self) {

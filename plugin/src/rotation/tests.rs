@@ -449,3 +449,63 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     host.assert_providers(&[&host.spare]);
     host.assert_whole();
 }
+
+#[test]
+fn what_comes_while_a_job_waits_is_taken_along() {
+    let mut host = Host::with_envelopes(3);
+    host.main.lock();
+    let job = host.sweep(&Task::Move {
+        from: host.main.id(),
+        to: host.spare.id(),
+        vm: None,
+    });
+    assert_eq!((job.pass, job.left), (Pass::Left, 3));
+    host.main.unlock(&secret("p")).unwrap();
+    let sealed = host.seal(Some("main"));
+    let left = host.keystore.left_behind(job.id, 10).unwrap();
+    assert!(left.iter().any(|left| left.envelope == sealed && left.again));
+    let job = host.run();
+    assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn what_comes_back_behind_a_job_is_taken_along() {
+    let host = Host::with_envelopes(3);
+    let before = host.envelopes();
+    host.start(&Task::Move {
+        from: host.main.id(),
+        to: host.spare.id(),
+        vm: None,
+    });
+    assert!(matches!(host.step(2), Some(Step::Worked(job)) if job.changed == 2));
+    // From a host that did not take part, by the XML of the VM that comes from there.
+    let gone = |known: &&Envelope| host.keystore.envelope(known.id).unwrap().unwrap().envelope != **known;
+    let mut travelled = before.iter().find(gone).unwrap().clone();
+    travelled.generation = Generation(7);
+    host.keystore.put(&travelled, "").unwrap();
+    let job = host.run();
+    assert_eq!((job.state, job.changed), (JobState::Running, 3));
+    let job = host.run();
+    assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn what_is_sealed_at_the_very_end_is_not_forgotten() {
+    let mut host = Host::with_envelopes(1);
+    let job = host.start(&Task::Move {
+        from: host.main.id(),
+        to: host.spare.id(),
+        vm: None,
+    });
+    host.step(1);
+    // Nothing is left to be read, and the job has not ended yet.
+    host.seal(Some("main"));
+    let ended = host.keystore.end_pass(job).unwrap();
+    assert_eq!((ended.state, ended.left), (JobState::Running, 1));
+    assert_eq!(host.run().state, JobState::Done);
+    host.assert_providers(&[&host.spare]);
+}

@@ -8,7 +8,7 @@ use super::{Host, firmware};
 use crate::api::Outcome;
 use crate::domain::{self, Disk, DiskDevice, Domain, Firmware, Source, TpmBackend, edit::LoaderPin};
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
-use crate::failure::{Code, Failure, chain};
+use crate::failure::{Code, Failure, chain, word};
 use crate::libvirt::DefinedDomain;
 use crate::volume::{self, Data, VolumeInfo};
 
@@ -124,7 +124,8 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
     }
     let warnings = defined.autostart.then(|| {
         format!(
-            "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: virsh autostart --disable {name}"
+            "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: virsh autostart --disable {}",
+            word(name)
         )
     });
     Ok(Plan {
@@ -138,9 +139,8 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
 pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Failure> {
     let name = &defined.name;
     if defined.active {
-        return Err(
-            Failure::new(Code::Busy, format!("{name} is running")).next(format!("virsh shutdown {name}"))
-        );
+        return Err(Failure::new(Code::Busy, format!("{name} is running"))
+            .next(format!("virsh shutdown {}", word(name))));
     }
     if defined.managed_save {
         return Err(Failure::new(
@@ -148,7 +148,8 @@ pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Failure> 
             format!("{name} has a saved state, made from the VM as it is now"),
         )
         .next(format!(
-            "virsh start {name} and shut it down, or virsh managedsave-remove {name}"
+            "virsh start {0} and shut it down, or virsh managedsave-remove {0}",
+            word(name)
         )));
     }
     Ok(())
@@ -164,7 +165,8 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
         return Err(
             Failure::new(Code::Failed, "only disks that are image files can be sealed").next(format!(
                 "move it to a file, or detach it: virsh detach-disk {} {} --config",
-                domain.name, disk.target
+                word(&domain.name),
+                disk.target
             )),
         );
     };
@@ -173,14 +175,14 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
             Code::Failed,
             "it is transient: libvirt would put a plaintext overlay on it",
         )
-        .next(format!("virsh edit {}: remove <transient/>", domain.name)));
+        .next(format!("virsh edit {}: remove <transient/>", word(&domain.name))));
     }
     if !path.exists() {
         return Err(
             Failure::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
                 "virtseal volume create {} --vm {} --size SIZE",
-                path.display(),
-                domain.name
+                word(path.display()),
+                word(&domain.name)
             )),
         );
     }
@@ -237,7 +239,7 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
         )
         .next(format!(
             "virsh edit {}: remove that disk's <encryption>, then seal",
-            domain.name
+            word(&domain.name)
         ))),
         _ => Ok(DiskWork::Adopt(envelope)),
     }
@@ -287,7 +289,7 @@ fn named_envelope(
             )
             .next(format!(
                 "virsh edit {}: remove its <encryption>, if nothing is kept there",
-                domain.name
+                word(&domain.name)
             ))
         })
 }
@@ -335,7 +337,7 @@ fn plan_nvram(host: &Host<'_>, domain: &Domain) -> Result<NvramStep, Failure> {
         )
         .next(format!(
             "if they may be lost, remove that file, then virtseal vm seal {}",
-            domain.name
+            word(&domain.name)
         )));
     }
     Ok(NvramStep::Create {
@@ -365,7 +367,7 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
             )
             .next(format!(
                 "virsh edit {}: <backend type='emulator' version='2.0'/>",
-                domain.name
+                word(&domain.name)
             )));
         }
         Some(TpmBackend::Emulator { .. }) => VtpmStep::Encrypt,
@@ -377,7 +379,7 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
             )
             .next(format!(
                 "virsh edit {}: <backend type='emulator' version='2.0'/>",
-                domain.name
+                word(&domain.name)
             )));
         }
     };

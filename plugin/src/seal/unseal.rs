@@ -9,7 +9,7 @@ use super::plan::{parse, refuse_unless_off};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, Firmware, ObjectState};
 use crate::envelope::ObjectKind;
-use crate::failure::{Code, Failure, chain};
+use crate::failure::{Code, Failure, chain, word};
 use crate::libvirt::DefinedDomain;
 use crate::volume::{self, Data, Held, VolumeInfo};
 
@@ -140,6 +140,9 @@ fn nvram(domain: &Domain) -> Result<Option<(PathBuf, PathBuf)>, Failure> {
             Code::Failed,
             format!("{} names no template for its UEFI variables", domain.name),
         )
-        .next(format!("virsh edit {}: add template= to <nvram>", domain.name))),
+        .next(format!(
+            "virsh edit {}: add template= to <nvram>",
+            word(&domain.name)
+        ))),
     }
 }

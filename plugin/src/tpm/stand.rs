@@ -73,6 +73,26 @@ impl Stand {
             .unwrap();
     }
 
+    /// What an admin does with tpm2-tools, in the shell. Says whether it succeeded. What a resource manager would flush then
+    /// is flushed.
+    pub(crate) fn shell(&self, script: &str) -> bool {
+        let output = Command::new("sh")
+            .args([
+                "-c",
+                &format!("{script}\nstatus=$?; tpm2_flushcontext -t; exit $status"),
+            ])
+            .env("TPM2TOOLS_TCTI", self.tcti().to_string())
+            .current_dir(self.state.path())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.code() != Some(127),
+            "install the package tpm2-tools: {said}"
+        );
+        output.status.success()
+    }
+
     pub(super) fn session(&self) -> Session {
         Session::open(&self.tcti()).unwrap()
     }

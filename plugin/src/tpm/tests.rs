@@ -126,6 +126,57 @@ fn the_persistent_storage_key_is_used_where_there_is_one() {
     assert_eq!(tpm.unseal(&after).unwrap().expose(), b"after");
 }
 
+/// As the message says it; the owner's password is PASSWORD.
+const MAKE_STORAGE_KEY: &str = "tpm2_createprimary -C o -P PASSWORD -c srk.ctx && tpm2_evictcontrol -C o -P PASSWORD -c srk.ctx 0x81000001";
+
+#[test]
+fn an_owner_password_is_named_and_what_the_message_says_helps() {
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let before = tpm.seal(&secret(b"before"), &PcrList::default()).unwrap();
+    assert!(stand.shell("tpm2_changeauth -c o PASSWORD"));
+    for error in [
+        tpm.seal(&secret(b"x"), &PcrList::default()).unwrap_err(),
+        tpm.unseal(&before).unwrap_err(),
+    ] {
+        assert!(matches!(error, TpmError::OwnerPassword), "{error:?}");
+        assert!(error.to_string().contains(MAKE_STORAGE_KEY), "{error}");
+        assert!(!error.may_pass());
+    }
+    assert!(stand.shell(MAKE_STORAGE_KEY));
+    let after = tpm.seal(&secret(b"after"), &PcrList::default()).unwrap();
+    assert_eq!(after.parent, Parent::Persistent);
+    assert_eq!(tpm.unseal(&after).unwrap().expose(), b"after");
+    // The one from before is for the passphrase and another enrolment.
+    assert!(matches!(tpm.unseal(&before), Err(TpmError::OwnerPassword)));
+}
+
+#[test]
+fn a_lockout_is_named_and_hits_only_storage_keys_of_others() {
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let own = tpm.seal(&secret(b"own"), &PcrList::default()).unwrap();
+    assert!(stand.shell(&MAKE_STORAGE_KEY.replace("-P PASSWORD ", "")));
+    let theirs = tpm.seal(&secret(b"theirs"), &PcrList::default()).unwrap();
+    assert_eq!(
+        (own.parent, theirs.parent),
+        (Parent::FromSeed, Parent::Persistent)
+    );
+    // Somebody guesses a password, once too often.
+    assert!(stand.shell(
+        "tpm2_dictionarylockout -s -n 1 -t 1000 -l 1000 && \
+         tpm2_nvdefine 0x1500001 -C o -p right -s 8 -a 'authread|authwrite'"
+    ));
+    assert!(!stand.shell("tpm2_nvread 0x1500001 -C 0x1500001 -P wrong -s 8"));
+    assert_eq!(tpm.unseal(&own).unwrap().expose(), b"own");
+    let error = tpm.unseal(&theirs).unwrap_err();
+    assert!(matches!(error, TpmError::LockedOut), "{error:?}");
+    let clear = "tpm2_dictionarylockout --clear-lockout";
+    assert!(error.to_string().contains(clear), "{error}");
+    assert!(stand.shell(clear));
+    assert_eq!(tpm.unseal(&theirs).unwrap().expose(), b"theirs");
+}
+
 #[test]
 fn a_hanging_tpm_costs_its_deadline_once() {
     let stand = Stand::start();

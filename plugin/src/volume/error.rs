@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use super::size::Bytes;
 use crate::envelope::EnvelopeError;
+use crate::failure::word;
 
 /// The part of an image that a [`Flaw`] was found in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,12 +128,12 @@ pub enum VolumeError {
         next: &'static str,
     },
     /// A plain image where an encrypted one was expected.
-    #[error("{} is not encrypted: see `virtseal volume info {}`", .0.display(), .0.display())]
+    #[error("{} is not encrypted: see `virtseal volume info {}`", .0.display(), word(.0.display()))]
     NotEncrypted(PathBuf),
     /// The passphrase opens no keyslot.
     #[error(
         "no keyslot of {} opens with this key: it was encrypted under another one (see `virtseal volume info {}`)",
-        .0.display(), .0.display()
+        .0.display(), word(.0.display())
     )]
     NoKeyslotOpens(PathBuf),
     /// The name is taken.

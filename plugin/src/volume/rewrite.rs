@@ -82,9 +82,21 @@ pub struct Shredded {
     pub envelope: bool,
 }
 
+/// What [`shred_keys`] has come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shredding {
+    /// It was the image that was meant.
+    Done(Shredded),
+    /// Left alone: it carries another envelope.
+    Carries(EnvelopeId),
+    /// Left alone: it carries no envelope, and `opens` did not say that it is the one. So many keyslots are active.
+    NotShown(usize),
+}
+
 /// Overwrites the key material of all keyslots of the image at `path` with random bytes, makes the keyslots dead, and removes
 /// the envelope, if it is the image of envelope `id`: it carries that, or it carries none and `opens` says so of it. Whatever
-/// else is at that path by now is left alone: `None`. Nothing opens the image afterwards; what the storage below keeps of the old bytes is out of reach.
+/// else is at that path by now is left alone. Nothing opens the image afterwards; what the storage below keeps of the old bytes
+/// is out of reach.
 ///
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has the image open, and when it is not encrypted or can't be written. May be repeated.
@@ -92,17 +104,15 @@ pub fn shred_keys(
     path: &Path,
     id: EnvelopeId,
     opens: impl FnOnce() -> bool,
-) -> Result<Option<Shredded>, VolumeError> {
+) -> Result<Shredding, VolumeError> {
     let held = Held::open(path)?;
     let (file, image) = (held.file(), held.image()?);
     let (header, base) = image.encrypted()?;
     let keyslots = header.active_keyslots();
-    let is_it = match image.envelope()? {
-        Some(found) => found.id == id,
-        None => keyslots == 0 || opens(),
-    };
-    if !is_it {
-        return Ok(None);
+    match image.envelope()? {
+        Some(found) if found.id != id => return Ok(Shredding::Carries(found.id)),
+        None if keyslots > 0 && !opens() => return Ok(Shredding::NotShown(keyslots)),
+        _ => {}
     }
     let mut material = 0;
     for range in header.all_material() {
@@ -120,7 +130,7 @@ pub fn shred_keys(
     if envelope {
         patch(&image, None)?.write(file, path)?;
     }
-    Ok(Some(Shredded {
+    Ok(Shredding::Done(Shredded {
         keyslots,
         material,
         envelope,

@@ -247,7 +247,10 @@ pub(in crate::provider) fn locked<F: Fixture>() {
         provider.create_kek(&KekScope::Provider),
         Err(ProviderError::Locked)
     ));
-    assert!(matches!(provider.destroy_kek(kek), Err(ProviderError::Locked)));
+    assert!(matches!(
+        provider.destroy_kek(kek, wrapped.binding.vm),
+        Err(ProviderError::Locked)
+    ));
     provider.unlock(&fixture.credential()).unwrap();
     assert_eq!(provider.status(), ProviderStatus::Ready);
     wrapped.assert_opened_by(provider);
@@ -368,14 +371,30 @@ pub(in crate::provider) fn destroy_receipt_is_true<F: Fixture>() {
     let fixture = F::new();
     let provider = fixture.provider();
     let wrapped = Wrapped::by(provider);
-    let receipt = provider.destroy_kek(&wrapped.stanza.kek).unwrap();
+    let (kek, vm) = (&wrapped.stanza.kek, wrapped.binding.vm);
+    let receipt = provider.destroy_kek(kek, vm).unwrap();
     assert_eq!(receipt.kek, wrapped.stanza.kek);
     assert!(!receipt.observed.is_empty());
     assert_eq!(
         provider.unwrap_many(&[&wrapped.stanza]).is_err(),
         receipt.destroyed
     );
-    assert!(provider.destroy_kek(&fixture.unknown_kek()).is_err());
+    assert!(provider.destroy_kek(&fixture.unknown_kek(), vm).is_err());
+}
+
+/// Of another VM, and of all VMs of the provider, which other hosts may have too.
+pub(in crate::provider) fn kek_that_others_need_is_not_destroyed<F: Fixture>() {
+    let fixture = F::new();
+    let provider = fixture.provider();
+    let of_a_vm = Wrapped::by(provider);
+    let mut shared = Wrapped::by(provider);
+    let kek = provider.create_kek(&KekScope::Provider).unwrap();
+    shared.stanza = provider.wrap(&kek, &shared.payload).unwrap();
+    for (wrapped, vm) in [(&of_a_vm, VmId::random()), (&shared, shared.binding.vm)] {
+        let receipt = provider.destroy_kek(&wrapped.stanza.kek, vm).unwrap();
+        assert!(!receipt.destroyed, "{receipt:?}");
+        wrapped.assert_opened_by(provider);
+    }
 }
 
 /// In a process of its own: other tests' memory would count.

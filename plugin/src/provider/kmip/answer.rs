@@ -67,6 +67,14 @@ pub(super) fn facts(payload: &Item) -> Result<KeyFacts, ProtocolError> {
     })
 }
 
+/// The names of a key.
+pub(super) fn names<'m>(payload: &'m Item) -> Vec<&'m str> {
+    let names = Attribute::NAME.all_of(payload).into_iter();
+    names
+        .filter_map(|name| name.find(Tag::NAME_VALUE)?.as_text())
+        .collect()
+}
+
 fn is_or_unsaid<T: PartialEq>(said: Option<T>, wanted: T) -> bool {
     said.is_none_or(|said| said == wanted)
 }

@@ -28,6 +28,8 @@ pub(super) enum Call {
     GetAttributes(KekId),
     /// The same, and when it was made.
     GetAttributesAndAge(KekId),
+    /// The same without its age, and what it is called.
+    GetAttributesAndName(KekId),
     /// The keys with that name.
     Locate { name: String },
     /// The operations that the server has.
@@ -76,7 +78,9 @@ impl Call {
             Self::Create(_) => Operation::Create,
             Self::Activate(_) => Operation::Activate,
             Self::Get(_) => Operation::Get,
-            Self::GetAttributes(_) | Self::GetAttributesAndAge(_) => Operation::GetAttributes,
+            Self::GetAttributes(_) | Self::GetAttributesAndAge(_) | Self::GetAttributesAndName(_) => {
+                Operation::GetAttributes
+            }
             Self::Locate { .. } => Operation::Locate,
             Self::Query => Operation::Query,
             Self::DiscoverVersions => Operation::DiscoverVersions,
@@ -98,6 +102,7 @@ impl Call {
             Self::Get(kek) => vec![uid(kek), Item::enumeration(Tag::KEY_FORMAT_TYPE, KEY_FORMAT_RAW)],
             Self::GetAttributes(kek) => attributes_of(kek, &[], version),
             Self::GetAttributesAndAge(kek) => attributes_of(kek, &[Attribute::INITIAL_DATE], version),
+            Self::GetAttributesAndName(kek) => attributes_of(kek, &[Attribute::NAME], version),
             Self::Locate { name } => {
                 let name = named(name);
                 let filter = match version.has_attributes() {
@@ -224,7 +229,7 @@ impl Attribute {
     pub(super) const INITIAL_DATE: Self = Self::new("Initial Date", Tag::INITIAL_DATE);
     const CRYPTOGRAPHIC_USAGE_MASK: Self =
         Self::new("Cryptographic Usage Mask", Tag::CRYPTOGRAPHIC_USAGE_MASK);
-    const NAME: Self = Self::new("Name", Tag::NAME);
+    pub(super) const NAME: Self = Self::new("Name", Tag::NAME);
     const APPLICATION_SPECIFIC_INFORMATION: Self = Self::new(
         "Application Specific Information",
         Tag::APPLICATION_SPECIFIC_INFORMATION,
@@ -255,16 +260,17 @@ impl Attribute {
 
     /// Its value in a payload of either form; the tag of the item that is returned differs.
     pub(super) fn of<'m, 'b>(&self, payload: &'m Item<'b>) -> Option<&'m Item<'b>> {
-        let of_2x = payload
-            .find(Tag::ATTRIBUTES)
-            .and_then(|attributes| attributes.find(self.tag));
-        of_2x.or_else(|| {
-            let is_it =
-                |pair: &&Item| pair.find(Tag::ATTRIBUTE_NAME).and_then(Item::as_text) == Some(self.name);
-            payload
-                .all(Tag::ATTRIBUTE)
-                .find(is_it)?
-                .find(Tag::ATTRIBUTE_VALUE)
-        })
+        self.all_of(payload).into_iter().next()
+    }
+
+    /// All its values, as [`Attribute::of`].
+    pub(super) fn all_of<'m, 'b>(&self, payload: &'m Item<'b>) -> Vec<&'m Item<'b>> {
+        let is_it = |pair: &&Item| pair.find(Tag::ATTRIBUTE_NAME).and_then(Item::as_text) == Some(self.name);
+        let of_2x = payload.find(Tag::ATTRIBUTES).into_iter();
+        let of_1x = payload.all(Tag::ATTRIBUTE).filter(is_it);
+        of_2x
+            .flat_map(|attributes| attributes.all(self.tag))
+            .chain(of_1x.filter_map(|pair| pair.find(Tag::ATTRIBUTE_VALUE)))
+            .collect()
     }
 }

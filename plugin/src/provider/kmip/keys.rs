@@ -16,7 +16,7 @@ use super::message::{self, KmipVersion, Outcome, ProtocolError, Refusal};
 use super::node::{Access, Node};
 use super::tag::{KeyState, Operation, Reason};
 use super::ttlv::Item;
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::provider::aes_gcm::{self, MECHANISM};
 use crate::provider::cache::{KekCache, Ticket};
 use crate::provider::{DestroyReceipt, KekScope, ProviderError};
@@ -376,10 +376,20 @@ impl Keys<'_> {
         aes_gcm::additional_data(self.provider, &kek.0, mechanism)
     }
 
-    /// Revokes and destroys; can be repeated from wherever it was interrupted.
-    pub(super) fn destroy(&self, kek: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    /// Revokes and destroys a key that bears the name of the keys of `vm`; can be repeated from wherever it was interrupted.
+    pub(super) fn destroy(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         known_form(kek)?;
-        let before = self.facts(kek)?.state;
+        let name = self.label(&KekScope::Vm(vm)).name;
+        let (before, is_own) = self.ask(vec![Call::GetAttributesAndName(kek.clone())], |outcomes| {
+            let payload = about(kek, Operation::GetAttributes, &outcomes[0])?;
+            let facts = answer::facts(payload).map_err(unreadable)?;
+            Ok((facts.state, answer::names(payload).contains(&name.as_str())))
+        })?;
+        if !is_own && before != KeyState::Destroyed {
+            let why = format!("at the KMS it does not bear the name {name}");
+            return Ok(DestroyReceipt::shared(kek, &why));
+        }
+        self.cache.forget(kek);
         if before == KeyState::Active {
             self.once(kek, Call::Revoke(kek.clone()))?;
         }

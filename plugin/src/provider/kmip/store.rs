@@ -74,6 +74,16 @@ impl Store {
         removed.map_err(StoreError::io("remove", &path))
     }
 
+    /// All of them, and the directory.
+    pub(super) fn remove(&self) -> Result<(), StoreError> {
+        match fs::remove_dir_all(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(StoreError::io("remove", &self.dir)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn put_trust(&self, trust: &ServerTrust) -> Result<(), StoreError> {
         self.write(Self::TRUST, trust)
     }
@@ -176,6 +186,9 @@ mod tests {
         assert_eq!(mode(&store.dir), 0o700);
         assert_eq!(mode(&store.dir.join(Store::TRUST)), 0o600);
         assert_eq!(fs::read_dir(&store.dir).unwrap().count(), 1);
+        store.remove().unwrap();
+        store.remove().unwrap();
+        assert!(!store.dir.exists() && store.trust().unwrap().is_none());
     }
 
     #[test]

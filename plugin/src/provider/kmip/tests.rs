@@ -12,6 +12,7 @@ use crate::secret::Dek;
 
 /// A payload, wrapped under the KEK of its VM.
 pub(super) struct Wrapped {
+    pub(super) vm: VmId,
     pub(super) payload: Payload,
     pub(super) stanza: Stanza,
 }
@@ -26,7 +27,11 @@ impl Wrapped {
         let payload = Payload::bind(&Dek::random().unwrap(), &binding).unwrap();
         let kek = provider.create_kek(&KekScope::Vm(binding.vm)).unwrap();
         let stanza = provider.wrap(&kek, &payload).unwrap();
-        Self { payload, stanza }
+        Self {
+            vm: binding.vm,
+            payload,
+            stanza,
+        }
     }
 
     pub(super) fn assert_opened_by(&self, provider: &KmipProvider) {
@@ -48,7 +53,7 @@ fn every_version_does_the_whole_job() {
         assert_eq!(provider.status(), ProviderStatus::Ready, "{version}");
         let wrapped = Wrapped::by(&provider);
         wrapped.assert_opened_by(&provider);
-        let receipt = provider.destroy_kek(&wrapped.stanza.kek).unwrap();
+        let receipt = provider.destroy_kek(&wrapped.stanza.kek, wrapped.vm).unwrap();
         assert!(receipt.destroyed, "{version}: {}", receipt.observed);
     }
 }

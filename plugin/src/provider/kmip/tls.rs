@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -292,18 +292,24 @@ fn connect_tcp(endpoint: &Endpoint, deadline: Instant) -> Result<TcpStream, Fail
         .to_socket_addrs()
         .map_err(|error| Failed::Io(format!("can't resolve '{}': {error}", endpoint.host())))?
         .collect::<Vec<_>>();
-    let mut last = Failed::Io(format!("'{}' has no address", endpoint.host()));
+    connect_first(&addresses, deadline)?
+        .ok_or_else(|| Failed::Io(format!("'{}' has no address", endpoint.host())))
+}
+
+/// The first of `addresses` that takes a connection, in their order; nothing only if there are none.
+fn connect_first(addresses: &[SocketAddr], deadline: Instant) -> Result<Option<TcpStream>, Failed> {
+    let mut last = None;
     let mut waiting = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
     for address in addresses {
         // An address that swallows packets, often the IPv6 one, must leave time for the others.
-        let connected = TcpStream::connect_timeout(&address, remaining(deadline)? / waiting);
+        let connected = TcpStream::connect_timeout(address, remaining(deadline)? / waiting);
         waiting -= 1;
         match connected.and_then(|stream| prepared(&stream).map(|()| stream)) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = Failed::Io(io_reason(&error, "connect")),
+            Ok(stream) => return Ok(Some(stream)),
+            Err(error) => last = Some(Failed::Io(io_reason(&error, "connect"))),
         }
     }
-    Err(last)
+    last.map_or(Ok(None), Err)
 }
 
 /// In seconds: how long a connection is quiet before the other side is asked whether it is still there, and how often.
@@ -370,5 +376,51 @@ impl TlsStream {
             Failed::Io(reason) => KmipError::Unreachable(reason),
             Failed::Tls(stack) => refusal(&stack, self.has_identity),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use nix::sys::socket::{Backlog, listen};
+
+    use super::*;
+
+    /// An address whose packets get no answer: its queue of connections is full. Returned with what keeps it so.
+    fn silent() -> (SocketAddr, TcpListener, Vec<TcpStream>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+            waiting.push(stream);
+            assert!(waiting.len() < 100, "the queue never fills up");
+        }
+        (address, listener, waiting)
+    }
+
+    #[test]
+    fn a_silent_address_leaves_time_for_the_next() {
+        let (silent, _listener, _waiting) = silent();
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses = [silent, good.local_addr().unwrap()];
+        let (began, time) = (Instant::now(), Duration::from_secs(2));
+        let found = connect_first(&addresses, began + time).ok().flatten();
+        assert_eq!(found.unwrap().peer_addr().unwrap(), addresses[1]);
+        assert!(
+            (time / 4..time).contains(&began.elapsed()),
+            "{:?}",
+            began.elapsed()
+        );
+        // A closed one costs nothing.
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let began = Instant::now();
+        assert!(connect_first(&[closed, addresses[1]], began + time).is_ok());
+        assert!(began.elapsed() < time / 4, "{:?}", began.elapsed());
+        let Err(Failed::Io(why)) = connect_first(&[silent, silent], Instant::now() + time / 4) else {
+            panic!("a silent address took a connection");
+        };
+        assert_eq!(why, "connect timed out");
     }
 }

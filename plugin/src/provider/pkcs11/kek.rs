@@ -15,7 +15,7 @@ use super::error::TokenError;
 use super::mechanism::{self, Mechanism};
 use super::settings::KeyBits;
 use super::token::Token;
-use crate::envelope::{KekId, Payload, ProviderId};
+use crate::envelope::{KekId, Payload, ProviderId, VmId};
 use crate::provider::KekScope;
 use crate::secret::SecretBytes;
 
@@ -75,6 +75,15 @@ fn read_label(label: &[u8]) -> Option<(Mechanism, ProviderId)> {
     let mut parts = text.strip_prefix("virtseal:")?.split(':');
     let mechanism = Mechanism::parse(parts.next()?).ok()?;
     Some((mechanism, parts.next()?.parse().ok()?))
+}
+
+/// Whom the KEK with this label serves, if it is one of ours.
+fn serves(label: &[u8]) -> Option<KekScope> {
+    read_label(label)?;
+    match std::str::from_utf8(label).ok()?.split(':').nth(3)? {
+        "all" => Some(KekScope::Provider),
+        vm => vm.parse().ok().map(KekScope::Vm),
+    }
 }
 
 /// The KEK of `scope`: the one there is, or a new one that has wrapped and unwrapped.
@@ -251,9 +260,18 @@ pub(super) fn find(token: &mut Token, owner: &Owner, id: &KekId) -> Result<Kek, 
     Err(unknown())
 }
 
-/// Destroys the KEK, and looks whether it is gone.
-pub(super) fn destroy(token: &mut Token, owner: &Owner, id: &KekId) -> Result<usize, TokenError> {
-    find(token, owner, id)?;
+/// Destroys the KEK, if it serves `vm` alone, and looks whether it is gone.
+pub(super) fn destroy(
+    token: &mut Token,
+    owner: &Owner,
+    vm: VmId,
+    id: &KekId,
+) -> Result<Option<usize>, TokenError> {
+    let found = find(token, owner, id)?;
+    let label = text(&token.session, found.key, AttributeType::Label)?;
+    if serves(&label) != Some(KekScope::Vm(vm)) {
+        return Ok(None);
+    }
     token.keks.remove(id);
     let bytes = parse(id).ok_or_else(|| TokenError::UnknownKek(id.clone()))?;
     let session = token.writable()?;
@@ -262,7 +280,7 @@ pub(super) fn destroy(token: &mut Token, owner: &Owner, id: &KekId) -> Result<us
         session.destroy_object(*object)?;
     }
     match all_objects(&session, &bytes)?.is_empty() {
-        true => Ok(objects.len()),
+        true => Ok(Some(objects.len())),
         false => Err(TokenError::NotDestroyed),
     }
 }

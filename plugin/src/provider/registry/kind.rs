@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::envelope::{KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::failure::chain;
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::provider::cache::KekCache;
@@ -144,7 +144,7 @@ impl KeyProvider for UnusableProvider {
         self.refusal()
     }
 
-    fn destroy_kek(&self, _: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, _: &KekId, _: VmId) -> Result<DestroyReceipt, ProviderError> {
         self.refusal()
     }
 

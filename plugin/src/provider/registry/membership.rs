@@ -4,12 +4,13 @@ use std::sync::{Arc, PoisonError};
 
 use super::{Provider, Registry};
 use crate::envelope::ProviderId;
+use crate::failure::chain;
 use crate::keystore::KeystoreError;
-use crate::provider::ProviderName;
 use crate::provider::kmip::{KmipProvider, KmipProviderError, KmipSettings};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
 use crate::provider::transit::{TransitProvider, TransitSettings};
+use crate::provider::{KeyProvider, ProviderName};
 use crate::secret::SecretBytes;
 
 impl Registry {
@@ -130,6 +131,13 @@ impl Registry {
     pub fn delete(&self, id: ProviderId) -> Result<(), KeystoreError> {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         self.keystore.delete_provider(id)?;
+        let kmip = known.providers.iter().find_map(|provider| match provider {
+            Provider::Kmip(kmip) if kmip.id() == id => Some(kmip),
+            _ => None,
+        });
+        if let Some(Err(error)) = kmip.map(|kmip| kmip.remove_files()) {
+            tracing::warn!("deleted, but not all of its files: {}", chain(&error));
+        }
         known.providers.retain(|provider| provider.provider().id() != id);
         self.watches.remove(id);
         if known.default == Some(id) {

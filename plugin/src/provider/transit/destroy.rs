@@ -1,13 +1,29 @@
 //! Destroying a key at the server, and what can truly be said of it afterwards.
 
-use super::engine::TransitEngine;
+use super::engine::{KeyInfo, TransitEngine};
 use super::http::Fault;
-use super::kek::KekName;
+use super::kek::{KekName, is_of_vm};
+use crate::envelope::VmId;
+use crate::provider::DestroyReceipt;
 
-/// Whether the KEK is gone, and what was seen.
-pub(super) fn destroy(engine: &TransitEngine, name: &KekName) -> Result<(bool, String), Fault> {
+/// Destroys the KEK if its key is that of `vm`, and says whether it is gone, and what was seen.
+pub(super) fn destroy(engine: &TransitEngine, name: &KekName, vm: VmId) -> Result<DestroyReceipt, Fault> {
+    let kek = name.id();
+    let found = engine.key(&name.key)?.ok_or_else(|| Fault::unknown(&kek))?;
+    if name.context.is_none() && !is_of_vm(&name.key, vm) {
+        let why = format!("key {} is not this VM's own", name.key);
+        return Ok(DestroyReceipt::shared(&kek, &why));
+    }
+    let (destroyed, observed) = destroy_own(engine, name, &found)?;
+    Ok(DestroyReceipt {
+        kek,
+        destroyed,
+        observed,
+    })
+}
+
+fn destroy_own(engine: &TransitEngine, name: &KekName, found: &KeyInfo) -> Result<(bool, String), Fault> {
     let key = &name.key;
-    let found = engine.key(key)?.ok_or_else(|| Fault::unknown(&name.id()))?;
     if let Some(context) = name.context {
         return Ok((
             false,

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use uuid::Uuid;
 
 use super::settings::{KeyName, TransitSettings};
-use crate::envelope::{KekId, ProviderId};
+use crate::envelope::{KekId, ProviderId, VmId};
 use crate::provider::{KekScope, ScopeSetting};
 
 /// Of every stanza that the engine wrapped.
@@ -99,6 +99,11 @@ pub(super) fn key_of(
 /// of others.
 pub(super) fn is_ours(settings: &TransitSettings, key: &KeyName) -> bool {
     key.as_str().starts_with(PREFIX) || settings.key.as_ref() == Some(key)
+}
+
+/// Whether the key was made for this VM alone.
+pub(super) fn is_of_vm(key: &KeyName, vm: VmId) -> bool {
+    *key == made(vm.0)
 }
 
 fn shared_key(settings: &TransitSettings, provider: ProviderId) -> KeyName {

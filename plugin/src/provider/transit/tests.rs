@@ -71,6 +71,7 @@ impl Host {
 }
 
 struct Sealed {
+    vm: VmId,
     payload: Payload,
     stanza: Stanza,
 }
@@ -85,7 +86,7 @@ impl Sealed {
         let payload = Payload::bind(&Dek::random().unwrap(), &binding).unwrap();
         let kek = provider.create_kek(&KekScope::Vm(vm)).unwrap();
         let stanza = provider.wrap(&kek, &payload).unwrap();
-        Self { payload, stanza }
+        Self { vm, payload, stanza }
     }
 
     fn by(host: &Host) -> Self {
@@ -245,7 +246,7 @@ fn deleted_key_is_unknown_and_is_not_made_up_again() {
     let sealed = Sealed::by(&host);
     let other = Sealed::by(&host);
     let kek = &sealed.stanza.kek;
-    let receipt = host.provider.destroy_kek(kek).unwrap();
+    let receipt = host.provider.destroy_kek(kek, sealed.vm).unwrap();
     assert!(receipt.destroyed, "{receipt:?}");
     assert!(matches!(host.refusal(&sealed), ProviderError::UnknownKek(unknown) if unknown == *kek));
     let again = host.provider.wrap(kek, &sealed.payload).unwrap_err();
@@ -268,7 +269,7 @@ fn key_that_may_not_be_deleted_stays_and_the_receipt_says_so() {
         host.mount
     )});
     bao.ask("POST", &format!("sys/policies/acl/{}", host.policy), &policy);
-    let receipt = host.provider.destroy_kek(&sealed.stanza.kek).unwrap();
+    let receipt = host.provider.destroy_kek(&sealed.stanza.kek, sealed.vm).unwrap();
     assert!(!receipt.destroyed);
     assert!(receipt.observed.contains("deletion_allowed"), "{receipt:?}");
     host.opens(&sealed);
@@ -298,13 +299,14 @@ fn rotated_keys_open_the_old_and_the_server_rewraps() {
         assert_eq!(stanza.kek, new);
         host.opens(one);
         Sealed {
+            vm,
             payload: Payload::from_unwrapped(copy_of(&one.payload)).unwrap(),
             stanza,
         }
         .opened_by(&host.provider);
     }
     // An old version is not the whole key.
-    let receipt = host.provider.destroy_kek(old).unwrap();
+    let receipt = host.provider.destroy_kek(old, vm).unwrap();
     assert!(
         !receipt.destroyed && receipt.observed.contains("trim"),
         "{receipt:?}"
@@ -338,7 +340,7 @@ fn derived_kek_is_not_destroyed_and_a_plain_key_is_not_shared() {
     let provider = shared("virtseal-hosts");
     let sealed = Sealed::of(&provider, VmId::random());
     assert!(sealed.stanza.kek.0.starts_with("virtseal-hosts/"));
-    let receipt = provider.destroy_kek(&sealed.stanza.kek).unwrap();
+    let receipt = provider.destroy_kek(&sealed.stanza.kek, sealed.vm).unwrap();
     assert!(
         !receipt.destroyed && receipt.observed.contains("derived"),
         "{receipt:?}"

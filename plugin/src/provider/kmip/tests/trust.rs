@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::super::fixture::{Authority, Certified, Kmip, Server, TlsServer, identity, settings};
+use super::super::fixture::{Authority, Certified, Kmip, Server, TlsServer, identity, secret, settings};
 use super::Wrapped;
 use crate::keystore::Keystore;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
@@ -324,4 +324,56 @@ fn walk(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
     entries
         .flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] })
         .collect()
+}
+
+#[test]
+fn trust_is_read_again_by_an_unlock() {
+    let mut kmip = Kmip::new();
+    let wrapped = Wrapped::by(kmip.provider());
+    let files = walk(kmip.state_dir());
+    let file = files.iter().find(|file| file.ends_with("trust.json")).unwrap();
+    let good = fs::read(file).unwrap();
+    // What the start could not read is no reason to trust nobody for ever, nor is it a reason to trust anybody.
+    fs::write(file, "{").unwrap();
+    kmip.restart();
+    let unlock = || kmip.provider().unlock(&secret(Kmip::CREDENTIAL));
+    let error = unlock().unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::Unusable(why) if why.contains("trust.json")),
+        "{error:?}"
+    );
+    assert_eq!(kmip.provider().status(), ProviderStatus::Locked);
+    fs::write(file, &good).unwrap();
+    unlock().unwrap();
+    assert_eq!(kmip.provider().status(), ProviderStatus::Ready);
+    wrapped.assert_opened_by(kmip.provider());
+    // Another trust than the one in memory, from a restored state directory.
+    let other = serde_json::json!({"pins": ["AB".repeat(32)]}).to_string();
+    fs::write(file, other).unwrap();
+    kmip.provider().lock();
+    unlock().unwrap();
+    assert!(not_trusted(kmip.provider()).starts_with("Not trusted: "));
+    assert!(kmip.provider().unwrap_many(&[&wrapped.stanza]).is_err());
+}
+
+/// The client's certificate is offered only to who asks; who does not ask has not refused it.
+#[test]
+fn server_that_asks_for_no_client_certificate_has_not_refused_it() {
+    let authority = Authority::new();
+    for version in ["-tls1_2", "-tls1_3"] {
+        let server = TlsServer::asking_nothing(&authority, version);
+        let (provider, _dir) = untrusting(server.port);
+        provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
+        for _ in 0..2 {
+            let status = provider.status();
+            assert!(
+                matches!(status, ProviderStatus::Unreachable(_)),
+                "{version}: {status}"
+            );
+            // With one, and then with one that the server's CA does not know.
+            provider
+                .set_identity(&identity(&Authority::new(), false))
+                .unwrap();
+        }
+    }
 }

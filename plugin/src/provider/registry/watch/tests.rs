@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::*;
-use crate::envelope::{KekId, Payload, Stanza};
+use crate::envelope::{KekId, Payload, Stanza, VmId};
 use crate::provider::{DestroyReceipt, KekScope, ProviderError};
 use crate::secret::SecretBytes;
 
@@ -81,7 +81,7 @@ impl KeyProvider for Moody {
         Err(ProviderError::Locked)
     }
 
-    fn destroy_kek(&self, _: &KekId) -> Result<DestroyReceipt, ProviderError> {
+    fn destroy_kek(&self, _: &KekId, _: VmId) -> Result<DestroyReceipt, ProviderError> {
         Err(ProviderError::Locked)
     }
 
