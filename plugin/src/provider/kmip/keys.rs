@@ -295,9 +295,9 @@ impl Keys<'_> {
         ticket: Ticket,
         keks: &[KekId],
     ) -> Result<Vec<Arc<SecretBytes>>, ProviderError> {
-        let deadline = match self.cache.all(keks) {
-            Some(_) => self.deadline.min(Instant::now() + RECALL_AFTER),
-            None => self.deadline,
+        let deadline = match self.cache.may_have(keks) {
+            true => self.deadline.min(Instant::now() + RECALL_AFTER),
+            false => self.deadline,
         };
         match self.fetch(keks, KeyState::may_unwrap, deadline) {
             Ok(keys) => {
@@ -306,9 +306,12 @@ impl Keys<'_> {
                 Ok(keys)
             }
             Err(ProviderError::Unreachable(why)) => {
-                let Some(keys) = self.cache.all(keks) else {
-                    return Err(ProviderError::Unreachable(why));
-                };
+                let keys = self.cache.recall(keks, self.deadline).map_err(|not_kept| {
+                    ProviderError::Unreachable(match not_kept.0 {
+                        Some(reason) => format!("{why}; {reason}"),
+                        None => why.clone(),
+                    })
+                })?;
                 tracing::warn!(provider = self.provider_name, "opened with cached keys: {why}");
                 Ok(keys)
             }
@@ -389,7 +392,6 @@ impl Keys<'_> {
             let why = format!("at the KMS it does not bear the name {name}");
             return Ok(DestroyReceipt::shared(kek, &why));
         }
-        self.cache.forget(kek);
         if before == KeyState::Active {
             self.once(kek, Call::Revoke(kek.clone()))?;
         }
