@@ -254,10 +254,7 @@ impl Daemon {
         for place in [CopyPlace::Xml, CopyPlace::Image] {
             for copy in self.keystore.stale_copies(place, None, 100)? {
                 copies.push(CopyView {
-                    vm: names
-                        .get(&copy.vm)
-                        .cloned()
-                        .unwrap_or_else(|| copy.vm.to_string()),
+                    vm: names.of(copy.vm),
                     envelope: copy.envelope.to_string(),
                     place: place.as_str().to_owned(),
                     reason: copy.reason,
