@@ -10,6 +10,7 @@ use crate::envelope::{ProviderId, VmId};
 use crate::failure::{Code, Failure};
 use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
 use crate::provider::registry::Provider;
+use crate::provider::{KeyProvider, ProviderStatus};
 use crate::rotation::{self, Step, Task};
 
 /// How many jobs `virtseal jobs` shows.
@@ -88,13 +89,13 @@ impl Daemon {
         let mut started = self.start(&Task::Rotate { provider })?;
         if let Provider::Native(native) = &known {
             started.warnings.extend(self.renew_tpm(native));
-        }
-        if let (Provider::Native(native), false) = (&known, known.provider().status().as_str() == "Ready") {
-            started.warnings.push(format!(
-                "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} --output \
-                 FILE. The job goes on then",
-                native.generation()
-            ));
+            if native.status() != ProviderStatus::Ready {
+                started.warnings.push(format!(
+                    "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} \
+                     --output FILE. The job goes on then",
+                    native.generation()
+                ));
+            }
         }
         Ok(started)
     }
