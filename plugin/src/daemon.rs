@@ -16,6 +16,7 @@ mod shred;
 mod status;
 mod trust;
 mod visible;
+mod vms;
 mod volumes;
 
 use std::collections::BTreeSet;
@@ -33,7 +34,7 @@ use crate::domain::{self, Domain, ObjectState};
 use crate::envelope::{EnvelopeId, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{CopyPlace, JobId, Keystore};
-use crate::libvirt::{Arming, DefinedDomain, Libvirt, LibvirtError};
+use crate::libvirt::{Arming, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
 use crate::seal::{self, Host};
@@ -408,15 +409,6 @@ impl Daemon {
             swtpm_dir: config.swtpm_dir,
             nvram_dir: config.nvram_dir,
         }
-    }
-
-    fn find_domain(&self, vm: &str) -> Result<DefinedDomain, Failure> {
-        self.libvirt
-            .domain(vm)
-            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?
-            .ok_or_else(|| {
-                Failure::new(Code::NotFound, format!("there is no VM '{vm}'")).next("virsh list --all")
-            })
     }
 }
 

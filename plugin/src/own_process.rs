@@ -20,19 +20,22 @@ pub(crate) fn is_this() -> bool {
     std::env::var_os(ALONE).is_some()
 }
 
-/// Runs the current test in a process of its own that has these variables too, and waits for it to pass there.
-pub(crate) fn start<const N: usize>(variables: [(&str, &OsStr); N]) {
+/// What runs the current test in a process of its own.
+pub(crate) fn command() -> Command {
     let name = std::thread::current().name().unwrap().to_owned();
     assert_ne!(
         name, "main",
         "a single test thread does not know its test: use two"
     );
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", &name, "--nocapture", "--test-threads=1"])
-        .env(ALONE, "1")
-        .envs(variables)
-        .output()
-        .unwrap();
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", &name, "--nocapture", "--test-threads=1"]);
+    command.env(ALONE, "1");
+    command
+}
+
+/// Runs the current test in a process of its own that has these variables too, and waits for it to pass there.
+pub(crate) fn start<const N: usize>(variables: [(&str, &OsStr); N]) {
+    let output = command().envs(variables).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     let complained = String::from_utf8_lossy(&output.stderr);
     assert!(

@@ -1,10 +1,8 @@
 //! The key of a state file, derived from its passphrase as swtpm derives it.
 
-use openssl::error::ErrorStack;
-use openssl::hash::MessageDigest;
-use openssl::pkcs5::pbkdf2_hmac;
+use openssl::sha::Sha512;
 use thiserror::Error;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 pub(crate) const KEY_BYTES: usize = 32;
 
@@ -23,9 +21,6 @@ pub enum KeyError {
     /// swtpm takes no empty passphrase either.
     #[error("the passphrase of a TPM state is empty")]
     EmptyPassphrase,
-    /// libcrypto refused the derivation, as in a FIPS mode that allows no short salts.
-    #[error("libcrypto can't derive the key of a TPM state")]
-    Crypto(#[source] ErrorStack),
 }
 
 impl StateKey {
@@ -37,20 +32,14 @@ impl StateKey {
     ///
     /// # Errors
     ///
-    /// [`KeyError::EmptyPassphrase`], or [`KeyError::Crypto`] when libcrypto refuses.
+    /// [`KeyError::EmptyPassphrase`].
     pub fn derive(passphrase: &[u8]) -> Result<Self, KeyError> {
         if passphrase.is_empty() {
             return Err(KeyError::EmptyPassphrase);
         }
         let mut key = Box::new(Zeroizing::new([0; KEY_BYTES]));
-        pbkdf2_hmac(
-            passphrase,
-            SALT,
-            ITERATIONS,
-            MessageDigest::sha512(),
-            key.as_mut_slice(),
-        )
-        .map_err(KeyError::Crypto)?;
+        pbkdf2(passphrase, key.as_mut_slice());
+        scrub_stack();
         Ok(Self(key))
     }
 
@@ -65,8 +54,74 @@ impl std::fmt::Debug for StateKey {
     }
 }
 
+const BLOCK_BYTES: usize = 128;
+const DIGEST_BYTES: usize = 64;
+
+/// HMAC-SHA512 (RFC 2104) that starts from the two states in which a key leaves the hash.
+///
+/// The EVP interface allocates and copies a context for each of the 2000 digests: twice the time of the digests.
+struct Hmac {
+    inner: Sha512,
+    outer: Sha512,
+}
+
+impl Hmac {
+    fn new(key: &[u8]) -> Self {
+        let mut block = Zeroizing::new([0; BLOCK_BYTES]);
+        if key.len() > BLOCK_BYTES {
+            let mut hash = Sha512::new();
+            hash.update(key);
+            block[..DIGEST_BYTES].copy_from_slice(&hash.finish());
+        } else {
+            block[..key.len()].copy_from_slice(key);
+        }
+        let mut state_after = |pad: u8, before: u8| {
+            block.iter_mut().for_each(|byte| *byte ^= before ^ pad);
+            let mut hash = Sha512::new();
+            hash.update(block.as_slice());
+            hash
+        };
+        let inner = state_after(0x36, 0);
+        let outer = state_after(0x5c, 0x36);
+        Self { inner, outer }
+    }
+
+    fn of(&self, message: &[u8]) -> [u8; DIGEST_BYTES] {
+        let (mut inner, mut outer) = (self.inner.clone(), self.outer.clone());
+        inner.update(message);
+        outer.update(&inner.finish());
+        outer.finish()
+    }
+}
+
+/// The first block of PBKDF2 (RFC 8018, section 5.2), cut to the length of `key`.
+#[inline(never)]
+fn pbkdf2(passphrase: &[u8], key: &mut [u8]) {
+    let hmac = Hmac::new(passphrase);
+    let mut block = Zeroizing::new(hmac.of(&[SALT, &1_u32.to_be_bytes()].concat()));
+    let mut sum = block.clone();
+    for _ in 1..ITERATIONS {
+        *block = hmac.of(block.as_slice());
+        sum.iter_mut()
+            .zip(block.iter())
+            .for_each(|(sum, byte)| *sum ^= byte);
+    }
+    key.copy_from_slice(&sum[..key.len()]);
+}
+
+/// Overwrites the part of the stack where hash states of the key were.
+#[inline(never)]
+fn scrub_stack() {
+    let mut deeper = [0_u8; 8 * 1024];
+    deeper.zeroize();
+    std::hint::black_box(&deeper);
+}
+
 #[cfg(test)]
 mod tests {
+    use openssl::hash::MessageDigest;
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -80,6 +135,17 @@ mod tests {
             StateKey::derive(&b"0123456789abcdef".repeat(4)).unwrap().expose(),
             &expected
         );
+    }
+
+    proptest! {
+        #[test]
+        fn derives_what_libcrypto_derives(passphrase in prop::collection::vec(any::<u8>(), 1..300)) {
+            let mut expected = [0; KEY_BYTES];
+            let sha512 = MessageDigest::sha512();
+            openssl::pkcs5::pbkdf2_hmac(&passphrase, SALT, ITERATIONS, sha512, &mut expected).unwrap();
+            let key = StateKey::derive(&passphrase).unwrap();
+            prop_assert_eq!(key.expose(), &expected);
+        }
     }
 
     #[test]

@@ -4,15 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use super::visible::Place;
+use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
 use crate::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
-use crate::failure::{Code, Failure, chain};
+use crate::failure::{Code, Failure};
 use crate::keystore::CopyPlace;
 use crate::rotation::Task;
-
-/// How many VMs a message names.
-const NAMED: usize = 8;
 
 /// What needs a provider.
 #[derive(Debug, Default)]
@@ -136,13 +134,11 @@ impl Daemon {
         let Some(record) = self.keystore.envelope(envelope)? else {
             return Ok(format!("a copy of envelope {envelope}"));
         };
-        let vm = record.envelope.vm;
-        let xml = |name: Option<&String>| Place::Xml(name.map_or_else(|| vm.to_string(), String::clone));
-        Ok(match place {
-            CopyPlace::Xml => xml(self.vm_names()?.get(&vm)),
+        let place = match place {
+            CopyPlace::Xml => Place::Xml(self.vm_names()?.of(record.envelope.vm)),
             CopyPlace::Image => Place::Image(record.location.into()),
-        }
-        .to_string())
+        };
+        Ok(place.to_string())
     }
 
     /// What the keystore does not know of: VMs that came here and have not started yet, and copies from before a job.
@@ -178,14 +174,10 @@ impl Daemon {
             ));
         }
         if !uses.copies.is_empty() {
-            let count = uses.copies.len();
-            let mut named: Vec<_> = uses.copies.iter().take(NAMED).cloned().collect();
-            if count > NAMED {
-                named.push(format!("{} more", count - NAMED));
-            }
             reasons.push(format!(
-                "{count} copies that are behind need it ({})",
-                named.join(", ")
+                "{} copies that are behind need it ({})",
+                uses.copies.len(),
+                some_of(&uses.copies)
             ));
         }
         if in_policy {
@@ -225,37 +217,9 @@ impl Daemon {
         chosen.map_or_else(|| "OTHER".to_owned(), |known| known.provider().name().to_owned())
     }
 
-    /// `12 objects of 4 VMs (a, b, c, d)`, given the VM of each object.
-    pub(super) fn objects_of_vms(&self, objects: &[VmId]) -> Result<String, Failure> {
-        let names = self.vm_names()?;
-        let vms: BTreeSet<String> = objects
-            .iter()
-            .map(|vm| names.get(vm).cloned().unwrap_or_else(|| vm.to_string()))
-            .collect();
-        let mut named: Vec<_> = vms.iter().take(NAMED).cloned().collect();
-        if vms.len() > NAMED {
-            named.push(format!("{} more", vms.len() - NAMED));
-        }
-        Ok(format!(
-            "{} objects of {} VMs ({})",
-            objects.len(),
-            vms.len(),
-            named.join(", ")
-        ))
-    }
-
-    /// The names of the VMs that the keystore knows.
-    pub(super) fn vm_names(&self) -> Result<BTreeMap<VmId, String>, Failure> {
-        let vms = self.keystore.vms()?;
-        Ok(vms.into_iter().map(|known| (known.vm, known.name)).collect())
-    }
-
     /// Envelopes whose VM is not defined, and KEKs that no defined VM's envelope needs.
     pub fn orphans(&self) -> Result<Orphans, Failure> {
-        let domains = self
-            .background
-            .domains()
-            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
+        let domains = self.background.domains().map_err(|error| unreachable(&error))?;
         let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
         let names = self.vm_names()?;
         let (mut envelopes, mut in_use) = (Vec::new(), BTreeSet::new());
@@ -274,10 +238,7 @@ impl Daemon {
             if !used {
                 envelopes.push(OrphanEnvelope {
                     envelope: envelope.id.to_string(),
-                    vm: names
-                        .get(&envelope.vm)
-                        .cloned()
-                        .unwrap_or_else(|| envelope.vm.to_string()),
+                    vm: names.of(envelope.vm),
                     kind: envelope.kind.to_string(),
                     path: (!record.location.is_empty()).then(|| record.location.clone()),
                     present: !record.location.is_empty() && Path::new(&record.location).exists(),

@@ -13,6 +13,7 @@ use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::provider::registry::Provider;
+use crate::provider::{KeyProvider, ProviderStatus};
 use crate::rotation::{self, Step, Task};
 
 /// How many jobs `virtseal jobs` shows.
@@ -109,13 +110,13 @@ impl Daemon {
         let mut started = self.start(&Task::Rotate { provider })?;
         if let Provider::Native(native) = &known {
             started.warnings.extend(self.renew_tpm(native));
-        }
-        if let (Provider::Native(native), false) = (&known, known.provider().status().as_str() == "Ready") {
-            started.warnings.push(format!(
-                "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} --output \
-                 FILE. The job goes on then",
-                native.generation()
-            ));
+            if native.status() != ProviderStatus::Ready {
+                started.warnings.push(format!(
+                    "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} \
+                     --output FILE. The job goes on then",
+                    native.generation()
+                ));
+            }
         }
         Ok(started)
     }
@@ -314,10 +315,7 @@ impl Daemon {
         for place in [CopyPlace::Xml, CopyPlace::Image] {
             for copy in self.keystore.stale_copies(place, None, 100)? {
                 copies.push(CopyView {
-                    vm: names
-                        .get(&copy.vm)
-                        .cloned()
-                        .unwrap_or_else(|| copy.vm.to_string()),
+                    vm: names.of(copy.vm),
                     envelope: copy.envelope.to_string(),
                     place: place.as_str().to_owned(),
                     reason: copy.reason,

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use swtpm_state::libvirt_state_dir;
 
 use super::headers::Writing;
+use super::vms::unreachable;
 use super::{Daemon, lock};
 use crate::api::{Receipt, ReceiptLine};
 use crate::domain::{Domain, Metadata, encrypted_layers};
@@ -28,6 +29,8 @@ struct Doomed {
     /// The files that its own XML has for its envelopes: the keystore learns of a moved image only at a start.
     files: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
 }
+
+type Keks = BTreeSet<(ProviderId, String)>;
 
 impl Doomed {
     fn ids(&self) -> impl Iterator<Item = EnvelopeId> {
@@ -126,10 +129,7 @@ impl Daemon {
                 .next(format!("virtseal jobs watch {}", job.id.0)));
         }
         let ids: Vec<String> = doomed.ids().map(|id| id.to_string()).collect();
-        let kept = self
-            .background
-            .every_xml()
-            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
+        let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         for other in kept.iter().filter(|other| other.vm != doomed.vm) {
             // As text: an XML that can't be read may need its disk all the same.
             if ids.iter().any(|id| other.xml.contains(id)) {
@@ -156,7 +156,7 @@ impl Daemon {
         match self.background.domain(&doomed.vm.to_string()) {
             Ok(Some(defined)) if defined.active => Err(starting()),
             Ok(_) => Ok(taken),
-            Err(error) => Err(Failure::new(Code::Unreachable, chain(&error)).next("virtseal status")),
+            Err(error) => Err(unreachable(&error)),
         }
     }
 
@@ -186,7 +186,7 @@ impl Daemon {
         let defined = self
             .background
             .remove_metadata(doomed.vm, Metadata::NAMESPACE)
-            .map_err(|error| half_done(Failure::new(Code::Unreachable, chain(&error))))?;
+            .map_err(|error| half_done(unreachable(&error)))?;
         if defined {
             lines.push(line(
                 "the copies in the domain XML",
@@ -253,42 +253,24 @@ impl Daemon {
     }
 
     /// The KEKs of the VM's envelopes and of their copies, those from before a rotation too; and those of all others.
-    #[expect(clippy::type_complexity, reason = "two sets of the same")]
-    fn keks(
-        &self,
-        doomed: &Doomed,
-    ) -> Result<(BTreeSet<(ProviderId, String)>, BTreeSet<(ProviderId, String)>), Failure> {
-        let (mut own, mut others) = (BTreeSet::new(), BTreeSet::new());
-        let ids: BTreeSet<EnvelopeId> = doomed.records.iter().map(|record| record.envelope.id).collect();
+    fn keks(&self, doomed: &Doomed) -> Result<(Keks, Keks), Failure> {
+        let (mut own, mut others) = (Keks::new(), Keks::new());
+        let ids: BTreeSet<EnvelopeId> = doomed.ids().collect();
+        let mut note = |is_own: bool, provider: ProviderId, KekId(kek)| {
+            let set = if is_own { &mut own } else { &mut others };
+            set.insert((provider, kek));
+        };
         for record in self.keystore.envelopes()? {
-            let set = if ids.contains(&record.envelope.id) {
-                &mut own
-            } else {
-                &mut others
-            };
-            set.extend(
-                record
-                    .envelope
-                    .stanzas
-                    .into_iter()
-                    .map(|stanza| (stanza.provider, stanza.kek.0)),
-            );
+            let is_own = ids.contains(&record.envelope.id);
+            for stanza in record.envelope.stanzas {
+                note(is_own, stanza.provider, stanza.kek);
+            }
         }
         for needed in self.keystore.needed_keks()? {
-            let set = if ids.contains(&needed.envelope) {
-                &mut own
-            } else {
-                &mut others
-            };
-            set.insert((needed.provider, needed.kek.0));
+            note(ids.contains(&needed.envelope), needed.provider, needed.kek);
         }
         for retired in self.keystore.retired_keks()? {
-            let set = if retired.vm == doomed.vm {
-                &mut own
-            } else {
-                &mut others
-            };
-            set.insert((retired.provider, retired.kek.0));
+            note(retired.vm == doomed.vm, retired.provider, retired.kek);
         }
         Ok((own, others))
     }

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use swtpm_state::{State, libvirt_state_dir};
 
+use super::vms::{KnownVm, unreachable};
 use super::{Daemon, lock};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
 use crate::domain::{self, Domain, Object, ObjectState};
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::failure::{Code, Failure, chain};
+use crate::failure::{Failure, chain};
 use crate::keystore::EnvelopeRecord;
 use crate::libvirt::DefinedDomain;
 
@@ -33,33 +34,17 @@ impl Daemon {
     /// One VM, sealed or not; or all sealed ones.
     pub fn vm_status(&self, vm: Option<&str>) -> Result<Vms, Failure> {
         let Some(vm) = vm else {
-            let domains = self
-                .libvirt
-                .domains()
-                .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
+            let domains = self.libvirt.domains().map_err(|error| unreachable(&error))?;
             return Ok(Vms {
                 vms: self.sealed_vms(domains)?,
             });
         };
         let records = self.records()?;
-        match self.find_domain(vm) {
-            Ok(defined) => Ok(Vms {
-                vms: vec![self.defined(&defined, &records)],
-            }),
-            Err(absent) if absent.code == Code::NotFound => {
-                let known = self
-                    .keystore
-                    .vms()?
-                    .into_iter()
-                    .find(|known| known.name == vm || vm.parse() == Ok(known.vm));
-                known
-                    .map(|known| Vms {
-                        vms: vec![self.undefined(known.vm, known.name, &records)],
-                    })
-                    .ok_or(absent)
-            }
-            Err(failure) => Err(failure),
-        }
+        let view = match self.find_vm(vm)? {
+            KnownVm::Defined(defined) => self.defined(&defined, &records),
+            KnownVm::Undefined(known) => self.undefined(known.vm, known.name, &records),
+        };
+        Ok(Vms { vms: vec![view] })
     }
 
     fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Failure> {

@@ -8,6 +8,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::Daemon;
+use super::vms::unreachable;
 use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::envelope::{Envelope, ObjectKind};
 use crate::failure::{Code, Failure, chain};
@@ -62,10 +63,7 @@ impl Daemon {
     /// # Errors
     /// When libvirt does not answer, or has XML whose envelopes can't be read. An image that is not there now is left out.
     pub(super) fn visible_copies(&self) -> Result<Vec<VisibleCopy>, Failure> {
-        let kept = self
-            .background
-            .every_xml()
-            .map_err(|error| Failure::new(Code::Unreachable, chain(&error)).next("virtseal status"))?;
+        let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         let (mut copies, mut images) = (Vec::new(), BTreeSet::new());
         for record in self.keystore.envelopes()? {
             if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use super::{Daemon, lock};
 use crate::api::{VolumeProgress, VolumeRequest};
-use crate::envelope::{ObjectKind, VmId};
+use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain};
 use crate::seal::NewObject;
 use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
@@ -131,20 +131,6 @@ impl Daemon {
             percent: 100.0,
             envelope: Some(object.envelope.id.to_string()),
             size: Some(created.size.0),
-        })
-    }
-
-    /// A UUID needs no libvirt: the VM may be defined later.
-    pub(super) fn vm_id(&self, vm: &str) -> Result<VmId, Failure> {
-        if let Ok(id) = vm.parse() {
-            return Ok(id);
-        }
-        let found = self.libvirt.domain(vm).map_err(|error| {
-            Failure::new(Code::Unreachable, chain(&error)).next("virtseal status, or give --vm its UUID")
-        })?;
-        found.map(|domain| domain.vm).ok_or_else(|| {
-            Failure::new(Code::NotFound, format!("there is no VM '{vm}'"))
-                .next("define it first, or give --vm the UUID that it will have")
         })
     }
 }

@@ -2,22 +2,20 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use super::*;
 use crate::envelope::{
     Binding, Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, Stanza, VmId,
 };
+use crate::own_process;
 
 const STATE_DIR: &str = "VIRTSEAL_TEST_STATE_DIR";
 
 /// The child's part: writes for ever, and says what was committed once the call has returned.
-#[test]
-#[ignore = "run by killed_writer_loses_nothing_it_has_reported"]
-fn writer() {
-    let dir = std::env::var_os(STATE_DIR).expect("the parent names the directory");
-    let keystore = Keystore::open(Path::new(&dir)).unwrap();
+fn write_for_ever(dir: &Path) -> ! {
+    let keystore = Keystore::open(dir).unwrap();
     let vm = VmId::random();
     let say = |word: &str, id: EnvelopeId| {
         let mut out = std::io::stdout().lock();
@@ -90,6 +88,9 @@ fn persist(keystore: &Keystore, provider: ProviderId) {
 
 #[test]
 fn killed_writer_loses_nothing_it_has_reported() {
+    if let Some(dir) = std::env::var_os(STATE_DIR) {
+        write_for_ever(Path::new(&dir));
+    }
     let dir = tempfile::tempdir().unwrap();
     let mut reported = Vec::new();
     for round in 0..12_u64 {
@@ -110,8 +111,7 @@ fn killed_writer_loses_nothing_it_has_reported() {
 }
 
 fn spawn_writer(dir: &Path) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "keystore::crash::writer", "--ignored", "--nocapture"])
+    own_process::command()
         .env(STATE_DIR, dir)
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

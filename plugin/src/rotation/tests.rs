@@ -71,6 +71,14 @@ impl Host {
         envelope.id
     }
 
+    fn move_to_spare(&self) -> Task {
+        Task::Move {
+            from: self.main.id(),
+            to: self.spare.id(),
+            vm: None,
+        }
+    }
+
     fn start(&self, task: &Task) -> JobId {
         self.keystore.insert_job(&task.to_json()).unwrap().id
     }
@@ -120,11 +128,7 @@ impl Host {
 #[test]
 fn moved_to_another_provider_they_open_without_the_first() {
     let host = Host::with_envelopes(120);
-    let task = Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    };
+    let task = host.move_to_spare();
     let job = host.sweep(&task);
     assert_eq!(
         (job.state, job.seen, job.changed, job.left),
@@ -320,11 +324,7 @@ fn a_damaged_envelope_is_left_alone_and_named() {
     bad.generation = Generation(2);
     bad.stanzas[0].body[20] ^= 1;
     host.keystore.put(&bad, "").unwrap();
-    let job = host.sweep(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
+    let job = host.sweep(&host.move_to_spare());
     assert_eq!((job.state, job.changed, job.left), (JobState::Incomplete, 6, 1));
     let left = host.keystore.left_behind(job.id, 10).unwrap();
     assert_eq!((left[0].envelope, left[0].again), (bad.id, false));
@@ -370,11 +370,7 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
 #[test]
 fn what_is_sealed_meanwhile_is_not_forgotten() {
     let mut host = Host::with_envelopes(10);
-    let job = host.start(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
+    let job = host.start(&host.move_to_spare());
     for _ in 0..8 {
         host.step(1);
         host.seal(Some("main"));
@@ -407,11 +403,7 @@ fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
 #[test]
 fn a_restarted_host_goes_on_once_it_is_unlocked() {
     let host = Host::with_envelopes(30);
-    host.start(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
+    host.start(&host.move_to_spare());
     assert!(matches!(host.step(11), Some(Step::Worked(_))));
     let Host {
         dir,

@@ -176,6 +176,7 @@ struct Job<'a> {
     untried: VecDeque<&'a Stanza>,
     attempts: Vec<Attempt>,
     dek: Option<Dek>,
+    /// Nobody is left to be asked.
     failed: bool,
 }
 
@@ -212,11 +213,6 @@ impl<'a> Job<'a> {
         });
     }
 
-    /// Nobody is left to be asked.
-    fn has_failed(&self) -> bool {
-        self.failed
-    }
-
     fn into_result(mut self) -> Result<Dek, OpenError> {
         self.dek.take().ok_or_else(|| self.into_error())
     }
@@ -243,17 +239,11 @@ pub(super) fn open_all(
     deadline: Duration,
 ) -> Result<Vec<Dek>, OpenError> {
     let mut opening = Opening::of(providers, envelopes, deadline);
-    loop {
-        let round = opening.next_round();
-        if let Some(at) = opening.jobs.iter().position(Job::has_failed) {
-            return Err(opening.jobs.swap_remove(at).into_error());
-        }
-        if round.is_empty() {
-            break;
-        }
-        opening.ask_all(round);
+    opening.run_until(|jobs| jobs.iter().any(|job| job.failed));
+    match opening.jobs.iter().position(|job| job.failed) {
+        Some(at) => Err(opening.jobs.swap_remove(at).into_error()),
+        None => opening.jobs.into_iter().map(Job::into_result).collect(),
     }
-    opening.jobs.into_iter().map(Job::into_result).collect()
 }
 
 /// Each of them as far as it goes. A provider that refuses everything is asked once, however many need it.
@@ -263,13 +253,7 @@ pub(super) fn open_each(
     deadline: Duration,
 ) -> Vec<Result<Dek, OpenError>> {
     let mut opening = Opening::of(providers, envelopes, deadline);
-    loop {
-        let round = opening.next_round();
-        if round.is_empty() {
-            break;
-        }
-        opening.ask_all(round);
-    }
+    opening.run_until(|_| false);
     opening.jobs.into_iter().map(Job::into_result).collect()
 }
 
@@ -327,9 +311,16 @@ impl<'a> Opening<'a> {
         round
     }
 
-    fn ask_all(&mut self, round: Round<'a>) {
-        for (provider, members) in round {
-            self.ask(provider, &members);
+    /// Until every envelope is open or has failed, or it is `enough`.
+    fn run_until(&mut self, enough: impl Fn(&[Job<'a>]) -> bool) {
+        loop {
+            let round = self.next_round();
+            if round.is_empty() || enough(&self.jobs) {
+                return;
+            }
+            for (provider, members) in round {
+                self.ask(provider, &members);
+            }
         }
     }
 
