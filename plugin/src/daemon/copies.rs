@@ -97,7 +97,7 @@ impl Daemon {
             let Some(last) = page.last() else {
                 return Ok(());
             };
-            after = Some((last.vm, last.envelope));
+            after = Some(last.envelope);
             work(&page)?;
         }
     }
@@ -142,9 +142,18 @@ impl Daemon {
 
     fn edit_xml(&self, vm: VmId, newest: &BTreeMap<EnvelopeId, Envelope>) -> Result<(), String> {
         let unreadable = RefCell::new(None);
+        // All that the VM has, also those of other pages: so it is changed once.
+        let current = |id| {
+            newest.get(&id).cloned().or_else(|| {
+                let known = self.keystore.envelope(id).ok().flatten();
+                known
+                    .filter(|record| record.state == EnvelopeState::Active)
+                    .map(|record| record.envelope)
+            })
+        };
         let namespace = (Metadata::PREFIX, Metadata::NAMESPACE);
         let edited = self.background.edit_metadata(vm, namespace, |element| {
-            edit::refresh_element(element, |id| newest.get(&id).cloned()).unwrap_or_else(|error| {
+            edit::refresh_element(element, current).unwrap_or_else(|error| {
                 *unreadable.borrow_mut() = Some(chain(&error));
                 None
             })

@@ -10,7 +10,6 @@ use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
 use crate::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::failure::{Code, Failure};
 use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
-use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::provider::registry::Provider;
 use crate::provider::{KeyProvider, ProviderStatus};
@@ -199,12 +198,12 @@ impl Daemon {
 
     /// Nothing may be left that no provider opens.
     fn refuse_to_close(&self, task: &Task, provider: ProviderId) -> Result<(), Failure> {
-        let records = self.keystore.envelopes()?;
-        let closed: Vec<VmId> = records
-            .iter()
-            .filter(|record| task.would_close(&record.envelope))
-            .map(|record| record.envelope.vm)
-            .collect();
+        let mut closed: Vec<VmId> = Vec::new();
+        self.keystore.each_envelope(|record| {
+            if task.would_close(&record.envelope) {
+                closed.push(record.envelope.vm);
+            }
+        })?;
         if closed.is_empty() {
             return Ok(());
         }

@@ -65,11 +65,11 @@ impl Daemon {
     pub(super) fn visible_copies(&self) -> Result<Vec<VisibleCopy>, Failure> {
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         let (mut copies, mut images) = (Vec::new(), BTreeSet::new());
-        for record in self.keystore.envelopes()? {
+        self.keystore.each_envelope(|record| {
             if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {
                 images.insert(PathBuf::from(record.location));
             }
-        }
+        })?;
         for kept in &kept {
             let unreadable = |error| Failure::new(Code::Failed, format!("{}: {}", kept.name, chain(&error)));
             copies.extend(copies_in(kept).map_err(unreadable)?);

@@ -88,18 +88,20 @@ impl Keystore {
         })
     }
 
-    /// Up to `most` stale copies in `place`, of VMs behind `after`, by VM.
+    /// Up to `most` stale copies in `place`, of envelopes behind `after`, by envelope.
     pub fn stale_copies(
         &self,
         place: CopyPlace,
-        after: Option<(VmId, EnvelopeId)>,
+        after: Option<EnvelopeId>,
         most: u32,
     ) -> Result<Vec<StaleCopy>, KeystoreError> {
-        let after = after.map_or_else(String::new, |(vm, envelope)| format!("{vm} {envelope}"));
+        let after = after.map_or_else(String::new, |envelope| envelope.to_string());
         self.read(|connection| {
-            let sql = "SELECT envelope, vm, min(since), max(reason) FROM stale_copies JOIN envelopes ON id = envelope
-                 WHERE place = ?1 AND vm || ' ' || envelope > ?2
-                 GROUP BY envelope ORDER BY vm, envelope LIMIT ?3";
+            // In the order of the primary key, so that a page costs the same wherever it is.
+            let sql = "SELECT envelope, vm, min(since), max(reason)
+                 FROM stale_copies CROSS JOIN envelopes ON id = envelope
+                 WHERE place = ?1 AND envelope > ?2
+                 GROUP BY envelope ORDER BY envelope LIMIT ?3";
             collect(connection, sql, params![place.as_str(), after, most], |row| {
                 Ok(StaleCopy {
                     envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,

@@ -154,6 +154,18 @@ impl Keystore {
         self.read(|connection| select(connection, "WHERE vm = ?1 ORDER BY created, id", [vm.to_string()]))
     }
 
+    /// Shows `visit` every envelope, one at a time: there may be too many for the memory. It must not use the keystore.
+    pub fn each_envelope(&self, mut visit: impl FnMut(EnvelopeRecord)) -> Result<(), KeystoreError> {
+        self.read(|connection| {
+            let mut statement = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM envelopes"))?;
+            let mut rows = statement.query([])?;
+            while let Some(row) = rows.next()? {
+                visit(record_of(row)?);
+            }
+            Ok(())
+        })
+    }
+
     /// All envelopes, by VM.
     pub fn envelopes(&self) -> Result<Vec<EnvelopeRecord>, KeystoreError> {
         self.read(|connection| select(connection, "ORDER BY vm, created, id", []))
@@ -312,6 +324,11 @@ mod tests {
         assert_eq!(record.location, "/images/web01.qcow2");
         assert_eq!(keystore.envelopes_of(vm).unwrap(), [record]);
         assert_eq!(keystore.envelopes().unwrap().len(), 2);
+        let mut seen = Vec::new();
+        keystore
+            .each_envelope(|record| seen.push(record.envelope))
+            .unwrap();
+        assert!(seen.len() == 2 && seen.contains(&first) && seen.contains(&second));
         assert_eq!(
             keystore.envelope(second.id).unwrap().unwrap().state,
             EnvelopeState::Pending

@@ -35,7 +35,7 @@ pub(super) fn within<T: Send + 'static>(
 pub(super) fn each_within<I: Send + 'static, T: Send + 'static>(
     deadline: Duration,
     items: Vec<I>,
-    call: impl Fn(I) -> Result<T, ProviderError> + Send + 'static,
+    mut call: impl FnMut(I) -> Result<T, ProviderError> + Send + 'static,
 ) -> Result<Vec<Result<T, ProviderError>>, ProviderError> {
     let count = items.len();
     let (sender, receiver) = sync_channel(count.max(1));

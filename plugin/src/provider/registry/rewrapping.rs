@@ -182,9 +182,11 @@ impl Registry {
             source,
         };
         let places: Vec<_> = orders.iter().map(|order| order.at).collect();
-        let asked = known.clone();
-        let answers =
-            each_within(self.deadline(), orders, move |order| wrap(&asked, &order)).map_err(blocked)?;
+        let (asked, mut last) = (known.clone(), None);
+        let answers = each_within(self.deadline(), orders, move |order| {
+            wrap(&asked, &order, &mut last)
+        })
+        .map_err(blocked)?;
         let mut filled = Vec::with_capacity(places.len());
         for (place, answer) in places.into_iter().zip(answers) {
             filled.push(match answer {
@@ -302,13 +304,22 @@ fn stanza_of(envelope: &Envelope, provider: ProviderId) -> Option<usize> {
         .position(|stanza| stanza.provider == provider)
 }
 
+/// What was asked for a KEK, and which one it is: the objects of a VM, which mostly come one after the other, have the same.
+type LastKek = Option<((KekScope, Option<KekId>), KekId)>;
+
 /// `None` if the stanza that is there is what is wanted.
-fn wrap(known: &Provider, order: &Order) -> Result<Option<Stanza>, ProviderError> {
+fn wrap(known: &Provider, order: &Order, last: &mut LastKek) -> Result<Option<Stanza>, ProviderError> {
     let provider = known.provider();
-    let kek = match (&order.old, order.rotate) {
-        (Some(old), true) => provider.rotate_kek(&order.scope, old)?,
-        _ => provider.create_kek(&order.scope)?,
+    let retired = order.old.as_ref().filter(|_| order.rotate);
+    let wanted = (order.scope, retired.cloned());
+    let kek = match last.take().filter(|(asked, _)| *asked == wanted) {
+        Some((_, kek)) => kek,
+        None => match retired {
+            Some(old) => provider.rotate_kek(&order.scope, old)?,
+            None => provider.create_kek(&order.scope)?,
+        },
     };
+    *last = Some((wanted, kek.clone()));
     if order.keep && order.old.as_ref() == Some(&kek) {
         return Ok(None);
     }
