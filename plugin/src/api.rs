@@ -18,7 +18,10 @@ use zlink::{ReplyError, proxy};
 use crate::failure::{Code, Failure};
 
 pub use job::{CopyView, JobReport, JobRequest, JobStarted, JobView, Jobs};
-pub use provider::{BackupMade, OrphanEnvelope, OrphanKek, Orphans, ProviderView, Providers, TpmRemoved};
+pub use provider::{
+    BackupMade, OrphanEnvelope, OrphanKek, Orphans, PersistRequest, PersistView, ProviderView, Providers,
+    TpmRemoved,
+};
 pub use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
 };
@@ -137,11 +140,13 @@ pub trait HostProxy {
         settings: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<Providers, HostError>>;
-    /// Keeps its KEKs in memory for that long: none, until-lock, or a time such as 4h.
+    /// Keeps its KEKs in memory for that long: none, until-lock, or a time such as 4h; and on disk, sealed by the TPM, if there
+    /// is a `persist`. What was on disk goes.
     async fn set_provider_cache(
         &mut self,
         name: &str,
         policy: &str,
+        persist: Option<PersistRequest>,
     ) -> zlink::Result<Result<Providers, HostError>>;
     /// Makes new envelopes go to this provider.
     async fn set_default_provider(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;

@@ -4,6 +4,7 @@
 //! opening files as the caller, and printing.
 
 mod backup;
+mod cache;
 mod client;
 mod job;
 mod kmip;

@@ -56,8 +56,8 @@ pub struct Daemon {
     libvirt: Arc<Libvirt>,
     /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
     background: Libvirt,
-    /// Of this host, for providers that it unlocks.
-    tpm: Tpm,
+    /// Of this host, for providers that it unlocks, and caches that it keeps.
+    tpm: Arc<Tpm>,
     audit: AuditLog,
     memory: Memory,
     arms: Mutex<Arms>,
@@ -96,7 +96,7 @@ impl Daemon {
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
             background: Libvirt::new(&config.libvirt_uri),
-            tpm: Tpm::new(config.tpm.clone(), Tpm::DEADLINE),
+            tpm: Arc::new(Tpm::new(config.tpm.clone(), Tpm::DEADLINE)),
             config: RwLock::new(config),
             keystore,
             registry,

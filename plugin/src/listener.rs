@@ -23,8 +23,9 @@ use zlink::{Connection, Reply, Server};
 use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
     IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
-    OrphanEnvelope, OrphanKek, Orphans, Outcome, ProviderView, Providers, Receipt, ReceiptLine, ServerView,
-    Servers, SigningRequestMade, TpmRemoved, VmView, Vms, VolumeProgress, VolumeRequest,
+    OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView, ProviderView, Providers,
+    Receipt, ReceiptLine, ServerView, Servers, SigningRequestMade, TpmRemoved, VmView, Vms, VolumeProgress,
+    VolumeRequest,
 };
 use crate::daemon::{Daemon, on_behalf_of};
 use crate::domain::Domain;
@@ -212,7 +213,7 @@ impl Service {
     #[zlink(
         interface = "io.virtseal.Host",
         types = [
-            ProviderView, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest,
+            ProviderView, PersistView, PersistRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest,
             JobRequest, JobView, CopyView, OrphanEnvelope, OrphanKek, ReceiptLine
         ]
     )]
@@ -285,9 +286,14 @@ impl Service {
         .await
     }
 
-    async fn set_provider_cache(&self, name: String, policy: String) -> Result<Providers, HostError> {
+    async fn set_provider_cache(
+        &self,
+        name: String,
+        policy: String,
+        persist: Option<PersistRequest>,
+    ) -> Result<Providers, HostError> {
         self.run(Caller::Admin, move |daemon| {
-            daemon.set_provider_cache(&name, &policy)
+            daemon.set_provider_cache(&name, &policy, persist.as_ref())
         })
         .await
     }

@@ -28,12 +28,40 @@ pub struct ProviderView {
     pub cache: Option<String>,
     /// How many are kept now.
     pub cached_keks: i64,
+    /// How they are kept across a reboot besides; None if they are not.
+    pub persist: Option<PersistView>,
     /// Whether new envelopes go to it.
     pub is_default: bool,
     /// How many envelopes it has a stanza in.
     pub envelopes: i64,
     /// What unlocks it on this host, as far as the daemon can tell without asking anybody.
     pub unlocked_by: Vec<String>,
+}
+
+/// How a provider's KEKs are kept across a reboot.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct PersistView {
+    /// What seals them: tpm.
+    pub by: String,
+    /// For how long after each was last fetched, such as 24h.
+    pub keep: String,
+    /// The PCRs that must be what they were, such as 7 or 7,11; None for a damaged record.
+    pub pcrs: Option<String>,
+    /// Since when: RFC 3339, UTC.
+    pub since: String,
+    /// How many are kept now.
+    pub keks: i64,
+    /// Why they can't be opened, or no more are kept.
+    pub problem: Option<String>,
+}
+
+/// How `provider cache` is to keep KEKs across a reboot.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct PersistRequest {
+    /// For how long, such as 24h.
+    pub keep: Option<String>,
+    /// While these PCRs are what they are now: 7, if none are given.
+    pub pcrs: Option<String>,
 }
 
 /// Reply with providers.

@@ -83,6 +83,7 @@ async fn serve(
             Arc::clone(&code),
         ));
     }
+    daemon.load_caches();
     spawn_local(listener::serve(listener, Arc::clone(&daemon)));
     spawn_local(watch_libvirt(Arc::clone(&daemon), code));
     let sweeping = Arc::clone(&daemon);

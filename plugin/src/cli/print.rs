@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::api::{
     AuditLines, AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome,
-    ProviderView, Receipt, ServerView, VmView, VolumeProgress,
+    PersistView, ProviderView, Receipt, ServerView, VmView, VolumeProgress,
 };
 use crate::failure::{Code, Failure};
 use crate::local_time::{parse_rfc3339, time_of_day};
@@ -94,6 +94,9 @@ impl Printer {
                     "  cache        {cache}, {} keys in it",
                     provider.cached_keks
                 ))?;
+            }
+            if let Some(persist) = &provider.persist {
+                line(&format!("  persist      {}", persistence(persist)))?;
             }
             self.provider_warnings(provider);
         }
@@ -343,6 +346,20 @@ fn hanging(vms: &[VmView]) -> Vec<String> {
         )
     };
     by_provider.into_iter().map(text).collect()
+}
+
+/// `24h, 4 keys on disk, by the TPM (PCR 7, since 14:02)`.
+fn persistence(persist: &PersistView) -> String {
+    let pcrs = persist
+        .pcrs
+        .as_ref()
+        .map_or("damaged".to_owned(), |pcrs| format!("PCR {pcrs}"));
+    format!(
+        "{}, {} keys on disk, by the TPM ({pcrs}, since {})",
+        persist.keep,
+        persist.keks,
+        local(Some(&persist.since))
+    )
 }
 
 fn provider_name(provider: &ProviderView) -> String {

@@ -3,6 +3,7 @@
 use clap::Subcommand;
 
 use super::backup::{BackupArgs, RestoreArgs};
+use super::cache::CacheArgs;
 use super::client::Client;
 use super::job::WatchArgs;
 use super::passphrase::PassphraseArgs;
@@ -10,10 +11,9 @@ use super::print::Printer;
 use super::provider_add::AddCommand;
 use super::tpm::TpmArgs;
 use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
-use super::{backup, job, provider_add, tpm, trust, warn_of_providers};
+use super::{backup, cache, job, provider_add, tpm, trust, warn_of_providers};
 use crate::api::HostProxy;
 use crate::failure::{Code, Failure};
-use crate::provider::cache::CachePolicy;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ProviderCommand {
@@ -28,12 +28,7 @@ pub(super) enum ProviderCommand {
         name: String,
     },
     /// Change how long the KEKs of a provider are kept for when its servers don't answer.
-    Cache {
-        /// Its name.
-        name: String,
-        /// none, until-lock, or a time such as 4h: counted from when each was last fetched.
-        policy: CachePolicy,
-    },
+    Cache(CacheArgs),
     /// Make new keys go to this provider.
     Default {
         /// Its name.
@@ -145,13 +140,7 @@ pub(super) async fn run(
                 .providers,
         ),
         ProviderCommand::Show { name } => show(&name, client, printer).await,
-        ProviderCommand::Cache { name, policy } => {
-            let policy = policy.to_string();
-            let set = client
-                .call(async |host| host.set_provider_cache(&name, &policy).await)
-                .await?;
-            printer.provider(&set.providers)
-        }
+        ProviderCommand::Cache(args) => cache::set(&args, client, printer).await,
         ProviderCommand::Default { name } => {
             client
                 .call(async |host| host.set_default_provider(&name).await)

@@ -1,16 +1,29 @@
-//! What `virtseal provider cache` asks for.
+//! What `virtseal provider cache` asks for, and the opening of what caches keep across a reboot.
+//!
+//! The TPM is asked when virtseald starts and when a provider was unlocked, on threads that no start waits for.
+
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
 
 use super::Daemon;
-use crate::api::Providers;
+use crate::api::{PersistRequest, PersistView, Providers};
 use crate::failure::{Code, Failure, chain};
-use crate::provider::cache::{CachePolicy, NothingToCache};
-use crate::provider::kmip::KmipProviderError;
+use crate::local_time::rfc3339;
+use crate::provider::KeyProvider;
+use crate::provider::cache::{CachePolicy, NothingToCache, PersistError, PersistTime};
+use crate::provider::kmip::{KmipProvider, KmipProviderError, Persist};
 use crate::provider::registry::Provider;
+use crate::tpm::{PcrList, Tpm, TpmError};
 
 impl Daemon {
-    /// Keeps KEKs of `name` in memory as `policy` says, from now on and after a restart.
-    pub fn set_provider_cache(&self, name: &str, policy: &str) -> Result<Providers, Failure> {
-        let set = self.set_cache(name, policy);
+    /// Keeps KEKs of `name` in memory as `policy` says, from now on and after a restart; and across one if it is to `persist`.
+    pub fn set_provider_cache(
+        &self,
+        name: &str,
+        policy: &str,
+        persist: Option<&PersistRequest>,
+    ) -> Result<Providers, Failure> {
+        let set = self.set_cache(name, policy, persist);
         crate::process::trim();
         self.audit_provider("provider-cache", name, &set);
         set?;
@@ -19,7 +32,7 @@ impl Daemon {
         })
     }
 
-    fn set_cache(&self, name: &str, policy: &str) -> Result<(), Failure> {
+    fn set_cache(&self, name: &str, policy: &str, persist: Option<&PersistRequest>) -> Result<(), Failure> {
         let policy: CachePolicy = policy
             .parse()
             .map_err(|error| Failure::new(Code::Usage, chain(&error)))?;
@@ -34,12 +47,131 @@ impl Daemon {
                 .next(format!("virtseal provider show {name}"))),
             };
         };
-        kmip.set_cache(&self.keystore, policy).map_err(|error| {
-            let code = match &error {
-                KmipProviderError::Cache(_) => Code::Usage,
-                _ => Code::Failed,
-            };
-            Failure::from_error(code, format!("provider '{name}'"), &error)
+        let persist = persist.map(|asked| self.persist(asked)).transpose()?;
+        kmip.set_cache(&self.keystore, policy, persist.as_ref())
+            .map_err(|error| cache_failure(name, &error))
+    }
+
+    fn persist(&self, asked: &PersistRequest) -> Result<Persist<'_>, Failure> {
+        let usage = |error: &dyn std::error::Error| Failure::new(Code::Usage, chain(error));
+        let keep = asked
+            .keep
+            .as_deref()
+            .map_or(Ok(PersistTime::default()), str::parse);
+        let pcrs = asked.pcrs.as_deref().map_or(Ok(PcrList::default()), str::parse);
+        Ok(Persist {
+            tpm: &self.tpm,
+            keep: keep.map_err(|error| usage(&error))?,
+            pcrs: pcrs.map_err(|error| usage(&error))?,
         })
+    }
+
+    /// Has the TPM open what caches keep on disk. Start-up waits for none of it.
+    pub fn load_caches(&self) {
+        for known in self.registry.providers() {
+            self.load_in_background(&known);
+        }
+    }
+
+    /// The same for one of them, once it is unlocked.
+    pub(super) fn load_in_background(&self, known: &Provider) {
+        let Provider::Kmip(provider) = known else {
+            return;
+        };
+        if !provider.wants_tpm() {
+            return;
+        }
+        let (tpm, provider) = (Arc::clone(&self.tpm), Arc::clone(provider));
+        let started = std::thread::Builder::new()
+            .name("kek-cache".to_owned())
+            .spawn(move || load(&provider, &tpm));
+        if let Err(error) = started {
+            tracing::warn!(%error, "what keeps keys on disk is not opened: no thread");
+        }
+    }
+
+    /// After a lock: an error where the disk has not let go of the keys that a cache kept there.
+    pub(super) fn check_disk_after_lock(&self, known: &Provider) -> Result<(), Failure> {
+        let Provider::Kmip(provider) = known else {
+            return Ok(());
+        };
+        let name = provider.name();
+        provider.settle_cache().map_err(|error| {
+            Failure::from_error(
+                Code::Failed,
+                format!(
+                    "'{name}' is locked, but the keys that its cache keeps on disk are still there, and open again after a \
+                     restart of virtseald"
+                ),
+                &error,
+            )
+            .next(format!("virtseal provider lock {name}"))
+        })
+    }
+}
+
+/// Tries again for a while: the TPM's driver may come later than this daemon, or others use the TPM first.
+fn load(provider: &KmipProvider, tpm: &Tpm) {
+    const PATIENCE: Duration = Duration::from_secs(120);
+    let mut wait = Duration::from_millis(500);
+    while provider.wants_tpm() && wait < PATIENCE {
+        let loaded = provider.load_cache(tpm);
+        crate::process::trim();
+        let Err(error) = loaded else {
+            tracing::info!(
+                provider = provider.name(),
+                "the TPM has opened what keeps its keys on disk"
+            );
+            return;
+        };
+        tracing::warn!(
+            provider = provider.name(),
+            "the TPM does not open what keeps its keys on disk: {}",
+            chain(&error)
+        );
+        if !error.may_pass() {
+            return;
+        }
+        std::thread::sleep(wait);
+        wait *= 2;
+    }
+}
+
+/// How the cache of `known` is kept across a reboot.
+pub(super) fn persist_view(known: &Provider) -> Option<PersistView> {
+    let persistence = known.cache()?.persistence()?;
+    let since = Duration::from_secs(persistence.enrolled.max(0).unsigned_abs());
+    Some(PersistView {
+        by: "tpm".to_owned(),
+        keep: persistence.keep.to_string(),
+        pcrs: persistence.pcrs.map(|pcrs| pcrs.to_string()),
+        since: rfc3339(UNIX_EPOCH + since),
+        keks: persistence.keks as i64,
+        problem: persistence.problem,
+    })
+}
+
+fn cache_failure(name: &str, error: &KmipProviderError) -> Failure {
+    let code = match error {
+        KmipProviderError::Cache(_) | KmipProviderError::PersistNothing => Code::Usage,
+        KmipProviderError::Locked => Code::Locked,
+        KmipProviderError::Persist(PersistError::Tpm(error)) if error.may_pass() => Code::Unreachable,
+        _ => Code::Failed,
+    };
+    let failure = Failure::new(code, format!("provider '{name}' {}", chain(error)));
+    match error {
+        KmipProviderError::Cache(_) | KmipProviderError::PersistNothing => {
+            Failure::new(code, format!("provider '{name}': {}", chain(error)))
+        }
+        KmipProviderError::Locked => failure.next(format!("virtseal provider unlock {name}")),
+        KmipProviderError::Persist(PersistError::Tpm(
+            TpmError::NoSuchPcr(_) | TpmError::OwnerPassword | TpmError::LockedOut,
+        )) => Failure::new(code, format!("provider '{name}': {}", chain(error))),
+        KmipProviderError::Persist(_) => {
+            Failure::new(code, format!("provider '{name}': {}", chain(error))).next(format!(
+                "look at the setting 'tpm' in virtseald.yaml, or virtseal provider cache {name} without --persist"
+            ))
+        }
+        _ => failure,
     }
 }

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use super::Daemon;
+use super::cache::persist_view;
 use super::host_tpm::why_locked;
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
@@ -51,6 +52,7 @@ impl Daemon {
                 warnings: report.warnings,
                 cache: cache.map(|cache| cache.policy().to_string()),
                 cached_keks: cache.map_or(0, |cache| cache.len() as i64),
+                persist: persist_view(known),
                 is_default: Some(provider.id()) == default,
                 envelopes: uses.count() as i64,
             }
@@ -146,15 +148,16 @@ impl Daemon {
         set
     }
 
-    /// Purges the keys of `name` from memory.
+    /// Purges the keys of `name` from memory, and those that its cache keeps on disk.
     pub fn lock_provider(&self, name: &str) -> Result<(), Failure> {
         let provider = self.registry.find(name)?;
         provider.provider().lock();
         // Notes the time.
         let _ = self.registry.report(&provider);
         crate::process::trim();
-        self.audit_provider("provider-lock", name, &Ok(()));
-        Ok(())
+        let locked = self.check_disk_after_lock(&provider);
+        self.audit_provider("provider-lock", name, &locked);
+        locked
     }
 
     /// Unlocks `name` with the passphrase in `fds`.
@@ -172,6 +175,7 @@ impl Daemon {
         if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {
             self.renew_tpm(native);
         }
+        self.load_in_background(&provider);
         // A job may have waited for this.
         self.jobs_bell.ring();
         unlocked

@@ -57,7 +57,35 @@ fn writer() {
         seal.generation = 2;
         keystore.put_tpm_seal(provider, &seal).unwrap();
         say("sealed", EnvelopeId(provider.0));
+        persist(&keystore, provider);
+        say("persisted", EnvelopeId(provider.0));
+        keystore.purge_persisted_keks(provider, PURGED).unwrap();
+        say("purged", EnvelopeId(provider.0));
     }
+}
+
+/// The salts of KEKs that are persisted, and were purged.
+const SALT: &[u8] = b"before";
+const PURGED: &[u8] = b"after";
+
+fn persist(keystore: &Keystore, provider: ProviderId) {
+    let persistence = KekPersistence {
+        sealed: vec![4; 700],
+        salt: SALT.to_vec(),
+        seconds: 3600,
+        enrolled: 0,
+    };
+    let kek = |nth: u8| PersistedKek {
+        kek: KekId(nth.to_string()),
+        fetched: 0,
+        expires: 3600,
+        body: vec![5; 60],
+    };
+    let keks: Vec<_> = (0..3).map(kek).collect();
+    keystore
+        .set_kek_cache(provider, &serde_json::json!({}), Some(&persistence))
+        .unwrap();
+    keystore.put_persisted_keks(provider, SALT, &keks, 9).unwrap();
 }
 
 #[test]
@@ -101,6 +129,12 @@ fn check(dir: &Path, reported: &[String]) {
             let seal = keystore.tpm_seal(id.parse().unwrap()).unwrap();
             assert!(seal.is_some_and(|seal| seal.generation == 2), "{line}");
         }
+        if word == "purged" {
+            assert!(
+                keystore.persisted_keks(id.parse().unwrap()).unwrap().is_empty(),
+                "{line}"
+            );
+        }
         let (state, generation) = match word {
             "pending" => (None, 1),
             "active" => (Some(EnvelopeState::Active), 1),
@@ -123,6 +157,14 @@ fn check(dir: &Path, reported: &[String]) {
         if let Some(seal) = keystore.tpm_seal(provider.id).unwrap() {
             assert!(seal.generation <= root.generation);
             assert_eq!((seal.sealed_key.len(), seal.roots.len()), (900, 600));
+        }
+        // All of them or none, and none under the salt that ended them.
+        let keks = keystore.persisted_keks(provider.id).unwrap();
+        if let Some(persistence) = keystore.kek_persistence(provider.id).unwrap() {
+            assert!([0, 3].contains(&keks.len()));
+            assert!(keks.is_empty() || persistence.salt == SALT);
+        } else {
+            assert!(keks.is_empty());
         }
     }
 }

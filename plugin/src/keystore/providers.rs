@@ -3,7 +3,8 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{
-    Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id, tpm_seals,
+    Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id, persisted_keks,
+    tpm_seals,
 };
 use crate::envelope::ProviderId;
 use crate::failure::chain;
@@ -129,27 +130,6 @@ impl Keystore {
         })
     }
 
-    /// Replaces what the kind of a provider needs to know.
-    ///
-    /// # Errors
-    /// [`KeystoreError::UnknownProvider`].
-    pub fn set_provider_settings(
-        &self,
-        id: ProviderId,
-        settings: &serde_json::Value,
-    ) -> Result<(), KeystoreError> {
-        self.write(|transaction| {
-            let rows = transaction.execute(
-                "UPDATE providers SET settings = ?2 WHERE id = ?1",
-                params![id.to_string(), settings.to_string()],
-            )?;
-            if rows == 0 {
-                return Err(KeystoreError::UnknownProvider(id).into());
-            }
-            Ok(())
-        })
-    }
-
     /// The newest sealed root key of a native provider.
     pub fn native_root(&self, provider: ProviderId) -> Result<Option<NativeRoot>, KeystoreError> {
         self.read(|connection| {
@@ -183,6 +163,7 @@ impl Keystore {
                 params![id.to_string(), record.name, record.kind, now()],
             )?;
             tpm_seals::delete(transaction, id)?;
+            persisted_keks::delete(transaction, id)?;
             transaction.execute("DELETE FROM native_roots WHERE provider = ?1", [id.to_string()])?;
             transaction.execute("DELETE FROM providers WHERE id = ?1", [id.to_string()])?;
             Ok(())
@@ -382,13 +363,8 @@ mod tests {
         let record = keystore.providers().unwrap().remove(0);
         assert_eq!((record.kind.as_str(), record.settings), ("kmip", settings));
         let changed = serde_json::json!({"endpoint": "other.example:5696"});
-        keystore.set_provider_settings(id, &changed).unwrap();
+        keystore.set_kek_cache(id, &changed, None).unwrap();
         assert_eq!(keystore.providers().unwrap()[0].settings, changed);
-        assert!(
-            keystore
-                .set_provider_settings(ProviderId::random(), &changed)
-                .is_err()
-        );
         assert_eq!(keystore.native_root(id).unwrap(), None);
     }
 

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::{KeystoreError, error::StoreFault};
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 3] = [TABLES, ROTATION, TPM];
+const STEPS: [&str; 4] = [TABLES, ROTATION, TPM, PERSISTED];
 
 /// `PRAGMA user_version` after all steps.
 const VERSION: i64 = STEPS.len() as i64;
@@ -119,6 +119,26 @@ const TPM: &str = "
     );
 ";
 
+/// `kek_persistence`: providers whose cached KEKs outlive a reboot, with what the TPM has sealed for that;
+/// `persisted_keks`: these KEKs, encrypted.
+const PERSISTED: &str = "
+    CREATE TABLE kek_persistence (
+        provider TEXT PRIMARY KEY REFERENCES providers (id) ON DELETE RESTRICT,
+        sealed   BLOB NOT NULL,
+        salt     BLOB NOT NULL,
+        seconds  INTEGER NOT NULL CHECK (seconds > 0),
+        enrolled INTEGER NOT NULL
+    );
+    CREATE TABLE persisted_keks (
+        provider TEXT NOT NULL REFERENCES kek_persistence (provider) ON DELETE RESTRICT,
+        kek      TEXT NOT NULL,
+        fetched  INTEGER NOT NULL,
+        expires  INTEGER NOT NULL,
+        body     BLOB NOT NULL,
+        PRIMARY KEY (provider, kek)
+    );
+";
+
 /// Opens `path`, checks it whole and brings its tables up to date.
 pub(super) fn open(path: &Path) -> Result<Connection, KeystoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -225,7 +245,9 @@ mod tests {
                 .unwrap();
             assert_eq!((name.as_str(), now), ("web01", VERSION));
             connection
-                .query_row("SELECT count(*) FROM jobs, tpm_seals", [], |_| Ok(()))
+                .query_row("SELECT count(*) FROM jobs, tpm_seals, persisted_keks", [], |_| {
+                    Ok(())
+                })
                 .unwrap();
         }
     }

@@ -2,154 +2,33 @@
 //!
 //! Only what was fetched is here, in secret memory, and for no longer than the policy says: counted from the request that
 //! fetched it, by a clock that goes on while the host sleeps. It opens what is sealed and wraps nothing. A server that
-//! answers is always asked, and what it says of a KEK counts here as well. Gone with a lock, and with the process.
+//! answers is always asked, and what it says of a KEK counts here as well. Gone with a lock, and with the process; what
+//! `persisted` holds besides, where the admin chose that, is gone with a lock only.
+
+mod persisted;
+mod policy;
+mod sealed_kek;
 
 use std::collections::HashMap;
-use std::fmt;
-use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
-use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
 use super::ProviderError;
-use crate::envelope::KekId;
+use crate::envelope::{KekId, ProviderId};
+use crate::failure::chain;
+use crate::keystore::{KekPersistence, Keystore, KeystoreError, UnixTime};
 use crate::secret::SecretBytes;
+use crate::tpm::{PcrList, Tpm, TpmError};
+use persisted::Persisted;
+
+pub(super) use persisted::{NewPersistence, NotKept};
+pub use persisted::{PersistError, Persistence};
+pub use policy::{CachePolicy, NotACachePolicy, NothingToCache, PersistTime};
 
 /// The most KEKs of one provider: each takes a page of memory that can't be swapped, of which there is little.
 const MOST: usize = 512;
-
-/// How long KEKs are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum CachePolicy {
-    /// Not at all.
-    None,
-    /// For this long after each was last fetched.
-    For(Duration),
-    /// Until the provider is locked, or virtseald ends.
-    UntilLock,
-}
-
-impl CachePolicy {
-    const SHORTEST: Duration = Duration::from_secs(1);
-    const LONGEST: Duration = Duration::from_secs(366 * 86_400);
-
-    fn keeps(self, age: Duration) -> bool {
-        match self {
-            Self::None => false,
-            Self::For(time) => age < time,
-            Self::UntilLock => true,
-        }
-    }
-}
-
-impl Default for CachePolicy {
-    fn default() -> Self {
-        Self::For(Duration::from_secs(24 * 3600))
-    }
-}
-
-impl fmt::Display for CachePolicy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = match self {
-            Self::None => return f.write_str("none"),
-            Self::UntilLock => return f.write_str("until-lock"),
-            Self::For(time) => time.as_secs(),
-        };
-        match seconds {
-            hours if hours % 3600 == 0 => write!(f, "{}h", hours / 3600),
-            minutes if minutes % 60 == 0 => write!(f, "{}m", minutes / 60),
-            seconds => write!(f, "{seconds}s"),
-        }
-    }
-}
-
-/// The text is no [`CachePolicy`].
-#[derive(Debug, Error)]
-#[error("{0:?} is no cache policy: none, until-lock, or a time from 1s to 366d such as 30m, 4h or 7d")]
-pub struct NotACachePolicy(String);
-
-impl FromStr for CachePolicy {
-    type Err = NotACachePolicy;
-
-    fn from_str(text: &str) -> Result<Self, NotACachePolicy> {
-        let wrong = || NotACachePolicy(text.to_owned());
-        match text {
-            "none" => return Ok(Self::None),
-            "until-lock" => return Ok(Self::UntilLock),
-            _ => {}
-        }
-        let (number, unit) = text
-            .char_indices()
-            .last()
-            .and_then(|(at, unit)| Some((text[..at].parse::<u64>().ok()?, unit)))
-            .ok_or_else(wrong)?;
-        let seconds = match unit {
-            's' => 1,
-            'm' => 60,
-            'h' => 3600,
-            'd' => 86_400,
-            _ => return Err(wrong()),
-        };
-        let time = Duration::from_secs(number.saturating_mul(seconds));
-        (Self::SHORTEST..=Self::LONGEST)
-            .contains(&time)
-            .then_some(Self::For(time))
-            .ok_or_else(wrong)
-    }
-}
-
-impl TryFrom<String> for CachePolicy {
-    type Error = NotACachePolicy;
-
-    fn try_from(text: String) -> Result<Self, NotACachePolicy> {
-        text.parse()
-    }
-}
-
-impl From<CachePolicy> for String {
-    fn from(policy: CachePolicy) -> Self {
-        policy.to_string()
-    }
-}
-
-/// Why there is nothing that a cache could keep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum NothingToCache {
-    /// Derived from the root key, which is in memory while unlocked.
-    #[error(
-        "a native provider needs no server, so there is nothing to cache: it opens its VMs while it is unlocked"
-    )]
-    Native,
-    /// Encrypts at the server.
-    #[error("the keys of a transit provider never leave its server, so there is nothing to cache")]
-    Transit,
-    /// Encrypts in the token.
-    #[error("the keys of a pkcs11 provider never leave its token, so there is nothing to cache")]
-    Pkcs11,
-    /// Encrypts at the server.
-    #[error(
-        "with mode server the keys of a kmip provider never leave its server, so there is nothing to cache: that takes \
-         mode local"
-    )]
-    ModeServer,
-}
-
-impl NothingToCache {
-    /// Of a kind of provider; `None` if it can have a cache, or is not known.
-    #[must_use]
-    pub fn of_kind(kind: &str) -> Option<Self> {
-        match kind {
-            "native" => Some(Self::Native),
-            "transit" => Some(Self::Transit),
-            "pkcs11" => Some(Self::Pkcs11),
-            _ => None,
-        }
-    }
-}
 
 /// A point on the clock that counts from the host's boot, and while it sleeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -161,11 +40,20 @@ impl SinceBoot {
         let now = clock_gettime(ClockId::CLOCK_BOOTTIME).ok()?;
         Some(Self(now.into()))
     }
+
+    /// When that was, by the wall clock.
+    fn by_the_clock(self) -> Option<UnixTime> {
+        let ago = Self::now()?.0.saturating_sub(self.0).as_secs();
+        Some(persisted::now().saturating_sub_unsigned(ago))
+    }
 }
 
 /// The KEKs of one provider.
 #[derive(Debug)]
-pub struct KekCache(Mutex<Kept>);
+pub struct KekCache {
+    kept: Mutex<Kept>,
+    persisted: OnceLock<Arc<Persisted>>,
+}
 
 #[derive(Debug)]
 struct Kept {
@@ -190,11 +78,28 @@ pub(super) struct Ticket {
 
 impl KekCache {
     pub(super) fn new(policy: CachePolicy) -> Self {
-        Self(Mutex::new(Kept {
-            policy,
-            purges: 0,
-            keks: HashMap::new(),
-        }))
+        Self {
+            kept: Mutex::new(Kept {
+                policy,
+                purges: 0,
+                keks: HashMap::new(),
+            }),
+            persisted: OnceLock::new(),
+        }
+    }
+
+    /// From now on it has the KEKs of `provider` too that `keystore` keeps.
+    pub(super) fn attach(&self, keystore: Arc<Keystore>, provider: ProviderId, name: &str) {
+        // Attached already: nothing is lost.
+        let _ = self
+            .persisted
+            .set(Arc::new(Persisted::open(keystore, provider, name)));
+    }
+
+    /// How KEKs are kept across a reboot, if they are.
+    #[must_use]
+    pub fn persistence(&self) -> Option<Persistence> {
+        self.persisted.get()?.persistence()
     }
 
     /// How long it keeps KEKs.
@@ -206,8 +111,9 @@ impl KekCache {
     /// How many it keeps now.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.sweep();
-        self.kept().keks.len()
+        let mut kept = self.kept();
+        kept.expire(SinceBoot::now());
+        kept.keks.len()
     }
 
     /// Whether it keeps none.
@@ -216,10 +122,60 @@ impl KekCache {
         self.len() == 0
     }
 
-    /// From now on, also for what it has.
-    pub(super) fn set_policy(&self, policy: CachePolicy) {
-        self.kept().policy = policy;
-        self.sweep();
+    /// Has `tpm` seal what will keep KEKs across a reboot.
+    ///
+    /// # Errors
+    /// Why it does not; `None` without a keystore. Nothing changes.
+    pub(super) fn enroll(
+        &self,
+        tpm: &Tpm,
+        keep: PersistTime,
+        pcrs: &PcrList,
+    ) -> Result<Option<NewPersistence>, PersistError> {
+        let persisted = self.persisted.get();
+        persisted
+            .map(|persisted| persisted.enroll(tpm, keep, pcrs))
+            .transpose()
+    }
+
+    /// As `write` records it, from now on, also for what it has in memory; what was on disk goes.
+    pub(super) fn set(
+        &self,
+        policy: CachePolicy,
+        persistence: Option<NewPersistence>,
+        write: impl FnOnce(Option<&KekPersistence>) -> Result<(), KeystoreError>,
+    ) -> Result<(), KeystoreError> {
+        match self.persisted.get() {
+            Some(persisted) => persisted.replace(persistence, write)?,
+            None => write(None)?,
+        }
+        let mut kept = self.kept();
+        kept.policy = policy;
+        kept.expire(SinceBoot::now());
+        self.persist(&kept);
+        Ok(())
+    }
+
+    /// Has `tpm` open what is on disk, where it is asked to and did not yet. What came in before is kept now too.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub(super) fn load(&self, tpm: &Tpm) -> Result<(), TpmError> {
+        let Some(persisted) = self.persisted.get() else {
+            return Ok(());
+        };
+        persisted.load(tpm)?;
+        let mut kept = self.kept();
+        kept.expire(SinceBoot::now());
+        self.persist(&kept);
+        Ok(())
+    }
+
+    /// Whether [`KekCache::load`] has something to do.
+    pub(super) fn wants_tpm(&self) -> bool {
+        self.persisted
+            .get()
+            .is_some_and(|persisted| persisted.wants_tpm())
     }
 
     /// Before a request.
@@ -250,14 +206,50 @@ impl KekCache {
             };
             kept.keks.remove(&oldest);
         }
+        if let (Some(persisted), Some(fetched)) = (self.persisted.get(), asked.by_the_clock()) {
+            // With `kept` held: a purge comes before it or after it.
+            persisted.put(fetched, keks, keys);
+        }
     }
 
-    /// All of `keks`, or nothing.
-    pub(super) fn all(&self, keks: &[KekId]) -> Option<Vec<Arc<SecretBytes>>> {
-        self.all_at(keks, SinceBoot::now())
+    fn persist(&self, kept: &Kept) {
+        let Some(persisted) = self.persisted.get() else {
+            return;
+        };
+        for (kek, cached) in &kept.keks {
+            if let Some(fetched) = cached.asked.by_the_clock() {
+                persisted.put(
+                    fetched,
+                    std::slice::from_ref(kek),
+                    std::slice::from_ref(&cached.key),
+                );
+            }
+        }
     }
 
-    fn all_at(&self, keks: &[KekId], now: Option<SinceBoot>) -> Option<Vec<Arc<SecretBytes>>> {
+    /// Whether all of `keks` are likely to come from here. Waits for nothing.
+    pub(super) fn may_have(&self, keks: &[KekId]) -> bool {
+        let persisted = self.persisted.get();
+        let in_memory = self.each(keks, SinceBoot::now());
+        let on_disk = |kek| persisted.is_some_and(|persisted| persisted.may_have(kek));
+        keks.iter()
+            .zip(in_memory)
+            .all(|(kek, key)| key.is_some() || on_disk(kek))
+    }
+
+    /// All of `keks`, or why not. Waits for the TPM, until `until`, where it has not answered yet.
+    pub(super) fn recall(&self, keks: &[KekId], until: Instant) -> Result<Vec<Arc<SecretBytes>>, NotKept> {
+        let in_memory = self.each(keks, SinceBoot::now());
+        let one = |(kek, key): (&KekId, Option<Arc<SecretBytes>>)| match (key, self.persisted.get()) {
+            (Some(key), _) => Ok(key),
+            (None, Some(persisted)) => persisted.recall(kek, until).map(Arc::new),
+            (None, None) => Err(NotKept(None)),
+        };
+        keks.iter().zip(in_memory).map(one).collect()
+    }
+
+    /// What is in memory.
+    fn each(&self, keks: &[KekId], now: Option<SinceBoot>) -> Vec<Option<Arc<SecretBytes>>> {
         let mut kept = self.kept();
         kept.expire(now);
         let one = |kek| kept.keks.get(kek).map(|cached| Arc::clone(&cached.key));
@@ -266,32 +258,101 @@ impl KekCache {
 
     /// What the server has said counts for what is kept: of a KEK that it refuses, or of this host.
     pub(super) fn heed(&self, error: &ProviderError) {
-        match error {
+        let heeded = match error {
             ProviderError::UnknownKek(kek) | ProviderError::KekUnusable { kek, .. } => self.forget(kek),
             ProviderError::RefusesUs(_) => self.purge(),
-            _ => {}
+            _ => Ok(()),
+        };
+        if let Err(error) = heeded {
+            tracing::error!(
+                "a key that the server refuses stays on disk for now: {}",
+                chain(&error)
+            );
         }
     }
 
-    pub(super) fn forget(&self, kek: &KekId) {
-        self.kept().keks.remove(kek);
+    /// # Errors
+    /// When the keystore can't be written. It is out of memory, and not opened any more, all the same.
+    pub(super) fn forget(&self, kek: &KekId) -> Result<(), KeystoreError> {
+        self.drop_memory(
+            |kept| drop(kept.keks.remove(kek)),
+            |persisted| persisted.forget(kek),
+        )
     }
 
     /// Forgets everything, also what is on its way here.
-    pub(super) fn purge(&self) {
+    ///
+    /// # Errors
+    /// As [`KekCache::forget`].
+    pub(super) fn purge(&self) -> Result<(), KeystoreError> {
+        self.drop_memory(|kept| kept.keks = HashMap::new(), Persisted::revoke)
+    }
+
+    /// The same, and what the TPM has opened.
+    ///
+    /// # Errors
+    /// As [`KekCache::forget`].
+    pub(super) fn lock(&self) -> Result<(), KeystoreError> {
+        self.drop_memory(
+            |kept| kept.keks = HashMap::new(),
+            |persisted| {
+                persisted.revoke();
+                persisted.drop_secret();
+            },
+        )
+    }
+
+    /// Forgets what is in memory. What is on disk is for the next virtseald.
+    pub(super) fn end(&self) {
         let mut kept = self.kept();
         kept.purges += 1;
         kept.keks = HashMap::new();
+        if let Some(persisted) = self.persisted.get() {
+            persisted.drop_secret();
+        }
     }
 
-    /// Forgets what is too old.
+    /// Tries again what a lock, or what the server said, did not get off the disk.
+    ///
+    /// # Errors
+    /// As [`KekCache::forget`].
+    pub(super) fn settle(&self) -> Result<(), KeystoreError> {
+        self.persisted
+            .get()
+            .map_or(Ok(()), |persisted| persisted.settle())
+    }
+
+    /// First in memory, so that no start gets it any more, then on disk. What was asked for before comes in no more.
+    fn drop_memory(
+        &self,
+        from_memory: impl FnOnce(&mut Kept),
+        from_disk: impl FnOnce(&Persisted),
+    ) -> Result<(), KeystoreError> {
+        let mut kept = self.kept();
+        kept.purges += 1;
+        from_memory(&mut kept);
+        if let Some(persisted) = self.persisted.get() {
+            from_disk(persisted);
+        }
+        drop(kept);
+        self.settle()
+    }
+
+    /// Forgets what is too old, and tries again what the disk did not take.
     pub(super) fn sweep(&self) {
-        self.kept().expire(SinceBoot::now());
+        let mut kept = self.kept();
+        kept.expire(SinceBoot::now());
+        if let Some(persisted) = self.persisted.get() {
+            if persisted.has_failed() {
+                self.persist(&kept);
+            }
+            persisted.tidy();
+        }
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
         // A panic leaves each entry whole.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -324,44 +385,20 @@ mod tests {
         cache
     }
 
+    impl KekCache {
+        fn all_at(&self, keks: &[KekId], now: Option<SinceBoot>) -> Option<Vec<Arc<SecretBytes>>> {
+            self.each(keks, now).into_iter().collect()
+        }
+
+        fn all(&self, keks: &[KekId]) -> Option<Vec<Arc<SecretBytes>>> {
+            self.recall(keks, Instant::now()).ok()
+        }
+    }
+
     fn later(seconds: u64) -> Option<SinceBoot> {
         Some(SinceBoot(
             SinceBoot::now().unwrap().0 + Duration::from_secs(seconds),
         ))
-    }
-
-    #[test]
-    fn policies_are_read_and_written() {
-        for (text, shown) in [
-            ("none", "none"),
-            ("until-lock", "until-lock"),
-            ("4h", "4h"),
-            ("7d", "168h"),
-            ("90m", "90m"),
-            ("120m", "2h"),
-            ("45s", "45s"),
-        ] {
-            let policy: CachePolicy = text.parse().unwrap();
-            assert_eq!(policy.to_string(), shown);
-            assert_eq!(shown.parse::<CachePolicy>().unwrap(), policy);
-        }
-        assert_eq!(CachePolicy::default().to_string(), "24h");
-        for bad in [
-            "",
-            "4",
-            "h",
-            "0s",
-            "-1h",
-            "4 h",
-            "367d",
-            "99999999999999999999h",
-            "18446744073709551615d",
-            "1.5h",
-            "4ö",
-            "None",
-        ] {
-            assert!(bad.parse::<CachePolicy>().is_err(), "{bad}");
-        }
     }
 
     #[test]
@@ -391,7 +428,7 @@ mod tests {
     fn purge_also_keeps_out_what_was_on_its_way() {
         let cache = holding("until-lock", &["a"]);
         let ticket = cache.ticket();
-        cache.purge();
+        cache.purge().unwrap();
         cache.put(ticket, &[kek("a")], &[key(1)]);
         assert!(cache.is_empty());
         cache.put(cache.ticket(), &[kek("a")], &[key(1)]);
@@ -403,7 +440,7 @@ mod tests {
         let cache = holding("until-lock", &["a"]);
         let used = cache.all(&[kek("a")]).unwrap().remove(0);
         let weak = Arc::downgrade(&used);
-        cache.purge();
+        cache.purge().unwrap();
         assert_eq!(weak.strong_count(), 1);
         drop(used);
         assert!(weak.upgrade().is_none());
@@ -426,7 +463,7 @@ mod tests {
     #[test]
     fn shorter_policy_counts_at_once() {
         let cache = holding("until-lock", &["a"]);
-        cache.set_policy(CachePolicy::None);
+        cache.set(CachePolicy::None, None, |_| Ok(())).unwrap();
         assert!(cache.is_empty());
     }
 

@@ -16,6 +16,7 @@
 //! how it is, so `status` answers from memory.
 
 mod answer;
+mod caching;
 mod call;
 mod certificate;
 mod cluster;
@@ -47,7 +48,7 @@ use self::keys::Keys;
 use self::node::Access;
 use self::store::Store;
 use self::tls::Tls;
-use super::cache::{CachePolicy, KekCache, NothingToCache};
+use super::cache::{CachePolicy, KekCache, NothingToCache, PersistError};
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
@@ -57,6 +58,7 @@ use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
 use crate::provider::native::SealingError;
 use crate::secret::SecretBytes;
 
+pub use caching::Persist;
 pub use certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
 pub use endpoint::{Endpoint, NotAnEndpoint};
 pub(crate) use identity::MOST_PEM;
@@ -223,21 +225,18 @@ impl KmipProvider {
         (self.settings.mode == Mode::Local).then_some(&self.cache)
     }
 
-    /// Keeps KEKs as `policy` says, once that is recorded.
-    ///
-    /// # Errors
-    /// When there is nothing to keep, or the keystore can't be written; then nothing changes.
-    pub fn set_cache(&self, keystore: &Keystore, policy: CachePolicy) -> Result<(), KmipProviderError> {
-        self.settings.check_cache(policy)?;
-        let settings = KmipSettings {
-            cache: Some(policy),
-            ..self.settings.clone()
-        };
-        let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        keystore.set_provider_settings(self.id, &json)?;
-        self.cache.set_policy(policy);
-        Ok(())
+    /// As a lock, for the end of this process: what the cache keeps on disk stays.
+    pub fn end(&self) {
+        self.forget_access();
+        self.cache.end();
+    }
+
+    fn forget_access(&self) {
+        let mut held = self.held_mut();
+        held.locked = true;
+        held.locks += 1;
+        held.identity = None;
+        self.renew_access(&mut held);
     }
 
     /// Removes its private key and trust from the disk, once its record is gone.
@@ -399,17 +398,23 @@ impl KeyProvider for KmipProvider {
 
     fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         let access = self.access()?;
-        self.keys(&access).destroy(kek, vm)
+        let destroyed = self.keys(&access).destroy(kek, vm);
+        if matches!(destroyed, Err(ProviderError::UnknownKek(_))) {
+            self.cache.forget(kek).map_err(keys::stays_on_disk())?;
+        }
+        destroyed
     }
 
-    /// Forgets the private key and all KEKs, and closes all connections.
+    /// Forgets the private key and all KEKs, those on disk too, and closes all connections.
     fn lock(&self) {
-        let mut held = self.held_mut();
-        held.locked = true;
-        held.locks += 1;
-        held.identity = None;
-        self.renew_access(&mut held);
-        self.cache.purge();
+        self.forget_access();
+        if let Err(error) = self.cache.lock() {
+            tracing::error!(
+                provider = self.name,
+                "locked, but its keys on disk stay for now: {}",
+                chain(&error)
+            );
+        }
     }
 
     /// Takes the private key from disk again. Where it is not sealed there, any credential does.
@@ -473,6 +478,7 @@ impl KmipProvider {
         if self.settings.mode == Mode::Server {
             warnings.extend(self.cannot_encrypt());
         }
+        warnings.extend(self.persists_badly());
         warnings
     }
 
@@ -506,6 +512,15 @@ pub enum KmipProviderError {
     /// No KEK ever comes to this host.
     #[error(transparent)]
     Cache(#[from] NothingToCache),
+    /// The cache is off.
+    #[error("with the policy none there is nothing to keep across a reboot")]
+    PersistNothing,
+    /// No key of it may be in memory now.
+    #[error("is locked")]
+    Locked,
+    /// Nothing is kept across a reboot.
+    #[error(transparent)]
+    Persist(#[from] PersistError),
     /// Out of range.
     #[error("the timeout must be between 0.1 and 60 seconds")]
     Timeout,

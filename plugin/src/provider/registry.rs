@@ -174,10 +174,13 @@ impl Registry {
         Ok(change)
     }
 
-    /// Locks all providers.
+    /// Locks all providers, as the end of virtseald does: what is on disk for the next one stays.
     pub fn lock_all(&self) {
         for known in self.providers() {
-            known.provider().lock();
+            match known {
+                Provider::Kmip(provider) => provider.end(),
+                other => other.provider().lock(),
+            }
         }
     }
 

@@ -295,9 +295,9 @@ impl Keys<'_> {
         ticket: Ticket,
         keks: &[KekId],
     ) -> Result<Vec<Arc<SecretBytes>>, ProviderError> {
-        let deadline = match self.cache.all(keks) {
-            Some(_) => self.deadline.min(Instant::now() + RECALL_AFTER),
-            None => self.deadline,
+        let deadline = match self.cache.may_have(keks) {
+            true => self.deadline.min(Instant::now() + RECALL_AFTER),
+            false => self.deadline,
         };
         match self.fetch(keks, KeyState::may_unwrap, deadline) {
             Ok(keys) => {
@@ -306,9 +306,12 @@ impl Keys<'_> {
                 Ok(keys)
             }
             Err(ProviderError::Unreachable(why)) => {
-                let Some(keys) = self.cache.all(keks) else {
-                    return Err(ProviderError::Unreachable(why));
-                };
+                let keys = self.cache.recall(keks, self.deadline).map_err(|not_kept| {
+                    ProviderError::Unreachable(match not_kept.0 {
+                        Some(reason) => format!("{why}; {reason}"),
+                        None => why.clone(),
+                    })
+                })?;
                 tracing::warn!(provider = self.provider_name, "opened with cached keys: {why}");
                 Ok(keys)
             }
@@ -389,7 +392,7 @@ impl Keys<'_> {
             let why = format!("at the KMS it does not bear the name {name}");
             return Ok(DestroyReceipt::shared(kek, &why));
         }
-        self.cache.forget(kek);
+        self.cache.forget(kek).map_err(stays_on_disk())?;
         if before == KeyState::Active {
             self.once(kek, Call::Revoke(kek.clone()))?;
         }
@@ -404,12 +407,16 @@ impl Keys<'_> {
             ),
             Err(error) => return Err(error),
         };
+        let kept = match self.cache.persistence() {
+            Some(_) => "; what this host kept of it for a reboot is removed",
+            None => "",
+        };
         Ok(DestroyReceipt {
             kek: kek.clone(),
             destroyed,
             observed: format!(
                 "the KMS was told to destroy the key (it was {before}), and {seen}; backups and replicas of the KMS may \
-                 still hold it"
+                 still hold it{kept}"
             ),
         })
     }
@@ -421,6 +428,12 @@ impl Keys<'_> {
             Err(refusal) => Err(key_refused(kek, operation, refusal)),
         })
     }
+}
+
+/// A KEK that is to be destroyed must be off this host's disk too.
+pub(super) fn stays_on_disk<E: Into<Box<dyn std::error::Error + Send + Sync>>>()
+-> impl FnOnce(E) -> ProviderError {
+    ProviderError::internal("removing the KEK that is kept on disk")
 }
 
 /// Why the server can't do what `mode: server` needs; `None` if it can or has not been asked.

@@ -2,6 +2,7 @@
 
 mod cache;
 mod faults;
+mod persisted;
 pub(in crate::provider) mod trust;
 
 use super::call::Call;

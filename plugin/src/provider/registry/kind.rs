@@ -93,6 +93,7 @@ impl Provider {
                 .map(|provider| Self::Pkcs11(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
             KmipProvider::KIND => KmipProvider::open(keystore, &record)
+                .inspect(|provider| provider.attach(Arc::clone(keystore)))
                 .map(|provider| Self::Kmip(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
             kind => Err(format!(

@@ -108,6 +108,7 @@ impl Registry {
         settings: KmipSettings,
     ) -> Result<Arc<KmipProvider>, KmipProviderError> {
         let made = Arc::new(KmipProvider::create(&self.keystore, name, settings)?);
+        made.attach(Arc::clone(&self.keystore));
         self.enter(Provider::Kmip(Arc::clone(&made)));
         Ok(made)
     }

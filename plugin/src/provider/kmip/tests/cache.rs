@@ -158,7 +158,9 @@ fn policy_is_kept_and_can_be_changed() {
     assert_eq!(policy(&kmip), CachePolicy::UntilLock);
     let wrapped = Wrapped::by(kmip.provider());
     wrapped.assert_opened_by(kmip.provider());
-    kmip.provider().set_cache(&keystore, CachePolicy::None).unwrap();
+    kmip.provider()
+        .set_cache(&keystore, CachePolicy::None, None)
+        .unwrap();
     assert_eq!(kept(kmip.provider()), 0);
     wrapped.assert_opened_by(kmip.provider());
     assert_eq!(kept(kmip.provider()), 0);
@@ -188,7 +190,9 @@ fn server_mode_has_no_cache() {
     assert!(keystore.providers().unwrap().is_empty());
     let provider = create("b", None).unwrap();
     assert!(provider.cache().is_none());
-    let error = provider.set_cache(&keystore, CachePolicy::UntilLock).unwrap_err();
+    let error = provider
+        .set_cache(&keystore, CachePolicy::UntilLock, None)
+        .unwrap_err();
     assert!(error.to_string().contains("never leave its server"), "{error}");
     create("c", Some("none")).unwrap();
 }

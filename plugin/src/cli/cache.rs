@@ -1,0 +1,62 @@
+//! `virtseal provider cache`.
+
+use clap::{Args, ValueEnum};
+
+use super::client::Client;
+use super::print::Printer;
+use crate::api::{HostProxy, PersistRequest};
+use crate::failure::{Code, Failure};
+use crate::provider::cache::{CachePolicy, PersistTime};
+
+#[derive(Debug, Args)]
+pub(super) struct CacheArgs {
+    /// The provider's name.
+    name: String,
+    /// none, until-lock, or a time such as 4h: counted from when each was last fetched.
+    policy: CachePolicy,
+    /// Keep them on disk too, sealed by the TPM of this host, so that VMs start after a reboot while the servers are down.
+    #[arg(long, value_enum, default_value_t)]
+    persist: PersistBy,
+    /// For how long that is, from when each was last fetched; 24h unless given.
+    #[arg(long, value_name = "TIME")]
+    persist_for: Option<PersistTime>,
+    /// Only while these PCRs are what they are now: PCR 7, unless given, is Secure Boot's state and keys.
+    #[arg(long, value_name = "LIST")]
+    pcrs: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum PersistBy {
+    /// Not at all; what was kept is removed.
+    #[default]
+    None,
+    /// By the TPM 2.0 of this host.
+    Tpm,
+}
+
+impl CacheArgs {
+    fn persist(&self) -> Result<Option<PersistRequest>, Failure> {
+        match self.persist {
+            PersistBy::Tpm => Ok(Some(PersistRequest {
+                keep: self.persist_for.map(|time| time.to_string()),
+                pcrs: self.pcrs.clone(),
+            })),
+            PersistBy::None if self.persist_for.is_none() && self.pcrs.is_none() => Ok(None),
+            PersistBy::None => Err(Failure::new(
+                Code::Usage,
+                "--persist-for and --pcrs are about --persist tpm, which is missing",
+            )),
+        }
+    }
+}
+
+pub(super) async fn set(args: &CacheArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let (policy, persist) = (args.policy.to_string(), args.persist()?);
+    let set = client
+        .call(async |host| {
+            host.set_provider_cache(&args.name, &policy, persist.clone())
+                .await
+        })
+        .await?;
+    printer.provider(&set.providers)
+}

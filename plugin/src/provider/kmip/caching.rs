@@ -1,0 +1,98 @@
+//! How long a KMIP provider keeps KEKs, in memory and, sealed by the host's TPM, across a reboot.
+
+use std::sync::{Arc, PoisonError};
+
+use super::{KmipProvider, KmipProviderError, KmipSettings, Mode};
+use crate::keystore::{Keystore, KeystoreError};
+use crate::provider::cache::{CachePolicy, PersistTime};
+use crate::tpm::{PcrList, Tpm, TpmError};
+
+/// How to keep KEKs across a reboot.
+#[derive(Debug)]
+pub struct Persist<'a> {
+    /// What seals them.
+    pub tpm: &'a Tpm,
+    /// For how long after each was last fetched.
+    pub keep: PersistTime,
+    /// While these are what they are now.
+    pub pcrs: PcrList,
+}
+
+impl KmipProvider {
+    /// From now on its cache can keep KEKs across a reboot, in `keystore`.
+    pub fn attach(&self, keystore: Arc<Keystore>) {
+        if self.settings.mode == Mode::Local {
+            self.cache.attach(keystore, self.id, &self.name);
+        }
+    }
+
+    /// Keeps KEKs as `policy` says, once that is recorded, and across a reboot where there is a `persist`. What was kept on
+    /// disk is gone.
+    ///
+    /// # Errors
+    /// When there is nothing to keep, the TPM does not seal, or the keystore can't be written; then nothing changes.
+    pub fn set_cache(
+        &self,
+        keystore: &Keystore,
+        policy: CachePolicy,
+        persist: Option<&Persist>,
+    ) -> Result<(), KmipProviderError> {
+        self.settings.check_cache(policy)?;
+        let settings = KmipSettings {
+            cache: Some(policy),
+            ..self.settings.clone()
+        };
+        let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = persist
+            .map(|persist| {
+                if policy == CachePolicy::None {
+                    return Err(KmipProviderError::PersistNothing);
+                }
+                if self.held().locked {
+                    return Err(KmipProviderError::Locked);
+                }
+                let Persist { tpm, keep, pcrs } = persist;
+                Ok(self.cache.enroll(tpm, *keep, pcrs)?)
+            })
+            .transpose()?;
+        self.cache.set(policy, new.flatten(), |record| {
+            keystore.set_kek_cache(self.id, &json, record)
+        })?;
+        Ok(())
+    }
+
+    /// Whether the TPM is to open what its cache keeps on disk.
+    #[must_use]
+    pub fn wants_tpm(&self) -> bool {
+        !self.held().locked && self.cache.wants_tpm()
+    }
+
+    /// Has `tpm` open what its cache keeps on disk.
+    ///
+    /// # Errors
+    /// Why it does not; then nothing comes from there, and nothing is kept there, until it does.
+    pub fn load_cache(&self, tpm: &Tpm) -> Result<(), TpmError> {
+        self.cache.load(tpm)
+    }
+
+    /// After a lock: whether the disk has let go of what the cache kept there. Tries again where it did not.
+    pub fn settle_cache(&self) -> Result<(), KeystoreError> {
+        self.cache.settle()
+    }
+
+    /// What to say where the TPM or the disk fails.
+    pub(super) fn persists_badly(&self) -> Option<String> {
+        let persistence = self.cache.persistence()?;
+        let problem = persistence.problem?;
+        let (name, policy) = (&self.name, self.cache.policy());
+        let pcrs = persistence
+            .pcrs
+            .map_or_else(String::new, |pcrs| format!(" --pcrs {pcrs}"));
+        Some(format!(
+            "no key is kept for a reboot ({problem}): virtseal provider cache {name} {policy} --persist tpm --persist-for \
+             {}{pcrs} begins anew",
+            persistence.keep
+        ))
+    }
+}
