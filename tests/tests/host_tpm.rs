@@ -1,4 +1,5 @@
-//! A host that comes up by itself: its TPM unlocks a native provider, and the passphrase does whatever the TPM says.
+//! A host that comes up by itself: its TPM unlocks a native provider, and the passphrase does whatever the TPM says; and it
+//! keeps keys of a KMS, for a reboot while that is down.
 
 use std::fs;
 use std::net::TcpListener;
@@ -6,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use virtseal_e2e::servers::PyKmip;
 use virtseal_e2e::{Output, Process, SealedHost, expect_names, require_programs, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -244,6 +246,120 @@ fn a_rotation_takes_the_tpm_along() -> Result<()> {
     rig.restart()?;
     rig.expect_state("NotBackedUp")?;
     rig.sealed.start_paused("web01")
+}
+
+const KMS: &str = "kmip-prod";
+
+impl Rig {
+    /// Until that many keys are on disk.
+    fn expect_kept(&self, keks: u64) -> Result<()> {
+        wait_until(PATIENCE, &format!("{keks} keys on disk"), || {
+            Ok((self.sealed.provider(KMS)?["persist"]["keks"] == keks).then_some(()))
+        })
+    }
+
+    fn stays_off_because(&self, parts: &[&str]) -> Result<()> {
+        let refused = self.sealed.refused_start("web01")?;
+        expect_names(&refused, &["web01 stays off", KMS, "unreachable"])?;
+        expect_names(&refused, parts)
+    }
+
+    fn restart_without(&mut self, kms: &mut PyKmip) -> Result<()> {
+        kms.kill();
+        self.restart()
+    }
+
+    fn finds(&self, kms: &mut PyKmip) -> Result<()> {
+        kms.run()?;
+        wait_until(PATIENCE, "the KMS is found again", || {
+            Ok(self.sealed.expect_start("web01").ok())
+        })
+    }
+}
+
+#[test]
+fn kept_keys_start_vms_after_a_reboot_while_the_kms_is_down() -> Result<()> {
+    let mut kms = PyKmip::start()?;
+    let mut rig = Rig::start()?;
+    kms.add_to(&rig.sealed, KMS, &[kms.port()], false)?;
+    rig.sealed.run(&["provider", "default", KMS])?;
+    rig.sealed.seal_new("web01")?;
+    let persist = ["provider", "cache", KMS, "24h", "--persist", "tpm"];
+    rig.refused(
+        2,
+        &["provider", "cache", KMS, "24h", "--persist-for", "72h"],
+        &["--persist tpm"],
+    )?;
+    rig.refused(
+        2,
+        &["provider", "cache", KMS, "none", "--persist", "tpm"],
+        &["nothing to keep"],
+    )?;
+    rig.refused(
+        2,
+        &["provider", "cache", "main", "24h", "--persist", "tpm"],
+        &["nothing to cache"],
+    )?;
+
+    // Without it, the cache ends with virtseald.
+    rig.sealed.expect_start("web01")?;
+    rig.restart_without(&mut kms)?;
+    rig.stays_off_because(&["connection refused"])?;
+    rig.finds(&mut kms)?;
+
+    let shown = rig
+        .sealed
+        .run(&[&persist[..], &["--persist-for", "72h"]].concat())?;
+    expect_names(&shown, &["24h, 1 keys in it", "persist      72h,", "PCR 7"])?;
+    rig.expect_kept(1)?;
+    rig.power_on()?;
+    rig.restart_without(&mut kms)?;
+    rig.sealed.expect_start("web01").context("from the disk")?;
+
+    rig.sealed.run(&["provider", "lock", KMS])?;
+    rig.sealed.unlock_provider(KMS)?;
+    rig.stays_off_because(&["its key is not kept on disk"])?;
+    rig.restart()?;
+    rig.stays_off_because(&["its key is not kept on disk"])?;
+
+    // A host that boots otherwise gets nothing, is told why, and goes on where the KMS answers.
+    rig.finds(&mut kms)?;
+    rig.expect_kept(1)?;
+    rig.measure_something_else()?;
+    rig.restart_without(&mut kms)?;
+    wait_until(PATIENCE, "the reason why nothing is opened", || {
+        Ok(rig.sealed.provider(KMS)?["persist"]["problem"]
+            .is_string()
+            .then_some(()))
+    })?;
+    rig.stays_off_because(&["can't be opened: PCR 7 differs from when it was enrolled"])?;
+    let shown = rig.sealed.virtseal(&["provider", "show", KMS])?;
+    expect_names(
+        &shown.stderr,
+        &["no key is kept for a reboot", "--persist tpm --persist-for 72h"],
+    )?;
+    rig.finds(&mut kms)?;
+    kms.kill();
+    rig.power_on()?;
+    rig.restart()?;
+    rig.sealed.expect_start("web01").context("as it booted then")?;
+
+    // No TPM to be found: a server that answers is all it takes.
+    rig.tpm = None;
+    kms.run()?;
+    rig.restart()?;
+    wait_until(PATIENCE, "the KMS is found", || {
+        Ok(rig.sealed.expect_start("web01").ok())
+    })?;
+    rig.refused(4, &persist, &["can't reach the TPM", "virtseald.yaml"])?;
+    rig.sealed.run(&["provider", "cache", KMS, "24h"])?;
+    ensure!(
+        rig.sealed.provider(KMS)?["persist"].is_null(),
+        "{}",
+        rig.sealed.provider(KMS)?
+    );
+    rig.restart_without(&mut kms)?;
+    rig.stays_off_because(&["connection refused"])
 }
 
 /// Without a connection, which would be a client: swtpm serves one at a time. See proc_net_tcp(5): address, then state.
