@@ -87,7 +87,7 @@ impl Persisted {
             state.rows.remove(&kek);
             state.owed.keks.insert(kek);
         }
-        if state.owed.is_something() {
+        if state.owed.is_something() || !state.waiting.is_empty() {
             self.work(&mut state);
         } else if !state.working {
             state.fault = None;
