@@ -399,17 +399,10 @@ impl KeyProvider for KmipProvider {
     fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         let access = self.access()?;
         let destroyed = self.keys(&access).destroy(kek, vm);
-        let persists = self.cache.persistence().is_some();
-        self.cache
-            .forget(kek)
-            .map_err(ProviderError::internal("removing the KEK that is kept on disk"))?;
-        let mut receipt = destroyed?;
-        if persists {
-            receipt
-                .observed
-                .push_str("; what this host kept of it for a reboot is removed, its pages zeroed");
+        if matches!(destroyed, Err(ProviderError::UnknownKek(_))) {
+            self.cache.forget(kek).map_err(keys::stays_on_disk())?;
         }
-        Ok(receipt)
+        destroyed
     }
 
     /// Forgets the private key and all KEKs, those on disk too, and closes all connections.

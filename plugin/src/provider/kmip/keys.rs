@@ -392,6 +392,7 @@ impl Keys<'_> {
             let why = format!("at the KMS it does not bear the name {name}");
             return Ok(DestroyReceipt::shared(kek, &why));
         }
+        self.cache.forget(kek).map_err(stays_on_disk())?;
         if before == KeyState::Active {
             self.once(kek, Call::Revoke(kek.clone()))?;
         }
@@ -406,12 +407,16 @@ impl Keys<'_> {
             ),
             Err(error) => return Err(error),
         };
+        let kept = match self.cache.persistence() {
+            Some(_) => "; what this host kept of it for a reboot is removed",
+            None => "",
+        };
         Ok(DestroyReceipt {
             kek: kek.clone(),
             destroyed,
             observed: format!(
                 "the KMS was told to destroy the key (it was {before}), and {seen}; backups and replicas of the KMS may \
-                 still hold it"
+                 still hold it{kept}"
             ),
         })
     }
@@ -423,6 +428,12 @@ impl Keys<'_> {
             Err(refusal) => Err(key_refused(kek, operation, refusal)),
         })
     }
+}
+
+/// A KEK that is to be destroyed must be off this host's disk too.
+pub(super) fn stays_on_disk<E: Into<Box<dyn std::error::Error + Send + Sync>>>()
+-> impl FnOnce(E) -> ProviderError {
+    ProviderError::internal("removing the KEK that is kept on disk")
 }
 
 /// Why the server can't do what `mode: server` needs; `None` if it can or has not been asked.
