@@ -20,7 +20,7 @@ use crate::failure::{Code, Failure};
 pub use job::{CopyView, JobReport, JobRequest, JobStarted, JobView, Jobs};
 pub use provider::{
     BackupMade, OrphanEnvelope, OrphanKek, Orphans, PersistRequest, PersistView, ProviderView, Providers,
-    TpmRemoved,
+    TpmEnrolled, TpmRemoved,
 };
 pub use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
@@ -160,8 +160,13 @@ pub trait HostProxy {
     ) -> zlink::Result<Result<(), HostError>>;
     /// Unlocks it by the TPM of this host.
     async fn unlock_provider_by_tpm(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;
-    /// Lets the TPM of this host open it while these PCRs (7, if none are given) are what they are now.
-    async fn enroll_tpm(&mut self, name: &str, pcrs: Option<&str>) -> zlink::Result<Result<(), HostError>>;
+    /// Lets the TPM of this host open it while these PCRs (if none are given, those of the enrolment that this one
+    /// replaces, or else 7) are what they are now.
+    async fn enroll_tpm(
+        &mut self,
+        name: &str,
+        pcrs: Option<&str>,
+    ) -> zlink::Result<Result<TpmEnrolled, HostError>>;
     /// Takes that away again.
     async fn remove_tpm(&mut self, name: &str) -> zlink::Result<Result<TpmRemoved, HostError>>;
     /// Writes a backup to the first of `fds`, encrypted with the passphrase in the second if there is one.

@@ -3,6 +3,8 @@
 //! An unknown key is an error that names file, line and the nearest valid key: a misspelt policy must not be
 //! taken for the default.
 
+mod log_filter;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -15,6 +17,8 @@ use thiserror::Error;
 use crate::envelope::Envelope;
 use crate::provider::registry::Registry;
 use crate::tpm::Tcti;
+
+pub use log_filter::LogFilter;
 
 /// The most envelopes that a job may have in memory.
 const MOST_BATCH: u32 = 1000;
@@ -53,8 +57,8 @@ pub struct Config {
     pub interval: Duration,
     /// How the TPM of this host is reached.
     pub tpm: Tcti,
-    /// What to log, as `tracing` filters: `info`, `virtseal=debug`, …
-    pub log: String,
+    /// What to log.
+    pub log: LogFilter,
 }
 
 impl Default for Config {
@@ -73,7 +77,7 @@ impl Default for Config {
             batch_size: 50,
             interval: Duration::ZERO,
             tpm: Tcti::default(),
-            log: "info".into(),
+            log: LogFilter::default(),
         }
     }
 }
@@ -118,13 +122,17 @@ impl Config {
         {
             return Ok(Self::default());
         }
+        if let Some(repeated) = repeated_key(text, path) {
+            return Err(repeated);
+        }
         let config: Self = serde_yaml::from_str(text).map_err(|source| {
-            let line = line_of_bad_value(text).unwrap_or_else(|| source.location().map_or(1, |at| at.line()));
-            unknown_key(text, path).unwrap_or_else(|| ConfigError::Invalid {
-                path: path.into(),
-                line,
-                source: Box::new(source),
-            })
+            unknown_key(text, path)
+                .or_else(|| bad_value(text, path))
+                .unwrap_or_else(|| ConfigError::Invalid {
+                    path: path.into(),
+                    line: source.location().map_or(1, |at| at.line()),
+                    source: Box::new(source),
+                })
         })?;
         config.validated(path)
     }
@@ -164,7 +172,7 @@ pub enum ConfigError {
         #[source]
         source: io::Error,
     },
-    /// Not YAML, or a value of the wrong type.
+    /// Not YAML.
     #[error("{}:{line} is not a valid setting", path.display())]
     Invalid {
         /// The file.
@@ -174,6 +182,32 @@ pub enum ConfigError {
         /// What is wrong.
         #[source]
         source: Box<serde_yaml::Error>,
+    },
+    /// A value that its key does not take.
+    #[error("{}:{line}: {key}: {found} is not {expected}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// Where in it.
+        line: usize,
+        /// The key.
+        key: String,
+        /// The value, as it is written there.
+        found: String,
+        /// What the key takes.
+        expected: String,
+    },
+    /// A key that is set twice.
+    #[error("{}:{line}: '{key}' is set in line {first} already", path.display())]
+    Repeated {
+        /// The file.
+        path: PathBuf,
+        /// The second time.
+        line: usize,
+        /// The first.
+        first: usize,
+        /// The key.
+        key: String,
     },
     /// A key that does not exist.
     #[error("{}:{line}: unknown key '{key}'; {hint}", path.display())]
@@ -215,35 +249,84 @@ pub enum ConfigError {
     },
 }
 
-/// The first top-level key that does not exist, with its line.
-fn unknown_key(text: &str, path: &Path) -> Option<ConfigError> {
-    text.lines().enumerate().find_map(|(index, line)| {
-        let key = line.split_once(':')?.0;
+/// The keys at the top level, each with the number of its line.
+fn keys(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    text.lines().enumerate().filter_map(|(index, line)| {
+        let key = line.split_once(':')?.0.trim_end();
         let is_key = !key.is_empty()
             && key
                 .chars()
                 .all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
-        if !is_key || Config::KEYS.contains(&key) {
-            return None;
-        }
-        Some(ConfigError::UnknownKey {
+        is_key.then_some((index + 1, key))
+    })
+}
+
+fn unknown_key(text: &str, path: &Path) -> Option<ConfigError> {
+    let (line, key) = keys(text).find(|(_, key)| !Config::KEYS.contains(key))?;
+    Some(ConfigError::UnknownKey {
+        path: path.into(),
+        line,
+        key: key.into(),
+        hint: hint_for(key),
+    })
+}
+
+fn repeated_key(text: &str, path: &Path) -> Option<ConfigError> {
+    let mut seen = BTreeMap::new();
+    keys(text).find_map(|(line, key)| {
+        let first = seen.insert(key, line)?;
+        Some(ConfigError::Repeated {
             path: path.into(),
-            line: index + 1,
+            line,
+            first,
             key: key.into(),
-            hint: hint_for(key),
         })
     })
 }
 
-/// The first line that is no setting by itself, while the text is YAML: for values that are refused by their
-/// meaning the parser has no place.
-fn line_of_bad_value(text: &str) -> Option<usize> {
-    serde_yaml::from_str::<BTreeMap<String, serde_yaml::Value>>(text).ok()?;
-    let is_wrong = |line: &str| {
-        let is_setting = line.starts_with(|first: char| first.is_ascii_alphabetic());
-        is_setting && serde_yaml::from_str::<Config>(line).is_err()
+/// The first setting whose value is refused, while the text is YAML: the parser has neither its line nor plain words.
+fn bad_value(text: &str, path: &Path) -> Option<ConfigError> {
+    let settings: BTreeMap<String, serde_yaml::Value> = serde_yaml::from_str(text).ok()?;
+    let is_refused = |key: &str, value: &serde_yaml::Value| {
+        let alone = BTreeMap::from([(key, value)]);
+        serde_yaml::to_value(alone).is_ok_and(|alone| serde_yaml::from_value::<Config>(alone).is_err())
     };
-    text.lines().position(is_wrong).map(|index| index + 1)
+    keys(text).find_map(|(line, key)| {
+        let value = settings.get(key).filter(|value| is_refused(key, value))?;
+        Some(ConfigError::Value {
+            path: path.into(),
+            line,
+            key: key.into(),
+            found: shown(value),
+            expected: expected(key),
+        })
+    })
+}
+
+/// In one line, and not a long one.
+fn shown(value: &serde_yaml::Value) -> String {
+    let text = serde_yaml::to_string(value).unwrap_or_default();
+    let text = text.trim().replace('\n', " ");
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("'{}…'", &text[..end]),
+        None => format!("'{}'", text.trim_matches(['\'', '"'])),
+    }
+}
+
+fn expected(key: &str) -> String {
+    match key {
+        "hook_deadline" | "provider_deadline" | "probe_interval" => {
+            "a duration of more than 0: '10s', '500ms', '2m' or a number of seconds, at most an hour".into()
+        }
+        "interval" => "a duration: 0, '500ms', '10s', '2m' or a number of seconds, at most an hour".into(),
+        "recipients" => "a list of names of providers, such as [kmip-prod, breakglass]".into(),
+        "batch_size" => format!("a whole number from 1 to {MOST_BATCH}"),
+        "tpm" => "device:/dev/tpmrm0, tabrmd, swtpm:host=HOST,port=PORT or mssim:host=HOST,port=PORT".into(),
+        "log" => "one of error, warn, info, debug, trace, perhaps by module: info,virtseal=debug".into(),
+        "socket_group" => "the name of a group".into(),
+        "libvirt_uri" => "a URI, such as qemu:///system".into(),
+        _ => "a path".into(),
+    }
 }
 
 fn hint_for(key: &str) -> String {
@@ -265,7 +348,7 @@ fn hint_for(key: &str) -> String {
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     match pause(deserializer)? {
-        none if none.is_zero() => Err(de::Error::custom("a duration is more than 0 here")),
+        none if none.is_zero() => Err(de::Error::custom("a duration of 0")),
         some => Ok(some),
     }
 }
@@ -284,9 +367,8 @@ fn pause<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Erro
     };
     match parsed {
         Some(value) if value <= Duration::from_secs(3600) => Ok(value),
-        _ => Err(de::Error::custom(
-            "a duration is '10s', '500ms', '2m' or a number of seconds, at most an hour",
-        )),
+        // Its words are those of `expected`.
+        _ => Err(de::Error::custom("no duration")),
     }
 }
 
@@ -323,23 +405,48 @@ mod tests {
         let config = parse("hook_deadline: 1500ms\nprovider_deadline: 1").unwrap();
         assert_eq!(config.hook_deadline, Duration::from_millis(1500));
         assert_eq!(config.provider_deadline, Duration::from_secs(1));
-        assert!(parse("hook_deadline: 0s").unwrap_err().contains("a duration is"));
+        assert!(
+            parse("hook_deadline: 0s")
+                .unwrap_err()
+                .contains("a duration of more than 0")
+        );
         assert_eq!(parse("interval: 0").unwrap().interval, Duration::ZERO);
         assert!(parse("hook_deadline: -1").is_err());
         assert!(parse("hook_deadline: 10 parsecs").is_err());
     }
 
     #[test]
-    fn bad_value_names_its_line() {
-        for text in [
-            "# first\nlog: info\nhook_deadline: soon",
-            "socket: /x\n\nlog: [1]\n",
+    fn bad_value_names_line_key_and_what_the_key_takes() {
+        for (text, said) in [
+            (
+                "# first\nlog: info\nhook_deadline: soon",
+                "3: hook_deadline: 'soon' is not a duration",
+            ),
+            ("interval: -1s", "1: interval: '-1s' is not a duration: 0"),
+            (
+                "socket: /x\n\nlog: loud",
+                "3: log: 'loud' is not one of error, warn, info, debug, trace",
+            ),
+            ("log: [1]\n", "1: log: '- 1' is not one of error"),
+            ("recipients: main", "1: recipients: 'main' is not a list of names"),
+            (
+                "recipients:\n- main\nbatch_size: -1",
+                "3: batch_size: '-1' is not a whole number",
+            ),
+            ("tpm: the chip", "1: tpm: 'the chip' is not device:/dev/tpmrm0"),
+            ("socket: [/x]", "1: socket: '- /x' is not a path"),
         ] {
-            assert!(
-                parse(text).unwrap_err().starts_with("virtseald.yaml:3 "),
-                "{text}"
-            );
+            let error = parse(text).unwrap_err();
+            assert!(error.starts_with(&format!("virtseald.yaml:{said}")), "{error}");
         }
+    }
+
+    #[test]
+    fn repeated_key_names_both_lines() {
+        assert_eq!(
+            parse("log: info\nsocket: /x\nlog: debug").unwrap_err(),
+            "virtseald.yaml:3: 'log' is set in line 1 already"
+        );
     }
 
     #[test]

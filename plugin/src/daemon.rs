@@ -7,6 +7,7 @@ mod bell;
 mod cache;
 mod copies;
 mod deletion;
+mod doubts;
 mod headers;
 mod host_tpm;
 mod jobs;

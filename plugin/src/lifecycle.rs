@@ -193,7 +193,11 @@ fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Resu
                 envelope.id, envelope.vm
             ),
         )
-        .next("create a volume for this VM: virtseal volume create --vm"));
+        .next(format!(
+            "virsh edit {0}, or virsh define FILE with its own dumpxml: it needs its own disks and <virtseal:vm> metadata; \
+             new ones are made by virtseal volume create FILE --vm {0}",
+            word(&domain.name)
+        )));
     }
     Ok(())
 }
@@ -304,6 +308,17 @@ fn of_sealed_image(error: VolumeError) -> Failure {
             let path = path.display();
             Failure::new(Code::NotFound, format!("{path} does not exist")).next(format!(
                 "put {path} back where it was, or restore it from a backup"
+            ))
+        }
+        VolumeError::NoKeyslotOpens(path) => {
+            let shown = path.display();
+            Failure::new(
+                Code::Failed,
+                format!("no keyslot of {shown} opens with its key: it was encrypted under another one"),
+            )
+            .next(format!(
+                "virtseal volume info {}, then put this VM's own image back there, or restore it from a backup",
+                word(shown)
             ))
         }
         other => other.into(),

@@ -24,8 +24,8 @@ use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
     IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
     OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView, ProviderView, Providers,
-    Receipt, ReceiptLine, ServerView, Servers, SigningRequestMade, TpmRemoved, VmView, Vms, VolumeProgress,
-    VolumeRequest,
+    Receipt, ReceiptLine, ServerView, Servers, SigningRequestMade, TpmEnrolled, TpmRemoved, VmView, Vms,
+    VolumeProgress, VolumeRequest,
 };
 use crate::daemon::{Daemon, on_behalf_of};
 use crate::domain::Domain;
@@ -318,9 +318,12 @@ impl Service {
             .await
     }
 
-    async fn enroll_tpm(&self, name: String, pcrs: Option<String>) -> Result<(), HostError> {
+    async fn enroll_tpm(&self, name: String, pcrs: Option<String>) -> Result<TpmEnrolled, HostError> {
         self.run(Caller::Admin, move |daemon| {
-            daemon.enroll_tpm(&name, pcrs.as_deref())
+            let pcrs = daemon.enroll_tpm(&name, pcrs.as_deref())?;
+            Ok(TpmEnrolled {
+                pcrs: pcrs.to_string(),
+            })
         })
         .await
     }

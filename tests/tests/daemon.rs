@@ -70,11 +70,14 @@ fn mistakes_in_the_configuration_name_file_and_line() -> Result<()> {
         ),
         (
             "log: info\nhook_deadline: soon\n",
-            &["bad.yaml:2", "a duration is"],
+            &["bad.yaml:2", "hook_deadline", "'soon'", "a duration", "Next: "],
         ),
         ("require_sealed: true\n", &["bad.yaml:1", "hook.conf"]),
         ("state_dir: here\n", &["bad.yaml", "'here'", "absolute"]),
-        ("log: 'virtseal=loud'\n", &["log", "virtseal=loud"]),
+        (
+            "log: 'virtseal=loud'\n",
+            &["bad.yaml:1", "log", "virtseal=loud", "warn"],
+        ),
     ] {
         let failed = start(&host, "bad", text)?;
         expect_failure(failed, parts).with_context(|| format!("{text:?}"))?;

@@ -178,6 +178,18 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
     rig.restart()?;
     rig.expect_state("Ready")?;
 
+    // Who enrolls again without saying which PCRs means those of before.
+    let chosen = ["provider", "tpm", "main", "--enroll", "--pcrs", "7,11"];
+    for command in [&chosen[..], &chosen[..4]] {
+        expect_names(&rig.sealed.run(command)?, &["PCR 7,11 is what it is now"])?;
+    }
+    rig.measure_something_else()?;
+    rig.refused(
+        3,
+        &["provider", "unlock", "main", "--tpm"],
+        &["virtseal provider tpm main --enroll --pcrs 7,11"],
+    )?;
+
     let removed = rig.sealed.run(&["provider", "tpm", "main", "--remove"])?;
     expect_names(&removed, &["does not unlock 'main' any more"])?;
     rig.restart()?;

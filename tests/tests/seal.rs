@@ -191,6 +191,7 @@ fn unseal_works_until_the_vm_has_run() -> Result<()> {
     let spec = sealed.seal_new("web01")?;
     let planned = sealed.json(&["vm", "unseal", "web01", "--dry-run"])?;
     ensure!(planned["changed"] == false, "{planned}");
+    expect_names(&planned["warnings"].to_string(), &["the TPM stays"])?;
     sealed.virtseal(&["vm", "unseal", "web01"])?.succeeded()?;
     let xml = sealed.dumpxml("web01")?;
     ensure!(!xml.contains("encryption") && !xml.contains("virtseal"), "{xml}");

@@ -78,6 +78,13 @@ pub struct BackupMade {
     pub generation: i64,
 }
 
+/// Reply of `provider tpm --enroll`.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct TpmEnrolled {
+    /// The PCRs that must stay what they are, such as `7,11`.
+    pub pcrs: String,
+}
+
 /// Reply of `provider tpm --remove`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct TpmRemoved {

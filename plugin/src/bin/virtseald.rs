@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, io};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
@@ -17,7 +17,7 @@ use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use virtseal::config::Config;
+use virtseal::config::{Config, ConfigError, LogFilter};
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
 use virtseal::failure::chain;
 use virtseal::listener;
@@ -48,10 +48,16 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> anyhow::Result<()> {
     process::harden().context("can't protect this process")?;
     let code = Arc::new(LinkedCode::of_this_process().context("can't read /proc/self/smaps")?);
-    let config = load(args)?;
+    let config = load(args).map_err(|error| {
+        anyhow!(
+            "{}. Next: mend it, then systemctl restart virtseald",
+            chain(&error)
+        )
+    })?;
     start_log(&config.log)?;
     let listener = listen(&config)?;
     let daemon = Arc::new(Daemon::open(config)?);
+    warn_of_settings(&daemon);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(64)
@@ -103,17 +109,18 @@ async fn serve(
     Ok(())
 }
 
-fn load(args: &Args) -> anyhow::Result<Config> {
+fn load(args: &Args) -> Result<Config, ConfigError> {
     match &args.config {
-        Some(path) => Ok(Config::load(path)?),
-        None if Path::new(Config::DEFAULT_PATH).exists() => Ok(Config::load(Config::DEFAULT_PATH.as_ref())?),
+        Some(path) => Config::load(path),
+        None if Path::new(Config::DEFAULT_PATH).exists() => Config::load(Config::DEFAULT_PATH.as_ref()),
         None => Ok(Config::default()),
     }
 }
 
 /// To the journal where systemd says so, else to standard error.
-fn start_log(filter: &str) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter).with_context(|| format!("log: '{filter}' is no filter"))?;
+fn start_log(filter: &LogFilter) -> anyhow::Result<()> {
+    let filter =
+        EnvFilter::try_new(filter.to_string()).with_context(|| format!("log: '{filter}' is no filter"))?;
     let registry = tracing_subscriber::registry().with(filter);
     if std::env::var_os("JOURNAL_STREAM").is_some()
         && let Ok(journal) = tracing_journald::layer()
@@ -285,11 +292,22 @@ fn reload(daemon: &Arc<Daemon>, args: &Args) {
             for key in daemon.reload(config) {
                 tracing::warn!(key, "changes only with a restart of virtseald");
             }
+            warn_of_settings(daemon);
             tracing::info!("configuration reloaded");
         }
-        Err(error) => tracing::error!("the old configuration stays: {error:#}"),
+        Err(error) => tracing::error!(
+            "the old configuration stays: {}. Next: mend it, then systemctl reload virtseald",
+            chain(&error)
+        ),
     }
     notify(&[NotifyState::Ready]);
+}
+
+/// What the settings name and this host does not have may come later: no reason not to start.
+fn warn_of_settings(daemon: &Daemon) {
+    for doubt in daemon.doubts() {
+        tracing::warn!("{doubt}");
+    }
 }
 
 fn notify(state: &[NotifyState<'_>]) {

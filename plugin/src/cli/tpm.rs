@@ -14,7 +14,8 @@ pub(super) struct TpmArgs {
     /// Seal its root keys to the TPM; it must be unlocked. Its passphrase goes on unlocking it too.
     #[arg(long, required_unless_present = "remove", conflicts_with = "remove")]
     enroll: bool,
-    /// Only while these PCRs are what they are now: PCR 7, unless given, is Secure Boot's state and keys.
+    /// Only while these PCRs are what they are now; unless given, those of the enrolment that this one replaces, or else
+    /// PCR 7: Secure Boot's state and keys.
     #[arg(long, value_name = "LIST", requires = "enroll")]
     pcrs: Option<String>,
     /// Take that way in away again.
@@ -32,12 +33,12 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
         });
     }
     let pcrs = args.pcrs.as_deref();
-    client
+    let enrolled = client
         .call(async |host| host.enroll_tpm(name, pcrs).await)
         .await?;
     printer.done(&format!(
         "The TPM unlocks '{name}' when virtseald starts, while PCR {} is what it is now. Keep the passphrase: it unlocks \
          '{name}' whatever changes",
-        pcrs.unwrap_or("7")
+        enrolled.pcrs
     ))
 }

@@ -40,7 +40,7 @@ pub(super) struct IdentityArgs {
 pub(super) struct CsrArgs {
     /// The provider's name.
     name: String,
-    /// Make a new private key and request, in place of the one that waits.
+    /// Make a new private key and request; else it is the one that waits, or one for the key in use.
     #[arg(long)]
     new: bool,
     /// An RSA key of 3072 bits instead of a NIST P-256 one.
@@ -94,12 +94,6 @@ pub(super) async fn identity(
         .call(async |host| host.set_provider_identity(name, &parts, fds).await)
         .await?;
     let certificate = &set.certificate;
-    if certificate.days_left <= 30 {
-        printer.warn(&format!(
-            "the client certificate expires in {} days, on {}",
-            certificate.days_left, certificate.not_after
-        ));
-    }
     printer.providers(&[set.provider])?;
     printer.advise(&format!(
         "'{name}' shows itself as {}, SHA-256 {}, until {}",

@@ -10,6 +10,7 @@ use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
 use crate::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::failure::{Code, Failure};
 use crate::keystore::CopyPlace;
+use crate::provider::registry::Absent;
 use crate::rotation::Task;
 
 /// What needs a provider.
@@ -76,9 +77,14 @@ impl Daemon {
         let mut warnings = Vec::new();
         if !uses.objects.is_empty() {
             warnings.push(format!(
-                "{} had a stanza of it, {} of them with no other: these stay locked until it is restored",
+                "{} had a stanza of it, {} of them with no other: these stay locked until it is back: {}",
                 self.objects_of_vms(&uses.objects)?,
-                uses.alone
+                uses.alone,
+                Absent {
+                    id,
+                    name: name.clone(),
+                    kind: Some(known.kind().to_owned())
+                }
             ));
         }
         Ok(Outcome {

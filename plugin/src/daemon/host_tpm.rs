@@ -36,26 +36,28 @@ pub enum Tried {
 }
 
 impl Daemon {
-    /// Lets the TPM open `name` while `pcrs` (PCR 7, if none are given) are what they are now.
-    pub fn enroll_tpm(&self, name: &str, pcrs: Option<&str>) -> Result<(), Failure> {
+    /// Lets the TPM open `name` while `pcrs` are what they are now; if none are given, those of the enrolment that this
+    /// one replaces: who repeats a command without thinking of them must not end up with fewer. Says which they are.
+    pub fn enroll_tpm(&self, name: &str, pcrs: Option<&str>) -> Result<PcrList, Failure> {
         let native = self.native_for_tpm(name)?;
-        let pcrs = pcrs.map_or(Ok(PcrList::default()), str::parse).map_err(|error| {
-            Failure::new(Code::Usage, chain(&error)).next(format!("virtseal provider tpm {name} --enroll"))
-        })?;
+        let pcrs = match pcrs {
+            Some(given) => given
+                .parse::<PcrList>()
+                .map_err(|error| Failure::new(Code::Usage, chain(&error)).next(enroll(&native)))?,
+            None => pcrs_of_before(&native)?,
+        };
         let enrolled = native
             .enroll_tpm(&self.tpm, &pcrs)
-            .map_err(|error| tpm_failure(name, &error));
+            .map_err(|error| tpm_failure(&native, &error));
         crate::process::trim();
         self.audit_provider("provider-tpm-enroll", name, &enrolled);
-        enrolled
+        enrolled.map(|()| pcrs)
     }
 
     /// Takes that away. Says whether there was anything to take.
     pub fn remove_tpm(&self, name: &str) -> Result<bool, Failure> {
-        let removed = self
-            .native_for_tpm(name)?
-            .remove_tpm()
-            .map_err(|error| tpm_failure(name, &error));
+        let native = self.native_for_tpm(name)?;
+        let removed = native.remove_tpm().map_err(|error| tpm_failure(&native, &error));
         self.audit_provider("provider-tpm-remove", name, &removed);
         removed.map(|change| change == Change::Changed)
     }
@@ -65,7 +67,7 @@ impl Daemon {
         let native = self.native_for_tpm(name)?;
         let unlocked = native
             .unlock_by_tpm(&self.tpm, native.locks())
-            .map_err(|error| tpm_failure(name, &error));
+            .map_err(|error| tpm_failure(&native, &error));
         crate::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
         self.jobs_bell.ring();
@@ -105,7 +107,7 @@ impl Daemon {
             tracing::warn!(provider = name, "not unlocked by the TPM yet: {}", chain(error));
             return Tried::Again;
         }
-        let unlocked = unlocked.map_err(|error| tpm_failure(name, &error));
+        let unlocked = unlocked.map_err(|error| tpm_failure(provider, &error));
         self.audit_provider("provider-unlock", name, &unlocked);
         match &unlocked {
             Ok(()) => tracing::info!(provider = name, "unlocked by the TPM"),
@@ -125,14 +127,15 @@ impl Daemon {
                 None
             }
             Err(error) => {
-                let failure = tpm_failure(name, &error);
+                let failure = tpm_failure(native, &error);
                 tracing::warn!(
                     provider = name,
                     "the TPM does not get its new root key: {failure}"
                 );
                 Some(format!(
-                    "the TPM does not unlock '{name}' any more ({}): virtseal provider tpm {name} --enroll",
-                    chain(&error)
+                    "the TPM does not unlock '{name}' any more ({}): {}",
+                    chain(&error),
+                    enroll(native)
                 ))
             }
         }
@@ -185,17 +188,52 @@ pub(super) fn why_locked(known: &Provider) -> Option<String> {
     let Provider::Native(native) = known else {
         return None;
     };
-    let name = native.name();
     native.why_locked().map(|why| {
-        format!("{why}; unlock it with its passphrase, then enroll it again: virtseal provider tpm {name} --enroll")
+        format!(
+            "{why}; unlock it with its passphrase, then enroll it again: {}",
+            enroll(native)
+        )
     })
 }
 
-fn tpm_failure(name: &str, error: &NativeError) -> Failure {
+/// The PCRs that the TPM looks at now, or the usual ones when it looks at none.
+fn pcrs_of_before(native: &NativeProvider) -> Result<PcrList, Failure> {
+    let enrollment = native
+        .tpm_enrollment()
+        .map_err(|error| tpm_failure(native, &error))?;
+    match enrollment {
+        None => Ok(PcrList::default()),
+        Some(enrollment) => enrollment.pcrs.ok_or_else(|| {
+            let name = native.name();
+            Failure::new(
+                Code::Usage,
+                format!(
+                    "provider '{name}': its enrolment is damaged, and does not say which PCRs it was for"
+                ),
+            )
+            .next(format!("virtseal provider tpm {name} --enroll --pcrs LIST"))
+        }),
+    }
+}
+
+/// The command that enrolls it for the PCRs that it is enrolled for.
+fn enroll(native: &NativeProvider) -> String {
+    let command = format!("virtseal provider tpm {} --enroll", native.name());
+    let enrollment = native.tpm_enrollment().ok().flatten();
+    match enrollment.map(|enrollment| enrollment.pcrs) {
+        Some(None) => format!("{command} --pcrs LIST"),
+        Some(Some(pcrs)) if pcrs != PcrList::default() => format!("{command} --pcrs {pcrs}"),
+        Some(Some(_)) | None => command,
+    }
+}
+
+fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failure {
+    let name = native.name();
     let message = format!("provider '{name}' {}", chain(error));
     let enroll_again = || {
         format!(
-            "virtseal provider unlock {name}, with its passphrase, then virtseal provider tpm {name} --enroll"
+            "virtseal provider unlock {name}, with its passphrase, then {}",
+            enroll(native)
         )
     };
     match error {
@@ -206,7 +244,7 @@ fn tpm_failure(name: &str, error: &NativeError) -> Failure {
         NativeError::NotEnrolled => Failure::new(Code::NotFound, message).next(enroll_again()),
         NativeError::Tpm(TpmError::NoSuchPcr(_) | TpmError::OwnerPassword) => Failure::new(Code::Failed, message),
         NativeError::Tpm(error) if error.may_pass() => Failure::new(Code::Unreachable, message).next(format!(
-            "virtseal provider unlock {name}, with its passphrase, or look at the setting 'tpm' in virtseald.yaml"
+            "virtseal provider unlock {name}, with its passphrase, or set 'tpm' in virtseald.yaml and restart virtseald"
         )),
         NativeError::Tpm(TpmError::LockedOut | TpmError::OutOfOrder | TpmError::Failed { .. }) => {
             Failure::new(Code::Failed, message)

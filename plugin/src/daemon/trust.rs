@@ -186,7 +186,10 @@ fn trust_failure(name: &str, error: &TrustError) -> Failure {
         TrustError::Locked => (Code::Locked, NextCommand::Unlock(name.to_owned()).to_string()),
         TrustError::WouldUnseal => (Code::Usage, format!("virtseal provider identity {name} --seal …")),
         TrustError::Identity(_) => (Code::Usage, format!("virtseal provider csr {name}")),
-        TrustError::Ca(_) | TrustError::Empty => (Code::Usage, format!("virtseal provider trust {name}")),
+        TrustError::Ca(_) | TrustError::NoCertificate => {
+            (Code::Usage, format!("virtseal provider trust {name} --ca FILE"))
+        }
+        TrustError::Empty => (Code::Usage, format!("virtseal provider trust {name}")),
         TrustError::Store(_) => {
             return Failure::from_error(Code::Failed, format!("provider '{name}'"), error);
         }

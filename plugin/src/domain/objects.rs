@@ -60,14 +60,16 @@ pub enum Refusal {
     },
     /// An object would be written in plaintext.
     #[error(
-        "{label} of sealed VM {vm} is not encrypted; next: virtseal vm status {}, then detach or seal it",
-        word(.vm)
+        "{label}{} of sealed VM {vm} is not encrypted; next: {}virtseal vm status {}, then detach or seal it",
+        in_file(.path.as_ref()), if_overlay(.vm, .path.as_ref()), word(.vm)
     )]
     Plain {
         /// The VM's name.
         vm: String,
         /// The object.
         label: String,
+        /// The file or device of a disk, if the XML names one.
+        path: Option<PathBuf>,
     },
     /// An object has a form that virtseal can't vouch for.
     #[error("{label} of sealed VM {vm} {reason}; next: virsh edit {}", word(.vm))]
@@ -92,6 +94,23 @@ pub enum Refusal {
         /// The VM in the envelope.
         owner: VmId,
     },
+}
+
+fn in_file(path: Option<&PathBuf>) -> String {
+    path.map(|path| format!(" ({})", path.display()))
+        .unwrap_or_default()
+}
+
+/// A snapshot of the disk alone puts a plain file on top of the sealed one, and that can't be sealed.
+fn if_overlay(vm: &str, path: Option<&PathBuf>) -> String {
+    path.map(|path| {
+        format!(
+            "virsh snapshot-list {}: commit or delete the snapshot if {} is its overlay; else ",
+            word(vm),
+            path.display()
+        )
+    })
+    .unwrap_or_default()
 }
 
 /// Every object of the domain that keeps what the guest writes, sealed or not.
@@ -137,7 +156,13 @@ pub fn sealed_objects(domain: &Domain) -> Result<Vec<ObjectRef>, Refusal> {
                 secret,
                 path,
             }),
-            ObjectState::Plain => return Err(Refusal::Plain { vm: vm(), label }),
+            ObjectState::Plain => {
+                return Err(Refusal::Plain {
+                    vm: vm(),
+                    label,
+                    path: path.filter(|_| kind == ObjectKind::Disk),
+                });
+            }
             ObjectState::Unsupported(reason) => {
                 return Err(Refusal::Unsupported {
                     vm: vm(),

@@ -21,7 +21,7 @@ use crate::keystore::{Change, Keystore, KeystoreError};
 use crate::secret::Dek;
 use watch::{Pace, Watches};
 
-pub use advice::{NextCommand, SealError, UnknownProvider};
+pub use advice::{Absent, NextCommand, SealError, UnknownProvider};
 pub use kind::{Provider, UnusableProvider};
 pub use opening::{Attempt, OpenError, Refusal};
 pub use rewrapping::{Blocked, Rewrap, Rewrapped, Slot};
@@ -199,7 +199,10 @@ impl Registry {
     /// For the first envelope that none of its providers opens, why each of them did not. Then there is no DEK
     /// at all.
     pub fn open_all(&self, envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
-        opening::open_all(&self.providers(), envelopes, self.deadline())
+        opening::open_all(&self.providers(), envelopes, self.deadline()).map_err(|error| {
+            let deleted = self.keystore.deleted_providers().unwrap_or_default();
+            error.with_deleted(&deleted)
+        })
     }
 
     /// A new DEK and its envelope, wrapped by `provider` (a name or an id) or, without one, by all recipients of the

@@ -43,7 +43,11 @@ impl UnsealPlan {
         steps.push("redefine the domain".into());
         Outcome {
             steps,
-            warnings: vec!["the keys stay in the keystore".into()],
+            warnings: vec![
+                // Only a VM with a sealed one that never ran gets here.
+                "the TPM stays in the domain, and its state will be plain: virsh edit removes it".into(),
+                "the keys stay in the keystore".into(),
+            ],
             changed,
         }
     }

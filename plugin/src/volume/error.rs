@@ -99,7 +99,7 @@ pub enum VolumeError {
         source: io::Error,
     },
     /// There is no such file.
-    #[error("{} does not exist: create it with `virtseal volume create`", .0.display())]
+    #[error("{} does not exist", .0.display())]
     NotFound(PathBuf),
     /// A directory, a FIFO, a socket or a character device.
     #[error("{} is {found}, not a disk image: give a regular file or a block device", path.display())]

@@ -10,10 +10,10 @@ use openssl::ec::{EcGroup, EcKey};
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
-use openssl::pkey::{PKey, Private};
+use openssl::pkey::{Id, PKey, Private};
 use openssl::rsa::Rsa;
 use openssl::x509::extension::ExtendedKeyUsage;
-use openssl::x509::{X509, X509NameBuilder, X509ReqBuilder};
+use openssl::x509::{X509, X509Name, X509NameBuilder, X509NameRef, X509ReqBuilder};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
@@ -159,6 +159,13 @@ impl Identity {
         })
     }
 
+    /// Asks for another certificate of the same key and subject, in PEM.
+    pub(super) fn signing_request(&self) -> Result<String, IdentityError> {
+        let leaf = self.leaf().ok_or(IdentityError::NoCertificate)?;
+        let pem = request(&self.key, leaf.subject_name()).map_err(IdentityError::Key)?;
+        Ok(String::from_utf8_lossy(&pem).into_owned())
+    }
+
     pub(super) fn leaf(&self) -> Option<&X509> {
         self.certificates.first()
     }
@@ -235,7 +242,9 @@ impl SigningRequest {
             KeyKind::Rsa3072 => Rsa::generate(3072).and_then(PKey::from_rsa),
         };
         let key = key.map_err(IdentityError::Key)?;
-        let csr = request(&key, cn).map_err(IdentityError::Key)?;
+        let csr = common_name(cn)
+            .and_then(|name| request(&key, &name))
+            .map_err(IdentityError::Key)?;
         Ok(Self {
             key: String::from_utf8_lossy(&key_to_pem(&key)?).into_owned(),
             csr: String::from_utf8_lossy(&csr).into_owned(),
@@ -247,17 +256,26 @@ impl SigningRequest {
     }
 }
 
-fn request(key: &PKey<Private>, cn: &str) -> Result<Vec<u8>, ErrorStack> {
+fn common_name(cn: &str) -> Result<X509Name, ErrorStack> {
     let mut name = X509NameBuilder::new()?;
     name.append_entry_by_nid(Nid::COMMONNAME, cn)?;
+    Ok(name.build())
+}
+
+fn request(key: &PKey<Private>, subject: &X509NameRef) -> Result<Vec<u8>, ErrorStack> {
     let mut request = X509ReqBuilder::new()?;
     request.set_version(0)?;
-    request.set_subject_name(&name.build())?;
+    request.set_subject_name(subject)?;
     request.set_pubkey(key)?;
     let mut extensions = openssl::stack::Stack::new()?;
     extensions.push(ExtendedKeyUsage::new().client_auth().build()?)?;
     request.add_extensions(&extensions)?;
-    request.sign(key, MessageDigest::sha256())?;
+    // These sign without a digest (RFC 8410, section 3).
+    let digest = match key.id() {
+        Id::ED25519 | Id::ED448 => MessageDigest::null(),
+        _ => MessageDigest::sha256(),
+    };
+    request.sign(key, digest)?;
     request.build().to_pem()
 }
 

@@ -64,7 +64,7 @@ impl KmipProvider {
             ServerTrust::Ca(pem) => {
                 let found = X509::stack_from_pem(pem.as_bytes()).map_err(TrustError::Ca)?;
                 if found.is_empty() {
-                    return Err(TrustError::Empty);
+                    return Err(TrustError::NoCertificate);
                 }
             }
             ServerTrust::Pins(pins) if pins.is_empty() => return Err(TrustError::Empty),
@@ -148,11 +148,27 @@ impl KmipProvider {
         Ok(facts)
     }
 
-    /// The signing request that waits for its certificate, in PEM. A first one is made; with `new`, another one, for
-    /// this common name or, without one, the host's.
+    /// A signing request in PEM: the one that waits for its certificate; else one for the key in use, with the subject
+    /// of its certificate; else a first one. With `new`, one for a new key, and this common name or, without one, the
+    /// host's.
+    ///
+    /// # Errors
+    /// When the key in use is sealed, and the provider locked.
     pub fn signing_request(&self, new: Option<(KeyKind, Option<&str>)>) -> Result<String, TrustError> {
-        if let (None, Some(request)) = (&new, self.store.request()?) {
-            return Ok(request.csr.clone());
+        if new.is_none() {
+            if let Some(request) = self.store.request()? {
+                return Ok(request.csr.clone());
+            }
+            let (current, locked) = {
+                let held = self.held();
+                (held.identity.clone(), held.locked)
+            };
+            if locked {
+                return Err(TrustError::Locked);
+            }
+            if let Some(current) = current {
+                return Ok(current.signing_request()?);
+            }
         }
         let (kind, name) = new.unwrap_or((KeyKind::EcP256, None));
         let name = name.map_or_else(super::host_name, str::to_owned);
@@ -171,6 +187,9 @@ pub enum TrustError {
     /// Neither a CA nor a fingerprint.
     #[error("there is nothing to trust: a CA's certificate or a fingerprint is needed")]
     Empty,
+    /// A file without a certificate.
+    #[error("there is no certificate of a CA in the file: PEM is expected")]
+    NoCertificate,
     /// A server is another one.
     #[error("{endpoint} is not what you trust: {why}")]
     Refused {

@@ -257,6 +257,8 @@ pub(super) fn find(token: &mut Token, owner: &Owner, id: &KekId) -> Result<Kek, 
             return Ok(kek);
         }
     }
+    // A token that is gone may list nothing, and say nothing else: that must not read like a key that was destroyed.
+    token.check()?;
     Err(unknown())
 }
 
@@ -307,6 +309,10 @@ fn in_use(token: &Token, owner: &Owner, scope: &KekScope) -> Result<Option<[u8; 
                 least = Some(id);
             }
         }
+    }
+    if least.is_none() {
+        // Of a token that is gone nothing is listed, and the KEK must not be made twice.
+        token.check()?;
     }
     Ok(least)
 }

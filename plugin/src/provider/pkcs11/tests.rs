@@ -158,6 +158,30 @@ pub(in crate::provider) fn token_taken_out_and_put_back(mechanisms: &str) {
     });
 }
 
+/// A session that has not used a KEK before has to look for it.
+#[test]
+fn token_taken_out_before_its_kek_was_used_is_not_an_unknown_kek() {
+    with_softhsm("ALL", || {
+        let label = next_label();
+        let mut host = Host::with(softhsm_settings(&label));
+        let sealed = wrapped(host.pkcs11());
+        for _ in 0..2 {
+            host.reopen(PATIENCE);
+            let provider = host.pkcs11();
+            provider.unlock(&secret(PIN)).unwrap();
+            let removed = Removed::take(&label);
+            let error = refusal(provider, &sealed);
+            assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
+            assert!(matches!(provider.status(), ProviderStatus::Unreachable(_)));
+            let error = provider.create_kek(&KekScope::Vm(VmId::random())).unwrap_err();
+            assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
+            removed.put_back();
+            assert_opens(provider, &sealed);
+            assert_eq!(provider.status(), ProviderStatus::Ready);
+        }
+    });
+}
+
 #[test]
 fn probe_notices_what_nobody_asked_for() {
     with_softhsm("ALL", || {

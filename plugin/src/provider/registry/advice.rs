@@ -5,8 +5,9 @@ use std::fmt;
 use thiserror::Error;
 
 use super::OpenError;
-use crate::envelope::EnvelopeError;
+use crate::envelope::{EnvelopeError, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain};
+use crate::provider::native::NativeProvider;
 use crate::provider::{PinRefusal, ProviderError};
 
 /// No provider has this name or id.
@@ -95,10 +96,14 @@ pub enum NextCommand {
     Unlock(String),
     /// `virtseal provider lock NAME`
     Lock(String),
-    /// `virtseal provider backup NAME`
+    /// `virtseal provider backup NAME --output FILE`
     Backup(String),
-    /// `virtseal provider restore NAME`
-    Restore(String),
+    /// `virtseal provider restore NAME …` or `virtseal provider add KIND NAME --id ID …`
+    BringBack(Absent),
+    /// Get a KEK back from where its provider keeps it.
+    RestoreKek(String),
+    /// Get an envelope back as it was.
+    RestoreEnvelope(VmId),
     /// `virtseal provider trust NAME`
     Trust(String),
     /// `virtseal provider identity NAME …`
@@ -120,15 +125,53 @@ impl fmt::Display for NextCommand {
                 return f.write_str("unseal the server (bao operator unseal, vault operator unseal)");
             }
             Self::Upgrade => return f.write_str("upgrade virtseal"),
+            Self::BringBack(absent) => return absent.fmt(f),
+            Self::Backup(name) => return write!(f, "virtseal provider backup {name} --output FILE"),
+            Self::RestoreKek(name) => {
+                return write!(
+                    f,
+                    "restore that key at '{name}' from a backup, if there is one; virtseal provider show {name}"
+                );
+            }
+            Self::RestoreEnvelope(vm) => {
+                return write!(
+                    f,
+                    "virtseal vm status {vm}, then restore the domain XML (virsh define FILE) and the keystore from a backup"
+                );
+            }
             Self::Unlock(name) => ("unlock", name),
             Self::Lock(name) => ("lock", name),
-            Self::Backup(name) => ("backup", name),
-            Self::Restore(name) => ("restore", name),
             Self::Trust(name) => ("trust", name),
             Self::Identity(name) => ("identity", name),
             Self::Show(name) => ("show", name),
         };
         write!(f, "virtseal provider {verb} {name}")
+    }
+}
+
+/// A provider that is not on this host, and how it comes back: only native ones have a backup of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Absent {
+    /// Its id, which a provider that is added again must have.
+    pub id: ProviderId,
+    /// Its name, or `NAME`.
+    pub name: String,
+    /// Its kind, if it was deleted here.
+    pub kind: Option<String>,
+}
+
+impl fmt::Display for Absent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, name, kind } = self;
+        let restore = format!("virtseal provider restore {name} --input FILE");
+        match kind.as_deref() {
+            Some(NativeProvider::KIND) => f.write_str(&restore),
+            Some(kind) => write!(f, "virtseal provider add {kind} {name} --id {id} …"),
+            None => write!(
+                f,
+                "{restore} (native) or virtseal provider add KIND {name} --id {id} … (others)"
+            ),
+        }
     }
 }
 
@@ -150,11 +193,10 @@ impl ProviderError {
             Self::RefusesUs(_) => (Code::NotTrusted, Some(NextCommand::Identity(name))),
             Self::Unusable(_) | Self::Refused(_) => (Code::Failed, Some(NextCommand::Show(name))),
             Self::UnknownMechanism(_) => (Code::Failed, Some(NextCommand::Upgrade)),
-            Self::UnknownKek(_)
-            | Self::KekUnusable { .. }
-            | Self::Tampered
-            | Self::Payload(_)
-            | Self::Internal { .. } => (Code::Failed, None),
+            Self::UnknownKek(_) => (Code::Failed, Some(NextCommand::RestoreKek(name))),
+            Self::KekUnusable { .. } => (Code::Failed, Some(NextCommand::Show(name))),
+            // The first two are about an envelope, and what helps is told where that is known.
+            Self::Tampered | Self::Payload(_) | Self::Internal { .. } => (Code::Failed, None),
         }
     }
 

@@ -9,10 +9,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use super::advice::Absent;
 use super::deadline::within;
 use super::{NextCommand, Provider};
-use crate::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza};
+use crate::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza, VmId};
 use crate::failure::{Code, Failure, chain};
+use crate::keystore::DeletedProvider;
 use crate::local_time::time_of_day;
 use crate::provider::{KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::secret::Dek;
@@ -43,7 +45,10 @@ pub struct Attempt {
 #[derive(Debug)]
 pub enum Refusal {
     /// This host has no such provider.
-    NotKnown,
+    NotKnown {
+        /// Its kind, if it was deleted here.
+        kind: Option<String>,
+    },
     /// The provider refuses.
     Provider(Arc<ProviderError>),
     /// It unwraps to a payload that was made for another envelope.
@@ -73,6 +78,21 @@ impl OpenError {
         reasons.join(", ")
     }
 
+    /// Says of which kind providers are that are not on this host, as far as `deleted` has them.
+    #[must_use]
+    pub(super) fn with_deleted(mut self, deleted: &[DeletedProvider]) -> Self {
+        for attempt in &mut self.attempts {
+            let id = attempt.provider;
+            if let Refusal::NotKnown { kind } = &mut attempt.why {
+                *kind = deleted
+                    .iter()
+                    .find(|gone| gone.id == id)
+                    .map(|gone| gone.kind.clone());
+            }
+        }
+        self
+    }
+
     /// Whether a provider that refuses everything now may open it later.
     #[must_use]
     pub fn may_pass(&self) -> bool {
@@ -91,7 +111,7 @@ impl OpenError {
         };
         self.attempts
             .iter()
-            .map(Attempt::advice)
+            .map(|attempt| attempt.advice(self.binding.vm))
             .min_by_key(|(code, _)| effort(*code))
             .unwrap_or((Code::Failed, None))
     }
@@ -128,23 +148,33 @@ impl From<&OpenError> for Failure {
 }
 
 impl Attempt {
-    /// The exit code for this reason alone, and what helps.
+    /// The exit code for this reason alone, and what helps the VM that it keeps off.
     #[must_use]
-    pub fn advice(&self) -> (Code, Option<NextCommand>) {
+    pub fn advice(&self, vm: VmId) -> (Code, Option<NextCommand>) {
+        let damaged = (Code::Failed, Some(NextCommand::RestoreEnvelope(vm)));
         match &self.why {
-            Refusal::NotKnown => (
-                Code::NotFound,
-                Some(NextCommand::Restore(self.name_to_type().to_owned())),
-            ),
-            Refusal::Provider(error) => error.advice(&self.name),
-            Refusal::Binding(_) => (Code::Failed, None),
+            Refusal::NotKnown { kind } => {
+                let absent = Absent {
+                    id: self.provider,
+                    name: self.name_to_type().to_owned(),
+                    kind: kind.clone(),
+                };
+                (Code::NotFound, Some(NextCommand::BringBack(absent)))
+            }
+            Refusal::Provider(error) => match **error {
+                ProviderError::Tampered | ProviderError::Payload(_) => damaged,
+                _ => error.advice(&self.name),
+            },
+            Refusal::Binding(_) => damaged,
         }
     }
 
     fn reason(&self, role: &str) -> String {
         let name = &self.name;
         match &self.why {
-            Refusal::NotKnown => format!("{role} '{name}' ({}) is not known on this host", self.provider),
+            Refusal::NotKnown { .. } => {
+                format!("{role} '{name}' ({}) is not known on this host", self.provider)
+            }
             Refusal::Provider(error) => {
                 let last = self
                     .last_answer
@@ -208,7 +238,7 @@ impl<'a> Job<'a> {
         self.attempts.push(Attempt {
             provider: stanza.provider,
             name: printable(&stanza.provider_name),
-            why: Refusal::NotKnown,
+            why: Refusal::NotKnown { kind: None },
             last_answer: None,
         });
     }

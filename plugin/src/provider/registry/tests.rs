@@ -1,9 +1,10 @@
 use super::*;
-use crate::envelope::{EnvelopeError, EnvelopeId, ObjectKind, VmId};
+use crate::envelope::{EnvelopeError, EnvelopeId, KekId, ObjectKind, VmId};
 use crate::failure::{Code, Failure};
+use crate::keystore::DeletedProvider;
 use crate::provider::native::NativeProvider;
 use crate::provider::transit::TransitSettings;
-use crate::provider::{ProviderName, ProviderStatus};
+use crate::provider::{ProviderError, ProviderName, ProviderStatus};
 use crate::secret::SecretBytes;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -148,7 +149,10 @@ fn swapped_envelope_is_refused() {
         error.attempts[0].why,
         Refusal::Binding(EnvelopeError::BindingMismatch(_))
     ));
-    assert_eq!((error.code(), error.next()), (Code::Failed, None));
+    assert_eq!(
+        (error.code(), error.next()),
+        (Code::Failed, Some(NextCommand::RestoreEnvelope(one.vm)))
+    );
 }
 
 #[test]
@@ -159,7 +163,10 @@ fn unknown_provider_is_named_by_its_hint_in_one_line() {
     assert_eq!(error.code(), Code::NotFound);
     assert_eq!(
         error.next().unwrap().to_string(),
-        "virtseal provider restore main"
+        format!(
+            "virtseal provider restore main --input FILE (native) or virtseal provider add KIND main --id {} … (others)",
+            elsewhere.main.id()
+        )
     );
     assert!(
         error
@@ -171,7 +178,40 @@ fn unknown_provider_is_named_by_its_hint_in_one_line() {
     let error = host.registry.open_envelope(&envelope).unwrap_err();
     assert!(!error.to_string().contains(char::is_control));
     assert!(error.to_string().len() < 500);
-    assert_eq!(error.next(), Some(NextCommand::Restore("NAME".to_owned())));
+    assert!(matches!(error.next(), Some(NextCommand::BringBack(absent)) if absent.name == "NAME"));
+}
+
+#[test]
+fn deleted_provider_comes_back_as_its_kind_does() {
+    let host = Host::new();
+    let (envelope, _) = host.registry.seal_new(None, &binding()).unwrap();
+    let id = host.main.id();
+    host.registry.delete(id).unwrap();
+    let error = host.registry.open_envelope(&envelope).unwrap_err();
+    assert_eq!(
+        error.next().unwrap().to_string(),
+        "virtseal provider restore main --input FILE"
+    );
+    let kmip = DeletedProvider {
+        id,
+        name: "main".to_owned(),
+        kind: "kmip".to_owned(),
+        deleted: 0,
+    };
+    assert_eq!(
+        error.with_deleted(&[kmip]).next().unwrap().to_string(),
+        format!("virtseal provider add kmip main --id {id} …")
+    );
+}
+
+#[test]
+fn unknown_kek_says_where_to_look() {
+    let (code, next) = ProviderError::UnknownKek(KekId("7".into())).advice("kms");
+    assert_eq!(code, Code::Failed);
+    assert_eq!(
+        next.unwrap().to_string(),
+        "restore that key at 'kms' from a backup, if there is one; virtseal provider show kms"
+    );
 }
 
 #[test]
@@ -184,7 +224,7 @@ fn refusals_to_seal_say_what_to_run() {
     let provider = registry.add_native(&name("main"), &secret("p")).unwrap();
     assert_eq!(
         failure(None).to_string(),
-        "provider 'main' has not been backed up. Next: virtseal provider backup main"
+        "provider 'main' has not been backed up. Next: virtseal provider backup main --output FILE"
     );
     provider.lock();
     assert_eq!(failure(None).code, Code::Locked);

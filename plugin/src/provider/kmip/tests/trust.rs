@@ -2,9 +2,12 @@
 
 use std::fs;
 
+use openssl::x509::X509Req;
+
 use super::super::fixture::{Authority, Certified, Kmip, Server, TlsServer, identity, secret, settings};
 use super::Wrapped;
 use crate::keystore::Keystore;
+use crate::provider::conformance::Fixture;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
@@ -111,9 +114,13 @@ fn wrong_fingerprint_or_ca_changes_nothing() {
         kmip.provider().trust(other),
         Err(TrustError::Refused { .. })
     ));
-    for nothing in [ServerTrust::Pins(Vec::new()), ServerTrust::Ca(String::new())] {
-        assert!(matches!(kmip.provider().trust(nothing), Err(TrustError::Empty)));
-    }
+    let nothing = ServerTrust::Pins(Vec::new());
+    assert!(matches!(kmip.provider().trust(nothing), Err(TrustError::Empty)));
+    let passwd = ServerTrust::Ca("root:x:0:0:root:/root:/bin/bash\n".to_owned());
+    assert!(matches!(
+        kmip.provider().trust(passwd),
+        Err(TrustError::NoCertificate)
+    ));
     assert_eq!(kmip.provider().status(), ProviderStatus::Ready);
 }
 
@@ -274,7 +281,8 @@ fn end_of_a_certificate_is_announced() {
 fn signed_request_makes_the_identity() {
     let kmip = Kmip::with(false, |_| {});
     let provider = kmip.provider();
-    let first = provider.signing_request(None).unwrap();
+    let first = provider.signing_request(Some((KeyKind::EcP256, None))).unwrap();
+    // It waits for its certificate.
     assert_eq!(provider.signing_request(None).unwrap(), first);
     let second = provider
         .signing_request(Some((KeyKind::EcP256, Some("kvm7"))))
@@ -294,9 +302,32 @@ fn signed_request_makes_the_identity() {
     );
     assert_eq!(provider.set_identity(&new(&signed)).unwrap().subject, "CN=kvm7");
     assert_eq!(provider.status(), ProviderStatus::Ready);
-    // Renewed for the key in use.
-    let renewed = kmip.authority.sign(second.as_bytes(), 200);
-    assert_eq!(provider.set_identity(&new(&renewed)).unwrap().days_left / 10, 20);
+    // Renewed for the key in use, whose request is asked for anew.
+    let again = provider.signing_request(None).unwrap();
+    assert_eq!(public_key(&again), public_key(&second));
+    let renewed = kmip.authority.sign(again.as_bytes(), 200);
+    let renewed = provider.set_identity(&new(&renewed)).unwrap();
+    assert_eq!(
+        (renewed.days_left / 10, renewed.subject.as_str()),
+        (20, "CN=kvm7")
+    );
+}
+
+fn public_key(request: &str) -> Vec<u8> {
+    let request = X509Req::from_pem(request.as_bytes()).unwrap();
+    request.public_key().unwrap().public_key_to_pem().unwrap()
+}
+
+#[test]
+fn request_for_a_sealed_key_waits_for_its_passphrase() {
+    let kmip = Kmip::new();
+    let provider = kmip.provider();
+    let unlocked = provider.signing_request(None).unwrap();
+    provider.lock();
+    assert!(matches!(provider.signing_request(None), Err(TrustError::Locked)));
+    provider.unlock(&Fixture::credential(&kmip)).unwrap();
+    let again = provider.signing_request(None).unwrap();
+    assert_eq!(public_key(&again), public_key(&unlocked));
 }
 
 #[test]
