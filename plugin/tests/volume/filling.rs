@@ -1,0 +1,129 @@
+//! Images filled from cloud images.
+
+use super::*;
+
+pub(crate) fn cloud_image(bench: &Bench, name: &str, format: &str) {
+    bench.must("qemu-img", &["create", "-q", "-f", format, name, "64M"]);
+    for command in [
+        "write -P 0x11 0 1M",
+        "write -P 0x22 33M 64k",
+        "write -P 0x33 65535k 1k",
+    ] {
+        bench.must("qemu-io", &["-f", format, "-c", command, name]);
+    }
+}
+
+#[test]
+fn a_cloud_image_fills_a_larger_volume() {
+    let bench = Bench::new();
+    for (format, cluster_size) in [("raw", "64k"), ("qcow2", "512"), ("qcow2", "2M")] {
+        let source = format!("cloud,image:{cluster_size}");
+        cloud_image(&bench, &format!("./{source}"), format);
+        let mut request = bench.request("disk", 1 << 30);
+        request.cluster_size = cluster_size.parse().unwrap();
+        let mut heard = Vec::new();
+        let progress = |percent: volume::Percent| {
+            heard.push(percent.0);
+            ControlFlow::Continue(())
+        };
+        let source = bench.path(&source);
+        volume::create_from(&request, &source, &bench.envelope, &bench.passphrase, progress).unwrap();
+        assert_eq!(heard.last(), Some(&100.0));
+        assert!(heard.is_sorted());
+
+        bench.check("disk");
+        for command in [
+            "read -P 0x11 0 1M",
+            "read -P 0 1M 32M",
+            "read -P 0x22 33M 64k",
+            "read -P 0x33 65535k 1k",
+            "read -P 0 64M 64M",
+        ] {
+            bench.qemu_io("disk", command);
+        }
+        let info = bench.inspect("disk");
+        assert_eq!(info.envelope.as_ref(), Some(&bench.envelope));
+        assert_eq!(info.virtual_size, Bytes(1 << 30));
+        let stored = fs::read(bench.path("disk")).unwrap();
+        assert!(!stored.windows(64).any(|window| window == [0x11; 64]));
+        fs::remove_file(bench.path("disk")).unwrap();
+    }
+}
+
+#[test]
+fn a_source_says_the_size_when_nobody_else_does() {
+    let bench = Bench::new();
+    fs::write(bench.path("odd"), vec![0x44; 100_001]).unwrap();
+    let mut request = bench.request("disk", 0);
+    request.size = None;
+    assert_eq!(bench.create_from(&request, "odd").unwrap().size, Bytes(196 * 512));
+    bench.qemu_io("disk", "read -P 0x44 0 99840");
+}
+
+#[test]
+fn unsafe_or_unfit_sources_are_refused() {
+    let bench = Bench::new();
+    cloud_image(&bench, "good", "qcow2");
+    let overlay = [
+        "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "good", "overlay",
+    ];
+    bench.must("qemu-img", &overlay);
+    let external = [
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "data_file=data",
+        "external",
+        "1M",
+    ];
+    bench.must("qemu-img", &external);
+    bench.create(&bench.request("sealed", 1 << 20)).unwrap();
+    fs::write(bench.path("packed"), b"\xfd7zXZ\0and so on").unwrap();
+    for (name, size, reason) in [
+        ("overlay", 1 << 30, "backing file"),
+        ("external", 1 << 30, "external data file"),
+        ("sealed", 1 << 30, "encrypted"),
+        ("packed", 1 << 30, "xz"),
+        ("gone", 1 << 30, "does not exist"),
+        ("good", 1 << 20, "64 MiB"),
+    ] {
+        let error = bench.create_from(&bench.request("disk", size), name).unwrap_err();
+        let said = error.to_string();
+        assert!(said.contains(reason) && said.contains(name), "{said}");
+    }
+    assert!(!bench.path("disk").exists());
+    assert_eq!(bench.leftovers(), [""; 0]);
+}
+
+#[test]
+fn what_qemu_img_says_reaches_the_user() {
+    let bench = Bench::new();
+    cloud_image(&bench, "bad", "qcow2");
+    let mut bytes = fs::read(bench.path("bad")).unwrap();
+    // The L1 table's first entry points far past the end.
+    let l1 = usize::try_from(u64::from_be_bytes(bytes[40..48].try_into().unwrap())).unwrap();
+    bytes[l1..l1 + 8].copy_from_slice(&(0x8000_0000_0000_0000_u64 | (1 << 50)).to_be_bytes());
+    bytes[l1 + 6] = 2;
+    fs::write(bench.path("bad"), bytes).unwrap();
+    let error = bench
+        .create_from(&bench.request("disk", 1 << 30), "bad")
+        .unwrap_err();
+    assert!(matches!(error, VolumeError::Copy { .. }), "{error}");
+    assert!(error.to_string().contains("/bad"), "{error}");
+    assert!(!bench.path("disk").exists());
+}
+
+#[test]
+fn stopping_a_fill_leaves_nothing() {
+    let bench = Bench::new();
+    cloud_image(&bench, "cloud", "raw");
+    let request = bench.request("disk", 64 << 20);
+    let stop = |_| ControlFlow::Break(());
+    let source = bench.path("cloud");
+    let outcome = volume::create_from(&request, &source, &bench.envelope, &bench.passphrase, stop);
+    assert!(matches!(outcome, Err(VolumeError::Stopped(_))));
+    assert!(!bench.path("disk").exists());
+    assert_eq!(bench.leftovers(), [""; 0]);
+}
