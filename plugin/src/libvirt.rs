@@ -241,13 +241,16 @@ impl Libvirt {
         })
     }
 
-    /// Removes the metadata element of a domain in the namespace `uri`. Says whether the domain is defined.
+    /// Removes the metadata element of a domain in the namespace `uri`. Says whether there was one.
     pub fn remove_metadata(&self, vm: VmId, uri: &str) -> Result<bool, LibvirtError> {
         self.with("change the metadata of the domain", |connection| {
             let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
                 return Ok(false);
             };
             let config = sys::VIR_DOMAIN_AFFECT_CONFIG;
+            if absent_is(None, domain.metadata(ELEMENT, Some(uri), config).map(Some))?.is_none() {
+                return Ok(false);
+            }
             absent_is((), domain.set_metadata(ELEMENT, None, None, Some(uri), config))?;
             Ok(true)
         })

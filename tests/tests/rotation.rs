@@ -390,6 +390,7 @@ fn a_shredded_vm_opens_for_nobody() -> Result<()> {
             "1 keyslots made dead",
             "removed from its metadata",
             "3 envelopes removed",
+            "left as it is: encrypted with a key that is gone",
             "derived from the root key",
             "backups",
         ],

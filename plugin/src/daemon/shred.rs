@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use swtpm_state::libvirt_state_dir;
+use swtpm_state::{State, libvirt_state_dir};
 
 use super::headers::Writing;
 use super::vms::unreachable;
@@ -183,11 +183,11 @@ impl Daemon {
             let passphrase = passphrases.get(&record.envelope.id);
             lines.extend(self.shred_object(doomed, record, passphrase).map_err(half_done)?);
         }
-        let defined = self
+        let removed_there = self
             .background
             .remove_metadata(doomed.vm, Metadata::NAMESPACE)
             .map_err(|error| half_done(unreachable(&error)))?;
-        if defined {
+        if removed_there {
             lines.push(line(
                 "the copies in the domain XML",
                 true,
@@ -301,11 +301,7 @@ impl Daemon {
         if record.envelope.kind == ObjectKind::Vtpm {
             let dir = libvirt_state_dir(&self.config().swtpm_dir, &doomed.vm);
             let what = format!("the state of the vTPM in {}", dir.display());
-            return Ok(vec![line(
-                &what,
-                false,
-                "left as it is: encrypted with a key that is gone with its stanzas",
-            )]);
+            return Ok(vec![line(&what, false, &vtpm_state(&dir))]);
         }
         let files = doomed.files_of(record).into_iter();
         files.map(|file| shred_file(&file, record, passphrase)).collect()
@@ -351,6 +347,18 @@ fn destroyed(shredded: Shredded) -> String {
             "its keyslots were dead before, {material} bytes of key material overwritten once more{envelope}"
         ),
         _ => format!("{keyslots} keyslots made dead, {material} bytes of key material overwritten{envelope}"),
+    }
+}
+
+/// What is there, by its header alone.
+fn vtpm_state(dir: &Path) -> String {
+    match State::read(dir) {
+        Ok(State::Absent) => "there is none".to_owned(),
+        Ok(State::Encrypted(_)) => {
+            "left as it is: encrypted with a key that is gone with its stanzas".to_owned()
+        }
+        Ok(State::Plain(_)) => "left as it is: NOT encrypted, whoever has the file can read it".to_owned(),
+        Err(error) => format!("left as it is, and it can't be read: {}", chain(&error)),
     }
 }
 
