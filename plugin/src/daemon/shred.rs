@@ -97,7 +97,8 @@ impl Daemon {
         })
     }
 
-    /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is meant can't be guessed.
+    /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is
+    /// meant can't be guessed.
     fn known_as(&self, vm: &str) -> Result<Option<(VmId, String)>, Failure> {
         let known = self.keystore.vms()?.into_iter();
         let mut found: Vec<_> = known

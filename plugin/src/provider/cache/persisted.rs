@@ -6,8 +6,9 @@
 //!   purge ─► another salt, rows gone: what was on disk opens no more, whoever has a copy
 //! ```
 //!
-//! What writes and removes rows is in `disk`. No start waits for the disk here, nor for the TPM longer than its own call may take. What was refused or purged is out
-//! of memory before anything else; where the disk does not let go of it, that is tried again, and said.
+//! What writes and removes rows is in `disk`. No start waits for the disk here, nor for the TPM longer than its own call may
+//! take. What was refused or purged is out of memory before anything else; where the disk does not let go of it, that is
+//! tried again, and said.
 
 mod disk;
 

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use virtseal_e2e::rig::STATE;
 use virtseal_e2e::{DomainSpec, SealedHost};
 
 use crate::figure::{Figure, Target};
@@ -33,6 +34,9 @@ pub(crate) struct Times {
     together: Samples,
     empty_alone: Samples,
     empty_together: Samples,
+    /// A line appended and synced, which each prepare waits for too: its audit record.
+    synced_alone: Samples,
+    synced_together: Samples,
 }
 
 pub(crate) fn measure(sealed: &mut SealedHost) -> Result<Vec<Figure>> {
@@ -49,20 +53,31 @@ pub(crate) fn measure(sealed: &mut SealedHost) -> Result<Vec<Figure>> {
     let after = Memory::of(&sealed.daemon()?.proc())?;
     let calls = times.alone.len() + times.together.len();
     Ok(vec![
-        latency("1 at a time", &times.alone, &times.empty_alone, 15.0)?,
-        latency("32 at once", &times.together, &times.empty_together, 60.0)?,
+        latency(
+            "1 at a time",
+            [&times.alone, &times.empty_alone, &times.synced_alone],
+            15.0,
+        )?,
+        latency(
+            "32 at once",
+            [&times.together, &times.empty_together, &times.synced_together],
+            60.0,
+        )?,
         unlocked.figure("idle after unlock"),
         after.figure(&format!("idle after {calls} prepares")),
     ])
 }
 
-fn latency(how: &str, samples: &Samples, empty: &Samples, most: f64) -> Result<Figure> {
+fn latency(how: &str, [samples, empty, synced]: [&Samples; 3], most: f64) -> Result<Figure> {
     let measured = format!(
-        "median {:.1} ms of {}; a call that does nothing {:.2} ms, p99 {:.2} ms",
+        "median {:.1} ms of {}; a call that does nothing {:.2} ms, p99 {:.2} ms; a line appended and synced {:.2} ms, \
+         p99 {:.2} ms",
         samples.median()?,
         samples.len(),
         empty.median()?,
-        empty.p99()?
+        empty.p99()?,
+        synced.median()?,
+        synced.p99()?
     );
     let name = format!("prepare, sealed VM, native provider, {how}, p99");
     Ok(Figure::new(
@@ -148,6 +163,7 @@ pub(crate) fn inside(directory: &str) -> Result<Times> {
             times.alone.time(|| vm.prepare())?;
             vm.release()?;
             times.empty_alone.time(empty_call)?;
+            times.synced_alone.time(|| vm.append())?;
         }
     }
     together(&vms, &mut times)?;
@@ -167,9 +183,10 @@ fn together(vms: &[Vm], times: &mut Times) -> Result<()> {
             .map(|thread| joined(thread.join()))
             .collect::<Result<Vec<_>>>()
     })?;
-    for (prepares, empty) in of_each {
+    for (prepares, empty, synced) in of_each {
         times.together.extend(prepares);
         times.empty_together.extend(empty);
+        times.synced_together.extend(synced);
     }
     Ok(())
 }
@@ -184,8 +201,16 @@ impl Vm {
         call("io.virtseal.Lifecycle.Released", &vm)
     }
 
-    fn prepare_with_others(&self, barrier: &Barrier) -> Result<(Samples, Samples)> {
-        let (mut prepares, mut empty) = (Samples::default(), Samples::default());
+    fn append(&self) -> Result<()> {
+        let path = Path::new(STATE).join(format!("bench-{}", self.uuid));
+        let mut file = fs::OpenOptions::new().create(true).append(true).open(path)?;
+        file.write_all(&[b'.'; 300])?;
+        Ok(file.sync_data()?)
+    }
+
+    fn prepare_with_others(&self, barrier: &Barrier) -> Result<(Samples, Samples, Samples)> {
+        let (mut prepares, mut empty, mut synced) =
+            (Samples::default(), Samples::default(), Samples::default());
         let mut outcome = Ok(());
         // Even one that fails comes to the barrier: the others wait there.
         for _ in 0..ROUNDS {
@@ -195,8 +220,10 @@ impl Vm {
             outcome = outcome.and_then(|()| self.release());
             barrier.wait();
             outcome = outcome.and_then(|()| empty.time(empty_call));
+            barrier.wait();
+            outcome = outcome.and_then(|()| synced.time(|| self.append()));
         }
-        outcome.map(|()| (prepares, empty))
+        outcome.map(|()| (prepares, empty, synced))
     }
 }
 
