@@ -69,8 +69,6 @@ pub struct Libvirt {
     uri: String,
     connection: Mutex<Option<Connect>>,
     probe: Probe,
-    /// Held while one VM's secrets are defined: calls that share a connection wake each other's threads.
-    arming: Mutex<()>,
 }
 
 impl Libvirt {
@@ -82,7 +80,6 @@ impl Libvirt {
             uri: uri.into(),
             connection: Mutex::new(None),
             probe: Probe::default(),
-            arming: Mutex::new(()),
         }
     }
 
@@ -132,7 +129,6 @@ impl Libvirt {
     /// Defines each secret as ephemeral and private and sets its value. All or none: what was defined is taken
     /// back when a later one fails.
     pub fn arm(&self, secrets: &[Arming]) -> Result<(), LibvirtError> {
-        let _turn = self.arming.lock().unwrap_or_else(PoisonError::into_inner);
         for (done, secret) in secrets.iter().enumerate() {
             if let Err(error) = self.with("define a secret", |connection| define(connection, secret)) {
                 let defined: Vec<_> = secrets[..=done].iter().map(|secret| secret.envelope).collect();
