@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use super::{Daemon, lock};
 use crate::api::{VolumeProgress, VolumeRequest};
 use crate::envelope::ObjectKind;
-use crate::failure::{Code, Failure, chain};
+use crate::failure::{Code, Failure, chain, word};
 use crate::seal::NewObject;
 use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
 
@@ -79,7 +79,7 @@ impl Daemon {
     fn claim(&self, path: &str) -> Result<Claim<'_>, Failure> {
         if !lock(&self.making).insert(path.to_owned()) {
             return Err(Failure::new(Code::Busy, format!("{path} is being made"))
-                .next("virtseal volume info, when that is done"));
+                .next(format!("virtseal volume info {}, when that is done", word(path))));
         }
         Ok(Claim {
             making: &self.making,
