@@ -39,7 +39,7 @@ install: packaged-binaries
 	sed -e 's|@SBINDIR@|$(SBINDIR)|' -e 's|@SYSCONFDIR@|$(SYSCONFDIR)|' $(PACKAGING)/systemd/virtseald.service.in \
 	  > $(DESTDIR)$(UNITDIR)/virtseald.service
 	chmod 0644 $(DESTDIR)$(UNITDIR)/virtseald.service
-	install -m 0644 $(PACKAGING)/systemd/virtseald.socket $(DESTDIR)$(UNITDIR)/
+	install -m 0644 $(PACKAGING)/systemd/virtseald.socket $(PACKAGING)/systemd/virtseald-hook.socket $(DESTDIR)$(UNITDIR)/
 	install -m 0644 $(PACKAGING)/systemd/sysusers.conf $(DESTDIR)$(SYSUSERSDIR)/virtseal.conf
 	install -m 0644 LICENSE $(PACKAGED_DOCS) $(PACKAGING)/doc/INSTALLED.md $(DESTDIR)$(DOCDIR)/
 	install -m 0644 $(PACKAGING)/doc/apparmor-libvirtd.local $(PACKAGING)/doc/unlock-at-boot.conf \

@@ -29,6 +29,8 @@ const MOST_BATCH: u32 = 1000;
 pub struct Config {
     /// Where the daemon listens.
     pub socket: PathBuf,
+    /// Where the daemon listens for the hook: see [`Config::hook_socket`].
+    pub hook_socket: Option<PathBuf>,
     /// The group that may connect, and read.
     pub socket_group: String,
     /// Keystore, sealed root keys, audit log.
@@ -65,6 +67,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             socket: "/run/virtseal/virtseald.sock".into(),
+            hook_socket: None,
             socket_group: "virtseal".into(),
             state_dir: "/var/lib/virtseal".into(),
             libvirt_uri: "qemu:///system".into(),
@@ -85,8 +88,9 @@ impl Default for Config {
 impl Config {
     /// Where the package puts it.
     pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
-    const KEYS: [&str; 14] = [
+    const KEYS: [&str; 15] = [
         "socket",
+        "hook_socket",
         "socket_group",
         "state_dir",
         "libvirt_uri",
@@ -101,6 +105,25 @@ impl Config {
         "tpm",
         "log",
     ];
+
+    /// Where the daemon listens for the hook, and for root alone: a path of its own, or the one beside `socket`.
+    #[must_use]
+    pub fn hook_socket(&self) -> PathBuf {
+        let beside = || Self::hook_socket_beside(&self.socket);
+        self.hook_socket.clone().unwrap_or_else(beside)
+    }
+
+    /// The hook's socket of the daemon that listens on `socket`, unless its configuration names another:
+    /// `virtseald.sock` has `hook.sock`, `second.sock` has `second-hook.sock`.
+    #[must_use]
+    pub fn hook_socket_beside(socket: &Path) -> PathBuf {
+        let name = socket.file_name().unwrap_or_default().to_string_lossy();
+        socket.with_file_name(match name.strip_suffix(".sock") {
+            Some("virtseald") => "hook.sock".to_owned(),
+            Some(stem) => format!("{stem}-hook.sock"),
+            None => format!("{name}-hook"),
+        })
+    }
 
     /// Reads `path`.
     ///
@@ -140,6 +163,7 @@ impl Config {
     fn validated(self, path: &Path) -> Result<Self, ConfigError> {
         let relative = [&self.socket, &self.state_dir, &self.swtpm_dir, &self.nvram_dir]
             .into_iter()
+            .chain(&self.hook_socket)
             .find(|path| !path.is_absolute());
         if let Some(value) = relative {
             return Err(ConfigError::RelativePath {

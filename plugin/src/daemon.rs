@@ -11,6 +11,7 @@ mod doubts;
 mod headers;
 mod host_tpm;
 mod jobs;
+pub mod pools;
 mod providers;
 mod records;
 mod shred;
@@ -122,6 +123,7 @@ impl Daemon {
         let mut config = self.config.write().unwrap_or_else(PoisonError::into_inner);
         let fixed = [
             ("socket", config.socket != new.socket),
+            ("hook_socket", config.hook_socket != new.hook_socket),
             ("socket_group", config.socket_group != new.socket_group),
             ("state_dir", config.state_dir != new.state_dir),
             ("libvirt_uri", config.libvirt_uri != new.libvirt_uri),
@@ -133,6 +135,7 @@ impl Daemon {
         self.registry.set_probe_interval(new.probe_interval);
         *config = Config {
             socket: config.socket.clone(),
+            hook_socket: config.hook_socket.clone(),
             socket_group: config.socket_group.clone(),
             state_dir: config.state_dir.clone(),
             libvirt_uri: config.libvirt_uri.clone(),

@@ -23,5 +23,6 @@ pub mod provider;
 pub mod rotation;
 pub mod seal;
 pub mod secret;
+pub mod sockets;
 pub mod tpm;
 pub mod volume;

@@ -32,12 +32,28 @@ use crate::domain::Domain;
 use crate::failure::{Code, Failure};
 use crate::lifecycle::Deadline;
 
+/// Which socket a connection came through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// Root's alone, for starts.
+    Hook,
+    /// For everybody who may ask; an old hook.conf names it too.
+    Main,
+}
+
 /// Accepts connections for ever. Must run inside a `LocalSet`.
-pub async fn serve(listener: UnixListener, daemon: Arc<Daemon>) {
+pub async fn serve(listener: std::os::unix::net::UnixListener, entrance: Entrance, daemon: Arc<Daemon>) {
+    let listener = listener
+        .set_nonblocking(true)
+        .and_then(|()| UnixListener::from_std(listener));
+    let listener = match listener {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, ?entrance, "its socket can't be used"),
+    };
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::task::spawn_local(serve_one(stream, Arc::clone(&daemon)));
+                tokio::task::spawn_local(serve_one(stream, entrance, Arc::clone(&daemon)));
             }
             Err(error) => {
                 // Out of descriptors, most likely: give the others time to end.
@@ -48,7 +64,7 @@ pub async fn serve(listener: UnixListener, daemon: Arc<Daemon>) {
     }
 }
 
-async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
+async fn serve_one(stream: UnixStream, entrance: Entrance, daemon: Arc<Daemon>) {
     let Ok(peer) = stream.as_fd().try_clone_to_owned() else {
         return;
     };
@@ -70,6 +86,9 @@ async fn serve_one(stream: UnixStream, daemon: Arc<Daemon>) {
             return;
         }
     };
+    if entrance == Entrance::Hook && caller != Caller::Admin {
+        return tracing::warn!(uid = uid.as_raw(), "turned away from the hook's socket");
+    }
     let accepted = Accepted(Some(connection), false);
     if let Err(error) = Server::new(
         accepted,

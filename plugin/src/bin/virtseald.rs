@@ -1,15 +1,13 @@
 //! The daemon of virtseal.
 
-use std::os::fd::{FromRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, io};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use clap::Parser;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,10 +16,12 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use virtseal::config::{Config, ConfigError, LogFilter};
+use virtseal::daemon::pools::{self, LAST_CALLS, Pool};
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
 use virtseal::failure::chain;
-use virtseal::listener;
+use virtseal::listener::{self, Entrance};
 use virtseal::process::{self, LinkedCode};
+use virtseal::sockets::Sockets;
 
 /// The daemon of virtseal: hands VMs their keys when libvirt starts them.
 #[derive(Debug, Parser)]
@@ -31,9 +31,6 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
-
-/// How long calls in progress may still take when the daemon is told to end.
-const LAST_CALLS: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     match run(&Args::parse()) {
@@ -55,18 +52,21 @@ fn run(args: &Args) -> anyhow::Result<()> {
         )
     })?;
     start_log(&config.log)?;
-    let listener = listen(&config)?;
+    let sockets = Sockets::open(&config).map_err(|error| anyhow!(chain(&error)))?;
     let daemon = Arc::new(Daemon::open(config)?);
     warn_of_settings(&daemon);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(64)
-        .thread_keep_alive(Duration::from_secs(5))
-        .build()?;
-    let outcome = LocalSet::new().block_on(&runtime, serve(listener, Arc::clone(&daemon), code, args));
+    let hooks = Arc::clone(&daemon);
+    let hook_pool = Pool::start("hook", Pool::HOOKS, move || {
+        listener::serve(sockets.hook, Entrance::Hook, hooks)
+    })?;
+    let runtime = pools::runtime(Pool::ADMINS)?;
+    let outcome = LocalSet::new().block_on(&runtime, serve(sockets.main, Arc::clone(&daemon), code, args));
     // A worker may be stuck in libvirt: the keys go, whatever it waits for.
     daemon.lock_all();
+    let last_hooks = hook_pool.stop();
     runtime.shutdown_timeout(LAST_CALLS);
+    // A panic in it was printed.
+    let _ = last_hooks.join();
     outcome
 }
 
@@ -79,8 +79,6 @@ async fn serve(
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    listener.set_nonblocking(true)?;
-    let listener = tokio::net::UnixListener::from_std(listener)?;
     unlock_from_credentials(&daemon);
     for unlock in daemon.to_unlock_by_tpm() {
         spawn_local(unlock_by_tpm(
@@ -90,7 +88,7 @@ async fn serve(
         ));
     }
     daemon.load_caches();
-    spawn_local(listener::serve(listener, Arc::clone(&daemon)));
+    spawn_local(listener::serve(listener, Entrance::Main, Arc::clone(&daemon)));
     spawn_local(watch_libvirt(Arc::clone(&daemon), code));
     let sweeping = Arc::clone(&daemon);
     spawn_blocking(move || sweeping.sweep_temporaries());
@@ -136,47 +134,6 @@ fn start_log(filter: &LogFilter) -> anyhow::Result<()> {
             .init();
     }
     Ok(())
-}
-
-/// The socket that systemd has opened, or one of our own.
-fn listen(config: &Config) -> anyhow::Result<UnixListener> {
-    let inherited: Vec<_> = sd_notify::listen_fds().map(Iterator::collect).unwrap_or_default();
-    match inherited[..] {
-        [] => bind(config),
-        // SAFETY: systemd passes the descriptor to this process, and nothing else here has taken it.
-        [fd] => Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into()),
-        _ => bail!(
-            "systemd passed {} sockets, one was expected: see virtseald.socket",
-            inherited.len()
-        ),
-    }
-}
-
-fn bind(config: &Config) -> anyhow::Result<UnixListener> {
-    let path = &config.socket;
-    let shown = path.display();
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).with_context(|| format!("can't make {}", parent.display()))?;
-        if fs::metadata(parent)?.permissions().mode() & 0o077 == 0 {
-            // We made it, under our umask; the group must get through to the socket.
-            fs::set_permissions(parent, fs::Permissions::from_mode(0o755))?;
-        }
-    }
-    match fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => bail!("{shown} exists and is no socket"),
-        Ok(_) if UnixStream::connect(path).is_ok() => bail!("another virtseald listens on {shown}"),
-        Ok(_) => fs::remove_file(path).with_context(|| format!("can't remove the old {shown}"))?,
-        Err(_) => {}
-    }
-    let listener = UnixListener::bind(path).with_context(|| format!("can't listen on {shown}"))?;
-    let group = nix::unistd::Group::from_name(&config.socket_group).ok().flatten();
-    if let Some(group) = &group {
-        nix::unistd::chown(path, None, Some(group.gid))
-            .with_context(|| format!("can't give {shown} its group"))?;
-    }
-    let mode = if group.is_some() { 0o660 } else { 0o600 };
-    fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
-    Ok(listener)
 }
 
 /// Jobs and copies have threads of their own, which end with the process: each step of theirs may be the last.
