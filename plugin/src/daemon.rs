@@ -341,6 +341,14 @@ impl Daemon {
         self.registry.lock_all();
     }
 
+    /// Brings what was changed last to where a copy of the files finds it: threads that go on keep all of this open.
+    pub fn end(&self) {
+        match self.keystore.checkpoint() {
+            Ok(_) => {}
+            Err(error) => tracing::warn!("changes stay in the write-ahead log: {}", chain(&error)),
+        }
+    }
+
     /// Seals a VM, or says what would be done.
     pub fn seal_vm(&self, vm: &str, provider: Option<&str>, dry_run: bool) -> Result<Outcome, Failure> {
         let _sealing = lock(&self.sealing);

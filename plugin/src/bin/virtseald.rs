@@ -67,6 +67,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     runtime.shutdown_timeout(LAST_CALLS);
     // A panic in it was printed.
     let _ = last_hooks.join();
+    daemon.end();
     outcome
 }
 

@@ -21,9 +21,9 @@ pub enum KeystoreError {
     },
     /// The file is not a keystore, or not a whole one.
     #[error(
-        "the keystore {} is damaged; it was not changed. Stop virtseald, keep a copy of the file, and put a backup \
-         in its place; or move it away: sealed VMs are adopted again from their domain XML once their \
-         providers are restored (virtseal provider restore)", .path.display()
+        "the keystore {} is damaged; it was not changed. Keep a copy of its directory, then bring a backup back: \
+         virtseal state restore -i FILE. Without one, move the file away: sealed VMs are adopted again from their \
+         domain XML once their providers are restored (virtseal provider restore)", .path.display()
     )]
     Damaged {
         /// The file.

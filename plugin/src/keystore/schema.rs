@@ -3,12 +3,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
 use super::{KeystoreError, error::StoreFault};
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 4] = [TABLES, ROTATION, TPM, PERSISTED];
+const STEPS: [&str; 5] = [TABLES, ROTATION, TPM, PERSISTED, PROOFS];
 
 /// `PRAGMA user_version` after all steps.
 const VERSION: i64 = STEPS.len() as i64;
@@ -139,6 +140,29 @@ const PERSISTED: &str = "
     );
 ";
 
+/// `audit_anchor`: how long the audit log is known to be, and the SHA-256 of its last record then. `made_keks`: KEKs that were
+/// made for a VM before anything was wrapped with them. `saved_states`: VMs that were saved to a file somewhere, with the
+/// envelopes that this file has copies of.
+const PROOFS: &str = "
+    CREATE TABLE audit_anchor (
+        one  INTEGER PRIMARY KEY CHECK (one = 1),
+        seq  INTEGER NOT NULL CHECK (seq >= 0),
+        hash BLOB NOT NULL CHECK (length(hash) = 32)
+    );
+    CREATE TABLE made_keks (
+        provider TEXT NOT NULL,
+        kek      TEXT NOT NULL,
+        vm       TEXT NOT NULL,
+        since    INTEGER NOT NULL,
+        PRIMARY KEY (provider, kek)
+    );
+    CREATE TABLE saved_states (
+        vm        TEXT PRIMARY KEY,
+        since     INTEGER NOT NULL,
+        envelopes TEXT NOT NULL
+    );
+";
+
 /// Opens `path`, checks it whole and brings its tables up to date.
 pub(super) fn open(path: &Path) -> Result<Connection, KeystoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -148,12 +172,32 @@ pub(super) fn open(path: &Path) -> Result<Connection, KeystoreError> {
         .map_err(|fault| fault.at(path))
 }
 
+/// Writes nothing before every page was checked: not even what waits in the write-ahead log, as closing would.
 fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreFault> {
     connection.busy_timeout(Duration::from_secs(2))?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     check_owner(connection, path)?;
-    set_up(connection)?;
     check_pages(connection, path)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
+    set_up(connection)?;
     migrate(connection)
+}
+
+/// Brings what waits in the write-ahead log into the database, over a connection of its own so that nobody waits for it. Says
+/// whether the database alone is whole now.
+pub(super) fn checkpoint(path: &Path) -> Result<bool, KeystoreError> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let work = || -> Result<bool, StoreFault> {
+        let connection = Connection::open_with_flags(path, flags)?;
+        // Opens the log, which a checkpoint alone does not.
+        let _: i64 = connection.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0))?;
+        let (waiting, done): (i64, i64) =
+            connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |row| {
+                Ok((row.get(1)?, row.get(2)?))
+            })?;
+        Ok(waiting == done)
+    };
+    work().map_err(|fault| fault.at(path))
 }
 
 /// Before anything is written: is this ours, and not from the future?
@@ -176,8 +220,8 @@ fn check_owner(connection: &Connection, path: &Path) -> Result<(), StoreFault> {
 }
 
 /// WAL with `synchronous=FULL`: a commit is one append and one fsync, where a rollback journal costs four, and
-/// it is as durable. Its price is that the latest commits sit in `keystore.db-wal` until a checkpoint, so a
-/// backup of a running host copies both files, or uses `sqlite3 keystore.db 'VACUUM INTO …'`.
+/// it is as durable. Its price is that the latest commits sit in `keystore.db-wal` until a checkpoint, which
+/// [`super::checkpoints`] sees to: soon after each change, so that the database alone is a whole copy.
 fn set_up(connection: &Connection) -> Result<(), StoreFault> {
     connection.pragma_update(None, "journal_mode", "WAL")?;
     connection.pragma_update(None, "synchronous", "FULL")?;
@@ -188,7 +232,7 @@ fn set_up(connection: &Connection) -> Result<(), StoreFault> {
 }
 
 fn check_pages(connection: &Connection, path: &Path) -> Result<(), StoreFault> {
-    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+    let verdict: String = connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
     if verdict == "ok" {
         Ok(())
     } else {
@@ -245,9 +289,11 @@ mod tests {
                 .unwrap();
             assert_eq!((name.as_str(), now), ("web01", VERSION));
             connection
-                .query_row("SELECT count(*) FROM jobs, tpm_seals, persisted_keks", [], |_| {
-                    Ok(())
-                })
+                .query_row(
+                    "SELECT count(*) FROM jobs, tpm_seals, persisted_keks, made_keks",
+                    [],
+                    |_| Ok(()),
+                )
                 .unwrap();
         }
     }

@@ -2,7 +2,9 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id};
+use super::{
+    Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, forgetting, now, parse_id,
+};
 use crate::envelope::VmId;
 use crate::failure::chain;
 
@@ -53,20 +55,7 @@ impl Keystore {
     /// Removes a VM and its envelopes with everything that is known of them. Whoever calls this means to lose the keys.
     /// Returns how many envelopes there were, and whether the write-ahead log is free of them too.
     pub fn shred_vm(&self, vm: VmId) -> Result<(usize, bool), KeystoreError> {
-        let removed = self.write(|transaction| {
-            let id = vm.to_string();
-            for table in ["stale_copies", "left_behind", "header_journal"] {
-                transaction.execute(
-                    &format!(
-                        "DELETE FROM {table} WHERE envelope IN (SELECT id FROM envelopes WHERE vm = ?1)"
-                    ),
-                    [&id],
-                )?;
-            }
-            transaction.execute("DELETE FROM retired_keks WHERE vm = ?1", [&id])?;
-            transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
-            Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)
-        })?;
+        let removed = self.write(|transaction| forgetting::remove(transaction, vm))?;
         let emptied = self.forget_deleted_rows().unwrap_or_else(|error| {
             tracing::warn!(
                 "envelopes of VM {vm} stay in the write-ahead log: {}",

@@ -1,0 +1,92 @@
+//! What is dropped of a VM, and comes back: both are for who has a copy of it elsewhere, see [`crate::forgotten`].
+
+use rusqlite::{Transaction, params};
+
+use super::error::StoreFault;
+use super::{
+    Change, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, Put, RetiredKek, VmRecord, envelopes, now,
+};
+use crate::envelope::VmId;
+
+impl Keystore {
+    /// Drops what is known of `vm`, if its envelopes are still `saved`: one that has changed since would be lost.
+    ///
+    /// # Errors
+    /// The keystore's; [`Change::Unchanged`] when they are not.
+    pub fn forget_vm(&self, vm: VmId, saved: &[EnvelopeRecord]) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let id = vm.to_string();
+            let known = envelopes::select(transaction, "WHERE vm = ?1 ORDER BY created, id", [&id])?;
+            if known != saved {
+                return Ok(Change::Unchanged);
+            }
+            remove(transaction, vm)?;
+            Ok(Change::Changed)
+        })
+    }
+
+    /// Drops one envelope, if it is still `saved`.
+    ///
+    /// # Errors
+    /// As [`Keystore::forget_vm`].
+    pub fn forget_envelope(&self, saved: &EnvelopeRecord) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let id = saved.envelope.id.to_string();
+            let known = envelopes::select(transaction, "WHERE id = ?1", [&id])?;
+            if known.first() != Some(saved) {
+                return Ok(Change::Unchanged);
+            }
+            for table in ["stale_copies", "left_behind", "header_journal"] {
+                transaction.execute(&format!("DELETE FROM {table} WHERE envelope = ?1"), [&id])?;
+            }
+            transaction.execute("DELETE FROM envelopes WHERE id = ?1", [&id])?;
+            Ok(Change::Changed)
+        })
+    }
+
+    /// Takes back an envelope that was forgotten, as it was; one that is known by now stays if it is as new.
+    ///
+    /// # Errors
+    /// As [`Keystore::put`].
+    pub fn bring_back(&self, record: &EnvelopeRecord) -> Result<Put, KeystoreError> {
+        if record.state == EnvelopeState::Pending && self.envelope(record.envelope.id)?.is_none() {
+            self.insert_pending(&record.envelope, &record.location)?;
+            return Ok(Put::Adopted);
+        }
+        self.put(&record.envelope, &record.location)
+    }
+
+    /// Takes back what was known of a VM. What is known by now stays.
+    pub fn bring_back_vm(&self, vm: &VmRecord, retired: &[RetiredKek]) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            let id = vm.vm.to_string();
+            transaction.execute(
+                "INSERT INTO vms (uuid, name, sealed_at, vtpm_seen) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (uuid) DO UPDATE SET vtpm_seen = max(vtpm_seen, excluded.vtpm_seen)",
+                params![id, vm.name, vm.sealed_at, vm.vtpm_seen],
+            )?;
+            for kek in retired {
+                transaction.execute(
+                    "INSERT OR IGNORE INTO retired_keks (provider, kek, vm, since) VALUES (?1, ?2, ?3, ?4)",
+                    params![kek.provider.to_string(), kek.kek.0, kek.vm.to_string(), now()],
+                )?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// All rows about a VM and its envelopes. Returns how many envelopes there were.
+pub(super) fn remove(transaction: &Transaction, vm: VmId) -> Result<usize, StoreFault> {
+    let id = vm.to_string();
+    for table in ["stale_copies", "left_behind", "header_journal"] {
+        transaction.execute(
+            &format!("DELETE FROM {table} WHERE envelope IN (SELECT id FROM envelopes WHERE vm = ?1)"),
+            [&id],
+        )?;
+    }
+    transaction.execute("DELETE FROM retired_keks WHERE vm = ?1", [&id])?;
+    transaction.execute("DELETE FROM saved_states WHERE vm = ?1", [&id])?;
+    transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
+    Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)
+}
