@@ -10,8 +10,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const PATH: &str = "/etc/virtseal/hook.conf";
-const KEYS: [&str; 5] = [
+/// For hooks alone.
+const SOCKET: &str = "/run/virtseal/hook.sock";
+/// Where a virtseald without that listens.
+const OLD_SOCKET: &str = "/run/virtseal/virtseald.sock";
+const KEYS: [&str; 6] = [
     "socket",
+    "index",
     "deadline",
     "require_sealed",
     "master_key_tmpfs",
@@ -32,6 +37,8 @@ pub(crate) struct Conf {
     /// Where it was read from, for messages.
     pub(crate) path: PathBuf,
     pub(crate) socket: PathBuf,
+    /// What is sealed here: see [`crate::index`].
+    pub(crate) index: PathBuf,
     pub(crate) deadline: Duration,
     /// Also true where the file leaves it open.
     pub(crate) require_sealed: bool,
@@ -59,13 +66,17 @@ impl Conf {
         if let Some(socket) = variable("VIRTSEAL_SOCKET") {
             conf.socket = socket.into();
         }
+        if conf.socket == Path::new(SOCKET) && !conf.socket.exists() && Path::new(OLD_SOCKET).exists() {
+            conf.socket = OLD_SOCKET.into();
+        }
         conf
     }
 
     fn defaults(path: &Path) -> Self {
         Self {
             path: path.to_owned(),
-            socket: "/run/virtseal/virtseald.sock".into(),
+            socket: SOCKET.into(),
+            index: "/var/lib/virtseal/hook.index".into(),
             deadline: Duration::from_secs(10),
             require_sealed: false,
             master_key_tmpfs: TmpfsPolicy::Required,
@@ -94,6 +105,7 @@ impl Conf {
         let (key, value) = (key.trim(), value.trim());
         match key {
             "socket" => self.socket = absolute(value)?,
+            "index" => self.index = absolute(value)?,
             "deadline" => self.deadline = deadline(value)?,
             "require_sealed" => {
                 // Stays so if the value is none.
@@ -205,7 +217,7 @@ mod tests {
     #[test]
     fn every_key_is_read() {
         let conf = parse(
-            "# comment\n\n socket = /s/o c\ndeadline=500ms\r\nrequire_sealed = yes\n\
+            "# comment\n\n socket = /s/o c\nindex = /i\ndeadline=500ms\r\nrequire_sealed = yes\n\
              master_key_tmpfs = off\nruntime_dir = /r\n",
         );
         assert_eq!(
@@ -213,6 +225,7 @@ mod tests {
             Conf {
                 path: "/c".into(),
                 socket: "/s/o c".into(),
+                index: "/i".into(),
                 deadline: Duration::from_millis(500),
                 require_sealed: true,
                 master_key_tmpfs: TmpfsPolicy::Off,
@@ -235,6 +248,7 @@ mod tests {
         for bad in [
             "socket = a",
             "socket",
+            "index = hook.index",
             "deadline = 0",
             "deadline = 301s",
             "deadline = 9e9",

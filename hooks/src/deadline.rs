@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+#[derive(Clone, Copy)]
 pub(crate) struct Deadline {
     start: Instant,
     length: Duration,

@@ -6,33 +6,43 @@
 //!
 //! - `prepare begin` of a VM with virtseal metadata exits 0 only after the daemon agreed; any doubt refuses it,
 //!   with one line on stderr, which libvirt shows to the user.
-//! - A VM without that metadata passes without a word to anyone, unless `require_sealed` is set.
+//! - A VM without that metadata is refused if the [`index`] knows it as sealed, or knows a secret that it names; the
+//!   daemon is not asked. Any other passes without a word to anyone, unless `require_sealed` is set.
 //! - Every other operation exits 0 whatever happens: a failure there would kill a running guest.
 //! - stdout stays empty: on `migrate` and `restore` libvirt takes it for the new domain XML.
 
 #![forbid(unsafe_code)]
 
+mod bounded;
 mod conf;
 mod deadline;
+mod evidence;
+mod index;
 mod runtime_dir;
 mod varlink;
 mod vm;
+mod watchdog;
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use conf::{Conf, TmpfsPolicy};
 use deadline::Deadline;
+use evidence::Evidence;
+use index::{Id, Index, Owner};
 use runtime_dir::RuntimeDir;
 use varlink::CallError;
-use vm::{Found, Vm};
+use vm::{Found, Plain, Vm};
+use watchdog::{Ended, Reins, guarded};
 
 /// For messages that nothing waits for.
 const NOTICE_DEADLINE: Duration = Duration::from_secs(2);
+/// While hook.conf is not read yet.
+const FIRST_DEADLINE: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     // A panic's own message would be a second line.
@@ -53,45 +63,138 @@ fn main() -> ExitCode {
     }
 }
 
-fn never_fail(notice: fn()) -> ExitCode {
-    let _ = catch_unwind(notice);
+/// A notice ends in time too: libvirt waits for it, with the VM running or gone.
+fn never_fail(notice: fn(&Deadline)) -> ExitCode {
+    let deadline = Deadline::started_now().lasting(NOTICE_DEADLINE);
+    let _ = guarded(deadline, move |_: &Reins<()>| {
+        let _ = catch_unwind(AssertUnwindSafe(|| notice(&deadline)));
+    });
     ExitCode::SUCCESS
 }
 
 /// Whether the VM may start; the error is the line for the user.
 fn prepare(name: &str) -> Result<(), String> {
-    let deadline = Deadline::started_now();
+    let deadline = Deadline::started_now().lasting(FIRST_DEADLINE);
+    let vm = name.to_owned();
+    match guarded(deadline, move |reins| judge(&vm, deadline, reins)) {
+        Ended::Done(decided) => decided,
+        Ended::Late { refuse: false, .. } => Ok(()),
+        Ended::Late { refuse: true, length } => Err(format!(
+            "virtseal: VM {name} is refused: the hook came to no decision within {length:?}; next: virtseal status"
+        )),
+    }
+}
+
+fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> Result<(), String> {
     let conf = Conf::load();
     let deadline = deadline.lasting(conf.deadline);
-    let xml = vm::read_stdin(&deadline);
-    let decided = catch_unwind(AssertUnwindSafe(|| decide(name, &xml, &conf, &deadline)));
-    decided.unwrap_or_else(|_| {
-        if vm::has_marker(&xml) || conf.require_sealed {
-            Err(format!(
-                "virtseal: VM {name} is refused: the hook failed; next: virtseal doctor"
-            ))
-        } else {
-            Ok(())
+    reins.set_length(conf.deadline);
+    let index = Index::read(&conf.index);
+    // While the XML is not known, it may be that of a sealed VM, or of a thief, if there is anything sealed.
+    reins.refuse_if_late(conf.require_sealed || !index.is_empty());
+    let mut evidence = Evidence::against(&index);
+    let input = vm::read_stdin(&deadline, |bytes| {
+        evidence.feed(bytes);
+        if evidence.has_namespace() {
+            reins.refuse_if_late(true);
         }
+    });
+    evidence.finish();
+    let may_be_ours = evidence.may_be_ours() || (!input.whole && !index.is_empty());
+    if !may_be_ours && !conf.require_sealed {
+        return Ok(());
+    }
+    reins.refuse_if_late(true);
+    if !input.whole {
+        return Err(format!(
+            "virtseal: VM {name} is refused: its XML did not come whole within {:?}; next: virsh start {}",
+            deadline.length(),
+            word(name)
+        ));
+    }
+    let decided = catch_unwind(AssertUnwindSafe(|| {
+        decide(name, &input.xml, may_be_ours, &index, &conf, &deadline)
+    }));
+    decided.unwrap_or_else(|_| {
+        Err(format!(
+            "virtseal: VM {name} is refused: the hook failed; next: virtseal doctor"
+        ))
     })
 }
 
-fn decide(name: &str, xml: &[u8], conf: &Conf, deadline: &Deadline) -> Result<(), String> {
+fn decide(
+    name: &str,
+    xml: &[u8],
+    may_be_ours: bool,
+    index: &Index,
+    conf: &Conf,
+    deadline: &Deadline,
+) -> Result<(), String> {
     match vm::find(xml) {
         Found::Sealed(vm) => start(&vm, conf, deadline),
-        Found::Unreadable(why) if vm::has_marker(xml) || conf.require_sealed => Err(format!(
-            "virtseal: VM {name} is refused: {why}; next: virsh dumpxml --inactive {name}"
+        Found::Unreadable(why) if may_be_ours || conf.require_sealed => Err(format!(
+            "virtseal: VM {name} is refused: {why}; next: virsh dumpxml --inactive {}",
+            word(name)
         )),
-        Found::Unsealed if conf.require_sealed => Err(match &conf.problem {
-            Some(problem) => {
-                format!("virtseal: VM {name} is not sealed, and whether it must be is unclear: {problem}")
+        Found::Unreadable(_) => Ok(()),
+        Found::Unsealed(plain) => match claims(name, &plain, index) {
+            Some(refusal) => Err(refusal),
+            None if conf.require_sealed => Err(not_sealed(name, conf)),
+            None => Ok(()),
+        },
+    }
+}
+
+fn not_sealed(name: &str, conf: &Conf) -> String {
+    match &conf.problem {
+        Some(problem) => {
+            format!("virtseal: VM {name} is not sealed, and whether it must be is unclear: {problem}")
+        }
+        None => format!(
+            "virtseal: VM {name} is not sealed, and {} has require_sealed = true; next: virtseal vm seal {}",
+            conf.path.display(),
+            word(name)
+        ),
+    }
+}
+
+/// Why a VM without virtseal's metadata must not start: it is a sealed one whose old XML came back, or it names a secret
+/// with which it could open another VM's objects while those are starting.
+fn claims(name: &str, plain: &Plain, index: &Index) -> Option<String> {
+    let refused =
+        |why: String, next: String| Some(format!("virtseal: VM {name} is refused: {why}; next: {next}"));
+    let seal = format!("virtseal vm seal {}, which takes it back", word(name));
+    if plain.uuids.iter().any(|uuid| index.is_sealed(uuid)) {
+        let why =
+            "it is sealed, and its domain XML does not say so, as if an older one had been defined again";
+        return refused(why.into(), seal);
+    }
+    for secret in &plain.named {
+        match index.owner(secret) {
+            Some(Owner::Vm(owner)) if plain.uuids.contains(&owner) => {
+                let why = format!(
+                    "it names its secret {}, and its domain XML has no metadata of virtseal",
+                    secret.dashed()
+                );
+                return refused(why, seal);
             }
-            None => format!(
-                "virtseal: VM {name} is not sealed, and {} has require_sealed = true; next: virtseal vm seal {name}",
-                conf.path.display()
-            ),
-        }),
-        Found::Unsealed | Found::Unreadable(_) => Ok(()),
+            Some(owner) => {
+                let why = format!("it names secret {}, which is {}", secret.dashed(), whose(owner));
+                let next = format!("virsh edit {}: a VM has secrets of its own", word(name));
+                return refused(why, next);
+            }
+            None => {}
+        }
+    }
+    let problem = index.problem().filter(|_| plain.has_secrets)?;
+    let why = format!("it names a secret, and whose that is can't be told: {problem}");
+    refused(why, "systemctl restart virtseald, which writes it anew".into())
+}
+
+fn whose(owner: Owner) -> String {
+    match owner {
+        Owner::Vm(vm) => format!("that of sealed VM {}", Id::dashed(&vm)),
+        Owner::Unknown => "that of a sealed VM".into(),
     }
 }
 
@@ -110,7 +213,7 @@ fn start(vm: &Vm, conf: &Conf, deadline: &Deadline) -> Result<(), String> {
     let answer = varlink::call(
         &conf.socket,
         "io.virtseal.Lifecycle.Prepare",
-        &json!({ "xml": vm.xml }),
+        &request(vm, conf),
         deadline,
     );
     answer.map_err(|error| {
@@ -119,6 +222,15 @@ fn start(vm: &Vm, conf: &Conf, deadline: &Deadline) -> Result<(), String> {
         }
         refusal(vm, conf, deadline, error)
     })
+}
+
+/// The policy goes along where it is set: whether anything of the VM is sealed is seen only by who opens it.
+fn request(vm: &Vm, conf: &Conf) -> Value {
+    if conf.require_sealed {
+        json!({ "xml": vm.xml, "require_sealed": true })
+    } else {
+        json!({ "xml": vm.xml })
+    }
 }
 
 fn no_tmpfs(vm: &Vm, conf: &Conf, why: &str) -> String {
@@ -158,6 +270,10 @@ fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> Strin
             format!("what answers at {socket} is not virtseald: {what}"),
             "systemctl restart virtseald",
         ),
+        CallError::NotRoot(uid) => (
+            format!("what listens at {socket} is not root's, but of user id {uid}"),
+            "systemctl restart virtseald.socket virtseald",
+        ),
         CallError::Error(name) => (format!("virtseald failed: {name}"), "systemctl status virtseald"),
     };
     format!(
@@ -166,20 +282,18 @@ fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> Strin
     )
 }
 
-fn started() {
+fn started(deadline: &Deadline) {
     let conf = Conf::load();
-    let deadline = Deadline::started_now().lasting(NOTICE_DEADLINE);
-    if let Found::Sealed(vm) = vm::find(&vm::read_stdin(&deadline)) {
-        notify("io.virtseal.Lifecycle.Started", &vm, &conf, &deadline);
+    if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
+        notify("io.virtseal.Lifecycle.Started", &vm, &conf, deadline);
     }
 }
 
-fn released() {
+fn released(deadline: &Deadline) {
     let conf = Conf::load();
-    let deadline = Deadline::started_now().lasting(NOTICE_DEADLINE);
-    if let Found::Sealed(vm) = vm::find(&vm::read_stdin(&deadline)) {
+    if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
         RuntimeDir::release(&vm, &conf);
-        notify("io.virtseal.Lifecycle.Released", &vm, &conf, &deadline);
+        notify("io.virtseal.Lifecycle.Released", &vm, &conf, deadline);
     }
 }
 
@@ -187,6 +301,15 @@ fn released() {
 fn notify(method: &str, vm: &Vm, conf: &Conf, deadline: &Deadline) {
     let parameters = json!({ "vm": vm.uuid, "name": vm.name });
     let _ = varlink::call(&conf.socket, method, &parameters, deadline);
+}
+
+/// A name as one word of a command in a message: quoted where a shell would take it for something else.
+fn word(name: &str) -> String {
+    let is_plain = |found: char| found.is_alphanumeric() || "_./:@%+=,-".contains(found);
+    if !name.is_empty() && name.chars().all(is_plain) {
+        return name.to_owned();
+    }
+    format!("'{}'", name.replace('\'', "'\\''"))
 }
 
 /// What may stand on a terminal and in a log as one line of bounded length.

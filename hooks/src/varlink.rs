@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt::PeerCredentials,
+};
 use serde_json::{Value, json};
 
 use crate::deadline::{Deadline, Elapsed};
@@ -35,6 +37,8 @@ pub(crate) enum CallError {
     Closed(String),
     /// The reply is none.
     Garbage(&'static str),
+    /// Somebody else than root listens.
+    NotRoot(u32),
 }
 
 pub(crate) fn call(
@@ -44,6 +48,7 @@ pub(crate) fn call(
     deadline: &Deadline,
 ) -> Result<(), CallError> {
     let mut stream = open(path, deadline)?;
+    only_root_answers(&stream)?;
     let mut request = json!({ "method": method, "parameters": parameters })
         .to_string()
         .into_bytes();
@@ -72,6 +77,15 @@ fn open(path: &Path, deadline: &Deadline) -> Result<UnixStream, CallError> {
             }
             Err(errno) => return Err(failed(errno)),
         }
+    }
+}
+
+/// Who could make the socket could agree to anything. The kernel says who began to listen: virtseald, or systemd for it.
+fn only_root_answers(stream: &UnixStream) -> Result<(), CallError> {
+    match getsockopt(stream, PeerCredentials) {
+        Ok(peer) if peer.uid() == 0 => Ok(()),
+        Ok(peer) => Err(CallError::NotRoot(peer.uid())),
+        Err(errno) => Err(CallError::Connect(errno.into())),
     }
 }
 

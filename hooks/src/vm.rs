@@ -1,17 +1,20 @@
-//! The domain XML on stdin: is it a sealed VM, and which?
+//! The domain XML on stdin: is it a sealed VM, which one is it, and whose secrets does it name?
 
 use std::io::{ErrorKind, Read};
 
 use nix::poll::PollFlags;
 use roxmltree::{Document, Node, ParsingOptions};
 
+use crate::bounded::bounded;
 use crate::deadline::Deadline;
+use crate::evidence::NAMESPACE;
+use crate::index::Id;
 
 /// libvirt's own limit of a string in its protocol.
 const MAX_XML: usize = 4 * 1024 * 1024;
 const MAX_NODES: u32 = 200_000;
-/// What every namespace of virtseal starts with: metadata of a later version makes a sealed VM too.
-const NAMESPACE: &str = "urn:virtseal:";
+/// What virtseald puts before the UUID in the usage of its secrets.
+const USAGE: &str = "virtseal:";
 
 /// A sealed VM.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,35 +27,63 @@ pub(crate) struct Vm<'x> {
     pub(crate) xml: &'x str,
 }
 
+/// A VM without virtseal's metadata.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plain {
+    /// Its UUID; more if the XML has more.
+    pub(crate) uuids: Vec<Id>,
+    /// Every UUID that stands alone in an attribute or a text where libvirt may take it for a secret's, or in the usage of
+    /// one of ours.
+    pub(crate) named: Vec<Id>,
+    /// Whether it names any secret at all.
+    pub(crate) has_secrets: bool,
+}
+
 /// What the XML is about.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Found<'x> {
-    Unsealed,
+    Unsealed(Plain),
     Sealed(Vm<'x>),
     /// Why it can't be told.
     Unreadable(String),
 }
 
-/// All of stdin, or what came of it before the deadline and the limit.
-pub(crate) fn read_stdin(deadline: &Deadline) -> Vec<u8> {
-    let mut stdin = std::io::stdin().lock();
-    let mut xml = Vec::with_capacity(16 * 1024);
-    let mut chunk = [0; 16 * 1024];
-    while xml.len() <= MAX_XML && deadline.wait(&stdin, PollFlags::POLLIN).is_ok() {
-        match stdin.read(&mut chunk) {
-            Ok(0) => break,
-            Ok(count) => xml.extend_from_slice(&chunk[..count]),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(_) => break,
-        }
-    }
-    xml
+/// What came on stdin.
+pub(crate) struct Input {
+    /// The start of it, a little more than is ever parsed.
+    pub(crate) xml: Vec<u8>,
+    /// Whether it ended before the deadline.
+    pub(crate) whole: bool,
 }
 
-/// Whether virtseal's namespace is anywhere in the text: the question that works on broken XML too.
-pub(crate) fn has_marker(xml: &[u8]) -> bool {
-    xml.windows(NAMESPACE.len())
-        .any(|window| window == NAMESPACE.as_bytes())
+/// Reads all of stdin, as long as the deadline lasts, and shows it to `evidence`: also what is behind the limit.
+pub(crate) fn read_stdin(deadline: &Deadline, mut evidence: impl FnMut(&[u8])) -> Input {
+    let mut stdin = std::io::stdin().lock();
+    let mut input = Input {
+        xml: Vec::with_capacity(16 * 1024),
+        whole: false,
+    };
+    let mut chunk = [0; 16 * 1024];
+    while deadline.wait(&stdin, PollFlags::POLLIN).is_ok() {
+        let read = match stdin.read(&mut chunk) {
+            Ok(0) => {
+                input.whole = true;
+                break;
+            }
+            Ok(count) => &chunk[..count],
+            Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+            Err(_) => break,
+        };
+        evidence(read);
+        let room = (MAX_XML + 1).saturating_sub(input.xml.len());
+        input.xml.extend_from_slice(&read[..read.len().min(room)]);
+    }
+    input
+}
+
+/// Reads stdin for a notice, which needs no evidence.
+pub(crate) fn read_notice(deadline: &Deadline) -> Vec<u8> {
+    read_stdin(deadline, |_| {}).xml
 }
 
 pub(crate) fn find(xml: &[u8]) -> Found<'_> {
@@ -62,6 +93,9 @@ pub(crate) fn find(xml: &[u8]) -> Found<'_> {
     let Ok(xml) = std::str::from_utf8(xml) else {
         return Found::Unreadable("its XML is not UTF-8".into());
     };
+    if let Err(beyond) = bounded(xml.as_bytes()) {
+        return Found::Unreadable(format!("its XML is beyond what is read: {beyond}"));
+    }
     let options = ParsingOptions {
         allow_dtd: false,
         nodes_limit: MAX_NODES,
@@ -78,7 +112,7 @@ fn vm<'x>(xml: &'x str, root: Node<'_, '_>) -> Found<'x> {
         return Found::Unreadable("its XML is no <domain>".into());
     }
     if !children(root, "metadata").any(|metadata| metadata.children().any(is_ours)) {
-        return Found::Unsealed;
+        return Found::Unsealed(plain(root));
     }
     let text = |name| children(root, name).next().and_then(|node| node.text());
     match (
@@ -93,6 +127,42 @@ fn vm<'x>(xml: &'x str, root: Node<'_, '_>) -> Found<'x> {
         }),
         _ => Found::Unreadable("its XML has no name or UUID".into()),
     }
+}
+
+/// Does not ask where libvirt looks for secrets, which grows with every version: everywhere but in what is only for people
+/// and other programs.
+fn plain(root: Node<'_, '_>) -> Plain {
+    let mut found = Plain {
+        uuids: children(root, "uuid")
+            .filter_map(|uuid| Id::spelled(&text(uuid)))
+            .collect(),
+        ..Plain::default()
+    };
+    let parts = root.children().filter(|part| {
+        !["metadata", "title", "description", "name", "uuid"].contains(&part.tag_name().name())
+    });
+    for node in parts.flat_map(|part| part.descendants()).filter(Node::is_element) {
+        let attributes = node.attributes();
+        found.has_secrets |= node.tag_name().name() == "secret"
+            || attributes.clone().any(|attribute| attribute.name() == "secret");
+        found
+            .named
+            .extend(attributes.filter_map(|attribute| named(attribute.value())));
+        found.named.extend(named(&text(node)));
+    }
+    found
+}
+
+fn named(value: &str) -> Option<Id> {
+    Id::spelled(value.strip_prefix(USAGE).unwrap_or(value))
+}
+
+/// The text directly in `node`, comments left out.
+fn text(node: Node<'_, '_>) -> String {
+    node.children()
+        .filter(Node::is_text)
+        .filter_map(|child| child.text())
+        .collect()
 }
 
 fn children<'a, 'i>(node: Node<'a, 'i>, name: &str) -> impl Iterator<Item = Node<'a, 'i>> {
@@ -180,8 +250,69 @@ mod tests {
             b"<network/>".to_vec(),
             format!("<domain><name>a</name><uuid>../../etc</uuid>{metadata}</domain>").into_bytes(),
             vec![b' '; MAX_XML + 1],
+            format!(
+                "<domain {}/>",
+                (0..300).map(|n| format!("a{n}='' ")).collect::<String>()
+            )
+            .into_bytes(),
         ] {
             assert!(matches!(find(&broken), Found::Unreadable(_)));
+        }
+    }
+
+    #[test]
+    fn secrets_are_found_wherever_they_are_named() {
+        let secret = "0b0e5d1c-7f4e-4a52-9b29-0c6fd6d4a111";
+        let id = Id::spelled(secret).unwrap();
+        let bare = secret.replace('-', "");
+        let spaced = secret.to_uppercase().replace('-', " ");
+        for part in [
+            format!(
+                "<devices><disk><source><encryption><secret uuid='{secret}'/></encryption></source></disk></devices>"
+            ),
+            format!(
+                "<devices><disk><encryption><secret usage='virtseal:{secret}'/></encryption></disk></devices>"
+            ),
+            format!(
+                "<devices><disk><backingStore><backingStore><source><encryption><secret uuid='{bare}'/></encryption>\
+                     </source></backingStore></backingStore></disk></devices>"
+            ),
+            format!(
+                "<os><nvram><source><encryption><secret uuid=' {spaced}'/></encryption></source></nvram></os>"
+            ),
+            format!("<devices><tpm><backend><encryption secret='{bare}'/></backend></tpm></devices>"),
+            format!(
+                "<devices><hostdev><source><auth><secret uuid='&#48;{}'/></auth></source></hostdev></devices>",
+                &secret[1..]
+            ),
+            format!(
+                "<devices><disk><mirror><source><slices/><encryption><secret uuid='{secret}'/></encryption></source>\
+                     </mirror></disk></devices>"
+            ),
+            format!(
+                "<of-a-later-libvirt><key>{}<!-- -->{}</key></of-a-later-libvirt>",
+                &secret[..9],
+                &secret[9..]
+            ),
+        ] {
+            let xml = xml(&part);
+            let Found::Unsealed(plain) = find(xml.as_bytes()) else {
+                panic!("{xml}");
+            };
+            assert!(plain.named.contains(&id), "{xml}");
+            assert!(plain.has_secrets || part.contains("later"), "{xml}");
+        }
+        for part in [
+            format!("<description>{secret}</description><title>{secret}</title>"),
+            format!("<metadata><a:b xmlns:a='urn:other' secret='{secret}'>{secret}</a:b></metadata>"),
+            format!("<devices><disk><source file='/images/{secret}.qcow2'/></disk></devices>"),
+        ] {
+            let uuids = vec![Id::spelled(UUID).unwrap()];
+            let plain = Plain {
+                uuids,
+                ..Plain::default()
+            };
+            assert_eq!(find(xml(&part).as_bytes()), Found::Unsealed(plain), "{part}");
         }
     }
 }

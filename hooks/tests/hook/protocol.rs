@@ -11,23 +11,23 @@ use crate::UUID;
 use crate::daemon::{Answer, Daemon};
 use tempfile::TempDir;
 
-const METADATA: &str = "<metadata><virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'/></metadata>";
-const DEADLINE: Duration = Duration::from_millis(1500);
+pub(crate) const METADATA: &str = "<metadata><virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'/></metadata>";
+pub(crate) const DEADLINE: Duration = Duration::from_millis(1500);
 /// A hook that hangs is far later than this; a busy machine is not.
-const SLACK: Duration = Duration::from_secs(8);
+pub(crate) const SLACK: Duration = Duration::from_secs(8);
 
 /// A directory with a hook.conf and a place for the socket.
-struct Host {
+pub(crate) struct Host {
     directory: TempDir,
 }
 
 impl Host {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with("")
     }
 
     /// Mounts have their own tests.
-    fn with(more: &str) -> Self {
+    pub(crate) fn with(more: &str) -> Self {
         let directory = TempDir::new().unwrap();
         let host = Self { directory };
         host.configure(&format!("master_key_tmpfs = off\ndeadline = 1500ms\n{more}"));
@@ -35,31 +35,40 @@ impl Host {
     }
 
     fn configure(&self, text: &str) {
-        let socket = format!("socket = {}\n", self.socket().display());
-        fs::write(self.conf(), socket + text).unwrap();
+        let socket = self.socket();
+        let head = format!(
+            "socket = {}\nindex = {}\n",
+            socket.display(),
+            self.index().display()
+        );
+        fs::write(self.conf(), head + text).unwrap();
+    }
+
+    pub(crate) fn index(&self) -> PathBuf {
+        self.directory.path().join("hook.index")
     }
 
     fn conf(&self) -> PathBuf {
         self.directory.path().join("hook.conf")
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join("sock")
     }
 
-    fn daemon(&self, answer: Answer) -> Daemon {
+    pub(crate) fn daemon(&self, answer: Answer) -> Daemon {
         Daemon::start(&self.socket(), answer)
     }
 
-    fn run(&self, operation: [&str; 2], xml: &[u8]) -> Output {
+    pub(crate) fn run(&self, operation: [&str; 2], xml: &[u8]) -> Output {
         finish(self.spawn(operation), xml)
     }
 
-    fn prepare(&self, xml: &str) -> Output {
+    pub(crate) fn prepare(&self, xml: &str) -> Output {
         self.run(["prepare", "begin"], xml.as_bytes())
     }
 
-    fn spawn(&self, operation: [&str; 2]) -> Child {
+    pub(crate) fn spawn(&self, operation: [&str; 2]) -> Child {
         spawn(&self.conf(), operation)
     }
 }
@@ -88,18 +97,18 @@ fn finish(mut child: Child, xml: &[u8]) -> Output {
     child.wait_with_output().unwrap()
 }
 
-fn domain(metadata: &str) -> String {
+pub(crate) fn domain(metadata: &str) -> String {
     format!(
         "<domain type='kvm' id='7'>\n  <name>web01</name>\n  <uuid>{UUID}</uuid>\n  {metadata}\n</domain>\n"
     )
 }
 
-fn sealed() -> String {
+pub(crate) fn sealed() -> String {
     domain(METADATA)
 }
 
 #[track_caller]
-fn assert_passes(output: &Output) {
+pub(crate) fn assert_passes(output: &Output) {
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(String::from_utf8_lossy(&output.stdout), "");
     assert_eq!(output.status.code(), Some(0));
@@ -113,7 +122,7 @@ fn assert_refused(output: &Output, line: &str) {
 }
 
 #[track_caller]
-fn assert_refused_with(output: &Output, parts: &[&str]) {
+pub(crate) fn assert_refused_with(output: &Output, parts: &[&str]) {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     for part in parts {
         assert!(stderr.contains(part), "{part:?} is not in {stderr:?}");
@@ -303,7 +312,7 @@ fn a_mistake_in_the_configuration_refuses_sealed() {
     let host = Host::with("dead_line = 5s\n");
     let _daemon = host.daemon(Answer::reply("{}"));
     let line = format!(
-        "virtseal: VM web01 is sealed and can't start: {}:4: unknown key \"dead_line\", did you mean deadline?; \
+        "virtseal: VM web01 is sealed and can't start: {}:5: unknown key \"dead_line\", did you mean deadline?; \
          next: correct that line",
         host.conf().display()
     );
@@ -322,7 +331,7 @@ fn require_sealed_refuses_every_other_vm() {
     let unclear = Host::with("require_sealed = ja\n");
     assert_refused_with(
         &unclear.prepare(&domain("")),
-        &["unclear", "hook.conf:4", "\"ja\""],
+        &["unclear", "hook.conf:5", "\"ja\""],
     );
 }
 

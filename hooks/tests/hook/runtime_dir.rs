@@ -37,7 +37,8 @@ impl Host {
 
     fn configure(&self, more: &str) {
         let path = self.directory.path().display();
-        let conf = format!("socket = {path}/sock\nruntime_dir = {path}/qemu\n{more}");
+        let conf =
+            format!("socket = {path}/sock\nindex = {path}/hook.index\nruntime_dir = {path}/qemu\n{more}");
         fs::write(self.directory.path().join("hook.conf"), conf).unwrap();
     }
 
