@@ -26,6 +26,8 @@ impl SealedHost {
     pub const PASSPHRASE: &str = "correct horse battery staple";
     /// Where the daemon listens, in the namespace.
     pub const SOCKET: &str = "/run/virtseal/virtseald.sock";
+    /// Where it listens for the hook.
+    pub const HOOK_SOCKET: &str = "/run/virtseal/hook.sock";
 
     /// libvirtd with the hook, virtseald, and a provider `main` that is backed up and unlocked.
     ///

@@ -54,7 +54,7 @@ fn daemon_down_refuses_sealed_and_passes_plain() -> Result<()> {
     sealed.stop_daemon(Signal::SIGKILL)?;
     expect_names(
         &sealed.refused_start("web01")?,
-        &["web01", SealedHost::SOCKET, "systemctl start virtseald"],
+        &["web01", SealedHost::HOOK_SOCKET, "systemctl start virtseald"],
     )?;
     start_and_stop(&sealed, "plain01")?;
 
