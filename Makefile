@@ -2,10 +2,11 @@
 # make test    everything: unit tests and stories on the real stack (root; installs what it needs)
 # make test-providers   what every key provider must do, against the real ones; a line per provider and case (root)
 # make bench   the figures, as ratios against a peer in the same run (root)
+# make test-programs    whether a fresh Debian root has every program that scripts and tests run (root)
 # make lint    formatting, clippy, documentation
 # make install, make deb, make test-deb: packaging/package.mk
 
-.PHONY: demo test test-providers bench lint deps
+.PHONY: demo test test-providers test-programs bench lint deps
 
 CARGO ?= cargo
 include packaging/package.mk
@@ -20,6 +21,9 @@ test: deps
 
 test-providers: deps
 	CARGO="$(CARGO)" tests/run-providers
+
+test-programs:
+	tests/host/check-programs
 
 bench: deps
 	$(CARGO) build --locked --release --workspace --bins

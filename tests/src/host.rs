@@ -25,8 +25,6 @@ use crate::virsh::{DomainState, Output};
 const LIBVIRTD_CONF: &str = include_str!("../host/libvirtd.conf");
 const QEMU_CONF: &str = include_str!("../host/qemu.conf");
 const LIBVIRT_SOCKET: &str = "/run/libvirt/libvirt-sock";
-/// A service does not get its administrator's PATH; libvirt shows it to the user when a hook refuses.
-const SERVICE_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const LIBVIRTD_DEADLINE: Duration = Duration::from_secs(60);
 const IMAGES: &str = "/var/lib/libvirt/images";
 
@@ -294,7 +292,7 @@ fn start_libvirtd(namespace: &Namespace) -> Result<Process> {
     let mut libvirtd = Process::spawn(
         namespace,
         "libvirtd",
-        &["env", SERVICE_PATH, "libvirtd", "--pid-file", "/run/libvirtd.pid"],
+        &["libvirtd", "--pid-file", "/run/libvirtd.pid"],
     )?;
     let socket = namespace.path(LIBVIRT_SOCKET);
     wait_until(LIBVIRTD_DEADLINE, "libvirtd's start", || {

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 
 use crate::programs::script;
 
+const SERVICE_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Runs the namespace to its end and then removes its directory: also when the test was killed.
 const KEEPER: &str = r#"unshare --mount --pid --fork --kill-child -- "$1" "$2"; rm -rf -- "$2""#;
 
@@ -57,10 +58,15 @@ impl Namespace {
         })
     }
 
-    /// A command that will run inside, in the directory `/`.
+    /// A command that will run inside, in the directory `/`, with a service's environment: what cargo or an
+    /// administrator's shell has exported is none of a host's business, and libvirt shows the environment of a hook
+    /// that refuses.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let mut command = Command::new("nsenter");
         command
+            .env_clear()
+            .env("PATH", SERVICE_PATH)
+            .env("HOME", "/root")
             .arg("--target")
             .arg(self.init_pid.to_string())
             .args(["--mount", "--pid", "--"])
