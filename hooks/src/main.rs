@@ -19,6 +19,7 @@ mod deadline;
 mod evidence;
 mod index;
 mod runtime_dir;
+mod terminal;
 mod varlink;
 mod vm;
 mod watchdog;
@@ -35,6 +36,7 @@ use deadline::Deadline;
 use evidence::Evidence;
 use index::{Id, Index, Owner};
 use runtime_dir::RuntimeDir;
+use terminal::{one_line, word};
 use varlink::CallError;
 use vm::{Found, Plain, Vm};
 use watchdog::{Ended, Reins, guarded};
@@ -301,35 +303,4 @@ fn released(deadline: &Deadline) {
 fn notify(method: &str, vm: &Vm, conf: &Conf, deadline: &Deadline) {
     let parameters = json!({ "vm": vm.uuid, "name": vm.name });
     let _ = varlink::call(&conf.socket, method, &parameters, deadline);
-}
-
-/// A name as one word of a command in a message: quoted where a shell would take it for something else.
-fn word(name: &str) -> String {
-    let is_plain = |found: char| found.is_alphanumeric() || "_./:@%+=,-".contains(found);
-    if !name.is_empty() && name.chars().all(is_plain) {
-        return name.to_owned();
-    }
-    format!("'{}'", name.replace('\'', "'\\''"))
-}
-
-/// What may stand on a terminal and in a log as one line of bounded length.
-fn one_line(text: &str) -> String {
-    const MOST: usize = 2000;
-    let is_break = |found: char| found.is_control() || matches!(found, '\u{2028}' | '\u{2029}');
-    let clean = text
-        .trim()
-        .chars()
-        .map(|found| if is_break(found) { ' ' } else { found });
-    clean.take(MOST).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::one_line;
-
-    #[test]
-    fn a_message_is_one_line() {
-        assert_eq!(one_line(" a\nb\r\tc\u{1b}[1m\u{2028}d\n"), "a b  c [1m d");
-        assert_eq!(one_line(&"x".repeat(9000)).len(), 2000);
-    }
 }

@@ -9,6 +9,8 @@ use std::fmt;
 use crate::keystore::KeystoreError;
 use crate::volume::VolumeError;
 
+pub use crate::terminal::word;
+
 /// Why a command ends, as the exit code of `virtseal`. Stable: scripts rely on the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -104,17 +106,6 @@ impl fmt::Display for Failure {
 
 impl Error for Failure {}
 
-/// A name or a path as one word of a command that a message names: quoted where a shell would take it for something else.
-#[must_use]
-pub fn word(text: impl fmt::Display) -> String {
-    let text = text.to_string();
-    let is_plain = |c: char| c.is_alphanumeric() || "_./:@%+=,-".contains(c);
-    if !text.is_empty() && text.chars().all(is_plain) {
-        return text;
-    }
-    format!("'{}'", text.replace('\'', "'\\''"))
-}
-
 /// An error with all its sources, in one line.
 #[must_use]
 pub fn chain(error: &dyn Error) -> String {
@@ -156,35 +147,6 @@ mod tests {
             assert_eq!(Code::from_number(number) as i64, number);
         }
         assert_eq!(Code::from_number(77), Code::Failed);
-    }
-
-    #[test]
-    fn a_shell_reads_each_word_as_it_was() {
-        for plain in ["web01", "/images/web01.qcow2", "büro-2"] {
-            assert_eq!(word(plain), plain);
-        }
-        for odd in [
-            "",
-            "my vm",
-            "a'b",
-            "$(reboot)",
-            "`x`",
-            "a;b",
-            "*",
-            "~",
-            "a\\b",
-            "a\"b",
-            "a&b|c>d",
-            "#x",
-            "{a,b}",
-        ] {
-            let script = format!("printf %s {}", word(odd));
-            let output = std::process::Command::new("sh")
-                .args(["-c", &script])
-                .output()
-                .unwrap();
-            assert_eq!(String::from_utf8(output.stdout).unwrap(), odd, "{script}");
-        }
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! Start reading at [`lifecycle`]: what happens at each step of a VM's life. [`envelope`] is the record that
 //! everything else carries about.
 
+// What is printed goes through `terminal::visible`: see there.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod api;
 pub mod audit;
 pub mod cli;
@@ -24,5 +27,6 @@ pub mod rotation;
 pub mod seal;
 pub mod secret;
 pub mod sockets;
+pub mod terminal;
 pub mod tpm;
 pub mod volume;

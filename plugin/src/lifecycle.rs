@@ -32,6 +32,7 @@ use crate::failure::{Code, Failure, word};
 use crate::keystore::{EnvelopeState, Keystore};
 use crate::provider::registry::{OpenError, Registry};
 use crate::secret::Passphrase;
+use crate::terminal::quoted;
 use crate::volume::{self, VolumeError};
 
 pub use arms::Arms;
@@ -195,8 +196,9 @@ fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Resu
         )
         .next(format!(
             "virsh edit {0}, or virsh define FILE with its own dumpxml: it needs its own disks and <virtseal:vm> metadata; \
-             new ones are made by virtseal volume create FILE --vm {0}",
-            word(&domain.name)
+             new ones are made by virtseal volume create FILE --vm={1}",
+            word(&domain.name),
+            quoted(&domain.name)
         )));
     }
     Ok(())

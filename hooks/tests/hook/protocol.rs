@@ -177,7 +177,7 @@ fn the_daemons_refusal_is_shown_as_one_line_that_names_the_vm() {
     for (message, line) in [
         (
             r"web01 stays off: disk vda: provider main is locked;\nnext:\u001b virtseal provider unlock main\n",
-            "web01 stays off: disk vda: provider main is locked; next:  virtseal provider unlock main",
+            r"web01 stays off: disk vda: provider main is locked; next:\u{1b} virtseal provider unlock main",
         ),
         (
             "no decision within 9 s",

@@ -22,6 +22,7 @@ use virtseal::failure::chain;
 use virtseal::listener::{self, Entrance};
 use virtseal::process::{self, LinkedCode};
 use virtseal::sockets::Sockets;
+use virtseal::terminal::visible;
 
 /// The daemon of virtseal: hands VMs their keys when libvirt starts them.
 #[derive(Debug, Parser)]
@@ -36,7 +37,7 @@ fn main() -> ExitCode {
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("virtseald: {error:#}");
+            eprintln!("virtseald: {}", visible(&format!("{error:#}")));
             ExitCode::FAILURE
         }
     }

@@ -1,6 +1,6 @@
 //! `virtseal jobs …`, and what starts a job.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 use clap::{Args, Subcommand};
 use futures_util::{StreamExt, pin_mut};
@@ -10,6 +10,7 @@ use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, JobRequest, JobStarted, JobView};
 use crate::failure::{Code, Failure};
+use crate::terminal::visible;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum JobsCommand {
@@ -158,7 +159,7 @@ async fn follow(
 }
 
 fn show(view: &JobView, before: Option<&JobView>, bar: &ProgressBar, printer: &Printer) {
-    bar.set_message(view.task.clone());
+    bar.set_message(visible(&view.task).into_owned());
     bar.set_length(view.total.max(view.seen).unsigned_abs());
     bar.set_position(view.seen.unsigned_abs());
     if let Some(waiting) = &view.waiting
@@ -178,8 +179,7 @@ pub(super) fn typed(given: Option<String>, question: &str) -> Result<String, Fai
     }
     let failed = |error: std::io::Error| Failure::from_error(Code::Failed, "can't ask", &error);
     let mut line = String::new();
-    eprint!("{question}");
-    std::io::stderr().flush().map_err(failed)?;
+    super::print::question(question).map_err(failed)?;
     std::io::stdin().read_line(&mut line).map_err(failed)?;
     Ok(line.trim().to_owned())
 }

@@ -12,6 +12,7 @@ use clap::Args;
 use zeroize::Zeroizing;
 
 use crate::failure::{Code, Failure};
+use crate::terminal::visible;
 
 /// For a passphrase that exists.
 #[derive(Debug, Args)]
@@ -143,7 +144,7 @@ pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Failure> {
         )
         .next("give it with --passphrase-file FILE, or --passphrase-file - for standard input"));
     }
-    rpassword::prompt_password(prompt)
+    rpassword::prompt_password(visible(prompt).as_ref())
         .map(Zeroizing::new)
         .map_err(|error| Failure::from_error(Code::Failed, "can't ask for the passphrase", &error))
 }

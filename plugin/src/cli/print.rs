@@ -12,6 +12,7 @@ use crate::api::{
 };
 use crate::failure::{Code, Failure};
 use crate::local_time::{parse_rfc3339, time_of_day};
+use crate::terminal::{visible, visible_json};
 
 /// Prints to standard output, as tables or as JSON; hints and warnings go to standard error.
 pub(super) struct Printer {
@@ -119,9 +120,9 @@ impl Printer {
     /// For people who compare fingerprints, on standard error: what follows may be asked for as JSON.
     pub(super) fn servers(&self, servers: &[ServerView]) {
         for server in servers {
-            eprintln!("{}", server.endpoint);
+            note(&server.endpoint);
             if let Some(problem) = &server.problem {
-                eprintln!("    shows no certificate: {problem}");
+                note(&format!("    shows no certificate: {problem}"));
             }
             for (nth, certificate) in server.chain.iter().enumerate() {
                 self.certificate(if nth == 0 { "server " } else { "signer " }, certificate);
@@ -130,16 +131,16 @@ impl Printer {
     }
 
     fn certificate(&self, role: &str, certificate: &CertificateView) {
-        eprintln!("    {role}  {}", certificate.subject);
-        eprintln!("      issuer   {}", certificate.issuer);
+        note(&format!("    {role}  {}", certificate.subject));
+        note(&format!("      issuer   {}", certificate.issuer));
         if !certificate.names.is_empty() {
-            eprintln!("      names    {}", certificate.names.join(", "));
+            note(&format!("      names    {}", certificate.names.join(", ")));
         }
-        eprintln!("      SHA-256  {}", certificate.sha256);
-        eprintln!(
+        note(&format!("      SHA-256  {}", certificate.sha256));
+        note(&format!(
             "      expires  {} ({} days)",
             certificate.not_after, certificate.days_left
-        );
+        ));
     }
 
     pub(super) fn vms(&self, vms: &[VmView]) -> Result<(), Failure> {
@@ -283,7 +284,10 @@ impl Printer {
 
     pub(super) fn audit(&self, audit: &AuditLines) -> Result<(), Failure> {
         if self.json {
-            return audit.lines.iter().try_for_each(|record| line(record));
+            return audit
+                .lines
+                .iter()
+                .try_for_each(|record| write(&visible_json(record)));
         }
         let rows = audit.lines.iter().map(|record| audit_row(record));
         table(&["TIME", "UID", "OPERATION", "OUTCOME", "OF", "DETAIL"], rows)
@@ -299,12 +303,16 @@ impl Printer {
         ))
     }
 
-    /// Anything that is printable as JSON; `text` for people.
-    pub(super) fn show(&self, value: &impl Serialize, text: &str) -> Result<(), Failure> {
+    /// Anything that is printable as JSON; `lines` for people.
+    pub(super) fn show<'t>(
+        &self,
+        value: &impl Serialize,
+        mut lines: impl Iterator<Item = &'t str>,
+    ) -> Result<(), Failure> {
         if self.json {
             json(value)
         } else {
-            line(text.trim_end())
+            lines.try_for_each(line)
         }
     }
 
@@ -321,7 +329,7 @@ impl Printer {
     }
 
     pub(super) fn warn(&self, what: &str) {
-        eprintln!("warning: {what}");
+        note(&format!("warning: {what}"));
     }
 }
 
@@ -423,21 +431,46 @@ fn audit_row(record: &str) -> Vec<String> {
 
 fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<(), Failure> {
     let mut table = Table::new();
+    // Before the table does: a line break in a cell would make a row of its own.
+    let cells = |row: Vec<String>| {
+        row.iter()
+            .map(|cell| visible(cell).into_owned())
+            .collect::<Vec<_>>()
+    };
     table
         .load_style(presets::NOTHING)
         .set_header(header)
-        .add_rows(rows);
+        .add_rows(rows.map(cells));
     table.lines().try_for_each(|text| line(text.trim()))
 }
 
 fn json(value: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| Failure::from_error(Code::Failed, "can't print JSON", &error))?;
-    line(&text)
+    write(&visible_json(&text))
+}
+
+/// To standard output, as one line.
+fn line(text: &str) -> Result<(), Failure> {
+    write(&visible(text))
+}
+
+/// A question to whoever sits at the terminal.
+///
+/// # Errors
+/// When standard error can't be written.
+pub(super) fn question(text: &str) -> std::io::Result<()> {
+    write!(std::io::stderr(), "{} ", visible(text.trim_end()))?;
+    std::io::stderr().flush()
+}
+
+/// To standard error, as one line.
+pub(super) fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", visible(text));
 }
 
 /// A reader that went away (`| head`) is no failure.
-fn line(text: &str) -> Result<(), Failure> {
+fn write(text: &str) -> Result<(), Failure> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Failure::from_error(Code::Failed, "can't print", &error))

@@ -110,7 +110,7 @@ pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) 
         .call(async |host| host.provider_signing_request(&args.name, new.as_ref()).await)
         .await?;
     let Some(path) = &args.output else {
-        return printer.show(&made, &made.pem);
+        return printer.show(&made, made.pem.lines());
     };
     let file = OpenOptions::new()
         .write(true)
@@ -185,9 +185,9 @@ fn confirm(name: &str, args: &TrustArgs) -> Result<(), Failure> {
         (None, false) => "Trust servers with the fingerprints given?".to_owned(),
         (None, true) => "Are these the fingerprints that the KMS's admin has? Trust them?".to_owned(),
     };
-    eprint!("{question} [y/N] ");
     let mut answer = String::new();
-    let read = std::io::stdin().read_line(&mut answer);
+    let read = super::print::question(&format!("{question} [y/N]"))
+        .and_then(|()| std::io::stdin().read_line(&mut answer));
     if read.is_ok() && ["y", "yes"].contains(&answer.trim().to_lowercase().as_str()) {
         return Ok(());
     }

@@ -150,7 +150,7 @@ pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Failure> {
         .into_iter()
         .map(|(name, value)| format!("{name:<14}{value}"))
         .collect();
-    printer.show(&info, &text.join("\n"))
+    printer.show(&info, text.iter().map(String::as_str))
 }
 
 fn luks_rows(luks: &LuksInfo) -> [(&'static str, String); 3] {

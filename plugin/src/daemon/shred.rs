@@ -19,6 +19,7 @@ use crate::keystore::EnvelopeRecord;
 use crate::libvirt::KeptXml;
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
+use crate::terminal::quoted;
 use crate::volume::{self, Shredded, Shredding, VolumeError};
 
 /// A VM to be shredded.
@@ -69,7 +70,11 @@ impl Daemon {
                 Code::WouldLoseKey,
                 format!("{name} stays: what is on its disks would be lost for ever{said}"),
             )
-            .next(format!("virtseal vm shred {0} --yes-shred {0}", word(&name))));
+            .next(format!(
+                "virtseal vm shred --yes-shred={} {}",
+                quoted(&name),
+                word(&name)
+            )));
         }
         let shredded = self
             .refuse_to_shred(&mut doomed)

@@ -10,6 +10,7 @@ use crate::domain::{self, Disk, DiskDevice, Domain, Firmware, Source, TpmBackend
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::failure::{Code, Failure, chain, word};
 use crate::libvirt::DefinedDomain;
+use crate::terminal::quoted;
 use crate::volume::{self, Data, VolumeInfo};
 
 /// What sealing a domain takes.
@@ -164,7 +165,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
     let (Source::File(path), DiskDevice::Disk) = (&disk.source, disk.device) else {
         return Err(
             Failure::new(Code::Failed, "only disks that are image files can be sealed").next(format!(
-                "move it to a file, or detach it: virsh detach-disk {} {} --config",
+                "move it to a file, or detach it: virsh detach-disk --config {} {}",
                 word(&domain.name),
                 disk.target
             )),
@@ -180,9 +181,9 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
     if !path.exists() {
         return Err(
             Failure::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
-                "virtseal volume create {} --vm {} --size SIZE",
-                word(path.display()),
-                word(&domain.name)
+                "virtseal volume create --vm={} --size SIZE {}",
+                quoted(&domain.name),
+                word(path.display())
             )),
         );
     }
@@ -199,9 +200,9 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
                 format!("{} holds data, and converting a disk in place is not possible yet", path.display()),
             )
             .next(format!(
-                "virtseal volume create NEW --from {} --vm {}, point the disk to it (virsh edit), then seal",
-                path.display(),
-                domain.name
+                "virtseal volume create NEW --from={} --vm={}, point the disk to it (virsh edit), then seal",
+                quoted(path.display()),
+                quoted(&domain.name)
             )));
             }
         };
@@ -221,8 +222,10 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
     };
     if envelope.vm != domain.uuid && !disk.shareable {
         return Err(
-            Failure::new(Code::Failed, format!("it was made for VM {}", envelope.vm))
-                .next(format!("virtseal volume create NEW --vm {}", domain.name)),
+            Failure::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(format!(
+                "virtseal volume create NEW --vm={}",
+                quoted(&domain.name)
+            )),
         );
     }
     let named = disk.encryption.as_ref().map(|encryption| &encryption.secret);
