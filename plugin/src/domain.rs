@@ -7,6 +7,7 @@
 //!
 //! Everything here is a pure function of the text.
 
+mod declared;
 pub mod edit;
 mod metadata;
 mod objects;
@@ -21,6 +22,7 @@ use thiserror::Error;
 
 use crate::envelope::{EnvelopeError, EnvelopeId, Generation, ObjectKind, VmId};
 
+pub use declared::DeclaredFormat;
 pub use metadata::Metadata;
 pub use objects::{Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects};
 

@@ -7,6 +7,7 @@
 //!
 //! - [`create()`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
 //! - [`create_over`], [`empty_over`], [`copy_over`]: replace one that holds nothing, while nobody can open it ([`Held`])
+//! - [`inspect_declared`]: the same, where somebody has declared the format; only a file that is ours needs no declaration
 //! - [`inspect`], [`backing_chain`], [`header_digest`]: read them without a key
 //! - [`verify`]: opens one with its key
 //! - [`rewrite_envelope`], [`finish_rewrite`]: bring the envelope in an image up to date; [`shred_keys`] ends its keys
@@ -19,6 +20,7 @@
 mod chain;
 mod convert;
 mod create;
+mod declared;
 mod error;
 mod held;
 pub mod luks1;
@@ -28,6 +30,7 @@ mod plain;
 mod qcow2;
 mod qemu_img;
 mod rewrite;
+mod sandbox;
 mod size;
 mod staging;
 
@@ -36,6 +39,7 @@ pub use create::{
     Backing, BackingFormat, CreateRequest, Created, Step, create, create_from, create_from_watched,
     create_over, create_over_watched,
 };
+pub use declared::{Declaration, inspect_declared};
 pub use error::{Flaw, Part, VolumeError};
 pub use held::Held;
 pub use nvram::{create_nvram, create_nvram_watched};

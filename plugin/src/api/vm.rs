@@ -94,6 +94,8 @@ pub struct VolumeRequest {
     pub backing_format: Option<String>,
     /// The image to fill it from; absolute.
     pub from: Option<String>,
+    /// That image's format: what libvirt has for it, else what it shows, if left out.
+    pub from_format: Option<String>,
     /// Another provider than the default one.
     pub provider: Option<String>,
 }

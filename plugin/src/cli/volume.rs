@@ -48,6 +48,9 @@ pub(super) struct CreateArgs {
     /// Fill it from this raw or qcow2 image; it grows to --size.
     #[arg(long, value_name = "IMAGE")]
     from: Option<PathBuf>,
+    /// Format of that image, where its first bytes are not to be believed: raw or qcow2.
+    #[arg(long, value_name = "FORMAT", requires = "from")]
+    from_format: Option<String>,
     /// Use this provider instead of the default one.
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
@@ -62,6 +65,7 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
         backing: args.backing.as_deref().map(absolute).transpose()?,
         backing_format: args.backing_format.clone(),
         from: args.from.as_deref().map(absolute).transpose()?,
+        from_format: args.from_format.clone(),
         provider: args.provider.clone(),
     };
     let created = follow(&request, client, printer.shows_progress() && args.from.is_some()).await?;

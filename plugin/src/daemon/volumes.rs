@@ -7,10 +7,11 @@ use std::sync::Mutex;
 
 use super::{Daemon, lock};
 use crate::api::{VolumeProgress, VolumeRequest};
+use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain, word};
 use crate::seal::NewObject;
-use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
+use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration};
 
 impl Daemon {
     /// Makes an encrypted volume and, with `from`, fills it. `report` says whether anybody still listens.
@@ -51,7 +52,10 @@ impl Daemon {
         report: &impl Fn(VolumeProgress) -> bool,
     ) -> Result<VolumeProgress, Failure> {
         let vm = self.vm_id(&request.vm)?;
-        let create = create_request(request)?;
+        let mut create = create_request(request)?;
+        if let (Some(from), None) = (&request.from, create.source_format) {
+            create.source_format = self.declared_format(Path::new(from))?;
+        }
         // Nobody should get an envelope for an image that can't be made.
         if create.path.symlink_metadata().is_ok() {
             return Err(volume::VolumeError::Exists(create.path).into());
@@ -73,6 +77,33 @@ impl Daemon {
             self.withdraw(&object, &create.path);
         }
         made
+    }
+
+    /// The format that a VM declares for this image. A guest may have written another one's header into a raw disk.
+    fn declared_format(&self, image: &Path) -> Result<Option<DeclaredFormat>, Failure> {
+        // Without libvirt nobody has declared anything.
+        let domains = self.libvirt.domains().unwrap_or_default();
+        let is_it = |disk: &&Disk| disk.source.path().is_some_and(|path| is_same_file(path, image));
+        let declared = domains.iter().find_map(|defined| {
+            let domain = Domain::parse(&defined.xml).ok()?;
+            let format = domain.disks.iter().find(is_it)?.declared_format().ok()?;
+            Some((defined.name.clone(), format))
+        });
+        let Some((vm, format)) = declared else {
+            return Ok(None);
+        };
+        volume::inspect_declared(image, Declaration::Stated(format)).map_err(|error| match error {
+            contradiction @ volume::VolumeError::Contradiction { .. } => Failure::new(
+                Code::Failed,
+                format!("{contradiction}: VM {vm} has it as {format}"),
+            )
+            .next(format!(
+                "virtseal volume info {}; if {vm} is right, repeat this with --from-format {format}",
+                word(image.display())
+            )),
+            error => error.into(),
+        })?;
+        Ok(Some(format))
     }
 
     /// Two that make one image would share its envelope, and the one that fails would withdraw it.
@@ -147,6 +178,20 @@ impl Drop for Claim<'_> {
     }
 }
 
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+fn source_format(format: &str) -> Result<DeclaredFormat, Failure> {
+    format.parse().map_err(|()| {
+        Failure::new(
+            Code::Usage,
+            format!("'{format}' is not a format that can be read"),
+        )
+        .next("give --from-format raw or --from-format qcow2")
+    })
+}
+
 fn create_request(request: &VolumeRequest) -> Result<CreateRequest, Failure> {
     let cluster_size = match request.cluster_size {
         None => ClusterSize::default(),
@@ -163,6 +208,7 @@ fn create_request(request: &VolumeRequest) -> Result<CreateRequest, Failure> {
             .as_ref()
             .map(|path| backing(path, request.backing_format.as_deref()))
             .transpose()?,
+        source_format: request.from_format.as_deref().map(source_format).transpose()?,
     })
 }
 

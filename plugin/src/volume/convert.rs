@@ -1,7 +1,8 @@
 //! Data from other images, moved by `qemu-img`.
 //!
 //! The child gets everything through inherited descriptors: the source, the target (which has no name yet) and a
-//! pipe with the passphrase. No path or key is in its arguments.
+//! pipe with the passphrase. No path or key is in its arguments, and it can open nothing else (ADR 0014): a source may
+//! change while it is read, and may then name any file.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -13,27 +14,37 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::OFlag;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::declared::open_declared;
 use super::error::{Attempt, VolumeError};
+use super::luks1::sector::SECTOR;
 use super::open::{Format, Image};
-use super::qemu_img::{Percent, descriptor, qemu_img, run};
+use super::qemu_img::{Percent, QemuImg, descriptor};
 use super::size::Bytes;
-use super::staging::Staged;
+use super::staging::{FileId, Staged};
+use crate::domain::DeclaredFormat;
 use crate::secret::Passphrase;
 
-/// An image whose data can be copied: raw or qcow2, plain, complete in itself.
+/// An image whose data can be copied: raw or qcow2, plain, complete in itself. Opened once; what is read is this file,
+/// whatever its name comes to mean.
 pub(crate) struct Source {
     image: Image,
     path: PathBuf,
-    format: &'static str,
+    format: DeclaredFormat,
+    /// Its first bytes, as they were when they were judged.
+    header: Vec<u8>,
 }
 
 impl Source {
-    /// Opens `path`, and refuses what can't be copied safely: a hostile image must not name other files.
-    pub(crate) fn open(path: &Path) -> Result<Self, VolumeError> {
-        let image = Image::open(path)?;
+    /// Opens `path`, as what it is declared to be, else as what it shows. Refuses what can't be copied safely: a hostile
+    /// image must not name other files.
+    pub(crate) fn open(path: &Path, declared: Option<DeclaredFormat>) -> Result<Self, VolumeError> {
+        let image = match declared {
+            Some(declared) => open_declared(path, declared)?,
+            None => Image::open(path)?,
+        };
         let format = match image.format()? {
-            Format::Raw => "raw",
-            Format::Qcow2 => "qcow2",
+            Format::Raw => DeclaredFormat::Raw,
+            Format::Qcow2 => DeclaredFormat::Qcow2,
             encrypted => {
                 return Err(VolumeError::unsupported(
                     path,
@@ -46,16 +57,19 @@ impl Source {
             return Err(VolumeError::unsupported(
                 path,
                 format!("its data is partly in {other}"),
-                "flatten it with `qemu-img convert -O qcow2` first",
+                "see what it names with `virtseal volume info`; if that belongs to it, flatten it as the owner of both \
+                 files, not as root, who would read whatever it names by then",
             ));
         }
-        if format == "raw" {
+        if format == DeclaredFormat::Raw && declared.is_none() {
             refuse_compressed(&image, path)?;
         }
+        let header = first_bytes(&image).attempt("read", path)?;
         Ok(Self {
             image,
             path: path.to_owned(),
             format,
+            header,
         })
     }
 
@@ -79,20 +93,45 @@ impl Source {
                 "give the template that belongs to the firmware",
             ));
         }
-        if self.format == "raw" {
+        if self.format == DeclaredFormat::Raw {
             return read_exactly(self.image.file(), size.0).attempt("read", &self.path);
         }
         let copy = memfd_create("template", MFdFlags::MFD_CLOEXEC)
             .map(File::from)
             .attempt("copy", &self.path)?;
         copy.set_len(size.0).attempt("copy", &self.path)?;
-        let source = self.image.file().as_fd();
-        let mut command = qemu_img(&["convert", "-n", "-f", self.format, "-O", "raw"]);
-        command.arg(descriptor(source)).arg(descriptor(copy.as_fd()));
-        let no_progress = |_| ControlFlow::Continue(());
-        run(command, &[source, copy.as_fd()], &self.path, no_progress).map(drop)?;
+        QemuImg::new(&["convert", "-n", "-O", "raw"])?
+            .source(self.image.file().as_fd(), self.format)
+            .arg(descriptor(copy.as_fd()))
+            .inheriting(copy.as_fd())
+            .run(&self.path, |_| ControlFlow::Continue(()))
+            .map(drop)?;
+        self.refuse_if_changed()?;
         read_exactly(&copy, size.0).attempt("copy", &self.path)
     }
+
+    /// What was read is what was judged only if the file is still as it was, and still has its name.
+    fn refuse_if_changed(&self) -> Result<(), VolumeError> {
+        let same = |found: std::fs::Metadata| FileId::from(&found) == self.image.file_id();
+        let unchanged = self.image.file().metadata().is_ok_and(same)
+            && std::fs::metadata(&self.path).is_ok_and(same)
+            && first_bytes(&self.image).attempt("read", &self.path)? == self.header;
+        if unchanged {
+            Ok(())
+        } else {
+            Err(VolumeError::SourceChanged(self.path.clone()))
+        }
+    }
+}
+
+/// The most that a qcow2 header, its extensions and the names in it take.
+const HEADER_BYTES: u64 = 2 << 20;
+
+fn first_bytes(image: &Image) -> io::Result<Vec<u8>> {
+    let cluster = image
+        .qcow2()
+        .map_or(SECTOR as u64, |header| header.cluster_size.bytes());
+    read_exactly(image.file(), cluster.min(HEADER_BYTES).min(image.len()))
 }
 
 /// Copies all data of `source` into the encrypted image `target`, which must be new: what is not written reads as
@@ -106,14 +145,15 @@ pub(crate) fn fill(
 ) -> Result<(), VolumeError> {
     let key = passphrase_pipe(passphrase).attempt("pass a key for", target_path)?;
     let (from, to) = (source.image.file().as_fd(), target.file().as_fd());
-    let mut command = qemu_img(&["convert", "-p", "-n", "--target-is-zero", "-f", source.format]);
-    command
+    let outcome = QemuImg::new(&["convert", "-p", "-n", "--target-is-zero"])?
         .arg("--object")
         .arg(format!("secret,id=key,file={}", descriptor(key.as_fd())))
+        .inheriting(key.as_fd())
         .arg("--target-image-opts")
-        .arg(descriptor(from))
-        .arg(target_options(to));
-    let outcome = run(command, &[from, to, key.as_fd()], &source.path, progress);
+        .source(from, source.format)
+        .arg(target_options(to))
+        .writing(to)
+        .run(&source.path, progress);
     let outcome = outcome.map_err(|error| match error {
         VolumeError::QemuImg { path: from, said } => VolumeError::Copy {
             path: target_path.to_owned(),
@@ -123,7 +163,7 @@ pub(crate) fn fill(
         error => error,
     });
     match outcome? {
-        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Continue(()) => source.refuse_if_changed(),
         ControlFlow::Break(()) => Err(VolumeError::Stopped(target_path.to_owned())),
     }
 }

@@ -21,6 +21,7 @@ use super::qcow2::layout::{Blueprint, LayoutError, Parts};
 use super::qemu_img::Percent;
 use super::size::{Bytes, ClusterSize};
 use super::staging::Staged;
+use crate::domain::DeclaredFormat;
 use crate::envelope::Envelope;
 use crate::secret::Passphrase;
 
@@ -63,6 +64,8 @@ pub struct CreateRequest {
     pub cluster_size: ClusterSize,
     /// For an overlay.
     pub backing: Option<Backing>,
+    /// The format of the image that it is filled from. `None`: what that image shows.
+    pub source_format: Option<DeclaredFormat>,
 }
 
 impl CreateRequest {
@@ -74,6 +77,7 @@ impl CreateRequest {
             size: Some(size),
             cluster_size: ClusterSize::default(),
             backing: None,
+            source_format: None,
         }
     }
 }
@@ -188,7 +192,7 @@ pub fn create_from_watched(
             reason: "an image that is filled from another one has none".to_owned(),
         });
     }
-    let source = Source::open(source)?;
+    let source = Source::open(source, request.source_format)?;
     let size = request.size.unwrap_or(source.virtual_size());
     if size < source.virtual_size() {
         return Err(VolumeError::Size {

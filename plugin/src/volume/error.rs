@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use openssl::error::ErrorStack;
 use thiserror::Error;
 
+use super::luks1::MAX_ITERATIONS_OPENED;
 use super::size::Bytes;
+use crate::domain::DeclaredFormat;
 use crate::envelope::EnvelopeError;
 use crate::failure::word;
 
@@ -136,12 +138,35 @@ pub enum VolumeError {
         .0.display(), word(.0.display())
     )]
     NoKeyslotOpens(PathBuf),
+    /// Trying its keyslots would take seconds of work that somebody else chose.
+    #[error(
+        "{} asks for more than {MAX_ITERATIONS_OPENED} PBKDF2 rounds, which no image of virtseal does: see `virtseal volume info {}`; \
+         restore its header from a backup (a keyslot that qemu-img added needs encrypt.iter-time=10)",
+        .0.display(), word(.0.display())
+    )]
+    TooManyIterations(PathBuf),
     /// The name is taken.
     #[error("{} exists already: remove it first, or choose another path", .0.display())]
     Exists(PathBuf),
     /// The file to be replaced is not the one that was inspected.
     #[error("{} changed since it was inspected: nothing was replaced; try again", .0.display())]
     Changed(PathBuf),
+    /// A source is another file now, or has been written to.
+    #[error(
+        "{} was written to or replaced while it was read: nothing was created; stop whatever writes to it, then try again",
+        .0.display()
+    )]
+    SourceChanged(PathBuf),
+    /// Its first bytes are those of another format than is declared for it.
+    #[error("{} is declared {declared}, but begins as {found} does", path.display())]
+    Contradiction {
+        /// The file.
+        path: PathBuf,
+        /// What the domain XML or the caller says.
+        declared: DeclaredFormat,
+        /// What its first bytes look like.
+        found: &'static str,
+    },
     /// The file to be replaced holds data, or may.
     #[error("{} holds data: nothing was replaced; choose another path", .0.display())]
     HoldsData(PathBuf),

@@ -37,6 +37,10 @@ const ITERATIONS: u32 = 1000;
 /// The most rounds that any one derivation, and all those of one header together, may ask for.
 const MOST_ITERATIONS: u32 = 10_000_000;
 const MOST_ITERATIONS_TOGETHER: u64 = 20_000_000;
+/// The most rounds that opening asks for, of one derivation and of all those of a header: keys of ours have 1000. A header
+/// that others wrote costs a start no more than a fraction of a second.
+pub(super) const MAX_ITERATIONS_OPENED: u32 = 100_000;
+const MAX_ITERATIONS_OPENED_TOGETHER: u64 = 400_000;
 /// Key material begins at multiples of 4 KiB, as QEMU and cryptsetup lay it out.
 const ALIGNMENT_SECTORS: u32 = 8;
 const VOLUME_KEY_LEN: usize = 64;
@@ -249,6 +253,18 @@ impl Header {
             }
         }
         Ok(None)
+    }
+
+    /// Whether looking for the right keyslot takes bounded work.
+    pub(super) fn is_cheap_to_open(&self) -> bool {
+        let active = || self.keyslots.iter().filter(|keyslot| keyslot.active);
+        let digest = self.key_digest_iterations;
+        let total: u64 = active()
+            .map(|keyslot| u64::from(keyslot.iterations) + u64::from(digest))
+            .sum();
+        digest <= MAX_ITERATIONS_OPENED
+            && active().all(|keyslot| keyslot.iterations <= MAX_ITERATIONS_OPENED)
+            && total <= MAX_ITERATIONS_OPENED_TOGETHER
     }
 
     fn slot_key(&self, keyslot: &Keyslot, passphrase: &Passphrase) -> Result<SecretBytes, VolumeError> {

@@ -64,7 +64,7 @@ pub fn create_nvram_watched(
 }
 
 fn read_template(template: &Path) -> Result<Vec<u8>, VolumeError> {
-    let variables = Source::open(template)?.read_all(LARGEST)?;
+    let variables = Source::open(template, None)?.read_all(LARGEST)?;
     if variables.is_empty() || !variables.len().is_multiple_of(SECTOR) {
         return Err(VolumeError::unsupported(
             template,

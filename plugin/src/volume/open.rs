@@ -130,6 +130,8 @@ pub(crate) struct Image {
     len: u64,
     file_id: FileId,
     kind: Kind,
+    /// The format that its first bytes are those of.
+    looks_like: &'static str,
 }
 
 impl Image {
@@ -176,7 +178,17 @@ impl Image {
             len,
             file_id: FileId::from(&found),
             kind,
+            looks_like: sniff(&start).map_or("raw", Sniffed::name),
         })
+    }
+
+    /// The format that its first bytes are those of, whatever it was opened as: a guest may have written them.
+    pub(super) fn looks_like(&self) -> &'static str {
+        self.looks_like
+    }
+
+    pub(super) fn into_file(self) -> File {
+        self.file
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -208,7 +220,7 @@ impl Image {
                     return Err(VolumeError::unsupported(
                         &self.path,
                         "it uses QEMU's withdrawn AES encryption",
-                        "convert it with `qemu-img convert` first",
+                        "convert it with `qemu-img convert` first, as its owner and not as root",
                     ));
                 }
             },
@@ -280,6 +292,9 @@ impl Image {
     /// The volume key, if `passphrase` opens a keyslot.
     pub(crate) fn unlock(&self, passphrase: &Passphrase) -> Result<VolumeKey, VolumeError> {
         let (header, base) = self.encrypted()?;
+        if !header.is_cheap_to_open() {
+            return Err(VolumeError::TooManyIterations(self.path.clone()));
+        }
         header
             .unlock(passphrase, |offset, out| {
                 self.file
@@ -357,6 +372,18 @@ enum Sniffed {
     Foreign(&'static str),
 }
 
+impl Sniffed {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Luks1 => "LUKS1",
+            Self::Luks2 => "LUKS2",
+            Self::Raw => "raw",
+            Self::Foreign(name) => name,
+        }
+    }
+}
+
 fn name_of(declared: &str) -> Option<Sniffed> {
     match declared {
         "qcow2" => Some(Sniffed::Qcow2),
@@ -396,7 +423,7 @@ fn foreign(path: &Path, name: &str) -> VolumeError {
     VolumeError::unsupported(
         path,
         format!("it is a {name} image"),
-        "convert it to qcow2 or raw with `qemu-img convert` first",
+        "convert it to qcow2 or raw with `qemu-img convert` first, as its owner and not as root: an image can name other files",
     )
 }
 

@@ -64,6 +64,7 @@ pub(crate) struct Header {
     pub(crate) backing: Option<BackingName>,
     pub(crate) encryption: Encryption,
     pub(crate) l1: Span,
+    pub(crate) refcount_table: Span,
     pub(crate) snapshots: u32,
     pub(crate) marked_corrupt: bool,
     pub(crate) data_file: bool,
@@ -106,6 +107,7 @@ impl Header {
             backing: fields.backing_name(cluster_size)?,
             encryption: Encryption::None,
             l1: fields.l1(cluster_size, file_len)?,
+            refcount_table: fields.refcount_table(cluster_size, file_len)?,
             snapshots: fields.u32(60)?,
             marked_corrupt: features & INCOMPATIBLE_CORRUPT != 0,
             data_file: features & INCOMPATIBLE_DATA_FILE != 0,
@@ -113,7 +115,6 @@ impl Header {
             envelope: None,
         };
         header.check_l1_covers_the_size()?;
-        fields.check_refcount_table(cluster_size, file_len)?;
         header.read_extensions(&fields, version, file_len)?;
         header.check_encryption(&fields)?;
         Ok(header)
@@ -312,7 +313,7 @@ impl<'a> Fields<'a> {
         Ok(span)
     }
 
-    fn check_refcount_table(&self, cluster_size: ClusterSize, file_len: u64) -> Result<(), Flaw> {
+    fn refcount_table(&self, cluster_size: ClusterSize, file_len: u64) -> Result<Span, Flaw> {
         let span = Span {
             offset: self.u64(48)?,
             len: u64::from(self.u32(56)?) * cluster_size.bytes(),
@@ -323,7 +324,8 @@ impl<'a> Fields<'a> {
                 format!("a refcount table of {} bytes is out of bounds", span.len),
             ));
         }
-        check_span("the refcount table", 48, span, cluster_size, file_len)
+        check_span("the refcount table", 48, span, cluster_size, file_len)?;
+        Ok(span)
     }
 
     fn extensions(&self, version: u32, cluster_size: ClusterSize) -> Result<Vec<Extension<'a>>, Flaw> {

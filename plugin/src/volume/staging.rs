@@ -78,17 +78,6 @@ impl Staged {
         }
     }
 
-    /// As [`Self::beside`], with the temporary name that a child process needs to write to it.
-    pub(crate) fn named_beside(target: &Path) -> Result<Self, VolumeError> {
-        let (target, directory) = place(target);
-        Self::named(target, directory)
-    }
-
-    /// Its temporary name.
-    pub(crate) fn name(&self) -> Option<&Path> {
-        self.name.as_deref()
-    }
-
     fn named(target: PathBuf, directory: PathBuf) -> Result<Self, VolumeError> {
         let name = temporary_name(&directory)?;
         let file = writable(&name, true).attempt("create", &name)?;

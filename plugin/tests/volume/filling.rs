@@ -127,3 +127,107 @@ fn stopping_a_fill_leaves_nothing() {
     assert!(!bench.path("disk").exists());
     assert_eq!(bench.leftovers(), [""; 0]);
 }
+
+/// What a guest or a user does to the source at the moment between its being judged and its being read.
+fn meanwhile(bench: &Bench, deed: impl Fn()) -> VolumeError {
+    cloud_image(bench, "source", "qcow2");
+    let watch = |step| {
+        if step == Step::Written {
+            deed();
+        }
+    };
+    let request = bench.request("disk", 1 << 30);
+    let source = bench.path("source");
+    let outcome = volume::create_from_watched(
+        &request,
+        &source,
+        &bench.envelope,
+        &bench.passphrase,
+        go_on,
+        watch,
+    );
+    assert!(!bench.path("disk").exists());
+    assert_eq!(bench.leftovers(), [""; 0]);
+    outcome.unwrap_err()
+}
+
+#[test]
+fn a_source_that_names_other_files_once_it_was_judged_reaches_none() {
+    let bench = Bench::new();
+    fs::write(bench.path("shadow"), vec![b'x'; 1 << 20]).unwrap();
+    let secret = bench.path("shadow");
+    let shadow = secret.to_str().unwrap();
+    let backing = [
+        "create", "-q", "-f", "qcow2", "-F", "raw", "-b", shadow, "evil", "64M",
+    ];
+    bench.must("qemu-img", &backing);
+    let flip = || {
+        fs::copy(bench.path("evil"), bench.path("source"))
+            .map(drop)
+            .unwrap()
+    };
+    let refused = meanwhile(&bench, flip);
+    assert!(matches!(refused, VolumeError::SourceChanged(_)), "{refused}");
+
+    let external = format!("data_file={shadow},data_file_raw=on");
+    fs::remove_file(bench.path("evil")).unwrap();
+    bench.must(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-o", &external, "evil", "1M"],
+    );
+    let refused = meanwhile(&bench, flip).to_string();
+    assert!(refused.contains("Permission denied"), "{refused}");
+}
+
+#[test]
+fn a_source_that_changes_while_it_is_read_is_refused() {
+    let bench = Bench::new();
+    let source = bench.path("source");
+    cloud_image(&bench, "other", "qcow2");
+    let other = bench.path("other");
+    let deeds: [&dyn Fn(); 3] = [
+        &|| drop(bench.must("qemu-io", &["-f", "qcow2", "-c", "write -P 1 5M 64k", "source"])),
+        &|| fs::rename(&other, &source).unwrap(),
+        &|| {
+            fs::File::open(&source)
+                .unwrap()
+                .set_modified(std::time::UNIX_EPOCH)
+                .unwrap();
+        },
+    ];
+    for deed in deeds {
+        let refused = meanwhile(&bench, deed);
+        assert!(matches!(refused, VolumeError::SourceChanged(_)), "{refused}");
+        fs::remove_file(&source).unwrap();
+    }
+}
+
+#[test]
+fn what_is_declared_decides_what_a_source_is() {
+    let bench = Bench::new();
+    bench.must("qemu-img", &["create", "-q", "-f", "raw", "guest", "8M"]);
+    bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "fake", "1M"]);
+    bench.must("qemu-io", &["-f", "raw", "-c", "write -P 0x77 6M 64k", "guest"]);
+    let fake = fs::read(bench.path("fake")).unwrap();
+    let guest = fs::OpenOptions::new()
+        .write(true)
+        .open(bench.path("guest"))
+        .unwrap();
+    guest.write_all_at(&fake, 0).unwrap();
+
+    let mut request = bench.request("disk", 0);
+    request.size = None;
+    request.source_format = Some(DeclaredFormat::Raw);
+    assert_eq!(bench.create_from(&request, "guest").unwrap().size, Bytes(8 << 20));
+    bench.qemu_io("disk", "read -P 0x77 6M 64k");
+    bench.qemu_io("disk", "read -P 0x51 0 1");
+
+    fs::write(bench.path("zeros"), [0; 4096]).unwrap();
+    request.path = bench.path("other");
+    request.source_format = Some(DeclaredFormat::Qcow2);
+    let refused = bench.create_from(&request, "zeros").unwrap_err().to_string();
+    assert!(
+        refused.contains("declared qcow2") && refused.contains("raw"),
+        "{refused}"
+    );
+}

@@ -11,17 +11,19 @@ mod replacing;
 use std::fs;
 use std::io::{Read, Write};
 use std::ops::ControlFlow;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use virtseal::domain::DeclaredFormat;
 use virtseal::envelope::{Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
 use virtseal::secret::{Dek, Passphrase};
 use virtseal::volume::{
-    self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Format, Held, Step, VolumeError,
+    self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Declaration, Format, Held, Step,
+    VolumeError, luks1,
 };
 
 /// A directory, and a key for what is made in it.
@@ -304,6 +306,47 @@ fn images_made_by_cryptsetup_open() {
     bench.verify("luks").unwrap();
 }
 
+/// A volume of ours whose LUKS1 header was changed by whoever can write to the file; `edit` gets the header.
+fn with_header(bench: &Bench, edit: impl FnOnce(&mut [u8])) {
+    let mut bytes = fs::read(bench.path("disk")).unwrap();
+    let magic = b"LUKS\xba\xbe\x00\x01";
+    let start = bytes.windows(8).position(|window| window == magic).unwrap();
+    edit(&mut bytes[start..start + luks1::Header::LEN]);
+    fs::write(bench.path("disk"), bytes).unwrap();
+}
+
+#[test]
+fn a_header_that_asks_for_much_work_is_refused_at_once() {
+    let bench = Bench::new();
+    fn slot(number: usize) -> usize {
+        208 + 48 * number
+    }
+    fn set(header: &mut [u8], at: usize, value: u32) {
+        header[at..at + 4].copy_from_slice(&value.to_be_bytes());
+    }
+    let refused = |edit: fn(&mut [u8])| {
+        bench.create(&bench.request("disk", 1 << 20)).unwrap();
+        with_header(&bench, edit);
+        let refused = bench.verify("disk").unwrap_err();
+        assert!(matches!(refused, VolumeError::TooManyIterations(_)), "{refused}");
+        // Nothing is derived to say what it is.
+        assert!(bench.inspect("disk").luks.is_some());
+        fs::remove_file(bench.path("disk")).unwrap();
+    };
+    refused(|header| set(header, slot(0) + 4, 100_001));
+    refused(|header| set(header, 164, 100_001));
+    refused(|header| {
+        for number in 1..8 {
+            set(header, slot(number), 0x00ac_71f3);
+            set(header, slot(number) + 4, 100_000);
+        }
+    });
+    bench.create(&bench.request("disk", 1 << 20)).unwrap();
+    with_header(&bench, |header| set(header, slot(0) + 4, 100_000));
+    let other = bench.verify("disk").unwrap_err();
+    assert!(matches!(other, VolumeError::NoKeyslotOpens(_)), "{other}");
+}
+
 #[test]
 fn the_envelope_survives_what_qemu_does_to_an_image() {
     let mut bench = Bench::new();
@@ -446,4 +489,71 @@ fn only_an_empty_image_is_called_empty() {
     bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "snapshot", "100M"]);
     bench.must("qemu-img", &["snapshot", "-c", "s", "snapshot"]);
     assert_eq!(bench.inspect("snapshot").data, Data::HasData);
+}
+
+/// What a guest can write to its own raw disk: the header and tables of an empty qcow2 image, and its data behind them.
+#[test]
+fn an_empty_header_before_data_is_no_empty_image() {
+    let bench = Bench::new();
+    for options in [
+        "preallocation=off",
+        "preallocation=metadata",
+        "cluster_size=512",
+        "compat=0.10",
+    ] {
+        bench.must(
+            "qemu-img",
+            &["create", "-q", "-f", "qcow2", "-o", options, "guest", "64M"],
+        );
+        assert_eq!(bench.inspect("guest").data, Data::Empty, "{options}");
+        let guest = fs::OpenOptions::new()
+            .write(true)
+            .open(bench.path("guest"))
+            .unwrap();
+        let end = guest.metadata().unwrap().len();
+        guest.set_len(96 << 20).unwrap();
+        assert_eq!(bench.inspect("guest").data, Data::Empty, "{options}: longer");
+        for at in [end.max(1 << 20), 50 << 20, (96 << 20) - 1] {
+            guest.write_all_at(b"d", at).unwrap();
+            assert_eq!(bench.inspect("guest").data, Data::HasData, "{options}: {at}");
+            guest.write_all_at(&[0], at).unwrap();
+        }
+        fs::remove_file(bench.path("guest")).unwrap();
+    }
+}
+
+#[test]
+fn a_contradicted_declaration_is_refused_and_a_confirmed_one_taken() {
+    let bench = Bench::new();
+    bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "qcow2", "1M"]);
+    fs::write(bench.path("raw"), vec![0; 1 << 20]).unwrap();
+    fs::write(bench.path("vmdk"), b"KDMV and the rest").unwrap();
+    fs::write(bench.path("luks"), b"LUKS\xba\xbe\x00\x02 and the rest").unwrap();
+    fs::write(bench.path("torn"), b"QFI\xfb\x00\x00\x00\x09 and the rest").unwrap();
+    let (raw, qcow2) = (DeclaredFormat::Raw, DeclaredFormat::Qcow2);
+    let look = |name: &str, declaration| volume::inspect_declared(&bench.path(name), declaration);
+    for (name, declared, found) in [
+        ("qcow2", raw, "qcow2"),
+        ("vmdk", raw, "VMDK"),
+        ("luks", raw, "LUKS2"),
+        ("torn", raw, "qcow2"),
+        ("raw", qcow2, "raw"),
+        ("vmdk", qcow2, "VMDK"),
+    ] {
+        let refused = look(name, Declaration::Stated(declared)).unwrap_err();
+        assert!(matches!(refused, VolumeError::Contradiction { .. }), "{refused}");
+        let said = refused.to_string();
+        assert!(said.contains(declared.as_str()) && said.contains(found), "{said}");
+        if declared == raw {
+            let info = look(name, Declaration::Confirmed(raw)).unwrap();
+            assert_eq!((info.format, info.data), (Format::Raw, Data::HasData), "{name}");
+        } else {
+            assert!(look(name, Declaration::Confirmed(qcow2)).is_err(), "{name}");
+        }
+    }
+    assert_eq!(
+        look("qcow2", Declaration::Stated(qcow2)).unwrap().data,
+        Data::Empty
+    );
+    assert_eq!(look("raw", Declaration::Stated(raw)).unwrap().data, Data::Empty);
 }

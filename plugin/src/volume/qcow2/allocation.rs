@@ -1,7 +1,8 @@
 //! Whether an image holds data: a guess that errs towards yes.
 //!
 //! "Empty" lets a caller replace the image, so it takes proof: no snapshot, no backing file, and nothing allocated
-//! that is not a hole or zeros. Looking for proof stops after a fixed amount of reading.
+//! that is not a hole or zeros. What no table of a qcow2 image knows counts as well: its header may be all that a guest wrote to
+//! the start of a raw disk. Looking for proof stops after a fixed amount of reading.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +13,7 @@ use nix::errno::Errno;
 use nix::unistd::{Whence, lseek64};
 use serde::Serialize;
 
-use super::{Encryption, Header};
+use super::{Encryption, Header, Span};
 
 /// Whether anything would be lost with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -53,6 +54,12 @@ pub(crate) fn of_qcow2(file: &File, len: u64, header: &Header) -> io::Result<Dat
     let mut zeros = Zeros::new(file, len);
     let mut l1 = vec![0; header.l1.len as usize];
     file.read_exact_at(&mut l1, header.l1.offset)?;
+    let Some(metadata) = metadata_of(&mut zeros, header, &l1)? else {
+        return Ok(Data::HasData);
+    };
+    if !zeros.contain_all_but(metadata)? {
+        return Ok(Data::HasData);
+    }
     for l2 in entries(&l1).filter(|entry| *entry != 0) {
         if header.encryption != Encryption::None || header.extended_l2 {
             return Ok(Data::HasData);
@@ -62,6 +69,37 @@ pub(crate) fn of_qcow2(file: &File, len: u64, header: &Header) -> io::Result<Dat
         }
     }
     Ok(Data::Empty)
+}
+
+/// Where the image keeps its own tables; `None` if they are too many to look at. Whatever lies elsewhere is data that no
+/// table knows: of a raw disk whose guest wrote a header to its start, or of clusters that were given up.
+fn metadata_of(zeros: &mut Zeros<'_>, header: &Header, l1: &[u8]) -> io::Result<Option<Vec<Range<u64>>>> {
+    let cluster = header.cluster_size.bytes();
+    let Some(refcounts) = zeros.read(header.refcount_table.offset, header.refcount_table.len)? else {
+        return Ok(None);
+    };
+    let mut spans = vec![
+        Span {
+            offset: 0,
+            len: cluster,
+        },
+        header.l1,
+        header.refcount_table,
+    ];
+    if let Encryption::Luks1(luks) = header.encryption {
+        spans.push(luks);
+    }
+    let tables = entries(l1).chain(entries(&refcounts)).filter(|entry| *entry != 0);
+    spans.extend(tables.map(|entry| Span {
+        offset: entry & OFFSET_BITS,
+        len: cluster,
+    }));
+    let mut ranges: Vec<_> = spans
+        .into_iter()
+        .map(|span| span.offset..span.offset.saturating_add(span.len.next_multiple_of(cluster)))
+        .collect();
+    ranges.sort_by_key(|range| range.start);
+    Ok(Some(ranges))
 }
 
 fn l2_is_empty(zeros: &mut Zeros<'_>, header: &Header, offset: u64) -> io::Result<bool> {
@@ -127,6 +165,18 @@ impl<'a> Zeros<'a> {
             }
         }
         Ok(true)
+    }
+
+    /// Whether all of the file is certainly zero that lies outside of `skipped`, which is sorted.
+    fn contain_all_but(&mut self, skipped: Vec<Range<u64>>) -> io::Result<bool> {
+        let mut at = 0;
+        for range in skipped {
+            if range.start > at && !self.contain(at..range.start.min(self.len))? {
+                return Ok(false);
+            }
+            at = at.max(range.end);
+        }
+        self.contain(at.min(self.len)..self.len)
     }
 
     /// `want` bytes at `offset`; `None` past the end of the file or of the budget.

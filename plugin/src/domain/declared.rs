@@ -1,0 +1,57 @@
+//! The format that the XML declares for a disk.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::Serialize;
+
+use super::Disk;
+
+/// The format of a plain image, as the domain XML or an admin states it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeclaredFormat {
+    /// raw.
+    Raw,
+    /// qcow2, encrypted or not.
+    Qcow2,
+}
+
+impl DeclaredFormat {
+    /// The name in XML, in messages and on the command line.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
+impl fmt::Display for DeclaredFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for DeclaredFormat {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        [Self::Raw, Self::Qcow2]
+            .into_iter()
+            .find(|format| format.as_str() == name)
+            .ok_or(())
+    }
+}
+
+impl Disk {
+    /// The format that the XML declares for it: raw, where it says nothing (libvirt guesses none either).
+    ///
+    /// # Errors
+    /// With the name of another one.
+    pub fn declared_format(&self) -> Result<DeclaredFormat, &str> {
+        let name = self.format.as_deref().unwrap_or("raw");
+        name.parse().map_err(|()| name)
+    }
+}

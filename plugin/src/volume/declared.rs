@@ -1,0 +1,55 @@
+//! What an image is: what was declared decides, never its bytes alone.
+//!
+//! A guest can write any header into a disk that is raw. Taken at its word, such a disk is "an empty qcow2 image" that may
+//! be replaced, or one whose backing file is any file of the host.
+
+use std::path::Path;
+
+use super::error::VolumeError;
+use super::open::{Image, VolumeInfo};
+use crate::domain::DeclaredFormat;
+
+/// How sure a declaration is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Declaration {
+    /// The XML has it. A file that looks like something else needs a second word.
+    Stated(DeclaredFormat),
+    /// An admin has looked, and says so too.
+    Confirmed(DeclaredFormat),
+}
+
+/// Opens `path` as `declared`, whatever a raw file's first bytes look like.
+pub(super) fn open_declared(path: &Path, declared: DeclaredFormat) -> Result<Image, VolumeError> {
+    let image = Image::open_as(path, Some(DeclaredFormat::Raw.as_str()))?;
+    let found = image.looks_like();
+    match declared {
+        DeclaredFormat::Raw => Ok(image),
+        DeclaredFormat::Qcow2 if found == declared.as_str() => {
+            Image::from_file(image.into_file(), path, Some(declared.as_str()))
+        }
+        DeclaredFormat::Qcow2 => Err(VolumeError::Contradiction {
+            path: path.to_owned(),
+            declared,
+            found,
+        }),
+    }
+}
+
+/// As [`inspect`](super::inspect), in the format that is declared for `path`.
+///
+/// # Errors
+/// [`VolumeError::Contradiction`] where its first bytes are those of another format, unless they may be a guest's: a raw
+/// disk that was confirmed to be one. Else those of [`inspect`](super::inspect).
+pub fn inspect_declared(path: &Path, declaration: Declaration) -> Result<VolumeInfo, VolumeError> {
+    let (Declaration::Stated(declared) | Declaration::Confirmed(declared)) = declaration;
+    let image = open_declared(path, declared)?;
+    let found = image.looks_like();
+    if declaration == Declaration::Stated(declared) && found != declared.as_str() {
+        return Err(VolumeError::Contradiction {
+            path: path.to_owned(),
+            declared,
+            found,
+        });
+    }
+    image.info()
+}
