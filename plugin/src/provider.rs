@@ -5,6 +5,8 @@
 
 mod aes_gcm;
 pub mod cache;
+mod certificate_request;
+mod class;
 pub mod kmip;
 pub mod native;
 pub mod pkcs11;
@@ -25,6 +27,8 @@ use thiserror::Error;
 
 use crate::envelope::{EnvelopeError, KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
+
+pub use class::ErrorClass;
 
 /// Wraps payloads under KEKs that stay inside.
 pub trait KeyProvider: Send + Sync {
@@ -261,9 +265,18 @@ pub enum ProviderError {
     /// Its server ended what it was unlocked with, or does not let that do enough.
     #[error("is not trusted by its server: {0}")]
     CredentialRefused(String),
+    /// It answers, and says that something is wrong with it rather than with what it was asked.
+    #[error("is in trouble: {0}")]
+    Trouble(String),
+    /// Its answer is not one to the question: about another key, or without what was asked for.
+    #[error("does not answer what it is asked: {0}")]
+    BesideTheQuestion(String),
     /// It does not trust this host.
     #[error("does not trust this host: {0}")]
     RefusesUs(String),
+    /// It let this host in no further than the handshake, or some of its nodes did: what may be a refusal.
+    #[error("turned this host away: {0}")]
+    TurnedAway(String),
     /// It has the KEK, and the KEK may not be used for this.
     #[error("can't use KEK {kek}: {why}")]
     KekUnusable {

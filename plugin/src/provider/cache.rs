@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::ProviderError;
+use super::{ErrorClass, ProviderError};
 use crate::envelope::{KekId, ProviderId};
 use crate::failure::chain;
 use crate::keystore::{KekPersistence, Keystore, KeystoreError, UnixTime};
@@ -256,6 +256,12 @@ impl KekCache {
         keks.iter().map(one).collect()
     }
 
+    /// Whether it may open what could not be fetched because of `error`: only trouble is a reason, no word of a server about
+    /// the key or about this host, and none that can't be understood.
+    pub(super) fn may_stand_in(error: &ProviderError) -> bool {
+        error.class() == ErrorClass::Trouble
+    }
+
     /// What the server has said counts for what is kept: of a KEK that it refuses, or of this host.
     pub(super) fn heed(&self, error: &ProviderError) {
         let heeded = match error {
@@ -454,7 +460,17 @@ mod tests {
             kek: kek("b"),
             why: String::new(),
         });
-        cache.heed(&ProviderError::NotTrusted(String::new()));
+        for error in [
+            ProviderError::NotTrusted(String::new()),
+            ProviderError::TurnedAway(String::new()),
+            ProviderError::BesideTheQuestion(String::new()),
+            ProviderError::Refused(String::new()),
+            ProviderError::Trouble(String::new()),
+        ] {
+            cache.heed(&error);
+            let trouble = matches!(error, ProviderError::Trouble(_));
+            assert_eq!(KekCache::may_stand_in(&error), trouble, "{error:?}");
+        }
         assert!(cache.all(&[kek("c")]).is_some() && cache.len() == 1);
         cache.heed(&ProviderError::RefusesUs(String::new()));
         assert!(cache.is_empty());

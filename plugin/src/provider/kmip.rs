@@ -15,6 +15,7 @@
 //! answers, as the cache policy says; `mode: server` leaves it there and has the server encrypt. `probe` asks every server
 //! how it is, so `status` answers from memory.
 
+mod address;
 mod answer;
 mod caching;
 mod call;

@@ -1,7 +1,9 @@
 //! The servers of one KMS, asked in order: a dead or slow one costs [`PATIENCE`] once, not a start its deadline.
 //!
 //! A request that can be repeated goes to the first server and, while that one is silent, after [`PATIENCE`] to the
-//! next as well; the first answer counts. A request that can't be repeated (Create, …) goes to one server, once.
+//! next as well. The first answer that does what was asked counts; a "no" counts only once every server that can be reached
+//! has said one, for the one that was asked first may lag behind. A request that can't be repeated (Create, …) goes to one
+//! server at a time: to the next where the one before refused it, was not reached, or took more than its share of the time.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -12,8 +14,10 @@ use super::certificate::CertificateFacts;
 use super::endpoint::Endpoint;
 use super::error::KmipError;
 use super::health::{self, PATIENCE};
-use super::message::KmipVersion;
+use super::message::{self, KmipVersion, Outcome, ProtocolError};
 use super::node::{Access, Node, lock};
+use super::ttlv::Item;
+use crate::provider::ProviderError;
 use crate::secret::SecretBytes;
 
 /// How often a request is sent that can be repeated, and how long to wait before the second time; then twice that.
@@ -39,7 +43,7 @@ pub(super) enum ClusterStatus {
     NotTrusted(String),
     /// They answer, and refuse us.
     RefusesUs(String),
-    /// Some do.
+    /// Some do, or they answer and have troubles.
     Partly(String),
     /// All do.
     Good,
@@ -67,33 +71,37 @@ impl Cluster {
         }
     }
 
-    /// Sends `calls` as one request and returns the first answer.
+    /// Sends `calls` as one request, and returns what `read` makes of the first answer that it accepts.
     ///
     /// # Errors
-    /// When no server answers before `deadline`: what is wrong with each.
-    pub(super) fn call(
+    /// When no server's answer is accepted before `deadline`: what counts of what they said, or what is wrong with each.
+    pub(super) fn call<T>(
         &self,
         access: &Arc<Access>,
         calls: Vec<Call>,
         deadline: Instant,
-    ) -> Result<SecretBytes, KmipError> {
-        let order = self.order();
+        mut read: impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
+    ) -> Result<T, ProviderError> {
         if !calls.iter().all(|call| call.operation().is_idempotent()) {
-            return self.nodes[order[0]].timed(access, &calls, deadline, self.is_alone());
+            return self.one_by_one(access, &calls, deadline, &mut read);
         }
         // A cluster that was down a moment ago is not waited for again and again.
         let was_down = self
             .nodes
             .iter()
             .all(|node| lock(&node.health).failure().is_some());
-        let (calls, mut wait) = (Arc::new(calls), FIRST_WAIT);
+        let (calls, order, mut wait) = (Arc::new(calls), self.order(), FIRST_WAIT);
         for attempt in 1.. {
-            let error = match self.race(access, &calls, &order, deadline) {
-                Ok(answer) => return Ok(answer),
+            let error = match self.race(access, &calls, &order, deadline, &mut read) {
+                Ok(found) => return Ok(found),
                 Err(error) => error,
             };
+            let transient = self
+                .nodes
+                .iter()
+                .all(|node| lock(&node.health).failure().is_some_and(KmipError::is_transient));
             let in_time = Instant::now() + wait < deadline;
-            if attempt == TRIES || was_down || !error.is_transient() || !in_time {
+            if attempt == TRIES || was_down || !transient || !in_time {
                 return Err(error);
             }
             std::thread::sleep(wait);
@@ -102,40 +110,115 @@ impl Cluster {
         unreachable!("the loop ends by its last try")
     }
 
-    /// One try: every server in turn, the next one as soon as one has failed or was silent for a while.
-    fn race(
+    /// One try: every server in turn, the next one as soon as one has failed, has refused or was silent for a while.
+    fn race<T>(
         &self,
         access: &Arc<Access>,
         calls: &Arc<Vec<Call>>,
         order: &[usize],
         deadline: Instant,
-    ) -> Result<SecretBytes, KmipError> {
+        read: &mut impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
+    ) -> Result<T, ProviderError> {
         let (sender, answers) = channel();
         let mut race = Race::new(order);
+        let mut said = Vec::new();
         loop {
             if let Some(nth) = race.start_next() {
                 self.start(nth, access, calls, deadline, &sender)?;
             }
             match race.next_answer(&answers, deadline) {
-                Some((nth, Ok(answer))) => {
-                    for slower in race.running.iter().filter(|other| **other != nth) {
-                        lock(&self.nodes[*slower].health).outrun();
+                Some((nth, Ok(answer))) => match self.read(nth, &answer, calls.len(), read) {
+                    Ok(found) => {
+                        for slower in race.running.iter().filter(|other| **other != nth) {
+                            lock(&self.nodes[*slower].health).outrun();
+                        }
+                        return Ok(found);
                     }
-                    return Ok(answer);
-                }
+                    Err(error) => {
+                        said.push(error);
+                        race.running.retain(|other| *other != nth);
+                    }
+                },
                 Some((nth, Err(_))) => race.running.retain(|other| *other != nth),
                 None if race.is_waiting() => {}
                 None => {
                     for silent in &race.running {
-                        let why = KmipError::Unreachable("no answer in time".into());
+                        let why = KmipError::NoAnswer("no answer in time".into());
                         lock(&self.nodes[*silent].health).failed(why);
                     }
-                    return Err(self.summary());
+                    return Err(self.conclude(said));
                 }
             }
             if race.is_over() {
-                return Err(self.summary());
+                return Err(self.conclude(said));
             }
+        }
+    }
+
+    /// Each server in turn, each with its share of the time.
+    fn one_by_one<T>(
+        &self,
+        access: &Access,
+        calls: &[Call],
+        deadline: Instant,
+        read: &mut impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
+    ) -> Result<T, ProviderError> {
+        let (order, mut said) = (self.order(), Vec::new());
+        for (place, nth) in order.iter().enumerate() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let share = match order.len() - place {
+                1 => deadline,
+                _ => Instant::now() + left / 2,
+            };
+            if let Ok(answer) = self.nodes[*nth].timed(access, calls, share, self.is_alone()) {
+                match self.read(*nth, &answer, calls.len(), read) {
+                    Ok(found) => return Ok(found),
+                    Err(error) => said.push(error),
+                }
+            }
+        }
+        Err(self.conclude(said))
+    }
+
+    /// What `read` makes of an answer, and what that says of the server.
+    fn read<T>(
+        &self,
+        nth: usize,
+        answer: &SecretBytes,
+        calls: usize,
+        read: &mut impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
+    ) -> Result<T, ProviderError> {
+        let mut found = || {
+            let message = Item::decode(answer.expose()).map_err(ProtocolError::from)?;
+            let outcomes = message::outcomes(&message, calls)?;
+            Ok::<_, KmipError>(read(&outcomes))
+        };
+        let read = found().map_err(ProviderError::from).and_then(|read| read);
+        if let Some(trouble) = read.as_ref().err().and_then(KmipError::of_server) {
+            lock(&self.nodes[nth].health).failed(trouble);
+        }
+        read
+    }
+
+    /// What counts of what servers `said` and of what keeps the others from saying anything.
+    fn conclude(&self, said: Vec<ProviderError>) -> ProviderError {
+        let text = self.failure_text();
+        let shut = self.nodes.iter().filter_map(|node| {
+            let health = lock(&node.health);
+            let failure = health
+                .failure()
+                .filter(|why| matches!(why, KmipError::NotTrusted(_)));
+            failure.or_else(|| health.refusal()).cloned()
+        });
+        let all = said.into_iter().chain(shut.map(ProviderError::from));
+        match ProviderError::of_all(all.collect()) {
+            Some(ProviderError::NotTrusted(_)) => ProviderError::NotTrusted(text),
+            Some(ProviderError::RefusesUs(_)) => ProviderError::RefusesUs(text),
+            Some(ProviderError::TurnedAway(_)) => ProviderError::TurnedAway(text),
+            Some(ProviderError::Trouble(_)) => ProviderError::Trouble(text),
+            Some(ProviderError::BesideTheQuestion(_)) => ProviderError::BesideTheQuestion(text),
+            Some(other) => other,
+            None => ProviderError::Unreachable(text),
         }
     }
 
@@ -161,12 +244,15 @@ impl Cluster {
             .name("kmip".to_owned())
             .spawn(work)
             .map(drop)
-            .map_err(|error| KmipError::Unreachable(format!("can't start a thread: {error}")))
+            .map_err(|error| KmipError::NoConnection(format!("can't start a thread: {error}")))
     }
 
-    /// Asks every server for its operations, and notes how it does.
+    /// Asks every server for its operations, and notes how it does. Ends after [`PROBE_TIME`].
     pub(super) fn probe(&self, access: &Access) {
-        let deadline = Instant::now() + PROBE_TIME;
+        self.probe_until(access, Instant::now() + PROBE_TIME);
+    }
+
+    pub(super) fn probe_until(&self, access: &Access, deadline: Instant) {
         std::thread::scope(|scope| {
             for node in &self.nodes {
                 scope.spawn(|| node.timed(access, &[Call::Query], deadline, self.is_alone()));
@@ -183,33 +269,19 @@ impl Cluster {
         health::order(&ranks.collect::<Vec<_>>())
     }
 
-    /// What is wrong with every server, as one error: of the kind that an admin has to look at first.
-    fn summary(&self) -> KmipError {
-        let failures: Vec<_> = self
-            .nodes
-            .iter()
-            .filter_map(|node| lock(&node.health).failure().cloned())
-            .collect();
-        let text = self.failure_text();
-        let rank = |error: &&KmipError| match error {
-            KmipError::NotTrusted(_) => 0,
-            KmipError::RefusesUs(_) => 1,
-            _ => 2,
-        };
-        match failures.iter().min_by_key(rank) {
-            Some(KmipError::NotTrusted(_)) => KmipError::NotTrusted(text),
-            Some(KmipError::RefusesUs(_)) => KmipError::RefusesUs(text),
-            _ => KmipError::Unreachable(text),
-        }
-    }
-
     /// `2 of 3 nodes: connect timed out`
     fn failure_text(&self) -> String {
         let failing: Vec<_> = self
             .nodes
             .iter()
             .filter_map(|node| {
-                let failure = lock(&node.health).failure()?.to_string();
+                let health = lock(&node.health);
+                let failure = health.failure()?.to_string();
+                let refusal = health.refusal().map(ToString::to_string);
+                let failure = match refusal.filter(|refusal| *refusal != failure) {
+                    Some(refusal) => format!("{failure}, and before that {refusal}"),
+                    None => failure,
+                };
                 Some((node.endpoint.to_string(), failure))
             })
             .collect();
@@ -240,12 +312,26 @@ impl Cluster {
         match failing.count() {
             0 => ClusterStatus::Good,
             some if some < self.nodes.len() => ClusterStatus::Partly(self.failure_text()),
-            _ => match self.summary() {
-                KmipError::NotTrusted(text) => ClusterStatus::NotTrusted(text),
-                KmipError::RefusesUs(text) => ClusterStatus::RefusesUs(text),
-                other => ClusterStatus::Unreachable(other.to_string()),
+            _ => match self.conclude(self.failures()) {
+                ProviderError::NotTrusted(text) => ClusterStatus::NotTrusted(text),
+                ProviderError::RefusesUs(text) | ProviderError::TurnedAway(text) => {
+                    ClusterStatus::RefusesUs(text)
+                }
+                ProviderError::Trouble(text) | ProviderError::BesideTheQuestion(text) => {
+                    ClusterStatus::Partly(text)
+                }
+                _ => ClusterStatus::Unreachable(self.failure_text()),
             },
         }
+    }
+
+    /// What those said that answered last time, and had something wrong.
+    fn failures(&self) -> Vec<ProviderError> {
+        let failures = self.nodes.iter().filter_map(|node| {
+            let failure = lock(&node.health).failure().cloned()?;
+            matches!(failure, KmipError::Trouble(_) | KmipError::BesideTheQuestion(_)).then_some(failure)
+        });
+        failures.map(ProviderError::from).collect()
     }
 
     /// The certificates that the servers showed last, with where.

@@ -18,6 +18,8 @@ const RECOVERY: u32 = 2;
 pub(super) struct Health {
     /// Why its last answer did not come; `None` after one that did.
     failure: Option<KmipError>,
+    /// What it said when it let us in no further, until it has done as asked: a later silence takes nothing of that back.
+    refusal: Option<KmipError>,
     /// Behind the others until it has recovered.
     demoted: bool,
     /// Nothing has come from it since it was asked last.
@@ -32,6 +34,7 @@ impl Health {
     pub(super) fn answered(&mut self, took: Duration, alone: bool, now: SystemTime) {
         self.asked = true;
         self.failure = None;
+        self.refusal = None;
         self.silent = false;
         self.last_answer = Some(now);
         if took > PATIENCE && !alone {
@@ -46,6 +49,9 @@ impl Health {
     /// It failed.
     pub(super) fn failed(&mut self, why: KmipError) {
         self.asked = true;
+        if matches!(why, KmipError::RefusesUs(_) | KmipError::TurnedAway(_)) {
+            self.refusal = Some(why.clone());
+        }
         self.failure = Some(why);
         self.outrun();
     }
@@ -68,6 +74,11 @@ impl Health {
 
     pub(super) fn failure(&self) -> Option<&KmipError> {
         self.failure.as_ref()
+    }
+
+    /// Why this host must not believe that it is still welcome there.
+    pub(super) fn refusal(&self) -> Option<&KmipError> {
+        self.refusal.as_ref()
     }
 
     pub(super) fn was_asked(&self) -> bool {
@@ -113,7 +124,7 @@ mod tests {
     const SLOW: Duration = Duration::from_millis(900);
 
     fn down() -> KmipError {
-        KmipError::Unreachable("connect timed out".into())
+        KmipError::NoConnection("connect timed out".into())
     }
 
     fn answered(health: &mut Health, took: Duration) {
@@ -132,6 +143,17 @@ mod tests {
         assert_eq!(health.rank(), Rank::Slow, "a flapping server stays behind");
         answered(&mut health, QUICK);
         assert_eq!(health.rank(), Rank::Good);
+    }
+
+    #[test]
+    fn a_refusal_stands_until_an_answer() {
+        let mut health = Health::default();
+        health.failed(KmipError::TurnedAway("closed".into()));
+        health.failed(down());
+        assert!(matches!(health.refusal(), Some(KmipError::TurnedAway(_))));
+        assert!(matches!(health.failure(), Some(KmipError::NoConnection(_))));
+        answered(&mut health, QUICK);
+        assert!(health.refusal().is_none());
     }
 
     #[test]

@@ -11,14 +11,14 @@ use super::Mode;
 use super::answer::{self, KeyFacts, KeyRefused};
 use super::call::{Call, Cryption, Label};
 use super::cluster::Cluster;
-use super::error::KmipError;
-use super::message::{self, KmipVersion, Outcome, ProtocolError, Refusal};
+use super::error::{About, KmipError};
+use super::message::{KmipVersion, Outcome, ProtocolError, Refusal};
 use super::node::{Access, Node};
 use super::tag::{KeyState, Operation, Reason};
 use super::ttlv::Item;
 use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::provider::aes_gcm::{self, MECHANISM};
-use crate::provider::cache::{KekCache, Ticket};
+use crate::provider::cache::{KekCache, NotKept, Ticket};
 use crate::provider::{DestroyReceipt, KekScope, ProviderError};
 use crate::secret::SecretBytes;
 
@@ -43,26 +43,13 @@ pub(super) struct Keys<'a> {
 }
 
 impl Keys<'_> {
-    /// Sends one request and hands the outcomes of its calls to `read`.
+    /// Sends one request and hands the outcomes of its calls to `read`, for each server that answers until one is accepted.
     fn ask<T>(
         &self,
         calls: Vec<Call>,
-        read: impl FnOnce(&[Outcome]) -> Result<T, ProviderError>,
+        read: impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
     ) -> Result<T, ProviderError> {
-        self.ask_until(self.deadline, calls, read)
-    }
-
-    fn ask_until<T>(
-        &self,
-        deadline: Instant,
-        calls: Vec<Call>,
-        read: impl FnOnce(&[Outcome]) -> Result<T, ProviderError>,
-    ) -> Result<T, ProviderError> {
-        let count = calls.len();
-        let answer = self.cluster.call(self.access, calls, deadline)?;
-        let message = Item::decode(answer.expose()).map_err(|error| unreadable(error.into()))?;
-        let outcomes = message::outcomes(&message, count).map_err(unreadable)?;
-        read(&outcomes)
+        self.cluster.call(self.access, calls, self.deadline, read)
     }
 
     /// The active KEK for `scope`: the newest one there is, or a new one where that was taken out of use. An earlier one is
@@ -117,7 +104,7 @@ impl Keys<'_> {
             match &outcomes[0] {
                 Ok(payload) => Ok(answer::located(payload)),
                 // Some servers call it an error to find nothing.
-                Err(refusal) if refusal.reason.is_unknown_object() => Ok(Vec::new()),
+                Err(refusal) if refusal.reason.about() == About::UnknownKey => Ok(Vec::new()),
                 Err(refusal) => Err(refused(Operation::Locate, refusal)),
             }
         })?;
@@ -133,7 +120,7 @@ impl Keys<'_> {
                 Err(_) => Ok(None),
             });
             let facts = facts.collect::<Result<Vec<_>, _>>()?;
-            let fitting = keks.into_iter().zip(facts);
+            let fitting = keks.iter().cloned().zip(facts);
             Ok(fitting
                 .filter_map(|(kek, facts)| Some((kek, facts.filter(|facts| facts.is_aes_256)?)))
                 .collect())
@@ -305,16 +292,13 @@ impl Keys<'_> {
                 self.cache.put(ticket, keks, &keys);
                 Ok(keys)
             }
-            Err(ProviderError::Unreachable(why)) => {
-                let keys = self.cache.recall(keks, self.deadline).map_err(|not_kept| {
-                    ProviderError::Unreachable(match not_kept.0 {
-                        Some(reason) => format!("{why}; {reason}"),
-                        None => why.clone(),
-                    })
-                })?;
-                tracing::warn!(provider = self.provider_name, "opened with cached keys: {why}");
-                Ok(keys)
-            }
+            Err(error) if KekCache::may_stand_in(&error) => match self.cache.recall(keks, self.deadline) {
+                Ok(keys) => {
+                    tracing::warn!(provider = self.provider_name, "opened with cached keys: {error}");
+                    Ok(keys)
+                }
+                Err(NotKept(reason)) => Err(with_reason(error, reason)),
+            },
             Err(error) => {
                 self.cache.heed(&error);
                 Err(error)
@@ -330,7 +314,8 @@ impl Keys<'_> {
         deadline: Instant,
     ) -> Result<Vec<SecretBytes>, ProviderError> {
         let pairs = |kek: &KekId| [Call::GetAttributes(kek.clone()), Call::Get(kek.clone())];
-        self.ask_until(deadline, keks.iter().flat_map(pairs).collect(), |outcomes| {
+        let calls = keks.iter().flat_map(pairs).collect();
+        self.cluster.call(self.access, calls, deadline, |outcomes| {
             let read = |(kek, pair): (&KekId, &[Outcome])| {
                 check_state(kek, facts_of(kek, &pair[0])?.state, &may)?;
                 answer::key(about(kek, Operation::Get, &pair[1])?).map_err(|why| unusable_key(kek, why))
@@ -517,6 +502,17 @@ fn unusable_key(kek: &KekId, why: KeyRefused) -> ProviderError {
     }
 }
 
+/// Why there is nothing in the cache either.
+fn with_reason(error: ProviderError, reason: Option<String>) -> ProviderError {
+    match (error, reason) {
+        (ProviderError::Unreachable(why), Some(reason)) => {
+            ProviderError::Unreachable(format!("{why}; {reason}"))
+        }
+        (ProviderError::Trouble(why), Some(reason)) => ProviderError::Trouble(format!("{why}; {reason}")),
+        (error, _) => error,
+    }
+}
+
 fn decryption_refused(kek: &KekId, refusal: &Refusal) -> ProviderError {
     if [
         Reason::CRYPTOGRAPHIC_FAILURE,
@@ -533,16 +529,7 @@ fn decryption_refused(kek: &KekId, refusal: &Refusal) -> ProviderError {
 
 /// A refusal that is about one key.
 fn key_refused(kek: &KekId, operation: Operation, refusal: &Refusal) -> ProviderError {
-    if refusal.reason.is_unknown_object() {
-        return ProviderError::UnknownKek(kek.clone());
-    }
-    match KmipError::refused(operation, refusal.clone()) {
-        refused @ KmipError::Refused { .. } => ProviderError::KekUnusable {
-            kek: kek.clone(),
-            why: refused.to_string(),
-        },
-        other => other.into(),
-    }
+    KmipError::refused_key(kek, operation, refusal)
 }
 
 fn refused(operation: Operation, refusal: &Refusal) -> ProviderError {

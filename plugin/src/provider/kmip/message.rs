@@ -108,14 +108,25 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
+    #[cfg(test)]
+    pub(super) fn of(reason: Reason) -> Self {
+        Self {
+            reason,
+            message: String::new(),
+        }
+    }
+
     /// The server may not speak the version that it was asked in.
     pub(super) fn is_about_the_version(&self) -> bool {
         [Reason::INVALID_MESSAGE, Reason::UNSUPPORTED_PROTOCOL_VERSION].contains(&self.reason)
     }
 
-    /// With the version that it was asked in.
+    /// With the version that it was asked in, and what chooses another.
     pub(super) fn to(self, version: KmipVersion) -> Self {
-        let message = format!("{} (asked in KMIP {version})", self.message);
+        let message = format!(
+            "{} (asked in KMIP {version}; another one is set by --kmip-version of provider add)",
+            self.message
+        );
         Self { message, ..self }
     }
 }
@@ -221,6 +232,12 @@ pub(super) fn outcomes<'m, 'b>(
         ordered.push(outcome(item_of_call(&items, nth).ok_or(ProtocolError::Shape)?)?);
     }
     Ok(ordered)
+}
+
+/// The version that an answer is in.
+pub(super) fn version_of(message: &Item) -> Option<KmipVersion> {
+    let header = message.find(Tag::RESPONSE_HEADER)?;
+    KmipVersion::of_item(header.find(Tag::PROTOCOL_VERSION)?)
 }
 
 /// By its id, for a server may answer in another order; by its place, where a single item needs no id.

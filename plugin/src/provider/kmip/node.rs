@@ -1,6 +1,7 @@
 //! One server of a cluster: its open connections, the version it speaks, and how it has been doing.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -8,11 +9,11 @@ use super::answer;
 use super::call::Call;
 use super::certificate::CertificateFacts;
 use super::endpoint::Endpoint;
-use super::error::KmipError;
+use super::error::{About, KmipError};
 use super::health::Health;
 use super::identity::Login;
 use super::message::{self, KmipVersion};
-use super::tag::{Operation, Reason};
+use super::tag::Operation;
 use super::tls::{Tls, TlsStream};
 use super::ttlv::{self, Item};
 use crate::secret::SecretBytes;
@@ -51,6 +52,8 @@ struct Facts {
     version: Option<KmipVersion>,
     operations: Option<BTreeSet<u32>>,
     certificate: Option<CertificateFacts>,
+    /// The address that answered last.
+    address: Option<SocketAddr>,
 }
 
 impl Node {
@@ -90,7 +93,7 @@ impl Node {
     ///
     /// A kept connection may have been closed by the other side meanwhile, or forgotten by a firewall, which then
     /// swallows what is sent: if all of `calls` can be done twice, a new one is tried, at once in the first case, and
-    /// while there is still time for that in the second.
+    /// while there is still time for that in the second. What can't be done twice gets a new one from the start.
     pub(super) fn exchange(
         &self,
         access: &Access,
@@ -98,33 +101,44 @@ impl Node {
         deadline: Instant,
     ) -> Result<SecretBytes, KmipError> {
         let repeatable = calls.iter().all(|call| call.operation().is_idempotent());
-        if let Some(mut kept) = self.take(access.epoch) {
-            kept.set_deadline(if repeatable { early(deadline) } else { deadline });
-            match self.ask(&mut kept, access, calls) {
+        let version = match self.version() {
+            Some(version) => version,
+            None => self.negotiate(access, deadline)?,
+        };
+        if repeatable && let Some(mut kept) = self.take(access.epoch) {
+            kept.set_deadline(early(deadline));
+            match self.ask(&mut kept, access, version, calls) {
                 Ok(answer) => {
                     self.keep(kept, access.epoch);
                     return Ok(answer);
                 }
                 // The others are as old.
-                Err(KmipError::Unreachable(_)) if repeatable && Instant::now() < deadline => {
-                    self.close_of(access.epoch);
-                }
+                Err(KmipError::NoAnswer(_)) if Instant::now() < deadline => self.close_of(access.epoch),
                 Err(error) => return Err(error),
             }
         }
-        let mut fresh = access.tls.connect(&self.endpoint, deadline)?;
-        lock(&self.facts).certificate.clone_from(&fresh.server);
-        let answer = self.ask(&mut fresh, access, calls)?;
+        let mut fresh = self.connect(access, deadline)?;
+        let answer = self.ask(&mut fresh, access, version, calls)?;
         self.keep(fresh, access.epoch);
         Ok(answer)
     }
 
-    fn ask(&self, stream: &mut TlsStream, access: &Access, calls: &[Call]) -> Result<SecretBytes, KmipError> {
-        let version = match self.version() {
-            Some(version) => version,
-            None => self.negotiate(stream, access)?,
-        };
+    fn connect(&self, access: &Access, deadline: Instant) -> Result<TlsStream, KmipError> {
+        let good = lock(&self.facts).address;
+        let fresh = access.tls.connect(&self.endpoint, good, deadline)?;
+        lock(&self.facts).certificate.clone_from(&fresh.server);
+        Ok(fresh)
+    }
+
+    fn ask(
+        &self,
+        stream: &mut TlsStream,
+        access: &Access,
+        version: KmipVersion,
+        calls: &[Call],
+    ) -> Result<SecretBytes, KmipError> {
         let answer = round_trip(stream, version, access.login.as_deref(), calls)?;
+        lock(&self.facts).address = Some(stream.peer);
         self.inspect(answer, calls, version)
     }
 
@@ -142,7 +156,7 @@ impl Node {
                     lock(&self.facts).operations = Some(answer::operations(payload));
                 }
                 Ok(_) => {}
-                Err(refusal) if refusal.reason == Reason::AUTHENTICATION_NOT_SUCCESSFUL => {
+                Err(refusal) if refusal.reason.about() == About::Client => {
                     return Err(KmipError::refused(call.operation(), refusal));
                 }
                 Err(refusal) if refusal.is_about_the_version() => {
@@ -157,29 +171,108 @@ impl Node {
         Ok(answer)
     }
 
-    /// Asks in the first version that knows the question, and in 2.0 where that is too old.
-    fn negotiate(&self, stream: &mut TlsStream, access: &Access) -> Result<KmipVersion, KmipError> {
-        let calls = [Call::DiscoverVersions];
-        let mut refused = None;
+    /// Finds the best version that both sides speak: asks for it in the first version that knows the question, then in 2.0,
+    /// where that is too old. A server that refuses to say, as one does that grants each operation by itself, is tried in
+    /// each version instead.
+    fn negotiate(&self, access: &Access, deadline: Instant) -> Result<KmipVersion, KmipError> {
+        let found = match self.discover(access, deadline)? {
+            Discovered::Version(version) => version,
+            Discovered::Refused(why) => self.try_versions(access, deadline, &why)?,
+        };
+        lock(&self.facts).version = Some(found);
+        Ok(found)
+    }
+
+    fn discover(&self, access: &Access, deadline: Instant) -> Result<Discovered, KmipError> {
+        let mut refused = String::new();
+        let mut stream = None;
         for version in [KmipVersion::FIRST, KmipVersion::V2_0] {
-            let answer = round_trip(stream, version, access.login.as_deref(), &calls)?;
+            let answer =
+                match self.one_call(&mut stream, access, version, &[Call::DiscoverVersions], deadline) {
+                    Ok(answer) => answer,
+                    // It has answered the first question, and does not like the second.
+                    Err(KmipError::NoAnswer(_) | KmipError::TurnedAway(_)) if !refused.is_empty() => break,
+                    Err(error) => return Err(error),
+                };
             let message = Item::decode(answer.expose()).map_err(message::ProtocolError::from)?;
             match message::outcomes(&message, 1)?.remove(0) {
-                Ok(payload) => {
-                    let best = answer::best_version(payload).ok_or_else(no_common_version)?;
-                    lock(&self.facts).version = Some(best);
-                    return Ok(best);
-                }
-                Err(refusal) => {
-                    let error = KmipError::refused(Operation::DiscoverVersions, refusal);
-                    if matches!(error, KmipError::RefusesUs(_)) {
-                        return Err(error);
+                Ok(payload) => match answer::best_version(payload) {
+                    Some(best) => {
+                        if let Some(stream) = stream {
+                            self.keep(stream, access.epoch);
+                        }
+                        return Ok(Discovered::Version(best));
                     }
-                    refused = Some(error);
+                    None => return Err(no_common_version("it offers none of them")),
+                },
+                Err(refusal) if refusal.reason.about() == About::Client => {
+                    return Err(KmipError::refused(Operation::DiscoverVersions, refusal));
                 }
+                Err(refusal) => refused = refusal.to_string(),
             }
         }
-        Err(refused.unwrap_or_else(no_common_version))
+        Ok(Discovered::Refused(refused))
+    }
+
+    /// The best version whose header the server does not refuse. What it says to the question itself does not matter: it may
+    /// grant Query as little as DiscoverVersions.
+    fn try_versions(
+        &self,
+        access: &Access,
+        deadline: Instant,
+        discovery: &str,
+    ) -> Result<KmipVersion, KmipError> {
+        let mut stream = None;
+        for version in KmipVersion::SPOKEN {
+            let answer = match self.one_call(&mut stream, access, version, &[Call::Query], deadline) {
+                Ok(answer) => answer,
+                Err(KmipError::NoAnswer(_) | KmipError::TurnedAway(_)) if Instant::now() < deadline => {
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let Ok(message) = Item::decode(answer.expose()) else {
+                continue;
+            };
+            match message::outcomes(&message, 1).map(|mut outcomes| outcomes.remove(0)) {
+                Ok(Err(refusal)) if refusal.reason.about() == About::Client => {
+                    return Err(KmipError::refused(Operation::Query, refusal));
+                }
+                Ok(Err(refusal)) if refusal.is_about_the_version() => {}
+                Ok(_) if message::version_of(&message) == Some(version) => {
+                    return Ok(version);
+                }
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Err(no_common_version(&format!(
+            "it refuses to say which one it speaks: {discovery}"
+        )))
+    }
+
+    /// On `stream`, or on a new one where there is none or the server has closed it.
+    fn one_call(
+        &self,
+        stream: &mut Option<TlsStream>,
+        access: &Access,
+        version: KmipVersion,
+        call: &[Call],
+        deadline: Instant,
+    ) -> Result<SecretBytes, KmipError> {
+        let login = access.login.as_deref();
+        if let Some(open) = stream.as_mut() {
+            match round_trip(open, version, login, call) {
+                Err(KmipError::NoAnswer(_)) if Instant::now() < deadline => *stream = None,
+                other => return other,
+            }
+        }
+        let fresh = stream.insert(self.connect(access, deadline)?);
+        let answer = round_trip(fresh, version, login, call);
+        match &answer {
+            Ok(_) => lock(&self.facts).address = Some(fresh.peer),
+            Err(_) => *stream = None,
+        }
+        answer
     }
 
     fn take(&self, epoch: u64) -> Option<TlsStream> {
@@ -212,8 +305,15 @@ fn early(deadline: Instant) -> Instant {
     deadline - left / 3
 }
 
-fn no_common_version() -> KmipError {
-    KmipError::Unreadable("it speaks none of KMIP 1.1 to 2.1".into())
+enum Discovered {
+    Version(KmipVersion),
+    Refused(String),
+}
+
+fn no_common_version(why: &str) -> KmipError {
+    KmipError::BesideTheQuestion(format!(
+        "no version of KMIP from 1.1 to 2.1 is known to work ({why}): set one with --kmip-version of provider add"
+    ))
 }
 
 fn round_trip(
@@ -228,7 +328,7 @@ fn round_trip(
     stream.read_exact(&mut header)?;
     let body = ttlv::body_length(header).map_err(message::ProtocolError::from)?;
     let mut answer = SecretBytes::zeroed(8 + body)
-        .map_err(|error| KmipError::Unreadable(format!("no memory for it: {error}")))?;
+        .map_err(|error| KmipError::NoAnswer(format!("no memory for its answer: {error}")))?;
     let (start, rest) = answer.expose_mut().split_at_mut(8);
     start.copy_from_slice(&header);
     stream.read_exact(rest)?;

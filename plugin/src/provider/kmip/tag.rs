@@ -68,6 +68,7 @@ tags! {
     REQUEST_HEADER = 0x42_0077,
     REQUEST_MESSAGE = 0x42_0078,
     REQUEST_PAYLOAD = 0x42_0079,
+    RESPONSE_HEADER = 0x42_007A,
     RESPONSE_MESSAGE = 0x42_007B,
     RESPONSE_PAYLOAD = 0x42_007C,
     RESULT_MESSAGE = 0x42_007D,
@@ -189,13 +190,9 @@ impl fmt::Display for KeyState {
 pub(super) struct Reason(pub(super) u32);
 
 impl Reason {
-    pub(super) const ITEM_NOT_FOUND: Self = Self(0x1);
-    pub(super) const AUTHENTICATION_NOT_SUCCESSFUL: Self = Self(0x3);
     pub(super) const INVALID_MESSAGE: Self = Self(0x4);
     pub(super) const INVALID_FIELD: Self = Self(0x7);
     pub(super) const CRYPTOGRAPHIC_FAILURE: Self = Self(0xA);
-    pub(super) const OBJECT_DESTROYED: Self = Self(0x36);
-    pub(super) const OBJECT_NOT_FOUND: Self = Self(0x37);
     pub(super) const UNSUPPORTED_PROTOCOL_VERSION: Self = Self(0x3F);
 
     pub(super) const GENERAL_FAILURE: Self = Self(0x100);
@@ -229,6 +226,9 @@ impl Reason {
             0x19 => "Invalid Ticket",
             0x1A => "Usage Limit Exceeded",
             0x1F => "Unsupported Attribute",
+            0x2C => "Invalid Attribute",
+            0x2D => "Invalid Attribute Value",
+            0x35 => "Non Unique Name Attribute",
             0x25 => "Bad Password",
             0x29 => "Incompatible Cryptographic Usage Mask",
             0x2A => "Internal Server Error",
@@ -242,16 +242,6 @@ impl Reason {
             0x100 => "General Failure",
             _ => return None,
         })
-    }
-
-    /// The key is not there, in the words of 1.x or of 2.x.
-    pub(super) fn is_unknown_object(self) -> bool {
-        [
-            Self::ITEM_NOT_FOUND,
-            Self::OBJECT_NOT_FOUND,
-            Self::OBJECT_DESTROYED,
-        ]
-        .contains(&self)
     }
 }
 

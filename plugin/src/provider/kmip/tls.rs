@@ -4,29 +4,31 @@
 
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use openssl::error::ErrorStack;
 use openssl::ssl::{
-    HandshakeError, SslConnector, SslMethod, SslOptions, SslStream, SslVerifyMode, SslVersion,
+    ErrorCode, HandshakeError, SslConnector, SslMethod, SslOptions, SslStream, SslVerifyMode, SslVersion,
 };
 use openssl::x509::store::X509StoreBuilder;
 use openssl::x509::verify::X509VerifyFlags;
 use openssl::x509::{X509, X509StoreContextRef, X509VerifyResult};
 
+use super::address;
 use super::certificate::{CertificateFacts, Fingerprint};
 use super::endpoint::Endpoint;
 use super::error::KmipError;
 use super::identity::Identity;
 use super::message::printable;
 use super::store::ServerTrust;
-use crate::provider::revocation;
 use crate::provider::timed::Timed;
+use crate::provider::{certificate_request, revocation};
 
 /// Both sides of the trust, ready to connect with.
+#[derive(Clone)]
 pub(super) struct Tls {
     connector: SslConnector,
     trust: Arc<ServerTrust>,
@@ -73,11 +75,29 @@ impl Tls {
         })
     }
 
-    /// A connection to the trusted server at `endpoint`.
-    pub(super) fn connect(&self, endpoint: &Endpoint, deadline: Instant) -> Result<TlsStream, KmipError> {
+    /// A connection to the trusted server at `endpoint`, whose addresses are raced, `good` first.
+    pub(super) fn connect(
+        &self,
+        endpoint: &Endpoint,
+        good: Option<SocketAddr>,
+        deadline: Instant,
+    ) -> Result<TlsStream, KmipError> {
+        let addresses = address::of(endpoint, good, deadline)?;
+        let (tls, endpoint) = (self.clone(), endpoint.clone());
+        address::race(addresses, deadline, move |address| {
+            tls.connect_to(&endpoint, address, deadline)
+        })
+    }
+
+    fn connect_to(
+        &self,
+        endpoint: &Endpoint,
+        address: SocketAddr,
+        deadline: Instant,
+    ) -> Result<TlsStream, KmipError> {
         let judge = Judge::new(Some(Arc::clone(&self.trust)));
         let by_name = matches!(*self.trust, ServerTrust::Ca(_));
-        let stream = handshake(&self.connector, endpoint, deadline, &judge, by_name)
+        let stream = handshake(&self.connector, endpoint, address, deadline, &judge, by_name)
             .map_err(|failure| self.explain(failure, &judge))?;
         let server = judge.leaf();
         if server.is_none() {
@@ -85,7 +105,10 @@ impl Tls {
         }
         Ok(TlsStream {
             server,
+            peer: address,
             has_identity: self.has_identity,
+            asked: certificate_request::came(stream.ssl()),
+            answered: false,
             stream,
         })
     }
@@ -94,10 +117,7 @@ impl Tls {
         if let Some(reason) = judge.verdict() {
             return KmipError::NotTrusted(reason);
         }
-        match failure {
-            Failed::Tls(stack) => refusal(&stack, self.has_identity),
-            Failed::Io(reason) => KmipError::Unreachable(reason),
-        }
+        failure.before_the_first_answer(self.has_identity, KmipError::NoConnection)
     }
 }
 
@@ -109,19 +129,26 @@ impl fmt::Debug for Tls {
 
 /// The certificates that the server at `endpoint` shows, its own first. Nothing is trusted and nothing is sent.
 pub(super) fn presented(endpoint: &Endpoint, deadline: Instant) -> Result<Vec<X509>, KmipError> {
-    let failed = |error: ErrorStack| KmipError::Unreachable(format!("TLS: {error}"));
+    let addresses = address::of(endpoint, None, deadline)?;
+    let endpoint = endpoint.clone();
+    address::race(addresses, deadline, move |address| {
+        presented_at(&endpoint, address, deadline)
+    })
+}
+
+fn presented_at(endpoint: &Endpoint, address: SocketAddr, deadline: Instant) -> Result<Vec<X509>, KmipError> {
+    let failed = |error: ErrorStack| KmipError::NoConnection(format!("TLS: {error}"));
     let mut builder = SslConnector::builder(SslMethod::tls_client()).map_err(failed)?;
     builder
         .set_min_proto_version(Some(SslVersion::TLS1_2))
         .map_err(failed)?;
     builder.set_cert_store(X509StoreBuilder::new().map_err(failed)?.build());
     let judge = Judge::new(None);
-    let outcome = handshake(&builder.build(), endpoint, deadline, &judge, false);
+    let outcome = handshake(&builder.build(), endpoint, address, deadline, &judge, false);
     // A server that wants our certificate first ends the handshake, after it has shown its own.
     match (judge.chain(), outcome) {
         (chain, _) if !chain.is_empty() => Ok(chain),
-        (_, Err(Failed::Io(reason))) => Err(KmipError::Unreachable(reason)),
-        (_, Err(Failed::Tls(stack))) => Err(refusal(&stack, true)),
+        (_, Err(failure)) => Err(failure.before_the_first_answer(true, KmipError::NoConnection)),
         (_, Ok(_)) => Err(KmipError::NotTrusted("the server showed no certificate".into())),
     }
 }
@@ -215,51 +242,114 @@ fn judge_error(error: X509VerifyResult, leaf: Option<&X509>) -> String {
     )
 }
 
-enum Failed {
+/// Why a handshake, a read or a write failed.
+struct Failed {
+    why: Why,
+    /// Whether the server had asked for the client's certificate by then.
+    asked: bool,
+}
+
+enum Why {
+    /// The other side closed or reset the connection.
+    Closed(String),
     Io(String),
     Tls(ErrorStack),
+}
+
+impl Failed {
+    fn local(stack: ErrorStack) -> Self {
+        Self {
+            why: Why::Tls(stack),
+            asked: false,
+        }
+    }
+
+    /// A server that has said nothing yet and goes may have turned us away; else it is as `otherwise` says.
+    fn before_the_first_answer(
+        self,
+        has_identity: bool,
+        otherwise: impl FnOnce(String) -> KmipError,
+    ) -> KmipError {
+        match self.why {
+            Why::Closed(reason) if self.asked => KmipError::TurnedAway(reason),
+            Why::Closed(reason) | Why::Io(reason) => otherwise(reason),
+            Why::Tls(stack) => refusal(&stack, has_identity, self.asked, otherwise),
+        }
+    }
+
+    fn after_an_answer(self, has_identity: bool) -> KmipError {
+        match self.why {
+            Why::Closed(reason) | Why::Io(reason) => KmipError::NoAnswer(reason),
+            Why::Tls(stack) => refusal(&stack, has_identity, false, KmipError::NoAnswer),
+        }
+    }
 }
 
 fn handshake(
     connector: &SslConnector,
     endpoint: &Endpoint,
+    address: SocketAddr,
     deadline: Instant,
     judge: &Judge,
     by_name: bool,
 ) -> Result<SslStream<Timed>, Failed> {
-    let stream = connect_tcp(endpoint, deadline)?;
-    let mut configuration = connector.configure().map_err(Failed::Tls)?;
+    let stream = connect_tcp(address, deadline)?;
+    let mut configuration = connector.configure().map_err(Failed::local)?;
     configuration.set_verify_hostname(by_name);
     configuration.set_verify_callback(SslVerifyMode::PEER, judge.callback());
+    certificate_request::watch(&mut configuration).map_err(Failed::local)?;
     configuration
         .connect(endpoint.host(), Timed { stream, deadline })
         .map_err(|error| match error {
-            HandshakeError::SetupFailure(stack) => Failed::Tls(stack),
-            HandshakeError::Failure(mid) | HandshakeError::WouldBlock(mid) => {
-                failed(mid.error(), "TLS handshake")
-            }
+            HandshakeError::SetupFailure(stack) => Failed::local(stack),
+            HandshakeError::Failure(mid) | HandshakeError::WouldBlock(mid) => Failed {
+                why: why(mid.error(), "TLS handshake"),
+                asked: certificate_request::came(mid.ssl()),
+            },
         })
 }
 
-fn failed(error: &openssl::ssl::Error, doing: &str) -> Failed {
+fn why(error: &openssl::ssl::Error, doing: &str) -> Why {
+    let closed = || Why::Closed(format!("{doing}: the server closed the connection"));
+    if error.code() == ErrorCode::ZERO_RETURN {
+        return closed();
+    }
     match (error.ssl_error(), error.io_error()) {
-        (Some(stack), _) if !stack.errors().is_empty() => Failed::Tls(stack.clone()),
-        (_, Some(error)) => Failed::Io(io_reason(error, doing)),
-        _ => Failed::Io(format!("{doing}: the server closed the connection")),
+        (Some(stack), _) if is_end_of_file(stack) => closed(),
+        (Some(stack), _) if !stack.errors().is_empty() => Why::Tls(stack.clone()),
+        (_, Some(error)) => why_io(error, doing),
+        _ => closed(),
     }
 }
 
-fn io_reason(error: &io::Error, doing: &str) -> String {
+/// OpenSSL 3 calls an end without a farewell an error of the protocol (SSL_R_UNEXPECTED_EOF_WHILE_READING).
+fn is_end_of_file(stack: &ErrorStack) -> bool {
+    stack.errors().iter().any(|error| error.reason_code() == 294)
+}
+
+fn why_io(error: &io::Error, doing: &str) -> Why {
     match error.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => format!("{doing} timed out"),
-        io::ErrorKind::ConnectionRefused => "connection refused".to_owned(),
-        io::ErrorKind::UnexpectedEof => format!("{doing}: the server closed the connection"),
-        _ => format!("{doing}: {error}"),
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => Why::Io(format!("{doing} timed out")),
+        io::ErrorKind::ConnectionRefused => Why::Io("connection refused".to_owned()),
+        io::ErrorKind::UnexpectedEof => Why::Closed(format!("{doing}: the server closed the connection")),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe => {
+            Why::Closed(format!("{doing}: {error}"))
+        }
+        _ => Why::Io(format!("{doing}: {error}")),
     }
 }
 
-/// What a failed handshake or read means: an alert about our certificate is the server's distrust.
-fn refusal(stack: &ErrorStack, has_identity: bool) -> KmipError {
+/// `internal_error`: the server's own trouble.
+const ALERT_INTERNAL_ERROR: i32 = 80;
+
+/// What a failed handshake or read means: an alert about our certificate is the server's distrust, and so, perhaps, is any
+/// other after it has `asked` for it.
+fn refusal(
+    stack: &ErrorStack,
+    has_identity: bool,
+    asked: bool,
+    otherwise: impl FnOnce(String) -> KmipError,
+) -> KmipError {
     // OpenSSL counts received alerts from 1000 on; RFC 8446 section 6.2 has their numbers.
     let alert = stack.errors().iter().find_map(|error| match error.reason_code() {
         code @ 1000..1256 => Some(code - 1000),
@@ -281,35 +371,28 @@ fn refusal(stack: &ErrorStack, has_identity: bool) -> KmipError {
                 .iter()
                 .filter_map(openssl::error::Error::reason)
                 .collect();
-            return KmipError::Unreachable(format!("TLS: {}", printable(&text.join(", "))));
+            let text = format!("TLS: {}", printable(&text.join(", ")));
+            return match alert {
+                Some(alert) if asked && alert != ALERT_INTERNAL_ERROR => KmipError::TurnedAway(text),
+                _ => otherwise(text),
+            };
         }
     };
     KmipError::RefusesUs(reason.into())
 }
 
-fn connect_tcp(endpoint: &Endpoint, deadline: Instant) -> Result<TcpStream, Failed> {
-    let addresses = (endpoint.host(), endpoint.port())
-        .to_socket_addrs()
-        .map_err(|error| Failed::Io(format!("can't resolve '{}': {error}", endpoint.host())))?
-        .collect::<Vec<_>>();
-    connect_first(&addresses, deadline)?
-        .ok_or_else(|| Failed::Io(format!("'{}' has no address", endpoint.host())))
-}
-
-/// The first of `addresses` that takes a connection, in their order; nothing only if there are none.
-fn connect_first(addresses: &[SocketAddr], deadline: Instant) -> Result<Option<TcpStream>, Failed> {
-    let mut last = None;
-    let mut waiting = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-    for address in addresses {
-        // An address that swallows packets, often the IPv6 one, must leave time for the others.
-        let connected = TcpStream::connect_timeout(address, remaining(deadline)? / waiting);
-        waiting -= 1;
-        match connected.and_then(|stream| prepared(&stream).map(|()| stream)) {
-            Ok(stream) => return Ok(Some(stream)),
-            Err(error) => last = Some(Failed::Io(io_reason(&error, "connect"))),
-        }
-    }
-    last.map_or(Ok(None), Err)
+fn connect_tcp(address: SocketAddr, deadline: Instant) -> Result<TcpStream, Failed> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let connected = match left.is_zero() {
+        true => Err(io::ErrorKind::TimedOut.into()),
+        false => TcpStream::connect_timeout(&address, left),
+    };
+    connected
+        .and_then(|stream| prepared(&stream).map(|()| stream))
+        .map_err(|error| Failed {
+            why: why_io(&error, "connect"),
+            asked: false,
+        })
 }
 
 /// In seconds: how long a connection is quiet before the other side is asked whether it is still there, and how often.
@@ -328,20 +411,18 @@ fn prepared(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-fn remaining(deadline: Instant) -> Result<Duration, Failed> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(Failed::Io("connect timed out".into()));
-    }
-    Ok(left)
-}
-
 /// An open connection to a trusted server.
 pub(super) struct TlsStream {
     stream: SslStream<Timed>,
     has_identity: bool,
+    /// Whether the server asked for a certificate.
+    asked: bool,
+    /// Whether anything has come from it since the handshake.
+    answered: bool,
     /// What the server showed.
     pub(super) server: Option<CertificateFacts>,
+    /// Where it is.
+    pub(super) peer: SocketAddr,
 }
 
 impl TlsStream {
@@ -363,8 +444,11 @@ impl TlsStream {
     pub(super) fn read_exact(&mut self, mut buffer: &mut [u8]) -> Result<(), KmipError> {
         while !buffer.is_empty() {
             match self.stream.ssl_read(buffer) {
-                Ok(0) => return Err(KmipError::Unreachable("the server closed the connection".into())),
-                Ok(read) => buffer = &mut buffer[read..],
+                Ok(0) => return Err(self.fail(Why::Closed("the server closed the connection".into()))),
+                Ok(read) => {
+                    self.answered = true;
+                    buffer = &mut buffer[read..];
+                }
                 Err(error) => return Err(self.explain(&error, "answer")),
             }
         }
@@ -372,55 +456,17 @@ impl TlsStream {
     }
 
     fn explain(&self, error: &openssl::ssl::Error, doing: &str) -> KmipError {
-        match failed(error, doing) {
-            Failed::Io(reason) => KmipError::Unreachable(reason),
-            Failed::Tls(stack) => refusal(&stack, self.has_identity),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::net::TcpListener;
-
-    use nix::sys::socket::{Backlog, listen};
-
-    use super::*;
-
-    /// An address whose packets get no answer: its queue of connections is full. Returned with what keeps it so.
-    fn silent() -> (SocketAddr, TcpListener, Vec<TcpStream>) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        listen(&listener, Backlog::new(1).unwrap()).unwrap();
-        let address = listener.local_addr().unwrap();
-        let mut waiting = Vec::new();
-        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
-            waiting.push(stream);
-            assert!(waiting.len() < 100, "the queue never fills up");
-        }
-        (address, listener, waiting)
+        self.fail(why(error, doing))
     }
 
-    #[test]
-    fn a_silent_address_leaves_time_for_the_next() {
-        let (silent, _listener, _waiting) = silent();
-        let good = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addresses = [silent, good.local_addr().unwrap()];
-        let (began, time) = (Instant::now(), Duration::from_secs(2));
-        let found = connect_first(&addresses, began + time).ok().flatten();
-        assert_eq!(found.unwrap().peer_addr().unwrap(), addresses[1]);
-        assert!(
-            (time / 4..time).contains(&began.elapsed()),
-            "{:?}",
-            began.elapsed()
-        );
-        // A closed one costs nothing.
-        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let began = Instant::now();
-        assert!(connect_first(&[closed, addresses[1]], began + time).is_ok());
-        assert!(began.elapsed() < time / 4, "{:?}", began.elapsed());
-        let Err(Failed::Io(why)) = connect_first(&[silent, silent], Instant::now() + time / 4) else {
-            panic!("a silent address took a connection");
+    fn fail(&self, why: Why) -> KmipError {
+        let failed = Failed {
+            why,
+            asked: self.asked,
         };
-        assert_eq!(why, "connect timed out");
+        match self.answered {
+            true => failed.after_an_answer(self.has_identity),
+            false => failed.before_the_first_answer(self.has_identity, KmipError::NoAnswer),
+        }
     }
 }

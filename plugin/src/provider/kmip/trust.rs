@@ -16,6 +16,8 @@ use crate::provider::KeyProvider;
 
 /// What a look at a server's certificate may take.
 const LOOK: Duration = Duration::from_secs(4);
+/// What is left after it to ask who was found.
+const FIRST_QUESTION: Duration = Duration::from_millis(800);
 
 /// What one endpoint shows to whoever connects.
 #[derive(Clone, Debug)]
@@ -70,26 +72,30 @@ impl KmipProvider {
             ServerTrust::Pins(pins) if pins.is_empty() => return Err(TrustError::Empty),
             ServerTrust::Pins(_) => {}
         }
-        self.try_out(&trust)?;
+        let look = Instant::now() + LOOK;
+        self.try_out(&trust, look)?;
         self.store.put_trust(&trust)?;
         let mut held = self.held_mut();
         held.trust = Some(trust);
         self.renew_access(&mut held);
+        let access = held.access.clone();
         drop(held);
-        self.probe();
+        if let Some(access) = access {
+            self.cluster
+                .probe_until(&access, look.max(Instant::now() + FIRST_QUESTION));
+        }
         Ok(())
     }
 
-    fn try_out(&self, trust: &ServerTrust) -> Result<(), TrustError> {
-        let tls = Tls::new(trust, None).map_err(TrustError::Ca)?;
-        let (deadline, tls) = (Instant::now() + LOOK, &tls);
+    fn try_out(&self, trust: &ServerTrust, deadline: Instant) -> Result<(), TrustError> {
+        let tls = &Tls::new(trust, None).map_err(TrustError::Ca)?;
         std::thread::scope(|scope| {
             let endpoints = self.settings.endpoints.iter();
             let trials: Vec<_> = endpoints
                 .map(|endpoint| {
                     (
                         endpoint,
-                        scope.spawn(move || tls.connect(endpoint, deadline).map(drop)),
+                        scope.spawn(move || tls.connect(endpoint, None, deadline).map(drop)),
                     )
                 })
                 .collect();

@@ -186,29 +186,19 @@ impl ProviderError {
             Self::WrongPin(PinRefusal::Blocked | PinRefusal::NotTheLastTry) => (Code::Locked, None),
             Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
             Self::NotBackedUp => (Code::WouldLoseKey, Some(NextCommand::Backup(name))),
-            Self::Unreachable(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
+            Self::Unreachable(_) | Self::Trouble(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
             Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),
             Self::CredentialRefused(_) => (Code::NotTrusted, Some(NextCommand::Unlock(name))),
             Self::ServerSealed => (Code::Locked, Some(NextCommand::Unseal)),
-            Self::RefusesUs(_) => (Code::NotTrusted, Some(NextCommand::Identity(name))),
-            Self::Unusable(_) | Self::Refused(_) => (Code::Failed, Some(NextCommand::Show(name))),
+            Self::RefusesUs(_) | Self::TurnedAway(_) => (Code::NotTrusted, Some(NextCommand::Identity(name))),
+            Self::Unusable(_) | Self::Refused(_) | Self::BesideTheQuestion(_) => {
+                (Code::Failed, Some(NextCommand::Show(name)))
+            }
             Self::UnknownMechanism(_) => (Code::Failed, Some(NextCommand::Upgrade)),
             Self::UnknownKek(_) => (Code::Failed, Some(NextCommand::RestoreKek(name))),
             Self::KekUnusable { .. } => (Code::Failed, Some(NextCommand::Show(name))),
             // The first two are about an envelope, and what helps is told where that is known.
             Self::Tampered | Self::Payload(_) | Self::Internal { .. } => (Code::Failed, None),
         }
-    }
-
-    /// Whether it is about a stanza; else the provider refuses every stanza alike.
-    pub(super) fn is_about_a_stanza(&self) -> bool {
-        matches!(
-            self,
-            Self::UnknownKek(_)
-                | Self::KekUnusable { .. }
-                | Self::Tampered
-                | Self::UnknownMechanism(_)
-                | Self::Payload(_)
-        )
     }
 }

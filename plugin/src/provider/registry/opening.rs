@@ -16,7 +16,7 @@ use crate::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza, VmId
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::DeletedProvider;
 use crate::local_time::time_of_day;
-use crate::provider::{KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::provider::{ErrorClass, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::secret::Dek;
 
 /// Why an envelope does not open.
@@ -98,7 +98,7 @@ impl OpenError {
     pub fn may_pass(&self) -> bool {
         self.attempts
             .iter()
-            .any(|attempt| matches!(&attempt.why, Refusal::Provider(error) if !error.is_about_a_stanza()))
+            .any(|attempt| matches!(&attempt.why, Refusal::Provider(error) if may_pass(error)))
     }
 
     fn easiest(&self) -> (Code, Option<NextCommand>) {
@@ -198,6 +198,15 @@ impl Attempt {
             "NAME"
         }
     }
+}
+
+fn may_pass(error: &ProviderError) -> bool {
+    matches!(error.class(), ErrorClass::Client | ErrorClass::Trouble)
+}
+
+/// Else the provider would say the same of every stanza.
+fn is_about_one(error: &ProviderError) -> bool {
+    matches!(error.class(), ErrorClass::Key | ErrorClass::ForGood)
 }
 
 /// An envelope on its way to its DEK.
@@ -385,14 +394,14 @@ impl<'a> Opening<'a> {
                 }
             }
             // A batch fails whole; the others may open, and the message must name the right one.
-            Err(error) if error.is_about_a_stanza() && members.len() > 1 => {
+            Err(error) if is_about_one(&error) && members.len() > 1 => {
                 for member in members {
                     self.ask(id, std::slice::from_ref(member));
                 }
             }
             Err(error) => {
                 let error = Arc::new(error);
-                if !error.is_about_a_stanza() {
+                if !is_about_one(&error) {
                     self.refusing.insert(id, Arc::clone(&error));
                 }
                 self.refuse(provider, members, &error);

@@ -10,7 +10,7 @@ use super::deadline::each_within;
 use super::{NextCommand, OpenError, Provider, Registry, opening};
 use crate::envelope::{Envelope, Generation, KekId, Payload, ProviderId, Stanza};
 use crate::failure::{Code, Failure, chain};
-use crate::provider::{KekScope, ProviderError, ProviderStatus};
+use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
 use crate::secret::Dek;
 
 /// One stanza of the envelope to be made.
@@ -196,7 +196,10 @@ impl Registry {
             filled.push(match answer {
                 Ok(Some(stanza)) => (place, Ok(Filled::New(stanza))),
                 Ok(None) => (place, Ok(Filled::Kept)),
-                Err(error) if error.is_about_a_stanza() => (place, Err(error)),
+                // What is refused for good must not keep a job for ever.
+                Err(error) if matches!(error.class(), ErrorClass::Key | ErrorClass::ForGood) => {
+                    (place, Err(error))
+                }
                 Err(error) => return Err(blocked(error)),
             });
         }

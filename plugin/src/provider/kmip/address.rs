@@ -1,0 +1,196 @@
+//! The addresses of a server: found within a deadline, and raced, for one of them may swallow what is sent.
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use super::endpoint::Endpoint;
+use super::error::KmipError;
+
+/// How long the next address is not tried while one may still answer (RFC 8305, section 5).
+const HEAD_START: Duration = Duration::from_millis(250);
+/// How long the resolver is waited for where there is an address that was good before.
+const RESOLVER: Duration = Duration::from_secs(1);
+/// More of them are of no use.
+const MAX_ADDRESSES: usize = 8;
+
+/// The addresses of `endpoint`, `good` first: that one alone where the resolver does not say in time. Who answers there must
+/// show the trusted certificate all the same.
+///
+/// # Errors
+/// When there are none before `deadline`.
+pub(super) fn of(
+    endpoint: &Endpoint,
+    good: Option<SocketAddr>,
+    deadline: Instant,
+) -> Result<Vec<SocketAddr>, KmipError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let patience = match good {
+        Some(_) => RESOLVER.min(left / 2),
+        None => left,
+    };
+    let mut found = match (resolve(endpoint, patience), good) {
+        (Ok(found), _) => found,
+        (Err(_), Some(good)) => vec![good],
+        (Err(why), None) => return Err(KmipError::NoConnection(why)),
+    };
+    found.sort_by_key(|address| Some(*address) != good);
+    found.dedup();
+    found.truncate(MAX_ADDRESSES);
+    match found.is_empty() {
+        true => Err(KmipError::NoConnection(format!(
+            "'{}' has no address",
+            endpoint.host()
+        ))),
+        false => Ok(found),
+    }
+}
+
+/// On a thread of its own where it may hang: nothing ends a resolver that waits for its servers.
+fn resolve(endpoint: &Endpoint, patience: Duration) -> Result<Vec<SocketAddr>, String> {
+    let host = endpoint.host().to_owned();
+    if let Ok(address) = host.parse() {
+        return Ok(vec![SocketAddr::new(address, endpoint.port())]);
+    }
+    let (sender, answer) = channel();
+    let (name, port) = (host.clone(), endpoint.port());
+    let look = move || {
+        let found = (name.as_str(), port).to_socket_addrs();
+        // Nobody waits any more when this fails.
+        let _ = sender.send(found.map(Iterator::collect));
+    };
+    let started = std::thread::Builder::new()
+        .name("resolver".to_owned())
+        .spawn(look);
+    started.map_err(|error| format!("can't start a thread: {error}"))?;
+    match answer.recv_timeout(patience) {
+        Ok(Ok(found)) => Ok(found),
+        Ok(Err(error)) => Err(format!("can't resolve '{host}': {error}")),
+        Err(_) => Err(format!("can't resolve '{host}': the resolver does not answer")),
+    }
+}
+
+/// What `connect` makes of the first of `addresses` that does: each one is tried as soon as the one before has failed, or has
+/// been silent for [`HEAD_START`].
+///
+/// # Errors
+/// What is wrong with the one that an admin has to look at first.
+pub(super) fn race<T: Send + 'static>(
+    addresses: Vec<SocketAddr>,
+    deadline: Instant,
+    connect: impl Fn(SocketAddr) -> Result<T, KmipError> + Clone + Send + 'static,
+) -> Result<T, KmipError> {
+    if let [only] = addresses[..] {
+        return connect(only);
+    }
+    let (sender, answers) = channel();
+    let (mut waiting, mut running) = (addresses.into_iter().peekable(), 0);
+    let mut failures = Vec::new();
+    loop {
+        if let Some(address) = waiting.next() {
+            let (sender, connect) = (sender.clone(), connect.clone());
+            let work = move || {
+                // Nobody waits any more when this fails; the connection is closed then.
+                let _ = sender.send(connect(address));
+            };
+            let started = std::thread::Builder::new().name("kmip".to_owned()).spawn(work);
+            started.map_err(|error| KmipError::NoConnection(format!("can't start a thread: {error}")))?;
+            running += 1;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let patience = match waiting.peek() {
+            Some(_) => HEAD_START.min(left),
+            None => left,
+        };
+        match answers.recv_timeout(patience) {
+            Ok(Ok(connected)) => return Ok(connected),
+            Ok(Err(failure)) => {
+                failures.push(failure);
+                running -= 1;
+            }
+            Err(RecvTimeoutError::Timeout) if waiting.peek().is_some() && !left.is_zero() => {}
+            Err(_) => failures.push(KmipError::NoConnection("connect timed out".into())),
+        }
+        let timed_out = deadline <= Instant::now();
+        if timed_out || (running == 0 && waiting.peek().is_none()) {
+            return Err(first_to_look_at(failures));
+        }
+    }
+}
+
+fn first_to_look_at(failures: Vec<KmipError>) -> KmipError {
+    let rank = |failure: &KmipError| match failure {
+        KmipError::NotTrusted(_) => 0,
+        KmipError::RefusesUs(_) | KmipError::TurnedAway(_) => 1,
+        _ => 2,
+    };
+    let first = failures.into_iter().min_by_key(rank);
+    first.unwrap_or_else(|| KmipError::NoConnection("connect timed out".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use nix::sys::socket::{Backlog, listen};
+
+    use super::*;
+
+    /// An address whose packets get no answer: its queue of connections is full. Returned with what keeps it so.
+    fn silent() -> (SocketAddr, TcpListener, Vec<TcpStream>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut waiting = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+            waiting.push(stream);
+            assert!(waiting.len() < 100, "the queue never fills up");
+        }
+        (address, listener, waiting)
+    }
+
+    fn connect(deadline: Instant) -> impl Fn(SocketAddr) -> Result<SocketAddr, KmipError> + Clone {
+        move |address| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let stream = TcpStream::connect_timeout(&address, left.max(Duration::from_millis(1)));
+            let stream = stream.map_err(|error| KmipError::NoConnection(error.to_string()))?;
+            Ok(stream.peer_addr().unwrap())
+        }
+    }
+
+    #[test]
+    fn a_silent_address_costs_its_head_start() {
+        let (silent, _listener, _waiting) = silent();
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+        let good = good.local_addr().map(|address| (address, good)).unwrap();
+        let (began, time) = (Instant::now(), Duration::from_secs(20));
+        let found = race(vec![silent, good.0], began + time, connect(began + time)).unwrap();
+        assert_eq!(found, good.0);
+        assert!(began.elapsed() >= HEAD_START && began.elapsed() < time / 2);
+        // One that fails costs nothing, and one that is known to be good comes first.
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        assert!(race(vec![closed, good.0], began + time, connect(began + time)).is_ok());
+        let endpoint: Endpoint = format!("127.0.0.1:{}", good.0.port()).parse().unwrap();
+        assert_eq!(of(&endpoint, Some(good.0), began + time).unwrap()[0], good.0);
+        let deadline = Instant::now() + Duration::from_millis(400);
+        let error = race(vec![silent, silent], deadline, connect(deadline)).unwrap_err();
+        assert!(matches!(error, KmipError::NoConnection(_)), "{error:?}");
+    }
+
+    #[test]
+    fn an_impostor_among_the_addresses_is_what_is_told() {
+        let any = || SocketAddr::from(([127, 0, 0, 1], 1));
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let error = race(
+            vec![any(), SocketAddr::from(([127, 0, 0, 2], 1))],
+            deadline,
+            move |address| {
+                Err::<(), _>(match address == any() {
+                    true => KmipError::NotTrusted("impostor".into()),
+                    false => KmipError::NoConnection("connection refused".into()),
+                })
+            },
+        );
+        assert!(matches!(error, Err(KmipError::NotTrusted(_))));
+    }
+}
