@@ -4,8 +4,15 @@
 //! followed by SHA-256 of the [`Binding`], wrapped by one key provider; any one of them opens the envelope. The
 //! binding is checked after every unwrap, so an envelope put in another's place yields an error and never a key.
 //!
-//! The JSON form here is what the keystore, the domain XML and the image header carry.
+//! The JSON form is what the keystore, the domain XML and the image header carry. The last two are written by people who
+//! are not root, so an [`Envelope`] that was read from there proves nothing: its list of stanzas may lack one, and its
+//! generation may be anything. [`Envelope::verify`] makes a [`Verified`] of it, which alone can be kept and changed.
 
+mod json;
+mod mac;
+mod verified;
+
+use std::cmp::Ordering;
 use std::fmt;
 use std::io;
 use std::str::FromStr;
@@ -16,6 +23,9 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::secret::{Dek, SecretBytes};
+
+pub use mac::Mac;
+pub use verified::{Format1, Newest, Verified, newest};
 
 macro_rules! uuid_id {
     ($(#[$doc:meta])* $name:ident) => {
@@ -87,6 +97,17 @@ impl ObjectKind {
     }
 }
 
+impl ObjectKind {
+    /// Its byte in what is hashed: never to be changed.
+    fn code(self) -> u8 {
+        match self {
+            Self::Disk => 1,
+            Self::Vtpm => 2,
+            Self::Nvram => 3,
+        }
+    }
+}
+
 impl fmt::Display for ObjectKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
@@ -97,6 +118,11 @@ impl fmt::Display for ObjectKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Generation(pub u64);
+
+impl Generation {
+    /// SQLite's integers end here. No sequence of changes gets there.
+    pub const MAX: Self = Self(i64::MAX as u64);
+}
 
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -127,19 +153,18 @@ pub struct Binding {
 }
 
 impl Binding {
-    /// SHA-256 over a domain-separation label, the format version, the envelope's and the VM's UUID (16 bytes
+    /// The version of the binding, which is not that of the envelope: format 2 keeps it, so that no stanza has to be
+    /// wrapped anew.
+    const VERSION: u8 = 1;
+
+    /// SHA-256 over a domain-separation label, the binding's version, the envelope's and the VM's UUID (16 bytes
     /// each, big-endian) and one byte for the kind.
     pub fn digest(&self) -> Result<[u8; 32], EnvelopeError> {
-        let kind = match self.kind {
-            ObjectKind::Disk => 1,
-            ObjectKind::Vtpm => 2,
-            ObjectKind::Nvram => 3,
-        };
         let mut message = b"virtseal binding\0".to_vec();
-        message.push(Envelope::VERSION);
+        message.push(Self::VERSION);
         message.extend_from_slice(self.envelope.0.as_bytes());
         message.extend_from_slice(self.vm.0.as_bytes());
-        message.push(kind);
+        message.push(self.kind.code());
         let digest = hash(MessageDigest::sha256(), &message).map_err(EnvelopeError::Digest)?;
         let mut out = [0; 32];
         out.copy_from_slice(&digest);
@@ -210,11 +235,12 @@ pub struct Stanza {
     pub body: Vec<u8>,
 }
 
-/// An object's DEK, wrapped for one provider or more.
+/// An object's DEK, wrapped for one provider or more, as somebody has written it down: who, nobody knows.
+///
+/// What may be believed is a [`Verified`]; only the DEK that a stanza opens to makes one of this.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(into = "json::Wire", try_from = "json::Wire")]
 pub struct Envelope {
-    version: u8,
     /// Its name, and that of the libvirt secret.
     pub id: EnvelopeId,
     /// The VM that the object belongs to.
@@ -223,33 +249,25 @@ pub struct Envelope {
     pub kind: ObjectKind,
     /// Rises with every change.
     pub generation: Generation,
+    /// The other VMs that root has let have the object too: in the order of their UUIDs, each once.
+    pub shared_with: Vec<VmId>,
+    /// Whether a VM has run with the object: from then on a missing one is a loss.
+    pub seen: bool,
     /// One per recipient; never empty.
     pub stanzas: Vec<Stanza>,
+    /// Over all of the above, under a key derived from the DEK; none in format 1.
+    mac: Option<Mac>,
 }
 
 impl Envelope {
-    /// The only format there is.
-    pub const VERSION: u8 = 1;
+    /// The format that is written. Format 1, which has no MAC, is still read.
+    pub const FORMAT: u8 = 2;
     /// The most bytes that the JSON form may have: it must fit an image's header cluster.
     pub const MAX_JSON: usize = 32 * 1024;
     /// The most recipients an envelope may have.
     pub const MAX_STANZAS: usize = 16;
-
-    /// A first-generation envelope for the payload bound to `binding`.
-    ///
-    /// # Errors
-    /// [`EnvelopeError::StanzaCount`] for none or more than [`Self::MAX_STANZAS`].
-    pub fn new(binding: &Binding, stanzas: Vec<Stanza>) -> Result<Self, EnvelopeError> {
-        Self {
-            version: Self::VERSION,
-            id: binding.envelope,
-            vm: binding.vm,
-            kind: binding.kind,
-            generation: Generation(1),
-            stanzas,
-        }
-        .validated()
-    }
+    /// The most other VMs that an object may be shared with.
+    pub const MAX_SHARED: usize = 64;
 
     /// What its payload must be bound to.
     #[must_use]
@@ -261,35 +279,74 @@ impl Envelope {
         }
     }
 
-    /// The compact JSON form.
+    /// The format that it was written in: 1 or 2.
+    #[must_use]
+    pub fn format(&self) -> u8 {
+        match self.mac {
+            None => 1,
+            Some(_) => Self::FORMAT,
+        }
+    }
+
+    /// The compact JSON form: of format 1 as it was, so that a copy of it stays equal byte for byte.
     #[must_use]
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("an envelope holds only strings, numbers and lists")
     }
 
-    /// Reads the JSON form. Nothing in it can be trusted before a stanza was unwrapped.
+    /// Reads the JSON form, of format 1 or 2. Nothing in it may be believed: see [`Envelope::verify`].
     ///
     /// # Errors
-    /// When it is too long, not an envelope, of another version, or without stanzas.
+    /// When it is too long, not an envelope, of a later format, or breaks one of the limits.
     pub fn from_json(json: &str) -> Result<Self, EnvelopeError> {
-        if json.len() > Self::MAX_JSON {
-            return Err(EnvelopeError::TooLong { found: json.len() });
+        json::read(json)
+    }
+
+    /// How it stands to `other` of the same id. Of two that are not [`Verified`] this compares only what they claim.
+    ///
+    /// Format 2 comes after format 1, whatever the generations: who made a format 1 can't be told, so its generation
+    /// counts only among its like. One whose writer is known is upgraded before it is compared.
+    #[must_use]
+    pub fn supersedes(&self, other: &Self) -> Precedence {
+        let rank = |envelope: &Self| (envelope.format(), envelope.generation);
+        match rank(self).cmp(&rank(other)) {
+            Ordering::Greater => Precedence::Newer,
+            Ordering::Less => Precedence::Older,
+            Ordering::Equal if self == other => Precedence::Same,
+            Ordering::Equal => Precedence::Conflict,
         }
-        let envelope: Self = serde_json::from_str(json).map_err(EnvelopeError::Json)?;
-        envelope.validated()
     }
 
     fn validated(self) -> Result<Self, EnvelopeError> {
-        if self.version != Self::VERSION {
-            return Err(EnvelopeError::Version { found: self.version });
+        if self.mac.is_some() && self.generation > Generation::MAX {
+            return Err(EnvelopeError::Generation {
+                found: self.generation,
+            });
         }
         if !(1..=Self::MAX_STANZAS).contains(&self.stanzas.len()) {
             return Err(EnvelopeError::StanzaCount {
                 found: self.stanzas.len(),
             });
         }
+        let in_order = self.shared_with.is_sorted_by(|a, b| a < b) && !self.shared_with.contains(&self.vm);
+        if self.shared_with.len() > Self::MAX_SHARED || !in_order {
+            return Err(EnvelopeError::SharedWith);
+        }
         Ok(self)
     }
+}
+
+/// How one version of an envelope stands to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precedence {
+    /// It came after the other.
+    Newer,
+    /// They are equal.
+    Same,
+    /// It came before the other.
+    Older,
+    /// Both claim the same place, and they differ.
+    Conflict,
 }
 
 /// Why an envelope or a payload can't be used.
@@ -309,8 +366,8 @@ pub enum EnvelopeError {
     Json(#[source] serde_json::Error),
     /// Written by a later virtseal.
     #[error(
-        "the envelope has format {found}, this virtseal reads {}: upgrade virtseal",
-        Envelope::VERSION
+        "the envelope has format {found}, this virtseal reads up to {}: upgrade virtseal",
+        Envelope::FORMAT
     )]
     Version {
         /// The format found.
@@ -325,6 +382,36 @@ pub enum EnvelopeError {
         /// How many.
         found: usize,
     },
+    /// Higher than [`Generation::MAX`].
+    #[error("the envelope claims generation {found}, which no virtseal made")]
+    Generation {
+        /// What it claims.
+        found: Generation,
+    },
+    /// Too many, not in order, or its own.
+    #[error(
+        "the envelope's list of VMs to share with is damaged: up to {} others, in order, are allowed",
+        Envelope::MAX_SHARED
+    )]
+    SharedWith,
+    /// The fields of one format under the number of another.
+    #[error("the envelope is damaged: its fields are not those of format {version}")]
+    Fields {
+        /// The format that it claims.
+        version: u8,
+    },
+    /// There is no way to tell who made it.
+    #[error("the envelope has format 1, which anyone who writes XML or images can have made")]
+    Format1,
+    /// The MAC is not one by its DEK.
+    #[error("the envelope was changed by somebody who does not have its key (generation {generation})")]
+    Mac {
+        /// What it claims.
+        generation: Generation,
+    },
+    /// OpenSSL can't compute a MAC.
+    #[error("HMAC-SHA256 failed")]
+    Hmac(#[source] openssl::error::ErrorStack),
     /// A provider returned something that is not a payload.
     #[error("the unwrapped payload has {found} bytes instead of {}", Payload::LEN)]
     PayloadLength {
@@ -360,86 +447,4 @@ mod base64_bytes {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn kinds() -> impl Strategy<Value = ObjectKind> {
-        prop_oneof![
-            Just(ObjectKind::Disk),
-            Just(ObjectKind::Vtpm),
-            Just(ObjectKind::Nvram)
-        ]
-    }
-
-    fn bindings() -> impl Strategy<Value = Binding> {
-        (any::<u128>(), any::<u128>(), kinds()).prop_map(|(envelope, vm, kind)| Binding {
-            envelope: EnvelopeId(Uuid::from_u128(envelope)),
-            vm: VmId(Uuid::from_u128(vm)),
-            kind,
-        })
-    }
-
-    fn stanzas() -> impl Strategy<Value = Stanza> {
-        (any::<u128>(), ".{0,20}", ".{0,20}", ".{0,20}", any::<[u8; 32]>()).prop_map(
-            |(provider, provider_name, kek, mechanism, body)| Stanza {
-                provider: ProviderId(Uuid::from_u128(provider)),
-                provider_name,
-                kek: KekId(kek),
-                mechanism,
-                body: body.to_vec(),
-            },
-        )
-    }
-
-    proptest! {
-        #[test]
-        fn json_round_trip(binding in bindings(), stanzas in prop::collection::vec(stanzas(), 1..4)) {
-            let envelope = Envelope::new(&binding, stanzas).unwrap();
-            prop_assert_eq!(Envelope::from_json(&envelope.to_json()).unwrap(), envelope);
-        }
-
-        #[test]
-        fn garbage_is_an_error(text in ".{0,200}") {
-            prop_assert!(Envelope::from_json(&text).is_err());
-        }
-
-        #[test]
-        fn payload_opens_only_for_its_binding(a in bindings(), b in bindings()) {
-            let dek = Dek::random().unwrap();
-            let payload = Payload::bind(&dek, &a).unwrap();
-            let opened = payload.dek(&a).unwrap();
-            prop_assert_eq!(opened.expose(), dek.expose());
-            prop_assert_eq!(payload.dek(&b).is_ok(), a == b);
-        }
-    }
-
-    #[test]
-    fn another_version_is_named() {
-        let json = r#"{"version":2,"id":"6b2f9b3e-58c3-4fd5-9aa1-0d1f44a3e9b7","vm":"6b2f9b3e-58c3-4fd5-9aa1-0d1f44a3e9b8","kind":"disk","generation":1,"stanzas":[]}"#;
-        assert!(matches!(
-            Envelope::from_json(json),
-            Err(EnvelopeError::Version { found: 2 })
-        ));
-    }
-
-    #[test]
-    fn every_flipped_payload_byte_is_noticed_in_the_binding() {
-        let binding = Binding {
-            envelope: EnvelopeId::random(),
-            vm: VmId::random(),
-            kind: ObjectKind::Vtpm,
-        };
-        let payload = Payload::bind(&Dek::random().unwrap(), &binding).unwrap();
-        for at in Dek::LEN..Payload::LEN {
-            let mut bytes = payload.expose().to_vec();
-            bytes[at] ^= 1;
-            let tampered = Payload::from_unwrapped(SecretBytes::take(&mut bytes).unwrap()).unwrap();
-            assert!(matches!(
-                tampered.dek(&binding),
-                Err(EnvelopeError::BindingMismatch(_))
-            ));
-        }
-    }
-}
+mod tests;

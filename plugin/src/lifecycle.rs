@@ -17,6 +17,7 @@
 //! [`prepare`] decides: the VM's objects, the envelope of each, every check that needs no key, one unwrap for all,
 //! a real opening of each object, and only then libvirt. All or nothing.
 
+pub mod adoption;
 mod arms;
 mod deadline;
 
@@ -27,13 +28,15 @@ use std::sync::{Mutex, PoisonError};
 use swtpm_state::{State, StateKey, libvirt_state_dir};
 
 use crate::domain::{Domain, ObjectRef, sealed_objects};
-use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind};
+use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence};
 use crate::failure::{Code, Failure, word};
-use crate::keystore::{EnvelopeState, Keystore};
+use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore};
 use crate::provider::registry::{OpenError, Registry};
-use crate::secret::Passphrase;
+use crate::secret::{Dek, Passphrase};
 use crate::terminal::quoted;
 use crate::volume::{self, VolumeError};
+
+use adoption::{Believed, Doubt, believe, not_believed};
 
 pub use arms::Arms;
 pub use deadline::Deadline;
@@ -73,31 +76,37 @@ pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failur
     let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
     let objects = sealed_objects(domain)
         .map_err(|refusal| stays_off(Failure::new(Code::Failed, refusal.to_string())))?;
-    let mut found = Vec::with_capacity(objects.len());
+    let mut versions = Vec::with_capacity(objects.len());
     for object in &objects {
-        found.push(
-            find_envelope(stage, domain, object).map_err(|failure| stays_off(failure.of(&object.label)))?,
+        versions.push(
+            find_versions(stage, domain, object).map_err(|failure| stays_off(failure.of(&object.label)))?,
         );
     }
-    let envelopes: Vec<_> = found.iter().map(|found| &found.envelope).collect();
-    let deks = stage
-        .registry
-        .open_all(&envelopes)
-        .map_err(|error| stays_off(closed(&objects, &error)))?;
+    let deks = open_versions(stage, &versions).map_err(|error| stays_off(closed(&objects, &error)))?;
     let mut opened = Vec::with_capacity(objects.len());
-    for ((object, found), dek) in objects.into_iter().zip(&found).zip(deks) {
-        let passphrase = dek.passphrase().map_err(|error| {
-            stays_off(Failure::from_error(Code::Failed, "no memory for its key", &error).of(&object.label))
-        })?;
-        open_object(stage, domain, &object, &found.envelope, &passphrase)
-            .map_err(|failure| stays_off(failure.of(&object.label)))?;
+    let mut found = Vec::with_capacity(objects.len());
+    for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
+        let of_object = |failure: Failure| stays_off(failure.of(&object.label));
+        let believed = believe(
+            stage.registry,
+            versions.record.as_ref(),
+            versions.copy.as_ref(),
+            &dek,
+        )
+        .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
+        check_place(domain, &object, &believed.envelope).map_err(of_object)?;
+        let passphrase = dek
+            .passphrase()
+            .map_err(|error| of_object(Failure::from_error(Code::Failed, "no memory for its key", &error)))?;
+        open_object(stage, domain, &object, &believed.envelope, &passphrase).map_err(of_object)?;
         opened.push(Opened {
-            envelope: found.envelope.id,
+            envelope: believed.envelope.id,
             kind: object.kind,
             shareable: domain.shares(&object),
             label: object.label,
             passphrase,
         });
+        found.push((versions, believed));
     }
     adopt(stage.keystore, domain, &found).map_err(stays_off)?;
     Ok(opened)
@@ -116,47 +125,65 @@ fn closed(objects: &[ObjectRef], error: &OpenError) -> Failure {
     .of(label)
 }
 
-/// An object's envelope, and whether the keystore has yet to learn of it.
-struct Found {
-    envelope: Envelope,
+/// What there is of an object's envelope: one of the two, or both.
+struct Versions {
+    record: Option<EnvelopeRecord>,
+    copy: Option<Envelope>,
     location: String,
-    to_adopt: bool,
 }
 
-/// The keystore's copy or the one that travels in the XML: the higher generation wins.
-fn find_envelope(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Result<Found, Failure> {
-    let known = stage.keystore.envelope(object.secret)?;
-    let travelling = domain
-        .metadata
-        .as_ref()
-        .and_then(|metadata| metadata.envelope(object.secret));
-    let generation = known.as_ref().map(|record| record.envelope.generation);
-    let pending = known
-        .as_ref()
-        .is_some_and(|record| record.state == EnvelopeState::Pending);
+impl Versions {
+    /// The one to open: the keystore's, where it has one.
+    fn first(&self) -> Option<&Envelope> {
+        self.record
+            .as_ref()
+            .map(|record| &record.envelope)
+            .or(self.copy.as_ref())
+    }
+
+    /// The one to open where the first does not: a newer copy. What it claims is verified then.
+    fn second(&self) -> Option<&Envelope> {
+        let (record, copy) = (self.record.as_ref()?, self.copy.as_ref()?);
+        let is_newer = copy.supersedes(&record.envelope) == Precedence::Newer;
+        (is_newer && copy.format() == Envelope::FORMAT).then_some(copy)
+    }
+}
+
+/// The keystore's version, and the copy that travels in the XML.
+fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Result<Versions, Failure> {
     let location = object
         .path
         .as_ref()
         .map(|path| path.display().to_string())
         .unwrap_or_default();
-    let found = match (known, travelling) {
-        (known, Some(copy)) if generation < Some(copy.generation) => {
-            let location = known.map_or(location, |record| record.location);
-            Found {
-                envelope: copy.clone(),
-                location,
-                to_adopt: true,
-            }
-        }
-        (Some(record), _) => Found {
-            envelope: record.envelope,
-            location,
-            to_adopt: pending,
-        },
-        (None, _) => return Err(missing(object)),
+    let metadata = domain.metadata.as_ref();
+    let versions = Versions {
+        record: stage.keystore.envelope(object.secret)?,
+        copy: metadata
+            .and_then(|metadata| metadata.envelope(object.secret))
+            .cloned(),
+        location,
     };
-    check_place(domain, object, &found.envelope)?;
-    Ok(found)
+    let first = versions.first().ok_or_else(|| missing(object))?;
+    check_place(domain, object, first)?;
+    Ok(versions)
+}
+
+/// The DEK of each object, or the reason of the first that has none.
+fn open_versions(stage: &Stage<'_>, versions: &[Versions]) -> Result<Vec<Dek>, OpenError> {
+    let first: Vec<_> = versions.iter().filter_map(Versions::first).collect();
+    if versions.iter().all(|versions| versions.second().is_none()) {
+        return stage.registry.open_all(&first);
+    }
+    let opened = stage.registry.open_each(&first);
+    let mut deks = Vec::with_capacity(versions.len());
+    for (versions, opened) in versions.iter().zip(opened) {
+        deks.push(match (opened, versions.second()) {
+            (Err(error), Some(copy)) => stage.registry.open_envelope(copy).map_err(|_| error)?,
+            (opened, _) => opened?,
+        });
+    }
+    Ok(deks)
 }
 
 fn missing(object: &ObjectRef) -> Failure {
@@ -259,11 +286,24 @@ fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Res
     }
 }
 
-/// Every envelope here was unwrapped and has opened its object: only now the keystore learns of it.
-fn adopt(keystore: &Keystore, domain: &Domain, found: &[Found]) -> Result<(), Failure> {
-    for found in found.iter().filter(|found| found.to_adopt) {
-        keystore.put(&found.envelope, &found.location)?;
-        keystore.activate(found.envelope.id)?;
+/// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it.
+fn adopt(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Failure> {
+    for (versions, believed) in found {
+        let envelope = &believed.envelope;
+        if let (Some(doubt), Some(copy)) = (&believed.doubt, &versions.copy) {
+            let domain = &domain.name;
+            tracing::warn!(domain, "{}", doubt.words(copy, &format!("the XML of {domain}")));
+            if !matches!(doubt, Doubt::Conflict) {
+                keystore.copy_is_behind(copy, CopyPlace::Xml)?;
+            }
+        }
+        if believed.is_news {
+            keystore.put(envelope, &versions.location)?;
+        }
+        let state = versions.record.as_ref().map(|record| record.state);
+        if state == Some(EnvelopeState::Pending) {
+            keystore.activate(envelope.id)?;
+        }
     }
     if keystore
         .vm(domain.uuid)?

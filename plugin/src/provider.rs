@@ -178,6 +178,12 @@ pub enum ProviderStatus {
 }
 
 impl ProviderStatus {
+    /// Whether it unwraps, as far as that is known.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        matches!(self, Self::Ready | Self::NotBackedUp | Self::Degraded(_))
+    }
+
     /// The state without its reason.
     #[must_use]
     pub fn as_str(&self) -> &'static str {

@@ -258,23 +258,23 @@ fn work(registry: &Registry, task: &Task, batch: Vec<EnvelopeRecord>) -> Result<
     let mut verdicts = Vec::with_capacity(batch.len());
     let mut wanted = Vec::with_capacity(batch.len());
     for record in batch {
-        let envelope = record.envelope;
-        match task.decide(&envelope) {
+        let envelope = &record.envelope;
+        match task.decide(envelope) {
             Decision::Nothing => verdicts.push(Verdict::Unchanged(envelope.id)),
             Decision::Refused(reason) => verdicts.push(Verdict::Left(LeftBehind {
                 envelope: envelope.id,
                 reason: reason.to_owned(),
                 again: false,
             })),
-            Decision::Slots(slots) => wanted.push(Rewrap { envelope, slots }),
+            Decision::Slots(slots) => wanted.push(Rewrap { record, slots }),
         }
     }
     let made = registry.rewrap(&wanted)?;
     for (rewrap, rewrapped) in wanted.into_iter().zip(made) {
-        let id = rewrap.envelope.id;
+        let id = rewrap.record.envelope.id;
         verdicts.push(match rewrapped {
             Rewrapped::Unchanged => Verdict::Unchanged(id),
-            Rewrapped::Changed(next) => Verdict::Replace(Box::new(rewrap.envelope), next),
+            Rewrapped::Changed(next) => Verdict::Replace(Box::new(rewrap.record.envelope), next),
             Rewrapped::Left { reason, again } => Verdict::Left(LeftBehind {
                 envelope: id,
                 reason,

@@ -16,6 +16,7 @@ use crate::envelope::{Envelope, ObjectKind};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::Keystore;
 use crate::libvirt::DefinedDomain;
+use crate::lifecycle::adoption::{believe, not_believed};
 use crate::provider::registry::Registry;
 use crate::volume::{self, CreateRequest, Held};
 
@@ -98,7 +99,7 @@ pub fn seal(
             // There is no state yet to open; the envelope itself was opened again when it was made.
             host.keystore.activate(object.envelope.id)?;
             changes.vtpm = Some(object.envelope.id);
-            envelopes.push(object.envelope);
+            envelopes.push(object.envelope.into_envelope());
         }
     }
     changes.envelopes = &envelopes;
@@ -116,13 +117,7 @@ fn seal_disk(
 ) -> Result<Envelope, Failure> {
     match &step.work {
         DiskWork::Sealed(envelope) => Ok(envelope.clone()),
-        DiskWork::Adopt(envelope) => {
-            let object = NewObject::open(host, envelope.clone())?;
-            volume::verify(&step.path, &object.passphrase()?)?;
-            host.keystore.put(envelope, &step.path.display().to_string())?;
-            host.keystore.activate(envelope.id)?;
-            Ok(object.envelope)
-        }
+        DiskWork::Adopt(carried) => adopt_disk(host, defined, &step.path, carried),
         DiskWork::Replace(info) => {
             let location = step.path.display().to_string();
             let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Disk, &location, provider)?;
@@ -134,9 +129,33 @@ fn seal_disk(
             volume::create_over(&held, &request, &object.envelope, &object.passphrase()?)?;
             replaced.push(held);
             host.keystore.activate(object.envelope.id)?;
-            Ok(object.envelope)
+            Ok(object.envelope.into_envelope())
         }
     }
+}
+
+/// Takes a volume over whose image carries `carried`, once that is verified by the key that opens the image.
+fn adopt_disk(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    path: &Path,
+    carried: &Envelope,
+) -> Result<Envelope, Failure> {
+    let record = host.keystore.envelope(carried.id)?;
+    let first = record.as_ref().map_or(carried, |record| &record.envelope);
+    let dek = host.registry.open_envelope(first)?;
+    let believed = believe(host.registry, record.as_ref(), Some(carried), &dek)
+        .map_err(|error| not_believed(&defined.name, &error))?;
+    let passphrase = dek
+        .passphrase()
+        .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
+    volume::verify(path, &passphrase)?;
+    if believed.is_news {
+        host.keystore
+            .put(&believed.envelope, &path.display().to_string())?;
+    }
+    host.keystore.activate(believed.envelope.id)?;
+    Ok(believed.envelope.into_envelope())
 }
 
 fn seal_nvram(
@@ -171,5 +190,5 @@ fn seal_nvram(
         volume::create_nvram(template, path, &passphrase)?;
     }
     host.keystore.activate(object.envelope.id)?;
-    Ok(object.envelope)
+    Ok(object.envelope.into_envelope())
 }

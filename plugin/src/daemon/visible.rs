@@ -7,13 +7,17 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use swtpm_state::{State, StateKey, libvirt_state_dir};
+
 use super::Daemon;
 use super::vms::unreachable;
 use crate::domain::{Domain, Metadata, encrypted_layers};
-use crate::envelope::{Envelope, ObjectKind};
+use crate::envelope::{Envelope, ObjectKind, Precedence};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::{CopyPlace, EnvelopeRecord};
 use crate::libvirt::KeptXml;
+use crate::lifecycle::adoption::believe;
+use crate::secret::Dek;
 use crate::volume;
 
 /// A copy that this host can see.
@@ -96,33 +100,97 @@ impl Daemon {
     }
 
     /// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
-    /// know, or in an earlier generation, and that open. A job that did not know them would leave them behind.
+    /// know, or in an earlier generation, that verify and open. A job that did not know them would leave them behind. What
+    /// can't be believed is passed over.
     pub(super) fn take_in_travelling(&self) -> Result<(), Failure> {
+        let mut candidates = Vec::new();
         for copy in self.visible_copies()? {
-            let known = self.keystore.envelope(copy.envelope.id)?;
-            let Some(location) = to_take_in(&copy, known.as_ref()) else {
-                continue;
-            };
-            if self.registry.open_envelope(&copy.envelope).is_err() {
-                continue;
+            let record = self.keystore.envelope(copy.envelope.id)?;
+            if let Some(location) = to_take_in(&copy, record.as_ref()) {
+                candidates.push((copy, record, location));
             }
-            match self.keystore.put(&copy.envelope, &location) {
-                Ok(_) => tracing::info!(envelope = %copy.envelope.id, place = %copy.place, "taken in"),
-                Err(error) => tracing::warn!(place = %copy.place, "not taken in: {}", chain(&error)),
+        }
+        let first: Vec<_> = candidates
+            .iter()
+            .map(|(copy, record, _)| record.as_ref().map_or(&copy.envelope, |record| &record.envelope))
+            .collect();
+        let opened = self.registry.open_each(&first);
+        for ((copy, record, location), dek) in candidates.iter().zip(opened) {
+            let Ok(dek) = dek else { continue };
+            match self.take_in(copy, record.as_ref(), location, &dek) {
+                Ok(()) => {}
+                Err(failure) => {
+                    tracing::warn!(envelope = %copy.envelope.id, place = %copy.place, "not taken in: {failure}");
+                }
             }
         }
         Ok(())
     }
+
+    fn take_in(
+        &self,
+        copy: &VisibleCopy,
+        record: Option<&EnvelopeRecord>,
+        location: &str,
+        dek: &Dek,
+    ) -> Result<(), Failure> {
+        let refused = |error| Failure::new(Code::Failed, chain(&error));
+        let believed = believe(&self.registry, record, Some(&copy.envelope), dek).map_err(refused)?;
+        if let Some(doubt) = &believed.doubt {
+            tracing::warn!("{}", doubt.words(&copy.envelope, &copy.place.to_string()));
+        }
+        if record.is_none() {
+            self.open_its_object(&believed.envelope, location, dek)?;
+        }
+        if believed.is_news {
+            self.keystore.put(&believed.envelope, location)?;
+            tracing::info!(envelope = %copy.envelope.id, place = %copy.place, "taken in");
+        }
+        Ok(())
+    }
+
+    /// Really opens what is at `location`, or a vTPM's state if there is any.
+    pub(super) fn open_its_object(
+        &self,
+        envelope: &Envelope,
+        location: &str,
+        dek: &Dek,
+    ) -> Result<(), Failure> {
+        let passphrase = dek
+            .passphrase()
+            .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
+        if envelope.kind != ObjectKind::Vtpm {
+            return self.memory.open_image(Path::new(location), envelope, &passphrase);
+        }
+        let dir = libvirt_state_dir(&self.config().swtpm_dir, &envelope.vm);
+        let of_state = |error: &dyn std::error::Error| {
+            Failure::from_error(Code::Failed, format!("its state in {}", dir.display()), error)
+        };
+        match State::read(&dir).map_err(|error| of_state(&error))? {
+            State::Absent => Ok(()),
+            State::Plain(_) => Err(Failure::new(
+                Code::Failed,
+                format!("its state in {} is not encrypted", dir.display()),
+            )),
+            State::Encrypted(state) => {
+                let key = StateKey::derive(passphrase.expose()).map_err(|error| of_state(&error))?;
+                state.authenticate(&key).map_err(|error| of_state(&error))
+            }
+        }
+    }
 }
 
-/// The location to keep it with, if the keystore should learn of it. A snapshot is the past.
+/// The location to keep it with, if the keystore should learn of it. A snapshot is the past, and who wrote a format 1 can't
+/// be told.
 fn to_take_in(copy: &VisibleCopy, known: Option<&EnvelopeRecord>) -> Option<String> {
-    if matches!(copy.place, Place::Snapshot(..)) {
+    if matches!(copy.place, Place::Snapshot(..)) || copy.envelope.format() != Envelope::FORMAT {
         return None;
     }
     match known {
-        Some(known) if known.envelope.generation >= copy.envelope.generation => None,
-        Some(known) => Some(known.location.clone()),
+        Some(known) => {
+            let is_newer = copy.envelope.supersedes(&known.envelope) == Precedence::Newer;
+            is_newer.then(|| known.location.clone())
+        }
         None if copy.envelope.kind == ObjectKind::Vtpm => Some(String::new()),
         None => Some(copy.location.as_ref()?.display().to_string()),
     }

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use super::*;
 use crate::envelope::{
-    Binding, Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, Stanza, VmId,
+    Binding, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
 };
 use crate::own_process;
+use crate::secret::Dek;
 
 const STATE_DIR: &str = "VIRTSEAL_TEST_STATE_DIR";
 
@@ -22,12 +23,12 @@ fn write_for_ever(dir: &Path) -> ! {
         writeln!(out, "\n{word} {id}").and_then(|()| out.flush()).unwrap();
     };
     loop {
-        let mut envelope = new_envelope(vm);
+        let (envelope, dek) = new_envelope(vm);
         keystore.insert_pending(&envelope, "/images/disk.qcow2").unwrap();
         say("pending", envelope.id);
         keystore.activate(envelope.id).unwrap();
         say("active", envelope.id);
-        envelope.generation = Generation(2);
+        let envelope = envelope.mark_seen(&dek).unwrap();
         keystore.put(&envelope, "").unwrap();
         say("second", envelope.id);
         let provider = ProviderId::random();
@@ -169,7 +170,7 @@ fn check(dir: &Path, reported: &[String]) {
     }
 }
 
-fn new_envelope(vm: VmId) -> Envelope {
+fn new_envelope(vm: VmId) -> (Verified, Dek) {
     let binding = Binding {
         envelope: EnvelopeId::random(),
         vm,
@@ -182,5 +183,6 @@ fn new_envelope(vm: VmId) -> Envelope {
         mechanism: "A256GCM".to_owned(),
         body: vec![7; 92],
     };
-    Envelope::new(&binding, vec![stanza]).unwrap()
+    let dek = Dek::random().unwrap();
+    (Verified::new(&binding, vec![stanza], &dek).unwrap(), dek)
 }

@@ -1,10 +1,11 @@
 //! Rows of envelopes.
 
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, Row, Transaction, params};
 
 use super::copies::{self, CopyPlace};
 use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, jobs, now};
-use crate::envelope::{Envelope, EnvelopeId, Generation, VmId};
+use crate::envelope::{Envelope, EnvelopeError, EnvelopeId, Format1, Precedence, Verified, VmId};
+use crate::secret::Dek;
 
 /// Whether an envelope's object is known to open with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +42,16 @@ pub struct EnvelopeRecord {
     pub updated: UnixTime,
 }
 
+impl EnvelopeRecord {
+    /// Its envelope, once a stanza of it has opened to `dek`. A format 1 is upgraded: root alone writes the keystore.
+    ///
+    /// # Errors
+    /// When its MAC is not one by `dek`.
+    pub fn verify(&self, dek: &Dek) -> Result<Verified, EnvelopeError> {
+        self.envelope.upgrade(dek, Format1::OfKeystore)
+    }
+}
+
 /// What [`Keystore::put`] did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Put {
@@ -61,7 +72,7 @@ impl Keystore {
     ///
     /// # Errors
     /// [`KeystoreError::EnvelopeExists`] when the id is taken.
-    pub fn insert_pending(&self, envelope: &Envelope, location: &str) -> Result<(), KeystoreError> {
+    pub fn insert_pending(&self, envelope: &Verified, location: &str) -> Result<(), KeystoreError> {
         self.write(|transaction| {
             if find(transaction, envelope.id)?.is_some() {
                 return Err(KeystoreError::EnvelopeExists(envelope.id).into());
@@ -110,38 +121,14 @@ impl Keystore {
         })
     }
 
-    /// Takes over an envelope that was verified by unwrapping it: a copy from a domain's XML or an image, or a
-    /// new generation made here. The highest generation wins; an unknown one becomes active at `location`.
+    /// Takes over an envelope whose object has opened with the DEK that verified it: a copy from a domain's XML or an
+    /// image, or a new generation made here. The newest wins; an unknown one becomes active at `location`.
     ///
     /// # Errors
     /// [`KeystoreError::Conflict`] for another envelope of the same generation, [`KeystoreError::OtherObject`]
     /// when VM or kind differ from what the keystore has. Neither changes anything.
-    pub fn put(&self, envelope: &Envelope, location: &str) -> Result<Put, KeystoreError> {
-        self.write(|transaction| {
-            let known = find(transaction, envelope.id)?;
-            let verdict = compare(known.as_ref().map(|record| &record.envelope), envelope)?;
-            match verdict {
-                Put::Adopted => insert(transaction, envelope, EnvelopeState::Active, location)?,
-                Put::Updated => {
-                    // The image may still have the earlier one; the next look at it tells.
-                    if let Some(known) = &known {
-                        copies::note_stale(transaction, &known.envelope, CopyPlace::Image)?;
-                    }
-                    transaction.execute(
-                        "UPDATE envelopes SET generation = ?2, json = ?3, updated = ?4 WHERE id = ?1",
-                        params![
-                            envelope.id.to_string(),
-                            storable_generation(envelope)?,
-                            envelope.to_json(),
-                            now()
-                        ],
-                    )?;
-                    jobs::take_along(transaction, envelope.id)?;
-                }
-                Put::Unchanged | Put::Stale => {}
-            }
-            Ok(verdict)
-        })
+    pub fn put(&self, envelope: &Verified, location: &str) -> Result<Put, KeystoreError> {
+        self.write(|transaction| take_over(transaction, envelope, EnvelopeState::Active, location))
     }
 
     /// The envelope called `id`.
@@ -172,9 +159,42 @@ impl Keystore {
     }
 }
 
+/// Only for what was verified, or was a row of the keystore before.
+pub(super) fn take_over(
+    transaction: &Transaction,
+    envelope: &Envelope,
+    state: EnvelopeState,
+    location: &str,
+) -> Result<Put, StoreFault> {
+    let known = find(transaction, envelope.id)?;
+    let verdict = compare(known.as_ref().map(|record| &record.envelope), envelope)?;
+    match verdict {
+        Put::Adopted => insert(transaction, envelope, state, location)?,
+        Put::Updated => {
+            // XML and image may still have the earlier one; the next look at them tells.
+            if let Some(known) = &known {
+                for place in [CopyPlace::Xml, CopyPlace::Image] {
+                    copies::note_stale(transaction, &known.envelope, place)?;
+                }
+            }
+            transaction.execute(
+                "UPDATE envelopes SET generation = ?2, json = ?3, updated = ?4 WHERE id = ?1",
+                params![
+                    envelope.id.to_string(),
+                    storable_generation(envelope)?,
+                    envelope.to_json(),
+                    now()
+                ],
+            )?;
+            jobs::take_along(transaction, envelope.id)?;
+        }
+        Put::Unchanged | Put::Stale => {}
+    }
+    Ok(verdict)
+}
+
 /// What becomes of `offered` beside what the keystore knows under its id.
 fn compare(known: Option<&Envelope>, offered: &Envelope) -> Result<Put, KeystoreError> {
-    storable_generation(offered)?;
     let Some(known) = known else {
         return Ok(Put::Adopted);
     };
@@ -185,21 +205,20 @@ fn compare(known: Option<&Envelope>, offered: &Envelope) -> Result<Put, Keystore
             offered: format!("{} of VM {}", offered.kind, offered.vm),
         });
     }
-    match offered.generation.cmp(&known.generation) {
-        std::cmp::Ordering::Less => Ok(Put::Stale),
-        std::cmp::Ordering::Greater => Ok(Put::Updated),
-        std::cmp::Ordering::Equal if known == offered => Ok(Put::Unchanged),
-        std::cmp::Ordering::Equal => Err(KeystoreError::Conflict {
+    match offered.supersedes(known) {
+        Precedence::Older => Ok(Put::Stale),
+        Precedence::Newer => Ok(Put::Updated),
+        Precedence::Same => Ok(Put::Unchanged),
+        Precedence::Conflict => Err(KeystoreError::Conflict {
             id: known.id,
             generation: known.generation,
         }),
     }
 }
 
-/// SQLite's integers end at 2^63-1; a generation comes from XML that anyone may have edited.
+/// SQLite's integers end at 2^63-1, as those of format 2 do.
 pub(super) fn storable_generation(envelope: &Envelope) -> Result<i64, KeystoreError> {
-    let Generation(generation) = envelope.generation;
-    i64::try_from(generation).map_err(|_| KeystoreError::GenerationTooHigh {
+    i64::try_from(envelope.generation.0).map_err(|_| KeystoreError::GenerationTooHigh {
         id: envelope.id,
         generation: envelope.generation,
     })
@@ -278,9 +297,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::envelope::{Binding, KekId, ObjectKind, ProviderId, Stanza};
+    use crate::envelope::{Binding, Generation, KekId, ObjectKind, ProviderId, Stanza};
 
-    fn envelope(vm: VmId) -> Envelope {
+    fn dek() -> Dek {
+        Dek::from_bytes(&[7; 32]).unwrap()
+    }
+
+    fn envelope(vm: VmId) -> Verified {
         let binding = Binding {
             envelope: EnvelopeId::random(),
             vm,
@@ -293,14 +316,20 @@ mod tests {
             mechanism: "A256GCM".to_owned(),
             body: vec![7; 92],
         };
-        Envelope::new(&binding, vec![stanza]).unwrap()
+        Verified::new(&binding, vec![stanza], &dek()).unwrap()
     }
 
-    fn version(of: &Envelope, generation: u64, body: u8) -> Envelope {
-        let mut envelope = of.clone();
-        envelope.generation = Generation(generation);
-        envelope.stanzas[0].body = vec![body; 92];
-        envelope
+    fn changed(of: &Verified, change: impl FnOnce(&mut Envelope)) -> Verified {
+        let mut envelope = of.clone().into_envelope();
+        change(&mut envelope);
+        Verified::of_test(envelope, &dek())
+    }
+
+    fn version(of: &Verified, generation: u64, body: u8) -> Verified {
+        changed(of, |envelope| {
+            envelope.generation = Generation(generation);
+            envelope.stanzas[0].body = vec![body; 92];
+        })
     }
 
     #[test]
@@ -319,7 +348,7 @@ mod tests {
         }
         let keystore = Keystore::open(dir.path()).unwrap();
         let record = keystore.envelope(first.id).unwrap().unwrap();
-        assert_eq!(record.envelope, first);
+        assert_eq!(record.envelope, *first);
         assert_eq!(record.state, EnvelopeState::Active);
         assert_eq!(record.location, "/images/web01.qcow2");
         assert_eq!(keystore.envelopes_of(vm).unwrap(), [record]);
@@ -328,7 +357,7 @@ mod tests {
         keystore
             .each_envelope(|record| seen.push(record.envelope))
             .unwrap();
-        assert!(seen.len() == 2 && seen.contains(&first) && seen.contains(&second));
+        assert!(seen.len() == 2 && seen.contains(&*first) && seen.contains(&*second));
         assert_eq!(
             keystore.envelope(second.id).unwrap().unwrap().state,
             EnvelopeState::Pending
@@ -367,7 +396,7 @@ mod tests {
         assert_eq!(keystore.withdraw(failed.id).unwrap(), Change::Unchanged);
         let left = keystore.envelopes().unwrap();
         assert_eq!(left.len(), 1);
-        assert_eq!(left[0].envelope, made);
+        assert_eq!(left[0].envelope, *made);
     }
 
     #[test]
@@ -390,34 +419,54 @@ mod tests {
         let keystore = Keystore::open(dir.path()).unwrap();
         let envelope = envelope(VmId::random());
         keystore.put(&envelope, "a").unwrap();
-        let mut moved = version(&envelope, 9, 9);
-        moved.vm = VmId::random();
+        let moved = changed(&envelope, |envelope| {
+            envelope.generation = Generation(9);
+            envelope.vm = VmId::random();
+        });
         assert!(matches!(
             keystore.put(&moved, "a"),
             Err(KeystoreError::OtherObject { .. })
         ));
-        let mut other_kind = version(&envelope, 9, 9);
-        other_kind.kind = ObjectKind::Vtpm;
+        let other_kind = changed(&envelope, |envelope| {
+            envelope.generation = Generation(9);
+            envelope.kind = ObjectKind::Vtpm;
+        });
         assert!(matches!(
             keystore.put(&other_kind, "a"),
             Err(KeystoreError::OtherObject { .. })
         ));
         assert_eq!(
             keystore.envelope(envelope.id).unwrap().unwrap().envelope,
-            envelope
+            *envelope
         );
     }
 
+    /// What an earlier virtseal left, also where somebody made it believe in a generation that nothing comes after.
     #[test]
-    fn generation_beyond_sqlite_is_refused() {
+    fn a_row_of_format_1_is_believed_and_upgraded() {
         let dir = tempfile::tempdir().unwrap();
         let keystore = Keystore::open(dir.path()).unwrap();
-        let hostile = version(&envelope(VmId::random()), u64::MAX, 1);
-        assert!(matches!(
-            keystore.put(&hostile, ""),
-            Err(KeystoreError::GenerationTooHigh { .. })
-        ));
-        assert!(keystore.envelopes().unwrap().is_empty());
+        let made = envelope(VmId::random());
+        keystore.put(&made, "a").unwrap();
+        for generation in [1, i64::MAX] {
+            let mut old: serde_json::Value = serde_json::from_str(&made.to_json()).unwrap();
+            old["version"] = 1.into();
+            old["generation"] = generation.into();
+            let fields = old.as_object_mut().unwrap();
+            fields.retain(|field, _| !["mac", "seen", "shared_with"].contains(&field.as_str()));
+            let sql = "UPDATE envelopes SET json = ?1, generation = ?2";
+            keystore
+                .connection()
+                .execute(sql, params![old.to_string(), generation])
+                .unwrap();
+            let record = keystore.envelope(made.id).unwrap().unwrap();
+            assert_eq!(record.envelope.format(), 1);
+            let next = record.verify(&dek()).unwrap();
+            assert_eq!(keystore.put(&next, "a").unwrap(), Put::Updated);
+            let record = keystore.envelope(made.id).unwrap().unwrap();
+            assert_eq!(record.verify(&dek()).unwrap(), next);
+            assert!(record.verify(&Dek::random().unwrap()).is_err());
+        }
     }
 
     #[test]
@@ -484,7 +533,7 @@ mod tests {
                 }
                 let known = model.as_ref().unwrap();
                 let stored = keystore.envelope(base.id).unwrap().unwrap();
-                prop_assert_eq!(stored.envelope, version(&base, known.generation, known.body));
+                prop_assert_eq!(stored.envelope, version(&base, known.generation, known.body).into_envelope());
                 prop_assert_eq!(stored.state, EnvelopeState::Active);
             }
         }

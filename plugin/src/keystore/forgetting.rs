@@ -3,9 +3,7 @@
 use rusqlite::{Transaction, params};
 
 use super::error::StoreFault;
-use super::{
-    Change, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, Put, RetiredKek, VmRecord, envelopes, now,
-};
+use super::{Change, EnvelopeRecord, Keystore, KeystoreError, Put, RetiredKek, VmRecord, envelopes, now};
 use crate::envelope::VmId;
 
 impl Keystore {
@@ -44,16 +42,15 @@ impl Keystore {
         })
     }
 
-    /// Takes back an envelope that was forgotten, as it was; one that is known by now stays if it is as new.
+    /// Takes back a row that was forgotten, as it was; one that is known by now stays if it is as new. Only for what root
+    /// alone can have written: it is believed as the keystore is.
     ///
     /// # Errors
     /// As [`Keystore::put`].
     pub fn bring_back(&self, record: &EnvelopeRecord) -> Result<Put, KeystoreError> {
-        if record.state == EnvelopeState::Pending && self.envelope(record.envelope.id)?.is_none() {
-            self.insert_pending(&record.envelope, &record.location)?;
-            return Ok(Put::Adopted);
-        }
-        self.put(&record.envelope, &record.location)
+        self.write(|transaction| {
+            envelopes::take_over(transaction, &record.envelope, record.state, &record.location)
+        })
     }
 
     /// Takes back what was known of a VM. What is known by now stays.

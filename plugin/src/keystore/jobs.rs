@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use super::copies::{self, CopyPlace};
 use super::envelopes::{self, EnvelopeRecord};
 use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now, parse_id};
-use crate::envelope::{Envelope, EnvelopeId, Stanza};
+use crate::envelope::{Envelope, EnvelopeId, Stanza, Verified};
 
 /// Names a job on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,7 +101,7 @@ pub enum Verdict {
     /// It is as the job wants it.
     Unchanged(EnvelopeId),
     /// The second, of the next generation, takes the place of the first.
-    Replace(Box<Envelope>, Box<Envelope>),
+    Replace(Box<Envelope>, Box<Verified>),
     /// It stays as it was.
     Left(LeftBehind),
 }
@@ -301,7 +301,7 @@ fn row_of(transaction: &Transaction, id: EnvelopeId) -> Result<i64, StoreFault> 
 fn replace(
     transaction: &Transaction,
     old: &Envelope,
-    new: &Envelope,
+    new: &Verified,
 ) -> Result<Option<LeftBehind>, StoreFault> {
     let rows = transaction
         .prepare_cached(

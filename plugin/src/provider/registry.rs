@@ -16,7 +16,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError};
-use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Stanza, VmId};
+use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Stanza, Verified, VmId};
 use crate::keystore::{Change, Keystore, KeystoreError};
 use crate::secret::Dek;
 use watch::{Pace, Watches};
@@ -193,6 +193,18 @@ impl Registry {
         Ok(deks.pop().expect("one envelope yields one DEK"))
     }
 
+    /// The DEK of an envelope, from those providers alone that are ready; nobody else is asked.
+    #[must_use]
+    pub fn open_usable(&self, envelope: &Envelope) -> Option<Dek> {
+        let usable: Vec<_> = self
+            .providers()
+            .into_iter()
+            .filter(|known| known.provider().status().is_usable())
+            .collect();
+        let mut opened = opening::open_all(&usable, &[envelope], self.deadline()).ok()?;
+        opened.pop()
+    }
+
     /// The DEKs of all `envelopes`, in their order, with one call per provider unless a stanza does not open.
     ///
     /// # Errors
@@ -210,7 +222,7 @@ impl Registry {
     ///
     /// # Errors
     /// When there is no such provider, or one of them does not wrap: then there is no envelope at all.
-    pub fn seal_new(&self, provider: Option<&str>, binding: &Binding) -> Result<(Envelope, Dek), SealError> {
+    pub fn seal_new(&self, provider: Option<&str>, binding: &Binding) -> Result<(Verified, Dek), SealError> {
         let providers = match provider {
             Some(name) => vec![self.find(name)?],
             None => self.policy()?,
@@ -228,9 +240,9 @@ impl Registry {
                 source,
             })?);
         }
-        let envelope = Envelope::new(binding, stanzas)?;
+        let envelope = Verified::new(binding, stanzas, &dek)?;
         for (provider, stanza) in providers.iter().zip(&envelope.stanzas) {
-            let mut alone = envelope.clone();
+            let mut alone = envelope.clone().into_envelope();
             alone.stanzas = vec![stanza.clone()];
             let opened = self.open_envelope(&alone).map_err(SealError::NotVerified)?;
             if !openssl::memcmp::eq(opened.expose(), dek.expose()) {

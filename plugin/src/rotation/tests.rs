@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use crate::envelope::{Binding, EnvelopeId, Generation, ObjectKind};
+use crate::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Verified};
 use crate::keystore::{CopyNews, CopyPlace, JobId, Pass};
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
@@ -100,6 +100,14 @@ impl Host {
     fn sweep(&self, task: &Task) -> JobRecord {
         self.start(task);
         self.run()
+    }
+
+    /// `envelope` after `change`, as one who opened it would have left it.
+    fn changed(&self, envelope: &Envelope, change: impl FnOnce(&mut Envelope)) -> Verified {
+        let dek = self.registry.open_envelope(envelope).unwrap();
+        let mut changed = envelope.clone();
+        change(&mut changed);
+        Verified::of_test(changed, &dek)
     }
 
     fn envelopes(&self) -> Vec<Envelope> {
@@ -281,10 +289,12 @@ fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
     let host = Host::with_envelopes(3);
     let (main, spare) = (host.main.id(), host.spare.id());
     host.sweep(&Task::AddRecipient { provider: spare });
-    for mut envelope in host.envelopes() {
-        envelope.generation = Generation(envelope.generation.0 + 1);
-        envelope.stanzas[1].body[20] ^= 1;
-        host.keystore.put(&envelope, "").unwrap();
+    for envelope in host.envelopes() {
+        let damaged = host.changed(&envelope, |envelope| {
+            envelope.generation.0 += 1;
+            envelope.stanzas[1].body[20] ^= 1;
+        });
+        host.keystore.put(&damaged, "").unwrap();
     }
     let job = host.sweep(&Task::RemoveRecipient { provider: main });
     assert_eq!((job.state, job.left), (JobState::Incomplete, 3));
@@ -303,33 +313,35 @@ fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
 #[test]
 fn an_adopted_generation_leaves_the_image_in_doubt() {
     let host = Host::with_envelopes(1);
-    let mut travelled = host.envelopes().remove(0);
+    let travelled = host.changed(&host.envelopes()[0], |envelope| {
+        envelope.generation = Generation(2);
+    });
     let needed = |host: &Host| host.keystore.needed_keks().unwrap();
     assert_eq!(needed(&host), []);
-    travelled.generation = Generation(2);
     host.keystore.put(&travelled, "").unwrap();
-    let found = needed(&host);
-    assert_eq!((found.len(), found[0].place), (1, CopyPlace::Image));
-    // What is found in an XML counts as long as the envelope is known.
-    host.keystore.copy_is_behind(&travelled, CopyPlace::Xml).unwrap();
-    travelled.id = EnvelopeId::random();
-    host.keystore.copy_is_behind(&travelled, CopyPlace::Xml).unwrap();
+    let places: Vec<_> = needed(&host).iter().map(|needed| needed.place).collect();
+    assert_eq!(places, [CopyPlace::Image, CopyPlace::Xml]);
+    // What is found counts as long as the envelope is known.
+    let mut unknown = travelled.into_envelope();
+    unknown.id = EnvelopeId::random();
+    host.keystore.copy_is_behind(&unknown, CopyPlace::Xml).unwrap();
     assert_eq!(needed(&host).len(), 2);
 }
 
 #[test]
 fn a_damaged_envelope_is_left_alone_and_named() {
     let host = Host::with_envelopes(7);
-    let mut bad = host.envelopes()[3].clone();
-    bad.generation = Generation(2);
-    bad.stanzas[0].body[20] ^= 1;
+    let bad = host.changed(&host.envelopes()[3], |envelope| {
+        envelope.generation = Generation(2);
+        envelope.stanzas[0].body[20] ^= 1;
+    });
     host.keystore.put(&bad, "").unwrap();
     let job = host.sweep(&host.move_to_spare());
     assert_eq!((job.state, job.changed, job.left), (JobState::Incomplete, 6, 1));
     let left = host.keystore.left_behind(job.id, 10).unwrap();
     assert_eq!((left[0].envelope, left[0].again), (bad.id, false));
     assert!(left[0].reason.contains("tampered"), "{}", left[0].reason);
-    assert_eq!(host.keystore.envelope(bad.id).unwrap().unwrap().envelope, bad);
+    assert_eq!(host.keystore.envelope(bad.id).unwrap().unwrap().envelope, *bad);
 }
 
 #[test]
@@ -340,22 +352,21 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
         provider: host.spare.id(),
     });
     let work = [Rewrap {
-        envelope: before.clone(),
+        record: host.keystore.envelope(before.id).unwrap().unwrap(),
         slots: vec![Slot::Keep(0), Slot::Wrap(host.spare.id())],
     }];
     let Rewrapped::Changed(next) = host.registry.rewrap(&work).unwrap().remove(0) else {
         panic!("not rewrapped");
     };
     // A start has adopted a later generation from the domain's XML.
-    let mut adopted = before.clone();
-    adopted.generation = Generation(7);
+    let adopted = host.changed(&before, |envelope| envelope.generation = Generation(7));
     host.keystore.put(&adopted, "").unwrap();
     let record = host
         .keystore
         .commit_batch(job, &[Verdict::Replace(Box::new(before), next)])
         .unwrap();
     assert_eq!((record.changed, record.left), (0, 1));
-    assert_eq!(host.envelopes(), [adopted]);
+    assert_eq!(host.envelopes(), [adopted.into_envelope()]);
     let job = host.run();
     let job = if job.pass == Pass::Left && job.state == JobState::Running {
         host.run()
@@ -474,8 +485,9 @@ fn what_comes_back_behind_a_job_is_taken_along() {
     assert!(matches!(host.step(2), Some(Step::Worked(job)) if job.changed == 2));
     // From a host that did not take part, by the XML of the VM that comes from there.
     let gone = |known: &&Envelope| host.keystore.envelope(known.id).unwrap().unwrap().envelope != **known;
-    let mut travelled = before.iter().find(gone).unwrap().clone();
-    travelled.generation = Generation(7);
+    let travelled = host.changed(before.iter().find(gone).unwrap(), |envelope| {
+        envelope.generation = Generation(7);
+    });
     host.keystore.put(&travelled, "").unwrap();
     let job = host.run();
     assert_eq!((job.state, job.changed), (JobState::Running, 3));

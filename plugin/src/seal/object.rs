@@ -1,15 +1,16 @@
 //! An envelope with its key, on the way to becoming an object.
 
 use super::Host;
-use crate::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::failure::{Code, Failure};
+use crate::envelope::{Binding, EnvelopeId, ObjectKind, Verified, VmId};
+use crate::failure::{Code, Failure, chain};
+use crate::keystore::EnvelopeRecord;
 use crate::secret::{Dek, Passphrase};
 
 /// An envelope and the DEK in it.
 #[derive(Debug)]
 pub struct NewObject {
     /// In the keystore, perhaps still pending.
-    pub envelope: Envelope,
+    pub envelope: Verified,
     /// Whether it was made just now: then nothing can be encrypted with it yet.
     pub is_new: bool,
     dek: Dek,
@@ -36,7 +37,7 @@ impl NewObject {
                 && wanted.is_none_or(|id| envelope.stanzas.iter().any(|stanza| stanza.provider == id))
         });
         if let Some(record) = left {
-            return Self::open(host, record.envelope);
+            return Self::open(host, &record);
         }
         let binding = Binding {
             envelope: EnvelopeId::random(),
@@ -52,9 +53,12 @@ impl NewObject {
         })
     }
 
-    /// Unwraps `envelope`.
-    pub fn open(host: &Host<'_>, envelope: Envelope) -> Result<Self, Failure> {
-        let dek = host.registry.open_envelope(&envelope)?;
+    /// Unwraps an envelope that the keystore has.
+    pub fn open(host: &Host<'_>, record: &EnvelopeRecord) -> Result<Self, Failure> {
+        let dek = host.registry.open_envelope(&record.envelope)?;
+        let envelope = record
+            .verify(&dek)
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         Ok(Self {
             envelope,
             is_new: false,

@@ -213,13 +213,11 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
     })
 }
 
-/// The envelope in an image of ours: the keystore's copy if that is newer.
+/// An image of ours: its envelope is adopted, unless the keystore and the XML have it.
 fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Result<DiskWork, Failure> {
     let known = host.keystore.envelope(carried.id)?.map(|record| record.envelope);
-    let envelope = match known {
-        Some(known) if known.generation >= carried.generation => known,
-        _ => carried.clone(),
-    };
+    let is_known = known.is_some();
+    let envelope = known.unwrap_or_else(|| carried.clone());
     if envelope.vm != domain.uuid && !disk.shareable {
         return Err(
             Failure::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(format!(
@@ -230,7 +228,7 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
     }
     let named = disk.encryption.as_ref().map(|encryption| &encryption.secret);
     match named {
-        Some(domain::SecretRef::Uuid(id)) if *id == envelope.id && carries(domain, &envelope) => {
+        Some(domain::SecretRef::Uuid(id)) if *id == envelope.id && is_known && carries(domain, &envelope) => {
             Ok(DiskWork::Sealed(envelope))
         }
         Some(domain::SecretRef::Uuid(id)) if *id != envelope.id => Err(Failure::new(
@@ -244,7 +242,7 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
             "virsh edit {}: remove that disk's <encryption>, then seal",
             word(&domain.name)
         ))),
-        _ => Ok(DiskWork::Adopt(envelope)),
+        _ => Ok(DiskWork::Adopt(carried.clone())),
     }
 }
 
@@ -267,7 +265,7 @@ fn carries(domain: &Domain, envelope: &Envelope) -> bool {
         == Some(envelope)
 }
 
-/// The envelope that the XML names for an object, if it is one of this VM.
+/// The envelope that the XML names for an object, if it is one of this VM: the keystore's, where it has one.
 fn named_envelope(
     host: &Host<'_>,
     domain: &Domain,
@@ -279,11 +277,8 @@ fn named_envelope(
         .metadata
         .as_ref()
         .and_then(|metadata| metadata.envelope(id).cloned());
-    let newest = known
-        .into_iter()
-        .chain(carried)
-        .max_by_key(|envelope| envelope.generation);
-    newest
+    known
+        .or(carried)
         .filter(|envelope| envelope.kind == kind && envelope.vm == domain.uuid)
         .ok_or_else(|| {
             Failure::new(

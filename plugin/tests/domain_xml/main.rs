@@ -14,7 +14,10 @@ use std::path::Path;
 use uuid::Uuid;
 use virtseal::domain::edit::{DiskEdit, LoaderPin, NvramEdit, SealEdit, seal};
 use virtseal::domain::{Domain, objects};
-use virtseal::envelope::{Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
+use virtseal::envelope::{
+    Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
+};
+use virtseal::secret::Dek;
 
 /// Every file in `tests/domains`, with its name.
 fn fixtures() -> Vec<(String, String)> {
@@ -58,7 +61,10 @@ fn envelope(vm: VmId, id: EnvelopeId, kind: ObjectKind) -> Envelope {
         vm,
         kind,
     };
-    Envelope::new(&binding, vec![stanza]).unwrap()
+    let dek = Dek::from_bytes(&[7; Dek::LEN]).unwrap();
+    Verified::new(&binding, vec![stanza], &dek)
+        .unwrap()
+        .into_envelope()
 }
 
 /// What sealing everything that can be sealed takes.

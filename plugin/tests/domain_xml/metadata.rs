@@ -59,12 +59,12 @@ fn a_newer_generation_is_never_overwritten() {
 #[test]
 fn a_damaged_envelope_is_named() {
     let xml = seal_all(&fixture("libvirt9-uefi.xml"));
-    let error = Domain::parse(&xml.replacen("\"version\":1", "\"version\":", 1)).unwrap_err();
+    let error = Domain::parse(&xml.replacen("\"version\":2", "\"version\":", 1)).unwrap_err();
     assert_eq!(
         error.to_string(),
         format!("6:7: the envelope {} in the metadata can't be read", id(100))
     );
-    let error = Domain::parse(&xml.replacen("\"version\":1", "\"version\":2", 1)).unwrap_err();
+    let error = Domain::parse(&xml.replacen("\"version\":2", "\"version\":3", 1)).unwrap_err();
     assert!(
         std::error::Error::source(&error)
             .unwrap()

@@ -19,7 +19,9 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 use virtseal::domain::DeclaredFormat;
-use virtseal::envelope::{Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
+use virtseal::envelope::{
+    Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
+};
 use virtseal::secret::{Dek, Passphrase};
 use virtseal::volume::{
     self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Declaration, Format, Held, Step,
@@ -158,7 +160,10 @@ fn envelope(stanzas: usize) -> Envelope {
         mechanism: "A256GCM".to_owned(),
         body: vec![0x5a; 92],
     };
-    Envelope::new(&binding, vec![stanza; stanzas]).unwrap()
+    let dek = Dek::random().unwrap();
+    Verified::new(&binding, vec![stanza; stanzas], &dek)
+        .unwrap()
+        .into_envelope()
 }
 
 fn go_on(_: volume::Percent) -> ControlFlow<()> {

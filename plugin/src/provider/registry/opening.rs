@@ -16,7 +16,7 @@ use crate::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza, VmId
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::DeletedProvider;
 use crate::local_time::time_of_day;
-use crate::provider::{ErrorClass, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::provider::{ErrorClass, KeyProvider, ProviderError, ProviderName};
 use crate::secret::Dek;
 
 /// Why an envelope does not open.
@@ -327,12 +327,8 @@ impl<'a> Opening<'a> {
     }
 
     fn is_usable(&self, id: ProviderId) -> bool {
-        self.providers.get(&id).is_some_and(|known| {
-            matches!(
-                known.provider().status(),
-                ProviderStatus::Ready | ProviderStatus::NotBackedUp | ProviderStatus::Degraded(_)
-            )
-        })
+        let known = self.providers.get(&id);
+        known.is_some_and(|known| known.provider().status().is_usable())
     }
 
     /// The next stanza of every envelope that is still closed; none when all are open or have failed.

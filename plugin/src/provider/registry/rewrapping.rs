@@ -1,15 +1,16 @@
 //! Envelopes with other stanzas around the same DEK.
 //!
 //! Each DEK is unwrapped, wrapped by whoever is to have it, unwrapped from every new stanza and compared, before the new
-//! envelope is returned. Nothing is stored here, and no DEK leaves.
+//! envelope, with a MAC by that DEK, is returned. Nothing is stored here, and no DEK leaves.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use super::deadline::each_within;
 use super::{NextCommand, OpenError, Provider, Registry, opening};
-use crate::envelope::{Envelope, Generation, KekId, Payload, ProviderId, Stanza};
+use crate::envelope::{Envelope, KekId, Payload, ProviderId, Stanza, Verified};
 use crate::failure::{Code, Failure, chain};
+use crate::keystore::EnvelopeRecord;
 use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
 use crate::secret::Dek;
 
@@ -27,8 +28,8 @@ pub enum Slot {
 /// An envelope, and the stanzas that it should have.
 #[derive(Clone, Debug)]
 pub struct Rewrap {
-    /// The envelope as it is.
-    pub envelope: Envelope,
+    /// The envelope as the keystore has it.
+    pub record: EnvelopeRecord,
     /// What it should become; never empty.
     pub slots: Vec<Slot>,
 }
@@ -39,7 +40,7 @@ pub enum Rewrapped {
     /// Every stanza is already what it should be.
     Unchanged,
     /// The next generation, verified.
-    Changed(Box<Envelope>),
+    Changed(Box<Verified>),
     /// It can't be done.
     Left {
         /// Why.
@@ -93,8 +94,15 @@ enum Filled {
     New(Stanza),
 }
 
-/// An envelope's DEK and what its slots have got so far, or what has become of it already.
-type Outcome<'a> = Result<(&'a Dek, Vec<Option<Filled>>), Rewrapped>;
+/// An envelope that is open, and what its slots have got so far.
+struct Open<'a> {
+    dek: &'a Dek,
+    current: Verified,
+    filled: Vec<Option<Filled>>,
+}
+
+/// It, or what has become of it already.
+type Outcome<'a> = Result<Open<'a>, Rewrapped>;
 
 impl Registry {
     /// Why `provider` can't wrap now, without asking it.
@@ -132,13 +140,13 @@ impl Registry {
     /// # Errors
     /// [`Blocked`] when a provider that is to wrap refuses as a whole; then nothing was made.
     pub fn rewrap(&self, work: &[Rewrap]) -> Result<Vec<Rewrapped>, Blocked> {
-        let envelopes: Vec<_> = work.iter().map(|rewrap| &rewrap.envelope).collect();
+        let envelopes: Vec<_> = work.iter().map(|rewrap| &rewrap.record.envelope).collect();
         let opened = self.open_each(&envelopes);
         let mut orders: BTreeMap<ProviderId, Vec<Order>> = BTreeMap::new();
         let mut outcomes: Vec<Outcome<'_>> = Vec::new();
         for (number, (rewrap, dek)) in work.iter().zip(&opened).enumerate() {
             outcomes.push(match dek {
-                Ok(dek) => order(number, rewrap, dek, &mut orders).map(|filled| (dek, filled)),
+                Ok(dek) => open(number, rewrap, dek, &mut orders),
                 Err(error) => Err(left(error)),
             });
         }
@@ -147,7 +155,7 @@ impl Registry {
                 let (number, slot) = at;
                 match (answer, &mut outcomes[number]) {
                     (_, Err(_)) => {}
-                    (Ok(filled), Ok((_, slots))) => slots[slot] = Some(filled),
+                    (Ok(filled), Ok(open)) => open.filled[slot] = Some(filled),
                     (Err(error), outcome) => {
                         *outcome = Err(Rewrapped::Left {
                             reason: chain(&error),
@@ -161,7 +169,7 @@ impl Registry {
     }
 
     /// Opens each of them, where [`Registry::open_all`] opens all or none.
-    fn open_each(&self, envelopes: &[&Envelope]) -> Vec<Result<Dek, OpenError>> {
+    pub(crate) fn open_each(&self, envelopes: &[&Envelope]) -> Vec<Result<Dek, OpenError>> {
         let deleted = self.keystore.deleted_providers().unwrap_or_default();
         opening::open_each(&self.providers(), envelopes, self.deadline())
             .into_iter()
@@ -210,14 +218,15 @@ impl Registry {
         let mut results = Vec::with_capacity(work.len());
         let mut probes: Vec<(usize, &Dek, Envelope)> = Vec::new();
         for (number, (rewrap, outcome)) in work.iter().zip(outcomes).enumerate() {
-            let made = outcome.and_then(|(dek, filled)| {
-                let (next, fresh) = put_together(rewrap, filled)?;
+            let made = outcome.and_then(|open| {
+                let dek = open.dek;
+                let (next, fresh) = put_together(rewrap, open)?;
                 // Each new stanza must open by itself; without any, what is left of the old ones must.
                 if fresh.is_empty() {
-                    probes.push((number, dek, next.clone()));
+                    probes.push((number, dek, next.clone().into_envelope()));
                 }
                 for stanza in fresh {
-                    let mut alone = next.clone();
+                    let mut alone = next.clone().into_envelope();
                     alone.stanzas = vec![next.stanzas[stanza].clone()];
                     probes.push((number, dek, alone));
                 }
@@ -253,6 +262,21 @@ fn left(error: &OpenError) -> Rewrapped {
     }
 }
 
+/// Believes the envelope, and notes which wraps it takes.
+fn open<'a>(
+    number: usize,
+    rewrap: &Rewrap,
+    dek: &'a Dek,
+    orders: &mut BTreeMap<ProviderId, Vec<Order>>,
+) -> Outcome<'a> {
+    let current = rewrap.record.verify(dek).map_err(|error| Rewrapped::Left {
+        reason: chain(&error),
+        again: false,
+    })?;
+    let filled = order(number, rewrap, dek, orders)?;
+    Ok(Open { dek, current, filled })
+}
+
 /// Notes which wraps `rewrap` takes; what it keeps is filled in.
 fn order(
     number: usize,
@@ -260,7 +284,7 @@ fn order(
     dek: &Dek,
     orders: &mut BTreeMap<ProviderId, Vec<Order>>,
 ) -> Result<Vec<Option<Filled>>, Rewrapped> {
-    let envelope = &rewrap.envelope;
+    let envelope = &rewrap.record.envelope;
     let keep = keeps_its_providers(rewrap);
     let mut filled = Vec::with_capacity(rewrap.slots.len());
     for (place, slot) in rewrap.slots.iter().enumerate() {
@@ -293,7 +317,7 @@ fn order(
 /// Whether it comes out with a stanza of each provider that it has one of. If not, those that stay alone must be known to
 /// open: whatever is to wrap does so anew, and is verified.
 fn keeps_its_providers(rewrap: &Rewrap) -> bool {
-    let stanzas = &rewrap.envelope.stanzas;
+    let stanzas = &rewrap.record.envelope.stanzas;
     let stays = |provider: ProviderId| {
         rewrap.slots.iter().any(|slot| match slot {
             Slot::Keep(at) => stanzas[*at].provider == provider,
@@ -334,10 +358,10 @@ fn wrap(known: &Provider, order: &Order, last: &mut LastKek) -> Result<Option<St
 }
 
 /// The next generation, and which of its stanzas are new.
-fn put_together(rewrap: &Rewrap, filled: Vec<Option<Filled>>) -> Result<(Envelope, Vec<usize>), Rewrapped> {
-    let envelope = &rewrap.envelope;
-    let (mut stanzas, mut fresh) = (Vec::with_capacity(filled.len()), Vec::new());
-    for (slot, filled) in rewrap.slots.iter().zip(filled) {
+fn put_together(rewrap: &Rewrap, open: Open<'_>) -> Result<(Verified, Vec<usize>), Rewrapped> {
+    let envelope = &rewrap.record.envelope;
+    let (mut stanzas, mut fresh) = (Vec::with_capacity(open.filled.len()), Vec::new());
+    for (slot, filled) in rewrap.slots.iter().zip(open.filled) {
         match (filled, slot) {
             (Some(Filled::New(stanza)), _) => {
                 fresh.push(stanzas.len());
@@ -356,18 +380,16 @@ fn put_together(rewrap: &Rewrap, filled: Vec<Option<Filled>>) -> Result<(Envelop
             }
         }
     }
-    if stanzas == envelope.stanzas {
-        return Err(Rewrapped::Unchanged);
-    }
-    let too_much = |reason: String| Rewrapped::Left { reason, again: false };
-    let generation = envelope.generation.0.checked_add(1).map(Generation);
-    let mut next = envelope.clone();
-    next.generation = generation.ok_or_else(|| too_much("its generation can't rise".to_owned()))?;
-    next.stanzas = stanzas;
-    // As anyone else will read it: not too long, not too many stanzas.
-    match Envelope::from_json(&next.to_json()) {
-        Ok(read) if read == next => Ok((next, fresh)),
-        Ok(_) => Err(too_much("it does not read back as it was written".to_owned())),
-        Err(error) => Err(too_much(chain(&error))),
+    let next = open
+        .current
+        .with_stanzas(stanzas, open.dek)
+        .map_err(|error| Rewrapped::Left {
+            reason: chain(&error),
+            again: false,
+        })?;
+    // A format 1 has changed by being read.
+    match *next == *envelope {
+        true => Err(Rewrapped::Unchanged),
+        false => Ok((next, fresh)),
     }
 }

@@ -56,8 +56,9 @@ impl Host {
     /// An envelope that main and spare open, in this order.
     fn sealed_twice(&self) -> (Envelope, Dek) {
         let binding = binding();
-        let (mut envelope, dek) = self.registry.seal_new(None, &binding).unwrap();
+        let (envelope, dek) = self.registry.seal_new(None, &binding).unwrap();
         let payload = Payload::bind(&dek, &binding).unwrap();
+        let mut envelope = envelope.into_envelope();
         envelope
             .stanzas
             .push(wrap(self.spare.as_ref(), &binding, &payload).unwrap());
@@ -91,7 +92,7 @@ fn batch_keeps_its_order() {
         let provider = if nth % 2 == 0 { "main" } else { "spare" };
         sealed.push(host.registry.seal_new(Some(provider), &binding()).unwrap());
     }
-    let envelopes: Vec<_> = sealed.iter().map(|(envelope, _)| envelope).collect();
+    let envelopes: Vec<_> = sealed.iter().map(|(envelope, _)| &**envelope).collect();
     let deks = host.registry.open_all(&envelopes).unwrap();
     for (opened, (_, dek)) in deks.iter().zip(&sealed) {
         assert_eq!(opened.expose(), dek.expose());
@@ -141,9 +142,10 @@ fn all_or_nothing_and_every_reason_is_told() {
 #[test]
 fn swapped_envelope_is_refused() {
     let host = Host::new();
-    let (mut one, _) = host.registry.seal_new(None, &binding()).unwrap();
+    let (one, _) = host.registry.seal_new(None, &binding()).unwrap();
     let (other, _) = host.registry.seal_new(None, &binding()).unwrap();
-    one.stanzas = other.stanzas;
+    let mut one = one.into_envelope();
+    one.stanzas.clone_from(&other.stanzas);
     let error = host.registry.open_envelope(&one).unwrap_err();
     assert!(matches!(
         error.attempts[0].why,
@@ -158,7 +160,8 @@ fn swapped_envelope_is_refused() {
 #[test]
 fn unknown_provider_is_named_by_its_hint_in_one_line() {
     let (host, elsewhere) = (Host::new(), Host::new());
-    let (mut envelope, _) = elsewhere.registry.seal_new(None, &binding()).unwrap();
+    let (envelope, _) = elsewhere.registry.seal_new(None, &binding()).unwrap();
+    let mut envelope = envelope.into_envelope();
     let error = host.registry.open_envelope(&envelope).unwrap_err();
     assert_eq!(error.code(), Code::NotFound);
     assert_eq!(

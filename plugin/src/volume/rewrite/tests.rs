@@ -4,7 +4,7 @@ use std::process::Command;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::*;
-use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
+use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId};
 use crate::secret::{Dek, Passphrase};
 use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
 
@@ -34,7 +34,9 @@ impl Bench {
         Self {
             dir: tempfile::tempdir().unwrap(),
             passphrase: Dek::random().unwrap().passphrase().unwrap(),
-            envelope: Envelope::new(&binding, vec![stanza(1)]).unwrap(),
+            envelope: Verified::new(&binding, vec![stanza(1)], &Dek::random().unwrap())
+                .unwrap()
+                .into_envelope(),
         }
     }
 
