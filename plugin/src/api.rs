@@ -114,11 +114,12 @@ pub trait HostProxy {
     async fn status(&mut self) -> zlink::Result<Result<HostStatus, HostError>>;
     /// The objects of one VM, or of all sealed ones.
     async fn vm_status(&mut self, vm: Option<&str>) -> zlink::Result<Result<Vms, HostError>>;
-    /// Seals a defined, stopped VM.
+    /// Seals a defined, stopped VM. `formats` confirms what its XML declares of disks: `vda=raw`.
     async fn seal_vm(
         &mut self,
         vm: &str,
         provider: Option<&str>,
+        formats: Option<&[String]>,
         dry_run: bool,
     ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Makes a VM plain again that never ran sealed.

@@ -39,7 +39,7 @@ use crate::keystore::{CopyPlace, JobId, Keystore};
 use crate::libvirt::{Arming, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
 use crate::provider::registry::Registry;
-use crate::seal::{self, Host};
+use crate::seal::{self, ConfirmedFormats, Host};
 use crate::tpm::Tpm;
 use crate::volume;
 use bell::Bell;
@@ -350,10 +350,21 @@ impl Daemon {
     }
 
     /// Seals a VM, or says what would be done.
-    pub fn seal_vm(&self, vm: &str, provider: Option<&str>, dry_run: bool) -> Result<Outcome, Failure> {
+    pub fn seal_vm(
+        &self,
+        vm: &str,
+        provider: Option<&str>,
+        formats: &[String],
+        dry_run: bool,
+    ) -> Result<Outcome, Failure> {
+        let confirmed = ConfirmedFormats::parse(formats)?;
         let _sealing = lock(&self.sealing);
         let domain = self.find_domain(vm)?;
-        let plan = seal::plan(&self.host(), &domain)?;
+        let host = Host {
+            confirmed,
+            ..self.host()
+        };
+        let plan = seal::plan(&host, &domain)?;
         if dry_run {
             return Ok(plan.outcome(false));
         }
@@ -420,6 +431,7 @@ impl Daemon {
             registry: &self.registry,
             swtpm_dir: config.swtpm_dir,
             nvram_dir: config.nvram_dir,
+            confirmed: ConfirmedFormats::default(),
         }
     }
 }

@@ -249,10 +249,11 @@ impl Service {
         &self,
         vm: String,
         provider: Option<String>,
+        formats: Option<Vec<String>>,
         dry_run: bool,
     ) -> Result<Outcome, HostError> {
         self.run(Caller::Admin, move |daemon| {
-            daemon.seal_vm(&vm, provider.as_deref(), dry_run)
+            daemon.seal_vm(&vm, provider.as_deref(), &formats.unwrap_or_default(), dry_run)
         })
         .await
     }

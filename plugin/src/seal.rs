@@ -4,6 +4,7 @@
 //! keystore before its object exists, an object is opened with its key before its envelope becomes active, and the
 //! domain is redefined last. A second run finds what the first one made and goes on from there.
 
+mod declared;
 mod firmware;
 mod object;
 mod plan;
@@ -20,6 +21,7 @@ use crate::lifecycle::adoption::{believe, not_believed};
 use crate::provider::registry::Registry;
 use crate::volume::{self, CreateRequest, Held};
 
+pub use declared::ConfirmedFormats;
 pub use object::NewObject;
 use plan::{DiskStep, DiskWork, NvramStep, VtpmStep, same_content};
 pub use plan::{Plan, plan};
@@ -35,6 +37,8 @@ pub struct Host<'a> {
     pub swtpm_dir: PathBuf,
     /// Where libvirt keeps variable stores.
     pub nvram_dir: PathBuf,
+    /// What an admin says of the formats of the disks.
+    pub confirmed: ConfirmedFormats,
 }
 
 /// A domain whose objects are made, to be defined.

@@ -18,6 +18,9 @@ pub(super) enum VmCommand {
         /// Use this provider instead of the default one.
         #[arg(long, value_name = "NAME")]
         provider: Option<String>,
+        /// Confirm the format that the XML declares for a disk whose first bytes look like another one (repeatable).
+        #[arg(long, value_name = "TARGET=FORMAT")]
+        from_format: Vec<String>,
         /// Print what would be done.
         #[arg(long)]
         dry_run: bool,
@@ -57,10 +60,12 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
         VmCommand::Seal {
             vm,
             provider,
+            from_format,
             dry_run,
         } => {
+            let formats = Some(&from_format[..]).filter(|formats| !formats.is_empty());
             let outcome = client
-                .call(async |host| host.seal_vm(&vm, provider.as_deref(), dry_run).await)
+                .call(async |host| host.seal_vm(&vm, provider.as_deref(), formats, dry_run).await)
                 .await?;
             printer.outcome(&outcome, dry_run)?;
             warn_of_providers(client, printer).await

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use swtpm_state::{State, libvirt_state_dir};
 
-use super::{Host, firmware};
+use super::{Host, declared, firmware};
 use crate::api::Outcome;
 use crate::domain::{self, Disk, DiskDevice, Domain, Firmware, Source, TpmBackend, edit::LoaderPin};
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
@@ -111,6 +111,7 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
     refuse_unless_off(defined)?;
     let domain = parse(defined)?;
     let of_vm = |failure: Failure| failure.of(name);
+    host.confirmed.refuse_unknown(&domain).map_err(of_vm)?;
     let nvram = plan_nvram(host, &domain).map_err(of_vm)?;
     let vtpm = plan_vtpm(host, &domain).map_err(of_vm)?;
     let mut disks = Vec::new();
@@ -187,7 +188,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
             )),
         );
     }
-    let info = volume::inspect(path)?;
+    let info = declared::inspect(host, domain, disk, path)?;
     let work =
         match (&info.envelope, info.format.is_encrypted()) {
             (Some(envelope), true) => ours(host, domain, disk, envelope)?,
