@@ -9,8 +9,8 @@ use nix::sys::signal::Signal;
 use uuid::Uuid;
 
 use crate::{
-    Host, KeptEnvelope, Output, RootKey, SealedHost, Trace, Tracer, kept_envelopes, require_programs,
-    temporaries,
+    Host, KeptEnvelope, Output, RootKey, SealedHost, Step, Trace, Tracer, expect_durable, kept_envelopes,
+    require_programs, temporaries,
 };
 
 /// Where images are, in the namespace.
@@ -76,7 +76,8 @@ impl Rig {
     }
 
     /// Kills the daemon at each step of `command`, which is made anew for each. `after` looks, with the daemon started and
-    /// unlocked again, at what is there, and repeats the command.
+    /// unlocked again, at what is there, and repeats the command. Returns the steps of the command that gets through, which
+    /// leave nothing behind that a power cut would take.
     ///
     /// # Errors
     /// What `command` and `after` say, with the step; or the command has too few steps, or does not end.
@@ -84,7 +85,7 @@ impl Rig {
         &mut self,
         command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
         mut after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
-    ) -> Result<()> {
+    ) -> Result<Vec<Step>> {
         for nth in 1..MOST_STEPS {
             let arguments = command(self, nth)?;
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
@@ -93,12 +94,13 @@ impl Rig {
             if !trace.killed {
                 output.succeeded()?;
                 println!("{} steps: {:?}", trace.steps.len(), trace.steps);
+                expect_durable(&trace.steps)?;
                 ensure!(
                     trace.steps.len() >= LEAST_STEPS,
                     "too few steps: {:?}",
                     trace.steps
                 );
-                return Ok(());
+                return Ok(trace.steps);
             }
             let what = || format!("killed at step {nth}, {step}, of `{}`", output.command);
             self.sealed.start_daemon().with_context(what)?;

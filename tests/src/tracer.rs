@@ -9,7 +9,9 @@
 //! Children of the process are not followed. A process that is a child of this one must not be waited for meanwhile: that
 //! wait would get what is meant for the tracer. amd64 only, like the stage.
 
+use std::fmt;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -39,9 +41,38 @@ pub struct Tracer {
 #[derive(Debug, Default)]
 pub struct Trace {
     /// The calls that leave something behind, in their order, the last one being that which was not made any more.
-    pub steps: Vec<String>,
+    pub steps: Vec<Step>,
     /// Whether the process was killed.
     pub killed: bool,
+}
+
+/// A call that leaves something behind. Its text is the call with its file or, for a name, where that is:
+/// `fdatasync(keystore.db-wal)`, `rename(index.new, virtseal)`.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Step {
+    /// `fsync`, `pwrite64`, `rename`, `wait for a child`, …
+    pub call: String,
+    /// The last part of the file's path; `socket`; `unnamed file` for one that was made without a name. Of a rename or a
+    /// link the file that gets a name.
+    pub file: String,
+    /// Where a name appears or goes: the last part of that directory's path.
+    pub directory: String,
+}
+
+impl fmt::Debug for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.file.as_str(), self.directory.as_str()) {
+            ("", _) => f.write_str(&self.call),
+            (file, "") => write!(f, "{}({file})", self.call),
+            (file, directory) => write!(f, "{}({file}, {directory})", self.call),
+        }
+    }
 }
 
 impl Tracer {
@@ -198,8 +229,9 @@ impl Watch {
         if registers.rax != ENTERING || self.trace.killed {
             return;
         }
-        let step = step(thread, registers.orig_rax as i64, registers.rdi, registers.rdx);
-        let counts = |step: &String| !self.goes_on(step) && (self.sockets || !step.ends_with("(socket)"));
+        let arguments = [registers.rdi, registers.rsi, registers.rdx, registers.r10];
+        let step = step(thread, registers.orig_rax as i64, arguments);
+        let counts = |step: &Step| !self.goes_on(step) && (self.sockets || step.file != "socket");
         if let Some(step) = step.filter(counts) {
             self.trace.steps.push(step);
             if self.trace.steps.len() == self.nth {
@@ -209,14 +241,23 @@ impl Watch {
     }
 
     /// Whether it is the third write of a row into one file.
-    fn goes_on(&self, step: &str) -> bool {
+    fn goes_on(&self, step: &Step) -> bool {
         let last = self.trace.steps.iter().rev().take(2);
-        step.starts_with("pwrite64") && last.filter(|last| *last == step).count() == 2
+        step.call == "pwrite64" && last.filter(|last| *last == step).count() == 2
     }
 }
 
-/// The call in words, if it leaves something behind.
-fn step(thread: Pid, call: i64, first: u64, third: u64) -> Option<String> {
+/// The call with its first four arguments, if it leaves something behind.
+fn step(thread: Pid, call: i64, arguments: [u64; 4]) -> Option<Step> {
+    let [first, second, third, fourth] = arguments;
+    // A descriptor that stands for the working directory, which is absent from calls that take a path alone.
+    let here = libc::AT_FDCWD as u64;
+    let bare = |call: &str| {
+        Some(Step {
+            call: call.into(),
+            ..Step::default()
+        })
+    };
     let name = match call {
         libc::SYS_fsync => "fsync",
         libc::SYS_fdatasync => "fdatasync",
@@ -230,30 +271,87 @@ fn step(thread: Pid, call: i64, first: u64, third: u64) -> Option<String> {
         libc::SYS_writev => "writev",
         libc::SYS_sendto => "sendto",
         libc::SYS_sendmsg => "sendmsg",
-        libc::SYS_openat if third & libc::O_CREAT as u64 != 0 => return Some("openat(O_CREAT)".into()),
+        libc::SYS_openat if third & libc::O_CREAT as u64 != 0 => return bare("openat(O_CREAT)"),
         libc::SYS_openat if third & libc::O_TMPFILE as u64 == libc::O_TMPFILE as u64 => {
-            return Some("openat(O_TMPFILE)".into());
+            return bare("openat(O_TMPFILE)");
         }
-        libc::SYS_rename | libc::SYS_renameat | libc::SYS_renameat2 => return Some("rename".into()),
-        libc::SYS_link | libc::SYS_linkat => return Some("link".into()),
-        libc::SYS_unlink | libc::SYS_unlinkat => return Some("unlink".into()),
-        libc::SYS_mkdir | libc::SYS_mkdirat => return Some("mkdir".into()),
-        libc::SYS_chmod | libc::SYS_fchmodat => return Some("chmod".into()),
-        libc::SYS_wait4 | libc::SYS_waitid => return Some("wait for a child".into()),
+        libc::SYS_rename => return named(thread, "rename", (here, first), (here, second)),
+        libc::SYS_renameat | libc::SYS_renameat2 => {
+            return named(thread, "rename", (first, second), (third, fourth));
+        }
+        libc::SYS_link => return named(thread, "link", (here, first), (here, second)),
+        libc::SYS_linkat => return named(thread, "link", (first, second), (third, fourth)),
+        libc::SYS_unlink => return named(thread, "unlink", (here, first), (here, first)),
+        libc::SYS_unlinkat => return named(thread, "unlink", (first, second), (first, second)),
+        libc::SYS_mkdir | libc::SYS_mkdirat => return bare("mkdir"),
+        libc::SYS_chmod | libc::SYS_fchmodat => return bare("chmod"),
+        libc::SYS_wait4 | libc::SYS_waitid => return bare("wait for a child"),
         _ => return None,
     };
-    let target = fs::read_link(format!("/proc/{thread}/fd/{}", first as i32)).unwrap_or_default();
-    let target = target.to_string_lossy();
+    let target = opened(thread, first);
     // Its log is on 2; anonymous descriptors are between its threads, and secret memory goes with it.
     let lasts = target.starts_with('/') && !target.starts_with("/secretmem");
     let counts = first != 2 && (lasts || target.starts_with("socket:"));
-    let short = target.rsplit('/').next().unwrap_or_default();
-    let short = match short {
-        socket if socket.starts_with("socket:") => "socket",
-        unnamed if unnamed.ends_with(" (deleted)") => "unnamed file",
-        named => named,
+    counts.then(|| Step {
+        call: name.into(),
+        file: last_part(&target),
+        directory: String::new(),
+    })
+}
+
+/// A call that gives `source` the name `target`, each a directory's descriptor and the address of a path.
+fn named(thread: Pid, call: &str, source: (u64, u64), target: (u64, u64)) -> Option<Step> {
+    let source = path_of(thread, source);
+    // A file without a name is linked by way of its descriptor.
+    let source = match source.rsplit_once("/fd/") {
+        Some((_, descriptor)) => opened(thread, descriptor.parse().unwrap_or(u64::MAX)),
+        None => source,
     };
-    counts.then(|| format!("{name}({short})"))
+    let target = path_of(thread, target);
+    let directory = target.rsplit_once('/').map_or("", |(directory, _)| directory);
+    Some(Step {
+        call: call.into(),
+        file: last_part(&source),
+        directory: last_part(directory),
+    })
+}
+
+/// What a descriptor of the traced process is.
+fn opened(thread: Pid, descriptor: u64) -> String {
+    let target = fs::read_link(format!("/proc/{thread}/fd/{}", descriptor as i32)).unwrap_or_default();
+    target.to_string_lossy().into_owned()
+}
+
+/// The path at an address in the traced process, below the directory that `descriptor` is.
+fn path_of(thread: Pid, (descriptor, address): (u64, u64)) -> String {
+    let mut path = Vec::new();
+    let memory = fs::File::open(format!("/proc/{thread}/mem"));
+    while path.len() < libc::PATH_MAX as usize
+        && let Ok(memory) = &memory
+    {
+        // A read across the end of a page may fail as a whole.
+        let mut byte = [0];
+        match memory.read_exact_at(&mut byte, address + path.len() as u64) {
+            Ok(()) if byte[0] != 0 => path.push(byte[0]),
+            _ => break,
+        }
+    }
+    let path = String::from_utf8_lossy(&path).into_owned();
+    match descriptor as i32 {
+        _ if path.starts_with('/') => path,
+        libc::AT_FDCWD => path,
+        descriptor if path.is_empty() => opened(thread, descriptor as u64),
+        descriptor => format!("{}/{path}", opened(thread, descriptor as u64)),
+    }
+}
+
+fn last_part(path: &str) -> String {
+    let short = path.rsplit('/').next().unwrap_or_default();
+    match short {
+        socket if socket.starts_with("socket:") => "socket".into(),
+        unnamed if unnamed.ends_with(" (deleted)") => "unnamed file".into(),
+        named => named.into(),
+    }
 }
 
 #[cfg(test)]
@@ -294,8 +392,9 @@ mod tests {
     fn each_step_is_counted_and_the_last_is_not_made() {
         let (all, lines) = lines_after(1000);
         assert_eq!((all.killed, lines.as_str()), (false, "1\n2\n3\n"), "{all:?}");
+        let steps: Vec<_> = all.steps.iter().map(Step::to_string).collect();
         assert_eq!(
-            all.steps,
+            steps,
             ["openat(O_CREAT)", "write(lines)"].repeat(3),
             "the steps of the writer"
         );

@@ -11,8 +11,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal_e2e::rig::{IMAGES, Rig, STATE, done_or, root_of};
 use virtseal_e2e::{
-    KeptEnvelope, Output, RootKey, Trace, Tracer, edit_keystore, edited, expect_names, kept_envelopes,
-    wait_until,
+    KeptEnvelope, Output, RootKey, Trace, Tracer, edit_keystore, edited, expect_durable, expect_names,
+    kept_envelopes, wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -40,7 +40,8 @@ impl Rounds {
     fn counted(&mut self, trace: &Trace, names: &str, kills: usize) -> Result<()> {
         println!("{} steps: {:?}", trace.steps.len(), trace.steps);
         ensure!(!trace.killed, "killed at a step that nobody has asked for");
-        let is_there = trace.steps.iter().any(|step| step.contains(names));
+        let is_there = trace.steps.iter().any(|step| step.file.contains(names));
+        expect_durable(&trace.steps)?;
         ensure!(is_there, "{names} is not among them: {:?}", trace.steps);
         let last = trace.steps.len();
         let spread = (0..kills).map(|kill| 1 + kill * (last - 1) / (kills - 1));

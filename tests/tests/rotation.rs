@@ -9,7 +9,9 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use uuid::Uuid;
 use virtseal_e2e::rig::{IMAGES, STATE, root_of};
-use virtseal_e2e::{KeptEnvelope, RootKey, SealedHost, Tracer, expect_names, kept_envelopes, wait_until};
+use virtseal_e2e::{
+    KeptEnvelope, RootKey, SealedHost, Tracer, expect_durable, expect_names, kept_envelopes, wait_until,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Where a root key is for a moment.
@@ -501,9 +503,10 @@ fn a_move_can_be_killed_at_every_step() -> Result<()> {
         let trace = tracer.finish()?;
         if !trace.killed {
             println!("{} steps: {:?}", trace.steps.len(), trace.steps);
+            expect_durable(&trace.steps)?;
             ensure!(trace.steps.len() > 10, "too few steps: {:?}", trace.steps);
             ensure!(
-                trace.steps.iter().any(|step| step.contains("stepped")),
+                trace.steps.iter().any(|step| step.file.contains("stepped")),
                 "the image is not among them: {:?}",
                 trace.steps
             );
