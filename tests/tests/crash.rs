@@ -12,7 +12,9 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 use virtseal_e2e::rig::{IMAGES, LEAST_STEPS, MOST_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
-use virtseal_e2e::{DomainSpec, DomainState, Tracer, built_program, expect_durable, wait_until};
+use virtseal_e2e::{
+    DomainSpec, DomainState, Tracer, built_program, expect_durable, expect_order, wait_until,
+};
 
 const END_DEADLINE: Duration = Duration::from_secs(20);
 

@@ -199,7 +199,7 @@ mod tests {
         let began = Instant::now();
         let error = queue.wait(Duration::from_millis(30)).unwrap_err();
         assert!(matches!(error, AuditError::Late(_)), "{error:?}");
-        assert!((30..1000).contains(&began.elapsed().as_millis()));
+        assert!(began.elapsed() >= Duration::from_millis(30));
     }
 
     #[test]

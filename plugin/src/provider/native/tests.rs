@@ -1,5 +1,5 @@
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -300,14 +300,21 @@ fn stock_age_decrypts(sealed: &Path, passphrase: &str) -> Vec<u8> {
         .spawn()
         .expect("the program script is missing: apt install bsdutils");
     let mut terminal = child.stdin.take().unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(300));
+    let mut screen = child.stdout.take().unwrap();
+    // What is typed before it asks is thrown away.
+    let mut said = Vec::new();
+    let mut byte = [0];
+    while !said.ends_with(b"assphrase") && screen.read(&mut byte).unwrap() == 1 {
+        said.push(byte[0]);
+    }
     writeln!(terminal, "{passphrase}").unwrap();
-    let output = child.wait_with_output().unwrap();
+    screen.read_to_end(&mut said).unwrap();
+    let status = child.wait().unwrap();
     drop(terminal);
-    let said = String::from_utf8_lossy(&output.stdout);
     assert!(
-        output.status.success(),
-        "age --decrypt failed (missing? apt install age): {said}"
+        status.success(),
+        "age --decrypt failed (missing? apt install age): {}",
+        String::from_utf8_lossy(&said)
     );
     fs::read(plain).unwrap()
 }
