@@ -134,6 +134,10 @@ impl Tag {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "what the parser makes of it is the question"
+)]
 mod tests {
     use roxmltree::{Document, ParsingOptions};
 

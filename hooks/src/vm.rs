@@ -101,6 +101,7 @@ pub(crate) fn find(xml: &[u8]) -> Found<'_> {
         nodes_limit: MAX_NODES,
         ..ParsingOptions::default()
     };
+    #[expect(clippy::disallowed_methods, reason = "the bounds were checked")]
     match Document::parse_with_options(xml, options) {
         Ok(document) => vm(xml, document.root_element()),
         Err(error) => Found::Unreadable(format!("its XML is malformed ({error})")),

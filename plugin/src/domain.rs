@@ -1,12 +1,13 @@
 //! Domain XML to a [`Domain`] and back.
 //!
 //! The hook hands the XML of a VM that is about to start, the commands hand what libvirt dumps; both come from
-//! people who may write anything, so reading is bounded (length, node count, no DTD and thus no entities) and
-//! every error names its place. Writing is in [`edit`]: it changes ranges of the original text, so what virtseal
+//! people who may write anything, so reading is bounded (length, nodes, and what [`bounds`] says, before the parser sees
+//! it) and every error names its place. Writing is in [`edit`]: it changes ranges of the original text, so what virtseal
 //! does not know stays as it was, byte for byte.
 //!
 //! Everything here is a pure function of the text.
 
+mod bounds;
 mod declared;
 pub mod edit;
 mod metadata;
@@ -22,6 +23,7 @@ use thiserror::Error;
 
 use crate::envelope::{EnvelopeError, EnvelopeId, Generation, ObjectKind, VmId};
 
+pub use bounds::Beyond;
 pub use declared::DeclaredFormat;
 pub use metadata::Metadata;
 pub use objects::{Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects};
@@ -293,7 +295,10 @@ pub enum DomainError {
         /// Its length in bytes.
         found: usize,
     },
-    /// Not well-formed, with a DTD, or with too many nodes.
+    /// The parser would take too long.
+    #[error("the domain XML is beyond what is read")]
+    Beyond(#[source] Beyond),
+    /// Not well-formed, or with too many nodes.
     #[error("the domain XML can't be read")]
     Xml(#[source] roxmltree::Error),
     /// The root element is another one.
@@ -401,14 +406,17 @@ pub enum DomainError {
     Unwritable(String),
 }
 
-fn parse_document(xml: &str) -> Result<Document<'_>, DomainError> {
+/// The only way to the parser.
+pub(crate) fn parse_document(xml: &str) -> Result<Document<'_>, DomainError> {
     if xml.len() > Domain::MAX_XML {
         return Err(DomainError::TooLong { found: xml.len() });
     }
+    bounds::bounded(xml.as_bytes()).map_err(DomainError::Beyond)?;
     let options = ParsingOptions {
         allow_dtd: false,
         nodes_limit: Domain::MAX_NODES,
         ..ParsingOptions::default()
     };
+    #[expect(clippy::disallowed_methods, reason = "the bounds were checked")]
     Document::parse_with_options(xml, options).map_err(DomainError::Xml)
 }

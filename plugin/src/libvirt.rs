@@ -9,13 +9,14 @@ mod probe;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
-use roxmltree::{Document, Node};
+use roxmltree::Node;
 use thiserror::Error;
 use virt::connect::Connect;
 use virt::domain::Domain;
 use virt::error::ErrorNumber;
 use virt::sys;
 
+use crate::domain::parse_document;
 use crate::envelope::{EnvelopeId, ObjectKind, VmId};
 use crate::secret::Passphrase;
 use probe::Probe;
@@ -362,7 +363,7 @@ fn secret_xml(secret: &Arming) -> String {
 
 /// The envelope of a secret of ours. Read from its XML, because `virt` 0.5 frees the usage id that libvirt owns.
 fn armed_by(xml: &str) -> Option<EnvelopeId> {
-    let document = Document::parse(xml).ok()?;
+    let document = parse_document(xml).ok()?;
     let secret = document.root_element();
     let child = |name| secret.children().find(|node| node.has_tag_name(name));
     let id = child("uuid")?.text()?.parse().ok()?;
@@ -438,7 +439,7 @@ mod tests {
             description: "virtseal: vtpm of <&>".into(),
             passphrase: Dek::random().unwrap().passphrase().unwrap(),
         });
-        let document = Document::parse(&xml).unwrap();
+        let document = parse_document(&xml).unwrap();
         let root = document.root_element();
         assert_eq!(
             (root.attribute("ephemeral"), root.attribute("private")),

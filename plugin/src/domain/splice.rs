@@ -374,12 +374,11 @@ fn unit_of(indentation: &str) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use roxmltree::Document;
-
+    use super::super::parse_document;
     use super::*;
 
     fn edited(xml: &str, edit: impl FnOnce(Node<'_, '_>) -> Option<Edit>) -> String {
-        let document = Document::parse(xml).unwrap();
+        let document = parse_document(xml).unwrap();
         apply(xml, edit(document.root_element()).into_iter().collect()).unwrap()
     }
 
