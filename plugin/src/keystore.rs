@@ -11,6 +11,7 @@ mod crash;
 mod envelopes;
 mod error;
 mod forgetting;
+mod hook_index;
 mod jobs;
 mod persisted_keks;
 mod proofs;
@@ -32,6 +33,7 @@ use rusqlite::{Connection, Params, Row, Transaction, TransactionBehavior};
 
 use checkpoints::Checkpoints;
 use error::StoreFault;
+use hook_index::HookIndex;
 
 pub use copies::{CopyNews, CopyPlace, NeededKek, RetiredKek, StaleCopy};
 pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
@@ -65,6 +67,7 @@ impl Change {
 #[derive(Debug)]
 pub struct Keystore {
     path: PathBuf,
+    hook_index: HookIndex,
     // Before the connection: closing the last one is a checkpoint, too.
     checkpoints: Checkpoints,
     // Before the lock, so that the connection is closed when the lock goes.
@@ -89,6 +92,7 @@ impl Keystore {
         private_file(dir, &path)?;
         let connection = schema::open(&path)?;
         Ok(Self {
+            hook_index: HookIndex::of(&connection, dir),
             checkpoints: Checkpoints::of(&path)?,
             path,
             connection: Mutex::new(connection),
@@ -138,7 +142,9 @@ impl Keystore {
         let run = || {
             let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let outcome = change(&transaction)?;
+            let index = self.hook_index.before_commit(&transaction)?;
             transaction.commit()?;
+            self.hook_index.after_commit(index);
             Ok(outcome)
         };
         let outcome = run().map_err(|fault: StoreFault| fault.at(&self.path))?;

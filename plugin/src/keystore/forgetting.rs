@@ -84,6 +84,7 @@ pub(super) fn remove(transaction: &Transaction, vm: VmId) -> Result<usize, Store
     }
     transaction.execute("DELETE FROM retired_keks WHERE vm = ?1", [&id])?;
     transaction.execute("DELETE FROM saved_states WHERE vm = ?1", [&id])?;
+    transaction.execute("DELETE FROM plain_vms WHERE uuid = ?1", [&id])?;
     transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
     Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)
 }

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::{KeystoreError, error::StoreFault};
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 5] = [TABLES, ROTATION, TPM, PERSISTED, PROOFS];
+const STEPS: [&str; 6] = [TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS];
 
 /// `PRAGMA user_version` after all steps.
 const VERSION: i64 = STEPS.len() as i64;
@@ -160,6 +160,14 @@ const PROOFS: &str = "
         vm        TEXT PRIMARY KEY,
         since     INTEGER NOT NULL,
         envelopes TEXT NOT NULL
+    );
+";
+
+/// `plain_vms`: those of `vms` that are not sealed now, because `vm unseal` has made them plain again.
+const PLAIN_VMS: &str = "
+    CREATE TABLE plain_vms (
+        uuid  TEXT PRIMARY KEY,
+        since INTEGER NOT NULL
     );
 ";
 

@@ -23,15 +23,35 @@ pub struct VmRecord {
 }
 
 impl Keystore {
-    /// Notes that `vm` has sealed objects, and its name now.
+    /// Notes that `vm` is sealed, and its name now.
     pub fn remember_vm(&self, vm: VmId, name: &str) -> Result<Change, KeystoreError> {
         self.write(|transaction| {
+            let plain = transaction.execute("DELETE FROM plain_vms WHERE uuid = ?1", [vm.to_string()])?;
             let rows = transaction.execute(
                 "INSERT INTO vms (uuid, name, sealed_at, vtpm_seen) VALUES (?1, ?2, ?3, 0)
                  ON CONFLICT (uuid) DO UPDATE SET name = excluded.name WHERE name <> excluded.name",
                 params![vm.to_string(), name, now()],
             )?;
+            Ok(Change::of_rows(rows + plain))
+        })
+    }
+
+    /// Notes that `vm` is plain again: from then on the hook lets it start without virtseal's metadata.
+    pub fn note_plain(&self, vm: VmId) -> Result<Change, KeystoreError> {
+        self.write(|transaction| {
+            let rows = transaction.execute(
+                "INSERT OR IGNORE INTO plain_vms (uuid, since) VALUES (?1, ?2)",
+                params![vm.to_string(), now()],
+            )?;
             Ok(Change::of_rows(rows))
+        })
+    }
+
+    /// Whether `vm` is sealed, as far as this host knows.
+    pub fn is_sealed(&self, vm: VmId) -> Result<bool, KeystoreError> {
+        self.read(|connection| {
+            let sql = "SELECT 1 FROM vms WHERE uuid = ?1 AND uuid NOT IN (SELECT uuid FROM plain_vms)";
+            Ok(connection.prepare_cached(sql)?.exists([vm.to_string()])?)
         })
     }
 
