@@ -256,9 +256,10 @@ fn checksum(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::{Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, VmId};
+    use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId};
+    use crate::secret::Dek;
 
-    fn envelope(vm: VmId) -> Envelope {
+    fn envelope(vm: VmId) -> Verified {
         let binding = Binding {
             envelope: EnvelopeId::random(),
             vm,
@@ -271,7 +272,7 @@ mod tests {
             mechanism: "A256GCM".to_owned(),
             body: vec![7; 92],
         };
-        Envelope::new(&binding, vec![stanza]).unwrap()
+        Verified::new(&binding, vec![stanza], &Dek::random().unwrap()).unwrap()
     }
 
     /// What the file names: envelopes, VMs.

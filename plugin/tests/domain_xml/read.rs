@@ -4,7 +4,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 use virtseal::domain::edit::{SealEdit, seal};
-use virtseal::domain::{Domain, DomainError, Firmware, Source, objects};
+use virtseal::domain::{Beyond, Domain, DomainError, Firmware, Source, objects};
 
 use crate::{fixture, fixtures, id, nvram_edit};
 
@@ -82,7 +82,10 @@ fn hostile_xml_gives_an_error_with_its_place() {
         "<domain type='kvm'><name>a</name><uuid>{}</uuid>{deep}</domain>",
         Uuid::nil()
     );
-    assert!(matches!(Domain::parse(bomb), Err(DomainError::Xml(_))));
+    assert!(matches!(
+        Domain::parse(bomb),
+        Err(DomainError::Beyond(Beyond::Dtd))
+    ));
     assert!(matches!(
         Domain::parse(&" ".repeat(Domain::MAX_XML + 1)),
         Err(DomainError::TooLong { .. })
@@ -91,7 +94,15 @@ fn hostile_xml_gives_an_error_with_its_place() {
         Domain::parse(&"<a/>".repeat(100)),
         Err(DomainError::Xml(_))
     ));
-    assert!(Domain::parse(&deep_domain).is_ok());
+    assert!(matches!(
+        Domain::parse(&deep_domain),
+        Err(DomainError::Beyond(Beyond::Depth))
+    ));
+    let wide: String = (0..300).map(|number| format!(" a{number}=''")).collect();
+    assert!(matches!(
+        Domain::parse(&format!("<domain{wide}/>")),
+        Err(DomainError::Beyond(Beyond::Attributes))
+    ));
     assert!(matches!(
         Domain::parse(&format!("<d>{}</d>", "<a/>".repeat(300_000))),
         Err(DomainError::Xml(_))
