@@ -1,19 +1,21 @@
 //! Full disks and commands that run into each other: a clear answer, nothing lost, and it works once there is room.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use uuid::Uuid;
 use virtseal_e2e::rig::{IMAGES, NVRAM, Rig, STATE};
-use virtseal_e2e::{DomainSpec, DomainState, built_program};
+use virtseal_e2e::{DomainSpec, DomainState, built_program, wait_until};
 
 /// Rounds of a race.
 const ROUNDS: u32 = 12;
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[test]
 fn volume_create_on_a_full_disk_can_be_repeated_when_there_is_room() -> Result<()> {
@@ -171,7 +173,7 @@ fn volume_that_can_not_be_made_leaves_no_envelope() -> Result<()> {
 
 #[test]
 fn one_of_two_volume_creates_wins() -> Result<()> {
-    let rig = Rig::start()?;
+    let mut rig = Rig::start()?;
     for round in 0..ROUNDS {
         let (vm, image) = (Uuid::new_v4(), format!("{IMAGES}/race-{round}.qcow2"));
         let command = [
@@ -183,10 +185,8 @@ fn one_of_two_volume_creates_wins() -> Result<()> {
             "--vm",
             &vm.to_string(),
         ];
-        let both = [start(&rig, &command)?, start(&rig, &command)?];
         let mut won = 0;
-        for child in both {
-            let (ok, said) = end(child)?;
+        for (ok, said) in both_at_once(&mut rig, &command)? {
             ensure!(
                 ok || said.contains("exists") || said.contains("is being made"),
                 "{said}"
@@ -202,12 +202,11 @@ fn one_of_two_volume_creates_wins() -> Result<()> {
 
 #[test]
 fn two_seals_of_one_vm_make_one() -> Result<()> {
-    let rig = Rig::start()?;
+    let mut rig = Rig::start()?;
     for round in 0..ROUNDS / 2 {
         let spec = define_empty(&rig, &format!("twice{round}"))?;
         let command = ["vm", "seal", &spec.name];
-        for child in [start(&rig, &command)?, start(&rig, &command)?] {
-            let (ok, said) = end(child)?;
+        for (ok, said) in both_at_once(&mut rig, &command)? {
             ensure!(ok, "{said}");
         }
         rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])?;
@@ -219,15 +218,33 @@ fn two_seals_of_one_vm_make_one() -> Result<()> {
 /// Whoever wins: a VM never runs on files that have lost their name, which would be lost with it.
 #[test]
 fn seal_during_a_start_takes_no_file_from_the_vm() -> Result<()> {
-    let rig = Rig::start()?;
+    let mut rig = Rig::start()?;
+    // Behind virtseal's hook, so that a start waits in the middle until it is told to go on.
+    let hold = "#!/bin/sh\n[ \"$2\" = prepare ] || exit 0\n: >/run/held\nread go </run/go\nexit 0\n";
+    let hook = rig.host().path("/etc/libvirt/hooks/qemu.d/zz-hold");
+    fs::write(&hook, hold)?;
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755))?;
+    rig.host().run(&["mkfifo", "/run/go"])?.succeeded()?;
+    rig.sealed.host_mut().restart_libvirtd()?;
     let (mut sealed, mut refused) = (0, 0);
     for round in 0..ROUNDS {
         let spec = define_empty(&rig, &format!("race{round}"))?;
         let mut starting = rig.host().command("virsh");
         starting.args(["--connect", "qemu:///system", "start", "--paused", &spec.name]);
         let starting = piped(&mut starting)?;
+        let held = rig.host().path("/run/held");
+        wait_until(PATIENCE, "the start to be held", || {
+            Ok(held.exists().then_some(()))
+        })?;
+        fs::remove_file(&held)?;
+        let sealing = start(&rig, &["vm", "seal", &spec.name])?;
+        wait_until(PATIENCE, "the seal to wait for its answer", || {
+            Ok(waits_for_an_answer(&sealing)?.then_some(()))
+        })?;
+        // From here on they run side by side, one of them with a head start.
         sleep(Duration::from_millis(u64::from(round) * 12));
-        let (ok, said) = end(start(&rig, &["vm", "seal", &spec.name])?)?;
+        rig.host().run(&["sh", "-c", "echo go >/run/go"])?.succeeded()?;
+        let (ok, said) = end(sealing)?;
         let (started, _) = end(starting)?;
         println!("round {round}: started {started}, sealed {ok} {said}");
         if ok {
@@ -252,7 +269,6 @@ fn seal_during_a_start_takes_no_file_from_the_vm() -> Result<()> {
         rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])?;
     }
     println!("sealed {sealed}, refused {refused}");
-    ensure!(refused > 0, "the seal always came first: this is no race");
     Ok(())
 }
 
@@ -310,6 +326,50 @@ fn piped(command: &mut Command) -> Result<Child> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()?)
+}
+
+/// Runs a command twice at once: the daemon stands still until it has both requests.
+fn both_at_once(rig: &mut Rig, command: &[&str]) -> Result<[(bool, String); 2]> {
+    rig.sealed.daemon()?.signal(Signal::SIGSTOP)?;
+    let both = [start(rig, command)?, start(rig, command)?];
+    for child in &both {
+        wait_until(PATIENCE, "both to wait for their answer", || {
+            Ok(waits_for_an_answer(child)?.then_some(()))
+        })?;
+    }
+    rig.sealed.daemon()?.signal(Signal::SIGCONT)?;
+    let [first, second] = both;
+    Ok([end(first)?, end(second)?])
+}
+
+/// Whether the command that nsenter runs has a connection and sleeps, as it does once it has asked.
+fn waits_for_an_answer(child: &Child) -> Result<bool> {
+    let nsenter = child.id();
+    let children = fs::read_to_string(format!("/proc/{nsenter}/task/{nsenter}/children"))?;
+    let Some(pid) = children.split_whitespace().next() else {
+        return Ok(false);
+    };
+    let is_asleep = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('S'))
+    };
+    let is_connected = || {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        let sockets = descriptors.filter(|entry| {
+            fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+        });
+        // tokio has a pair of its own for signals.
+        sockets.count() > 2
+    };
+    // Not in the moment between two calls.
+    let seen = (0..4).all(|_| {
+        sleep(Duration::from_millis(15));
+        is_connected() && is_asleep()
+    });
+    Ok(seen)
 }
 
 fn end(child: Child) -> Result<(bool, String)> {
