@@ -102,7 +102,12 @@ impl Cli {
         if let Command::Volume(VolumeCommand::Info { path }) = &self.command {
             return volume::info(path, &printer);
         }
-        let mut client = Client::connect(&self.socket).await?;
+        let mut client = match &self.command {
+            Command::Provider(ProviderCommand::Lock { .. }) => {
+                Client::connect_undisturbed(&self.socket).await?
+            }
+            _ => Client::connect(&self.socket).await?,
+        };
         match self.command {
             Command::Status => printer.status(&client.call(async |host| host.status().await).await?),
             Command::Provider(command) => provider::run(command, &mut client, &printer).await,

@@ -78,6 +78,8 @@ pub struct Daemon {
     jobs_bell: Bell,
     /// Why the job that runs stands still, where its own record can't be written.
     stalled: Mutex<Option<(JobId, String)>>,
+    /// What those who watch jobs have seen.
+    watched: jobs::Looks,
     /// Rung when a copy of an envelope may have to follow, or can.
     copies_bell: Bell,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
@@ -113,6 +115,7 @@ impl Daemon {
             headers,
             jobs_bell: Bell::default(),
             stalled: Mutex::default(),
+            watched: jobs::Looks::default(),
             copies_bell: Bell::default(),
             copying: Mutex::default(),
         })

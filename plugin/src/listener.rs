@@ -1,12 +1,20 @@
 //! The Varlink services: `io.virtseal.Lifecycle` for the hook, `io.virtseal.Host` for the CLI.
 //!
-//! Every connection has a server of its own, so one that waits never holds up another. Who calls is known from
-//! the kernel (SO_PEERCRED): root may change things, the group may read. The work itself blocks and runs on
-//! worker threads.
+//! Every connection has a conversation of its own, so one that waits never holds up another. Who calls is known from
+//! the kernel (SO_PEERCRED): root may change things, the group may read. The work itself blocks and runs on worker
+//! threads: those of [`Pools`], so that readers never have those of a start.
 
 #![expect(missing_docs, reason = "the service macro makes public items without any")]
 
+mod caller;
+mod channel;
+mod closer;
+mod conversation;
+mod gate;
+
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener as StdListener;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -15,10 +23,10 @@ use std::time::Duration;
 use futures_util::Stream;
 use nix::unistd::{Gid, Uid};
 use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
-use zlink::service;
-use zlink::tokio::unix;
-use zlink::{Connection, Reply, Server};
+use tokio::task::spawn_local;
+use zlink::{Reply, service};
 
 use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
@@ -27,138 +35,183 @@ use crate::api::{
     Receipt, ReceiptLine, ServerView, Servers, SigningRequestMade, TpmEnrolled, TpmRemoved, VmView, Vms,
     VolumeProgress, VolumeRequest,
 };
+use crate::daemon::pools::Pools;
 use crate::daemon::{Daemon, on_behalf_of};
 use crate::domain::Domain;
 use crate::failure::{Code, Failure};
 use crate::lifecycle::Deadline;
+use caller::Caller;
+use channel::{Channel, Sender};
+use closer::Closer;
+use gate::{Gate, Pass};
 
-/// Which socket a connection came through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entrance {
-    /// Root's alone, for starts.
-    Hook,
-    /// For everybody who may ask; an old hook.conf names it too.
-    Main,
+/// What every connection is served with.
+#[derive(Clone)]
+pub struct Server {
+    daemon: Arc<Daemon>,
+    pools: Pools,
+    gate: Arc<Gate>,
+    closer: Closer,
 }
 
-/// Accepts connections for ever. Must run inside a `LocalSet`.
-pub async fn serve(listener: std::os::unix::net::UnixListener, entrance: Entrance, daemon: Arc<Daemon>) {
-    let listener = listener
-        .set_nonblocking(true)
-        .and_then(|()| UnixListener::from_std(listener));
-    let listener = match listener {
-        Ok(listener) => listener,
-        Err(error) => return tracing::error!(%error, ?entrance, "its socket can't be used"),
-    };
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                tokio::task::spawn_local(serve_one(stream, entrance, Arc::clone(&daemon)));
-            }
-            Err(error) => {
-                // Out of descriptors, most likely: give the others time to end.
-                tracing::warn!(%error, "can't accept a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+/// A connection of somebody who is not root, on its way to the thread that serves readers.
+pub struct Visitor {
+    stream: std::os::unix::net::UnixStream,
+    uid: Uid,
+    gid: Gid,
+    pass: Arc<Pass>,
+    /// What its first call is told, if there are too many.
+    refusal: Option<Failure>,
+}
+
+impl Server {
+    /// Serves connections with the workers of these pools.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn new(daemon: Arc<Daemon>, pools: Pools) -> io::Result<Self> {
+        Ok(Self {
+            daemon,
+            pools,
+            gate: Arc::default(),
+            closer: Closer::start()?,
+        })
+    }
+
+    /// Accepts root's connections at the hook's socket for ever. Must run inside a `LocalSet`.
+    pub async fn serve_hook(self, listener: StdListener) {
+        let turn_away = |_, uid: Uid, _| tracing::warn!(%uid, "turned away from the hook's socket");
+        self.accept(listener, turn_away).await;
+    }
+
+    /// Accepts connections at the other socket for ever, and sends those that are not root's to `visitors`. Must run inside
+    /// a `LocalSet`.
+    pub async fn serve_main(self, listener: StdListener, visitors: mpsc::UnboundedSender<Visitor>) {
+        let server = self.clone();
+        let receive = move |stream: UnixStream, uid, gid| {
+            let Ok(stream) = stream.into_std() else { return };
+            let (pass, refusal) = server.gate.enter(uid);
+            let Some(pass) = pass else {
+                return server.turn_away(stream, refusal);
+            };
+            let visitor = Visitor {
+                stream,
+                uid,
+                gid,
+                pass: Arc::new(pass),
+                refusal,
+            };
+            // Nobody is served any more when this fails.
+            let _ = visitors.send(visitor);
+        };
+        self.accept(listener, receive).await;
+    }
+
+    /// Serves those who are not root for ever. Must run inside a `LocalSet`.
+    pub async fn serve_visitors(self, mut visitors: mpsc::UnboundedReceiver<Visitor>) {
+        while let Some(visitor) = visitors.recv().await {
+            spawn_local(self.clone().serve_visitor(visitor));
+        }
+    }
+
+    async fn accept(&self, listener: StdListener, others: impl Fn(UnixStream, Uid, Gid)) {
+        let listener = listener
+            .set_nonblocking(true)
+            .and_then(|()| UnixListener::from_std(listener));
+        let listener = match listener {
+            Ok(listener) => listener,
+            Err(error) => return tracing::error!(%error, "a socket can't be used"),
+        };
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => match caller::peer(&stream) {
+                    Ok((uid, _)) if caller::is_admin(uid) => {
+                        spawn_local(self.clone().serve_admin(stream, uid));
+                    }
+                    Ok((uid, gid)) => others(stream, uid, gid),
+                    Err(error) => tracing::debug!(%error, "can't tell who connected"),
+                },
+                Err(error) => {
+                    // Out of descriptors, most likely: give the others time to end.
+                    tracing::warn!(%error, "can't accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
             }
         }
     }
-}
 
-async fn serve_one(stream: UnixStream, entrance: Entrance, daemon: Arc<Daemon>) {
-    let Ok(peer) = stream.as_fd().try_clone_to_owned() else {
-        return;
-    };
-    let Ok(socket) = unix::Stream::try_from(stream) else {
-        return;
-    };
-    let mut connection = Connection::new(socket);
-    let (caller, uid) = match connection.peer_credentials().await {
-        Ok(credentials) => {
-            let uid = Uid::from_raw(credentials.unix_user_id().as_raw());
-            let groups = std::iter::once(credentials.unix_primary_group_id())
-                .chain(credentials.unix_supplementary_group_ids().iter().copied())
-                .map(|gid| Gid::from_raw(gid.as_raw()));
-            (Caller::of(uid, groups, || daemon.reader_group()), uid)
-        }
-        Err(error) => {
-            // It has hung up already, as probes do.
-            tracing::debug!(%error, "can't tell who connected");
+    async fn serve_admin(self, stream: UnixStream, uid: Uid) {
+        let Ok(peer) = stream.as_fd().try_clone_to_owned() else {
+            return;
+        };
+        let mut service = Service {
+            daemon: self.daemon,
+            pools: self.pools,
+            caller: Caller::Admin,
+            uid,
+            peer: Some(Arc::new(peer)),
+            pass: None,
+        };
+        serve_one(Channel::new(stream, Sender::Admin), &mut service).await;
+    }
+
+    async fn serve_visitor(self, visitor: Visitor) {
+        let Visitor { stream, uid, gid, .. } = visitor;
+        let groups = caller::peer_groups(&stream).unwrap_or_default();
+        let Ok(stream) = UnixStream::from_std(stream) else {
+            return;
+        };
+        let sender = Sender::Reader(self.closer, Some(Arc::clone(&visitor.pass)));
+        let mut channel = Channel::new(stream, sender);
+        if let Some(failure) = visitor.refusal {
+            // It may not ask, or not listen.
+            let _ = conversation::refuse(&mut channel, failure).await;
             return;
         }
-    };
-    if entrance == Entrance::Hook && caller != Caller::Admin {
-        return tracing::warn!(uid = uid.as_raw(), "turned away from the hook's socket");
-    }
-    let accepted = Accepted(Some(connection), false);
-    if let Err(error) = Server::new(
-        accepted,
-        Service {
-            daemon,
-            caller,
+        let daemon = Arc::clone(&self.daemon);
+        let group = self.pools.watch.spawn_blocking(move || daemon.reader_group());
+        let group = group.await.unwrap_or_default();
+        let mut service = Service {
+            daemon: self.daemon,
+            pools: self.pools,
+            caller: Caller::of(uid, std::iter::once(gid).chain(groups), || group),
             uid,
-            peer: Arc::new(peer),
-        },
-    )
-    .run()
-    .await
-    {
-        tracing::debug!(%error, "connection ended");
+            peer: None,
+            pass: Some(visitor.pass),
+        };
+        serve_one(channel, &mut service).await;
+    }
+
+    /// Says why, if that can be said at once.
+    fn turn_away(&self, stream: std::os::unix::net::UnixStream, refusal: Option<Failure>) {
+        if let Some(bytes) = refusal.and_then(|failure| conversation::failure(failure).ok()) {
+            let _ = nix::sys::socket::send(
+                std::os::fd::AsRawFd::as_raw_fd(&stream),
+                &bytes,
+                nix::sys::socket::MsgFlags::MSG_DONTWAIT | nix::sys::socket::MsgFlags::MSG_NOSIGNAL,
+            );
+        }
+        self.closer.close(stream.into(), None);
     }
 }
 
-/// What a caller may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Caller {
-    Admin,
-    Reader,
-    Stranger,
-}
-
-impl Caller {
-    /// Looks the readers' group up only for those it matters to: that can take longer than a hook's whole call.
-    fn of(uid: Uid, mut groups: impl Iterator<Item = Gid>, readers: impl FnOnce() -> Option<Gid>) -> Self {
-        if uid.is_root() || uid == Uid::effective() {
-            return Self::Admin;
-        }
-        match readers() {
-            Some(readers) if groups.any(|gid| gid == readers) => Self::Reader,
-            _ => Self::Stranger,
-        }
-    }
-
-    fn may(self, needed: Self) -> Result<(), Failure> {
-        match (self, needed) {
-            (Self::Admin, _) | (Self::Reader, Self::Reader) => Ok(()),
-            _ => Err(Failure::new(Code::Denied, "only root may do this").next("run it as root, with sudo")),
-        }
-    }
-}
-
-/// Hands one connection to its server, then no more.
-#[derive(Debug)]
-struct Accepted(Option<Connection<unix::Stream>>, bool);
-
-impl zlink::Listener for Accepted {
-    type Socket = unix::Stream;
-
-    async fn accept(&mut self) -> zlink::Result<Option<Connection<Self::Socket>>> {
-        if let Some(connection) = self.0.take() {
-            return Ok(Some(connection));
-        }
-        if !std::mem::replace(&mut self.1, true) {
-            return Ok(None);
-        }
-        std::future::pending().await
+async fn serve_one(mut channel: Channel, service: &mut Service) {
+    if let Err(fault) = conversation::converse(&mut channel, service).await {
+        tracing::debug!(uid = %service.uid, "connection ended: {}", crate::failure::chain(&fault));
+        conversation::explain(&mut channel, &fault).await;
     }
 }
 
 struct Service {
     daemon: Arc<Daemon>,
+    pools: Pools,
     caller: Caller,
     /// Who it is, for the audit log.
     uid: Uid,
-    /// The connection, to be asked whether anybody is still there.
-    peer: Arc<OwnedFd>,
+    /// Root's connection, to be asked whether anybody is still there.
+    peer: Option<Arc<OwnedFd>>,
+    /// What bounds the calls of others.
+    pass: Option<Arc<Pass>>,
 }
 
 impl Service {
@@ -168,10 +221,30 @@ impl Service {
         needed: Caller,
         work: impl FnOnce(&Daemon) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, HostError> {
+        let workers = match self.caller {
+            Caller::Admin => &self.pools.admin,
+            Caller::Reader | Caller::Stranger => &self.pools.watch,
+        };
+        self.run_on(workers, needed, work).await
+    }
+
+    async fn run_on<T: Send + 'static>(
+        &self,
+        workers: &Handle,
+        needed: Caller,
+        work: impl FnOnce(&Daemon) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, HostError> {
         self.caller.may(needed)?;
+        let _turn = match &self.pass {
+            Some(pass) => Some(pass.turn().await?),
+            None => None,
+        };
         self.daemon.note_call();
         let (daemon, uid) = (Arc::clone(&self.daemon), self.uid.as_raw());
-        match tokio::task::spawn_blocking(move || on_behalf_of(uid, || work(&daemon))).await {
+        match workers
+            .spawn_blocking(move || on_behalf_of(uid, || work(&daemon)))
+            .await
+        {
             Ok(result) => result.map_err(HostError::from),
             Err(error) => Err(Failure::new(Code::Failed, format!("virtseald failed: {error}"))
                 .next("see its log: journalctl -u virtseald")
@@ -186,8 +259,13 @@ impl Service {
         work: impl FnOnce(&Daemon, &Deadline) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, LifecycleError> {
         let time = self.daemon.hook_deadline();
-        let deadline = Deadline::after(time).or_hangup_of(Arc::clone(&self.peer));
-        let run = self.run(Caller::Admin, move |daemon| work(daemon, &deadline));
+        let deadline = match &self.peer {
+            Some(peer) => Deadline::after(time).or_hangup_of(Arc::clone(peer)),
+            None => Deadline::after(time),
+        };
+        let run = self.run_on(&self.pools.hook, Caller::Admin, move |daemon| {
+            work(daemon, &deadline)
+        });
         let outcome = match tokio::time::timeout(time, run).await {
             Ok(outcome) => outcome.map_err(Failure::from),
             Err(_) => Err(self.daemon.deadline_passed(time).of(subject())),
@@ -272,7 +350,7 @@ impl Service {
         let (sender, receiver) = mpsc::channel(8);
         let (daemon, uid) = (Arc::clone(&self.daemon), self.uid.as_raw());
         let allowed = self.caller.may(Caller::Admin);
-        tokio::task::spawn_blocking(move || {
+        self.pools.admin.spawn_blocking(move || {
             // A client that went away ends the work: `report` says so.
             let report = |step: VolumeProgress| {
                 let last = step.envelope.is_some();
@@ -324,8 +402,8 @@ impl Service {
     }
 
     async fn lock_provider(&self, name: String) -> Result<(), HostError> {
-        self.run(Caller::Admin, move |daemon| daemon.lock_provider(&name))
-            .await
+        let work = move |daemon: &Daemon| daemon.lock_provider(&name);
+        self.run_on(&self.pools.lock, Caller::Admin, work).await
     }
 
     async fn unlock_provider(&self, name: String, #[zlink(fds)] fds: Vec<OwnedFd>) -> Result<(), HostError> {
@@ -444,18 +522,24 @@ impl Service {
         more: bool,
         id: Option<i64>,
     ) -> impl Stream<Item = Result<Reply<JobReport>, HostError>> + Unpin + use<> {
-        let (sender, receiver) = mpsc::channel(8);
-        let daemon = Arc::clone(&self.daemon);
+        let (sender, receiver) = mpsc::channel(1);
         let allowed = self.caller.may(Caller::Reader);
-        tokio::task::spawn_blocking(move || {
-            let report = |job: JobView, last: bool| {
+        // One of them at a time, whoever and however many watch.
+        let workers = self.pools.admin.clone();
+        let daemon = Arc::clone(&self.daemon);
+        spawn_local(async move {
+            let report = async |job: JobView, last: bool| {
                 let reply = Reply::new(Some(JobReport { job })).set_continues(Some(!last));
                 let wanted = more || last;
-                !sender.is_closed() && (!wanted || sender.blocking_send(Ok(reply)).is_ok())
+                !sender.is_closed() && (!wanted || sender.send(Ok(reply)).await.is_ok())
             };
-            if let Err(failure) = allowed.and_then(|()| daemon.watch_job(id, report)) {
+            let watched = match allowed {
+                Ok(()) => daemon.watch_job(id, &workers, report).await,
+                Err(denied) => Err(denied),
+            };
+            if let Err(failure) = watched {
                 // Nobody is left to be told when this fails.
-                let _ = sender.blocking_send(Err(failure.into()));
+                let _ = sender.send(Err(failure.into())).await;
             }
         });
         Replies(receiver)
@@ -504,29 +588,5 @@ impl<T> Stream for Replies<T> {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0.poll_recv(context)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn root_changes_the_group_reads_others_nothing() {
-        let group = Some(Gid::from_raw(77));
-        let of = |uid, gid| Caller::of(Uid::from_raw(uid), std::iter::once(Gid::from_raw(gid)), || group);
-        assert_eq!(of(0, 0), Caller::Admin);
-        assert_eq!(of(54321, 77), Caller::Reader);
-        assert_eq!(of(54321, 78), Caller::Stranger);
-        assert!(Caller::Reader.may(Caller::Reader).is_ok());
-        assert_eq!(Caller::Reader.may(Caller::Admin).unwrap_err().code, Code::Denied);
-        assert_eq!(
-            Caller::Stranger.may(Caller::Reader).unwrap_err().code,
-            Code::Denied
-        );
-        assert_eq!(
-            Caller::of(Uid::from_raw(54321), std::iter::once(Gid::from_raw(0)), || None),
-            Caller::Stranger
-        );
     }
 }

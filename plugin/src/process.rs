@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::{fs, io};
 
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::{Mode, umask};
 
 /// Freed memory is overwritten with this byte, see `mallopt(3)`: libvirt's client library frees the buffers in
@@ -12,6 +12,9 @@ use nix::sys::stat::{Mode, umask};
 const FREED: libc::c_int = 0x5a;
 /// A daemon with a dozen threads needs no heap for each.
 const HEAPS: libc::c_int = 2;
+
+/// How many descriptors this process may have, if the hard limit lets it: many times what all connections take.
+const DESCRIPTORS: u64 = 16 * 1024;
 
 /// No core dumps, no ptrace by the same user, private files, no keys in freed memory. Call it first.
 ///
@@ -22,6 +25,8 @@ pub fn harden() -> io::Result<()> {
     silence_tss();
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     prctl::set_dumpable(false)?;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(DESCRIPTORS.min(hard)), hard)?;
     // SAFETY: mallopt changes settings of the allocator, and is called before there are other threads.
     let set =
         unsafe { libc::mallopt(libc::M_PERTURB, FREED) == 1 && libc::mallopt(libc::M_ARENA_MAX, HEAPS) == 1 };

@@ -48,6 +48,9 @@ impl Sockets {
                 return Err(SocketError::Twice);
             }
         }
+        if main.is_none() {
+            refuse_taken(&config.socket)?;
+        }
         // The hook's first: who sees the other one may rely on it.
         let hook = hook.map_or_else(|| bind(&config.hook_socket(), Access::Root), Ok)?;
         let readers = || Access::Group(&config.socket_group);
@@ -118,11 +121,8 @@ fn bind(path: &Path, access: Access<'_>) -> Result<UnixListener, SocketError> {
     if let Some(parent) = path.parent() {
         make_directory(parent).map_err(failed("make", parent))?;
     }
-    match fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => return Err(SocketError::NotASocket(path.to_owned())),
-        Ok(_) if UnixStream::connect(path).is_ok() => return Err(SocketError::InUse(path.to_owned())),
-        Ok(_) => fs::remove_file(path).map_err(failed("remove the old", path))?,
-        Err(_) => {}
+    if refuse_taken(path)? == Place::Left {
+        fs::remove_file(path).map_err(failed("remove the old", path))?;
     }
     // Under our umask: nobody else gets in before it has its mode.
     let listener = UnixListener::bind(path).map_err(failed("listen on", path))?;
@@ -137,6 +137,23 @@ fn bind(path: &Path, access: Access<'_>) -> Result<UnixListener, SocketError> {
     let mode = if group.is_some() { 0o660 } else { 0o600 };
     fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))?;
     Ok(listener)
+}
+
+/// What is at the path of a socket.
+#[derive(PartialEq)]
+enum Place {
+    Free,
+    /// By a daemon that was killed.
+    Left,
+}
+
+fn refuse_taken(path: &Path) -> Result<Place, SocketError> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => Err(SocketError::NotASocket(path.to_owned())),
+        Ok(_) if UnixStream::connect(path).is_ok() => Err(SocketError::InUse(path.to_owned())),
+        Ok(_) => Ok(Place::Left),
+        Err(_) => Ok(Place::Free),
+    }
 }
 
 /// Makes what is missing of the path, open to all whatever our umask is; what is there is not touched.

@@ -17,7 +17,7 @@ pub struct JobRequest {
 }
 
 /// A sweep over the envelopes, as `virtseal jobs` prints it.
-#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 pub struct JobView {
     /// Its number.
     pub id: i64,

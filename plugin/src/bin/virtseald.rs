@@ -1,6 +1,5 @@
 //! The daemon of virtseal.
 
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,15 +10,16 @@ use anyhow::{Context, anyhow};
 use clap::Parser;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use virtseal::config::{Config, ConfigError, LogFilter};
-use virtseal::daemon::pools::{self, LAST_CALLS, Pool};
+use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
 use virtseal::failure::chain;
-use virtseal::listener::{self, Entrance};
+use virtseal::listener::Server;
 use virtseal::process::{self, LinkedCode};
 use virtseal::sockets::Sockets;
 use virtseal::terminal::visible;
@@ -56,24 +56,38 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let sockets = Sockets::open(&config).map_err(|error| anyhow!(chain(&error)))?;
     let daemon = Arc::new(Daemon::open(config)?);
     warn_of_settings(&daemon);
-    let hooks = Arc::clone(&daemon);
-    let hook_pool = Pool::start("hook", Pool::HOOKS, move || {
-        listener::serve(sockets.hook, Entrance::Hook, hooks)
+    let runtimes = Runtimes::new()?;
+    let server = Server::new(Arc::clone(&daemon), runtimes.pools())?;
+    let Runtimes {
+        hook,
+        lock,
+        admin,
+        watch,
+    } = runtimes;
+    let of_hook = server.clone();
+    let hook = Serving::start("hook", hook, move || of_hook.serve_hook(sockets.hook))?;
+    let (visitors, visiting) = mpsc::unbounded_channel();
+    let of_visitors = server.clone();
+    let watch = Serving::start("watch", watch, move || {
+        pools::step_back();
+        of_visitors.serve_visitors(visiting)
     })?;
-    let runtime = pools::runtime(Pool::ADMINS)?;
-    let outcome = LocalSet::new().block_on(&runtime, serve(sockets.main, Arc::clone(&daemon), code, args));
+    let main = server.serve_main(sockets.main, visitors);
+    let outcome = LocalSet::new().block_on(&admin, serve(main, Arc::clone(&daemon), code, args));
     // A worker may be stuck in libvirt: the keys go, whatever it waits for.
     daemon.lock_all();
-    let last_hooks = hook_pool.stop();
-    runtime.shutdown_timeout(LAST_CALLS);
-    // A panic in it was printed.
-    let _ = last_hooks.join();
-    daemon.end();
+    let serving = [hook.stop(), watch.stop()];
+    admin.shutdown_timeout(LAST_CALLS);
+    lock.shutdown_background();
+    for thread in serving {
+        // A panic in it was printed.
+        let _ = thread.join();
+    }
     outcome
 }
 
 async fn serve(
-    listener: UnixListener,
+    connections: impl Future<Output = ()> + 'static,
     daemon: Arc<Daemon>,
     code: Arc<LinkedCode>,
     args: &Args,
@@ -90,7 +104,7 @@ async fn serve(
         ));
     }
     daemon.load_caches();
-    spawn_local(listener::serve(listener, Entrance::Main, Arc::clone(&daemon)));
+    spawn_local(connections);
     spawn_local(watch_libvirt(Arc::clone(&daemon), code));
     let sweeping = Arc::clone(&daemon);
     spawn_blocking(move || sweeping.sweep_temporaries());

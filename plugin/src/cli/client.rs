@@ -6,6 +6,7 @@ use zlink::Connection;
 use zlink::tokio::unix;
 
 use crate::api::HostError;
+use crate::config::Config;
 use crate::failure::{Code, Failure, chain};
 
 /// A connection to one daemon.
@@ -23,6 +24,15 @@ impl Client {
             socket: socket.into(),
             connection,
         })
+    }
+
+    /// Connects to the socket beside `socket` that only root reaches, where nobody else's calls are in the way; to `socket`
+    /// where that one is not for us, or is elsewhere.
+    pub(super) async fn connect_undisturbed(socket: &Path) -> Result<Self, Failure> {
+        match Self::connect(&Config::hook_socket_beside(socket)).await {
+            Ok(client) => Ok(client),
+            Err(_) => Self::connect(socket).await,
+        }
     }
 
     /// Makes one call: sorts a failure of the connection from one of the daemon's.

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
 
 use super::providers::{native_failure, passphrase_from, take};
 use super::{Daemon, lock};
@@ -23,6 +26,17 @@ const SHOWN: u32 = 20;
 const LOOK: Duration = Duration::from_millis(200);
 /// A job that waits is tried again after this time, and after twice that, up to the limit.
 const PATIENCE: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(60);
+
+/// What somebody who watches a job has seen of it.
+#[derive(Debug)]
+pub(super) struct Look {
+    at: Instant,
+    job: JobView,
+    ended: bool,
+}
+
+/// What was seen of each job that is watched.
+pub(super) type Looks = tokio::sync::Mutex<BTreeMap<JobId, Look>>;
 
 impl Daemon {
     /// Does jobs for ever. For a thread of its own.
@@ -331,25 +345,58 @@ impl Daemon {
         })
     }
 
-    /// Reports a job, or the one that runs, whenever it has changed, until it ends or nobody listens.
-    pub fn watch_job(&self, id: Option<i64>, report: impl Fn(JobView, bool) -> bool) -> Result<(), Failure> {
-        let id = self.job_id(id)?;
+    /// Reports a job, or the one that runs, whenever it has changed, until it ends or nobody listens. The keystore is read
+    /// by `workers`, for all who watch the same job together.
+    pub async fn watch_job(
+        self: Arc<Self>,
+        id: Option<i64>,
+        workers: &Handle,
+        report: impl AsyncFn(JobView, bool) -> bool,
+    ) -> Result<(), Failure> {
+        let id = self.find_watched(id, workers).await?;
         let (mut last, mut told) = (None, Instant::now());
         loop {
-            let job = self.keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
-            let ended = job.state != JobState::Running;
-            let seen = (self.waiting(&job), job);
-            let job = &seen.1;
+            let (job, ended) = self.look_at_job(id, workers).await?;
             // Now and then also without news: that is how a listener who left is noticed.
-            if ended || last.as_ref() != Some(&seen) || told.elapsed() > 10 * LOOK {
-                if !report(self.job_view(job)?, ended) || ended {
+            if ended || last.as_ref() != Some(&job) || told.elapsed() > 10 * LOOK {
+                if !report(job.clone(), ended).await || ended {
                     return Ok(());
                 }
-                last = Some(seen);
+                last = Some(job);
                 told = Instant::now();
             }
-            std::thread::sleep(LOOK);
+            tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// Of all who begin to watch, one at a time asks.
+    async fn find_watched(self: &Arc<Self>, id: Option<i64>, workers: &Handle) -> Result<JobId, Failure> {
+        let _alone = self.watched.lock().await;
+        let daemon = Arc::clone(self);
+        let found = workers.spawn_blocking(move || daemon.job_id(id)).await;
+        found.map_err(|error| broken(&error))?
+    }
+
+    /// The job as it was less than [`LOOK`] ago, and whether it has ended. One watcher looks, the others see what it saw.
+    async fn look_at_job(self: &Arc<Self>, id: JobId, workers: &Handle) -> Result<(JobView, bool), Failure> {
+        let mut looks = self.watched.lock().await;
+        if let Some(look) = looks.get(&id).filter(|look| look.at.elapsed() < LOOK) {
+            return Ok((look.job.clone(), look.ended));
+        }
+        looks.retain(|_, look| look.at.elapsed() < LOOK);
+        let daemon = Arc::clone(self);
+        let looked = workers.spawn_blocking(move || {
+            let job = daemon.keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
+            Ok::<_, Failure>((daemon.job_view(&job)?, job.state != JobState::Running))
+        });
+        let (job, ended) = looked.await.map_err(|error| broken(&error))??;
+        let look = Look {
+            at: Instant::now(),
+            job: job.clone(),
+            ended,
+        };
+        looks.insert(id, look);
+        Ok((job, ended))
     }
 
     /// Ends a job, or the one that runs, where it is.
@@ -400,6 +447,11 @@ impl Daemon {
             updated: job.updated,
         })
     }
+}
+
+fn broken(error: &tokio::task::JoinError) -> Failure {
+    Failure::new(Code::Failed, format!("virtseald failed: {error}"))
+        .next("see its log: journalctl -u virtseald")
 }
 
 fn second_job(id: i64) -> Failure {

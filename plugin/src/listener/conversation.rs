@@ -1,0 +1,108 @@
+//! One connection from its first call to its end.
+//!
+//! The service, its types and its errors are zlink's; the messages are read and written here. zlink's own server takes
+//! descriptors and 100 MB from anybody, and serializes a reply anew for every 256 bytes of it.
+
+use futures_util::StreamExt;
+use serde::Serialize;
+use zlink::connection::{PassedCredentials, socket};
+use zlink::service::MethodReply;
+use zlink::{Call, Connection, Reply};
+
+use super::Service;
+use super::channel::{Channel, Fault};
+use crate::api::HostError;
+use crate::failure::{Code, Failure, chain};
+
+type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCall<'de>;
+
+/// Answers calls until the other end has no more.
+pub(super) async fn converse(channel: &mut Channel, service: &mut Service) -> Result<(), Fault> {
+    let mut unused = Connection::new(Unused);
+    while let Some(message) = channel.message().await? {
+        let call: Call<MethodCall<'_>> = serde_json::from_slice(&message.bytes).map_err(Fault::NotACall)?;
+        let (reply, _) = zlink::Service::handle(service, &call, &mut unused, message.descriptors).await;
+        match reply {
+            MethodReply::Single(_) | MethodReply::Error(_) if call.oneway() => {}
+            MethodReply::Single(parameters) => {
+                let reply = Reply::new(parameters).set_continues(Some(false));
+                channel.send(&encoded(&reply)?).await?;
+            }
+            MethodReply::Error(error) => channel.send(&encoded(&error)?).await?,
+            MethodReply::Multi(mut replies) => {
+                while let Some((reply, _)) = replies.next().await {
+                    let bytes = match &reply {
+                        Ok(reply) => encoded(reply)?,
+                        Err(error) => encoded(error)?,
+                    };
+                    channel.send(&bytes).await?;
+                }
+            }
+            // No method here can be upgraded.
+            _ => return Ok(()),
+        }
+    }
+    Ok(())
+}
+
+/// Says why to the first call, and nothing else.
+pub(super) async fn refuse(channel: &mut Channel, failure: Failure) -> Result<(), Fault> {
+    channel.message().await?;
+    channel.send(&self::failure(failure)?).await
+}
+
+/// Says why the connection ends, where its other end is to blame and may be listening.
+pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
+    let failure = match fault {
+        Fault::Io(_) | Fault::Unread | Fault::Idle(_) => return,
+        Fault::TooLong(_) | Fault::Descriptors | Fault::TooManyDescriptors | Fault::NotACall(_) => {
+            Failure::new(Code::Usage, format!("virtseald hangs up: {}", chain(fault)))
+                .next("use the virtseal of the same version as virtseald")
+        }
+    };
+    if let Ok(bytes) = self::failure(failure) {
+        // It may be gone.
+        let _ = channel.send(&bytes).await;
+    }
+}
+
+/// The message that says so.
+pub(super) fn failure(failure: Failure) -> Result<Vec<u8>, Fault> {
+    encoded(&HostError::from(failure))
+}
+
+fn encoded(message: &impl Serialize) -> Result<Vec<u8>, Fault> {
+    let mut bytes = serde_json::to_vec(message).map_err(Fault::NotACall)?;
+    bytes.push(0);
+    Ok(bytes)
+}
+
+/// What a service is told that it is connected to; ours does not look.
+#[derive(Debug)]
+pub(super) struct Unused;
+
+impl socket::Socket for Unused {
+    type ReadHalf = Self;
+    type WriteHalf = Self;
+
+    fn split(self) -> (Self, Self) {
+        (Self, Self)
+    }
+}
+
+impl socket::ReadHalf for Unused {
+    async fn read(&mut self, _buffer: &mut [u8]) -> zlink::Result<socket::ReadResult> {
+        Err(zlink::Error::UnexpectedEof)
+    }
+}
+
+impl socket::WriteHalf for Unused {
+    async fn write(
+        &mut self,
+        _buffer: &[u8],
+        _fds: &[impl std::os::fd::AsFd],
+        _credentials: Option<&PassedCredentials>,
+    ) -> zlink::Result<()> {
+        Err(zlink::Error::UnexpectedEof)
+    }
+}
