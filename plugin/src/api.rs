@@ -232,8 +232,21 @@ pub trait HostProxy {
     ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Envelopes and KEKs that no VM uses.
     async fn orphans(&mut self) -> zlink::Result<Result<Orphans, HostError>>;
-    /// Destroys all keys of a VM whose name was typed.
-    async fn shred_vm(&mut self, vm: &str, typed: Option<&str>) -> zlink::Result<Result<Receipt, HostError>>;
+    /// Destroys all keys of a VM whose name was typed; those at a provider of one that is not defined here only if it was typed
+    /// for them, too.
+    async fn shred_vm(
+        &mut self,
+        vm: &str,
+        typed: Option<&str>,
+        typed_for_keks: Option<&str>,
+    ) -> zlink::Result<Result<Receipt, HostError>>;
+    /// Drops the records of a VM that is not defined here, after they were kept in a file.
+    async fn forget_vm(&mut self, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Takes back what is in the file in `fds`.
+    async fn adopt_forgotten(
+        &mut self,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<Outcome, HostError>>;
     /// The last records of the audit log.
     async fn show_audit(&mut self, records: i64) -> zlink::Result<Result<AuditLines, HostError>>;
     /// Checks the audit log's chain.

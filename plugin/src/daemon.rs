@@ -8,6 +8,7 @@ mod cache;
 mod copies;
 mod deletion;
 mod doubts;
+mod forget;
 mod headers;
 mod host_tpm;
 mod jobs;

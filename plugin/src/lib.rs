@@ -14,6 +14,7 @@ pub mod daemon;
 pub mod domain;
 pub mod envelope;
 pub mod failure;
+pub mod forgotten;
 pub mod keystore;
 pub mod libvirt;
 pub mod lifecycle;

@@ -563,11 +563,25 @@ impl Service {
         self.run(Caller::Reader, Daemon::orphans).await
     }
 
-    async fn shred_vm(&self, vm: String, typed: Option<String>) -> Result<Receipt, HostError> {
+    async fn shred_vm(
+        &self,
+        vm: String,
+        typed: Option<String>,
+        typed_for_keks: Option<String>,
+    ) -> Result<Receipt, HostError> {
         self.run(Caller::Admin, move |daemon| {
-            daemon.shred_vm(&vm, typed.as_deref())
+            daemon.shred_vm(&vm, typed.as_deref(), typed_for_keks.as_deref())
         })
         .await
+    }
+
+    async fn forget_vm(&self, vm: String) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.forget_vm(&vm)).await
+    }
+
+    async fn adopt_forgotten(&self, #[zlink(fds)] fds: Vec<OwnedFd>) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.adopt_forgotten(fds))
+            .await
     }
 
     async fn show_audit(&self, records: i64) -> Result<AuditLines, HostError> {

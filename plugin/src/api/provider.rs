@@ -120,6 +120,8 @@ pub struct OrphanKek {
     pub envelopes: i64,
     /// How many copies that are behind need it.
     pub copies: i64,
+    /// Where it comes from: `vm-not-defined`, `copy-behind`, `retired`, or `never-used` (a seal that failed).
+    pub origin: String,
 }
 
 /// Reply of `provider orphans`.
@@ -127,6 +129,6 @@ pub struct OrphanKek {
 pub struct Orphans {
     /// Envelopes whose VM is not defined.
     pub envelopes: Vec<OrphanEnvelope>,
-    /// The KEKs that only these, or copies that are behind, need.
+    /// The KEKs that only these, or copies that are behind, need, and those that nothing here needs.
     pub keks: Vec<OrphanKek>,
 }

@@ -10,7 +10,7 @@ use crate::api::{
     AuditLines, AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome,
     PersistView, ProviderView, Receipt, ServerView, VmView, VolumeProgress,
 };
-use crate::failure::{Code, Failure};
+use crate::failure::{Code, Failure, word};
 use crate::local_time::{parse_rfc3339, time_of_day};
 use crate::terminal::{visible, visible_json};
 
@@ -230,6 +230,12 @@ impl Printer {
             ]
         });
         table(&["VM", "KIND", "ENVELOPE", "PROVIDERS", "PATH"], rows)?;
+        if let Some(first) = orphans.envelopes.first() {
+            line(&format!(
+                "That a VM is not defined here does not mean that it is gone. If it is on another host: virtseal vm forget {}",
+                word(&first.vm)
+            ))?;
+        }
         line("")?;
         let rows = orphans.keks.iter().map(|kek| {
             vec![
@@ -237,9 +243,14 @@ impl Printer {
                 kek.kek.clone(),
                 kek.envelopes.to_string(),
                 kek.copies.to_string(),
+                kek.origin.replace('-', " "),
             ]
         });
-        table(&["PROVIDER", "KEK", "ENVELOPES", "COPIES"], rows)
+        table(&["PROVIDER", "KEK", "ENVELOPES", "COPIES", "ORIGIN"], rows)?;
+        match orphans.keks.is_empty() {
+            true => Ok(()),
+            false => line("They stay: backups, and VMs on other hosts, may need them."),
+        }
     }
 
     pub(super) fn receipt(&self, receipt: &Receipt) -> Result<(), Failure> {

@@ -1,11 +1,13 @@
 //! `virtseal vm …`.
 
+use std::path::PathBuf;
+
 use clap::Subcommand;
 
 use super::client::Client;
 use super::job::{self, WatchArgs};
 use super::print::Printer;
-use super::warn_of_providers;
+use super::{passphrase, warn_of_providers};
 use crate::api::HostProxy;
 use crate::failure::Failure;
 
@@ -47,6 +49,22 @@ pub(super) enum VmCommand {
         /// The VM's name, typed here instead of at the prompt.
         #[arg(long, value_name = "NAME")]
         yes_shred: Option<String>,
+        /// The name once more: for a VM that is not defined here, destroy its KEKs at its providers too, and its images on
+        /// shared storage. If it runs on another host, it is lost there.
+        #[arg(long, value_name = "NAME", requires = "yes_shred")]
+        yes_destroy_keks: Option<String>,
+    },
+    /// Drop this host's records of a VM that is on another host now. No key is destroyed; a file in the state directory brings
+    /// them back.
+    Forget {
+        /// The VM: name or UUID.
+        vm: String,
+    },
+    /// Take keys over that this host does not know.
+    Adopt {
+        /// The file that `virtseal vm forget` has written.
+        #[arg(long, value_name = "FILE")]
+        from: PathBuf,
     },
     /// Show the objects of a VM, or of all sealed VMs.
     Status {
@@ -80,15 +98,31 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             let request = job::request("rekey", None, None, Some(vm));
             job::start(&request, &watch, client, printer).await
         }
-        VmCommand::Shred { vm, yes_shred } => {
+        VmCommand::Shred {
+            vm,
+            yes_shred,
+            yes_destroy_keks,
+        } => {
             let typed = job::typed(
                 yes_shred,
                 &format!("All keys of {vm} will be destroyed. Type its name: "),
             )?;
             let receipt = client
-                .call(async |host| host.shred_vm(&vm, Some(&typed)).await)
+                .call(async |host| {
+                    host.shred_vm(&vm, Some(&typed), yes_destroy_keks.as_deref())
+                        .await
+                })
                 .await?;
             printer.receipt(&receipt)
+        }
+        VmCommand::Forget { vm } => {
+            let outcome = client.call(async |host| host.forget_vm(&vm).await).await?;
+            printer.outcome(&outcome, false)
+        }
+        VmCommand::Adopt { from } => {
+            let fds = vec![passphrase::open_file(&from)?];
+            let outcome = client.call(async |host| host.adopt_forgotten(fds).await).await?;
+            printer.outcome(&outcome, false)
         }
         VmCommand::Status { vm } => {
             let shown = client

@@ -1,16 +1,17 @@
 //! What `provider delete` and `provider orphans` ask for: nothing that is needed goes without saying what it would cost.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::visible::Place;
 use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
 use crate::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
-use crate::failure::{Code, Failure};
+use crate::failure::{Code, Failure, chain, word};
+use crate::forgotten::{self, ForgottenError};
 use crate::keystore::CopyPlace;
-use crate::provider::registry::Absent;
+use crate::provider::registry::{Absent, Provider};
 use crate::rotation::Task;
 
 /// What needs a provider.
@@ -24,6 +25,25 @@ struct Uses {
     copies: BTreeSet<String>,
     /// Those among them that nobody can change.
     fixed: usize,
+}
+
+/// What needs a KEK that no defined VM's envelope needs.
+#[derive(Debug, Default)]
+struct OrphanUses {
+    envelopes: i64,
+    copies: i64,
+    is_retired: bool,
+}
+
+impl OrphanUses {
+    fn origin(&self) -> &'static str {
+        match self {
+            Self { envelopes: 1.., .. } => "vm-not-defined",
+            Self { copies: 1.., .. } => "copy-behind",
+            Self { is_retired: true, .. } => "retired",
+            _ => "never-used",
+        }
+    }
 }
 
 impl Daemon {
@@ -59,6 +79,12 @@ impl Daemon {
             // Whoever types the name knows.
             Ok(()) | Err(_) => {}
         }
+        match self.forgotten_uses(id, &mut uses) {
+            Err(unreadable) if typed.is_none() => {
+                return Err(unreadable.of(format!("'{name}' stays: it can't be seen who needs it")));
+            }
+            Ok(()) | Err(_) => {}
+        }
         let in_policy = others > 0 && self.is_recipient(id);
         let needed = !uses.objects.is_empty() || !uses.copies.is_empty() || in_policy;
         match typed {
@@ -71,10 +97,20 @@ impl Daemon {
             None if needed => return Err(self.in_use(id, &name, &uses, in_policy)?),
             _ => {}
         }
+        let mut warnings = Vec::new();
+        if typed.is_none()
+            && let Some(path) = self.keep_root_aside(&known)?
+        {
+            warnings.push(format!(
+                "what is unused here may be needed elsewhere: its sealed root keys are kept in {0}, and virtseal provider restore \
+                 {1} -i {0} brings it back by its passphrase",
+                word(path.display()),
+                word(&name)
+            ));
+        }
         known.provider().lock();
         self.registry.delete(id)?;
         crate::process::trim();
-        let mut warnings = Vec::new();
         if !uses.objects.is_empty() {
             warnings.push(format!(
                 "{} had a stanza of it, {} of them with no other: these stay locked until it is back: {}",
@@ -93,6 +129,22 @@ impl Daemon {
             )],
             warnings,
             changed: true,
+        })
+    }
+
+    /// The root keys of a native provider exist here and in its backups only: they go for good by a typed name alone.
+    fn keep_root_aside(&self, known: &Provider) -> Result<Option<PathBuf>, Failure> {
+        let (id, name) = (known.provider().id(), known.provider().name());
+        let Some(root) = self.keystore.native_root(id)? else {
+            return Ok(None);
+        };
+        let kept = forgotten::keep_bytes(self.keystore.dir(), &format!("-{name}.age"), &root.sealed);
+        kept.map(Some).map_err(|error| {
+            Failure::from_error(
+                Code::Failed,
+                format!("'{name}' stays: its root keys can't be kept aside"),
+                &error,
+            )
         })
     }
 
@@ -170,6 +222,38 @@ impl Daemon {
         Ok(())
     }
 
+    /// What was forgotten here may be needed again, and saved states have copies that nobody can change.
+    fn forgotten_uses(&self, id: ProviderId, uses: &mut Uses) -> Result<(), Failure> {
+        let of_it = |envelope: &Envelope| envelope.stanzas.iter().any(|stanza| stanza.provider == id);
+        let failed = |error: &ForgottenError| Failure::new(Code::Failed, chain(error));
+        let known: BTreeSet<EnvelopeId> = self
+            .keystore
+            .envelopes()?
+            .iter()
+            .map(|record| record.envelope.id)
+            .collect();
+        for (path, kept) in forgotten::kept(self.keystore.dir()).map_err(|error| failed(&error))? {
+            let kept = kept.map_err(|error| failed(&error).of(path.display()))?;
+            let alone = forgotten::only_there(&kept, |id| known.contains(&id));
+            if alone.into_iter().any(of_it) {
+                uses.copies
+                    .insert(format!("{}, forgotten in {}", kept.vm.name, path.display()));
+                uses.fixed += 1;
+            }
+        }
+        let names = self.vm_names()?;
+        for saved in self.keystore.saved_states()? {
+            if saved.envelopes.iter().any(of_it) {
+                uses.copies.insert(format!(
+                    "the state of {} that was saved to a file",
+                    names.of(saved.vm)
+                ));
+                uses.fixed += 1;
+            }
+        }
+        Ok(())
+    }
+
     fn in_use(&self, id: ProviderId, name: &str, uses: &Uses, in_policy: bool) -> Result<Failure, Failure> {
         let mut reasons = Vec::new();
         if !uses.objects.is_empty() {
@@ -191,9 +275,10 @@ impl Daemon {
         }
         let other = self.where_to_move(id);
         let next = match (uses.objects.len(), uses.alone) {
-            (0, _) if uses.fixed > 0 => {
-                "virsh snapshot-delete those snapshots, or virtseal provider delete --force".to_owned()
-            }
+            (0, _) if uses.fixed > 0 => format!(
+                "start what was saved, and virtseal vm adopt --from what was forgotten, then virtseal provider move {name} {other}; \
+                 copies in snapshots go with these, and with --force the provider goes without"
+            ),
             (0, _) if !uses.copies.is_empty() => {
                 "virtseal jobs: it shows the copies and what they wait for".to_owned()
             }
@@ -223,13 +308,14 @@ impl Daemon {
         chosen.map_or_else(|| "OTHER".to_owned(), |known| known.provider().name().to_owned())
     }
 
-    /// Envelopes whose VM is not defined, and KEKs that no defined VM's envelope needs.
+    /// Envelopes whose VM is not defined, and KEKs that no defined VM's envelope needs. What one host sees is no reason to destroy
+    /// any of them.
     pub fn orphans(&self) -> Result<Orphans, Failure> {
         let domains = self.background.domains().map_err(|error| unreachable(&error))?;
         let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
         let names = self.vm_names()?;
         let (mut envelopes, mut in_use) = (Vec::new(), BTreeSet::new());
-        let mut keks: BTreeMap<(ProviderId, String), (i64, i64)> = BTreeMap::new();
+        let mut keks: BTreeMap<(ProviderId, String), OrphanUses> = BTreeMap::new();
         for record in self.keystore.envelopes()? {
             let envelope = &record.envelope;
             let used = defined.contains(&envelope.vm);
@@ -238,7 +324,7 @@ impl Daemon {
                 if used {
                     in_use.insert(kek);
                 } else {
-                    keks.entry(kek).or_default().0 += 1;
+                    keks.entry(kek).or_default().envelopes += 1;
                 }
             }
             if !used {
@@ -254,20 +340,24 @@ impl Daemon {
         }
         for needed in self.keystore.needed_keks()? {
             let KekId(kek) = needed.kek;
-            keks.entry((needed.provider, kek)).or_default().1 += 1;
+            keks.entry((needed.provider, kek)).or_default().copies += 1;
         }
         for retired in self.keystore.retired_keks()? {
-            keks.entry((retired.provider, retired.kek.0)).or_default();
+            keks.entry((retired.provider, retired.kek.0))
+                .or_default()
+                .is_retired = true;
+        }
+        for made in self.keystore.made_keks()? {
+            keks.entry((made.provider, made.kek.0)).or_default();
         }
         keks.retain(|kek, _| !in_use.contains(kek));
-        let keks = keks
-            .into_iter()
-            .map(|((provider, kek), (envelopes, copies))| OrphanKek {
-                provider: self.name_of(provider),
-                kek,
-                envelopes,
-                copies,
-            });
+        let keks = keks.into_iter().map(|((provider, kek), uses)| OrphanKek {
+            provider: self.name_of(provider),
+            kek,
+            envelopes: uses.envelopes,
+            copies: uses.copies,
+            origin: uses.origin().to_owned(),
+        });
         Ok(Orphans {
             envelopes,
             keks: keks.collect(),

@@ -4,6 +4,7 @@
 //! So it can be repeated from wherever it stopped, and says the same again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use swtpm_state::{State, libvirt_state_dir};
@@ -15,7 +16,7 @@ use crate::api::{Receipt, ReceiptLine};
 use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::EnvelopeRecord;
+use crate::keystore::{EnvelopeRecord, MadeKek};
 use crate::libvirt::KeptXml;
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
@@ -26,12 +27,56 @@ use crate::volume::{self, Shredded, Shredding, VolumeError};
 struct Doomed {
     vm: VmId,
     name: String,
+    /// Whether libvirt has it here.
+    is_defined: bool,
+    /// Whether the KEKs of one that is not defined here go as well.
+    keks: Consent,
     records: Vec<EnvelopeRecord>,
     /// The files that its own XML has for its envelopes: the keystore learns of a moved image only at a start.
     files: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
 }
 
 type Keks = BTreeSet<(ProviderId, String)>;
+
+/// To destroy what a VM on another host may need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Consent {
+    Given,
+    NotGiven,
+}
+
+/// What is known of a KEK and its VM before anything is destroyed.
+#[derive(Clone, Copy, Debug)]
+struct KekFacts {
+    others_need_it: bool,
+    provider_is_here: bool,
+    /// Whether it exists at all, and is not derived from another key whenever it is needed.
+    is_kept_by_provider: bool,
+    vm_is_defined: bool,
+    consent: Consent,
+}
+
+/// What becomes of a KEK.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum KekFate {
+    Destroy,
+    Stays(&'static str),
+}
+
+/// One host's view is not all there is: a VM that is not defined here may run on another host by the same KEK.
+fn kek_fate(facts: KekFacts) -> KekFate {
+    const ELSEWHERE: &str =
+        "not destroyed: the VM is not defined here, so it may be on another host, and need it there";
+    if facts.others_need_it {
+        KekFate::Stays("not destroyed: other VMs need it")
+    } else if !facts.provider_is_here {
+        KekFate::Stays("not destroyed: this host does not have the provider")
+    } else if facts.is_kept_by_provider && !facts.vm_is_defined && facts.consent == Consent::NotGiven {
+        KekFate::Stays(ELSEWHERE)
+    } else {
+        KekFate::Destroy
+    }
+}
 
 impl Doomed {
     fn ids(&self) -> impl Iterator<Item = EnvelopeId> {
@@ -58,23 +103,38 @@ impl Doomed {
 }
 
 impl Daemon {
-    /// Destroys all keys of a VM that is off, if its name was `typed`.
-    pub fn shred_vm(&self, vm: &str, typed: Option<&str>) -> Result<Receipt, Failure> {
+    /// Destroys all keys of a VM that is off, if its name was `typed`. Those at a provider of a VM that is not defined here
+    /// stay unless it was typed again for them.
+    pub fn shred_vm(
+        &self,
+        vm: &str,
+        typed: Option<&str>,
+        typed_for_keks: Option<&str>,
+    ) -> Result<Receipt, Failure> {
         let _sealing = lock(&self.sealing);
         let _copying = lock(&self.copying);
         let mut doomed = self.doomed(vm)?;
         let name = doomed.name.clone();
-        if typed != Some(&name) {
-            let said = typed.map_or_else(String::new, |typed| format!(", and '{typed}' was typed"));
-            return Err(Failure::new(
-                Code::WouldLoseKey,
-                format!("{name} stays: what is on its disks would be lost for ever{said}"),
-            )
-            .next(format!(
-                "virtseal vm shred --yes-shred={} {}",
-                quoted(&name),
-                word(&name)
-            )));
+        let refused = |said: &str| {
+            let said = match said {
+                "" => String::new(),
+                said => format!(", and '{said}' was typed"),
+            };
+            let stays = format!("{name} stays: what is on its disks would be lost for ever{said}");
+            Failure::new(Code::WouldLoseKey, stays).next(match doomed.is_defined {
+                true => format!("virtseal vm shred {0} --yes-shred {0}", word(&name)),
+                false => format!(
+                    "virtseal vm forget {0}, if it is on another host; virtseal vm shred {0} --yes-shred {0}, if it is not",
+                    word(&name)
+                ),
+            })
+        };
+        match (typed, typed_for_keks) {
+            (Some(typed), _) if typed != name => return Err(refused(typed)),
+            (_, Some(typed)) if typed != name => return Err(refused(typed)),
+            (None, _) => return Err(refused("")),
+            (Some(_), Some(_)) => doomed.keks = Consent::Given,
+            (Some(_), None) => {}
         }
         let shredded = self
             .refuse_to_shred(&mut doomed)
@@ -85,18 +145,23 @@ impl Daemon {
     }
 
     fn doomed(&self, vm: &str) -> Result<Doomed, Failure> {
-        let (id, name) = match self.find_domain(vm) {
+        let (id, name, is_defined) = match self.find_domain(vm) {
             Ok(defined) if defined.active => {
                 return Err(Failure::new(Code::Busy, format!("{} is running", defined.name))
                     .next(format!("virsh shutdown {}", word(&defined.name))));
             }
-            Ok(defined) => (defined.vm, defined.name),
-            Err(absent) if absent.code == Code::NotFound => self.known_as(vm)?.ok_or(absent)?,
+            Ok(defined) => (defined.vm, defined.name, true),
+            Err(absent) if absent.code == Code::NotFound => {
+                let (id, name) = self.known_as(vm, "shred")?.ok_or(absent)?;
+                (id, name, false)
+            }
             Err(failure) => return Err(failure),
         };
         Ok(Doomed {
             vm: id,
             name,
+            is_defined,
+            keks: Consent::NotGiven,
             records: self.keystore.envelopes_of(id)?,
             files: BTreeMap::new(),
         })
@@ -104,7 +169,7 @@ impl Daemon {
 
     /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is
     /// meant can't be guessed.
-    fn known_as(&self, vm: &str) -> Result<Option<(VmId, String)>, Failure> {
+    pub(super) fn known_as(&self, vm: &str, verb: &str) -> Result<Option<(VmId, String)>, Failure> {
         let known = self.keystore.vms()?.into_iter();
         let mut found: Vec<_> = known
             .filter(|known| known.name == vm || vm.parse() == Ok(known.vm))
@@ -119,7 +184,7 @@ impl Daemon {
                     found.len()
                 ),
             )
-            .next(format!("virtseal vm shred UUID, one of {}", ids.join(", "))));
+            .next(format!("virtseal vm {verb} UUID, one of {}", ids.join(", "))));
         }
         let never_defined = || vm.parse::<VmId>().ok().map(|id| (id, id.to_string()));
         Ok(found.pop().or_else(never_defined))
@@ -130,22 +195,9 @@ impl Daemon {
         if doomed.records.is_empty() {
             return Err(Failure::new(Code::NotFound, format!("{name} has no keys here")));
         }
-        if let Some(job) = self.keystore.running_job()? {
-            return Err(Failure::new(Code::Busy, format!("job {} runs", job.id.0))
-                .next(format!("virtseal jobs watch {}", job.id.0)));
-        }
-        let ids: Vec<String> = doomed.ids().map(|id| id.to_string()).collect();
+        self.refuse_while_a_job_runs()?;
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
-        for other in kept.iter().filter(|other| other.vm != doomed.vm) {
-            // As text: an XML that can't be read may need its disk all the same.
-            if ids.iter().any(|id| other.xml.contains(id)) {
-                return Err(Failure::new(
-                    Code::WouldLoseKey,
-                    format!("{name} stays: {} uses one of its disks", other.name),
-                )
-                .next(format!("virsh edit {}: remove that disk", word(&other.name))));
-            }
-        }
+        refuse_if_used(&kept, doomed.vm, name, &doomed.records)?;
         doomed.note_files(&kept);
         Ok(())
     }
@@ -171,7 +223,7 @@ impl Daemon {
         let passphrases: BTreeMap<_, _> = doomed
             .records
             .iter()
-            .filter_map(|record| Some((record.envelope.id, self.passphrase_of(record)?)))
+            .map(|record| (record.envelope.id, self.passphrase_of(record)))
             .collect();
         self.refuse_while_open(doomed)?;
         let mut lines = self.destroy_keks(doomed)?;
@@ -186,7 +238,7 @@ impl Daemon {
             }
         };
         for record in &doomed.records {
-            let passphrase = passphrases.get(&record.envelope.id);
+            let passphrase = &passphrases[&record.envelope.id];
             lines.extend(self.shred_object(doomed, record, passphrase).map_err(half_done)?);
         }
         let removed_there = self
@@ -221,41 +273,79 @@ impl Daemon {
     /// Those that nothing else needs. A provider that does not answer stops it before anything is destroyed.
     fn destroy_keks(&self, doomed: &Doomed) -> Result<Vec<ReceiptLine>, Failure> {
         let (own, others) = self.keks(doomed)?;
-        for (provider, _) in own.difference(&others) {
-            if let Some(failure) = self.registry.cannot_destroy(*provider) {
+        let fates: Vec<_> = own
+            .into_iter()
+            .map(|kek| {
+                let fate = self.kek_fate(doomed, &kek, &others);
+                (kek, fate)
+            })
+            .collect();
+        for ((provider, _), fate) in &fates {
+            if *fate == KekFate::Destroy
+                && let Some(failure) = self.registry.cannot_destroy(*provider)
+            {
                 return Err(failure.of(format!("{} stays", doomed.name)));
             }
         }
         let mut lines = Vec::new();
-        for (provider, kek) in own {
+        for ((provider, kek), fate) in fates {
             let what = format!("KEK {kek} of provider '{}'", self.name_of(provider));
-            let id = KekId(kek.clone());
-            lines.push(if others.contains(&(provider, kek)) {
-                line(&what, false, "not destroyed: other VMs need it")
-            } else if self.registry.by_id(provider).is_none() {
-                line(
-                    &what,
-                    false,
-                    "not destroyed: this host does not have the provider",
-                )
-            } else {
-                match self.registry.destroy_kek(provider, &id, doomed.vm) {
-                    Ok(receipt) => line(&what, receipt.destroyed, &receipt.observed),
-                    Err(ProviderError::UnknownKek(_)) => {
-                        line(&what, true, "the provider does not know it any more")
-                    }
-                    Err(error) => {
-                        return Err(
-                            Failure::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
-                                "virtseal vm shred {}: it goes on from here",
-                                word(&doomed.name)
-                            )),
-                        );
-                    }
+            lines.push(match fate {
+                KekFate::Destroy => self.destroy_kek(doomed, provider, &KekId(kek), &what)?,
+                KekFate::Stays(why) => {
+                    // Its envelopes go: without this nobody would find it again.
+                    self.keystore.note_made_kek(&MadeKek {
+                        vm: doomed.vm,
+                        provider,
+                        kek: KekId(kek),
+                    })?;
+                    line(&what, false, why)
                 }
             });
         }
         Ok(lines)
+    }
+
+    fn kek_fate(&self, doomed: &Doomed, kek: &(ProviderId, String), others: &Keks) -> KekFate {
+        let provider = self.registry.by_id(kek.0);
+        kek_fate(KekFacts {
+            others_need_it: others.contains(kek),
+            provider_is_here: provider.is_some(),
+            is_kept_by_provider: provider.is_none_or(|provider| provider.keeps_keks()),
+            vm_is_defined: doomed.is_defined,
+            consent: doomed.keks,
+        })
+    }
+
+    fn destroy_kek(
+        &self,
+        doomed: &Doomed,
+        provider: ProviderId,
+        kek: &KekId,
+        what: &str,
+    ) -> Result<ReceiptLine, Failure> {
+        match self.registry.destroy_kek(provider, kek, doomed.vm) {
+            Ok(receipt) if receipt.destroyed => {
+                if let Err(error) = self.keystore.forget_made_kek(provider, kek) {
+                    tracing::warn!("KEK {kek} stays among those that were made: {}", chain(&error));
+                }
+                let elsewhere = "copies of this VM on other hosts need it too, and are dead with it";
+                Ok(line(what, true, &format!("{}; {elsewhere}", receipt.observed)))
+            }
+            Ok(receipt) => Ok(line(what, false, &receipt.observed)),
+            // Another client's, or not on the node that was asked: who says this has not seen the end of a key.
+            Err(ProviderError::UnknownKek(_)) => Ok(line(
+                what,
+                false,
+                "the provider knows no such key for this client: not proven that it is destroyed",
+            )),
+            Err(error) => Err(
+                Failure::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
+                    "virtseal vm shred {}: it goes on from here",
+                    word(&doomed.name)
+                )),
+            ),
+        }
     }
 
     /// The KEKs of the VM's envelopes and of their copies, those from before a rotation too; and those of all others.
@@ -282,9 +372,10 @@ impl Daemon {
     }
 
     /// What tells the VM's own variable store, which carries no envelope, from another that is in its place by now.
-    fn passphrase_of(&self, record: &EnvelopeRecord) -> Option<Passphrase> {
-        let dek = self.registry.open_envelope(&record.envelope).ok()?;
-        dek.passphrase().ok()
+    fn passphrase_of(&self, record: &EnvelopeRecord) -> Result<Passphrase, String> {
+        let opened = self.registry.open_envelope(&record.envelope);
+        let dek = opened.map_err(|error| error.reasons())?;
+        dek.passphrase().map_err(|error| chain(&error))
     }
 
     /// Before anything is destroyed: half a shredding helps nobody.
@@ -302,7 +393,7 @@ impl Daemon {
         &self,
         doomed: &Doomed,
         record: &EnvelopeRecord,
-        passphrase: Option<&Passphrase>,
+        passphrase: &Result<Passphrase, String>,
     ) -> Result<Vec<ReceiptLine>, Failure> {
         if record.envelope.kind == ObjectKind::Vtpm {
             let dir = libvirt_state_dir(&self.config().swtpm_dir, &doomed.vm);
@@ -310,31 +401,91 @@ impl Daemon {
             return Ok(vec![line(&what, false, &vtpm_state(&dir))]);
         }
         let files = doomed.files_of(record).into_iter();
-        files.map(|file| shred_file(&file, record, passphrase)).collect()
+        files
+            .map(|file| {
+                if !doomed.is_defined && doomed.keks == Consent::NotGiven && is_shared(&file) {
+                    let what = format!("the {} {}", record.envelope.kind, file.display());
+                    let seen = "left alone: it is on storage that other hosts may share, and the VM is not defined here";
+                    return Ok(line(&what, false, seen));
+                }
+                shred_file(&file, record, passphrase)
+            })
+            .collect()
     }
+}
+
+/// An image of the VM that another one uses, by what libvirt has.
+pub(super) fn refuse_if_used(
+    kept: &[KeptXml],
+    vm: VmId,
+    name: &str,
+    records: &[EnvelopeRecord],
+) -> Result<(), Failure> {
+    let ids: Vec<String> = records
+        .iter()
+        .map(|record| record.envelope.id.to_string())
+        .collect();
+    // As text: an XML that can't be read may need its disk all the same.
+    let user = kept
+        .iter()
+        .filter(|other| other.vm != vm)
+        .find(|other| ids.iter().any(|id| other.xml.contains(id)));
+    match user {
+        None => Ok(()),
+        Some(other) => Err(Failure::new(
+            Code::WouldLoseKey,
+            format!("{name} stays: {} uses one of its disks", other.name),
+        )
+        .next(format!("virsh edit {}: remove that disk", word(&other.name)))),
+    }
+}
+
+/// Whether other hosts may have the file open where no lock of theirs is seen here.
+fn is_shared(path: &Path) -> bool {
+    /// `f_type` of NFS, SMB (both), Ceph, GFS2, OCFS2, FUSE (GlusterFS for one), 9p and AFS: statfs(2).
+    const SHARED: [i64; 9] = [
+        0x6969,
+        0xfe53_4d42,
+        0xff53_4d42,
+        0x00c3_6400,
+        0x0116_1970,
+        0x7461_636f,
+        0x6573_5546,
+        0x0102_1997,
+        0x5346_414f,
+    ];
+    let is_device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+    let on_network = nix::sys::statfs::statfs(path)
+        .is_ok_and(|found| SHARED.contains(&(found.filesystem_type().0 & 0xffff_ffff)));
+    is_device || on_network
 }
 
 fn shred_file(
     path: &Path,
     record: &EnvelopeRecord,
-    passphrase: Option<&Passphrase>,
+    passphrase: &Result<Passphrase, String>,
 ) -> Result<ReceiptLine, Failure> {
     let what = format!("the {} {}", record.envelope.kind, path.display());
-    let opens = || passphrase.is_some_and(|passphrase| volume::verify(path, passphrase).is_ok());
+    let opens = || {
+        let passphrase = passphrase.as_ref();
+        passphrase.is_ok_and(|passphrase| volume::verify(path, passphrase).is_ok())
+    };
     let left = |seen: &str| Ok(line(&what, false, &format!("left alone: {seen}")));
     match volume::shred_keys(path, record.envelope.id, opens) {
         Ok(Shredding::Done(shredded)) => Ok(line(&what, true, &destroyed(shredded))),
         Ok(Shredding::Carries(other)) => left(&format!(
             "it carries envelope {other}, so it is not the image that this VM had there"
         )),
-        Ok(Shredding::NotShown(keyslots)) if passphrase.is_some() => left(&format!(
-            "the VM's key opens none of its {keyslots} active keyslots; its key material was overwritten before, or it is \
-             another file"
-        )),
-        Ok(Shredding::NotShown(keyslots)) => left(&format!(
-            "nothing unwraps the VM's key any more, so nobody can tell whether that opens the file, which has {keyslots} \
-             active keyslots"
-        )),
+        Ok(Shredding::NotShown(keyslots)) => left(&match passphrase {
+            Ok(_) => format!(
+                "the VM's key opens none of its {keyslots} active keyslots; its key material was overwritten before, or it \
+                 is another file"
+            ),
+            Err(why) => format!(
+                "the VM's key was not unwrapped ({why}), so nobody can tell whether it opens the file, which has {keyslots} \
+                 active keyslots"
+            ),
+        }),
         Err(VolumeError::NotFound(_)) => Ok(line(&what, false, "there is no such file")),
         Err(VolumeError::NotEncrypted(_)) => Ok(line(&what, false, "there is another file, not encrypted")),
         Err(error) => Err(error.into()),
@@ -379,10 +530,58 @@ fn line(what: &str, destroyed: bool, observed: &str) -> ReceiptLine {
 fn survivors() -> Vec<String> {
     [
         "backups and snapshots of the images, of the domain XML, of the keystore and of the providers",
-        "copies of the VM on other hosts",
+        "copies of the VM on other hosts, as far as their KEKs were not destroyed",
         "saved states (virsh managedsave): they hold the guest's memory in plaintext",
         "blocks that an SSD, a copy-on-write file system or storage below it has remapped and not erased",
     ]
     .map(str::to_owned)
     .to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FACTS: KekFacts = KekFacts {
+        others_need_it: false,
+        provider_is_here: true,
+        is_kept_by_provider: true,
+        vm_is_defined: true,
+        consent: Consent::NotGiven,
+    };
+
+    #[test]
+    fn a_kek_of_a_vm_that_is_elsewhere_goes_only_by_a_second_word() {
+        assert_eq!(kek_fate(FACTS), KekFate::Destroy);
+        let elsewhere = KekFacts {
+            vm_is_defined: false,
+            ..FACTS
+        };
+        assert!(matches!(kek_fate(elsewhere), KekFate::Stays(why) if why.contains("another host")));
+        let consented = KekFacts {
+            consent: Consent::Given,
+            ..elsewhere
+        };
+        assert_eq!(kek_fate(consented), KekFate::Destroy);
+        let derived = KekFacts {
+            is_kept_by_provider: false,
+            ..elsewhere
+        };
+        assert_eq!(kek_fate(derived), KekFate::Destroy);
+    }
+
+    #[test]
+    fn no_word_destroys_what_others_need() {
+        for consent in [Consent::Given, Consent::NotGiven] {
+            for vm_is_defined in [true, false] {
+                let facts = KekFacts {
+                    others_need_it: true,
+                    vm_is_defined,
+                    consent,
+                    ..FACTS
+                };
+                assert!(matches!(kek_fate(facts), KekFate::Stays(_)));
+            }
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Brings changes from the write-ahead log into the database soon after they were made.
 //!
-//! Whoever copies `keystore.db` alone, as file backups do, has all that is older than [`LATEST`]. On a thread and a connection
+//! Whoever copies `keystore.db` alone, as file backups do, has all that is older than five seconds. On a thread and a connection
 //! of their own: a commit never waits for it.
 
 use std::path::Path;
@@ -11,8 +11,6 @@ use std::time::Duration;
 use super::{KeystoreError, schema};
 use crate::failure::chain;
 
-/// The most time from a change to its place in the database, of which the checkpoint itself takes milliseconds.
-pub(super) const LATEST: Duration = Duration::from_secs(5);
 /// Changes that follow each other share one.
 const GATHER: Duration = Duration::from_secs(2);
 /// After one that failed, or that met a reader.
@@ -115,6 +113,9 @@ mod tests {
     use super::super::Keystore;
     use super::*;
     use crate::envelope::VmId;
+
+    /// The most time from a change to its place in the database.
+    const LATEST: Duration = Duration::from_secs(5);
 
     /// How many VMs a copy of the database alone has.
     fn copied(keystore: &Keystore, into: &Path) -> Option<usize> {

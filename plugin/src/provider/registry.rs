@@ -7,6 +7,7 @@
 mod advice;
 mod deadline;
 mod kind;
+mod made_keks;
 mod membership;
 mod opening;
 mod rewrapping;
@@ -15,8 +16,8 @@ mod watch;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError};
-use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Stanza, Verified, VmId};
+use super::{DestroyReceipt, ProviderError};
+use crate::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Verified, VmId};
 use crate::keystore::{Change, Keystore, KeystoreError};
 use crate::secret::Dek;
 use watch::{Pace, Watches};
@@ -231,9 +232,9 @@ impl Registry {
         let mut stanzas = Vec::with_capacity(providers.len());
         for provider in &providers {
             let payload = Payload::bind(&dek, binding)?;
-            let (asked, binding) = (provider.clone(), *binding);
+            let (asked, binding, keystore) = (provider.clone(), *binding, Arc::clone(&self.keystore));
             let wrapped = deadline::within(self.deadline(), move || {
-                wrap(asked.provider(), &binding, &payload)
+                made_keks::wrap(&keystore, &asked, &binding, &payload)
             });
             stanzas.push(wrapped.map_err(|source| SealError::Refused {
                 name: provider.provider().name().to_owned(),
@@ -268,11 +269,6 @@ impl Registry {
         let kek = kek.clone();
         deadline::within(self.deadline(), move || known.provider().destroy_kek(&kek, vm))
     }
-}
-
-fn wrap(provider: &dyn KeyProvider, binding: &Binding, payload: &Payload) -> Result<Stanza, ProviderError> {
-    let kek = provider.create_kek(&KekScope::Vm(binding.vm))?;
-    provider.wrap(&kek, payload)
 }
 
 #[cfg(test)]

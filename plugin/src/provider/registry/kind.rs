@@ -63,6 +63,12 @@ impl Provider {
         }
     }
 
+    /// Whether there is anything to destroy of a KEK: a native one is derived whenever it is needed.
+    #[must_use]
+    pub fn keeps_keks(&self) -> bool {
+        !matches!(self, Self::Native(_))
+    }
+
     /// The KEKs that it keeps for when its servers don't answer; none for a kind, or a mode, whose KEKs stay where they are.
     #[must_use]
     pub fn cache(&self) -> Option<&KekCache> {

@@ -5,12 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use super::deadline::each_within;
-use super::{NextCommand, OpenError, Provider, Registry, opening};
+use super::{NextCommand, OpenError, Provider, Registry, made_keks, opening};
 use crate::envelope::{Envelope, KekId, Payload, ProviderId, Stanza, Verified};
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::EnvelopeRecord;
+use crate::keystore::{EnvelopeRecord, Keystore};
 use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
 use crate::secret::Dek;
 
@@ -130,6 +131,7 @@ impl Registry {
     pub fn cannot_destroy(&self, provider: ProviderId) -> Option<Failure> {
         let known = self.by_id(provider)?;
         match known.provider().status() {
+            _ if !known.keeps_keks() => None,
             ProviderStatus::NotBackedUp => None,
             _ => self.cannot_wrap(provider),
         }
@@ -194,9 +196,9 @@ impl Registry {
             source,
         };
         let places: Vec<_> = orders.iter().map(|order| order.at).collect();
-        let (asked, mut last) = (known.clone(), None);
+        let (asked, keystore, mut last) = (known.clone(), Arc::clone(&self.keystore), None);
         let answers = each_within(self.deadline(), orders, move |order| {
-            wrap(&asked, &order, &mut last)
+            wrap(&keystore, &asked, &order, &mut last)
         })
         .map_err(blocked)?;
         let mut filled = Vec::with_capacity(places.len());
@@ -339,16 +341,27 @@ fn stanza_of(envelope: &Envelope, provider: ProviderId) -> Option<usize> {
 type LastKek = Option<((KekScope, Option<KekId>), KekId)>;
 
 /// `None` if the stanza that is there is what is wanted.
-fn wrap(known: &Provider, order: &Order, last: &mut LastKek) -> Result<Option<Stanza>, ProviderError> {
+fn wrap(
+    keystore: &Keystore,
+    known: &Provider,
+    order: &Order,
+    last: &mut LastKek,
+) -> Result<Option<Stanza>, ProviderError> {
     let provider = known.provider();
     let retired = order.old.as_ref().filter(|_| order.rotate);
     let wanted = (order.scope, retired.cloned());
     let kek = match last.take().filter(|(asked, _)| *asked == wanted) {
         Some((_, kek)) => kek,
-        None => match retired {
-            Some(old) => provider.rotate_kek(&order.scope, old)?,
-            None => provider.create_kek(&order.scope)?,
-        },
+        None => {
+            let kek = match retired {
+                Some(old) => provider.rotate_kek(&order.scope, old)?,
+                None => provider.create_kek(&order.scope)?,
+            };
+            if let KekScope::Vm(vm) = order.scope {
+                made_keks::note(keystore, known, vm, &kek)?;
+            }
+            kek
+        }
     };
     *last = Some((wanted, kek.clone()));
     if order.keep && order.old.as_ref() == Some(&kek) {

@@ -1,10 +1,10 @@
 use super::*;
-use crate::envelope::{EnvelopeError, EnvelopeId, KekId, ObjectKind, VmId};
+use crate::envelope::{EnvelopeError, EnvelopeId, KekId, ObjectKind, Stanza, VmId};
 use crate::failure::{Code, Failure};
 use crate::keystore::DeletedProvider;
 use crate::provider::native::NativeProvider;
 use crate::provider::transit::TransitSettings;
-use crate::provider::{ProviderError, ProviderName, ProviderStatus};
+use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::secret::SecretBytes;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -61,7 +61,7 @@ impl Host {
         let mut envelope = envelope.into_envelope();
         envelope
             .stanzas
-            .push(wrap(self.spare.as_ref(), &binding, &payload).unwrap());
+            .push(wrapped_by(self.spare.as_ref(), &binding, &payload));
         (envelope, dek)
     }
 }
@@ -349,4 +349,9 @@ fn transit_rows_come_back_locked_or_with_what_is_wrong_with_them() {
     assert_eq!(registry.default_provider().unwrap().provider().id(), id);
     let status = registry.find("bad").unwrap().provider().status().to_string();
     assert!(status.contains("in the clear"), "{status}");
+}
+
+fn wrapped_by(provider: &dyn KeyProvider, binding: &Binding, payload: &Payload) -> Stanza {
+    let kek = provider.create_kek(&KekScope::Vm(binding.vm)).unwrap();
+    provider.wrap(&kek, payload).unwrap()
 }

@@ -1,0 +1,332 @@
+//! What `vm forget` and `vm adopt --from` ask for: this host's records of a VM go, into a file that brings them back.
+//!
+//! No key is destroyed, and no server is asked: the VM may run on another host. What must not happen is that the last envelope
+//! of an object goes whose file is here. That a path has nothing now is no proof that there is nothing: its storage may not be
+//! mounted. So what is dropped is kept first, see [`crate::forgotten`].
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use swtpm_state::{State, libvirt_state_dir};
+
+use super::vms::unreachable;
+use super::{Daemon, lock};
+use crate::api::Outcome;
+use crate::envelope::{Generation, ObjectKind, VmId};
+use crate::failure::{Code, Failure, chain, word};
+use crate::forgotten::{self, Forgotten};
+use crate::keystore::{Change, EnvelopeRecord, KeystoreError, Put, VmRecord};
+use crate::volume::{self, Format, VolumeError};
+
+/// What is where an object was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Whereabouts {
+    /// Nothing, as far as this host sees now.
+    Absent,
+    /// Something else.
+    Another,
+    /// An image that carries its envelope.
+    Carries(Copy),
+    /// Something encrypted that says nothing of its envelope, and may be the object.
+    Unmarked,
+    /// It can't be looked at.
+    Unreadable(String),
+}
+
+/// How what an image carries compares with what the keystore has. Anybody who writes the image has written it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copy {
+    /// It is the same.
+    Same,
+    /// It is another, in this generation, and opens.
+    Opens(Generation),
+    /// It is another, in this generation, and was not opened.
+    Closed(Generation),
+}
+
+/// Whether the record of an object may go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// The image has a copy.
+    HasCopy,
+    /// Only the file of what was forgotten brings it back, should the object turn up.
+    OnlyTheFile,
+    /// It would be lost for an object that is here.
+    Stays(String),
+}
+
+/// Nothing is believed for want of a sight: what can't be looked at counts as the object.
+fn decide(kept: Generation, seen: &Whereabouts) -> Verdict {
+    match seen {
+        Whereabouts::Carries(Copy::Same) => Verdict::HasCopy,
+        Whereabouts::Carries(Copy::Opens(generation)) if *generation > kept => Verdict::HasCopy,
+        Whereabouts::Carries(Copy::Opens(generation) | Copy::Closed(generation)) => Verdict::Stays(format!(
+            "its image carries another version of its envelope (generation {generation}, and {kept} is known here)"
+        )),
+        Whereabouts::Unmarked => Verdict::Stays("this host has the only copy of its envelope".to_owned()),
+        Whereabouts::Unreadable(why) => Verdict::Stays(format!("nobody can tell whether it is there: {why}")),
+        Whereabouts::Absent | Whereabouts::Another => Verdict::OnlyTheFile,
+    }
+}
+
+impl Daemon {
+    /// Drops what this host knows of a VM that is not defined here, after it was kept in a file.
+    pub fn forget_vm(&self, vm: &str) -> Result<Outcome, Failure> {
+        let _sealing = lock(&self.sealing);
+        let _copying = lock(&self.copying);
+        let (id, name) = self.undefined_vm(vm)?;
+        let forgotten = self.forget(id, &name);
+        self.audit_vm("forget", id, &name, &forgotten);
+        forgotten
+    }
+
+    fn undefined_vm(&self, vm: &str) -> Result<(VmId, String), Failure> {
+        match self.find_domain(vm) {
+            Ok(defined) => Err(Failure::new(
+                Code::WouldLoseKey,
+                format!(
+                    "{} is not forgotten: it is defined here, and needs its keys to start",
+                    defined.name
+                ),
+            )
+            .next(format!(
+                "virsh undefine --keep-nvram --keep-tpm {}, if it is on another host now",
+                word(&defined.name)
+            ))),
+            Err(absent) if absent.code == Code::NotFound => self
+                .known_as(vm, "forget")?
+                .filter(|(id, _)| {
+                    let known = self.keystore.envelopes_of(*id);
+                    known.is_ok_and(|known| !known.is_empty()) || matches!(self.keystore.vm(*id), Ok(Some(_)))
+                })
+                .ok_or_else(|| {
+                    Failure::new(Code::NotFound, format!("virtseal knows no VM '{vm}'"))
+                        .next("virtseal provider orphans")
+                }),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    fn forget(&self, vm: VmId, name: &str) -> Result<Outcome, Failure> {
+        self.refuse_while_a_job_runs()?;
+        let records = self.keystore.envelopes_of(vm)?;
+        let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
+        super::shred::refuse_if_used(&kept, vm, name, &records)?;
+        let mut alone = Vec::new();
+        let mut stays = Vec::new();
+        for record in &records {
+            match decide(record.envelope.generation, &self.whereabouts(record)) {
+                Verdict::HasCopy => {}
+                Verdict::OnlyTheFile => alone.push(self.object_name(record)),
+                Verdict::Stays(why) => stays.push(format!("{}: {why}", self.object_name(record))),
+            }
+        }
+        if !stays.is_empty() {
+            return Err(Failure::new(
+                Code::WouldLoseKey,
+                format!("{name} is not forgotten: {}", stays.join("; ")),
+            )
+            .next(format!(
+                "move that to where {0} is now, or to its backup, then virtseal vm forget {0}; or, to keep {0} here, virsh define \
+                 its dumpxml",
+                word(name)
+            )));
+        }
+        let path = self.keep_aside(vm, name, &records)?;
+        if self.keystore.forget_vm(vm, &records)? == Change::Unchanged {
+            return Err(Failure::new(
+                Code::Busy,
+                format!("the keys of {name} have changed just now: none was forgotten"),
+            )
+            .next(format!("virtseal vm forget {}", word(name))));
+        }
+        Ok(forgotten_outcome(name, records.len(), &path, &alone))
+    }
+
+    /// On stable storage, and read back, when this returns.
+    fn keep_aside(&self, vm: VmId, name: &str, records: &[EnvelopeRecord]) -> Result<PathBuf, Failure> {
+        let mut retired = self.keystore.retired_keks()?;
+        retired.retain(|kek| kek.vm == vm);
+        let known = self.keystore.vm(vm)?.unwrap_or_else(|| VmRecord {
+            vm,
+            name: name.to_owned(),
+            sealed_at: records.iter().map(|record| record.created).min().unwrap_or(0),
+            vtpm_seen: false,
+        });
+        let forgotten = Forgotten {
+            vm: known,
+            objects: records.to_vec(),
+            retired,
+        };
+        forgotten::keep(self.keystore.dir(), &forgotten).map_err(|error| {
+            Failure::from_error(Code::Failed, format!("{name} is not forgotten"), &error)
+                .next(format!("mend that, then virtseal vm forget {}", word(name)))
+        })
+    }
+
+    pub(super) fn refuse_while_a_job_runs(&self) -> Result<(), Failure> {
+        match self.keystore.running_job()? {
+            None => Ok(()),
+            Some(job) => Err(Failure::new(Code::Busy, format!("job {} runs", job.id.0))
+                .next(format!("virtseal jobs watch {}", job.id.0))),
+        }
+    }
+
+    fn object_name(&self, record: &EnvelopeRecord) -> String {
+        match record.envelope.kind {
+            ObjectKind::Vtpm => {
+                let dir = libvirt_state_dir(&self.config().swtpm_dir, &record.envelope.vm);
+                format!("vtpm {}", dir.display())
+            }
+            kind => format!("{kind} {}", record.location),
+        }
+    }
+
+    fn whereabouts(&self, record: &EnvelopeRecord) -> Whereabouts {
+        match record.envelope.kind {
+            ObjectKind::Vtpm => {
+                let dir = libvirt_state_dir(&self.config().swtpm_dir, &record.envelope.vm);
+                match State::read(&dir) {
+                    Ok(State::Absent) => Whereabouts::Absent,
+                    Ok(State::Plain(_)) => Whereabouts::Another,
+                    Ok(State::Encrypted(_)) => Whereabouts::Unmarked,
+                    Err(error) => Whereabouts::Unreadable(chain(&error)),
+                }
+            }
+            ObjectKind::Disk | ObjectKind::Nvram => self.image_at(Path::new(&record.location), record),
+        }
+    }
+
+    fn image_at(&self, path: &Path, record: &EnvelopeRecord) -> Whereabouts {
+        if path.as_os_str().is_empty() {
+            return Whereabouts::Absent;
+        }
+        let info = match volume::inspect(path) {
+            Ok(info) => info,
+            Err(VolumeError::NotFound(_)) => return Whereabouts::Absent,
+            Err(error) => return Whereabouts::Unreadable(chain(&error)),
+        };
+        match info.envelope {
+            Some(found) if found == record.envelope => Whereabouts::Carries(Copy::Same),
+            Some(found) if found.id == record.envelope.id => {
+                let generation = found.generation;
+                Whereabouts::Carries(match self.registry.open_envelope(&found) {
+                    Ok(_) => Copy::Opens(generation),
+                    Err(_) => Copy::Closed(generation),
+                })
+            }
+            Some(_) => Whereabouts::Another,
+            None if info.luks.is_some() || info.format == Format::Luks2 => Whereabouts::Unmarked,
+            None => Whereabouts::Another,
+        }
+    }
+
+    /// Takes back what `vm forget` has kept in the file in `fds`, after each envelope was opened.
+    pub fn adopt_forgotten(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Failure> {
+        let _sealing = lock(&self.sealing);
+        let forgotten = read_forgotten(fds)?;
+        let (vm, name) = (forgotten.vm.vm, forgotten.vm.name.clone());
+        let adopted = self.adopt(&forgotten);
+        self.audit_vm("adopt", vm, &name, &adopted);
+        adopted
+    }
+
+    fn adopt(&self, forgotten: &Forgotten) -> Result<Outcome, Failure> {
+        let name = &forgotten.vm.name;
+        for record in &forgotten.objects {
+            // Who wrote the file is not known: what its provider has wrapped for this very object is.
+            self.registry
+                .open_envelope(&record.envelope)
+                .map_err(|error| Failure::from(error).of(format!("{name} is not adopted")))?;
+        }
+        let mut outcome = Outcome {
+            steps: Vec::new(),
+            warnings: Vec::new(),
+            changed: false,
+        };
+        for record in &forgotten.objects {
+            let what = format!("envelope {} ({})", record.envelope.id, self.object_name(record));
+            match self.keystore.bring_back(record) {
+                Ok(Put::Adopted | Put::Updated) => outcome.steps.push(format!("take back {what}")),
+                Ok(Put::Unchanged) => {}
+                Ok(Put::Stale) => outcome
+                    .warnings
+                    .push(format!("{what}: the keystore has a later one, which stays")),
+                Err(error @ (KeystoreError::Conflict { .. } | KeystoreError::OtherObject { .. })) => {
+                    outcome
+                        .warnings
+                        .push(format!("{what} is left out: {}", chain(&error)));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.keystore.bring_back_vm(&forgotten.vm, &forgotten.retired)?;
+        self.copies_bell.ring();
+        outcome.changed = !outcome.steps.is_empty();
+        Ok(outcome)
+    }
+}
+
+fn forgotten_outcome(name: &str, envelopes: usize, path: &Path, alone: &[String]) -> Outcome {
+    let shown = word(path.display());
+    let mut warnings = Vec::new();
+    if !alone.is_empty() {
+        warnings.push(format!(
+            "nothing is there of {}. If it only is not mounted now, virtseal vm adopt --from {shown} brings its keys back",
+            alone.join(", ")
+        ));
+    }
+    Outcome {
+        steps: vec![format!(
+            "drop what this host knew of {name} ({envelopes} envelopes), kept in {}; no key was destroyed",
+            path.display()
+        )],
+        warnings,
+        changed: true,
+    }
+}
+
+fn read_forgotten(fds: Vec<OwnedFd>) -> Result<Forgotten, Failure> {
+    let [fd]: [OwnedFd; 1] = fds.try_into().map_err(|fds: Vec<_>| {
+        Failure::new(Code::Usage, format!("one file was expected, {} came", fds.len()))
+    })?;
+    let unusable = |error: &dyn std::error::Error| {
+        Failure::from_error(Code::Failed, "the file can't be adopted", error).next(format!(
+            "give a file that virtseal vm forget has written, in {} of the state directory",
+            forgotten::DIRECTORY
+        ))
+    };
+    let mut text = Vec::new();
+    File::from(fd)
+        .take(forgotten::MAX_BYTES)
+        .read_to_end(&mut text)
+        .map_err(|error| unusable(&error))?;
+    Forgotten::from_json(&text).map_err(|error| unusable(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_be_the_object_keeps_its_envelope() {
+        let kept = Generation(3);
+        for seen in [
+            Whereabouts::Unmarked,
+            Whereabouts::Unreadable("Permission denied".to_owned()),
+            Whereabouts::Carries(Copy::Opens(Generation(2))),
+            Whereabouts::Carries(Copy::Opens(Generation(3))),
+            Whereabouts::Carries(Copy::Closed(Generation(9))),
+        ] {
+            assert!(matches!(decide(kept, &seen), Verdict::Stays(_)), "{seen:?}");
+        }
+        for copy in [Copy::Same, Copy::Opens(Generation(4))] {
+            assert_eq!(decide(kept, &Whereabouts::Carries(copy)), Verdict::HasCopy);
+        }
+        for seen in [Whereabouts::Absent, Whereabouts::Another] {
+            assert_eq!(decide(kept, &seen), Verdict::OnlyTheFile);
+        }
+    }
+}
