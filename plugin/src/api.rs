@@ -42,6 +42,8 @@ pub struct HostStatus {
     pub vms: Vec<VmView>,
     /// How many secrets are in libvirt at this moment.
     pub armed: i64,
+    /// What was found wrong with the audit log since virtseald started.
+    pub audit: Option<String>,
 }
 
 /// Reply of `audit show`.

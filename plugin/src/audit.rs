@@ -1,14 +1,20 @@
 //! The audit log: who asked for which key, and what came of it.
 //!
 //! One JSON record a line, appended only. Each carries the SHA-256 of the line before it, so that a changed,
-//! removed or reordered line breaks the chain ([`verify`]). Whoever can write the file can also rewrite all of
-//! it, or cut its end: compare [`Verified::head`] with a copy kept elsewhere to notice that.
+//! removed or reordered line breaks the chain ([`verify`]). A file that is full gets a number, and the chain goes on in the
+//! next one.
+//!
+//! Whoever can write the file can also rewrite all of it, or cut its end. So its length and last record are noted in the
+//! keystore: after they are on disk, so that a crash in between leaves a log that is longer than what was noted, which is no
+//! damage; one that is shorter is. Root can change both: compare [`Verified::head`] with a copy kept elsewhere to notice that.
+//! A damaged log keeps nobody from going on: it is put away, and the next file begins with a record that says so.
 //!
 //! One thread writes. [`AuditLog::record`] returns at once, [`AuditLog::flush`] waits until the disk has all
 //! records made before it; callers that wait together share one fdatasync. A batch that could not be written is
 //! kept and tried again; the callers learn why.
 
 mod chain;
+mod segments;
 mod tail;
 mod writer;
 
@@ -22,9 +28,10 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::envelope::{EnvelopeId, VmId};
+use crate::failure::chain as chain_of;
 
-pub use chain::{Verified, verify};
-use writer::{Queue, Writer};
+pub use chain::{Position, Verified, verify};
+use writer::{Note, Queue, Writer};
 
 /// How an operation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +69,8 @@ pub struct Event {
 impl Event {
     /// The most bytes that any text of an event has in the log; what is longer is cut.
     pub const MOST_TEXT: usize = 2048;
+    /// The operation of a record with which the chain begins anew.
+    pub(crate) const BREAK: &str = "audit-break";
 
     /// `op` ended in `outcome`: `prepare`, `provider-unlock`, …
     #[must_use]
@@ -144,20 +153,58 @@ impl AuditLog {
     /// The file's name in the state directory.
     pub const FILE: &'static str = "audit.log";
 
+    /// A file that is longer gets a number, and the next one begins.
+    const FULL: u64 = 16 << 20;
+
     /// Opens `path`, or makes it (0600), and goes on from its last record. What a crash left unfinished behind
     /// it is moved to a file of its own, and a record says so.
     ///
     /// # Errors
-    /// When another process has it open, or it is no audit log.
+    /// When another process has it open, or no file can be made.
     pub fn open(path: &Path) -> Result<Self, AuditError> {
-        let end = tail::open(path)?;
-        let queue = Arc::new(Queue::default());
-        if let Some(torn) = &end.torn {
-            let detail = format!("a crash cut the log short: the rest is in {}", torn.display());
-            queue.push(Event::new("audit-torn", Outcome::Failed).detail(&detail))?;
+        Self::start(path, tail::open(path, None)?, Box::new(|_| true), Self::FULL)
+    }
+
+    /// As [`AuditLog::open`], for a log of which `noted` was noted last; `note` notes more, once it is on disk. One that does not
+    /// reach that, or that can't be opened now, is no reason to fail: see [`AuditLog::problem`].
+    ///
+    /// # Errors
+    /// When another process has it open.
+    pub fn open_anchored(
+        path: &Path,
+        noted: Option<Position>,
+        note: impl FnMut(Position) -> bool + Send + 'static,
+    ) -> Result<Self, AuditError> {
+        let note: Note = Box::new(note);
+        match tail::open(path, noted) {
+            Ok(end) => Self::start(path, end, note, Self::FULL),
+            Err(error @ AuditError::InUse { .. }) => Err(error),
+            Err(error) => {
+                let queue = Arc::new(Queue::default());
+                queue.found_problem(Some(format!("{}; virtseald tries again", chain_of(&error))));
+                let writer = Writer::new(Arc::clone(&queue), path, Err(noted), note, Self::FULL);
+                Self::spawn(path, queue, writer, None)
+            }
         }
+    }
+
+    fn start(path: &Path, end: tail::End, note: Note, full_at: u64) -> Result<Self, AuditError> {
+        let queue = Arc::new(Queue::default());
+        if let Some(event) = writer::opening_events(&end) {
+            queue.push(event)?;
+        }
+        queue.found_problem(end.broken.clone());
         let torn = end.torn.clone();
-        let writer = Writer::new(Arc::clone(&queue), end);
+        let writer = Writer::new(Arc::clone(&queue), path, Ok(end), note, full_at);
+        Self::spawn(path, queue, writer, torn)
+    }
+
+    fn spawn(
+        path: &Path,
+        queue: Arc<Queue>,
+        writer: Writer,
+        torn: Option<PathBuf>,
+    ) -> Result<Self, AuditError> {
         let thread = std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || writer.run())
@@ -167,6 +214,26 @@ impl AuditLog {
             writer: Some(thread),
             torn,
         })
+    }
+
+    /// What was found wrong with it since it was opened.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.queue.problem()
+    }
+
+    /// Up to where records are on disk.
+    #[must_use]
+    pub fn position(&self) -> Option<Position> {
+        self.queue.position()
+    }
+
+    /// The last `count` records, of at most `max_bytes` together.
+    ///
+    /// # Errors
+    /// When a file of it can't be read.
+    pub fn last(path: &Path, count: usize, max_bytes: usize) -> Result<Vec<String>, AuditError> {
+        segments::last_lines(path, count, max_bytes).map_err(AuditError::io("read", path))
     }
 
     /// Where the torn end of the log went when it was opened, for a warning.
@@ -208,7 +275,7 @@ impl Drop for AuditLog {
 #[derive(Debug, Error)]
 pub enum AuditError {
     /// The chain is broken.
-    #[error("the audit log {} was changed: line {line} {why}", .path.display())]
+    #[error("the audit log {} is not whole: line {line} {why}", .path.display())]
     Broken {
         /// The file.
         path: PathBuf,
@@ -216,14 +283,6 @@ pub enum AuditError {
         line: u64,
         /// What is wrong with it.
         why: String,
-    },
-    /// Not a log.
-    #[error(
-        "{} holds no audit record: move it away, virtseald starts a new log", .path.display()
-    )]
-    NotALog {
-        /// The file.
-        path: PathBuf,
     },
     /// Another process writes it.
     #[error("another virtseald writes the audit log {}", .path.display())]

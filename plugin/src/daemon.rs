@@ -97,8 +97,7 @@ impl Daemon {
         registry.set_recipients(config.recipients.clone());
         let headers = Headers::interrupted(keystore.journaled_headers()?);
         registry.set_probe_interval(config.probe_interval);
-        let audit = AuditLog::open(&dir.join(AuditLog::FILE))
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let audit = Self::open_audit(&keystore, dir)?;
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
             background: Libvirt::new(&config.libvirt_uri),
@@ -347,6 +346,7 @@ impl Daemon {
 
     /// Brings what was changed last to where a copy of the files finds it: threads that go on keep all of this open.
     pub fn end(&self) {
+        self.end_audit();
         match self.keystore.checkpoint() {
             Ok(_) => {}
             Err(error) => tracing::warn!("changes stay in the write-ahead log: {}", chain(&error)),

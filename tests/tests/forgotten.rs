@@ -37,6 +37,7 @@ fn inside(path: &std::path::Path) -> String {
 fn a_vm_that_has_left_is_forgotten_and_comes_back() -> Result<()> {
     let rig = Rig::start()?;
     let spec = rig.sealed.seal_new("my vm")?;
+    rig.sealed.expect_start("my vm")?;
     let xml = rig.sealed.dumpxml("my vm")?;
     let said = rig.sealed.refused(8, &["vm", "forget", "my vm"])?;
     expect_names(&said, &["it is defined here", "virsh undefine --keep-nvram"])?;

@@ -1,7 +1,7 @@
 //! Records as lines, and the chain through them.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use openssl::sha::sha256;
@@ -9,19 +9,21 @@ use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::{AuditError, Event};
+use super::{AuditError, Event, segments};
 
 /// The most bytes that a line has: every text of an [`Event`] at its limit, escaped, and room to spare.
 pub(super) const MOST_LINE: usize = 128 * 1024;
 
 /// The end of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Head {
+pub struct Position {
     /// Number of the last record; 0 before the first.
-    seq: u64,
+    pub seq: u64,
     /// SHA-256 of its line without the newline; zeros before the first.
-    hash: [u8; 32],
+    pub hash: [u8; 32],
 }
+
+pub(super) type Head = Position;
 
 #[derive(Serialize)]
 struct Record<'a> {
@@ -39,8 +41,7 @@ struct Link {
     prev: String,
     #[serde(rename = "time")]
     _time: String,
-    #[serde(rename = "op")]
-    _op: String,
+    op: String,
 }
 
 impl Head {
@@ -56,10 +57,6 @@ impl Head {
             seq: link.seq,
             hash: sha256(line),
         })
-    }
-
-    pub(super) fn seq(&self) -> u64 {
-        self.seq
     }
 
     /// The next line, with its newline.
@@ -112,37 +109,106 @@ pub struct Verified {
     pub unfinished: usize,
 }
 
-/// Follows the chain through the log at `path`, also while a daemon writes it.
+/// Follows the chain through the log at `path` and the files that it has filled before, also while a daemon writes it. With
+/// `written` it must reach that record.
 ///
 /// # Errors
 /// [`AuditError::Broken`] names the first line that does not fit.
-pub fn verify(path: &Path) -> Result<Verified, AuditError> {
-    let mut log = BufReader::new(File::open(path).map_err(AuditError::io("open", path))?);
-    let mut head = Head::START;
-    let mut line = Vec::new();
-    let broken = |line: u64, why: String| AuditError::Broken {
-        path: path.to_owned(),
-        line,
-        why,
+pub fn verify(path: &Path, written: Option<Position>) -> Result<Verified, AuditError> {
+    let mut walk = Walk {
+        head: Head::START,
+        written: written.filter(|written| written.seq > 0),
+        broken: None,
+        unfinished: 0,
     };
-    loop {
-        line.clear();
-        let mut rest = log.by_ref().take(MOST_LINE as u64 + 1);
-        rest.read_until(b'\n', &mut line)
-            .map_err(AuditError::io("read", path))?;
-        let number = head.seq + 1;
-        match line.split_last() {
-            Some((b'\n', line)) => head.follow(line).map_err(|why| broken(number, why))?,
-            Some(_) if line.len() > MOST_LINE => {
-                return Err(broken(number, "is too long for an audit record".to_owned()));
-            }
-            _ => {
-                return Ok(Verified {
-                    records: head.seq,
-                    head: hex::encode(head.hash),
-                    unfinished: line.len(),
-                });
+    for file in segments::all(path).map_err(AuditError::io("list the files of", path))? {
+        walk.file(&file)?;
+    }
+    if let Some(written) = walk.written.filter(|written| written.seq > walk.head.seq) {
+        let why = format!(
+            "is missing: {} records were written, so the end was cut off",
+            written.seq
+        );
+        walk.broke(path, walk.head.seq + 1, why);
+    }
+    match walk.broken {
+        Some(broken) => Err(broken),
+        None => Ok(Verified {
+            records: walk.head.seq,
+            head: hex::encode(walk.head.hash),
+            unfinished: walk.unfinished,
+        }),
+    }
+}
+
+/// A way through all files, on which the first thing that does not fit is remembered.
+struct Walk {
+    head: Head,
+    written: Option<Position>,
+    broken: Option<AuditError>,
+    unfinished: usize,
+}
+
+impl Walk {
+    fn broke(&mut self, path: &Path, line: u64, why: String) {
+        if self.broken.is_none() {
+            self.broken = Some(AuditError::Broken {
+                path: path.to_owned(),
+                line,
+                why,
+            });
+        }
+    }
+
+    /// What follows something that does not fit can't be told right from wrong: on it goes with the next file, which says in
+    /// its first record that the chain begins anew.
+    fn file(&mut self, path: &Path) -> Result<(), AuditError> {
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(AuditError::io("open", path)(error)),
+        };
+        let (mut log, mut line, mut number) = (BufReader::new(file), Vec::new(), 0);
+        loop {
+            line.clear();
+            let mut rest = log.by_ref().take(MOST_LINE as u64 + 1);
+            rest.read_until(b'\n', &mut line)
+                .map_err(AuditError::io("read", path))?;
+            number += 1;
+            let followed = match line.split_last() {
+                Some((b'\n', line)) => self.follow(line),
+                Some(_) if line.len() > MOST_LINE => Err("is too long for an audit record".to_owned()),
+                _ => {
+                    self.unfinished = line.len();
+                    return Ok(());
+                }
+            };
+            if let Err(why) = followed {
+                self.broke(path, number, why);
+                let begins_anew = number == 1 && line.last() == Some(&b'\n') && is_break(&line);
+                match Head::after(&line[..line.len() - 1]).filter(|_| begins_anew) {
+                    Some(head) => self.head = head,
+                    None => return Ok(()),
+                }
             }
         }
     }
+
+    fn follow(&mut self, line: &[u8]) -> Result<(), String> {
+        let before = self.head;
+        self.head.follow(line)?;
+        match self.written {
+            Some(written) if written.seq == self.head.seq && written.hash != self.head.hash => {
+                self.head = before;
+                Err("is another record than the one that was written".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether a record says that the chain begins anew with it.
+fn is_break(line: &[u8]) -> bool {
+    let link: Option<Link> = serde_json::from_slice(line).ok();
+    link.is_some_and(|link| link.op == Event::BREAK)
 }

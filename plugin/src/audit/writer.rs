@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,9 @@ use nix::fcntl::Flock;
 use time::OffsetDateTime;
 
 use super::chain::Head;
-use super::tail::End;
-use super::{AuditError, Event};
+use super::tail::{self, End};
+use super::{AuditError, Event, Outcome};
+use crate::failure::chain;
 
 /// How many records may wait; some tens of megabytes.
 const MOST_WAITING: usize = 16 * 1024;
@@ -40,6 +42,9 @@ struct State {
     last_failure: Option<Arc<io::Error>>,
     wanted: bool,
     closed: bool,
+    /// Up to here records are on disk.
+    reached: Option<Head>,
+    problem: Option<String>,
 }
 
 impl Queue {
@@ -89,9 +94,28 @@ impl Queue {
         self.for_writer.notify_one();
     }
 
-    /// The next records to write, which stay in the queue until [`Queue::written`]; `None` when it is closed and
-    /// there are none, or the last attempt at the rest has failed.
-    fn next_batch(&self, failed: bool) -> Option<Vec<(Event, OffsetDateTime)>> {
+    pub(super) fn position(&self) -> Option<Head> {
+        self.state().reached
+    }
+
+    fn reached(&self, head: Head) {
+        self.state().reached = Some(head);
+    }
+
+    pub(super) fn problem(&self) -> Option<String> {
+        self.state().problem.clone()
+    }
+
+    pub(super) fn found_problem(&self, problem: Option<String>) {
+        if let Some(problem) = problem {
+            tracing::error!("the audit log was damaged: {problem}");
+            self.state().problem = Some(problem);
+        }
+    }
+
+    /// The next records to write, which stay in the queue until [`Queue::written`]; none after `idle`. `None` when it is closed
+    /// and there are none, or the last attempt at the rest has failed.
+    fn next_batch(&self, failed: bool, idle: Option<Duration>) -> Option<Vec<(Event, OffsetDateTime)>> {
         let mut state = self.state();
         if failed && !state.wanted && !state.closed {
             state = self
@@ -100,11 +124,20 @@ impl Queue {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+        let until = idle.map(|idle| Instant::now() + idle);
         while state.waiting.is_empty() && !state.closed {
-            state = self
-                .for_writer
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+            state = match left {
+                Some(left) if left.is_zero() => return Some(Vec::new()),
+                Some(left) => {
+                    let waited = self.for_writer.wait_timeout(state, left);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self
+                    .for_writer
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner),
+            };
         }
         state.wanted = false;
         let batch: Vec<_> = state.waiting.iter().take(MOST_IN_BATCH).cloned().collect();
@@ -128,62 +161,177 @@ impl Queue {
     }
 }
 
+/// Notes how long the log is, in a place of its own; says whether that is done.
+pub(super) type Note = Box<dyn FnMut(Head) -> bool + Send>;
+
+/// How long records may be written before that is noted.
+const NOTE_AFTER: Duration = Duration::from_secs(1);
+
 pub(super) struct Writer {
     queue: Arc<Queue>,
-    file: Flock<File>,
+    path: PathBuf,
+    /// `None` while it can't be opened.
+    file: Option<Flock<File>>,
     /// Up to here the file is whole and synced.
     length: u64,
     head: Head,
     /// Whether a failed write may have left something behind that length.
     remains: bool,
+    /// What has to be recorded before anything else.
+    first: Vec<Event>,
+    note: Note,
+    /// Since when there are records that are not noted.
+    unnoted: Option<Instant>,
+    /// How long a file may get.
+    full_at: u64,
 }
 
 impl Writer {
-    pub(super) fn new(queue: Arc<Queue>, end: End) -> Self {
+    /// With `opened`, the log that it goes on with, or where it would have to if it could be opened.
+    pub(super) fn new(
+        queue: Arc<Queue>,
+        path: &Path,
+        opened: Result<End, Option<Head>>,
+        note: Note,
+        full_at: u64,
+    ) -> Self {
+        let (file, length, head) = match opened {
+            Ok(end) => (Some(end.file), end.length, end.head),
+            Err(noted) => (None, 0, noted.unwrap_or(Head::START)),
+        };
+        queue.reached(head);
         Self {
             queue,
-            file: end.file,
-            length: end.length,
-            head: end.head,
+            path: path.to_owned(),
+            file,
+            length,
+            head,
             remains: false,
+            first: Vec::new(),
+            note,
+            unnoted: Some(Instant::now()),
+            full_at,
         }
     }
 
     pub(super) fn run(mut self) {
         let mut failed = false;
-        while let Some(batch) = self.queue.next_batch(failed) {
+        while let Some(batch) = self.queue.next_batch(failed, self.note_is_due_in()) {
+            if batch.is_empty() {
+                self.note_length();
+                continue;
+            }
             match self.write(&batch) {
                 Ok(()) => {
                     failed = false;
+                    self.queue.reached(self.head);
                     self.queue.written(batch.len());
+                    self.unnoted.get_or_insert_with(Instant::now);
+                    if self.note_is_due_in().is_some_and(|wait| wait.is_zero()) {
+                        self.note_length();
+                    }
                 }
                 Err(error) => {
                     failed = true;
                     if !self.queue.failed(error) {
-                        return;
+                        break;
                     }
                 }
             }
         }
+        self.note_length();
+    }
+
+    fn note_is_due_in(&self) -> Option<Duration> {
+        self.unnoted
+            .map(|since| NOTE_AFTER.saturating_sub(since.elapsed()))
+    }
+
+    /// Only what is on disk: a crash in between leaves a log that is longer than what was noted.
+    fn note_length(&mut self) {
+        if self.unnoted.is_some() {
+            let is_noted = self.file.is_none() || (self.note)(self.head);
+            self.unnoted = (!is_noted).then(Instant::now);
+        }
     }
 
     fn write(&mut self, batch: &[(Event, OffsetDateTime)]) -> io::Result<()> {
+        self.find_file()?;
         let mut head = self.head;
-        let lines: Vec<u8> = batch
-            .iter()
-            .flat_map(|(event, time)| head.append(event, *time))
+        let first = self.first.iter().map(|event| (event, OffsetDateTime::now_utc()));
+        let lines: Vec<u8> = first
+            .chain(batch.iter().map(|(event, time)| (event, *time)))
+            .flat_map(|(event, time)| head.append(event, time))
             .collect();
+        let file = self.file.as_ref().expect("it was found");
         if self.remains {
-            self.file.set_len(self.length)?;
+            file.set_len(self.length)?;
         }
         self.remains = true;
-        self.file.write_all_at(&lines, self.length)?;
-        self.file.sync_data()?;
+        file.write_all_at(&lines, self.length)?;
+        file.sync_data()?;
         self.remains = false;
         self.length += lines.len() as u64;
         self.head = head;
+        self.first.clear();
         Ok(())
     }
+
+    /// Somebody may have cut, replaced or removed the file since the last record, and it may be full.
+    fn find_file(&mut self) -> io::Result<()> {
+        let failed = |error: AuditError| io::Error::other(chain(&error));
+        let Some(file) = &self.file else {
+            let end = tail::open(&self.path, Some(self.head)).map_err(failed)?;
+            self.first.extend(opening_events(&end));
+            self.queue.found_problem(end.broken.clone());
+            (self.length, self.head, self.file) = (end.length, end.head, Some(end.file));
+            return Ok(());
+        };
+        if let Some(why) = self.strange(file)? {
+            self.file = None;
+            self.remains = false;
+            let end = tail::begin_anew(&self.path, Some(self.head), why).map_err(failed)?;
+            self.first.extend(opening_events(&end));
+            self.queue.found_problem(end.broken.clone());
+            (self.length, self.file) = (0, Some(end.file));
+        } else if self.length >= self.full_at {
+            let next = tail::next_file(&self.path).map_err(failed)?;
+            (self.length, self.remains, self.file) = (0, false, Some(next));
+        }
+        Ok(())
+    }
+
+    /// What is not as this writer left it.
+    fn strange(&self, file: &File) -> io::Result<Option<&'static str>> {
+        let ours = file.metadata()?;
+        let there = match std::fs::symlink_metadata(&self.path) {
+            Ok(there) => there,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Some("it was removed while virtseald wrote it"));
+            }
+            Err(error) => return Err(error),
+        };
+        let is_it = (ours.dev(), ours.ino()) == (there.dev(), there.ino());
+        Ok(if !is_it {
+            Some("it was replaced while virtseald wrote it")
+        } else if ours.len() < self.length || (ours.len() > self.length && !self.remains) {
+            Some("its length was changed while virtseald wrote it")
+        } else {
+            None
+        })
+    }
+}
+
+/// What the opening of a log has to say in it.
+pub(super) fn opening_events(end: &End) -> Option<Event> {
+    if let Some(why) = &end.broken {
+        return Some(
+            Event::new(Event::BREAK, Outcome::Failed).detail(&format!("the log was damaged: {why}")),
+        );
+    }
+    let torn = end.torn.as_ref()?;
+    let detail = format!("a crash cut the log short: the rest is in {}", torn.display());
+    Some(Event::new("audit-torn", Outcome::Failed).detail(&detail))
 }
 
 #[cfg(test)]

@@ -36,6 +36,9 @@ impl Printer {
         line(&format!("virtseald  {}", status.version))?;
         line(&format!("libvirt    {} ({})", status.libvirt, status.libvirt_uri))?;
         line(&format!("armed      {} secrets in libvirt", status.armed))?;
+        if let Some(problem) = &status.audit {
+            line(&format!("audit log  {problem}"))?;
+        }
         line("")?;
         self.providers(&status.providers)?;
         line("")?;

@@ -4,17 +4,23 @@
 //! the record and tries again, and a start goes on. A host whose log can't be written still has to run its VMs.
 
 use std::cell::Cell;
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Daemon;
 use crate::api::{AuditLines, AuditVerified};
-use crate::audit::{self, AuditError, AuditLog, Event, Outcome};
+use crate::audit::{self, AuditError, AuditLog, Event, Outcome, Position};
 use crate::domain::Domain;
 use crate::envelope::VmId;
 use crate::failure::{Code, Failure, chain};
+use crate::keystore::{AuditAnchor, Keystore};
 
 /// The most time that a record may cost a start.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The most bytes of records in one reply.
+const MAX_SHOWN: usize = 1 << 20;
 
 thread_local! {
     static ACTOR: Cell<Option<u32>> = const { Cell::new(None) };
@@ -71,32 +77,72 @@ impl Daemon {
         }
     }
 
-    /// The last `records` of the audit log.
+    /// The last `records` of the audit log, as many as fit into a reply.
     pub fn show_audit(&self, records: i64) -> Result<AuditLines, Failure> {
-        let path = self.audit_path();
-        self.audit.flush(PATIENCE).map_err(|error| unusable(&error))?;
-        let text = std::fs::read_to_string(&path).map_err(|error| {
-            Failure::from_error(Code::Failed, format!("can't read {}", path.display()), &error)
-        })?;
-        let lines: Vec<_> = text.lines().collect();
-        let first = lines.len().saturating_sub(usize::try_from(records).unwrap_or(0));
-        Ok(AuditLines {
-            lines: lines[first..].iter().map(|line| (*line).to_owned()).collect(),
-        })
+        let count = usize::try_from(records).unwrap_or(0);
+        // What is not written yet is shown the next time.
+        let _ = self.audit.flush(PATIENCE);
+        let lines = AuditLog::last(&self.audit_path(), count, MAX_SHOWN).map_err(|error| unusable(&error))?;
+        Ok(AuditLines { lines })
     }
 
-    /// Checks the audit log's chain.
+    /// Checks the audit log's chain, up to what this daemon has written.
     pub fn verify_audit(&self) -> Result<AuditVerified, Failure> {
         self.audit.flush(PATIENCE).map_err(|error| unusable(&error))?;
-        let verified = audit::verify(&self.audit_path()).map_err(|error| unusable(&error))?;
+        let written = self.audit.position();
+        let verified = audit::verify(&self.audit_path(), written).map_err(|error| {
+            unusable(&error).next(
+                "keep a copy of the log, and compare it with one from a backup: virtseald goes on with it",
+            )
+        })?;
         Ok(AuditVerified {
             records: i64::try_from(verified.records).unwrap_or(i64::MAX),
             head: verified.head,
         })
     }
 
+    /// Opens the log, which is as long as the keystore says or longer.
+    pub(super) fn open_audit(keystore: &Arc<Keystore>, dir: &Path) -> Result<AuditLog, Failure> {
+        let noted = keystore.audit_anchor()?.map(|anchor| Position {
+            seq: anchor.seq,
+            hash: anchor.hash,
+        });
+        let keystore = Arc::clone(keystore);
+        let note = move |at: Position| match keystore.set_audit_anchor(anchor(at)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!("the length of the audit log is not noted: {}", chain(&error));
+                false
+            }
+        };
+        AuditLog::open_anchored(&dir.join(AuditLog::FILE), noted, note)
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))
+    }
+
+    /// Writes what is left, and notes its end.
+    pub(super) fn end_audit(&self) {
+        let noted = self.audit.flush(PATIENCE).map_err(|error| chain(&error));
+        let noted = noted.and_then(|()| match self.audit.position() {
+            Some(at) => self
+                .keystore
+                .set_audit_anchor(anchor(at))
+                .map_err(|error| chain(&error)),
+            None => Ok(()),
+        });
+        if let Err(error) = noted {
+            tracing::warn!("the end of the audit log is not noted: {error}");
+        }
+    }
+
     fn audit_path(&self) -> std::path::PathBuf {
         self.config().state_dir.join(AuditLog::FILE)
+    }
+}
+
+fn anchor(at: Position) -> AuditAnchor {
+    AuditAnchor {
+        seq: at.seq,
+        hash: at.hash,
     }
 }
 

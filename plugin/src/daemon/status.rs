@@ -28,6 +28,7 @@ impl Daemon {
             providers: self.providers()?.providers,
             vms: self.sealed_vms(domains.unwrap_or_default())?,
             armed: lock(&self.arms).len() as i64,
+            audit: self.audit.problem(),
         })
     }
 
