@@ -222,7 +222,7 @@ fn what_is_forgotten_is_kept_before_it_is_dropped() -> Result<()> {
         println!("{} steps: {:?}", trace.steps.len(), trace.steps);
         ensure!(!is_known && is_kept);
         let at = |wanted: &dyn Fn(&str) -> bool| {
-            let found = trace.steps.iter().position(|step| wanted(step));
+            let found = trace.steps.iter().position(|step| wanted(&step.to_string()));
             found.with_context(|| format!("a step is missing: {:?}", trace.steps))
         };
         let written = at(&|step| step.starts_with("fsync(") && step.contains(".json"))?;

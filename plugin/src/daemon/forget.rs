@@ -212,9 +212,10 @@ impl Daemon {
             Some(found) if found == record.envelope => Whereabouts::Carries(Copy::Same),
             Some(found) if found.id == record.envelope.id => {
                 let generation = found.generation;
-                Whereabouts::Carries(match self.registry.open_envelope(&found) {
-                    Ok(_) => Copy::Opens(generation),
-                    Err(_) => Copy::Closed(generation),
+                let dek = self.registry.open_envelope(&found).ok();
+                Whereabouts::Carries(match dek.and_then(|dek| found.verify(&dek).ok()) {
+                    Some(_) => Copy::Opens(generation),
+                    None => Copy::Closed(generation),
                 })
             }
             Some(_) => Whereabouts::Another,
@@ -237,9 +238,16 @@ impl Daemon {
         let name = &forgotten.vm.name;
         for record in &forgotten.objects {
             // Who wrote the file is not known: what its provider has wrapped for this very object is.
-            self.registry
+            let not_adopted = |failure: Failure| failure.of(format!("{name} is not adopted"));
+            let dek = self
+                .registry
                 .open_envelope(&record.envelope)
-                .map_err(|error| Failure::from(error).of(format!("{name} is not adopted")))?;
+                .map_err(|error| not_adopted(error.into()))?;
+            record.verify(&dek).map_err(|error| {
+                let what = format!("envelope {}", record.envelope.id);
+                not_adopted(Failure::from_error(Code::Failed, what, &error))
+                    .next("give the file as virtseal vm forget has written it")
+            })?;
         }
         let mut outcome = Outcome {
             steps: Vec::new(),

@@ -121,10 +121,11 @@ impl Daemon {
                 said => format!(", and '{said}' was typed"),
             };
             let stays = format!("{name} stays: what is on its disks would be lost for ever{said}");
+            let shred = format!("virtseal vm shred --yes-shred={} {}", quoted(&name), word(&name));
             Failure::new(Code::WouldLoseKey, stays).next(match doomed.is_defined {
-                true => format!("virtseal vm shred {0} --yes-shred {0}", word(&name)),
+                true => shred,
                 false => format!(
-                    "virtseal vm forget {0}, if it is on another host; virtseal vm shred {0} --yes-shred {0}, if it is not",
+                    "virtseal vm forget {}, if it is on another host; {shred}, if it is not",
                     word(&name)
                 ),
             })
