@@ -252,6 +252,8 @@ pub enum TpmBackend {
         version: Option<String>,
         /// `<encryption secret=…/>`.
         secret: Option<EnvelopeId>,
+        /// `persistent_state='yes'`: libvirt keeps the state when a transient domain ends, or is refused.
+        persistent_state: bool,
     },
     /// The host's TPM.
     Passthrough,

@@ -8,6 +8,7 @@ mod declared;
 mod firmware;
 mod object;
 mod plan;
+mod take_back;
 mod unseal;
 
 use std::path::{Path, PathBuf};
@@ -17,7 +18,6 @@ use crate::envelope::{Envelope, ObjectKind};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::Keystore;
 use crate::libvirt::DefinedDomain;
-use crate::lifecycle::adoption::{believe, not_believed};
 use crate::provider::registry::Registry;
 use crate::volume::{self, CreateRequest, Held};
 
@@ -77,6 +77,22 @@ pub fn seal(
     match &plan.nvram {
         NvramStep::Sealed(envelope) => envelopes.push(envelope.clone()),
         NvramStep::None => {}
+        NvramStep::TakeBack {
+            path,
+            loader,
+            envelopes: known,
+        } => {
+            let envelope = take_back::open_store(host, defined, path, known)
+                .map_err(|failure| failure.of(format!("{} nvram", defined.name)))?;
+            changes.nvram = Some(NvramEdit {
+                path: path.clone(),
+                template: None,
+                format: None,
+                envelope: envelope.id,
+                loader: loader.clone(),
+            });
+            envelopes.push(envelope);
+        }
         NvramStep::Create {
             path,
             template,
@@ -97,6 +113,16 @@ pub fn seal(
     match &plan.vtpm {
         VtpmStep::Sealed(envelope) => envelopes.push(envelope.clone()),
         VtpmStep::Passthrough => {}
+        VtpmStep::Keep(envelope) => {
+            changes.vtpm = Some(envelope.id);
+            envelopes.push(envelope.clone());
+        }
+        VtpmStep::TakeBack(known) => {
+            let envelope = take_back::open_vtpm(host, defined, known)
+                .map_err(|failure| failure.of(format!("{} vtpm", defined.name)))?;
+            changes.vtpm = Some(envelope.id);
+            envelopes.push(envelope);
+        }
         VtpmStep::Add | VtpmStep::Encrypt => {
             let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Vtpm, "", provider)
                 .map_err(|failure| failure.of(format!("{} vtpm", defined.name)))?;
@@ -145,21 +171,10 @@ fn adopt_disk(
     path: &Path,
     carried: &Envelope,
 ) -> Result<Envelope, Failure> {
-    let record = host.keystore.envelope(carried.id)?;
-    let first = record.as_ref().map_or(carried, |record| &record.envelope);
-    let dek = host.registry.open_envelope(first)?;
-    let believed = believe(host.registry, record.as_ref(), Some(carried), &dek)
-        .map_err(|error| not_believed(&defined.name, &error))?;
-    let passphrase = dek
-        .passphrase()
-        .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
-    volume::verify(path, &passphrase)?;
-    if believed.is_news {
-        host.keystore
-            .put(&believed.envelope, &path.display().to_string())?;
-    }
-    host.keystore.activate(believed.envelope.id)?;
-    Ok(believed.envelope.into_envelope())
+    let location = path.display().to_string();
+    take_back::adopt(host, &defined.name, carried, &location, |passphrase| {
+        Ok(volume::verify(path, passphrase)?)
+    })
 }
 
 fn seal_nvram(

@@ -23,7 +23,7 @@ pub struct SealEdit<'a> {
     pub disks: Vec<DiskEdit>,
     /// The variable store.
     pub nvram: Option<NvramEdit>,
-    /// The vTPM: added as a TPM 2.0 if the domain has none.
+    /// The vTPM: added as a TPM 2.0 if the domain has none. libvirt is told to keep its state.
     pub vtpm: Option<EnvelopeId>,
     /// All envelopes of the VM, for its metadata.
     pub envelopes: &'a [Envelope],
@@ -84,7 +84,7 @@ pub fn seal(xml: &str, plan: &SealEdit<'_>) -> Result<String, DomainError> {
         edits.extend(firmware::edits(xml, root, &domain, nvram)?);
     }
     if let Some(envelope) = plan.vtpm {
-        edits.extend(tpm_edit(xml, root, envelope)?);
+        edits.extend(tpm_edits(xml, root, envelope)?);
     }
     edits.extend(envelope_edits(xml, root, plan.envelopes)?);
     finish(xml, edits)
@@ -242,18 +242,21 @@ fn has_encryption(node: Option<Node<'_, '_>>, secret: EnvelopeId, label: &str) -
     }
 }
 
-fn tpm_edit(xml: &str, root: Node<'_, '_>, secret: EnvelopeId) -> Result<Option<Edit>, DomainError> {
+/// Encrypts the state, and keeps libvirt from deleting it: without `persistent_state` it does so whenever a transient domain
+/// ends or is refused.
+fn tpm_edits(xml: &str, root: Node<'_, '_>, secret: EnvelopeId) -> Result<Vec<Edit>, DomainError> {
     let element = Element::new("encryption").attribute("secret", &secret.to_string());
     let Some(tpm) = read::tpm_node(root) else {
         let devices = child(root, "devices").ok_or_else(|| DomainError::NoObject("<devices>".into()))?;
         let backend = Element::new("backend")
             .attribute("type", "emulator")
             .attribute("version", "2.0")
+            .attribute("persistent_state", "yes")
             .children([element]);
         let tpm = Element::new("tpm")
             .attribute("model", tpm_model(root))
             .children([backend]);
-        return Ok(Some(splice::insert(xml, devices, Place::Last, &tpm)));
+        return Ok(vec![splice::insert(xml, devices, Place::Last, &tpm)]);
     };
     let backend = child(tpm, "backend").filter(|backend| backend.attribute("type") == Some("emulator"));
     let backend = backend.ok_or_else(|| DomainError::Unsupported {
@@ -261,14 +264,20 @@ fn tpm_edit(xml: &str, root: Node<'_, '_>, secret: EnvelopeId) -> Result<Option<
         reason: "only a TPM of type='emulator' has its state with the VM",
         at: Position::of(tpm),
     })?;
+    let mut edits: Vec<_> = splice::set_attribute(xml, backend, "persistent_state", "yes")
+        .into_iter()
+        .collect();
     match read::tpm_secret(backend)? {
-        Some(found) if found == secret => Ok(None),
-        Some(_) => Err(DomainError::AlreadyEncrypted {
-            label: "vtpm".into(),
-            at: Position::of(backend),
-        }),
-        None => Ok(Some(splice::insert(xml, backend, Place::Last, &element))),
+        Some(found) if found == secret => {}
+        Some(_) => {
+            return Err(DomainError::AlreadyEncrypted {
+                label: "vtpm".into(),
+                at: Position::of(backend),
+            });
+        }
+        None => edits.push(splice::insert(xml, backend, Place::Last, &element)),
     }
+    Ok(edits)
 }
 
 /// The TPM 2.0 that QEMU offers on the domain's architecture.

@@ -278,6 +278,7 @@ fn tpm(root: Node<'_, '_>) -> Result<Option<Tpm>, DomainError> {
             "emulator" => TpmBackend::Emulator {
                 version: backend.attribute("version").map(str::to_owned),
                 secret: tpm_secret(backend)?,
+                persistent_state: backend.attribute("persistent_state") == Some("yes"),
             },
             "passthrough" => TpmBackend::Passthrough,
             "external" => TpmBackend::External,

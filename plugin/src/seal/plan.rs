@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use swtpm_state::{State, libvirt_state_dir};
 
+use super::take_back::{self, HasRun, StoreDecision, StoreFile};
 use super::{Host, declared, firmware};
 use crate::api::Outcome;
 use crate::domain::{self, Disk, DiskDevice, Domain, Firmware, Source, TpmBackend, edit::LoaderPin};
@@ -11,7 +12,7 @@ use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::failure::{Code, Failure, chain, word};
 use crate::libvirt::DefinedDomain;
 use crate::terminal::quoted;
-use crate::volume::{self, Data, VolumeInfo};
+use crate::volume::{Data, VolumeInfo};
 
 /// What sealing a domain takes.
 #[derive(Debug)]
@@ -42,6 +43,12 @@ pub(super) enum DiskWork {
 #[derive(Debug)]
 pub(super) enum NvramStep {
     Sealed(Envelope),
+    /// It was sealed, and the XML does not say so.
+    TakeBack {
+        path: PathBuf,
+        loader: Option<LoaderPin>,
+        envelopes: Vec<Envelope>,
+    },
     Create {
         path: PathBuf,
         template: PathBuf,
@@ -53,6 +60,10 @@ pub(super) enum NvramStep {
 #[derive(Debug)]
 pub(super) enum VtpmStep {
     Sealed(Envelope),
+    /// Sealed by an earlier virtseal: libvirt deletes the state when a transient domain ends.
+    Keep(Envelope),
+    /// It was sealed, and the XML does not say so.
+    TakeBack(Vec<Envelope>),
     Add,
     Encrypt,
     /// The host's TPM, which keeps its state inside the chip.
@@ -70,11 +81,19 @@ impl Plan {
                 path.display(),
                 template.display()
             )),
+            NvramStep::TakeBack { path, .. } => steps.push(format!(
+                "take the encrypted UEFI variable store {} back",
+                path.display()
+            )),
             NvramStep::Sealed(_) | NvramStep::None => {}
         }
         match &self.vtpm {
             VtpmStep::Add => steps.push("add a TPM 2.0 with encrypted state".into()),
             VtpmStep::Encrypt => steps.push("encrypt the state of the TPM".into()),
+            VtpmStep::TakeBack(_) => steps.push("take the encrypted TPM back".into()),
+            VtpmStep::Keep(_) => {
+                steps.push("have libvirt keep the state of the TPM (persistent_state='yes')".into());
+            }
             VtpmStep::Sealed(_) | VtpmStep::Passthrough => {}
         }
         if !steps.is_empty() {
@@ -124,18 +143,32 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
             .map_err(|failure| of_vm(failure.of(format!("disk {}", disk.target))))?;
         disks.push(step);
     }
-    let warnings = defined.autostart.then(|| {
+    let autostart = defined.autostart.then(|| {
         format!(
             "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: virsh autostart --disable {}",
             word(name)
+        )
+    });
+    let gone = state_gone(host, &domain)?.map(|dir| {
+        format!(
+            "the state of its TPM is gone from {0}, and {name} stays off until it is back: restore {0} from a backup",
+            dir.display()
         )
     });
     Ok(Plan {
         disks,
         nvram,
         vtpm,
-        warnings: warnings.into_iter().collect(),
+        warnings: autostart.into_iter().chain(gone).collect(),
     })
+}
+
+/// The directory that lacks the vTPM's state, where there must be one.
+fn state_gone(host: &Host<'_>, domain: &Domain) -> Result<Option<PathBuf>, Failure> {
+    let dir = libvirt_state_dir(&host.swtpm_dir, &domain.uuid);
+    let absent = matches!(State::read(&dir), Ok(State::Absent));
+    let has_run = HasRun::of(host, domain.uuid)? == HasRun::Yes;
+    Ok((absent && has_run).then_some(dir))
 }
 
 pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Failure> {
@@ -180,6 +213,16 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
         .next(format!("virsh edit {}: remove <transient/>", word(&domain.name))));
     }
     if !path.exists() {
+        if take_back::known_disk(host, domain.uuid, path)?.is_some() {
+            let shown = path.display();
+            return Err(Failure::new(
+                Code::NotFound,
+                format!("{shown}, which was sealed, does not exist"),
+            )
+            .next(format!(
+                "put {shown} back where it was, or restore it from a backup"
+            )));
+        }
         return Err(
             Failure::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
                 "virtseal volume create --vm={} --size SIZE {}",
@@ -192,7 +235,10 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
     let work =
         match (&info.envelope, info.format.is_encrypted()) {
             (Some(envelope), true) => ours(host, domain, disk, envelope)?,
-            (None, true) => return Err(encrypted_by_others(path)),
+            (None, true) => match take_back::known_disk(host, domain.uuid, path)? {
+                Some(envelope) => DiskWork::Adopt(envelope),
+                None => return Err(encrypted_by_others(path)),
+            },
             (_, false) if disk.encryption.is_some() => return Err(encrypted_by_others(path)),
             (_, false) if info.data == Data::Empty => DiskWork::Replace(Box::new(info)),
             (_, false) => {
@@ -309,9 +355,16 @@ fn plan_nvram(host: &Host<'_>, domain: &Domain) -> Result<NvramStep, Failure> {
                 "its UEFI variables are encrypted with a secret of somebody else",
             ));
         };
-        return named_envelope(host, domain, ObjectKind::Nvram, id).map(NvramStep::Sealed);
+        let envelope = named_envelope(host, domain, ObjectKind::Nvram, id)?;
+        return match nvram.and_then(|nvram| nvram.source.path()) {
+            Some(path) if !take_back::is_settled(host, domain, id)? => Ok(NvramStep::TakeBack {
+                path: path.to_owned(),
+                loader: loader_pin(uefi, nvram)?,
+                envelopes: vec![envelope],
+            }),
+            _ => Ok(NvramStep::Sealed(envelope)),
+        };
     }
-    let chosen = firmware::choose(uefi, nvram)?;
     let path = match nvram.map(|nvram| &nvram.source) {
         Some(Source::File(path)) => path.clone(),
         None | Some(Source::Empty) => host.nvram_dir.join(format!("{}_VARS.fd", domain.name)),
@@ -322,11 +375,25 @@ fn plan_nvram(host: &Host<'_>, domain: &Domain) -> Result<NvramStep, Failure> {
             ));
         }
     };
-    // A file of ours that a killed run left is found and used by `seal_nvram`.
-    if path.exists()
-        && !volume::inspect(&path)?.format.is_encrypted()
-        && !same_content(&path, &chosen.template)?
-    {
+    let file = StoreFile::at(&path)?;
+    let (known, envelopes) = take_back::known_stores(host, domain.uuid)?;
+    match take_back::decide_store(&path, file, &known, HasRun::of(host, domain.uuid)?) {
+        StoreDecision::TakeBack(path) => {
+            return Ok(NvramStep::TakeBack {
+                path,
+                loader: loader_pin(uefi, nvram)?,
+                envelopes,
+            });
+        }
+        StoreDecision::Elsewhere(sealed) => {
+            return Err(take_back::store_elsewhere(&domain.name, &path, &sealed));
+        }
+        StoreDecision::Lost(lost) => return Err(take_back::store_lost(&domain.name, &lost)),
+        StoreDecision::NotKnown => return Err(take_back::store_not_known(&path)),
+        StoreDecision::Make => {}
+    }
+    let chosen = firmware::choose(uefi, nvram)?;
+    if file == StoreFile::Plain && !same_content(&path, &chosen.template)? {
         return Err(Failure::new(
             Code::WouldLoseKey,
             format!(
@@ -346,6 +413,14 @@ fn plan_nvram(host: &Host<'_>, domain: &Domain) -> Result<NvramStep, Failure> {
     })
 }
 
+/// The loader to name where libvirt would still choose one.
+fn loader_pin(uefi: &domain::Uefi, nvram: Option<&domain::Nvram>) -> Result<Option<LoaderPin>, Failure> {
+    match uefi.loader {
+        Some(_) => Ok(None),
+        None => Ok(firmware::choose(uefi, nvram)?.loader),
+    }
+}
+
 fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
     let dir = libvirt_state_dir(&host.swtpm_dir, &domain.uuid);
     let state = State::read(&dir).map_err(|error| {
@@ -353,8 +428,19 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
     })?;
     let step = match domain.tpm.as_ref().map(|tpm| &tpm.backend) {
         None => VtpmStep::Add,
-        Some(TpmBackend::Emulator { secret: Some(id), .. }) => {
-            return named_envelope(host, domain, ObjectKind::Vtpm, *id).map(VtpmStep::Sealed);
+        Some(TpmBackend::Emulator {
+            secret: Some(id),
+            persistent_state,
+            ..
+        }) => {
+            let envelope = named_envelope(host, domain, ObjectKind::Vtpm, *id)?;
+            return Ok(if !take_back::is_settled(host, domain, *id)? {
+                VtpmStep::TakeBack(vec![envelope])
+            } else if *persistent_state {
+                VtpmStep::Sealed(envelope)
+            } else {
+                VtpmStep::Keep(envelope)
+            });
         }
         Some(TpmBackend::Emulator {
             version: Some(version),
@@ -382,8 +468,14 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
             )));
         }
     };
+    let known = take_back::known(host, domain.uuid, ObjectKind::Vtpm)?;
+    let known: Vec<_> = known.into_iter().map(|record| record.envelope).collect();
     match state {
+        State::Absent if HasRun::of(host, domain.uuid)? == HasRun::Yes && !known.is_empty() => {
+            Ok(VtpmStep::TakeBack(known))
+        }
         State::Absent => Ok(step),
+        State::Encrypted(_) if !known.is_empty() => Ok(VtpmStep::TakeBack(known)),
         State::Plain(_) => Err(Failure::new(
             Code::WouldLoseKey,
             format!(
