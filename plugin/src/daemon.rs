@@ -16,6 +16,7 @@ pub mod pools;
 mod providers;
 mod records;
 mod shred;
+mod standing;
 mod status;
 mod trust;
 mod visible;

@@ -184,10 +184,10 @@ impl Libvirt {
         })
     }
 
-    /// All persistent domains.
+    /// All domains, those too that libvirt forgets when they end.
     pub fn domains(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
         self.with("list the domains", |connection| {
-            let domains = connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT)?;
+            let domains = connection.list_all_domains(0)?;
             // One that was undefined meanwhile is simply no longer there.
             domains
                 .iter()

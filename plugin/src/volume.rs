@@ -43,7 +43,7 @@ pub use declared::{Declaration, inspect_declared};
 pub use error::{Flaw, Part, VolumeError};
 pub use held::Held;
 pub use nvram::{create_nvram, create_nvram_watched};
-pub use open::{BackingEntry, Format, VolumeInfo, header_digest, inspect, verify};
+pub use open::{BackingEntry, Format, VolumeInfo, header_digest, identify, inspect, verify};
 pub use plain::{copy_over, empty_over};
 pub use qcow2::allocation::Data;
 pub use qemu_img::Percent;

@@ -16,6 +16,8 @@ pub struct ObjectView {
     pub envelope: Option<String>,
     /// The envelope's generation.
     pub generation: Option<i64>,
+    /// Whether the keystore has it, or only a copy that anyone may have written.
+    pub generation_verified: bool,
     /// The providers that can open it.
     pub providers: Vec<String>,
 }
@@ -31,10 +33,12 @@ pub struct VmView {
     pub hangs_on: Option<String>,
     /// running, off, or undefined (known to virtseal only).
     pub power: String,
-    /// sealed, plain, mixed, or undefined.
+    /// sealed, plain, mixed, undefined, or what is wrong.
     pub state: String,
     /// Its objects.
     pub objects: Vec<ObjectView>,
+    /// What the admin should know besides, with what to run next.
+    pub warnings: Vec<String>,
 }
 
 /// Reply with VMs.

@@ -165,7 +165,11 @@ impl Printer {
             ],
             rows,
         )?;
-        hanging(vms).iter().try_for_each(|text| line(text))
+        hanging(vms).iter().try_for_each(|text| line(text))?;
+        vms.iter()
+            .flat_map(|vm| &vm.warnings)
+            .for_each(|warning| self.warn(warning));
+        Ok(())
     }
 
     pub(super) fn jobs(&self, jobs: &Jobs) -> Result<(), Failure> {
@@ -408,12 +412,19 @@ fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {
         vm.power.clone(),
         object.object.clone(),
         object.state.clone(),
-        object
-            .generation
-            .map_or_else(|| "-".into(), |generation| generation.to_string()),
+        generation(object),
         object.providers.join(", "),
         object.path.clone().unwrap_or_else(|| "-".into()),
     ]
+}
+
+/// One that only a copy says is not taken for a fact.
+fn generation(object: &ObjectView) -> String {
+    match object.generation {
+        Some(generation) if object.generation_verified => generation.to_string(),
+        Some(generation) => format!("{generation} (not verified)"),
+        None => "-".into(),
+    }
 }
 
 /// A record for people. A line that is no record is shown as it is: `audit verify` says what is wrong with it.

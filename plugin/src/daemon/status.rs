@@ -1,17 +1,20 @@
 //! What `virtseal status` and `virtseal vm status` show.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use swtpm_state::{State, libvirt_state_dir};
 
+use super::standing::{Facts, Found, Owner, Standing, Used};
 use super::vms::{KnownVm, unreachable};
 use super::{Daemon, lock};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
-use crate::domain::{self, Domain, Object, ObjectState};
+use crate::domain::{self, Disk, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::failure::{Failure, chain};
-use crate::keystore::EnvelopeRecord;
+use crate::failure::{Code, Failure, chain, word};
+use crate::keystore::{EnvelopeRecord, EnvelopeState, VmRecord};
 use crate::libvirt::DefinedDomain;
+use crate::volume::{self, VolumeError};
 
 impl Daemon {
     /// Everything at a glance; never waits for a provider.
@@ -40,138 +43,219 @@ impl Daemon {
                 vms: self.sealed_vms(domains)?,
             });
         };
-        let records = self.records()?;
+        let known = self.known()?;
         let view = match self.find_vm(vm)? {
-            KnownVm::Defined(defined) => self.defined(&defined, &records),
-            KnownVm::Undefined(known) => self.undefined(known.vm, known.name, &records),
+            KnownVm::Defined(defined) => {
+                let domain = Domain::parse(&defined.xml).map_err(|error| unreadable(&defined, &error))?;
+                self.defined(&defined, &domain, Look::Closely, &known).0
+            }
+            KnownVm::Undefined(record) => self.undefined(&record, &known),
         };
         Ok(Vms { vms: vec![view] })
     }
 
     fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Failure> {
-        let records = self.records()?;
+        let known = self.known()?;
         let mut vms: Vec<_> = domains
             .iter()
-            .map(|defined| self.defined(defined, &records))
-            .filter(|view| view.state != "plain")
+            .filter_map(|defined| self.listed(defined, &known))
             .collect();
-        for known in self.keystore.vms()? {
-            if !domains.iter().any(|defined| defined.vm == known.vm) {
-                vms.push(self.undefined(known.vm, known.name, &records));
-            }
-        }
+        let defined: BTreeSet<VmId> = domains.iter().map(|defined| defined.vm).collect();
+        let undefined = known.vms.values().filter(|record| !defined.contains(&record.vm));
+        vms.extend(undefined.map(|record| self.undefined(record, &known)));
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(vms)
     }
 
-    fn records(&self) -> Result<BTreeMap<EnvelopeId, EnvelopeRecord>, Failure> {
-        Ok(self
-            .keystore
-            .envelopes()?
-            .into_iter()
-            .map(|record| (record.envelope.id, record))
-            .collect())
-    }
-
-    fn defined(&self, defined: &DefinedDomain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> VmView {
-        let power = if defined.active { "running" } else { "off" };
-        let (state, objects) = match Domain::parse(&defined.xml) {
+    /// `None` for a VM that has nothing to do with virtseal. Of those nothing but the XML is looked at.
+    fn listed(&self, defined: &DefinedDomain, known: &Known) -> Option<VmView> {
+        let is_known = known.has(defined.vm);
+        match Domain::parse(&defined.xml) {
             Ok(domain) => {
-                let objects = domain::objects(&domain);
-                let views = objects
-                    .iter()
-                    .map(|object| self.object(&domain, object, records))
-                    .collect();
-                (vm_state(&domain, &objects).to_owned(), views)
+                let look = if is_known || domain.metadata.is_some() {
+                    Look::Closely
+                } else {
+                    Look::AtXml
+                };
+                let (view, standings) = self.defined(defined, &domain, look, known);
+                let concerns = |standing| matches!(standing, &Standing::OfAnotherVm(_));
+                (view.state != "plain" || standings.iter().any(concerns)).then_some(view)
             }
-            Err(error) => (chain(&error), Vec::new()),
-        };
-        VmView {
-            name: defined.name.clone(),
-            uuid: defined.vm.to_string(),
-            hangs_on: hangs_on(&objects),
-            power: power.into(),
-            state,
-            objects,
+            Err(_) if !is_known && !defined.xml.contains(Metadata::NAMESPACE) => None,
+            Err(error) => {
+                let objects = self.kept_objects(defined.vm, known);
+                Some(VmView {
+                    name: defined.name.clone(),
+                    uuid: defined.vm.to_string(),
+                    hangs_on: hangs_on(&objects),
+                    power: power(defined).into(),
+                    state: "its XML can't be read".into(),
+                    objects,
+                    warnings: vec![unreadable(defined, &error).to_string()],
+                })
+            }
         }
     }
 
-    fn object(
+    fn known(&self) -> Result<Known, Failure> {
+        let mut known = Known::default();
+        for vm in self.keystore.vms()? {
+            known.vms.insert(vm.vm, vm);
+        }
+        for record in self.keystore.envelopes()? {
+            let id = record.envelope.id;
+            known.by_vm.entry(record.envelope.vm).or_default().push(id);
+            if !record.location.is_empty() {
+                known.by_place.insert(record.location.clone(), id);
+            }
+            known.by_id.insert(id, record);
+        }
+        Ok(known)
+    }
+
+    fn defined(
         &self,
+        defined: &DefinedDomain,
         domain: &Domain,
-        object: &Object,
-        records: &BTreeMap<EnvelopeId, EnvelopeRecord>,
-    ) -> ObjectView {
+        look: Look,
+        known: &Known,
+    ) -> (VmView, Vec<Standing>) {
+        let objects = domain::objects(domain);
+        let mut views = Vec::with_capacity(objects.len());
+        let mut standings = Vec::with_capacity(objects.len());
+        for object in &objects {
+            let (view, standing) = self.object(domain, object, look, known);
+            views.push(view);
+            standings.push(standing);
+        }
+        views.extend(self.detached(domain, &objects, known));
+        let state = vm_state(domain, &objects, &standings);
+        let view = VmView {
+            name: defined.name.clone(),
+            uuid: defined.vm.to_string(),
+            hangs_on: hangs_on(&views),
+            power: power(defined).into(),
+            state: state.into(),
+            warnings: warnings(domain, state),
+            objects: views,
+        };
+        (view, standings)
+    }
+
+    fn object(&self, domain: &Domain, object: &Object, look: Look, known: &Known) -> (ObjectView, Standing) {
         let path = match object.kind {
             ObjectKind::Vtpm => Some(libvirt_state_dir(&self.config().swtpm_dir, &domain.uuid)),
             ObjectKind::Disk | ObjectKind::Nvram => object.path.clone(),
         };
-        let mut view = ObjectView {
-            object: object.label.clone(),
-            state: String::new(),
-            path: path.as_ref().map(|path| path.display().to_string()),
-            envelope: None,
-            generation: None,
-            providers: Vec::new(),
+        let found = match (look, &path) {
+            (Look::AtXml, _) | (Look::Closely, None) => Found::OutOfSight,
+            (Look::Closely, Some(path)) => found(object.kind, path),
         };
-        match &object.state {
-            ObjectState::Plain => view.state = "plain".into(),
-            ObjectState::Unsupported(reason) => view.state = (*reason).into(),
-            ObjectState::Sealed(id) => {
-                let known = records.get(id).map(|record| &record.envelope);
-                let carried = domain
-                    .metadata
-                    .as_ref()
-                    .and_then(|metadata| metadata.envelope(*id));
-                view.envelope = Some(id.to_string());
-                let newest = known
-                    .into_iter()
-                    .chain(carried)
-                    .max_by_key(|envelope| envelope.generation);
-                let Some(envelope) = newest else {
-                    view.state = "envelope missing".into();
-                    return view;
-                };
-                view.generation = i64::try_from(envelope.generation.0).ok();
-                view.providers = self.names(envelope);
-                if let Some(gone) = self.gone_providers(envelope) {
-                    view.state = format!("locked: {gone}");
-                    return view;
-                }
-                let present = path.as_ref().is_some_and(|path| path.exists());
-                view.state = match object.kind {
-                    ObjectKind::Vtpm => vtpm_state(path.as_deref()),
-                    _ if present => "sealed".into(),
-                    _ => "file missing".into(),
-                };
-            }
+        let kept = known.of(domain.uuid, object, &found, path.as_deref());
+        let in_xml = match &object.state {
+            ObjectState::Sealed(id) => domain
+                .metadata
+                .as_ref()
+                .and_then(|metadata| metadata.envelope(*id)),
+            ObjectState::Plain | ObjectState::Unsupported(_) => None,
+        };
+        let envelope = kept.or(in_xml);
+        let carried = match found {
+            Found::Encrypted(carried) => carried.map(|(_, vm)| vm),
+            _ => None,
+        };
+        let owner = envelope.map(|envelope| owner(envelope, domain, object));
+        let by_image = || {
+            let vm = carried.filter(|_| object.state == ObjectState::Plain)?;
+            Some(if vm == domain.uuid {
+                Owner::This
+            } else {
+                Owner::Other(vm)
+            })
+        };
+        let standing = Facts {
+            kind: object.kind,
+            xml: &object.state,
+            found,
+            owner: owner.or_else(by_image),
+            used: known.used(domain.uuid),
         }
-        view
+        .standing();
+        let standing = match standing {
+            Standing::EnvelopeMissing if domain.metadata.is_none() => Standing::NotOurs,
+            standing => standing,
+        };
+        let gone = envelope
+            .filter(|_| standing.is_sealed())
+            .and_then(|envelope| self.gone_providers(envelope));
+        let view = ObjectView {
+            object: object.label.clone(),
+            state: gone.map_or_else(|| standing.to_string(), |gone| format!("locked: {gone}")),
+            path: path.as_ref().map(|path| path.display().to_string()),
+            envelope: match &object.state {
+                ObjectState::Sealed(id) => Some(id.to_string()),
+                _ => envelope.map(|envelope| envelope.id.to_string()),
+            },
+            generation: envelope.and_then(|envelope| i64::try_from(envelope.generation.0).ok()),
+            generation_verified: kept.is_some(),
+            providers: envelope.map(|envelope| self.names(envelope)).unwrap_or_default(),
+        };
+        (view, standing)
     }
 
-    fn undefined(&self, vm: VmId, name: String, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> VmView {
-        let objects = records
-            .values()
-            .filter(|record| record.envelope.vm == vm)
-            .map(|record| ObjectView {
-                object: record.envelope.kind.to_string(),
-                state: match self.gone_providers(&record.envelope) {
-                    Some(gone) => format!("locked: {gone}"),
-                    None => record.state.as_str().into(),
-                },
-                path: (!record.location.is_empty()).then(|| record.location.clone()),
-                envelope: Some(record.envelope.id.to_string()),
-                generation: i64::try_from(record.envelope.generation.0).ok(),
-                providers: self.names(&record.envelope),
-            });
-        let objects: Vec<_> = objects.collect();
+    /// What the keystore has for a VM and its XML does not name in any way: a disk that was detached, a TPM that was taken out.
+    fn detached(&self, domain: &Domain, objects: &[Object], known: &Known) -> Vec<ObjectView> {
+        let named = |record: &EnvelopeRecord| {
+            let envelope = &record.envelope;
+            let layers = domain::encrypted_layers(domain);
+            layers.iter().any(|(id, _)| *id == envelope.id)
+                || objects.iter().any(|object| match envelope.kind {
+                    ObjectKind::Disk => {
+                        object.state == ObjectState::Sealed(envelope.id)
+                            || object.path.as_deref() == Some(Path::new(&record.location))
+                    }
+                    kind => object.kind == kind,
+                })
+        };
+        let records = known.records_of(domain.uuid);
+        let detached = records.filter(|record| record.state == EnvelopeState::Active && !named(record));
+        detached
+            .map(|record| self.kept_object(record, "sealed, not in the XML"))
+            .collect()
+    }
+
+    fn undefined(&self, vm: &VmRecord, known: &Known) -> VmView {
+        let objects = self.kept_objects(vm.vm, known);
         VmView {
-            name,
-            uuid: vm.to_string(),
+            name: vm.name.clone(),
+            uuid: vm.vm.to_string(),
             hangs_on: hangs_on(&objects),
             power: "undefined".into(),
             state: "undefined".into(),
             objects,
+            warnings: Vec::new(),
+        }
+    }
+
+    fn kept_objects(&self, vm: VmId, known: &Known) -> Vec<ObjectView> {
+        known
+            .records_of(vm)
+            .map(|record| self.kept_object(record, record.state.as_str()))
+            .collect()
+    }
+
+    fn kept_object(&self, record: &EnvelopeRecord, state: &str) -> ObjectView {
+        ObjectView {
+            object: record.envelope.kind.to_string(),
+            state: match self.gone_providers(&record.envelope) {
+                Some(gone) => format!("locked: {gone}"),
+                None => state.to_owned(),
+            },
+            path: (!record.location.is_empty()).then(|| record.location.clone()),
+            envelope: Some(record.envelope.id.to_string()),
+            generation: i64::try_from(record.envelope.generation.0).ok(),
+            generation_verified: true,
+            providers: self.names(&record.envelope),
         }
     }
 
@@ -218,23 +302,153 @@ fn hangs_on(objects: &[ObjectView]) -> Option<String> {
     alone.cloned()
 }
 
-fn vm_state(domain: &Domain, objects: &[Object]) -> &'static str {
+/// How far to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// At files and state too.
+    Closely,
+    /// The VM has nothing to do with virtseal: its files are its own.
+    AtXml,
+}
+
+/// What the keystore has, in the ways that it is asked for.
+#[derive(Debug, Default)]
+struct Known {
+    by_id: BTreeMap<EnvelopeId, EnvelopeRecord>,
+    by_vm: BTreeMap<VmId, Vec<EnvelopeId>>,
+    by_place: BTreeMap<String, EnvelopeId>,
+    vms: BTreeMap<VmId, VmRecord>,
+}
+
+impl Known {
+    fn has(&self, vm: VmId) -> bool {
+        self.vms.contains_key(&vm) || self.by_vm.contains_key(&vm)
+    }
+
+    fn records_of(&self, vm: VmId) -> impl Iterator<Item = &EnvelopeRecord> {
+        let ids = self.by_vm.get(&vm).into_iter().flatten();
+        ids.filter_map(|id| self.by_id.get(id))
+    }
+
+    /// The envelope of an object: the one that the XML names, else the one that its image carries, else the one that was made
+    /// for its place.
+    fn of(&self, vm: VmId, object: &Object, found: &Found, path: Option<&Path>) -> Option<&Envelope> {
+        if let ObjectState::Sealed(id) = &object.state {
+            return self.by_id.get(id).map(|record| &record.envelope);
+        }
+        if let Found::Encrypted(Some((id, _))) = found {
+            return self.by_id.get(id).map(|record| &record.envelope);
+        }
+        let place = path.map(|path| path.display().to_string());
+        let at_place = place.and_then(|place| self.by_place.get(&place));
+        let at_place = at_place.and_then(|id| self.by_id.get(id));
+        // A variable store may have been moved, and a vTPM has no place of its own.
+        let of_kind = || {
+            let active = |record: &&EnvelopeRecord| record.state == EnvelopeState::Active;
+            let of_vm = || {
+                self.records_of(vm)
+                    .filter(|record| record.envelope.kind == object.kind)
+            };
+            of_vm().find(active).or_else(|| of_vm().last())
+        };
+        let record = match object.kind {
+            ObjectKind::Disk => at_place,
+            ObjectKind::Nvram | ObjectKind::Vtpm => at_place.or_else(of_kind),
+        };
+        record.map(|record| &record.envelope)
+    }
+
+    fn used(&self, vm: VmId) -> Used {
+        match self.vms.get(&vm) {
+            Some(record) if record.vtpm_seen => Used::Yes,
+            Some(_) => Used::No,
+            None => Used::NotKnown,
+        }
+    }
+}
+
+/// Whether the VM may have the object of this envelope.
+fn owner(envelope: &Envelope, domain: &Domain, object: &Object) -> Owner {
+    let shareable = |disk: &Disk| disk.shareable && disk.source.path() == object.path.as_deref();
+    if envelope.vm == domain.uuid || domain.disks.iter().any(shareable) {
+        Owner::This
+    } else {
+        Owner::Other(envelope.vm)
+    }
+}
+
+fn found(kind: ObjectKind, path: &Path) -> Found {
+    if kind == ObjectKind::Vtpm {
+        return match State::read(path) {
+            Ok(State::Encrypted(_)) => Found::Encrypted(None),
+            Ok(State::Absent) => Found::Nothing,
+            Ok(State::Plain(_)) => Found::Plain,
+            Err(error) => Found::Unreadable(chain(&error)),
+        };
+    }
+    match volume::identify(path) {
+        Ok((format, envelope)) if format.is_encrypted() => {
+            Found::Encrypted(envelope.map(|envelope| (envelope.id, envelope.vm)))
+        }
+        Ok(_) => Found::Plain,
+        Err(VolumeError::NotFound(_)) => Found::Nothing,
+        Err(error) => Found::Unreadable(chain(&error)),
+    }
+}
+
+fn power(defined: &DefinedDomain) -> &'static str {
+    if defined.active { "running" } else { "off" }
+}
+
+fn unreadable(defined: &DefinedDomain, error: &DomainError) -> Failure {
+    let name = word(&defined.name);
+    Failure::new(
+        Code::Failed,
+        format!("{}: its XML can't be read: {}", defined.name, chain(error)),
+    )
+    .next(format!(
+        "virsh edit {name}, or virsh define FILE with an earlier dumpxml of it, then virtseal vm seal {name}"
+    ))
+}
+
+const NOT_IN_XML: &str = "sealed, but the XML does not say so";
+
+fn vm_state(domain: &Domain, objects: &[Object], standings: &[Standing]) -> &'static str {
     let sealed = objects
         .iter()
         .filter(|object| matches!(object.state, ObjectState::Sealed(_)))
         .count();
-    match (domain.metadata.is_some(), sealed) {
-        (false, _) => "plain",
-        (true, sealed) if sealed == objects.len() => "sealed",
-        (true, _) => "mixed",
+    let says_so = domain.metadata.is_some() && !standings.contains(&Standing::NotInXml);
+    match sealed {
+        _ if !says_so && standings.iter().any(Standing::is_sealed) => NOT_IN_XML,
+        _ if domain.metadata.is_none() => "plain",
+        sealed if sealed == objects.len() => "sealed",
+        _ => "mixed",
     }
 }
 
-fn vtpm_state(dir: Option<&std::path::Path>) -> String {
-    match dir.map(State::read) {
-        Some(Ok(State::Encrypted(_))) => "sealed".into(),
-        Some(Ok(State::Absent)) | None => "sealed, not used yet".into(),
-        Some(Ok(State::Plain(_))) => "plain state".into(),
-        Some(Err(error)) => chain(&error),
+fn warnings(domain: &Domain, state: &str) -> Vec<String> {
+    let name = word(&domain.name);
+    let mut warnings = Vec::new();
+    if state == NOT_IN_XML {
+        warnings.push(format!(
+            "{} was sealed, and its XML does not say so: virtseal vm seal {name} takes it back",
+            domain.name
+        ));
     }
+    let backend = domain.tpm.as_ref().map(|tpm| &tpm.backend);
+    if let Some(TpmBackend::Emulator {
+        secret: Some(_),
+        persistent_state: false,
+        ..
+    }) = backend
+        && domain.metadata.is_some()
+    {
+        warnings.push(format!(
+            "libvirt may delete the vTPM's state of {}, when it ends as a transient domain or is undefined: shut it down, then \
+             virtseal vm seal {name} sets persistent_state='yes'",
+            domain.name
+        ));
+    }
+    warnings
 }

@@ -99,6 +99,15 @@ pub fn inspect(path: &Path) -> Result<VolumeInfo, VolumeError> {
     Image::open(path)?.info()
 }
 
+/// What kind of image `path` is, and the envelope that it carries, without a look at its data.
+///
+/// # Errors
+/// Those of [`inspect`].
+pub fn identify(path: &Path) -> Result<(Format, Option<Envelope>), VolumeError> {
+    let image = Image::open(path)?;
+    Ok((image.format()?, image.envelope()?))
+}
+
 /// Really opens `path` with `passphrase`: derives the keyslot's key, merges the volume key and checks its digest.
 ///
 /// # Errors
