@@ -7,6 +7,7 @@ mod aes_gcm;
 pub mod cache;
 mod certificate_request;
 mod class;
+mod kek_name;
 pub mod kmip;
 pub mod native;
 pub mod pkcs11;

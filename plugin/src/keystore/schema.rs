@@ -9,7 +9,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::{KeystoreError, error::StoreFault};
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 6] = [TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS];
+const STEPS: [&str; 7] = [TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS, KEK_NAMES];
 
 /// `PRAGMA user_version` after all steps.
 const VERSION: i64 = STEPS.len() as i64;
@@ -169,6 +169,20 @@ const PLAIN_VMS: &str = "
         uuid  TEXT PRIMARY KEY,
         since INTEGER NOT NULL
     );
+";
+
+/// `kek_names`: what KEKs were to be called at their servers, noted before each was asked for, and which KEK that became.
+/// An empty scope is all VMs of the provider.
+const KEK_NAMES: &str = "
+    CREATE TABLE kek_names (
+        provider TEXT NOT NULL,
+        name     TEXT NOT NULL,
+        scope    TEXT NOT NULL,
+        kek      TEXT,
+        since    INTEGER NOT NULL,
+        PRIMARY KEY (provider, name)
+    );
+    CREATE INDEX kek_names_of_scope ON kek_names (provider, scope);
 ";
 
 /// Opens `path`, checks it whole and brings its tables up to date.

@@ -50,6 +50,7 @@ use self::node::Access;
 use self::store::Store;
 use self::tls::Tls;
 use super::cache::{CachePolicy, KekCache, NothingToCache, PersistError};
+use super::kek_name::KekBook;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
@@ -156,6 +157,7 @@ pub struct KmipProvider {
     cluster: Cluster,
     held: RwLock<Held>,
     cache: KekCache,
+    book: KekBook,
     /// Held while the policy of `cache` is changed on disk and then here.
     changing: Mutex<()>,
     /// One key per scope, also when two callers ask at once.
@@ -186,7 +188,7 @@ impl KmipProvider {
     /// # Errors
     /// When the name is taken, a setting makes no sense, or the keystore can't be written.
     pub fn create(
-        keystore: &Keystore,
+        keystore: &Arc<Keystore>,
         name: &ProviderName,
         settings: KmipSettings,
     ) -> Result<Self, KmipProviderError> {
@@ -201,7 +203,7 @@ impl KmipProvider {
     ///
     /// # Errors
     /// When the settings can't be read.
-    pub fn open(keystore: &Keystore, record: &ProviderRecord) -> Result<Self, KmipProviderError> {
+    pub fn open(keystore: &Arc<Keystore>, record: &ProviderRecord) -> Result<Self, KmipProviderError> {
         let settings: KmipSettings =
             serde_json::from_value(record.settings.clone()).map_err(KmipProviderError::Settings)?;
         let settings = settings.validated()?;
@@ -212,6 +214,7 @@ impl KmipProvider {
             cluster: Cluster::new(&settings.endpoints, settings.kmip_version),
             held: RwLock::default(),
             cache: KekCache::new(settings.cache()),
+            book: KekBook::new(Arc::clone(keystore), record.id),
             changing: Mutex::default(),
             settings,
             creating: Mutex::default(),
@@ -310,6 +313,7 @@ impl KmipProvider {
             mode: self.settings.mode,
             cluster: &self.cluster,
             cache: &self.cache,
+            book: &self.book,
             access,
             deadline: Instant::now() + self.settings.timeout(),
         }

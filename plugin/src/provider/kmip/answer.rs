@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::call::Attribute;
 use super::message::{KmipVersion, ProtocolError};
-use super::tag::{ALGORITHM_AES, KeyState, Operation, Tag};
+use super::tag::{ALGORITHM_AES, KeyState, OBJECT_TYPE_SYMMETRIC_KEY, Operation, Tag, USAGE_MASK};
 use super::ttlv::{Item, Value};
 use crate::envelope::{KekId, Payload};
 use crate::provider::aes_gcm;
@@ -50,8 +50,6 @@ pub(super) struct KeyFacts {
     pub(super) state: KeyState,
     /// Whether it is, as far as the server says, an AES key of 256 bits.
     pub(super) is_aes_256: bool,
-    /// When it was made, if that was asked and said; seconds since 1970.
-    pub(super) made: Option<i64>,
 }
 
 /// The attributes of a key.
@@ -63,7 +61,38 @@ pub(super) fn facts(payload: &Item) -> Result<KeyFacts, ProtocolError> {
         state: KeyState::of(state.ok_or(ProtocolError::Missing("State"))?),
         is_aes_256: is_or_unsaid(algorithm.and_then(Item::as_enumeration), ALGORITHM_AES)
             && is_or_unsaid(length.and_then(Item::as_integer), 256),
-        made: Attribute::INITIAL_DATE.of(payload).and_then(Item::as_date_time),
+    })
+}
+
+/// A key that a server has found, before it is used for the first time: a filter may have been ignored, and a list may be
+/// somebody else's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FoundKey {
+    pub(super) state: KeyState,
+    pub(super) names: Vec<String>,
+    /// Whether it is a symmetric AES key of 256 bits that encrypts and decrypts.
+    pub(super) fits: bool,
+}
+
+/// The attributes of `kek`, of which the server must say all that any server has.
+pub(super) fn found(payload: &Item, kek: &KekId) -> Result<FoundKey, ProtocolError> {
+    match payload.find(Tag::UNIQUE_IDENTIFIER).and_then(Item::as_text) {
+        Some(uid) if uid.eq_ignore_ascii_case(&kek.0) => {}
+        _ => return Err(ProtocolError::AnotherKey),
+    }
+    let state = facts(payload)?.state;
+    let number = |attribute: Attribute| attribute.of(payload).and_then(Item::as_enumeration);
+    let integer = |attribute: Attribute| attribute.of(payload).and_then(Item::as_integer);
+    let algorithm = number(Attribute::CRYPTOGRAPHIC_ALGORITHM);
+    let length = integer(Attribute::CRYPTOGRAPHIC_LENGTH);
+    let mask = integer(Attribute::CRYPTOGRAPHIC_USAGE_MASK);
+    Ok(FoundKey {
+        state,
+        names: names(payload).into_iter().map(str::to_owned).collect(),
+        fits: algorithm.ok_or(ProtocolError::Missing("Cryptographic Algorithm"))? == ALGORITHM_AES
+            && length.ok_or(ProtocolError::Missing("Cryptographic Length"))? == 256
+            && mask.is_none_or(|mask| mask & USAGE_MASK == USAGE_MASK)
+            && is_or_unsaid(number(Attribute::OBJECT_TYPE), OBJECT_TYPE_SYMMETRIC_KEY),
     })
 }
 
@@ -232,16 +261,11 @@ mod tests {
 
     #[test]
     fn attributes_are_read_in_both_forms() {
-        let date = |tag| Item {
-            tag,
-            value: Value::DateTime(7),
-        };
         let of_2x = response([Item::structure(
             Tag::ATTRIBUTES,
             [
                 Item::enumeration(Tag::STATE, 2),
                 Item::integer(Tag::CRYPTOGRAPHIC_LENGTH, 256),
-                date(Tag::INITIAL_DATE),
             ],
         )]);
         let pair = |name: &'static str, value| {
@@ -250,13 +274,11 @@ mod tests {
         let of_1x = response([
             pair("Cryptographic Length", Item::integer(Tag::ATTRIBUTE_VALUE, 256)),
             pair("State", Item::enumeration(Tag::ATTRIBUTE_VALUE, 2)),
-            pair("Initial Date", date(Tag::ATTRIBUTE_VALUE)),
         ]);
         for payload in [of_1x, of_2x] {
             let expected = KeyFacts {
                 state: KeyState::Active,
                 is_aes_256: true,
-                made: Some(7),
             };
             assert_eq!(facts(&payload).unwrap(), expected);
         }
@@ -269,6 +291,52 @@ mod tests {
         )]);
         assert!(!facts(&short).unwrap().is_aes_256);
         assert!(facts(&response([])).is_err());
+    }
+
+    #[test]
+    fn a_found_key_is_compared_with_what_was_looked_for() {
+        let kek = KekId("7".into());
+        let key = |uid: &'static str, changed: Option<(Tag, u32)>| {
+            let number = |tag: Tag, number: u32| match changed {
+                Some((other, changed)) if other == tag => changed,
+                _ => number,
+            };
+            let integer = |tag, value| {
+                let value = i32::try_from(number(tag, value)).unwrap();
+                Item::integer(tag, value)
+            };
+            let name = [
+                Item::text(Tag::NAME_VALUE, "n"),
+                Item::enumeration(Tag::NAME_TYPE, 1),
+            ];
+            let attributes = [
+                Item::enumeration(Tag::STATE, 2),
+                Item::enumeration(
+                    Tag::CRYPTOGRAPHIC_ALGORITHM,
+                    number(Tag::CRYPTOGRAPHIC_ALGORITHM, 3),
+                ),
+                integer(Tag::CRYPTOGRAPHIC_LENGTH, 256),
+                integer(Tag::CRYPTOGRAPHIC_USAGE_MASK, 0xc),
+                Item::enumeration(Tag::OBJECT_TYPE, number(Tag::OBJECT_TYPE, 2)),
+                Item::structure(Tag::NAME, name),
+            ];
+            response([
+                Item::text(Tag::UNIQUE_IDENTIFIER, uid),
+                Item::structure(Tag::ATTRIBUTES, attributes),
+            ])
+        };
+        let good = found(&key("7", None), &kek).unwrap();
+        assert!(good.fits && good.names == ["n"] && good.state == KeyState::Active);
+        for change in [
+            (Tag::CRYPTOGRAPHIC_ALGORITHM, 2),
+            (Tag::CRYPTOGRAPHIC_LENGTH, 128),
+            (Tag::CRYPTOGRAPHIC_USAGE_MASK, 4),
+            (Tag::OBJECT_TYPE, 7),
+        ] {
+            assert!(!found(&key("7", Some(change)), &kek).unwrap().fits, "{change:?}");
+        }
+        assert!(found(&key("8", None), &kek).is_err());
+        assert!(found(&response([Item::text(Tag::UNIQUE_IDENTIFIER, "7")]), &kek).is_err());
     }
 
     #[test]

@@ -12,8 +12,8 @@ use crate::envelope::KekId;
 use crate::provider::aes_gcm;
 use crate::secret::SecretBytes;
 
-/// How many keys [`Call::Locate`] asks for: more of one name would be a mistake of someone else's.
-const MOST_LOCATED: i32 = 32;
+/// How many keys [`Call::Locate`] asks for in one page.
+pub(super) const LOCATED_PAGE: i32 = 32;
 
 /// One call of a batch.
 #[derive(Debug)]
@@ -26,12 +26,10 @@ pub(super) enum Call {
     Get(KekId),
     /// State, algorithm and length of a key.
     GetAttributes(KekId),
-    /// The same, and when it was made.
-    GetAttributesAndAge(KekId),
-    /// The same without its age, and what it is called.
+    /// The same, what it is for, and what it is called.
     GetAttributesAndName(KekId),
-    /// The keys with that name.
-    Locate { name: String },
+    /// The keys with exactly that name, from a place in their list on.
+    Locate { name: String, offset: i32 },
     /// The operations that the server has.
     Query,
     /// Which versions the server speaks.
@@ -78,9 +76,7 @@ impl Call {
             Self::Create(_) => Operation::Create,
             Self::Activate(_) => Operation::Activate,
             Self::Get(_) => Operation::Get,
-            Self::GetAttributes(_) | Self::GetAttributesAndAge(_) | Self::GetAttributesAndName(_) => {
-                Operation::GetAttributes
-            }
+            Self::GetAttributes(_) | Self::GetAttributesAndName(_) => Operation::GetAttributes,
             Self::Locate { .. } => Operation::Locate,
             Self::Query => Operation::Query,
             Self::DiscoverVersions => Operation::DiscoverVersions,
@@ -101,15 +97,29 @@ impl Call {
             Self::Activate(kek) | Self::Destroy(kek) => vec![uid(kek)],
             Self::Get(kek) => vec![uid(kek), Item::enumeration(Tag::KEY_FORMAT_TYPE, KEY_FORMAT_RAW)],
             Self::GetAttributes(kek) => attributes_of(kek, &[], version),
-            Self::GetAttributesAndAge(kek) => attributes_of(kek, &[Attribute::INITIAL_DATE], version),
-            Self::GetAttributesAndName(kek) => attributes_of(kek, &[Attribute::NAME], version),
-            Self::Locate { name } => {
+            Self::GetAttributesAndName(kek) => {
+                let more = [
+                    Attribute::CRYPTOGRAPHIC_USAGE_MASK,
+                    Attribute::OBJECT_TYPE,
+                    Attribute::NAME,
+                ];
+                attributes_of(kek, &more, version)
+            }
+            Self::Locate { name, offset } => {
                 let name = named(name);
                 let filter = match version.has_attributes() {
                     true => Item::structure(Tag::ATTRIBUTES, [name]),
                     false => Attribute::NAME.pair(name),
                 };
-                vec![Item::integer(Tag::MAXIMUM_ITEMS, MOST_LOCATED), filter]
+                // Without a way to ask for the rest, a page would hide keys.
+                let page = match version.has_offsets() {
+                    true => vec![
+                        Item::integer(Tag::MAXIMUM_ITEMS, LOCATED_PAGE),
+                        Item::integer(Tag::OFFSET_ITEMS, *offset),
+                    ],
+                    false => Vec::new(),
+                };
+                page.into_iter().chain([filter]).collect()
             }
             Self::Query => vec![Item::enumeration(Tag::QUERY_FUNCTION, QUERY_OPERATIONS)],
             Self::DiscoverVersions => KmipVersion::SPOKEN.iter().map(|version| version.item()).collect(),
@@ -226,9 +236,9 @@ impl Attribute {
         Self::new("Cryptographic Algorithm", Tag::CRYPTOGRAPHIC_ALGORITHM);
     pub(super) const CRYPTOGRAPHIC_LENGTH: Self =
         Self::new("Cryptographic Length", Tag::CRYPTOGRAPHIC_LENGTH);
-    pub(super) const INITIAL_DATE: Self = Self::new("Initial Date", Tag::INITIAL_DATE);
-    const CRYPTOGRAPHIC_USAGE_MASK: Self =
+    pub(super) const CRYPTOGRAPHIC_USAGE_MASK: Self =
         Self::new("Cryptographic Usage Mask", Tag::CRYPTOGRAPHIC_USAGE_MASK);
+    pub(super) const OBJECT_TYPE: Self = Self::new("Object Type", Tag::OBJECT_TYPE);
     pub(super) const NAME: Self = Self::new("Name", Tag::NAME);
     const APPLICATION_SPECIFIC_INFORMATION: Self = Self::new(
         "Application Specific Information",

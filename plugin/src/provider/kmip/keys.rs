@@ -1,7 +1,8 @@
 //! KEKs at a KMS: which calls a wrap, an unwrap, a creation and a destruction are, and what their answers mean.
 //!
-//! However many envelopes a VM has, their KEKs are fetched in one request, each with its state. A new KEK is looked
-//! for by its name first: a Create whose answer was lost has made a key that nothing else would ever find.
+//! However many envelopes a VM has, their KEKs are fetched in one request, each with its state. What a KEK is called is in the
+//! keystore before it is made: one whose Create got no answer is found by that name. Whatever a server finds is compared with
+//! what was looked for before it is used.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::Mode;
 use super::answer::{self, KeyFacts, KeyRefused};
-use super::call::{Call, Cryption, Label};
+use super::call::{Call, Cryption, LOCATED_PAGE, Label};
 use super::cluster::Cluster;
 use super::error::{About, KmipError};
 use super::message::{KmipVersion, Outcome, ProtocolError, Refusal};
@@ -19,7 +20,8 @@ use super::ttlv::Item;
 use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::provider::aes_gcm::{self, MECHANISM};
 use crate::provider::cache::{KekCache, NotKept, Ticket};
-use crate::provider::{DestroyReceipt, KekScope, ProviderError};
+use crate::provider::kek_name::{KekBook, KekGeneration, generation};
+use crate::provider::{DestroyReceipt, ErrorClass, KekScope, ProviderError};
 use crate::secret::SecretBytes;
 
 /// Wrapped by the server's own AES-256-GCM; the body is laid out like that of [`MECHANISM`].
@@ -28,8 +30,12 @@ const SERVER_MECHANISM: &str = "KMIP-A256GCM";
 /// How long a KMS may take to answer for keys that are cached; a start waits for no more of it.
 const RECALL_AFTER: Duration = Duration::from_secs(2);
 
+/// The most pages of a list that are read, and the most keys of it that are looked at: a name is used once.
+const MAX_PAGES: i32 = 16;
+const MAX_LOCATED: usize = 512;
+
 /// The most keys in one request.
-const MOST_KEYS: usize = 64;
+const MAX_KEYS: usize = 64;
 
 /// One call of the provider: who asks, whom, and until when.
 pub(super) struct Keys<'a> {
@@ -38,6 +44,7 @@ pub(super) struct Keys<'a> {
     pub(super) mode: Mode,
     pub(super) cluster: &'a Cluster,
     pub(super) cache: &'a KekCache,
+    pub(super) book: &'a KekBook,
     pub(super) access: &'a Arc<Access>,
     pub(super) deadline: Instant,
 }
@@ -52,44 +59,42 @@ impl Keys<'_> {
         self.cluster.call(self.access, calls, self.deadline, read)
     }
 
-    /// The active KEK for `scope`: the newest one there is, or a new one where that was taken out of use. An earlier one is
-    /// never taken up again.
+    /// The active KEK for `scope`: the one of the highest generation, or a new one where that was taken out of use. An earlier
+    /// one is never taken up again, nor is one that a job has retired.
     pub(super) fn create(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
-        let label = self.label(scope);
-        match newest(self.locate(&label)?) {
-            Some((kek, KeyState::Active)) => Ok(kek),
-            Some((kek, KeyState::PreActive)) => {
-                self.activate(&kek)?;
-                Ok(kek)
-            }
-            _ => self.create_active(label),
+        let there = self.look_for(scope, None)?;
+        match there.in_use {
+            Some(kek) => Ok(kek),
+            None => self.create_next(scope, there.highest),
         }
     }
 
-    /// The KEK that takes the place of `old`: a new one, unless a newer one than that is in use.
+    /// The KEK that takes the place of `old`: a new one, unless another one is in use by now.
     pub(super) fn rotate(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
-        let current = self.create(scope)?;
-        if current == *old {
-            self.create_active(self.label(scope))
-        } else {
-            Ok(current)
+        let there = self.look_for(scope, Some(old))?;
+        match there.in_use {
+            Some(kek) if kek != *old => Ok(kek),
+            _ => self.create_next(scope, there.highest),
         }
     }
 
-    fn create_active(&self, label: Label) -> Result<KekId, ProviderError> {
-        let kek = self.create_labelled(label)?;
-        self.activate(&kek)?;
-        Ok(kek)
+    /// What begins the names of the KEKs for `scope`; the whole name of one from before they were counted.
+    pub(super) fn stem(&self, scope: &KekScope) -> String {
+        let whose = match scope {
+            KekScope::Vm(vm) => format!("vm-{vm}"),
+            KekScope::Provider => "shared".to_owned(),
+        };
+        format!("virtseal-{whose}-{}", self.provider)
     }
 
-    pub(super) fn label(&self, scope: &KekScope) -> Label {
-        let (whose, vm) = match scope {
-            KekScope::Vm(vm) => (format!("vm-{vm}"), format!("vm={vm}; ")),
-            KekScope::Provider => ("shared".to_owned(), String::new()),
+    pub(super) fn label(&self, scope: &KekScope, name: String) -> Label {
+        let vm = match scope {
+            KekScope::Vm(vm) => format!("vm={vm}; "),
+            KekScope::Provider => String::new(),
         };
         let host = super::host_name();
         Label {
-            name: format!("virtseal-{whose}-{}", self.provider),
+            name,
             tag: Some(format!(
                 "{vm}host={host}; purpose=virtseal-kek; provider={}",
                 self.provider_name
@@ -97,33 +102,148 @@ impl Keys<'_> {
         }
     }
 
-    /// The AES-256 keys with that label.
-    fn locate(&self, label: &Label) -> Result<Vec<(KekId, KeyFacts)>, ProviderError> {
-        let name = label.name.clone();
-        let mut keks = self.ask(vec![Call::Locate { name }], |outcomes| {
-            match &outcomes[0] {
+    /// Which KEKs there are for `scope`: of those that are known here and `old`, those that an earlier Create made without an
+    /// answer, and, where there are none of these, those from before they were counted.
+    fn look_for(&self, scope: &KekScope, old: Option<&KekId>) -> Result<There, ProviderError> {
+        let stem = self.stem(scope);
+        let known = self.book.known(scope, &stem)?;
+        let old = old.filter(|old| !known.keks.contains(old)).cloned();
+        let uncounted = known.is_empty() && old.is_none();
+        let keks: Vec<_> = known.keks.into_iter().chain(old).collect();
+        let mut found = Vec::new();
+        for keks in keks.chunks(MAX_KEYS) {
+            found.extend(self.look_at(keks, &stem)?);
+        }
+        for name in &known.unanswered {
+            for (kek, key) in self.located(name, &stem)? {
+                self.book.made(name, &kek)?;
+                found.push((kek, key));
+            }
+        }
+        if uncounted {
+            found.extend(self.located(&stem, &stem)?);
+        }
+        let highest = found
+            .iter()
+            .map(|(_, key)| key.generation)
+            .chain(known.highest)
+            .max();
+        let mut serving: Vec<_> = found
+            .into_iter()
+            .filter(|(_, key)| Some(key.generation) == highest && key.may_serve())
+            .collect();
+        let kept = self
+            .book
+            .without_retired(serving.iter().map(|(kek, _)| kek.clone()).collect())?;
+        serving.retain(|(kek, _)| kept.contains(kek));
+        // Which of several that were not counted is the newest, nobody knows.
+        let ambiguous = serving.len() > 1 && highest == Some(KekGeneration::UNCOUNTED);
+        let first = serving
+            .into_iter()
+            .filter(|_| !ambiguous)
+            .min_by(|(a, _), (b, _)| (a.0.len(), &a.0).cmp(&(b.0.len(), &b.0)));
+        let in_use = match first {
+            Some((kek, key)) => {
+                if key.state == KeyState::PreActive {
+                    self.activate(&kek)?;
+                }
+                Some(kek)
+            }
+            None => None,
+        };
+        Ok(There { highest, in_use })
+    }
+
+    /// The keys that the servers find by exactly `name`, which begins with `stem`, and that bear it.
+    fn located(&self, name: &str, stem: &str) -> Result<Vec<(KekId, Candidate)>, ProviderError> {
+        let mut keks: Vec<KekId> = Vec::new();
+        for page in 0..MAX_PAGES {
+            let locate = Call::Locate {
+                name: name.to_owned(),
+                offset: page * LOCATED_PAGE,
+            };
+            let listed = self.ask(vec![locate], |outcomes| match &outcomes[0] {
                 Ok(payload) => Ok(answer::located(payload)),
                 // Some servers call it an error to find nothing.
                 Err(refusal) if refusal.reason.about() == About::UnknownKey => Ok(Vec::new()),
                 Err(refusal) => Err(refused(Operation::Locate, refusal)),
+            })?;
+            let (count, before) = (listed.len(), keks.len());
+            for kek in listed {
+                if !keks.contains(&kek) {
+                    keks.push(kek);
+                }
             }
-        })?;
-        keks.truncate(MOST_KEYS);
-        if keks.is_empty() {
-            return Ok(Vec::new());
+            // The last page, or all of a server that knows no pages.
+            if i32::try_from(count) != Ok(LOCATED_PAGE) || keks.len() == before {
+                break;
+            }
         }
-        let calls = keks.iter().cloned().map(Call::GetAttributesAndAge).collect();
+        keks.truncate(MAX_LOCATED);
+        let mut found = Vec::new();
+        for keks in keks.chunks(MAX_KEYS) {
+            found.extend(self.look_at(keks, stem)?);
+        }
+        found.retain(|(_, key)| key.name == name);
+        Ok(found)
+    }
+
+    /// What those of `keks` are that bear a name of `stem`. Others are left out: destroyed meanwhile, another client's, or
+    /// another VM's, which a server found that ignores what it was asked for.
+    fn look_at(&self, keks: &[KekId], stem: &str) -> Result<Vec<(KekId, Candidate)>, ProviderError> {
+        let calls = keks.iter().cloned().map(Call::GetAttributesAndName).collect();
         self.ask(calls, |outcomes| {
-            let facts = keks.iter().zip(outcomes).map(|(kek, outcome)| match outcome {
-                Ok(_) => facts_of(kek, outcome).map(Some),
-                // Destroyed meanwhile, or another client's.
-                Err(_) => Ok(None),
-            });
-            let facts = facts.collect::<Result<Vec<_>, _>>()?;
-            let fitting = keks.iter().cloned().zip(facts);
-            Ok(fitting
-                .filter_map(|(kek, facts)| Some((kek, facts.filter(|facts| facts.is_aes_256)?)))
-                .collect())
+            let mut found = Vec::new();
+            for (kek, outcome) in keks.iter().zip(outcomes) {
+                let payload = match outcome {
+                    Ok(payload) => payload,
+                    Err(refusal) => match key_refused(kek, Operation::GetAttributes, refusal) {
+                        error if error.class() == ErrorClass::Key => continue,
+                        error => return Err(error),
+                    },
+                };
+                let key = answer::found(payload, kek).map_err(unreadable)?;
+                found.extend(Candidate::of(key, stem).map(|candidate| (kek.clone(), candidate)));
+            }
+            Ok(found)
+        })
+    }
+
+    /// A new KEK, of the generation after `highest`.
+    fn create_next(&self, scope: &KekScope, highest: Option<KekGeneration>) -> Result<KekId, ProviderError> {
+        let next = highest.unwrap_or(KekGeneration::UNCOUNTED).next()?;
+        let stem = self.stem(scope);
+        let name = self.book.plan(scope, &stem, next)?;
+        let kek = match self.create_labelled(self.label(scope, name.clone())) {
+            Ok(kek) => kek,
+            // Another node has made it, perhaps, and its answer was lost.
+            Err(error @ ProviderError::Refused(_)) => match self.located(&name, &stem)?.pop() {
+                Some((kek, _)) => kek,
+                None => return Err(error),
+            },
+            Err(error) => return Err(error),
+        };
+        // A server that answers with a key that was there before must not have that used, nor activated.
+        let made = self.look_at_new(&kek, &stem)?;
+        match made.filter(|key| key.name == name && key.fits) {
+            Some(key) if key.state == KeyState::PreActive => self.activate(&kek)?,
+            Some(key) => check_state(&kek, key.state, KeyState::may_wrap)?,
+            None => {
+                return Err(ProviderError::BesideTheQuestion(format!(
+                    "it made the key {kek}, and does not say that this is an AES key of 256 bits called {name}"
+                )));
+            }
+        }
+        self.book.made(&name, &kek)?;
+        Ok(kek)
+    }
+
+    /// As [`Keys::look_at`], where a node that does not have it yet is no answer.
+    fn look_at_new(&self, kek: &KekId, stem: &str) -> Result<Option<Candidate>, ProviderError> {
+        self.ask(vec![Call::GetAttributesAndName(kek.clone())], |outcomes| {
+            let payload = about(kek, Operation::GetAttributes, &outcomes[0])?;
+            let key = answer::found(payload, kek).map_err(unreadable)?;
+            Ok(Candidate::of(key, stem))
         })
     }
 
@@ -208,13 +328,11 @@ impl Keys<'_> {
         })
     }
 
+    /// A server that does not say what it can do is simply asked to do it.
     fn check_server_encrypts(&self) -> Result<(), ProviderError> {
         let nodes = self.cluster.nodes();
         if nodes.iter().all(|node| node.operations().is_none()) {
-            self.ask(vec![Call::Query], |outcomes| match &outcomes[0] {
-                Ok(_) => Ok(()),
-                Err(refusal) => Err(refused(Operation::Query, refusal)),
-            })?;
+            self.ask(vec![Call::Query], |_| Ok(()))?;
         }
         match nodes.iter().find_map(|node| cannot_encrypt(node)) {
             None => Ok(()),
@@ -264,7 +382,7 @@ impl Keys<'_> {
             of_kek.entry(&stanzas[*nth].kek.0).or_default().push(*nth);
         }
         let wanted: Vec<_> = of_kek.keys().map(|kek| KekId((*kek).to_owned())).collect();
-        for keks in wanted.chunks(MOST_KEYS) {
+        for keks in wanted.chunks(MAX_KEYS) {
             let keys = self.fetch_or_recall(ticket, keks)?;
             for (kek, key) in keks.iter().zip(&keys) {
                 for nth in &of_kek[kek.0.as_str()] {
@@ -330,22 +448,61 @@ impl Keys<'_> {
         members: &[usize],
         payloads: &mut [Option<Payload>],
     ) -> Result<(), ProviderError> {
-        for members in members.chunks(MOST_KEYS) {
+        for members in members.chunks(MAX_KEYS) {
             let calls = members.iter().map(|nth| self.decrypt(stanzas[*nth]));
             let calls = calls.collect::<Result<Vec<_>, _>>()?;
-            self.ask(calls, |outcomes| {
+            let mut unexplained = None;
+            let asked = self.ask(calls, |outcomes| {
                 for (nth, outcome) in members.iter().zip(outcomes) {
-                    let payload = outcome
-                        .as_ref()
-                        .map_err(|refusal| decryption_refused(&stanzas[*nth].kek, refusal))?;
-                    answer::check_subject(payload, &stanzas[*nth].kek).map_err(unreadable)?;
+                    let stanza = stanzas[*nth];
+                    let payload = outcome.as_ref().map_err(|refusal| {
+                        if refusal.reason.about() == About::Server {
+                            unexplained = Some(&stanza.kek);
+                        }
+                        decryption_refused(&stanza.kek, refusal)
+                    })?;
+                    answer::check_subject(payload, &stanza.kek).map_err(unreadable)?;
                     let plain = answer::decrypted(payload).map_err(unreadable)?;
                     payloads[*nth] = Some(Payload::from_unwrapped(plain).map_err(ProviderError::Payload)?);
                 }
                 Ok(())
-            })?;
+            });
+            match (asked, unexplained) {
+                (Err(ProviderError::Trouble(_)), Some(kek)) if self.opens_its_own(kek) => {
+                    return Err(ProviderError::Tampered);
+                }
+                (asked, _) => asked?,
+            }
         }
         Ok(())
+    }
+
+    /// Few servers say more than "General Failure" of a tag that does not fit, and all say that of trouble of their own: one
+    /// that opens what it has just wrapped has no trouble.
+    fn opens_its_own(&self, kek: &KekId) -> bool {
+        let work = || -> Result<(), ProviderError> {
+            let mut random = SecretBytes::zeroed(Payload::LEN)
+                .map_err(ProviderError::internal("getting memory for a payload"))?;
+            openssl::rand::rand_bytes(random.expose_mut())
+                .map_err(ProviderError::internal("making a payload"))?;
+            let payload = Payload::from_unwrapped(random).map_err(ProviderError::Payload)?;
+            let stanza = Stanza {
+                provider: self.provider,
+                provider_name: String::new(),
+                kek: kek.clone(),
+                mechanism: SERVER_MECHANISM.to_owned(),
+                body: self.wrap_there(kek, &payload)?,
+            };
+            self.ask(vec![self.decrypt(&stanza)?], |outcomes| {
+                let opened = about(kek, Operation::Decrypt, &outcomes[0])?;
+                let opened = answer::decrypted(opened).map_err(unreadable)?;
+                match openssl::memcmp::eq(opened.expose(), payload.expose()) {
+                    true => Ok(()),
+                    false => Err(ProviderError::Tampered),
+                }
+            })
+        };
+        work().is_ok()
     }
 
     fn decrypt(&self, stanza: &Stanza) -> Result<Call, ProviderError> {
@@ -367,14 +524,15 @@ impl Keys<'_> {
     /// Revokes and destroys a key that bears the name of the keys of `vm`; can be repeated from wherever it was interrupted.
     pub(super) fn destroy(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         known_form(kek)?;
-        let name = self.label(&KekScope::Vm(vm)).name;
+        let stem = self.stem(&KekScope::Vm(vm));
         let (before, is_own) = self.ask(vec![Call::GetAttributesAndName(kek.clone())], |outcomes| {
             let payload = about(kek, Operation::GetAttributes, &outcomes[0])?;
             let facts = answer::facts(payload).map_err(unreadable)?;
-            Ok((facts.state, answer::names(payload).contains(&name.as_str())))
+            let mut names = answer::names(payload).into_iter();
+            Ok((facts.state, names.any(|name| generation(&stem, name).is_some())))
         })?;
         if !is_own && before != KeyState::Destroyed {
-            let why = format!("at the KMS it does not bear the name {name}");
+            let why = format!("at the KMS it bears no name of this VM's keys ({stem}-…)");
             return Ok(DestroyReceipt::shared(kek, &why));
         }
         self.cache.forget(kek).map_err(stays_on_disk())?;
@@ -439,15 +597,41 @@ pub(super) fn cannot_encrypt(node: &Node) -> Option<String> {
     })
 }
 
-/// The newest of them by the server's clock, whose seconds may not tell two apart: of these one that can be used, then
-/// always the same one.
-fn newest(candidates: Vec<(KekId, KeyFacts)>) -> Option<(KekId, KeyState)> {
-    let order = |(kek, facts): &(KekId, KeyFacts)| {
-        let usable = [KeyState::Active, KeyState::PreActive].contains(&facts.state);
-        (facts.made, usable, kek.0.len(), kek.0.clone())
-    };
-    let newest = candidates.into_iter().max_by_key(order);
-    newest.map(|(kek, facts)| (kek, facts.state))
+/// What there is for a scope.
+struct There {
+    /// Of all that were ever asked for, also of those that are out of use.
+    highest: Option<KekGeneration>,
+    /// The KEK of that generation, if it may be used.
+    in_use: Option<KekId>,
+}
+
+/// A key that bears a name of the scope.
+struct Candidate {
+    generation: KekGeneration,
+    name: String,
+    state: KeyState,
+    /// Whether it is of the right kind.
+    fits: bool,
+}
+
+impl Candidate {
+    fn of(key: answer::FoundKey, stem: &str) -> Option<Self> {
+        let mut names = key.names.into_iter();
+        let (name, generation) = names.find_map(|name| {
+            let generation = generation(stem, &name)?;
+            Some((name, generation))
+        })?;
+        Some(Self {
+            generation,
+            name,
+            state: key.state,
+            fits: key.fits,
+        })
+    }
+
+    fn may_serve(&self) -> bool {
+        self.fits && matches!(self.state, KeyState::Active | KeyState::PreActive)
+    }
 }
 
 /// An empty identifier means "the one of the call before" to KMIP.
@@ -514,17 +698,10 @@ fn with_reason(error: ProviderError, reason: Option<String>) -> ProviderError {
 }
 
 fn decryption_refused(kek: &KekId, refusal: &Refusal) -> ProviderError {
-    if [
-        Reason::CRYPTOGRAPHIC_FAILURE,
-        Reason::INVALID_FIELD,
-        Reason::GENERAL_FAILURE,
-    ]
-    .contains(&refusal.reason)
-    {
-        // Few servers say more about a tag that does not fit.
-        return ProviderError::Tampered;
+    match refusal.reason {
+        Reason::CRYPTOGRAPHIC_FAILURE | Reason::INVALID_FIELD => ProviderError::Tampered,
+        _ => key_refused(kek, Operation::Decrypt, refusal),
     }
-    key_refused(kek, Operation::Decrypt, refusal)
 }
 
 /// A refusal that is about one key.

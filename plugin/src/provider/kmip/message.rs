@@ -45,6 +45,11 @@ impl KmipVersion {
         self.major >= 2
     }
 
+    /// Whether a list can be asked for from a place in it on.
+    pub(super) fn has_offsets(self) -> bool {
+        self >= Self::new(1, 3)
+    }
+
     pub(super) fn item(self) -> Item<'static> {
         Item::structure(
             Tag::PROTOCOL_VERSION,

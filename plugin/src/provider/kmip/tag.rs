@@ -78,7 +78,6 @@ tags! {
     REVOCATION_REASON = 0x42_0081,
     REVOCATION_REASON_CODE = 0x42_0082,
     STATE = 0x42_008D,
-    INITIAL_DATE = 0x42_0039,
     SYMMETRIC_KEY = 0x42_008F,
     TEMPLATE_ATTRIBUTE = 0x42_0091,
     UNIQUE_BATCH_ITEM_ID = 0x42_0093,
@@ -86,6 +85,7 @@ tags! {
     USERNAME = 0x42_0099,
     PASSWORD = 0x42_00A1,
     DATA = 0x42_00C2,
+    OFFSET_ITEMS = 0x42_00D4,
     TAG_LENGTH = 0x42_00CE,
     AUTHENTICATED_ENCRYPTION_ADDITIONAL_DATA = 0x42_00FE,
     AUTHENTICATED_ENCRYPTION_TAG = 0x42_00FF,
@@ -194,8 +194,6 @@ impl Reason {
     pub(super) const INVALID_FIELD: Self = Self(0x7);
     pub(super) const CRYPTOGRAPHIC_FAILURE: Self = Self(0xA);
     pub(super) const UNSUPPORTED_PROTOCOL_VERSION: Self = Self(0x3F);
-
-    pub(super) const GENERAL_FAILURE: Self = Self(0x100);
 
     fn name(self) -> Option<&'static str> {
         Some(match self.0 {

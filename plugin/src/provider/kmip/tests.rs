@@ -2,6 +2,7 @@
 
 mod cache;
 mod faults;
+mod jobs;
 mod persisted;
 pub(in crate::provider) mod trust;
 
@@ -9,6 +10,7 @@ use super::call::Call;
 use super::fixture::{Kmip, Proxy, secret, settings};
 use super::*;
 use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::provider::kek_name::KekGeneration;
 use crate::secret::Dek;
 
 /// A payload, wrapped under the KEK of its VM.
@@ -128,7 +130,11 @@ fn create_whose_answer_was_lost_leaves_no_orphan() {
     let provider = kmip.provider();
     let (scope, access) = (KekScope::Vm(VmId::random()), provider.access().unwrap());
     let keys = provider.keys(&access);
-    let create = Call::Create(keys.label(&scope));
+    let name = keys
+        .book
+        .plan(&scope, &keys.stem(&scope), KekGeneration(1))
+        .unwrap();
+    let create = Call::Create(keys.label(&scope, name));
     // Its identifier is in the answer that the caller never sees; the key stays Pre-Active.
     provider
         .cluster
@@ -145,6 +151,73 @@ fn create_whose_answer_was_lost_leaves_no_orphan() {
         },
     );
     provider.wrap(&kek, &dek.unwrap()).unwrap();
+}
+
+/// Seen before: after the clock of the KMS had gone back, each rotation made new KEKs and took up the old one again.
+#[test]
+fn age_is_not_what_the_server_says() {
+    let kmip = Kmip::new();
+    let provider = kmip.provider();
+    let scope = KekScope::Vm(VmId::random());
+    let mut last = provider.create_kek(&scope).unwrap();
+    for made in 2..5 {
+        kmip.server.turn_clock_back(3600);
+        let next = provider.rotate_kek(&scope, &last).unwrap();
+        assert_eq!(kmip.server.keys(), made);
+        assert_eq!(provider.create_kek(&scope).unwrap(), next);
+        assert_eq!(provider.rotate_kek(&scope, &last).unwrap(), next);
+        last = next;
+    }
+    assert_eq!(kmip.server.keys(), 4);
+    let labels = kmip.server.labels();
+    for generation in 1..5 {
+        assert!(labels.contains(&format!("-g{generation}-")), "{labels}");
+    }
+}
+
+#[test]
+fn a_kek_from_before_generations_goes_on_and_several_are_left_alone() {
+    let kmip = Kmip::new();
+    let provider = kmip.provider();
+    let access = provider.access().unwrap();
+    let keys = provider.keys(&access);
+    let uncounted = |scope: &KekScope| {
+        let label = keys.label(scope, keys.stem(scope));
+        let calls = vec![Call::Create(label)];
+        let made = provider.cluster.call(&access, calls, keys.deadline, |outcomes| {
+            Ok(super::answer::created(outcomes[0].as_ref().unwrap()).unwrap())
+        });
+        made.unwrap()
+    };
+    let scope = KekScope::Vm(VmId::random());
+    let old = uncounted(&scope);
+    assert_eq!(provider.create_kek(&scope).unwrap(), old);
+    let next = provider.rotate_kek(&scope, &old).unwrap();
+    assert_ne!(next, old);
+    assert_eq!(provider.create_kek(&scope).unwrap(), next);
+    let scope = KekScope::Vm(VmId::random());
+    let several = [uncounted(&scope), uncounted(&scope)];
+    let made = provider.create_kek(&scope).unwrap();
+    assert!(!several.contains(&made));
+}
+
+#[test]
+fn a_name_is_never_used_twice() {
+    let kmip = Kmip::new();
+    let (provider, vm) = (kmip.provider(), VmId::random());
+    let mut names = std::collections::BTreeSet::new();
+    for _ in 0..3 {
+        let kek = provider.create_kek(&KekScope::Vm(vm)).unwrap();
+        names.extend(
+            kmip.server
+                .labels()
+                .lines()
+                .map(str::to_owned)
+                .filter(|label| label.contains("-g")),
+        );
+        assert!(provider.destroy_kek(&kek, vm).unwrap().destroyed);
+    }
+    assert_eq!(names.len(), 3, "{names:?}");
 }
 
 #[test]
@@ -217,7 +290,7 @@ fn provider_with_the_same_id_opens_what_another_host_sealed() {
 #[test]
 fn settings_are_checked() {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Keystore::open(dir.path()).unwrap();
+    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
     let create = |change: &dyn Fn(&mut KmipSettings)| {
         let mut settings = settings(&[1]);
         change(&mut settings);

@@ -133,14 +133,6 @@ impl<'a> Item<'a> {
         }
     }
 
-    /// Seconds since 1970.
-    pub(super) fn as_date_time(&self) -> Option<i64> {
-        match self.value {
-            Value::DateTime(value) => Some(value),
-            _ => None,
-        }
-    }
-
     /// Appends the encoding to `out`.
     ///
     /// # Errors

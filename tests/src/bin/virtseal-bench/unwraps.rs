@@ -257,7 +257,7 @@ impl BareHttp {
 
 fn kmip() -> Result<Times> {
     let (kms, dir) = (PyKmip::start()?, tempfile::tempdir()?);
-    let keystore = Keystore::open(dir.path())?;
+    let keystore = Arc::new(Keystore::open(dir.path())?);
     let settings = json!({"endpoints": [format!("127.0.0.1:{}", kms.port())]});
     let settings = serde_json::from_value(settings)?;
     let provider = KmipProvider::create(&keystore, &"kms".parse()?, settings)?;

@@ -156,7 +156,7 @@ fn silent_kms_costs_a_start_two_seconds() {
 #[test]
 fn policy_is_kept_and_can_be_changed() {
     let mut kmip = Kmip::with(false, |set| set.cache = Some("until-lock".parse().unwrap()));
-    let keystore = Keystore::open(kmip.state_dir()).unwrap();
+    let keystore = kmip.keystore();
     let policy = |kmip: &Kmip| kmip.provider().cache().unwrap().policy();
     assert_eq!(policy(&kmip), CachePolicy::UntilLock);
     let wrapped = Wrapped::by(kmip.provider());
@@ -179,7 +179,7 @@ fn policy_is_kept_and_can_be_changed() {
 #[test]
 fn server_mode_has_no_cache() {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Keystore::open(dir.path()).unwrap();
+    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
     let create = |name: &str, cache: Option<&str>| {
         let mut settings = settings(&[1]);
         settings.mode = Mode::Server;

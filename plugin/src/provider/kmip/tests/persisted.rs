@@ -28,7 +28,7 @@ impl Rig {
         let kmip = Kmip::with(false, |settings| settings.cache = None);
         let stand = Stand::start();
         let rig = Self {
-            keystore: Arc::new(Keystore::open(kmip.state_dir()).unwrap()),
+            keystore: kmip.keystore(),
             tpm: stand.tpm(),
             stand,
             kmip,

@@ -1,6 +1,7 @@
 //! Trust both ways: what is refused until it is there, and what ends it.
 
 use std::fs;
+use std::sync::Arc;
 
 use openssl::x509::X509Req;
 
@@ -21,7 +22,7 @@ fn not_trusted(provider: &KmipProvider) -> String {
 
 fn untrusting(port: u16) -> (KmipProvider, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Keystore::open(dir.path()).unwrap();
+    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
     let provider = KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings(&[port])).unwrap();
     (provider, dir)
 }
@@ -214,10 +215,10 @@ fn revoked_client(version: &str) {
         "{version}: {why}"
     );
     provider.set_identity(&identity_of(&good)).unwrap();
-    let status = provider.status();
+    let why = not_trusted(&provider);
     assert!(
-        matches!(status, ProviderStatus::Unreachable(_)),
-        "{version}: it gets through TLS, to a server that does not answer: {status}"
+        why.contains("it closed the connection before its first answer"),
+        "{version}: it gets through TLS, to a server that says nothing: {why}"
     );
 }
 
@@ -233,7 +234,7 @@ fn certificate_for_another_name_or_use_is_refused() {
         let server = TlsServer::showing(certified, host, &authority, &list, "-tls1_2");
         let (provider, _dir) = {
             let dir = tempfile::tempdir().unwrap();
-            let keystore = Keystore::open(dir.path()).unwrap();
+            let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
             let mut settings = settings(&[server.port]);
             settings.endpoints = vec![format!("{host}:{}", server.port).parse().unwrap()];
             (

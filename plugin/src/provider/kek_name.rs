@@ -1,0 +1,201 @@
+//! What KEKs are called at a server that keeps them by name, and which of them is in use.
+//!
+//! A name says whose KEK it is, which generation, and a random part: `STEM-gN-RANDOM`. Generations are this host's own: no
+//! clock of a server, and no order of its lists, says which KEK is the newest. Before a server is asked for a KEK its name is
+//! in the keystore, so none is ever used twice, and one that was made without an answer is found by its exact name.
+
+use std::sync::Arc;
+
+use super::{KekScope, ProviderError};
+use crate::envelope::{KekId, ProviderId};
+use crate::keystore::{Keystore, KeystoreError};
+
+/// Which KEK of a scope it is: they rise by one. 0 is one from a virtseal that did not count them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct KekGeneration(pub(super) u32);
+
+impl KekGeneration {
+    /// Of a KEK whose name says none.
+    pub(super) const UNCOUNTED: Self = Self(0);
+
+    /// # Errors
+    /// When it can't rise.
+    pub(super) fn next(self) -> Result<Self, ProviderError> {
+        let next = self.0.checked_add(1).map(Self);
+        next.ok_or_else(|| ProviderError::Refused("the generation of the KEK can't rise any more".into()))
+    }
+}
+
+/// How many names without a KEK are looked for.
+const MAX_UNANSWERED: usize = 4;
+
+/// The name of a KEK of generation `generation`, which was never given before.
+fn new_name(stem: &str, generation: KekGeneration) -> Result<String, ProviderError> {
+    let mut random = [0; 8];
+    openssl::rand::rand_bytes(&mut random).map_err(ProviderError::internal("making a name for a KEK"))?;
+    Ok(format!("{stem}-g{}-{}", generation.0, hex::encode(random)))
+}
+
+/// Which generation of `stem` a KEK called `name` is; `None` if it is none of them.
+pub(super) fn generation(stem: &str, name: &str) -> Option<KekGeneration> {
+    let rest = name.strip_prefix(stem)?;
+    if rest.is_empty() {
+        return Some(KekGeneration::UNCOUNTED);
+    }
+    let (number, random) = rest.strip_prefix("-g")?.split_once('-')?;
+    let number_is_plain = number.bytes().all(|byte| byte.is_ascii_digit()) && !number.starts_with('0');
+    let random_is_ours = random.len() == 16 && random.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !number_is_plain || !random_is_ours {
+        return None;
+    }
+    number.parse().ok().map(KekGeneration)
+}
+
+/// What this host knows of the KEKs of one provider.
+pub(super) struct KekBook {
+    keystore: Arc<Keystore>,
+    provider: ProviderId,
+}
+
+/// What it knows of those for one scope.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// KEKs that may be in use: made here or named by an envelope, and not retired.
+    pub(super) keks: Vec<KekId>,
+    /// Names that were asked for without an answer, the latest first.
+    pub(super) unanswered: Vec<String>,
+    /// The highest generation that was ever asked for here.
+    pub(super) highest: Option<KekGeneration>,
+}
+
+impl Known {
+    /// Whether a KEK from before generations may be all that there is.
+    pub(super) fn is_empty(&self) -> bool {
+        self.keks.is_empty() && self.highest.is_none()
+    }
+}
+
+impl KekBook {
+    pub(super) fn new(keystore: Arc<Keystore>, provider: ProviderId) -> Self {
+        Self { keystore, provider }
+    }
+
+    /// What is known of the KEKs for `scope`, whose names begin with `stem`.
+    pub(super) fn known(&self, scope: &KekScope, stem: &str) -> Result<Known, ProviderError> {
+        let records = self
+            .keystore
+            .kek_names(self.provider, scope)
+            .map_err(unreadable())?;
+        let of_envelopes = match scope {
+            KekScope::Vm(vm) => self.keystore.keks_of_envelopes(self.provider, Some(*vm)),
+            // All envelopes are read only where nothing else is known.
+            KekScope::Provider if records.is_empty() => self.keystore.keks_of_envelopes(self.provider, None),
+            KekScope::Provider => Ok(Vec::new()),
+        };
+        let mut known = Known {
+            keks: of_envelopes.map_err(unreadable())?,
+            highest: records
+                .iter()
+                .filter_map(|record| generation(stem, &record.name))
+                .max(),
+            ..Known::default()
+        };
+        for record in records {
+            match record.kek {
+                Some(kek) if known.keks.contains(&kek) => {}
+                Some(kek) => known.keks.push(kek),
+                None if known.unanswered.len() < MAX_UNANSWERED => known.unanswered.push(record.name),
+                None => {}
+            }
+        }
+        known.keks = self.without_retired(known.keks)?;
+        Ok(known)
+    }
+
+    /// Those that no job has taken out of use: they never come back.
+    pub(super) fn without_retired(&self, keks: Vec<KekId>) -> Result<Vec<KekId>, ProviderError> {
+        let mut kept = Vec::with_capacity(keks.len());
+        for kek in keks {
+            if !self
+                .keystore
+                .is_retired(self.provider, &kek)
+                .map_err(unreadable())?
+            {
+                kept.push(kek);
+            }
+        }
+        Ok(kept)
+    }
+
+    /// A name for the KEK of generation `next`; it is on disk when this returns.
+    pub(super) fn plan(
+        &self,
+        scope: &KekScope,
+        stem: &str,
+        next: KekGeneration,
+    ) -> Result<String, ProviderError> {
+        let name = new_name(stem, next)?;
+        self.keystore
+            .plan_kek_name(self.provider, scope, &name)
+            .map_err(ProviderError::internal("noting the name of a KEK"))?;
+        Ok(name)
+    }
+
+    /// `kek` bears `name`.
+    pub(super) fn made(&self, name: &str, kek: &KekId) -> Result<(), ProviderError> {
+        self.keystore
+            .note_kek_of_name(self.provider, name, kek)
+            .map_err(ProviderError::internal("noting which KEK was made"))
+    }
+}
+
+fn unreadable() -> impl FnOnce(KeystoreError) -> ProviderError {
+    ProviderError::internal("reading which KEKs are known")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::envelope::VmId;
+
+    #[test]
+    fn names_say_their_generation_and_are_never_the_same() {
+        let stem = "virtseal-vm-x-p";
+        let names = [1, 1, 2, 4_000_000_000].map(|nth| new_name(stem, KekGeneration(nth)).unwrap());
+        assert_ne!(names[0], names[1]);
+        assert_eq!(generation(stem, &names[3]), Some(KekGeneration(4_000_000_000)));
+        assert_eq!(generation(stem, stem), Some(KekGeneration(0)));
+        for other in [
+            "virtseal-vm-y-p-g1-0123456789abcdef",
+            "virtseal-vm-x-p-g0-0123456789abcdef",
+            "virtseal-vm-x-p-g+1-0123456789abcdef",
+            "virtseal-vm-x-p-g01-0123456789abcdef",
+            "virtseal-vm-x-p-g1",
+            "virtseal-vm-x-p-g1-xyz",
+            "virtseal-vm-x-pq",
+            "virtseal-vm-x-p-g99999999999-0123456789abcdef",
+            "",
+        ] {
+            assert_eq!(generation(stem, other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_was_planned_is_known_and_what_is_retired_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+        let book = KekBook::new(keystore, ProviderId::random());
+        let scope = KekScope::Vm(VmId::random());
+        assert!(book.known(&scope, "s").unwrap().is_empty());
+        let first = book.plan(&scope, "s", KekGeneration(1)).unwrap();
+        let known = book.known(&scope, "s").unwrap();
+        assert_eq!(
+            (known.unanswered, known.highest),
+            (vec![first.clone()], Some(KekGeneration(1)))
+        );
+        let kek = KekId("7".into());
+        book.made(&first, &kek).unwrap();
+        let known = book.known(&scope, "s").unwrap();
+        assert!(known.unanswered.is_empty() && known.keks == [kek]);
+    }
+}

@@ -1,0 +1,122 @@
+//! Jobs of the daemon over a KMIP provider.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::super::fixture::{Kmip, identity, secret, settings};
+use super::KmipProvider;
+use crate::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::keystore::{JobRecord, Keystore};
+use crate::provider::kmip::ServerTrust;
+use crate::provider::native::NativeProvider;
+use crate::provider::registry::Registry;
+use crate::provider::{KekScope, KeyProvider};
+use crate::rotation::{self, Step, Task};
+
+/// A host with a KMIP provider and a native one.
+struct Host {
+    keystore: Arc<Keystore>,
+    registry: Registry,
+    kmip: Arc<KmipProvider>,
+    native: Arc<NativeProvider>,
+    _dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn at(kmip: &Kmip, port: u16) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+        let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let provider = registry
+            .add_kmip(&"kms".parse().unwrap(), settings(&[port]))
+            .unwrap();
+        provider.set_identity(&identity(&kmip.authority, false)).unwrap();
+        provider.trust(ServerTrust::Ca(kmip.authority.pem())).unwrap();
+        let native = registry
+            .add_native(&"main".parse().unwrap(), &secret("p"))
+            .unwrap();
+        native
+            .confirm_backup(native.backup(None).unwrap().generation)
+            .unwrap();
+        Self {
+            keystore,
+            registry,
+            kmip: provider,
+            native,
+            _dir: dir,
+        }
+    }
+
+    fn sealed(&self, vm: VmId) -> Envelope {
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm,
+            kind: ObjectKind::Disk,
+        };
+        let (envelope, _) = self.registry.seal_new(Some("kms"), &binding).unwrap();
+        self.keystore.insert_pending(&envelope, "/x").unwrap();
+        (*envelope).clone()
+    }
+
+    fn run(&self, task: &Task) -> JobRecord {
+        self.keystore.insert_job(&task.to_json()).unwrap();
+        for _ in 0..50 {
+            match rotation::step(&self.keystore, &self.registry, 10).unwrap() {
+                Some(Step::Ended(job)) => return job,
+                Some(Step::Waits(job)) => panic!("waits: {}", job.waiting),
+                Some(Step::Worked(_)) | None => {}
+            }
+        }
+        panic!("the job never ends");
+    }
+
+    fn kek_of(&self, envelope: &Envelope) -> String {
+        let records = self.keystore.envelopes_of(envelope.vm).unwrap();
+        let record = records
+            .into_iter()
+            .find(|record| record.envelope.id == envelope.id);
+        record.unwrap().envelope.stanzas.remove(0).kek.0
+    }
+}
+
+#[test]
+fn a_kek_that_a_job_has_retired_never_comes_back() {
+    let kmip = Kmip::with(false, |_| {});
+    let host = Host::at(&kmip, kmip.server.port);
+    let envelope = host.sealed(VmId::random());
+    let first = host.kek_of(&envelope);
+    let (from, to) = (host.kmip.id(), host.native.id());
+    for (from, to) in [(from, to), (to, from)] {
+        let job = host.run(&Task::Move { from, to, vm: None });
+        assert_eq!(job.state.as_str(), "done");
+    }
+    let second = host.kek_of(&envelope);
+    assert_ne!(first, second);
+    let job = host.run(&Task::Rotate { provider: from });
+    assert_eq!((job.state.as_str(), job.changed), ("done", 1));
+    let third = host.kek_of(&envelope);
+    assert!(third != first && third != second);
+    let now = host.kmip.create_kek(&KekScope::Vm(envelope.vm)).unwrap();
+    assert_eq!(now.0, third);
+    assert_eq!(kmip.server.keys(), 3);
+}
+
+/// Two objects of a VM, a clock that goes back, a rotation, and a VM that is new after it.
+#[test]
+fn a_rotation_makes_one_kek_for_a_vm_whatever_the_clock_says() {
+    let kmip = Kmip::with(false, |_| {});
+    let host = Host::at(&kmip, kmip.server.port);
+    let vm = VmId::random();
+    let objects = [host.sealed(vm), host.sealed(vm)];
+    assert_eq!(kmip.server.keys(), 1);
+    for rotations in 1..4 {
+        kmip.server.turn_clock_back(3600);
+        let job = host.run(&Task::Rotate {
+            provider: host.kmip.id(),
+        });
+        assert_eq!((job.state.as_str(), job.changed), ("done", 1 + rotations as u64));
+        assert_eq!(kmip.server.keys(), 1 + rotations);
+        assert_eq!(host.kek_of(&objects[0]), host.kek_of(&objects[1]));
+        assert_eq!(host.kek_of(&host.sealed(vm)), host.kek_of(&objects[0]));
+    }
+}
