@@ -12,6 +12,8 @@ mod forget;
 mod headers;
 mod host_tpm;
 mod jobs;
+mod marks;
+mod overdue;
 pub mod pools;
 mod providers;
 mod records;
@@ -53,6 +55,15 @@ pub use records::on_behalf_of;
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
 const LIBVIRT_SHARE: f64 = 0.3;
 
+/// What hook.conf wants of every VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HookPolicy {
+    /// Nothing: plain VMs start.
+    Any,
+    /// `require_sealed`. The mark of a sealed VM is not enough: something of it must be.
+    RequireSealed,
+}
+
 /// Everything that the daemon holds.
 pub struct Daemon {
     config: RwLock<Config>,
@@ -84,6 +95,9 @@ pub struct Daemon {
     watched: jobs::Looks,
     /// Rung when a copy of an envelope may have to follow, or can.
     copies_bell: Bell,
+    /// Rung when a start was armed.
+    arms_bell: Bell,
+    looks: overdue::Looks,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
     copying: Mutex<()>,
 }
@@ -118,6 +132,8 @@ impl Daemon {
             stalled: Mutex::default(),
             watched: jobs::Looks::default(),
             copies_bell: Bell::default(),
+            arms_bell: Bell::default(),
+            looks: overdue::Looks::default(),
             copying: Mutex::default(),
         })
     }
@@ -200,9 +216,9 @@ impl Daemon {
     }
 
     /// `prepare begin`: arms all keys of the VM, or none.
-    pub fn prepare(&self, xml: &str, deadline: &Deadline) -> Result<(), Failure> {
+    pub fn prepare(&self, xml: &str, policy: HookPolicy, deadline: &Deadline) -> Result<(), Failure> {
         let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        let decided = self.decide(&domain, deadline);
+        let decided = self.decide(&domain, policy, deadline);
         self.audit_start(&domain, &decided);
         match &decided {
             Ok(objects) => tracing::info!(domain = domain.name, objects, op = "prepare", "armed"),
@@ -211,7 +227,7 @@ impl Daemon {
         decided.map(drop)
     }
 
-    fn decide(&self, domain: &Domain, deadline: &Deadline) -> Result<usize, Failure> {
+    fn decide(&self, domain: &Domain, policy: HookPolicy, deadline: &Deadline) -> Result<usize, Failure> {
         let stage = Stage {
             keystore: &self.keystore,
             registry: &self.registry,
@@ -221,6 +237,13 @@ impl Daemon {
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);
         let opened = lifecycle::prepare(&stage, domain)?;
+        if opened.is_empty() && policy == HookPolicy::RequireSealed {
+            return Err(nothing_sealed(domain));
+        }
+        // Who else may have what is armed is seen by this alone.
+        self.keystore
+            .ensure_hook_index()
+            .map_err(|error| Failure::from(error).of(format!("{} stays off", domain.name)))?;
         let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
         self.libvirt
             .reach(patience)
@@ -246,6 +269,7 @@ impl Daemon {
         let _shared = shareable.then(|| lock(&self.shared));
         let envelopes: Vec<_> = opened.iter().map(|object| object.envelope).collect();
         lock(&self.arms).arm(domain.uuid, envelopes.iter().copied());
+        self.arms_bell.ring();
         let secrets: Vec<_> = opened.into_iter().map(|object| arming(domain, object)).collect();
         let armed = self
             .libvirt
@@ -373,7 +397,7 @@ impl Daemon {
         if dry_run {
             return Ok(plan.outcome(false));
         }
-        let sealed = seal::seal(&self.host(), &domain, &plan, provider);
+        let sealed = self.while_marked(&domain, || seal::seal(&self.host(), &domain, &plan, provider));
         self.audit_vm("seal", domain.vm, &domain.name, &sealed);
         let made = sealed?;
         let changed = made.xml != domain.xml;
@@ -388,7 +412,6 @@ impl Daemon {
                     word(vm)
                 ))
             })?;
-            self.keystore.remember_vm(domain.vm, &domain.name)?;
             self.catch_up(&made.xml)?;
         }
         Ok(plan.outcome(changed))
@@ -412,6 +435,9 @@ impl Daemon {
     pub fn unseal_vm(&self, vm: &str, dry_run: bool) -> Result<Outcome, Failure> {
         let _sealing = lock(&self.sealing);
         let domain = self.find_domain(vm)?;
+        if let Some(unmarked) = self.unmark(&domain, dry_run)? {
+            return Ok(unmarked);
+        }
         let plan = seal::plan_unseal(&self.host(), &domain)?;
         if !dry_run {
             let unsealed = seal::unseal(&plan).and_then(|_replaced| {
@@ -425,6 +451,7 @@ impl Daemon {
             });
             self.audit_vm("unseal", domain.vm, &domain.name, &unsealed);
             unsealed?;
+            self.keystore.note_plain(domain.vm)?;
         }
         Ok(plan.outcome(!dry_run))
     }
@@ -458,6 +485,17 @@ fn arming(domain: &Domain, object: Opened) -> Arming {
         description: format!("virtseal: {} of {}", object.label, domain.name),
         passphrase: object.passphrase,
     }
+}
+
+fn nothing_sealed(domain: &Domain) -> Failure {
+    let name = &domain.name;
+    let why = "it is marked as sealed, nothing of it is, and hook.conf has require_sealed = true";
+    Failure::new(Code::Denied, why)
+        .of(format!("{name} stays off"))
+        .next(format!(
+            "virtseal vm status {0}, then give it a disk or a TPM and virtseal vm seal {0}",
+            word(name)
+        ))
 }
 
 fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Failure {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use roxmltree::Node;
 use thiserror::Error;
 use virt::connect::Connect;
-use virt::domain::Domain;
+use virt::domain::{Domain, DomainState};
 use virt::error::ErrorNumber;
 use virt::sys;
 
@@ -49,6 +49,27 @@ pub struct DefinedDomain {
     pub managed_save: bool,
     /// The XML of its next start.
     pub xml: String,
+}
+
+/// Whether a VM runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Power {
+    /// It does not, or there is no such VM.
+    Off,
+    /// libvirt is about to run it: it may yet need its secrets.
+    Starting,
+    /// QEMU is there.
+    On,
+}
+
+impl std::fmt::Display for Power {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Off => "off",
+            Self::Starting => "starting",
+            Self::On => "on",
+        })
+    }
 }
 
 /// An XML that libvirt keeps.
@@ -181,6 +202,14 @@ impl Libvirt {
                 None => absent_is(None, connection.lookup_domain_by_name(name_or_uuid).map(Some))?,
             };
             found.as_ref().map(read).transpose()
+        })
+    }
+
+    /// Whether the VM runs. Waits for libvirt to have done what it does with that VM.
+    pub fn power(&self, vm: VmId) -> Result<Power, LibvirtError> {
+        self.with("see whether the domain runs", |connection| {
+            let found = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?;
+            found.map_or(Ok(Power::Off), |domain| absent_is(Power::Off, power_of(&domain)))
         })
     }
 
@@ -385,6 +414,22 @@ fn read(domain: &Domain) -> Result<DefinedDomain, virt::error::Error> {
         autostart: domain.autostart()?,
         managed_save: domain.has_managed_save(0)?,
         xml: domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?,
+    })
+}
+
+/// A domain that has its id and not yet QEMU counts as active, and as shut off.
+fn power_of(domain: &Domain) -> Result<Power, virt::error::Error> {
+    if !domain.is_active()? {
+        return Ok(Power::Off);
+    }
+    let (state, _) = domain.state()?;
+    let is_without_qemu = [DomainState::Shutoff, DomainState::NoState]
+        .into_iter()
+        .any(|known| state == virt::enumutil::Enum::Known(known));
+    Ok(if is_without_qemu {
+        Power::Starting
+    } else {
+        Power::On
     })
 }
 

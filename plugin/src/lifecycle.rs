@@ -12,7 +12,7 @@
 //!
 //! The hook asks at `prepare begin` and may be told no; the other two steps never stop a VM. A start that fails
 //! between prepare and started ends in `release end`, so nothing stays armed; what a killed daemon left behind is
-//! swept when it starts again.
+//! swept when it starts again. Where neither message comes, libvirt is asked what became of the start.
 //!
 //! [`prepare`] decides: the VM's objects, the envelope of each, every check that needs no key, one unwrap for all,
 //! a real opening of each object, and only then libvirt. All or nothing.
@@ -38,7 +38,7 @@ use crate::volume::{self, VolumeError};
 
 use adoption::{Believed, Doubt, believe, not_believed};
 
-pub use arms::Arms;
+pub use arms::{Arms, Overdue};
 pub use deadline::Deadline;
 
 /// An object whose key was unwrapped and has really opened it.
@@ -305,10 +305,10 @@ fn adopt(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -
             keystore.activate(envelope.id)?;
         }
     }
-    if keystore
+    let renamed = keystore
         .vm(domain.uuid)?
-        .is_none_or(|record| record.name != domain.name)
-    {
+        .is_none_or(|record| record.name != domain.name);
+    if renamed || !keystore.is_sealed(domain.uuid)? {
         keystore.remember_vm(domain.uuid, &domain.name)?;
     }
     Ok(())

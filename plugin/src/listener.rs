@@ -36,7 +36,7 @@ use crate::api::{
     VolumeProgress, VolumeRequest,
 };
 use crate::daemon::pools::Pools;
-use crate::daemon::{Daemon, on_behalf_of};
+use crate::daemon::{Daemon, HookPolicy, on_behalf_of};
 use crate::domain::Domain;
 use crate::failure::{Code, Failure};
 use crate::lifecycle::Deadline;
@@ -285,12 +285,18 @@ impl Service {
 impl Service {
     /// A VM is about to start: arms its DEKs, or refuses.
     #[zlink(interface = "io.virtseal.Lifecycle")]
-    async fn prepare(&self, xml: String) -> Result<(), LifecycleError> {
+    async fn prepare(&self, xml: String, require_sealed: Option<bool>) -> Result<(), LifecycleError> {
         let copy = xml.clone();
         let subject =
             || Domain::parse(&xml).map_or_else(|_| "the VM".into(), |domain| domain.name) + " stays off";
-        self.hook(subject, move |daemon, deadline| daemon.prepare(&copy, deadline))
-            .await
+        let policy = match require_sealed {
+            Some(true) => HookPolicy::RequireSealed,
+            Some(false) | None => HookPolicy::Any,
+        };
+        self.hook(subject, move |daemon, deadline| {
+            daemon.prepare(&copy, policy, deadline)
+        })
+        .await
     }
 
     /// A VM runs: disarms its DEKs.

@@ -162,6 +162,11 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
             .spawn(move || run(&daemon))
             .with_context(|| format!("can't start the thread for {name}"))?;
     }
+    let daemon = Arc::clone(daemon);
+    std::thread::Builder::new()
+        .name("arms".to_owned())
+        .spawn(move || daemon.watch_arms())
+        .context("can't start the thread for arms")?;
     Ok(())
 }
 

@@ -1,6 +1,7 @@
 //! Which secrets libvirt holds for which starting VM.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use crate::envelope::{EnvelopeId, VmId};
 
@@ -9,11 +10,22 @@ use crate::envelope::{EnvelopeId, VmId};
 #[derive(Debug, Default)]
 pub struct Arms {
     armed: BTreeMap<EnvelopeId, BTreeSet<VmId>>,
+    /// Since when each VM is starting.
+    since: BTreeMap<VmId, Instant>,
+}
+
+/// A start of which nothing was heard for long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overdue {
+    /// Its VM.
+    pub vm: VmId,
+    since: Instant,
 }
 
 impl Arms {
     /// Notes that `vm` needs `envelopes`.
     pub fn arm(&mut self, vm: VmId, envelopes: impl IntoIterator<Item = EnvelopeId>) {
+        self.since.insert(vm, Instant::now());
         for envelope in envelopes {
             self.armed.entry(envelope).or_default().insert(vm);
         }
@@ -22,6 +34,7 @@ impl Arms {
     /// Notes that `vm` is done; says which secrets no VM needs any more.
     #[must_use]
     pub fn disarm(&mut self, vm: VmId) -> Vec<EnvelopeId> {
+        self.since.remove(&vm);
         let mut unused = Vec::new();
         self.armed.retain(|envelope, vms| {
             if vms.remove(&vm) && vms.is_empty() {
@@ -30,6 +43,32 @@ impl Arms {
             !vms.is_empty()
         });
         unused
+    }
+
+    /// The starts that were armed longer than `limit` ago, and when the next one will be.
+    #[must_use]
+    pub fn overdue(&self, limit: Duration) -> (Vec<Overdue>, Option<Duration>) {
+        let (mut overdue, mut next) = (Vec::new(), None::<Duration>);
+        for (vm, since) in &self.since {
+            match limit.saturating_sub(since.elapsed()) {
+                Duration::ZERO => overdue.push(Overdue {
+                    vm: *vm,
+                    since: *since,
+                }),
+                left => next = Some(next.map_or(left, |next| next.min(left))),
+            }
+        }
+        (overdue, next)
+    }
+
+    /// As [`Arms::disarm`], unless that start has ended meanwhile, and perhaps another one has begun.
+    #[must_use]
+    pub fn disarm_overdue(&mut self, start: Overdue) -> Vec<EnvelopeId> {
+        if self.since.get(&start.vm) == Some(&start.since) {
+            self.disarm(start.vm)
+        } else {
+            Vec::new()
+        }
     }
 
     /// How many secrets are armed.
@@ -70,6 +109,29 @@ mod tests {
         assert_eq!(arms.disarm(web), []);
         assert_eq!(arms.disarm(db), [shared]);
         assert!(arms.is_empty());
+    }
+
+    #[test]
+    fn a_start_is_overdue_until_it_ends_or_another_begins() {
+        let (web, db) = (VmId::random(), VmId::random());
+        let (of_web, of_db) = (EnvelopeId::random(), EnvelopeId::random());
+        let mut arms = Arms::default();
+        arms.arm(web, [of_web]);
+        let (none, next) = arms.overdue(Duration::from_secs(60));
+        assert!(none.is_empty() && next.is_some_and(|next| next > Duration::from_secs(50)));
+        arms.arm(db, [of_db]);
+        let (overdue, next) = arms.overdue(Duration::ZERO);
+        assert_eq!((overdue.len(), next), (2, None));
+        let first = overdue.into_iter().find(|start| start.vm == web).unwrap();
+        // It starts anew before libvirt has answered.
+        assert_eq!(arms.disarm(web), [of_web]);
+        assert_eq!(arms.disarm_overdue(first), []);
+        arms.arm(web, [of_web]);
+        assert_eq!(arms.disarm_overdue(first), []);
+        let (overdue, _) = arms.overdue(Duration::ZERO);
+        let second = overdue.into_iter().find(|start| start.vm == web).unwrap();
+        assert_eq!(arms.disarm_overdue(second), [of_web]);
+        assert!(arms.needs(of_db));
     }
 
     proptest! {

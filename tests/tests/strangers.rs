@@ -1,0 +1,294 @@
+//! A key in libvirt serves the VM that it was armed for and no other: not a plain VM that names its secret, not the sealed VM
+//! itself under an XML of before, and not for longer than the start takes.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use virtseal_e2e::{DomainSpec, DomainState, SealedHost, edited, expect_names, wait_until};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const IMAGES: &str = "/var/lib/libvirt/images";
+const HOOK: &str = "/etc/libvirt/hooks/qemu.d/virtseal";
+/// Keeps the VM `victim` at `start begin`, when libvirt has its keys and QEMU does not run yet.
+const GATE: &str = "#!/bin/sh
+[ \"$1 $2\" = 'victim start' ] && [ -e /run/gate ] || exit 0
+: >/run/at-the-gate
+while [ -e /run/gate ]; do sleep 0.05; done
+";
+/// libvirt's `started` never gets through.
+const DEAF: &str = "#!/bin/sh
+[ \"$2\" = started ] && exit 0
+exec /run/virtseal-hook \"$@\"
+";
+
+#[test]
+fn who_names_anothers_secret_is_refused_while_it_is_armed_and_without_a_daemon() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    install(&mut sealed, "zz-gate", GATE)?;
+    sealed.seal_new("victim")?;
+    let secret = secret_of_disk(&sealed, "victim")?;
+    let copy = format!("{IMAGES}/thief.qcow2");
+    sealed
+        .host()
+        .run(&["cp", &format!("{IMAGES}/victim.qcow2"), &copy])?
+        .succeeded()?;
+    let thief = thief_with(&format!("<secret type='passphrase' uuid='{secret}'/>"))?;
+    sealed.host().define_xml(&thief)?;
+
+    let mut start = start_to_the_gate(&sealed)?;
+    ensure!(
+        sealed.secrets()?.len() == 3,
+        "nothing to steal: {:?}",
+        sealed.secrets()?
+    );
+    let refused = sealed.host().virsh(&["start", "--paused", "thief"])?.refused()?;
+    expect_names(&refused, &["VM thief is refused", &secret, "virsh edit thief"])?;
+    // What keeps it out is the index: a hook that has none lets it in, and the copy opens.
+    hook_conf(&sealed, "index = /nonexistent/hook.index\n")?;
+    sealed
+        .host()
+        .virsh(&["start", "--paused", "thief"])?
+        .succeeded()?;
+    sealed.destroy("thief")?;
+    hook_conf(&sealed, "")?;
+    fs::remove_file(sealed.host().path("/run/gate"))?;
+    ensure!(start.wait()?.success(), "the victim itself did not start");
+    sealed.expect_no_secrets()?;
+
+    sealed.stop_daemon(Signal::SIGKILL)?;
+    let backing = "<backingStore type='file'><format type='qcow2'/><source file='/b.qcow2'><encryption format='luks'>\
+        <secret type='passphrase' uuid='SECRET'/></encryption></source><backingStore/></backingStore>";
+    for named in [
+        "<encryption format='luks'><secret type='passphrase' usage='virtseal:SECRET'/></encryption>",
+        "<encryption format='luks'><secret type='passphrase' uuid='SECRET'/></encryption>",
+        backing,
+    ] {
+        let named = named.replace("SECRET", &secret);
+        sealed.host().define_xml(&thief_named(&named)?)?;
+        expect_names(&sealed.refused_start("thief")?, &["VM thief is refused", &secret])?;
+    }
+    let in_tpm = edited(
+        &thief_named("")?,
+        "</devices>",
+        &format!(
+            "<tpm model='tpm-crb'><backend type='emulator' version='2.0'><encryption secret='{secret}'/></backend></tpm>\
+             </devices>"
+        ),
+    )?;
+    sealed.host().define_xml(&in_tpm)?;
+    expect_names(&sealed.refused_start("thief")?, &["VM thief is refused", &secret])?;
+
+    start_with_a_secret_of_others(&sealed)
+}
+
+/// Nova's and CloudStack's VMs: the secret is in libvirt for good, and none of virtseal's business.
+fn start_with_a_secret_of_others(sealed: &SealedHost) -> Result<()> {
+    let host = sealed.host();
+    let uuid = "c0ffee00-0002-4fd5-9aa1-0d1f44a3e9b7";
+    let disk = format!("{IMAGES}/cloud.qcow2");
+    fs::write(
+        host.path("/run/secret.xml"),
+        format!(
+            "<secret ephemeral='no' private='yes'><uuid>{uuid}</uuid><usage type='volume'><volume>{disk}</volume></usage></secret>"
+        ),
+    )?;
+    fs::write(host.path("/run/key"), "passphrase")?;
+    host.virsh(&["secret-define", "/run/secret.xml"])?.succeeded()?;
+    host.virsh(&["secret-set-value", uuid, "--file", "/run/key", "--plain"])?
+        .succeeded()?;
+    host.run(&[
+        "qemu-img",
+        "create",
+        "-q",
+        "--object",
+        "secret,id=s,file=/run/key",
+        "-f",
+        "qcow2",
+        "-o",
+        "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+        &disk,
+        "8M",
+    ])?
+    .succeeded()?;
+    let cloud = encrypted_disk("cloud", &format!("<secret type='passphrase' uuid='{uuid}'/>"))?;
+    host.define_xml(&cloud)?;
+    host.virsh(&["start", "--paused", "cloud"])?.succeeded()?;
+    sealed.destroy("cloud")
+}
+
+#[test]
+fn the_old_xml_of_a_sealed_vm_is_refused_until_vm_seal_takes_it_back() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    let disk = sealed.host().empty_disk("web01", 64 << 20)?;
+    sealed.host().define(&DomainSpec::minimal("web01", &disk))?;
+    let old = sealed.dumpxml("web01")?;
+    // A seal that fails before it did anything leaves the VM as it was.
+    sealed.lock()?;
+    sealed.refused(3, &["vm", "seal", "web01"])?;
+    sealed.expect_start("web01")?;
+    sealed.unlock()?;
+    sealed.run(&["vm", "seal", "web01"])?;
+
+    sealed.host().define_xml(&old)?;
+    let names = ["web01", "it is sealed", "virtseal vm seal web01"];
+    expect_names(&sealed.refused_start("web01")?, &names)?;
+    sealed.stop_daemon(Signal::SIGKILL)?;
+    expect_names(&sealed.refused_start("web01")?, &names)?;
+    sealed.start_daemon()?;
+    sealed.unlock()?;
+    sealed.run(&["vm", "seal", "web01"])?;
+    sealed.expect_start("web01")
+}
+
+#[test]
+fn an_unsealed_vm_starts_and_an_empty_mark_is_no_seal() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let disk = sealed.host().empty_disk("web02", 64 << 20)?;
+    let spec = DomainSpec {
+        tpm: false,
+        ..DomainSpec::minimal("web02", &disk)
+    };
+    sealed.host().define(&spec)?;
+    sealed.run(&["vm", "seal", "web02"])?;
+    sealed.run(&["vm", "unseal", "web02"])?;
+    sealed.expect_start("web02")?;
+    let tpm = spec.tpm_state();
+    let tpm = tpm.parent().context("a directory")?.to_str().context("UTF-8")?;
+    sealed.host().run(&["rm", "-r", tpm])?.succeeded()?;
+
+    // The images of a sealed VM came back from a plain backup, its XML too.
+    sealed.run(&["vm", "seal", "web02"])?;
+    sealed.host().undefine("web02")?;
+    sealed
+        .host()
+        .run(&["rm", disk.to_str().context("UTF-8")?])?
+        .succeeded()?;
+    sealed.host().empty_disk("web02", 64 << 20)?;
+    let nvram = spec.nvram();
+    sealed
+        .host()
+        .run(&["rm", "-f", nvram.to_str().context("UTF-8")?])?
+        .succeeded()?;
+    sealed.host().define(&spec)?;
+    expect_names(&sealed.refused_start("web02")?, &["it is sealed"])?;
+    sealed.run(&["vm", "unseal", "web02"])?;
+    sealed.expect_start("web02")?;
+
+    hook_conf(&sealed, "require_sealed = true\n")?;
+    sealed.host().define_xml(
+        "<domain type='qemu'><name>marked</name><metadata><v:vm xmlns:v='urn:virtseal:vm:1'/></metadata>\
+         <memory unit='MiB'>64</memory><os><type arch='x86_64' machine='q35'>hvm</type></os><devices>\
+         <filesystem type='mount'><source dir='/srv'/><target dir='all'/></filesystem></devices></domain>",
+    )?;
+    expect_names(
+        &sealed.refused_start("marked")?,
+        &[
+            "marked stays off",
+            "nothing of it is",
+            "require_sealed",
+            "virtseal vm seal marked",
+        ],
+    )
+}
+
+#[test]
+fn keys_go_when_nobody_says_that_the_vm_has_started() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    sealed.configure("hook_deadline: 2s\n")?;
+    sealed.daemon()?.signal(Signal::SIGHUP)?;
+    install(&mut sealed, "zz-gate", GATE)?;
+    let hook = sealed.host().path(HOOK);
+    fs::copy(&hook, sealed.host().path("/run/virtseal-hook"))?;
+    fs::write(&hook, DEAF)?;
+    sealed.seal_new("victim")?;
+
+    // A start that is slow keeps them, for as long as it takes.
+    let mut start = start_to_the_gate(&sealed)?;
+    std::thread::sleep(Duration::from_secs(5));
+    ensure!(sealed.secrets()?.len() == 3, "{:?}", sealed.secrets()?);
+    fs::remove_file(sealed.host().path("/run/gate"))?;
+    ensure!(start.wait()?.success(), "the slow start failed");
+    ensure!(sealed.host().state("victim")? == DomainState::Paused);
+    wait_until(PATIENCE, "the keys of a VM that runs to go", || {
+        Ok((sealed.secrets()?.is_empty() && sealed.json(&["status"])?["armed"] == 0).then_some(()))
+    })?;
+    ensure!(sealed.host().state("victim")? == DomainState::Paused);
+    sealed.destroy("victim")
+}
+
+fn secret_of_disk(sealed: &SealedHost, vm: &str) -> Result<String> {
+    let status = sealed.json(&["vm", "status", vm])?;
+    let objects = status["vms"][0]["objects"]
+        .as_array()
+        .or(status[0]["objects"].as_array());
+    let disk = objects
+        .and_then(|objects| objects.iter().find(|object| object["object"] == "disk vda"))
+        .with_context(|| status.to_string())?;
+    Ok(disk["envelope"].as_str().context("no envelope")?.to_owned())
+}
+
+/// A plain VM on `IMAGES/NAME.qcow2` that opens it with `secret`.
+fn encrypted_disk(name: &str, secret: &str) -> Result<String> {
+    with_source(name, &format!("<encryption format='luks'>{secret}</encryption>"))
+}
+
+fn thief_with(secret: &str) -> Result<String> {
+    encrypted_disk("thief", secret)
+}
+
+/// The same with anything in or behind the disk's source.
+fn thief_named(named: &str) -> Result<String> {
+    with_source("thief", named)
+}
+
+fn with_source(name: &str, named: &str) -> Result<String> {
+    let uuid = if name == "thief" { 0x7_41ef } else { 0xc10d };
+    let spec = DomainSpec {
+        uuid: uuid::Uuid::from_u128(0x1000_0000_0000_4000_8000_0000_0000_0000 + uuid),
+        tpm: false,
+        ..SealedHost::spec(name)
+    };
+    let source = format!("<source file='{IMAGES}/{name}.qcow2'/>");
+    let open = source.replace("/>", ">");
+    let new = if named.starts_with("<backingStore") {
+        format!("{source}{named}")
+    } else {
+        format!("{open}{named}</source>")
+    };
+    edited(&spec.xml(), &source, &new)
+}
+
+fn start_to_the_gate(sealed: &SealedHost) -> Result<std::process::Child> {
+    fs::write(sealed.host().path("/run/gate"), "")?;
+    let start = sealed
+        .host()
+        .command("virsh")
+        .args([
+            "--quiet",
+            "--connect",
+            "qemu:///system",
+            "start",
+            "--paused",
+            "victim",
+        ])
+        .spawn()?;
+    wait_until(PATIENCE, "the gate", || {
+        Ok(sealed.host().path("/run/at-the-gate").exists().then_some(()))
+    })?;
+    Ok(start)
+}
+
+fn install(sealed: &mut SealedHost, name: &str, script: &str) -> Result<()> {
+    let path = sealed.host().path("/etc/libvirt/hooks/qemu.d").join(name);
+    fs::write(&path, script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    sealed.host_mut().restart_libvirtd()
+}
+
+fn hook_conf(sealed: &SealedHost, text: &str) -> Result<()> {
+    fs::write(sealed.host().path("/etc/virtseal/hook.conf"), text)?;
+    Ok(())
+}
