@@ -126,6 +126,8 @@ pub trait HostProxy {
     ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Makes a VM plain again that never ran sealed.
     async fn unseal_vm(&mut self, vm: &str, dry_run: bool) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Takes over the envelopes that came with a VM; those of format 1 only if told so.
+    async fn adopt_vm(&mut self, vm: &str, format_1: bool) -> zlink::Result<Result<Outcome, HostError>>;
     /// Makes an encrypted volume, and fills it.
     #[zlink(more)]
     async fn create_volume(

@@ -3,6 +3,7 @@
 //! Everything here blocks and runs on worker threads; [`crate::listener`] is the asynchronous edge. The answer to
 //! a hook is ready before its deadline or not at all: a start that nobody waits for any more arms nothing.
 
+mod adopt;
 mod bell;
 mod cache;
 mod copies;
@@ -49,6 +50,7 @@ use crate::volume;
 use bell::Bell;
 use headers::Headers;
 
+pub use adopt::Formats;
 pub use host_tpm::{CREDENTIAL, TpmUnlock, Tried};
 pub use records::on_behalf_of;
 
@@ -389,6 +391,9 @@ impl Daemon {
         let confirmed = ConfirmedFormats::parse(formats)?;
         let _sealing = lock(&self.sealing);
         let domain = self.find_domain(vm)?;
+        if !dry_run {
+            self.take_in_copies_of(&domain);
+        }
         let host = Host {
             confirmed,
             ..self.host()
@@ -419,7 +424,7 @@ impl Daemon {
 
     /// A job may have changed an envelope between the reading of an XML and its definition: then what was defined is behind.
     fn catch_up(&self, xml: &str) -> Result<(), Failure> {
-        let copies =
+        let (copies, _) =
             domain::Metadata::envelopes_in(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         for copy in copies {
             let known = self.keystore.envelope(copy.id)?;

@@ -21,11 +21,11 @@ use std::path::{Path, PathBuf};
 use roxmltree::{Document, Node, ParsingOptions};
 use thiserror::Error;
 
-use crate::envelope::{EnvelopeError, EnvelopeId, Generation, ObjectKind, VmId};
+use crate::envelope::{EnvelopeError, EnvelopeId, ObjectKind, VmId};
 
 pub use bounds::Beyond;
 pub use declared::DeclaredFormat;
-pub use metadata::Metadata;
+pub use metadata::{Metadata, UnreadableCopy};
 pub use objects::{Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects};
 
 /// What virtseal needs to know of a libvirt domain (<https://libvirt.org/formatdomain.html>).
@@ -357,16 +357,6 @@ pub enum DomainError {
         found: EnvelopeId,
         /// Where.
         at: Position,
-    },
-    /// The XML carries a later generation than the one to be written.
-    #[error("the metadata holds generation {found} of envelope {id}, newer than {given}: adopt it first")]
-    NewerEnvelope {
-        /// The envelope.
-        id: EnvelopeId,
-        /// The generation in the XML.
-        found: Generation,
-        /// The one to be written.
-        given: Generation,
     },
     /// The plan names an object that is not there.
     #[error("the domain has no {0}")]

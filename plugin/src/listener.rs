@@ -36,7 +36,7 @@ use crate::api::{
     VolumeProgress, VolumeRequest,
 };
 use crate::daemon::pools::Pools;
-use crate::daemon::{Daemon, HookPolicy, on_behalf_of};
+use crate::daemon::{Daemon, Formats, HookPolicy, on_behalf_of};
 use crate::domain::Domain;
 use crate::failure::{Code, Failure};
 use crate::lifecycle::Deadline;
@@ -340,6 +340,16 @@ impl Service {
             daemon.seal_vm(&vm, provider.as_deref(), &formats.unwrap_or_default(), dry_run)
         })
         .await
+    }
+
+    async fn adopt_vm(&self, vm: String, format_1: bool) -> Result<Outcome, HostError> {
+        let formats = if format_1 {
+            Formats::Format1Too
+        } else {
+            Formats::WithMac
+        };
+        self.run(Caller::Admin, move |daemon| daemon.adopt_vm(&vm, formats))
+            .await
     }
 
     async fn unseal_vm(&self, vm: String, dry_run: bool) -> Result<Outcome, HostError> {

@@ -66,6 +66,15 @@ pub(super) enum VmCommand {
         #[arg(long, value_name = "FILE")]
         from: PathBuf,
     },
+    /// Take keys over that came with a VM from another host, as its first start would.
+    Adopt {
+        /// The VM: name or UUID.
+        vm: String,
+        /// Also envelopes of format 1, which anyone who can edit the XML or an image may have changed: you know where they
+        /// come from.
+        #[arg(long = "format-1")]
+        format_1: bool,
+    },
     /// Show the objects of a VM, or of all sealed VMs.
     Status {
         /// The VM: name or UUID.
@@ -93,6 +102,12 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
                 .call(async |host| host.unseal_vm(&vm, dry_run).await)
                 .await?;
             printer.outcome(&outcome, dry_run)
+        }
+        VmCommand::Adopt { vm, format_1 } => {
+            let outcome = client
+                .call(async |host| host.adopt_vm(&vm, format_1).await)
+                .await?;
+            printer.outcome(&outcome, false)
         }
         VmCommand::Rekey { vm, watch } => {
             let request = job::request("rekey", None, None, Some(vm));

@@ -11,10 +11,11 @@ use std::time::Duration;
 use super::headers::Writing;
 use super::{Daemon, lock};
 use crate::domain::{Domain, Metadata, edit, encrypted_layers};
-use crate::envelope::{Envelope, EnvelopeId, VmId};
+use crate::envelope::{Envelope, EnvelopeId, Precedence, VmId};
 use crate::failure::{Failure, chain};
-use crate::keystore::{CopyNews, CopyPlace, EnvelopeState, KeystoreError, StaleCopy};
+use crate::keystore::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, KeystoreError, StaleCopy};
 use crate::libvirt::KeptXml;
+use crate::lifecycle::adoption::{Doubt, Weighed, weigh};
 use crate::volume::{self, Carried, VolumeError};
 
 /// How many stale copies are in memory at a time.
@@ -113,7 +114,7 @@ impl Daemon {
                     failed.insert(copy.envelope, MADE_NOW.to_owned());
                 }
                 Some(record) => {
-                    newest.insert(copy.envelope, record.envelope);
+                    newest.insert(copy.envelope, record);
                 }
                 None => {}
             }
@@ -122,8 +123,9 @@ impl Daemon {
             }
         }
         for (vm, envelopes) in vms {
-            if let Err(reason) = self.edit_xml(vm, &newest) {
-                failed.extend(envelopes.into_iter().map(|id| (id, reason.clone())));
+            match self.edit_xml(vm, &newest) {
+                Ok(undecided) => failed.extend(undecided),
+                Err(reason) => failed.extend(envelopes.into_iter().map(|id| (id, reason.clone()))),
             }
         }
         let news: Vec<_> = page
@@ -132,7 +134,7 @@ impl Daemon {
                 let id = copy.envelope;
                 let news = match (failed.remove(&id), newest.get(&id)) {
                     (Some(reason), _) => CopyNews::Stays(reason),
-                    (None, envelope) => CopyNews::Has(envelope?.generation),
+                    (None, record) => CopyNews::Has(record?.envelope.generation),
                 };
                 Some((id, news))
             })
@@ -140,16 +142,26 @@ impl Daemon {
         Ok(self.keystore.note_copies(CopyPlace::Xml, &news)?)
     }
 
-    fn edit_xml(&self, vm: VmId, newest: &BTreeMap<EnvelopeId, Envelope>) -> Result<(), String> {
-        let unreadable = RefCell::new(None);
+    /// Says of which envelopes nobody knows now whether the copy in the XML or the keystore's counts.
+    fn edit_xml(
+        &self,
+        vm: VmId,
+        newest: &BTreeMap<EnvelopeId, EnvelopeRecord>,
+    ) -> Result<BTreeMap<EnvelopeId, String>, String> {
+        let (unreadable, undecided) = (RefCell::new(None), RefCell::new(BTreeMap::new()));
         // All that the VM has, also those of other pages: so it is changed once.
-        let current = |id| {
-            newest.get(&id).cloned().or_else(|| {
-                let known = self.keystore.envelope(id).ok().flatten();
-                known
-                    .filter(|record| record.state == EnvelopeState::Active)
-                    .map(|record| record.envelope)
-            })
+        let current = |id: EnvelopeId, found: Option<&Envelope>| {
+            let known = || self.keystore.envelope(id).ok().flatten();
+            let record = newest.get(&id).cloned().or_else(known)?;
+            let stays = match found.map(|found| self.standing(&record, found)) {
+                None | Some(Standing::GivesWay) => record.state != EnvelopeState::Active,
+                Some(Standing::Stays) => true,
+                Some(Standing::Undecided(reason)) => {
+                    undecided.borrow_mut().insert(id, reason);
+                    true
+                }
+            };
+            (!stays).then_some(record.envelope)
         };
         let namespace = (Metadata::PREFIX, Metadata::NAMESPACE);
         let edited = self.background.edit_metadata(vm, namespace, |element| {
@@ -161,7 +173,37 @@ impl Daemon {
         match (edited, unreadable.into_inner()) {
             (Err(error), _) => Err(chain(&error)),
             (Ok(_), Some(error)) => Err(format!("its metadata stays as it is: {error}")),
-            (Ok(_), None) => Ok(()),
+            (Ok(_), None) => Ok(undecided.into_inner()),
+        }
+    }
+
+    /// Whether the keystore's version takes the place of a copy. One that claims to be newer is asked for its MAC, by the key
+    /// that the keystore's opens to.
+    fn standing(&self, record: &EnvelopeRecord, found: &Envelope) -> Standing {
+        let claims = found.supersedes(&record.envelope);
+        if claims == Precedence::Same {
+            return Standing::Stays;
+        }
+        // Who wrote a format 1 can't be told; the keystore's row is root's.
+        if claims == Precedence::Older || found.format() != Envelope::FORMAT {
+            return Standing::GivesWay;
+        }
+        let undecided = |reason: String| {
+            Standing::Undecided(format!(
+                "the copy claims generation {}, which can't be verified now: {reason}",
+                found.generation
+            ))
+        };
+        let dek = match self.registry.open_envelope(&record.envelope) {
+            Ok(dek) => dek,
+            Err(error) => return undecided(error.reasons()),
+        };
+        match record.verify(&dek).map(|own| weigh(&own, found, &dek)) {
+            Ok(Weighed::Counts(_) | Weighed::Doubtful(Doubt::Conflict | Doubt::DoesNotOpen)) => {
+                Standing::Stays
+            }
+            Ok(Weighed::IsBehind | Weighed::Doubtful(Doubt::Unverified(_))) => Standing::GivesWay,
+            Err(error) => undecided(chain(&error)),
         }
     }
 
@@ -180,6 +222,21 @@ impl Daemon {
                 "its header may be half written in {path}, which can't be completed now"
             ));
         }
+        let mut paths = holders.paths.get(&id).cloned().unwrap_or_default();
+        paths.insert(PathBuf::from(&record.location));
+        // Before the header is taken: a start waits for that, and a provider may be slow.
+        let mut giving_way = BTreeSet::new();
+        for path in &paths {
+            let carried = volume::inspect(path).ok().and_then(|info| info.envelope);
+            let Some(found) = carried.filter(|found| found.id == id) else {
+                continue;
+            };
+            match self.standing(&record, &found) {
+                Standing::GivesWay => drop(giving_way.insert(found.to_json())),
+                Standing::Stays => {}
+                Standing::Undecided(reason) => return stays(&reason),
+            }
+        }
         let Some(writing) = self.headers.write(id) else {
             return stays("its VM is starting");
         };
@@ -187,11 +244,9 @@ impl Daemon {
         if lock(&self.arms).needs(id) {
             return stays("its VM is starting");
         }
-        let mut paths = holders.paths.get(&id).cloned().unwrap_or_default();
-        paths.insert(PathBuf::from(&record.location));
         let (mut found, mut missing) = (false, None);
         for path in &paths {
-            match self.rewrite(path, &record.envelope) {
+            match self.rewrite(path, &record.envelope, &giving_way) {
                 Ok(carried) => found |= carried,
                 Err(RewriteError::Volume(error @ VolumeError::NotFound(_))) => missing = Some(chain(&error)),
                 Err(error) => {
@@ -210,9 +265,15 @@ impl Daemon {
 
     /// Says whether the image carries the envelope. Another image may be at its path, or one that never carried any: then
     /// there is no copy that could be behind.
-    fn rewrite(&self, path: &Path, envelope: &Envelope) -> Result<bool, RewriteError> {
+    fn rewrite(
+        &self,
+        path: &Path,
+        envelope: &Envelope,
+        giving_way: &BTreeSet<String>,
+    ) -> Result<bool, RewriteError> {
         let shown = path.display().to_string();
-        let rewritten = volume::rewrite_envelope(path, envelope, |bytes| {
+        let gives_way = |found: &Envelope| Ok(giving_way.contains(&found.to_json()));
+        let rewritten = volume::rewrite_envelope(path, envelope, gives_way, |bytes| {
             self.keystore
                 .journal_header(envelope.id, &shown, bytes)
                 .map_err(RewriteError::Journal)
@@ -273,6 +334,16 @@ impl Daemon {
             }
         }
     }
+}
+
+/// How a copy stands to the keystore's version.
+enum Standing {
+    /// It is equal; or it is authentic, and a start or an admin decides between the two.
+    Stays,
+    /// It is behind, or not authentic.
+    GivesWay,
+    /// Nobody has the key now, and why.
+    Undecided(String),
 }
 
 /// Who has a copy of which envelope, by what libvirt has.

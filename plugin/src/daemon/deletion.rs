@@ -203,7 +203,11 @@ impl Daemon {
     fn visible_uses(&self, id: ProviderId, uses: &mut Uses) -> Result<(), Failure> {
         let of_it = |envelope: &Envelope| envelope.stanzas.iter().any(|stanza| stanza.provider == id);
         let mut unknown = BTreeSet::new();
-        for copy in self.visible_copies()?.iter().filter(|copy| of_it(&copy.envelope)) {
+        let visible = self.visible_copies()?;
+        if let Some(unreadable) = visible.unreadable.first() {
+            return Err(Failure::new(Code::Failed, unreadable.clone()));
+        }
+        for copy in visible.copies.iter().filter(|copy| of_it(&copy.envelope)) {
             match self.keystore.envelope(copy.envelope.id)? {
                 Some(record) if of_it(&record.envelope) => {}
                 Some(_) => {

@@ -143,7 +143,7 @@ impl Daemon {
             .into_iter()
             .map(|record| record.envelope);
         // Without libvirt, at least what is known here.
-        let visible = self.visible_copies().unwrap_or_default().into_iter();
+        let visible = self.visible_copies().unwrap_or_default().copies.into_iter();
         let all = records.chain(visible.map(|copy| copy.envelope));
         let lacks = |envelope: &Envelope| {
             let mut own = envelope
@@ -175,7 +175,7 @@ impl Daemon {
 
     fn start(&self, task: &Task) -> Result<JobStarted, Failure> {
         self.refuse_second_job()?;
-        let unseen = self.take_in_travelling().err();
+        let unseen = self.take_in_travelling();
         if let Task::RemoveRecipient { provider } = task {
             self.refuse_to_close(task, *provider)?;
         }
@@ -191,11 +191,12 @@ impl Daemon {
         let job = inserted?;
         self.jobs_bell.ring();
         let mut warnings = self.warnings(task);
-        if let Some(unseen) = unseen {
-            warnings.push(format!(
+        match unseen {
+            Ok(unreadable) => warnings.extend(unreadable.iter().map(|what| format!("left out: {what}"))),
+            Err(unseen) => warnings.push(format!(
                 "VMs that came to this host and have not started here yet are left out: {}",
                 unseen.message
-            ));
+            )),
         }
         Ok(JobStarted {
             job: self.job_view(&job)?,

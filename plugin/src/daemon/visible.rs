@@ -11,11 +11,11 @@ use swtpm_state::{State, StateKey, libvirt_state_dir};
 
 use super::Daemon;
 use super::vms::unreachable;
-use crate::domain::{Domain, Metadata, encrypted_layers};
+use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
 use crate::envelope::{Envelope, ObjectKind, Precedence};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::{CopyPlace, EnvelopeRecord};
-use crate::libvirt::KeptXml;
+use crate::libvirt::{DefinedDomain, KeptXml};
 use crate::lifecycle::adoption::believe;
 use crate::secret::Dek;
 use crate::volume;
@@ -27,6 +27,14 @@ pub(super) struct VisibleCopy {
     /// The file of its object, if the place tells.
     pub(super) location: Option<PathBuf>,
     pub(super) place: Place,
+}
+
+/// Those of all VMs and images.
+#[derive(Debug, Default)]
+pub(super) struct Visible {
+    pub(super) copies: Vec<VisibleCopy>,
+    /// What could not be read, and where: nobody knows what is in there.
+    pub(super) unreadable: Vec<String>,
 }
 
 /// Where it is.
@@ -62,31 +70,38 @@ impl Place {
 }
 
 impl Daemon {
-    /// Every copy in the XML of a domain or of a snapshot, and in every image that these or the keystore name.
+    /// Every copy in the XML of a domain or of a snapshot, and in every image that these or the keystore name. One that can't
+    /// be read does not hide the others. An image that is not there now is left out.
     ///
     /// # Errors
-    /// When libvirt does not answer, or has XML whose envelopes can't be read. An image that is not there now is left out.
-    pub(super) fn visible_copies(&self) -> Result<Vec<VisibleCopy>, Failure> {
+    /// When libvirt does not answer.
+    pub(super) fn visible_copies(&self) -> Result<Visible, Failure> {
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
-        let (mut copies, mut images) = (Vec::new(), BTreeSet::new());
+        let (mut visible, mut images) = (Visible::default(), BTreeSet::new());
         self.keystore.each_envelope(|record| {
             if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {
                 images.insert(PathBuf::from(record.location));
             }
         })?;
         for kept in &kept {
-            let unreadable = |error| Failure::new(Code::Failed, format!("{}: {}", kept.name, chain(&error)));
-            copies.extend(copies_in(kept).map_err(unreadable)?);
-            images.extend(Metadata::sources_in(&kept.xml).map_err(unreadable)?);
+            let found = visible
+                .add_those_in(kept)
+                .and_then(|()| Metadata::sources_in(&kept.xml));
+            match found {
+                Ok(sources) => images.extend(sources),
+                Err(error) => visible
+                    .unreadable
+                    .push(format!("{}: {}", kept.name, chain(&error))),
+            }
         }
         for image in images
             .iter()
             .flat_map(|image| with_those_below(image))
             .collect::<BTreeSet<_>>()
         {
-            copies.extend(carried(image));
+            visible.copies.extend(carried(image));
         }
-        Ok(copies)
+        Ok(visible)
     }
 
     /// Notes that a copy which differs from what the keystore has is behind. Says whether it can follow.
@@ -101,10 +116,16 @@ impl Daemon {
 
     /// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
     /// know, or in an earlier generation, that verify and open. A job that did not know them would leave them behind. What
-    /// can't be believed is passed over.
-    pub(super) fn take_in_travelling(&self) -> Result<(), Failure> {
+    /// can't be believed is passed over; what can't be read is named.
+    pub(super) fn take_in_travelling(&self) -> Result<Vec<String>, Failure> {
+        let visible = self.visible_copies()?;
+        self.take_in_all(visible.copies)?;
+        Ok(visible.unreadable)
+    }
+
+    fn take_in_all(&self, copies: Vec<VisibleCopy>) -> Result<(), Failure> {
         let mut candidates = Vec::new();
-        for copy in self.visible_copies()? {
+        for copy in copies {
             let record = self.keystore.envelope(copy.envelope.id)?;
             if let Some(location) = to_take_in(&copy, record.as_ref()) {
                 candidates.push((copy, record, location));
@@ -127,7 +148,24 @@ impl Daemon {
         Ok(())
     }
 
-    fn take_in(
+    /// What came with this VM, as far as it can be believed now.
+    pub(super) fn take_in_copies_of(&self, defined: &DefinedDomain) {
+        let kept = KeptXml {
+            vm: defined.vm,
+            name: defined.name.clone(),
+            snapshot: None,
+            xml: defined.xml.clone(),
+        };
+        let mut visible = Visible::default();
+        if visible.add_those_in(&kept).is_err() {
+            return;
+        }
+        if let Err(failure) = self.take_in_all(visible.copies) {
+            tracing::warn!(domain = defined.name, "{failure}");
+        }
+    }
+
+    pub(super) fn take_in(
         &self,
         copy: &VisibleCopy,
         record: Option<&EnvelopeRecord>,
@@ -196,22 +234,28 @@ fn to_take_in(copy: &VisibleCopy, known: Option<&EnvelopeRecord>) -> Option<Stri
     }
 }
 
-fn copies_in(kept: &KeptXml) -> Result<Vec<VisibleCopy>, crate::domain::DomainError> {
-    let layers = Domain::parse(&kept.xml).map_or_else(|_| Vec::new(), |domain| encrypted_layers(&domain));
-    let place = match &kept.snapshot {
-        Some(snapshot) => Place::Snapshot(kept.name.clone(), snapshot.clone()),
-        None => Place::Xml(kept.name.clone()),
-    };
-    let envelopes = Metadata::envelopes_in(&kept.xml)?;
-    let copies = envelopes.into_iter().map(|envelope| VisibleCopy {
-        location: layers
-            .iter()
-            .find(|(id, _)| *id == envelope.id)
-            .map(|(_, path)| path.clone()),
-        envelope,
-        place: place.clone(),
-    });
-    Ok(copies.collect())
+impl Visible {
+    fn add_those_in(&mut self, kept: &KeptXml) -> Result<(), DomainError> {
+        let layers = Domain::parse(&kept.xml).map_or_else(|_| Vec::new(), |domain| encrypted_layers(&domain));
+        let place = match &kept.snapshot {
+            Some(snapshot) => Place::Snapshot(kept.name.clone(), snapshot.clone()),
+            None => Place::Xml(kept.name.clone()),
+        };
+        let (envelopes, unreadable) = Metadata::envelopes_in(&kept.xml)?;
+        self.unreadable
+            .extend(unreadable.iter().map(|copy| format!("{place}: {}", copy.reason)));
+        self.copies.extend(envelopes.into_iter().map(|envelope| {
+            VisibleCopy {
+                location: layers
+                    .iter()
+                    .find(|(id, _)| *id == envelope.id)
+                    .map(|(_, path)| path.clone()),
+                envelope,
+                place: place.clone(),
+            }
+        }));
+        Ok(())
+    }
 }
 
 /// An image and what it is based on, as far as that can be told.

@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 
 use roxmltree::Node;
 
-use super::metadata::{ascii_json, envelope, envelope_nodes, vm_node};
+use super::metadata::{ascii_json, envelope, envelope_nodes, stated_id, vm_node};
 use super::read::{self, child, children};
 use super::splice::{self, Edit, Element, Place};
 use super::{Domain, DomainError, Encryption, Metadata, Position, SecretRef, parse_document};
-use crate::envelope::{Envelope, EnvelopeId};
+use crate::envelope::{Envelope, EnvelopeError, EnvelopeId, Precedence};
 
 /// What [`seal`] writes.
 #[derive(Clone, Debug, Default)]
@@ -90,10 +90,11 @@ pub fn seal(xml: &str, plan: &SealEdit<'_>) -> Result<String, DomainError> {
     finish(xml, edits)
 }
 
-/// Writes the metadata to hold just these envelopes.
+/// Writes the metadata to hold just these envelopes. One that claims to be newer than the one given stays, and so does what
+/// can't be read and is none of these.
 ///
 /// # Errors
-/// When the XML or an envelope in it can't be read, or holds a newer generation of one of these.
+/// When the XML can't be read.
 pub fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
     let edits = envelope_edits(xml, read::root(&document)?, envelopes)?;
@@ -101,13 +102,13 @@ pub fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, Domain
 }
 
 /// Brings the envelopes in the `<vm>` element that libvirt hands out, without its namespace, up to date: each one that is
-/// there becomes the one of `newest`, unless that has an earlier generation. `None` if nothing changes.
+/// there becomes what `newest` says, given its id and what can be read of it. `None` if nothing changes.
 ///
 /// # Errors
-/// When the element or an envelope in it can't be read.
+/// When the element can't be read.
 pub fn refresh_element(
     element: &str,
-    newest: impl Fn(EnvelopeId) -> Option<Envelope>,
+    newest: impl Fn(EnvelopeId, Option<&Envelope>) -> Option<Envelope>,
 ) -> Result<Option<String>, DomainError> {
     let document = parse_document(element)?;
     let mut edits = Vec::new();
@@ -116,11 +117,12 @@ pub fn refresh_element(
         .children()
         .filter(|node| node.is_element() && node.tag_name().name() == "envelope");
     for (number, node) in (1..).zip(envelopes) {
-        let found = envelope(node, number)?;
-        if let Some(new) = newest(found.id).filter(|new| new.generation >= found.generation && *new != found)
-        {
-            edits.push(splice::set_text(element, node, &ascii_json(&new)));
-        }
+        let new = match envelope(node, number) {
+            Ok(found) => newest(found.id, Some(&found)).filter(|new| *new != found),
+            Err(error) if is_of_later_virtseal(&error) => None,
+            Err(_) => stated_id(node).and_then(|id| newest(id, None)),
+        };
+        edits.extend(new.map(|new| splice::set_text(element, node, &ascii_json(&new))));
     }
     if edits.is_empty() {
         return Ok(None);
@@ -130,11 +132,20 @@ pub fn refresh_element(
         .map(Some)
 }
 
+/// That one can read it.
+fn is_of_later_virtseal(error: &DomainError) -> bool {
+    let source = match error {
+        DomainError::Envelope { source, .. } => source,
+        _ => return false,
+    };
+    matches!(source, EnvelopeError::Version { .. })
+}
+
 /// Removes the metadata and each `<encryption>` whose secret is one of its envelopes. Formats, paths and the `<tpm>`
 /// stay.
 ///
 /// # Errors
-/// When the XML or an envelope in it can't be read, or a layer below a disk still needs one of the envelopes.
+/// When the XML can't be read, or a layer below a disk still needs one of the envelopes.
 pub fn unseal(xml: &str) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
     let root = read::root(&document)?;
@@ -295,30 +306,42 @@ fn envelope_edits(xml: &str, root: Node<'_, '_>, envelopes: &[Envelope]) -> Resu
         return Ok(vec![metadata_insertion(xml, root, envelopes)]);
     };
     let mut edits = Vec::new();
-    let present = envelope_nodes(vm)?;
+    let present = envelope_nodes(vm);
+    let id_of = |node, found: &Result<Envelope, DomainError>| match found {
+        Ok(found) => Some(found.id),
+        Err(_) => stated_id(node),
+    };
     for (node, found) in &present {
-        match envelopes.iter().find(|given| given.id == found.id) {
-            None => edits.push(splice::remove(xml, *node)),
-            Some(given) if given == found => {}
-            Some(given) if given.generation < found.generation => {
-                return Err(DomainError::NewerEnvelope {
-                    id: found.id,
-                    found: found.generation,
-                    given: given.generation,
-                });
-            }
-            Some(given) => edits.push(splice::set_text(xml, *node, &ascii_json(given))),
+        let given = envelopes
+            .iter()
+            .find(|given| id_of(*node, found) == Some(given.id));
+        match (found, given) {
+            (Ok(_), None) | (Err(DomainError::Twice { .. }), _) => edits.push(splice::remove(xml, *node)),
+            // Whether it is what it claims shows when somebody has the key.
+            (Ok(found), Some(given)) if *given == *found || may_count(found, given) => {}
+            (Err(error), _) if is_of_later_virtseal(error) => {}
+            (Err(_), None) => {}
+            (_, Some(given)) => edits.push(splice::set_text(xml, *node, &ascii_json(given))),
         }
     }
     let name = splice::raw_name(xml, vm);
     let prefix = name.strip_suffix("vm").unwrap_or_default();
-    let is_new = |given: &&Envelope| present.iter().all(|(_, found)| found.id != given.id);
+    let is_new = |given: &&Envelope| {
+        present
+            .iter()
+            .all(|(node, found)| id_of(*node, found) != Some(given.id))
+    };
     let new = envelopes
         .iter()
         .filter(is_new)
         .map(|given| envelope_element(prefix, given));
     edits.extend(new.map(|element| splice::insert(xml, vm, Place::Last, &element)));
     Ok(edits)
+}
+
+/// Format 1 never does: nobody can tell who wrote it.
+fn may_count(found: &Envelope, given: &Envelope) -> bool {
+    found.format() == Envelope::FORMAT && found.supersedes(given) != Precedence::Older
 }
 
 fn envelope_element(prefix: &str, envelope: &Envelope) -> Element {
@@ -360,7 +383,7 @@ fn ours<'a, 'i>(
 ) -> Result<Option<Node<'a, 'i>>, DomainError> {
     let Some(node) = node else { return Ok(None) };
     let secret = read::encryption(node)?.secret;
-    let ours = matches!(secret, SecretRef::Uuid(id) if metadata.envelope(id).is_some());
+    let ours = matches!(secret, SecretRef::Uuid(id) if metadata.names(id));
     Ok(ours.then_some(node))
 }
 
@@ -371,7 +394,7 @@ fn tpm_encryption<'a, 'i>(
     let Some(backend) = read::tpm_node(root).and_then(|tpm| child(tpm, "backend")) else {
         return Ok(None);
     };
-    let ours = read::tpm_secret(backend)?.is_some_and(|id| metadata.envelope(id).is_some());
+    let ours = read::tpm_secret(backend)?.is_some_and(|id| metadata.names(id));
     Ok(child(backend, "encryption").filter(|_| ours))
 }
 

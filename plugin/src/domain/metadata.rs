@@ -3,14 +3,15 @@
 //! ```xml
 //! <metadata>
 //!   <virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'>
-//!     <virtseal:envelope id='…'>{"version":1,…}</virtseal:envelope>
+//!     <virtseal:envelope id='…'>{"version":2,…}</virtseal:envelope>
 //!   </virtseal:vm>
 //! </metadata>
 //! ```
 //!
 //! The namespace counts, not its prefix: others may rewrite that. What a later virtseal added in this namespace is
 //! kept and listed in [`Metadata::unknown`]; a form that this one would misread gets a new namespace, or a new
-//! version in the envelope, and so an error.
+//! version in the envelope. An envelope that can't be read is listed in [`Metadata::unreadable`] and hides no other: the
+//! keystore may have it.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -20,14 +21,26 @@ use roxmltree::Node;
 use super::read::{child, text};
 use super::{DomainError, Position, parse_document};
 use crate::envelope::{Envelope, EnvelopeId};
+use crate::failure::chain;
 
 /// The contents of `<virtseal:vm>`. Its mere presence makes a VM a sealed one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Metadata {
-    /// In the order of the XML. Nothing in them can be trusted before a stanza was unwrapped.
+    /// In the order of the XML, each id once. Nothing in them can be believed before one was verified by its key.
     pub envelopes: Vec<Envelope>,
+    /// Those that can't be read, and second ones of an id, for a warning.
+    pub unreadable: Vec<UnreadableCopy>,
     /// Elements and attributes that this version does not know, for a warning.
     pub unknown: Vec<String>,
+}
+
+/// An `<envelope>` that is none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnreadableCopy {
+    /// What its element says.
+    pub id: Option<EnvelopeId>,
+    /// Where it is, and what is wrong with it.
+    pub reason: String,
 }
 
 impl Metadata {
@@ -40,14 +53,14 @@ impl Metadata {
     /// The envelopes in any XML that libvirt keeps: that of a snapshot has one domain or two inside.
     ///
     /// # Errors
-    /// When the XML or an envelope in it can't be read.
-    pub fn envelopes_in(xml: &str) -> Result<Vec<Envelope>, DomainError> {
+    /// When the XML can't be read.
+    pub fn envelopes_in(xml: &str) -> Result<(Vec<Envelope>, Vec<UnreadableCopy>), DomainError> {
         let document = parse_document(xml)?;
         let nodes = document.descendants().filter(|node| is_ours(*node, "envelope"));
-        nodes
+        let found = nodes
             .zip(1..)
-            .map(|(node, number)| envelope(node, number))
-            .collect()
+            .map(|(node, number)| (node, envelope(node, number)));
+        Ok(sorted_out(found))
     }
 
     /// The ids of the envelopes in any XML, also of those that can't be read.
@@ -78,6 +91,12 @@ impl Metadata {
             .collect())
     }
 
+    /// Whether there is a copy of this envelope, readable or not.
+    #[must_use]
+    pub fn names(&self, id: EnvelopeId) -> bool {
+        self.envelope(id).is_some() || self.unreadable.iter().any(|copy| copy.id == Some(id))
+    }
+
     /// The copy of this envelope.
     #[must_use]
     pub fn envelope(&self, id: EnvelopeId) -> Option<&Envelope> {
@@ -89,8 +108,10 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Option<Metadata>, DomainError> 
     let Some(vm) = vm_node(root)? else {
         return Ok(None);
     };
+    let (envelopes, unreadable) = sorted_out(envelope_nodes(vm));
     let mut metadata = Metadata {
-        envelopes: envelope_nodes(vm)?.into_iter().map(|(_, found)| found).collect(),
+        envelopes,
+        unreadable,
         unknown: Vec::new(),
     };
     let attributes = vm
@@ -135,24 +156,47 @@ pub(super) fn vm_node<'a, 'i>(root: Node<'a, 'i>) -> Result<Option<Node<'a, 'i>>
     }
 }
 
-/// Every envelope with its element.
-pub(super) fn envelope_nodes<'a, 'i>(vm: Node<'a, 'i>) -> Result<Vec<(Node<'a, 'i>, Envelope)>, DomainError> {
+/// Every `<envelope>`, with what is in it: a second one of an id is an error.
+pub(super) fn envelope_nodes<'a, 'i>(vm: Node<'a, 'i>) -> Vec<(Node<'a, 'i>, Result<Envelope, DomainError>)> {
     let mut seen = HashSet::new();
     let nodes = vm.children().filter(|node| is_ours(*node, "envelope"));
     nodes
         .zip(1..)
         .map(|(node, number)| {
-            let envelope = envelope(node, number)?;
-            if seen.insert(envelope.id) {
-                Ok((node, envelope))
-            } else {
-                Err(DomainError::Twice {
-                    what: format!("envelope {}", envelope.id),
-                    at: Position::of(node),
-                })
-            }
+            let envelope = envelope(node, number).and_then(|envelope| {
+                if seen.insert(envelope.id) {
+                    Ok(envelope)
+                } else {
+                    Err(DomainError::Twice {
+                        what: format!("envelope {}", envelope.id),
+                        at: Position::of(node),
+                    })
+                }
+            });
+            (node, envelope)
         })
         .collect()
+}
+
+/// The id that an `<envelope>` states.
+pub(super) fn stated_id(node: Node<'_, '_>) -> Option<EnvelopeId> {
+    node.attribute("id").and_then(|id| id.parse().ok())
+}
+
+fn sorted_out<'a, 'i: 'a>(
+    found: impl IntoIterator<Item = (Node<'a, 'i>, Result<Envelope, DomainError>)>,
+) -> (Vec<Envelope>, Vec<UnreadableCopy>) {
+    let (mut envelopes, mut unreadable) = (Vec::new(), Vec::new());
+    for (node, envelope) in found {
+        match envelope {
+            Ok(envelope) => envelopes.push(envelope),
+            Err(error) => unreadable.push(UnreadableCopy {
+                id: stated_id(node),
+                reason: chain(&error),
+            }),
+        }
+    }
+    (envelopes, unreadable)
 }
 
 pub(super) fn envelope(node: Node<'_, '_>, number: u32) -> Result<Envelope, DomainError> {

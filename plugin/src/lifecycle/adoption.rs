@@ -135,3 +135,6 @@ pub fn not_believed(name: &str, error: &EnvelopeError) -> Failure {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests;

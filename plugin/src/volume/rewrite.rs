@@ -27,15 +27,16 @@ pub enum Carried {
     NotThere,
 }
 
-/// Makes the image at `path` carry `envelope`, if it carries it, and in no later generation. `journal` keeps the bytes that it
-/// gets, on stable storage, until this returns; after a crash they go to [`finish_rewrite`].
+/// Makes the image at `path` carry `envelope`, if it carries a version of it that `gives_way`. `journal` keeps the bytes that
+/// it gets, on stable storage, until this returns; after a crash they go to [`finish_rewrite`].
 ///
 /// # Errors
-/// [`VolumeError::InUse`] while anyone has the image open; when it can't be read, has no room for the envelope, or the journal
-/// fails. Then nothing was written, unless the journal has the bytes.
+/// [`VolumeError::InUse`] while anyone has the image open; when it can't be read, has no room for the envelope, `gives_way` does
+/// not know, or the journal fails. Then nothing was written, unless the journal has the bytes.
 pub fn rewrite_envelope<E: From<VolumeError>>(
     path: &Path,
     envelope: &Envelope,
+    gives_way: impl FnOnce(&Envelope) -> Result<bool, E>,
     journal: impl FnOnce(&[u8]) -> Result<(), E>,
 ) -> Result<Carried, E> {
     let held = Held::open(path)?;
@@ -44,7 +45,7 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
         Some(found) if found.id == envelope.id => found,
         _ => return Ok(Carried::NotThere),
     };
-    if found.generation > envelope.generation || found == *envelope {
+    if found == *envelope || !gives_way(&found)? {
         return Ok(Carried::Generation(found.generation));
     }
     let digest = image.header_digest()?;

@@ -2,7 +2,7 @@
 
 use virtseal::domain::edit::set_envelopes;
 use virtseal::domain::{Domain, DomainError};
-use virtseal::envelope::{Generation, ObjectKind};
+use virtseal::envelope::{Envelope, Generation, ObjectKind};
 
 use crate::{envelope, fixture, id, seal_all};
 
@@ -38,45 +38,82 @@ fn metadata_is_found_under_any_prefix_and_later_parts_of_it_stay() {
     }
 }
 
+/// Whether it is what it claims, only the key tells; format 1 has nothing to show.
 #[test]
-fn a_newer_generation_is_never_overwritten() {
+fn what_claims_to_be_newer_stays_in_format_2_alone() {
     let xml = seal_all(&fixture("libvirt9-uefi.xml"));
     let domain = Domain::parse(&xml).unwrap();
     let mut envelopes = domain.metadata.unwrap().envelopes;
     let old = envelopes.clone();
     envelopes[1].generation = Generation(7);
     let newer = set_envelopes(&xml, &envelopes).unwrap();
-    assert!(matches!(
-        set_envelopes(&newer, &old),
-        Err(DomainError::NewerEnvelope {
-            found: Generation(7),
-            given: Generation(1),
-            ..
-        })
-    ));
+    assert_eq!(set_envelopes(&newer, &old).unwrap(), newer);
+    let mut format_1: serde_json::Value = serde_json::from_str(&envelopes[1].to_json()).unwrap();
+    format_1["version"] = 1.into();
+    let fields = format_1.as_object_mut().unwrap();
+    fields.retain(|field, _| !["mac", "seen", "shared_with"].contains(&field.as_str()));
+    envelopes[1] = Envelope::from_json(&format_1.to_string()).unwrap();
+    assert_eq!(envelopes[1].generation, Generation(7));
+    let claimed = set_envelopes(&xml, &envelopes).unwrap();
+    assert_eq!(Domain::parse(&claimed).unwrap().metadata.unwrap().envelopes, old);
 }
 
+/// A copy that can't be read is named, hides no other, and gives way to what is known.
 #[test]
-fn a_damaged_envelope_is_named() {
+fn a_damaged_envelope_is_named_and_hides_no_other() {
     let xml = seal_all(&fixture("libvirt9-uefi.xml"));
-    let error = Domain::parse(&xml.replacen("\"version\":2", "\"version\":", 1)).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        format!("6:7: the envelope {} in the metadata can't be read", id(100))
-    );
-    let error = Domain::parse(&xml.replacen("\"version\":2", "\"version\":3", 1)).unwrap_err();
-    assert!(
-        std::error::Error::source(&error)
-            .unwrap()
-            .to_string()
-            .contains("upgrade virtseal")
-    );
-    let error = Domain::parse(&xml.replacen(
-        &format!("envelope id='{}'", id(100)),
-        &format!("envelope id='{}'", id(7)),
-        1,
-    ));
-    assert!(matches!(error, Err(DomainError::EnvelopeName { .. })));
+    let whole = Domain::parse(&xml).unwrap().metadata.unwrap().envelopes;
+    let as_id = format!("envelope id='{}'", id(100));
+    let other_id = format!("envelope id='{}'", id(7));
+    for (from, to, said) in [
+        ("\"version\":2", "\"version\":", "can't be read"),
+        ("\"version\":2", "\"version\":1", "not those of format 1"),
+        (
+            "\"generation\":1,",
+            "\"generation\":18446744073709551615,",
+            "generation",
+        ),
+        (as_id.as_str(), other_id.as_str(), "calls an envelope"),
+    ] {
+        let damaged = xml.replacen(from, to, 1);
+        assert_ne!(damaged, xml);
+        let metadata = Domain::parse(&damaged).unwrap().metadata.unwrap();
+        assert_eq!(metadata.envelopes, whole[1..], "{said}");
+        assert_eq!(metadata.unreadable.len(), 1);
+        let reason = &metadata.unreadable[0].reason;
+        assert!(reason.starts_with("6:7: ") && reason.contains(said), "{reason}");
+        let mended = set_envelopes(&damaged, &whole).unwrap();
+        let metadata = Domain::parse(&mended).unwrap().metadata.unwrap();
+        assert_eq!(metadata.envelopes.len(), 3, "{said}");
+        assert!(whole.iter().all(|envelope| metadata.envelopes.contains(envelope)));
+    }
+    // A later virtseal can read it.
+    let later = xml.replacen("\"version\":2", "\"version\":3", 1);
+    let unreadable = Domain::parse(&later).unwrap().metadata.unwrap().unreadable;
+    assert!(unreadable[0].reason.contains("upgrade virtseal"));
+    assert_eq!(unreadable[0].id, Some(id(100)));
+    assert_eq!(set_envelopes(&later, &whole).unwrap(), later);
     let second = xml.replace("</metadata>", "<vm xmlns='urn:virtseal:vm:1'/></metadata>");
     assert!(matches!(Domain::parse(&second), Err(DomainError::Twice { .. })));
+}
+
+/// The first of two counts as the copy, and the second goes with the next change.
+#[test]
+fn a_second_copy_is_no_way_in() {
+    let xml = seal_all(&fixture("libvirt9-uefi.xml"));
+    let whole = Domain::parse(&xml).unwrap().metadata.unwrap().envelopes;
+    let start = xml.find("<virtseal:envelope").unwrap();
+    let end = xml.find("</virtseal:envelope>").unwrap() + "</virtseal:envelope>".len();
+    let mut twice = xml.clone();
+    twice.insert_str(
+        end,
+        &xml[start..end].replace("\"generation\":1", "\"generation\":9"),
+    );
+    let metadata = Domain::parse(&twice).unwrap().metadata.unwrap();
+    assert_eq!(
+        (metadata.envelopes, metadata.unreadable.len()),
+        (whole.clone(), 1)
+    );
+    let mended = Domain::parse(&set_envelopes(&twice, &whole).unwrap()).unwrap();
+    assert_eq!(mended.metadata.unwrap().unreadable, []);
 }

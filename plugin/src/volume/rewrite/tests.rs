@@ -4,7 +4,9 @@ use std::process::Command;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::*;
-use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId};
+use crate::envelope::{
+    Binding, EnvelopeId, KekId, ObjectKind, Precedence, ProviderId, Stanza, Verified, VmId,
+};
 use crate::secret::{Dek, Passphrase};
 use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
 
@@ -85,6 +87,10 @@ fn unjournaled(_: &[u8]) -> Result<(), VolumeError> {
     Ok(())
 }
 
+fn older_than(next: &Envelope) -> impl FnOnce(&Envelope) -> Result<bool, VolumeError> {
+    |found| Ok(found.supersedes(next) == Precedence::Older)
+}
+
 #[test]
 fn an_image_follows_its_envelope_and_nothing_else_changes() {
     let bench = Bench::new();
@@ -106,7 +112,7 @@ fn an_image_follows_its_envelope_and_nothing_else_changes() {
             let before = volume::inspect(&path).unwrap();
             for generation in [2, 3, 1, 16, 15] {
                 let next = bench.next(generation);
-                let carried = rewrite_envelope(&path, &next, unjournaled);
+                let carried = rewrite_envelope(&path, &next, older_than(&next), unjournaled);
                 let held = volume::inspect(&path).unwrap().envelope.unwrap();
                 if cluster == 4096 && generation > 3 {
                     assert!(carried.unwrap_err().to_string().contains("no room"));
@@ -135,7 +141,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     let mut other = bench.next(2);
     other.id = EnvelopeId::random();
     assert_eq!(
-        rewrite_envelope(&path, &other, unjournaled).unwrap(),
+        rewrite_envelope(&path, &other, |_| Ok(true), unjournaled).unwrap(),
         Carried::NotThere
     );
     // As a QEMU that only reads: it uses and does not share writing.
@@ -149,7 +155,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     };
     fcntl(&reader, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     for error in [
-        rewrite_envelope(&path, &bench.next(2), unjournaled).unwrap_err(),
+        rewrite_envelope(&path, &bench.next(2), |_| Ok(true), unjournaled).unwrap_err(),
         shred_keys(&path, bench.next(1).id, || true).unwrap_err(),
         is_free(&path).unwrap_err(),
         finish_rewrite(&path, b"").unwrap_err(),
@@ -158,7 +164,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     }
     assert_eq!(fs::read(&path).unwrap(), before);
     drop(reader);
-    rewrite_envelope(&path, &bench.next(2), unjournaled).unwrap();
+    rewrite_envelope(&path, &bench.next(2), |_| Ok(true), unjournaled).unwrap();
 }
 
 #[test]
@@ -185,14 +191,19 @@ fn whatever_part_was_written_the_journal_completes_it() {
     let bench = Bench::new();
     for cluster in [512, 65536] {
         let path = bench.create(&format!("torn-{cluster}"), cluster, None);
-        rewrite_envelope(&path, &bench.next(9), unjournaled).unwrap();
+        rewrite_envelope(&path, &bench.next(9), |_| Ok(true), unjournaled).unwrap();
         let before = fs::read(&path).unwrap();
         let next = bench.next(14);
         let mut journal = Vec::new();
-        let refused = rewrite_envelope(&path, &next, |bytes| {
-            journal = bytes.to_vec();
-            Err(VolumeError::Stopped(path.clone()))
-        });
+        let refused = rewrite_envelope(
+            &path,
+            &next,
+            |_| Ok(true),
+            |bytes| {
+                journal = bytes.to_vec();
+                Err(VolumeError::Stopped(path.clone()))
+            },
+        );
         assert!(refused.is_err());
         assert_eq!(fs::read(&path).unwrap(), before, "written before the journal was");
 

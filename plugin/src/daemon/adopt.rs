@@ -1,0 +1,206 @@
+//! What `vm adopt` asks for: the keystore learns of envelopes that came with a VM, from its XML and its images.
+//!
+//! A format 2 shows by its MAC that whoever wrote it had the key. A format 1 shows nothing: it is adopted only where root says
+//! so, after its object has opened, and never where a format 2 of the same envelope is known.
+
+use std::path::Path;
+
+use super::visible::{Place, VisibleCopy};
+use super::{Daemon, lock};
+use crate::api::Outcome;
+use crate::domain::{Domain, ObjectRef, sealed_objects};
+use crate::envelope::{Envelope, EnvelopeError, Format1, Verified};
+use crate::failure::{Code, Failure, chain, word};
+use crate::lifecycle::adoption::not_believed;
+use crate::secret::Dek;
+use crate::volume;
+
+/// Which copies root answers for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Formats {
+    /// Those that show who wrote them.
+    WithMac,
+    /// Those of format 1 too.
+    Format1Too,
+}
+
+impl Daemon {
+    /// Takes over the envelopes of a VM that came from another host, as its first start would.
+    pub fn adopt_vm(&self, vm: &str, formats: Formats) -> Result<Outcome, Failure> {
+        let _sealing = lock(&self.sealing);
+        let defined = self.find_domain(vm)?;
+        let domain = Domain::parse(&defined.xml)
+            .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
+        let adopted = self.adopt_all(&domain, formats);
+        self.audit_vm("adopt", domain.uuid, &domain.name, &adopted);
+        adopted
+    }
+
+    fn adopt_all(&self, domain: &Domain, formats: Formats) -> Result<Outcome, Failure> {
+        let of_vm = |failure: Failure| failure.of(&domain.name);
+        let objects = sealed_objects(domain)
+            .map_err(|refusal| of_vm(Failure::new(Code::Failed, refusal.to_string())))?;
+        let (mut steps, mut failed) = (Vec::new(), None);
+        for object in &objects {
+            match self.adopt_object(domain, object, formats) {
+                Ok(step) => steps.extend(step),
+                // The others may well be adopted.
+                Err(failure) => drop(failed.get_or_insert(of_vm(failure.of(&object.label)))),
+            }
+        }
+        if !steps.is_empty() {
+            self.keystore.remember_vm(domain.uuid, &domain.name)?;
+            self.copies_bell.ring();
+            self.jobs_bell.ring();
+        }
+        match failed {
+            Some(failure) => Err(failure),
+            None => Ok(Outcome {
+                changed: !steps.is_empty(),
+                steps,
+                warnings: self.unreadable_in(domain),
+            }),
+        }
+    }
+
+    fn unreadable_in(&self, domain: &Domain) -> Vec<String> {
+        let unreadable = domain.metadata.iter().flat_map(|metadata| &metadata.unreadable);
+        unreadable
+            .map(|copy| format!("not adopted from the XML of {}: {}", domain.name, copy.reason))
+            .collect()
+    }
+
+    /// What was done for one object, if there was anything to do.
+    fn adopt_object(
+        &self,
+        domain: &Domain,
+        object: &ObjectRef,
+        formats: Formats,
+    ) -> Result<Option<String>, Failure> {
+        let record = self.keystore.envelope(object.secret)?;
+        let copies = copies_of(domain, object);
+        let location = object
+            .path
+            .as_ref()
+            .map_or_else(String::new, |path| path.display().to_string());
+        let (with_mac, without): (Vec<_>, Vec<_>) = copies
+            .iter()
+            .filter(|copy| copy.envelope.kind == object.kind)
+            .partition(|copy| copy.envelope.format() == Envelope::FORMAT);
+        let before = record.as_ref().map(|record| record.envelope.generation);
+        let mut refused = None;
+        for copy in with_mac {
+            let taken = self.adopt_with_mac(copy, &location);
+            refused = refused.or(taken.err());
+        }
+        if let Some(record) = self.keystore.envelope(object.secret)? {
+            let is_news = before != Some(record.envelope.generation);
+            return Ok(is_news.then(|| self.adopted(object, &record.envelope)));
+        }
+        if formats == Formats::WithMac && !without.is_empty() {
+            return Err(not_believed(&domain.name, &EnvelopeError::Format1));
+        }
+        for copy in without {
+            match self.adopt_format_1(copy, &copies, &location) {
+                Ok(made) => {
+                    let step = self.adopted(object, &made);
+                    return Ok(Some(format!("{step}, format 1 from {}", copy.place)));
+                }
+                Err(failure) => drop(refused.get_or_insert(failure)),
+            }
+        }
+        Err(refused.unwrap_or_else(|| {
+            Failure::new(
+                Code::NotFound,
+                format!(
+                    "its envelope {} is neither here, nor in the XML, nor in the image",
+                    object.secret
+                ),
+            )
+            .next(format!(
+                "virsh define FILE, where FILE is a dumpxml of {} with its <virtseal:vm> metadata",
+                word(&domain.name)
+            ))
+        }))
+    }
+
+    fn adopt_with_mac(&self, copy: &VisibleCopy, location: &str) -> Result<(), Failure> {
+        let record = self.keystore.envelope(copy.envelope.id)?;
+        let first = record.as_ref().map_or(&copy.envelope, |record| &record.envelope);
+        let dek = self.registry.open_envelope(first)?;
+        let kept_at = record
+            .as_ref()
+            .map_or(location, |record| record.location.as_str());
+        self.take_in(copy, record.as_ref(), kept_at, &dek)
+    }
+
+    /// One that the keystore does not know.
+    fn adopt_format_1(
+        &self,
+        copy: &VisibleCopy,
+        copies: &[VisibleCopy],
+        location: &str,
+    ) -> Result<Verified, Failure> {
+        let dek = self.registry.open_envelope(&copy.envelope)?;
+        refuse_where_format_2_is_known(copies, &dek)?;
+        self.open_its_object(&copy.envelope, location, &dek)?;
+        let made = copy
+            .envelope
+            .upgrade(&dek, Format1::AdoptedByRoot)
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        self.keystore.put(&made, location)?;
+        Ok(made)
+    }
+
+    fn adopted(&self, object: &ObjectRef, envelope: &Envelope) -> String {
+        format!(
+            "adopt envelope {} of {} (opened by {})",
+            envelope.id,
+            object.label,
+            self.names(envelope).join(", ")
+        )
+    }
+}
+
+/// By the key that opens the format 1, whatever opens the other.
+fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(), Failure> {
+    let Some(known) = copies.iter().find(|copy| copy.envelope.verify(dek).is_ok()) else {
+        return Ok(());
+    };
+    let reason = format!(
+        "its envelope is in {} in format 2, and format 1 is older or not by virtseal",
+        known.place
+    );
+    let providers: Vec<_> = known
+        .envelope
+        .stanzas
+        .iter()
+        .map(|stanza| stanza.provider_name.as_str())
+        .collect();
+    Err(Failure::new(Code::WouldLoseKey, reason).next(format!(
+        "virtseal provider list: that version is opened by {}",
+        providers.join(", ")
+    )))
+}
+
+/// Those in the XML and in the image, of this object's envelope.
+fn copies_of(domain: &Domain, object: &ObjectRef) -> Vec<VisibleCopy> {
+    let metadata = domain.metadata.as_ref();
+    let in_xml = metadata.and_then(|metadata| metadata.envelope(object.secret));
+    let in_xml = in_xml.map(|envelope| VisibleCopy {
+        envelope: envelope.clone(),
+        location: object.path.clone(),
+        place: Place::Xml(domain.name.clone()),
+    });
+    let in_image = object.path.as_deref().and_then(|path: &Path| {
+        Some(VisibleCopy {
+            envelope: volume::inspect(path).ok()?.envelope?,
+            location: Some(path.to_owned()),
+            place: Place::Image(path.to_owned()),
+        })
+    });
+    in_xml
+        .into_iter()
+        .chain(in_image.filter(|copy| copy.envelope.id == object.secret))
+        .collect()
+}
