@@ -18,6 +18,7 @@ mod overdue;
 pub mod pools;
 mod providers;
 mod records;
+mod rivals;
 mod shred;
 mod standing;
 mod status;

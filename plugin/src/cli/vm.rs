@@ -60,20 +60,19 @@ pub(super) enum VmCommand {
         /// The VM: name or UUID.
         vm: String,
     },
-    /// Take keys over that this host does not know.
-    Adopt {
-        /// The file that `virtseal vm forget` has written.
-        #[arg(long, value_name = "FILE")]
-        from: PathBuf,
-    },
-    /// Take keys over that came with a VM from another host, as its first start would.
+    /// Take keys over that this host does not know: those that came with a VM from another host, as its first start would, or
+    /// those in a file.
     Adopt {
         /// The VM: name or UUID.
-        vm: String,
+        #[arg(required_unless_present = "from", conflicts_with = "from")]
+        vm: Option<String>,
         /// Also envelopes of format 1, which anyone who can edit the XML or an image may have changed: you know where they
         /// come from.
-        #[arg(long = "format-1")]
+        #[arg(long = "format-1", conflicts_with = "from")]
         format_1: bool,
+        /// The file that `virtseal vm forget` has written.
+        #[arg(long, value_name = "FILE")]
+        from: Option<PathBuf>,
     },
     /// Show the objects of a VM, or of all sealed VMs.
     Status {
@@ -103,12 +102,6 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
                 .await?;
             printer.outcome(&outcome, dry_run)
         }
-        VmCommand::Adopt { vm, format_1 } => {
-            let outcome = client
-                .call(async |host| host.adopt_vm(&vm, format_1).await)
-                .await?;
-            printer.outcome(&outcome, false)
-        }
         VmCommand::Rekey { vm, watch } => {
             let request = job::request("rekey", None, None, Some(vm));
             job::start(&request, &watch, client, printer).await
@@ -134,7 +127,18 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             let outcome = client.call(async |host| host.forget_vm(&vm).await).await?;
             printer.outcome(&outcome, false)
         }
-        VmCommand::Adopt { from } => {
+        VmCommand::Adopt {
+            vm,
+            format_1,
+            from: None,
+        } => {
+            let vm = vm.unwrap_or_default();
+            let outcome = client
+                .call(async |host| host.adopt_vm(&vm, format_1).await)
+                .await?;
+            printer.outcome(&outcome, false)
+        }
+        VmCommand::Adopt { from: Some(from), .. } => {
             let fds = vec![passphrase::open_file(&from)?];
             let outcome = client.call(async |host| host.adopt_forgotten(fds).await).await?;
             printer.outcome(&outcome, false)

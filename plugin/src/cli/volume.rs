@@ -145,7 +145,7 @@ pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Failure> {
             .collect();
         rows.push((
             "envelope",
-            format!("{} (generation {})", envelope.id, envelope.generation),
+            format!("{} (claims generation {})", envelope.id, envelope.generation),
         ));
         rows.push(("made for", format!("{} of VM {}", envelope.kind, envelope.vm)));
         rows.push(("providers", providers.join(", ")));

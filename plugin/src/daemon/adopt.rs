@@ -149,6 +149,9 @@ impl Daemon {
             .upgrade(&dek, Format1::AdoptedByRoot)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         self.keystore.put(&made, location)?;
+        for copy in copies {
+            self.note_behind(copy)?;
+        }
         Ok(made)
     }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::providers::{native_failure, passphrase_from, take};
+use super::visible::VisibleCopy;
 use super::{Daemon, lock};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
 use crate::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
@@ -142,9 +143,6 @@ impl Daemon {
             .envelopes()?
             .into_iter()
             .map(|record| record.envelope);
-        // Without libvirt, at least what is known here.
-        let visible = self.visible_copies().unwrap_or_default().copies.into_iter();
-        let all = records.chain(visible.map(|copy| copy.envelope));
         let lacks = |envelope: &Envelope| {
             let mut own = envelope
                 .stanzas
@@ -152,12 +150,17 @@ impl Daemon {
                 .filter(|stanza| stanza.provider == native.id());
             own.any(|stanza| native.lacks(&stanza.kek))
         };
-        let lacking: BTreeMap<EnvelopeId, VmId> = all
+        let lacking: BTreeMap<EnvelopeId, VmId> = records
             .filter(lacks)
             .map(|envelope| (envelope.id, envelope.vm))
             .collect();
         if lacking.is_empty() {
-            return Ok(());
+            // Without libvirt, at least what is known here.
+            let visible = self.visible_copies().unwrap_or_default().copies;
+            let claim = visible
+                .into_iter()
+                .find(|copy| lacks(&copy.envelope) && self.may_be_true(copy));
+            return claim.map_or(Ok(()), |claim| Err(claimed(native, &claim)));
         }
         let vms: Vec<VmId> = lacking.into_values().collect();
         Err(Failure::new(
@@ -453,6 +456,23 @@ impl Daemon {
 fn broken(error: &tokio::task::JoinError) -> Failure {
     Failure::new(Code::Failed, format!("virtseald failed: {error}"))
         .next("see its log: journalctl -u virtseald")
+}
+
+/// Deleting and restoring the provider would be the way out of a true claim, and a trap if anybody made it up.
+fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Failure {
+    let name = native.name();
+    Failure::new(
+        Code::WouldLoseKey,
+        format!(
+            "'{name}' is not rotated: it has root key {}, and {} claims a key by a later one, which nothing here can verify",
+            native.generation(),
+            claim.place
+        ),
+    )
+    .next(format!(
+        "virtseal provider rotate {name} on the host that the VM came from; if it came from none of yours, virsh edit it and take \
+         its <virtseal:vm> metadata out"
+    ))
 }
 
 fn second_job(id: i64) -> Failure {

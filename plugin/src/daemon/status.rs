@@ -5,6 +5,7 @@ use std::path::Path;
 
 use swtpm_state::{State, libvirt_state_dir};
 
+use super::rivals;
 use super::standing::{Facts, Found, Owner, Standing, Used};
 use super::vms::{KnownVm, unreachable};
 use super::{Daemon, lock};
@@ -136,7 +137,7 @@ impl Daemon {
             hangs_on: hangs_on(&views),
             power: power(defined).into(),
             state: state.into(),
-            warnings: warnings(domain, state),
+            warnings: [warnings(domain, state), rivals::of(domain, &known.by_id)].concat(),
             objects: views,
         };
         (view, standings)

@@ -148,6 +148,17 @@ impl Daemon {
         Ok(())
     }
 
+    /// Whether a copy may say the truth, as far as this host can tell: what its keystore knows shows whether it was forged.
+    pub(super) fn may_be_true(&self, copy: &VisibleCopy) -> bool {
+        let Ok(Some(record)) = self.keystore.envelope(copy.envelope.id) else {
+            return true;
+        };
+        match self.registry.open_envelope(&record.envelope) {
+            Ok(dek) => copy.envelope.verify(&dek).is_ok(),
+            Err(_) => true,
+        }
+    }
+
     /// What came with this VM, as far as it can be believed now.
     pub(super) fn take_in_copies_of(&self, defined: &DefinedDomain) {
         let kept = KeptXml {
