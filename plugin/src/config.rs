@@ -4,6 +4,7 @@
 //! taken for the default.
 
 mod log_filter;
+mod policy;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,6 +20,7 @@ use crate::provider::registry::Registry;
 use crate::tpm::Tcti;
 
 pub use log_filter::LogFilter;
+pub use policy::Policies;
 
 /// The most envelopes that a job may have in memory.
 const MOST_BATCH: u32 = 1000;
@@ -52,6 +54,8 @@ pub struct Config {
     pub nvram_dir: PathBuf,
     /// The providers (names or UUIDs) that each new envelope gets a stanza of; the default provider alone, if empty.
     pub recipients: Vec<String>,
+    /// What sealed VMs may do beside their sealed objects.
+    pub policy: Policies,
     /// How many envelopes a job changes in one transaction.
     pub batch_size: u32,
     /// How long a job rests between two batches.
@@ -77,6 +81,7 @@ impl Default for Config {
             swtpm_dir: "/var/lib/libvirt/swtpm".into(),
             nvram_dir: "/var/lib/libvirt/qemu/nvram".into(),
             recipients: Vec::new(),
+            policy: Policies::default(),
             batch_size: 50,
             interval: Duration::ZERO,
             tpm: Tcti::default(),
@@ -88,7 +93,7 @@ impl Default for Config {
 impl Config {
     /// Where the package puts it.
     pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
-    const KEYS: [&str; 15] = [
+    const KEYS: [&str; 16] = [
         "socket",
         "hook_socket",
         "socket_group",
@@ -100,6 +105,7 @@ impl Config {
         "swtpm_dir",
         "nvram_dir",
         "recipients",
+        "policy",
         "batch_size",
         "interval",
         "tpm",
@@ -286,12 +292,32 @@ fn keys(text: &str) -> impl Iterator<Item = (usize, &str)> {
 }
 
 fn unknown_key(text: &str, path: &Path) -> Option<ConfigError> {
-    let (line, key) = keys(text).find(|(_, key)| !Config::KEYS.contains(key))?;
+    let Some((line, key)) = keys(text).find(|(_, key)| !Config::KEYS.contains(key)) else {
+        return unknown_policy(text, path);
+    };
     Some(ConfigError::UnknownKey {
         path: path.into(),
         line,
         key: key.into(),
         hint: hint_for(key),
+    })
+}
+
+fn unknown_policy(text: &str, path: &Path) -> Option<ConfigError> {
+    let settings: BTreeMap<String, serde_yaml::Value> = serde_yaml::from_str(text).ok()?;
+    let key = Policies::unknown_key(settings.get("policy")?)?;
+    let (section, _) = keys(text).find(|(_, key)| *key == "policy")?;
+    let line = text
+        .lines()
+        .enumerate()
+        .skip(section - 1)
+        .find(|(_, line)| line.contains(&key));
+    Some(ConfigError::UnknownKey {
+        path: path.into(),
+        line: line.map_or(section, |(index, _)| index + 1),
+        hint: nearest(&key, &Policies::KEYS)
+            .unwrap_or_else(|| format!("policy has {} and {}", Policies::KEYS.join(", "), Policies::VMS)),
+        key,
     })
 }
 
@@ -344,6 +370,11 @@ fn expected(key: &str) -> String {
         }
         "interval" => "a duration: 0, '500ms', '10s', '2m' or a number of seconds, at most an hour".into(),
         "recipients" => "a list of names of providers, such as [kmip-prod, breakglass]".into(),
+        "policy" => format!(
+            "a section with yes or no for {}, and below {} the same for single VMs",
+            Policies::KEYS.join(", "),
+            Policies::VMS
+        ),
         "batch_size" => format!("a whole number from 1 to {MOST_BATCH}"),
         "tpm" => "device:/dev/tpmrm0, tabrmd, swtpm:host=HOST,port=PORT or mssim:host=HOST,port=PORT".into(),
         "log" => "one of error, warn, info, debug, trace, perhaps by module: info,virtseal=debug".into(),
@@ -358,16 +389,15 @@ fn hint_for(key: &str) -> String {
         return "it is the hook's, which works with this daemon down: set it in /etc/virtseal/hook.conf"
             .into();
     }
-    let nearest = Config::KEYS
-        .into_iter()
+    nearest(key, &Config::KEYS).unwrap_or_else(|| format!("valid keys are {}", Config::KEYS.join(", ")))
+}
+
+fn nearest(key: &str, valid: &[&str]) -> Option<String> {
+    let nearest = valid
+        .iter()
         .map(|valid| (strsim::damerau_levenshtein(key, valid), valid))
-        .min()
-        .expect("KEYS is not empty");
-    if nearest.0 <= 4 {
-        format!("did you mean '{}'?", nearest.1)
-    } else {
-        format!("valid keys are {}", Config::KEYS.join(", "))
-    }
+        .min()?;
+    (nearest.0 <= 4).then(|| format!("did you mean '{}'?", nearest.1))
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -414,6 +444,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::{Permission, Policy};
 
     fn parse(text: &str) -> Result<Config, String> {
         Config::parse(text, Path::new("virtseald.yaml")).map_err(|error| crate::failure::chain(&error))
@@ -502,6 +533,49 @@ mod tests {
     }
 
     #[test]
+    fn the_policy_allows_nothing_by_itself_and_a_vm_goes_before_the_host() {
+        let domain = |name: &str| {
+            let id = uuid::Uuid::from_u128(7);
+            crate::domain::Domain::parse(&format!(
+                "<domain type='kvm'><name>{name}</name><uuid>{id}</uuid></domain>"
+            ))
+            .unwrap()
+        };
+        let of = |text: &str, name: &str| parse(text).unwrap().policy.of(&domain(name));
+        let (yes, no) = (Permission::Yes, Permission::No);
+        assert_eq!(of("log: info", "a"), Policy::default());
+        let text = "policy:\n  memory_on_disk: yes\n  mixed_disks: false\n  vms:\n    a: {memory_on_disk: no, mixed_disks: true}\n";
+        assert_eq!(
+            (of(text, "a").memory_on_disk, of(text, "b").memory_on_disk),
+            (no, yes)
+        );
+        assert_eq!((of(text, "a").mixed_disks, of(text, "b").mixed_disks), (yes, no));
+        let text = "policy: {vms: {a: {plain_backing: yes}, 00000000-0000-0000-0000-000000000007: {plain_backing: no}}}";
+        assert_eq!(of(text, "a").plain_backing, no);
+    }
+
+    #[test]
+    fn a_misspelt_policy_is_an_error_with_its_line() {
+        for (text, parts) in [
+            (
+                "log: info\npolicy:\n  memory_on_dsik: yes\n",
+                ["yaml:3", "memory_on_disk"],
+            ),
+            (
+                "policy:\n  vms:\n    a:\n      mixed_disk: yes\n",
+                ["yaml:4", "mixed_disks"],
+            ),
+            ("policy: {memory_on_disk: maybe}\n", ["yaml:1", "yes or no"]),
+            ("policy: [memory_on_disk]\n", ["yaml:1", "yes or no"]),
+        ] {
+            let error = parse(text).unwrap_err();
+            for part in parts {
+                assert!(error.contains(part), "{error}");
+            }
+        }
+    }
+
+    #[test]
     fn relative_paths_and_swapped_deadlines_are_refused() {
         assert!(parse("state_dir: here").unwrap_err().contains("absolute"));
         assert!(
@@ -515,7 +589,7 @@ mod tests {
     fn every_key_is_listed_for_hints() {
         for key in Config::KEYS {
             let error = parse(&format!("{key}: {{a: 1}}")).unwrap_err();
-            assert!(!error.contains("unknown key"), "{key}: {error}");
+            assert!(!error.contains(&format!("unknown key '{key}'")), "{key}: {error}");
         }
     }
 

@@ -236,6 +236,7 @@ impl Daemon {
             registry: &self.registry,
             memory: &self.memory,
             swtpm_dir: self.config().swtpm_dir,
+            policy: self.config().policy.of(domain),
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);
@@ -470,6 +471,7 @@ impl Daemon {
             swtpm_dir: config.swtpm_dir,
             nvram_dir: config.nvram_dir,
             confirmed: ConfirmedFormats::default(),
+            policies: config.policy,
         }
     }
 }

@@ -12,7 +12,9 @@ mod declared;
 pub mod edit;
 mod metadata;
 mod objects;
+mod policy;
 mod read;
+mod side_doors;
 mod splice;
 
 use std::fmt;
@@ -26,7 +28,11 @@ use crate::envelope::{EnvelopeError, EnvelopeId, ObjectKind, VmId};
 pub use bounds::Beyond;
 pub use declared::DeclaredFormat;
 pub use metadata::{Metadata, UnreadableCopy};
-pub use objects::{Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects};
+pub use objects::{
+    Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects, sealed_objects_under,
+};
+pub use policy::{Permission, Policy, PolicyKey};
+pub use side_doors::{Rule, SideDoor};
 
 /// What virtseal needs to know of a libvirt domain (<https://libvirt.org/formatdomain.html>).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,6 +51,8 @@ pub struct Domain {
     pub disks: Vec<Disk>,
     /// The `<tpm>`, if any.
     pub tpm: Option<Tpm>,
+    /// Ways for plaintext beside the objects.
+    pub side_doors: Vec<SideDoor>,
     /// What virtseal wrote; none for a VM that is not sealed.
     pub metadata: Option<Metadata>,
 }

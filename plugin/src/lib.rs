@@ -27,6 +27,7 @@ pub mod provider;
 pub mod rotation;
 pub mod seal;
 pub mod secret;
+pub mod side_doors;
 pub mod sockets;
 pub mod terminal;
 pub mod tpm;

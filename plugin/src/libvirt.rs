@@ -5,6 +5,7 @@
 //! is first needed and again after libvirtd was restarted.
 
 mod probe;
+pub mod qemu_conf;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;

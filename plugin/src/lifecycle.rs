@@ -27,12 +27,13 @@ use std::sync::{Mutex, PoisonError};
 
 use swtpm_state::{State, StateKey, libvirt_state_dir};
 
-use crate::domain::{Domain, ObjectRef, sealed_objects};
+use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
 use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence};
 use crate::failure::{Code, Failure, word};
 use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore};
 use crate::provider::registry::{OpenError, Registry};
 use crate::secret::{Dek, Passphrase};
+use crate::side_doors;
 use crate::terminal::quoted;
 use crate::volume::{self, VolumeError};
 
@@ -66,6 +67,8 @@ pub struct Stage<'a> {
     pub memory: &'a Memory,
     /// Where libvirt keeps vTPM state.
     pub swtpm_dir: PathBuf,
+    /// What the host lets this VM do beside its sealed objects.
+    pub policy: Policy,
 }
 
 /// Decides whether the VM of `xml` may start, and with which keys.
@@ -74,8 +77,9 @@ pub struct Stage<'a> {
 /// The one line that the user sees: the VM, the object, the reason, the next command.
 pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failure> {
     let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
-    let objects = sealed_objects(domain)
+    let objects = sealed_objects_under(domain, stage.policy)
         .map_err(|refusal| stays_off(Failure::new(Code::Failed, refusal.to_string())))?;
+    side_doors::refuse(domain, stage.policy).map_err(stays_off)?;
     let mut versions = Vec::with_capacity(objects.len());
     for object in &objects {
         versions.push(

@@ -13,6 +13,7 @@ mod unseal;
 
 use std::path::{Path, PathBuf};
 
+use crate::config::Policies;
 use crate::domain::edit::{self, DiskEdit, NvramEdit, SealEdit};
 use crate::envelope::{Envelope, ObjectKind};
 use crate::failure::{Code, Failure, chain};
@@ -39,6 +40,8 @@ pub struct Host<'a> {
     pub nvram_dir: PathBuf,
     /// What an admin says of the formats of the disks.
     pub confirmed: ConfirmedFormats,
+    /// What the host lets VMs do beside their sealed objects.
+    pub policies: Policies,
 }
 
 /// A domain whose objects are made, to be defined.

@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{DomainSpec, SealedHost, expect_names};
+use nix::sys::signal::Signal;
+use virtseal_e2e::{DomainSpec, HostBuilder, SealedHost, expect_names};
 
 /// A raw disk of 8 MiB that begins as an image that `options` make, with data at 6 MiB.
 fn disguised(sealed: &SealedHost, name: &str, options: &[&str]) -> Result<DomainSpec> {
@@ -102,5 +103,70 @@ fn a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty() -> Result<()> 
         .virtseal(&["vm", "seal", "--dry-run", "other01"])?
         .succeeded()?;
     expect_names(&steps, &["replace the empty"])?;
+    Ok(())
+}
+
+#[test]
+fn plaintext_beside_the_objects_is_refused_unless_the_policy_allows_it() -> Result<()> {
+    // A directory that is on no tmpfs anywhere, and that nothing here gets as far as making.
+    let host = HostBuilder::default().qemu_conf("memory_backing_dir = \"/usr/share/virtseal-ram\"");
+    let mut sealed = SealedHost::start_on(host)?;
+    sealed.seal_new("web01")?;
+    let plain = sealed.dumpxml("web01")?;
+    let with = |last: &str| plain.replacen("</domain>", &format!("{last}</domain>"), 1);
+    let memory = with("<memoryBacking><access mode='shared'/></memoryBacking>");
+    sealed.host().define_xml(&memory)?;
+    let refused = sealed.refused_start("web01")?;
+    expect_names(
+        &refused,
+        &["web01", "/usr/share/virtseal-ram", "memfd", "memory_on_disk"],
+    )?;
+    let drive = "<commandline xmlns='http://libvirt.org/schemas/domain/qemu/1.0'><arg value='-drive'/><arg value='file=/var/lib/libvirt/images/x,if=none'/></commandline>";
+    sealed.host().define_xml(&with(drive))?;
+    expect_names(
+        &sealed.refused_start("web01")?,
+        &["web01", "-drive", "mixed_disks"],
+    )?;
+
+    let second = sealed.host().empty_disk("second", 1 << 20)?;
+    let disk = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vdb' bus='virtio'/></disk></devices>",
+        second.display()
+    );
+    sealed
+        .host()
+        .define_xml(&plain.replacen("</devices>", &disk, 1))?;
+    expect_names(&sealed.refused_start("web01")?, &["disk vdb", "is not encrypted"])?;
+
+    sealed.configure("policy:\n  memory_on_disk: yes\n  vms:\n    web01: {mixed_disks: yes}\n")?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon()?;
+    sealed.unlock()?;
+    sealed.start_paused("web01")?;
+    sealed.destroy("web01")?;
+
+    // The plan says the same as a start: refused by itself, allowed and warned of by the policy.
+    let other = DomainSpec::minimal("other", &second);
+    let file_memory = other.xml().replacen(
+        "<os>",
+        "<memoryBacking><source type='file'/></memoryBacking><os>",
+        1,
+    );
+    sealed.host().define_xml(&file_memory)?;
+    let planned = sealed.virtseal(&["vm", "seal", "--dry-run", "other"])?;
+    ensure!(planned.code() == Some(0), "{planned:?}");
+    expect_names(&planned.stderr, &["other", "its memory is a file"])?;
+    sealed.configure("")?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon()?;
+    let refused = sealed.refused(1, &["vm", "seal", "--dry-run", "other"])?;
+    expect_names(&refused, &["other", "its memory is a file", "memory_on_disk"])?;
+    sealed.host().define_xml(&other.xml().replacen(
+        "</devices>",
+        "<filesystem><source dir='/srv'/><target dir='t'/></filesystem></devices>",
+        1,
+    ))?;
+    let planned = sealed.virtseal(&["vm", "seal", "--dry-run", "other"])?;
+    expect_names(&planned.stderr, &["/srv", "9p"])?;
     Ok(())
 }

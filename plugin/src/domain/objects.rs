@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::{
-    Disk, DiskDevice, Domain, Encryption, Firmware, Metadata, SecretRef, Source, Tpm, TpmBackend, Uefi,
+    Disk, DiskDevice, Domain, Encryption, Firmware, Metadata, Policy, PolicyKey, SecretRef, Source, Tpm,
+    TpmBackend, Uefi,
 };
 use crate::envelope::{EnvelopeId, ObjectKind, VmId};
 use crate::failure::word;
@@ -136,6 +137,14 @@ pub fn objects(domain: &Domain) -> Vec<Object> {
 /// # Errors
 /// The first reason why it must not start at all.
 pub fn sealed_objects(domain: &Domain) -> Result<Vec<ObjectRef>, Refusal> {
+    sealed_objects_under(domain, Policy::default())
+}
+
+/// As [`sealed_objects`], where the host's policy may allow more.
+///
+/// # Errors
+/// Those of [`sealed_objects`].
+pub fn sealed_objects_under(domain: &Domain, policy: Policy) -> Result<Vec<ObjectRef>, Refusal> {
     let vm = || domain.name.clone();
     let metadata = domain
         .metadata
@@ -156,6 +165,8 @@ pub fn sealed_objects(domain: &Domain) -> Result<Vec<ObjectRef>, Refusal> {
                 secret,
                 path,
             }),
+            // Never the variable store or the vTPM.
+            ObjectState::Plain if kind == ObjectKind::Disk && policy.allows(PolicyKey::MixedDisks) => {}
             ObjectState::Plain => {
                 return Err(Refusal::Plain {
                     vm: vm(),

@@ -6,21 +6,23 @@ use std::str::FromStr;
 
 use roxmltree::{Document, Node};
 
-use super::metadata;
 use super::{
     BackingLayer, Disk, DiskDevice, Domain, DomainError, Encryption, Firmware, Nvram, Position, SecretRef,
     Source, Tpm, TpmBackend, Uefi,
 };
+use super::{metadata, side_doors};
 use crate::envelope::EnvelopeId;
 
 pub(super) fn domain(document: &Document<'_>) -> Result<Domain, DomainError> {
     let root = root(document)?;
+    let firmware = firmware(root)?;
     Ok(Domain {
         uuid: parsed(required(root, "uuid", "<uuid>")?, "UUID")?,
         name: name(root)?,
         domain_type: attribute(root, "type", "<domain type>")?.to_owned(),
         running_id: running_id(root)?,
-        firmware: firmware(root)?,
+        side_doors: side_doors::read(root, &firmware),
+        firmware,
         disks: disks(root)?,
         tpm: tpm(root)?,
         metadata: metadata::read(root)?,

@@ -11,6 +11,7 @@ use crate::domain::{self, Disk, DiskDevice, Domain, Firmware, Source, TpmBackend
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::failure::{Code, Failure, chain, word};
 use crate::libvirt::DefinedDomain;
+use crate::side_doors;
 use crate::terminal::quoted;
 use crate::volume::{Data, VolumeInfo};
 
@@ -131,6 +132,8 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
     let domain = parse(defined)?;
     let of_vm = |failure: Failure| failure.of(name);
     host.confirmed.refuse_unknown(&domain).map_err(of_vm)?;
+    let policy = host.policies.of(&domain);
+    side_doors::refuse(&domain, policy).map_err(of_vm)?;
     let nvram = plan_nvram(host, &domain).map_err(of_vm)?;
     let vtpm = plan_vtpm(host, &domain).map_err(of_vm)?;
     let mut disks = Vec::new();
@@ -159,7 +162,11 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
         disks,
         nvram,
         vtpm,
-        warnings: autostart.into_iter().chain(gone).collect(),
+        warnings: autostart
+            .into_iter()
+            .chain(gone)
+            .chain(side_doors::all_warnings(&domain, policy))
+            .collect(),
     })
 }
 

@@ -1,0 +1,514 @@
+//! Ways on which a sealed VM's data or memory would reach the host's disks beside its sealed objects.
+//!
+//! Each is read from the XML, and [`SideDoor::rule`] says what becomes of it: some refuse a start unless the host's policy
+//! allows them, the others are only warned of. What libvirt writes without asking a hook (saves, snapshots, backups) has no
+//! place in this XML.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use roxmltree::Node;
+
+use super::read::{child, children};
+use super::{Firmware, PolicyKey, Source};
+
+/// One way out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SideDoor {
+    /// The guest's memory is a file, in the directory that qemu.conf names.
+    FileMemory,
+    /// `<memory model=…>`: an NVDIMM or virtio-pmem device, which keeps what the guest writes.
+    PersistentMemory {
+        /// `nvdimm`, `virtio-pmem`.
+        model: String,
+        /// Its file or device.
+        path: Option<PathBuf>,
+    },
+    /// `<qemu:commandline>` adds a disk.
+    StorageArgument(String),
+    /// `<qemu:commandline>` adds memory that is a file.
+    MemoryArgument(String),
+    /// Any other argument in `<qemu:commandline>`.
+    Argument(String),
+    /// `<filesystem>` that the guest may write to: a directory of the host.
+    Directory {
+        /// `virtiofs`, or what libvirt calls 9p: `path`.
+        driver: String,
+        /// The directory, if it is one.
+        path: String,
+    },
+    /// `<pstore>`: the guest's kernel writes its last log to a file.
+    Pstore(String),
+    /// A serial port, console or channel whose output goes to a file.
+    Output {
+        /// `serial`, `console`, …
+        device: String,
+        /// The file.
+        path: String,
+    },
+    /// The guest's memory is dumped to a file when it crashes or its watchdog fires.
+    Dump(&'static str),
+    /// libvirt would make an internal snapshot of the running VM, which kills a QEMU that has a sealed qcow2 disk.
+    InternalSnapshots(&'static str),
+}
+
+/// What becomes of a [`SideDoor`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// Refused, unless the policy allows it.
+    RefusedUnless(PolicyKey),
+    /// Said in the plan and in the status.
+    Warned,
+}
+
+impl SideDoor {
+    /// What becomes of it.
+    #[must_use]
+    pub fn rule(&self) -> Rule {
+        match self {
+            Self::FileMemory | Self::PersistentMemory { .. } | Self::MemoryArgument(_) => {
+                Rule::RefusedUnless(PolicyKey::MemoryOnDisk)
+            }
+            Self::StorageArgument(_) => Rule::RefusedUnless(PolicyKey::MixedDisks),
+            Self::Argument(_)
+            | Self::Directory { .. }
+            | Self::Pstore(_)
+            | Self::Output { .. }
+            | Self::Dump(_)
+            | Self::InternalSnapshots(_) => Rule::Warned,
+        }
+    }
+
+    /// What to change in the XML.
+    #[must_use]
+    pub fn way_out(&self) -> &'static str {
+        match self {
+            Self::FileMemory => "<memoryBacking> with <source type='memfd'/>",
+            Self::PersistentMemory { .. } => "remove that <memory>",
+            Self::StorageArgument(_) | Self::MemoryArgument(_) | Self::Argument(_) => {
+                "take it out of <qemu:commandline>; a <disk> can be sealed"
+            }
+            Self::Directory { .. } => "remove that <filesystem>, or add <readonly/>",
+            Self::Pstore(_) => "remove <pstore>",
+            Self::Output { .. } => "type='pty' without <log>",
+            Self::Dump(_) => "destroy or restart instead",
+            Self::InternalSnapshots(_) => "have UEFI variables in a raw <nvram>",
+        }
+    }
+}
+
+impl fmt::Display for SideDoor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FileMemory => f.write_str("its memory is a file"),
+            Self::PersistentMemory { model, path } => {
+                write!(f, "its {model} memory keeps what the guest writes in plaintext")?;
+                path.as_ref()
+                    .map_or(Ok(()), |path| write!(f, ", in {}", path.display()))
+            }
+            Self::StorageArgument(argument) => {
+                write!(f, "<qemu:commandline> adds storage that nobody seals: {argument}")
+            }
+            Self::MemoryArgument(argument) => {
+                write!(f, "<qemu:commandline> makes its memory a file: {argument}")
+            }
+            Self::Argument(argument) => {
+                write!(
+                    f,
+                    "<qemu:commandline> has {argument}, which virtseal does not check"
+                )
+            }
+            Self::Directory { driver, path } => write!(
+                f,
+                "what the guest writes to the shared directory {path} ({driver}) is plaintext on the host"
+            ),
+            Self::Pstore(path) => {
+                write!(
+                    f,
+                    "what the guest's kernel writes to its pstore is plaintext in {path}"
+                )
+            }
+            Self::Output { device, path } => {
+                write!(
+                    f,
+                    "the output of a {device} port is written to {path} in plaintext"
+                )
+            }
+            Self::Dump(when) => write!(f, "its memory is dumped to a file in plaintext {when}"),
+            Self::InternalSnapshots(why) => write!(
+                f,
+                "{why}, so that libvirt does not refuse an internal snapshot while it runs (the default of virsh snapshot-create-as \
+                 and of virt-manager), and that kills a QEMU with a sealed qcow2 disk: use --disk-only and an encrypted overlay"
+            ),
+        }
+    }
+}
+
+/// Every one in the domain, in the order of [`SideDoor`]'s cases.
+pub(super) fn read(root: Node<'_, '_>, firmware: &Firmware) -> Vec<SideDoor> {
+    let devices = || children(root, "devices").flat_map(|devices| devices.children());
+    let mut found = Vec::new();
+    found.extend(has_file_memory(root).then_some(SideDoor::FileMemory));
+    found.extend(devices().filter_map(persistent_memory));
+    found.extend(arguments(root));
+    found.extend(devices().filter_map(directory));
+    found.extend(
+        devices()
+            .filter(|node| node.has_tag_name("pstore"))
+            .map(|pstore| SideDoor::Pstore(child(pstore, "path").map(super::read::text).unwrap_or_default())),
+    );
+    found.extend(devices().filter_map(output));
+    found.extend(dumps(root));
+    found.extend(snapshots(firmware).map(SideDoor::InternalSnapshots));
+    found
+}
+
+/// libvirt makes a file of all memory whose access is set, unless it is to be memfd or huge pages.
+fn has_file_memory(root: Node<'_, '_>) -> bool {
+    let backing = child(root, "memoryBacking");
+    let of = |name| backing.and_then(|backing| child(backing, name));
+    let source = of("source").and_then(|source| source.attribute("type"));
+    if source == Some("memfd") {
+        return false;
+    }
+    // Pages for some nodes leave the others as they are.
+    let all_huge = of("hugepages")
+        .is_some_and(|huge| children(huge, "page").all(|page| page.attribute("nodeset").is_none()));
+    let cells = child(root, "cpu").and_then(|cpu| child(cpu, "numa"));
+    let cells = cells.into_iter().flat_map(|numa| children(numa, "cell"));
+    let has_access = of("access").is_some()
+        || cells.into_iter().any(|cell| cell.has_attribute("memAccess"))
+        || memories(root).any(|memory| memory.has_attribute("access"));
+    (source == Some("file") || has_access) && !all_huge
+}
+
+fn memories<'a, 'i>(root: Node<'a, 'i>) -> impl Iterator<Item = Node<'a, 'i>> {
+    children(root, "devices").flat_map(|devices| children(devices, "memory"))
+}
+
+fn persistent_memory(node: Node<'_, '_>) -> Option<SideDoor> {
+    let model = node
+        .attribute("model")
+        .filter(|model| node.has_tag_name("memory") && matches!(*model, "nvdimm" | "virtio-pmem"))?;
+    let path = child(node, "source").and_then(|source| child(source, "path"));
+    Some(SideDoor::PersistentMemory {
+        model: model.to_owned(),
+        path: path.map(|path| super::read::text(path).trim().into()),
+    })
+}
+
+fn directory(node: Node<'_, '_>) -> Option<SideDoor> {
+    if !node.has_tag_name("filesystem") || child(node, "readonly").is_some() {
+        return None;
+    }
+    let driver = child(node, "driver").and_then(|driver| driver.attribute("type"));
+    let source = child(node, "source");
+    let path = ["dir", "socket", "file", "dev", "name"]
+        .into_iter()
+        .find_map(|name| source?.attribute(name));
+    Some(SideDoor::Directory {
+        driver: match driver {
+            None | Some("path") => "9p".into(),
+            Some(driver) => driver.to_owned(),
+        },
+        path: path.unwrap_or("of the host").to_owned(),
+    })
+}
+
+fn output(node: Node<'_, '_>) -> Option<SideDoor> {
+    let device = [
+        "serial",
+        "console",
+        "parallel",
+        "channel",
+        "smartcard",
+        "redirdev",
+    ]
+    .into_iter()
+    .find(|name| node.has_tag_name(*name))?;
+    let to_file = child(node, "source")
+        .filter(|_| matches!(node.attribute("type"), Some("file")))
+        .and_then(|source| source.attribute("path"));
+    let log = child(node, "log").and_then(|log| log.attribute("file"));
+    to_file.or(log).map(|path| SideDoor::Output {
+        device: device.to_owned(),
+        path: path.to_owned(),
+    })
+}
+
+fn dumps(root: Node<'_, '_>) -> impl Iterator<Item = SideDoor> {
+    let crash = child(root, "on_crash").map(super::read::text);
+    let crash = crash.filter(|action| action.trim().starts_with("coredump"));
+    let mut watchdogs = children(root, "devices").flat_map(|devices| children(devices, "watchdog"));
+    let watchdog = watchdogs.any(|watchdog| watchdog.attribute("action") == Some("dump"));
+    [
+        crash.map(|_| SideDoor::Dump("when the guest crashes")),
+        watchdog.then_some(SideDoor::Dump("when its watchdog fires")),
+    ]
+    .into_iter()
+    .flatten()
+}
+
+/// libvirt refuses internal snapshots of a running VM whose variable store is a raw file.
+fn snapshots(firmware: &Firmware) -> Option<&'static str> {
+    match firmware {
+        Firmware::Bios | Firmware::Rom(_) => Some("it has no UEFI variable store"),
+        Firmware::Uefi(uefi) if uefi.stateless => Some("its UEFI is stateless"),
+        Firmware::Uefi(uefi) => {
+            let nvram = uefi.nvram.as_ref()?;
+            let is_qcow2 = nvram.format.as_deref() == Some("qcow2");
+            (is_qcow2 && nvram.source != Source::Empty).then_some("its UEFI variable store is qcow2")
+        }
+    }
+}
+
+const QEMU_NAMESPACE: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
+
+/// Options of QEMU that add a disk or a directory, or read more options from a file.
+const STORAGE: [&str; 18] = [
+    "drive",
+    "blockdev",
+    "hda",
+    "hdb",
+    "hdc",
+    "hdd",
+    "fda",
+    "fdb",
+    "cdrom",
+    "sd",
+    "mtdblock",
+    "pflash",
+    "snapshot",
+    "fsdev",
+    "virtfs",
+    "readconfig",
+    "loadvm",
+    "set",
+];
+/// Devices that have storage behind them, as a prefix of their names. A controller has none.
+const STORAGE_DEVICES: [&str; 20] = [
+    "virtio-blk",
+    "vhost-user-blk",
+    "scsi-",
+    "ide-hd",
+    "ide-cd",
+    "ide-drive",
+    "ide-cf",
+    "nvme",
+    "usb-storage",
+    "usb-bot",
+    "usb-uas",
+    "usb-mtp",
+    "floppy",
+    "isa-fdc",
+    "sd-card",
+    "emmc",
+    "virtio-9p",
+    "vhost-user-fs",
+    "xen-disk",
+    "vfio-user",
+];
+const MEMORY_DEVICES: [&str; 3] = ["nvdimm", "virtio-pmem", "ivshmem"];
+
+/// The arguments of `<qemu:commandline>`, each option with what belongs to it.
+fn arguments(root: Node<'_, '_>) -> Vec<SideDoor> {
+    let lines = root
+        .children()
+        .filter(|node| node.has_tag_name((QEMU_NAMESPACE, "commandline")));
+    let values: Vec<_> = lines
+        .flat_map(|line| line.children())
+        .filter(|node| node.has_tag_name((QEMU_NAMESPACE, "arg")))
+        .filter_map(|node| node.attribute("value"))
+        .collect();
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < values.len() {
+        let option = values[at];
+        let value = values.get(at + 1).filter(|next| !next.starts_with('-'));
+        at += 1 + usize::from(value.is_some());
+        found.push(argument(option, value.copied()));
+    }
+    found
+}
+
+fn argument(option: &str, value: Option<&str>) -> SideDoor {
+    let name = option.trim_start_matches('-');
+    let value = value.unwrap_or_default();
+    let shown = format!("{option} {value}").trim_end().to_owned();
+    // `driver=x,…`, `x,…` and `{"driver": "x", …}`
+    let is_one_of = |names: &[&str]| {
+        value
+            .split(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '-' | '_' | '.'))
+            .any(|word| names.iter().any(|name| word.starts_with(name)))
+    };
+    let has_key = |key: &str| value.contains(&format!("{key}=")) || value.contains(&format!("\"{key}\""));
+    match name {
+        // What does not begin with a dash is a disk image to QEMU.
+        _ if !option.starts_with('-') => SideDoor::StorageArgument(shown),
+        name if STORAGE.contains(&name) => SideDoor::StorageArgument(shown),
+        "device" if is_one_of(&MEMORY_DEVICES) || has_key("memdev") => SideDoor::MemoryArgument(shown),
+        "device" if is_one_of(&STORAGE_DEVICES) || has_key("drive") => SideDoor::StorageArgument(shown),
+        "mem-path" => SideDoor::MemoryArgument(shown),
+        "object" if is_one_of(&["memory-backend-file"]) || has_key("mem-path") => {
+            SideDoor::MemoryArgument(shown)
+        }
+        _ => SideDoor::Argument(shown),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Domain;
+    use super::*;
+
+    fn doors(inside: &str) -> Vec<SideDoor> {
+        let xml = format!(
+            "<domain type='kvm' xmlns:qemu='{QEMU_NAMESPACE}'><name>a</name><uuid>{}</uuid>\
+             <os><loader type='pflash'>/c</loader><nvram>/v</nvram></os>{inside}</domain>",
+            uuid::Uuid::new_v4()
+        );
+        Domain::parse(&xml).unwrap().side_doors
+    }
+
+    #[test]
+    fn memory_is_a_file_wherever_libvirt_makes_it_one() {
+        for inside in [
+            "<memoryBacking><source type='file'/></memoryBacking>",
+            "<memoryBacking><access mode='shared'/></memoryBacking>",
+            "<memoryBacking><access mode='private'/></memoryBacking>",
+            "<memoryBacking><source type='anonymous'/><access mode='shared'/></memoryBacking>",
+            "<cpu><numa><cell id='0' memory='1' memAccess='shared'/></numa></cpu>",
+            "<memoryBacking><hugepages><page size='2' unit='M' nodeset='1'/></hugepages><access mode='shared'/></memoryBacking>",
+            "<memoryBacking><source type='file'/></memoryBacking><devices/>",
+        ] {
+            assert_eq!(doors(inside), [SideDoor::FileMemory], "{inside}");
+        }
+        for inside in [
+            "",
+            "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>",
+            "<memoryBacking><hugepages/><access mode='shared'/></memoryBacking>",
+            "<memoryBacking><source type='anonymous'/><locked/></memoryBacking>",
+        ] {
+            assert_eq!(doors(inside), [], "{inside}");
+        }
+    }
+
+    #[test]
+    fn persistent_memory_is_refused() {
+        for model in ["nvdimm", "virtio-pmem"] {
+            let found = doors(&format!(
+                "<devices><memory model='{model}'><source><path>/img/nv</path></source></memory></devices>"
+            ));
+            assert_eq!(found[0].rule(), Rule::RefusedUnless(PolicyKey::MemoryOnDisk));
+            assert!(found[0].to_string().contains("/img/nv"), "{found:?}");
+        }
+        assert_eq!(
+            doors("<devices><memory model='dimm'><target/></memory></devices>"),
+            []
+        );
+    }
+
+    #[test]
+    fn arguments_that_add_storage_or_memory_files_are_refused() {
+        let line = |arguments: &[&str]| {
+            let arguments: String = arguments
+                .iter()
+                .map(|value| format!("<qemu:arg value='{value}'/>"))
+                .collect();
+            doors(&format!("<qemu:commandline>{arguments}</qemu:commandline>"))
+        };
+        for arguments in [
+            &["-drive", "file=/x,if=none"][..],
+            &["--drive", "file=/x"],
+            &["-blockdev", "{\"driver\":\"raw\"}"],
+            &["-hda", "/x"],
+            &["/x.img"],
+            &["-snapshot"],
+            &["-virtfs", "local,path=/x"],
+            &["-readconfig", "/x"],
+            &["-device", "virtio-blk-pci,drive=d"],
+            &["-device", "nvme,serial=1,drive=d"],
+            &["-device", "{\"driver\":\"virtio-blk-pci\",\"drive\":\"d\"}"],
+            &["-device", "driver=usb-storage,drive=d"],
+        ] {
+            let found = line(arguments);
+            let storage = |door: &SideDoor| door.rule() == Rule::RefusedUnless(PolicyKey::MixedDisks);
+            assert!(found.iter().any(storage), "{arguments:?}: {found:?}");
+        }
+        for arguments in [
+            &["-mem-path", "/x"][..],
+            &["-object", "memory-backend-file,id=m,mem-path=/x"],
+            &["-object", "{\"qom-type\":\"memory-backend-file\"}"],
+            &["-device", "nvdimm,memdev=m"],
+            &["-device", "virtio-pmem-pci,memdev=m"],
+        ] {
+            let found = line(arguments);
+            let memory = |door: &SideDoor| door.rule() == Rule::RefusedUnless(PolicyKey::MemoryOnDisk);
+            assert!(found.iter().any(memory), "{arguments:?}: {found:?}");
+        }
+        for arguments in [
+            &["-cpu", "host"][..],
+            &["-device", "virtio-scsi-pci"],
+            &["-device", "vfio-pci,host=01:00.0"],
+            &["-D", "/x"],
+        ] {
+            assert_eq!(line(arguments), [SideDoor::Argument(arguments.join(" "))]);
+        }
+    }
+
+    #[test]
+    fn what_lands_in_files_is_warned_of() {
+        for (inside, named) in [
+            (
+                "<filesystem><source dir='/srv'/><target dir='t'/></filesystem>",
+                "/srv",
+            ),
+            (
+                "<filesystem><driver type='virtiofs'/><source dir='/srv'/><target dir='t'/></filesystem>",
+                "virtiofs",
+            ),
+            ("<pstore backend='acpi-erst'><path>/p</path></pstore>", "/p"),
+            ("<serial type='file'><source path='/s'/></serial>", "/s"),
+            ("<console type='pty'><log file='/l'/></console>", "/l"),
+            ("<channel type='file'><source path='/c'/></channel>", "/c"),
+            ("<watchdog model='i6300esb' action='dump'/>", "watchdog"),
+        ] {
+            let found = doors(&format!("<devices>{inside}</devices>"));
+            assert_eq!(found.len(), 1, "{inside}: {found:?}");
+            assert_eq!(found[0].rule(), Rule::Warned);
+            assert!(found[0].to_string().contains(named), "{found:?}");
+        }
+        assert_eq!(
+            doors("<on_crash>coredump-destroy</on_crash>"),
+            [SideDoor::Dump("when the guest crashes")]
+        );
+        for harmless in [
+            "<filesystem><source dir='/srv'/><readonly/></filesystem>",
+            "<serial type='pty'/>",
+        ] {
+            assert_eq!(doors(&format!("<devices>{harmless}</devices>")), [], "{harmless}");
+        }
+    }
+
+    #[test]
+    fn only_a_raw_variable_store_keeps_libvirt_from_internal_snapshots() {
+        let with = |os: &str| {
+            let xml = format!(
+                "<domain type='kvm'><name>a</name><uuid>{}</uuid><os>{os}</os></domain>",
+                uuid::Uuid::new_v4()
+            );
+            Domain::parse(&xml).unwrap().side_doors
+        };
+        for os in [
+            "<type>hvm</type>",
+            "<loader type='pflash' stateless='yes'>/c</loader>",
+            "<loader type='pflash'>/c</loader><nvram format='qcow2'>/v</nvram>",
+        ] {
+            assert!(matches!(with(os)[..], [SideDoor::InternalSnapshots(_)]), "{os}");
+        }
+        assert_eq!(
+            with("<loader type='pflash'>/c</loader><nvram format='raw'>/v</nvram>"),
+            []
+        );
+    }
+}

@@ -1,0 +1,215 @@
+//! Whether a sealed VM may start, or be sealed, with the side doors that its XML has: the host's policy decides.
+
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
+
+use crate::config::Config;
+use crate::domain::{Domain, Permission, Policy, Rule, SideDoor};
+use crate::failure::{Code, Failure, chain};
+use crate::libvirt::qemu_conf::QemuConf;
+use crate::terminal::{quoted, visible};
+use crate::volume;
+
+/// Not in libc for every target.
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+
+/// Where memory that is a file would lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum MemoryFiles {
+    /// On tmpfs, or in huge pages.
+    InMemory,
+    /// On a disk, or nobody knows where.
+    OnDisk(String),
+}
+
+impl MemoryFiles {
+    /// Looks at this host, if the domain needs to know.
+    fn of_this_host() -> Self {
+        match QemuConf::read() {
+            Ok(conf) => Self::at(&conf.memory_dir()),
+            Err(error) => Self::OnDisk(format!(
+                "in a place that qemu.conf does not tell ({})",
+                chain(&error)
+            )),
+        }
+    }
+
+    /// libvirt makes the directory when it is first needed.
+    fn at(directory: &Path) -> Self {
+        let file_system = directory.ancestors().find_map(|above| statfs(above).ok());
+        let kind = file_system.map(|found| found.filesystem_type());
+        if kind.is_some_and(|kind| [TMPFS_MAGIC, HUGETLBFS_MAGIC, RAMFS_MAGIC].contains(&kind)) {
+            Self::InMemory
+        } else {
+            Self::OnDisk(format!("in {}, which is on a disk", directory.display()))
+        }
+    }
+}
+
+/// The doors that are really open, each with its rule; `Err` has what is refused.
+fn judge(
+    domain: &Domain,
+    policy: Policy,
+    memory: impl Fn() -> MemoryFiles,
+) -> Vec<(String, &SideDoor, Rule)> {
+    let mut found = Vec::new();
+    for door in &domain.side_doors {
+        let words = match (door, door.rule()) {
+            (SideDoor::FileMemory, _) => match memory() {
+                MemoryFiles::InMemory => continue,
+                MemoryFiles::OnDisk(place) => format!("{door} {place}"),
+            },
+            _ => visible(&door.to_string()).into_owned(),
+        };
+        let rule = match door.rule() {
+            // Allowed, and still to be known.
+            Rule::RefusedUnless(key) if policy.allows(key) => Rule::Warned,
+            rule => rule,
+        };
+        found.push((words, door, rule));
+    }
+    found
+}
+
+/// Refuses the first one that the policy does not allow.
+///
+/// # Errors
+/// With what to change in the XML, and the key that would allow it.
+pub fn refuse(domain: &Domain, policy: Policy) -> Result<(), Failure> {
+    refuse_with(domain, policy, MemoryFiles::of_this_host)
+}
+
+fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles) -> Result<(), Failure> {
+    let judged = judge(domain, policy, memory);
+    let refused = judged.iter().find_map(|(words, door, rule)| match rule {
+        Rule::RefusedUnless(key) => Some((words, door, key)),
+        Rule::Warned => None,
+    });
+    let Some((words, door, key)) = refused else {
+        return Ok(());
+    };
+    Err(Failure::new(Code::Failed, words.clone()).next(format!(
+        "virsh edit {}: {}; or allow it with `policy: {{{}: yes}}` in {}",
+        quoted(&domain.name),
+        door.way_out(),
+        key.as_str(),
+        Config::DEFAULT_PATH
+    )))
+}
+
+/// What is allowed and still lands in plaintext somewhere.
+#[must_use]
+pub fn warnings(domain: &Domain, policy: Policy) -> Vec<String> {
+    let judged = judge(domain, policy, MemoryFiles::of_this_host).into_iter();
+    judged
+        .filter(|(_, _, rule)| *rule == Rule::Warned)
+        .map(|(words, door, _)| format!("{}: {words} ({})", visible(&domain.name), door.way_out()))
+        .collect()
+}
+
+/// [`warnings`], and which plain images the VM's disks are based on.
+#[must_use]
+pub fn all_warnings(domain: &Domain, policy: Policy) -> Vec<String> {
+    let mut found = warnings(domain, policy);
+    if policy.plain_backing == Permission::Yes {
+        return found;
+    }
+    for disk in domain.disks.iter().filter(|disk| !disk.readonly) {
+        let plain = disk.source.path().map(plain_backing).unwrap_or_default();
+        found.extend(plain.iter().map(|layer| {
+            format!(
+                "{}: disk {} is based on the plain image {}: whatever is in that is plaintext (`policy: {{plain_backing: yes}}` \
+                 in {} ends this warning)",
+                visible(&domain.name),
+                visible(&disk.target),
+                visible(&layer.display().to_string()),
+                Config::DEFAULT_PATH
+            )
+        }));
+    }
+    found
+}
+
+/// The files below `image`, a sealed disk, that hold their data in plaintext. Headers alone are read.
+fn plain_backing(image: &Path) -> Vec<PathBuf> {
+    let layers = volume::backing_chain(image).unwrap_or_default().into_iter();
+    layers
+        .skip(1)
+        .filter(|layer| !layer.encrypted)
+        .map(|layer| layer.path)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn domain(inside: &str) -> Domain {
+        let xml = format!(
+            "<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>my vm</name><uuid>{}</uuid>\
+             <os><loader type='pflash'>/c</loader><nvram>/v</nvram></os>{inside}</domain>",
+            uuid::Uuid::new_v4()
+        );
+        Domain::parse(&xml).unwrap()
+    }
+
+    const FILE_MEMORY: &str = "<memoryBacking><source type='file'/></memoryBacking>";
+
+    fn on_disk() -> MemoryFiles {
+        MemoryFiles::OnDisk("in /ram, which is on a disk".into())
+    }
+
+    #[test]
+    fn file_memory_is_refused_on_a_disk_alone_and_its_policy_allows_it() {
+        let vm = domain(FILE_MEMORY);
+        let refused = refuse_with(&vm, Policy::default(), on_disk)
+            .unwrap_err()
+            .to_string();
+        for part in [
+            "its memory is a file in /ram",
+            "virsh edit 'my vm'",
+            "memfd",
+            "memory_on_disk: yes",
+        ] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        assert!(refuse_with(&vm, Policy::default(), || MemoryFiles::InMemory).is_ok());
+        let allowed = Policy {
+            memory_on_disk: Permission::Yes,
+            ..Policy::default()
+        };
+        assert!(refuse_with(&vm, allowed, on_disk).is_ok());
+        let other = Policy {
+            mixed_disks: Permission::Yes,
+            ..Policy::default()
+        };
+        assert!(refuse_with(&vm, other, on_disk).is_err());
+        assert_eq!(judge(&vm, allowed, on_disk)[0].2, Rule::Warned);
+    }
+
+    #[test]
+    fn a_disk_by_argument_is_refused_and_a_shared_directory_is_not() {
+        let drive =
+            "<qemu:commandline><qemu:arg value='-drive'/><qemu:arg value='file=/x'/></qemu:commandline>";
+        let refused = refuse(&domain(drive), Policy::default()).unwrap_err().to_string();
+        assert!(
+            refused.contains("-drive file=/x") && refused.contains("mixed_disks"),
+            "{refused}"
+        );
+        let shared = domain("<devices><filesystem><source dir='/srv'/></filesystem></devices>");
+        assert!(refuse(&shared, Policy::default()).is_ok());
+        let warned = warnings(&shared, Policy::default());
+        assert!(matches!(&warned[..], [one] if one.contains("/srv")), "{warned:?}");
+    }
+
+    #[test]
+    fn the_file_system_decides_also_before_the_directory_is_made() {
+        assert_eq!(
+            MemoryFiles::at(Path::new("/dev/shm/not/yet")),
+            MemoryFiles::InMemory
+        );
+        let on_disk = MemoryFiles::at(Path::new("/proc/not/yet"));
+        assert!(matches!(on_disk, MemoryFiles::OnDisk(_)), "{on_disk:?}");
+    }
+}
