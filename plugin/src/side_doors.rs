@@ -108,10 +108,22 @@ pub fn warnings(domain: &Domain, policy: Policy) -> Vec<String> {
         .collect()
 }
 
-/// [`warnings`], and which plain images the VM's disks are based on.
+/// [`warnings`], and why the next start of a sealed VM is refused.
 #[must_use]
-pub fn all_warnings(domain: &Domain, policy: Policy) -> Vec<String> {
-    let mut found = warnings(domain, policy);
+pub fn findings(domain: &Domain, policy: Policy) -> Vec<String> {
+    let refused = refuse(domain, policy).err();
+    let refused = refused.map(|failure| {
+        failure
+            .of(format!("{} stays off at its next start", domain.name))
+            .to_string()
+    });
+    refused.into_iter().chain(warnings(domain, policy)).collect()
+}
+
+/// Which plain images the VM's disks are based on.
+#[must_use]
+pub fn plain_layers(domain: &Domain, policy: Policy) -> Vec<String> {
+    let mut found = Vec::new();
     if policy.plain_backing == Permission::Yes {
         return found;
     }

@@ -121,6 +121,12 @@ fn plaintext_beside_the_objects_is_refused_unless_the_policy_allows_it() -> Resu
         &refused,
         &["web01", "/usr/share/virtseal-ram", "memfd", "memory_on_disk"],
     )?;
+    let status = sealed.json(&["vm", "status", "web01"])?;
+    let warned = status[0]["warnings"].to_string();
+    ensure!(
+        warned.contains("next start") && warned.contains("memory_on_disk"),
+        "{status}"
+    );
     let drive = "<commandline xmlns='http://libvirt.org/schemas/domain/qemu/1.0'><arg value='-drive'/><arg value='file=/var/lib/libvirt/images/x,if=none'/></commandline>";
     sealed.host().define_xml(&with(drive))?;
     expect_names(

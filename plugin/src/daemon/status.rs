@@ -15,6 +15,7 @@ use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{EnvelopeRecord, EnvelopeState, VmRecord};
 use crate::libvirt::DefinedDomain;
+use crate::side_doors;
 use crate::volume::{self, VolumeError};
 
 impl Daemon {
@@ -48,7 +49,12 @@ impl Daemon {
         let view = match self.find_vm(vm)? {
             KnownVm::Defined(defined) => {
                 let domain = Domain::parse(&defined.xml).map_err(|error| unreadable(&defined, &error))?;
-                self.defined(&defined, &domain, Look::Closely, &known).0
+                let mut view = self.defined(&defined, &domain, Look::Closely, &known).0;
+                view.warnings.extend(side_doors::plain_layers(
+                    &domain,
+                    self.config().policy.of(&domain),
+                ));
+                view
             }
             KnownVm::Undefined(record) => self.undefined(&record, &known),
         };
@@ -137,10 +143,23 @@ impl Daemon {
             hangs_on: hangs_on(&views),
             power: power(defined).into(),
             state: state.into(),
-            warnings: [warnings(domain, state), rivals::of(domain, &known.by_id)].concat(),
+            warnings: [
+                warnings(domain, state),
+                rivals::of(domain, &known.by_id),
+                self.side_doors(domain),
+            ]
+            .concat(),
             objects: views,
         };
         (view, standings)
+    }
+
+    /// Only a sealed VM has any.
+    fn side_doors(&self, domain: &Domain) -> Vec<String> {
+        match &domain.metadata {
+            Some(_) => side_doors::findings(domain, self.config().policy.of(domain)),
+            None => Vec::new(),
+        }
     }
 
     fn object(&self, domain: &Domain, object: &Object, look: Look, known: &Known) -> (ObjectView, Standing) {

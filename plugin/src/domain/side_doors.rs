@@ -157,7 +157,16 @@ pub(super) fn read(root: Node<'_, '_>, firmware: &Firmware) -> Vec<SideDoor> {
             .filter(|node| node.has_tag_name("pstore"))
             .map(|pstore| SideDoor::Pstore(child(pstore, "path").map(super::read::text).unwrap_or_default())),
     );
-    found.extend(devices().filter_map(output));
+    for output in devices().filter_map(output) {
+        // libvirt shows the first serial port as a console too.
+        let path = |door: &SideDoor| match door {
+            SideDoor::Output { path, .. } => Some(path.clone()),
+            _ => None,
+        };
+        if !found.iter().any(|door| path(door) == path(&output)) {
+            found.push(output);
+        }
+    }
     found.extend(dumps(root));
     found.extend(snapshots(firmware).map(SideDoor::InternalSnapshots));
     found

@@ -165,7 +165,8 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
         warnings: autostart
             .into_iter()
             .chain(gone)
-            .chain(side_doors::all_warnings(&domain, policy))
+            .chain(side_doors::warnings(&domain, policy))
+            .chain(side_doors::plain_layers(&domain, policy))
             .collect(),
     })
 }

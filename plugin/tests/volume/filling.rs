@@ -164,7 +164,7 @@ fn a_source_that_names_other_files_once_it_was_judged_reaches_none() {
     let flip = || {
         fs::copy(bench.path("evil"), bench.path("source"))
             .map(drop)
-            .unwrap()
+            .unwrap();
     };
     let refused = meanwhile(&bench, flip);
     assert!(matches!(refused, VolumeError::SourceChanged(_)), "{refused}");
