@@ -52,6 +52,8 @@ pub struct Config {
     pub swtpm_dir: PathBuf,
     /// Where new UEFI variable stores go when the domain names none.
     pub nvram_dir: PathBuf,
+    /// Directories besides libvirt's own and its storage pools whose files domain XML may name for virtseal to change.
+    pub image_dirs: Vec<PathBuf>,
     /// The providers (names or UUIDs) that each new envelope gets a stanza of; the default provider alone, if empty.
     pub recipients: Vec<String>,
     /// What sealed VMs may do beside their sealed objects.
@@ -80,6 +82,7 @@ impl Default for Config {
             probe_interval: Registry::PROBE_INTERVAL,
             swtpm_dir: "/var/lib/libvirt/swtpm".into(),
             nvram_dir: "/var/lib/libvirt/qemu/nvram".into(),
+            image_dirs: Vec::new(),
             recipients: Vec::new(),
             policy: Policies::default(),
             batch_size: 50,
@@ -93,7 +96,7 @@ impl Default for Config {
 impl Config {
     /// Where the package puts it.
     pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
-    const KEYS: [&str; 16] = [
+    const KEYS: [&str; 17] = [
         "socket",
         "hook_socket",
         "socket_group",
@@ -104,6 +107,7 @@ impl Config {
         "probe_interval",
         "swtpm_dir",
         "nvram_dir",
+        "image_dirs",
         "recipients",
         "policy",
         "batch_size",
@@ -170,6 +174,7 @@ impl Config {
         let relative = [&self.socket, &self.state_dir, &self.swtpm_dir, &self.nvram_dir]
             .into_iter()
             .chain(&self.hook_socket)
+            .chain(&self.image_dirs)
             .find(|path| !path.is_absolute());
         if let Some(value) = relative {
             return Err(ConfigError::RelativePath {
@@ -369,6 +374,7 @@ fn expected(key: &str) -> String {
             "a duration of more than 0: '10s', '500ms', '2m' or a number of seconds, at most an hour".into()
         }
         "interval" => "a duration: 0, '500ms', '10s', '2m' or a number of seconds, at most an hour".into(),
+        "image_dirs" => "a list of directories, such as [/srv/images]".into(),
         "recipients" => "a list of names of providers, such as [kmip-prod, breakglass]".into(),
         "policy" => format!(
             "a section with yes or no for {}, and below {} the same for single VMs",
@@ -578,6 +584,15 @@ mod tests {
     #[test]
     fn relative_paths_and_swapped_deadlines_are_refused() {
         assert!(parse("state_dir: here").unwrap_err().contains("absolute"));
+        assert!(
+            parse("image_dirs: [/srv, vms]")
+                .unwrap_err()
+                .contains("'vms' must be an absolute")
+        );
+        assert_eq!(
+            parse("image_dirs: [/srv]").unwrap().image_dirs,
+            [Path::new("/srv")]
+        );
         assert!(
             parse("hook_deadline: 1s")
                 .unwrap_err()

@@ -15,6 +15,7 @@ mod host_tpm;
 mod jobs;
 mod marks;
 mod overdue;
+mod paths;
 pub mod pools;
 mod providers;
 mod records;
@@ -27,7 +28,7 @@ mod visible;
 mod vms;
 mod volumes;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -44,6 +45,7 @@ use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{CopyPlace, JobId, Keystore};
 use crate::libvirt::{Arming, Libvirt, LibvirtError};
 use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
+use crate::permitted::PathRule;
 use crate::provider::registry::Registry;
 use crate::seal::{self, ConfirmedFormats, Host};
 use crate::tpm::Tpm;
@@ -349,12 +351,16 @@ impl Daemon {
         let Ok(records) = self.keystore.envelopes() else {
             return;
         };
-        let images = records.iter().filter(|record| !record.location.is_empty());
-        let directories: BTreeSet<_> = images
-            .filter_map(|record| Path::new(&record.location).parent().map(Path::to_owned))
+        let locations = records.iter().map(|record| Path::new(&record.location));
+        // One image of each directory.
+        let images: BTreeMap<_, _> = locations
+            .filter_map(|location| Some((location.parent()?, location)))
             .collect();
-        for directory in directories.iter().filter(|directory| directory.is_dir()) {
-            match volume::sweep_temporaries(directory) {
+        for image in images
+            .into_values()
+            .filter_map(|image| self.known_place(image).ok())
+        {
+            match volume::sweep_temporaries(&image) {
                 Ok(removed) => removed
                     .iter()
                     .for_each(|path| tracing::info!(path = %path.display(), "removed a leftover")),
@@ -398,26 +404,27 @@ impl Daemon {
         }
         let host = Host {
             confirmed,
-            ..self.host()
+            ..self.host_of_vms()?
         };
         let plan = seal::plan(&host, &domain)?;
         if dry_run {
             return Ok(plan.outcome(false));
         }
-        let sealed = self.while_marked(&domain, || seal::seal(&self.host(), &domain, &plan, provider));
+        let sealed = self.while_marked(&domain, || seal::seal(&host, &domain, &plan, provider));
         self.audit_vm("seal", domain.vm, &domain.name, &sealed);
         let made = sealed?;
         let changed = made.xml != domain.xml;
         if changed {
             self.libvirt.define(&made.xml).map_err(|error| {
-                Failure::new(
-                    Code::Failed,
-                    format!("{} is not redefined: {}", domain.name, chain(&error)),
-                )
-                .next(format!(
-                    "virtseal vm seal {}: it goes on from here, nothing is lost",
-                    word(vm)
-                ))
+                made.replaced
+                    .after(Failure::new(
+                        Code::Failed,
+                        format!("{} is not redefined: {}", domain.name, chain(&error)),
+                    ))
+                    .next(format!(
+                        "virtseal vm seal {}: it goes on from here, nothing is lost",
+                        word(vm)
+                    ))
             })?;
             self.catch_up(&made.xml)?;
         }
@@ -445,15 +452,17 @@ impl Daemon {
         if let Some(unmarked) = self.unmark(&domain, dry_run)? {
             return Ok(unmarked);
         }
-        let plan = seal::plan_unseal(&self.host(), &domain)?;
+        let host = self.host_of_vms()?;
+        let plan = seal::plan_unseal(&host, &domain)?;
         if !dry_run {
-            let unsealed = seal::unseal(&plan).and_then(|_replaced| {
+            let unsealed = seal::unseal(&host, &plan).and_then(|replaced| {
                 self.libvirt.define(&plan.xml).map_err(|error| {
-                    Failure::new(
-                        Code::Failed,
-                        format!("{} is not redefined: {}", domain.name, chain(&error)),
-                    )
-                    .next(format!("virtseal vm unseal {}: it goes on from here", word(vm)))
+                    replaced
+                        .after(Failure::new(
+                            Code::Failed,
+                            format!("{} is not redefined: {}", domain.name, chain(&error)),
+                        ))
+                        .next(format!("virtseal vm unseal {}: it goes on from here", word(vm)))
                 })
             });
             self.audit_vm("unseal", domain.vm, &domain.name, &unsealed);
@@ -468,11 +477,26 @@ impl Daemon {
         Host {
             keystore: &self.keystore,
             registry: &self.registry,
+            paths: PathRule::of(&config),
             swtpm_dir: config.swtpm_dir,
             nvram_dir: config.nvram_dir,
             confirmed: ConfirmedFormats::default(),
             policies: config.policy,
+            kept: Vec::new(),
         }
+    }
+
+    /// With what libvirt knows of all VMs and storage pools, for what acts on files that domain XML names.
+    fn host_of_vms(&self) -> Result<Host<'_>, Failure> {
+        let kept = self
+            .background
+            .every_xml()
+            .map_err(|error| vms::unreachable(&error))?;
+        Ok(Host {
+            paths: self.path_rule(),
+            kept,
+            ..self.host()
+        })
     }
 }
 

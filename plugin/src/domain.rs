@@ -21,9 +21,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use roxmltree::{Document, Node, ParsingOptions};
+use swtpm_state::libvirt_state_dir;
 use thiserror::Error;
 
 use crate::envelope::{EnvelopeError, EnvelopeId, ObjectKind, VmId};
+use crate::failure::{Code, Failure, word};
 
 pub use bounds::Beyond;
 pub use declared::DeclaredFormat;
@@ -82,6 +84,26 @@ impl Domain {
                 .disks
                 .iter()
                 .any(|disk| disk.shareable && disk.source.path() == path)
+    }
+
+    /// The directory of the vTPM's state, where `swtpm_dir` has one for each VM. Nobody else tells where that state is.
+    ///
+    /// # Errors
+    /// When the XML puts the state elsewhere.
+    pub fn vtpm_dir(&self, swtpm_dir: &Path) -> Result<PathBuf, VtpmElsewhere> {
+        match &self.tpm {
+            Some(Tpm {
+                backend: TpmBackend::Emulator {
+                    place: Some(place), ..
+                },
+                ..
+            }) => Err(VtpmElsewhere {
+                vm: self.name.clone(),
+                place: place.clone(),
+                usual: libvirt_state_dir(swtpm_dir, &self.uuid),
+            }),
+            _ => Ok(libvirt_state_dir(swtpm_dir, &self.uuid)),
+        }
     }
 
     /// The disk with this `<target dev=…>`.
@@ -150,10 +172,35 @@ pub struct Disk {
     pub shareable: bool,
     /// `<transient/>`: libvirt puts a throw-away overlay on it.
     pub transient: bool,
+    /// What its `<source>` says of where in the file or beside it the data is.
+    pub layout: Layout,
     /// How it is encrypted.
     pub encryption: Option<Encryption>,
     /// The layers below, where the XML names them.
     pub backing: Vec<BackingLayer>,
+}
+
+/// Where the data of a disk is, as its `<source>` tells besides the file. What is said there is about one image and would outlive it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// The file is the image.
+    Whole,
+    /// `<slices>`: the image is a part of the file.
+    Slices,
+    /// `<dataStore>`: the data is in another file.
+    DataStore,
+}
+
+impl Layout {
+    /// Why such a disk can't be sealed, as a predicate.
+    #[must_use]
+    pub fn objection(self) -> Option<&'static str> {
+        match self {
+            Self::Whole => None,
+            Self::Slices => Some("has <slices>, by which it is only a part of its file"),
+            Self::DataStore => Some("has a <dataStore>, which keeps its data in another file"),
+        }
+    }
 }
 
 /// `<disk device=…>`.
@@ -262,6 +309,8 @@ pub enum TpmBackend {
         secret: Option<EnvelopeId>,
         /// `persistent_state='yes'`: libvirt keeps the state when a transient domain ends, or is refused.
         persistent_state: bool,
+        /// `<source file=…>` or `<source path=…>`: where its state is, if not in libvirt's own directory.
+        place: Option<PathBuf>,
     },
     /// The host's TPM.
     Passthrough,
@@ -269,6 +318,31 @@ pub enum TpmBackend {
     External,
     /// Another type, by its name.
     Other(String),
+}
+
+/// The state of the vTPM is in a place of its own, which virtseal does not look at.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("its vTPM {}: {}", Self::REASON, place.display())]
+pub struct VtpmElsewhere {
+    vm: String,
+    place: PathBuf,
+    usual: PathBuf,
+}
+
+impl VtpmElsewhere {
+    /// As a predicate.
+    pub const REASON: &str =
+        "has its state in a place of its own (<source> in its <backend>), which virtseal can't seal yet";
+}
+
+impl From<VtpmElsewhere> for Failure {
+    fn from(error: VtpmElsewhere) -> Self {
+        Self::new(Code::Failed, error.to_string()).next(format!(
+            "copy the state to {}, where libvirt has it by itself, and take <source> out of <backend>: virsh edit {}",
+            word(error.usual.display()),
+            word(&error.vm)
+        ))
+    }
 }
 
 /// A place in the XML, both counted from 1.

@@ -22,6 +22,7 @@ pub mod listener;
 pub mod local_time;
 #[cfg(test)]
 mod own_process;
+pub mod permitted;
 pub mod process;
 pub mod provider;
 pub mod rotation;

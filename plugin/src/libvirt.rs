@@ -7,6 +7,7 @@
 mod probe;
 pub mod qemu_conf;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
@@ -238,6 +239,20 @@ impl Libvirt {
         })
     }
 
+    /// Where the active storage pools are; none where libvirt has no storage driver.
+    pub fn active_pools(&self) -> Result<Vec<PathBuf>, LibvirtError> {
+        self.with("list the storage pools", |connection| {
+            let listed = connection.list_all_storage_pools(sys::VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE);
+            let pools = match listed {
+                Err(error) if error.code() == ErrorNumber::NoSupport.into() => Vec::new(),
+                listed => listed?,
+            };
+            // One that is gone meanwhile is not active.
+            let xml = pools.iter().filter_map(|pool| pool.xml_desc(0).ok());
+            Ok(xml.filter_map(|xml| pool_path(&xml)).collect())
+        })
+    }
+
     /// Redefines a domain.
     pub fn define(&self, xml: &str) -> Result<(), LibvirtError> {
         self.with("define the domain", |connection| {
@@ -399,6 +414,16 @@ fn armed_by(xml: &str) -> Option<EnvelopeId> {
     let id = child("uuid")?.text()?.parse().ok()?;
     let usage = child("usage")?.children().find(Node::is_element)?.text()?;
     (usage == format!("{USAGE_PREFIX}{id}")).then_some(id)
+}
+
+/// `<target><path>` of a `<pool>`.
+fn pool_path(xml: &str) -> Option<PathBuf> {
+    let document = parse_document(xml).ok()?;
+    let mut parts = document.root_element().descendants();
+    let path = parts.find(|node| {
+        node.has_tag_name("path") && node.parent().is_some_and(|parent| parent.has_tag_name("target"))
+    })?;
+    Some(PathBuf::from(path.text()?.trim()))
 }
 
 fn escape(text: &str) -> String {

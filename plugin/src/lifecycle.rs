@@ -25,7 +25,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use swtpm_state::{State, StateKey, libvirt_state_dir};
+use swtpm_state::{State, StateKey};
 
 use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
 use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence};
@@ -253,7 +253,7 @@ fn open_object(
 
 /// swtpm answers a missing state file with a new, empty TPM, so a state that was there must not be missing.
 fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Result<(), Failure> {
-    let dir = libvirt_state_dir(&stage.swtpm_dir, &domain.uuid);
+    let dir = domain.vtpm_dir(&stage.swtpm_dir)?;
     let shown = dir.display();
     let state = State::read(&dir)
         .map_err(|error| Failure::from_error(Code::Failed, format!("its state in {shown}"), &error))?;

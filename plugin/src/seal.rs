@@ -1,31 +1,41 @@
 //! `vm seal` and `vm unseal`: from a defined, stopped domain to a sealed one, and back while nothing is lost.
 //!
 //! [`plan()`] looks and decides, [`seal()`] acts, and every act can be killed and repeated: an envelope is in the
-//! keystore before its object exists, an object is opened with its key before its envelope becomes active, and the
-//! domain is redefined last. A second run finds what the first one made and goes on from there.
+//! keystore before its object exists, an object is opened with its key before its envelope becomes active. What can
+//! fail comes first and leaves every file as it is: the variable store, the vTPM, then the disks are made ready beside
+//! what is there. Then they get their names, the disks last, and the domain is redefined. A second run finds what the
+//! first one made and goes on from there.
 
 mod declared;
 mod firmware;
 mod object;
+mod others;
 mod plan;
+mod replaced;
+mod room;
+mod store;
 mod take_back;
 mod unseal;
 
 use std::path::{Path, PathBuf};
 
 use crate::config::Policies;
-use crate::domain::edit::{self, DiskEdit, NvramEdit, SealEdit};
-use crate::envelope::{Envelope, ObjectKind};
-use crate::failure::{Code, Failure, chain};
+use crate::domain::edit::{self, SealEdit};
+use crate::envelope::{Envelope, ObjectKind, VmId};
+use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::Keystore;
-use crate::libvirt::DefinedDomain;
+use crate::libvirt::{DefinedDomain, KeptXml};
+use crate::permitted::{PathRule, PermittedPath};
 use crate::provider::registry::Registry;
-use crate::volume::{self, CreateRequest, Held};
+use crate::volume::{self, CreateRequest, Held, VolumeInfo};
 
 pub use declared::ConfirmedFormats;
 pub use object::NewObject;
-use plan::{DiskStep, DiskWork, NvramStep, VtpmStep, same_content};
+use plan::{DiskStep, DiskWork, VtpmStep};
 pub use plan::{Plan, plan};
+use replaced::Ready;
+pub use replaced::Replaced;
+use store::{NewStore, NvramStep, Present};
 pub use unseal::{UnsealPlan, plan_unseal, unseal};
 
 /// What sealing works with.
@@ -42,6 +52,24 @@ pub struct Host<'a> {
     pub confirmed: ConfirmedFormats,
     /// What the host lets VMs do beside their sealed objects.
     pub policies: Policies,
+    /// Where files may be that the XML names.
+    pub paths: PathRule,
+    /// What libvirt has of this and all other VMs.
+    pub kept: Vec<KeptXml>,
+}
+
+impl Host<'_> {
+    /// A path that the XML of `vm` names, and that the keystore may know.
+    fn permit_known(&self, vm: VmId, path: &Path) -> Result<PermittedPath, Failure> {
+        let records = self.keystore.envelopes_of(vm)?;
+        let known = records.iter().map(|record| &record.location);
+        Ok(self.paths.permit_known(path, known)?)
+    }
+
+    /// Where libvirt has the variable store of the VM `name`, unless its XML says otherwise.
+    fn own_store(&self, name: &str) -> PathBuf {
+        self.nvram_dir.join(format!("{name}_VARS.fd"))
+    }
 }
 
 /// A domain whose objects are made, to be defined.
@@ -50,118 +78,106 @@ pub struct Made {
     /// Its XML.
     pub xml: String,
     /// The files that were replaced: until the domain is defined, a start may still be opening them.
-    pub replaced: Vec<Held>,
+    pub replaced: Replaced,
 }
 
 /// Makes and adopts what the plan says. The caller defines the domain.
 ///
 /// # Errors
-/// With what went wrong and with which object. Run it again to go on.
+/// With what went wrong and with which object, and what was done before. Run it again to go on.
 pub fn seal(
     host: &Host<'_>,
     defined: &DefinedDomain,
     plan: &Plan,
     provider: Option<&str>,
 ) -> Result<Made, Failure> {
-    let mut changes = SealEdit::default();
-    let mut envelopes = Vec::new();
-    let mut replaced = Vec::new();
-    for step in &plan.disks {
-        let envelope = seal_disk(host, defined, step, provider, &mut replaced)
-            .map_err(|failure| failure.of(format!("{} disk {}", defined.name, step.target)))?;
-        changes.disks.push(DiskEdit {
-            target: step.target.clone(),
-            envelope: envelope.id,
-            format: Some("qcow2".into()),
-            source: None,
-        });
-        envelopes.push(envelope);
-    }
-    match &plan.nvram {
-        NvramStep::Sealed(envelope) => envelopes.push(envelope.clone()),
-        NvramStep::None => {}
-        NvramStep::TakeBack {
-            path,
-            loader,
-            envelopes: known,
-        } => {
-            let envelope = take_back::open_store(host, defined, path, known)
-                .map_err(|failure| failure.of(format!("{} nvram", defined.name)))?;
-            changes.nvram = Some(NvramEdit {
-                path: path.clone(),
-                template: None,
-                format: None,
-                envelope: envelope.id,
-                loader: loader.clone(),
-            });
-            envelopes.push(envelope);
+    let of = |what: &str| format!("{} {what}", defined.name);
+    let mut ready = Vec::new();
+    let store = match &plan.nvram {
+        NvramStep::None => None,
+        NvramStep::Sealed(envelope) | NvramStep::Reformat(envelope, _) => Some(envelope.clone()),
+        NvramStep::TakeBack(sealed) => {
+            let opened = take_back::open_store(host, defined, &sealed.path, &sealed.envelopes);
+            Some(opened.map_err(|failure| failure.of(of("nvram")))?)
         }
-        NvramStep::Create {
-            path,
-            template,
-            loader,
-        } => {
-            let envelope = seal_nvram(host, defined, path, template, provider, &mut replaced)
-                .map_err(|failure| failure.of(format!("{} nvram", defined.name)))?;
-            changes.nvram = Some(NvramEdit {
-                path: path.clone(),
-                template: Some(template.clone()),
-                format: None,
-                envelope: envelope.id,
-                loader: loader.clone(),
-            });
-            envelopes.push(envelope);
+        NvramStep::Create(store) => {
+            let made = make_store(host, defined, store, provider, &mut ready);
+            Some(made.map_err(|failure| failure.of(of("nvram")))?)
         }
-    }
-    match &plan.vtpm {
-        VtpmStep::Sealed(envelope) => envelopes.push(envelope.clone()),
-        VtpmStep::Passthrough => {}
-        VtpmStep::Keep(envelope) => {
-            changes.vtpm = Some(envelope.id);
-            envelopes.push(envelope.clone());
-        }
+    };
+    let vtpm = match &plan.vtpm {
+        VtpmStep::Passthrough => None,
+        VtpmStep::Sealed(envelope) | VtpmStep::Keep(envelope) => Some(envelope.clone()),
         VtpmStep::TakeBack(known) => {
-            let envelope = take_back::open_vtpm(host, defined, known)
-                .map_err(|failure| failure.of(format!("{} vtpm", defined.name)))?;
-            changes.vtpm = Some(envelope.id);
-            envelopes.push(envelope);
+            let opened = take_back::open_vtpm(host, defined, known);
+            Some(opened.map_err(|failure| failure.of(of("vtpm")))?)
         }
         VtpmStep::Add | VtpmStep::Encrypt => {
-            let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Vtpm, "", provider)
-                .map_err(|failure| failure.of(format!("{} vtpm", defined.name)))?;
-            // There is no state yet to open; the envelope itself was opened again when it was made.
-            host.keystore.activate(object.envelope.id)?;
-            changes.vtpm = Some(object.envelope.id);
-            envelopes.push(object.envelope.into_envelope());
+            let made = NewObject::find_or_make(host, defined.vm, ObjectKind::Vtpm, "", provider);
+            let made = made.map_err(|failure| failure.of(of("vtpm")))?;
+            Some(made.envelope.into_envelope())
         }
+    };
+    let mut disks = Vec::new();
+    for step in &plan.disks {
+        let made = make_disk(host, defined, step, provider, &mut ready);
+        disks.push(made.map_err(|failure| failure.of(of(&format!("disk {}", step.target))))?);
     }
-    changes.envelopes = &envelopes;
+    let changes = SealEdit {
+        disks: plan
+            .disks
+            .iter()
+            .zip(&disks)
+            .map(|(step, envelope)| step.edit(envelope.id))
+            .collect(),
+        nvram: store.as_ref().and_then(|envelope| plan.nvram.edit(envelope.id)),
+        vtpm: vtpm
+            .as_ref()
+            .filter(|_| plan.vtpm.changes_xml())
+            .map(|envelope| envelope.id),
+        envelopes: &disks
+            .iter()
+            .chain(&store)
+            .chain(&vtpm)
+            .cloned()
+            .collect::<Vec<_>>(),
+    };
     let xml = edit::seal(&defined.xml, &changes)
         .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
+    let again = format!("virtseal vm seal {}", word(&defined.name));
+    let replaced = Replaced::publish(host, ready, &again).map_err(|failure| failure.of(&defined.name))?;
+    if let Some(envelope) = vtpm.filter(|_| plan.vtpm.changes_xml()) {
+        // There is no state yet to open; the envelope itself was opened again when it was made.
+        let activated = host.keystore.activate(envelope.id).map_err(Failure::from);
+        activated.map_err(|failure| replaced.after(failure))?;
+    }
     Ok(Made { xml, replaced })
 }
 
-fn seal_disk(
+fn make_disk(
     host: &Host<'_>,
     defined: &DefinedDomain,
     step: &DiskStep,
     provider: Option<&str>,
-    replaced: &mut Vec<Held>,
+    ready: &mut Vec<Ready>,
 ) -> Result<Envelope, Failure> {
+    let location = step.place.shown().display().to_string();
     match &step.work {
         DiskWork::Sealed(envelope) => Ok(envelope.clone()),
-        DiskWork::Adopt(carried) => adopt_disk(host, defined, &step.path, carried),
+        DiskWork::Adopt(carried) => adopt_disk(host, defined, &step.place, carried),
         DiskWork::Replace(info) => {
-            let location = step.path.display().to_string();
             let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Disk, &location, provider)?;
-            let request = CreateRequest {
-                cluster_size: info.cluster_size.unwrap_or_default(),
-                ..CreateRequest::new(&step.path, info.virtual_size)
-            };
-            let held = Held::unchanged(&step.path, info.file_id)?;
-            volume::create_over(&held, &request, &object.envelope, &object.passphrase()?)?;
-            replaced.push(held);
-            host.keystore.activate(object.envelope.id)?;
+            let held = Held::unchanged(&step.place, info.file_id)?;
+            ready.push(Ready {
+                words: step.words().unwrap_or_default(),
+                file: volume::prepare_over(
+                    held,
+                    &like(step.place.shown(), info),
+                    &object.envelope,
+                    &object.passphrase()?,
+                )?,
+                envelope: Some(object.envelope.id),
+            });
             Ok(object.envelope.into_envelope())
         }
     }
@@ -171,46 +187,41 @@ fn seal_disk(
 fn adopt_disk(
     host: &Host<'_>,
     defined: &DefinedDomain,
-    path: &Path,
+    place: &PermittedPath,
     carried: &Envelope,
 ) -> Result<Envelope, Failure> {
-    let location = path.display().to_string();
+    let location = place.shown().display().to_string();
     take_back::adopt(host, &defined.name, carried, &location, |passphrase| {
-        Ok(volume::verify(path, passphrase)?)
+        Ok(volume::verify_at(place, passphrase)?)
     })
 }
 
-fn seal_nvram(
+/// An image in the place of an empty one.
+fn like(path: &Path, info: &VolumeInfo) -> CreateRequest {
+    CreateRequest {
+        cluster_size: info.cluster_size.unwrap_or_default(),
+        ..CreateRequest::new(path, info.virtual_size)
+    }
+}
+
+fn make_store(
     host: &Host<'_>,
     defined: &DefinedDomain,
-    path: &Path,
-    template: &Path,
+    store: &NewStore,
     provider: Option<&str>,
-    replaced: &mut Vec<Held>,
+    ready: &mut Vec<Ready>,
 ) -> Result<Envelope, Failure> {
-    let object = NewObject::find_or_make(
-        host,
-        defined.vm,
-        ObjectKind::Nvram,
-        &path.display().to_string(),
-        provider,
-    )?;
+    let location = store.place.shown().display().to_string();
+    let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Nvram, &location, provider)?;
     let passphrase = object.passphrase()?;
-    if path.exists() && volume::inspect(path)?.format.is_encrypted() {
-        volume::verify(path, &passphrase)?;
-    } else {
-        if path.exists() {
-            let held = Held::open(path)?;
-            if !same_content(path, template)? {
-                return Err(volume::VolumeError::Changed(path.to_owned()).into());
-            }
-            replaced.push(held);
-            std::fs::remove_file(path).map_err(|error| {
-                Failure::from_error(Code::Failed, format!("can't remove {}", path.display()), &error)
-            })?;
-        }
-        volume::create_nvram(template, path, &passphrase)?;
-    }
-    host.keystore.activate(object.envelope.id)?;
+    let replaced = match store.present {
+        Present::Nothing => None,
+        Present::Pristine(inspected) => Some(Held::unchanged(&store.place, inspected)?),
+    };
+    ready.push(Ready {
+        words: store.words(),
+        file: volume::prepare_nvram(&store.template, &store.place, replaced, &passphrase)?,
+        envelope: Some(object.envelope.id),
+    });
     Ok(object.envelope.into_envelope())
 }

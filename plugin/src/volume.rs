@@ -8,6 +8,8 @@
 //! - [`create()`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
 //! - [`create_over`], [`empty_over`], [`copy_over`]: replace one that holds nothing, while nobody can open it ([`Held`])
 //! - [`inspect_declared`]: the same, where somebody has declared the format; only a file that is ours needs no declaration
+//! - [`prepare_over`], [`prepare_nvram`], [`prepare_empty`], [`prepare_copy`]: the same in two steps, of which the second is a
+//!   rename ([`Prepared`])
 //! - [`inspect`], [`backing_chain`], [`header_digest`]: read them without a key
 //! - [`verify`]: opens one with its key
 //! - [`rewrite_envelope`], [`finish_rewrite`]: bring the envelope in an image up to date; [`shred_keys`] ends its keys
@@ -27,6 +29,7 @@ pub mod luks1;
 mod nvram;
 mod open;
 mod plain;
+mod prepared;
 mod qcow2;
 mod qemu_img;
 mod rewrite;
@@ -37,14 +40,17 @@ mod staging;
 pub use chain::{Layer, backing_chain};
 pub use create::{
     Backing, BackingFormat, CreateRequest, Created, Step, create, create_from, create_from_watched,
-    create_over, create_over_watched,
+    create_over, create_over_watched, prepare_over,
 };
-pub use declared::{Declaration, inspect_declared};
+pub use declared::{Declaration, inspect_declared, inspect_declared_at};
 pub use error::{Flaw, Part, VolumeError};
 pub use held::Held;
-pub use nvram::{create_nvram, create_nvram_watched};
-pub use open::{BackingEntry, Format, VolumeInfo, header_digest, identify, inspect, verify};
-pub use plain::{copy_over, empty_over};
+pub use nvram::{create_nvram, create_nvram_watched, prepare_nvram, read_variables};
+pub use open::{
+    BackingEntry, Format, VolumeInfo, header_digest, identify, inspect, inspect_at, verify, verify_at,
+};
+pub use plain::{copy_over, empty_over, prepare_copy, prepare_empty};
+pub use prepared::Prepared;
 pub use qcow2::allocation::Data;
 pub use qemu_img::Percent;
 pub use rewrite::{Carried, Shredded, Shredding, finish_rewrite, is_free, rewrite_envelope, shred_keys};

@@ -16,6 +16,7 @@ use crate::failure::{Failure, chain};
 use crate::keystore::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, KeystoreError, StaleCopy};
 use crate::libvirt::KeptXml;
 use crate::lifecycle::adoption::{Doubt, Weighed, weigh};
+use crate::permitted::{PathError, PathRule, PermittedPath};
 use crate::volume::{self, Carried, VolumeError};
 
 /// How many stale copies are in memory at a time.
@@ -55,14 +56,15 @@ impl Daemon {
             Ok(kept) => Holders::among(&kept),
             Err(error) => return self.all_stay(&chain(&error)),
         };
+        let rule = self.path_rule();
         for envelope in moved {
-            self.finish_moved_header(envelope, &holders)?;
+            self.finish_moved_header(envelope, &holders, &rule)?;
         }
         self.for_each_page(CopyPlace::Xml, |page| self.update_xml(page, &holders))?;
         self.for_each_page(CopyPlace::Image, |page| {
             let (mut news, mut outcome) = (Vec::new(), Ok(()));
             for copy in page {
-                match self.update_image(copy.envelope, &holders) {
+                match self.update_image(copy.envelope, &holders, &rule) {
                     Ok(found) => news.extend(found.map(|news| (copy.envelope, news))),
                     Err(failure) => {
                         outcome = Err(failure);
@@ -209,7 +211,12 @@ impl Daemon {
 
     /// In the image that the keystore knows, and in those that a VM has for this envelope: it may have been moved, or be
     /// below an overlay.
-    fn update_image(&self, id: EnvelopeId, holders: &Holders) -> Result<Option<CopyNews>, Failure> {
+    fn update_image(
+        &self,
+        id: EnvelopeId,
+        holders: &Holders,
+        rule: &PathRule,
+    ) -> Result<Option<CopyNews>, Failure> {
         let Some(record) = self.keystore.envelope(id)? else {
             return Ok(None);
         };
@@ -246,9 +253,15 @@ impl Daemon {
         }
         let (mut found, mut missing) = (false, None);
         for path in &paths {
-            match self.rewrite(path, &record.envelope, &giving_way) {
+            let place = rule.permit_known(path, std::iter::once(&record.location));
+            let rewritten = place
+                .map_err(RewriteError::Path)
+                .and_then(|place| self.rewrite(&place, &record.envelope, &giving_way));
+            match rewritten {
                 Ok(carried) => found |= carried,
-                Err(RewriteError::Volume(error @ VolumeError::NotFound(_))) => missing = Some(chain(&error)),
+                Err(error) if error.is_missing() => missing = Some(chain(&error)),
+                // With what permits it.
+                Err(RewriteError::Path(error)) => return stays(&Failure::from(error).to_string()),
                 Err(error) => {
                     if self.keystore.journaled_header(id)?.is_some() {
                         writing.keep();
@@ -267,13 +280,13 @@ impl Daemon {
     /// there is no copy that could be behind.
     fn rewrite(
         &self,
-        path: &Path,
+        place: &PermittedPath,
         envelope: &Envelope,
         giving_way: &BTreeSet<String>,
     ) -> Result<bool, RewriteError> {
-        let shown = path.display().to_string();
+        let shown = place.shown().display().to_string();
         let gives_way = |found: &Envelope| Ok(giving_way.contains(&found.to_json()));
-        let rewritten = volume::rewrite_envelope(path, envelope, gives_way, |bytes| {
+        let rewritten = volume::rewrite_envelope(place, envelope, gives_way, |bytes| {
             self.keystore
                 .journal_header(envelope.id, &shown, bytes)
                 .map_err(RewriteError::Journal)
@@ -293,11 +306,15 @@ impl Daemon {
             return Ok(());
         };
         let writing = self.headers.take_over(id);
-        self.finish_header_in(id, Path::new(&path), &patch, writing)
+        match self.known_place(Path::new(&path)) {
+            Ok(place) => self.finish_header_in(id, &place, &patch, writing),
+            // Moved, or somebody has put a link there: tried again later.
+            Err(_) => Ok(()),
+        }
     }
 
     /// An image that was moved before its header was whole is where its VM has it now.
-    fn finish_moved_header(&self, id: EnvelopeId, holders: &Holders) -> Result<(), Failure> {
+    fn finish_moved_header(&self, id: EnvelopeId, holders: &Holders, rule: &PathRule) -> Result<(), Failure> {
         for path in holders.paths.get(&id).into_iter().flatten() {
             let Some((journaled, patch)) = self.keystore.journaled_header(id)? else {
                 return Ok(());
@@ -308,7 +325,9 @@ impl Daemon {
             let Some(writing) = self.headers.write(id) else {
                 return Ok(());
             };
-            self.finish_header_in(id, path, &patch, writing)?;
+            if let Ok(place) = rule.permit(path) {
+                self.finish_header_in(id, &place, &patch, writing)?;
+            }
         }
         Ok(())
     }
@@ -316,11 +335,12 @@ impl Daemon {
     fn finish_header_in(
         &self,
         id: EnvelopeId,
-        path: &Path,
+        place: &PermittedPath,
         patch: &[u8],
         writing: Writing<'_>,
     ) -> Result<(), Failure> {
-        match volume::finish_rewrite(path, patch) {
+        let path = place.shown();
+        match volume::finish_rewrite(place, patch) {
             Ok(()) => {
                 tracing::info!(path = %path.display(), "completed its header");
                 Ok(self.keystore.forget_header(id)?)
@@ -378,6 +398,19 @@ impl Holders {
 enum RewriteError {
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Path(PathError),
     #[error("its header can't be journaled")]
     Journal(#[source] KeystoreError),
+}
+
+impl RewriteError {
+    /// There is no such file.
+    fn is_missing(&self) -> bool {
+        match self {
+            Self::Volume(error) => matches!(error, VolumeError::NotFound(_)),
+            Self::Path(error) => error.is_missing(),
+            Self::Journal(_) => false,
+        }
+    }
 }

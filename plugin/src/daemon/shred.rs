@@ -17,7 +17,8 @@ use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{EnvelopeRecord, MadeKek};
-use crate::libvirt::KeptXml;
+use crate::libvirt::{DefinedDomain, KeptXml};
+use crate::permitted::{PathRule, PermittedPath};
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
 use crate::terminal::quoted;
@@ -34,6 +35,8 @@ struct Doomed {
     records: Vec<EnvelopeRecord>,
     /// The files that its own XML has for its envelopes: the keystore learns of a moved image only at a start.
     files: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
+    /// Where these may be.
+    paths: PathRule,
 }
 
 type Keks = BTreeSet<(ProviderId, String)>;
@@ -151,7 +154,10 @@ impl Daemon {
                 return Err(Failure::new(Code::Busy, format!("{} is running", defined.name))
                     .next(format!("virsh shutdown {}", word(&defined.name))));
             }
-            Ok(defined) => (defined.vm, defined.name, true),
+            Ok(defined) => {
+                refuse_state_elsewhere(&defined, &self.config().swtpm_dir)?;
+                (defined.vm, defined.name, true)
+            }
             Err(absent) if absent.code == Code::NotFound => {
                 let (id, name) = self.known_as(vm, "shred")?.ok_or(absent)?;
                 (id, name, false)
@@ -165,6 +171,7 @@ impl Daemon {
             keks: Consent::NotGiven,
             records: self.keystore.envelopes_of(id)?,
             files: BTreeMap::new(),
+            paths: self.path_rule(),
         })
     }
 
@@ -381,13 +388,27 @@ impl Daemon {
 
     /// Before anything is destroyed: half a shredding helps nobody.
     fn refuse_while_open(&self, doomed: &Doomed) -> Result<(), Failure> {
+        let stays = |failure: Failure| failure.of(format!("{} stays", doomed.name));
         for file in doomed.records.iter().flat_map(|record| doomed.files_of(record)) {
-            match volume::is_free(&file) {
+            let Some(place) = self.place_of(doomed, &file).map_err(stays)? else {
+                continue;
+            };
+            match volume::is_free(&place) {
                 Err(VolumeError::NotFound(_)) | Ok(()) => {}
-                Err(error) => return Err(Failure::from(error).of(format!("{} stays", doomed.name))),
+                Err(error) => return Err(stays(error.into())),
             }
         }
         Ok(())
+    }
+
+    /// One of the VM's files, unless its directory is not there.
+    fn place_of(&self, doomed: &Doomed, file: &Path) -> Result<Option<PermittedPath>, Failure> {
+        let locations = doomed.records.iter().map(|record| &record.location);
+        match doomed.paths.permit_known(file, locations) {
+            Ok(place) => Ok(Some(place)),
+            Err(error) if error.is_missing() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn shred_object(
@@ -404,15 +425,27 @@ impl Daemon {
         let files = doomed.files_of(record).into_iter();
         files
             .map(|file| {
+                let what = format!("the {} {}", record.envelope.kind, file.display());
+                let Some(place) = self.place_of(doomed, &file)? else {
+                    return Ok(line(&what, false, "there is no such file"));
+                };
                 if !doomed.is_defined && doomed.keks == Consent::NotGiven && is_shared(&file) {
-                    let what = format!("the {} {}", record.envelope.kind, file.display());
                     let seen = "left alone: it is on storage that other hosts may share, and the VM is not defined here";
                     return Ok(line(&what, false, seen));
                 }
-                shred_file(&file, record, passphrase)
+                shred_file(&place, record, passphrase)
             })
             .collect()
     }
+}
+
+/// What is there would go on to be readable, and the receipt would not say so. XML that can't be read is shredded all the same.
+fn refuse_state_elsewhere(defined: &DefinedDomain, swtpm_dir: &Path) -> Result<(), Failure> {
+    let Ok(domain) = Domain::parse(&defined.xml) else {
+        return Ok(());
+    };
+    let stays = |elsewhere| Failure::from(elsewhere).of(format!("{} stays", defined.name));
+    domain.vtpm_dir(swtpm_dir).map(drop).map_err(stays)
 }
 
 /// An image of the VM that another one uses, by what libvirt has.
@@ -462,17 +495,13 @@ fn is_shared(path: &Path) -> bool {
 }
 
 fn shred_file(
-    path: &Path,
+    place: &PermittedPath,
     record: &EnvelopeRecord,
     passphrase: &Result<Passphrase, String>,
 ) -> Result<ReceiptLine, Failure> {
-    let what = format!("the {} {}", record.envelope.kind, path.display());
-    let opens = || {
-        let passphrase = passphrase.as_ref();
-        passphrase.is_ok_and(|passphrase| volume::verify(path, passphrase).is_ok())
-    };
+    let what = format!("the {} {}", record.envelope.kind, place.shown().display());
     let left = |seen: &str| Ok(line(&what, false, &format!("left alone: {seen}")));
-    match volume::shred_keys(path, record.envelope.id, opens) {
+    match volume::shred_keys(place, record.envelope.id, passphrase.as_ref().ok()) {
         Ok(Shredding::Done(shredded)) => Ok(line(&what, true, &destroyed(shredded))),
         Ok(Shredding::Carries(other)) => left(&format!(
             "it carries envelope {other}, so it is not the image that this VM had there"

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use swtpm_state::{State, libvirt_state_dir};
+use swtpm_state::State;
 
 use super::rivals;
 use super::standing::{Facts, Found, Owner, Standing, Used};
@@ -164,7 +164,7 @@ impl Daemon {
 
     fn object(&self, domain: &Domain, object: &Object, look: Look, known: &Known) -> (ObjectView, Standing) {
         let path = match object.kind {
-            ObjectKind::Vtpm => Some(libvirt_state_dir(&self.config().swtpm_dir, &domain.uuid)),
+            ObjectKind::Vtpm => domain.vtpm_dir(&self.config().swtpm_dir).ok(),
             ObjectKind::Disk | ObjectKind::Nvram => object.path.clone(),
         };
         let found = match (look, &path) {

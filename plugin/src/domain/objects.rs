@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::{
     Disk, DiskDevice, Domain, Encryption, Firmware, Metadata, Policy, PolicyKey, SecretRef, Source, Tpm,
-    TpmBackend, Uefi,
+    TpmBackend, Uefi, VtpmElsewhere,
 };
 use crate::envelope::{EnvelopeId, ObjectKind, VmId};
 use crate::failure::word;
@@ -210,6 +210,8 @@ fn keeps_data(disk: &Disk) -> bool {
 fn disk_object(disk: &Disk) -> Object {
     let state = if disk.transient {
         ObjectState::Unsupported("is transient, so libvirt would put a plaintext overlay on it")
+    } else if let Some(objection) = disk.layout.objection() {
+        ObjectState::Unsupported(objection)
     } else {
         encrypted(disk.encryption.as_ref(), disk.device)
     };
@@ -244,6 +246,7 @@ fn luks_secret(encryption: &Encryption) -> Result<EnvelopeId, &'static str> {
 
 fn tpm_object(tpm: &Tpm) -> Option<Object> {
     let state = match &tpm.backend {
+        TpmBackend::Emulator { place: Some(_), .. } => ObjectState::Unsupported(VtpmElsewhere::REASON),
         TpmBackend::Emulator { secret: Some(id), .. } => ObjectState::Sealed(*id),
         TpmBackend::Emulator { secret: None, .. } => ObjectState::Plain,
         // The host's TPM keeps its state inside the chip.

@@ -7,8 +7,8 @@ use std::str::FromStr;
 use roxmltree::{Document, Node};
 
 use super::{
-    BackingLayer, Disk, DiskDevice, Domain, DomainError, Encryption, Firmware, Nvram, Position, SecretRef,
-    Source, Tpm, TpmBackend, Uefi,
+    BackingLayer, Disk, DiskDevice, Domain, DomainError, Encryption, Firmware, Layout, Nvram, Position,
+    SecretRef, Source, Tpm, TpmBackend, Uefi,
 };
 use super::{metadata, side_doors};
 use crate::envelope::EnvelopeId;
@@ -208,9 +208,19 @@ fn disk(target: &str, node: Node<'_, '_>) -> Result<Disk, DomainError> {
         readonly: device == DiskDevice::Cdrom || child(node, "readonly").is_some(),
         shareable: child(node, "shareable").is_some(),
         transient: child(node, "transient").is_some(),
+        layout: layout(node),
         encryption: disk_encryption(node).map(encryption).transpose()?,
         backing: backing(node)?,
     })
+}
+
+fn layout(disk: Node<'_, '_>) -> Layout {
+    let has = |name| child(disk, "source").is_some_and(|source| child(source, name).is_some());
+    match (has("slices"), has("dataStore")) {
+        (true, _) => Layout::Slices,
+        (false, true) => Layout::DataStore,
+        (false, false) => Layout::Whole,
+    }
 }
 
 fn disk_device(node: Node<'_, '_>) -> Result<DiskDevice, DomainError> {
@@ -281,12 +291,22 @@ fn tpm(root: Node<'_, '_>) -> Result<Option<Tpm>, DomainError> {
                 version: backend.attribute("version").map(str::to_owned),
                 secret: tpm_secret(backend)?,
                 persistent_state: backend.attribute("persistent_state") == Some("yes"),
+                place: tpm_place(backend),
             },
             "passthrough" => TpmBackend::Passthrough,
             "external" => TpmBackend::External,
             other => TpmBackend::Other(other.to_owned()),
         },
     }))
+}
+
+/// The `<source>` of an emulated TPM's `<backend>`, whatever its type.
+fn tpm_place(backend: Node<'_, '_>) -> Option<PathBuf> {
+    let source = child(backend, "source")?;
+    let path = ["path", "file", "dir"]
+        .into_iter()
+        .find_map(|name| source.attribute(name));
+    Some(path.unwrap_or_default().into())
 }
 
 /// The `<encryption secret=…/>` of a TPM's `<backend>`.

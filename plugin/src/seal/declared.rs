@@ -9,6 +9,7 @@ use super::Host;
 use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure};
+use crate::permitted::PermittedPath;
 use crate::terminal::quoted;
 use crate::volume::{self, Declaration, VolumeError, VolumeInfo};
 
@@ -70,7 +71,7 @@ pub(super) fn inspect(
     host: &Host<'_>,
     domain: &Domain,
     disk: &Disk,
-    path: &Path,
+    place: &PermittedPath,
 ) -> Result<VolumeInfo, Failure> {
     let stated = disk.declared_format().map_err(|other| {
         Failure::new(
@@ -80,14 +81,14 @@ pub(super) fn inspect(
         .next("convert it to qcow2 as its owner, not as root, and name that in the XML (virsh edit)")
     })?;
     let declaration = host.confirmed.declaration(disk, stated)?;
-    match volume::inspect_declared(path, declaration) {
+    match volume::inspect_declared_at(place, declaration) {
         Ok(info) => Ok(info),
         Err(VolumeError::Contradiction {
             path,
             declared,
             found,
         }) => {
-            match volume::inspect(&path) {
+            match volume::inspect_at(place) {
                 // The start of a raw disk under LUKS, which is what the XML says.
                 Ok(info) if info.format.is_encrypted() && disk.encryption.is_some() => Ok(info),
                 // An older XML came back: the keystore knows better, and the image is still to open with its key.

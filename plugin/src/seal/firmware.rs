@@ -20,6 +20,16 @@ pub(super) struct Chosen {
     pub(super) loader: Option<LoaderPin>,
 }
 
+const DESCRIPTORS: [&str; 2] = ["/usr/share/qemu/firmware", "/etc/qemu/firmware"];
+
+/// The templates that the host's descriptors name.
+pub(super) fn templates() -> Vec<PathBuf> {
+    let found = descriptors(&DESCRIPTORS.map(Path::new)).into_iter();
+    found
+        .filter_map(|found| Some(found.mapping.template?.filename))
+        .collect()
+}
+
 /// From the domain, else from the host's descriptors.
 pub(super) fn choose(uefi: &Uefi, nvram: Option<&Nvram>) -> Result<Chosen, Failure> {
     let named = nvram.and_then(|nvram| nvram.template.clone());
@@ -29,7 +39,7 @@ pub(super) fn choose(uefi: &Uefi, nvram: Option<&Nvram>) -> Result<Chosen, Failu
             loader: None,
         });
     }
-    let found = descriptors(&["/usr/share/qemu/firmware", "/etc/qemu/firmware"].map(Path::new))
+    let found = descriptors(&DESCRIPTORS.map(Path::new))
         .into_iter()
         .filter(Descriptor::is_uefi_on_flash)
         .find(|descriptor| match &uefi.loader {

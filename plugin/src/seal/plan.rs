@@ -2,15 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
-use swtpm_state::{State, libvirt_state_dir};
+use swtpm_state::State;
 
-use super::take_back::{self, HasRun, StoreDecision, StoreFile};
-use super::{Host, declared, firmware};
+use super::others::{OtherUses, refuse_one_file_twice};
+use super::room::{NewFile, refuse_without_room};
+use super::store::{NvramStep, plan_nvram};
+use super::take_back::{self, HasRun};
+use super::{Host, declared};
 use crate::api::Outcome;
-use crate::domain::{self, Disk, DiskDevice, Domain, Firmware, Source, TpmBackend, edit::LoaderPin};
+use crate::domain::edit::{DiskEdit, SealEdit};
+use crate::domain::{self, Disk, DiskDevice, Domain, Source, TpmBackend};
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::failure::{Code, Failure, chain, word};
 use crate::libvirt::DefinedDomain;
+use crate::permitted::PermittedPath;
 use crate::side_doors;
 use crate::terminal::quoted;
 use crate::volume::{Data, VolumeInfo};
@@ -27,7 +32,7 @@ pub struct Plan {
 #[derive(Debug)]
 pub(super) struct DiskStep {
     pub(super) target: String,
-    pub(super) path: PathBuf,
+    pub(super) place: PermittedPath,
     pub(super) work: DiskWork,
 }
 
@@ -39,23 +44,6 @@ pub(super) enum DiskWork {
     Adopt(Envelope),
     /// The image is empty and makes room for one.
     Replace(Box<VolumeInfo>),
-}
-
-#[derive(Debug)]
-pub(super) enum NvramStep {
-    Sealed(Envelope),
-    /// It was sealed, and the XML does not say so.
-    TakeBack {
-        path: PathBuf,
-        loader: Option<LoaderPin>,
-        envelopes: Vec<Envelope>,
-    },
-    Create {
-        path: PathBuf,
-        template: PathBuf,
-        loader: Option<LoaderPin>,
-    },
-    None,
 }
 
 #[derive(Debug)]
@@ -75,19 +63,7 @@ impl Plan {
     /// In words.
     #[must_use]
     pub fn outcome(&self, changed: bool) -> Outcome {
-        let mut steps: Vec<_> = self.disks.iter().filter_map(DiskStep::words).collect();
-        match &self.nvram {
-            NvramStep::Create { path, template, .. } => steps.push(format!(
-                "create the encrypted UEFI variable store {} from {}",
-                path.display(),
-                template.display()
-            )),
-            NvramStep::TakeBack { path, .. } => steps.push(format!(
-                "take the encrypted UEFI variable store {} back",
-                path.display()
-            )),
-            NvramStep::Sealed(_) | NvramStep::None => {}
-        }
+        let mut steps: Vec<_> = self.nvram.words().into_iter().collect();
         match &self.vtpm {
             VtpmStep::Add => steps.push("add a TPM 2.0 with encrypted state".into()),
             VtpmStep::Encrypt => steps.push("encrypt the state of the TPM".into()),
@@ -97,6 +73,7 @@ impl Plan {
             }
             VtpmStep::Sealed(_) | VtpmStep::Passthrough => {}
         }
+        steps.extend(self.disks.iter().filter_map(DiskStep::words));
         if !steps.is_empty() {
             steps.push("redefine the domain".into());
         }
@@ -108,9 +85,90 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// What is written beside what is there.
+    fn new_files(&self) -> impl Iterator<Item = NewFile<'_>> {
+        let store = match &self.nvram {
+            NvramStep::Create(store) => Some(NewFile {
+                place: &store.place,
+                bytes: STORE_BYTES,
+            }),
+            _ => None,
+        };
+        let disks = self.disks.iter().filter_map(|step| match &step.work {
+            DiskWork::Replace(info) => Some(NewFile {
+                place: &step.place,
+                // The tables of an empty image grow with its disk.
+                bytes: IMAGE_BYTES + (info.virtual_size.0 >> 22),
+            }),
+            DiskWork::Sealed(_) | DiskWork::Adopt(_) => None,
+        });
+        store.into_iter().chain(disks)
+    }
+
+    /// The change of the XML, before anything is made for it: with ids that nobody will have.
+    fn try_edit(&self, defined: &DefinedDomain) -> Result<(), Failure> {
+        let envelope_of = |known: Option<&Envelope>| known.map_or_else(EnvelopeId::random, |known| known.id);
+        let edit = SealEdit {
+            disks: self
+                .disks
+                .iter()
+                .map(|step| step.edit(envelope_of(step.work.known())))
+                .collect(),
+            nvram: self.nvram.edit(envelope_of(self.nvram.known())),
+            vtpm: self.vtpm.changes_xml().then(|| envelope_of(self.vtpm.known())),
+            envelopes: &[],
+        };
+        domain::edit::seal(&defined.xml, &edit)
+            .map(drop)
+            .map_err(|error| {
+                Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error)))
+                    .next(format!("virsh edit {}", word(&defined.name)))
+            })
+    }
+}
+
+/// Larger than any store with its LUKS header.
+const STORE_BYTES: u64 = 8 << 20;
+/// Larger than the headers and key material of an empty image.
+const IMAGE_BYTES: u64 = 4 << 20;
+
+impl VtpmStep {
+    /// Whether the XML gets anything for it.
+    pub(super) fn changes_xml(&self) -> bool {
+        !matches!(self, Self::Sealed(_) | Self::Passthrough)
+    }
+
+    fn known(&self) -> Option<&Envelope> {
+        match self {
+            Self::Sealed(envelope) | Self::Keep(envelope) => Some(envelope),
+            Self::TakeBack(envelopes) => envelopes.first(),
+            Self::Add | Self::Encrypt | Self::Passthrough => None,
+        }
+    }
+}
+
+impl DiskWork {
+    fn known(&self) -> Option<&Envelope> {
+        match self {
+            Self::Sealed(envelope) | Self::Adopt(envelope) => Some(envelope),
+            Self::Replace(_) => None,
+        }
+    }
+}
+
 impl DiskStep {
-    fn words(&self) -> Option<String> {
-        let (target, path) = (&self.target, self.path.display());
+    pub(super) fn edit(&self, envelope: EnvelopeId) -> DiskEdit {
+        DiskEdit {
+            target: self.target.clone(),
+            envelope,
+            format: Some("qcow2".into()),
+            source: None,
+        }
+    }
+
+    pub(super) fn words(&self) -> Option<String> {
+        let (target, path) = (&self.target, self.place.shown().display());
         match &self.work {
             DiskWork::Sealed(_) => None,
             DiskWork::Adopt(envelope) => Some(format!("adopt {path} ({target}), envelope {}", envelope.id)),
@@ -132,9 +190,11 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
     let domain = parse(defined)?;
     let of_vm = |failure: Failure| failure.of(name);
     host.confirmed.refuse_unknown(&domain).map_err(of_vm)?;
+    refuse_name(&domain)?;
     let policy = host.policies.of(&domain);
     side_doors::refuse(&domain, policy).map_err(of_vm)?;
-    let nvram = plan_nvram(host, &domain).map_err(of_vm)?;
+    let others = OtherUses::among(&host.kept, domain.uuid);
+    let nvram = plan_nvram(host, &domain, &others).map_err(of_vm)?;
     let vtpm = plan_vtpm(host, &domain).map_err(of_vm)?;
     let mut disks = Vec::new();
     for disk in domain
@@ -142,10 +202,11 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
         .iter()
         .filter(|disk| !disk.readonly && disk.source != Source::Empty)
     {
-        let step = plan_disk(host, &domain, disk)
+        let step = plan_disk(host, &domain, disk, &others)
             .map_err(|failure| of_vm(failure.of(format!("disk {}", disk.target))))?;
         disks.push(step);
     }
+    refuse_one_file_twice(&domain).map_err(of_vm)?;
     let autostart = defined.autostart.then(|| {
         format!(
             "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: virsh autostart --disable {}",
@@ -158,7 +219,7 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
             dir.display()
         )
     });
-    Ok(Plan {
+    let plan = Plan {
         disks,
         nvram,
         vtpm,
@@ -168,12 +229,28 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
             .chain(side_doors::warnings(&domain, policy))
             .chain(side_doors::plain_layers(&domain, policy))
             .collect(),
-    })
+    };
+    refuse_without_room(plan.new_files()).map_err(of_vm)?;
+    plan.try_edit(defined)?;
+    Ok(plan)
+}
+
+/// What swtpm_setup, which the first start runs with the name in its arguments, can't take.
+fn refuse_name(domain: &Domain) -> Result<(), Failure> {
+    let name = &domain.name;
+    if !name.contains(['\\', '/']) && !name.contains(char::is_control) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::Failed,
+        format!("the name {name:?} has a character that swtpm_setup or libvirt's files can't have"),
+    )
+    .next(format!("virsh domrename {} NEW", word(name))))
 }
 
 /// The directory that lacks the vTPM's state, where there must be one.
 fn state_gone(host: &Host<'_>, domain: &Domain) -> Result<Option<PathBuf>, Failure> {
-    let dir = libvirt_state_dir(&host.swtpm_dir, &domain.uuid);
+    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
     let absent = matches!(State::read(&dir), Ok(State::Absent));
     let has_run = HasRun::of(host, domain.uuid)? == HasRun::Yes;
     Ok((absent && has_run).then_some(dir))
@@ -203,7 +280,7 @@ pub(super) fn parse(defined: &DefinedDomain) -> Result<Domain, Failure> {
         .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))
 }
 
-fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, Failure> {
+fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) -> Result<DiskStep, Failure> {
     let (Source::File(path), DiskDevice::Disk) = (&disk.source, disk.device) else {
         return Err(
             Failure::new(Code::Failed, "only disks that are image files can be sealed").next(format!(
@@ -220,7 +297,16 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
         )
         .next(format!("virsh edit {}: remove <transient/>", word(&domain.name))));
     }
-    if !path.exists() {
+    if let Some(objection) = disk.layout.objection() {
+        return Err(Failure::new(Code::Failed, format!("it {objection}")).next(format!(
+            "copy the disk into an image of its own (qemu-img convert --image-opts driver=raw,offset=O,size=S,file.filename={} NEW \
+             for a slice), name that in its <source> instead (virsh edit {}), then seal",
+            word(path.display()),
+            word(&domain.name)
+        )));
+    }
+    let place = host.permit_known(domain.uuid, path)?;
+    if !place.exists() {
         if take_back::known_disk(host, domain.uuid, path)?.is_some() {
             let shown = path.display();
             return Err(Failure::new(
@@ -239,7 +325,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
             )),
         );
     }
-    let info = declared::inspect(host, domain, disk, path)?;
+    let info = declared::inspect(host, domain, disk, &place)?;
     let work =
         match (&info.envelope, info.format.is_encrypted()) {
             (Some(envelope), true) => ours(host, domain, disk, envelope)?,
@@ -248,7 +334,13 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
                 None => return Err(encrypted_by_others(path)),
             },
             (_, false) if disk.encryption.is_some() => return Err(encrypted_by_others(path)),
-            (_, false) if info.data == Data::Empty => DiskWork::Replace(Box::new(info)),
+            (_, false) if info.virtual_size.0 == 0 => return Err(without_size(path)),
+            (_, false) if info.data == Data::Empty => {
+                // The keystore's word is not enough for a file that no key opens.
+                host.paths.permit(path)?;
+                others.refuse_users_of(&place, domain)?;
+                DiskWork::Replace(Box::new(info))
+            }
             (_, false) => {
                 return Err(Failure::new(
                 Code::WouldLoseKey,
@@ -263,9 +355,15 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk) -> Result<DiskStep, 
         };
     Ok(DiskStep {
         target: disk.target.clone(),
-        path: path.clone(),
+        place,
         work,
     })
+}
+
+fn without_size(path: &Path) -> Failure {
+    let path = path.display();
+    Failure::new(Code::Failed, format!("{path} has 0 bytes, and no disk has that"))
+        .next(format!("truncate --size=SIZE {}, such as 20G", word(path)))
 }
 
 /// An image of ours: its envelope is adopted, unless the keystore and the XML have it.
@@ -321,7 +419,7 @@ fn carries(domain: &Domain, envelope: &Envelope) -> bool {
 }
 
 /// The envelope that the XML names for an object, if it is one of this VM: the keystore's, where it has one.
-fn named_envelope(
+pub(super) fn named_envelope(
     host: &Host<'_>,
     domain: &Domain,
     kind: ObjectKind,
@@ -347,90 +445,8 @@ fn named_envelope(
         })
 }
 
-fn plan_nvram(host: &Host<'_>, domain: &Domain) -> Result<NvramStep, Failure> {
-    let Firmware::Uefi(uefi) = &domain.firmware else {
-        return Err(Failure::new(Code::Failed, "it does not boot through UEFI")
-            .next("define it with <os firmware='efi'>: only UEFI VMs can be sealed"));
-    };
-    if uefi.stateless {
-        return Ok(NvramStep::None);
-    }
-    let nvram = uefi.nvram.as_ref();
-    if let Some(encryption) = nvram.and_then(|nvram| nvram.encryption.as_ref()) {
-        let domain::SecretRef::Uuid(id) = encryption.secret else {
-            return Err(Failure::new(
-                Code::Failed,
-                "its UEFI variables are encrypted with a secret of somebody else",
-            ));
-        };
-        let envelope = named_envelope(host, domain, ObjectKind::Nvram, id)?;
-        return match nvram.and_then(|nvram| nvram.source.path()) {
-            Some(path) if !take_back::is_settled(host, domain, id)? => Ok(NvramStep::TakeBack {
-                path: path.to_owned(),
-                loader: loader_pin(uefi, nvram)?,
-                envelopes: vec![envelope],
-            }),
-            _ => Ok(NvramStep::Sealed(envelope)),
-        };
-    }
-    let path = match nvram.map(|nvram| &nvram.source) {
-        Some(Source::File(path)) => path.clone(),
-        None | Some(Source::Empty) => host.nvram_dir.join(format!("{}_VARS.fd", domain.name)),
-        Some(_) => {
-            return Err(Failure::new(
-                Code::Failed,
-                "its UEFI variable store is not a file",
-            ));
-        }
-    };
-    let file = StoreFile::at(&path)?;
-    let (known, envelopes) = take_back::known_stores(host, domain.uuid)?;
-    match take_back::decide_store(&path, file, &known, HasRun::of(host, domain.uuid)?) {
-        StoreDecision::TakeBack(path) => {
-            return Ok(NvramStep::TakeBack {
-                path,
-                loader: loader_pin(uefi, nvram)?,
-                envelopes,
-            });
-        }
-        StoreDecision::Elsewhere(sealed) => {
-            return Err(take_back::store_elsewhere(&domain.name, &path, &sealed));
-        }
-        StoreDecision::Lost(lost) => return Err(take_back::store_lost(&domain.name, &lost)),
-        StoreDecision::NotKnown => return Err(take_back::store_not_known(&path)),
-        StoreDecision::Make => {}
-    }
-    let chosen = firmware::choose(uefi, nvram)?;
-    if file == StoreFile::Plain && !same_content(&path, &chosen.template)? {
-        return Err(Failure::new(
-            Code::WouldLoseKey,
-            format!(
-                "it has run before: {} holds UEFI variables in plaintext",
-                path.display()
-            ),
-        )
-        .next(format!(
-            "if they may be lost, remove that file, then virtseal vm seal {}",
-            word(&domain.name)
-        )));
-    }
-    Ok(NvramStep::Create {
-        path,
-        template: chosen.template,
-        loader: chosen.loader,
-    })
-}
-
-/// The loader to name where libvirt would still choose one.
-fn loader_pin(uefi: &domain::Uefi, nvram: Option<&domain::Nvram>) -> Result<Option<LoaderPin>, Failure> {
-    match uefi.loader {
-        Some(_) => Ok(None),
-        None => Ok(firmware::choose(uefi, nvram)?.loader),
-    }
-}
-
 fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
-    let dir = libvirt_state_dir(&host.swtpm_dir, &domain.uuid);
+    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
     let state = State::read(&dir).map_err(|error| {
         Failure::from_error(Code::Failed, format!("vTPM state in {}", dir.display()), &error)
     })?;
@@ -491,7 +507,11 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
                 dir.display()
             ),
         )
-        .next("if it may be lost, remove that directory, then seal")),
+        .next(format!(
+            "if the VM may get a new TPM, set the state aside: mv {0} {0}.plain, then virtseal vm seal {1}",
+            word(dir.display()),
+            word(&domain.name)
+        ))),
         State::Encrypted(_) => Err(Failure::new(
             Code::WouldLoseKey,
             format!(
@@ -501,13 +521,4 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
         )
         .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata")),
     }
-}
-
-pub(super) fn same_content(path: &Path, template: &Path) -> Result<bool, Failure> {
-    let read = |path: &Path| {
-        std::fs::read(path).map_err(|error| {
-            Failure::from_error(Code::Failed, format!("can't read {}", path.display()), &error)
-        })
-    };
-    Ok(read(path)? == read(template)?)
 }

@@ -205,6 +205,7 @@ pub(super) fn open_vtpm(
     defined: &DefinedDomain,
     envelopes: &[Envelope],
 ) -> Result<Envelope, Failure> {
+    // The plan has looked whether it is in libvirt's own place.
     let dir = libvirt_state_dir(&host.swtpm_dir, &defined.vm);
     let shown = dir.display();
     let unreadable = |error: &dyn std::error::Error| {

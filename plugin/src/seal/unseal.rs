@@ -1,45 +1,64 @@
 //! Back to plain, as long as nothing was ever written under seal.
 
-use std::path::PathBuf;
+use std::path::Path;
 
-use swtpm_state::{State, libvirt_state_dir};
+use swtpm_state::State;
 
-use super::Host;
 use super::plan::{parse, refuse_unless_off};
+use super::replaced::{Ready, Replaced};
+use super::store::{is_content_of, permit_template};
+use super::{Host, NewObject};
 use crate::api::Outcome;
-use crate::domain::{self, Domain, Firmware, ObjectState};
-use crate::envelope::ObjectKind;
+use crate::domain::{self, Domain, Firmware, Object, ObjectState};
+use crate::envelope::{EnvelopeId, ObjectKind};
 use crate::failure::{Code, Failure, chain, word};
+use crate::keystore::EnvelopeRecord;
 use crate::libvirt::DefinedDomain;
-use crate::volume::{self, Data, Held, VolumeInfo};
+use crate::permitted::PermittedPath;
+use crate::volume::{self, Data, FileId, Held, VolumeInfo};
 
 /// What unsealing takes.
 #[derive(Debug)]
 pub struct UnsealPlan {
     /// The XML of the plain domain.
     pub xml: String,
-    disks: Vec<(String, PathBuf, VolumeInfo)>,
-    nvram: Option<(PathBuf, PathBuf)>,
+    name: String,
+    steps: Vec<Step>,
+}
+
+/// An object that becomes plain.
+#[derive(Debug)]
+struct Step {
+    label: String,
+    place: PermittedPath,
+    inspected: FileId,
+    record: EnvelopeRecord,
+    by: Replacement,
+}
+
+#[derive(Debug)]
+enum Replacement {
+    Empty(volume::Bytes),
+    CopyOf(PermittedPath),
+}
+
+impl Step {
+    fn words(&self) -> String {
+        let (label, path) = (&self.label, self.place.shown().display());
+        match &self.by {
+            Replacement::Empty(_) => format!("replace the empty {path} ({label}) by a plain one"),
+            Replacement::CopyOf(template) => {
+                format!("replace {path} by a copy of {}", template.shown().display())
+            }
+        }
+    }
 }
 
 impl UnsealPlan {
     /// In words.
     #[must_use]
     pub fn outcome(&self, changed: bool) -> Outcome {
-        let mut steps: Vec<_> = self
-            .disks
-            .iter()
-            .map(|(target, path, _)| {
-                format!("replace the empty {} ({target}) by a plain one", path.display())
-            })
-            .collect();
-        if let Some((path, template)) = &self.nvram {
-            steps.push(format!(
-                "replace {} by a copy of {}",
-                path.display(),
-                template.display()
-            ));
-        }
+        let mut steps: Vec<_> = self.steps.iter().map(Step::words).collect();
         steps.push("redefine the domain".into());
         Outcome {
             steps,
@@ -56,7 +75,7 @@ impl UnsealPlan {
 /// Decides whether anything would be lost.
 ///
 /// # Errors
-/// When the VM is not sealed, or has run since.
+/// When the VM is not sealed, or has run since; when an object is not known as one of this VM.
 pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPlan, Failure> {
     refuse_unless_off(defined)?;
     let domain = parse(defined)?;
@@ -64,51 +83,119 @@ pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPla
     if domain.metadata.is_none() {
         return Err(Failure::new(Code::NotFound, format!("{name} is not sealed")));
     }
-    refuse_if_it_ran(host, &domain)?;
-    let mut disks = Vec::new();
+    let of_vm = |failure: Failure| failure.of(name);
+    domain
+        .vtpm_dir(&host.swtpm_dir)
+        .map_err(|elsewhere| of_vm(elsewhere.into()))?;
+    let mut sealed = Vec::new();
     for object in domain::objects(&domain) {
-        let (ObjectKind::Disk, ObjectState::Sealed(_), Some(path)) = (object.kind, object.state, object.path)
-        else {
-            continue;
-        };
-        let info = volume::inspect(&path)?;
-        if info.data != Data::Empty {
-            return Err(would_lose(
-                name,
-                &format!("{} on {} holds data", object.label, path.display()),
-            ));
+        if let ObjectState::Sealed(id) = object.state {
+            let record = own_record(host, &domain, &object, id).map_err(of_vm)?;
+            sealed.push((object, record));
         }
-        disks.push((object.label, path, info));
     }
+    refuse_if_it_ran(host, &domain)?;
     let xml = domain::edit::unseal(&defined.xml)
         .map_err(|error| Failure::new(Code::Failed, format!("{name}: {}", chain(&error))))?;
+    let mut steps = Vec::new();
+    for (object, record) in sealed {
+        let label = object.label.clone();
+        let step = plan_object(host, &domain, object, record).map_err(|failure| of_vm(failure.of(label)))?;
+        steps.extend(step);
+    }
     Ok(UnsealPlan {
         xml,
-        disks,
-        nvram: nvram(&domain)?,
+        name: name.clone(),
+        steps,
     })
 }
 
-/// Replaces the sealed objects by plain ones. May be repeated. The caller keeps what was replaced until it has defined the
-/// XML: a start may still be opening it.
-pub fn unseal(plan: &UnsealPlan) -> Result<Vec<Held>, Failure> {
-    let mut replaced = Vec::new();
-    for (_, path, info) in &plan.disks {
-        let held = Held::unchanged(path, info.file_id)?;
-        volume::empty_over(&held, info.virtual_size)?;
-        replaced.push(held);
+/// XML may name any secret: only what this host knows of the VM is replaced.
+fn own_record(
+    host: &Host<'_>,
+    domain: &Domain,
+    object: &Object,
+    id: EnvelopeId,
+) -> Result<EnvelopeRecord, Failure> {
+    let known = host.keystore.envelope(id)?;
+    known
+        .filter(|record| record.envelope.vm == domain.uuid && record.envelope.kind == object.kind)
+        .ok_or_else(|| {
+            Failure::new(
+                Code::NotFound,
+                format!(
+                    "{} is encrypted with secret {id}, which this host does not know as one of this VM",
+                    object.label
+                ),
+            )
+            .next("virsh define FILE, where FILE is its own dumpxml with its <virtseal:vm> metadata")
+        })
+}
+
+/// What makes it plain; nothing, if an earlier run has done so.
+fn plan_object(
+    host: &Host<'_>,
+    domain: &Domain,
+    object: Object,
+    record: EnvelopeRecord,
+) -> Result<Option<Step>, Failure> {
+    let Some(path) = object.path.filter(|_| object.kind != ObjectKind::Vtpm) else {
+        return Ok(None);
+    };
+    let place = host.permit_known(domain.uuid, &path)?;
+    let info = volume::inspect_at(&place)?;
+    let by = match object.kind {
+        ObjectKind::Nvram => match nvram_template(host, domain, &place, &info)? {
+            Some(template) => Replacement::CopyOf(template),
+            None => return Ok(None),
+        },
+        _ if info.data != Data::Empty => {
+            return Err(would_lose(
+                &domain.name,
+                &format!("{} on {} holds data", object.label, path.display()),
+            ));
+        }
+        _ if !info.format.is_encrypted() => return Ok(None),
+        _ => Replacement::Empty(info.virtual_size),
+    };
+    Ok(Some(Step {
+        label: object.label,
+        place,
+        inspected: info.file_id,
+        record,
+        by,
+    }))
+}
+
+/// Replaces the sealed objects by plain ones. May be repeated: each is opened with its key before any goes. The caller keeps what was
+/// replaced until it has defined the XML: a start may still be opening it.
+pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Failure> {
+    let mut ready = Vec::new();
+    for step in &plan.steps {
+        let file = prepare(host, step).map_err(|failure| failure.of(&step.label))?;
+        ready.push(Ready {
+            words: step.words(),
+            file,
+            envelope: None,
+        });
     }
-    if let Some((path, template)) = &plan.nvram {
-        let held = Held::open(path)?;
-        volume::copy_over(&held, template)?;
-        replaced.push(held);
-    }
-    Ok(replaced)
+    let again = format!("virtseal vm unseal {}", word(&plan.name));
+    Replaced::publish(host, ready, &again)
+}
+
+fn prepare(host: &Host<'_>, step: &Step) -> Result<volume::Prepared, Failure> {
+    let passphrase = NewObject::open(host, &step.record)?.passphrase()?;
+    let held = Held::unchanged(&step.place, step.inspected)?;
+    held.verify(&passphrase)?;
+    Ok(match &step.by {
+        Replacement::Empty(size) => volume::prepare_empty(held, *size)?,
+        Replacement::CopyOf(template) => volume::prepare_copy(held, template)?,
+    })
 }
 
 /// The first start makes the vTPM's state: without one the VM never ran.
 fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Failure> {
-    let dir = libvirt_state_dir(&host.swtpm_dir, &domain.uuid);
+    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
     let seen = host
         .keystore
         .vm(domain.uuid)?
@@ -131,22 +218,38 @@ fn would_lose(name: &str, why: &str) -> Failure {
     .next("copy the data out from inside the guest: turning sealed data plain is not possible yet")
 }
 
-fn nvram(domain: &Domain) -> Result<Option<(PathBuf, PathBuf)>, Failure> {
-    let Firmware::Uefi(uefi) = &domain.firmware else {
-        return Ok(None);
+/// What its variable store started from, unless it is plain again already.
+fn nvram_template(
+    host: &Host<'_>,
+    domain: &Domain,
+    place: &PermittedPath,
+    info: &VolumeInfo,
+) -> Result<Option<PermittedPath>, Failure> {
+    let nvram = match &domain.firmware {
+        Firmware::Uefi(uefi) => uefi.nvram.as_ref(),
+        Firmware::Bios | Firmware::Rom(_) => None,
     };
-    let Some(nvram) = uefi.nvram.as_ref().filter(|nvram| nvram.encryption.is_some()) else {
-        return Ok(None);
+    let Some(template) = nvram.and_then(|nvram| nvram.template.as_deref()) else {
+        return Err(
+            Failure::new(Code::Failed, "no template for its UEFI variables is named").next(format!(
+                "virsh edit {}: add template= to <nvram>",
+                word(&domain.name)
+            )),
+        );
     };
-    match (nvram.source.path(), &nvram.template) {
-        (Some(path), Some(template)) => Ok(Some((path.into(), template.clone()))),
-        _ => Err(Failure::new(
-            Code::Failed,
-            format!("{} names no template for its UEFI variables", domain.name),
-        )
-        .next(format!(
-            "virsh edit {}: add template= to <nvram>",
-            word(&domain.name)
-        ))),
+    let template = permit_template(host, domain, template)?;
+    if !info.format.is_encrypted() {
+        return match is_content_of(place, &template)? {
+            true => Ok(None),
+            false => Err(would_lose(
+                &domain.name,
+                &format!("{} holds UEFI variables", shown(place)),
+            )),
+        };
     }
+    Ok(Some(template))
+}
+
+fn shown(place: &PermittedPath) -> std::path::Display<'_> {
+    Path::display(place.shown())
 }

@@ -22,6 +22,7 @@ use super::qemu_img::{Percent, QemuImg, descriptor};
 use super::size::Bytes;
 use super::staging::{FileId, Staged};
 use crate::domain::DeclaredFormat;
+use crate::permitted::PermittedPath;
 use crate::secret::Passphrase;
 
 /// An image whose data can be copied: raw or qcow2, plain, complete in itself. Opened once; what is read is this file,
@@ -38,10 +39,20 @@ impl Source {
     /// Opens `path`, as what it is declared to be, else as what it shows. Refuses what can't be copied safely: a hostile
     /// image must not name other files.
     pub(crate) fn open(path: &Path, declared: Option<DeclaredFormat>) -> Result<Self, VolumeError> {
-        let image = match declared {
-            Some(declared) => open_declared(path, declared)?,
-            None => Image::open(path)?,
-        };
+        match declared {
+            Some(declared) => Self::of(open_declared(path, declared)?),
+            None => Self::of(uncompressed(Image::open(path)?)?),
+        }
+    }
+
+    /// As [`Self::open`], at a path that others have named.
+    pub(crate) fn open_at(place: &PermittedPath) -> Result<Self, VolumeError> {
+        Self::of(uncompressed(Image::open_at(place)?)?)
+    }
+
+    fn of(image: Image) -> Result<Self, VolumeError> {
+        let path = image.path().to_owned();
+        let path = path.as_path();
         let format = match image.format()? {
             Format::Raw => DeclaredFormat::Raw,
             Format::Qcow2 => DeclaredFormat::Qcow2,
@@ -61,9 +72,6 @@ impl Source {
                  files, not as root, who would read whatever it names by then",
             ));
         }
-        if format == DeclaredFormat::Raw && declared.is_none() {
-            refuse_compressed(&image, path)?;
-        }
         let header = first_bytes(&image).attempt("read", path)?;
         Ok(Self {
             image,
@@ -75,6 +83,10 @@ impl Source {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(crate) fn file_id(&self) -> FileId {
+        self.image.file_id()
     }
 
     /// The size of its disk, in whole sectors.
@@ -187,6 +199,14 @@ fn read_exactly(file: &File, len: u64) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; len as usize];
     file.read_exact_at(&mut bytes, 0)?;
     Ok(bytes)
+}
+
+/// What nobody has declared to be raw.
+fn uncompressed(image: Image) -> Result<Image, VolumeError> {
+    if image.format()? == Format::Raw {
+        refuse_compressed(&image, image.path())?;
+    }
+    Ok(image)
 }
 
 fn refuse_compressed(image: &Image, path: &Path) -> Result<(), VolumeError> {

@@ -15,6 +15,7 @@ use super::error::{Attempt, VolumeError};
 use super::held::Held;
 use super::luks1;
 use super::open::{Format, Image};
+use super::prepared::Prepared;
 use super::qcow2::BackingName;
 use super::qcow2::allocation::Data;
 use super::qcow2::layout::{Blueprint, LayoutError, Parts};
@@ -23,6 +24,7 @@ use super::size::{Bytes, ClusterSize};
 use super::staging::Staged;
 use crate::domain::DeclaredFormat;
 use crate::envelope::Envelope;
+use crate::permitted::PermittedPath;
 use crate::secret::Passphrase;
 
 /// The format of a backing file.
@@ -56,7 +58,7 @@ pub struct Backing {
 /// What to make.
 #[derive(Clone, Debug)]
 pub struct CreateRequest {
-    /// The image's name.
+    /// The image's name, which root has chosen; of one that is replaced, for messages.
     pub path: PathBuf,
     /// Size of the guest's disk, rounded up to whole sectors. `None`: that of the backing file or the source.
     pub size: Option<Bytes>,
@@ -138,6 +140,25 @@ pub fn create_over(
     create_over_watched(Some(replaced), request, envelope, passphrase, |_| {})
 }
 
+/// As [`create_over`], up to the moment before the old image goes.
+///
+/// # Errors
+/// Those of [`create_over`]; nothing was replaced.
+pub fn prepare_over(
+    replaced: Held,
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Prepared, VolumeError> {
+    let size = request
+        .size
+        .ok_or_else(|| VolumeError::SizeMissing(request.path.clone()))?;
+    let making = Making::new(Some(&replaced), request, size, envelope, passphrase)?;
+    let (staged, _) = making.make(|_| Ok(()), &mut |_| {})?;
+    making.check_target()?;
+    Ok(Prepared::new(staged, Some(replaced)))
+}
+
 /// [`create`] or [`create_over`], telling `watch` of every step: for tests that stop there.
 ///
 /// # Errors
@@ -211,6 +232,7 @@ pub fn create_from_watched(
 /// An image in the making.
 struct Making<'a> {
     replaced: Option<&'a Held>,
+    place: PermittedPath,
     request: &'a CreateRequest,
     size: Bytes,
     envelope: &'a Envelope,
@@ -241,8 +263,13 @@ impl<'a> Making<'a> {
         let blueprint = parts
             .blueprint()
             .map_err(|error| impossible(error, request, size))?;
+        let place = match replaced {
+            Some(held) => held.place().clone(),
+            None => PermittedPath::named_by_root(&request.path).attempt("reach", &request.path)?,
+        };
         Ok(Self {
             replaced,
+            place,
             request,
             size,
             envelope,
@@ -256,20 +283,7 @@ impl<'a> Making<'a> {
         fill: impl FnOnce(&Staged) -> Result<(), VolumeError>,
         watch: &mut dyn FnMut(Step),
     ) -> Result<Created, VolumeError> {
-        self.check_target()?;
-        let staged = Staged::beside(&self.request.path)?;
-        watch(Step::Staged);
-        self.write(&staged).attempt("write", &self.request.path)?;
-        watch(Step::Written);
-        fill(&staged)?;
-        watch(Step::Filled);
-        if let Some(held) = self.replaced {
-            staged.take_after(held)?;
-        }
-        staged.sync()?;
-        watch(Step::Synced);
-        let header_digest = self.verify(&staged)?;
-        watch(Step::Verified);
+        let (staged, header_digest) = self.make(fill, watch)?;
         self.check_target()?;
         let published = staged.publish(self.replaced.map(Held::id))?;
         watch(Step::Published);
@@ -282,13 +296,35 @@ impl<'a> Making<'a> {
         })
     }
 
+    /// All but its name, and its header's digest.
+    fn make(
+        &self,
+        fill: impl FnOnce(&Staged) -> Result<(), VolumeError>,
+        watch: &mut dyn FnMut(Step),
+    ) -> Result<(Staged, [u8; 32]), VolumeError> {
+        self.check_target()?;
+        let staged = Staged::beside(&self.place)?;
+        watch(Step::Staged);
+        self.write(&staged).attempt("write", &self.request.path)?;
+        watch(Step::Written);
+        fill(&staged)?;
+        watch(Step::Filled);
+        if let Some(held) = self.replaced {
+            staged.take_after(held)?;
+        }
+        staged.sync()?;
+        watch(Step::Synced);
+        let header_digest = self.verify(&staged)?;
+        watch(Step::Verified);
+        Ok((staged, header_digest))
+    }
+
     /// The name is free, or taken by the file to be replaced, which holds nothing.
     fn check_target(&self) -> Result<(), VolumeError> {
-        let path = &self.request.path;
         match self.replaced {
-            None if path.symlink_metadata().is_ok() => Err(VolumeError::Exists(path.clone())),
-            Some(held) if held.image()?.data()? == Data::HasData => Err(VolumeError::HoldsData(path.clone())),
-            _ => Ok(()),
+            None if self.place.exists() => Err(VolumeError::Exists(self.request.path.clone())),
+            None => Ok(()),
+            Some(held) => refuse_data(held),
         }
     }
 
@@ -315,6 +351,13 @@ impl<'a> Making<'a> {
             ));
         }
         image.header_digest()
+    }
+}
+
+fn refuse_data(held: &Held) -> Result<(), VolumeError> {
+    match held.image()?.data()? {
+        Data::HasData => Err(VolumeError::HoldsData(held.path().to_owned())),
+        Data::Empty => Ok(()),
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use super::error::VolumeError;
 use super::open::{Image, VolumeInfo};
 use crate::domain::DeclaredFormat;
+use crate::permitted::PermittedPath;
 
 /// How sure a declaration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,12 @@ pub enum Declaration {
 /// Opens `path` as `declared`, whatever a raw file's first bytes look like.
 pub(super) fn open_declared(path: &Path, declared: DeclaredFormat) -> Result<Image, VolumeError> {
     let image = Image::open_as(path, Some(DeclaredFormat::Raw.as_str()))?;
+    as_declared(image, declared)
+}
+
+/// `image`, which was opened as raw, as what it is declared to be.
+fn as_declared(image: Image, declared: DeclaredFormat) -> Result<Image, VolumeError> {
+    let path = &image.path().to_owned();
     let found = image.looks_like();
     match declared {
         DeclaredFormat::Raw => Ok(image),
@@ -41,8 +48,30 @@ pub(super) fn open_declared(path: &Path, declared: DeclaredFormat) -> Result<Ima
 /// [`VolumeError::Contradiction`] where its first bytes are those of another format, unless they may be a guest's: a raw
 /// disk that was confirmed to be one. Else those of [`inspect`](super::inspect).
 pub fn inspect_declared(path: &Path, declaration: Declaration) -> Result<VolumeInfo, VolumeError> {
+    info(
+        Image::open_as(path, Some(DeclaredFormat::Raw.as_str()))?,
+        declaration,
+    )
+}
+
+/// As [`inspect_declared`], at a path that others have named.
+///
+/// # Errors
+/// Those of [`inspect_declared`].
+pub fn inspect_declared_at(
+    place: &PermittedPath,
+    declaration: Declaration,
+) -> Result<VolumeInfo, VolumeError> {
+    info(
+        Image::open_at_as(place, Some(DeclaredFormat::Raw.as_str()))?,
+        declaration,
+    )
+}
+
+fn info(raw: Image, declaration: Declaration) -> Result<VolumeInfo, VolumeError> {
     let (Declaration::Stated(declared) | Declaration::Confirmed(declared)) = declaration;
-    let image = open_declared(path, declared)?;
+    let path = &raw.path().to_owned();
+    let image = as_declared(raw, declared)?;
     let found = image.looks_like();
     if declaration == Declaration::Stated(declared) && found != declared.as_str() {
         return Err(VolumeError::Contradiction {

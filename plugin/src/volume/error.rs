@@ -149,7 +149,7 @@ pub enum VolumeError {
     #[error("{} exists already: remove it first, or choose another path", .0.display())]
     Exists(PathBuf),
     /// The file to be replaced is not the one that was inspected.
-    #[error("{} changed since it was inspected: nothing was replaced; try again", .0.display())]
+    #[error("{} changed since it was inspected, and was left as it is; try again", .0.display())]
     Changed(PathBuf),
     /// A source is another file now, or has been written to.
     #[error(
@@ -167,8 +167,11 @@ pub enum VolumeError {
         /// What its first bytes look like.
         found: &'static str,
     },
+    /// What is to be read is what is to be written.
+    #[error("{} is the same file as the one that would be made from it", .0.display())]
+    SameFile(PathBuf),
     /// The file to be replaced holds data, or may.
-    #[error("{} holds data: nothing was replaced; choose another path", .0.display())]
+    #[error("{} holds data, and was left as it is; choose another path", .0.display())]
     HoldsData(PathBuf),
     /// Another process has the image open.
     #[error("{} is open in another process, such as a running VM or qemu-nbd: stop it first", .0.display())]

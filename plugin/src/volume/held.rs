@@ -5,14 +5,15 @@
 //! name: a QEMU that opened it before it was replaced is refused as well.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::error::{Attempt, VolumeError};
 use super::open::Image;
 use super::staging::{FileId, is_in_use};
+use crate::permitted::PermittedPath;
+use crate::secret::Passphrase;
 
 const LOCKED_BYTES: [i64; 2] = [100, 200];
 const LOCKS_IN_RANGE: i64 = 4;
@@ -21,27 +22,25 @@ const LOCKS_IN_RANGE: i64 = 4;
 #[derive(Debug)]
 pub struct Held {
     file: File,
-    path: PathBuf,
+    place: PermittedPath,
     id: FileId,
 }
 
 impl Held {
-    /// Takes hold of the image at `path`.
+    /// Takes hold of the image at `place`.
     ///
     /// # Errors
     /// [`VolumeError::InUse`] while anyone has it open; when it is no image, or can't be opened for writing.
-    pub fn open(path: &Path) -> Result<Self, VolumeError> {
+    pub fn open(place: &PermittedPath) -> Result<Self, VolumeError> {
+        let path = place.shown();
         // Tells what is no image before a device is opened.
-        match Image::open(path) {
+        match Image::open_at(place) {
             // A torn header is to be completed by whoever holds it.
             Ok(_) | Err(VolumeError::Damaged { .. }) => {}
             Err(error) => return Err(error),
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
+        let file = place
+            .open(OpenOptions::new().read(true).write(true))
             .attempt("open for writing", path)?;
         for first in LOCKED_BYTES {
             let lock = libc::flock {
@@ -60,7 +59,7 @@ impl Held {
         let id = FileId::from(&file.metadata().attempt("look at", path)?);
         Ok(Self {
             file,
-            path: path.to_owned(),
+            place: place.clone(),
             id,
         })
     }
@@ -69,27 +68,40 @@ impl Held {
     ///
     /// # Errors
     /// Those of [`Held::open`], and [`VolumeError::Changed`].
-    pub fn unchanged(path: &Path, inspected: FileId) -> Result<Self, VolumeError> {
-        let held = Self::open(path)?;
+    pub fn unchanged(place: &PermittedPath, inspected: FileId) -> Result<Self, VolumeError> {
+        let held = Self::open(place)?;
         if held.id == inspected {
             Ok(held)
         } else {
-            Err(VolumeError::Changed(path.to_owned()))
+            Err(VolumeError::Changed(place.shown().to_owned()))
         }
+    }
+
+    /// Really opens it with `passphrase`.
+    ///
+    /// # Errors
+    /// [`VolumeError::NoKeyslotOpens`], and [`VolumeError::NotEncrypted`].
+    pub fn verify(&self, passphrase: &Passphrase) -> Result<(), VolumeError> {
+        self.image()?.unlock(passphrase).map(drop)
     }
 
     /// What it holds now.
     pub(crate) fn image(&self) -> Result<Image, VolumeError> {
-        let copy = self.file.try_clone().attempt("read", &self.path)?;
-        Image::from_file(copy, &self.path, None)
+        let copy = self.file.try_clone().attempt("read", self.path())?;
+        Image::from_file(copy, self.path(), None)
     }
 
     pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
+    /// For messages.
     pub(crate) fn path(&self) -> &Path {
-        &self.path
+        self.place.shown()
+    }
+
+    pub(crate) fn place(&self) -> &PermittedPath {
+        &self.place
     }
 
     /// The file as it was when it was taken hold of.

@@ -15,6 +15,7 @@ use super::qcow2::{self, Encryption, Span, extension};
 use super::size::{Bytes, ClusterSize};
 use super::staging::FileId;
 use crate::envelope::Envelope;
+use crate::permitted::PermittedPath;
 use crate::secret::Passphrase;
 
 /// What kind of image a file is.
@@ -83,6 +84,9 @@ pub struct VolumeInfo {
     pub luks: Option<LuksInfo>,
     /// The copy that the image carries.
     pub envelope: Option<Envelope>,
+    /// Only for qcow2: how many snapshots are in it.
+    #[serde(skip)]
+    pub snapshots: u32,
     /// Whether anything would be lost with it. An image with a backing file, and any LUKS file that is not qcow2,
     /// count as holding data.
     pub data: Data,
@@ -106,6 +110,22 @@ pub fn inspect(path: &Path) -> Result<VolumeInfo, VolumeError> {
 pub fn identify(path: &Path) -> Result<(Format, Option<Envelope>), VolumeError> {
     let image = Image::open(path)?;
     Ok((image.format()?, image.envelope()?))
+}
+
+/// As [`inspect`], at a path that others have named.
+///
+/// # Errors
+/// Those of [`inspect`].
+pub fn inspect_at(place: &PermittedPath) -> Result<VolumeInfo, VolumeError> {
+    Image::open_at(place)?.info()
+}
+
+/// As [`verify`], at a path that others have named.
+///
+/// # Errors
+/// Those of [`verify`].
+pub fn verify_at(place: &PermittedPath, passphrase: &Passphrase) -> Result<(), VolumeError> {
+    Image::open_at(place)?.unlock(passphrase).map(drop)
 }
 
 /// Really opens `path` with `passphrase`: derives the keyslot's key, merges the volume key and checks its digest.
@@ -158,6 +178,19 @@ impl Image {
             .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
             .open(path)
             .attempt("open", path)?;
+        Self::from_file(file, path, declared)
+    }
+
+    /// As [`Self::open`], at a path that others have named.
+    pub(crate) fn open_at(place: &PermittedPath) -> Result<Self, VolumeError> {
+        Self::open_at_as(place, None)
+    }
+
+    /// As [`Self::open_as`], at a path that others have named.
+    pub(crate) fn open_at_as(place: &PermittedPath, declared: Option<&str>) -> Result<Self, VolumeError> {
+        let path = place.shown();
+        refuse_what_is_no_image(&found(place.metadata(), path)?, path)?;
+        let file = place.open(OpenOptions::new().read(true)).attempt("open", path)?;
         Self::from_file(file, path, declared)
     }
 
@@ -271,6 +304,7 @@ impl Image {
                 }),
             luks: self.luks_header()?.map(|(header, _)| header.info()),
             envelope: self.envelope()?,
+            snapshots: qcow2.map_or(0, |header| header.snapshots),
             data: self.data()?,
             file_id: self.file_id,
         })
@@ -455,7 +489,11 @@ fn read(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
 }
 
 fn metadata(path: &Path) -> Result<Metadata, VolumeError> {
-    fs::metadata(path).map_err(|source| match source.kind() {
+    found(fs::metadata(path), path)
+}
+
+fn found(metadata: io::Result<Metadata>, path: &Path) -> Result<Metadata, VolumeError> {
+    metadata.map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => VolumeError::NotFound(path.to_owned()),
         _ => VolumeError::Io {
             path: path.to_owned(),

@@ -14,6 +14,8 @@ use super::held::Held;
 use super::open::Image;
 use super::qcow2::{extension, extension::Place, rewrite};
 use crate::envelope::{Envelope, EnvelopeId, Generation};
+use crate::permitted::PermittedPath;
+use crate::secret::Passphrase;
 
 /// Bytes that a disk replaces whole or not at all.
 const SECTOR: usize = 512;
@@ -27,19 +29,19 @@ pub enum Carried {
     NotThere,
 }
 
-/// Makes the image at `path` carry `envelope`, if it carries a version of it that `gives_way`. `journal` keeps the bytes that
+/// Makes the image at `place` carry `envelope`, if it carries a version of it that `gives_way`. `journal` keeps the bytes that
 /// it gets, on stable storage, until this returns; after a crash they go to [`finish_rewrite`].
 ///
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has the image open; when it can't be read, has no room for the envelope, `gives_way` does
 /// not know, or the journal fails. Then nothing was written, unless the journal has the bytes.
 pub fn rewrite_envelope<E: From<VolumeError>>(
-    path: &Path,
+    place: &PermittedPath,
     envelope: &Envelope,
     gives_way: impl FnOnce(&Envelope) -> Result<bool, E>,
     journal: impl FnOnce(&[u8]) -> Result<(), E>,
 ) -> Result<Carried, E> {
-    let held = Held::open(path)?;
+    let (held, path) = (Held::open(place)?, place.shown());
     let (file, image) = (held.file(), held.image()?);
     let found = match image.envelope()? {
         Some(found) if found.id == envelope.id => found,
@@ -63,8 +65,8 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
 ///
 /// # Errors
 /// [`VolumeError::InUse`], and when the image can't be written.
-pub fn finish_rewrite(path: &Path, journaled: &[u8]) -> Result<(), VolumeError> {
-    let held = Held::open(path)?;
+pub fn finish_rewrite(place: &PermittedPath, journaled: &[u8]) -> Result<(), VolumeError> {
+    let (held, path) = (Held::open(place)?, place.shown());
     let patch = Patch::from_bytes(journaled).ok_or_else(|| damaged(path, "its journal is damaged"))?;
     if patch.is_torn(held.file(), path)? {
         patch.write(held.file(), path)?;
@@ -90,24 +92,26 @@ pub enum Shredding {
     Done(Shredded),
     /// Left alone: it carries another envelope.
     Carries(EnvelopeId),
-    /// Left alone: it carries no envelope, and `opens` did not say that it is the one. So many keyslots are active.
+    /// Left alone: it carries no envelope, and the passphrase does not open it. So many keyslots are active.
     NotShown(usize),
 }
 
-/// Overwrites the key material of all keyslots of the image at `path` with random bytes, makes the keyslots dead, and removes
-/// the envelope, if it is the image of envelope `id`: it carries that, or it carries none and `opens` says so of it. Whatever
+/// Overwrites the key material of all keyslots of the image at `place` with random bytes, makes the keyslots dead, and removes
+/// the envelope, if it is the image of envelope `id`: it carries that, or it carries none and `passphrase` opens it. Whatever
 /// else is at that path by now is left alone. Nothing opens the image afterwards; what the storage below keeps of the old bytes
 /// is out of reach.
 ///
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has the image open, and when it is not encrypted or can't be written. May be repeated.
 pub fn shred_keys(
-    path: &Path,
+    place: &PermittedPath,
     id: EnvelopeId,
-    opens: impl FnOnce() -> bool,
+    passphrase: Option<&Passphrase>,
 ) -> Result<Shredding, VolumeError> {
-    let held = Held::open(path)?;
+    let (held, path) = (Held::open(place)?, place.shown());
     let (file, image) = (held.file(), held.image()?);
+    // Of the file that is held: another may be at the path by now.
+    let opens = || passphrase.is_some_and(|passphrase| image.unlock(passphrase).is_ok());
     let (header, base) = image.encrypted()?;
     let keyslots = header.active_keyslots();
     match image.envelope()? {
@@ -142,8 +146,8 @@ pub fn shred_keys(
 ///
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has it open, and when it can't be opened for writing.
-pub fn is_free(path: &Path) -> Result<(), VolumeError> {
-    Held::open(path).map(drop)
+pub fn is_free(place: &PermittedPath) -> Result<(), VolumeError> {
+    Held::open(place).map(drop)
 }
 
 fn damaged(path: &Path, what: &str) -> VolumeError {

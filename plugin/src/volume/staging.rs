@@ -7,10 +7,10 @@
 //! caller has inspected and named by its [`FileId`].
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
+use std::fs::{self, File, Metadata, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -19,6 +19,7 @@ use nix::unistd::linkat;
 
 use super::error::{Attempt, VolumeError};
 use super::held::Held;
+use crate::permitted::PermittedPath;
 
 const PREFIX: &str = ".virtseal-";
 const SUFFIX: &str = ".tmp";
@@ -47,7 +48,8 @@ impl From<&Metadata> for FileId {
 
 impl FileId {
     /// The file itself, whatever state it is in.
-    pub(crate) fn inode(&self) -> (u64, u64) {
+    #[must_use]
+    pub fn inode(&self) -> (u64, u64) {
         (self.device, self.inode)
     }
 }
@@ -56,35 +58,31 @@ impl FileId {
 #[derive(Debug)]
 pub(crate) struct Staged {
     file: File,
-    target: PathBuf,
-    directory: PathBuf,
-    /// Its temporary name, if it has one.
+    target: PermittedPath,
+    /// Its temporary name, if it has one, reached through the target's open directory.
     name: Option<PathBuf>,
 }
 
 impl Staged {
     /// An empty file of mode 0600 on the file system of `target`.
-    pub(crate) fn beside(target: &Path) -> Result<Self, VolumeError> {
-        let (target, directory) = place(target);
-        match unnamed(&directory) {
+    pub(crate) fn beside(target: &PermittedPath) -> Result<Self, VolumeError> {
+        match unnamed(&target.directory_handle()) {
             Ok(file) => Ok(Self {
                 file,
-                target,
-                directory,
+                target: target.clone(),
                 name: None,
             }),
-            Err(error) if needs_a_name(&error) => Self::named(target, directory),
-            Err(error) => Err(error).attempt("create a file in", &directory),
+            Err(error) if needs_a_name(&error) => Self::named(target),
+            Err(error) => Err(error).attempt("create a file in", directory_of(target)),
         }
     }
 
-    fn named(target: PathBuf, directory: PathBuf) -> Result<Self, VolumeError> {
-        let name = temporary_name(&directory)?;
-        let file = writable(&name, true).attempt("create", &name)?;
+    fn named(target: &PermittedPath) -> Result<Self, VolumeError> {
+        let name = temporary_name(&target.directory_handle())?;
+        let file = writable(&name, true).attempt("create a file in", directory_of(target))?;
         let staged = Self {
             file,
-            target,
-            directory,
+            target: target.clone(),
             name: Some(name),
         };
         staged
@@ -94,7 +92,7 @@ impl Staged {
                 TryLockError::Error(error) => error,
                 TryLockError::WouldBlock => io::ErrorKind::WouldBlock.into(),
             })
-            .attempt("lock the temporary file of", &staged.target)?;
+            .attempt("lock the temporary file of", staged.target.shown())?;
         Ok(staged)
     }
 
@@ -105,20 +103,24 @@ impl Staged {
 
     /// The file, opened anew for reading, as anyone else would.
     pub(crate) fn reopen(&self) -> Result<File, VolumeError> {
-        File::open(self.magic_link()).attempt("reopen", &self.target)
+        File::open(self.magic_link()).attempt("reopen", self.target.shown())
     }
 
     /// Gives it the owner and the mode of the file that it will replace.
     pub(crate) fn take_after(&self, replaced: &Held) -> Result<(), VolumeError> {
         let replaced = replaced.file().metadata().attempt("look at", replaced.path())?;
         fchown(&self.file, Some(replaced.uid()), Some(replaced.gid()))
-            .and_then(|()| self.file.set_permissions(replaced.permissions()))
-            .attempt("set the owner and mode of", &self.target)
+            .and_then(|()| {
+                // Never more than its owner could give: no set-id bits.
+                let mode = replaced.permissions().mode() & 0o777;
+                self.file.set_permissions(Permissions::from_mode(mode))
+            })
+            .attempt("set the owner and mode of", self.target.shown())
     }
 
     /// Puts the data on stable storage.
     pub(crate) fn sync(&self) -> Result<(), VolumeError> {
-        self.file.sync_all().attempt("write", &self.target)
+        self.file.sync_all().attempt("write", self.target.shown())
     }
 
     /// Gives it its name: a name nobody has, or that of `replaced`.
@@ -128,22 +130,23 @@ impl Staged {
             Some(expected) => self.rename_over(expected)?,
         }
         Ok(Published {
-            directory: self.directory.clone(),
+            target: self.target.clone(),
         })
     }
 
     fn link_without_clobber(&mut self) -> Result<(), VolumeError> {
+        let target = self.target.handle();
         let outcome = match &self.name {
-            None => self.link_to(&self.target),
-            Some(name) => rename_without_clobber(name, &self.target),
+            None => self.link_to(&target),
+            Some(name) => rename_without_clobber(name, &target),
         };
         match outcome {
             Ok(()) => {
                 self.name = None;
                 Ok(())
             }
-            Err(Errno::EEXIST) => Err(VolumeError::Exists(self.target.clone())),
-            Err(error) => Err(error).attempt("create", &self.target),
+            Err(Errno::EEXIST) => Err(VolumeError::Exists(self.target.shown().to_owned())),
+            Err(error) => Err(error).attempt("create", self.target.shown()),
         }
     }
 
@@ -151,19 +154,26 @@ impl Staged {
         let name = match self.name.take() {
             Some(name) => name,
             None => {
-                let name = temporary_name(&self.directory)?;
-                self.link_to(&name).attempt("create", &name)?;
+                let name = temporary_name(&self.target.directory_handle())?;
+                self.link_to(&name)
+                    .attempt("create a file in", directory_of(&self.target))?;
                 name
             }
         };
         let name = self.name.insert(name);
-        let found = fs::metadata(&self.target).attempt("look at", &self.target)?;
+        let shown = self.target.shown();
+        let found = self.target.metadata().attempt("look at", shown)?;
         if FileId::from(&found) != expected {
-            return Err(VolumeError::Changed(self.target.clone()));
+            return Err(VolumeError::Changed(shown.to_owned()));
         }
-        fs::rename(name, &self.target).attempt("replace", &self.target)?;
+        fs::rename(name, self.target.handle()).attempt("replace", shown)?;
         self.name = None;
-        Ok(())
+        // Others may write to the directory, and have put something else under the temporary name.
+        let ours = self.file.metadata().attempt("look at", shown)?;
+        match self.target.metadata() {
+            Ok(found) if FileId::from(&found).inode() == FileId::from(&ours).inode() => Ok(()),
+            _ => Err(VolumeError::Changed(shown.to_owned())),
+        }
     }
 
     fn link_to(&self, path: &Path) -> nix::Result<()> {
@@ -193,30 +203,32 @@ impl Drop for Staged {
 /// A file that has its name, and may lose it again in a power failure until [`Self::sync`].
 #[derive(Debug)]
 pub(crate) struct Published {
-    directory: PathBuf,
+    target: PermittedPath,
 }
 
 impl Published {
     /// Puts the name on stable storage.
     pub(crate) fn sync(self) -> Result<(), VolumeError> {
-        File::open(&self.directory)
+        File::open(self.target.directory_handle())
             .and_then(|directory| directory.sync_all())
-            .attempt("write the directory", &self.directory)
+            .attempt("write the directory", directory_of(&self.target))
     }
 }
 
-/// Removes what a killed virtseal left half-made in `directory`. Files that a live process is making stay.
+/// Removes what a killed virtseal left half-made beside `image`. Files that a live process is making stay.
 ///
 /// # Errors
 /// When the directory can't be read or a leftover can't be removed.
-pub fn sweep_temporaries(directory: &Path) -> Result<Vec<PathBuf>, VolumeError> {
+pub fn sweep_temporaries(image: &PermittedPath) -> Result<Vec<PathBuf>, VolumeError> {
+    let directory = directory_of(image);
     let mut removed = Vec::new();
-    for entry in fs::read_dir(directory).attempt("read", directory)? {
+    for entry in fs::read_dir(image.directory_handle()).attempt("read", directory)? {
         let entry = entry.attempt("read", directory)?;
         let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
         if is_file && is_temporary(&entry.file_name()) && is_abandoned(&entry.path()) {
-            fs::remove_file(entry.path()).attempt("remove", &entry.path())?;
-            removed.push(entry.path());
+            let shown = directory.join(entry.file_name());
+            fs::remove_file(entry.path()).attempt("remove", &shown)?;
+            removed.push(shown);
         }
     }
     Ok(removed)
@@ -278,15 +290,12 @@ fn temporary_name(directory: &Path) -> Result<PathBuf, VolumeError> {
     Ok(directory.join(name))
 }
 
-/// The file's final name and its directory. A symbolic link that exists is followed, so that a replaced file is the one that
-/// was inspected.
-fn place(target: &Path) -> (PathBuf, PathBuf) {
-    let target = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
-    let directory = match target.parent() {
-        Some(parent) if parent != Path::new("") => parent.to_owned(),
-        _ => PathBuf::from("."),
-    };
-    (target, directory)
+/// For messages.
+fn directory_of(target: &PermittedPath) -> &Path {
+    match target.shown().parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
 }
 
 fn rename_without_clobber(from: &Path, to: &Path) -> nix::Result<()> {
@@ -306,6 +315,10 @@ mod tests {
 
     use super::*;
 
+    fn named(path: &Path) -> PermittedPath {
+        PermittedPath::named_by_root(path).unwrap()
+    }
+
     fn names(directory: &Path) -> Vec<OsString> {
         fs::read_dir(directory)
             .unwrap()
@@ -314,8 +327,8 @@ mod tests {
     }
 
     const WAYS: [fn(&Path) -> Staged; 2] = [
-        |target| Staged::beside(target).unwrap(),
-        |target| Staged::named(target.to_owned(), target.parent().unwrap().to_owned()).unwrap(),
+        |target| Staged::beside(&named(target)).unwrap(),
+        |target| Staged::named(&named(target)).unwrap(),
     ];
 
     #[test]
@@ -385,8 +398,9 @@ mod tests {
         ] {
             fs::write(directory.path().join(other), "").unwrap();
         }
-        let live = Staged::named(directory.path().join("disk"), directory.path().to_owned()).unwrap();
-        assert_eq!(sweep_temporaries(directory.path()).unwrap(), [abandoned]);
+        let disk = named(&directory.path().join("disk"));
+        let live = Staged::named(&disk).unwrap();
+        assert_eq!(sweep_temporaries(&disk).unwrap(), [abandoned]);
         assert_eq!(names(directory.path()).len(), 4);
         drop(live);
         assert_eq!(names(directory.path()).len(), 3);

@@ -22,11 +22,16 @@ use virtseal::domain::DeclaredFormat;
 use virtseal::envelope::{
     Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
 };
+use virtseal::permitted::PermittedPath;
 use virtseal::secret::{Dek, Passphrase};
 use virtseal::volume::{
     self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Declaration, Format, Held, Step,
     VolumeError, luks1,
 };
+
+fn place(path: &Path) -> PermittedPath {
+    PermittedPath::named_by_root(path).unwrap()
+}
 
 /// A directory, and a key for what is made in it.
 struct Bench {
@@ -49,6 +54,10 @@ impl Bench {
 
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
+    }
+
+    fn place(&self, name: &str) -> PermittedPath {
+        place(&self.path(name))
     }
 
     fn request(&self, name: &str, size: u64) -> CreateRequest {

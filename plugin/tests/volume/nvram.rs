@@ -20,9 +20,9 @@ fn a_variable_store_holds_its_template() {
     bench.must("qemu-img", &convert);
     for source in ["VARS.fd", "VARS.qcow2"] {
         let target = format!("{source}.nvram");
-        let (from, to) = (bench.path(source), bench.path(&target));
+        let (from, to) = (bench.place(source), bench.place(&target));
         let digest = volume::create_nvram(&from, &to, &bench.passphrase).unwrap();
-        assert_eq!(digest, volume::header_digest(&to).unwrap());
+        assert_eq!(digest, volume::header_digest(&bench.path(&target)).unwrap());
         bench.verify(&target).unwrap();
         assert_eq!(bench.info(&target)["format"], "luks");
         bench.must("cryptsetup", &["luksDump", &target]);
@@ -54,7 +54,7 @@ fn a_template_that_is_none_is_refused() {
     let huge = fs::File::create(bench.path("huge")).unwrap();
     huge.set_len(1 << 30).unwrap();
     for name in ["odd", "huge"] {
-        let refused = volume::create_nvram(&bench.path(name), &bench.path("x"), &bench.passphrase);
+        let refused = volume::create_nvram(&bench.place(name), &bench.place("x"), &bench.passphrase);
         assert!(matches!(refused, Err(VolumeError::Unsupported { .. })));
         assert!(!bench.path("x").exists());
     }

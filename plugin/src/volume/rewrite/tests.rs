@@ -1,4 +1,5 @@
 use std::fs::{self, OpenOptions};
+use std::path::Path;
 use std::process::Command;
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -112,7 +113,7 @@ fn an_image_follows_its_envelope_and_nothing_else_changes() {
             let before = volume::inspect(&path).unwrap();
             for generation in [2, 3, 1, 16, 15] {
                 let next = bench.next(generation);
-                let carried = rewrite_envelope(&path, &next, older_than(&next), unjournaled);
+                let carried = rewrite_envelope(&by_root(&path), &next, older_than(&next), unjournaled);
                 let held = volume::inspect(&path).unwrap().envelope.unwrap();
                 if cluster == 4096 && generation > 3 {
                     assert!(carried.unwrap_err().to_string().contains("no room"));
@@ -141,7 +142,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     let mut other = bench.next(2);
     other.id = EnvelopeId::random();
     assert_eq!(
-        rewrite_envelope(&path, &other, |_| Ok(true), unjournaled).unwrap(),
+        rewrite_envelope(&by_root(&path), &other, |_| Ok(true), unjournaled).unwrap(),
         Carried::NotThere
     );
     // As a QEMU that only reads: it uses and does not share writing.
@@ -155,16 +156,16 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     };
     fcntl(&reader, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     for error in [
-        rewrite_envelope(&path, &bench.next(2), |_| Ok(true), unjournaled).unwrap_err(),
-        shred_keys(&path, bench.next(1).id, || true).unwrap_err(),
-        is_free(&path).unwrap_err(),
-        finish_rewrite(&path, b"").unwrap_err(),
+        rewrite_envelope(&by_root(&path), &bench.next(2), |_| Ok(true), unjournaled).unwrap_err(),
+        shred_keys(&by_root(&path), bench.next(1).id, Some(&bench.passphrase)).unwrap_err(),
+        is_free(&by_root(&path)).unwrap_err(),
+        finish_rewrite(&by_root(&path), b"").unwrap_err(),
     ] {
         assert!(matches!(error, VolumeError::InUse(_)), "{error}");
     }
     assert_eq!(fs::read(&path).unwrap(), before);
     drop(reader);
-    rewrite_envelope(&path, &bench.next(2), |_| Ok(true), unjournaled).unwrap();
+    rewrite_envelope(&by_root(&path), &bench.next(2), |_| Ok(true), unjournaled).unwrap();
 }
 
 #[test]
@@ -179,7 +180,7 @@ fn no_qemu_opens_an_image_that_is_being_written() {
             .unwrap()
     };
     assert!(check().status.success());
-    let held = Held::open(&path).unwrap();
+    let held = Held::open(&by_root(&path)).unwrap();
     let said = String::from_utf8_lossy(&check().stderr).into_owned();
     assert!(said.contains("lock"), "{said}");
     drop(held);
@@ -191,12 +192,12 @@ fn whatever_part_was_written_the_journal_completes_it() {
     let bench = Bench::new();
     for cluster in [512, 65536] {
         let path = bench.create(&format!("torn-{cluster}"), cluster, None);
-        rewrite_envelope(&path, &bench.next(9), |_| Ok(true), unjournaled).unwrap();
+        rewrite_envelope(&by_root(&path), &bench.next(9), |_| Ok(true), unjournaled).unwrap();
         let before = fs::read(&path).unwrap();
         let next = bench.next(14);
         let mut journal = Vec::new();
         let refused = rewrite_envelope(
-            &path,
+            &by_root(&path),
             &next,
             |_| Ok(true),
             |bytes| {
@@ -228,7 +229,7 @@ fn whatever_part_was_written_the_journal_completes_it() {
                     file.write_all_at(bytes, *offset).unwrap();
                 }
             }
-            finish_rewrite(&path, &journal).unwrap();
+            finish_rewrite(&by_root(&path), &journal).unwrap();
             assert_eq!(volume::inspect(&path).unwrap().envelope.unwrap(), next);
             volume::verify(&path, &bench.passphrase).unwrap();
         }
@@ -237,9 +238,13 @@ fn whatever_part_was_written_the_journal_completes_it() {
         let mut theirs = fs::read(&path).unwrap();
         theirs[0x300] ^= 1;
         fs::write(&path, &theirs).unwrap();
-        finish_rewrite(&path, &journal).unwrap();
+        finish_rewrite(&by_root(&path), &journal).unwrap();
         assert_eq!(fs::read(&path).unwrap(), theirs);
     }
+}
+
+fn by_root(path: &Path) -> PermittedPath {
+    PermittedPath::named_by_root(path).unwrap()
 }
 
 fn done(shredding: Shredding) -> Shredded {
@@ -257,11 +262,11 @@ fn shredded_images_open_for_nobody() {
         let before = fs::read(&path).unwrap();
         let info = volume::inspect(&path).unwrap();
         // Another VM's image may be at the path by now.
-        let other = shred_keys(&path, EnvelopeId::random(), || true).unwrap();
+        let other = shred_keys(&by_root(&path), EnvelopeId::random(), Some(&bench.passphrase)).unwrap();
         assert_eq!(other, Shredding::Carries(bench.next(1).id));
         assert_eq!(fs::read(&path).unwrap(), before);
         let id = bench.next(1).id;
-        let shredded = done(shred_keys(&path, id, || false).unwrap());
+        let shredded = done(shred_keys(&by_root(&path), id, None).unwrap());
         assert_eq!((shredded.keyslots, shredded.envelope), (1, true));
         assert!(matches!(
             volume::verify(&path, &bench.passphrase),
@@ -277,23 +282,25 @@ fn shredded_images_open_for_nobody() {
             let range = (base + range.start) as usize..(base + range.end) as usize;
             assert_ne!(now[range.clone()], before[range]);
         }
-        let again = done(shred_keys(&path, id, || false).unwrap());
+        let again = done(shred_keys(&by_root(&path), id, None).unwrap());
         assert_eq!((again.keyslots, again.envelope), (0, false));
     }
     let plain = bench.dir.path().join("plain.raw");
     fs::write(&plain, vec![0; 1 << 20]).unwrap();
     assert!(matches!(
-        shred_keys(&plain, bench.next(1).id, || true),
+        shred_keys(&by_root(&plain), bench.next(1).id, Some(&bench.passphrase)),
         Err(VolumeError::NotEncrypted(_))
     ));
     // A variable store carries no envelope: only its key tells whose it is.
     let store = bench.dir.path().join("store.fd");
     let template = bench.dir.path().join("template.fd");
     fs::write(&template, vec![7; 1 << 16]).unwrap();
-    volume::create_nvram(&template, &store, &bench.passphrase).unwrap();
-    let shred = |opens| shred_keys(&store, bench.next(1).id, || opens).unwrap();
-    assert_eq!(shred(false), Shredding::NotShown(1));
+    volume::create_nvram(&by_root(&template), &by_root(&store), &bench.passphrase).unwrap();
+    let shred = |passphrase| shred_keys(&by_root(&store), bench.next(1).id, passphrase).unwrap();
+    let stranger = Dek::random().unwrap().passphrase().unwrap();
+    assert_eq!(shred(None), Shredding::NotShown(1));
+    assert_eq!(shred(Some(&stranger)), Shredding::NotShown(1));
     volume::verify(&store, &bench.passphrase).unwrap();
-    assert_eq!(done(shred(true)).keyslots, 1);
+    assert_eq!(done(shred(Some(&bench.passphrase))).keyslots, 1);
     assert!(volume::verify(&store, &bench.passphrase).is_err());
 }
