@@ -1,12 +1,15 @@
 # make demo    shows the main job on a real libvirt, QEMU, OVMF and swtpm (root; installs what it needs)
 # make test    everything: unit tests and stories on the real stack (root; installs what it needs)
 # make test-providers   what every key provider must do, against the real ones; a line per provider and case (root)
+# make fuzz             random inputs for everything that reads what others wrote; FUZZ_CASES=20000
+# make soak             kills, full disks and collisions, again and again; SOAK_ROUNDS=10 (root)
+# make test-matrix      all tests on Debian 12 and 13, each in a fresh root (root)
 # make bench   the figures, as ratios against a peer in the same run (root)
 # make test-programs    whether a fresh Debian root has every program that scripts and tests run (root)
 # make lint    formatting, clippy, documentation
 # make install, make deb, make test-deb: packaging/package.mk
 
-.PHONY: demo test test-providers test-programs bench lint deps
+.PHONY: demo test test-providers test-programs test-matrix fuzz soak bench lint deps
 
 CARGO ?= cargo
 include packaging/package.mk
@@ -24,6 +27,15 @@ test-providers: deps
 
 test-programs:
 	tests/host/check-programs
+
+test-matrix:
+	tests/run-matrix
+
+fuzz: deps
+	CARGO="$(CARGO)" tests/run-fuzz
+
+soak: deps
+	CARGO="$(CARGO)" tests/run-soak
 
 bench: deps
 	$(CARGO) build --locked --release --workspace --bins
