@@ -244,6 +244,11 @@ pub trait HostProxy {
         typed: Option<&str>,
         typed_for_keks: Option<&str>,
     ) -> zlink::Result<Result<Receipt, HostError>>;
+    /// Writes a backup of the whole state to the first of `fds`, encrypted by the passphrase in the second.
+    async fn backup_state(
+        &mut self,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Drops the records of a VM that is not defined here, after they were kept in a file.
     async fn forget_vm(&mut self, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
     /// Takes back what is in the file in `fds`.

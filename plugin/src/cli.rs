@@ -13,6 +13,7 @@ mod pkcs11;
 mod print;
 mod provider;
 mod provider_add;
+mod state;
 mod tpm;
 mod transit;
 mod trust;
@@ -29,6 +30,7 @@ use client::Client;
 use job::JobsCommand;
 use print::Printer;
 use provider::ProviderCommand;
+use state::StateCommand;
 use vm::VmCommand;
 use volume::VolumeCommand;
 
@@ -75,6 +77,9 @@ enum Command {
         #[command(subcommand)]
         command: Option<JobsCommand>,
     },
+    /// All that virtseal keeps on this host.
+    #[command(subcommand)]
+    State(StateCommand),
     /// The audit log.
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -102,6 +107,9 @@ impl Cli {
         if let Command::Volume(VolumeCommand::Info { path }) = &self.command {
             return volume::info(path, &printer);
         }
+        if let Command::State(StateCommand::Restore(args)) = self.command {
+            return state::restore(args, &printer);
+        }
         let mut client = match &self.command {
             Command::Provider(ProviderCommand::Lock { .. }) => {
                 Client::connect_undisturbed(&self.socket).await?
@@ -117,6 +125,8 @@ impl Cli {
             Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, &printer),
             Command::Vm(command) => vm::run(command, &mut client, &printer).await,
             Command::Jobs { command } => job::run(command, &mut client, &printer).await,
+            Command::State(StateCommand::Backup(args)) => state::backup(&args, &mut client, &printer).await,
+            Command::State(StateCommand::Restore(args)) => state::restore(args, &printer),
             Command::Audit(command) => audit(command, &mut client, &printer).await,
         }
     }

@@ -20,8 +20,10 @@ pub mod pools;
 mod providers;
 mod records;
 mod rivals;
+mod saved;
 mod shred;
 mod standing;
+mod state;
 mod status;
 mod trust;
 mod visible;
@@ -103,6 +105,8 @@ pub struct Daemon {
     /// Rung when a start was armed.
     arms_bell: Bell,
     looks: overdue::Looks,
+    /// VMs that have started or ended, and that nobody has looked at since.
+    changed_vms: Mutex<BTreeSet<VmId>>,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
     copying: Mutex<()>,
 }
@@ -139,6 +143,7 @@ impl Daemon {
             copies_bell: Bell::default(),
             arms_bell: Bell::default(),
             looks: overdue::Looks::default(),
+            changed_vms: Mutex::default(),
             copying: Mutex::default(),
         })
     }
@@ -304,12 +309,14 @@ impl Daemon {
 
     /// `started begin`: QEMU and swtpm have the keys, libvirt needs them no more.
     pub fn started(&self, vm: &str, name: &str) -> Result<(), Failure> {
+        self.look_later(vm);
         self.disarm(vm, name)
     }
 
     /// `release end`: whatever happened, nothing stays armed.
     pub fn released(&self, vm: &str, name: &str) -> Result<(), Failure> {
         let disarmed = self.disarm(vm, name);
+        self.look_later(vm);
         // Its images can follow what was rewrapped while it ran.
         self.copies_bell.ring();
         disarmed

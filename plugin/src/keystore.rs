@@ -80,7 +80,8 @@ pub struct Keystore {
 impl Keystore {
     /// The file's name in the state directory.
     pub const FILE: &'static str = "keystore.db";
-    const LOCK: &'static str = "keystore.lock";
+    /// The file that whoever has the keystore open holds a lock on.
+    pub const LOCK: &'static str = "keystore.lock";
 
     /// Opens the keystore in `dir`, making both (0700, 0600) where they are missing.
     ///
@@ -152,6 +153,11 @@ impl Keystore {
         let outcome = run().map_err(|fault: StoreFault| fault.at(&self.path))?;
         self.checkpoints.note_change();
         Ok(outcome)
+    }
+
+    /// The database as it is at one moment, for a backup.
+    pub fn snapshot(&self) -> Result<Vec<u8>, KeystoreError> {
+        self.read(|connection| Ok(connection.serialize(rusqlite::MAIN_DB)?.to_vec()))
     }
 
     /// Brings all changes into the database file, as the end of virtseald does. Says whether that file alone is whole now.

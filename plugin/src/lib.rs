@@ -30,6 +30,7 @@ pub mod seal;
 pub mod secret;
 pub mod side_doors;
 pub mod sockets;
+pub mod state_backup;
 pub mod terminal;
 pub mod tpm;
 pub mod volume;

@@ -6,6 +6,7 @@
 
 mod probe;
 pub mod qemu_conf;
+mod saved;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -74,6 +75,17 @@ impl std::fmt::Display for Power {
     }
 }
 
+/// What became of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// It runs.
+    Running,
+    /// It is off.
+    Off,
+    /// It is off, and `virsh save` has written its state somewhere; this is the XML of its definition.
+    SavedToAFile(String),
+}
+
 /// An XML that libvirt keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeptXml {
@@ -81,7 +93,7 @@ pub struct KeptXml {
     pub vm: VmId,
     /// Its name.
     pub name: String,
-    /// The snapshot whose XML it is; else it is that of the VM itself.
+    /// Where it is kept besides the VM itself: `snapshot NAME`, `managed save`. Nobody changes it there.
     pub snapshot: Option<String>,
     /// The text; that of a snapshot has the domain inside.
     pub xml: String,
@@ -250,6 +262,23 @@ impl Libvirt {
             // One that is gone meanwhile is not active.
             let xml = pools.iter().filter_map(|pool| pool.xml_desc(0).ok());
             Ok(xml.filter_map(|xml| pool_path(&xml)).collect())
+        })
+    }
+
+    /// What became of a VM that has ended or started; `None` if it is not defined.
+    pub fn whereabouts(&self, vm: VmId) -> Result<Option<Whereabouts>, LibvirtError> {
+        self.with("look at the domain", |connection| {
+            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+                return Ok(None);
+            };
+            let found = if domain.is_active()? {
+                Whereabouts::Running
+            } else if saved::is_in_a_file(&domain)? {
+                Whereabouts::SavedToAFile(domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?)
+            } else {
+                Whereabouts::Off
+            };
+            Ok(Some(found))
         })
     }
 
@@ -473,8 +502,11 @@ fn xml_of(domain: &Domain) -> Result<Vec<KeptXml>, virt::error::Error> {
         found.push(kept(None, domain.xml_desc(flags)?));
     }
     for snapshot in domain.list_all_snapshots(0)? {
-        found.push(kept(Some(snapshot.name()?), snapshot.xml_desc(0)?));
+        let name = format!("snapshot {}", snapshot.name()?);
+        found.push(kept(Some(name), snapshot.xml_desc(0)?));
     }
+    let managed = saved::managed_xml(domain)?;
+    found.extend(managed.map(|xml| kept(Some("managed save".to_owned()), xml)));
     Ok(found)
 }
 

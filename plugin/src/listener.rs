@@ -591,6 +591,11 @@ impl Service {
         .await
     }
 
+    async fn backup_state(&self, #[zlink(fds)] fds: Vec<OwnedFd>) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.backup_state(fds))
+            .await
+    }
+
     async fn forget_vm(&self, vm: String) -> Result<Outcome, HostError> {
         self.run(Caller::Admin, move |daemon| daemon.forget_vm(&vm)).await
     }

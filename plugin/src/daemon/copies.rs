@@ -33,6 +33,7 @@ impl Daemon {
     /// Brings copies up to date for ever. For a thread of its own.
     pub fn run_copies(&self) {
         loop {
+            self.note_saved_states();
             if let Err(failure) = self.update_copies() {
                 tracing::warn!("copies of envelopes: {failure}");
             }

@@ -42,7 +42,7 @@ pub(super) struct Visible {
 pub(super) enum Place {
     /// In the XML of this VM.
     Xml(String),
-    /// In the XML of a snapshot of this VM, which nobody can change.
+    /// In the XML of a snapshot or a managed save of this VM, which nobody can change.
     Snapshot(String, String),
     /// In this image.
     Image(PathBuf),
@@ -52,7 +52,7 @@ impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Xml(vm) => write!(f, "the XML of {vm}"),
-            Self::Snapshot(vm, snapshot) => write!(f, "snapshot {snapshot} of {vm}"),
+            Self::Snapshot(vm, kept_in) => write!(f, "{kept_in} of {vm}"),
             Self::Image(path) => write!(f, "{}", path.display()),
         }
     }

@@ -39,6 +39,7 @@ use crate::tpm::TpmError;
 
 pub use document::DocumentError;
 pub use sealing::SealingError;
+pub(crate) use sealing::{decrypting, encrypting};
 pub use tpm_seal::TpmEnrollment;
 
 /// A provider whose root key is on this host.

@@ -4,12 +4,13 @@
 //! the kernel. A passphrase is UTF-8 text of one line, as `age` reads it from a terminal; a trailing newline is
 //! the caller's to trim.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::iter;
 use std::sync::{Mutex, PoisonError};
 
 use age::armor::{ArmoredReader, ArmoredWriter, Format};
 use age::secrecy::SecretString;
+use age::stream::{StreamReader, StreamWriter};
 use age::{DecryptError, Decryptor, EncryptError, Encryptor, scrypt};
 use thiserror::Error;
 use zeroize::Zeroize;
@@ -132,19 +133,50 @@ pub(in crate::provider) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Resu
     opened
 }
 
+/// A writer that encrypts with `passphrase` what is too long for memory, as a binary age file. It must be finished.
+pub(crate) fn encrypting<W: Write>(
+    output: W,
+    passphrase: &SecretBytes,
+) -> Result<StreamWriter<W>, SealingError> {
+    let mut recipient = scrypt::Recipient::new(typed(passphrase)?);
+    recipient.set_work_factor(WORK_HERE);
+    let encryptor = one_at_a_time(|| Encryptor::with_recipients(iter::once(&recipient as _)))
+        .map_err(SealingError::Encrypt)?;
+    let writer = encryptor.wrap_output(output);
+    scrub_stack();
+    writer.map_err(|error| SealingError::Encrypt(error.into()))
+}
+
+/// A reader of what [`encrypting`] wrote; it ends with an error unless all of it is there.
+pub(crate) fn decrypting<R: BufRead>(
+    input: R,
+    passphrase: &SecretBytes,
+) -> Result<StreamReader<R>, SealingError> {
+    let mut identity = scrypt::Identity::new(typed(passphrase)?);
+    identity.set_max_work_factor(MOST_WORK);
+    let decryptor = Decryptor::new_buffered(input).map_err(SealingError::Damaged)?;
+    if !decryptor.is_scrypt() {
+        return Err(SealingError::NotByPassphrase);
+    }
+    let reader = one_at_a_time(|| decryptor.decrypt(iter::once(&identity as _))).map_err(refused);
+    scrub_stack();
+    reader
+}
+
+fn refused(error: DecryptError) -> SealingError {
+    match error {
+        DecryptError::DecryptionFailed | DecryptError::KeyDecryptionFailed => SealingError::WrongPassphrase,
+        DecryptError::ExcessiveWork { required, .. } => SealingError::TooMuchWork { required },
+        error => SealingError::Damaged(error),
+    }
+}
+
 fn decrypt(sealed: &[u8], identity: &scrypt::Identity) -> Result<Transient, SealingError> {
     let decryptor = Decryptor::new_buffered(ArmoredReader::new(sealed)).map_err(SealingError::Damaged)?;
     if !decryptor.is_scrypt() {
         return Err(SealingError::NotByPassphrase);
     }
-    let reader =
-        one_at_a_time(|| decryptor.decrypt(iter::once(identity as _))).map_err(|error| match error {
-            DecryptError::DecryptionFailed | DecryptError::KeyDecryptionFailed => {
-                SealingError::WrongPassphrase
-            }
-            DecryptError::ExcessiveWork { required, .. } => SealingError::TooMuchWork { required },
-            error => SealingError::Damaged(error),
-        })?;
+    let reader = one_at_a_time(|| decryptor.decrypt(iter::once(identity as _))).map_err(refused)?;
     // The plaintext is shorter than the file: no growing buffer leaves a copy behind.
     let mut text = Transient::new(Vec::with_capacity(sealed.len() + 1));
     reader

@@ -1,0 +1,185 @@
+//! `virtseal state backup` and `restore`.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+
+use super::client::Client;
+use super::job;
+use super::passphrase::{self, NewPassphraseArgs, PassphraseArgs};
+use super::print::Printer;
+use crate::api::HostProxy;
+use crate::config::Config;
+use crate::failure::{Code, Failure, chain, word};
+use crate::keystore::KeystoreError;
+use crate::provider::native::SealingError;
+use crate::secret::SecretBytes;
+use crate::state_backup::{self, Replace, StateError};
+use crate::terminal::quoted;
+
+/// The most bytes of a passphrase.
+const MAX_PASSPHRASE: usize = 32 * 1024;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StateCommand {
+    /// Write all that virtseal keeps on this host into one file, encrypted by a passphrase. virtseald goes on.
+    Backup(BackupArgs),
+    /// Bring it back, while virtseald is stopped.
+    Restore(RestoreArgs),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct BackupArgs {
+    /// Where to write it; must not exist.
+    #[arg(long, short, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    passphrase: NewPassphraseArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RestoreArgs {
+    /// The backup.
+    #[arg(long, short, value_name = "FILE")]
+    input: PathBuf,
+    /// The configuration that names the state directory.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The state directory, if no configuration names it.
+    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    state_dir: Option<PathBuf>,
+    /// Replace the state that is there, which is kept beside it: the name of this host.
+    #[arg(long, value_name = "NAME")]
+    yes_replace: Option<String>,
+    #[command(flatten)]
+    passphrase: PassphraseArgs,
+}
+
+pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let passphrase = args.passphrase.open("Passphrase of the backup: ")?;
+    let shown = args.output.display();
+    let unwritable = |error: std::io::Error| {
+        let failure = Failure::from_error(Code::Failed, format!("can't write {shown}"), &error);
+        match error.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                failure.next("choose another --output: a backup is never overwritten")
+            }
+            _ => failure,
+        }
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&args.output)
+        .map_err(unwritable)?;
+    let written = write_backup(&file, &args.output, passphrase, client, unwritable).await;
+    if let Err(failure) = written {
+        // Only what this command created, and it is of no use.
+        let _ = fs::remove_file(&args.output);
+        return Err(failure);
+    }
+    printer.done(&format!(
+        "The state is backed up in {shown}. The passphrases of providers are not in it: keep these, too"
+    ))
+}
+
+async fn write_backup(
+    file: &File,
+    path: &Path,
+    passphrase: OwnedFd,
+    client: &mut Client,
+    unwritable: impl Fn(std::io::Error) -> Failure,
+) -> Result<(), Failure> {
+    let copy = file.try_clone().map_err(&unwritable)?;
+    let fds = vec![OwnedFd::from(copy), passphrase];
+    client.call(async |host| host.backup_state(fds).await).await?;
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    file.sync_all()
+        .and_then(|()| File::open(directory)?.sync_all())
+        .map_err(unwritable)
+}
+
+/// Without a daemon: there is none before this.
+pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Failure> {
+    let dir = state_dir(&args)?;
+    let backup = File::from(passphrase::open_file(&args.input)?);
+    let typed = job::typed(
+        args.yes_replace.clone(),
+        &format!(
+            "What is in {} would be replaced, and kept beside it. Type the name of this host, or nothing if there is nothing: ",
+            dir.display()
+        ),
+    )?;
+    let passphrase = args.passphrase.open("Passphrase of the backup: ")?;
+    let mut passphrase = SecretBytes::read_from(File::from(passphrase), MAX_PASSPHRASE)
+        .map_err(|error| Failure::from_error(Code::Usage, "can't read the passphrase", &error))?;
+    passphrase.trim_newline();
+    let replace = match typed.as_str() {
+        "" => Replace::Nothing,
+        name => Replace::TypedName(name),
+    };
+    let restored = state_backup::restore(backup, &passphrase, &dir, replace)
+        .map_err(|error| failure(&error, &args, &dir))?;
+    let mut said = format!(
+        "{} holds the state of {} as of {} ({} files)",
+        dir.display(),
+        restored.manifest.host,
+        restored.manifest.made,
+        restored.files
+    );
+    if let Some(before) = &restored.before {
+        said += &format!("; what was there is in {}", before.display());
+    }
+    printer.done(&said)?;
+    printer.advise(
+        "Next: systemctl start virtseald, then virtseal provider unlock. Keys that changed since come back from domain XML and \
+         images when their VMs start",
+    )
+}
+
+fn state_dir(args: &RestoreArgs) -> Result<PathBuf, Failure> {
+    if let Some(dir) = &args.state_dir {
+        return std::path::absolute(dir).map_err(|error| {
+            Failure::from_error(Code::Usage, format!("--state-dir {}", dir.display()), &error)
+        });
+    }
+    let default = Path::new(Config::DEFAULT_PATH);
+    let config = match &args.config {
+        Some(path) => Config::load(path),
+        None if default.exists() => Config::load(default),
+        None => Ok(Config::default()),
+    };
+    config
+        .map(|config| config.state_dir)
+        .map_err(|error| Failure::new(Code::Usage, chain(&error)).next("mend it, or give --state-dir DIR"))
+}
+
+fn failure(error: &StateError, args: &RestoreArgs, dir: &Path) -> Failure {
+    let said = |code| Failure::new(code, format!("nothing was restored: {}", chain(error)));
+    match error {
+        StateError::Occupied { host, .. } => said(Code::WouldLoseKey).next(format!(
+            "virtseal state restore --yes-replace={} -i {}: it keeps what is there beside it",
+            quoted(host),
+            quoted(args.input.display())
+        )),
+        StateError::Keystore(KeystoreError::InUse { .. }) => {
+            said(Code::Busy).next("systemctl stop virtseald.socket virtseald, then try again")
+        }
+        StateError::Sealing(SealingError::WrongPassphrase) => {
+            said(Code::Locked).next("try again with its passphrase")
+        }
+        StateError::MountPoint(_) => said(Code::WouldLoseKey).next(format!(
+            "move all that is in {} to another directory, then try again",
+            word(dir.display())
+        )),
+        _ => said(Code::Failed),
+    }
+}

@@ -1,0 +1,42 @@
+//! What `state backup` asks for.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use super::providers::{passphrase_from, take};
+use super::{Daemon, lock};
+use crate::api::Outcome;
+use crate::failure::{Code, Failure};
+use crate::state_backup;
+
+impl Daemon {
+    /// Writes a backup of the whole state to the first of `fds`, encrypted by the passphrase in the second.
+    pub fn backup_state(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Failure> {
+        let [output, passphrase] = take(fds)?;
+        let passphrase = passphrase_from(passphrase)?;
+        let made = self.write_state(output, &passphrase);
+        self.audit_command(
+            "state-backup",
+            &self.config().state_dir.display().to_string(),
+            &made,
+        );
+        crate::process::trim();
+        made
+    }
+
+    fn write_state(
+        &self,
+        output: OwnedFd,
+        passphrase: &crate::secret::SecretBytes,
+    ) -> Result<Outcome, Failure> {
+        // Nothing is half made in it.
+        let _sealing = lock(&self.sealing);
+        let files = state_backup::write(&mut File::from(output), &self.keystore, passphrase)
+            .map_err(|error| Failure::from_error(Code::Failed, "there is no backup of the state", &error))?;
+        Ok(Outcome {
+            steps: vec![format!("back up {files} files, and read them back")],
+            warnings: Vec::new(),
+            changed: false,
+        })
+    }
+}

@@ -1,0 +1,309 @@
+//! Bringing a backup back. Everything is unpacked, checked and on stable storage beside the state directory before that is
+//! touched; then both change places in one step, and the old one is kept.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, BufReader};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
+use tar::EntryType;
+
+use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
+use crate::audit::{AuditLog, Event, Outcome, Position};
+use crate::keystore::{AuditAnchor, Keystore, KeystoreError};
+use crate::local_time::rfc3339;
+use crate::provider::native::decrypting;
+use crate::secret::SecretBytes;
+
+/// Whether what is there may be replaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replace<'a> {
+    /// There must be nothing.
+    Nothing,
+    /// Whoever typed this name, of the host that this is, wants that.
+    TypedName(&'a str),
+}
+
+/// What was restored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Where the backup is from.
+    pub manifest: Manifest,
+    /// How many files it had.
+    pub files: usize,
+    /// Where what was there before is now.
+    pub before: Option<PathBuf>,
+}
+
+/// Restores `backup` as the state directory `dir`. No daemon may use that.
+///
+/// # Errors
+/// [`StateError`]; the directory is as it was then.
+pub fn restore(
+    backup: File,
+    passphrase: &SecretBytes,
+    dir: &Path,
+    replace: Replace<'_>,
+) -> Result<Restored, StateError> {
+    let place = Place::look(dir)?;
+    place.refuse_unless(replace)?;
+    // Held until both have changed places.
+    let _lock = place.lock()?;
+    let plain = decrypting(BufReader::new(backup), passphrase).map_err(StateError::Sealing)?;
+    let staged = place.staging()?;
+    let restored = unpack(plain, &staged).and_then(|(manifest, files)| {
+        check(&staged, &manifest)?;
+        sync_tree(&staged)?;
+        Ok((manifest, files))
+    });
+    let placed = restored.and_then(|(manifest, files)| {
+        let before = place.take(&staged)?;
+        Ok(Restored {
+            manifest,
+            files,
+            before,
+        })
+    });
+    if placed.is_err() {
+        // Only what this has made; it may be gone.
+        let _ = fs::remove_dir_all(&staged);
+    }
+    placed
+}
+
+/// What is where the state is to be.
+enum Place<'a> {
+    Absent(&'a Path),
+    Directory(&'a Path),
+    /// With nothing in it: it can't be replaced, only filled.
+    EmptyMount(&'a Path),
+    Occupied(&'a Path),
+}
+
+impl<'a> Place<'a> {
+    fn look(dir: &'a Path) -> Result<Self, StateError> {
+        let found = match fs::symlink_metadata(dir) {
+            Ok(found) => found,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::Absent(dir)),
+            Err(error) => return Err(StateError::io("look at", dir)(error)),
+        };
+        if !found.is_dir() {
+            return Err(StateError::io("restore to", dir)(
+                io::ErrorKind::NotADirectory.into(),
+            ));
+        }
+        let parent = parent_of(dir);
+        let of_parent = fs::metadata(parent).map_err(StateError::io("look at", parent))?;
+        let is_mount = of_parent.dev() != found.dev();
+        let mut is_empty = true;
+        for entry in fs::read_dir(dir).map_err(StateError::io("read", dir))? {
+            let name = entry.map_err(StateError::io("read", dir))?.file_name();
+            // A lock that nobody may hold, and what mkfs makes.
+            is_empty &= name == Keystore::LOCK || name == "lost+found";
+        }
+        match (is_empty, is_mount) {
+            (true, false) => Ok(Self::Directory(dir)),
+            (true, true) => Ok(Self::EmptyMount(dir)),
+            (false, false) => Ok(Self::Occupied(dir)),
+            (false, true) => Err(StateError::MountPoint(dir.to_owned())),
+        }
+    }
+
+    fn dir(&self) -> &'a Path {
+        match self {
+            Self::Absent(dir) | Self::Directory(dir) | Self::EmptyMount(dir) | Self::Occupied(dir) => dir,
+        }
+    }
+
+    fn refuse_unless(&self, replace: Replace<'_>) -> Result<(), StateError> {
+        let host = host_name();
+        match (self, replace) {
+            (Self::Occupied(_), Replace::TypedName(typed)) if typed == host => Ok(()),
+            (Self::Occupied(dir), _) => Err(StateError::Occupied {
+                dir: (*dir).to_owned(),
+                host,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// What a daemon holds as long as it lives.
+    fn lock(&self) -> Result<Option<Flock<File>>, StateError> {
+        let path = self.dir().join(Keystore::LOCK);
+        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(StateError::io("open", &path)(error)),
+        };
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) => Err(KeystoreError::InUse {
+                dir: self.dir().to_owned(),
+                holder: "see systemctl status virtseald".to_owned(),
+            }
+            .into()),
+            Err((_, errno)) => Err(StateError::io("lock", &path)(errno.into())),
+        }
+    }
+
+    /// A new directory on the same file system.
+    fn staging(&self) -> Result<PathBuf, StateError> {
+        let within = match self {
+            Self::EmptyMount(dir) => dir,
+            _ => parent_of(self.dir()),
+        };
+        let name = self.dir().file_name().unwrap_or_default().to_string_lossy();
+        let staged = within.join(format!(".{name}.restoring-{}", std::process::id()));
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&staged)
+            .map_err(StateError::io("make", &staged))?;
+        Ok(staged)
+    }
+
+    /// Says where what was there is now.
+    fn take(&self, staged: &Path) -> Result<Option<PathBuf>, StateError> {
+        let (dir, parent) = (self.dir(), parent_of(self.dir()));
+        let failed = StateError::io("put the restored state into", dir);
+        match self {
+            // Over an empty directory, too.
+            Self::Absent(_) | Self::Directory(_) => {
+                let _ = fs::remove_file(dir.join(Keystore::LOCK));
+                let placed = fs::rename(staged, dir).and_then(|()| File::open(parent)?.sync_all());
+                placed.map(|()| None).map_err(failed)
+            }
+            Self::EmptyMount(_) => fill(dir, staged).map(|()| None).map_err(failed),
+            Self::Occupied(_) => exchange(dir, staged).map(Some).map_err(failed),
+        }
+    }
+}
+
+/// Both change places in one step: whatever dies here, there is one whole state at `dir`.
+fn exchange(dir: &Path, staged: &Path) -> io::Result<PathBuf> {
+    let date = rfc3339(SystemTime::now()).replace(':', "-");
+    let mut name = dir.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".before-{date}"));
+    let before = parent_of(dir).join(name);
+    if before.symlink_metadata().is_ok() {
+        return Err(io::Error::new(
+            io::ErrorKind::AlreadyExists,
+            format!("{} exists", before.display()),
+        ));
+    }
+    renameat2(AT_FDCWD, dir, AT_FDCWD, staged, RenameFlags::RENAME_EXCHANGE)?;
+    File::open(parent_of(dir))?.sync_all()?;
+    fs::rename(staged, &before)?;
+    File::open(parent_of(dir))?.sync_all()?;
+    Ok(before)
+}
+
+/// The keystore comes last: without one a daemon that starts meanwhile finds nothing to believe.
+fn fill(dir: &Path, staged: &Path) -> io::Result<()> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(staged)? {
+        names.push(entry?.file_name());
+    }
+    names.sort_by_key(|name| name == Keystore::FILE);
+    for name in names {
+        fs::rename(staged.join(&name), dir.join(&name))?;
+    }
+    fs::remove_dir(staged)?;
+    File::open(dir)?.sync_all()
+}
+
+fn unpack(plain: impl io::Read, staged: &Path) -> Result<(Manifest, usize), StateError> {
+    let mut archive = archive(plain);
+    let (mut manifest, mut files) = (None, 0);
+    for entry in archive.entries().map_err(StateError::Damaged)? {
+        let mut entry = entry.map_err(StateError::Damaged)?;
+        if manifest.is_none() {
+            manifest = Some(read_manifest(&mut entry)?);
+            continue;
+        }
+        let name = entry.path().map_err(StateError::Damaged)?.into_owned();
+        let strange = || StateError::NotABackup(format!("it has a file {:?}", name.display().to_string()));
+        let is_inside = name.components().all(|part| matches!(part, Component::Normal(_)));
+        if !is_inside || name.as_os_str().is_empty() || name == Path::new(MANIFEST) {
+            return Err(strange());
+        }
+        let path = staged.join(&name);
+        match entry.header().entry_type() {
+            EntryType::Directory => DirBuilder::new()
+                .mode(0o700)
+                .create(&path)
+                .map_err(StateError::io("make", &path))?,
+            EntryType::Regular => {
+                let mut file = OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o600)
+                    .open(&path)
+                    .map_err(StateError::io("make", &path))?;
+                io::copy(&mut entry, &mut file).map_err(StateError::io("write", &path))?;
+                file.sync_all().map_err(StateError::io("write", &path))?;
+                files += 1;
+            }
+            _ => return Err(strange()),
+        }
+    }
+    // age has authenticated all of it only when its end was read.
+    let mut plain = archive.into_inner();
+    io::copy(&mut plain, &mut io::sink()).map_err(StateError::Damaged)?;
+    let manifest = manifest.ok_or_else(|| StateError::NotABackup("it is empty".to_owned()))?;
+    Ok((manifest, files))
+}
+
+/// Opens the keystore, which checks it whole, and notes in its audit log what it comes from.
+fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    if !staged.join(Keystore::FILE).is_file() {
+        return Err(StateError::NotABackup("it has no keystore".to_owned()));
+    }
+    let keystore = Keystore::open(staged)?;
+    let noted = keystore.audit_anchor()?.map(|anchor| Position {
+        seq: anchor.seq,
+        hash: anchor.hash,
+    });
+    let log = AuditLog::open_anchored(&staged.join(AuditLog::FILE), noted, |_| true);
+    let log = log.map_err(|error| StateError::NotABackup(error.to_string()))?;
+    let detail = format!("from a backup of {}, made {}", manifest.host, manifest.made);
+    let event = Event::new("state-restore", Outcome::Ok)
+        .actor(nix::unistd::getuid().as_raw())
+        .detail(&detail);
+    log.record(event)
+        .and_then(|()| log.flush(PATIENCE))
+        .map_err(|error| StateError::NotABackup(error.to_string()))?;
+    if let Some(at) = log.position() {
+        keystore.set_audit_anchor(AuditAnchor {
+            seq: at.seq,
+            hash: at.hash,
+        })?;
+    }
+    Ok(())
+}
+
+fn sync_tree(dir: &Path) -> Result<(), StateError> {
+    for entry in fs::read_dir(dir).map_err(StateError::io("read", dir))? {
+        let path = entry.map_err(StateError::io("read", dir))?.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            File::open(&path)
+                .and_then(|file| file.sync_all())
+                .map_err(StateError::io("write", &path))?;
+        }
+    }
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(StateError::io("sync", dir))
+}
+
+fn parent_of(dir: &Path) -> &Path {
+    match dir.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("/"),
+    }
+}

@@ -1,0 +1,183 @@
+use super::*;
+use crate::envelope::VmId;
+
+fn secret(text: &str) -> SecretBytes {
+    SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
+}
+
+/// A state directory in `parent`, with a file in a directory, a log and a VM.
+fn state(parent: &Path) -> (Keystore, VmId) {
+    let keystore = Keystore::open(&parent.join("state")).unwrap();
+    let vm = VmId::random();
+    keystore.remember_vm(vm, "web01").unwrap();
+    let providers = keystore.dir().join("providers/one");
+    fs::create_dir_all(&providers).unwrap();
+    fs::write(providers.join("identity.json"), "a private key").unwrap();
+    let log = AuditLog::open(&keystore.dir().join(AuditLog::FILE)).unwrap();
+    log.record(crate::audit::Event::new("seal", crate::audit::Outcome::Ok))
+        .unwrap();
+    drop(log);
+    (keystore, vm)
+}
+
+fn backup_of(keystore: &Keystore, path: &Path) -> usize {
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .unwrap();
+    write(&mut file, keystore, &secret("pass")).unwrap()
+}
+
+fn bring_back(backup: &Path, dir: &Path, replace: Replace<'_>) -> Result<Restored, StateError> {
+    restore(File::open(backup).unwrap(), &secret("pass"), dir, replace)
+}
+
+#[test]
+fn all_of_the_state_comes_back_on_another_host() {
+    let parent = tempfile::tempdir().unwrap();
+    let (keystore, vm) = state(parent.path());
+    // Inside of what it is a backup of, and not in itself.
+    let backup = keystore.dir().join("state.age");
+    assert!(backup_of(&keystore, &backup) >= 5);
+    let sealed = fs::read(&backup).unwrap();
+    let holds = |needle: &[u8]| sealed.windows(needle.len()).any(|window| window == needle);
+    assert!(!holds(b"a private key") && !holds(b"web01"));
+
+    let elsewhere = parent.path().join("restored");
+    let restored = bring_back(&backup, &elsewhere, Replace::Nothing).unwrap();
+    assert_eq!((restored.manifest.host, restored.before), (host_name(), None));
+    let identity = elsewhere.join("providers/one/identity.json");
+    assert_eq!(fs::read(&identity).unwrap(), b"a private key");
+    assert_eq!(fs::metadata(&identity).unwrap().mode() & 0o777, 0o600);
+    assert_eq!(fs::metadata(&elsewhere).unwrap().mode() & 0o777, 0o700);
+    let again = Keystore::open(&elsewhere).unwrap();
+    assert_eq!(again.vm(vm).unwrap().unwrap().name, "web01");
+    let verified = crate::audit::verify(&elsewhere.join(AuditLog::FILE), None).unwrap();
+    assert_eq!(verified.records, 2, "the restoring is recorded");
+    assert!(!elsewhere.join("state.age").exists());
+    assert_eq!(
+        fs::read_dir(parent.path()).unwrap().count(),
+        2,
+        "something is left"
+    );
+}
+
+#[test]
+fn what_is_there_is_replaced_by_its_name_only_and_kept() {
+    let parent = tempfile::tempdir().unwrap();
+    let (keystore, _) = state(parent.path());
+    let (dir, backup) = (keystore.dir().to_owned(), parent.path().join("state.age"));
+    backup_of(&keystore, &backup);
+    let later = VmId::random();
+    keystore.remember_vm(later, "later").unwrap();
+    let host = host_name();
+    let refused = bring_back(&backup, &dir, Replace::TypedName(&host)).unwrap_err();
+    assert!(
+        matches!(refused, StateError::Keystore(KeystoreError::InUse { .. })),
+        "{refused:?}"
+    );
+    drop(keystore);
+    for replace in [Replace::Nothing, Replace::TypedName("another")] {
+        let refused = bring_back(&backup, &dir, replace).unwrap_err();
+        assert!(matches!(refused, StateError::Occupied { .. }), "{refused:?}");
+    }
+    let restored = bring_back(&backup, &dir, Replace::TypedName(&host)).unwrap();
+    let before = Keystore::open(&restored.before.unwrap()).unwrap();
+    assert!(before.vm(later).unwrap().is_some());
+    assert!(Keystore::open(&dir).unwrap().vm(later).unwrap().is_none());
+}
+
+#[test]
+fn an_empty_directory_is_filled() {
+    let parent = tempfile::tempdir().unwrap();
+    let (keystore, vm) = state(parent.path());
+    let (dir, backup) = (parent.path().join("empty"), parent.path().join("state.age"));
+    backup_of(&keystore, &backup);
+    fs::create_dir(&dir).unwrap();
+    fs::write(dir.join(Keystore::LOCK), "").unwrap();
+    bring_back(&backup, &dir, Replace::Nothing).unwrap();
+    assert!(Keystore::open(&dir).unwrap().vm(vm).unwrap().is_some());
+}
+
+#[test]
+fn a_backup_that_is_not_whole_changes_nothing() {
+    let parent = tempfile::tempdir().unwrap();
+    let (keystore, _) = state(parent.path());
+    let (dir, backup) = (parent.path().join("restored"), parent.path().join("state.age"));
+    backup_of(&keystore, &backup);
+    let whole = fs::read(&backup).unwrap();
+    for length in [0, 10, 100, whole.len() / 2, whole.len() - 1] {
+        fs::write(&backup, &whole[..length]).unwrap();
+        bring_back(&backup, &dir, Replace::Nothing).unwrap_err();
+        assert!(!dir.exists(), "{length}");
+    }
+    let mut changed = whole.clone();
+    let middle = whole.len() / 2;
+    changed[middle] ^= 1;
+    fs::write(&backup, changed).unwrap();
+    bring_back(&backup, &dir, Replace::Nothing).unwrap_err();
+    fs::write(&backup, &whole).unwrap();
+    let wrong = restore(
+        File::open(&backup).unwrap(),
+        &secret("other"),
+        &dir,
+        Replace::Nothing,
+    );
+    assert!(matches!(
+        wrong,
+        Err(StateError::Sealing(SealingError::WrongPassphrase))
+    ));
+    assert_eq!(
+        fs::read_dir(parent.path()).unwrap().count(),
+        2,
+        "something is left"
+    );
+}
+
+/// Whoever knows the passphrase may have made it.
+#[test]
+fn a_backup_writes_nowhere_else() {
+    let parent = tempfile::tempdir().unwrap();
+    let manifest = format!(r#"{{"format":"{FORMAT}","version":1,"host":"h","made":"m"}}"#);
+    let make = |name: &str, kind: EntryType| {
+        let mut builder = Builder::new(encrypting(Vec::new(), &secret("pass")).unwrap());
+        append(
+            &mut builder,
+            Path::new(MANIFEST),
+            manifest.len() as u64,
+            manifest.as_bytes(),
+        )
+        .unwrap();
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_size(0);
+        header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());
+        if kind == EntryType::Symlink {
+            header.set_link_name("/etc").unwrap();
+        }
+        header.set_cksum();
+        builder.append(&header, io::empty()).unwrap();
+        let path = parent.path().join("hostile.age");
+        fs::write(&path, builder.into_inner().unwrap().finish().unwrap()).unwrap();
+        path
+    };
+    let dir = parent.path().join("state");
+    for (name, kind) in [
+        ("../escaped", EntryType::Regular),
+        ("/tmp/virtseal-escaped", EntryType::Regular),
+        ("a/../../escaped", EntryType::Regular),
+        ("link", EntryType::Symlink),
+        ("link", EntryType::Link),
+        ("fifo", EntryType::Fifo),
+        ("no-keystore", EntryType::Regular),
+    ] {
+        let refused = bring_back(&make(name, kind), &dir, Replace::Nothing).unwrap_err();
+        assert!(
+            matches!(refused, StateError::NotABackup(_)),
+            "{name}: {refused:?}"
+        );
+        assert!(!dir.exists() && !parent.path().join("escaped").exists());
+    }
+}
