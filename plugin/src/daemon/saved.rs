@@ -37,14 +37,12 @@ impl Daemon {
         match found {
             Some(Whereabouts::Running) => Ok(self.keystore.forget_saved(vm)?),
             Some(Whereabouts::SavedToAFile(xml)) => {
-                let envelopes = match Metadata::envelopes_in(&xml) {
-                    Ok(envelopes) if !envelopes.is_empty() => envelopes,
-                    Ok(_) => known.into_iter().map(|record| record.envelope).collect(),
-                    Err(error) => {
-                        tracing::warn!(%vm, "its metadata can't be read: {}", chain(&error));
-                        known.into_iter().map(|record| record.envelope).collect()
-                    }
-                };
+                // What the file has is what the XML had, or a moment later the keystore: rather too many than one too few.
+                let mut envelopes: Vec<_> = known.into_iter().map(|record| record.envelope).collect();
+                match Metadata::envelopes_in(&xml) {
+                    Ok((copies, _)) => envelopes.extend(copies),
+                    Err(error) => tracing::warn!(%vm, "its metadata can't be read: {}", chain(&error)),
+                }
                 tracing::info!(%vm, "its state was saved to a file");
                 Ok(self.keystore.note_saved(vm, &envelopes)?)
             }
