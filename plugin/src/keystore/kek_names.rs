@@ -60,6 +60,17 @@ impl Keystore {
         })
     }
 
+    /// Notes that no KEK bears a name, nor ever will.
+    pub fn forget_kek_name(&self, provider: ProviderId, name: &str) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "DELETE FROM kek_names WHERE provider = ?1 AND name = ?2 AND kek IS NULL",
+                params![provider.to_string(), name],
+            )?;
+            Ok(())
+        })
+    }
+
     /// The names for `scope`, the latest first.
     pub fn kek_names(
         &self,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::{KekScope, ProviderError};
 use crate::envelope::{KekId, ProviderId};
-use crate::keystore::{Keystore, KeystoreError};
+use crate::keystore::{KekNameRecord, Keystore, KeystoreError};
 
 /// Which KEK of a scope it is: they rise by one. 0 is one from a virtseal that did not count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,16 +62,18 @@ pub(super) struct KekBook {
 pub(super) struct Known {
     /// KEKs that may be in use: made here or named by an envelope, and not retired.
     pub(super) keks: Vec<KekId>,
-    /// Names that were asked for without an answer, the latest first.
+    /// Names of later generations than those, asked for without an answer, the latest first.
     pub(super) unanswered: Vec<String>,
-    /// The highest generation that was ever asked for here.
-    pub(super) highest: Option<KekGeneration>,
+    /// The highest generation that was ever made here, also of KEKs that are retired.
+    pub(super) made: Option<KekGeneration>,
+    /// The highest that was ever asked for here.
+    pub(super) asked: Option<KekGeneration>,
 }
 
 impl Known {
     /// Whether a KEK from before generations may be all that there is.
     pub(super) fn is_empty(&self) -> bool {
-        self.keks.is_empty() && self.highest.is_none()
+        self.keks.is_empty() && self.asked.is_none()
     }
 }
 
@@ -92,19 +94,22 @@ impl KekBook {
             KekScope::Provider if records.is_empty() => self.keystore.keks_of_envelopes(self.provider, None),
             KekScope::Provider => Ok(Vec::new()),
         };
+        let generation = |record: &KekNameRecord| generation(stem, &record.name);
+        let made = records.iter().filter(|record| record.kek.is_some());
         let mut known = Known {
             keks: of_envelopes.map_err(unreadable())?,
-            highest: records
-                .iter()
-                .filter_map(|record| generation(stem, &record.name))
-                .max(),
-            ..Known::default()
+            unanswered: Vec::new(),
+            made: made.filter_map(generation).max(),
+            asked: records.iter().filter_map(generation).max(),
         };
         for record in records {
+            let is_later = generation(&record) > known.made;
             match record.kek {
                 Some(kek) if known.keks.contains(&kek) => {}
                 Some(kek) => known.keks.push(kek),
-                None if known.unanswered.len() < MAX_UNANSWERED => known.unanswered.push(record.name),
+                None if is_later && known.unanswered.len() < MAX_UNANSWERED => {
+                    known.unanswered.push(record.name);
+                }
                 None => {}
             }
         }
@@ -139,6 +144,13 @@ impl KekBook {
             .plan_kek_name(self.provider, scope, &name)
             .map_err(ProviderError::internal("noting the name of a KEK"))?;
         Ok(name)
+    }
+
+    /// No server has made a KEK called `name`, nor will one.
+    pub(super) fn refused(&self, name: &str) -> Result<(), ProviderError> {
+        self.keystore
+            .forget_kek_name(self.provider, name)
+            .map_err(ProviderError::internal("forgetting the name of a KEK"))
     }
 
     /// `kek` bears `name`.
@@ -189,13 +201,21 @@ mod tests {
         assert!(book.known(&scope, "s").unwrap().is_empty());
         let first = book.plan(&scope, "s", KekGeneration(1)).unwrap();
         let known = book.known(&scope, "s").unwrap();
-        assert_eq!(
-            (known.unanswered, known.highest),
-            (vec![first.clone()], Some(KekGeneration(1)))
-        );
+        assert_eq!((known.unanswered, known.made), (vec![first.clone()], None));
+        assert_eq!(known.asked, Some(KekGeneration(1)));
         let kek = KekId("7".into());
         book.made(&first, &kek).unwrap();
         let known = book.known(&scope, "s").unwrap();
         assert!(known.unanswered.is_empty() && known.keks == [kek]);
+        // One that was refused is forgotten, one without an answer is looked for until there is a later one.
+        let refused = book.plan(&scope, "s", KekGeneration(2)).unwrap();
+        book.refused(&refused).unwrap();
+        assert!(book.known(&scope, "s").unwrap().unanswered.is_empty());
+        let lost = book.plan(&scope, "s", KekGeneration(2)).unwrap();
+        assert_eq!(book.known(&scope, "s").unwrap().unanswered, [lost]);
+        let later = book.plan(&scope, "s", KekGeneration(3)).unwrap();
+        book.made(&later, &KekId("8".into())).unwrap();
+        let known = book.known(&scope, "s").unwrap();
+        assert!(known.unanswered.is_empty() && known.made == known.asked);
     }
 }

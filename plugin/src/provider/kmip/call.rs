@@ -257,7 +257,7 @@ impl Attribute {
     }
 
     /// The form of 1.x.
-    fn pair<'a>(&self, value: Item<'a>) -> Item<'a> {
+    pub(super) fn pair<'a>(&self, value: Item<'a>) -> Item<'a> {
         let value = Item {
             tag: Tag::ATTRIBUTE_VALUE,
             value: value.value,

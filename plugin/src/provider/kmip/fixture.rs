@@ -1,8 +1,10 @@
 //! For tests: certificate authorities here, PyKMIP servers and a proxy that can misbehave in their own files.
 
+mod fake;
 mod proxy;
 mod server;
 
+pub(in crate::provider) use fake::{Fake, Fault};
 pub(in crate::provider) use proxy::{Manner, Proxy};
 pub(in crate::provider) use server::{Kmip, Server, TlsServer, free_port, identity, secret, settings};
 

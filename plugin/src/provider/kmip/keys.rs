@@ -4,6 +4,7 @@
 //! keystore before it is made: one whose Create got no answer is found by that name. Whatever a server finds is compared with
 //! what was looked for before it is used.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -126,7 +127,7 @@ impl Keys<'_> {
         let highest = found
             .iter()
             .map(|(_, key)| key.generation)
-            .chain(known.highest)
+            .chain(known.made)
             .max();
         let mut serving: Vec<_> = found
             .into_iter()
@@ -151,7 +152,10 @@ impl Keys<'_> {
             }
             None => None,
         };
-        Ok(There { highest, in_use })
+        Ok(There {
+            highest: highest.max(known.asked),
+            in_use,
+        })
     }
 
     /// The keys that the servers find by exactly `name`, which begins with `stem`, and that bear it.
@@ -219,7 +223,10 @@ impl Keys<'_> {
             // Another node has made it, perhaps, and its answer was lost.
             Err(error @ ProviderError::Refused(_)) => match self.located(&name, &stem)?.pop() {
                 Some((kek, _)) => kek,
-                None => return Err(error),
+                None => {
+                    self.book.refused(&name)?;
+                    return Err(error);
+                }
             },
             Err(error) => return Err(error),
         };
@@ -250,32 +257,34 @@ impl Keys<'_> {
     fn create_labelled(&self, label: Label) -> Result<KekId, ProviderError> {
         let mut plain = label.clone();
         plain.tag = None;
-        match self.create_once(label)? {
-            Ok(kek) => Ok(kek),
+        let dislikes_an_attribute = Cell::new(false);
+        let create = |label| {
+            self.ask(vec![Call::Create(label)], |outcomes| match &outcomes[0] {
+                Ok(payload) => answer::created(payload).map_err(unreadable),
+                Err(refusal) => {
+                    if refusal.reason.is_about_an_attribute() {
+                        dislikes_an_attribute.set(true);
+                    }
+                    Err(refused(Operation::Create, refusal))
+                }
+            })
+        };
+        match create(label) {
             // The name says most of what the tag does.
-            Err(refusal) if refusal.reason.is_about_an_attribute() => self
-                .create_once(plain)?
-                .map_err(|refusal| refused(Operation::Create, &refusal)),
-            Err(refusal) => Err(refused(Operation::Create, &refusal)),
+            Err(_) if dislikes_an_attribute.get() => create(plain),
+            created => created,
         }
-    }
-
-    fn create_once(&self, label: Label) -> Result<Result<KekId, Refusal>, ProviderError> {
-        self.ask(vec![Call::Create(label)], |outcomes| match &outcomes[0] {
-            Ok(payload) => answer::created(payload).map(Ok).map_err(unreadable),
-            Err(refusal) => Ok(Err(refusal.clone())),
-        })
     }
 
     /// Some servers make keys active at once and refuse to do it again.
     fn activate(&self, kek: &KekId) -> Result<(), ProviderError> {
-        let refusal = self.ask(vec![Call::Activate(kek.clone())], |outcomes| {
-            Ok(outcomes[0].as_ref().err().cloned())
-        })?;
-        match refusal {
-            None => Ok(()),
-            Some(_) if self.facts(kek)?.state == KeyState::Active => Ok(()),
-            Some(refusal) => Err(refused(Operation::Activate, &refusal)),
+        let activated = self.once(kek, Call::Activate(kek.clone()));
+        match activated {
+            Err(error) if error.class() != ErrorClass::Trouble => match self.facts(kek)?.state {
+                KeyState::Active => Ok(()),
+                _ => Err(error),
+            },
+            activated => activated,
         }
     }
 

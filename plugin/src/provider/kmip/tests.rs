@@ -3,6 +3,7 @@
 mod cache;
 mod faults;
 mod jobs;
+mod others;
 mod persisted;
 pub(in crate::provider) mod trust;
 
@@ -173,6 +174,24 @@ fn age_is_not_what_the_server_says() {
     for generation in 1..5 {
         assert!(labels.contains(&format!("-g{generation}-")), "{labels}");
     }
+}
+
+/// A rotation whose Create came to nothing does not put the KEK in use out of use.
+#[test]
+fn a_generation_that_was_never_made_retires_nothing() {
+    let kmip = Kmip::new();
+    let provider = kmip.provider();
+    let scope = KekScope::Vm(VmId::random());
+    let first = provider.create_kek(&scope).unwrap();
+    let access = provider.access().unwrap();
+    let keys = provider.keys(&access);
+    keys.book
+        .plan(&scope, &keys.stem(&scope), KekGeneration(2))
+        .unwrap();
+    assert_eq!(provider.create_kek(&scope).unwrap(), first);
+    let next = provider.rotate_kek(&scope, &first).unwrap();
+    assert_eq!(provider.create_kek(&scope).unwrap(), next);
+    assert!(kmip.server.labels().contains("-g3-"));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::fixture::{Kmip, identity, secret, settings};
+use super::super::fixture::{Authority, Fake, Fault, Kmip, identity, secret, settings};
 use super::KmipProvider;
 use crate::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::keystore::{JobRecord, Keystore};
@@ -23,15 +23,15 @@ struct Host {
 }
 
 impl Host {
-    fn at(kmip: &Kmip, port: u16) -> Self {
+    fn at(authority: &Authority, port: u16) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
         let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
         let provider = registry
             .add_kmip(&"kms".parse().unwrap(), settings(&[port]))
             .unwrap();
-        provider.set_identity(&identity(&kmip.authority, false)).unwrap();
-        provider.trust(ServerTrust::Ca(kmip.authority.pem())).unwrap();
+        provider.set_identity(&identity(authority, false)).unwrap();
+        provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
         let native = registry
             .add_native(&"main".parse().unwrap(), &secret("p"))
             .unwrap();
@@ -82,7 +82,7 @@ impl Host {
 #[test]
 fn a_kek_that_a_job_has_retired_never_comes_back() {
     let kmip = Kmip::with(false, |_| {});
-    let host = Host::at(&kmip, kmip.server.port);
+    let host = Host::at(&kmip.authority, kmip.server.port);
     let envelope = host.sealed(VmId::random());
     let first = host.kek_of(&envelope);
     let (from, to) = (host.kmip.id(), host.native.id());
@@ -105,7 +105,7 @@ fn a_kek_that_a_job_has_retired_never_comes_back() {
 #[test]
 fn a_rotation_makes_one_kek_for_a_vm_whatever_the_clock_says() {
     let kmip = Kmip::with(false, |_| {});
-    let host = Host::at(&kmip, kmip.server.port);
+    let host = Host::at(&kmip.authority, kmip.server.port);
     let vm = VmId::random();
     let objects = [host.sealed(vm), host.sealed(vm)];
     assert_eq!(kmip.server.keys(), 1);
@@ -119,4 +119,36 @@ fn a_rotation_makes_one_kek_for_a_vm_whatever_the_clock_says() {
         assert_eq!(host.kek_of(&objects[0]), host.kek_of(&objects[1]));
         assert_eq!(host.kek_of(&host.sealed(vm)), host.kek_of(&objects[0]));
     }
+}
+
+/// Seen before: on a server with unique names, a rotation asked for the same name for ever.
+#[test]
+fn a_create_that_is_refused_for_good_ends_the_job() {
+    let authority = Authority::new();
+    let server = Fake::start(&authority);
+    let host = Host::at(&authority, server.port);
+    let envelopes = [host.sealed(VmId::random()), host.sealed(VmId::random())];
+    let rotate = Task::Rotate {
+        provider: host.kmip.id(),
+    };
+    // Non Unique Name Attribute, Operation Not Supported, Permission Denied.
+    for reason in [0x35, 0x5, 0xC] {
+        server.has(&[Fault::RefusesCreate(reason)]);
+        let job = host.run(&rotate);
+        assert_eq!((job.state.as_str(), job.changed, job.left), ("incomplete", 0, 2));
+        let left = host.keystore.left_behind(job.id, 10).unwrap();
+        assert!(left[0].reason.contains("Create refused"), "{left:?}");
+    }
+    server.has(&[]);
+    let job = host.run(&rotate);
+    assert_eq!((job.state.as_str(), job.changed), ("done", 2));
+    for envelope in &envelopes {
+        assert_ne!(host.kek_of(envelope), envelope.stanzas[0].kek.0);
+    }
+    assert_eq!(server.keys(), 4);
+    // Trouble is waited for.
+    server.has(&[Fault::RefusesCreate(0x100)]);
+    host.keystore.insert_job(&rotate.to_json()).unwrap();
+    let step = rotation::step(&host.keystore, &host.registry, 10).unwrap();
+    assert!(matches!(step, Some(Step::Waits(_))), "{step:?}");
 }
