@@ -228,13 +228,44 @@ impl Daemon {
     /// `prepare begin`: arms all keys of the VM, or none.
     pub fn prepare(&self, xml: &str, policy: HookPolicy, deadline: &Deadline) -> Result<(), Failure> {
         let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        let decided = self.decide(&domain, policy, deadline);
+        let decided = self
+            .refuse_secrets_of_others(xml, &domain)
+            .and_then(|()| self.decide(&domain, policy, deadline));
         self.audit_start(&domain, &decided);
         match &decided {
             Ok(objects) => tracing::info!(domain = domain.name, objects, op = "prepare", "armed"),
             Err(failure) => tracing::warn!(domain = domain.name, op = "prepare", "refused: {failure}"),
         }
         decided.map(drop)
+    }
+
+    /// A sealed VM may name its own secrets, in the places where they are looked for, and those of disks that are shared with
+    /// it; libvirt finds any other one in more places than [`lifecycle::prepare`] reads.
+    fn refuse_secrets_of_others(&self, xml: &str, domain: &Domain) -> Result<(), Failure> {
+        let named = domain::named_secrets(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let Ok(judged) = domain::sealed_objects(domain) else {
+            // It is refused for that.
+            return Ok(());
+        };
+        let others = named
+            .into_iter()
+            .filter(|id| judged.iter().all(|object| object.secret != *id));
+        for id in others {
+            let known = self.keystore.envelope(id)?;
+            if let Some(owner) = known
+                .map(|known| known.envelope.vm)
+                .filter(|vm| *vm != domain.uuid)
+            {
+                let why = format!("it names secret {id}, which is that of VM {owner}");
+                return Err(Failure::new(Code::Denied, why)
+                    .of(format!("{} stays off", domain.name))
+                    .next(format!(
+                        "virsh edit {}: a VM has secrets of its own",
+                        word(&domain.name)
+                    )));
+            }
+        }
+        Ok(())
     }
 
     fn decide(&self, domain: &Domain, policy: HookPolicy, deadline: &Deadline) -> Result<usize, Failure> {

@@ -11,6 +11,7 @@ mod bounds;
 mod declared;
 pub mod edit;
 mod metadata;
+mod named;
 mod objects;
 mod policy;
 mod read;
@@ -30,6 +31,7 @@ use crate::failure::{Code, Failure, word};
 pub use bounds::Beyond;
 pub use declared::DeclaredFormat;
 pub use metadata::{Metadata, UnreadableCopy};
+pub use named::named_secrets;
 pub use objects::{
     Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects, sealed_objects_under,
 };

@@ -29,6 +29,7 @@ fn who_names_anothers_secret_is_refused_while_it_is_armed_and_without_a_daemon()
     let mut sealed = SealedHost::start()?;
     install(&mut sealed, "zz-gate", GATE)?;
     sealed.seal_new("victim")?;
+    sealed.seal_new("mallory")?;
     let secret = secret_of_disk(&sealed, "victim")?;
     let copy = format!("{IMAGES}/thief.qcow2");
     sealed
@@ -46,6 +47,11 @@ fn who_names_anothers_secret_is_refused_while_it_is_armed_and_without_a_daemon()
     );
     let refused = sealed.host().virsh(&["start", "--paused", "thief"])?.refused()?;
     expect_names(&refused, &["VM thief is refused", &secret, "virsh edit thief"])?;
+    // No more does a VM that has objects of its own sealed.
+    expect_names(
+        &sealed_thief(&sealed, &secret)?,
+        &["mallory stays off", &secret, "virsh edit mallory"],
+    )?;
     // What keeps it out is the index: a hook that has none lets it in, and the copy opens.
     hook_conf(&sealed, "index = /nonexistent/hook.index\n")?;
     sealed
@@ -82,6 +88,21 @@ fn who_names_anothers_secret_is_refused_while_it_is_armed_and_without_a_daemon()
     expect_names(&sealed.refused_start("thief")?, &["VM thief is refused", &secret])?;
 
     start_with_a_secret_of_others(&sealed)
+}
+
+/// A sealed VM with a copy of the victim's image as a disk that it only reads, and finds the key of by usage.
+fn sealed_thief(sealed: &SealedHost, secret: &str) -> Result<String> {
+    let mallory = edited(
+        &sealed.dumpxml("mallory")?,
+        "</devices>",
+        &format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{IMAGES}/thief.qcow2'>\
+             <encryption format='luks'><secret type='passphrase' usage='virtseal:{secret}'/></encryption></source>\
+             <target dev='vdz' bus='virtio'/><readonly/></disk></devices>"
+        ),
+    )?;
+    sealed.host().define_xml(&mallory)?;
+    sealed.host().virsh(&["start", "--paused", "mallory"])?.refused()
 }
 
 /// Nova's and CloudStack's VMs: the secret is in libvirt for good, and none of virtseal's business.
