@@ -228,9 +228,7 @@ impl Daemon {
     /// `prepare begin`: arms all keys of the VM, or none.
     pub fn prepare(&self, xml: &str, policy: HookPolicy, deadline: &Deadline) -> Result<(), Failure> {
         let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        let decided = self
-            .refuse_secrets_of_others(xml, &domain)
-            .and_then(|()| self.decide(&domain, policy, deadline));
+        let decided = self.decide(&domain, xml, policy, deadline);
         self.audit_start(&domain, &decided);
         match &decided {
             Ok(objects) => tracing::info!(domain = domain.name, objects, op = "prepare", "armed"),
@@ -241,15 +239,11 @@ impl Daemon {
 
     /// A sealed VM may name its own secrets, in the places where they are looked for, and those of disks that are shared with
     /// it; libvirt finds any other one in more places than [`lifecycle::prepare`] reads.
-    fn refuse_secrets_of_others(&self, xml: &str, domain: &Domain) -> Result<(), Failure> {
+    fn refuse_secrets_of_others(&self, domain: &Domain, xml: &str, opened: &[Opened]) -> Result<(), Failure> {
         let named = domain::named_secrets(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        let Ok(judged) = domain::sealed_objects(domain) else {
-            // It is refused for that.
-            return Ok(());
-        };
         let others = named
             .into_iter()
-            .filter(|id| judged.iter().all(|object| object.secret != *id));
+            .filter(|id| opened.iter().all(|object| object.envelope != *id));
         for id in others {
             let known = self.keystore.envelope(id)?;
             if let Some(owner) = known
@@ -268,7 +262,13 @@ impl Daemon {
         Ok(())
     }
 
-    fn decide(&self, domain: &Domain, policy: HookPolicy, deadline: &Deadline) -> Result<usize, Failure> {
+    fn decide(
+        &self,
+        domain: &Domain,
+        xml: &str,
+        policy: HookPolicy,
+        deadline: &Deadline,
+    ) -> Result<usize, Failure> {
         let stage = Stage {
             keystore: &self.keystore,
             registry: &self.registry,
@@ -282,6 +282,7 @@ impl Daemon {
         if opened.is_empty() && policy == HookPolicy::RequireSealed {
             return Err(nothing_sealed(domain));
         }
+        self.refuse_secrets_of_others(domain, xml, &opened)?;
         // Who else may have what is armed is seen by this alone.
         self.keystore
             .ensure_hook_index()
