@@ -10,6 +10,7 @@
 mod bounds;
 mod declared;
 pub mod edit;
+mod firmware;
 mod metadata;
 mod named;
 mod objects;
@@ -30,6 +31,7 @@ use crate::failure::{Code, Failure, word};
 
 pub use bounds::Beyond;
 pub use declared::DeclaredFormat;
+pub use firmware::{FirmwareWish, LaunchSecurity};
 pub use metadata::{Metadata, UnreadableCopy};
 pub use named::named_secrets;
 pub use objects::{
@@ -142,6 +144,8 @@ pub struct Uefi {
     pub stateless: bool,
     /// `<nvram>`, if it is there.
     pub nvram: Option<Nvram>,
+    /// What libvirt chooses by, where that is left to it.
+    pub wish: FirmwareWish,
 }
 
 /// The UEFI variable store.

@@ -30,6 +30,7 @@ use crate::provider::registry::Registry;
 use crate::volume::{self, CreateRequest, Held, VolumeInfo};
 
 pub use declared::ConfirmedFormats;
+pub use firmware::firmware_of;
 pub use object::NewObject;
 use plan::{DiskStep, DiskWork, VtpmStep};
 pub use plan::{Plan, plan};

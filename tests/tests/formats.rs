@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{DomainSpec, HostBuilder, SealedHost, expect_names};
+use virtseal::domain::{Domain, Firmware};
+use virtseal::seal::firmware_of;
+use virtseal_e2e::{DomainSpec, Host, HostBuilder, SealedHost, expect_names};
 
 /// A raw disk of 8 MiB that begins as an image that `options` make, with data at 6 MiB.
 fn disguised(sealed: &SealedHost, name: &str, options: &[&str]) -> Result<DomainSpec> {
@@ -174,5 +176,93 @@ fn plaintext_beside_the_objects_is_refused_unless_the_policy_allows_it() -> Resu
     ))?;
     let planned = sealed.virtseal(&["vm", "seal", "--dry-run", "other"])?;
     expect_names(&planned.stderr, &["/srv", "9p"])?;
+    Ok(())
+}
+
+/// The loader and the template that libvirt has for a domain: in its definition, or, before libvirt 9.2, once it is started.
+fn of_libvirt(host: &Host, name: &str) -> Result<(Option<PathBuf>, Option<PathBuf>)> {
+    let shown = |xml: &str| -> Result<_> {
+        let Firmware::Uefi(uefi) = Domain::parse(xml)?.firmware else {
+            anyhow::bail!("{xml}");
+        };
+        Ok((uefi.loader, uefi.nvram.and_then(|nvram| nvram.template)))
+    };
+    let defined = shown(&host.virsh(&["dumpxml", name])?.succeeded()?)?;
+    if defined.0.is_some() && defined.1.is_some() {
+        return Ok(defined);
+    }
+    host.virsh(&["start", "--paused", name])?.succeeded()?;
+    let started = shown(&host.virsh(&["dumpxml", name])?.succeeded()?);
+    host.virsh(&["destroy", name])?.succeeded()?;
+    started
+}
+
+#[test]
+fn firmware_is_chosen_as_libvirt_chooses_it() -> Result<()> {
+    let host = Host::start()?;
+    let feature = |name: &str, enabled: &str| {
+        format!("<firmware><feature enabled='{enabled}' name='{name}'/></firmware>")
+    };
+    let secboot = "<loader readonly='yes' type='pflash'>/usr/share/OVMF/OVMF_CODE_4M.secboot.fd</loader>";
+    let cases = [
+        ("q35", " firmware='efi'", String::new(), ""),
+        ("q35", " firmware='efi'", "<loader secure='yes'/>".into(), ""),
+        ("q35", " firmware='efi'", feature("enrolled-keys", "yes"), ""),
+        ("q35", " firmware='efi'", feature("enrolled-keys", "no"), ""),
+        ("q35", " firmware='efi'", feature("secure-boot", "no"), ""),
+        (
+            "q35",
+            " firmware='efi'",
+            String::new(),
+            "<pm><suspend-to-mem enabled='yes'/></pm>",
+        ),
+        ("pc", " firmware='efi'", String::new(), ""),
+        ("q35", "", secboot.into(), ""),
+        ("pc", " firmware='efi'", "<loader secure='yes'/>".into(), ""),
+        (
+            "q35",
+            " firmware='efi'",
+            String::new(),
+            "<pm><suspend-to-disk enabled='yes'/></pm>",
+        ),
+    ];
+    let mut chosen = 0;
+    for (number, (machine, attribute, inside, more)) in cases.iter().enumerate() {
+        let name = format!("vm{number}");
+        let spec = DomainSpec::minimal(&name, &host.empty_disk(&name, 1 << 20)?);
+        let xml = spec.xml();
+        let (begin, end) = (xml.find("<os>").context("os")?, xml.find("</os>").context("/os")?);
+        let os = format!("<os{attribute}><type arch='x86_64' machine='{machine}'>hvm</type>{inside}");
+        let xml =
+            format!("{}{os}{}", &xml[..begin], &xml[end..]).replacen("</os>", &format!("</os>{more}"), 1);
+        let defined = host.define_xml(&xml);
+        let canonical = match &defined {
+            Ok(()) => {
+                let shown = host.virsh(&["dumpxml", &name])?.succeeded()?;
+                let (_, machine) = shown.split_once("machine='").context("no machine")?;
+                machine.split('\'').next().unwrap_or_default().to_owned()
+            }
+            Err(_) => format!("pc-{}-9.0", if *machine == "pc" { "i440fx" } else { "q35" }),
+        };
+        let left_open = xml.replacen(
+            &format!("machine='{machine}'"),
+            &format!("machine='{canonical}'"),
+            1,
+        );
+        let ours = firmware_of(&Domain::parse(&left_open)?);
+        let theirs = defined.and_then(|()| of_libvirt(&host, &name));
+        match (ours, theirs) {
+            (Ok((loader, template)), Ok(theirs)) => {
+                ensure!(
+                    theirs == (loader, Some(template)),
+                    "{os} {more}: libvirt has {theirs:?}"
+                );
+                chosen += 1;
+            }
+            (Err(_), Err(_)) => {}
+            (ours, theirs) => anyhow::bail!("{os} {more}: {ours:?}, but libvirt: {theirs:?}"),
+        }
+    }
+    ensure!(chosen == 8, "{chosen} were chosen");
     Ok(())
 }

@@ -67,6 +67,22 @@ pub struct LoaderPin {
     pub secure: bool,
 }
 
+impl LoaderPin {
+    /// As a step of a plan.
+    #[must_use]
+    pub fn words(&self) -> String {
+        let secure = if self.secure {
+            ", with Secure Boot and SMM"
+        } else {
+            ""
+        };
+        format!(
+            "name the loader {} that libvirt would choose{secure}",
+            self.path.display()
+        )
+    }
+}
+
 /// Adds encryption and metadata to domain XML.
 ///
 /// # Errors

@@ -176,6 +176,7 @@ fn firmware(root: Node<'_, '_>) -> Result<Firmware, DomainError> {
             secure: says("secure", "yes"),
             stateless: says("stateless", "yes"),
             nvram: child(os, "nvram").map(nvram).transpose()?,
+            wish: super::firmware::read(root, os),
         }));
     }
     Ok(path.map_or(Firmware::Bios, Firmware::Rom))

@@ -111,10 +111,12 @@ impl NvramStep {
 
 impl NewStore {
     pub(super) fn words(&self) -> String {
+        let loader = self.loader.as_ref().map(|pin| format!(", and {}", pin.words()));
         format!(
-            "create the encrypted UEFI variable store {} from {}",
+            "create the encrypted UEFI variable store {} from {}{}",
             self.place.shown().display(),
-            self.template.shown().display()
+            self.template.shown().display(),
+            loader.unwrap_or_default()
         )
     }
 }
