@@ -14,8 +14,9 @@ use crate::deadline::wait_until;
 use crate::namespace::Namespace;
 
 const START_DEADLINE: Duration = Duration::from_secs(10);
-/// Leaves its pid, then becomes the program.
-const LAUNCHER: &str = r#"echo $$ >"$1.new" && mv "$1.new" "$1" && shift && exec "$@""#;
+/// Leaves its pid, then becomes the program. Without a child of its own: a tracer that comes now must find nothing but the
+/// program's calls.
+const LAUNCHER: &str = r#"echo $$ >"$1" && shift && exec "$@""#;
 
 /// A running daemon. Dropping it kills it.
 pub struct Process {
@@ -50,9 +51,8 @@ impl Process {
             if let Some(status) = child.try_wait()? {
                 bail!("{name} ended at once with {status}");
             }
-            Ok(fs::read_to_string(namespace.path(&pid_file))
-                .ok()
-                .and_then(|pid| pid.trim().parse().ok()))
+            let pid = fs::read_to_string(namespace.path(&pid_file)).unwrap_or_default();
+            Ok(pid.strip_suffix('\n').and_then(|pid| pid.parse().ok()))
         })?;
         Ok(Self {
             name: name.to_owned(),

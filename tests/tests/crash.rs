@@ -5,10 +5,13 @@
 //! envelopes and their objects are opened without virtseal's code, and the command is repeated.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::libc::O_NONBLOCK;
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 use virtseal_e2e::rig::{IMAGES, LEAST_STEPS, MOST_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
@@ -403,7 +406,18 @@ fn first_start_can_be_killed_at_every_step() -> Result<()> {
             .succeeded()?;
         let mut process = rig.host().spawn("held", &held)?;
         let tracer = Tracer::kill_at(process.outside_pid()?, nth)?;
-        fs::write(rig.host().path("/run/go"), "go\n")?;
+        wait_until(END_DEADLINE, "the shell to wait for its word", || {
+            ensure!(
+                !tracer.process_is_gone(),
+                "killed before there was anything to do"
+            );
+            // Without a reader this is an error, and does not wait for one.
+            let word = fs::File::options()
+                .write(true)
+                .custom_flags(O_NONBLOCK)
+                .open(rig.host().path("/run/go"));
+            Ok(word.ok().map(|mut file| file.write_all(b"go\n")))
+        })??;
         wait_until(END_DEADLINE, "the first start", || {
             let answers =
                 || Ok::<_, anyhow::Error>(rig.sealed.virtseal(&["provider", "list"])?.status.success());
