@@ -10,9 +10,9 @@ use anyhow::{Result, ensure};
 
 use crate::tracer::Step;
 
-/// SQLite's own shared memory is made anew after a crash, and the database itself is written by checkpoints only, from
-/// a log that stays until they are synced.
-const MADE_ANEW: [&str; 2] = ["-shm", "keystore.db"];
+/// SQLite's own shared memory and the pid in a lock are made anew after a crash, and the database itself is written by checkpoints
+/// only, from a log that stays until they are synced.
+const MADE_ANEW: [&str; 3] = ["-shm", "keystore.lock", "keystore.db"];
 
 /// Checks the calls of a command that is through.
 ///
