@@ -29,8 +29,8 @@ use swtpm_state::{State, StateKey};
 
 use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
 use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence};
-use crate::failure::{Code, Failure, word};
-use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore};
+use crate::failure::{Code, Failure, chain, word};
+use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError};
 use crate::provider::registry::{OpenError, Registry};
 use crate::secret::{Dek, Passphrase};
 use crate::side_doors;
@@ -133,6 +133,8 @@ fn closed(objects: &[ObjectRef], error: &OpenError) -> Failure {
 struct Versions {
     record: Option<EnvelopeRecord>,
     copy: Option<Envelope>,
+    /// What is wrong with a copy that can't be read.
+    unreadable: Option<String>,
     location: String,
 }
 
@@ -145,11 +147,13 @@ impl Versions {
             .or(self.copy.as_ref())
     }
 
-    /// The one to open where the first does not: a newer copy. What it claims is verified then.
+    /// The one to open where the first does not: a newer copy. What it claims is verified then, and that its key is the
+    /// keystore's, by the MAC of that one.
     fn second(&self) -> Option<&Envelope> {
         let (record, copy) = (self.record.as_ref()?, self.copy.as_ref()?);
+        let have_macs = record.envelope.format() == Envelope::FORMAT && copy.format() == Envelope::FORMAT;
         let is_newer = copy.supersedes(&record.envelope) == Precedence::Newer;
-        (is_newer && copy.format() == Envelope::FORMAT).then_some(copy)
+        (have_macs && is_newer).then_some(copy)
     }
 }
 
@@ -166,9 +170,12 @@ fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Resu
         copy: metadata
             .and_then(|metadata| metadata.envelope(object.secret))
             .cloned(),
+        unreadable: metadata.and_then(|metadata| metadata.unreadable(object.secret)),
         location,
     };
-    let first = versions.first().ok_or_else(|| missing(object))?;
+    let first = versions
+        .first()
+        .ok_or_else(|| missing(object, versions.unreadable.as_deref()))?;
     check_place(domain, object, first)?;
     Ok(versions)
 }
@@ -190,15 +197,14 @@ fn open_versions(stage: &Stage<'_>, versions: &[Versions]) -> Result<Vec<Dek>, O
     Ok(deks)
 }
 
-fn missing(object: &ObjectRef) -> Failure {
-    Failure::new(
-        Code::NotFound,
-        format!(
-            "its envelope {} is neither in the keystore nor in the domain XML",
-            object.secret
-        ),
-    )
-    .next("virsh define FILE, where FILE is a dumpxml with its <virtseal:vm> metadata")
+fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Failure {
+    let id = object.secret;
+    let reason = match unreadable {
+        Some(reason) => format!("its envelope {id} is not in the keystore; in the domain XML, {reason}"),
+        None => format!("its envelope {id} is neither in the keystore nor in the domain XML"),
+    };
+    Failure::new(Code::NotFound, reason)
+        .next("virsh define FILE, where FILE is a dumpxml with its <virtseal:vm> metadata")
 }
 
 /// An envelope serves the object that it was made for. A shareable disk keeps that of the VM it came with.
@@ -293,20 +299,12 @@ fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Res
 /// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it.
 fn adopt(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Failure> {
     for (versions, believed) in found {
-        let envelope = &believed.envelope;
-        if let (Some(doubt), Some(copy)) = (&believed.doubt, &versions.copy) {
-            let domain = &domain.name;
-            tracing::warn!(domain, "{}", doubt.words(copy, &format!("the XML of {domain}")));
-            if !matches!(doubt, Doubt::Conflict) {
-                keystore.copy_is_behind(copy, CopyPlace::Xml)?;
+        if let Err(error) = keep(keystore, domain, versions, believed) {
+            // What the keystore has opens the object, now and at the next start.
+            match &versions.record {
+                Some(_) => tracing::warn!(domain = domain.name, "not noted: {}", chain(&error)),
+                None => return Err(error.into()),
             }
-        }
-        if believed.is_news {
-            keystore.put(envelope, &versions.location)?;
-        }
-        let state = versions.record.as_ref().map(|record| record.state);
-        if state == Some(EnvelopeState::Pending) {
-            keystore.activate(envelope.id)?;
         }
     }
     let renamed = keystore
@@ -314,6 +312,35 @@ fn adopt(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -
         .is_none_or(|record| record.name != domain.name);
     if renamed || !keystore.is_sealed(domain.uuid)? {
         keystore.remember_vm(domain.uuid, &domain.name)?;
+    }
+    Ok(())
+}
+
+fn keep(
+    keystore: &Keystore,
+    domain: &Domain,
+    versions: &Versions,
+    believed: &Believed,
+) -> Result<(), KeystoreError> {
+    if let (Some(reason), Some(record)) = (&versions.unreadable, &versions.record) {
+        tracing::warn!(domain = domain.name, "{reason}; the keystore's is used");
+        keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
+    }
+    if let Some(copy) = versions.copy.as_ref().filter(|copy| **copy != *believed.envelope) {
+        if let Some(doubt) = &believed.doubt {
+            let domain = &domain.name;
+            tracing::warn!(domain, "{}", doubt.words(copy, &format!("the XML of {domain}")));
+        }
+        if !matches!(believed.doubt, Some(Doubt::Conflict)) {
+            keystore.copy_is_behind(copy, CopyPlace::Xml)?;
+        }
+    }
+    if believed.is_news {
+        keystore.put(&believed.envelope, &versions.location)?;
+    }
+    let state = versions.record.as_ref().map(|record| record.state);
+    if state == Some(EnvelopeState::Pending) {
+        keystore.activate(believed.envelope.id)?;
     }
     Ok(())
 }

@@ -117,7 +117,7 @@ fn a_vm_of_format_1_is_adopted_where_root_says_so() -> Result<()> {
     for file in [&spec.disk, &spec.nvram(), &spec.tpm_state()] {
         carry(&old, &new, file)?;
     }
-    format_1_in_image(&new.host().path(&spec.disk), &dumped)?;
+    format_1_in_image(&new.host().path(&spec.disk))?;
     restore(&old, &new)?;
     new.host().define_xml(&dumped)?;
     let refusal = new.refused_start("web01")?;
@@ -164,7 +164,32 @@ fn a_vm_of_format_1_is_adopted_where_root_says_so() -> Result<()> {
     new.unlock()?;
     new.start_paused("web01")?;
     new.destroy("web01")?;
-    copies_are_new(&new)
+    copies_are_new(&new)?;
+    a_lone_image_of_format_1_is_sealed_again(&mut new)
+}
+
+/// Neither the keystore nor the XML has its envelope.
+fn a_lone_image_of_format_1_is_sealed_again(sealed: &mut SealedHost) -> Result<()> {
+    let spec = SealedHost::spec("lone01");
+    let (disk, vm) = (spec.disk.display().to_string(), spec.uuid.to_string());
+    sealed.run(&["volume", "create", &disk, "--size", "64M", "--vm", &vm])?;
+    format_1_in_image(&sealed.host().path(&spec.disk))?;
+    sealed.stop_daemon(nix::sys::signal::Signal::SIGTERM)?;
+    edit_keystore(sealed, |keystore| {
+        let removed = keystore.execute("DELETE FROM envelopes WHERE vm = ?1", [&vm])?;
+        ensure!(removed == 1, "{removed} envelopes of lone01");
+        Ok(())
+    })?;
+    sealed.start_daemon()?;
+    sealed.unlock()?;
+    sealed.host().define(&spec)?;
+    expect_names(
+        &sealed.refused(1, &["vm", "seal", "lone01"])?,
+        &["disk vda", "format 1", "virtseal vm adopt --format-1 lone01"],
+    )?;
+    sealed.run(&["vm", "adopt", "--format-1", "lone01"])?;
+    sealed.run(&["vm", "seal", "lone01"])?;
+    sealed.start_paused("lone01")
 }
 
 /// The JSON of each, as it is in the XML.
@@ -211,12 +236,12 @@ fn with_format_1(xml: &str, generation: u64) -> Result<String> {
 }
 
 /// In the place of the envelope that the image carries, filled up with blanks.
-fn format_1_in_image(image: &Path, xml: &str) -> Result<()> {
+fn format_1_in_image(image: &Path) -> Result<()> {
     let start = fs::read(image)?;
     let from = find(&start, b"{\"version\":2").context("no envelope in the image")?;
     let end = find(&start[from..], b"\"mac\":\"").context("no MAC")? + from;
     let end = find(&start[end..], b"\"}").context("no end")? + end + 2;
-    let mut json = disk_envelope(xml).into_bytes();
+    let mut json = format_1(std::str::from_utf8(&start[from..end])?, 1)?.into_bytes();
     ensure!(json.len() <= end - from, "it is longer");
     json.resize(end - from, b' ');
     fs::OpenOptions::new()

@@ -8,8 +8,8 @@ use std::path::Path;
 use super::visible::{Place, VisibleCopy};
 use super::{Daemon, lock};
 use crate::api::Outcome;
-use crate::domain::{Domain, ObjectRef, sealed_objects};
-use crate::envelope::{Envelope, EnvelopeError, Format1, Verified};
+use crate::domain::{self, Domain, ObjectRef, ObjectState, encrypted_layers};
+use crate::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
 use crate::failure::{Code, Failure, chain, word};
 use crate::lifecycle::adoption::not_believed;
 use crate::secret::Dek;
@@ -38,8 +38,16 @@ impl Daemon {
 
     fn adopt_all(&self, domain: &Domain, formats: Formats) -> Result<Outcome, Failure> {
         let of_vm = |failure: Failure| failure.of(&domain.name);
-        let objects = sealed_objects(domain)
-            .map_err(|refusal| of_vm(Failure::new(Code::Failed, refusal.to_string())))?;
+        let objects = objects_of(domain);
+        if objects.is_empty() {
+            return Err(Failure::new(
+                Code::NotFound,
+                format!(
+                    "{} has no sealed objects, neither by its XML nor by its images",
+                    domain.name
+                ),
+            ));
+        }
         let (mut steps, mut failed) = (Vec::new(), None);
         for object in &objects {
             match self.adopt_object(domain, object, formats) {
@@ -100,7 +108,8 @@ impl Daemon {
         if formats == Formats::WithMac && !without.is_empty() {
             return Err(not_believed(&domain.name, &EnvelopeError::Format1));
         }
-        for copy in without {
+        // Nobody's word makes an object of another VM this one's.
+        for copy in without.into_iter().filter(|copy| copy.envelope.vm == domain.uuid) {
             match self.adopt_format_1(copy, &copies, &location) {
                 Ok(made) => {
                     let step = self.adopted(object, &made);
@@ -163,6 +172,42 @@ impl Daemon {
             self.names(envelope).join(", ")
         )
     }
+}
+
+/// What the XML names an envelope of, and the disks whose image carries one for this VM: `vm seal` writes that into the XML.
+fn objects_of(domain: &Domain) -> Vec<ObjectRef> {
+    let mut found: Vec<ObjectRef> = Vec::new();
+    for object in domain::objects(domain) {
+        let carried = || {
+            let path = object
+                .path
+                .as_deref()
+                .filter(|_| object.kind == ObjectKind::Disk)?;
+            let envelope = volume::inspect(path).ok()?.envelope?;
+            (envelope.vm == domain.uuid).then_some(envelope.id)
+        };
+        let secret = match object.state {
+            ObjectState::Sealed(id) => Some(id),
+            ObjectState::Plain | ObjectState::Unsupported(_) => carried(),
+        };
+        found.extend(secret.map(|secret| ObjectRef {
+            kind: object.kind,
+            label: object.label.clone(),
+            secret,
+            path: object.path.clone(),
+        }));
+    }
+    for (secret, path) in encrypted_layers(domain) {
+        if found.iter().all(|object| object.secret != secret) {
+            found.push(ObjectRef {
+                kind: ObjectKind::Disk,
+                label: path.display().to_string(),
+                secret,
+                path: Some(path),
+            });
+        }
+    }
+    found
 }
 
 /// By the key that opens the format 1, whatever opens the other.

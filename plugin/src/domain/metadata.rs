@@ -91,6 +91,15 @@ impl Metadata {
             .collect())
     }
 
+    /// What is wrong with the copy of this envelope, where none can be read.
+    #[must_use]
+    pub fn unreadable(&self, id: EnvelopeId) -> Option<String> {
+        let mut copies = self.unreadable.iter().filter(|_| self.envelope(id).is_none());
+        copies
+            .find(|copy| copy.id == Some(id))
+            .map(|copy| copy.reason.clone())
+    }
+
     /// Whether there is a copy of this envelope, readable or not.
     #[must_use]
     pub fn names(&self, id: EnvelopeId) -> bool {
