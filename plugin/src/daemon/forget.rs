@@ -146,7 +146,12 @@ impl Daemon {
     }
 
     /// On stable storage, and read back, when this returns.
-    fn keep_aside(&self, vm: VmId, name: &str, records: &[EnvelopeRecord]) -> Result<PathBuf, Failure> {
+    pub(super) fn keep_aside(
+        &self,
+        vm: VmId,
+        name: &str,
+        records: &[EnvelopeRecord],
+    ) -> Result<PathBuf, Failure> {
         let mut retired = self.keystore.retired_keks()?;
         retired.retain(|kek| kek.vm == vm);
         let known = self.keystore.vm(vm)?.unwrap_or_else(|| VmRecord {

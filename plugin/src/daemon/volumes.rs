@@ -10,6 +10,7 @@ use crate::api::{VolumeProgress, VolumeRequest};
 use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain, word};
+use crate::keystore::EnvelopeState;
 use crate::seal::NewObject;
 use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration};
 
@@ -73,10 +74,33 @@ impl Daemon {
             )?
         };
         let made = Self::fill_volume(request, &create, &object, report);
-        if made.is_err() && object.is_new {
-            self.withdraw(&object, &create.path);
+        match (&made, object.is_new) {
+            (Err(_), true) => self.withdraw(&object, &create.path),
+            (Err(_), false) => self.withdraw_left_over(&object, &create.path),
+            (Ok(_), _) => {}
         }
         made
+    }
+
+    /// An envelope that an earlier try has left, which died before it could take it back. Whether that one had made the image
+    /// nobody knows, and that nothing is there now proves nothing: it is kept aside first.
+    fn withdraw_left_over(&self, object: &NewObject, path: &Path) {
+        let _sealing = lock(&self.sealing);
+        let is_absent = path
+            .symlink_metadata()
+            .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
+        let left = self.keystore.envelope(object.envelope.id);
+        let Ok(Some(record)) = left else { return };
+        if !is_absent || record.state != EnvelopeState::Pending {
+            return;
+        }
+        let (vm, name) = (record.envelope.vm, record.envelope.vm.to_string());
+        let dropped = self
+            .keep_aside(vm, &name, std::slice::from_ref(&record))
+            .and_then(|_kept| Ok(self.keystore.forget_envelope(&record)?));
+        if let Err(failure) = dropped {
+            tracing::warn!(path = %path.display(), "its envelope stays pending: {failure}");
+        }
     }
 
     /// The format that a VM declares for this image. A guest may have written another one's header into a raw disk.

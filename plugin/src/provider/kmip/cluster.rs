@@ -180,6 +180,39 @@ impl Cluster {
         Err(self.conclude(said))
     }
 
+    /// Sends `calls` to every server at once, and returns what `read` makes of each answer: for what counts only if all say it.
+    pub(super) fn ask_each<T>(
+        &self,
+        access: &Access,
+        calls: &[Call],
+        deadline: Instant,
+        mut read: impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
+    ) -> Vec<(String, Result<T, ProviderError>)> {
+        let answers: Vec<_> = std::thread::scope(|scope| {
+            let asked: Vec<_> = self
+                .nodes
+                .iter()
+                .map(|node| scope.spawn(|| node.timed(access, calls, deadline, self.is_alone())))
+                .collect();
+            asked
+                .into_iter()
+                .map(std::thread::ScopedJoinHandle::join)
+                .collect()
+        });
+        let mut said = Vec::with_capacity(answers.len());
+        for (nth, answer) in answers.into_iter().enumerate() {
+            let read = match answer {
+                Ok(Ok(answer)) => self.read(nth, &answer, calls.len(), &mut read),
+                Ok(Err(error)) => Err(error.into()),
+                Err(_) => Err(ProviderError::Unreachable(
+                    "the thread that asked it has ended".into(),
+                )),
+            };
+            said.push((self.nodes[nth].endpoint.to_string(), read));
+        }
+        said
+    }
+
     /// What `read` makes of an answer, and what that says of the server.
     fn read<T>(
         &self,

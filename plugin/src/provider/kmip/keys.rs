@@ -19,6 +19,7 @@ use super::node::{Access, Node};
 use super::tag::{KeyState, Operation, Reason};
 use super::ttlv::Item;
 use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::failure::chain;
 use crate::provider::aes_gcm::{self, MECHANISM};
 use crate::provider::cache::{KekCache, NotKept, Ticket};
 use crate::provider::kek_name::{KekBook, KekGeneration, generation};
@@ -551,14 +552,13 @@ impl Keys<'_> {
         if before != KeyState::Destroyed {
             self.once(kek, Call::Destroy(kek.clone()))?;
         }
-        let (destroyed, seen) = match self.facts(kek) {
-            Err(ProviderError::UnknownKek(_)) => (true, "says that it has no such key".to_owned()),
-            Ok(KeyFacts { state, .. }) => (
-                state == KeyState::Destroyed,
-                format!("says that the key is {state}"),
-            ),
-            Err(error) => return Err(error),
-        };
+        let ask = [Call::GetAttributes(kek.clone())];
+        let each = self
+            .cluster
+            .ask_each(self.access, &ask, self.deadline, |outcomes| {
+                facts_of(kek, &outcomes[0]).map(|facts| facts.state)
+            });
+        let (destroyed, seen) = end_of_key(&each);
         let kept = match self.cache.persistence() {
             Some(_) => "; what this host kept of it for a reboot is removed",
             None => "",
@@ -567,7 +567,7 @@ impl Keys<'_> {
             kek: kek.clone(),
             destroyed,
             observed: format!(
-                "the KMS was told to destroy the key (it was {before}), and {seen}; backups and replicas of the KMS may \
+                "the KMS was told to destroy the key (it was {before}): {seen}; backups and replicas of the KMS may \
                  still hold it{kept}"
             ),
         })
@@ -580,6 +580,25 @@ impl Keys<'_> {
             Err(refusal) => Err(key_refused(kek, operation, refusal)),
         })
     }
+}
+
+/// Whether the end of a key that this client had was seen at every node, and what each said.
+fn end_of_key(each: &[(String, Result<KeyState, ProviderError>)]) -> (bool, String) {
+    let mut destroyed = !each.is_empty();
+    let said = each.iter().map(|(node, found)| match found {
+        Ok(KeyState::Destroyed) => format!("{node} says that the key is {}", KeyState::Destroyed),
+        Err(ProviderError::UnknownKek(_)) => format!("{node} says that it has no such key"),
+        Ok(state) => {
+            destroyed = false;
+            format!("{node} says that the key is {state}")
+        }
+        Err(error) => {
+            destroyed = false;
+            format!("{node} has not said that it is gone: {}", chain(error))
+        }
+    });
+    let said = said.collect::<Vec<_>>().join("; ");
+    (destroyed, said)
 }
 
 /// A KEK that is to be destroyed must be off this host's disk too.
@@ -731,4 +750,23 @@ fn copy(bytes: &[u8]) -> Result<SecretBytes, ProviderError> {
         SecretBytes::zeroed(bytes.len()).map_err(ProviderError::internal("getting memory for a data key"))?;
     copy.expose_mut().copy_from_slice(bytes);
     Ok(copy)
+}
+
+#[cfg(test)]
+mod end_tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_destroyed_when_every_node_says_so() {
+        let node = |name: &str, found| (name.to_owned(), found);
+        let gone = || Ok(KeyState::Destroyed);
+        let unknown = || Err(ProviderError::UnknownKek(KekId("7".to_owned())));
+        let silent = || Err(ProviderError::Unreachable("connect timed out".to_owned()));
+        assert!(end_of_key(&[node("a", gone()), node("b", unknown())]).0);
+        assert!(!end_of_key(&[]).0);
+        for other in [Ok(KeyState::Active), silent()] {
+            let (destroyed, said) = end_of_key(&[node("a", gone()), node("b", other)]);
+            assert!(!destroyed && said.contains("b "), "{said}");
+        }
+    }
 }
