@@ -38,8 +38,10 @@ pub struct HostStatus {
     pub libvirt_uri: String,
     /// All providers.
     pub providers: Vec<ProviderView>,
-    /// The sealed VMs.
+    /// The sealed VMs, or a page of them.
     pub vms: Vec<VmView>,
+    /// What to ask for the VMs after these, if there are more.
+    pub next_vms: Option<String>,
     /// How many secrets are in libvirt at this moment.
     pub armed: i64,
     /// What was found wrong with the audit log since virtseald started.
@@ -112,10 +114,14 @@ pub enum LifecycleError {
 /// `io.virtseal.Host`, as the CLI calls it.
 #[proxy("io.virtseal.Host")]
 pub trait HostProxy {
-    /// Everything at a glance.
-    async fn status(&mut self) -> zlink::Result<Result<HostStatus, HostError>>;
-    /// The objects of one VM, or of all sealed ones.
-    async fn vm_status(&mut self, vm: Option<&str>) -> zlink::Result<Result<Vms, HostError>>;
+    /// Everything at a glance, at most two seconds old; `after` is what the page before has in `next_vms`.
+    async fn status(&mut self, after: Option<&str>) -> zlink::Result<Result<HostStatus, HostError>>;
+    /// The objects of one VM as it is now, or those of all sealed ones as `status` has them.
+    async fn vm_status(
+        &mut self,
+        vm: Option<&str>,
+        after: Option<&str>,
+    ) -> zlink::Result<Result<Vms, HostError>>;
     /// Seals a defined, stopped VM. `formats` confirms what its XML declares of disks: `vda=raw`.
     async fn seal_vm(
         &mut self,

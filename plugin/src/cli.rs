@@ -24,7 +24,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::api::HostProxy;
+use crate::api::{HostProxy, HostStatus};
 use crate::failure::Failure;
 use client::Client;
 use job::JobsCommand;
@@ -117,7 +117,7 @@ impl Cli {
             _ => Client::connect(&self.socket).await?,
         };
         match self.command {
-            Command::Status => printer.status(&client.call(async |host| host.status().await).await?),
+            Command::Status => printer.status(&status(&mut client).await?),
             Command::Provider(command) => provider::run(command, &mut client, &printer).await,
             Command::Volume(VolumeCommand::Create(args)) => {
                 volume::create(&args, &mut client, &printer).await
@@ -130,6 +130,17 @@ impl Cli {
             Command::Audit(command) => audit(command, &mut client, &printer).await,
         }
     }
+}
+
+/// All of it: a reply has a part of the VMs.
+async fn status(client: &mut Client) -> Result<HostStatus, Failure> {
+    let mut status = client.call(async |host| host.status(None).await).await?;
+    while let Some(after) = status.next_vms.take() {
+        let page = client.call(async |host| host.status(Some(&after)).await).await?;
+        status.vms.extend(page.vms);
+        status.next_vms = page.next_vms;
+    }
+    Ok(status)
 }
 
 /// Says what is about to go wrong with them.

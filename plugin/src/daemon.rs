@@ -10,6 +10,7 @@ mod copies;
 mod deletion;
 mod doubts;
 mod forget;
+pub mod glance;
 mod headers;
 mod host_tpm;
 mod jobs;
@@ -98,6 +99,8 @@ pub struct Daemon {
     jobs_bell: Bell,
     /// Why the job that runs stands still, where its own record can't be written.
     stalled: Mutex<Option<(JobId, String)>>,
+    /// What those who ask for the status are shown.
+    glances: glance::Glances,
     /// What those who watch jobs have seen.
     watched: jobs::Looks,
     /// Rung when a copy of an envelope may have to follow, or can.
@@ -139,6 +142,7 @@ impl Daemon {
             headers,
             jobs_bell: Bell::default(),
             stalled: Mutex::default(),
+            glances: glance::Glances::default(),
             watched: jobs::Looks::default(),
             copies_bell: Bell::default(),
             arms_bell: Bell::default(),
@@ -454,7 +458,7 @@ impl Daemon {
         let made = sealed?;
         let changed = made.xml != domain.xml;
         if changed {
-            self.libvirt.define(&made.xml).map_err(|error| {
+            self.background.define(&made.xml).map_err(|error| {
                 made.replaced
                     .after(Failure::new(
                         Code::Failed,
@@ -495,7 +499,7 @@ impl Daemon {
         let plan = seal::plan_unseal(&host, &domain)?;
         if !dry_run {
             let unsealed = seal::unseal(&host, &plan).and_then(|replaced| {
-                self.libvirt.define(&plan.xml).map_err(|error| {
+                self.background.define(&plan.xml).map_err(|error| {
                     replaced
                         .after(Failure::new(
                             Code::Failed,

@@ -8,6 +8,7 @@ mod probe;
 pub mod qemu_conf;
 mod saved;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
@@ -232,6 +233,37 @@ impl Libvirt {
         self.with("list the domains", |connection| {
             let domains = connection.list_all_domains(0)?;
             // One that was undefined meanwhile is simply no longer there.
+            domains
+                .iter()
+                .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())
+                .collect()
+        })
+    }
+
+    /// The same, with one call for each domain and a few for all: a host may have thousands.
+    pub fn domains_at_a_glance(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
+        self.with("list the domains", |connection| {
+            let persistent = sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT;
+            let those = |flag| -> Result<BTreeSet<uuid::Uuid>, virt::error::Error> {
+                let found = connection.list_all_domains(persistent | flag)?;
+                found.iter().map(Domain::uuid).collect()
+            };
+            let active = those(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)?;
+            let autostart = those(sys::VIR_CONNECT_LIST_DOMAINS_AUTOSTART)?;
+            let managed_save = those(sys::VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)?;
+            let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
+            let read = |domain: &Domain| {
+                let vm = domain.uuid()?;
+                Ok(DefinedDomain {
+                    vm: VmId(vm),
+                    name: domain.name()?,
+                    active: active.contains(&vm),
+                    autostart: autostart.contains(&vm),
+                    managed_save: managed_save.contains(&vm),
+                    xml: domain.xml_desc(flags)?,
+                })
+            };
+            let domains = connection.list_all_domains(persistent)?;
             domains
                 .iter()
                 .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())

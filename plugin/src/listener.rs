@@ -35,6 +35,7 @@ use crate::api::{
     Receipt, ReceiptLine, ServerView, Servers, SigningRequestMade, TpmEnrolled, TpmRemoved, VmView, Vms,
     VolumeProgress, VolumeRequest,
 };
+use crate::daemon::glance::Age;
 use crate::daemon::pools::Pools;
 use crate::daemon::{Daemon, Formats, HookPolicy, on_behalf_of};
 use crate::domain::Domain;
@@ -241,14 +242,26 @@ impl Service {
         };
         self.daemon.note_call();
         let (daemon, uid) = (Arc::clone(&self.daemon), self.uid.as_raw());
-        match workers
-            .spawn_blocking(move || on_behalf_of(uid, || work(&daemon)))
-            .await
-        {
+        let work = move || {
+            let done = on_behalf_of(uid, || work(&daemon));
+            if needed == Caller::Admin {
+                daemon.expire_glance();
+            }
+            done
+        };
+        match workers.spawn_blocking(work).await {
             Ok(result) => result.map_err(HostError::from),
             Err(error) => Err(Failure::new(Code::Failed, format!("virtseald failed: {error}"))
                 .next("see its log: journalctl -u virtseald")
                 .into()),
+        }
+    }
+
+    /// How old what it is shown may be: further pages are those of the first one.
+    fn age(&self, after: Option<&str>) -> Age {
+        match (self.caller, after) {
+            (Caller::Admin, None) => Age::Now,
+            _ => Age::Lately,
         }
     }
 
@@ -320,13 +333,16 @@ impl Service {
             JobRequest, JobView, CopyView, OrphanEnvelope, OrphanKek, ReceiptLine
         ]
     )]
-    async fn status(&self) -> Result<HostStatus, HostError> {
-        self.run(Caller::Reader, Daemon::status).await
+    async fn status(&self, after: Option<String>) -> Result<HostStatus, HostError> {
+        let age = self.age(after.as_deref());
+        self.run(Caller::Reader, move |daemon| daemon.status(age, after.as_deref()))
+            .await
     }
 
-    async fn vm_status(&self, vm: Option<String>) -> Result<Vms, HostError> {
-        self.run(Caller::Reader, move |daemon| daemon.vm_status(vm.as_deref()))
-            .await
+    async fn vm_status(&self, vm: Option<String>, after: Option<String>) -> Result<Vms, HostError> {
+        let age = self.age(after.as_deref());
+        let work = move |daemon: &Daemon| daemon.vm_status(vm.as_deref(), age, after.as_deref());
+        self.run(Caller::Reader, work).await
     }
 
     async fn seal_vm(
@@ -375,7 +391,9 @@ impl Service {
                 !wanted || sender.blocking_send(Ok(reply)).is_ok()
             };
             let create = || daemon.create_volume(&request, report);
-            if let Err(failure) = allowed.and_then(|()| on_behalf_of(uid, create)) {
+            let created = allowed.and_then(|()| on_behalf_of(uid, create));
+            daemon.expire_glance();
+            if let Err(failure) = created {
                 // Nobody is left to be told when this fails.
                 let _ = sender.blocking_send(Err(failure.into()));
             }

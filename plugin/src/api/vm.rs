@@ -46,6 +46,8 @@ pub struct VmView {
 pub struct Vms {
     /// In the order of their names.
     pub vms: Vec<VmView>,
+    /// What to ask for those after these, if there are more.
+    pub next: Option<String>,
 }
 
 /// Reply of `vm seal` and `vm unseal`.

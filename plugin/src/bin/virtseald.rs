@@ -109,6 +109,7 @@ async fn serve(
     let sweeping = Arc::clone(&daemon);
     spawn_blocking(move || sweeping.sweep_temporaries());
     work_in_background(&daemon)?;
+    ping_watchdog()?;
     notify(&[NotifyState::Ready]);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
     loop {
@@ -155,7 +156,11 @@ fn start_log(filter: &LogFilter) -> anyhow::Result<()> {
 /// Jobs and copies have threads of their own, which end with the process: each step of theirs may be the last.
 fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     type Work = fn(&Daemon);
-    for (name, run) in [("jobs", Daemon::run_jobs as Work), ("copies", Daemon::run_copies)] {
+    for (name, run) in [
+        ("jobs", Daemon::run_jobs as Work),
+        ("copies", Daemon::run_copies),
+        ("status", Daemon::run_glances),
+    ] {
         let daemon = Arc::clone(daemon);
         std::thread::Builder::new()
             .name(name.to_owned())
@@ -167,6 +172,24 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
         .name("arms".to_owned())
         .spawn(move || daemon.watch_arms())
         .context("can't start the thread for arms")?;
+    Ok(())
+}
+
+/// systemd kills who does not say for long that it lives: that is said by a thread that waits for nobody.
+fn ping_watchdog() -> anyhow::Result<()> {
+    let Some(limit) = sd_notify::watchdog_enabled() else {
+        return Ok(());
+    };
+    let ping = move || {
+        loop {
+            notify(&[NotifyState::Watchdog]);
+            std::thread::sleep(limit / 4);
+        }
+    };
+    std::thread::Builder::new()
+        .name("watchdog".to_owned())
+        .spawn(ping)
+        .context("can't start the thread for the watchdog")?;
     Ok(())
 }
 

@@ -144,9 +144,17 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             printer.outcome(&outcome, false)
         }
         VmCommand::Status { vm } => {
-            let shown = client
-                .call(async |host| host.vm_status(vm.as_deref()).await)
-                .await?;
+            let ask = async |client: &mut Client, after: Option<String>| {
+                client
+                    .call(async |host| host.vm_status(vm.as_deref(), after.as_deref()).await)
+                    .await
+            };
+            let mut shown = ask(client, None).await?;
+            while let Some(after) = shown.next.take() {
+                let page = ask(client, Some(after)).await?;
+                shown.vms.extend(page.vms);
+                shown.next = page.next;
+            }
             printer.vms(&shown.vms)?;
             warn_of_providers(client, printer).await
         }

@@ -24,7 +24,7 @@ const MAX_PASSPHRASE: usize = 32 * 1024;
 impl Daemon {
     /// All providers, by name.
     pub fn providers(&self) -> Result<Providers, Failure> {
-        let envelopes = self.keystore.envelopes()?;
+        let uses = self.provider_uses()?;
         let default = self
             .registry
             .default_provider()
@@ -33,13 +33,6 @@ impl Daemon {
             let provider = known.provider();
             let report = self.registry.report(known);
             let cache = known.cache();
-            let uses = envelopes.iter().filter(|record| {
-                record
-                    .envelope
-                    .stanzas
-                    .iter()
-                    .any(|stanza| stanza.provider == provider.id())
-            });
             ProviderView {
                 name: provider.name().to_owned(),
                 id: provider.id().to_string(),
@@ -54,7 +47,7 @@ impl Daemon {
                 cached_keks: cache.map_or(0, |cache| cache.len() as i64),
                 persist: persist_view(known),
                 is_default: Some(provider.id()) == default,
-                envelopes: uses.count() as i64,
+                envelopes: uses.get(&provider.id()).map_or(0, |count| *count as i64),
             }
         };
         let mut providers: Vec<_> = self.registry.providers().iter().map(view).collect();

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use swtpm_state::State;
 
+use super::glance::{self, Age};
 use super::rivals;
 use super::standing::{Facts, Found, Owner, Standing, Used};
-use super::vms::{KnownVm, unreachable};
+use super::vms::KnownVm;
 use super::{Daemon, lock};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
 use crate::domain::{self, Disk, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
@@ -20,30 +21,30 @@ use crate::volume::{self, VolumeError};
 
 impl Daemon {
     /// Everything at a glance; never waits for a provider.
-    pub fn status(&self) -> Result<HostStatus, Failure> {
-        let domains = self.libvirt.domains();
-        let libvirt = match &domains {
-            Ok(_) => "connected".to_owned(),
-            Err(error) => chain(error),
-        };
+    pub fn status(&self, age: Age, after: Option<&str>) -> Result<HostStatus, Failure> {
+        let glance = self.glance(age)?;
+        let (vms, next_vms) = glance::page(&glance.vms, after);
         Ok(HostStatus {
             version: env!("CARGO_PKG_VERSION").into(),
-            libvirt,
+            libvirt: glance.libvirt.err().unwrap_or_else(|| "connected".to_owned()),
             libvirt_uri: self.config().libvirt_uri,
             providers: self.providers()?.providers,
-            vms: self.sealed_vms(domains.unwrap_or_default())?,
+            vms,
+            next_vms,
             armed: lock(&self.arms).len() as i64,
             audit: self.audit.problem(),
         })
     }
 
     /// One VM, sealed or not; or all sealed ones.
-    pub fn vm_status(&self, vm: Option<&str>) -> Result<Vms, Failure> {
+    pub fn vm_status(&self, vm: Option<&str>, age: Age, after: Option<&str>) -> Result<Vms, Failure> {
         let Some(vm) = vm else {
-            let domains = self.libvirt.domains().map_err(|error| unreachable(&error))?;
-            return Ok(Vms {
-                vms: self.sealed_vms(domains)?,
-            });
+            let glance = self.glance(age)?;
+            if let Err(why) = glance.libvirt {
+                return Err(Failure::new(Code::Unreachable, why).next("virtseal status"));
+            }
+            let (vms, next) = glance::page(&glance.vms, after);
+            return Ok(Vms { vms, next });
         };
         let known = self.known()?;
         let view = match self.find_vm(vm)? {
@@ -58,10 +59,13 @@ impl Daemon {
             }
             KnownVm::Undefined(record) => self.undefined(&record, &known),
         };
-        Ok(Vms { vms: vec![view] })
+        Ok(Vms {
+            vms: vec![view],
+            next: None,
+        })
     }
 
-    fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Failure> {
+    pub(super) fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Failure> {
         let known = self.known()?;
         let mut vms: Vec<_> = domains
             .iter()

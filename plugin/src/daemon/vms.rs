@@ -44,7 +44,7 @@ impl Daemon {
 
     /// The domain with this name or UUID.
     pub(super) fn find_domain(&self, vm: &str) -> Result<DefinedDomain, Failure> {
-        let found = self.libvirt.domain(vm).map_err(|error| unreachable(&error))?;
+        let found = self.background.domain(vm).map_err(|error| unreachable(&error))?;
         found.ok_or_else(|| {
             Failure::new(Code::NotFound, format!("there is no VM '{vm}'")).next("virsh list --all")
         })
@@ -55,7 +55,7 @@ impl Daemon {
         if let Ok(id) = vm.parse() {
             return Ok(id);
         }
-        let found = self.libvirt.domain(vm).map_err(|error| {
+        let found = self.background.domain(vm).map_err(|error| {
             Failure::new(Code::Unreachable, chain(&error)).next("virtseal status, or give --vm its UUID")
         })?;
         found.map(|domain| domain.vm).ok_or_else(|| {

@@ -106,7 +106,7 @@ impl Daemon {
     /// The format that a VM declares for this image. A guest may have written another one's header into a raw disk.
     fn declared_format(&self, image: &Path) -> Result<Option<DeclaredFormat>, Failure> {
         // Without libvirt nobody has declared anything.
-        let domains = self.libvirt.domains().unwrap_or_default();
+        let domains = self.background.domains().unwrap_or_default();
         let is_it = |disk: &&Disk| disk.source.path().is_some_and(|path| is_same_file(path, image));
         let declared = domains.iter().find_map(|defined| {
             let domain = Domain::parse(&defined.xml).ok()?;

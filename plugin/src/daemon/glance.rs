@@ -1,0 +1,341 @@
+//! What `status` shows, as it was at most [`MAX_AGE`] ago: however many ask, one thread looks, on the background connection.
+//!
+//! It looks while somebody asks, and for a while after that. What root has changed is looked at anew, and where a look costs
+//! little, root is shown what is there now.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::Daemon;
+use crate::api::VmView;
+use crate::envelope::ProviderId;
+use crate::failure::{Failure, chain};
+
+/// No answer is older than this.
+const MAX_AGE: Duration = Duration::from_secs(2);
+/// From one look to the next, while somebody asks.
+const EVERY: Duration = Duration::from_millis(1200);
+/// After what root has changed; a host that starts many VMs is not looked at all the time.
+const AT_LEAST: Duration = Duration::from_millis(200);
+/// For how long after the last question.
+const ASKED: Duration = Duration::from_secs(20);
+/// A look that takes less is made for root each time.
+const CHEAP: Duration = Duration::from_millis(100);
+/// How long a question waits for a look.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How old an answer may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Age {
+    /// As fresh as can be had for little.
+    Now,
+    /// At most [`MAX_AGE`].
+    Lately,
+}
+
+/// What a look has seen.
+#[derive(Clone, Debug)]
+pub(super) struct Glance {
+    /// Whether libvirt has told its part, or why not.
+    pub(super) libvirt: Result<(), String>,
+    /// The VMs, sorted by name and UUID.
+    pub(super) vms: Arc<[VmView]>,
+}
+
+/// How many envelopes have a stanza of each provider.
+type Uses = Arc<BTreeMap<ProviderId, usize>>;
+
+/// The last look, and who waits for another.
+#[derive(Debug, Default)]
+pub(super) struct Glances {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// With when it was counted.
+    uses: Mutex<Option<(Instant, Uses)>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// When it was begun: what it has seen may be as old.
+    last: Option<Look>,
+    asked: Option<Instant>,
+    /// Nothing that was begun before this is shown.
+    outdated: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Look {
+    begun: Instant,
+    took: Duration,
+    seen: Result<Glance, Failure>,
+}
+
+impl State {
+    fn fresh(&self) -> Option<&Result<Glance, Failure>> {
+        let look = self.last.as_ref()?;
+        let is_fresh =
+            look.begun.elapsed() < MAX_AGE && self.outdated.is_none_or(|outdated| look.begun >= outdated);
+        is_fresh.then_some(&look.seen)
+    }
+
+    /// How long nobody needs a look; `None` if nobody asks at all.
+    fn rest(&self) -> Option<Duration> {
+        self.asked.filter(|asked| asked.elapsed() < ASKED)?;
+        let Some(Look { begun, .. }) = &self.last else {
+            return Some(Duration::ZERO);
+        };
+        let is_outdated = self.outdated.is_some_and(|outdated| *begun < outdated);
+        let every = if is_outdated { AT_LEAST } else { EVERY };
+        Some(every.saturating_sub(begun.elapsed()))
+    }
+}
+
+impl Glances {
+    /// Something has changed: what was seen before this is not shown.
+    pub(super) fn expire(&self) {
+        self.state().outdated = Some(Instant::now());
+        self.changed.notify_all();
+    }
+
+    /// What there is to see, at most [`MAX_AGE`] old.
+    fn take(&self, age: Age) -> Result<Glance, Failure> {
+        let asked = Instant::now();
+        let mut state = self.state();
+        state.asked = Some(asked);
+        if age == Age::Now && state.last.as_ref().is_some_and(|look| look.took < CHEAP) {
+            state.outdated = Some(asked);
+        }
+        self.changed.notify_all();
+        loop {
+            if let Some(seen) = state.fresh() {
+                return seen.clone();
+            }
+            let left = PATIENCE.saturating_sub(asked.elapsed());
+            if left.is_zero() {
+                // What was seen last is better than nothing, with the reason: one asks because libvirt hangs.
+                let old = state.last.as_ref().and_then(|look| look.seen.as_ref().ok());
+                return Ok(Glance {
+                    libvirt: Err(silent()),
+                    vms: old.map_or_else(Arc::default, |old| Arc::clone(&old.vms)),
+                });
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Looks whenever that is needed, for ever.
+    fn run(&self, look: impl Fn() -> Result<Glance, Failure>) {
+        let mut state = self.state();
+        loop {
+            state = match state.rest() {
+                Some(Duration::ZERO) => {
+                    drop(state);
+                    let begun = Instant::now();
+                    let seen = look();
+                    let mut state = self.state();
+                    let took = begun.elapsed();
+                    state.last = Some(Look { begun, took, seen });
+                    self.changed.notify_all();
+                    state
+                }
+                Some(rest) => {
+                    let waited = self.changed.wait_timeout(state, rest);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => {
+                    // Nobody has asked for long: that is the memory of nobody.
+                    state.last = None;
+                    self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+                }
+            };
+        }
+    }
+
+    /// What `count` has counted, at most [`MAX_AGE`] ago.
+    fn uses(&self, count: impl FnOnce() -> Result<Uses, Failure>) -> Result<Uses, Failure> {
+        let mut counted = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
+        let outdated = self.state().outdated;
+        match &*counted {
+            Some((at, uses)) if at.elapsed() < MAX_AGE && outdated.is_none_or(|outdated| *at >= outdated) => {
+                Ok(Arc::clone(uses))
+            }
+            _ => {
+                let begun = Instant::now();
+                let uses = count()?;
+                *counted = Some((begun, Arc::clone(&uses)));
+                Ok(uses)
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn silent() -> String {
+    format!(
+        "libvirt or the keystore does not answer within {} s",
+        PATIENCE.as_secs()
+    )
+}
+
+impl Daemon {
+    /// Looks for those who ask, for ever. For a thread of its own.
+    pub fn run_glances(&self) {
+        super::pools::step_back();
+        self.glances.run(|| self.look_at_all());
+    }
+
+    /// What `status` shows, at most two seconds old.
+    pub(super) fn glance(&self, age: Age) -> Result<Glance, Failure> {
+        self.glances.take(age)
+    }
+
+    /// Something that `status` shows may have changed.
+    pub fn expire_glance(&self) {
+        self.glances.expire();
+    }
+
+    /// How many envelopes have a stanza of each provider, at most two seconds ago.
+    pub(super) fn provider_uses(&self) -> Result<Uses, Failure> {
+        self.glances.uses(|| {
+            let mut uses = BTreeMap::new();
+            self.keystore.each_envelope(|record| {
+                let stanzas = record.envelope.stanzas.iter();
+                for provider in stanzas.map(|stanza| stanza.provider).collect::<BTreeSet<_>>() {
+                    *uses.entry(provider).or_default() += 1;
+                }
+            })?;
+            Ok(Arc::new(uses))
+        })
+    }
+
+    fn look_at_all(&self) -> Result<Glance, Failure> {
+        let domains = self.background.domains_at_a_glance();
+        let libvirt = match &domains {
+            Ok(_) => Ok(()),
+            Err(error) => Err(chain(error)),
+        };
+        let mut vms = self.sealed_vms(domains.unwrap_or_default())?;
+        vms.sort_by(|a, b| (&a.name, &a.uuid).cmp(&(&b.name, &b.uuid)));
+        Ok(Glance {
+            libvirt,
+            vms: vms.into(),
+        })
+    }
+}
+
+/// How many VMs a reply has at the most.
+const PAGE: usize = 250;
+
+/// The VMs after the one with this UUID and name, or the first ones; and what to ask for next, if there are more.
+pub(super) fn page(vms: &[VmView], after: Option<&str>) -> (Vec<VmView>, Option<String>) {
+    let (uuid, name) = after.and_then(|after| after.split_once(' ')).unwrap_or_default();
+    let begin = match after {
+        Some(_) => vms.partition_point(|vm| (vm.name.as_str(), vm.uuid.as_str()) <= (name, uuid)),
+        None => 0,
+    };
+    let rest = &vms[begin..];
+    let page = &rest[..rest.len().min(PAGE)];
+    let next = page.last().filter(|_| page.len() < rest.len());
+    (
+        page.to_vec(),
+        next.map(|last| format!("{} {}", last.uuid, last.name)),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    fn vm(name: &str, uuid: u128) -> VmView {
+        let text = format!(
+            r#"{{"name":"{name}","uuid":"{}","power":"off","state":"sealed","hangs_on":null,"objects":[],"warnings":[]}}"#,
+            uuid::Uuid::from_u128(uuid)
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn seen(count: usize) -> Glance {
+        Glance {
+            libvirt: Ok(()),
+            vms: (0..count).map(|n| vm("a", n as u128)).collect::<Vec<_>>().into(),
+        }
+    }
+
+    #[test]
+    fn pages_show_each_vm_once_also_when_one_goes_meanwhile() {
+        let mut vms: Vec<_> = (0..3 * PAGE)
+            .map(|n| vm(&format!("web {:05}", n / 2), n as u128))
+            .collect();
+        let (mut found, mut after) = (Vec::new(), None);
+        loop {
+            let (page, next) = page(&vms, after.as_deref());
+            found.extend(page.into_iter().map(|vm| vm.uuid));
+            // The last one that was shown is deleted.
+            if found.len() == PAGE {
+                vms.remove(PAGE - 1);
+            }
+            after = next;
+            if after.is_none() {
+                break;
+            }
+        }
+        assert_eq!(found.len(), 3 * PAGE);
+        found.dedup();
+        assert_eq!(found.len(), 3 * PAGE);
+        assert!(matches!(page(&[], None), (none, None) if none.is_empty()));
+        assert!(page(&vms, Some("garbage")).0.len() <= PAGE);
+    }
+
+    #[test]
+    fn many_who_ask_share_a_look_and_what_changed_is_looked_at_anew() {
+        let glances: &'static Glances = Box::leak(Box::default());
+        let looks: &'static AtomicUsize = Box::leak(Box::default());
+        std::thread::spawn(|| glances.run(|| Ok(seen(looks.fetch_add(1, Ordering::SeqCst)))));
+        let askers: Vec<_> = (0..20)
+            .map(|_| std::thread::spawn(|| glances.take(Age::Lately).unwrap()))
+            .collect();
+        let seen: Vec<_> = askers
+            .into_iter()
+            .map(|asker| asker.join().unwrap().vms.len())
+            .collect();
+        assert!(seen.iter().all(|count| *count == seen[0]), "{seen:?}");
+        glances.expire();
+        let (before, after) = (seen[0], glances.take(Age::Lately).unwrap().vms.len());
+        assert!(after > before, "{after} is what was seen before");
+        let now = glances.take(Age::Now).unwrap().vms.len();
+        assert!(now > after, "{now} is what was seen before");
+    }
+
+    fn look(begun: Instant) -> Look {
+        Look {
+            begun,
+            took: Duration::ZERO,
+            seen: Ok(seen(1)),
+        }
+    }
+
+    #[test]
+    fn what_is_too_old_is_not_fresh() {
+        let mut state = State {
+            last: Some(look(Instant::now())),
+            ..State::default()
+        };
+        assert!(state.fresh().is_some());
+        assert_eq!(state.rest(), None, "nobody has asked");
+        state.asked = Some(Instant::now());
+        assert!(state.rest() > Some(Duration::ZERO));
+        state.outdated = Some(Instant::now());
+        assert!(state.fresh().is_none());
+        state.outdated = None;
+        state.last = Instant::now().checked_sub(MAX_AGE).map(look);
+        assert!(state.fresh().is_none());
+        assert_eq!(state.rest(), Some(Duration::ZERO));
+    }
+}
