@@ -29,6 +29,7 @@
 //! that names its package.
 
 mod accelerator;
+mod attacker;
 mod console;
 mod deadline;
 mod domain;
@@ -49,6 +50,7 @@ mod tracer;
 mod virsh;
 
 pub use accelerator::Accelerator;
+pub use attacker::Attacker;
 pub use console::Console;
 pub use deadline::wait_until;
 pub use domain::{DomainSpec, Firmware};

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 use virtseal_e2e::Host;
 
-use crate::{hook, kms, prepare, unwraps, volume};
+use crate::{hook, kms, prepare, readers, unwraps, volume};
 
 /// Runs `virtseal-bench inside ARGUMENTS` inside `host` and returns its answer.
 pub(crate) fn ask<T: DeserializeOwned>(host: &Host, arguments: &[&str]) -> Result<T> {
@@ -34,6 +34,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         ["hook", hook, xml] => serde_json::to_string(&hook::inside(hook, xml)?),
         ["prepare", directory] => serde_json::to_string(&prepare::inside(directory)?),
         ["kms", vm, starts] => serde_json::to_string(&kms::inside(vm, starts.parse()?)?),
+        ["readers", xml, uuid] => serde_json::to_string(&readers::inside(xml, uuid)?),
         ["unwraps"] => serde_json::to_string(&unwraps::inside()?),
         _ => bail!("there is nothing like {arguments:?} to do inside"),
     };

@@ -1,7 +1,7 @@
 //! `make bench`: what virtseal promises about time and memory, each figure next to a peer measured in the same run.
 //!
 //! ```text
-//! virtseal-bench [volume|hook|prepare|start|sweep|unwraps|kms]...
+//! virtseal-bench [volume|hook|prepare|start|readers|sweep|unwraps|kms]...
 //! ```
 //!
 //! Prints a table, writes `target/bench/results.json` (see [`figure::Figure`]) and ends with exit status 1 where a
@@ -15,6 +15,7 @@ mod hook;
 mod inside;
 mod kms;
 mod prepare;
+mod readers;
 mod samples;
 mod start;
 mod sweep;
@@ -32,11 +33,12 @@ use virtseal_e2e::SealedHost;
 use figure::Figure;
 
 const RESULTS: &str = "target/bench/results.json";
-const EXPERIMENTS: [(&str, Experiment); 7] = [
+const EXPERIMENTS: [(&str, Experiment); 8] = [
     ("volume", volume::measure),
     ("hook", hook::measure),
     ("prepare", prepare::measure),
     ("start", start::measure),
+    ("readers", readers::measure),
     ("sweep", sweep::measure),
     ("unwraps", unwraps::measure),
     ("kms", kms::measure),

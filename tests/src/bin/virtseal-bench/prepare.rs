@@ -233,7 +233,7 @@ fn empty_call() -> Result<()> {
 
 /// As the hook does it: one connection, one call.
 pub(crate) fn call(method: &str, parameters: &Value) -> Result<()> {
-    let mut stream = UnixStream::connect(SealedHost::SOCKET)?;
+    let mut stream = UnixStream::connect(SealedHost::HOOK_SOCKET)?;
     let mut request = json!({ "method": method, "parameters": parameters })
         .to_string()
         .into_bytes();
