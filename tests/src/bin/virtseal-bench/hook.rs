@@ -84,6 +84,8 @@ fn index_of_many(sealed: &mut SealedHost) -> Result<()> {
         Ok(transaction.commit()?)
     })?;
     sealed.start_daemon()?;
+    // It listens before it has opened the keystore.
+    sealed.run(&["status"])?;
     let host = sealed.host();
     let index = host.path("/var/lib/virtseal/hook.index");
     let many = host.path("/run/many.index");
