@@ -201,7 +201,8 @@ impl PathRule {
             ..Self::default()
         };
         let is_public = |place: &PermittedPath| place.metadata().is_ok_and(|found| found.mode() & 0o004 != 0);
-        if let Some(place) = firmware.permit(path).ok().filter(is_public) {
+        let is_harmless = |place: &PermittedPath| !place.exists() || is_public(place);
+        if let Some(place) = firmware.permit(path).ok().filter(is_harmless) {
             return Ok(place);
         }
         let place = self.permit(path)?;
@@ -209,7 +210,7 @@ impl PathRule {
             image_dirs: self.image_dirs.clone(),
             ..Self::default()
         };
-        if !place.exists() || is_public(&place) || named.permit(path).is_ok() {
+        if is_harmless(&place) || named.permit(path).is_ok() {
             return Ok(place);
         }
         Err(PathError::Private {

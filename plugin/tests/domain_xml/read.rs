@@ -4,7 +4,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 use virtseal::domain::edit::{SealEdit, seal};
-use virtseal::domain::{Beyond, Domain, DomainError, Firmware, Source, objects};
+use virtseal::domain::{Beyond, Domain, DomainError, Firmware, ObjectState, Source, objects};
 
 use crate::{fixture, fixtures, id, nvram_edit};
 
@@ -150,4 +150,58 @@ fn hostile_xml_gives_an_error_with_its_place() {
             .to_string()
             .contains("2:")
     );
+}
+
+#[test]
+fn what_is_kept_elsewhere_is_seen_and_can_be_vouched_for_by_nobody() {
+    let tpm = |source: &str| {
+        format!(
+            "<domain type='kvm'><name>a</name><uuid>{}</uuid><devices><tpm model='tpm-crb'><backend type='emulator' version='2.0'>\
+             <encryption secret='{}'/>{source}</backend></tpm></devices></domain>",
+            Uuid::from_u128(1),
+            Uuid::from_u128(2)
+        )
+    };
+    let swtpm_dir = Path::new("/swtpm");
+    let usual = Domain::parse(&tpm("")).unwrap();
+    assert!(usual.vtpm_dir(swtpm_dir).unwrap().starts_with(swtpm_dir));
+    assert!(matches!(objects(&usual)[0].state, ObjectState::Sealed(_)));
+    for source in [
+        "<source type='dir' path='/elsewhere'/>",
+        "<source type='file' path='/elsewhere/state'/>",
+        "<source/>",
+    ] {
+        let elsewhere = Domain::parse(&tpm(source)).unwrap();
+        assert!(elsewhere.vtpm_dir(swtpm_dir).is_err(), "{source}");
+        let state = objects(&elsewhere).remove(0).state;
+        assert!(matches!(state, ObjectState::Unsupported(reason) if reason.contains("place of its own")));
+    }
+
+    let disk = |inside: &str| {
+        format!(
+            "<domain type='kvm'><name>a</name><uuid>{}</uuid><devices><disk type='file' device='disk'><source file='/d'>{inside}\
+             <encryption format='luks'><secret type='passphrase' uuid='{}'/></encryption></source><target dev='vda'/></disk>\
+             </devices></domain>",
+            Uuid::from_u128(1),
+            Uuid::from_u128(2)
+        )
+    };
+    for (inside, part) in [
+        (
+            "<slices><slice type='storage' offset='1' size='2'/></slices>",
+            "<slices>",
+        ),
+        (
+            "<dataStore type='file'><source file='/x'/></dataStore>",
+            "<dataStore>",
+        ),
+    ] {
+        let state = objects(&Domain::parse(&disk(inside)).unwrap()).remove(0).state;
+        assert!(
+            matches!(state, ObjectState::Unsupported(reason) if reason.contains(part)),
+            "{part}"
+        );
+    }
+    let whole = objects(&Domain::parse(&disk("")).unwrap()).remove(0).state;
+    assert!(matches!(whole, ObjectState::Sealed(_)));
 }
