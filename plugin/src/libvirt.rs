@@ -314,6 +314,20 @@ impl Libvirt {
         })
     }
 
+    /// The XML of now of a VM that runs.
+    pub fn live_xml(&self, vm: VmId) -> Result<Option<String>, LibvirtError> {
+        self.with("read the domain", |connection| {
+            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+                return Ok(None);
+            };
+            if domain.is_active()? {
+                domain.xml_desc(sys::VIR_DOMAIN_XML_SECURE).map(Some)
+            } else {
+                Ok(None)
+            }
+        })
+    }
+
     /// Redefines a domain.
     pub fn define(&self, xml: &str) -> Result<(), LibvirtError> {
         self.with("define the domain", |connection| {

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 
 use crate::config::Config;
-use crate::domain::{Domain, Permission, Policy, Rule, SideDoor};
+use crate::domain::{Domain, ObjectState, Permission, Policy, Rule, SideDoor, objects};
+use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain};
 use crate::libvirt::qemu_conf::QemuConf;
 use crate::terminal::{quoted, visible};
@@ -120,6 +121,29 @@ pub fn findings(domain: &Domain, policy: Policy) -> Vec<String> {
     refused.into_iter().chain(warnings(domain, policy)).collect()
 }
 
+/// What a running VM has that its next start would not have: copies in the making, and plain disks that were attached.
+/// No hook runs for these.
+#[must_use]
+pub fn while_it_runs(live: &Domain, next: &Domain, policy: Policy) -> Vec<String> {
+    let known = warnings(next, policy);
+    let mut found = warnings(live, policy);
+    found.retain(|warning| !known.contains(warning));
+    let attached = objects(live).into_iter().filter(|object| {
+        object.kind == ObjectKind::Disk
+            && object.state == ObjectState::Plain
+            && !objects(next).contains(object)
+    });
+    found.extend(attached.map(|object| {
+        format!(
+            "{}: {} is in use in plaintext now, whatever its image is: {}",
+            visible(&live.name),
+            visible(&object.label),
+            visible(&object.path.unwrap_or_default().display().to_string())
+        )
+    }));
+    found
+}
+
 /// Which plain images the VM's disks are based on.
 #[must_use]
 pub fn plain_layers(domain: &Domain, policy: Policy) -> Vec<String> {
@@ -213,6 +237,27 @@ mod tests {
         assert!(refuse(&shared, Policy::default()).is_ok());
         let warned = warnings(&shared, Policy::default());
         assert!(matches!(&warned[..], [one] if one.contains("/srv")), "{warned:?}");
+    }
+
+    #[test]
+    fn what_was_attached_or_is_copied_while_it_runs_is_told() {
+        let disk = |inside: &str| {
+            format!(
+                "<devices><disk type='file'><source file='/d'/><target dev='vdb'/>{inside}</disk></devices>"
+            )
+        };
+        let next = domain("");
+        let attached = while_it_runs(&domain(&disk("")), &next, Policy::default());
+        assert!(
+            matches!(&attached[..], [one] if one.contains("disk vdb") && one.contains("/d")),
+            "{attached:?}"
+        );
+        let copied = domain(&disk(
+            "<mirror type='file' job='copy'><source file='/copy'/></mirror>",
+        ));
+        let told = while_it_runs(&copied, &domain(&disk("")), Policy::default());
+        assert!(matches!(&told[..], [one] if one.contains("/copy")), "{told:?}");
+        assert!(while_it_runs(&next, &next, Policy::default()).is_empty());
     }
 
     #[test]

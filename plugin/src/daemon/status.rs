@@ -55,6 +55,7 @@ impl Daemon {
                     &domain,
                     self.config().policy.of(&domain),
                 ));
+                view.warnings.extend(self.while_it_runs(&defined, &domain));
                 view
             }
             KnownVm::Undefined(record) => self.undefined(&record, &known),
@@ -156,6 +157,22 @@ impl Daemon {
             objects: views,
         };
         (view, standings)
+    }
+
+    /// By the XML of now of a sealed VM.
+    fn while_it_runs(&self, defined: &DefinedDomain, domain: &Domain) -> Vec<String> {
+        if !defined.active || domain.metadata.is_none() {
+            return Vec::new();
+        }
+        let policy = self.config().policy.of(domain);
+        match self.libvirt.live_xml(defined.vm) {
+            Ok(Some(xml)) => match Domain::parse(&xml) {
+                Ok(live) => side_doors::while_it_runs(&live, domain, policy),
+                Err(error) => vec![unreadable(defined, &error).to_string()],
+            },
+            Ok(None) => Vec::new(),
+            Err(error) => vec![chain(&error)],
+        }
     }
 
     /// Only a sealed VM has any.

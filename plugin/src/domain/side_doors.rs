@@ -46,6 +46,13 @@ pub enum SideDoor {
         /// The file.
         path: String,
     },
+    /// While it runs, a disk is being copied to a plain image.
+    Mirror {
+        /// The disk's target.
+        target: String,
+        /// Where to.
+        to: String,
+    },
     /// The guest's memory is dumped to a file when it crashes or its watchdog fires.
     Dump(&'static str),
     /// libvirt would make an internal snapshot of the running VM, which kills a QEMU that has a sealed qcow2 disk.
@@ -74,6 +81,7 @@ impl SideDoor {
             | Self::Directory { .. }
             | Self::Pstore(_)
             | Self::Output { .. }
+            | Self::Mirror { .. }
             | Self::Dump(_)
             | Self::InternalSnapshots(_) => Rule::Warned,
         }
@@ -91,6 +99,7 @@ impl SideDoor {
             Self::Directory { .. } => "remove that <filesystem>, or add <readonly/>",
             Self::Pstore(_) => "remove <pstore>",
             Self::Output { .. } => "type='pty' without <log>",
+            Self::Mirror { .. } => "virsh blockjob --abort, and remove the copy",
             Self::Dump(_) => "destroy or restart instead",
             Self::InternalSnapshots(_) => "have UEFI variables in a raw <nvram>",
         }
@@ -134,6 +143,9 @@ impl fmt::Display for SideDoor {
                     "the output of a {device} port is written to {path} in plaintext"
                 )
             }
+            Self::Mirror { target, to } => {
+                write!(f, "disk {target} is being copied to {to}, in plaintext")
+            }
             Self::Dump(when) => write!(f, "its memory is dumped to a file in plaintext {when}"),
             Self::InternalSnapshots(why) => write!(
                 f,
@@ -167,6 +179,7 @@ pub(super) fn read(root: Node<'_, '_>, firmware: &Firmware) -> Vec<SideDoor> {
             found.push(output);
         }
     }
+    found.extend(devices().filter_map(mirror));
     found.extend(dumps(root));
     found.extend(snapshots(firmware).map(SideDoor::InternalSnapshots));
     found
@@ -242,6 +255,23 @@ fn output(node: Node<'_, '_>) -> Option<SideDoor> {
     to_file.or(log).map(|path| SideDoor::Output {
         device: device.to_owned(),
         path: path.to_owned(),
+    })
+}
+
+/// Of a running VM: libvirt shows a copy in the making beside the disk.
+fn mirror(disk: Node<'_, '_>) -> Option<SideDoor> {
+    let copy = child(disk, "mirror").filter(|_| disk.has_tag_name("disk"))?;
+    let source = child(copy, "source");
+    if source.is_some_and(|source| child(source, "encryption").is_some()) {
+        return None;
+    }
+    let to = ["file", "dev", "name"]
+        .into_iter()
+        .find_map(|name| source?.attribute(name));
+    let target = child(disk, "target").and_then(|target| target.attribute("dev"));
+    Some(SideDoor::Mirror {
+        target: target.unwrap_or_default().to_owned(),
+        to: to.unwrap_or("another image").to_owned(),
     })
 }
 
@@ -497,6 +527,20 @@ mod tests {
         ] {
             assert_eq!(doors(&format!("<devices>{harmless}</devices>")), [], "{harmless}");
         }
+    }
+
+    #[test]
+    fn a_copy_in_the_making_is_warned_of_unless_it_is_encrypted() {
+        let disk = |inside: &str| {
+            doors(&format!(
+                "<devices><disk type='file'><source file='/d'/><target dev='vda'/>\
+                 <mirror type='file' job='copy'><source file='/copy'>{inside}</source></mirror></disk></devices>"
+            ))
+        };
+        let found = disk("");
+        assert!(matches!(&found[..], [SideDoor::Mirror { .. }]), "{found:?}");
+        assert!(found[0].to_string().contains("vda is being copied to /copy"));
+        assert_eq!(disk("<encryption format='luks'/>"), []);
     }
 
     #[test]

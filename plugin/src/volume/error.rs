@@ -36,7 +36,9 @@ impl Part {
     fn advice(self, path: &Path) -> String {
         let path = path.display();
         match self {
-            Self::Qcow2 => format!("look closer with `qemu-img check {path}`"),
+            Self::Qcow2 => format!(
+                "restore it from a backup, or look closer with `qemu-img check {path}` as its owner, not as root"
+            ),
             Self::Luks1 => format!("look closer with `qemu-img info {path}`, or restore it from a backup"),
             Self::Envelope => {
                 "the keystore and the domain XML hold copies, see `virtseal vm status`".to_owned()
@@ -200,7 +202,7 @@ pub enum VolumeError {
         reason: String,
     },
     /// The backing files form a loop, or there are too many.
-    #[error("the backing files of {} {reason}: see `qemu-img info --backing-chain`", path.display())]
+    #[error("the backing files of {} {reason}: see `virtseal volume info` of each", path.display())]
     Chain {
         /// The topmost image.
         path: PathBuf,

@@ -288,7 +288,7 @@ impl Image {
             return Err(VolumeError::unsupported(
                 &self.path,
                 "QEMU has marked the image as corrupt (feature bit 1, byte 72 of the qcow2 header)",
-                "repair it with `qemu-img check -r all`, or restore it from a backup",
+                "repair it with `qemu-img check -r all` as its owner, not as root, or restore it from a backup",
             ));
         }
         Ok(VolumeInfo {
