@@ -56,6 +56,8 @@ pub struct IdentityParts {
 pub struct IdentitySet {
     /// The client's certificate.
     pub certificate: CertificateView,
+    /// The KEKs that the new identity does not get to open an envelope.
+    pub warnings: Vec<String>,
     /// The provider after it has asked its servers.
     pub provider: ProviderView,
 }

@@ -98,7 +98,11 @@ pub(super) async fn identity(
     printer.advise(&format!(
         "'{name}' shows itself as {}, SHA-256 {}, until {}",
         certificate.subject, certificate.sha256, certificate.not_after
-    ))
+    ))?;
+    for warning in &set.warnings {
+        printer.advise(&format!("Warning: {warning}"))?;
+    }
+    Ok(())
 }
 
 pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {

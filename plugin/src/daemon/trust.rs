@@ -11,6 +11,7 @@ use crate::api::{
     SigningRequestMade,
 };
 use crate::failure::{Code, Failure, chain};
+use crate::provider::KeyProvider;
 use crate::provider::kmip::{
     CertificateFacts, Fingerprint, KeyKind, KmipProvider, MOST_PEM, NewIdentity, Presented, ServerTrust,
     TrustError,
@@ -34,8 +35,15 @@ impl Daemon {
         });
         crate::process::trim();
         self.audit_provider("provider-identity", name, &set);
+        let certificate = certificate_view(&set?);
+        let id = provider.id();
+        let stanzas = self.keystore.envelopes()?.into_iter().flat_map(|record| {
+            let stanzas = record.envelope.stanzas.clone();
+            stanzas.into_iter().filter(move |stanza| stanza.provider == id)
+        });
         Ok(IdentitySet {
-            certificate: certificate_view(&set?),
+            certificate,
+            warnings: provider.keys_that_stay_shut(stanzas.collect()),
             provider: self.view_of(name)?,
         })
     }
@@ -184,6 +192,10 @@ fn trust_failure(name: &str, error: &TrustError) -> Failure {
             format!("compare fingerprints with the KMS's admin, then virtseal provider trust {name}"),
         ),
         TrustError::Locked => (Code::Locked, NextCommand::Unlock(name.to_owned()).to_string()),
+        TrustError::NotAccepted(_) => (
+            Code::NotTrusted,
+            format!("let the KMS accept it, then the same command again; virtseal provider show {name}"),
+        ),
         TrustError::WouldUnseal => (Code::Usage, format!("virtseal provider identity {name} --seal …")),
         TrustError::Identity(_) => (Code::Usage, format!("virtseal provider csr {name}")),
         TrustError::Ca(_) | TrustError::NoCertificate => {

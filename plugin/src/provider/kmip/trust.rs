@@ -1,5 +1,6 @@
 //! How trust comes about: the client's certificate goes one way, the server's the other.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,16 +9,23 @@ use thiserror::Error;
 
 use super::KmipProvider;
 use super::certificate::CertificateFacts;
+use super::cluster::{Cluster, ClusterStatus};
 use super::error::KmipError;
 use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest, StoredIdentity};
+use super::node::Access;
 use super::store::{ServerTrust, StoreError};
 use super::tls::{self, Tls};
+use crate::envelope::Stanza;
+use crate::failure::chain;
 use crate::provider::KeyProvider;
 
 /// What a look at a server's certificate may take.
 const LOOK: Duration = Duration::from_secs(4);
 /// What is left after it to ask who was found.
 const FIRST_QUESTION: Duration = Duration::from_millis(800);
+
+/// How many KEKs that do not open are named.
+const MAX_SHUT: usize = 8;
 
 /// What one endpoint shows to whoever connects.
 #[derive(Clone, Debug)]
@@ -109,11 +117,12 @@ impl KmipProvider {
         })
     }
 
-    /// Shows itself to the servers as `new` from now on.
+    /// Shows itself to the servers as `new` from now on: once one of them has accepted it, where there is an identity that is
+    /// of use so far.
     ///
     /// # Errors
-    /// When certificate and key do not fit, when the provider is locked, or when a sealed key would be replaced by
-    /// one that is not.
+    /// When certificate and key do not fit, when the provider is locked, when a sealed key would be replaced by one that is
+    /// not, or when no server accepts it; then the identity in use stays.
     pub fn set_identity(&self, new: &NewIdentity) -> Result<CertificateFacts, TrustError> {
         let stored = self.store.identity()?;
         let was_sealed = stored.as_ref().is_some_and(StoredIdentity::is_sealed);
@@ -137,6 +146,9 @@ impl KmipProvider {
         if let (None, Some(current)) = (&identity.login, &current) {
             identity.login.clone_from(&current.login);
         }
+        if current.is_some() {
+            self.try_identity(&identity)?;
+        }
         self.store
             .put_identity(&identity.stored(new.passphrase.as_ref())?)?;
         if requested.is_some_and(|key| key.public_eq(&identity.key)) {
@@ -152,6 +164,63 @@ impl KmipProvider {
         drop(held);
         self.probe();
         Ok(facts)
+    }
+
+    /// Whether a server lets `new` in, or at least the identity in use neither.
+    fn try_identity(&self, new: &Identity) -> Result<(), TrustError> {
+        let trust = self.held().trust.clone();
+        let Some(trust) = trust else {
+            // Nobody was ever asked with the one in use.
+            return Ok(());
+        };
+        let access = Access {
+            tls: Tls::new(&trust, Some(new)).map_err(IdentityError::Key)?,
+            login: new.login.clone(),
+            epoch: 0,
+        };
+        let trial = Cluster::new(&self.settings.endpoints, self.settings.kmip_version);
+        trial.probe(&access);
+        let why = match trial.status() {
+            ClusterStatus::Good | ClusterStatus::Partly(_) => return Ok(()),
+            ClusterStatus::Unknown => "nobody was asked".to_owned(),
+            ClusterStatus::Unreachable(why) | ClusterStatus::NotTrusted(why) => why,
+            ClusterStatus::RefusesUs(why) => {
+                self.probe();
+                if matches!(self.cluster.status(), ClusterStatus::RefusesUs(_)) {
+                    // There is nothing to lose, and a KMS may take minutes to let a new client in.
+                    return Ok(());
+                }
+                why
+            }
+        };
+        Err(TrustError::NotAccepted(why))
+    }
+
+    /// Opens one of `stanzas` for each KEK, and says which ones do not open.
+    #[must_use]
+    pub fn keys_that_stay_shut(&self, stanzas: Vec<Stanza>) -> Vec<String> {
+        let mut of_kek = BTreeMap::new();
+        for stanza in stanzas {
+            of_kek.entry(stanza.kek.0.clone()).or_insert(stanza);
+        }
+        let all: Vec<_> = of_kek.values().collect();
+        if all.is_empty() || self.unwrap_many(&all).is_ok() {
+            return Vec::new();
+        }
+        let mut shut = Vec::new();
+        for stanza in all {
+            if let Err(error) = self.unwrap_many(&[stanza]) {
+                shut.push(format!(
+                    "KEK {} does not open what it wrapped: {}",
+                    stanza.kek,
+                    chain(&error)
+                ));
+            }
+            if shut.len() == MAX_SHUT {
+                break;
+            }
+        }
+        shut
     }
 
     /// A signing request in PEM: the one that waits for its certificate; else one for the key in use, with the subject
@@ -207,6 +276,9 @@ pub enum TrustError {
     /// The current key must be at hand.
     #[error("is locked")]
     Locked,
+    /// The servers let the one in use in, and not the new one.
+    #[error("the KMS has not accepted the new identity, so the one in use stays: {0}")]
+    NotAccepted(String),
     /// No silent fall-back to a key in the clear.
     #[error("the private key in use is sealed by a passphrase, the new one would not be: add --seal")]
     WouldUnseal,

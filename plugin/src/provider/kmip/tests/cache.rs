@@ -108,9 +108,9 @@ fn kms_that_turns_this_host_away_ends_the_cache() {
     let mut kmip = Kmip::with(false, by_default);
     let wrapped = Wrapped::by(kmip.provider());
     wrapped.assert_opened_by(kmip.provider());
-    kmip.provider()
-        .set_identity(&identity(&Authority::new(), false))
-        .unwrap();
+    kmip.server.kill();
+    kmip.server.accept(&Authority::new());
+    bring_back(&mut kmip);
     let asked = kmip.provider().unwrap_many(&[&wrapped.stanza]);
     assert!(matches!(asked, Err(ProviderError::RefusesUs(_))), "{asked:?}");
     assert_eq!(kept(kmip.provider()), 0);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::super::fixture::{Authority, Kmip, identity, secret};
+use super::super::fixture::{Authority, Kmip, secret};
 use super::{KmipProvider, Wrapped};
 use crate::keystore::Keystore;
 use crate::provider::cache::{CachePolicy, PersistTime};
@@ -172,9 +172,9 @@ fn what_the_kms_has_said_counts_after_a_restart() {
 
     // Turned away, it keeps nothing at all.
     rig.bring_back();
-    rig.provider()
-        .set_identity(&identity(&Authority::new(), false))
-        .unwrap();
+    rig.kill();
+    rig.kmip.server.accept(&Authority::new());
+    rig.bring_back();
     let asked = rig.provider().unwrap_many(&[&left.stanza]);
     assert!(matches!(asked, Err(ProviderError::RefusesUs(_))), "{asked:?}");
     assert!(
