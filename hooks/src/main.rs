@@ -61,6 +61,8 @@ fn main() -> ExitCode {
         },
         (Some("started"), Some("begin")) => never_fail(started),
         (Some("release"), Some("end")) => never_fail(released),
+        // Before `prepare`: the vTPM's state comes with the stream, and need not be here.
+        (Some("migrate" | "restore"), Some("begin")) => never_fail(arriving),
         _ => ExitCode::SUCCESS,
     }
 }
@@ -288,6 +290,13 @@ fn started(deadline: &Deadline) {
     let conf = Conf::load();
     if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
         notify("io.virtseal.Lifecycle.Started", &vm, &conf, deadline);
+    }
+}
+
+fn arriving(deadline: &Deadline) {
+    let conf = Conf::load();
+    if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
+        notify("io.virtseal.Lifecycle.Arriving", &vm, &conf, deadline);
     }
 }
 

@@ -134,6 +134,10 @@ pub trait HostProxy {
     async fn unseal_vm(&mut self, vm: &str, dry_run: bool) -> zlink::Result<Result<Outcome, HostError>>;
     /// Takes over the envelopes that came with a VM; those of format 1 only if told so.
     async fn adopt_vm(&mut self, vm: &str, format_1: bool) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Lets a VM have the volume at `path`, which is another's.
+    async fn share_volume(&mut self, path: &str, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Takes that back.
+    async fn unshare_volume(&mut self, path: &str, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
     /// Makes an encrypted volume, and fills it.
     #[zlink(more)]
     async fn create_volume(

@@ -122,6 +122,7 @@ impl Cli {
             Command::Volume(VolumeCommand::Create(args)) => {
                 volume::create(&args, &mut client, &printer).await
             }
+            Command::Volume(VolumeCommand::Share(args)) => volume::share(&args, &mut client, &printer).await,
             Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, &printer),
             Command::Vm(command) => vm::run(command, &mut client, &printer).await,
             Command::Jobs { command } => job::run(command, &mut client, &printer).await,

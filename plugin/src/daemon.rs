@@ -9,6 +9,7 @@ mod cache;
 mod copies;
 mod deletion;
 mod doubts;
+mod first_runs;
 mod forget;
 pub mod glance;
 mod headers;
@@ -22,6 +23,7 @@ mod providers;
 mod records;
 mod rivals;
 mod saved;
+mod sharing;
 mod shred;
 mod standing;
 mod state;
@@ -47,18 +49,20 @@ use crate::envelope::{EnvelopeId, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{CopyPlace, JobId, Keystore};
 use crate::libvirt::{Arming, Libvirt, LibvirtError};
-use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Stage};
+use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Prepared, Stage};
 use crate::permitted::PathRule;
 use crate::provider::registry::Registry;
 use crate::seal::{self, ConfirmedFormats, Host};
 use crate::tpm::Tpm;
 use crate::volume;
 use bell::Bell;
+use first_runs::FirstRuns;
 use headers::Headers;
 
 pub use adopt::Formats;
 pub use host_tpm::{CREDENTIAL, TpmUnlock, Tried};
 pub use records::on_behalf_of;
+pub use sharing::Sharing;
 
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
 const LIBVIRT_SHARE: f64 = 0.3;
@@ -110,6 +114,8 @@ pub struct Daemon {
     looks: overdue::Looks,
     /// VMs that have started or ended, and that nobody has looked at since.
     changed_vms: Mutex<BTreeSet<VmId>>,
+    /// What is to be noted of starts.
+    first_runs: FirstRuns,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
     copying: Mutex<()>,
 }
@@ -148,6 +154,7 @@ impl Daemon {
             arms_bell: Bell::default(),
             looks: overdue::Looks::default(),
             changed_vms: Mutex::default(),
+            first_runs: FirstRuns::default(),
             copying: Mutex::default(),
         })
     }
@@ -279,10 +286,12 @@ impl Daemon {
             memory: &self.memory,
             swtpm_dir: self.config().swtpm_dir,
             policy: self.config().policy.of(domain),
+            run: self.known_run(domain.uuid),
+            state_source: self.first_runs.state_source(domain.uuid),
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);
-        let opened = lifecycle::prepare(&stage, domain)?;
+        let Prepared { opened, first_run } = lifecycle::prepare(&stage, domain)?;
         if opened.is_empty() && policy == HookPolicy::RequireSealed {
             return Err(nothing_sealed(domain));
         }
@@ -296,7 +305,9 @@ impl Daemon {
             .reach(patience)
             .map_err(|error| unreachable_libvirt(domain, &error))?;
         let count = opened.len();
-        self.arm(domain, opened, deadline)?;
+        self.first_runs.expect(domain.uuid, first_run);
+        self.arm(domain, opened, deadline)
+            .inspect_err(|_| self.first_runs.expect(domain.uuid, None))?;
         Ok(count)
     }
 
@@ -346,22 +357,27 @@ impl Daemon {
     /// `started begin`: QEMU and swtpm have the keys, libvirt needs them no more.
     pub fn started(&self, vm: &str, name: &str) -> Result<(), Failure> {
         self.look_later(vm);
-        self.disarm(vm, name)
+        let disarmed = self.disarm(vm, name);
+        if let Ok(vm) = vm_id(vm) {
+            self.note_running(vm, name);
+        }
+        disarmed
     }
 
     /// `release end`: whatever happened, nothing stays armed.
     pub fn released(&self, vm: &str, name: &str) -> Result<(), Failure> {
         let disarmed = self.disarm(vm, name);
         self.look_later(vm);
+        if let Ok(vm) = vm_id(vm) {
+            self.note_ended(vm, name);
+        }
         // Its images can follow what was rewrapped while it ran.
         self.copies_bell.ring();
         disarmed
     }
 
     fn disarm(&self, vm: &str, name: &str) -> Result<(), Failure> {
-        let vm: VmId = vm.parse().map_err(|error| {
-            Failure::from_error(Code::Usage, format!("'{vm}' is not a VM's UUID"), &error)
-        })?;
+        let vm = vm_id(vm)?;
         let _shared = lock(&self.shared);
         let unused = lock(&self.arms).disarm(vm);
         self.libvirt.disarm(&unused).map_err(|error| {
@@ -541,6 +557,12 @@ impl Daemon {
             ..self.host()
         })
     }
+}
+
+/// As the hook names a VM.
+fn vm_id(uuid: &str) -> Result<VmId, Failure> {
+    uuid.parse()
+        .map_err(|error| Failure::from_error(Code::Usage, format!("'{uuid}' is not a VM's UUID"), &error))
 }
 
 fn envelopes_of(domain: &Domain) -> Vec<EnvelopeId> {

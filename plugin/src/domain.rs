@@ -26,7 +26,7 @@ use roxmltree::{Document, Node, ParsingOptions};
 use swtpm_state::libvirt_state_dir;
 use thiserror::Error;
 
-use crate::envelope::{EnvelopeError, EnvelopeId, ObjectKind, VmId};
+use crate::envelope::{EnvelopeError, EnvelopeId, VmId};
 use crate::failure::{Code, Failure, word};
 
 pub use bounds::Beyond;
@@ -76,18 +76,6 @@ impl Domain {
     /// missing or makes no sense.
     pub fn parse(xml: &str) -> Result<Self, DomainError> {
         read::domain(&parse_document(xml)?)
-    }
-
-    /// Whether other VMs may have this object open too: only a `<shareable/>` disk.
-    #[must_use]
-    pub fn shares(&self, object: &ObjectRef) -> bool {
-        let path = object.path.as_deref();
-        object.kind == ObjectKind::Disk
-            && path.is_some()
-            && self
-                .disks
-                .iter()
-                .any(|disk| disk.shareable && disk.source.path() == path)
     }
 
     /// The directory of the vTPM's state, where `swtpm_dir` has one for each VM. Nobody else tells where that state is.

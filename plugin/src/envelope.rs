@@ -279,6 +279,13 @@ impl Envelope {
         }
     }
 
+    /// Whether `vm` may have the object, by what the envelope says: it is its own, or root has shared it with it. To be
+    /// believed of a [`Verified`] only.
+    #[must_use]
+    pub fn serves(&self, vm: VmId) -> bool {
+        self.vm == vm || self.shared_with.binary_search(&vm).is_ok()
+    }
+
     /// The format that it was written in: 1 or 2.
     #[must_use]
     pub fn format(&self) -> u8 {

@@ -20,6 +20,7 @@
 pub mod adoption;
 mod arms;
 mod deadline;
+mod first_run;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -28,7 +29,7 @@ use std::sync::{Mutex, PoisonError};
 use swtpm_state::{State, StateKey};
 
 use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
-use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence};
+use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError};
 use crate::provider::registry::{OpenError, Registry};
@@ -41,6 +42,7 @@ use adoption::{Believed, Doubt, believe, not_believed};
 
 pub use arms::{Arms, Overdue};
 pub use deadline::Deadline;
+pub use first_run::{FirstRun, KnownRun, StateSource};
 
 /// An object whose key was unwrapped and has really opened it.
 #[derive(Debug)]
@@ -69,13 +71,26 @@ pub struct Stage<'a> {
     pub swtpm_dir: PathBuf,
     /// What the host lets this VM do beside its sealed objects.
     pub policy: Policy,
+    /// Whether the VM is known to have run by more than what is kept.
+    pub run: KnownRun,
+    /// Where the vTPM's state comes from.
+    pub state_source: StateSource,
+}
+
+/// What a start gets.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its objects.
+    pub opened: Vec<Opened>,
+    /// What is to be noted once the VM runs, if this is the first time.
+    pub first_run: Option<FirstRun>,
 }
 
 /// Decides whether the VM of `xml` may start, and with which keys.
 ///
 /// # Errors
 /// The one line that the user sees: the VM, the object, the reason, the next command.
-pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failure> {
+pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Prepared, Failure> {
     let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
     let objects = sealed_objects_under(domain, stage.policy)
         .map_err(|refusal| stays_off(Failure::new(Code::Failed, refusal.to_string())))?;
@@ -89,31 +104,36 @@ pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Vec<Opened>, Failur
     let deks = open_versions(stage, &versions).map_err(|error| stays_off(closed(&objects, &error)))?;
     let mut opened = Vec::with_capacity(objects.len());
     let mut found = Vec::with_capacity(objects.len());
+    let mut first_run = None;
     for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
         let of_object = |failure: Failure| stays_off(failure.of(&object.label));
-        let believed = believe(
+        let mut believed = believe(
             stage.registry,
             versions.record.as_ref(),
             versions.copy.as_ref(),
             &dek,
         )
         .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
-        check_place(domain, &object, &believed.envelope).map_err(of_object)?;
+        check_place(domain, &object, &[&believed.envelope]).map_err(of_object)?;
         let passphrase = dek
             .passphrase()
             .map_err(|error| of_object(Failure::from_error(Code::Failed, "no memory for its key", &error)))?;
-        open_object(stage, domain, &object, &believed.envelope, &passphrase).map_err(of_object)?;
+        match open_object(stage, domain, &object, &believed.envelope, &passphrase).map_err(of_object)? {
+            Found::Image => {}
+            Found::State => believed.note_seen(&dek),
+            Found::NoState => first_run = FirstRun::of(&believed.envelope, &dek),
+        }
         opened.push(Opened {
             envelope: believed.envelope.id,
             kind: object.kind,
-            shareable: domain.shares(&object),
+            shareable: !believed.envelope.shared_with.is_empty(),
             label: object.label,
             passphrase,
         });
         found.push((versions, believed));
     }
-    adopt(stage.keystore, domain, &found).map_err(stays_off)?;
-    Ok(opened)
+    note(stage.keystore, domain, &found).map_err(stays_off)?;
+    Ok(Prepared { opened, first_run })
 }
 
 /// Names the object whose envelope does not open, by its label: its ids are of no use to who reads the line.
@@ -173,10 +193,12 @@ fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Resu
         unreadable: metadata.and_then(|metadata| metadata.unreadable(object.secret)),
         location,
     };
-    let first = versions
-        .first()
-        .ok_or_else(|| missing(object, versions.unreadable.as_deref()))?;
-    check_place(domain, object, first)?;
+    if versions.first().is_none() {
+        return Err(missing(object, versions.unreadable.as_deref()));
+    }
+    // What a copy claims is verified once it is open.
+    let claims: Vec<_> = versions.first().into_iter().chain(versions.second()).collect();
+    check_place(domain, object, &claims)?;
     Ok(versions)
 }
 
@@ -207,8 +229,10 @@ fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Failure {
         .next("virsh define FILE, where FILE is a dumpxml with its <virtseal:vm> metadata")
 }
 
-/// An envelope serves the object that it was made for. A shareable disk keeps that of the VM it came with.
-fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Result<(), Failure> {
+/// An envelope serves the object that it was made for, in its own VM and in those that root has shared the object with. One of
+/// `versions`, of which there is one at least, must say so.
+fn check_place(domain: &Domain, object: &ObjectRef, versions: &[&Envelope]) -> Result<(), Failure> {
+    let envelope = versions[0];
     if envelope.kind != object.kind {
         let found = envelope.kind;
         return Err(Failure::new(
@@ -223,11 +247,11 @@ fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Resu
             word(&domain.name)
         )));
     }
-    if envelope.vm != domain.uuid && !domain.shares(object) {
+    if !versions.iter().any(|envelope| envelope.serves(domain.uuid)) {
         return Err(Failure::new(
             Code::Failed,
             format!(
-                "envelope {} belongs to VM {}: the XML was copied or swapped",
+                "envelope {} belongs to VM {}, which does not share it: the XML was copied or swapped",
                 envelope.id, envelope.vm
             ),
         )
@@ -241,6 +265,14 @@ fn check_place(domain: &Domain, object: &ObjectRef, envelope: &Envelope) -> Resu
     Ok(())
 }
 
+/// What was there to open.
+enum Found {
+    Image,
+    State,
+    /// swtpm will make it, or it comes from elsewhere.
+    NoState,
+}
+
 /// Really opens the object with its key, or says why QEMU or swtpm would fail.
 fn open_object(
     stage: &Stage<'_>,
@@ -248,32 +280,37 @@ fn open_object(
     object: &ObjectRef,
     envelope: &Envelope,
     passphrase: &Passphrase,
-) -> Result<(), Failure> {
+) -> Result<Found, Failure> {
     match (object.kind, &object.path) {
-        (ObjectKind::Vtpm, _) => open_vtpm(stage, domain, passphrase),
-        (_, Some(path)) => stage.memory.open_image(path, envelope, passphrase),
+        (ObjectKind::Vtpm, _) => open_vtpm(stage, domain, envelope, passphrase),
+        (_, Some(path)) => {
+            stage.memory.open_image(path, envelope, passphrase)?;
+            Ok(Found::Image)
+        }
         // On the network: QEMU alone can open it.
-        (_, None) => Ok(()),
+        (_, None) => Ok(Found::Image),
     }
 }
 
 /// swtpm answers a missing state file with a new, empty TPM, so a state that was there must not be missing.
-fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Result<(), Failure> {
+fn open_vtpm(
+    stage: &Stage<'_>,
+    domain: &Domain,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Found, Failure> {
     let dir = domain.vtpm_dir(&stage.swtpm_dir)?;
     let shown = dir.display();
     let state = State::read(&dir)
         .map_err(|error| Failure::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
-    let seen = stage
-        .keystore
-        .vm(domain.uuid)?
-        .is_some_and(|record| record.vtpm_seen);
     match state {
-        State::Absent if seen => Err(Failure::new(
+        State::Absent if stage.state_source == StateSource::Stream => Ok(Found::NoState),
+        State::Absent if has_run(stage, domain.uuid, envelope)? => Err(Failure::new(
             Code::WouldLoseKey,
             format!("its state is gone from {shown}, and swtpm would silently make a new TPM"),
         )
         .next(format!("restore {shown} from a backup"))),
-        State::Absent => Ok(()),
+        State::Absent => Ok(Found::NoState),
         State::Plain(_) => Err(
             Failure::new(Code::Failed, format!("its state in {shown} is not encrypted"))
                 .next(format!("virtseal vm status {}", word(&domain.name))),
@@ -287,31 +324,44 @@ fn open_vtpm(stage: &Stage<'_>, domain: &Domain, passphrase: &Passphrase) -> Res
                             .next(format!("restore {shown} from a backup"))
                     })
                 })?;
-            if !seen {
-                stage.keystore.remember_vm(domain.uuid, &domain.name)?;
-                stage.keystore.set_vtpm_seen(domain.uuid)?;
-            }
-            Ok(())
+            Ok(Found::State)
         }
     }
 }
 
-/// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it.
-fn adopt(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Failure> {
+/// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
+fn has_run(stage: &Stage<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Failure> {
+    let noted = stage.keystore.vm(vm)?.is_some_and(|record| record.vtpm_seen);
+    Ok(envelope.seen || noted || stage.run == KnownRun::Yes)
+}
+
+/// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it. What it knows
+/// already opens the object, now and at the next start, so a full disk stops nothing of that; what it does not know is in no index
+/// that keeps others off.
+fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Failure> {
+    let vm = domain.uuid;
+    let unwritten = |error: &KeystoreError| {
+        tracing::error!(
+            domain = domain.name,
+            "its start goes on, though a note of it can't be written: {}",
+            chain(error)
+        );
+    };
+    let remember = || {
+        let renamed = keystore.vm(vm)?.is_none_or(|record| record.name != domain.name);
+        if renamed || !keystore.is_sealed(vm)? {
+            keystore.remember_vm(vm, &domain.name)?;
+        }
+        Ok(())
+    };
+    remember().unwrap_or_else(|error| unwritten(&error));
     for (versions, believed) in found {
         if let Err(error) = keep(keystore, domain, versions, believed) {
-            // What the keystore has opens the object, now and at the next start.
             match &versions.record {
-                Some(_) => tracing::warn!(domain = domain.name, "not noted: {}", chain(&error)),
+                Some(_) => unwritten(&error),
                 None => return Err(error.into()),
             }
         }
-    }
-    let renamed = keystore
-        .vm(domain.uuid)?
-        .is_none_or(|record| record.name != domain.name);
-    if renamed || !keystore.is_sealed(domain.uuid)? {
-        keystore.remember_vm(domain.uuid, &domain.name)?;
     }
     Ok(())
 }
@@ -326,6 +376,9 @@ fn keep(
         tracing::warn!(domain = domain.name, "{reason}; the keystore's is used");
         keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
     }
+    if believed.is_news {
+        keystore.put(&believed.envelope, &versions.location)?;
+    }
     if let Some(copy) = versions.copy.as_ref().filter(|copy| **copy != *believed.envelope) {
         if let Some(doubt) = &believed.doubt {
             let domain = &domain.name;
@@ -335,12 +388,13 @@ fn keep(
             keystore.copy_is_behind(copy, CopyPlace::Xml)?;
         }
     }
-    if believed.is_news {
-        keystore.put(&believed.envelope, &versions.location)?;
-    }
     let state = versions.record.as_ref().map(|record| record.state);
     if state == Some(EnvelopeState::Pending) {
         keystore.activate(believed.envelope.id)?;
+    }
+    let seen = believed.envelope.kind == ObjectKind::Vtpm && believed.envelope.seen;
+    if seen && keystore.vm(domain.uuid)?.is_some_and(|record| !record.vtpm_seen) {
+        keystore.set_vtpm_seen(domain.uuid)?;
     }
     Ok(())
 }

@@ -37,7 +37,7 @@ use crate::api::{
 };
 use crate::daemon::glance::Age;
 use crate::daemon::pools::Pools;
-use crate::daemon::{Daemon, Formats, HookPolicy, on_behalf_of};
+use crate::daemon::{Daemon, Formats, HookPolicy, Sharing, on_behalf_of};
 use crate::domain::Domain;
 use crate::failure::{Code, Failure};
 use crate::lifecycle::Deadline;
@@ -319,6 +319,11 @@ impl Service {
             .await
     }
 
+    /// A VM is about to start with a state that comes from another host, or from a saved image.
+    async fn arriving(&self, vm: String, name: String) -> Result<(), LifecycleError> {
+        self.hook(|| name, move |daemon, _| daemon.arriving(&vm)).await
+    }
+
     /// A VM is gone, or its start has failed: disarms what is still armed.
     async fn released(&self, vm: String, name: String) -> Result<(), LifecycleError> {
         let subject = name.clone();
@@ -371,6 +376,20 @@ impl Service {
     async fn unseal_vm(&self, vm: String, dry_run: bool) -> Result<Outcome, HostError> {
         self.run(Caller::Admin, move |daemon| daemon.unseal_vm(&vm, dry_run))
             .await
+    }
+
+    async fn share_volume(&self, path: String, vm: String) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.share_volume(&path, &vm, Sharing::With)
+        })
+        .await
+    }
+
+    async fn unshare_volume(&self, path: String, vm: String) -> Result<Outcome, HostError> {
+        self.run(Caller::Admin, move |daemon| {
+            daemon.share_volume(&path, &vm, Sharing::Without)
+        })
+        .await
     }
 
     #[zlink(more)]

@@ -192,7 +192,7 @@ fn adopt_disk(
     carried: &Envelope,
 ) -> Result<Envelope, Failure> {
     let location = place.shown().display().to_string();
-    take_back::adopt(host, &defined.name, carried, &location, |passphrase| {
+    take_back::adopt(host, defined, carried, &location, |passphrase| {
         Ok(volume::verify_at(place, passphrase)?)
     })
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{DomainSpec, HostBuilder, SealedHost, edited, expect_names};
+use virtseal_e2e::{HostBuilder, SealedHost, expect_names};
 
 #[test]
 fn sealed_vm_can_be_defined_again_from_its_dumpxml() -> Result<()> {
@@ -102,57 +102,6 @@ fn another_host_adopts_a_vm_from_its_xml() -> Result<()> {
     new.destroy("web01")?;
     new.host().define_xml(&tampered(&xml)?)?;
     new.start_paused("web01")
-}
-
-/// libvirt lets VMs share a qcow2 image only if none writes to it.
-#[test]
-fn shareable_disk_serves_two_vms_at_once() -> Result<()> {
-    let sealed = SealedHost::start()?;
-    let (web, db) = (SealedHost::spec("web01"), SealedHost::spec("db01"));
-    let shared = web.disk.with_file_name("shared.qcow2");
-    let envelope = create_volume(&sealed, &shared, &web)?;
-    for spec in [&web, &db] {
-        create_volume(&sealed, &spec.disk, spec)?;
-        sealed
-            .host()
-            .define_xml(&with_disk(spec, &shared, &envelope, "<readonly/><shareable/>")?)?;
-        sealed.virtseal(&["vm", "seal", &spec.name])?.succeeded()?;
-    }
-    let host = sealed.host();
-    std::thread::scope(|scope| {
-        let starts = [&web, &db]
-            .map(|spec| scope.spawn(|| host.virsh(&["start", "--paused", &spec.name])?.succeeded()));
-        starts
-            .into_iter()
-            .try_for_each(|start| start.join().expect("no start panics").map(drop))
-    })?;
-    sealed.expect_no_secrets()?;
-    ensure!(sealed.json(&["status"])?["armed"] == 0);
-
-    // Not shareable: it stays with the VM that it was made for.
-    sealed.destroy("db01")?;
-    let xml = sealed.dumpxml("db01")?;
-    sealed.host().define_xml(&edited(&xml, "<shareable/>", "")?)?;
-    expect_names(
-        &sealed.refused_start("db01")?,
-        &["db01", "disk vdb", &envelope, &web.uuid.to_string()],
-    )
-}
-
-fn with_disk(spec: &DomainSpec, disk: &Path, envelope: &str, access: &str) -> Result<String> {
-    let disk = format!(
-        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'><encryption format='luks'>\
-         <secret type='passphrase' uuid='{envelope}'/></encryption></source><target dev='vdb' bus='virtio'/>{access}\
-         </disk><controller type='usb'",
-        disk.display()
-    );
-    edited(&spec.xml(), "<controller type='usb'", &disk)
-}
-
-fn create_volume(sealed: &SealedHost, disk: &Path, vm: &DomainSpec) -> Result<String> {
-    let (disk, vm) = (disk.display().to_string(), vm.uuid.to_string());
-    let made = sealed.json(&["volume", "create", &disk, "--size", "64M", "--vm", &vm])?;
-    Ok(made["envelope"].as_str().context("no envelope")?.to_owned())
 }
 
 fn carry(old: &SealedHost, new: &SealedHost, file: &Path) -> Result<()> {

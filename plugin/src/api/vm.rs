@@ -20,6 +20,8 @@ pub struct ObjectView {
     pub generation_verified: bool,
     /// The providers that can open it.
     pub providers: Vec<String>,
+    /// The other VMs that root has let have it too.
+    pub shared_with: Vec<String>,
 }
 
 /// A VM, as `virtseal vm status` prints it.

@@ -411,11 +411,18 @@ fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {
         vm.name.clone(),
         vm.power.clone(),
         object.object.clone(),
-        object.state.clone(),
+        state(object),
         generation(object),
         object.providers.join(", "),
         object.path.clone().unwrap_or_else(|| "-".into()),
     ]
+}
+
+fn state(object: &ObjectView) -> String {
+    match &object.shared_with[..] {
+        [] => object.state.clone(),
+        others => format!("{}, shared with {}", object.state, others.join(", ")),
+    }
 }
 
 /// One that only a copy says is not taken for a fact.

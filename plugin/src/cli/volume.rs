@@ -19,6 +19,8 @@ use crate::volume::{
 pub(super) enum VolumeCommand {
     /// Create an encrypted qcow2 image.
     Create(CreateArgs),
+    /// Let another VM have an encrypted image, or no longer.
+    Share(ShareArgs),
     /// Show header, keyslots and envelope of an image; needs no key and no daemon.
     Info {
         /// The image.
@@ -54,6 +56,37 @@ pub(super) struct CreateArgs {
     /// Use this provider instead of the default one.
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ShareArgs {
+    /// The image.
+    path: PathBuf,
+    #[command(flatten)]
+    whom: Whom,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Whom {
+    /// Let this VM have it too: name or UUID.
+    #[arg(long, value_name = "VM")]
+    with: Option<String>,
+    /// Take that back: from its next start on this VM may not have it.
+    #[arg(long, value_name = "VM")]
+    without: Option<String>,
+}
+
+pub(super) async fn share(args: &ShareArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let path = absolute(&args.path)?;
+    let whom = &args.whom;
+    let outcome = client
+        .call(async |host| match (&whom.with, &whom.without) {
+            (_, Some(vm)) => host.unshare_volume(&path, vm).await,
+            (vm, None) => host.share_volume(&path, vm.as_deref().unwrap_or_default()).await,
+        })
+        .await?;
+    printer.outcome(&outcome, false)
 }
 
 pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
@@ -149,6 +182,10 @@ pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Failure> {
         ));
         rows.push(("made for", format!("{} of VM {}", envelope.kind, envelope.vm)));
         rows.push(("providers", providers.join(", ")));
+        if !envelope.shared_with.is_empty() {
+            let vms: Vec<_> = envelope.shared_with.iter().map(ToString::to_string).collect();
+            rows.push(("shared with", vms.join(", ")));
+        }
     }
     let text: Vec<_> = rows
         .into_iter()

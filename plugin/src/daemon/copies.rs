@@ -34,6 +34,7 @@ impl Daemon {
     pub fn run_copies(&self) {
         loop {
             self.note_saved_states();
+            self.write_runs();
             if let Err(failure) = self.update_copies() {
                 tracing::warn!("copies of envelopes: {failure}");
             }

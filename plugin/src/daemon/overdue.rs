@@ -56,7 +56,14 @@ impl Daemon {
 
     fn disarm_unless_starting(&self, start: Overdue) {
         let vm = start.vm;
-        match self.background.power(vm) {
+        let power = self.background.power(vm);
+        if matches!(power, Ok(Power::On))
+            && let Ok(Some(known)) = self.keystore.vm(vm)
+        {
+            // As its `started` would have done.
+            self.note_running(vm, &known.name);
+        }
+        match power {
             Ok(Power::Starting) => {}
             Ok(power) => match self.disarm_overdue(start) {
                 Ok(0) => {}

@@ -11,7 +11,7 @@ use super::standing::{Facts, Found, Owner, Standing, Used};
 use super::vms::KnownVm;
 use super::{Daemon, lock};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
-use crate::domain::{self, Disk, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
+use crate::domain::{self, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{EnvelopeRecord, EnvelopeState, VmRecord};
@@ -205,7 +205,7 @@ impl Daemon {
             Found::Encrypted(carried) => carried.map(|(_, vm)| vm),
             _ => None,
         };
-        let owner = envelope.map(|envelope| owner(envelope, domain, object));
+        let owner = owner(kept, in_xml, domain.uuid);
         let by_image = || {
             let vm = carried.filter(|_| object.state == ObjectState::Plain)?;
             Some(if vm == domain.uuid {
@@ -240,6 +240,9 @@ impl Daemon {
             generation: envelope.and_then(|envelope| i64::try_from(envelope.generation.0).ok()),
             generation_verified: kept.is_some(),
             providers: envelope.map(|envelope| self.names(envelope)).unwrap_or_default(),
+            shared_with: kept
+                .map(|kept| known.names(&kept.shared_with))
+                .unwrap_or_default(),
         };
         (view, standing)
     }
@@ -261,7 +264,7 @@ impl Daemon {
         let records = known.records_of(domain.uuid);
         let detached = records.filter(|record| record.state == EnvelopeState::Active && !named(record));
         detached
-            .map(|record| self.kept_object(record, "sealed, not in the XML"))
+            .map(|record| self.kept_object(record, "sealed, not in the XML", known))
             .collect()
     }
 
@@ -281,11 +284,11 @@ impl Daemon {
     fn kept_objects(&self, vm: VmId, known: &Known) -> Vec<ObjectView> {
         known
             .records_of(vm)
-            .map(|record| self.kept_object(record, record.state.as_str()))
+            .map(|record| self.kept_object(record, record.state.as_str(), known))
             .collect()
     }
 
-    fn kept_object(&self, record: &EnvelopeRecord, state: &str) -> ObjectView {
+    fn kept_object(&self, record: &EnvelopeRecord, state: &str, known: &Known) -> ObjectView {
         ObjectView {
             object: record.envelope.kind.to_string(),
             state: match self.gone_providers(&record.envelope) {
@@ -297,6 +300,7 @@ impl Daemon {
             generation: i64::try_from(record.envelope.generation.0).ok(),
             generation_verified: true,
             providers: self.names(&record.envelope),
+            shared_with: known.names(&record.envelope.shared_with),
         }
     }
 
@@ -366,6 +370,15 @@ impl Known {
         self.vms.contains_key(&vm) || self.by_vm.contains_key(&vm)
     }
 
+    fn names(&self, vms: &[VmId]) -> Vec<String> {
+        let name = |vm: &VmId| {
+            self.vms
+                .get(vm)
+                .map_or_else(|| vm.to_string(), |known| known.name.clone())
+        };
+        vms.iter().map(name).collect()
+    }
+
     fn records_of(&self, vm: VmId) -> impl Iterator<Item = &EnvelopeRecord> {
         let ids = self.by_vm.get(&vm).into_iter().flatten();
         ids.filter_map(|id| self.by_id.get(id))
@@ -399,22 +412,38 @@ impl Known {
         record.map(|record| &record.envelope)
     }
 
+    /// Only an envelope of format 2, which the keystore has, tells that a vTPM was not used.
     fn used(&self, vm: VmId) -> Used {
-        match self.vms.get(&vm) {
-            Some(record) if record.vtpm_seen => Used::Yes,
-            Some(_) => Used::No,
-            None => Used::NotKnown,
+        let noted = self.vms.get(&vm).is_some_and(|record| record.vtpm_seen);
+        let vtpms = || {
+            let kind = |record: &&EnvelopeRecord| record.envelope.kind == ObjectKind::Vtpm;
+            self.records_of(vm).filter(kind).map(|record| &record.envelope)
+        };
+        if noted || vtpms().any(|envelope| envelope.seen) {
+            return Used::Yes;
+        }
+        let tells = |envelope: &Envelope| envelope.format() == Envelope::FORMAT;
+        if vtpms().next().is_some() && vtpms().all(tells) {
+            Used::No
+        } else {
+            Used::NotKnown
         }
     }
 }
 
-/// Whether the VM may have the object of this envelope.
-fn owner(envelope: &Envelope, domain: &Domain, object: &Object) -> Owner {
-    let shareable = |disk: &Disk| disk.shareable && disk.source.path() == object.path.as_deref();
-    if envelope.vm == domain.uuid || domain.disks.iter().any(shareable) {
-        Owner::This
-    } else {
-        Owner::Other(envelope.vm)
+/// Whether the VM may have the object of an envelope. One that only the XML has may claim to be shared with anybody.
+fn owner(kept: Option<&Envelope>, in_xml: Option<&Envelope>, vm: VmId) -> Option<Owner> {
+    let of = |envelope: &Envelope, serves| {
+        if serves {
+            Owner::This
+        } else {
+            Owner::Other(envelope.vm)
+        }
+    };
+    match (kept, in_xml) {
+        (Some(kept), _) => Some(of(kept, kept.serves(vm))),
+        (None, Some(copy)) => Some(of(copy, copy.vm == vm)),
+        (None, None) => None,
     }
 }
 

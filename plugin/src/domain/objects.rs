@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::{
-    Disk, DiskDevice, Domain, Encryption, Firmware, Metadata, Policy, PolicyKey, SecretRef, Source, Tpm,
-    TpmBackend, Uefi, VtpmElsewhere,
+    Disk, DiskDevice, Domain, Encryption, Firmware, Policy, PolicyKey, SecretRef, Source, Tpm, TpmBackend,
+    Uefi, VtpmElsewhere,
 };
-use crate::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::envelope::{EnvelopeId, ObjectKind};
 use crate::failure::word;
 
 /// A disk, TPM or variable store that keeps what the guest writes.
@@ -82,19 +82,6 @@ pub enum Refusal {
         /// Why, as a predicate.
         reason: &'static str,
     },
-    /// The XML is a copy of another VM's.
-    #[error(
-        "{label} of VM {vm} has an envelope of another VM ({owner}): the XML was copied; next: virtseal vm status {}",
-        word(.vm)
-    )]
-    OtherVm {
-        /// The VM's name.
-        vm: String,
-        /// The object.
-        label: String,
-        /// The VM in the envelope.
-        owner: VmId,
-    },
 }
 
 fn in_file(path: Option<&PathBuf>) -> String {
@@ -146,10 +133,9 @@ pub fn sealed_objects(domain: &Domain) -> Result<Vec<ObjectRef>, Refusal> {
 /// Those of [`sealed_objects`].
 pub fn sealed_objects_under(domain: &Domain, policy: Policy) -> Result<Vec<ObjectRef>, Refusal> {
     let vm = || domain.name.clone();
-    let metadata = domain
-        .metadata
-        .as_ref()
-        .ok_or_else(|| Refusal::NotSealed { vm: vm() })?;
+    if domain.metadata.is_none() {
+        return Err(Refusal::NotSealed { vm: vm() });
+    }
     let mut needed = Vec::new();
     for Object {
         kind,
@@ -184,9 +170,6 @@ pub fn sealed_objects_under(domain: &Domain, policy: Policy) -> Result<Vec<Objec
         }
     }
     needed.extend(domain.disks.iter().flat_map(read_only_layers));
-    for object in &needed {
-        check_owner(domain, metadata, object)?;
-    }
     Ok(needed)
 }
 
@@ -306,16 +289,4 @@ fn read_only_layers(disk: &Disk) -> impl Iterator<Item = ObjectRef> {
                 path: source.path().map(Path::to_owned),
             })
         })
-}
-
-/// A shareable disk keeps the envelope of the VM that it came with.
-fn check_owner(domain: &Domain, metadata: &Metadata, object: &ObjectRef) -> Result<(), Refusal> {
-    match metadata.envelope(object.secret) {
-        Some(envelope) if envelope.vm != domain.uuid && !domain.shares(object) => Err(Refusal::OtherVm {
-            vm: domain.name.clone(),
-            label: object.label.clone(),
-            owner: envelope.vm,
-        }),
-        _ => Ok(()),
-    }
 }

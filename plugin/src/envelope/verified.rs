@@ -114,12 +114,6 @@ impl Verified {
         self.changed(dek, |next| next.seen = true)
     }
 
-    /// Whether `vm` may have the object: it is its own, or root has shared it with it.
-    #[must_use]
-    pub fn serves(&self, vm: VmId) -> bool {
-        self.0.vm == vm || self.0.shared_with.binary_search(&vm).is_ok()
-    }
-
     /// The envelope without the proof.
     #[must_use]
     pub fn into_envelope(self) -> Envelope {

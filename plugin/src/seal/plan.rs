@@ -371,7 +371,7 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
     let known = host.keystore.envelope(carried.id)?.map(|record| record.envelope);
     let is_known = known.is_some();
     let envelope = known.unwrap_or_else(|| carried.clone());
-    if envelope.vm != domain.uuid && !disk.shareable {
+    if !envelope.serves(domain.uuid) {
         return Err(
             Failure::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(format!(
                 "virtseal volume create NEW --vm={}",

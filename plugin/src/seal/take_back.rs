@@ -96,7 +96,11 @@ pub(super) enum HasRun {
 
 impl HasRun {
     pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Failure> {
-        let seen = host.keystore.vm(vm)?.is_some_and(|record| record.vtpm_seen);
+        let noted = host.keystore.vm(vm)?.is_some_and(|record| record.vtpm_seen);
+        let seen = noted
+            || known(host, vm, ObjectKind::Vtpm)?
+                .iter()
+                .any(|record| record.envelope.seen);
         Ok(if seen { Self::Yes } else { Self::NotKnown })
     }
 }
@@ -192,7 +196,7 @@ pub(super) fn open_store(
     }
     let location = path.display().to_string();
     first_that_opens(envelopes, |envelope| {
-        adopt(host, &defined.name, envelope, &location, |passphrase| {
+        adopt(host, defined, envelope, &location, |passphrase| {
             Ok(volume::verify(path, passphrase)?)
         })
     })
@@ -226,9 +230,7 @@ pub(super) fn open_vtpm(
             state.authenticate(&key).map_err(|error| unreadable(&error))
         }
     };
-    first_that_opens(envelopes, |envelope| {
-        adopt(host, &defined.name, envelope, "", open)
-    })
+    first_that_opens(envelopes, |envelope| adopt(host, defined, envelope, "", open))
 }
 
 /// The first of them with which `open` succeeds; if none does, why the first one failed.
@@ -249,7 +251,7 @@ fn first_that_opens(
 /// Takes the object at `location` over, once `carried`, or what the keystore has of it, is verified by the key that opens it.
 pub(super) fn adopt(
     host: &Host<'_>,
-    vm_name: &str,
+    defined: &DefinedDomain,
     carried: &Envelope,
     location: &str,
     open: impl FnOnce(&Passphrase) -> Result<(), Failure>,
@@ -258,15 +260,27 @@ pub(super) fn adopt(
     let first = record.as_ref().map_or(carried, |record| &record.envelope);
     let dek = host.registry.open_envelope(first)?;
     let believed = believe(host.registry, record.as_ref(), Some(carried), &dek)
-        .map_err(|error| not_believed(vm_name, &error))?;
+        .map_err(|error| not_believed(&defined.name, &error))?;
     let passphrase = dek
         .passphrase()
         .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
     open(&passphrase)?;
+    if !believed.envelope.serves(defined.vm) {
+        return Err(Failure::new(
+            Code::Failed,
+            format!(
+                "it belongs to VM {}, which does not share it",
+                believed.envelope.vm
+            ),
+        )
+        .next(format!("virtseal vm status {}", word(&defined.name))));
+    }
     if believed.is_news {
         host.keystore.put(&believed.envelope, location)?;
     }
-    host.keystore.set_location(believed.envelope.id, location)?;
+    if believed.envelope.vm == defined.vm {
+        host.keystore.set_location(believed.envelope.id, location)?;
+    }
     host.keystore.activate(believed.envelope.id)?;
     Ok(believed.envelope.into_envelope())
 }

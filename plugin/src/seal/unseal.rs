@@ -7,6 +7,7 @@ use swtpm_state::State;
 use super::plan::{parse, refuse_unless_off};
 use super::replaced::{Ready, Replaced};
 use super::store::{is_content_of, permit_template};
+use super::take_back::HasRun;
 use super::{Host, NewObject};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, Firmware, Object, ObjectState};
@@ -196,10 +197,7 @@ fn prepare(host: &Host<'_>, step: &Step) -> Result<volume::Prepared, Failure> {
 /// The first start makes the vTPM's state: without one the VM never ran.
 fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Failure> {
     let dir = domain.vtpm_dir(&host.swtpm_dir)?;
-    let seen = host
-        .keystore
-        .vm(domain.uuid)?
-        .is_some_and(|record| record.vtpm_seen);
+    let seen = HasRun::of(host, domain.uuid)? == HasRun::Yes;
     let absent = matches!(State::read(&dir), Ok(State::Absent));
     let has_vtpm = domain::objects(domain)
         .iter()

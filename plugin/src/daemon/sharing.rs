@@ -1,0 +1,180 @@
+//! `virtseal volume share`: root lets another VM have a volume, and takes that back. What the envelope says is checked at each
+//! start; `<shareable/>` and `<readonly/>` in domain XML, which a consumer writes, grant nothing.
+
+use std::path::Path;
+
+use super::{Daemon, lock};
+use crate::api::Outcome;
+use crate::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
+use crate::failure::{Code, Failure, chain, word};
+use crate::keystore::{CopyPlace, EnvelopeRecord, Put};
+use crate::volume::{self, VolumeError};
+
+/// What root wants of a VM's right to a volume that is another's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// It may have it.
+    With,
+    /// It may have it no more.
+    Without,
+}
+
+/// How often another change of the envelope, by a job, may come between.
+const TRIES: usize = 5;
+
+impl Daemon {
+    /// Lets a VM have the volume at `path`, or no longer. It needs not be defined.
+    pub fn share_volume(&self, path: &str, vm: &str, sharing: Sharing) -> Result<Outcome, Failure> {
+        let shared = self.share(Path::new(path), vm, sharing);
+        let op = match sharing {
+            Sharing::With => "volume-share",
+            Sharing::Without => "volume-unshare",
+        };
+        self.audit_command(op, &format!("{path} {vm}"), &shared);
+        self.copies_bell.ring();
+        shared
+    }
+
+    fn share(&self, path: &Path, vm: &str, sharing: Sharing) -> Result<Outcome, Failure> {
+        let _sealing = lock(&self.sealing);
+        let vm_id = self.vm_to_share_with(vm)?;
+        let mut record = self.volume_record(path)?;
+        if record.envelope.vm == vm_id {
+            return Err(
+                Failure::new(Code::Usage, format!("{} is {vm}'s own", path.display()))
+                    .next("name another VM, or look: virtseal vm status"),
+            );
+        }
+        for _ in 0..TRIES {
+            let next = self.shared(path, &record, vm_id, sharing)?;
+            if *next == record.envelope {
+                return Ok(self.outcome(path, vm, vm_id, sharing, false));
+            }
+            match self.keystore.put(&next, &record.location) {
+                Ok(Put::Updated | Put::Adopted | Put::Unchanged) => {
+                    self.keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
+                    return Ok(self.outcome(path, vm, vm_id, sharing, true));
+                }
+                // A job was faster: on top of what it made.
+                Ok(Put::Stale) | Err(crate::keystore::KeystoreError::Conflict { .. }) => {
+                    record = self.record_of(path, record.envelope.id)?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Failure::new(
+            Code::Busy,
+            format!("the envelope of {} is being changed by a job", path.display()),
+        )
+        .next("virtseal jobs, and the same command again"))
+    }
+
+    /// The next version of the envelope, after its key has opened the image. To take a right back, the image need not be there.
+    fn shared(
+        &self,
+        path: &Path,
+        record: &EnvelopeRecord,
+        vm: VmId,
+        sharing: Sharing,
+    ) -> Result<Verified, Failure> {
+        let dek = self.registry.open_envelope(&record.envelope)?;
+        let unusable = |error| Failure::new(Code::Failed, format!("{}: {}", path.display(), chain(&error)));
+        let own = record.verify(&dek).map_err(unusable)?;
+        if sharing == Sharing::Without {
+            return own.unshare(vm, &dek).map_err(unusable);
+        }
+        let passphrase = dek
+            .passphrase()
+            .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
+        volume::verify(path, &passphrase)?;
+        own.share_with(vm, &dek).map_err(unusable)
+    }
+
+    /// A VM that is gone has its UUID in the keystore, or the admin has it.
+    fn vm_to_share_with(&self, vm: &str) -> Result<VmId, Failure> {
+        let known = self.keystore.vms()?;
+        match self.vm_id(vm) {
+            Ok(id) => Ok(id),
+            Err(failure) => match known.iter().find(|known| known.name == vm) {
+                Some(known) => Ok(known.vm),
+                None => Err(failure),
+            },
+        }
+    }
+
+    /// By the envelope that the image carries, else by its path.
+    fn volume_record(&self, path: &Path) -> Result<EnvelopeRecord, Failure> {
+        let carried = match volume::identify(path) {
+            Ok((_, carried)) => carried.map(|envelope| envelope.id),
+            Err(VolumeError::NotFound(_)) => None,
+            Err(error) => return Err(error.into()),
+        };
+        let shown = path.display().to_string();
+        let id = match carried {
+            Some(id) => Some(id),
+            None => {
+                let records = self.keystore.envelopes()?.into_iter();
+                let mut here = records.filter(|record| record.location == shown);
+                here.next().map(|record| record.envelope.id)
+            }
+        };
+        let id = id.ok_or_else(|| not_known(path))?;
+        self.record_of(path, id)
+    }
+
+    fn record_of(&self, path: &Path, id: EnvelopeId) -> Result<EnvelopeRecord, Failure> {
+        let record = self.keystore.envelope(id)?.ok_or_else(|| not_known(path))?;
+        if record.envelope.kind != ObjectKind::Disk {
+            let kind = record.envelope.kind;
+            return Err(Failure::new(
+                Code::Usage,
+                format!(
+                    "{} is the {kind} of a VM: only disks can be shared",
+                    path.display()
+                ),
+            )
+            .next("virtseal vm status"));
+        }
+        Ok(record)
+    }
+
+    fn outcome(&self, path: &Path, vm: &str, id: VmId, sharing: Sharing, changed: bool) -> Outcome {
+        let shown = path.display();
+        let steps = match sharing {
+            _ if !changed => Vec::new(),
+            Sharing::With => vec![format!("let {vm} have {shown}")],
+            Sharing::Without => vec![format!("let {vm} have {shown} no more")],
+        };
+        let mut warnings = Vec::new();
+        if sharing == Sharing::Without {
+            let runs = self.libvirt.domain(&id.to_string());
+            if runs.is_ok_and(|found| found.is_some_and(|domain| domain.active)) {
+                warnings.push(format!(
+                    "{vm} runs, and has it until it ends: virsh shutdown {}",
+                    word(vm)
+                ));
+            }
+            warnings.push(
+                "a host that has only an older copy of the envelope, in a domain's XML, lets it start there: \
+                 define VMs that have it from a new dumpxml"
+                    .into(),
+            );
+        }
+        Outcome {
+            steps,
+            warnings,
+            changed,
+        }
+    }
+}
+
+fn not_known(path: &Path) -> Failure {
+    Failure::new(
+        Code::NotFound,
+        format!("{} is no volume that this host knows", path.display()),
+    )
+    .next(format!(
+        "virtseal volume info {}, and virtseal vm seal with the VM that it was made for",
+        word(path.display())
+    ))
+}
