@@ -372,7 +372,7 @@ fn a_shredded_vm_opens_for_nobody() -> Result<()> {
     )?;
     rig.sealed.destroy("doomed")?;
     let said = rig.sealed.refused(8, &["vm", "shred", "doomed"])?;
-    expect_names(&said, &["would be lost for ever", "--yes-shred doomed"])?;
+    expect_names(&said, &["would be lost for ever", "--yes-shred=doomed"])?;
     let path = rig.sealed.host().path(format!("{IMAGES}/doomed.qcow2"));
     let before = fs::read(&path)?;
     let deks: Vec<_> = kept_envelopes(&rig.sealed.host().path(STATE))?
