@@ -153,6 +153,13 @@ impl KekBook {
             .map_err(ProviderError::internal("forgetting the name of a KEK"))
     }
 
+    /// Notes that a KEK with this very name will be asked for, which must never have been.
+    pub(super) fn plan_exactly(&self, scope: &KekScope, name: &str) -> Result<(), ProviderError> {
+        self.keystore
+            .plan_kek_name(self.provider, scope, name)
+            .map_err(ProviderError::internal("noting the name of a KEK"))
+    }
+
     /// `kek` bears `name`.
     pub(super) fn made(&self, name: &str, kek: &KekId) -> Result<(), ProviderError> {
         self.keystore

@@ -30,8 +30,9 @@ use self::destroy::destroy;
 use self::engine::Wrapped;
 use self::http::Fault;
 use self::keeper::Keeper;
-use self::kek::{KekName, MECHANISM};
+use self::kek::{KekName, MECHANISM, Serving};
 use self::link::{Link, guard};
+use super::kek_name::{self, KekBook, KekGeneration};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
@@ -42,6 +43,7 @@ pub use settings::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, Tra
 /// A provider whose KEKs are in a transit engine.
 pub struct TransitProvider {
     link: Arc<Link>,
+    keystore: Arc<Keystore>,
     keeper: Mutex<Option<Keeper>>,
 }
 
@@ -54,29 +56,35 @@ impl TransitProvider {
     /// # Errors
     /// When the name or the id is taken, or the keystore can't be written.
     pub fn create(
-        keystore: &Keystore,
+        keystore: &Arc<Keystore>,
         name: &ProviderName,
         settings: TransitSettings,
     ) -> Result<Self, KeystoreError> {
         let id = settings.id.unwrap_or_else(ProviderId::random);
         let row = serde_json::to_value(&settings).expect("settings hold only strings, numbers and enums");
         keystore.insert_provider(id, name.as_str(), Self::KIND, &row)?;
-        Ok(Self::new(id, name.as_str(), settings))
+        Ok(Self::new(keystore, id, name.as_str(), settings))
     }
 
     /// The recorded provider, locked. Waits for nothing.
     ///
     /// # Errors
     /// When its settings make no sense.
-    pub fn open(record: &ProviderRecord) -> Result<Self, SettingsError> {
+    pub fn open(keystore: &Arc<Keystore>, record: &ProviderRecord) -> Result<Self, SettingsError> {
         let settings: TransitSettings = serde_json::from_value(record.settings.clone())?;
-        Ok(Self::new(record.id, &record.name, settings.validated()?))
+        Ok(Self::new(
+            keystore,
+            record.id,
+            &record.name,
+            settings.validated()?,
+        ))
     }
 
-    fn new(id: ProviderId, name: &str, settings: TransitSettings) -> Self {
+    fn new(keystore: &Arc<Keystore>, id: ProviderId, name: &str, settings: TransitSettings) -> Self {
         let link = Link::new(id, name, settings);
         Self {
             link: Arc::new(link),
+            keystore: Arc::clone(keystore),
             keeper: Mutex::default(),
         }
     }
@@ -144,20 +152,18 @@ impl KeyProvider for TransitProvider {
     }
 
     fn warnings(&self) -> Vec<String> {
-        self.link.warning().into_iter().collect()
+        let sealed = self
+            .link
+            .is_sealed()
+            .then(|| "its server is sealed, and opens nothing until somebody unseals it there".to_owned());
+        self.link.warning().into_iter().chain(sealed).collect()
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
-        let (key, context) = kek::key_of(&self.link.settings, self.link.id, scope);
-        let version = self
-            .link
-            .with_engine(|engine| engine.ensure_key(&key, context.is_some()))?;
-        Ok(KekName {
-            key,
-            context,
-            version,
+        match kek::serving(&self.link.settings, self.link.id, scope) {
+            Serving::Own(stem) => self.own_kek(scope, &stem),
+            Serving::Shared(key, context) => self.shared_kek(key, context),
         }
-        .id())
     }
 
     /// A version of the key counts for all whom it serves.
@@ -206,7 +212,119 @@ impl KeyProvider for TransitProvider {
     }
 }
 
+/// Keys are made under names that no key had before: one that was deleted by accident must not come back as another key,
+/// which would keep its restore from its place.
 impl TransitProvider {
+    /// The newest version of the newest key of `scope`, or of a new one where there is none any more.
+    fn own_kek(&self, scope: &KekScope, stem: &KeyName) -> Result<KekId, ProviderError> {
+        let book = KekBook::new(Arc::clone(&self.keystore), self.link.id);
+        let known = book.known(scope, stem.as_str())?;
+        let mut names: Vec<KeyName> = known
+            .keks
+            .iter()
+            .filter_map(|kek| Some(KekName::parse(kek)?.key))
+            .chain(
+                known
+                    .unanswered
+                    .iter()
+                    .filter_map(|name| KeyName::try_from(name.clone()).ok()),
+            )
+            .collect();
+        if known.is_empty() {
+            // From another host, or from before names were used once.
+            names.push(stem.clone());
+        }
+        let generation = |name: &KeyName| kek_name::generation(stem.as_str(), name.as_str());
+        names.retain(|name| generation(name).is_some());
+        names.sort_by_key(|name| std::cmp::Reverse(generation(name)));
+        names.dedup();
+        for name in &names {
+            let newest = self.link.with_engine(|engine| engine.newest(name, false))?;
+            if let Some(version) = newest {
+                let kek = self.in_use(&book, name, None, version)?;
+                book.made(name.as_str(), &kek)?;
+                return Ok(kek);
+            }
+        }
+        let highest = names.iter().filter_map(generation).chain(known.highest).max();
+        let next = match highest {
+            // Nobody has seen a key under the bare stem, and none will be made there.
+            None => KekGeneration::UNCOUNTED.next()?,
+            Some(highest) => highest.next()?,
+        };
+        let name = book.plan(scope, stem.as_str(), next)?;
+        let key =
+            KeyName::try_from(name.clone()).map_err(ProviderError::internal("making a name for a KEK"))?;
+        let version = self.link.with_engine(|engine| engine.make_key(&key, false))?;
+        let kek = KekName {
+            key,
+            context: None,
+            version,
+        }
+        .id();
+        book.made(&name, &kek)?;
+        Ok(kek)
+    }
+
+    /// The newest version of the shared key. It is made once, before anything is wrapped under it, and never again.
+    fn shared_kek(&self, key: KeyName, context: uuid::Uuid) -> Result<KekId, ProviderError> {
+        let book = KekBook::new(Arc::clone(&self.keystore), self.link.id);
+        let version = match self.link.with_engine(|engine| engine.newest(&key, true))? {
+            Some(version) => version,
+            None if self.may_make_shared(&book, &key)? => {
+                self.link.with_engine(|engine| engine.make_key(&key, true))?
+            }
+            None => {
+                return Err(ProviderError::Refused(format!(
+                    "its shared key {key} is not at the server any more: restore it there from a backup of the server or of \
+                     the key; virtseal does not make another one under that name, which would keep it from its place"
+                )));
+            }
+        };
+        let kek = self.in_use(&book, &key, Some(context), version)?;
+        book.made(key.as_str(), &kek)?;
+        Ok(kek)
+    }
+
+    /// Notes that the shared key is being made, unless it can have been there before.
+    fn may_make_shared(&self, book: &KekBook, key: &KeyName) -> Result<bool, ProviderError> {
+        let known = book.known(&KekScope::Provider, key.as_str())?;
+        // Another host has one where the provider came here with its id.
+        if self.link.settings.id.is_some() || !known.keks.is_empty() {
+            return Ok(false);
+        }
+        if !known.unanswered.iter().any(|name| name == key.as_str()) {
+            book.plan_exactly(&KekScope::Provider, key.as_str())?;
+        }
+        Ok(true)
+    }
+
+    /// The KEK of the key's newest version; a newer version where a job has retired that one, as after a restore at the server.
+    fn in_use(
+        &self,
+        book: &KekBook,
+        key: &KeyName,
+        context: Option<uuid::Uuid>,
+        mut version: u32,
+    ) -> Result<KekId, ProviderError> {
+        const MAX_RETIRED: usize = 16;
+        for _ in 0..MAX_RETIRED {
+            let kek = KekName {
+                key: key.clone(),
+                context,
+                version,
+            }
+            .id();
+            if !book.without_retired(vec![kek.clone()])?.is_empty() {
+                return Ok(kek);
+            }
+            version = self.link.with_engine(|engine| engine.rotate(key))?;
+        }
+        Err(ProviderError::Refused(format!(
+            "all of the newest versions of key {key} are retired here: rotate it at the server"
+        )))
+    }
+
     fn kek(&self, id: &KekId) -> Result<KekName, ProviderError> {
         KekName::parse(id)
             .filter(|name| kek::is_ours(&self.link.settings, &name.key))

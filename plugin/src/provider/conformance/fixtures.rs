@@ -196,7 +196,7 @@ macro_rules! transit {
             fn restart(&mut self) {
                 self.0.provider = None;
                 let record = self.0.keystore.providers().unwrap().remove(0);
-                self.0.provider = Some(TransitProvider::open(&record).unwrap());
+                self.0.provider = Some(TransitProvider::open(&self.0.keystore, &record).unwrap());
             }
 
             fn unknown_kek(&self) -> KekId {

@@ -92,7 +92,7 @@ impl Provider {
                 Err(NativeError::Keystore(error)) => return Err(error),
                 Err(error) => Err(chain(&error)),
             },
-            TransitProvider::KIND => TransitProvider::open(&record)
+            TransitProvider::KIND => TransitProvider::open(keystore, &record)
                 .map(|provider| Self::Transit(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
             Pkcs11Provider::KIND => Pkcs11Provider::open(&record)

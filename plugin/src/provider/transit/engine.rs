@@ -42,6 +42,9 @@ pub(super) struct TransitEngine<'a> {
 /// What the engine says of a key.
 #[derive(Debug, Deserialize)]
 pub(super) struct KeyInfo {
+    /// What the server calls it.
+    #[serde(default)]
+    name: String,
     pub(super) latest_version: u32,
     #[serde(default)]
     pub(super) min_decryption_version: u32,
@@ -125,25 +128,37 @@ impl TransitEngine<'_> {
         let path = self.path("keys", key);
         let token = Some(&self.session.token);
         match self.session.client.ask(token, Ask::get(&path), self.deadline) {
-            Ok(answer) => Ok(Some(answer.json::<Data<KeyInfo>>()?.data)),
+            Ok(answer) => {
+                let found = answer.json::<Data<KeyInfo>>()?.data;
+                // A proxy or a mount that answers with another key must not have that used.
+                if !found.name.is_empty() && found.name != key.as_str() {
+                    let name = printable(&found.name);
+                    return Err(Fault::Beside(format!(
+                        "asked for key {key}, it answers with key {name}"
+                    )));
+                }
+                Ok(Some(found))
+            }
             Err(Fault::NotFound(why)) if why.is_empty() => Ok(None),
             Err(fault) => Err(fault),
         }
     }
 
-    /// The newest version of the key, which is made if it does not exist.
-    pub(super) fn ensure_key(&self, key: &KeyName, derived: bool) -> Result<u32, Fault> {
-        let found = match self.key(key)? {
-            Some(found) => found,
-            None => {
-                let kind = AEAD[0];
-                self.post(&self.path("keys", key), &json(&NewKey { kind, derived })?)?;
-                self.key(key)?
-                    .ok_or_else(|| Fault::odd("a key that it made is not there"))?
-            }
+    /// The newest version of the key, if there is such a key and payloads may be wrapped under it.
+    pub(super) fn newest(&self, key: &KeyName, derived: bool) -> Result<Option<u32>, Fault> {
+        let Some(found) = self.key(key)? else {
+            return Ok(None);
         };
         found.check(key, derived)?;
-        Ok(found.latest_version)
+        Ok(Some(found.latest_version))
+    }
+
+    /// Makes a key, whose name no other key may ever have had, and looks at it.
+    pub(super) fn make_key(&self, key: &KeyName, derived: bool) -> Result<u32, Fault> {
+        let kind = AEAD[0];
+        self.post(&self.path("keys", key), &json(&NewKey { kind, derived })?)?;
+        self.newest(key, derived)?
+            .ok_or_else(|| Fault::odd("a key that it made is not there"))
     }
 
     /// The body of a stanza that holds `payload`.
@@ -278,8 +293,17 @@ impl TransitEngine<'_> {
         if found.soft_deleted {
             return Ok(KeyInfo::soft_deleted(&kek.key));
         }
-        let exists = (found.min_decryption_version..=found.latest_version).contains(&kek.version);
-        Ok(if exists {
+        if kek.version < found.min_decryption_version {
+            return Ok(Fault::Provider(ProviderError::KekUnusable {
+                kek: kek.id(),
+                why: format!(
+                    "version {} of key {} is below its min_decryption_version at the server, which is {}: an admin of the \
+                     server can lower that setting",
+                    kek.version, kek.key, found.min_decryption_version
+                ),
+            }));
+        }
+        Ok(if kek.version <= found.latest_version {
             tampered
         } else {
             Fault::unknown(&kek.id())

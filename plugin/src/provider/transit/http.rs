@@ -39,6 +39,10 @@ pub(super) enum Fault {
     NotFound(String),
     /// It does not like the request.
     Refused(String),
+    /// It answers another question.
+    Beside(String),
+    /// It answers, and can't serve now.
+    Trouble(String),
     /// The secret is not accepted.
     WrongCredential,
     /// The token has ended, or another is needed.
@@ -69,7 +73,12 @@ impl From<Fault> for ProviderError {
             Fault::NotTrusted(why) => Self::NotTrusted(why),
             Fault::Sealed => Self::ServerSealed,
             Fault::Denied(why) | Fault::Ended(why) => Self::CredentialRefused(why),
+            Fault::NotFound(why) if why.is_empty() => {
+                Self::Unusable("the server does not know what it was asked for".into())
+            }
             Fault::NotFound(why) | Fault::Refused(why) => Self::Unusable(why),
+            Fault::Beside(why) => Self::BesideTheQuestion(why),
+            Fault::Trouble(why) => Self::Trouble(why),
             Fault::WrongCredential => Self::WrongCredential,
             Fault::Provider(error) => error,
         }
@@ -160,9 +169,24 @@ impl Answer {
             404 => Err(Fault::NotFound(format!("the server does not know {what}"))),
             // OpenBao kept the words of Vault.
             503 if errors.contains("sealed") => Err(Fault::Sealed),
-            300..=399 | 429 | 500..=599 => {
-                Err(Fault::Unreachable(format!("status {} for {what}", self.status)))
-            }
+            // The API's documentation lists these: a standby that sends its clients elsewhere, a node that has not caught up,
+            // a quota, and the kinds of standby that serve nothing.
+            300..=399 => Err(Fault::Trouble(format!(
+                "this node is a standby that sends its clients to another one (status {}), and redirects are not followed: name \
+                 the active node or a load balancer in its address",
+                self.status
+            ))),
+            412 => Err(Fault::Trouble(format!(
+                "this node has not caught up with the cluster yet (status 412 for {what})"
+            ))),
+            429 => Err(Fault::Trouble(format!(
+                "it limits how often it may be asked, or is a standby (status 429 for {what})"
+            ))),
+            472 | 473 => Err(Fault::Trouble(format!(
+                "this node is a standby for another cluster (status {} for {what})",
+                self.status
+            ))),
+            500..=599 => Err(Fault::Trouble(format!("status {} for {what}", self.status))),
             _ => Err(Fault::Refused(format!("the server refuses {what}"))),
         }
     }

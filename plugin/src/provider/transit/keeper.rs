@@ -11,8 +11,10 @@ use super::link::Link;
 pub(super) const HEALTHY: Duration = Duration::from_secs(30);
 /// Between two looks at one that does not.
 const ILL: Duration = Duration::from_secs(5);
-/// The least time between two looks, whatever a token's lease says.
-const LEAST: Duration = Duration::from_millis(500);
+/// The least time between two looks, whatever a token's lease says: one that comes to its end is due all the time.
+const LEAST: Duration = Duration::from_secs(5);
+/// The same where a token lasts no longer than a few of these.
+const LEAST_OF_SHORT: Duration = Duration::from_millis(500);
 
 /// The background thread of one provider; it ends when this is dropped.
 pub(super) struct Keeper {
@@ -52,5 +54,9 @@ fn next_look(link: &Link) -> Duration {
     let (healthy, due) = link.outlook();
     let usual = if healthy { HEALTHY } else { ILL };
     let until_due = due.map(|due| due.saturating_duration_since(Instant::now()));
-    until_due.map_or(usual, |due| due.min(usual)).max(LEAST)
+    let least = match link.lease_time() {
+        Some(time) if time < 4 * LEAST => LEAST_OF_SHORT.max(time / 8),
+        _ => LEAST,
+    };
+    until_due.map_or(usual, |due| due.min(usual)).max(least)
 }

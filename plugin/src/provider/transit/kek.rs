@@ -1,7 +1,7 @@
 //! The names of KEKs at the server, and what a stanza holds.
 //!
 //! A KEK is `KEY:vN` (version N of a key of its own) or `KEY/UUID:vN` (derived from a shared key with that UUID, as
-//! text, for its context). A stanza's body is the ciphertext without the `vault:vN:` in front and decoded, so that
+//! text, for its context). A VM's own key is called `virtseal-UUID-gN-RANDOM` and never again so: see [`kek_name`]. A stanza's body is the ciphertext without the `vault:vN:` in front and decoded, so that
 //! there is one way to write it and each of its bytes is authenticated.
 
 use base64::Engine;
@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use super::settings::{KeyName, TransitSettings};
 use crate::envelope::{KekId, ProviderId, VmId};
+use crate::provider::kek_name;
 use crate::provider::{KekScope, ScopeSetting};
 
 /// Of every stanza that the engine wrapped.
@@ -79,19 +80,23 @@ pub(super) fn is_body(body: &[u8]) -> bool {
     (1..=MAX_BODY).contains(&body.len())
 }
 
-/// The key that serves `scope`, and the context if it is shared.
-pub(super) fn key_of(
-    settings: &TransitSettings,
-    provider: ProviderId,
-    scope: &KekScope,
-) -> (KeyName, Option<Uuid>) {
+/// Which key serves a scope.
+pub(super) enum Serving {
+    /// One whose name begins with this.
+    Own(KeyName),
+    /// The provider's, with this context.
+    Shared(KeyName, Uuid),
+}
+
+/// The key that serves `scope`.
+pub(super) fn serving(settings: &TransitSettings, provider: ProviderId, scope: &KekScope) -> Serving {
     let whom = match scope {
         KekScope::Vm(vm) => vm.0,
         KekScope::Provider => provider.0,
     };
     match settings.kek_scope {
-        ScopeSetting::Vm => (made(whom), None),
-        ScopeSetting::Provider => (shared_key(settings, provider), Some(whom)),
+        ScopeSetting::Vm => Serving::Own(made(whom)),
+        ScopeSetting::Provider => Serving::Shared(shared_key(settings, provider), whom),
     }
 }
 
@@ -103,7 +108,12 @@ pub(super) fn is_ours(settings: &TransitSettings, key: &KeyName) -> bool {
 
 /// Whether the key was made for this VM alone.
 pub(super) fn is_of_vm(key: &KeyName, vm: VmId) -> bool {
-    *key == made(vm.0)
+    kek_name::generation(made(vm.0).as_str(), key.as_str()).is_some()
+}
+
+/// A key to ask for where only the way to the engine is of interest.
+pub(super) fn probed(settings: &TransitSettings, provider: ProviderId) -> KeyName {
+    shared_key(settings, provider)
 }
 
 fn shared_key(settings: &TransitSettings, provider: ProviderId) -> KeyName {

@@ -9,6 +9,7 @@ use std::time::{Instant, SystemTime};
 use super::engine::TransitEngine;
 use super::http::Fault;
 use super::keeper;
+use super::kek;
 use super::login::{self, Session};
 use super::settings::{Auth, TransitSettings};
 use crate::envelope::ProviderId;
@@ -50,6 +51,8 @@ enum Health {
     Good,
     Sealed,
     Unreachable(String),
+    /// It answers, and serves nothing now.
+    Trouble(String),
     NotTrusted(String),
     Degraded(String),
 }
@@ -65,7 +68,8 @@ impl Health {
             Err(Fault::WrongCredential) => {
                 Self::NotTrusted("the server does not accept its credential".to_owned())
             }
-            Err(Fault::Denied(why) | Fault::NotFound(why) | Fault::Refused(why)) => {
+            Err(Fault::Trouble(why)) => Self::Trouble(why.clone()),
+            Err(Fault::Denied(why) | Fault::NotFound(why) | Fault::Refused(why) | Fault::Beside(why)) => {
                 Self::Degraded(why.clone())
             }
         }
@@ -95,7 +99,7 @@ impl Link {
             (Health::Good, None) => ProviderStatus::Ready,
             (Health::Good, Some(warning)) => ProviderStatus::Degraded(warning.clone()),
             (Health::Sealed, _) => ProviderStatus::Locked,
-            (Health::Unreachable(why), _) => ProviderStatus::Unreachable(why.clone()),
+            (Health::Unreachable(why) | Health::Trouble(why), _) => ProviderStatus::Unreachable(why.clone()),
             (Health::NotTrusted(why), _) => ProviderStatus::NotTrusted(why.clone()),
             (Health::Degraded(why), _) => ProviderStatus::Degraded(why.clone()),
         }
@@ -107,6 +111,12 @@ impl Link {
 
     pub(super) fn warning(&self) -> Option<String> {
         self.state().warning.clone()
+    }
+
+    /// Whether its server must be unsealed before anything opens.
+    pub(super) fn is_sealed(&self) -> bool {
+        let state = self.state();
+        state.credential.is_some() && state.health == Health::Sealed
     }
 
     pub(super) fn is_unlocked(&self) -> bool {
@@ -128,7 +138,27 @@ impl Link {
         let locks = self.state().locks;
         let deadline = Instant::now() + self.settings.timeout();
         let logged_in = Session::login(&self.settings, credential, deadline);
-        self.hold(login::copy(credential)?, logged_in, locks)
+        self.hold(login::copy(credential)?, logged_in, locks)?;
+        let session = self.state().session.clone();
+        if let Some(session) = session
+            && let Err(fault) = self.check_mount(&session, deadline)
+        {
+            self.learn::<()>(&Err(fault), locks);
+        }
+        Ok(())
+    }
+
+    /// Whether there is a transit engine where the settings say. A policy that does not let us look proves nothing.
+    fn check_mount(&self, session: &Session, deadline: Instant) -> Result<(), Fault> {
+        let key = kek::probed(&self.settings, self.id);
+        match self.run(session, deadline, |engine| engine.key(&key)) {
+            Err(Fault::NotFound(why)) => Err(Fault::NotFound(format!(
+                "there is no transit engine at the mount {}: {why}",
+                self.settings.mount
+            ))),
+            Err(Fault::Denied(_) | Fault::Refused(_)) | Ok(_) => Ok(()),
+            Err(fault) => Err(fault),
+        }
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
@@ -161,12 +191,17 @@ impl Link {
                 Ok(())
             }
             Err(fault) => {
-                if matches!(fault, Fault::Unreachable(_) | Fault::Sealed) && state.session.is_none() {
+                if matches!(fault, Fault::Unreachable(_) | Fault::Trouble(_) | Fault::Sealed)
+                    && state.session.is_none()
+                {
                     state.credential = Some(Arc::new(credential));
                     state.health = health;
                     return Err(match fault {
                         Fault::Unreachable(why) => Fault::Unreachable(format!(
                             "{why}; the login is tried again until it answers or is locked"
+                        )),
+                        Fault::Trouble(why) => Fault::Trouble(format!(
+                            "{why}; the login is tried again until it serves or is locked"
                         )),
                         fault => fault,
                     });
@@ -315,6 +350,14 @@ impl Link {
         (state.health == Health::Good, due)
     }
 
+    /// How long its token was good for when it was made or renewed.
+    pub(super) fn lease_time(&self) -> Option<std::time::Duration> {
+        self.state()
+            .session
+            .as_ref()
+            .and_then(|session| session.lease().time())
+    }
+
     /// Renews the token when it is time, else looks whether the server still takes it.
     pub(super) fn look(&self) {
         let _looking = guard(&self.looking);
@@ -325,7 +368,9 @@ impl Link {
             let looked = if is_due {
                 self.renew(&session, locks, deadline)
             } else {
-                session.probe(deadline)
+                session
+                    .probe(deadline)
+                    .and_then(|()| self.check_mount(&session, deadline))
             };
             match looked {
                 Err(Fault::Denied(why)) => self.after_denial(&session, why, deadline).map(drop),
@@ -344,6 +389,7 @@ impl Link {
             Err(Fault::Refused(why)) => {
                 session.probe(deadline)?;
                 let left = session.lease().left().unwrap_or_default();
+                self.replace(session.ending()?, locks)?;
                 self.state().warning = Some(format!("{why}: it ends in {} s", left.as_secs()));
                 Ok(())
             }

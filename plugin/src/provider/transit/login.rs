@@ -28,6 +28,8 @@ pub(super) struct Lease {
     /// For ever without it.
     time: Option<Duration>,
     renewable: bool,
+    /// Nothing makes it last longer.
+    ends: bool,
 }
 
 impl Lease {
@@ -39,12 +41,19 @@ impl Lease {
             // A token without an end has 0 here.
             time: (seconds > 0).then(|| Duration::from_secs(seconds)),
             renewable,
+            ends: false,
         }
     }
 
-    /// When to do something about it.
+    /// When to do something about it, if there is anything to do.
     pub(super) fn due(&self) -> Option<Instant> {
-        self.time.map(|time| self.since + time * 2 / 3)
+        let time = self.time.filter(|_| !self.ends)?;
+        Some(self.since + time * 2 / 3)
+    }
+
+    /// How long it is good for, from its making.
+    pub(super) fn time(&self) -> Option<Duration> {
+        self.time
     }
 
     /// What is left.
@@ -139,6 +148,18 @@ impl Session {
     /// Whether the server still takes the token.
     pub(super) fn probe(&self, deadline: Instant) -> Result<(), Fault> {
         look_up(&self.client, &self.token, deadline).map(drop)
+    }
+
+    /// The session as one whose token comes to its end: to ask again and again would be of no use.
+    pub(super) fn ending(&self) -> Result<Self, Fault> {
+        Ok(Self {
+            client: self.client.clone(),
+            token: copy(&self.token)?,
+            lease: Lease {
+                ends: true,
+                ..self.lease
+            },
+        })
     }
 
     /// The session with its token renewed; the faults of a token that can't be are [`Fault::Denied`] and

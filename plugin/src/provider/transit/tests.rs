@@ -11,14 +11,39 @@ use crate::secret::Dek;
 
 /// Unlocked, with the manual's policy.
 struct Host {
-    provider: TransitProvider,
+    provider: Tested,
     mount: String,
     policy: String,
 }
 
-fn provider(settings: Value) -> TransitProvider {
+/// A provider with a keystore of its own.
+pub(super) struct Tested {
+    provider: TransitProvider,
+    _dir: tempfile::TempDir,
+}
+
+impl Tested {
+    pub(super) fn new(settings: TransitSettings) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+        Self {
+            provider: TransitProvider::create(&keystore, &"vault".parse().unwrap(), settings).unwrap(),
+            _dir: dir,
+        }
+    }
+}
+
+impl std::ops::Deref for Tested {
+    type Target = TransitProvider;
+
+    fn deref(&self) -> &TransitProvider {
+        &self.provider
+    }
+}
+
+fn provider(settings: Value) -> Tested {
     let settings: TransitSettings = serde_json::from_value(settings).unwrap();
-    TransitProvider::new(ProviderId::random(), "vault", settings.validated().unwrap())
+    Tested::new(settings.validated().unwrap())
 }
 
 impl Host {
@@ -138,6 +163,7 @@ fn sealed_and_restarted_server_is_locked_until_it_is_unsealed() {
     assert_eq!(code, crate::failure::Code::Locked);
     assert!(next.unwrap().to_string().contains("operator unseal"));
     assert_eq!(host.provider.status(), ProviderStatus::Locked);
+    assert!(host.provider.warnings()[0].contains("is sealed"));
     bao.unseal();
     host.opens(&sealed);
     assert_eq!(host.provider.status(), ProviderStatus::Ready);
@@ -317,7 +343,7 @@ fn rotated_keys_open_the_old_and_the_server_rewraps() {
         &format!("{key}/config"),
         &json!({"min_decryption_version": 2}),
     );
-    assert!(matches!(host.refusal(&sealed[0]), ProviderError::UnknownKek(unknown) if unknown == *old));
+    assert!(matches!(host.refusal(&sealed[0]), ProviderError::KekUnusable { kek, .. } if kek == *old));
 }
 
 fn copy_of(payload: &Payload) -> SecretBytes {
@@ -414,5 +440,121 @@ fn stanza_can_not_reach_for_the_keys_of_others() {
         stanza.kek = KekId(kek.to_owned());
         let error = host.provider.unwrap_many(&[&stanza]).unwrap_err();
         assert!(matches!(error, ProviderError::UnknownKek(_)), "{kek}: {error:?}");
+    }
+}
+
+#[test]
+fn a_shared_key_is_made_once_and_its_restore_finds_its_place() {
+    let bao = Bao::shared();
+    let mount = bao.engine();
+    let policy = bao.policy(&mount);
+    let provider = provider(json!({
+        "address": bao.address, "mount": mount, "auth": {"method": "token"}, "kek_scope": "provider"
+    }));
+    provider
+        .unlock(&secret(&bao.token(&policy, json!({"period": "1h"}))))
+        .unwrap();
+    let sealed = Sealed::of(&provider, VmId::random());
+    let key = KekName::parse(&sealed.stanza.kek).unwrap().key;
+    // Somebody deletes it, with a backup at hand.
+    let config = json!({"exportable": true, "allow_plaintext_backup": true, "deletion_allowed": true});
+    bao.ask("POST", &format!("{mount}/keys/{key}/config"), &config);
+    let backup = bao.ask("GET", &format!("{mount}/backup/{key}"), &json!(null))["data"]["backup"].clone();
+    bao.ask("DELETE", &format!("{mount}/keys/{key}"), &json!(null));
+
+    for vm in [sealed.vm, VmId::random()] {
+        let error = provider.create_kek(&KekScope::Vm(vm)).unwrap_err();
+        assert!(
+            matches!(&error, ProviderError::Refused(why) if why.contains("restore it") && why.contains(key.as_str())),
+            "{error:?}"
+        );
+    }
+    let error = provider.unwrap_many(&[&sealed.stanza]).unwrap_err();
+    assert!(matches!(error, ProviderError::UnknownKek(_)), "{error:?}");
+    bao.ask(
+        "POST",
+        &format!("{mount}/restore/{key}"),
+        &json!({"backup": backup}),
+    );
+    sealed.opened_by(&provider);
+    assert_eq!(
+        provider.create_kek(&KekScope::Vm(sealed.vm)).unwrap(),
+        sealed.stanza.kek
+    );
+}
+
+#[test]
+fn a_deleted_key_of_a_vm_leaves_its_name_free_for_a_restore() {
+    let bao = Bao::shared();
+    let host = Host::new(&bao);
+    let vm = VmId::random();
+    let first = KekName::parse(&host.provider.create_kek(&KekScope::Vm(vm)).unwrap()).unwrap();
+    assert!(
+        first.key.as_str().starts_with(&format!("virtseal-{vm}-g1-")),
+        "{first:?}"
+    );
+    bao.ask(
+        "POST",
+        &format!("{}/keys/{}/config", host.mount, first.key),
+        &json!({"deletion_allowed": true}),
+    );
+    bao.ask(
+        "DELETE",
+        &format!("{}/keys/{}", host.mount, first.key),
+        &json!(null),
+    );
+    let second = KekName::parse(&host.provider.create_kek(&KekScope::Vm(vm)).unwrap()).unwrap();
+    assert!(
+        second.key.as_str().starts_with(&format!("virtseal-{vm}-g2-")),
+        "{second:?}"
+    );
+    assert_eq!(host.provider.create_kek(&KekScope::Vm(vm)).unwrap(), second.id());
+}
+
+#[test]
+fn a_key_from_before_names_were_used_once_stays_in_use() {
+    let bao = Bao::shared();
+    let host = Host::new(&bao);
+    let vm = VmId::random();
+    bao.ask(
+        "POST",
+        &format!("{}/keys/virtseal-{vm}", host.mount),
+        &json!({"type": "aes256-gcm96"}),
+    );
+    let kek = host.provider.create_kek(&KekScope::Vm(vm)).unwrap();
+    assert_eq!(kek.0, format!("virtseal-{vm}:v1"));
+}
+
+#[test]
+fn a_version_that_the_server_does_not_decrypt_any_more_names_the_setting() {
+    let bao = Bao::shared();
+    let host = Host::new(&bao);
+    let sealed = Sealed::by(&host);
+    host.provider.rotate(&sealed.stanza.kek).unwrap();
+    let key = KekName::parse(&sealed.stanza.kek).unwrap().key;
+    let config = format!("{}/keys/{key}/config", host.mount);
+    bao.ask("POST", &config, &json!({"min_decryption_version": 2}));
+    let error = host.refusal(&sealed);
+    assert!(
+        matches!(&error, ProviderError::KekUnusable { why, .. } if why.contains("min_decryption_version")),
+        "{error:?}"
+    );
+    bao.ask("POST", &config, &json!({"min_decryption_version": 1}));
+    host.opens(&sealed);
+}
+
+#[test]
+fn a_mount_without_an_engine_is_not_ready() {
+    let bao = Bao::shared();
+    let mount = bao.engine();
+    for wrong in [format!("{mount}-not"), "sys/policies".to_owned()] {
+        let provider = provider(json!({"address": bao.address, "mount": wrong, "auth": {"method": "token"}}));
+        let root = bao.token("root", json!({}));
+        provider.unlock(&secret(&root)).unwrap();
+        let status = provider.status();
+        assert!(
+            matches!(&status, ProviderStatus::Degraded(why) if why.contains(&wrong)),
+            "{status:?}"
+        );
     }
 }

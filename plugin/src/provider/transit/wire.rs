@@ -235,10 +235,23 @@ impl Identity {
         let key = PKey::private_key_from_pem_callback(pem.expose(), |_| Ok(0)).map_err(|_| {
             NoTrust("there is no unencrypted PEM private key in what was given to log in with".into())
         })?;
-        let mut certificates = X509::stack_from_pem(pem.expose()).unwrap_or_default().into_iter();
-        let certificate = certificates
-            .next()
-            .ok_or_else(|| NoTrust("there is no PEM certificate beside the client's private key".into()))?;
+        let mut certificates = X509::stack_from_pem(pem.expose()).unwrap_or_default();
+        if certificates.is_empty() {
+            return Err(NoTrust(
+                "there is no PEM certificate beside the client's private key".into(),
+            ));
+        }
+        // Its own, wherever it stands among those above it.
+        let is_of_key = |certificate: &X509| {
+            certificate
+                .public_key()
+                .is_ok_and(|public| public.public_eq(&key))
+        };
+        let own = certificates.iter().position(is_of_key).ok_or_else(|| {
+            NoTrust("private key and certificate of the client do not belong together".into())
+        })?;
+        let certificate = certificates.remove(own);
+        let certificates = certificates.into_iter();
         // A server tells of this in words of its own, and OpenBao with the status of a fault of its own.
         let ended = Asn1Time::days_from_now(0).is_ok_and(|now| *certificate.not_after() < *now);
         let end = certificate.not_after();
