@@ -246,7 +246,7 @@ impl TransitProvider {
                 return Ok(kek);
             }
         }
-        let highest = names.iter().filter_map(generation).chain(known.highest).max();
+        let highest = names.iter().filter_map(generation).chain(known.asked).max();
         let next = match highest {
             // Nobody has seen a key under the bare stem, and none will be made there.
             None => KekGeneration::UNCOUNTED.next()?,
@@ -290,7 +290,7 @@ impl TransitProvider {
     fn may_make_shared(&self, book: &KekBook, key: &KeyName) -> Result<bool, ProviderError> {
         let known = book.known(&KekScope::Provider, key.as_str())?;
         // Another host has one where the provider came here with its id.
-        if self.link.settings.id.is_some() || !known.keks.is_empty() {
+        if self.link.settings.id.is_some() || known.made.is_some() || !known.keks.is_empty() {
             return Ok(false);
         }
         if !known.unanswered.iter().any(|name| name == key.as_str()) {
