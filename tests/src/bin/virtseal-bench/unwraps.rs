@@ -192,7 +192,7 @@ fn softhsm() -> Result<Times> {
 
 fn transit() -> Result<Times> {
     let (bao, dir) = (OpenBao::start()?, tempfile::tempdir()?);
-    let keystore = Keystore::open(dir.path())?;
+    let keystore = Arc::new(Keystore::open(dir.path())?);
     let settings = json!({
         "address": format!("http://127.0.0.1:{}", bao.port()),
         "auth": {"method": "approle", "role_id": bao.role_id()}
