@@ -106,6 +106,7 @@ impl Domain {
 }
 
 /// How the guest boots, as far as the XML tells.
+#[expect(clippy::large_enum_variant, reason = "there is one of a domain")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Firmware {
     /// The emulator's default BIOS.
