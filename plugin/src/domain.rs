@@ -1,7 +1,7 @@
 //! Domain XML to a [`Domain`] and back.
 //!
 //! The hook hands the XML of a VM that is about to start, the commands hand what libvirt dumps; both come from
-//! people who may write anything, so reading is bounded (length, nodes, and what [`bounds`] says, before the parser sees
+//! people who may write anything, so reading is bounded (length, nodes, and what `bounds` says, before the parser sees
 //! it) and every error names its place. Writing is in [`edit`]: it changes ranges of the original text, so what virtseal
 //! does not know stays as it was, byte for byte.
 //!

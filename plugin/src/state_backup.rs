@@ -2,7 +2,7 @@
 //! tar t` reads it, too.
 //!
 //! It is made while the daemon runs: of the keystore as it is at one moment, and of every other file. What of it was not
-//! encrypted before is never on a disk. [`restore`] needs no daemon, and must have none.
+//! encrypted before is never on a disk. `restore()` needs no daemon, and must have none.
 
 mod restore;
 

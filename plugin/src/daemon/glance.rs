@@ -1,4 +1,4 @@
-//! What `status` shows, as it was at most [`MAX_AGE`] ago: however many ask, one thread looks, on the background connection.
+//! What `status` shows, as it was at most `MAX_AGE` ago: however many ask, one thread looks, on the background connection.
 //!
 //! It looks while somebody asks, and for a while after that. What root has changed is looked at anew, and where a look costs
 //! little, root is shown what is there now.
@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub enum Age {
     /// As fresh as can be had for little.
     Now,
-    /// At most [`MAX_AGE`].
+    /// At most `MAX_AGE`.
     Lately,
 }
 

@@ -18,16 +18,16 @@ pub(super) const MAX_NAMESPACES: usize = 512;
 /// Which bound XML does not keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum Beyond {
-    /// [`MAX_ATTRIBUTES`].
+    /// `MAX_ATTRIBUTES`.
     #[error("a tag has more than {MAX_ATTRIBUTES} attributes")]
     Attributes,
-    /// [`MAX_TAG`].
+    /// `MAX_TAG`.
     #[error("a tag has more than {MAX_TAG} bytes")]
     Tag,
-    /// [`MAX_DEPTH`].
+    /// `MAX_DEPTH`.
     #[error("more than {MAX_DEPTH} elements are in one another")]
     Depth,
-    /// [`MAX_NAMESPACES`].
+    /// `MAX_NAMESPACES`.
     #[error("it declares more than {MAX_NAMESPACES} namespaces")]
     Namespaces,
     /// It has a document type, and so may have entities.

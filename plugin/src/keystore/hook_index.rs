@@ -1,7 +1,7 @@
 //! The file from which the hook knows, without any daemon, what is sealed on this host.
 //!
 //! Behind the one place where the keystore commits, so that no change of envelopes or VMs can forget it: SQLite tells of
-//! each such row ([`Self::of`]). What is new is in the file before it is committed, what is gone leaves it after; so the
+//! each such row (`Self::of`). What is new is in the file before it is committed, what is gone leaves it after; so the
 //! file always names at least what the keystore has, whenever the process dies. ADR 11 says why it is a file and not the
 //! database, the hook's `index` module has its form, which both have tests for.
 
