@@ -175,13 +175,18 @@ mod tests {
     }
 
     fn captures_in_a_command(line: &str) -> bool {
-        let command = ["virsh ", "virtseal vm ", "virtseal volume "]
+        let is_name = |name: &str| name != "id" && name.starts_with(|c: char| c.is_ascii_lowercase());
+        ["virsh ", "virtseal vm ", "virtseal volume "]
             .iter()
-            .find_map(|start| line.split_once(start).map(|(_, command)| command));
-        let placeholders = command.unwrap_or_default().split('{').skip(1);
-        placeholders
-            .filter_map(|rest| rest.split_once('}'))
-            .any(|(name, _)| name != "id" && name.starts_with(|c: char| c.is_ascii_lowercase()))
+            .any(|start| {
+                let commands = line.split(start).skip(1);
+                // What comes behind is prose again.
+                let words = commands.filter_map(|rest| rest.split([',', ';', ':', ')', '(']).next());
+                words
+                    .flat_map(|command| command.split('{').skip(1))
+                    .filter_map(|rest| rest.split_once('}'))
+                    .any(|(name, _)| is_name(name))
+            })
     }
 
     #[test]

@@ -47,7 +47,7 @@ fn a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty() -> Result<()> 
             let refused = sealed.refused(8, &[&["vm", "seal", vm], dry_run].concat())?;
             expect_names(
                 &refused,
-                &[&path, "raw", "qcow2", "--from-format vda=raw", "virsh edit"],
+                &[&path, "raw", "qcow2", "--from-format=vda=raw", "virsh edit"],
             )?;
             // Nothing to be typed makes root open what the header names.
             ensure!(!refused.contains("qemu-img"), "{refused}");

@@ -283,12 +283,12 @@ impl Daemon {
 }
 
 fn forgotten_outcome(name: &str, envelopes: usize, path: &Path, alone: &[String]) -> Outcome {
-    let shown = word(path.display());
     let mut warnings = Vec::new();
     if !alone.is_empty() {
         warnings.push(format!(
-            "nothing is there of {}. If it only is not mounted now, virtseal vm adopt --from {shown} brings its keys back",
-            alone.join(", ")
+            "nothing is there of {}. If it only is not mounted now, virtseal vm adopt --from {} brings its keys back",
+            alone.join(", "),
+            word(path.display())
         ));
     }
     Outcome {

@@ -471,13 +471,13 @@ fn power(defined: &DefinedDomain) -> &'static str {
 }
 
 fn unreadable(defined: &DefinedDomain, error: &DomainError) -> Failure {
-    let name = word(&defined.name);
     Failure::new(
         Code::Failed,
         format!("{}: its XML can't be read: {}", defined.name, chain(error)),
     )
     .next(format!(
-        "virsh edit {name}, or virsh define FILE with an earlier dumpxml of it, then virtseal vm seal {name}"
+        "virsh edit {0}, or virsh define FILE with an earlier dumpxml of it, then virtseal vm seal {0}",
+        word(&defined.name)
     ))
 }
 
@@ -498,12 +498,12 @@ fn vm_state(domain: &Domain, objects: &[Object], standings: &[Standing]) -> &'st
 }
 
 fn warnings(domain: &Domain, state: &str) -> Vec<String> {
-    let name = word(&domain.name);
     let mut warnings = Vec::new();
     if state == NOT_IN_XML {
         warnings.push(format!(
-            "{} was sealed, and its XML does not say so: virtseal vm seal {name} takes it back",
-            domain.name
+            "{} was sealed, and its XML does not say so: take it back by virtseal vm seal {}",
+            domain.name,
+            word(&domain.name)
         ));
     }
     let backend = domain.tpm.as_ref().map(|tpm| &tpm.backend);
@@ -516,8 +516,9 @@ fn warnings(domain: &Domain, state: &str) -> Vec<String> {
     {
         warnings.push(format!(
             "libvirt may delete the vTPM's state of {}, when it ends as a transient domain or is undefined: shut it down, then \
-             virtseal vm seal {name} sets persistent_state='yes'",
-            domain.name
+             set persistent_state='yes' by virtseal vm seal {}",
+            domain.name,
+            word(&domain.name)
         ));
     }
     warnings

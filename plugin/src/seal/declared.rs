@@ -10,7 +10,7 @@ use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure};
 use crate::permitted::PermittedPath;
-use crate::terminal::quoted;
+use crate::terminal::{quoted, word};
 use crate::volume::{self, Declaration, VolumeError, VolumeInfo};
 
 /// The declarations that an admin has confirmed: `--from-format vda=raw`.
@@ -122,15 +122,18 @@ fn contradiction(
         declared,
         found,
     };
-    let (vm, shown) = (quoted(&domain.name), quoted(path.display()));
     let next = match declared {
         DeclaredFormat::Raw => format!(
-            "virtseal volume info {shown}; if the XML is wrong: virsh edit {vm}; if the guest has written that to its raw disk: \
-             virtseal vm seal --from-format {}=raw {vm}",
+            "virtseal volume info {}; if the XML is wrong: virsh edit {1}; if the guest has written that to its raw disk: \
+             virtseal vm seal --from-format={2}=raw {1}",
+            word(path.display()),
+            word(&domain.name),
             quoted(&disk.target)
         ),
         DeclaredFormat::Qcow2 => format!(
-            "virtseal volume info {shown}; if the XML is wrong: virsh edit {vm}, <driver type='raw'>; else restore the image from a backup"
+            "virtseal volume info {}; if the XML is wrong: virsh edit {}, <driver type='raw'>; else restore the image from a backup",
+            word(path.display()),
+            word(&domain.name)
         ),
     };
     Failure::new(Code::WouldLoseKey, error.to_string()).next(next)
