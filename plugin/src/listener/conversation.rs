@@ -55,7 +55,11 @@ pub(super) async fn refuse(channel: &mut Channel, failure: Failure) -> Result<()
 pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
     let failure = match fault {
         Fault::Io(_) | Fault::Unread | Fault::Idle(_) => return,
-        Fault::TooLong(_) | Fault::Descriptors | Fault::TooManyDescriptors | Fault::NotACall(_) => {
+        // What comes with them, root alone may ask for.
+        Fault::Descriptors => {
+            Failure::new(Code::Denied, "only root may do this").next("run it as root, with sudo")
+        }
+        Fault::TooLong(_) | Fault::TooManyDescriptors | Fault::NotACall(_) => {
             Failure::new(Code::Usage, format!("virtseald hangs up: {}", chain(fault)))
                 .next("use the virtseal of the same version as virtseald")
         }

@@ -133,10 +133,10 @@ impl fmt::Display for NextCommand {
                     "restore that key at '{name}' from a backup, if there is one; virtseal provider show {name}"
                 );
             }
-            Self::RestoreEnvelope(vm) => {
+            Self::RestoreEnvelope(id) => {
                 return write!(
                     f,
-                    "virtseal vm status {vm}, then restore the domain XML (virsh define FILE) and the keystore from a backup"
+                    "virtseal vm status {id}, then restore the domain XML (virsh define FILE) and the keystore from a backup"
                 );
             }
             Self::Unlock(name) => ("unlock", name),
