@@ -27,7 +27,7 @@ use std::time::{Duration, SystemTime};
 use thiserror::Error;
 
 use self::error::TokenError;
-use self::kek::Owner;
+use self::kek::{Owner, Retired};
 use self::link::{DEADLINE, Link};
 use self::mechanism::Mechanism;
 use self::token::Token;
@@ -44,6 +44,7 @@ pub use settings::{KeyBits, Pkcs11Settings, SettingsError, TokenChoice};
 pub struct Pkcs11Provider {
     id: ProviderId,
     name: String,
+    keystore: Arc<Keystore>,
     link: Arc<Link>,
 }
 
@@ -58,7 +59,7 @@ impl Pkcs11Provider {
     /// # Errors
     /// When the name is taken, `others` use the token, the token is not there, refuses the PIN, or can't do what is needed.
     pub fn create(
-        keystore: &Keystore,
+        keystore: &Arc<Keystore>,
         name: &ProviderName,
         settings: Pkcs11Settings,
         pin: &SecretBytes,
@@ -69,7 +70,7 @@ impl Pkcs11Provider {
 
     fn create_within(
         deadline: Duration,
-        keystore: &Keystore,
+        keystore: &Arc<Keystore>,
         name: &ProviderName,
         mut settings: Pkcs11Settings,
         pin: &SecretBytes,
@@ -103,6 +104,7 @@ impl Pkcs11Provider {
         let provider = Self {
             id,
             name: name.to_string(),
+            keystore: Arc::clone(keystore),
             link,
         };
         provider.try_out(settings.kek_scope)?;
@@ -115,17 +117,22 @@ impl Pkcs11Provider {
     ///
     /// # Errors
     /// When its settings can't be read, or its module is not what may be loaded.
-    pub fn open(record: &ProviderRecord) -> Result<Self, Pkcs11Error> {
-        Self::open_within(DEADLINE, record)
+    pub fn open(keystore: &Arc<Keystore>, record: &ProviderRecord) -> Result<Self, Pkcs11Error> {
+        Self::open_within(DEADLINE, keystore, record)
     }
 
-    fn open_within(deadline: Duration, record: &ProviderRecord) -> Result<Self, Pkcs11Error> {
+    fn open_within(
+        deadline: Duration,
+        keystore: &Arc<Keystore>,
+        record: &ProviderRecord,
+    ) -> Result<Self, Pkcs11Error> {
         let settings: Pkcs11Settings =
             serde_json::from_value(record.settings.clone()).map_err(Pkcs11Error::Json)?;
         settings.check_module()?;
         Ok(Self {
             id: record.id,
             name: record.name.clone(),
+            keystore: Arc::clone(keystore),
             link: Link::new(settings, deadline).map_err(ProviderError::from)?,
         })
     }
@@ -139,6 +146,25 @@ impl Pkcs11Provider {
                     .call(move |token| Ok(Mechanism::choose(&token.offers()?, bits).map(drop)?))
             }
         }
+    }
+
+    /// What jobs have taken out of use. One that serves all VMs stays in use while a VM here has something under it: a job may
+    /// have taken it from one VM only.
+    fn retired(&self, scope: &KekScope) -> Result<Retired, ProviderError> {
+        let unreadable = || ProviderError::internal("reading which KEKs are retired");
+        let retired = self.keystore.retired_keks().map_err(unreadable())?;
+        let mut retired: Retired = retired
+            .into_iter()
+            .filter(|kek| kek.provider == self.id)
+            .map(|kek| kek.kek)
+            .collect();
+        if *scope == KekScope::Provider && !retired.is_empty() {
+            let used = self.keystore.keks_of_envelopes(self.id, None);
+            for kek in used.map_err(unreadable())? {
+                retired.remove(&kek);
+            }
+        }
+        Ok(retired)
     }
 
     fn owner(&self) -> Owner {
@@ -174,7 +200,9 @@ impl KeyProvider for Pkcs11Provider {
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
         let (owner, scope) = (self.owner(), self.link.settings.kek_scope.scope(scope));
-        self.link.call(move |token| kek::create(token, &owner, &scope))
+        let retired = self.retired(&scope)?;
+        self.link
+            .call(move |token| kek::create(token, &owner, &scope, &retired))
     }
 
     fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
@@ -183,8 +211,9 @@ impl KeyProvider for Pkcs11Provider {
             self.link.settings.kek_scope.scope(scope),
             old.clone(),
         );
+        let retired = self.retired(&scope)?;
         self.link
-            .call(move |token| kek::rotate(token, &owner, &scope, &old))
+            .call(move |token| kek::rotate(token, &owner, &scope, &old, &retired))
     }
 
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {

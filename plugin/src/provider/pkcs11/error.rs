@@ -53,6 +53,9 @@ pub(super) enum TokenError {
     Tampered,
     #[error("there is no KEK {0}")]
     UnknownKek(KekId),
+    /// The token has it, and it is not what a KEK must be.
+    #[error("KEK {kek} can't be used: {why}")]
+    UnfitKek { kek: KekId, why: String },
     #[error("there is no mechanism {0:?}")]
     UnknownMechanism(String),
     #[error(transparent)]
@@ -116,6 +119,7 @@ impl TokenError {
                 | Self::LastTry
                 | Self::Tampered
                 | Self::UnknownKek(_)
+                | Self::UnfitKek { .. }
                 | Self::UnknownMechanism(_)
                 | Self::Payload(_)
                 | Self::Missing(_)
@@ -138,6 +142,7 @@ impl From<TokenError> for ProviderError {
             TokenError::Missing(missing) => Self::Unusable(missing.to_string()),
             TokenError::Tampered => Self::Tampered,
             TokenError::UnknownKek(kek) => Self::UnknownKek(kek),
+            TokenError::UnfitKek { kek, why } => Self::KekUnusable { kek, why },
             TokenError::UnknownMechanism(name) => Self::UnknownMechanism(name),
             TokenError::Payload(error) => Self::Payload(error),
             TokenError::Memory(error) => Self::internal("getting memory for a key")(error),

@@ -5,6 +5,11 @@
 //! least is the one in use: the token alone says so, to any host, and changes from one to the other in one call. The label says what it is for:
 //! `virtseal:<mechanism>:<provider>:<VM, or "all">:<host>`. A KEK of `AES-CBC-PAD+HMAC-SHA256` has a second key of
 //! the same ID and label, for the HMAC.
+//!
+//! A search template is a wish: some modules leave attributes of it out of account, and list keys of others. So what an object is,
+//! it says itself ([`Object`]), and that is compared with what was looked for before anything is wrapped, opened or destroyed.
+
+use std::collections::HashSet;
 
 use cryptoki::mechanism::Mechanism as Pkcs11Mechanism;
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
@@ -87,10 +92,16 @@ fn serves(label: &[u8]) -> Option<KekScope> {
 }
 
 /// The KEK of `scope`: the one there is, or a new one that has wrapped and unwrapped.
-pub(super) fn create(token: &mut Token, owner: &Owner, scope: &KekScope) -> Result<KekId, TokenError> {
-    match in_use(token, owner, scope)? {
+pub(super) fn create(
+    token: &mut Token,
+    owner: &Owner,
+    scope: &KekScope,
+    retired: &Retired,
+) -> Result<KekId, TokenError> {
+    let keks = Keks::of(token, owner, scope, retired)?;
+    match keks.in_use {
         Some(id) => Ok(KekId(hex::encode(id))),
-        None => make(token, owner, scope, None),
+        None => make(token, owner, scope, keks.least),
     }
 }
 
@@ -100,11 +111,12 @@ pub(super) fn rotate(
     owner: &Owner,
     scope: &KekScope,
     old: &KekId,
+    retired: &Retired,
 ) -> Result<KekId, TokenError> {
-    match in_use(token, owner, scope)? {
-        Some(id) if parse(old).as_deref() == Some(&id[..]) => make(token, owner, scope, Some(id)),
-        Some(id) => Ok(KekId(hex::encode(id))),
-        None => make(token, owner, scope, None),
+    let keks = Keks::of(token, owner, scope, retired)?;
+    match keks.in_use {
+        Some(id) if parse(old).as_deref() != Some(&id[..]) => Ok(KekId(hex::encode(id))),
+        _ => make(token, owner, scope, keks.least),
     }
 }
 
@@ -142,8 +154,8 @@ fn generate(
         generate_keys(&session, owner, mechanism, &id, &label).and_then(|()| try_out(token, owner, &kek));
     if done.is_err() {
         token.keks.remove(&kek);
-        for object in all_objects(&session, &id)? {
-            session.destroy_object(object)?;
+        for object in objects_of(&session, &id, label.as_bytes())? {
+            session.destroy_object(object.handle)?;
         }
     }
     done.map(|()| kek)
@@ -238,97 +250,142 @@ pub(super) fn find(token: &mut Token, owner: &Owner, id: &KekId) -> Result<Kek, 
     }
     let unknown = || TokenError::UnknownKek(id.clone());
     let bytes = parse(id).ok_or_else(unknown)?;
-    for key in token.session.find_objects(&secret_key(KeyType::AES, &bytes))? {
-        let label = text(&token.session, key, AttributeType::Label)?;
-        let Some((mechanism, provider)) = read_label(&label) else {
+    for object in objects(&token.session, &secret_key(KeyType::AES, &bytes))? {
+        let Some((mechanism, provider)) = read_label(&object.label) else {
             continue;
         };
-        if provider == owner.provider {
-            let mac = match mechanism {
-                Mechanism::CbcHmac => token
-                    .session
-                    .find_objects(&secret_key(KeyType::GENERIC_SECRET, &bytes))?
-                    .first()
-                    .copied(),
-                _ => None,
-            };
-            let kek = Kek { mechanism, key, mac };
-            token.keks.insert(id.clone(), kek.clone());
-            return Ok(kek);
+        if !object.is_key(KeyType::AES, &bytes) || provider != owner.provider {
+            continue;
         }
+        let unfit = |why| TokenError::UnfitKek { kek: id.clone(), why };
+        object.check(mechanism).map_err(unfit)?;
+        let mac = match mechanism {
+            Mechanism::CbcHmac => mac_of(&token.session, &object)?,
+            _ => None,
+        };
+        let kek = Kek {
+            mechanism,
+            key: object.handle,
+            mac,
+        };
+        token.keks.insert(id.clone(), kek.clone());
+        return Ok(kek);
     }
     // A token that is gone may list nothing, and say nothing else: that must not read like a key that was destroyed.
     token.check()?;
     Err(unknown())
 }
 
-/// Destroys the KEK, if it serves `vm` alone, and looks whether it is gone.
+/// The key for the HMAC that belongs to `key`.
+fn mac_of(session: &Session, key: &Object) -> Result<Option<ObjectHandle>, TokenError> {
+    let found = objects(session, &secret_key(KeyType::GENERIC_SECRET, &key.id))?;
+    let serves = |object: &Object| {
+        object.is_key(KeyType::GENERIC_SECRET, &key.id)
+            && object.label == key.label
+            && object.bytes == Some(HMAC_KEY)
+            && object.may(&[Attribute::Sign(true), Attribute::Verify(true)])
+    };
+    Ok(found
+        .iter()
+        .find(|object| serves(object))
+        .map(|object| object.handle))
+}
+
+/// Destroys the KEK, if it serves `vm` alone, and looks whether it is gone. Each object is one of that KEK by its own word.
 pub(super) fn destroy(
     token: &mut Token,
     owner: &Owner,
     vm: VmId,
     id: &KekId,
 ) -> Result<Option<usize>, TokenError> {
+    // Never by a handle that was found before: handles are given anew.
+    token.keks.remove(id);
     let found = find(token, owner, id)?;
-    let label = text(&token.session, found.key, AttributeType::Label)?;
+    let label = Object::read(&token.session, found.key)?.label;
     if serves(&label) != Some(KekScope::Vm(vm)) {
         return Ok(None);
     }
     token.keks.remove(id);
     let bytes = parse(id).ok_or_else(|| TokenError::UnknownKek(id.clone()))?;
     let session = token.writable()?;
-    let objects = all_objects(&session, &bytes)?;
+    let objects = objects_of(&session, &bytes, &label)?;
     for object in &objects {
-        session.destroy_object(*object)?;
+        session.destroy_object(object.handle)?;
     }
-    match all_objects(&session, &bytes)?.is_empty() {
-        true => Ok(Some(objects.len())),
-        false => Err(TokenError::NotDestroyed),
+    if !objects_of(&session, &bytes, &label)?.is_empty() {
+        return Err(TokenError::NotDestroyed);
     }
+    // Of a token that is gone nothing is listed.
+    token.check()?;
+    Ok(Some(objects.len()))
 }
 
 /// The providers whose KEKs are in the token.
 pub(super) fn providers(token: &Token) -> Result<Vec<ProviderId>, TokenError> {
     let template = [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::Token(true)];
     let mut providers = Vec::new();
-    for object in token.session.find_objects(&template)? {
-        let label = text(&token.session, object, AttributeType::Label)?;
-        providers.extend(read_label(&label).map(|(_, provider)| provider));
+    for object in objects(&token.session, &template)? {
+        if object.is_stored_key() {
+            providers.extend(read_label(&object.label).map(|(_, provider)| provider));
+        }
     }
     providers.sort_unstable();
     providers.dedup();
     Ok(providers)
 }
 
-/// The ID of the KEK in use: the least, whatever its mechanism.
-fn in_use(token: &Token, owner: &Owner, scope: &KekScope) -> Result<Option<[u8; ID]>, TokenError> {
-    let mut least = None;
-    for mechanism in Mechanism::ALL {
-        for id in labelled(token, &owner.label(mechanism, scope))? {
-            if least.is_none_or(|least| id < least) {
-                least = Some(id);
-            }
-        }
-    }
-    if least.is_none() {
-        // Of a token that is gone nothing is listed, and the KEK must not be made twice.
-        token.check()?;
-    }
-    Ok(least)
+/// KEKs that jobs of this host have taken out of use: they never come back, also when those that took their place are gone.
+pub(super) type Retired = HashSet<KekId>;
+
+/// The KEKs of one scope.
+struct Keks {
+    /// The least that is not retired, whatever its mechanism.
+    in_use: Option<[u8; ID]>,
+    /// The least of all: the next one is less.
+    least: Option<[u8; ID]>,
 }
 
-/// The IDs of the KEKs with one label.
-fn labelled(token: &Token, label: &str) -> Result<Vec<[u8; ID]>, TokenError> {
+impl Keks {
+    fn of(token: &Token, owner: &Owner, scope: &KekScope, retired: &Retired) -> Result<Self, TokenError> {
+        let mut ids = Vec::new();
+        for mechanism in Mechanism::ALL {
+            ids.extend(labelled(token, owner, mechanism, scope)?);
+        }
+        if ids.is_empty() {
+            // Of a token that is gone nothing is listed, and the KEK must not be made twice.
+            token.check()?;
+        }
+        let is_retired = |id: &[u8; ID]| retired.contains(&KekId(hex::encode(id)));
+        Ok(Self {
+            in_use: ids.iter().copied().filter(|id| !is_retired(id)).min(),
+            least: ids.into_iter().min(),
+        })
+    }
+}
+
+/// The IDs of the KEKs with one label that may wrap.
+fn labelled(
+    token: &Token,
+    owner: &Owner,
+    mechanism: Mechanism,
+    scope: &KekScope,
+) -> Result<Vec<[u8; ID]>, TokenError> {
+    let label = owner.label(mechanism, scope).into_bytes();
     let template = [
         Attribute::Class(ObjectClass::SECRET_KEY),
         Attribute::KeyType(KeyType::AES),
         Attribute::Token(true),
-        Attribute::Label(label.as_bytes().to_vec()),
+        Attribute::Label(label.clone()),
     ];
     let mut ids = Vec::new();
-    for object in token.session.find_objects(&template)? {
-        let id = text(&token.session, object, AttributeType::Id)?;
-        ids.extend(<[u8; ID]>::try_from(id));
+    for object in objects(&token.session, &template)? {
+        let Ok(id) = <[u8; ID]>::try_from(object.id.as_slice()) else {
+            continue;
+        };
+        let is_ours = object.is_key(KeyType::AES, &id) && object.label == label;
+        if is_ours && object.check(mechanism).is_ok() && object.is_kept() {
+            ids.push(id);
+        }
     }
     Ok(ids)
 }
@@ -342,19 +399,111 @@ fn secret_key(kind: KeyType, id: &[u8]) -> [Attribute; 4] {
     ]
 }
 
-fn all_objects(session: &Session, id: &[u8]) -> Result<Vec<ObjectHandle>, TokenError> {
-    let mut objects = session.find_objects(&secret_key(KeyType::AES, id))?;
-    objects.extend(session.find_objects(&secret_key(KeyType::GENERIC_SECRET, id))?);
-    Ok(objects)
+/// All keys of one KEK.
+fn objects_of(session: &Session, id: &[u8], label: &[u8]) -> Result<Vec<Object>, TokenError> {
+    let mut found: Vec<Object> = Vec::new();
+    for kind in [KeyType::AES, KeyType::GENERIC_SECRET] {
+        for object in objects(session, &secret_key(kind, id))? {
+            if object.is_key(kind, id) && object.label == label {
+                found.push(object);
+            }
+        }
+    }
+    Ok(found)
 }
 
-/// A label or an ID; empty where the object has none.
-fn text(session: &Session, object: ObjectHandle, which: AttributeType) -> Result<Vec<u8>, TokenError> {
-    let read = session.get_attributes(object, &[which])?;
-    Ok(match read.into_iter().next() {
-        Some(Attribute::Label(bytes) | Attribute::Id(bytes)) => bytes,
-        _ => Vec::new(),
-    })
+/// What `template` finds; see [`Object`].
+fn objects(session: &Session, template: &[Attribute]) -> Result<Vec<Object>, TokenError> {
+    let found = session.find_objects(template)?;
+    found
+        .into_iter()
+        .map(|handle| Object::read(session, handle))
+        .collect()
+}
+
+/// What an object says of itself.
+struct Object {
+    handle: ObjectHandle,
+    label: Vec<u8>,
+    id: Vec<u8>,
+    /// How long the key is.
+    bytes: Option<usize>,
+    all: Vec<Attribute>,
+}
+
+impl Object {
+    fn read(session: &Session, handle: ObjectHandle) -> Result<Self, TokenError> {
+        let all = session.get_attributes(
+            handle,
+            &[
+                AttributeType::Class,
+                AttributeType::KeyType,
+                AttributeType::Token,
+                AttributeType::Label,
+                AttributeType::Id,
+                AttributeType::ValueLen,
+                AttributeType::Sensitive,
+                AttributeType::Extractable,
+                AttributeType::Encrypt,
+                AttributeType::Decrypt,
+                AttributeType::Wrap,
+                AttributeType::Unwrap,
+                AttributeType::Sign,
+                AttributeType::Verify,
+            ],
+        )?;
+        let mut object = Self {
+            handle,
+            label: Vec::new(),
+            id: Vec::new(),
+            bytes: None,
+            all: Vec::new(),
+        };
+        for attribute in all {
+            match attribute {
+                Attribute::Label(label) => object.label = label,
+                Attribute::Id(id) => object.id = id,
+                Attribute::ValueLen(bytes) => object.bytes = usize::try_from(*bytes).ok(),
+                other => object.all.push(other),
+            }
+        }
+        Ok(object)
+    }
+
+    /// Whether it has all of `attributes`.
+    fn may(&self, attributes: &[Attribute]) -> bool {
+        attributes.iter().all(|wanted| self.all.contains(wanted))
+    }
+
+    fn is_stored_key(&self) -> bool {
+        self.may(&[Attribute::Class(ObjectClass::SECRET_KEY), Attribute::Token(true)])
+    }
+
+    fn is_key(&self, kind: KeyType, id: &[u8]) -> bool {
+        self.is_stored_key() && self.may(&[Attribute::KeyType(kind)]) && self.id == id
+    }
+
+    fn is_kept(&self) -> bool {
+        self.may(&[Attribute::Sensitive(true), Attribute::Extractable(false)])
+    }
+
+    /// Whether it is as long as an AES key and may do what `mechanism` needs; else why not.
+    fn check(&self, mechanism: Mechanism) -> Result<(), String> {
+        if !matches!(self.bytes, Some(16 | 24 | 32)) {
+            return Err(match self.bytes {
+                Some(bytes) => format!("it has {bytes} bytes, which no AES key has"),
+                None => "the token does not tell its length".to_owned(),
+            });
+        }
+        let (needed, purpose) = match mechanism.wraps_objects() {
+            true => (Attribute::Unwrap(true), "unwrap"),
+            false => (Attribute::Decrypt(true), "decrypt"),
+        };
+        match self.may(&[needed]) {
+            true => Ok(()),
+            false => Err(format!("the token does not let it {purpose}")),
+        }
+    }
 }
 
 /// The CKA_ID, if the name is spelt as it is here: two spellings would be two names.

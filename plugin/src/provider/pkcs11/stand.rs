@@ -171,7 +171,7 @@ impl Host {
     pub(in crate::provider) fn reopen(&mut self, deadline: Duration) {
         self.provider = None;
         let record = self.keystore.providers().unwrap().remove(0);
-        self.provider = Some(Pkcs11Provider::open_within(deadline, &record).unwrap());
+        self.provider = Some(Pkcs11Provider::open_within(deadline, &self.keystore, &record).unwrap());
     }
 }
 

@@ -445,7 +445,7 @@ fn token_brings_its_provider_to_another_host() {
 fn token_that_can_do_nothing_is_refused_by_what_it_lacks() {
     with_softhsm("CKM_AES_KEY_GEN,CKM_AES_CBC_PAD,CKM_SHA256", || {
         let state = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(state.path()).unwrap();
+        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
         for scope in [ScopeSetting::Vm, ScopeSetting::Provider] {
             let mut settings = softhsm_settings("kek-0");
             settings.kek_scope = scope;
@@ -466,7 +466,7 @@ fn token_that_can_do_nothing_is_refused_by_what_it_lacks() {
 fn adding_says_what_is_wrong_and_leaves_nothing() {
     with_softhsm("ALL", || {
         let state = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(state.path()).unwrap();
+        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
         let add = |settings: Pkcs11Settings, pin: &str| {
             let name = "hsm".parse().unwrap();
             let made = Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &secret(pin), &[]);
@@ -509,7 +509,7 @@ fn tokens_are_found_by_serial_and_slot() {
 fn token_serves_one_provider_per_host() {
     with_softhsm("ALL", || {
         let state = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(state.path()).unwrap();
+        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
         let add = |name: &str, label: &str, others: &[Arc<Pkcs11Provider>]| {
             let (name, settings, pin) = (name.parse().unwrap(), softhsm_settings(label), secret(PIN));
             Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &pin, others)

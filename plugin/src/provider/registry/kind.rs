@@ -95,7 +95,7 @@ impl Provider {
             TransitProvider::KIND => TransitProvider::open(keystore, &record)
                 .map(|provider| Self::Transit(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
-            Pkcs11Provider::KIND => Pkcs11Provider::open(&record)
+            Pkcs11Provider::KIND => Pkcs11Provider::open(keystore, &record)
                 .map(|provider| Self::Pkcs11(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
             KmipProvider::KIND => KmipProvider::open(keystore, &record)

@@ -181,7 +181,7 @@ fn native() -> Result<Times> {
 
 fn softhsm() -> Result<Times> {
     let dir = tempfile::tempdir()?;
-    let keystore = Keystore::open(dir.path())?;
+    let keystore = Arc::new(Keystore::open(dir.path())?);
     let settings = json!({"module": SoftHsm::MODULE, "token": {"label": "bench"}});
     let pin = secret(SoftHsm::PIN.as_bytes())?;
     let settings = serde_json::from_value(settings)?;
