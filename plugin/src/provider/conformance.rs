@@ -75,7 +75,7 @@ pub(super) trait Faulty {
 }
 
 /// The cases that each kind must have, or say why it has not.
-const CASES: [&str; 22] = [
+const CASES: [&str; 23] = [
     "wrap_and_unwrap",
     "has_one_kek_per_scope",
     "rotated_kek_takes_the_place_of_the_old",
@@ -91,6 +91,7 @@ const CASES: [&str; 22] = [
     "restart_locks_and_loses_nothing",
     "lock_during_use_is_clean",
     "destroy_receipt_is_true",
+    "name_of_a_destroyed_kek_is_not_used_again",
     "kek_that_others_need_is_not_destroyed",
     "eight_threads",
     "ten_thousand_unwraps_without_a_leak",
@@ -129,6 +130,7 @@ macro_rules! conformance {
             restart_locks_and_loses_nothing,
             lock_during_use_is_clean,
             destroy_receipt_is_true,
+            name_of_a_destroyed_kek_is_not_used_again,
             kek_that_others_need_is_not_destroyed,
             eight_threads,
             ten_thousand_unwraps_without_a_leak;

@@ -383,6 +383,24 @@ pub(in crate::provider) fn destroy_receipt_is_true<F: Fixture>() {
     assert!(provider.destroy_kek(&fixture.unknown_kek(), vm).is_err());
 }
 
+/// What it wrapped lives on in backups: a KEK that comes back under its name would be taken for it.
+pub(in crate::provider) fn name_of_a_destroyed_kek_is_not_used_again<F: Fixture>() {
+    let fixture = F::new();
+    let provider = fixture.provider();
+    let wrapped = Wrapped::by(provider);
+    let (kek, vm) = (&wrapped.stanza.kek, wrapped.binding.vm);
+    if !provider.destroy_kek(kek, vm).unwrap().destroyed {
+        // Then it is the same one still, and opens.
+        return wrapped.assert_opened_by(provider);
+    }
+    let next = provider.create_kek(&KekScope::Vm(vm)).unwrap();
+    assert_ne!(next, *kek);
+    let stanza = provider.wrap(&next, &wrapped.payload).unwrap();
+    let opened = provider.unwrap_many(&[&stanza]).unwrap();
+    assert_eq!(opened[0].expose(), wrapped.payload.expose());
+    assert!(provider.unwrap_many(&[&wrapped.stanza]).is_err());
+}
+
 /// Of another VM, and of all VMs of the provider, which other hosts may have too.
 pub(in crate::provider) fn kek_that_others_need_is_not_destroyed<F: Fixture>() {
     let fixture = F::new();

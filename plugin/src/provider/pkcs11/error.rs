@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 use thiserror::Error;
 
@@ -11,7 +12,7 @@ use super::mechanism::Missing;
 use super::settings::TokenChoice;
 use crate::envelope::{EnvelopeError, KekId};
 use crate::failure::chain;
-use crate::provider::{PinRefusal, ProviderError};
+use crate::provider::{ErrorClass, PinRefusal, ProviderError};
 
 /// Why the token did not do as asked.
 #[derive(Debug, Error)]
@@ -102,7 +103,15 @@ impl TokenError {
 
     /// Whether the token, or its module, is not there now, and may be later.
     pub(super) fn is_absence(&self) -> bool {
-        self.is_loss() || matches!(self, Self::Silent(_) | Self::Load(_))
+        match self {
+            Self::Silent(_) | Self::Load(_) => true,
+            // A service that the module asks may not be up yet; what it says then is the module's own. A login that failed for an
+            // unknown reason may have cost a try.
+            Self::Call(Error::Pkcs11(rv, function)) if !matches!(function, Function::Login) => {
+                self.is_loss() || class(*rv) == ErrorClass::Trouble
+            }
+            _ => self.is_loss(),
+        }
     }
 
     pub(super) fn is_about_the_pin(&self) -> bool {
@@ -111,6 +120,9 @@ impl TokenError {
 
     /// Whether it is about the token as a whole, and so about the provider's status.
     pub(super) fn is_trouble(&self) -> bool {
+        if let Self::Call(Error::Pkcs11(rv, _)) = self {
+            return class(*rv) != ErrorClass::Key;
+        }
         !matches!(
             self,
             Self::Locked
@@ -154,11 +166,64 @@ impl From<TokenError> for ProviderError {
             | TokenError::NoValue
             | TokenError::Ambiguous { .. }
             | TokenError::AnotherToken { .. } => Self::Unusable(error.in_one_line()),
-            TokenError::Silent(_)
-            | TokenError::Load(_)
-            | TokenError::NoToken { .. }
-            | TokenError::Call(_) => Self::Unreachable(error.in_one_line()),
+            TokenError::Silent(_) | TokenError::Load(_) | TokenError::NoToken { .. } => {
+                Self::Unreachable(error.in_one_line())
+            }
+            TokenError::Call(Error::Pkcs11(rv, _)) => match class(rv) {
+                ErrorClass::Key => Self::Tampered,
+                ErrorClass::Client => Self::CredentialRefused(error.in_one_line()),
+                ErrorClass::Trouble => Self::Unreachable(error.in_one_line()),
+                ErrorClass::ForGood => Self::Refused(error.in_one_line()),
+            },
+            TokenError::Call(_) => Self::Unreachable(error.in_one_line()),
         }
+    }
+}
+
+/// What an answer is about, wherever nothing more is known. Codes of vendors, and those that may be anything, are trouble: it may
+/// pass, and proves nothing of a key.
+fn class(rv: RvError) -> ErrorClass {
+    match rv {
+        RvError::EncryptedDataInvalid
+        | RvError::EncryptedDataLenRange
+        | RvError::WrappedKeyInvalid
+        | RvError::WrappedKeyLenRange
+        | RvError::SignatureInvalid
+        | RvError::SignatureLenRange
+        | RvError::DataInvalid
+        | RvError::DataLenRange => ErrorClass::Key,
+        RvError::PinIncorrect
+        | RvError::PinInvalid
+        | RvError::PinLenRange
+        | RvError::PinExpired
+        | RvError::PinLocked
+        | RvError::PinTooWeak
+        | RvError::UserPinNotInitialized
+        | RvError::UserTypeInvalid => ErrorClass::Client,
+        RvError::ActionProhibited
+        | RvError::ArgumentsBad
+        | RvError::AttributeReadOnly
+        | RvError::AttributeSensitive
+        | RvError::AttributeTypeInvalid
+        | RvError::AttributeValueInvalid
+        | RvError::FunctionNotSupported
+        | RvError::FunctionRejected
+        | RvError::KeySizeRange
+        | RvError::KeyTypeInconsistent
+        | RvError::KeyFunctionNotPermitted
+        | RvError::KeyNotWrappable
+        | RvError::KeyUnextractable
+        | RvError::MechanismInvalid
+        | RvError::MechanismParamInvalid
+        | RvError::SessionReadOnly
+        | RvError::TemplateIncomplete
+        | RvError::TemplateInconsistent
+        | RvError::TokenWriteProtected
+        | RvError::UnwrappingKeySizeRange
+        | RvError::UnwrappingKeyTypeInconsistent
+        | RvError::WrappingKeySizeRange
+        | RvError::WrappingKeyTypeInconsistent => ErrorClass::ForGood,
+        _ => ErrorClass::Trouble,
     }
 }
 
@@ -186,4 +251,48 @@ pub(super) fn is_lost(error: &Error) -> bool {
             | RvError::GeneralError
             | RvError::FunctionFailed
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(rv: RvError, function: Function) -> TokenError {
+        TokenError::Call(Error::Pkcs11(rv, function))
+    }
+
+    #[test]
+    fn answers_lead_to_the_class_that_they_are_about() {
+        for (rv, wanted) in [
+            (RvError::EncryptedDataInvalid, ErrorClass::Key),
+            (RvError::WrappedKeyInvalid, ErrorClass::Key),
+            (RvError::PinExpired, ErrorClass::Client),
+            (RvError::UserPinNotInitialized, ErrorClass::Client),
+            (RvError::MechanismInvalid, ErrorClass::ForGood),
+            (RvError::KeyFunctionNotPermitted, ErrorClass::ForGood),
+            (RvError::TokenWriteProtected, ErrorClass::ForGood),
+            (RvError::GeneralError, ErrorClass::Trouble),
+            (RvError::FunctionFailed, ErrorClass::Trouble),
+            (RvError::DeviceMemory, ErrorClass::Trouble),
+            (RvError::KeyHandleInvalid, ErrorClass::Trouble),
+            (RvError::VendorDefined(0x8000_0001), ErrorClass::Trouble),
+        ] {
+            let error = ProviderError::from(said(rv, Function::Decrypt));
+            assert_eq!(error.class(), wanted, "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_service_that_is_not_up_is_absent_and_a_login_without_a_reason_is_not() {
+        for rv in [
+            RvError::GeneralError,
+            RvError::FunctionFailed,
+            RvError::VendorDefined(7),
+        ] {
+            assert!(said(rv, Function::Initialize).is_absence(), "{rv:?}");
+        }
+        assert!(!said(RvError::VendorDefined(7), Function::Login).is_absence());
+        assert!(!said(RvError::PinIncorrect, Function::Login).is_absence());
+        assert!(!said(RvError::MechanismInvalid, Function::OpenSession).is_absence());
+    }
 }

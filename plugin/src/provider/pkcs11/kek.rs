@@ -512,6 +512,21 @@ fn parse(id: &KekId) -> Option<Vec<u8>> {
     (bytes.len() == ID && hex::encode(&bytes) == id.0).then_some(bytes)
 }
 
+/// Whether of `keys` only the first passes for `id`.
+#[cfg(test)]
+pub(super) fn is_told_from_others(
+    session: &Session,
+    keys: &[ObjectHandle],
+    id: &KekId,
+) -> Result<bool, TokenError> {
+    let bytes = parse(id).ok_or_else(|| TokenError::UnknownKek(id.clone()))?;
+    let mut passes = Vec::new();
+    for key in keys {
+        passes.push(Object::read(session, *key)?.is_key(KeyType::AES, &bytes));
+    }
+    Ok(passes[0] && passes[1..].iter().all(|passes| !passes))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

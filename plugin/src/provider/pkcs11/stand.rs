@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::{Pkcs11Provider, Pkcs11Settings};
 use crate::envelope::{KekId, VmId};
-use crate::keystore::Keystore;
+use crate::keystore::{Keystore, RetiredKek, VmRecord};
 use crate::own_process;
 use crate::provider::KeyProvider;
 use crate::provider::conformance::Fixture;
@@ -166,6 +166,22 @@ impl Host {
 
     pub(in crate::provider) fn pkcs11(&self) -> &Pkcs11Provider {
         self.provider.as_ref().unwrap()
+    }
+
+    /// As a job does that has put another in the place of `kek`.
+    pub(in crate::provider) fn retire(&self, vm: VmId, kek: &KekId) {
+        let record = VmRecord {
+            vm,
+            name: "vm".to_owned(),
+            sealed_at: 0,
+            vtpm_seen: false,
+        };
+        let retired = RetiredKek {
+            vm,
+            provider: self.pkcs11().id(),
+            kek: kek.clone(),
+        };
+        self.keystore.bring_back_vm(&record, &[retired]).unwrap();
     }
 
     pub(in crate::provider) fn reopen(&mut self, deadline: Duration) {

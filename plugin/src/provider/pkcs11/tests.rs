@@ -519,3 +519,67 @@ fn token_serves_one_provider_per_host() {
         add("two", "kek-1", &one).unwrap();
     });
 }
+
+/// Templates are wishes for some modules, so the searches here are as wide as theirs may be.
+#[test]
+fn objects_of_others_are_not_taken_for_a_kek() {
+    with_softhsm("ALL", || {
+        let label = next_label();
+        let host = Host::with(softhsm_settings(&label));
+        let provider = host.pkcs11();
+        let (one, other) = (wrapped(provider), wrapped(provider));
+        let owner = provider.owner();
+        let (kek, foreign) = (one.1.kek.clone(), other.1.kek.clone());
+        let found = provider.link.call(move |token| {
+            let mut keys = Vec::new();
+            for id in [&kek, &foreign] {
+                keys.push(kek::find(token, &owner, id)?.key);
+            }
+            kek::is_told_from_others(&token.session, &keys, &kek)
+        });
+        assert!(found.unwrap());
+    });
+}
+
+#[test]
+fn key_that_may_not_decrypt_is_no_kek() {
+    with_softhsm("ALL", || {
+        let label = next_label();
+        let mut host = Host::with(softhsm_settings(&label));
+        let sealed = wrapped(host.pkcs11());
+        let (owner, id) = (host.pkcs11().owner(), sealed.1.kek.clone());
+        let changed = host.pkcs11().link.call(move |token| {
+            let key = kek::find(token, &owner, &id)?.key;
+            let forbidden = [Attribute::Decrypt(false), Attribute::Encrypt(false)];
+            Ok(token.writable()?.update_attributes(key, &forbidden)?)
+        });
+        changed.unwrap();
+        host.reopen(PATIENCE);
+        host.pkcs11().unlock(&secret(PIN)).unwrap();
+        let error = refusal(host.pkcs11(), &sealed);
+        assert!(
+            matches!(&error, ProviderError::KekUnusable { why, .. } if why.contains("decrypt")),
+            "{error:?}"
+        );
+    });
+}
+
+#[test]
+fn retired_kek_does_not_come_back_when_its_successor_vanishes() {
+    with_softhsm("ALL", || {
+        let host = Host::with(softhsm_settings(&next_label()));
+        let provider = host.pkcs11();
+        let vm = VmId::random();
+        let scope = KekScope::Vm(vm);
+        let old = provider.create_kek(&scope).unwrap();
+        let new = provider.rotate_kek(&scope, &old).unwrap();
+        assert!(provider.destroy_kek(&new, vm).unwrap().destroyed);
+        // As long as nothing says that it was retired, it is the one in use.
+        assert_eq!(provider.create_kek(&scope).unwrap(), old);
+        host.retire(vm, &old);
+        let next = provider.create_kek(&scope).unwrap();
+        assert!(next != old && next != new && next.0 < old.0);
+        assert_eq!(provider.create_kek(&scope).unwrap(), next);
+        assert_eq!(provider.rotate_kek(&scope, &old).unwrap(), next);
+    });
+}

@@ -142,26 +142,6 @@ impl Token {
         }
         Ok(offers)
     }
-
-    /// What a failure to decrypt says: about the ciphertext, unless the token is gone. Tokens call a bad tag anything up to
-    /// CKR_GENERAL_ERROR.
-    pub(super) fn explain_opening(&self, error: Error) -> TokenError {
-        let Error::Pkcs11(rv, _) = error else {
-            return error.into();
-        };
-        match rv {
-            RvError::EncryptedDataInvalid
-            | RvError::EncryptedDataLenRange
-            | RvError::WrappedKeyInvalid
-            | RvError::WrappedKeyLenRange
-            | RvError::SignatureInvalid
-            | RvError::SignatureLenRange
-            | RvError::DataInvalid
-            | RvError::DataLenRange => TokenError::Tampered,
-            RvError::GeneralError | RvError::FunctionFailed if self.check().is_ok() => TokenError::Tampered,
-            _ => error.into(),
-        }
-    }
 }
 
 /// A token's count of wrong PINs, as far as it tells.
@@ -190,7 +170,7 @@ fn find(context: &Pkcs11, wanted: &TokenChoice) -> Result<(Slot, Option<TokenInf
         // Odd tokens fail to describe themselves, and work.
         return match slot {
             Some(slot) => Ok((slot, context.get_token_info(slot).ok())),
-            None => Err(not_found(wanted, &described(context, &slots))),
+            None => Err(not_found(wanted, &slots, &described(context, &slots))),
         };
     }
     let tokens = described(context, &slots);
@@ -206,7 +186,7 @@ fn find(context: &Pkcs11, wanted: &TokenChoice) -> Result<(Slot, Option<TokenInf
             wanted: wanted.clone(),
             count: others + 1,
         }),
-        (None, _) => Err(not_found(wanted, &tokens)),
+        (None, _) => Err(not_found(wanted, &slots, &tokens)),
     }
 }
 
@@ -215,7 +195,7 @@ fn described(context: &Pkcs11, slots: &[Slot]) -> Vec<(Slot, TokenInfo)> {
     slots.iter().filter_map(info).collect()
 }
 
-fn not_found(wanted: &TokenChoice, tokens: &[(Slot, TokenInfo)]) -> TokenError {
+fn not_found(wanted: &TokenChoice, slots: &[Slot], tokens: &[(Slot, TokenInfo)]) -> TokenError {
     let initialized = tokens.iter().filter(|(_, info)| info.token_initialized());
     let describe = |(slot, info): &(Slot, TokenInfo)| {
         format!(
@@ -225,7 +205,17 @@ fn not_found(wanted: &TokenChoice, tokens: &[(Slot, TokenInfo)]) -> TokenError {
             slot.id()
         )
     };
-    let found: Vec<_> = initialized.map(describe).collect();
+    let mut found: Vec<_> = initialized.map(describe).collect();
+    // The one that is looked for may be among these.
+    let silent = slots
+        .iter()
+        .filter(|slot| !tokens.iter().any(|(known, _)| known == *slot));
+    found.extend(silent.map(|slot| {
+        format!(
+            "a token that does not describe itself (choose it by --slot {})",
+            slot.id()
+        )
+    }));
     TokenError::NoToken {
         wanted: wanted.clone(),
         found: if found.is_empty() {
