@@ -603,6 +603,9 @@ fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Failure {
             "virsh autostart --disable {0}, then virsh start {0}",
             word(name)
         )),
+        LibvirtError::Usurped { .. } => failure.next(
+            "keep others from defining secrets: SECURITY.md, \"Write access to secrets\"; then copy the data to a new disk in the guest",
+        ),
         _ => failure.next("virtseal status"),
     }
 }

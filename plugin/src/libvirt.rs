@@ -167,7 +167,7 @@ impl Libvirt {
     /// back when a later one fails.
     pub fn arm(&self, secrets: &[Arming]) -> Result<(), LibvirtError> {
         for (done, secret) in secrets.iter().enumerate() {
-            if let Err(error) = self.with("define a secret", |connection| define(connection, secret)) {
+            if let Err(error) = self.arm_one(secret) {
                 let defined: Vec<_> = secrets[..=done].iter().map(|secret| secret.envelope).collect();
                 return match self.disarm(&defined) {
                     Ok(()) => Err(error),
@@ -179,6 +179,25 @@ impl Libvirt {
             }
         }
         Ok(())
+    }
+
+    /// libvirt has no call that defines a secret with its value, so another client can put a secret of its own in between, and
+    /// read what comes. That can't be prevented here, so it is looked for.
+    fn arm_one(&self, secret: &Arming) -> Result<(), LibvirtError> {
+        self.with("define a secret", |connection| define(connection, secret))?;
+        let xml = self.with("read a secret back", |connection| {
+            absent_is(
+                None,
+                connection.lookup_secret_by_uuid(secret.envelope.0).map(Some),
+            )?
+            .map_or(Ok(None), |found| absent_is(None, found.xml_desc(0).map(Some)))
+        })?;
+        if xml.is_some_and(|xml| is_as_defined(&xml, secret.envelope)) {
+            return Ok(());
+        }
+        Err(LibvirtError::Usurped {
+            envelope: secret.envelope,
+        })
     }
 
     /// Undefines the secrets of `envelopes`; one that is not there is no error.
@@ -194,10 +213,8 @@ impl Libvirt {
 
     /// The envelopes whose secrets libvirt holds now.
     pub fn armed(&self) -> Result<Vec<EnvelopeId>, LibvirtError> {
-        let flags = sys::VIR_CONNECT_LIST_SECRETS_EPHEMERAL | sys::VIR_CONNECT_LIST_SECRETS_PRIVATE;
-        let secrets = self.with("list the secrets", |connection| {
-            connection.list_all_secrets(flags)
-        })?;
+        // Of any kind: others can have made one of ours persistent meanwhile.
+        let secrets = self.with("list the secrets", |connection| connection.list_all_secrets(0))?;
         // One that is gone meanwhile is no longer armed.
         let found = secrets
             .iter()
@@ -432,6 +449,14 @@ pub enum LibvirtError {
         /// For how long.
         waited: Duration,
     },
+    /// Another client of libvirt has defined a secret while it was getting its value.
+    #[error(
+        "somebody else has replaced secret {envelope} in libvirt while it was getting its value: who did may have read the key"
+    )]
+    Usurped {
+        /// Whose secret it is.
+        envelope: EnvelopeId,
+    },
     /// A call failed, and so did taking back what had been done before it.
     #[error("secrets may be left in libvirt, because undoing failed as well ({rollback})")]
     Rollback {
@@ -489,6 +514,14 @@ fn armed_by(xml: &str) -> Option<EnvelopeId> {
     let id = child("uuid")?.text()?.parse().ok()?;
     let usage = child("usage")?.children().find(Node::is_element)?.text()?;
     (usage == format!("{USAGE_PREFIX}{id}")).then_some(id)
+}
+
+/// Whether this is the secret that was defined, of which libvirt tells nobody the value, and keeps it in memory only.
+fn is_as_defined(xml: &str, envelope: EnvelopeId) -> bool {
+    let says_yes = |name: &str| {
+        parse_document(xml).is_ok_and(|document| document.root_element().attribute(name) == Some("yes"))
+    };
+    armed_by(xml) == Some(envelope) && says_yes("ephemeral") && says_yes("private")
 }
 
 /// `<target><path>` of a `<pool>`.
@@ -616,6 +649,27 @@ mod tests {
             assert_eq!(armed_by(&xml), Some(arming.envelope), "{xml}");
             let others = xml.replace(USAGE_PREFIX, "/var/lib/libvirt/images/");
             assert_eq!(armed_by(&others), None, "{others}");
+        }
+    }
+
+    #[test]
+    fn a_secret_that_others_have_put_in_the_place_of_ours_is_told_from_it() {
+        let envelope = EnvelopeId::random();
+        let xml = secret_xml(&Arming {
+            envelope,
+            kind: ObjectKind::Disk,
+            description: "virtseal: disk vda of web01".into(),
+            passphrase: Dek::random().unwrap().passphrase().unwrap(),
+        });
+        assert!(is_as_defined(&xml, envelope));
+        assert!(!is_as_defined(&xml, EnvelopeId::random()));
+        for (from, to) in [
+            ("private='yes'", "private='no'"),
+            ("private='yes'", ""),
+            ("ephemeral='yes'", "ephemeral='no'"),
+            (USAGE_PREFIX, "/images/"),
+        ] {
+            assert!(!is_as_defined(&xml.replace(from, to), envelope), "{from} {to}");
         }
     }
 
