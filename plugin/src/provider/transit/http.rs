@@ -12,7 +12,7 @@ use ureq::Agent;
 use ureq::http::{HeaderValue, Method, Request, Response};
 
 use super::settings::TransitSettings;
-use super::wire::{LaterResolver, NoTrust, Wire};
+use super::wire::{LaterResolver, NoTrust, TurnedAway, Wire, is_broken};
 use crate::envelope::KekId;
 use crate::provider::ProviderError;
 use crate::secret::SecretBytes;
@@ -31,6 +31,8 @@ pub(super) enum Fault {
     Unreachable(String),
     /// Its certificate, or ours, is not accepted.
     NotTrusted(String),
+    /// It ended the connection where it may have refused our certificate.
+    TurnedAway(String),
     /// It must be unsealed first.
     Sealed,
     /// The token may not do this, or is none.
@@ -72,7 +74,8 @@ impl From<Fault> for ProviderError {
             Fault::Unreachable(why) => Self::Unreachable(why),
             Fault::NotTrusted(why) => Self::NotTrusted(why),
             Fault::Sealed => Self::ServerSealed,
-            Fault::Denied(why) | Fault::Ended(why) => Self::CredentialRefused(why),
+            // What helps is another certificate, which comes with an unlock.
+            Fault::Denied(why) | Fault::Ended(why) | Fault::TurnedAway(why) => Self::CredentialRefused(why),
             Fault::NotFound(why) if why.is_empty() => {
                 Self::Unusable("the server does not know what it was asked for".into())
             }
@@ -323,6 +326,9 @@ impl Client {
         let why = match error {
             ureq::Error::Other(error) => match error.downcast::<NoTrust>() {
                 Ok(error) => return Fault::NotTrusted(error.0),
+                Err(error) if error.is::<TurnedAway>() => {
+                    return Fault::TurnedAway(format!("{address}: {error}"));
+                }
                 Err(error) => error.to_string(),
             },
             ureq::Error::Http(_) => return Fault::WrongCredential,
@@ -341,15 +347,6 @@ impl Client {
         };
         Fault::Unreachable(printable(&format!("{address}: {why}{late}")))
     }
-}
-
-/// Whether the connection, perhaps an idle one that the server had closed, was to blame.
-fn is_broken(kind: io::ErrorKind) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
-    matches!(
-        kind,
-        BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof
-    )
 }
 
 /// One line, of bounded length, without anything a terminal would act on.

@@ -68,7 +68,11 @@ impl Health {
             Err(Fault::WrongCredential) => {
                 Self::NotTrusted("the server does not accept its credential".to_owned())
             }
-            Err(Fault::Trouble(why)) => Self::Trouble(why.clone()),
+            // It may pass, so the next call tries again.
+            Err(Fault::Trouble(why) | Fault::TurnedAway(why)) => Self::Trouble(why.clone()),
+            Err(Fault::NotFound(why)) if why.is_empty() => {
+                Self::Degraded("the server does not know what it was asked for".to_owned())
+            }
             Err(Fault::Denied(why) | Fault::NotFound(why) | Fault::Refused(why) | Fault::Beside(why)) => {
                 Self::Degraded(why.clone())
             }

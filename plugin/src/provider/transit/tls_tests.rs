@@ -6,6 +6,7 @@ use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
 use openssl::pkey::{PKey, Private};
+use openssl::ssl::{SslAcceptor, SslMethod, SslVerifyMode};
 use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAlternativeName};
 use openssl::x509::{X509, X509Builder, X509NameBuilder};
 use serde_json::{Value, json};
@@ -307,4 +308,47 @@ pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
         matches!(&error, ProviderError::NotTrusted(why) if why.contains("expired")),
         "{error:?}"
     );
+}
+
+/// A server that ends each connection after the handshake; by `verify` it asks for a certificate in it.
+fn closing_server(ca: &Identity, verify: SslVerifyMode) -> String {
+    let identity = Identity::new("server", Some(ca), &["127.0.0.1"], 50);
+    let mut acceptor = SslAcceptor::mozilla_modern_v5(SslMethod::tls_server()).unwrap();
+    acceptor.set_private_key(&identity.key).unwrap();
+    acceptor.set_certificate(&identity.certificate).unwrap();
+    acceptor.set_verify_callback(verify, |_, _| true);
+    let acceptor = acceptor.build();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("https://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            drop(acceptor.accept(stream.unwrap()));
+        }
+    });
+    address
+}
+
+#[test]
+fn server_that_goes_after_it_asked_for_a_certificate_has_turned_us_away() {
+    let ca = Identity::authority("ca");
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("ca.pem");
+    std::fs::write(&file, ca.certificate_pem()).unwrap();
+    let client = secret(&ca.client("host1", 50).pem());
+    for verify in [SslVerifyMode::PEER, SslVerifyMode::NONE] {
+        let address = closing_server(&ca, verify);
+        let auth = json!({"method": "cert", "role": "hosts"});
+        let settings = json!({"address": address, "mount": "transit", "auth": auth, "ca": file});
+        let settings: TransitSettings = serde_json::from_value(settings).unwrap();
+        let made = Tested::new(settings.validated().unwrap());
+        let error = made.unlock(&client).unwrap_err();
+        if verify == SslVerifyMode::PEER {
+            assert!(
+                matches!(&error, ProviderError::CredentialRefused(why) if why.contains("client certificate")),
+                "{error:?}"
+            );
+        } else {
+            assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
+        }
+    }
 }

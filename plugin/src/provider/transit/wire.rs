@@ -25,8 +25,8 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use self::buffers::WipedBuffers;
-use crate::provider::revocation;
 use crate::provider::timed::Timed;
+use crate::provider::{certificate_request, revocation};
 use crate::secret::SecretBytes;
 
 /// `SSL_OP_CLEANSE_PLAINTEXT` of OpenSSL 3 (SSL_CTX_set_options(3)), which the binding has no name for.
@@ -47,6 +47,20 @@ impl fmt::Display for NoTrust {
 }
 
 impl std::error::Error for NoTrust {}
+
+/// The server asked for a certificate, and went before its first answer: in TLS 1.3 that is how a refusal looks when no alert comes through.
+#[derive(Debug)]
+pub(super) struct TurnedAway;
+
+impl fmt::Display for TurnedAway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "it asked for a client certificate and closed the connection without an answer, as servers do that do not accept it",
+        )
+    }
+}
+
+impl std::error::Error for TurnedAway {}
 
 /// Opens connections to one server.
 pub(super) struct Wire {
@@ -132,10 +146,14 @@ impl Wire {
 
     fn tls(&self, host: &str, stream: Timed) -> Result<SslStream<Timed>, ureq::Error> {
         let name = self.server_name.as_deref().unwrap_or(host);
-        self.connector.connect(name, stream).map_err(|error| match error {
-            HandshakeError::SetupFailure(stack) => no_trust(format!("TLS can't be set up: {stack}")),
+        let setup = |stack| no_trust(format!("TLS can't be set up: {stack}"));
+        let mut configuration = self.connector.configure().map_err(setup)?;
+        certificate_request::watch(&mut configuration).map_err(setup)?;
+        configuration.connect(name, stream).map_err(|error| match error {
+            HandshakeError::SetupFailure(stack) => setup(stack),
             HandshakeError::Failure(failed) | HandshakeError::WouldBlock(failed) => {
                 let verified = failed.ssl().verify_result();
+                let asked = certificate_request::came(failed.ssl());
                 let cause = failed.into_error();
                 if verified != X509VerifyResult::OK {
                     return no_trust(format!(
@@ -143,7 +161,12 @@ impl Wire {
                         verified.error_string()
                     ));
                 }
-                tls_error(cause)
+                let error = tls_error(cause);
+                if asked {
+                    turned_away_if_closed(error)
+                } else {
+                    error
+                }
             }
         })
     }
@@ -199,6 +222,23 @@ fn tls_error(error: openssl::ssl::Error) -> ureq::Error {
             Err(_) => io::Error::from(io::ErrorKind::UnexpectedEof).into(),
         },
     }
+}
+
+/// What an end of the connection means where a certificate was asked for and nothing was answered yet.
+fn turned_away_if_closed(error: ureq::Error) -> ureq::Error {
+    match error {
+        ureq::Error::Io(error) if is_broken(error.kind()) => ureq::Error::Other(Box::new(TurnedAway)),
+        error => error,
+    }
+}
+
+/// Whether the connection, perhaps an idle one that the server had closed, was to blame.
+pub(super) fn is_broken(kind: io::ErrorKind) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+    matches!(
+        kind,
+        BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | UnexpectedEof
+    )
 }
 
 fn is_end_of_stream(error: &openssl::ssl::Error) -> bool {
@@ -287,8 +327,13 @@ impl Connector<()> for Wire {
             true => Channel::Tls(self.tls(host, stream)?),
             false => Channel::Plain(stream),
         };
+        let silence = match &channel {
+            Channel::Tls(tls) if certificate_request::came(tls.ssl()) => Silence::MayBeARefusal,
+            _ => Silence::IsNoRefusal,
+        };
         Ok(Some(Connection {
             channel,
+            silence,
             buffers: WipedBuffers::new(),
         }))
     }
@@ -334,10 +379,19 @@ impl Channel {
     }
 }
 
+/// What it means when the server goes without a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Silence {
+    /// It has asked for a certificate, and not answered anything yet.
+    MayBeARefusal,
+    IsNoRefusal,
+}
+
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     channel: Channel,
+    silence: Silence,
     buffers: WipedBuffers,
 }
 
@@ -354,13 +408,27 @@ impl Transport for Connection {
 
     fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), ureq::Error> {
         self.until(timeout);
-        let Self { channel, buffers } = self;
-        buffers.send_output(amount, |output| channel.write_all(output))
+        let Self {
+            channel,
+            buffers,
+            silence,
+        } = self;
+        let sent = buffers.send_output(amount, |output| channel.write_all(output));
+        match silence {
+            Silence::MayBeARefusal => sent.map_err(turned_away_if_closed),
+            Silence::IsNoRefusal => sent,
+        }
     }
 
     fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, ureq::Error> {
         self.until(timeout);
-        let count = self.channel.read(self.buffers.input_append_buf())?;
+        let read = self.channel.read(self.buffers.input_append_buf());
+        let count = match (self.silence, read) {
+            (Silence::MayBeARefusal, Ok(0)) => return Err(ureq::Error::Other(Box::new(TurnedAway))),
+            (Silence::MayBeARefusal, read) => read.map_err(turned_away_if_closed)?,
+            (Silence::IsNoRefusal, read) => read?,
+        };
+        self.silence = Silence::IsNoRefusal;
         self.buffers.input_appended(count);
         Ok(count > 0)
     }
