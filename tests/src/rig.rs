@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use uuid::Uuid;
 
 use crate::{
@@ -59,8 +60,17 @@ impl Rig {
         nth: usize,
         work: impl FnOnce(&SealedHost) -> Result<Output>,
     ) -> Result<(Output, Trace)> {
+        self.killed(nth, Tracer::kill_at, work)
+    }
+
+    fn killed(
+        &mut self,
+        nth: usize,
+        kill_at: fn(Pid, usize) -> Result<Tracer>,
+        work: impl FnOnce(&SealedHost) -> Result<Output>,
+    ) -> Result<(Output, Trace)> {
         let daemon = self.sealed.daemon()?.outside_pid()?;
-        let tracer = Tracer::kill_at(daemon, nth)?;
+        let tracer = kill_at(daemon, nth)?;
         let output = work(&self.sealed)?;
         let trace = tracer.finish()?;
         if trace.killed {
@@ -84,12 +94,33 @@ impl Rig {
     pub fn at_each_step(
         &mut self,
         command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
+        after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
+    ) -> Result<Vec<Step>> {
+        self.at_each(Tracer::kill_at, command, after)
+    }
+
+    /// The same at each change of a file alone: for a command that asks libvirt for so much that messages are most of it.
+    ///
+    /// # Errors
+    /// As [`Rig::at_each_step`].
+    pub fn at_each_change(
+        &mut self,
+        command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
+        after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
+    ) -> Result<Vec<Step>> {
+        self.at_each(Tracer::kill_at_change, command, after)
+    }
+
+    fn at_each(
+        &mut self,
+        kill_at: fn(Pid, usize) -> Result<Tracer>,
+        command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
         mut after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
     ) -> Result<Vec<Step>> {
         for nth in 1..MOST_STEPS {
             let arguments = command(self, nth)?;
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-            let (output, trace) = self.kill_at(nth, |sealed| sealed.virtseal(&arguments))?;
+            let (output, trace) = self.killed(nth, kill_at, |sealed| sealed.virtseal(&arguments))?;
             let step = trace.steps.last().cloned().unwrap_or_default();
             if !trace.killed {
                 output.succeeded()?;

@@ -304,15 +304,22 @@ fn named(thread: Pid, call: &str, source: (u64, u64), target: (u64, u64)) -> Opt
     let source = path_of(thread, source);
     // A file without a name is linked by way of its descriptor.
     let source = match source.rsplit_once("/fd/") {
-        Some((_, descriptor)) => opened(thread, descriptor.parse().unwrap_or(u64::MAX)),
-        None => source,
+        Some((_, descriptor)) if !descriptor.contains('/') => {
+            opened(thread, descriptor.parse().unwrap_or(u64::MAX))
+        }
+        _ => source,
     };
     let target = path_of(thread, target);
     let directory = target.rsplit_once('/').map_or("", |(directory, _)| directory);
+    // A directory that is held open is named by its descriptor.
+    let directory = match directory.rsplit_once("/fd/") {
+        Some((_, descriptor)) => opened(thread, descriptor.parse().unwrap_or(u64::MAX)),
+        None => directory.to_owned(),
+    };
     Some(Step {
         call: call.into(),
         file: last_part(&source),
-        directory: last_part(directory),
+        directory: last_part(&directory),
     })
 }
 

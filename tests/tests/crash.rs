@@ -107,7 +107,7 @@ fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
         rig.host().define(&spec)?;
         words(&["vm", "seal", &spec.name])
     };
-    let steps = rig.at_each_step(define, |rig, nth, command| {
+    let steps = rig.at_each_change(define, |rig, nth, command| {
         let spec = spec(nth);
         rig.expect_openable(&spec.uuid)?;
         if nth % 10 == 0 {
@@ -146,7 +146,7 @@ fn vm_unseal_can_be_killed_at_every_step() -> Result<()> {
         rig.sealed.seal_empty(&spec(nth))?;
         words(&["vm", "unseal", &spec(nth).name])
     };
-    rig.at_each_step(sealed, |rig, nth, command| {
+    rig.at_each_change(sealed, |rig, nth, command| {
         let name = spec(nth).name;
         rig.sealed.unlock()?;
         let again = rig.sealed.virtseal(command)?;

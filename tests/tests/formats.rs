@@ -154,7 +154,8 @@ fn plaintext_beside_the_objects_is_refused_unless_the_policy_allows_it() -> Resu
     sealed.destroy("web01")?;
 
     // The plan says the same as a start: refused by itself, allowed and warned of by the policy.
-    let other = DomainSpec::minimal("other", &second);
+    let third = sealed.host().empty_disk("third", 1 << 20)?;
+    let other = DomainSpec::minimal("other", &third);
     let file_memory = other.xml().replacen(
         "<os>",
         "<memoryBacking><source type='file'/></memoryBacking><os>",

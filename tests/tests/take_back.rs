@@ -187,7 +187,7 @@ fn status_tells_what_is_wrong_with_objects_and_xml() -> Result<()> {
     let warnings = status(&sealed, "web01")?["warnings"].to_string();
     ensure!(!warnings.contains("persistent_state"), "{warnings}");
 
-    // XML that can't be read is an error; in the list it hides nobody else, and its objects are those of the keystore.
+    // A copy of an envelope that can't be read is passed over.
     let id = envelopes(&sealed, "web01")?;
     let begin = good.find("<virtseal:envelope").context("no envelope")?;
     let broken = without(&good, "<virtseal:envelope", "</virtseal:envelope>")?;
@@ -198,6 +198,17 @@ fn status_tells_what_is_wrong_with_objects_and_xml() -> Result<()> {
         &broken[begin..]
     );
     host.define_xml(&broken)?;
+    let seen = status(&sealed, "web01")?;
+    ensure!(seen["state"] == "sealed", "{seen}");
+    expect_names(&seen["warnings"].to_string(), &[&id[0], "can't be read"])?;
+
+    // XML that can't be read is an error; in the list it hides nobody else, and its objects are those of the keystore.
+    let twice = good.replacen(
+        "<virtseal:vm",
+        "<virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'/><virtseal:vm",
+        1,
+    );
+    host.define_xml(&twice)?;
     let refused = sealed.refused(1, &["vm", "status", "web01"])?;
     expect_names(&refused, &["web01", "can't be read", "virsh define FILE"])?;
     let listed = sealed.json(&["vm", "status"])?;
