@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use base64::Engine;
@@ -15,6 +16,8 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use crate::SealedHost;
+use crate::deadline::wait_until;
+use crate::process::Process;
 
 const NONCE: usize = 12;
 const TAG: usize = 16;
@@ -243,6 +246,32 @@ pub fn edit_keystore<T>(
         }
     }
     Ok(changed)
+}
+
+/// Keeps the keystore's write-ahead log from being used again from its start, so that each change needs room: a log that was
+/// emptied has some, however full the disk is. Until it is dropped.
+///
+/// # Errors
+/// python3 does not start, or the keystore can't be opened.
+pub fn pin_log(sealed: &SealedHost) -> Result<Process> {
+    const PINNED: &str = "/run/log-pinned";
+    // A reader of what is not in the database yet.
+    const READER: &str = "import sqlite3, sys, time
+keystore = sqlite3.connect(sys.argv[1], isolation_level=None)
+keystore.execute('UPDATE providers SET created = created')
+keystore.execute('BEGIN')
+keystore.execute('SELECT count(*) FROM providers').fetchall()
+open(sys.argv[2], 'w').close()
+time.sleep(1000)";
+    let host = sealed.host();
+    let _ = fs::remove_file(host.path(PINNED));
+    let argv = ["python3", "-c", READER, "/var/lib/virtseal/keystore.db", PINNED];
+    let reader = host.spawn("log-reader", &argv)?;
+    wait_until(Duration::from_secs(20), "the reader of the keystore", || {
+        Ok(host.path(PINNED).exists().then_some(()))
+    })
+    .with_context(|| reader.output())?;
+    Ok(reader)
 }
 
 #[cfg(test)]

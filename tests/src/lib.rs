@@ -57,7 +57,7 @@ pub use domain::{DomainSpec, Firmware};
 pub use durable::{expect_durable, expect_order};
 pub use guest::{BOOT_DEADLINE, Guest, guest_image};
 pub use host::{Host, HostBuilder};
-pub use keys::{KeptEnvelope, RootKey, edit_keystore, kept_envelopes, sealed_root};
+pub use keys::{KeptEnvelope, RootKey, edit_keystore, kept_envelopes, pin_log, sealed_root};
 pub use namespace::Namespace;
 pub use observed::{Strace, core_image};
 pub use openable::temporaries;

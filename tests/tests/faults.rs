@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 use virtseal_e2e::rig::{IMAGES, NVRAM, Rig, STATE};
-use virtseal_e2e::{DomainSpec, DomainState, built_program, wait_until};
+use virtseal_e2e::{DomainSpec, DomainState, built_program, pin_log, wait_until};
 
 /// Rounds of a race.
 const ROUNDS: u32 = 12;
@@ -102,6 +102,7 @@ fn full_state_directory_refuses_new_keys_and_still_starts_vms() -> Result<()> {
     rig.sealed.expect_start(&spec.name)?;
     rig.sealed.expect_start(&spec.name)?;
 
+    let pinned = pin_log(&rig.sealed)?;
     let ballast = rig.host().path(STATE).join("ballast");
     let filled = fs::write(&ballast, vec![0; 2 << 20]);
     ensure!(filled.is_err(), "the state directory is not full");
@@ -135,6 +136,7 @@ fn full_state_directory_refuses_new_keys_and_still_starts_vms() -> Result<()> {
     rig.sealed.expect_start(&spec.name)?;
 
     fs::remove_file(ballast)?;
+    drop(pinned);
     rig.sealed.virtseal(&create)?.succeeded()?;
     rig.expect_active(&vm, &["disk"])?;
     rig.sealed.virtseal(&add)?.succeeded()?;

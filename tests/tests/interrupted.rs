@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use virtseal_e2e::rig::{IMAGES, Rig, STATE, done_or, root_of};
 use virtseal_e2e::{
     KeptEnvelope, Output, RootKey, Trace, Tracer, edit_keystore, edited, expect_durable, expect_names,
-    kept_envelopes, wait_until,
+    kept_envelopes, pin_log, wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -263,9 +263,7 @@ fn a_rotation_waits_while_the_state_directory_is_full() -> Result<()> {
     for nth in 1..=6 {
         volume(&rig, &format!("full{nth}"), nth)?;
     }
-    // A write-ahead log that was emptied has room for more: this one begins anew.
-    rig.restart()?;
-    rig.sealed.unlock_provider("main")?;
+    let pinned = pin_log(&rig.sealed)?;
     let before = deks(&rig, &[&rig.root])?;
     let file = rig.passphrase()?;
     let rotate = ["provider", "rotate", "main", "--passphrase-file", &file];
@@ -321,6 +319,7 @@ fn a_rotation_waits_while_the_state_directory_is_full() -> Result<()> {
         Ok(waiting.contains("no space left").then_some(()))
     })?;
     fs::remove_file(&ballast)?;
+    drop(pinned);
     wait_until_quiet(&rig)?;
     let job = rig.sealed.last_job()?;
     ensure!(job["state"] == "done" && job["changed"] == 6, "{job}");

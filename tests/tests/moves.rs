@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{HostBuilder, SealedHost, expect_names};
+use virtseal_e2e::{HostBuilder, SealedHost, expect_names, wait_until};
+
+const COPIES_DEADLINE: Duration = Duration::from_secs(30);
 
 #[test]
 fn sealed_vm_can_be_defined_again_from_its_dumpxml() -> Result<()> {
@@ -12,6 +15,10 @@ fn sealed_vm_can_be_defined_again_from_its_dumpxml() -> Result<()> {
     sealed.seal_new("web01")?;
     sealed.start_paused("web01")?;
     sealed.destroy("web01")?;
+    // Its first start is noted in its envelopes, and their copies follow.
+    wait_until(COPIES_DEADLINE, "the copies", || {
+        Ok((sealed.json(&["jobs"])?["stale_copies"] == 0).then_some(()))
+    })?;
     let dumped = sealed.dumpxml("web01")?;
 
     sealed.host().undefine("web01")?;

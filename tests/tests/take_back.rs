@@ -203,12 +203,9 @@ fn status_tells_what_is_wrong_with_objects_and_xml() -> Result<()> {
     expect_names(&seen["warnings"].to_string(), &[&id[0], "can't be read"])?;
 
     // XML that can't be read is an error; in the list it hides nobody else, and its objects are those of the keystore.
-    let twice = good.replacen(
-        "<virtseal:vm",
-        "<virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'/><virtseal:vm",
-        1,
-    );
-    host.define_xml(&twice)?;
+    let many: String = (0..300).map(|nth| format!(" a{nth}=''")).collect();
+    let foreign = format!("<other:tool xmlns:other='urn:other'{many}/><virtseal:vm");
+    host.define_xml(&good.replacen("<virtseal:vm", &foreign, 1))?;
     let refused = sealed.refused(1, &["vm", "status", "web01"])?;
     expect_names(&refused, &["web01", "can't be read", "virsh define FILE"])?;
     let listed = sealed.json(&["vm", "status"])?;
