@@ -255,12 +255,21 @@ pub fn edit_keystore<T>(
 /// python3 does not start, or the keystore can't be opened.
 pub fn pin_log(sealed: &SealedHost) -> Result<Process> {
     const PINNED: &str = "/run/log-pinned";
-    // A reader of what is not in the database yet.
-    const READER: &str = "import sqlite3, sys, time
-keystore = sqlite3.connect(sys.argv[1], isolation_level=None)
-keystore.execute('UPDATE providers SET created = created')
-keystore.execute('BEGIN')
-keystore.execute('SELECT count(*) FROM providers').fetchall()
+    // A reader of what is not in the database yet; then what the log's file had left is used up.
+    const READER: &str = "import os, sqlite3, sys, time
+path = sys.argv[1]
+open_keystore = lambda: sqlite3.connect(path, isolation_level=None, timeout=20)
+writer, reader = open_keystore(), open_keystore()
+def write():
+    writer.execute('UPDATE providers SET created = created + 1')
+    writer.execute('UPDATE providers SET created = created - 1')
+write()
+reader.execute('BEGIN')
+reader.execute('SELECT count(*) FROM providers').fetchall()
+length = os.path.getsize(path + '-wal')
+while os.path.getsize(path + '-wal') == length:
+    write()
+writer.close()
 open(sys.argv[2], 'w').close()
 time.sleep(1000)";
     let host = sealed.host();
