@@ -44,7 +44,7 @@ pub use kek_names::KekNameRecord;
 pub use persisted_keks::{KekPersistence, PersistedKek};
 pub use proofs::{AuditAnchor, MadeKek, SavedState};
 pub use providers::{DeletedProvider, NativeRoot, ProviderRecord};
-pub use tpm_seals::TpmSeal;
+pub use tpm_seals::{TpmRenewal, TpmSeal};
 pub use vms::VmRecord;
 
 /// Seconds since 1970, UTC.

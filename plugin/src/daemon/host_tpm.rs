@@ -117,10 +117,19 @@ impl Daemon {
         Tried::Over
     }
 
-    /// After a rotation, or an unlock that follows one: the TPM gets the new root keys too. Says why it does not.
+    /// At an unlock that follows a rotation: the TPM gets the new root keys too. Says why it does not.
     pub(super) fn renew_tpm(&self, native: &NativeProvider) -> Option<String> {
+        self.tpm_lags(native, native.renew_tpm(&self.tpm))
+    }
+
+    /// Why the TPM has not got the new root keys, if it has not.
+    pub(super) fn tpm_lags(
+        &self,
+        native: &NativeProvider,
+        renewed: Result<Change, NativeError>,
+    ) -> Option<String> {
         let name = native.name();
-        match native.renew_tpm(&self.tpm) {
+        match renewed {
             Ok(Change::Unchanged) => None,
             Ok(Change::Changed) => {
                 self.audit_provider("provider-tpm-enroll", name, &Ok(()));

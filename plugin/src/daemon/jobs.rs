@@ -110,20 +110,21 @@ impl Daemon {
         let known = self.registry.find(name)?;
         // Before anything changes.
         self.refuse_second_job()?;
+        let mut tpm_lags = None;
         if let Provider::Native(native) = &known {
             self.refuse_to_fork(native)?;
             let [passphrase] = take(fds)?;
             let rotated = native
-                .rotate(&passphrase_from(passphrase)?)
+                .rotate_with_tpm(&passphrase_from(passphrase)?, &self.tpm)
                 .map_err(|error| native_failure(name, &error));
             crate::process::trim();
             self.audit_provider("provider-rotate", name, &rotated);
-            rotated?;
+            tpm_lags = self.tpm_lags(native, rotated?);
         }
         let provider = known.provider().id();
         let mut started = self.start(&Task::Rotate { provider })?;
         if let Provider::Native(native) = &known {
-            started.warnings.extend(self.renew_tpm(native));
+            started.warnings.extend(tpm_lags);
             if native.status() != ProviderStatus::Ready {
                 started.warnings.push(format!(
                     "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} \

@@ -1,10 +1,12 @@
 //! Rows of key providers, and the sealed root keys of native ones.
 
-use rusqlite::{Connection, OptionalExtension, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::{
-    Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id, persisted_keks,
-    tpm_seals,
+    Change, Keystore, KeystoreError, UnixTime, collect,
+    error::StoreFault,
+    now, parse_id, persisted_keks,
+    tpm_seals::{self, TpmRenewal},
 };
 use crate::envelope::ProviderId;
 use crate::failure::chain;
@@ -89,6 +91,36 @@ impl Keystore {
     /// # Errors
     /// [`KeystoreError::UnknownProvider`], and when it has a root key of this generation or a later one.
     pub fn insert_native_generation(&self, id: ProviderId, root: &NativeRoot) -> Result<(), KeystoreError> {
+        self.insert_generation(id, root, |_| Ok(Change::Unchanged))
+            .map(drop)
+    }
+
+    /// The same, and in the same commit what the TPM opens: a host that dies is never left with a root key that its TPM does
+    /// not have. Says whether that is so; it is not where `renewal` is for a row that has changed or gone meanwhile.
+    ///
+    /// # Errors
+    /// As [`Keystore::insert_native_generation`].
+    pub fn insert_native_generation_for_tpm(
+        &self,
+        id: ProviderId,
+        root: &NativeRoot,
+        renewal: &TpmRenewal,
+    ) -> Result<Change, KeystoreError> {
+        let renewed =
+            self.insert_generation(id, root, |transaction| tpm_seals::renew(transaction, id, renewal))?;
+        // The root key is there, whatever becomes of the earlier row's page.
+        if let Err(error) = self.forget_deleted_rows() {
+            tracing::warn!("the write-ahead log is not emptied: {}", chain(&error));
+        }
+        Ok(renewed)
+    }
+
+    fn insert_generation(
+        &self,
+        id: ProviderId,
+        root: &NativeRoot,
+        with: impl FnOnce(&Transaction) -> Result<Change, StoreFault>,
+    ) -> Result<Change, KeystoreError> {
         self.write(|transaction| {
             let newest = newest_generation(transaction, id)?;
             if root.generation != newest + 1 {
@@ -98,7 +130,8 @@ impl Keystore {
                 }
                 .into());
             }
-            insert_root(transaction, id, root)
+            insert_root(transaction, id, root)?;
+            with(transaction)
         })
     }
 

@@ -20,6 +20,14 @@ pub struct TpmSeal {
     pub enrolled: UnixTime,
 }
 
+/// What takes the place of one row, and of no other.
+pub struct TpmRenewal {
+    /// The row that was read.
+    pub before: TpmSeal,
+    /// What it is to be.
+    pub after: TpmSeal,
+}
+
 impl Keystore {
     /// Puts `seal` in the place of the one there is, if any: that one may ask for less, and opens nothing any more.
     ///
@@ -27,14 +35,7 @@ impl Keystore {
     /// [`KeystoreError::UnknownProvider`], and when a later root key has come meanwhile: it would be missing.
     pub fn put_tpm_seal(&self, provider: ProviderId, seal: &TpmSeal) -> Result<(), KeystoreError> {
         self.write(|transaction| {
-            let newest = newest_generation(transaction, provider)?;
-            if seal.generation != newest {
-                return Err(KeystoreError::Inconsistent {
-                    row: format!("of the TPM for provider {provider}"),
-                    why: format!("it has root key {}, and {newest} is the newest", seal.generation),
-                }
-                .into());
-            }
+            check_newest(transaction, provider, seal)?;
             transaction.execute(
                 "INSERT OR REPLACE INTO tpm_seals (provider, generation, sealed_key, roots, enrolled)
                  VALUES (?1, ?2, ?3, ?4, ?5)",
@@ -49,6 +50,20 @@ impl Keystore {
             Ok(())
         })?;
         self.forget_deleted_rows().map(drop)
+    }
+
+    /// Puts a renewed row in the place of the one that it was made from; one that was replaced or removed meanwhile stays so.
+    ///
+    /// # Errors
+    /// As [`Keystore::put_tpm_seal`].
+    pub fn renew_tpm_seal(
+        &self,
+        provider: ProviderId,
+        renewal: &TpmRenewal,
+    ) -> Result<Change, KeystoreError> {
+        let renewed = self.write(|transaction| renew(transaction, provider, renewal))?;
+        self.forget_deleted_rows()?;
+        Ok(renewed)
     }
 
     /// The one of `provider`.
@@ -77,6 +92,39 @@ impl Keystore {
         self.forget_deleted_rows()?;
         Ok(change)
     }
+}
+
+pub(super) fn renew(
+    connection: &Connection,
+    provider: ProviderId,
+    TpmRenewal { before, after }: &TpmRenewal,
+) -> Result<Change, StoreFault> {
+    check_newest(connection, provider, after)?;
+    let rows = connection.execute(
+        "UPDATE tpm_seals SET generation = ?3, sealed_key = ?4, roots = ?5, enrolled = ?6
+         WHERE provider = ?1 AND sealed_key = ?2",
+        params![
+            provider.to_string(),
+            before.sealed_key,
+            after.generation,
+            after.sealed_key,
+            after.roots,
+            now()
+        ],
+    )?;
+    Ok(Change::of_rows(rows))
+}
+
+fn check_newest(connection: &Connection, provider: ProviderId, seal: &TpmSeal) -> Result<(), StoreFault> {
+    let newest = newest_generation(connection, provider)?;
+    if seal.generation == newest {
+        return Ok(());
+    }
+    Err(KeystoreError::Inconsistent {
+        row: format!("of the TPM for provider {provider}"),
+        why: format!("it has root key {}, and {newest} is the newest", seal.generation),
+    }
+    .into())
 }
 
 pub(super) fn delete(connection: &Connection, provider: ProviderId) -> Result<usize, StoreFault> {

@@ -33,9 +33,9 @@ use self::sealing::Form;
 use super::aes_gcm::MECHANISM;
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
-use crate::keystore::{Keystore, KeystoreError, NativeRoot, ProviderRecord};
+use crate::keystore::{Change, Keystore, KeystoreError, NativeRoot, ProviderRecord};
 use crate::secret::{SecretBytes, Transient};
-use crate::tpm::TpmError;
+use crate::tpm::{Tpm, TpmError};
 
 pub use document::DocumentError;
 pub use sealing::SealingError;
@@ -197,6 +197,46 @@ impl NativeProvider {
     /// # Errors
     /// When the passphrase is wrong, or the keystore can't be written.
     pub fn rotate(&self, passphrase: &SecretBytes) -> Result<u32, NativeError> {
+        self.rotate_and(passphrase, |row, _| {
+            self.keystore.insert_native_generation(self.id, row)?;
+            Ok(())
+        })?;
+        Ok(self.generation())
+    }
+
+    /// The same, and `tpm` opens the new root keys from the same commit on, if it opened the earlier ones. What it says of
+    /// that comes back; its refusal is no reason not to rotate.
+    ///
+    /// # Errors
+    /// As [`NativeProvider::rotate`].
+    pub fn rotate_with_tpm(
+        &self,
+        passphrase: &SecretBytes,
+        tpm: &Tpm,
+    ) -> Result<Result<Change, NativeError>, NativeError> {
+        let rotated = self.rotate_and(passphrase, |row, roots| {
+            let renewal = match self.keystore.tpm_seal(self.id)? {
+                None => Ok(None),
+                Some(seal) => self.renewal(tpm, seal, roots).map(Some),
+            };
+            match &renewal {
+                Ok(Some(renewal)) => {
+                    let insert = Keystore::insert_native_generation_for_tpm;
+                    return Ok(Ok(insert(&self.keystore, self.id, row, renewal)?));
+                }
+                Ok(None) | Err(_) => self.keystore.insert_native_generation(self.id, row)?,
+            }
+            Ok(renewal.map(|_| Change::Unchanged))
+        })?;
+        Ok(rotated.unwrap_or_else(|| self.renew_tpm(tpm)))
+    }
+
+    /// What `commit` says that puts the new row into the keystore; `None` where there is nothing to retire.
+    fn rotate_and<T>(
+        &self,
+        passphrase: &SecretBytes,
+        commit: impl FnOnce(&NativeRoot, &RootKeys) -> Result<T, NativeError>,
+    ) -> Result<Option<T>, NativeError> {
         let began = self.newest();
         let locks = self.locks();
         let mut roots = self
@@ -206,24 +246,21 @@ impl NativeProvider {
                 error => NativeError::Unseal(error),
             })?;
         if !began.backed_up {
-            return Ok(began.generation);
+            return Ok(None);
         }
         if roots.len() >= RootKeys::MOST {
             return Err(NativeError::TooManyGenerations);
         }
         roots.grow().map_err(NativeError::Memory)?;
         let row = seal_row(&roots, &self.name, passphrase, None)?;
-        let generation = row.generation;
-        let mut newest = self.newest.write().unwrap_or_else(PoisonError::into_inner);
         // Two at once: the second finds its row taken, and nothing has changed.
-        self.keystore.insert_native_generation(self.id, &row)?;
-        *newest = row.into();
-        drop(newest);
+        let committed = commit(&row, &roots)?;
+        *self.newest.write().unwrap_or_else(PoisonError::into_inner) = row.into();
         if self.roots().is_ok() {
             // A lock meanwhile wins.
             let _ = self.hold(roots, locks);
         }
-        Ok(generation)
+        Ok(Some(committed))
     }
 
     /// A backup of all root keys: an age file that stock `age -d` opens with `passphrase`, or the bare text,

@@ -8,8 +8,8 @@
 //!           again and compared ─► one transaction replaces the row
 //! ```
 //!
-//! A kill at any point leaves the old row or the new one. A rotation makes the row stale, which says so and opens nothing
-//! until it is [renewed](NativeProvider::renew_tpm).
+//! A kill at any point leaves the old row or the new one. A rotation commits the new row with the new root key. Where the TPM
+//! does not do its part, the row is stale, says so and opens nothing until it is [renewed](NativeProvider::renew_tpm).
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use super::document::RootKeys;
 use super::{NativeError, NativeProvider};
 use crate::envelope::ProviderId;
 use crate::failure::chain;
-use crate::keystore::{Change, TpmSeal, UnixTime};
+use crate::keystore::{Change, TpmRenewal, TpmSeal, UnixTime};
 use crate::provider::aes_gcm::{KEY, NONCE, TAG};
 use crate::secret::{SecretBytes, Transient};
 use crate::tpm::{PcrList, SealedByTpm, Tpm, TpmError};
@@ -45,6 +45,12 @@ impl NativeProvider {
     /// [`NativeError::Locked`], [`NativeError::Tpm`], or when the keystore can't be written.
     pub fn enroll_tpm(&self, tpm: &Tpm, pcrs: &PcrList) -> Result<(), NativeError> {
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
+        let seal = self.sealed_by(tpm, pcrs, &roots)?;
+        Ok(self.keystore.put_tpm_seal(self.id, &seal)?)
+    }
+
+    /// `roots`, for `tpm` to open; it has done so once.
+    fn sealed_by(&self, tpm: &Tpm, pcrs: &PcrList, roots: &RootKeys) -> Result<TpmSeal, NativeError> {
         let text = roots.to_text(&self.name)?;
         let key = Arc::new(SecretBytes::random(KEY).map_err(NativeError::Memory)?);
         let seal = TpmSeal {
@@ -53,14 +59,14 @@ impl NativeProvider {
             roots: encrypt(&key, self.id, roots.newest(), &text).map_err(NativeError::Cipher)?,
             enrolled: 0,
         };
-        if !self.opened_by(tpm, &seal)?.are(&roots) {
+        if !self.opened_by(tpm, &seal)?.are(roots) {
             return Err(NativeError::TpmSeal);
         }
-        Ok(self.keystore.put_tpm_seal(self.id, &seal)?)
+        Ok(seal)
     }
 
-    /// After a rotation: seals the new root keys as the earlier ones were, if `tpm` still opens those; else their PCRs
-    /// have changed, and what they are now is for the admin to accept.
+    /// After a rotation that could not do it: seals the new root keys as the earlier ones were, if `tpm` still opens those;
+    /// else their PCRs have changed, and what they are now is for the admin to accept.
     ///
     /// # Errors
     /// As [`NativeProvider::enroll_tpm`]; the row stays stale then.
@@ -71,10 +77,22 @@ impl NativeProvider {
         if seal.generation == self.generation() {
             return Ok(Change::Unchanged);
         }
-        self.opened_by(tpm, &seal)?;
-        let sealed = SealedByTpm::from_bytes(&seal.sealed_key).map_err(NativeError::Tpm)?;
-        self.enroll_tpm(tpm, &sealed.pcrs())?;
-        Ok(Change::Changed)
+        let roots = self.roots().map_err(|_| NativeError::Locked)?;
+        let renewal = self.renewal(tpm, seal, &roots)?;
+        Ok(self.keystore.renew_tpm_seal(self.id, &renewal)?)
+    }
+
+    /// What is to be in the place of `before`, if `tpm` still opens that.
+    pub(super) fn renewal(
+        &self,
+        tpm: &Tpm,
+        before: TpmSeal,
+        roots: &RootKeys,
+    ) -> Result<TpmRenewal, NativeError> {
+        self.opened_by(tpm, &before)?;
+        let sealed = SealedByTpm::from_bytes(&before.sealed_key).map_err(NativeError::Tpm)?;
+        let after = self.sealed_by(tpm, &sealed.pcrs(), roots)?;
+        Ok(TpmRenewal { before, after })
     }
 
     /// Takes this way in away again.

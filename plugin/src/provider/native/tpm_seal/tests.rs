@@ -188,6 +188,55 @@ fn a_rotation_makes_it_stale_until_it_is_renewed() {
 }
 
 #[test]
+fn a_rotation_commits_what_the_tpm_opens_with_its_root_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, payload, stanza) = at_work(dir.path());
+    let rotate = |provider: &NativeProvider, tpm: &Tpm| {
+        let said = provider.rotate_with_tpm(&secret("sealing"), tpm).unwrap();
+        provider.confirm_backup(provider.generation()).unwrap();
+        said
+    };
+    assert_eq!(rotate(&provider, &tpm).unwrap(), Change::Unchanged);
+    assert_eq!(provider.tpm_enrollment().unwrap(), None);
+    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    // No time between the two for the daemon to die in; also while the provider is locked.
+    provider.lock();
+    assert_eq!(rotate(&provider, &tpm).unwrap(), Change::Changed);
+    let provider = reopened(provider, dir.path());
+    unlock(&provider, &tpm).unwrap();
+    assert_eq!(provider.generation(), 3);
+    assert!(unwraps(&provider, &stanza, &payload));
+
+    // Without it the rotation is done all the same, and the row says that it is stale.
+    stand.extend(7);
+    assert!(matches!(
+        rotate(&provider, &tpm),
+        Err(NativeError::Tpm(TpmError::PcrsDiffer(_)))
+    ));
+    assert_eq!(provider.generation(), 4);
+    assert!(provider.tpm_enrollment().unwrap().unwrap().stale);
+}
+
+#[test]
+fn an_enrolment_that_was_removed_meanwhile_is_not_renewed() {
+    let dir = tempfile::tempdir().unwrap();
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, ..) = at_work(dir.path());
+    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    let before = provider.keystore.tpm_seal(provider.id).unwrap().unwrap();
+    let renewal = provider
+        .renewal(&tpm, before, &provider.roots().unwrap())
+        .unwrap();
+    provider.remove_tpm().unwrap();
+    let renewed = provider.keystore.renew_tpm_seal(provider.id, &renewal).unwrap();
+    assert_eq!(renewed, Change::Unchanged);
+    assert_eq!(provider.tpm_enrollment().unwrap(), None);
+}
+
+#[test]
 fn a_row_that_was_changed_opens_nothing() {
     let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let stand = Stand::start();
