@@ -471,8 +471,9 @@ fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Failure {
         ),
     )
     .next(format!(
-        "virtseal provider rotate {name} on the host that the VM came from; if it came from none of yours, virsh edit it and take \
-         its <virtseal:vm> metadata out"
+        "if you have a newer backup of '{name}' than this host was given, restore that on a fresh state directory; else rotate it \
+         on the host that the VM came from. If it came from none of yours, keep its virsh dumpxml, and take its <virtseal:vm> \
+         metadata out (virsh edit)"
     ))
 }
 
