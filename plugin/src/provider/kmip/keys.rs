@@ -545,6 +545,7 @@ impl Keys<'_> {
             let why = format!("at the KMS it bears no name of this VM's keys ({stem}-…)");
             return Ok(DestroyReceipt::shared(kek, &why));
         }
+        let had_it = self.nodes_with(kek);
         self.cache.forget(kek).map_err(stays_on_disk())?;
         if before == KeyState::Active {
             self.once(kek, Call::Revoke(kek.clone()))?;
@@ -558,7 +559,7 @@ impl Keys<'_> {
             .ask_each(self.access, &ask, self.deadline, |outcomes| {
                 facts_of(kek, &outcomes[0]).map(|facts| facts.state)
             });
-        let (destroyed, seen) = end_of_key(&each);
+        let (destroyed, seen) = end_of_key(&had_it, &each);
         let kept = match self.cache.persistence() {
             Some(_) => "; what this host kept of it for a reboot is removed",
             None => "",
@@ -573,6 +574,22 @@ impl Keys<'_> {
         })
     }
 
+    /// The nodes that have the key now, for this client: of these alone a later "no such key" says that it has come to an end.
+    /// One that is silent is not waited for until the deadline.
+    fn nodes_with(&self, kek: &KekId) -> Vec<String> {
+        if let [node] = self.cluster.nodes() {
+            // It has just described the key.
+            return vec![node.endpoint.to_string()];
+        }
+        let deadline = self.deadline.min(Instant::now() + RECALL_AFTER);
+        let ask = [Call::GetAttributes(kek.clone())];
+        let each = self.cluster.ask_each(self.access, &ask, deadline, |outcomes| {
+            facts_of(kek, &outcomes[0]).map(drop)
+        });
+        let have_it = each.into_iter().filter(|(_, found)| found.is_ok());
+        have_it.map(|(node, _)| node).collect()
+    }
+
     fn once(&self, kek: &KekId, call: Call) -> Result<(), ProviderError> {
         let operation = call.operation();
         self.ask(vec![call], |outcomes| match &outcomes[0] {
@@ -582,12 +599,19 @@ impl Keys<'_> {
     }
 }
 
-/// Whether the end of a key that this client had was seen at every node, and what each said.
-fn end_of_key(each: &[(String, Result<KeyState, ProviderError>)]) -> (bool, String) {
+/// Whether the end of a key was seen at every node, and what each said. A node that lags, or that hides the key from this client,
+/// knows no such key either: that counts where it `had_it` before.
+fn end_of_key(had_it: &[String], each: &[(String, Result<KeyState, ProviderError>)]) -> (bool, String) {
     let mut destroyed = !each.is_empty();
     let said = each.iter().map(|(node, found)| match found {
         Ok(KeyState::Destroyed) => format!("{node} says that the key is {}", KeyState::Destroyed),
-        Err(ProviderError::UnknownKek(_)) => format!("{node} says that it has no such key"),
+        Err(ProviderError::UnknownKek(_)) if had_it.contains(node) => {
+            format!("{node} had it, and says that it has no such key now")
+        }
+        Err(ProviderError::UnknownKek(_)) => {
+            destroyed = false;
+            format!("{node} knows no such key for this client, nor did it before: not proven")
+        }
         Ok(state) => {
             destroyed = false;
             format!("{node} says that the key is {state}")
@@ -762,11 +786,18 @@ mod end_tests {
         let gone = || Ok(KeyState::Destroyed);
         let unknown = || Err(ProviderError::UnknownKek(KekId("7".to_owned())));
         let silent = || Err(ProviderError::Unreachable("connect timed out".to_owned()));
-        assert!(end_of_key(&[node("a", gone()), node("b", unknown())]).0);
-        assert!(!end_of_key(&[]).0);
+        let both = ["a".to_owned(), "b".to_owned()];
+        assert!(end_of_key(&both, &[node("a", gone()), node("b", unknown())]).0);
+        assert!(end_of_key(&both[..1], &[node("a", unknown())]).0);
+        assert!(!end_of_key(&both, &[]).0);
         for other in [Ok(KeyState::Active), silent()] {
-            let (destroyed, said) = end_of_key(&[node("a", gone()), node("b", other)]);
+            let (destroyed, said) = end_of_key(&both, &[node("a", gone()), node("b", other)]);
             assert!(!destroyed && said.contains("b "), "{said}");
+        }
+        // It lags, or hides the key from this client: it will have it, or has it.
+        for had_it in [&both[..1], &[]] {
+            let (destroyed, said) = end_of_key(had_it, &[node("a", gone()), node("b", unknown())]);
+            assert!(!destroyed && said.contains("b knows no such key"), "{said}");
         }
     }
 }
