@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, RenameFlags, fcntl, renameat2};
@@ -235,7 +236,22 @@ pub fn sweep_temporaries(image: &PermittedPath) -> Result<Vec<PathBuf>, VolumeEr
 }
 
 /// Whether another process has the image open the way QEMU does: it holds OFD locks on these bytes.
+///
+/// A child that was forked while we had it open ourselves holds our lock until it becomes its program, so a lock counts only if it
+/// stays.
 pub(crate) fn is_in_use(file: &File) -> io::Result<bool> {
+    const LOOKS: u32 = 25;
+    const PAUSE: Duration = Duration::from_millis(10);
+    for _ in 1..LOOKS {
+        if !is_locked(file)? {
+            return Ok(false);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    is_locked(file)
+}
+
+fn is_locked(file: &File) -> io::Result<bool> {
     let mut lock = libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
