@@ -48,11 +48,13 @@ impl Process {
             .spawn()
             .with_context(|| format!("{name} did not start"))?;
         let pid = wait_until(START_DEADLINE, &format!("the start of {name}"), || {
-            if let Some(status) = child.try_wait()? {
-                bail!("{name} ended at once with {status}");
-            }
+            // Asked first: a daemon that refuses its configuration may be gone before its pid is read.
+            let ended = child.try_wait()?;
             let pid = fs::read_to_string(namespace.path(&pid_file)).unwrap_or_default();
-            Ok(pid.strip_suffix('\n').and_then(|pid| pid.parse().ok()))
+            match (pid.strip_suffix('\n').and_then(|pid| pid.parse().ok()), ended) {
+                (None, Some(status)) => bail!("{name} ended at once with {status}"),
+                (pid, _) => Ok(pid),
+            }
         })?;
         Ok(Self {
             name: name.to_owned(),

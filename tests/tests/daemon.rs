@@ -240,11 +240,13 @@ fn socket_activation_and_readiness_work_as_systemd_does_them() -> Result<()> {
 fn status_answers_with_libvirt_down() -> Result<()> {
     let mut sealed = SealedHost::start_without_provider(HostBuilder::default())?;
     sealed.host_mut().stop_libvirtd()?;
-    let status = sealed.json(&["status"])?;
-    expect_names(
-        status["libvirt"].as_str().context("no libvirt")?,
-        &["qemu:///system", "connect"],
-    )?;
+    // What it shows may be two seconds old.
+    wait_until(PATIENCE, "status to say that libvirt is down", || {
+        let status = sealed.json(&["status"])?;
+        let libvirt = status["libvirt"].as_str().context("no libvirt")?;
+        Ok((libvirt != "connected").then(|| libvirt.to_owned()))
+    })
+    .and_then(|libvirt| expect_names(&libvirt, &["qemu:///system", "connect"]))?;
     // It starts without libvirt as well.
     sealed.stop_daemon(Signal::SIGTERM)?;
     sealed.start_daemon()?;

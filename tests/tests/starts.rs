@@ -134,14 +134,25 @@ fn virtseald_outlives_libvirtd() -> Result<()> {
     // At once: the first start after it must not meet the dead connection.
     sealed.start_paused("web01")?;
     sealed.host_mut().stop_libvirtd()?;
-    let status = sealed.json(&["status"])?;
-    ensure!(status["libvirt"] != "connected", "{status}");
-    ensure!(sealed.virtseal(&["vm", "seal", "web01"])?.code() == Some(4));
+    expect_libvirt(&sealed, "is down", |libvirt| libvirt != "connected")?;
+    let refused = sealed.virtseal(&["vm", "seal", "web01"])?;
+    ensure!(refused.code() == Some(4), "{refused:?}");
     sealed.host_mut().restart_libvirtd()?;
     sealed.destroy("web01")?;
     sealed.start_paused("web01")?;
-    ensure!(sealed.json(&["status"])?["libvirt"] == "connected");
-    Ok(())
+    expect_libvirt(&sealed, "is back", |libvirt| libvirt == "connected")
+}
+
+/// What `status` says of libvirt may be two seconds old.
+fn expect_libvirt(sealed: &SealedHost, what: &str, is_so: impl Fn(&str) -> bool) -> Result<()> {
+    wait_until(
+        Duration::from_secs(10),
+        &format!("status to say that libvirt {what}"),
+        || {
+            let status = sealed.json(&["status"])?;
+            Ok(status["libvirt"].as_str().is_some_and(&is_so).then_some(()))
+        },
+    )
 }
 
 /// Starts `vm` up to the gate, kills virtseald there, and lets the start go on. Returns the secrets at the gate.
