@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::envelope::{Envelope, EnvelopeError, EnvelopeId, KekId, ProviderId, VmId};
-use crate::keystore::{EnvelopeRecord, EnvelopeState, RetiredKek, VmRecord};
+use crate::keystore::{EnvelopeRecord, EnvelopeState, Mark, RetiredKek, SavedState, VmRecord};
 use crate::local_time::rfc3339;
 
 /// The directory's name in the state directory.
@@ -31,10 +31,14 @@ const VERSION: u32 = 1;
 pub struct Forgotten {
     /// The VM as the keystore knew it.
     pub vm: VmRecord,
+    /// What it counted as.
+    pub mark: Mark,
     /// Its envelopes.
     pub objects: Vec<EnvelopeRecord>,
     /// KEKs that wrapped something of it before.
     pub retired: Vec<RetiredKek>,
+    /// The file that it was saved to, which needs older copies of its envelopes.
+    pub saved: Option<SavedState>,
 }
 
 /// Why records can't be kept or read.
@@ -81,9 +85,20 @@ struct Document {
     name: String,
     sealed_at: i64,
     vtpm_seen: bool,
+    /// A file without it is of a sealed VM, as far as anybody knows.
+    #[serde(default)]
+    plain: bool,
     objects: Vec<Object>,
     #[serde(default)]
     retired_keks: Vec<Retired>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    saved: Option<Saved>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    since: i64,
+    envelopes: Vec<serde_json::Value>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -109,7 +124,7 @@ impl Forgotten {
     pub fn to_json(&self) -> String {
         let objects = self.objects.iter().map(|record| Object {
             id: record.envelope.id.to_string(),
-            envelope: serde_json::from_str(&record.envelope.to_json()).expect("it is JSON"),
+            envelope: json_of(&record.envelope),
             pending: record.state == EnvelopeState::Pending,
             location: record.location.clone(),
             created: record.created,
@@ -122,7 +137,12 @@ impl Forgotten {
             name: self.vm.name.clone(),
             sealed_at: self.vm.sealed_at,
             vtpm_seen: self.vm.vtpm_seen,
+            plain: self.mark == Mark::Plain,
             objects: objects.collect(),
+            saved: self.saved.as_ref().map(|saved| Saved {
+                since: saved.since,
+                envelopes: saved.envelopes.iter().map(json_of).collect(),
+            }),
             retired_keks: self
                 .retired
                 .iter()
@@ -156,7 +176,13 @@ impl Forgotten {
         let document: Document = serde_json::from_slice(text).map_err(ForgottenError::Format)?;
         let vm = document.vm;
         let objects = document.objects.into_iter().map(|object| object.read(vm));
+        let saved = document.saved.map(|saved| saved.read(vm)).transpose()?;
         Ok(Self {
+            mark: match document.plain {
+                true => Mark::Plain,
+                false => Mark::Sealed,
+            },
+            saved,
             objects: objects.collect::<Result<_, _>>()?,
             retired: document
                 .retired_keks
@@ -173,6 +199,25 @@ impl Forgotten {
                 sealed_at: document.sealed_at,
                 vtpm_seen: document.vtpm_seen,
             },
+        })
+    }
+}
+
+fn json_of(envelope: &Envelope) -> serde_json::Value {
+    serde_json::from_str(&envelope.to_json()).expect("it is JSON")
+}
+
+impl Saved {
+    /// Its envelopes are of any VM whose disks it had.
+    fn read(self, vm: VmId) -> Result<SavedState, ForgottenError> {
+        let envelopes = self.envelopes.iter().map(|envelope| {
+            Envelope::from_json(&envelope.to_string())
+                .map_err(|source| ForgottenError::Envelope("of a saved state".to_owned(), source))
+        });
+        Ok(SavedState {
+            vm,
+            since: self.since,
+            envelopes: envelopes.collect::<Result<_, _>>()?,
         })
     }
 }
@@ -282,11 +327,15 @@ pub fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
     Ok(paths.into_iter().map(read).collect())
 }
 
-/// The envelopes in `kept` that nothing else has: not those that are known again.
+/// The envelopes in `kept` that nothing else has: not those that are known again. With any of them go those of its saved state.
 #[must_use]
 pub fn only_there(forgotten: &Forgotten, is_known: impl Fn(EnvelopeId) -> bool) -> Vec<&Envelope> {
     let envelopes = forgotten.objects.iter().map(|record| &record.envelope);
-    envelopes.filter(|envelope| !is_known(envelope.id)).collect()
+    let mut alone: Vec<_> = envelopes.filter(|envelope| !is_known(envelope.id)).collect();
+    if !alone.is_empty() {
+        alone.extend(forgotten.saved.iter().flat_map(|saved| &saved.envelopes));
+    }
+    alone
 }
 
 fn make_directory(state_dir: &Path, dir: &Path) -> io::Result<()> {
@@ -386,9 +435,14 @@ mod tests {
         keystore.set_vtpm_seen(vm).unwrap();
         drop(registry);
         let keystore = std::sync::Arc::into_inner(keystore).unwrap();
+        keystore.note_plain(vm).unwrap();
+        let objects = keystore.envelopes_of(vm).unwrap();
+        keystore.note_saved(vm, &[objects[0].envelope.clone()]).unwrap();
         let forgotten = Forgotten {
             vm: keystore.vm(vm).unwrap().unwrap(),
-            objects: keystore.envelopes_of(vm).unwrap(),
+            mark: keystore.mark(vm).unwrap().unwrap(),
+            saved: keystore.saved_states().unwrap().pop(),
+            objects,
             retired: vec![RetiredKek {
                 vm,
                 provider: ProviderId::random(),
@@ -423,12 +477,30 @@ mod tests {
         let (_, read) = kept(dir.path()).unwrap().pop().unwrap();
         let read = read.unwrap();
         assert_eq!(read, forgotten);
-        assert_eq!(only_there(&read, |_| false).len(), 2);
+        assert_eq!(only_there(&read, |_| false).len(), 3, "the saved state's, too");
+        assert!(only_there(&read, |_| true).is_empty());
         for record in &read.objects {
             keystore.bring_back(record).unwrap();
         }
-        keystore.bring_back_vm(&read.vm, &read.retired).unwrap();
+        let bring_back = |mark| {
+            keystore
+                .bring_back_vm(&read.vm, mark, &read.retired, read.saved.as_ref())
+                .unwrap();
+        };
+        bring_back(read.mark);
         assert_eq!(keystore.vm(vm).unwrap().as_ref(), Some(&forgotten.vm));
+        assert_eq!(keystore.mark(vm).unwrap(), Some(Mark::Plain));
+        assert_eq!(
+            keystore.saved_states().unwrap(),
+            [forgotten.saved.clone().unwrap()]
+        );
+        // Who is sealed by now stays so, whatever an old file says; and so does who is plain by now.
+        keystore.remember_vm(vm, "my vm").unwrap();
+        bring_back(Mark::Plain);
+        assert!(keystore.is_sealed(vm).unwrap());
+        keystore.note_plain(vm).unwrap();
+        bring_back(Mark::Sealed);
+        assert!(!keystore.is_sealed(vm).unwrap());
         let back = keystore.envelopes_of(vm).unwrap();
         for record in &forgotten.objects {
             let found = back
@@ -478,6 +550,11 @@ mod tests {
             assert!(error.to_string().contains(word), "{error}");
         }
         assert!(kept(&dir.path().join("nowhere")).unwrap().is_empty());
+        // As the version before wrote it.
+        let old = text.replacen("  \"plain\": true,\n", "", 1);
+        let old = old[..old.find(",\n  \"saved\"").unwrap()].to_owned() + "\n}\n";
+        let read = Forgotten::from_json(old.as_bytes()).unwrap();
+        assert_eq!((read.mark, read.saved), (Mark::Sealed, None));
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub use persisted_keks::{KekPersistence, PersistedKek};
 pub use proofs::{AuditAnchor, MadeKek, SavedState};
 pub use providers::{DeletedProvider, NativeRoot, ProviderRecord};
 pub use tpm_seals::{TpmRenewal, TpmSeal};
-pub use vms::VmRecord;
+pub use vms::{Mark, VmRecord};
 
 /// Seconds since 1970, UTC.
 pub type UnixTime = i64;

@@ -17,7 +17,7 @@ use crate::api::Outcome;
 use crate::envelope::{Generation, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::forgotten::{self, Forgotten};
-use crate::keystore::{Change, EnvelopeRecord, KeystoreError, Put, VmRecord};
+use crate::keystore::{Change, EnvelopeRecord, KeystoreError, Mark, Put, VmRecord};
 use crate::volume::{self, Format, VolumeError};
 
 /// What is where an object was.
@@ -160,8 +160,12 @@ impl Daemon {
             sealed_at: records.iter().map(|record| record.created).min().unwrap_or(0),
             vtpm_seen: false,
         });
+        let mut saved = self.keystore.saved_states()?;
+        saved.retain(|saved| saved.vm == vm);
         let forgotten = Forgotten {
             vm: known,
+            mark: self.keystore.mark(vm)?.unwrap_or(Mark::Sealed),
+            saved: saved.pop(),
             objects: records.to_vec(),
             retired,
         };
@@ -275,7 +279,12 @@ impl Daemon {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.keystore.bring_back_vm(&forgotten.vm, &forgotten.retired)?;
+        self.keystore.bring_back_vm(
+            &forgotten.vm,
+            forgotten.mark,
+            &forgotten.retired,
+            forgotten.saved.as_ref(),
+        )?;
         self.copies_bell.ring();
         outcome.changed = !outcome.steps.is_empty();
         Ok(outcome)

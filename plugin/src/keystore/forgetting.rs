@@ -3,7 +3,11 @@
 use rusqlite::{Transaction, params};
 
 use super::error::StoreFault;
-use super::{Change, EnvelopeRecord, Keystore, KeystoreError, Put, RetiredKek, VmRecord, envelopes, now};
+use super::proofs::saved_texts;
+use super::{
+    Change, EnvelopeRecord, Keystore, KeystoreError, Mark, Put, RetiredKek, SavedState, VmRecord, envelopes,
+    now,
+};
 use crate::envelope::VmId;
 
 impl Keystore {
@@ -53,10 +57,31 @@ impl Keystore {
         })
     }
 
-    /// Takes back what was known of a VM. What is known by now stays.
-    pub fn bring_back_vm(&self, vm: &VmRecord, retired: &[RetiredKek]) -> Result<(), KeystoreError> {
+    /// Takes back what was known of a VM. What is known by now stays, its mark too.
+    pub fn bring_back_vm(
+        &self,
+        vm: &VmRecord,
+        mark: Mark,
+        retired: &[RetiredKek],
+        saved: Option<&SavedState>,
+    ) -> Result<(), KeystoreError> {
         self.write(|transaction| {
             let id = vm.vm.to_string();
+            let is_known = transaction
+                .prepare_cached("SELECT 1 FROM vms WHERE uuid = ?1")?
+                .exists([&id])?;
+            if !is_known && mark == Mark::Plain {
+                transaction.execute(
+                    "INSERT OR IGNORE INTO plain_vms (uuid, since) VALUES (?1, ?2)",
+                    params![id, now()],
+                )?;
+            }
+            if let Some(saved) = saved {
+                transaction.execute(
+                    "INSERT OR IGNORE INTO saved_states (vm, since, envelopes) VALUES (?1, ?2, ?3)",
+                    params![id, saved.since, saved_texts(&saved.envelopes)],
+                )?;
+            }
             transaction.execute(
                 "INSERT INTO vms (uuid, name, sealed_at, vtpm_seen) VALUES (?1, ?2, ?3, ?4)
                  ON CONFLICT (uuid) DO UPDATE SET vtpm_seen = max(vtpm_seen, excluded.vtpm_seen)",

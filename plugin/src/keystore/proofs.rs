@@ -110,15 +110,11 @@ impl Keystore {
 
     /// Notes that `vm` was saved to a file, unless that is known.
     pub fn note_saved(&self, vm: VmId, envelopes: &[Envelope]) -> Result<(), KeystoreError> {
-        let texts: Vec<_> = envelopes.iter().map(Envelope::to_json).collect();
+        let texts = saved_texts(envelopes);
         self.write(|transaction| {
             transaction.execute(
                 "INSERT OR IGNORE INTO saved_states (vm, since, envelopes) VALUES (?1, ?2, ?3)",
-                params![
-                    vm.to_string(),
-                    now(),
-                    serde_json::to_string(&texts).expect("texts are JSON")
-                ],
+                params![vm.to_string(), now(), texts],
             )?;
             Ok(())
         })
@@ -161,6 +157,12 @@ impl Keystore {
             })
         })
     }
+}
+
+/// As they are in the row of a saved state.
+pub(super) fn saved_texts(envelopes: &[Envelope]) -> String {
+    let texts: Vec<_> = envelopes.iter().map(Envelope::to_json).collect();
+    serde_json::to_string(&texts).expect("texts are JSON")
 }
 
 #[cfg(test)]

@@ -22,6 +22,15 @@ pub struct VmRecord {
     pub vtpm_seen: bool,
 }
 
+/// What a VM that is known counts as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// Sealed: the hook lets it start by its metadata alone.
+    Sealed,
+    /// Plain again.
+    Plain,
+}
+
 impl Keystore {
     /// Notes that `vm` is sealed, and its name now.
     pub fn remember_vm(&self, vm: VmId, name: &str) -> Result<Change, KeystoreError> {
@@ -52,6 +61,21 @@ impl Keystore {
         self.read(|connection| {
             let sql = "SELECT 1 FROM vms WHERE uuid = ?1 AND uuid NOT IN (SELECT uuid FROM plain_vms)";
             Ok(connection.prepare_cached(sql)?.exists([vm.to_string()])?)
+        })
+    }
+
+    /// What `vm` counts as; `None` for one that is not known.
+    pub fn mark(&self, vm: VmId) -> Result<Option<Mark>, KeystoreError> {
+        self.read(|connection| {
+            let sql = "SELECT uuid IN (SELECT uuid FROM plain_vms) FROM vms WHERE uuid = ?1";
+            let plain = connection
+                .prepare_cached(sql)?
+                .query_row([vm.to_string()], |row| row.get(0))
+                .optional()?;
+            Ok(plain.map(|is_plain: bool| match is_plain {
+                true => Mark::Plain,
+                false => Mark::Sealed,
+            }))
         })
     }
 

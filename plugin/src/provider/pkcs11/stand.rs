@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::{Pkcs11Provider, Pkcs11Settings};
 use crate::envelope::{KekId, VmId};
-use crate::keystore::{Keystore, RetiredKek, VmRecord};
+use crate::keystore::{Keystore, Mark, RetiredKek, VmRecord};
 use crate::own_process;
 use crate::provider::KeyProvider;
 use crate::provider::conformance::Fixture;
@@ -181,7 +181,9 @@ impl Host {
             provider: self.pkcs11().id(),
             kek: kek.clone(),
         };
-        self.keystore.bring_back_vm(&record, &[retired]).unwrap();
+        self.keystore
+            .bring_back_vm(&record, Mark::Sealed, &[retired], None)
+            .unwrap();
     }
 
     pub(in crate::provider) fn reopen(&mut self, deadline: Duration) {
