@@ -13,7 +13,6 @@
 
 #![forbid(unsafe_code)]
 
-mod bounded;
 mod conf;
 mod deadline;
 mod evidence;

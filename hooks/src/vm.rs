@@ -4,8 +4,8 @@ use std::io::{ErrorKind, Read};
 
 use nix::poll::PollFlags;
 use roxmltree::{Document, Node, ParsingOptions};
+use xml_bounds::bounded;
 
-use crate::bounded::bounded;
 use crate::deadline::Deadline;
 use crate::evidence::NAMESPACE;
 use crate::index::Id;

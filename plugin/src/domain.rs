@@ -1,13 +1,12 @@
 //! Domain XML to a [`Domain`] and back.
 //!
 //! The hook hands the XML of a VM that is about to start, the commands hand what libvirt dumps; both come from
-//! people who may write anything, so reading is bounded (length, nodes, and what `bounds` says, before the parser sees
+//! people who may write anything, so reading is bounded (length, nodes, and what `xml_bounds` says, before the parser sees
 //! it) and every error names its place. Writing is in [`edit`]: it changes ranges of the original text, so what virtseal
 //! does not know stays as it was, byte for byte.
 //!
 //! Everything here is a pure function of the text.
 
-mod bounds;
 mod declared;
 pub mod edit;
 mod firmware;
@@ -29,7 +28,6 @@ use thiserror::Error;
 use crate::envelope::{EnvelopeError, EnvelopeId, VmId};
 use crate::failure::{Code, Failure, word};
 
-pub use bounds::Beyond;
 pub use declared::DeclaredFormat;
 pub use firmware::{FirmwareWish, LaunchSecurity};
 pub use metadata::{Metadata, UnreadableCopy};
@@ -39,6 +37,7 @@ pub use objects::{
 };
 pub use policy::{Permission, Policy, PolicyKey};
 pub use side_doors::{Rule, SideDoor};
+pub use xml_bounds::Beyond;
 
 /// What virtseal needs to know of a libvirt domain (<https://libvirt.org/formatdomain.html>).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -480,7 +479,7 @@ pub(crate) fn parse_document(xml: &str) -> Result<Document<'_>, DomainError> {
     if xml.len() > Domain::MAX_XML {
         return Err(DomainError::TooLong { found: xml.len() });
     }
-    bounds::bounded(xml.as_bytes()).map_err(DomainError::Beyond)?;
+    xml_bounds::bounded(xml.as_bytes()).map_err(DomainError::Beyond)?;
     let options = ParsingOptions {
         allow_dtd: false,
         nodes_limit: Domain::MAX_NODES,

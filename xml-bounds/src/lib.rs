@@ -2,25 +2,29 @@
 //!
 //! The parser compares each attribute of a tag with all before it, and copies the namespaces in scope for each element that
 //! declares one: without bounds a few hundred kilobytes cost it minutes. libvirt writes nothing that comes near any of these.
-//! `virtseald` has the same bounds (`domain::bounds`).
+//! The hook and `virtseald` must agree on them: what one of them reads, the other does.
 
 use std::fmt;
 
 /// The most attributes of a tag.
-pub(crate) const MAX_ATTRIBUTES: usize = 256;
+pub const MAX_ATTRIBUTES: usize = 256;
 /// The most bytes of a tag, from `<` to `>`.
-pub(crate) const MAX_TAG: usize = 64 * 1024;
+pub const MAX_TAG: usize = 64 * 1024;
 /// The most elements in one another; libxml2 allows no more.
-pub(crate) const MAX_DEPTH: usize = 256;
+pub const MAX_DEPTH: usize = 256;
 /// The most declarations of namespaces in a document.
-pub(crate) const MAX_NAMESPACES: usize = 512;
+pub const MAX_NAMESPACES: usize = 512;
 
 /// Which bound XML does not keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Beyond {
+pub enum Beyond {
+    /// [`MAX_ATTRIBUTES`].
     Attributes,
+    /// [`MAX_TAG`].
     Tag,
+    /// [`MAX_DEPTH`].
     Depth,
+    /// [`MAX_NAMESPACES`].
     Namespaces,
     /// It has a document type, and so may have entities.
     Dtd,
@@ -38,9 +42,14 @@ impl fmt::Display for Beyond {
     }
 }
 
+impl std::error::Error for Beyond {}
+
 /// Checks the bounds in one pass, without judging whether the XML is well-formed: what the parser would refuse may pass,
 /// and what the parser accepts is never counted lower than it counts.
-pub(crate) fn bounded(xml: &[u8]) -> Result<(), Beyond> {
+///
+/// # Errors
+/// The first bound that it does not keep.
+pub fn bounded(xml: &[u8]) -> Result<(), Beyond> {
     let (mut depth, mut namespaces) = (0_usize, 0);
     let mut rest = xml;
     while let Some(start) = rest.iter().position(|byte| *byte == b'<') {
@@ -139,6 +148,7 @@ impl Tag {
     reason = "what the parser makes of it is the question"
 )]
 mod tests {
+    use proptest::prelude::*;
     use roxmltree::{Document, ParsingOptions};
 
     use super::*;
@@ -206,86 +216,54 @@ mod tests {
         }
     }
 
-    /// A generator of its own: the hook has few dependencies, its tests too.
-    struct Random(u64);
+    const PIECES: [&str; 30] = [
+        "<a>",
+        "</a>",
+        "<a ",
+        "<b:c ",
+        "/>",
+        ">",
+        "<",
+        "'",
+        "\"",
+        "=",
+        " x='",
+        " y=\"",
+        " z='' ",
+        " xmlns:p='u' ",
+        " xmlns='v'",
+        "<!--",
+        "-->",
+        "--",
+        "<![CDATA[",
+        "]]>",
+        "]",
+        "<?pi ",
+        "?>",
+        "?",
+        "&lt;",
+        "&#60;",
+        "text",
+        "/",
+        " ",
+        "<!",
+    ];
 
-    impl Random {
-        fn below(&mut self, limit: usize) -> usize {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            (self.0 % limit as u64) as usize
-        }
-    }
-
-    /// Whatever pieces XML is put together from: what the parser accepts has no more attributes, depth and namespaces
-    /// than this counts.
-    #[test]
-    fn the_parser_never_sees_more_than_was_counted() {
-        const PIECES: [&str; 30] = [
-            "<a>",
-            "</a>",
-            "<a ",
-            "<b:c ",
-            "/>",
-            ">",
-            "<",
-            "'",
-            "\"",
-            "=",
-            " x='",
-            " y=\"",
-            " z='' ",
-            " xmlns:p='u' ",
-            " xmlns='v'",
-            "<!--",
-            "-->",
-            "--",
-            "<![CDATA[",
-            "]]>",
-            "]",
-            "<?pi ",
-            "?>",
-            "?",
-            "&lt;",
-            "&#60;",
-            "text",
-            "/",
-            " ",
-            "<!",
-        ];
-        let many = attributes(MAX_ATTRIBUTES + 1);
-        let mut random = Random(0x5eed_1234_9876_abcd);
-        let mut parsed = 0;
-        for _ in 0..60_000 {
-            let mut text = String::from("<a>");
-            for _ in 0..random.below(14) {
-                text.push_str(PIECES[random.below(PIECES.len())]);
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+        /// Wherever too many attributes stand: what the parser accepts was counted no lower than it counts.
+        #[test]
+        fn the_parser_never_sees_more_than_was_counted(
+            before in prop::collection::vec(prop::sample::select(&PIECES[..]), 0..10),
+            tag in prop::sample::select(vec!["<t ", "<!-- <t ", "'<t ", "<![CDATA[<t ", "<?t ", "<a/><t"]),
+            after in prop::collection::vec(prop::sample::select(&PIECES[..]), 0..6),
+        ) {
+            let text = format!("<a>{}{tag}{}{}/></a>", before.concat(), attributes(MAX_ATTRIBUTES + 1), after.concat());
+            let options = ParsingOptions { allow_dtd: true, ..ParsingOptions::default() };
+            if let Ok(document) = Document::parse_with_options(&text, options) {
+                let widest = document.descendants().map(|node| node.attributes().len()).max();
+                prop_assert!(widest <= Some(MAX_ATTRIBUTES) || bounded(text.as_bytes()).is_err(), "{}", text);
             }
-            // Too much of everything, at a place that may be a tag, a comment, a value or nothing.
-            text.push_str(match random.below(4) {
-                0 => "<t ",
-                1 => "<!-- <t ",
-                2 => "'<t ",
-                _ => "",
-            });
-            text.push_str(&many);
-            for _ in 0..random.below(6) {
-                text.push_str(PIECES[random.below(PIECES.len())]);
-            }
-            text.push_str("/></a>");
-            let options = ParsingOptions {
-                allow_dtd: true,
-                ..ParsingOptions::default()
-            };
-            let Ok(document) = Document::parse_with_options(&text, options) else {
-                continue;
-            };
-            parsed += 1;
-            let widest = document.descendants().map(|node| node.attributes().len()).max();
-            let seen_wide = widest > Some(MAX_ATTRIBUTES);
-            assert!(!seen_wide || bounded(text.as_bytes()).is_err(), "{text}");
         }
-        assert!(parsed > 100, "the generator made only {parsed} documents");
     }
 }
