@@ -1,5 +1,6 @@
 //! Whether a sealed VM may start, or be sealed, with the side doors that its XML has: the host's policy decides.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
@@ -78,7 +79,33 @@ fn judge(
 /// # Errors
 /// With what to change in the XML, and the key that would allow it.
 pub fn refuse(domain: &Domain, policy: Policy) -> Result<(), Failure> {
-    refuse_with(domain, policy, MemoryFiles::of_this_host)
+    refuse_with(domain, policy, MemoryFiles::of_this_host)?;
+    refuse_without_tls(policy, QemuConf::read)
+}
+
+/// No hook runs where a VM leaves, and none is told whether it comes by TLS. So a VM whose policy demands that runs only on hosts
+/// whose libvirt lets none leave without.
+fn refuse_without_tls(policy: Policy, conf: impl Fn() -> io::Result<QemuConf>) -> Result<(), Failure> {
+    if policy.migration_tls == Permission::No {
+        return Ok(());
+    }
+    let why = match conf() {
+        Ok(conf) if conf.forces_migration_tls() => return Ok(()),
+        Ok(_) => String::new(),
+        Err(error) => format!(
+            ", as far as can be told: qemu.conf can't be read ({})",
+            chain(&error)
+        ),
+    };
+    Err(Failure::new(
+        Code::Failed,
+        format!("its policy demands TLS of a migration, and libvirt here would let it leave without{why}"),
+    )
+    .next(format!(
+        "set migrate_tls_force = 1 in {}, then systemctl restart libvirtd; or `policy: {{migration_tls: no}}` in {}",
+        QemuConf::PATH,
+        Config::DEFAULT_PATH
+    )))
 }
 
 fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles) -> Result<(), Failure> {
@@ -222,6 +249,23 @@ mod tests {
         };
         assert!(refuse_with(&vm, other, on_disk).is_err());
         assert_eq!(judge(&vm, allowed, on_disk)[0].2, Rule::Warned);
+    }
+
+    #[test]
+    fn tls_is_demanded_where_the_policy_says_so_alone() {
+        let demanded = Policy {
+            migration_tls: Permission::Yes,
+            ..Policy::default()
+        };
+        let without = || Ok(QemuConf::default());
+        assert!(refuse_without_tls(Policy::default(), || unreachable!("nobody asks")).is_ok());
+        let refused = refuse_without_tls(demanded, without).unwrap_err().to_string();
+        for part in ["migrate_tls_force = 1", "qemu.conf", "migration_tls: no"] {
+            assert!(refused.contains(part), "{refused}");
+        }
+        let unreadable = || Err(io::Error::other("it can't be parsed"));
+        let refused = refuse_without_tls(demanded, unreadable).unwrap_err().to_string();
+        assert!(refused.contains("can't be parsed"), "{refused}");
     }
 
     #[test]

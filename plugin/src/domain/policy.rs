@@ -19,7 +19,7 @@ pub struct Policy {
     pub mixed_disks: Permission,
     /// Plain layers below sealed disks, without a warning.
     pub plain_backing: Permission,
-    /// Migration only over TLS. Nothing here reads it yet.
+    /// A demand, where the others are leave: it runs only where libvirt lets no VM leave without TLS (docs/adr/0019).
     pub migration_tls: Permission,
 }
 

@@ -1,4 +1,5 @@
-//! What libvirt's `qemu.conf` says of places: where file-backed memory goes, and which firmware belongs to which variables.
+//! What libvirt's `qemu.conf` says: where file-backed memory goes, which firmware belongs to which variables, and whether a VM may
+//! leave without TLS.
 //!
 //! The file has `key = value` lines; a value is a string, a number or a list of strings. A list may span lines.
 
@@ -7,8 +8,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where libvirt reads it.
-const PATH: &str = "/etc/libvirt/qemu.conf";
 const MEMORY_DIR: &str = "/var/lib/libvirt/qemu/ram";
 /// Longer than any that is meant.
 const MAX_BYTES: u64 = 1 << 20;
@@ -18,12 +17,15 @@ const MAX_BYTES: u64 = 1 << 20;
 pub struct QemuConf(BTreeMap<String, Vec<String>>);
 
 impl QemuConf {
+    /// Where libvirt reads it.
+    pub const PATH: &str = "/etc/libvirt/qemu.conf";
+
     /// Reads the host's file; without one, everything is as libvirt has it by default.
     ///
     /// # Errors
     /// When there is one that can't be read or makes no sense.
     pub fn read() -> io::Result<Self> {
-        let path = Path::new(PATH);
+        let path = Path::new(Self::PATH);
         match fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(error),
@@ -45,7 +47,8 @@ impl QemuConf {
                 return None;
             }
             let (values, after) = value(after.trim_start_matches([' ', '\t']))?;
-            settings.insert(key.to_owned(), values);
+            // Of two lines libvirt takes the first.
+            settings.entry(key.to_owned()).or_insert(values);
             rest = skip(after);
         }
         Some(Self(settings))
@@ -56,6 +59,15 @@ impl QemuConf {
     pub fn memory_dir(&self) -> PathBuf {
         let set = self.0.get("memory_backing_dir").and_then(|values| values.first());
         set.map_or_else(|| MEMORY_DIR.into(), PathBuf::from)
+    }
+
+    /// Whether libvirt lets no VM leave this host without TLS. It looks at that where a migration begins, on the host that the
+    /// VM leaves; one that goes through the connection of two libvirtds (`--tunnelled`) is not meant.
+    #[must_use]
+    pub fn forces_migration_tls(&self) -> bool {
+        self.0
+            .get("migrate_tls_force")
+            .is_some_and(|values| matches!(&values[..], [one] if one == "1"))
     }
 
     /// The pairs of loader and variables, in order; `None` if the host sets none, and libvirt has those that it was built with.
@@ -126,6 +138,21 @@ mod tests {
         assert_eq!(pairs, [("/a".into(), "/b".into()), ("/c".into(), "/d".into())]);
         let none = QemuConf::parse("\n# nothing\n").unwrap();
         assert_eq!((none.memory_dir(), none.firmware()), (MEMORY_DIR.into(), None));
+    }
+
+    #[test]
+    fn tls_is_forced_only_where_libvirt_takes_it_so() {
+        let forced = |text: &str| QemuConf::parse(text).unwrap().forces_migration_tls();
+        assert!(forced("migrate_tls_force = 1 # always\n"));
+        for text in [
+            "",
+            "#migrate_tls_force = 1\n",
+            "migrate_tls_force = 0\n",
+            "migrate_tls_force = 0\nmigrate_tls_force = 1\n",
+            "default_tls_x509_verify = 1\n",
+        ] {
+            assert!(!forced(text), "{text}");
+        }
     }
 
     #[test]
