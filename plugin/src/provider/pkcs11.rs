@@ -313,6 +313,8 @@ fn list(ids: &[ProviderId]) -> String {
 }
 
 #[cfg(test)]
+mod service_tests;
+#[cfg(test)]
 pub(in crate::provider) mod stand;
 #[cfg(test)]
 pub(super) mod tests;

@@ -82,6 +82,7 @@ impl Module {
             path: path.clone(),
             init_args: init_args.clone(),
             context: None,
+            initialized: false,
             tokens: HashMap::new(),
             links: HashMap::new(),
             last_reset: None,
@@ -178,7 +179,9 @@ extern "C" fn close_gates() {
 pub(super) struct Worker {
     path: PathBuf,
     init_args: Option<String>,
+    /// Loaded once. Kept also while it can't be initialized, as when the service behind it is not up.
     context: Option<Pkcs11>,
+    initialized: bool,
     tokens: HashMap<LinkNumber, Token>,
     links: HashMap<LinkNumber, Weak<Link>>,
     last_reset: Option<Instant>,
@@ -326,10 +329,14 @@ impl Worker {
             // SAFETY: `close_gates` is a plain function that lives as long as the process. Exit handlers run in reverse
             // order, so it runs before those of the module that was just loaded.
             unsafe { libc::atexit(close_gates) };
-            self.initialize(&context)?;
             self.context = Some(context);
         }
-        Ok(self.context.as_ref().expect("it was just loaded"))
+        let context = self.context.as_ref().expect("it was just loaded");
+        if !self.initialized {
+            self.initialize(context)?;
+            self.initialized = true;
+        }
+        Ok(context)
     }
 
     fn initialize(&self, context: &Pkcs11) -> Result<(), TokenError> {
@@ -368,12 +375,10 @@ impl Worker {
     fn reset(&mut self) {
         self.tokens.clear();
         self.last_reset = Some(Instant::now());
-        if let Some(context) = self.context.take() {
+        if let Some(context) = &self.context {
             // A module that lost its device may refuse; then it refuses what follows as well, with a better reason.
             let _ = context.clone().finalize();
-            if self.initialize(&context).is_ok() {
-                self.context = Some(context);
-            }
+            self.initialized = self.initialize(context).is_ok();
         }
     }
 

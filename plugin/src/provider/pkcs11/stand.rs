@@ -3,6 +3,7 @@
 //! Modules read their environment when they are loaded, and a process can't change its own safely. So a test that
 //! needs tokens runs in a process of its own, with tokens made for it in a directory of its own.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -26,6 +27,8 @@ const NSS_ITERATIONS: &str = "NSS_MAX_MP_PBE_ITERATION_COUNT";
 /// Where SoftHSM finds its configuration.
 const SOFTHSM2_CONF: &str = "SOFTHSM2_CONF";
 const CONFIGURATION: &str = "softhsm2.conf";
+/// Where p11-kit's client looks for its service.
+const SERVICE: &str = "P11_KIT_SERVER_ADDRESS";
 /// Where the tokens of this process are.
 const DIRECTORY: &str = "VIRTSEAL_TEST_TOKENS";
 /// For a call, on a machine that has other things to do.
@@ -55,18 +58,28 @@ pub(in crate::provider) fn next_label() -> String {
 
 /// Runs `test`, which is the current one, in a process that has SoftHSM tokens. `mechanisms` is SoftHSM's setting.
 pub(in crate::provider) fn with_softhsm(mechanisms: &str, test: fn()) {
+    with_tokens(test, |directory| make_tokens(directory, mechanisms));
+}
+
+/// As [`with_softhsm`]; `prepare` makes what else there has to be in the directory before the process starts.
+pub(super) fn with_softhsm_and(test: fn(), prepare: impl FnOnce(&Path)) {
     with_tokens(test, |directory| {
-        let tokens = directory.join("tokens");
-        fs::create_dir(&tokens).unwrap();
-        let text = format!(
-            "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.mechanisms = {mechanisms}\n",
-            tokens.display()
-        );
-        fs::write(directory.join(CONFIGURATION), text).unwrap();
-        for number in 0..TOKENS {
-            make_token(directory, &format!("kek-{number}"));
-        }
+        make_tokens(directory, "ALL");
+        prepare(directory);
     });
+}
+
+fn make_tokens(directory: &Path, mechanisms: &str) {
+    let tokens = directory.join("tokens");
+    fs::create_dir(&tokens).unwrap();
+    let text = format!(
+        "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.mechanisms = {mechanisms}\n",
+        tokens.display()
+    );
+    fs::write(directory.join(CONFIGURATION), text).unwrap();
+    for number in 0..TOKENS {
+        make_token(directory, &format!("kek-{number}"));
+    }
 }
 
 /// Makes a SoftHSM token, whose PIN is [`PIN`].
@@ -107,12 +120,17 @@ fn nss_args() -> String {
     format!("flags=noCertDB,noModDB tokens=<{}>", tokens.join(" "))
 }
 
-fn run(command: &mut Command, package: &str) {
+pub(super) fn run(command: &mut Command, package: &str) {
     let output = command
         .output()
         .unwrap_or_else(|error| panic!("{command:?}: {error}: install {package}"));
     let complained = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{command:?}: {complained}");
+}
+
+/// Of the service that p11-kit's client asks.
+pub(super) fn socket_in(directory: &Path) -> PathBuf {
+    directory.join("service")
 }
 
 fn with_tokens(test: fn(), prepare: impl FnOnce(&Path)) {
@@ -122,9 +140,12 @@ fn with_tokens(test: fn(), prepare: impl FnOnce(&Path)) {
     // SoftHSM truncates and writes a key's file once per attribute, which some file systems take half a second for.
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     prepare(directory.path());
+    let mut service = OsString::from("unix:path=");
+    service.push(socket_in(directory.path()));
     own_process::start([
         (DIRECTORY, directory.path().as_os_str()),
         (SOFTHSM2_CONF, directory.path().join(CONFIGURATION).as_os_str()),
+        (SERVICE, &service),
         (NSS_ITERATIONS, "1".as_ref()),
     ]);
 }
@@ -187,8 +208,16 @@ impl Host {
     }
 
     pub(in crate::provider) fn reopen(&mut self, deadline: Duration) {
-        self.provider = None;
         let record = self.keystore.providers().unwrap().remove(0);
+        let module = PathBuf::from(record.settings["module"].as_str().unwrap());
+        self.reopen_by(&module, deadline);
+    }
+
+    /// As if its module had been another one.
+    pub(super) fn reopen_by(&mut self, module: &Path, deadline: Duration) {
+        self.provider = None;
+        let mut record = self.keystore.providers().unwrap().remove(0);
+        record.settings["module"] = serde_json::json!(module);
         self.provider = Some(Pkcs11Provider::open_within(deadline, &self.keystore, &record).unwrap());
     }
 }

@@ -23,19 +23,19 @@ fn payload() -> Payload {
     Payload::bind(&Dek::random().unwrap(), &binding).unwrap()
 }
 
-fn wrapped(provider: &Pkcs11Provider) -> (Payload, Stanza) {
+pub(super) fn wrapped(provider: &Pkcs11Provider) -> (Payload, Stanza) {
     let payload = payload();
     let kek = provider.create_kek(&KekScope::Vm(VmId::random())).unwrap();
     let stanza = provider.wrap(&kek, &payload).unwrap();
     (payload, stanza)
 }
 
-fn assert_opens(provider: &Pkcs11Provider, (payload, stanza): &(Payload, Stanza)) {
+pub(super) fn assert_opens(provider: &Pkcs11Provider, (payload, stanza): &(Payload, Stanza)) {
     let opened = provider.unwrap_many(&[stanza]).unwrap();
     assert_eq!(opened[0].expose(), payload.expose());
 }
 
-fn refusal(provider: &Pkcs11Provider, (_, stanza): &(Payload, Stanza)) -> ProviderError {
+pub(super) fn refusal(provider: &Pkcs11Provider, (_, stanza): &(Payload, Stanza)) -> ProviderError {
     provider.unwrap_many(&[stanza]).expect_err("it must not open")
 }
 

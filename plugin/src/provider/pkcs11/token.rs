@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use cryptoki::context::Pkcs11;
+use cryptoki::context::{Function, Pkcs11};
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
@@ -124,9 +124,12 @@ impl Token {
     /// Whether token and session are still there.
     pub(super) fn check(&self) -> Result<(), TokenError> {
         self.session.get_session_info()?;
-        // Odd tokens have no information at all, and were found without it.
-        match self.context.get_token_info(self.slot) {
-            Err(error) if error::is_lost(&error) => Err(error.into()),
+        match (&self.name, self.context.get_token_info(self.slot)) {
+            (Some(_), Err(error)) if error::is_lost(&error) => Err(error.into()),
+            // Odd tokens have no information at all, and were found without it.
+            (None, Err(_)) if !self.context.get_slots_with_token()?.contains(&self.slot) => {
+                Err(Error::Pkcs11(RvError::TokenNotPresent, Function::GetSlotList).into())
+            }
             _ => Ok(()),
         }
     }
