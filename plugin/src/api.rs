@@ -25,7 +25,9 @@ pub use provider::{
 pub use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
 };
-pub use vm::{ObjectView, Outcome, Receipt, ReceiptLine, VmView, Vms, VolumeProgress, VolumeRequest};
+pub use vm::{
+    ObjectView, Outcome, Receipt, ReceiptLine, ShredPreview, VmView, Vms, VolumeProgress, VolumeRequest,
+};
 
 /// Reply of `virtseal status`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
@@ -246,6 +248,8 @@ pub trait HostProxy {
     ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Envelopes and KEKs that no VM uses.
     async fn orphans(&mut self) -> zlink::Result<Result<Orphans, HostError>>;
+    /// What `shred_vm` asks a word for. Changes nothing.
+    async fn preview_shred(&mut self, vm: &str) -> zlink::Result<Result<ShredPreview, HostError>>;
     /// Destroys all keys of a VM whose name was typed; those at a provider of one that is not defined here only if it was typed
     /// for them, too.
     async fn shred_vm(

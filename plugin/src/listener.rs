@@ -32,8 +32,8 @@ use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
     IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
     OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView, ProviderView, Providers,
-    Receipt, ReceiptLine, ServerView, Servers, SigningRequestMade, TpmEnrolled, TpmRemoved, VmView, Vms,
-    VolumeProgress, VolumeRequest,
+    Receipt, ReceiptLine, ServerView, Servers, ShredPreview, SigningRequestMade, TpmEnrolled, TpmRemoved,
+    VmView, Vms, VolumeProgress, VolumeRequest,
 };
 use crate::daemon::glance::Age;
 use crate::daemon::pools::Pools;
@@ -614,6 +614,11 @@ impl Service {
 
     async fn orphans(&self) -> Result<Orphans, HostError> {
         self.run(Caller::Reader, Daemon::orphans).await
+    }
+
+    async fn preview_shred(&self, vm: String) -> Result<ShredPreview, HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.preview_shred(&vm))
+            .await
     }
 
     async fn shred_vm(

@@ -74,6 +74,15 @@ pub struct ReceiptLine {
     pub observed: String,
 }
 
+/// What `vm shred` of a VM would come to.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct ShredPreview {
+    /// Its name, which is to be typed.
+    pub name: String,
+    /// What would stay, because the VM is not defined here and may need it elsewhere, unless the name is typed for it too.
+    pub kept_for_others: Vec<String>,
+}
+
 /// Reply of `vm shred`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct Receipt {

@@ -111,17 +111,11 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             yes_shred,
             yes_destroy_keks,
         } => {
-            let typed = job::typed(
-                yes_shred,
-                &format!("All keys of {vm} will be destroyed. Type its name: "),
-            )?;
-            let receipt = client
-                .call(async |host| {
-                    host.shred_vm(&vm, Some(&typed), yes_destroy_keks.as_deref())
-                        .await
-                })
-                .await?;
-            printer.receipt(&receipt)
+            let typed = Typed {
+                shred: yes_shred,
+                destroy_keks: yes_destroy_keks,
+            };
+            shred(&vm, typed, client, printer).await
         }
         VmCommand::Forget { vm } => {
             let outcome = client.call(async |host| host.forget_vm(&vm).await).await?;
@@ -159,4 +153,35 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             warn_of_providers(client, printer).await
         }
     }
+}
+
+/// The two words for a shredding, as far as they came as options.
+struct Typed {
+    shred: Option<String>,
+    destroy_keks: Option<String>,
+}
+
+/// Asks on a terminal for what was not given, for the second word only where there is something that takes it.
+async fn shred(vm: &str, given: Typed, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+    let preview = client.call(async |host| host.preview_shred(vm).await).await?;
+    let name = &preview.name;
+    let typed = job::typed(
+        given.shred,
+        &format!("All keys of {name} will be destroyed. Type its name: "),
+    )?;
+    let typed_for_keks = match given.destroy_keks {
+        None if typed == *name && !preview.kept_for_others.is_empty() => {
+            let kept = preview.kept_for_others.join(", ");
+            let question = format!(
+                "{name} is not defined here. If it is on another host, it is lost there without: {kept}. Type its name once more to \
+                 destroy that too, or nothing to leave it: "
+            );
+            Some(job::typed(None, &question)?).filter(|typed| !typed.is_empty())
+        }
+        given => given,
+    };
+    let receipt = client
+        .call(async |host| host.shred_vm(vm, Some(&typed), typed_for_keks.as_deref()).await)
+        .await?;
+    printer.receipt(&receipt)
 }

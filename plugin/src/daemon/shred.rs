@@ -12,7 +12,7 @@ use swtpm_state::{State, libvirt_state_dir};
 use super::headers::Writing;
 use super::vms::unreachable;
 use super::{Daemon, lock};
-use crate::api::{Receipt, ReceiptLine};
+use crate::api::{Receipt, ReceiptLine, ShredPreview};
 use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain, word};
@@ -66,10 +66,11 @@ enum KekFate {
     Stays(&'static str),
 }
 
+const ELSEWHERE: &str =
+    "not destroyed: the VM is not defined here, so it may be on another host, and need it there";
+
 /// One host's view is not all there is: a VM that is not defined here may run on another host by the same KEK.
 fn kek_fate(facts: KekFacts) -> KekFate {
-    const ELSEWHERE: &str =
-        "not destroyed: the VM is not defined here, so it may be on another host, and need it there";
     if facts.others_need_it {
         KekFate::Stays("not destroyed: other VMs need it")
     } else if !facts.provider_is_here {
@@ -95,6 +96,11 @@ impl Doomed {
         files
     }
 
+    /// Another host may have the file open, and the VM may be there.
+    fn leaves_alone(&self, file: &Path) -> bool {
+        !self.is_defined && self.keks == Consent::NotGiven && is_shared(file)
+    }
+
     fn note_files(&mut self, kept: &[KeptXml]) {
         let own = kept.iter().filter(|kept| kept.vm == self.vm);
         for domain in own.filter_map(|kept| Domain::parse(&kept.xml).ok()) {
@@ -106,6 +112,30 @@ impl Doomed {
 }
 
 impl Daemon {
+    /// What a shredding of the VM asks a word for.
+    pub fn preview_shred(&self, vm: &str) -> Result<ShredPreview, Failure> {
+        let doomed = self.doomed(vm)?;
+        let mut kept = Vec::new();
+        let (own, others) = self.keks(&doomed)?;
+        for kek in own {
+            if self.kek_fate(&doomed, &kek, &others) == KekFate::Stays(ELSEWHERE) {
+                kept.push(format!("KEK {} of provider '{}'", kek.1, self.name_of(kek.0)));
+            }
+        }
+        for record in &doomed.records {
+            let files = doomed.files_of(record).into_iter();
+            kept.extend(
+                files
+                    .filter(|file| doomed.leaves_alone(file))
+                    .map(|file| format!("the {} {}", record.envelope.kind, file.display())),
+            );
+        }
+        Ok(ShredPreview {
+            name: doomed.name,
+            kept_for_others: kept,
+        })
+    }
+
     /// Destroys all keys of a VM that is off, if its name was `typed`. Those at a provider of a VM that is not defined here
     /// stay unless it was typed again for them.
     pub fn shred_vm(
@@ -349,7 +379,8 @@ impl Daemon {
             )),
             Err(error) => Err(
                 Failure::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
-                    "virtseal vm shred {}: it goes on from here",
+                    "virtseal provider show {}, and mend what is wrong with it; then virtseal vm shred {}: it goes on from here",
+                    word(self.name_of(provider)),
                     word(&doomed.name)
                 )),
             ),
@@ -429,7 +460,7 @@ impl Daemon {
                 let Some(place) = self.place_of(doomed, &file)? else {
                     return Ok(line(&what, false, "there is no such file"));
                 };
-                if !doomed.is_defined && doomed.keks == Consent::NotGiven && is_shared(&file) {
+                if doomed.leaves_alone(&file) {
                     let seen = "left alone: it is on storage that other hosts may share, and the VM is not defined here";
                     return Ok(line(&what, false, seen));
                 }

@@ -63,6 +63,29 @@ impl SealedHost {
         Ok(Output::new(format!("virtseal {}", arguments.join(" ")), &output))
     }
 
+    /// Runs the command line at a terminal where these lines are typed. All that is shown is in `stdout`.
+    ///
+    /// # Errors
+    /// When it can't be started; what it answers is in the output.
+    pub fn virtseal_at_a_terminal(&self, arguments: &[&str], typed: &[&str]) -> Result<Output> {
+        let program = built_program("virtseal")?;
+        let program = program.to_str().context("a UTF-8 path")?;
+        let quoted = |word: &&str| format!("'{word}'");
+        let words: Vec<_> = [&[program], arguments].concat().iter().map(quoted).collect();
+        let words = words.join(" ");
+        let file = self.host.path("/run/typed");
+        let lines: String = typed.iter().map(|line| format!("{line}\n")).collect();
+        std::fs::write(&file, lines)?;
+        let output = self
+            .host
+            .command("script")
+            .args(["--quiet", "--return", "--command", &words, "/dev/null"])
+            .stdin(Stdio::from(std::fs::File::open(&file)?))
+            .output()
+            .context("script did not start")?;
+        Ok(Output::new(words, &output))
+    }
+
     /// What a command answers with `--json`.
     ///
     /// # Errors
