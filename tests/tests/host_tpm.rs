@@ -1,77 +1,36 @@
 //! A host that comes up by itself: its TPM unlocks a native provider, and the passphrase does whatever the TPM says; and it
 //! keeps keys of a KMS, for a reboot while that is down.
 
-use std::fs;
-use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal_e2e::servers::PyKmip;
-use virtseal_e2e::{Output, Process, SealedHost, expect_names, require_programs, wait_until};
+use virtseal_e2e::{HostTpm, SealedHost, expect_names, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A sealed host whose TPM is a swtpm.
 struct Rig {
     sealed: SealedHost,
-    tpm: Option<Process>,
-    port: u16,
+    tpm: HostTpm,
 }
 
 impl Rig {
     fn start() -> Result<Self> {
-        require_programs(&[("swtpm", "swtpm"), ("tpm2_pcrextend", "tpm2-tools")])?;
-        let mut rig = Self {
-            sealed: SealedHost::start()?,
-            tpm: None,
-            port: free_pair_of_ports()?,
-        };
-        rig.power_on()?;
-        rig.sealed.configure(&format!("tpm: {}\n", rig.tcti()))?;
-        rig.restart()?;
-        rig.sealed.unlock()?;
-        Ok(rig)
-    }
-
-    fn tcti(&self) -> String {
-        format!("swtpm:host=127.0.0.1,port={}", self.port)
+        let mut sealed = SealedHost::start()?;
+        let tpm = HostTpm::of(&mut sealed)?;
+        Ok(Self { sealed, tpm })
     }
 
     /// PCRs are zero then, keys are those that it had.
     fn power_on(&mut self) -> Result<()> {
-        drop(self.tpm.take());
-        let host = self.sealed.host();
-        fs::create_dir_all(host.path("/run/host-tpm"))?;
-        let server = format!("--server=type=tcp,port={},bindaddr=127.0.0.1", self.port);
-        let control = format!("--ctrl=type=tcp,port={},bindaddr=127.0.0.1", self.port + 1);
-        let state = "--tpmstate=dir=/run/host-tpm";
-        let flags = "--flags=not-need-init,startup-clear";
-        self.tpm = Some(host.spawn(
-            "host-tpm",
-            &["swtpm", "socket", "--tpm2", state, flags, &server, &control],
-        )?);
-        let port = self.port;
-        wait_until(PATIENCE, "swtpm to listen", || {
-            Ok((listens(port)? && listens(port + 1)?).then_some(()))
-        })
-    }
-
-    fn tpm(&mut self) -> Result<&mut Process> {
-        self.tpm.as_mut().context("the TPM is off")
+        self.tpm.power_on(self.sealed.host())
     }
 
     /// As a boot with another Secure Boot configuration does.
     fn measure_something_else(&self) -> Result<()> {
-        let tcti = self.tcti();
-        let digest = format!("7:sha256={}", "11".repeat(32));
-        let extended = Output::of(
-            self.sealed
-                .host()
-                .command("tpm2_pcrextend")
-                .args(["-T", &tcti, &digest]),
-        )?;
-        extended.succeeded().map(drop)
+        self.tpm.extend(self.sealed.host(), 7)
     }
 
     fn refused(&self, code: i32, arguments: &[&str], parts: &[&str]) -> Result<()> {
@@ -204,7 +163,7 @@ fn an_absent_or_hanging_tpm_delays_no_start() -> Result<()> {
     rig.enroll()?;
 
     // It comes later than virtseald.
-    rig.tpm = None;
+    rig.tpm.power_off();
     rig.restart()?;
     rig.expect_locked_because(&["can't reach the TPM at swtpm:host=127.0.0.1"])?;
     rig.refused(
@@ -216,7 +175,7 @@ fn an_absent_or_hanging_tpm_delays_no_start() -> Result<()> {
     rig.expect_state("Ready")?;
 
     // A lock by hand ends the tries.
-    rig.tpm = None;
+    rig.tpm.power_off();
     rig.restart()?;
     rig.expect_locked_because(&["can't reach the TPM"])?;
     rig.sealed.lock()?;
@@ -226,12 +185,12 @@ fn an_absent_or_hanging_tpm_delays_no_start() -> Result<()> {
     rig.sealed.run(&["provider", "unlock", "main", "--tpm"])?;
 
     // It hangs: everything else goes on, and the passphrase opens.
-    rig.tpm()?.signal(Signal::SIGSTOP)?;
+    rig.tpm.process()?.signal(Signal::SIGSTOP)?;
     rig.restart()?;
     rig.sealed.unlock()?;
     rig.expect_state("Ready")?;
     rig.sealed.stop_daemon(Signal::SIGTERM)?;
-    rig.tpm()?.signal(Signal::SIGCONT)?;
+    rig.tpm.process()?.signal(Signal::SIGCONT)?;
     rig.sealed.start_daemon()?;
     rig.expect_state("Ready")
 }
@@ -245,7 +204,7 @@ fn a_rotation_takes_the_tpm_along() -> Result<()> {
     let rotate = ["provider", "rotate", "main", "--passphrase-file", &passphrase];
 
     // Without the TPM it gets none of the new root key, says so, and catches up at the next unlock.
-    rig.tpm = None;
+    rig.tpm.power_off();
     let rotated = rig.sealed.virtseal(&rotate)?;
     expect_names(
         &rotated.stderr,
@@ -357,7 +316,7 @@ fn kept_keys_start_vms_after_a_reboot_while_the_kms_is_down() -> Result<()> {
     rig.sealed.expect_start("web01").context("as it booted then")?;
 
     // No TPM to be found: a server that answers is all it takes.
-    rig.tpm = None;
+    rig.tpm.power_off();
     kms.run()?;
     rig.restart()?;
     wait_until(PATIENCE, "the KMS is found", || {
@@ -372,21 +331,4 @@ fn kept_keys_start_vms_after_a_reboot_while_the_kms_is_down() -> Result<()> {
     );
     rig.restart_without(&mut kms)?;
     rig.stays_off_because(&["connection refused"])
-}
-
-/// Without a connection, which would be a client: swtpm serves one at a time. See proc_net_tcp(5): address, then state.
-fn listens(port: u16) -> Result<bool> {
-    let listening = format!(": 0100007F:{port:04X} 00000000:0000 0A ");
-    Ok(fs::read_to_string("/proc/net/tcp")?.contains(&listening))
-}
-
-/// The TSS wants the control channel one port above the commands.
-fn free_pair_of_ports() -> Result<u16> {
-    for _ in 0..100 {
-        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-        if port < u16::MAX && TcpListener::bind(("127.0.0.1", port + 1)).is_ok() {
-            return Ok(port);
-        }
-    }
-    anyhow::bail!("no two free ports in a row")
 }
