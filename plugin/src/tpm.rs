@@ -1,7 +1,7 @@
 //! The host's TPM 2.0: seals up to 128 bytes so that only this machine, in the state it is in now, opens them.
 //!
 //! What is sealed is a keyed-hash object (TPM 2.0 Library, Part 1, "Sealed Data") under the storage root key of the
-//! owner hierarchy, with a PolicyPCR over PCRs of the SHA-256 bank and no other way to authorize. On the way to the chip
+//! owner hierarchy, with a policy over PCRs of the SHA-256 bank (see [`SealPolicy`]) and no other way to authorize. On the way to the chip
 //! and back it is encrypted (a session salted with that storage key, AES-128-CFB), and the key's name is remembered, so
 //! that neither a listener on the bus nor a chip put in its place learns it.
 //!
@@ -10,7 +10,9 @@
 //! what it holds itself (`SensitiveData`); the buffers of the C library are overwritten when they are freed
 //! (`M_PERTURB`, see [`crate::process`]), those of the thread's own cache when it ends, and its stack is scrubbed here.
 
+mod policy;
 mod session;
+mod signed;
 #[cfg(test)]
 pub(crate) mod stand;
 
@@ -18,6 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +33,10 @@ use zeroize::Zeroize;
 
 use crate::secret::SecretBytes;
 use session::Session;
+use signed::Signatures;
+
+pub use policy::{PolicyError, SealPolicy};
+pub use signed::{NotASigningKey, SigningKey, Unsigned};
 
 /// How to reach a TPM, as the TCG's TSS names it: `device:/dev/tpmrm0`, `tabrmd`, `swtpm:host=…,port=…`,
 /// `mssim:host=…,port=…`.
@@ -95,7 +102,7 @@ impl Tcti {
     }
 }
 
-/// Which PCRs a policy looks at, such as `7` or `7,11`.
+/// Which PCRs a policy looks at, such as `7` or `7,11`; systemd's `7+11` is read too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PcrList(BTreeSet<u8>);
 
@@ -122,11 +129,25 @@ impl fmt::Display for PcrList {
 )]
 pub struct NotAPcrList(String);
 
+impl PcrList {
+    /// Whether 7 is among them.
+    #[must_use]
+    pub fn has_secure_boot(&self) -> bool {
+        self.0.contains(&7)
+    }
+
+    /// Those that each update of a kernel, an initrd or a boot loader changes, and that no signature covers.
+    #[must_use]
+    pub fn changed_by_updates(&self) -> Option<Self> {
+        Some(policy::changed_by_updates(self)).filter(|list| !list.0.is_empty())
+    }
+}
+
 impl FromStr for PcrList {
     type Err = NotAPcrList;
 
     fn from_str(text: &str) -> Result<Self, NotAPcrList> {
-        text.split(',')
+        text.split([',', '+'])
             .map(|number| {
                 number
                     .trim()
@@ -148,8 +169,14 @@ pub struct SealedByTpm {
     /// The name (TPM 2.0 Library, Part 1, "Names") of the storage key: it tells one TPM from another.
     #[serde(with = "in_hex")]
     parent_name: Vec<u8>,
-    /// What the PCRs were, to be able to say which of them differ.
+    /// What the PCRs were that must stay so, to be able to say which of them differ.
     pcrs: BTreeMap<u8, String>,
+    /// From version 2: the public key (a SubjectPublicKeyInfo) that signs what PCR 11 may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    signed_by: Option<Hex>,
+    /// From version 2: the salt of its PIN.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pin_salt: Option<Hex>,
     /// A marshalled TPMT_PUBLIC.
     #[serde(with = "in_hex")]
     public: Vec<u8>,
@@ -157,6 +184,11 @@ pub struct SealedByTpm {
     #[serde(with = "in_hex")]
     private: Vec<u8>,
 }
+
+/// As `in_hex`, for what may be absent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Hex(#[serde(with = "in_hex")] Vec<u8>);
 
 /// Bytes as hex digits in JSON.
 mod in_hex {
@@ -182,7 +214,9 @@ enum Parent {
 }
 
 impl SealedByTpm {
-    const VERSION: u32 = 1;
+    /// The latest form, and the one of a policy of PCRs alone, which earlier releases open too.
+    const VERSION: u32 = 2;
+    const FIRST_VERSION: u32 = 1;
     /// More than any TPM writes.
     const MOST_BYTES: usize = 16 * 1024;
 
@@ -201,7 +235,13 @@ impl SealedByTpm {
             return Err(TpmError::Damaged);
         }
         let sealed: Self = serde_json::from_slice(bytes).map_err(|_| TpmError::Damaged)?;
-        if sealed.version == Self::VERSION && !sealed.pcrs.is_empty() {
+        let of_pcrs_alone = sealed.signed_by.is_none() && sealed.pin_salt.is_none();
+        let fits = match sealed.version {
+            Self::FIRST_VERSION => of_pcrs_alone,
+            Self::VERSION => sealed.signing_key().is_ok(),
+            _ => false,
+        };
+        if fits && !sealed.pcrs().0.is_empty() {
             Ok(sealed)
         } else {
             Err(TpmError::Damaged)
@@ -211,7 +251,37 @@ impl SealedByTpm {
     /// The PCRs that its policy looks at.
     #[must_use]
     pub fn pcrs(&self) -> PcrList {
+        let signed = self.signed_by.as_ref().map(|_| policy::KERNEL);
+        PcrList(self.exact().0.into_iter().chain(signed).collect())
+    }
+
+    /// The PCRs that must be what they were.
+    fn exact(&self) -> PcrList {
         PcrList(self.pcrs.keys().copied().collect())
+    }
+
+    /// Who signs what PCR 11 may be, if it is among them by way of that.
+    #[must_use]
+    pub fn signed_by(&self) -> Option<SigningKey> {
+        self.signing_key().ok().flatten()
+    }
+
+    fn signing_key(&self) -> Result<Option<SigningKey>, NotASigningKey> {
+        let der = self.signed_by.as_ref();
+        der.map(|der| SigningKey::from_der(&der.0)).transpose()
+    }
+
+    /// Whether somebody must type a PIN.
+    #[must_use]
+    pub fn needs_pin(&self) -> bool {
+        self.pin_salt.is_some()
+    }
+
+    /// The same policy, for something else to be sealed; with `pin` where it needs one.
+    #[must_use]
+    pub fn policy(&self, pin: Option<&Arc<SecretBytes>>) -> SealPolicy {
+        let pin = pin.filter(|_| self.needs_pin()).cloned();
+        SealPolicy::of_record(self.pcrs(), self.signed_by()).with_pin(pin)
     }
 }
 
@@ -251,11 +321,33 @@ pub enum TpmError {
     /// It has no such PCRs.
     #[error("the TPM has no PCR {0} in its SHA-256 bank")]
     NoSuchPcr(PcrList),
-    /// Too many wrong passwords, by anybody.
+    /// No signature by the enrolled key covers what PCR 11 is.
+    #[error("what PCR 11 is now is not signed by the key {key}: {why}")]
+    NotSigned {
+        /// Its fingerprint.
+        key: String,
+        /// What was found instead.
+        why: Unsigned,
+    },
+    /// Nobody has given one.
+    #[error("it needs its PIN")]
+    NeedsPin,
+    /// Another PIN than the one it was enrolled with.
+    #[error("the TPM does not accept this PIN{}", tries_left(*.left))]
+    WrongPin {
+        /// Tries before the TPM locks itself, if it tells.
+        left: Option<u32>,
+    },
+    /// Too many wrong passwords or PINs, by anybody.
     #[error(
-        "the TPM is locked out after too many wrong passwords: tpm2_dictionarylockout --clear-lockout ends that"
+        "the TPM is locked out after too many wrong PINs or passwords, {}: tpm2_dictionarylockout --clear-lockout ends \
+         that at once",
+        heals(*.one_more_in)
     )]
-    LockedOut,
+    LockedOut {
+        /// After so long it allows one more try, if it tells.
+        one_more_in: Option<Duration>,
+    },
     /// Its owner has set a password.
     #[error(
         "the owner of the TPM has set a password, and there is no storage root key that works without it: \
@@ -304,6 +396,29 @@ impl TpmError {
     }
 }
 
+fn tries_left(left: Option<u32>) -> String {
+    match left {
+        None => String::new(),
+        Some(0) => "; no try is left, it locks itself now".to_owned(),
+        Some(1) => "; one try is left before it locks itself".to_owned(),
+        Some(left) => format!("; {left} tries are left before it locks itself"),
+    }
+}
+
+fn heals(one_more_in: Option<Duration>) -> String {
+    match one_more_in {
+        None => "and takes none for now".to_owned(),
+        Some(time) if time.is_zero() => "and stays so".to_owned(),
+        Some(time) if time.as_secs() < 120 => {
+            format!("and takes one more in {} s at the most", time.as_secs())
+        }
+        Some(time) => format!(
+            "and takes one more in {} minutes at the most",
+            time.as_secs().div_ceil(60)
+        ),
+    }
+}
+
 fn differ(pcrs: &PcrList) -> String {
     match pcrs.0.len() {
         1 => format!("PCR {pcrs} differs"),
@@ -316,6 +431,8 @@ fn differ(pcrs: &PcrList) -> String {
 pub struct Tpm {
     tcti: Tcti,
     deadline: Duration,
+    /// Below which signatures of PCRs are looked for.
+    root: PathBuf,
     turn: Arc<Turn>,
 }
 
@@ -349,7 +466,17 @@ impl Tpm {
         Self {
             tcti,
             deadline,
+            root: "/".into(),
             turn: Arc::default(),
+        }
+    }
+
+    /// The same, with another root directory to look for signatures in.
+    #[cfg(test)]
+    pub(crate) fn with_root(self, root: &std::path::Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            ..self
         }
     }
 
@@ -365,11 +492,23 @@ impl Tpm {
     /// # Errors
     /// [`TpmError::TooLong`], or why the TPM does not.
     pub fn seal(&self, secret: &Arc<SecretBytes>, pcrs: &PcrList) -> Result<SealedByTpm, TpmError> {
+        self.seal_under(secret, &SealPolicy::exactly(pcrs.clone()))
+    }
+
+    /// The same under a policy. Only [`Tpm::unseal_with`] tells whether it can be satisfied.
+    ///
+    /// # Errors
+    /// As [`Tpm::seal`].
+    pub fn seal_under(
+        &self,
+        secret: &Arc<SecretBytes>,
+        policy: &SealPolicy,
+    ) -> Result<SealedByTpm, TpmError> {
         if secret.expose().len() > Self::MOST_BYTES {
             return Err(TpmError::TooLong);
         }
-        let (secret, pcrs) = (Arc::clone(secret), pcrs.clone());
-        self.call(move |session| session.seal(&secret, &pcrs))
+        let (secret, policy) = (Arc::clone(secret), policy.clone());
+        self.call(move |session| session.seal(&secret, &policy))
     }
 
     /// Opens what [`Tpm::seal`] sealed.
@@ -377,8 +516,31 @@ impl Tpm {
     /// # Errors
     /// [`TpmError::PcrsDiffer`], [`TpmError::AnotherTpm`], or why else the TPM does not.
     pub fn unseal(&self, sealed: &SealedByTpm) -> Result<SecretBytes, TpmError> {
-        let sealed = sealed.clone();
-        self.call(move |session| session.unseal(&sealed))
+        self.unseal_with(sealed, None)
+    }
+
+    /// Opens what [`Tpm::seal_under`] sealed, with `pin` if it needs one. Without one the TPM is not asked.
+    ///
+    /// # Errors
+    /// [`TpmError::NeedsPin`], [`TpmError::WrongPin`], [`TpmError::LockedOut`], [`TpmError::NotSigned`], or as
+    /// [`Tpm::unseal`].
+    pub fn unseal_with(
+        &self,
+        sealed: &SealedByTpm,
+        pin: Option<&Arc<SecretBytes>>,
+    ) -> Result<SecretBytes, TpmError> {
+        let pin = pin.filter(|_| sealed.needs_pin()).cloned();
+        if sealed.needs_pin() && pin.is_none() {
+            return Err(TpmError::NeedsPin);
+        }
+        let (sealed, root) = (sealed.clone(), self.root.clone());
+        self.call(move |session| {
+            let signatures = match sealed.signed_by {
+                Some(_) => Signatures::read(&root),
+                None => Signatures::default(),
+            };
+            session.unseal(&sealed, pin.as_deref(), &signatures)
+        })
     }
 
     fn call<T: Send + 'static>(
@@ -394,7 +556,10 @@ impl Tpm {
         std::thread::Builder::new()
             .name("tpm".to_owned())
             .spawn(move || {
-                let done = turn.take(|| Session::open(&tcti).and_then(|mut session| work(&mut session)));
+                let done = turn.take(|| {
+                    let mut session = Session::open(&tcti)?;
+                    work(&mut session).map_err(|error| session.explained(error))
+                });
                 scrub_stack();
                 // Nobody waits any more when this fails; what is in it is wiped then.
                 let _ = sender.send(done);

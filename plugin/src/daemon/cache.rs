@@ -165,7 +165,7 @@ fn cache_failure(name: &str, error: &KmipProviderError) -> Failure {
         }
         KmipProviderError::Locked => failure.next(format!("virtseal provider unlock {name}")),
         KmipProviderError::Persist(PersistError::Tpm(
-            TpmError::NoSuchPcr(_) | TpmError::OwnerPassword | TpmError::LockedOut,
+            TpmError::NoSuchPcr(_) | TpmError::OwnerPassword | TpmError::LockedOut { .. },
         )) => Failure::new(code, format!("provider '{name}': {}", chain(error))),
         KmipProviderError::Persist(_) => {
             Failure::new(code, format!("provider '{name}': {}", chain(error))).next(format!(

@@ -255,7 +255,7 @@ fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failure {
         NativeError::Tpm(error) if error.may_pass() => Failure::new(Code::Unreachable, message).next(format!(
             "virtseal provider unlock {name}, with its passphrase, or set 'tpm' in virtseald.yaml and restart virtseald"
         )),
-        NativeError::Tpm(TpmError::LockedOut | TpmError::OutOfOrder | TpmError::Failed { .. }) => {
+        NativeError::Tpm(TpmError::LockedOut { .. } | TpmError::OutOfOrder | TpmError::Failed { .. }) => {
             Failure::new(Code::Failed, message)
                 .next(format!("virtseal provider unlock {name}, with its passphrase"))
         }

@@ -2,24 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
+use std::time::Duration;
 
 use tss_esapi::attributes::{ObjectAttributesBuilder, SessionAttributesBuilder};
-use tss_esapi::constants::SessionType;
 use tss_esapi::constants::response_code::{Tss2ResponseCode, Tss2ResponseCodeKind as Kind};
+use tss_esapi::constants::{CapabilityType, PropertyTag, SessionType};
 use tss_esapi::handles::{KeyHandle, PersistentTpmHandle, SessionHandle, TpmHandle};
 use tss_esapi::interface_types::algorithm::{HashingAlgorithm, PublicAlgorithm};
 use tss_esapi::interface_types::ecc::EccCurve;
+use tss_esapi::interface_types::key_bits::RsaKeyBits;
 use tss_esapi::interface_types::resource_handles::Hierarchy;
 use tss_esapi::interface_types::session_handles::{AuthSession, PolicySession};
 use tss_esapi::structures::{
-    Digest, EccPoint, KeyedHashScheme, PcrSelectionList, PcrSelectionListBuilder, PcrSlot, Private, Public,
-    PublicBuilder, PublicEccParametersBuilder, PublicKeyedHashParameters, SensitiveData, SymmetricDefinition,
-    SymmetricDefinitionObject,
+    self, Auth, CapabilityData, Digest, EccPoint, HashScheme, KeyedHashScheme, Name, Nonce, PcrSelectionList,
+    PcrSelectionListBuilder, PcrSlot, Private, Public, PublicBuilder, PublicEccParametersBuilder,
+    PublicKeyRsa, PublicKeyedHashParameters, PublicRsaParametersBuilder, RsaExponent, RsaScheme,
+    RsaSignature, SensitiveData, SymmetricDefinition, SymmetricDefinitionObject, TaggedProperty,
+    VerifiedTicket,
 };
 use tss_esapi::traits::{Marshall, UnMarshall};
 use tss_esapi::{Context, Error};
 
-use super::{Parent, PcrList, SealedByTpm, Tcti, TpmError};
+use super::policy::{PinSalt, PolicyDigest, SealPolicy};
+use super::signed::{Signature, Signatures, SigningKey};
+use super::{Hex, Parent, PcrList, SealedByTpm, Tcti, TpmError};
 use crate::secret::SecretBytes;
 
 /// Where the TCG wants an operating system to keep the storage root key.
@@ -27,6 +33,14 @@ const STORAGE_ROOT_KEY: u32 = 0x8100_0001;
 
 pub(super) struct Session {
     context: Context,
+}
+
+/// A signature that the TPM has verified.
+struct Approval {
+    signature: Signature,
+    /// The name of the key.
+    key: Name,
+    ticket: VerifiedTicket,
 }
 
 impl Session {
@@ -39,21 +53,39 @@ impl Session {
         })
     }
 
-    pub(super) fn seal(&mut self, secret: &SecretBytes, pcrs: &PcrList) -> Result<SealedByTpm, TpmError> {
-        let values = self.pcr_values(pcrs)?;
-        let policy = self.policy(pcrs, &values)?;
+    pub(super) fn seal(
+        &mut self,
+        secret: &SecretBytes,
+        policy: &SealPolicy,
+    ) -> Result<SealedByTpm, TpmError> {
+        let values = self.pcr_values(&policy.exact())?;
+        let digest = self.policy_digest(policy, &values)?;
+        let salt = policy.pin().map(|_| PinSalt::random()).transpose();
+        let salt = salt.map_err(|error| deriving(error.into()))?;
+        let pin = salt.as_ref().zip(policy.pin());
+        let auth = pin.map(|(salt, pin)| auth(salt, pin)).transpose()?;
         let (parent, key) = self.storage_key()?;
         let encrypted = self.encrypted_session(key, true)?;
         let data = SensitiveData::try_from(secret.expose()).map_err(failed("handing over what to seal"))?;
-        let template = sealed_object(policy).map_err(failed("describing what to seal"))?;
+        let guesses = match auth {
+            Some(_) => Guesses::Count,
+            None => Guesses::NoneToMake,
+        };
+        let template = sealed_object(digest, guesses).map_err(failed("describing what to seal"))?;
         let created = self
             .context
             .execute_with_session(Some(encrypted), |context| {
-                context.create(key, template, None, Some(data), None, None)
+                context.create(key, template, auth, Some(data), None, None)
             })
             .map_err(failed("sealing"))?;
+        let of_pcrs_alone = policy.signed_by().is_none() && salt.is_none();
         Ok(SealedByTpm {
-            version: SealedByTpm::VERSION,
+            version: match of_pcrs_alone {
+                true => SealedByTpm::FIRST_VERSION,
+                false => SealedByTpm::VERSION,
+            },
+            signed_by: policy.signed_by().map(|key| Hex(key.to_der())),
+            pin_salt: salt.map(|salt| Hex(salt.0)),
             parent,
             parent_name: self.name(key)?,
             pcrs: values
@@ -68,7 +100,13 @@ impl Session {
         })
     }
 
-    pub(super) fn unseal(&mut self, sealed: &SealedByTpm) -> Result<SecretBytes, TpmError> {
+    /// `pin` is there if `sealed` needs one.
+    pub(super) fn unseal(
+        &mut self,
+        sealed: &SealedByTpm,
+        pin: Option<&SecretBytes>,
+        signatures: &Signatures,
+    ) -> Result<SecretBytes, TpmError> {
         let key = match sealed.parent {
             Parent::Persistent => self.persistent()?.ok_or(TpmError::AnotherTpm)?,
             Parent::FromSeed => self.derived()?,
@@ -76,8 +114,16 @@ impl Session {
         if self.name(key)? != sealed.parent_name {
             return Err(TpmError::AnotherTpm);
         }
+        let approval = self.approval(sealed, signatures)?;
         let loaded = self.load(key, sealed)?;
-        let policy = self.pcr_session(SessionType::Policy, &sealed.pcrs(), Digest::default())?;
+        let policy = self.policy_session(key)?;
+        self.satisfy(policy, sealed, approval)?;
+        if let Some((Hex(salt), pin)) = sealed.pin_salt.as_ref().zip(pin) {
+            let auth = auth(&PinSalt(salt.clone()), pin)?;
+            self.context
+                .tr_set_auth(loaded.into(), auth)
+                .map_err(failed("handing over the PIN"))?;
+        }
         let encrypted = self.encrypted_session(key, false)?;
         let sessions = (Some(AuthSession::from(policy)), Some(encrypted), None);
         let unsealed = self
@@ -90,6 +136,9 @@ impl Session {
                 Ok(secret)
             }
             Err(error) if kind(error) == Some(Kind::PolicyFail) => Err(self.difference(sealed)?),
+            Err(error) if matches!(kind(error), Some(Kind::AuthFail | Kind::BadAuth)) => {
+                Err(TpmError::WrongPin { left: None })
+            }
             Err(error) => Err(failed("unsealing")(error)),
         }
     }
@@ -185,42 +234,166 @@ impl Session {
         Ok(session)
     }
 
-    /// The digest of the policy that wants `values` in `pcrs`.
-    fn policy(&mut self, pcrs: &PcrList, values: &BTreeMap<u8, Vec<u8>>) -> Result<Digest, TpmError> {
-        let all: Vec<u8> = values.values().flatten().copied().collect();
-        let digest = Digest::try_from(&openssl::sha::sha256(&all)[..]).map_err(failed("hashing PCRs"))?;
-        let trial = self.pcr_session(SessionType::Trial, pcrs, digest)?;
-        self.context
-            .execute_without_session(|context| context.policy_get_digest(trial))
-            .map_err(failed("reading the policy"))
+    /// The digest of the policy that wants `values`, and what else `policy` asks for.
+    fn policy_digest(
+        &mut self,
+        policy: &SealPolicy,
+        values: &BTreeMap<u8, Vec<u8>>,
+    ) -> Result<Digest, TpmError> {
+        let mut digest = PolicyDigest::EMPTY;
+        if let Some(key) = policy.signed_by() {
+            let loaded = self.load_signing_key(key)?;
+            digest = PolicyDigest::authorized_by(&self.name(loaded)?);
+            self.flush(loaded)?;
+        }
+        if !values.is_empty() {
+            digest = digest.pcrs(values);
+        }
+        if policy.pin().is_some() {
+            digest = digest.auth_value();
+        }
+        Digest::try_from(&digest.0[..]).map_err(failed("making the policy"))
     }
 
-    fn pcr_session(
-        &mut self,
-        session_type: SessionType,
-        pcrs: &PcrList,
-        digest: Digest,
-    ) -> Result<PolicySession, TpmError> {
-        let selection = selection(pcrs)?;
+    /// A session that is to satisfy a policy. It is salted, or a listener on the bus could try PINs on what it hears.
+    fn policy_session(&mut self, key: KeyHandle) -> Result<PolicySession, TpmError> {
         let started = self.context.execute_without_session(|context| {
             context.start_auth_session(
+                Some(key),
                 None,
                 None,
-                None,
-                session_type,
+                SessionType::Policy,
                 SymmetricDefinition::AES_128_CFB,
                 HashingAlgorithm::Sha256,
             )
         });
-        let session =
-            PolicySession::try_from(opened(started)?).map_err(failed("starting a policy session"))?;
+        PolicySession::try_from(opened(started)?).map_err(failed("starting a policy session"))
+    }
+
+    /// In the order of [`Session::policy_digest`].
+    fn satisfy(
+        &mut self,
+        session: PolicySession,
+        sealed: &SealedByTpm,
+        approval: Option<Approval>,
+    ) -> Result<(), TpmError> {
+        if let Some(approval) = approval {
+            self.policy_pcr(session, &PcrList(approval.signature.pcrs))?;
+            let policy = approval.signature.policy.0;
+            let policy = Digest::try_from(&policy[..]).map_err(failed("making the policy"))?;
+            self.context
+                .execute_without_session(|context| {
+                    let nonce = Nonce::default();
+                    context.policy_authorize(session, policy, nonce, &approval.key, approval.ticket)
+                })
+                .map_err(failed("showing what was signed"))?;
+        }
+        let exact = sealed.exact();
+        if !exact.0.is_empty() {
+            self.policy_pcr(session, &exact)?;
+        }
+        if sealed.needs_pin() {
+            self.context
+                .execute_without_session(|context| context.policy_auth_value(session))
+                .map_err(failed("making the policy"))?;
+        }
+        Ok(())
+    }
+
+    fn policy_pcr(&mut self, session: PolicySession, pcrs: &PcrList) -> Result<(), TpmError> {
+        let selection = selection(pcrs)?;
         self.context
-            .execute_without_session(|context| context.policy_pcr(session, digest, selection))
+            .execute_without_session(|context| context.policy_pcr(session, Digest::default(), selection))
             .map_err(|error| match kind(error) {
                 Some(Kind::Value) => TpmError::NoSuchPcr(pcrs.clone()),
                 _ => failed("making the policy")(error),
-            })?;
-        Ok(session)
+            })
+    }
+
+    /// The signature that covers what PCR 11 is now, verified by the TPM; `None` if none is asked for.
+    fn approval(
+        &mut self,
+        sealed: &SealedByTpm,
+        signatures: &Signatures,
+    ) -> Result<Option<Approval>, TpmError> {
+        let Some(key) = sealed.signing_key().map_err(|_| TpmError::Damaged)? else {
+            return Ok(None);
+        };
+        let values = self.pcr_values(&PcrList(signatures.pcrs()))?;
+        let not_signed = |why| TpmError::NotSigned {
+            key: key.fingerprint(),
+            why,
+        };
+        let signature = signatures.find(&key, &values).map_err(not_signed)?;
+        let loaded = self.load_signing_key(&key)?;
+        let name = self.context.tr_get_name(loaded.into());
+        let name = name.map_err(failed("naming the signing key"))?;
+        let ticket = self.verified(loaded, signature)?;
+        self.flush(loaded)?;
+        Ok(Some(Approval {
+            signature: signature.clone(),
+            key: name,
+            ticket,
+        }))
+    }
+
+    fn verified(&mut self, key: KeyHandle, signature: &Signature) -> Result<VerifiedTicket, TpmError> {
+        const DOING: &str = "verifying what was signed";
+        let digest = openssl::sha::sha256(&signature.policy.0);
+        let digest = Digest::try_from(&digest[..]).map_err(failed(DOING))?;
+        let bytes = PublicKeyRsa::try_from(&signature.bytes[..]).map_err(failed(DOING))?;
+        let bytes = RsaSignature::create(HashingAlgorithm::Sha256, bytes).map_err(failed(DOING))?;
+        self.context
+            .execute_without_session(|context| {
+                context.verify_signature(key, digest, structures::Signature::RsaSsa(bytes))
+            })
+            .map_err(failed(DOING))
+    }
+
+    fn load_signing_key(&mut self, key: &SigningKey) -> Result<KeyHandle, TpmError> {
+        const DOING: &str = "loading the public key";
+        let public = signing_key_template(key).map_err(failed(DOING))?;
+        self.context
+            .execute_without_session(|context| context.load_external_public(public, Hierarchy::Owner))
+            .map_err(failed(DOING))
+    }
+
+    fn flush(&mut self, key: KeyHandle) -> Result<(), TpmError> {
+        self.context
+            .flush_context(key.into())
+            .map_err(failed("taking a key out again"))
+    }
+
+    /// Adds what the TPM tells of its lockout to an error that is about it.
+    pub(super) fn explained(&mut self, error: TpmError) -> TpmError {
+        match error {
+            TpmError::WrongPin { .. } => {
+                let most = self.property(PropertyTag::MaxAuthFail);
+                let failed = self.property(PropertyTag::LockoutCounter);
+                let left = most.zip(failed).map(|(most, failed)| most.saturating_sub(failed));
+                TpmError::WrongPin { left }
+            }
+            TpmError::LockedOut { .. } => {
+                let interval = self.property(PropertyTag::LockoutInterval);
+                TpmError::LockedOut {
+                    one_more_in: interval.map(|seconds| Duration::from_secs(seconds.into())),
+                }
+            }
+            error => error,
+        }
+    }
+
+    fn property(&mut self, tag: PropertyTag) -> Option<u32> {
+        let found = self
+            .context
+            .execute_without_session(|context| {
+                context.get_capability(CapabilityType::TpmProperties, tag.into(), 1)
+            })
+            .ok()?;
+        match found.0 {
+            CapabilityData::TpmProperties(list) => list.find(tag).map(TaggedProperty::value),
+            _ => None,
+        }
     }
 
     /// A read returns eight at the most: one after the other, then.
@@ -241,7 +414,7 @@ impl Session {
 
     /// Which PCRs made the policy fail.
     fn difference(&mut self, sealed: &SealedByTpm) -> Result<TpmError, TpmError> {
-        let now = self.pcr_values(&sealed.pcrs())?;
+        let now = self.pcr_values(&sealed.exact())?;
         let differs = |(pcr, value): (&u8, &String)| (hex::encode(&now[pcr]) != *value).then_some(*pcr);
         let differing: std::collections::BTreeSet<u8> = sealed.pcrs.iter().filter_map(differs).collect();
         if differing.is_empty() {
@@ -317,13 +490,45 @@ fn storage_key_template() -> Result<Public, Error> {
         .build()
 }
 
-/// No password opens it, only the policy; wrong tries do not count, for there is nothing to guess.
-fn sealed_object(policy: Digest) -> Result<Public, Error> {
+/// The public half of a key that signs PCR policies: its name is part of a policy, so this must not change.
+fn signing_key_template(key: &SigningKey) -> Result<Public, Error> {
+    let modulus = key.modulus();
+    let bits = u16::try_from(modulus.len() * 8).unwrap_or(u16::MAX);
+    let attributes = ObjectAttributesBuilder::new()
+        .with_user_with_auth(true)
+        .with_sign_encrypt(true)
+        .build()?;
+    let scheme = RsaScheme::RsaSsa(HashScheme::new(HashingAlgorithm::Sha256));
+    let parameters = PublicRsaParametersBuilder::new_unrestricted_signing_key(
+        scheme,
+        RsaKeyBits::try_from(bits)?,
+        RsaExponent::ZERO_EXPONENT,
+    )
+    .build()?;
+    PublicBuilder::new()
+        .with_public_algorithm(PublicAlgorithm::Rsa)
+        .with_name_hashing_algorithm(HashingAlgorithm::Sha256)
+        .with_object_attributes(attributes)
+        .with_rsa_parameters(parameters)
+        .with_rsa_unique_identifier(PublicKeyRsa::try_from(modulus)?)
+        .build()
+}
+
+/// Whether there is a PIN that somebody may guess.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guesses {
+    NoneToMake,
+    /// The TPM counts wrong ones, and locks itself after some.
+    Count,
+}
+
+/// Only the policy opens it.
+fn sealed_object(policy: Digest, guesses: Guesses) -> Result<Public, Error> {
     let attributes = ObjectAttributesBuilder::new()
         .with_fixed_tpm(true)
         .with_fixed_parent(true)
         .with_admin_with_policy(true)
-        .with_no_da(true)
+        .with_no_da(guesses == Guesses::NoneToMake)
         .build()?;
     PublicBuilder::new()
         .with_public_algorithm(PublicAlgorithm::KeyedHash)
@@ -333,6 +538,19 @@ fn sealed_object(policy: Digest) -> Result<Public, Error> {
         .with_keyed_hash_parameters(PublicKeyedHashParameters::new(KeyedHashScheme::Null))
         .with_keyed_hash_unique_identifier(Digest::default())
         .build()
+}
+
+/// A PIN as the TPM gets it.
+fn auth(salt: &PinSalt, pin: &SecretBytes) -> Result<Auth, TpmError> {
+    let value = salt.auth_value(pin).map_err(|error| deriving(error.into()))?;
+    Auth::try_from(value.expose()).map_err(failed("handing over the PIN"))
+}
+
+fn deriving(source: Box<dyn StdError + Send + Sync>) -> TpmError {
+    TpmError::Failed {
+        doing: "deriving a key from the PIN",
+        source,
+    }
 }
 
 /// What the TPM said, apart from the layers of software in front of it, whose codes the library takes for the TPM's.
@@ -378,7 +596,7 @@ fn code(error: Error) -> Option<u32> {
 fn failed(doing: &'static str) -> impl FnOnce(Error) -> TpmError {
     move |error| match kind(error) {
         _ if Layer::of(error) == Layer::Connection => TpmError::Lost(described(error)),
-        Some(Kind::Lockout) => TpmError::LockedOut,
+        Some(Kind::Lockout) => TpmError::LockedOut { one_more_in: None },
         Some(
             Kind::ObjectMemory
             | Kind::SessionMemory

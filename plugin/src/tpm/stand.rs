@@ -6,13 +6,18 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use openssl::base64::encode_block;
+use openssl::hash::MessageDigest;
+use openssl::pkey::{PKey, Private};
+use openssl::rsa::Rsa;
+use openssl::sign::Signer;
 use tempfile::TempDir;
 use tss_esapi::handles::PcrHandle;
 use tss_esapi::interface_types::algorithm::HashingAlgorithm;
 use tss_esapi::structures::{Digest, DigestValues};
 
 use super::session::Session;
-use super::{Tcti, Tpm};
+use super::{SigningKey, Tcti, Tpm};
 
 /// A running swtpm. Dropping it ends it and deletes its state.
 pub(crate) struct Stand {
@@ -93,6 +98,25 @@ impl Stand {
         output.status.success()
     }
 
+    /// As who builds a kernel does, for what PCR 11 is now: writes its signature where systemd looks for it below `root`. The
+    /// digest is that of tpm2-tools.
+    pub(crate) fn sign_kernel(&self, root: &Path, key: &PKey<Private>) {
+        assert!(self.shell(
+            "tpm2_startauthsession -S trial && tpm2_policypcr -Q -S trial -l sha256:11 -L policy && \
+             tpm2_flushcontext trial"
+        ));
+        let policy = fs::read(self.state.path().join("policy")).unwrap();
+        let mut signer = Signer::new(MessageDigest::sha256(), key).unwrap();
+        let signature = signer.sign_oneshot_to_vec(&policy).unwrap();
+        let json = serde_json::json!({"sha1": [], "sha256": [
+            {"pcrs": [11], "pkfp": "00", "pol": "no digest", "sig": ""},
+            {"pcrs": [11], "pkfp": "00", "pol": hex::encode(policy), "sig": encode_block(&signature)},
+        ]});
+        let directory = root.join("run/systemd");
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join("tpm2-pcr-signature.json"), json.to_string()).unwrap();
+    }
+
     pub(super) fn session(&self) -> Session {
         Session::open(&self.tcti()).unwrap()
     }
@@ -102,6 +126,13 @@ impl Stand {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.swtpm.id()).unwrap());
         nix::sys::signal::kill(pid, signal).unwrap();
     }
+}
+
+/// A key that signs kernels, and its public half.
+pub(crate) fn signing_key() -> (PKey<Private>, SigningKey) {
+    let key = PKey::from_rsa(Rsa::generate(2048).unwrap()).unwrap();
+    let public = SigningKey::from_pem(&key.public_key_to_pem().unwrap()).unwrap();
+    (key, public)
 }
 
 impl Drop for Stand {

@@ -91,7 +91,9 @@ fn what_was_tampered_with_does_not_open() {
     assert!(matches!(tpm.unseal(&swapped), Err(TpmError::Damaged)));
     let json = String::from_utf8(sealed.to_bytes()).unwrap();
     for bad in [
-        json.replace("\"version\":1", "\"version\":2"),
+        json.replace("\"version\":1", "\"version\":3"),
+        json.replace("\"version\":1", "\"version\":1,\"pin_salt\":\"00\""),
+        json.replace("\"version\":1", "\"version\":2,\"signed_by\":\"00\""),
         json.replace("from-seed", "from-elsewhere"),
         json[..json.len() / 2].to_owned(),
         "x".repeat(20_000),
@@ -170,7 +172,7 @@ fn a_lockout_is_named_and_hits_only_storage_keys_of_others() {
     assert!(!stand.shell("tpm2_nvread 0x1500001 -C 0x1500001 -P wrong -s 8"));
     assert_eq!(tpm.unseal(&own).unwrap().expose(), b"own");
     let error = tpm.unseal(&theirs).unwrap_err();
-    assert!(matches!(error, TpmError::LockedOut), "{error:?}");
+    assert!(matches!(error, TpmError::LockedOut { .. }), "{error:?}");
     let clear = "tpm2_dictionarylockout --clear-lockout";
     assert!(error.to_string().contains(clear), "{error}");
     assert!(stand.shell(clear));
@@ -274,11 +276,220 @@ fn many_callers_take_turns() {
 #[test]
 fn lists_of_pcrs_and_ways_to_a_tpm_are_checked() {
     assert_eq!(pcrs("11,7,7").to_string(), "7,11");
-    for bad in ["", "7,", "24", "16", "23", "seven", "-1", "7 11"] {
+    assert_eq!(pcrs("7+11").to_string(), "7,11");
+    assert_eq!(pcrs("7,9,4").changed_by_updates(), Some(pcrs("4,9")));
+    assert_eq!(pcrs("7,11").changed_by_updates(), None);
+    for bad in ["", "7,", "24", "16", "23", "seven", "-1", "7 11", "7++11"] {
         assert!(bad.parse::<PcrList>().is_err(), "{bad:?}");
     }
     assert_eq!(Tcti::default().to_string(), "device:/dev/tpmrm0");
     for bad in ["", "/dev/tpm0", "libtss2-tcti-evil.so:x", "swtpm:port=x"] {
         assert!(bad.parse::<Tcti>().is_err(), "{bad:?}");
     }
+}
+
+fn pin(text: &str) -> Option<Arc<SecretBytes>> {
+    Some(secret(text.as_bytes()))
+}
+
+fn with_pin(text: &str) -> SealPolicy {
+    SealPolicy::new(PcrList::default(), None)
+        .unwrap()
+        .with_pin(pin(text))
+}
+
+#[test]
+fn a_pin_opens_it_and_no_other_does() {
+    let mut stand = Stand::start();
+    let tpm = stand.tpm();
+    let sealed = tpm.seal_under(&secret(b"secret"), &with_pin("1234 öäü")).unwrap();
+    let sealed = SealedByTpm::from_bytes(&sealed.to_bytes()).unwrap();
+    assert!(sealed.needs_pin());
+    assert!(matches!(tpm.unseal(&sealed), Err(TpmError::NeedsPin)));
+    let opens = |text: &str| tpm.unseal_with(&sealed, pin(text).as_ref());
+    assert_eq!(opens("1234 öäü").unwrap().expose(), b"secret");
+    let error = opens("1234").unwrap_err();
+    assert!(matches!(error, TpmError::WrongPin { left: Some(2) }), "{error:?}");
+    assert!(
+        error.to_string().contains("2 tries are left") && !error.may_pass(),
+        "{error}"
+    );
+    // Other PCRs cost no try.
+    stand.extend(7);
+    for _ in 0..4 {
+        assert!(matches!(opens("1234 öäü"), Err(TpmError::PcrsDiffer(_))));
+    }
+    stand.reboot();
+    assert_eq!(opens("1234 öäü").unwrap().expose(), b"secret");
+    // What was sealed without a PIN opens with one too, and its policy is taken over.
+    let without = tpm.seal(&secret(b"without"), &PcrList::default()).unwrap();
+    assert_eq!(
+        tpm.unseal_with(&without, pin("x").as_ref()).unwrap().expose(),
+        b"without"
+    );
+    let again = tpm.seal_under(&secret(b"again"), &sealed.policy(pin("other").as_ref()));
+    let again = again.unwrap();
+    assert_eq!(
+        tpm.unseal_with(&again, pin("other").as_ref()).unwrap().expose(),
+        b"again"
+    );
+    // The salt of another one makes it another PIN, no damage.
+    let other_salt = SealedByTpm {
+        pin_salt: again.pin_salt,
+        ..sealed.clone()
+    };
+    let error = tpm
+        .unseal_with(&other_salt, pin("1234 öäü").as_ref())
+        .unwrap_err();
+    assert!(matches!(error, TpmError::WrongPin { .. }), "{error:?}");
+}
+
+#[test]
+fn too_many_wrong_pins_lock_the_tpm_and_it_says_for_how_long() {
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let sealed = tpm.seal_under(&secret(b"secret"), &with_pin("right")).unwrap();
+    let plain = tpm.seal(&secret(b"plain"), &PcrList::default()).unwrap();
+    assert!(stand.shell("tpm2_dictionarylockout -s -n 2 -t 600 -l 1000"));
+    let opens = |text: &str| tpm.unseal_with(&sealed, pin(text).as_ref());
+    let left = |error: TpmError| match error {
+        TpmError::WrongPin { left } => left,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(left(opens("wrong").unwrap_err()), Some(1));
+    assert_eq!(left(opens("wrong").unwrap_err()), Some(0));
+    let error = opens("right").unwrap_err();
+    let TpmError::LockedOut { one_more_in } = &error else {
+        panic!("{error:?}")
+    };
+    assert_eq!(*one_more_in, Some(Duration::from_secs(600)));
+    for part in ["one more in 10 minutes", "tpm2_dictionarylockout --clear-lockout"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    // Nobody else is hit, and the message helps.
+    assert_eq!(tpm.unseal(&plain).unwrap().expose(), b"plain");
+    assert!(stand.shell("tpm2_dictionarylockout --clear-lockout"));
+    assert_eq!(opens("right").unwrap().expose(), b"secret");
+}
+
+#[test]
+fn signed_kernels_open_it_and_no_others_do() {
+    let mut stand = Stand::start();
+    let root = tempfile::tempdir().unwrap();
+    let tpm = stand.tpm().with_root(root.path());
+    let (key, public) = stand::signing_key();
+    let (stranger, _) = stand::signing_key();
+    let policy = SealPolicy::new(pcrs("7,11"), Some(public.clone())).unwrap();
+    let sealed = tpm.seal_under(&secret(b"secret"), &policy).unwrap();
+    let sealed = SealedByTpm::from_bytes(&sealed.to_bytes()).unwrap();
+    assert_eq!(sealed.pcrs(), pcrs("7,11"));
+    assert_eq!(sealed.signed_by().unwrap().fingerprint(), public.fingerprint());
+    let refused = |why: Unsigned| match tpm.unseal(&sealed).unwrap_err() {
+        TpmError::NotSigned { key, why: found } => {
+            assert_eq!((key, found), (public.fingerprint(), why));
+        }
+        other => panic!("{other:?}"),
+    };
+    let opens = || assert_eq!(tpm.unseal(&sealed).unwrap().expose(), b"secret");
+    refused(Unsigned::NoFile);
+    stand.sign_kernel(root.path(), &key);
+    opens();
+    // Another kernel, then its signature.
+    stand.extend(11);
+    refused(Unsigned::OtherBoot);
+    stand.sign_kernel(root.path(), &stranger);
+    refused(Unsigned::ByOthers);
+    stand.sign_kernel(root.path(), &key);
+    opens();
+    // That of a file which is nothing of the kind is no reason to refuse, a bad file alone is.
+    let etc = root.path().join("etc/systemd");
+    std::fs::create_dir_all(&etc).unwrap();
+    std::fs::write(etc.join("tpm2-pcr-signature.json"), "{").unwrap();
+    opens();
+    stand.extend(11);
+    match tpm.unseal(&sealed).unwrap_err() {
+        TpmError::NotSigned {
+            why: Unsigned::Unreadable(why),
+            ..
+        } => {
+            assert!(why.starts_with("/etc/systemd/tpm2-pcr-signature.json: "), "{why}");
+        }
+        other => panic!("{other:?}"),
+    }
+    stand.sign_kernel(root.path(), &key);
+    opens();
+    // The other PCR is not for the key to sign.
+    stand.extend(7);
+    assert_eq!(
+        tpm.unseal(&sealed).unwrap_err().to_string(),
+        "PCR 7 differs from when it was enrolled"
+    );
+    stand.reboot();
+    stand.sign_kernel(root.path(), &key);
+    opens();
+    // The key of another can't be put in the place of the first.
+    let swapped = SealedByTpm {
+        signed_by: Some(Hex(stand::signing_key().1.to_der())),
+        ..sealed.clone()
+    };
+    assert!(matches!(tpm.unseal(&swapped), Err(TpmError::NotSigned { .. })));
+    let stripped = SealedByTpm {
+        signed_by: None,
+        ..sealed.clone()
+    };
+    assert!(matches!(tpm.unseal(&stripped), Err(TpmError::Damaged)));
+}
+
+#[test]
+fn a_signed_kernel_and_a_pin_go_together() {
+    let stand = Stand::start();
+    let root = tempfile::tempdir().unwrap();
+    let tpm = stand.tpm().with_root(root.path());
+    let (key, public) = stand::signing_key();
+    let policy = SealPolicy::new(pcrs("11"), Some(public))
+        .unwrap()
+        .with_pin(pin("p"));
+    let sealed = tpm.seal_under(&secret(b"secret"), &policy).unwrap();
+    // Without the signature no try of the PIN is lost.
+    for _ in 0..4 {
+        let error = tpm.unseal_with(&sealed, pin("wrong").as_ref()).unwrap_err();
+        assert!(matches!(error, TpmError::NotSigned { .. }), "{error:?}");
+    }
+    stand.sign_kernel(root.path(), &key);
+    assert_eq!(
+        tpm.unseal_with(&sealed, pin("p").as_ref()).unwrap().expose(),
+        b"secret"
+    );
+    let error = tpm.unseal_with(&sealed, pin("wrong").as_ref()).unwrap_err();
+    assert!(matches!(error, TpmError::WrongPin { .. }), "{error:?}");
+}
+
+#[test]
+fn pcr_11_and_a_key_want_each_other() {
+    let (key, public) = stand::signing_key();
+    assert!(matches!(
+        SealPolicy::new(pcrs("7,11"), None),
+        Err(PolicyError::Unsigned)
+    ));
+    assert!(matches!(
+        SealPolicy::new(pcrs("7"), Some(public)),
+        Err(PolicyError::NothingToSign(_))
+    ));
+    for bad in [
+        &b""[..],
+        b"-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n",
+    ] {
+        assert!(matches!(SigningKey::from_pem(bad), Err(NotASigningKey::Pem(_))));
+    }
+    // Who hands over the private key is not served with it.
+    let private = key.private_key_to_pem_pkcs8().unwrap();
+    assert!(matches!(
+        SigningKey::from_pem(&private),
+        Err(NotASigningKey::Pem(_))
+    ));
+    let small = openssl::rsa::Rsa::generate(1024)
+        .unwrap()
+        .public_key_to_pem()
+        .unwrap();
+    assert!(matches!(SigningKey::from_pem(&small), Err(NotASigningKey::Kind)));
 }

@@ -1,0 +1,220 @@
+//! What a sealed object asks for before the TPM gives it out (TPM 2.0 Library, Part 3, "Enhanced Authorization Commands").
+//!
+//! ```text
+//!   PolicyAuthorize   with a signing key: what PCR 11 is now was signed by it, beforehand, for each kernel
+//!   PolicyPCR         the other PCRs are what they were
+//!   PolicyAuthValue   with a PIN: the caller knows it
+//! ```
+//!
+//! The digests are computed here; that the TPM computes the same is seen when it opens what was sealed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::Arc;
+
+use openssl::error::ErrorStack;
+use openssl::hash::MessageDigest;
+use openssl::pkcs5::pbkdf2_hmac;
+use openssl::sha::Sha256;
+use thiserror::Error;
+
+use super::PcrList;
+use super::signed::SigningKey;
+use crate::secret::SecretBytes;
+
+/// The PCR that changes with each kernel, and for which each kernel brings a signature (systemd-stub, systemd-measure).
+pub(super) const KERNEL: u8 = 11;
+
+/// What the TPM is to ask for.
+#[derive(Clone, Debug)]
+pub struct SealPolicy {
+    pcrs: PcrList,
+    signed_by: Option<SigningKey>,
+    pin: Option<Arc<SecretBytes>>,
+}
+
+/// Such a policy would lock its owner out, or is none.
+#[derive(Debug, Error)]
+pub enum PolicyError {
+    /// PCR 11 without a key.
+    #[error(
+        "PCR 11 changes with each update of the kernel, which would lock the provider each time: it can be used with the \
+         public key that signs what it will be"
+    )]
+    Unsigned,
+    /// A key without PCR 11.
+    #[error("the public key signs what PCR 11 may be, and PCR 11 is not among {0}")]
+    NothingToSign(PcrList),
+}
+
+impl SealPolicy {
+    /// `pcrs`, of which 11 is whatever `signed_by` has signed.
+    ///
+    /// # Errors
+    /// [`PolicyError`] when there is one without the other.
+    pub fn new(pcrs: PcrList, signed_by: Option<SigningKey>) -> Result<Self, PolicyError> {
+        match (pcrs.0.contains(&KERNEL), signed_by.is_some()) {
+            (true, false) => Err(PolicyError::Unsigned),
+            (false, true) => Err(PolicyError::NothingToSign(pcrs)),
+            _ => Ok(Self {
+                pcrs,
+                signed_by,
+                pin: None,
+            }),
+        }
+    }
+
+    /// All of `pcrs` are what they are now: also 11, for what was sealed so before.
+    pub(super) fn exactly(pcrs: PcrList) -> Self {
+        Self {
+            pcrs,
+            signed_by: None,
+            pin: None,
+        }
+    }
+
+    pub(super) fn of_record(pcrs: PcrList, signed_by: Option<SigningKey>) -> Self {
+        Self {
+            pcrs,
+            signed_by,
+            pin: None,
+        }
+    }
+
+    /// And somebody types `pin`.
+    #[must_use]
+    pub fn with_pin(self, pin: Option<Arc<SecretBytes>>) -> Self {
+        Self { pin, ..self }
+    }
+
+    /// The PCRs that it looks at.
+    #[must_use]
+    pub fn pcrs(&self) -> &PcrList {
+        &self.pcrs
+    }
+
+    /// Who signs what PCR 11 may be.
+    #[must_use]
+    pub fn signed_by(&self) -> Option<&SigningKey> {
+        self.signed_by.as_ref()
+    }
+
+    pub(super) fn pin(&self) -> Option<&Arc<SecretBytes>> {
+        self.pin.as_ref()
+    }
+
+    /// The PCRs that must stay what they are.
+    pub(super) fn exact(&self) -> PcrList {
+        let is_signed = |pcr: &u8| *pcr == KERNEL && self.signed_by.is_some();
+        PcrList(
+            self.pcrs
+                .0
+                .iter()
+                .copied()
+                .filter(|pcr| !is_signed(pcr))
+                .collect(),
+        )
+    }
+}
+
+/// A PIN as the TPM gets it: PBKDF2-HMAC-SHA256 of it with a salt of its own. The TPM allows few tries, so this is for the
+/// day when somebody reads a chip out.
+pub(super) struct PinSalt(pub(super) Vec<u8>);
+
+impl PinSalt {
+    const LEN: usize = 32;
+    const ROUNDS: usize = 10_000;
+
+    pub(super) fn random() -> Result<Self, ErrorStack> {
+        let mut salt = vec![0; Self::LEN];
+        openssl::rand::rand_bytes(&mut salt)?;
+        Ok(Self(salt))
+    }
+
+    pub(super) fn auth_value(&self, pin: &SecretBytes) -> Result<SecretBytes, PinError> {
+        let mut value = SecretBytes::zeroed(32).map_err(PinError::Memory)?;
+        let hash = MessageDigest::sha256();
+        pbkdf2_hmac(pin.expose(), &self.0, Self::ROUNDS, hash, value.expose_mut())
+            .map_err(PinError::Derive)?;
+        // A TPM drops zero bytes at the end (Part 1, "Authorization Size Convention"), the library may not.
+        if let Some(last @ 0) = value.expose_mut().last_mut() {
+            *last = 0xff;
+        }
+        Ok(value)
+    }
+}
+
+#[derive(Debug, Error)]
+pub(super) enum PinError {
+    #[error("no memory for a key")]
+    Memory(#[source] std::io::Error),
+    #[error("PBKDF2 failed")]
+    Derive(#[source] ErrorStack),
+}
+
+/// A policy's digest, SHA-256.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct PolicyDigest(pub(super) [u8; 32]);
+
+impl fmt::Debug for PolicyDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+/// TPM_CC_PolicyAuthorize, TPM_CC_PolicyAuthValue, TPM_CC_PolicyPCR (Part 2, "TPM_CC").
+const AUTHORIZE: u32 = 0x16a;
+const AUTH_VALUE: u32 = 0x16b;
+const PCR: u32 = 0x17f;
+/// TPM_ALG_SHA256.
+const SHA256: u16 = 0x000b;
+
+impl PolicyDigest {
+    /// Of a policy that asks for nothing yet.
+    pub(super) const EMPTY: Self = Self([0; 32]);
+
+    fn then(self, command: u32, parts: &[&[u8]]) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(&self.0);
+        hash.update(&command.to_be_bytes());
+        parts.iter().for_each(|part| hash.update(part));
+        Self(hash.finish())
+    }
+
+    /// PolicyPCR: a TPML_PCR_SELECTION of one bank, and the digest over the values.
+    pub(super) fn pcrs(self, values: &BTreeMap<u8, Vec<u8>>) -> Self {
+        let mut selected = [0_u8; 3];
+        values
+            .keys()
+            .for_each(|pcr| selected[usize::from(pcr / 8)] |= 1 << (pcr % 8));
+        let mut hash = Sha256::new();
+        values.values().for_each(|value| hash.update(value));
+        let one_bank = 1_u32.to_be_bytes();
+        let size = [selected.len() as u8];
+        self.then(
+            PCR,
+            &[&one_bank, &SHA256.to_be_bytes(), &size, &selected, &hash.finish()],
+        )
+    }
+
+    /// PolicyAuthorize, which forgets what came before it: the key of this name answers for that. Without a policyRef.
+    pub(super) fn authorized_by(key_name: &[u8]) -> Self {
+        let named = Self::EMPTY.then(AUTHORIZE, &[key_name]);
+        Self(openssl::sha::sha256(&named.0))
+    }
+
+    /// PolicyAuthValue.
+    pub(super) fn auth_value(self) -> Self {
+        self.then(AUTH_VALUE, &[])
+    }
+}
+
+/// PCRs that each update of a kernel, an initrd or a boot loader changes, besides 11.
+pub(super) fn changed_by_updates(pcrs: &PcrList) -> PcrList {
+    const OF_UPDATES: [u8; 5] = [4, 8, 9, 12, 13];
+    let hit: BTreeSet<u8> = OF_UPDATES
+        .into_iter()
+        .filter(|pcr| pcrs.0.contains(pcr))
+        .collect();
+    PcrList(hit)
+}
