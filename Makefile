@@ -4,12 +4,13 @@
 # make fuzz             random inputs for everything that reads what others wrote; FUZZ_CASES=20000
 # make soak             kills, full disks and collisions, again and again; SOAK_ROUNDS=10 (root)
 # make test-matrix      all tests on Debian 12 and 13, each in a fresh root (root)
+# make test-systemd     the package on a host that systemd booted: units, sandbox, devices, watchdog, a sealed VM (root)
 # make bench   the figures, as ratios against a peer in the same run (root)
 # make test-programs    whether a fresh Debian root has every program that scripts and tests run (root)
 # make lint    formatting, clippy, documentation
 # make install, make deb, make test-deb: packaging/package.mk
 
-.PHONY: demo test test-providers test-programs test-matrix fuzz soak bench lint deps
+.PHONY: demo test test-providers test-programs test-matrix test-systemd fuzz soak bench lint deps
 
 CARGO ?= cargo
 include packaging/package.mk
@@ -30,6 +31,9 @@ test-programs:
 
 test-matrix:
 	tests/run-matrix
+
+test-systemd:
+	CARGO="$(CARGO)" PROFILE="$(PROFILE)" tests/run-systemd
 
 fuzz: deps
 	CARGO="$(CARGO)" tests/run-fuzz
