@@ -51,6 +51,11 @@ pub trait KeyProvider: Send + Sync {
         true
     }
 
+    /// Why it does nothing now, as a call would say it; nobody is asked.
+    fn refuses(&self) -> Option<ProviderError> {
+        self.status().refusal()
+    }
+
     /// When its server or token last did as asked; `None` if it has not since virtseald started, or if there is none.
     fn last_answer(&self) -> Option<SystemTime> {
         None
@@ -185,6 +190,18 @@ impl ProviderStatus {
         matches!(self, Self::Ready | Self::NotBackedUp | Self::Degraded(_))
     }
 
+    /// What a call comes to that can't wrap in this state.
+    #[must_use]
+    pub fn refusal(self) -> Option<ProviderError> {
+        match self {
+            Self::Ready | Self::Degraded(_) => None,
+            Self::NotBackedUp => Some(ProviderError::NotBackedUp),
+            Self::Locked => Some(ProviderError::Locked),
+            Self::Unreachable(reason) => Some(ProviderError::Unreachable(reason)),
+            Self::NotTrusted(reason) => Some(ProviderError::NotTrusted(reason)),
+        }
+    }
+
     /// The state without its reason.
     #[must_use]
     pub fn as_str(&self) -> &'static str {
@@ -266,6 +283,9 @@ pub enum ProviderError {
     /// Trust is not established both ways.
     #[error("is not trusted: {0}")]
     NotTrusted(String),
+    /// The same of one that trusts whom the CAs of a file, or of this host, have signed.
+    #[error("is not trusted: {0}")]
+    NotSignedByOurs(String),
     /// Its server must be unsealed first.
     #[error("is locked: its server is sealed")]
     ServerSealed,
@@ -284,6 +304,12 @@ pub enum ProviderError {
     /// It let this host in no further than the handshake, or some of its nodes did: what may be a refusal.
     #[error("turned this host away: {0}")]
     TurnedAway(String),
+    /// The same where a client certificate was shown that came with an unlock.
+    #[error("turned this host away: {0}")]
+    CertificateRefused(String),
+    /// It, or what stands before it, wants a client certificate, and none belongs to how this host logs in.
+    #[error("turned this host away: {0}")]
+    CertificateWanted(String),
     /// It has the KEK, and the KEK may not be used for this.
     #[error("can't use KEK {kek}: {why}")]
     KekUnusable {
@@ -338,6 +364,8 @@ pub enum PinRefusal {
     NotTheLastTry,
     /// The token accepts no PIN any more.
     Blocked,
+    /// The PIN has come to its end, or none was ever set.
+    NoneIsSet,
     /// It was wrong before; the token was not asked.
     KnownToBeWrong,
     /// Another one unlocked the provider; the token was not asked.
@@ -350,14 +378,9 @@ impl fmt::Display for PinRefusal {
             Self::Wrong => "does not accept this PIN",
             Self::FewTries => "does not accept this PIN, and counts wrong ones: few tries are left",
             Self::LastTry => "does not accept this PIN: one try is left before the token blocks itself",
-            Self::NotTheLastTry => {
-                "has one try left before it blocks itself, so the PIN was not sent: log in once with the right one \
-                 by another tool (pkcs11-tool --login --list-objects)"
-            }
-            Self::Blocked => {
-                "accepts no PIN any more: its security officer must set a new one \
-                 (pkcs11-tool --login --login-type so --init-pin)"
-            }
+            Self::NotTheLastTry => "has one try left before it blocks itself, so the PIN was not sent",
+            Self::Blocked => "accepts no PIN any more",
+            Self::NoneIsSet => "wants a new PIN before it accepts any: it has none, or that has expired",
             Self::KnownToBeWrong => "has refused this PIN before, so it was not sent to the token again",
             Self::UnlockedByAnother => "is unlocked with another PIN; to check this one, lock it first",
         })

@@ -307,16 +307,26 @@ pub(super) fn native_failure(name: &str, error: &NativeError) -> Failure {
 fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Failure {
     let add = "virtseal provider add pkcs11 --help".to_owned();
     let (code, next) = match error {
-        Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::Blocked)) => (Code::Locked, None),
+        Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet)) => (
+            Code::Locked,
+            Some(
+                "a new PIN (pkcs11-tool --login --login-type so --init-pin), then the same command"
+                    .to_owned(),
+            ),
+        ),
+        Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::NotTheLastTry)) => (
+            Code::Locked,
+            Some("pkcs11-tool --login --list-objects with the right PIN, then the same command".to_owned()),
+        ),
         Pkcs11Error::Provider(ProviderError::WrongPin(_)) => (
             Code::Locked,
             Some(format!("the same command with the right PIN for '{name}'")),
         ),
-        Pkcs11Error::Provider(error @ ProviderError::Unreachable(_)) => (error.advice(name).0, Some(add)),
+        Pkcs11Error::Provider(error) => (error.advice(name).0, Some(add)),
         Pkcs11Error::ManyProviders(_) => (Code::Usage, Some("the same command with --id UUID".to_owned())),
         Pkcs11Error::TokenInUse(other) => (Code::Failed, Some(format!("virtseal provider show {other}"))),
         Pkcs11Error::Settings(_) => (Code::Usage, Some(add)),
-        Pkcs11Error::Provider(_) | Pkcs11Error::Keystore(_) | Pkcs11Error::Json(_) => (Code::Failed, None),
+        Pkcs11Error::Keystore(_) | Pkcs11Error::Json(_) => (Code::Failed, None),
     };
     let message = match error {
         Pkcs11Error::Provider(ProviderError::WrongPin(_)) => format!("the token {}", chain(error)),

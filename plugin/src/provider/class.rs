@@ -35,8 +35,11 @@ impl ProviderError {
             | Self::UnknownMechanism(_)
             | Self::Payload(_) => ErrorClass::Key,
             Self::NotTrusted(_)
+            | Self::NotSignedByOurs(_)
             | Self::RefusesUs(_)
             | Self::TurnedAway(_)
+            | Self::CertificateRefused(_)
+            | Self::CertificateWanted(_)
             | Self::CredentialRefused(_)
             | Self::WrongCredential
             | Self::WrongPin(_) => ErrorClass::Client,

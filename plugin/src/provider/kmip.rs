@@ -358,6 +358,16 @@ impl KeyProvider for KmipProvider {
         }
     }
 
+    fn refuses(&self) -> Option<ProviderError> {
+        match (self.status(), self.cluster.status()) {
+            // Which side does not trust the other decides what helps.
+            (ProviderStatus::NotTrusted(why), ClusterStatus::RefusesUs(_)) => {
+                Some(ProviderError::RefusesUs(why))
+            }
+            (status, _) => status.refusal(),
+        }
+    }
+
     /// Also what keeps quiet connections open.
     fn probe(&self) {
         self.cache.sweep();

@@ -140,6 +140,10 @@ impl KeyProvider for TransitProvider {
         self.link.status()
     }
 
+    fn refuses(&self) -> Option<ProviderError> {
+        self.link.refuses()
+    }
+
     /// Unless a call has just shown how it is.
     fn probe(&self) {
         if self.link.is_unlocked() && !self.link.is_fresh() {

@@ -50,6 +50,9 @@ pub(super) enum TokenError {
     /// The token did not even look at the PIN.
     #[error("the token has blocked the PIN")]
     PinBlocked,
+    /// It never had a PIN, or that has come to its end.
+    #[error("the token wants a new PIN")]
+    NoPin,
     #[error("what was wrapped does not open")]
     Tampered,
     #[error("there is no KEK {0}")]
@@ -115,7 +118,10 @@ impl TokenError {
     }
 
     pub(super) fn is_about_the_pin(&self) -> bool {
-        matches!(self, Self::Pin(_) | Self::PinBlocked | Self::LastTry)
+        matches!(
+            self,
+            Self::Pin(_) | Self::PinBlocked | Self::NoPin | Self::LastTry
+        )
     }
 
     /// Whether it is about the token as a whole, and so about the provider's status.
@@ -128,6 +134,7 @@ impl TokenError {
             Self::Locked
                 | Self::Pin(_)
                 | Self::PinBlocked
+                | Self::NoPin
                 | Self::LastTry
                 | Self::Tampered
                 | Self::UnknownKek(_)
@@ -150,6 +157,7 @@ impl From<TokenError> for ProviderError {
             TokenError::Locked => Self::Locked,
             TokenError::Pin(refusal) => Self::WrongPin(refusal),
             TokenError::PinBlocked => Self::WrongPin(PinRefusal::Blocked),
+            TokenError::NoPin => Self::WrongPin(PinRefusal::NoneIsSet),
             TokenError::LastTry => Self::WrongPin(PinRefusal::NotTheLastTry),
             TokenError::Missing(missing) => Self::Unusable(missing.to_string()),
             TokenError::Tampered => Self::Tampered,

@@ -93,6 +93,7 @@ impl Token {
                 TokenError::Pin(self.count().refusal().unwrap_or(PinRefusal::Wrong))
             }
             RvError::PinLocked => TokenError::PinBlocked,
+            RvError::PinExpired | RvError::PinTooWeak | RvError::UserPinNotInitialized => TokenError::NoPin,
             _ => error.into(),
         }
     }

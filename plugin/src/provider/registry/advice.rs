@@ -108,6 +108,18 @@ pub enum NextCommand {
     Trust(String),
     /// `virtseal provider identity NAME …`
     Identity(String),
+    /// Let this host trust who signed the server's certificate, then `virtseal provider unlock NAME`.
+    TrustSigner(String),
+    /// `virtseal provider unlock NAME …` with another client certificate.
+    OtherCertificate(String),
+    /// Do without a client certificate, or log in by one.
+    LogInByCertificate(String),
+    /// Get a new PIN from the token's security officer, then `virtseal provider unlock NAME`.
+    NewPin(String),
+    /// Log in once by another tool, then `virtseal provider unlock NAME`.
+    LogInElsewhere(String),
+    /// `journalctl -u virtseald`
+    Journal,
     /// `virtseal provider show NAME`
     Show(String),
     /// `vault operator unseal`, or OpenBao's, at the server.
@@ -125,6 +137,43 @@ impl fmt::Display for NextCommand {
                 return f.write_str("unseal the server (bao operator unseal, vault operator unseal)");
             }
             Self::Upgrade => return f.write_str("upgrade virtseal"),
+            Self::Journal => return f.write_str("journalctl -u virtseald"),
+            Self::TrustSigner(name) => {
+                return write!(
+                    f,
+                    "put the certificate of who signed the server's into the file of --ca (without one: among the CAs of this \
+                     host, update-ca-certificates), then virtseal provider unlock {name}; virtseal provider show {name} names \
+                     the server"
+                );
+            }
+            Self::OtherCertificate(name) => {
+                return write!(
+                    f,
+                    "virtseal provider unlock {name} --passphrase-file FILE, with a client certificate and key in it that the \
+                     server accepts"
+                );
+            }
+            Self::LogInByCertificate(name) => {
+                return write!(
+                    f,
+                    "let the server ask this host for no client certificate, then virtseal provider show {name}; or log in by \
+                     one (virtseal provider add transit --auth cert)"
+                );
+            }
+            Self::NewPin(name) => {
+                return write!(
+                    f,
+                    "let the token's security officer set a new PIN (pkcs11-tool --login --login-type so --init-pin), then \
+                     virtseal provider unlock {name}"
+                );
+            }
+            Self::LogInElsewhere(name) => {
+                return write!(
+                    f,
+                    "log in once with the right PIN by another tool (pkcs11-tool --login --list-objects), then virtseal \
+                     provider unlock {name}"
+                );
+            }
             Self::BringBack(absent) => return absent.fmt(f),
             Self::Backup(name) => return write!(f, "virtseal provider backup {name} --output FILE"),
             Self::RestoreKek(name) => {
@@ -183,11 +232,19 @@ impl ProviderError {
         match self {
             Self::Locked | Self::LockedBecause(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
             Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(NextCommand::Lock(name))),
-            Self::WrongPin(PinRefusal::Blocked | PinRefusal::NotTheLastTry) => (Code::Locked, None),
+            Self::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet) => {
+                (Code::Locked, Some(NextCommand::NewPin(name)))
+            }
+            Self::WrongPin(PinRefusal::NotTheLastTry) => {
+                (Code::Locked, Some(NextCommand::LogInElsewhere(name)))
+            }
             Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
             Self::NotBackedUp => (Code::WouldLoseKey, Some(NextCommand::Backup(name))),
             Self::Unreachable(_) | Self::Trouble(_) => (Code::Unreachable, Some(NextCommand::Show(name))),
             Self::NotTrusted(_) => (Code::NotTrusted, Some(NextCommand::Trust(name))),
+            Self::NotSignedByOurs(_) => (Code::NotTrusted, Some(NextCommand::TrustSigner(name))),
+            Self::CertificateRefused(_) => (Code::NotTrusted, Some(NextCommand::OtherCertificate(name))),
+            Self::CertificateWanted(_) => (Code::NotTrusted, Some(NextCommand::LogInByCertificate(name))),
             Self::CredentialRefused(_) => (Code::NotTrusted, Some(NextCommand::Unlock(name))),
             Self::ServerSealed => (Code::Locked, Some(NextCommand::Unseal)),
             Self::RefusesUs(_) | Self::TurnedAway(_) => (Code::NotTrusted, Some(NextCommand::Identity(name))),
@@ -197,8 +254,9 @@ impl ProviderError {
             Self::UnknownMechanism(_) => (Code::Failed, Some(NextCommand::Upgrade)),
             Self::UnknownKek(_) => (Code::Failed, Some(NextCommand::RestoreKek(name))),
             Self::KekUnusable { .. } => (Code::Failed, Some(NextCommand::Show(name))),
-            // The first two are about an envelope, and what helps is told where that is known.
-            Self::Tampered | Self::Payload(_) | Self::Internal { .. } => (Code::Failed, None),
+            Self::Internal { .. } => (Code::Failed, Some(NextCommand::Journal)),
+            // About an envelope: what helps is told where that is known.
+            Self::Tampered | Self::Payload(_) => (Code::Failed, None),
         }
     }
 }

@@ -115,13 +115,7 @@ impl Registry {
                     .next("virtseal provider list"),
             );
         };
-        let source = match known.provider().status() {
-            ProviderStatus::Ready | ProviderStatus::Degraded(_) => return None,
-            ProviderStatus::NotBackedUp => ProviderError::NotBackedUp,
-            ProviderStatus::Locked => ProviderError::Locked,
-            ProviderStatus::Unreachable(reason) => ProviderError::Unreachable(reason),
-            ProviderStatus::NotTrusted(reason) => ProviderError::NotTrusted(reason),
-        };
+        let source = known.provider().refuses()?;
         let name = known.provider().name().to_owned();
         Some(Blocked { name, source }.into())
     }

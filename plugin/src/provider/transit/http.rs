@@ -8,6 +8,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use ureq::Agent;
 use ureq::http::{HeaderValue, Method, Request, Response};
 
@@ -31,8 +32,10 @@ pub(super) enum Fault {
     Unreachable(String),
     /// Its certificate, or ours, is not accepted.
     NotTrusted(String),
-    /// It ended the connection where it may have refused our certificate.
+    /// It, or what stands before it, does not accept the client's certificate, or may not: the connection just ended.
     TurnedAway(String),
+    /// The same where none was shown.
+    WantsCertificate(String),
     /// It must be unsealed first.
     Sealed,
     /// The token may not do this, or is none.
@@ -72,10 +75,11 @@ impl From<Fault> for ProviderError {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Unreachable(why) => Self::Unreachable(why),
-            Fault::NotTrusted(why) => Self::NotTrusted(why),
+            Fault::NotTrusted(why) => Self::NotSignedByOurs(why),
             Fault::Sealed => Self::ServerSealed,
-            // What helps is another certificate, which comes with an unlock.
-            Fault::Denied(why) | Fault::Ended(why) | Fault::TurnedAway(why) => Self::CredentialRefused(why),
+            Fault::Denied(why) | Fault::Ended(why) => Self::CredentialRefused(why),
+            Fault::TurnedAway(why) => Self::CertificateRefused(why),
+            Fault::WantsCertificate(why) => Self::CertificateWanted(why),
             Fault::NotFound(why) if why.is_empty() => {
                 Self::Unusable("the server does not know what it was asked for".into())
             }
@@ -141,20 +145,34 @@ impl Answer {
         serde_json::from_slice(self.body.expose()).map_err(|error| Fault::odd(&error.to_string()))
     }
 
-    /// What the server complains of.
-    fn errors(&self) -> String {
-        #[derive(Default, Deserialize)]
+    /// What the server complains of, in the form of its API; else it is something else that answers.
+    fn errors(&self) -> Option<String> {
+        #[derive(Deserialize)]
         struct Errors {
-            #[serde(default)]
             errors: Vec<String>,
         }
-        let found: Errors = serde_json::from_slice(self.body.expose()).unwrap_or_default();
-        printable(&found.errors.join("; "))
+        let found: Errors = serde_json::from_slice(self.body.expose()).ok()?;
+        Some(printable(&found.errors.join("; ")))
+    }
+
+    /// Whether it has results, whatever its status says.
+    fn has_data(&self) -> bool {
+        #[derive(Deserialize)]
+        struct Data {
+            data: Option<IgnoredAny>,
+        }
+        serde_json::from_slice(self.body.expose()).is_ok_and(|found: Data| found.data.is_some())
     }
 
     /// Itself, unless its status says that nothing was done.
     fn checked(self, ask: Ask) -> Result<Self, Fault> {
-        let errors = self.errors();
+        if let 200..=299 = self.status {
+            return Ok(self);
+        }
+        let errors = match self.errors() {
+            Some(errors) if !(300..=399).contains(&self.status) => errors,
+            _ => return Err(self.of_another(ask)),
+        };
         let what = format!(
             "{} {}: {}",
             ask.method,
@@ -166,19 +184,13 @@ impl Answer {
             }
         );
         match self.status {
-            200..=299 => Ok(self),
-            403 => Err(Fault::Denied(format!("the server denies {what}"))),
+            401 | 403 => Err(Fault::Denied(format!("the server denies {what}"))),
             404 if errors.is_empty() => Err(Fault::NotFound(String::new())),
             404 => Err(Fault::NotFound(format!("the server does not know {what}"))),
             // OpenBao kept the words of Vault.
             503 if errors.contains("sealed") => Err(Fault::Sealed),
             // The API's documentation lists these: a standby that sends its clients elsewhere, a node that has not caught up,
             // a quota, and the kinds of standby that serve nothing.
-            300..=399 => Err(Fault::Trouble(format!(
-                "this node is a standby that sends its clients to another one (status {}), and redirects are not followed: name \
-                 the active node or a load balancer in its address",
-                self.status
-            ))),
             412 => Err(Fault::Trouble(format!(
                 "this node has not caught up with the cluster yet (status 412 for {what})"
             ))),
@@ -193,6 +205,27 @@ impl Answer {
             _ => Err(Fault::Refused(format!("the server refuses {what}"))),
         }
     }
+
+    /// What a no means that is not in the form of the API: a standby's redirect, or the page of a proxy, which says nothing of
+    /// any key.
+    fn of_another(&self, ask: Ask) -> Fault {
+        let title = title(self.body.expose());
+        let what = format!(
+            "what answers {} {} with status {}{} is not the server",
+            ask.method, ask.path, self.status, title
+        );
+        match self.status {
+            300..=399 => Fault::Trouble(format!(
+                "this node is a standby that sends its clients to another one (status {}), and redirects are not followed: name \
+                 the active node or a load balancer in its address",
+                self.status
+            )),
+            // What nginx calls an error of the client's certificate, and shows as 400; denied by whom it lets pass.
+            401 | 403 | 495 | 496 => Fault::TurnedAway(what),
+            400 if title.to_lowercase().contains("certificate") => Fault::TurnedAway(what),
+            _ => Fault::Trouble(what),
+        }
+    }
 }
 
 /// Speaks to one server; clones share their connections.
@@ -201,6 +234,7 @@ pub(super) struct Client {
     agent: Agent,
     base: String,
     namespace: Option<HeaderValue>,
+    shows_certificate: bool,
     /// What will be wrong soon.
     pub(super) warning: Option<String>,
 }
@@ -233,6 +267,7 @@ impl Client {
             agent: Agent::with_parts(config, wire, LaterResolver),
             base: format!("{}/v1/", settings.address),
             namespace,
+            shows_certificate: identity.is_some(),
         })
     }
 
@@ -243,7 +278,22 @@ impl Client {
         ask: Ask,
         deadline: Instant,
     ) -> Result<Answer, Fault> {
-        self.ask_raw(token, ask, deadline)?.checked(ask)
+        let answer = self.ask_raw(token, ask, deadline)?;
+        self.judged(answer, ask)
+    }
+
+    fn judged(&self, answer: Answer, ask: Ask) -> Result<Answer, Fault> {
+        answer.checked(ask).map_err(|fault| match fault {
+            Fault::TurnedAway(why) => self.turned_away(why),
+            fault => fault,
+        })
+    }
+
+    fn turned_away(&self, why: String) -> Fault {
+        match self.shows_certificate {
+            true => Fault::TurnedAway(why),
+            false => Fault::WantsCertificate(why),
+        }
     }
 
     /// As [`Client::ask`], but hands out also what a batch answers with status 400.
@@ -254,10 +304,10 @@ impl Client {
         deadline: Instant,
     ) -> Result<Answer, Fault> {
         let answer = self.ask_raw(Some(token), ask, deadline)?;
-        if answer.status == 400 && answer.errors().is_empty() {
+        if answer.status == 400 && answer.has_data() {
             return Ok(answer);
         }
-        answer.checked(ask)
+        self.judged(answer, ask)
     }
 
     fn ask_raw(&self, token: Option<&SecretBytes>, ask: Ask, deadline: Instant) -> Result<Answer, Fault> {
@@ -327,7 +377,7 @@ impl Client {
             ureq::Error::Other(error) => match error.downcast::<NoTrust>() {
                 Ok(error) => return Fault::NotTrusted(error.0),
                 Err(error) if error.is::<TurnedAway>() => {
-                    return Fault::TurnedAway(format!("{address}: {error}"));
+                    return self.turned_away(format!("{address}: {error}"));
                 }
                 Err(error) => error.to_string(),
             },
@@ -346,6 +396,16 @@ impl Client {
             ""
         };
         Fault::Unreachable(printable(&format!("{address}: {why}{late}")))
+    }
+}
+
+/// The title of a page in HTML, in parentheses; nothing where there is none.
+fn title(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    let (_, rest) = text.split_once("<title>").unwrap_or_default();
+    match rest.split_once("</title>") {
+        Some((title, _)) => format!(" ({})", printable(title)),
+        None => String::new(),
     }
 }
 

@@ -53,7 +53,12 @@ enum Health {
     Unreachable(String),
     /// It answers, and serves nothing now.
     Trouble(String),
+    /// The server's certificate is not trusted.
     NotTrusted(String),
+    /// It does not accept what the provider was unlocked with; that is not tried again.
+    Ended(String),
+    /// It, or what stands before it, does not let this host in.
+    TurnedAway(String),
     Degraded(String),
 }
 
@@ -64,12 +69,14 @@ impl Health {
             Ok(_) | Err(Fault::Provider(_)) => Self::Good,
             Err(Fault::Sealed) => Self::Sealed,
             Err(Fault::Unreachable(why)) => Self::Unreachable(why.clone()),
-            Err(Fault::NotTrusted(why) | Fault::Ended(why)) => Self::NotTrusted(why.clone()),
+            Err(Fault::NotTrusted(why)) => Self::NotTrusted(why.clone()),
+            Err(Fault::Ended(why)) => Self::Ended(why.clone()),
             Err(Fault::WrongCredential) => {
-                Self::NotTrusted("the server does not accept its credential".to_owned())
+                Self::Ended("the server does not accept its credential".to_owned())
             }
             // It may pass, so the next call tries again.
-            Err(Fault::Trouble(why) | Fault::TurnedAway(why)) => Self::Trouble(why.clone()),
+            Err(Fault::Trouble(why)) => Self::Trouble(why.clone()),
+            Err(Fault::TurnedAway(why) | Fault::WantsCertificate(why)) => Self::TurnedAway(why.clone()),
             Err(Fault::NotFound(why)) if why.is_empty() => {
                 Self::Degraded("the server does not know what it was asked for".to_owned())
             }
@@ -104,8 +111,27 @@ impl Link {
             (Health::Good, Some(warning)) => ProviderStatus::Degraded(warning.clone()),
             (Health::Sealed, _) => ProviderStatus::Locked,
             (Health::Unreachable(why) | Health::Trouble(why), _) => ProviderStatus::Unreachable(why.clone()),
-            (Health::NotTrusted(why), _) => ProviderStatus::NotTrusted(why.clone()),
+            (Health::NotTrusted(why) | Health::Ended(why) | Health::TurnedAway(why), _) => {
+                ProviderStatus::NotTrusted(why.clone())
+            }
             (Health::Degraded(why), _) => ProviderStatus::Degraded(why.clone()),
+        }
+    }
+
+    /// Why it does nothing now.
+    pub(super) fn refuses(&self) -> Option<ProviderError> {
+        let health = self.state().health.clone();
+        match (self.status(), health) {
+            (ProviderStatus::Locked, Health::Sealed) => Some(ProviderError::ServerSealed),
+            (ProviderStatus::NotTrusted(why), Health::NotTrusted(_)) => {
+                Some(ProviderError::NotSignedByOurs(why))
+            }
+            (ProviderStatus::NotTrusted(why), Health::TurnedAway(_)) => Some(match self.settings.auth {
+                Auth::Cert { .. } => ProviderError::CertificateRefused(why),
+                Auth::Token {} | Auth::AppRole { .. } => ProviderError::CertificateWanted(why),
+            }),
+            (ProviderStatus::NotTrusted(why), _) => Some(ProviderError::CredentialRefused(why)),
+            (status, _) => status.refusal(),
         }
     }
 
@@ -264,7 +290,7 @@ impl Link {
             if let Some(session) = state.session.clone() {
                 return Ok(session);
             }
-            if let Health::NotTrusted(why) = &state.health {
+            if let Health::Ended(why) = &state.health {
                 // Trying again what was refused may lock the account.
                 return Err(Fault::Ended(why.clone()));
             }

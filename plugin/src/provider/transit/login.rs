@@ -111,6 +111,8 @@ impl Session {
                 Self::granted(client, &format!("auth/{mount}/login"), &body, deadline)
             }
             Auth::Cert { role, mount } => {
+                // What is wrong without it is not wrong with it.
+                Client::new(settings, None)?;
                 let client = Client::new(settings, Some(credential)).map_err(|fault| match fault {
                     Fault::NotTrusted(why) => Fault::Ended(why),
                     other => other,

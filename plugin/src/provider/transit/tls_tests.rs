@@ -1,5 +1,9 @@
 //! Trust, both ways, with a real OpenBao over TLS.
 
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
 use openssl::asn1::Asn1Time;
 use openssl::bn::BigNum;
 use openssl::ec::{EcGroup, EcKey};
@@ -11,10 +15,11 @@ use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAltern
 use openssl::x509::{X509, X509Builder, X509NameBuilder};
 use serde_json::{Value, json};
 
-use super::bao::{Bao, Proxy, secret};
+use super::bao::{Bao, Proxy, free_port, secret};
 use super::tests::Tested;
 use super::*;
 use crate::envelope::VmId;
+use crate::failure::Code;
 use crate::provider::revocation;
 
 pub(in crate::provider) struct Identity {
@@ -230,7 +235,7 @@ fn server_is_trusted_by_its_ca_and_its_name_only() {
         let error = made.unlock(&token()).unwrap_err();
         assert_eq!(made.status(), ProviderStatus::Locked);
         match error {
-            ProviderError::NotTrusted(why) => why,
+            ProviderError::NotSignedByOurs(why) => why,
             error => panic!("{error:?}"),
         }
     };
@@ -294,7 +299,9 @@ pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
         let unlocked = made.unlock(&secret(&client));
         match (wanted, unlocked) {
             (None, unlocked) => unlocked.unwrap(),
-            (Some(wanted), Err(ProviderError::NotTrusted(why))) => assert!(why.contains(wanted), "{why}"),
+            (Some(wanted), Err(ProviderError::NotSignedByOurs(why))) => {
+                assert!(why.contains(wanted), "{why}");
+            }
             (Some(_), unlocked) => panic!("{unlocked:?}"),
         }
     }
@@ -305,7 +312,7 @@ pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
     bao.wait_for_port();
     let error = made.unlock(&secret(&client)).unwrap_err();
     assert!(
-        matches!(&error, ProviderError::NotTrusted(why) if why.contains("expired")),
+        matches!(&error, ProviderError::NotSignedByOurs(why) if why.contains("expired")),
         "{error:?}"
     );
 }
@@ -335,20 +342,197 @@ fn server_that_goes_after_it_asked_for_a_certificate_has_turned_us_away() {
     let file = directory.path().join("ca.pem");
     std::fs::write(&file, ca.certificate_pem()).unwrap();
     let client = secret(&ca.client("host1", 50).pem());
-    for verify in [SslVerifyMode::PEER, SslVerifyMode::NONE] {
+    let made = |verify, auth: Value| {
         let address = closing_server(&ca, verify);
-        let auth = json!({"method": "cert", "role": "hosts"});
         let settings = json!({"address": address, "mount": "transit", "auth": auth, "ca": file});
         let settings: TransitSettings = serde_json::from_value(settings).unwrap();
-        let made = Tested::new(settings.validated().unwrap());
-        let error = made.unlock(&client).unwrap_err();
-        if verify == SslVerifyMode::PEER {
-            assert!(
-                matches!(&error, ProviderError::CredentialRefused(why) if why.contains("client certificate")),
-                "{error:?}"
-            );
-        } else {
-            assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
+        Tested::new(settings.validated().unwrap())
+    };
+    let by_certificate = json!({"method": "cert", "role": "hosts"});
+    let error = made(SslVerifyMode::PEER, by_certificate.clone())
+        .unlock(&client)
+        .unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::CertificateRefused(why) if why.contains("client certificate")),
+        "{error:?}"
+    );
+    assert_leads_out(&error, "virtseal provider unlock vault --passphrase-file FILE");
+    // With a token there is no certificate to give.
+    let error = made(SslVerifyMode::PEER, json!({"method": "token"}))
+        .unlock(&secret("token"))
+        .unwrap_err();
+    assert!(matches!(error, ProviderError::CertificateWanted(_)), "{error:?}");
+    assert_leads_out(&error, "ask this host for no client certificate");
+    let error = made(SslVerifyMode::NONE, by_certificate)
+        .unlock(&client)
+        .unwrap_err();
+    assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
+}
+
+/// Exit code 5, and this to do next.
+fn assert_leads_out(error: &ProviderError, next: &str) {
+    let (code, advice) = error.advice("vault");
+    assert_eq!((code, code as i64), (Code::NotTrusted, 5), "{error:?}");
+    let advice = advice.unwrap().to_string();
+    assert!(advice.contains(next), "{advice}");
+}
+
+/// nginx, which ends TLS before a server; killed when dropped.
+struct Nginx(Child);
+
+impl Nginx {
+    /// Before `bao`, on three ports: it verifies clients by `hosts`, does not, or knows no such page.
+    fn before(bao: &Bao, ca: &Identity, hosts: &Identity) -> (Self, [String; 3]) {
+        let directory = bao.directory.path();
+        std::fs::write(directory.join("hosts.pem"), hosts.certificate_pem()).unwrap();
+        certify(directory, ca, &["127.0.0.1"], 50);
+        let ports = [(); 3].map(|()| free_port());
+        let server = |port: u16, what: &str| format!("server {{ listen 127.0.0.1:{port} ssl; {what} }}");
+        let pass = format!("location / {{ proxy_pass {}; }}", bao.address);
+        let verify = format!("ssl_client_certificate hosts.pem; ssl_verify_client on; {pass}");
+        let servers = [
+            server(ports[0], &verify),
+            server(ports[1], &pass),
+            server(ports[2], ""),
+        ];
+        let configuration = format!(
+            "daemon off; master_process off; pid nginx.pid; error_log nginx.log; events {{}} http {{ access_log off; \
+             client_body_temp_path b; proxy_temp_path p; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s; \
+             ssl_certificate server.pem; ssl_certificate_key server.key; {} }}",
+            servers.join(" ")
+        );
+        std::fs::write(directory.join("nginx.conf"), configuration).unwrap();
+        let child = Command::new("/usr/sbin/nginx")
+            .arg("-p")
+            .arg(directory)
+            .args(["-c", "nginx.conf", "-e", "nginx.log"])
+            .spawn()
+            .unwrap_or_else(|error| panic!("nginx: {error}: install nginx-light"));
+        for port in ports {
+            let began = Instant::now();
+            while TcpStream::connect(("127.0.0.1", port)).is_err() {
+                assert!(began.elapsed() < Duration::from_secs(60), "nginx does not start");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        (Self(child), ports.map(|port| format!("https://127.0.0.1:{port}")))
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+/// The pages of what ends TLS before a server are not the server's word: neither on a token, nor on a key.
+#[test]
+fn a_proxy_that_verifies_clients_turns_away_and_knows_no_key() {
+    let ca = Identity::authority("ca");
+    let hosts = Identity::authority("hosts");
+    let bao = Bao::dev();
+    std::fs::write(bao.directory.path().join("ca.pem"), ca.certificate_pem()).unwrap();
+    let mount = bao.engine();
+    let (_nginx, [verifying, passing, lost]) = Nginx::before(&bao, &ca, &hosts);
+    let at = |address: &str, auth: Value| {
+        provider(&bao, &mount, auth, |settings| {
+            settings["address"] = json!(address);
+        })
+    };
+    let token = secret(&bao.token(&bao.policy(&mount), json!({})));
+
+    let made = at(&verifying, json!({"method": "token"}));
+    let error = made.unlock(&token).unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::CertificateWanted(why) if why.contains("No required SSL certificate was sent")),
+        "{error:?}"
+    );
+    assert_leads_out(&error, "ask this host for no client certificate");
+    let stranger = Identity::authority("strangers").client("host1", 50);
+    let made = at(&verifying, json!({"method": "cert", "role": "hosts"}));
+    let error = made.unlock(&secret(&stranger.pem())).unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::CertificateRefused(why) if why.contains("SSL certificate error")),
+        "{error:?}"
+    );
+    assert_leads_out(&error, "virtseal provider unlock vault --passphrase-file FILE");
+
+    // Through one that lets everybody pass it works, until it turns this host away, or has lost the server.
+    let made = at(&passing, json!({"method": "token"}));
+    made.unlock(&token).unwrap();
+    let kek = made.create_kek(&KekScope::Vm(VmId::random())).unwrap();
+    let forward = Forward::to(&passing);
+    let through = at(&forward.address, json!({"method": "token"}));
+    through.unlock(&token).unwrap();
+    assert!(through.rotate(&kek).is_ok());
+    forward.now_to(&verifying);
+    let error = through.rotate(&kek).unwrap_err();
+    assert!(matches!(error, ProviderError::CertificateWanted(_)), "{error:?}");
+    assert!(
+        matches!(through.status(), ProviderStatus::NotTrusted(_)),
+        "{}",
+        through.status()
+    );
+    assert!(matches!(
+        through.refuses(),
+        Some(ProviderError::CertificateWanted(_))
+    ));
+    forward.now_to(&lost);
+    let error = through.rotate(&kek).unwrap_err();
+    assert!(
+        matches!(&error, ProviderError::Trouble(why) if why.contains("404 Not Found")),
+        "{error:?}"
+    );
+    // It has ended neither session nor credential.
+    forward.now_to(&passing);
+    assert!(through.rotate(&kek).is_ok());
+    assert_eq!(through.status(), ProviderStatus::Ready);
+}
+
+/// A port whose connections go to another one, which may change; then those that are open end.
+struct Forward {
+    address: String,
+    to: Arc<Mutex<(String, Vec<TcpStream>)>>,
+}
+
+impl Forward {
+    fn to(address: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let own = format!("https://{}", listener.local_addr().unwrap());
+        let to = Arc::new(Mutex::new((host_and_port(address), Vec::new())));
+        let shared = Arc::clone(&to);
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                let client = client.unwrap();
+                let mut to = shared.lock().unwrap();
+                let server = TcpStream::connect(&to.0).unwrap();
+                for (mut from, mut into) in [
+                    (client.try_clone().unwrap(), server.try_clone().unwrap()),
+                    (server.try_clone().unwrap(), client.try_clone().unwrap()),
+                ] {
+                    std::thread::spawn(move || {
+                        // Either side may go at any time.
+                        let _ = std::io::copy(&mut from, &mut into);
+                        let _ = into.shutdown(Shutdown::Both);
+                    });
+                }
+                to.1.extend([client, server]);
+            }
+        });
+        Self { address: own, to }
+    }
+
+    fn now_to(&self, address: &str) {
+        let mut to = self.to.lock().unwrap();
+        to.0 = host_and_port(address);
+        for stream in to.1.drain(..) {
+            // Closed by the other side already when this fails.
+            let _ = stream.shutdown(Shutdown::Both);
         }
     }
+}
+
+fn host_and_port(address: &str) -> String {
+    address.strip_prefix("https://").unwrap().to_owned()
 }
