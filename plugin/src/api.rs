@@ -48,6 +48,8 @@ pub struct HostStatus {
     pub armed: i64,
     /// What was found wrong with the audit log since virtseald started.
     pub audit: Option<String>,
+    /// Records of the keystore that can't be read, with what to do.
+    pub damaged: Vec<String>,
 }
 
 /// Reply of `audit show`.

@@ -222,6 +222,11 @@ impl AuditLog {
         self.queue.problem()
     }
 
+    /// Something is wrong with it that its files don't tell.
+    pub fn found_problem(&self, problem: String) {
+        self.queue.found_problem(Some(problem));
+    }
+
     /// Up to where records are on disk.
     #[must_use]
     pub fn position(&self) -> Option<Position> {

@@ -7,6 +7,7 @@ mod adopt;
 mod bell;
 mod cache;
 mod copies;
+mod damaged;
 mod deletion;
 mod doubts;
 mod first_runs;
@@ -128,7 +129,7 @@ impl Daemon {
         let registry = Registry::open(Arc::clone(&keystore), config.provider_deadline)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         registry.set_recipients(config.recipients.clone());
-        let headers = Headers::interrupted(keystore.journaled_headers()?);
+        let headers = Headers::interrupted(keystore.journaled_headers()?.sound);
         registry.set_probe_interval(config.probe_interval);
         let audit = Self::open_audit(&keystore, dir)?;
         Ok(Self {
@@ -398,7 +399,10 @@ impl Daemon {
         let arms = lock(&self.arms);
         let left: Vec<EnvelopeId> = armed
             .into_iter()
-            .filter(|envelope| matches!(self.keystore.envelope(*envelope), Ok(Some(_))))
+            .filter(|envelope| match self.keystore.envelope(*envelope) {
+                Ok(known) => known.is_some(),
+                Err(error) => error.is_of_row(),
+            })
             .filter(|envelope| !arms.needs(*envelope))
             .collect();
         self.libvirt.disarm(&left)?;
@@ -410,7 +414,7 @@ impl Daemon {
         let Ok(records) = self.keystore.envelopes() else {
             return;
         };
-        let locations = records.iter().map(|record| Path::new(&record.location));
+        let locations = records.sound.iter().map(|record| Path::new(&record.location));
         // One image of each directory.
         let images: BTreeMap<_, _> = locations
             .filter_map(|location| Some((location.parent()?, location)))
@@ -495,7 +499,7 @@ impl Daemon {
         let (copies, _) =
             domain::Metadata::envelopes_in(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         for copy in copies {
-            let known = self.keystore.envelope(copy.id)?;
+            let known = self.keystore.readable_envelope(copy.id)?;
             if known.is_some_and(|record| record.envelope != copy) {
                 self.keystore.copy_is_behind(&copy, CopyPlace::Xml)?;
             }

@@ -436,12 +436,12 @@ mod tests {
         drop(registry);
         let keystore = std::sync::Arc::into_inner(keystore).unwrap();
         keystore.note_plain(vm).unwrap();
-        let objects = keystore.envelopes_of(vm).unwrap();
+        let objects = keystore.envelopes_of(vm).unwrap().whole().unwrap();
         keystore.note_saved(vm, &[objects[0].envelope.clone()]).unwrap();
         let forgotten = Forgotten {
             vm: keystore.vm(vm).unwrap().unwrap(),
             mark: keystore.mark(vm).unwrap().unwrap(),
-            saved: keystore.saved_states().unwrap().pop(),
+            saved: keystore.saved_states().unwrap().whole().unwrap().pop(),
             objects,
             retired: vec![RetiredKek {
                 vm,
@@ -467,13 +467,19 @@ mod tests {
         let mut other = forgotten.objects.clone();
         other[0].location = "elsewhere".to_owned();
         assert_eq!(keystore.forget_vm(vm, &other).unwrap(), Change::Unchanged);
-        assert_eq!(keystore.envelopes_of(vm).unwrap(), forgotten.objects);
+        assert_eq!(
+            keystore.envelopes_of(vm).unwrap().whole().unwrap(),
+            forgotten.objects
+        );
 
         assert_eq!(
             keystore.forget_vm(vm, &forgotten.objects).unwrap(),
             Change::Changed
         );
-        assert!(keystore.envelopes_of(vm).unwrap().is_empty() && keystore.vm(vm).unwrap().is_none());
+        assert!(
+            keystore.envelopes_of(vm).unwrap().whole().unwrap().is_empty()
+                && keystore.vm(vm).unwrap().is_none()
+        );
         let (_, read) = kept(dir.path()).unwrap().pop().unwrap();
         let read = read.unwrap();
         assert_eq!(read, forgotten);
@@ -491,7 +497,7 @@ mod tests {
         assert_eq!(keystore.vm(vm).unwrap().as_ref(), Some(&forgotten.vm));
         assert_eq!(keystore.mark(vm).unwrap(), Some(Mark::Plain));
         assert_eq!(
-            keystore.saved_states().unwrap(),
+            keystore.saved_states().unwrap().whole().unwrap(),
             [forgotten.saved.clone().unwrap()]
         );
         // Who is sealed by now stays so, whatever an old file says; and so does who is plain by now.
@@ -501,7 +507,7 @@ mod tests {
         keystore.note_plain(vm).unwrap();
         bring_back(Mark::Sealed);
         assert!(!keystore.is_sealed(vm).unwrap());
-        let back = keystore.envelopes_of(vm).unwrap();
+        let back = keystore.envelopes_of(vm).unwrap().whole().unwrap();
         for record in &forgotten.objects {
             let found = back
                 .iter()
@@ -509,7 +515,10 @@ mod tests {
                 .unwrap();
             assert_eq!((found.state, &found.location), (record.state, &record.location));
         }
-        assert_eq!(keystore.retired_keks().unwrap(), forgotten.retired);
+        assert_eq!(
+            keystore.retired_keks().unwrap().whole().unwrap(),
+            forgotten.retired
+        );
         // Again: nothing changes.
         for record in &read.objects {
             keystore.bring_back(record).unwrap();

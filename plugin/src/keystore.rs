@@ -17,6 +17,7 @@ mod kek_names;
 mod persisted_keks;
 mod proofs;
 mod providers;
+mod rows;
 mod schema;
 mod tpm_seals;
 mod vms;
@@ -30,7 +31,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{Flock, FlockArg};
-use rusqlite::{Connection, Params, Row, Transaction, TransactionBehavior};
+use rusqlite::{Connection, Transaction, TransactionBehavior};
 
 use checkpoints::Checkpoints;
 use error::StoreFault;
@@ -44,6 +45,7 @@ pub use kek_names::KekNameRecord;
 pub use persisted_keks::{KekPersistence, PersistedKek};
 pub use proofs::{AuditAnchor, MadeKek, SavedState};
 pub use providers::{DeletedProvider, NativeRoot, ProviderRecord};
+pub use rows::{DamagedRow, Held, Rows};
 pub use tpm_seals::{TpmRenewal, TpmSeal};
 pub use vms::{Mark, VmRecord};
 
@@ -164,22 +166,6 @@ impl Keystore {
     pub fn checkpoint(&self) -> Result<bool, KeystoreError> {
         schema::checkpoint(&self.path)
     }
-}
-
-/// What `row_of` makes of each row of a query.
-fn collect<T>(
-    connection: &Connection,
-    sql: &str,
-    values: impl Params,
-    row_of: impl Fn(&Row) -> Result<T, StoreFault>,
-) -> Result<Vec<T>, StoreFault> {
-    let mut statement = connection.prepare_cached(sql)?;
-    let mut rows = statement.query(values)?;
-    let mut found = Vec::new();
-    while let Some(row) = rows.next()? {
-        found.push(row_of(row)?);
-    }
-    Ok(found)
 }
 
 /// The id in a row of `what`.
@@ -412,7 +398,7 @@ mod tests {
             matches!(failed, Some(KeystoreError::DiskFull { .. })),
             "{failed:?}"
         );
-        assert_eq!(keystore.vms().unwrap().len(), done);
+        assert_eq!(keystore.vms().unwrap().whole().unwrap().len(), done);
     }
 
     #[test]

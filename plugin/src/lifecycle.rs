@@ -31,7 +31,7 @@ use swtpm_state::{State, StateKey};
 use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
 use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError};
+use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, VmRecord};
 use crate::provider::registry::{OpenError, Registry};
 use crate::secret::{Dek, Passphrase};
 use crate::side_doors;
@@ -185,8 +185,12 @@ fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Resu
         .map(|path| path.display().to_string())
         .unwrap_or_default();
     let metadata = domain.metadata.as_ref();
+    let (record, damaged) = match stage.keystore.envelope(object.secret) {
+        Err(error) if error.is_of_row() => (None, Some(chain(&error))),
+        found => (found?, None),
+    };
     let versions = Versions {
-        record: stage.keystore.envelope(object.secret)?,
+        record,
         copy: metadata
             .and_then(|metadata| metadata.envelope(object.secret))
             .cloned(),
@@ -194,7 +198,10 @@ fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Resu
         location,
     };
     if versions.first().is_none() {
-        return Err(missing(object, versions.unreadable.as_deref()));
+        return Err(match damaged {
+            Some(damaged) => lost(domain, object, &damaged),
+            None => missing(object, versions.unreadable.as_deref()),
+        });
     }
     // What a copy claims is verified once it is open.
     let claims: Vec<_> = versions.first().into_iter().chain(versions.second()).collect();
@@ -217,6 +224,16 @@ fn open_versions(stage: &Stage<'_>, versions: &[Versions]) -> Result<Vec<Dek>, O
         });
     }
     Ok(deks)
+}
+
+/// The XML has no copy that can be read; the image, or a backup, may have one.
+fn lost(domain: &Domain, object: &ObjectRef, damaged: &str) -> Failure {
+    let id = object.secret;
+    let name = word(&domain.name);
+    Failure::new(Code::Failed, format!("{damaged}; the domain XML has no copy of envelope {id} either")).next(format!(
+        "virtseal vm adopt {name}, which looks at the image too; else virsh define FILE with a dumpxml of {name} that has its \
+         <virtseal:vm> metadata, or virtseal state restore -i FILE"
+    ))
 }
 
 fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Failure {
@@ -331,7 +348,11 @@ fn open_vtpm(
 
 /// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
 fn has_run(stage: &Stage<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Failure> {
-    let noted = stage.keystore.vm(vm)?.is_some_and(|record| record.vtpm_seen);
+    let noted = match stage.keystore.vm(vm) {
+        // A damaged note tells nothing against it.
+        Err(error) if error.is_of_row() => true,
+        noted => noted?.is_some_and(|record| record.vtpm_seen),
+    };
     Ok(envelope.seen || noted || stage.run == KnownRun::Yes)
 }
 
@@ -348,7 +369,8 @@ fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) ->
         );
     };
     let remember = || {
-        let renamed = keystore.vm(vm)?.is_none_or(|record| record.name != domain.name);
+        let is_noted = |record: &VmRecord| record.name == domain.name;
+        let renamed = !matches!(keystore.vm(vm), Ok(Some(record)) if is_noted(&record));
         if renamed || !keystore.is_sealed(vm)? {
             keystore.remember_vm(vm, &domain.name)?;
         }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::envelope::{Envelope, ProviderId, VmId};
 use crate::failure::{Code, Failure};
-use crate::keystore::{EnvelopeRecord, JobRecord, JobState, Keystore, LeftBehind, Verdict};
+use crate::keystore::{EnvelopeRecord, JobRecord, JobState, Keystore, LeftBehind, Rows, Verdict};
 use crate::provider::registry::{Registry, Rewrap, Rewrapped, Slot};
 
 /// What a job does to every envelope that it concerns.
@@ -216,7 +216,7 @@ pub fn step(keystore: &Keystore, registry: &Registry, batch_size: u32) -> Result
         return waits(keystore, &job, &failure.to_string()).map(Some);
     }
     let batch = keystore.next_of_job(&job, batch_size)?;
-    if batch.is_empty() {
+    if batch.sound.is_empty() && batch.damaged.is_empty() {
         let ended = keystore.end_pass(job.id)?;
         return Ok(Some(match ended.state {
             JobState::Running => waits(keystore, &ended, &what_is_left(keystore, &ended)?)?,
@@ -254,10 +254,10 @@ fn what_is_left(keystore: &Keystore, job: &JobRecord) -> Result<String, Failure>
     ))
 }
 
-fn work(registry: &Registry, task: &Task, batch: Vec<EnvelopeRecord>) -> Result<Vec<Verdict>, Failure> {
-    let mut verdicts = Vec::with_capacity(batch.len());
-    let mut wanted = Vec::with_capacity(batch.len());
-    for record in batch {
+fn work(registry: &Registry, task: &Task, batch: Rows<EnvelopeRecord>) -> Result<Vec<Verdict>, Failure> {
+    let mut verdicts: Vec<_> = batch.damaged.into_iter().map(Verdict::Damaged).collect();
+    let mut wanted = Vec::with_capacity(batch.sound.len());
+    for record in batch.sound {
         let envelope = &record.envelope;
         match task.decide(envelope) {
             Decision::Nothing => verdicts.push(Verdict::Unchanged(envelope.id)),

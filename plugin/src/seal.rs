@@ -62,7 +62,7 @@ pub struct Host<'a> {
 impl Host<'_> {
     /// A path that the XML of `vm` names, and that the keystore may know.
     fn permit_known(&self, vm: VmId, path: &Path) -> Result<PermittedPath, Failure> {
-        let records = self.keystore.envelopes_of(vm)?;
+        let records = self.keystore.envelopes_of(vm)?.sound;
         let known = records.iter().map(|record| &record.location);
         Ok(self.paths.permit_known(path, known)?)
     }

@@ -131,4 +131,6 @@ pub struct Orphans {
     pub envelopes: Vec<OrphanEnvelope>,
     /// The KEKs that only these, or copies that are behind, need, and those that nothing here needs.
     pub keks: Vec<OrphanKek>,
+    /// Records that can't be read, and may belong here, with what to do.
+    pub damaged: Vec<String>,
 }

@@ -42,7 +42,9 @@ impl Printer {
         line("")?;
         self.providers(&status.providers)?;
         line("")?;
-        self.vms(&status.vms)
+        self.vms(&status.vms)?;
+        status.damaged.iter().for_each(|damaged| self.warn(damaged));
+        Ok(())
     }
 
     pub(super) fn providers(&self, providers: &[ProviderView]) -> Result<(), Failure> {
@@ -254,6 +256,7 @@ impl Printer {
             ]
         });
         table(&["PROVIDER", "KEK", "ENVELOPES", "COPIES", "ORIGIN"], rows)?;
+        orphans.damaged.iter().for_each(|damaged| self.warn(damaged));
         match orphans.keks.is_empty() {
             true => Ok(()),
             false => line("They stay: backups, and VMs on other hosts, may need them."),

@@ -56,6 +56,10 @@ impl Daemon {
                 Err(failure) => drop(failed.get_or_insert(of_vm(failure.of(&object.label)))),
             }
         }
+        let is_damaged = self.keystore.vm(domain.uuid).is_err();
+        if is_damaged {
+            steps.push(format!("mend what is noted of {}", domain.name));
+        }
         if !steps.is_empty() {
             self.keystore.remember_vm(domain.uuid, &domain.name)?;
             self.copies_bell.ring();
@@ -85,8 +89,12 @@ impl Daemon {
         object: &ObjectRef,
         formats: Formats,
     ) -> Result<Option<String>, Failure> {
-        let record = self.keystore.envelope(object.secret)?;
-        let copies = copies_of(domain, object);
+        let record = self.keystore.readable_envelope(object.secret)?;
+        let mut copies = copies_of(domain, object);
+        if record.is_none() {
+            let held = self.held_copies(Some(domain.uuid)).into_iter();
+            copies.extend(held.filter(|copy| copy.envelope.id == object.secret));
+        }
         let location = object
             .path
             .as_ref()
@@ -101,7 +109,7 @@ impl Daemon {
             let taken = self.adopt_with_mac(copy, &location);
             refused = refused.or(taken.err());
         }
-        if let Some(record) = self.keystore.envelope(object.secret)? {
+        if let Some(record) = self.keystore.readable_envelope(object.secret)? {
             let is_news = before != Some(record.envelope.generation);
             return Ok(is_news.then(|| self.adopted(object, &record.envelope)));
         }
@@ -134,7 +142,7 @@ impl Daemon {
     }
 
     fn adopt_with_mac(&self, copy: &VisibleCopy, location: &str) -> Result<(), Failure> {
-        let record = self.keystore.envelope(copy.envelope.id)?;
+        let record = self.keystore.readable_envelope(copy.envelope.id)?;
         let first = record.as_ref().map_or(&copy.envelope, |record| &record.envelope);
         let dek = self.registry.open_envelope(first)?;
         let kept_at = record

@@ -46,11 +46,11 @@ impl Daemon {
     /// Brings up to date what can be.
     fn update_copies(&self) -> Result<(), Failure> {
         let _copying = lock(&self.copying);
-        for envelope in self.keystore.journaled_headers()? {
-            self.finish_header(envelope)?;
+        for envelope in self.keystore.journaled_headers()?.sound {
+            go_on(envelope, self.finish_header(envelope));
         }
         // Before what is stale: a rewrite writes a journal of its own.
-        let moved = self.keystore.journaled_headers()?;
+        let moved = self.keystore.journaled_headers()?.sound;
         if moved.is_empty() && self.keystore.count_stale_copies()? == 0 {
             return Ok(());
         }
@@ -60,22 +60,19 @@ impl Daemon {
         };
         let rule = self.path_rule();
         for envelope in moved {
-            self.finish_moved_header(envelope, &holders, &rule)?;
+            go_on(envelope, self.finish_moved_header(envelope, &holders, &rule));
         }
         self.for_each_page(CopyPlace::Xml, |page| self.update_xml(page, &holders))?;
         self.for_each_page(CopyPlace::Image, |page| {
-            let (mut news, mut outcome) = (Vec::new(), Ok(()));
-            for copy in page {
-                match self.update_image(copy.envelope, &holders, &rule) {
-                    Ok(found) => news.extend(found.map(|news| (copy.envelope, news))),
-                    Err(failure) => {
-                        outcome = Err(failure);
-                        break;
-                    }
-                }
-            }
-            self.keystore.note_copies(CopyPlace::Image, &news)?;
-            outcome
+            let news = page.iter().filter_map(|copy| {
+                let updated = self.update_image(copy.envelope, &holders, &rule);
+                // What fails with one image says nothing of the others.
+                let news = updated.unwrap_or_else(|failure| Some(CopyNews::Stays(failure.message)));
+                news.map(|news| (copy.envelope, news))
+            });
+            Ok(self
+                .keystore
+                .note_copies(CopyPlace::Image, &news.collect::<Vec<_>>())?)
         })
     }
 
@@ -113,14 +110,17 @@ impl Daemon {
         let mut vms: BTreeMap<VmId, Vec<EnvelopeId>> = BTreeMap::new();
         let mut failed: BTreeMap<EnvelopeId, String> = BTreeMap::new();
         for copy in page {
-            match self.keystore.envelope(copy.envelope)? {
-                Some(record) if record.state == EnvelopeState::Pending => {
+            match self.keystore.envelope(copy.envelope) {
+                Ok(Some(record)) if record.state == EnvelopeState::Pending => {
                     failed.insert(copy.envelope, MADE_NOW.to_owned());
                 }
-                Some(record) => {
+                Ok(Some(record)) => {
                     newest.insert(copy.envelope, record);
                 }
-                None => {}
+                Ok(None) => {}
+                Err(error) => {
+                    failed.insert(copy.envelope, chain(&error));
+                }
             }
             for vm in holders.vms.get(&copy.envelope).into_iter().flatten() {
                 vms.entry(*vm).or_default().push(copy.envelope);
@@ -355,6 +355,13 @@ impl Daemon {
                 Ok(())
             }
         }
+    }
+}
+
+/// What fails with one header says nothing of the others.
+fn go_on(envelope: EnvelopeId, done: Result<(), Failure>) {
+    if let Err(failure) = done {
+        tracing::warn!(%envelope, "its image's header is not completed: {failure}");
     }
 }
 

@@ -173,14 +173,14 @@ impl Daemon {
 
     fn uses(&self, id: ProviderId) -> Result<Uses, Failure> {
         let mut uses = Uses::default();
-        for record in self.keystore.envelopes()? {
+        for record in self.keystore.envelopes()?.whole()? {
             let stanzas = &record.envelope.stanzas;
             if stanzas.iter().any(|stanza| stanza.provider == id) {
                 uses.objects.push(record.envelope.vm);
                 uses.alone += usize::from(stanzas.iter().all(|stanza| stanza.provider == id));
             }
         }
-        for needed in self.keystore.needed_keks()? {
+        for needed in self.keystore.needed_keks()?.whole()? {
             if needed.provider == id {
                 uses.copies.insert(self.copy_name(needed.envelope, needed.place)?);
             }
@@ -233,6 +233,7 @@ impl Daemon {
         let known: BTreeSet<EnvelopeId> = self
             .keystore
             .envelopes()?
+            .whole()?
             .iter()
             .map(|record| record.envelope.id)
             .collect();
@@ -246,7 +247,7 @@ impl Daemon {
             }
         }
         let names = self.vm_names()?;
-        for saved in self.keystore.saved_states()? {
+        for saved in self.keystore.saved_states()?.whole()? {
             if saved.envelopes.iter().any(of_it) {
                 uses.copies.insert(format!(
                     "the state of {} that was saved to a file",
@@ -320,7 +321,8 @@ impl Daemon {
         let names = self.vm_names()?;
         let (mut envelopes, mut in_use) = (Vec::new(), BTreeSet::new());
         let mut keks: BTreeMap<(ProviderId, String), OrphanUses> = BTreeMap::new();
-        for record in self.keystore.envelopes()? {
+        // What destroys a key asks for all of them; here those that can't be read are named.
+        for record in self.keystore.envelopes()?.sound {
             let envelope = &record.envelope;
             let used = defined.contains(&envelope.vm);
             for stanza in &envelope.stanzas {
@@ -342,16 +344,16 @@ impl Daemon {
                 });
             }
         }
-        for needed in self.keystore.needed_keks()? {
+        for needed in self.keystore.needed_keks()?.sound {
             let KekId(kek) = needed.kek;
             keks.entry((needed.provider, kek)).or_default().copies += 1;
         }
-        for retired in self.keystore.retired_keks()? {
+        for retired in self.keystore.retired_keks()?.sound {
             keks.entry((retired.provider, retired.kek.0))
                 .or_default()
                 .is_retired = true;
         }
-        for made in self.keystore.made_keks()? {
+        for made in self.keystore.made_keks()?.sound {
             keks.entry((made.provider, made.kek.0)).or_default();
         }
         keks.retain(|kek, _| !in_use.contains(kek));
@@ -365,6 +367,7 @@ impl Daemon {
         Ok(Orphans {
             envelopes,
             keks: keks.collect(),
+            damaged: self.damaged_records(),
         })
     }
 }

@@ -144,8 +144,10 @@ impl Daemon {
     }
 
     fn write_run(&self, vm: VmId, name: &str, first: Option<&FirstRun>) -> Result<(), KeystoreError> {
-        let is_known = self.keystore.vm(vm)?.is_some() || !self.keystore.envelopes_of(vm)?.is_empty();
-        if !is_known {
+        let known = self.keystore.envelopes_of(vm)?;
+        // A damaged row is one, and is mended below.
+        let is_noted = !matches!(self.keystore.vm(vm), Ok(None));
+        if !is_noted && known.sound.is_empty() && known.damaged.is_empty() {
             // Shredded meanwhile.
             return Ok(());
         }
@@ -155,7 +157,7 @@ impl Daemon {
             return Ok(());
         };
         // One that a job has changed meanwhile learns of it at the next start, from the note.
-        let record = self.keystore.envelope(after.id)?;
+        let record = self.keystore.readable_envelope(after.id)?;
         if record.is_some_and(|record| record.envelope == *before) {
             self.keystore.put(after, "")?;
             self.keystore.copy_is_behind(before, CopyPlace::Xml)?;

@@ -99,7 +99,9 @@ impl Daemon {
                 .known_as(vm, "forget")?
                 .filter(|(id, _)| {
                     let known = self.keystore.envelopes_of(*id);
-                    known.is_ok_and(|known| !known.is_empty()) || matches!(self.keystore.vm(*id), Ok(Some(_)))
+                    let is_known =
+                        known.is_ok_and(|known| !known.sound.is_empty() || !known.damaged.is_empty());
+                    is_known || !matches!(self.keystore.vm(*id), Ok(None))
                 })
                 .ok_or_else(|| {
                     Failure::new(Code::NotFound, format!("virtseal knows no VM '{vm}'"))
@@ -111,7 +113,7 @@ impl Daemon {
 
     fn forget(&self, vm: VmId, name: &str) -> Result<Outcome, Failure> {
         self.refuse_while_a_job_runs()?;
-        let records = self.keystore.envelopes_of(vm)?;
+        let records = self.keystore.envelopes_of(vm)?.whole()?;
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         super::shred::refuse_if_used(&kept, vm, name, &records)?;
         let mut alone = Vec::new();
@@ -152,7 +154,7 @@ impl Daemon {
         name: &str,
         records: &[EnvelopeRecord],
     ) -> Result<PathBuf, Failure> {
-        let mut retired = self.keystore.retired_keks()?;
+        let mut retired = self.keystore.retired_keks()?.whole()?;
         retired.retain(|kek| kek.vm == vm);
         let known = self.keystore.vm(vm)?.unwrap_or_else(|| VmRecord {
             vm,
@@ -160,7 +162,7 @@ impl Daemon {
             sealed_at: records.iter().map(|record| record.created).min().unwrap_or(0),
             vtpm_seen: false,
         });
-        let mut saved = self.keystore.saved_states()?;
+        let mut saved = self.keystore.saved_states()?.whole()?;
         saved.retain(|saved| saved.vm == vm);
         let forgotten = Forgotten {
             vm: known,

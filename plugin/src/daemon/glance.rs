@@ -41,6 +41,8 @@ pub(super) struct Glance {
     pub(super) libvirt: Result<(), String>,
     /// The VMs, sorted by name and UUID.
     pub(super) vms: Arc<[VmView]>,
+    /// Records of the keystore that can't be read.
+    pub(super) damaged: Arc<[String]>,
 }
 
 /// How many envelopes have a stanza of each provider.
@@ -118,6 +120,7 @@ impl Glances {
                 return Ok(Glance {
                     libvirt: Err(silent()),
                     vms: old.map_or_else(Arc::default, |old| Arc::clone(&old.vms)),
+                    damaged: old.map_or_else(Arc::default, |old| Arc::clone(&old.damaged)),
                 });
             }
             let waited = self.changed.wait_timeout(state, left);
@@ -224,6 +227,7 @@ impl Daemon {
         Ok(Glance {
             libvirt,
             vms: vms.into(),
+            damaged: self.damaged_records().into(),
         })
     }
 }
@@ -265,6 +269,7 @@ mod tests {
         Glance {
             libvirt: Ok(()),
             vms: (0..count).map(|n| vm("a", n as u128)).collect::<Vec<_>>().into(),
+            damaged: Arc::default(),
         }
     }
 

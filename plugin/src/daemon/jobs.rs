@@ -142,6 +142,7 @@ impl Daemon {
         let records = self
             .keystore
             .envelopes()?
+            .sound
             .into_iter()
             .map(|record| record.envelope);
         let lacks = |envelope: &Envelope| {
@@ -195,6 +196,8 @@ impl Daemon {
         let job = inserted?;
         self.jobs_bell.ring();
         let mut warnings = self.warnings(task);
+        let damaged = self.damaged_records().into_iter();
+        warnings.extend(damaged.map(|damaged| format!("left out: {damaged}")));
         match unseen {
             Ok(unreadable) => warnings.extend(unreadable.iter().map(|what| format!("left out: {what}"))),
             Err(unseen) => warnings.push(format!(
@@ -279,7 +282,7 @@ impl Daemon {
         match self.registry.find(name) {
             Ok(known) => Ok(known.provider().id()),
             Err(unknown) => {
-                let deleted = self.keystore.deleted_providers()?;
+                let deleted = self.keystore.deleted_providers()?.sound;
                 let found = deleted
                     .iter()
                     .find(|deleted| deleted.name == name || name.parse() == Ok(deleted.id));
@@ -293,8 +296,8 @@ impl Daemon {
         if let Some(known) = self.registry.by_id(id) {
             return known.provider().name().to_owned();
         }
-        let deleted = self.keystore.deleted_providers().unwrap_or_default();
-        let found = deleted.into_iter().find(|deleted| deleted.id == id);
+        let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
+        let found = deleted.into_iter().flatten().find(|deleted| deleted.id == id);
         found.map_or_else(|| id.to_string(), |deleted| deleted.name)
     }
 
@@ -327,7 +330,7 @@ impl Daemon {
 
     /// The last jobs, and what is behind.
     pub fn jobs(&self) -> Result<Jobs, Failure> {
-        let jobs = self.keystore.jobs(RECENT)?;
+        let jobs = self.keystore.jobs(RECENT)?.sound;
         let names = self.vm_names()?;
         let mut copies = Vec::new();
         for place in [CopyPlace::Xml, CopyPlace::Image] {

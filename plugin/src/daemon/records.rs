@@ -103,7 +103,11 @@ impl Daemon {
 
     /// Opens the log, which is as long as the keystore says or longer.
     pub(super) fn open_audit(keystore: &Arc<Keystore>, dir: &Path) -> Result<AuditLog, Failure> {
-        let noted = keystore.audit_anchor()?.map(|anchor| Position {
+        let (noted, damaged) = match keystore.audit_anchor() {
+            Err(error) if error.is_of_row() => (None, Some(chain(&error))),
+            noted => (noted?, None),
+        };
+        let noted = noted.map(|anchor| Position {
             seq: anchor.seq,
             hash: anchor.hash,
         });
@@ -115,8 +119,12 @@ impl Daemon {
                 false
             }
         };
-        AuditLog::open_anchored(&dir.join(AuditLog::FILE), noted, note)
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))
+        let log = AuditLog::open_anchored(&dir.join(AuditLog::FILE), noted, note)
+            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        if let Some(damaged) = damaged {
+            log.found_problem(format!("whether it was cut off can't be told: {damaged}"));
+        }
+        Ok(log)
     }
 
     /// Writes what is left, and notes its end.

@@ -27,7 +27,7 @@ impl Daemon {
 
     fn note_whereabouts(&self, vm: VmId) -> Result<(), Failure> {
         let known = self.keystore.envelopes_of(vm)?;
-        if known.is_empty() {
+        if known.sound.is_empty() && known.damaged.is_empty() {
             return Ok(());
         }
         let found = self
@@ -38,7 +38,7 @@ impl Daemon {
             Some(Whereabouts::Running) => Ok(self.keystore.forget_saved(vm)?),
             Some(Whereabouts::SavedToAFile(xml)) => {
                 // What the file has is what the XML had, or a moment later the keystore: rather too many than one too few.
-                let mut envelopes: Vec<_> = known.into_iter().map(|record| record.envelope).collect();
+                let mut envelopes: Vec<_> = known.sound.into_iter().map(|record| record.envelope).collect();
                 match Metadata::envelopes_in(&xml) {
                     Ok((copies, _)) => envelopes.extend(copies),
                     Err(error) => tracing::warn!(%vm, "its metadata can't be read: {}", chain(&error)),

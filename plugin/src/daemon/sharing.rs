@@ -92,7 +92,7 @@ impl Daemon {
 
     /// A VM that is gone has its UUID in the keystore, or the admin has it.
     fn vm_to_share_with(&self, vm: &str) -> Result<VmId, Failure> {
-        let known = self.keystore.vms()?;
+        let known = self.keystore.vms()?.sound;
         match self.vm_id(vm) {
             Ok(id) => Ok(id),
             Err(failure) => match known.iter().find(|known| known.name == vm) {
@@ -113,7 +113,7 @@ impl Daemon {
         let id = match carried {
             Some(id) => Some(id),
             None => {
-                let records = self.keystore.envelopes()?.into_iter();
+                let records = self.keystore.envelopes()?.sound.into_iter();
                 let mut here = records.filter(|record| record.location == shown);
                 here.next().map(|record| record.envelope.id)
             }

@@ -199,7 +199,7 @@ impl Daemon {
             name,
             is_defined,
             keks: Consent::NotGiven,
-            records: self.keystore.envelopes_of(id)?,
+            records: self.keystore.envelopes_of(id)?.whole()?,
             files: BTreeMap::new(),
             paths: self.path_rule(),
         })
@@ -208,7 +208,7 @@ impl Daemon {
     /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is
     /// meant can't be guessed.
     pub(super) fn known_as(&self, vm: &str, verb: &str) -> Result<Option<(VmId, String)>, Failure> {
-        let known = self.keystore.vms()?.into_iter();
+        let known = self.keystore.vms()?.whole()?.into_iter();
         let mut found: Vec<_> = known
             .filter(|known| known.name == vm || vm.parse() == Ok(known.vm))
             .map(|known| (known.vm, known.name))
@@ -395,16 +395,16 @@ impl Daemon {
             let set = if is_own { &mut own } else { &mut others };
             set.insert((provider, kek));
         };
-        for record in self.keystore.envelopes()? {
+        for record in self.keystore.envelopes()?.whole()? {
             let is_own = ids.contains(&record.envelope.id);
             for stanza in record.envelope.stanzas {
                 note(is_own, stanza.provider, stanza.kek);
             }
         }
-        for needed in self.keystore.needed_keks()? {
+        for needed in self.keystore.needed_keks()?.whole()? {
             note(ids.contains(&needed.envelope), needed.provider, needed.kek);
         }
-        for retired in self.keystore.retired_keks()? {
+        for retired in self.keystore.retired_keks()?.whole()? {
             note(retired.vm == doomed.vm, retired.provider, retired.kek);
         }
         Ok((own, others))

@@ -6,10 +6,10 @@ use std::path::Path;
 use swtpm_state::State;
 
 use super::glance::{self, Age};
-use super::rivals;
 use super::standing::{Facts, Found, Owner, Standing, Used};
 use super::vms::KnownVm;
 use super::{Daemon, lock};
+use super::{damaged, rivals};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
 use crate::domain::{self, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
 use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
@@ -33,6 +33,7 @@ impl Daemon {
             next_vms,
             armed: lock(&self.arms).len() as i64,
             audit: self.audit.problem(),
+            damaged: glance.damaged.to_vec(),
         })
     }
 
@@ -91,7 +92,8 @@ impl Daemon {
                 };
                 let (view, standings) = self.defined(defined, &domain, look, known);
                 let concerns = |standing| matches!(standing, &Standing::OfAnotherVm(_));
-                (view.state != "plain" || standings.iter().any(concerns)).then_some(view)
+                let is_damaged = known.damaged.contains_key(&defined.vm);
+                (view.state != "plain" || is_damaged || standings.iter().any(concerns)).then_some(view)
             }
             Err(_) if !is_known && !defined.xml.contains(Metadata::NAMESPACE) => None,
             Err(error) => {
@@ -103,7 +105,11 @@ impl Daemon {
                     power: power(defined).into(),
                     state: "its XML can't be read".into(),
                     objects,
-                    warnings: vec![unreadable(defined, &error).to_string()],
+                    warnings: [
+                        vec![unreadable(defined, &error).to_string()],
+                        known.damaged_of(defined.vm),
+                    ]
+                    .concat(),
                 })
             }
         }
@@ -111,10 +117,18 @@ impl Daemon {
 
     fn known(&self) -> Result<Known, Failure> {
         let mut known = Known::default();
-        for vm in self.keystore.vms()? {
+        let (vms, envelopes) = (self.keystore.vms()?, self.keystore.envelopes()?);
+        let names = damaged::names(&vms.sound);
+        for row in vms.damaged.iter().chain(&envelopes.damaged) {
+            let (Some(vm), finding) = (row.vm, damaged::finding(row, &names)) else {
+                continue;
+            };
+            known.damaged.entry(vm).or_default().push(finding);
+        }
+        for vm in vms.sound {
             known.vms.insert(vm.vm, vm);
         }
-        for record in self.keystore.envelopes()? {
+        for record in envelopes.sound {
             let id = record.envelope.id;
             known.by_vm.entry(record.envelope.vm).or_default().push(id);
             if !record.location.is_empty() {
@@ -150,6 +164,7 @@ impl Daemon {
             state: state.into(),
             warnings: [
                 warnings(domain, state),
+                known.damaged_of(defined.vm),
                 rivals::of(domain, &known.by_id),
                 self.side_doors(domain),
             ]
@@ -277,7 +292,7 @@ impl Daemon {
             power: "undefined".into(),
             state: "undefined".into(),
             objects,
-            warnings: Vec::new(),
+            warnings: known.damaged_of(vm.vm),
         }
     }
 
@@ -310,7 +325,8 @@ impl Daemon {
         if stanzas.any(|stanza| self.registry.by_id(stanza.provider).is_some()) {
             return None;
         }
-        let deleted = self.keystore.deleted_providers().unwrap_or_default();
+        let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
+        let deleted = deleted.unwrap_or_default();
         let names: Vec<_> = envelope
             .stanzas
             .iter()
@@ -363,11 +379,17 @@ struct Known {
     by_vm: BTreeMap<VmId, Vec<EnvelopeId>>,
     by_place: BTreeMap<String, EnvelopeId>,
     vms: BTreeMap<VmId, VmRecord>,
+    /// What can't be read, and what leads out.
+    damaged: BTreeMap<VmId, Vec<String>>,
 }
 
 impl Known {
     fn has(&self, vm: VmId) -> bool {
-        self.vms.contains_key(&vm) || self.by_vm.contains_key(&vm)
+        self.vms.contains_key(&vm) || self.by_vm.contains_key(&vm) || self.damaged.contains_key(&vm)
+    }
+
+    fn damaged_of(&self, vm: VmId) -> Vec<String> {
+        self.damaged.get(&vm).cloned().unwrap_or_default()
     }
 
     fn names(&self, vms: &[VmId]) -> Vec<String> {

@@ -37,7 +37,7 @@ impl Daemon {
         self.audit_provider("provider-identity", name, &set);
         let certificate = certificate_view(&set?);
         let id = provider.id();
-        let stanzas = self.keystore.envelopes()?.into_iter().flat_map(|record| {
+        let stanzas = self.keystore.envelopes()?.sound.into_iter().flat_map(|record| {
             let stanzas = record.envelope.stanzas.clone();
             stanzas.into_iter().filter(move |stanza| stanza.provider == id)
         });

@@ -12,7 +12,7 @@ use swtpm_state::{State, StateKey, libvirt_state_dir};
 use super::Daemon;
 use super::vms::unreachable;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
-use crate::envelope::{Envelope, ObjectKind, Precedence};
+use crate::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::{CopyPlace, EnvelopeRecord};
 use crate::libvirt::{DefinedDomain, KeptXml};
@@ -46,6 +46,8 @@ pub(super) enum Place {
     Snapshot(String, String),
     /// In this image.
     Image(PathBuf),
+    /// In a row of the keystore that is damaged.
+    Keystore,
 }
 
 impl fmt::Display for Place {
@@ -54,6 +56,7 @@ impl fmt::Display for Place {
             Self::Xml(vm) => write!(f, "the XML of {vm}"),
             Self::Snapshot(vm, kept_in) => write!(f, "{kept_in} of {vm}"),
             Self::Image(path) => write!(f, "{}", path.display()),
+            Self::Keystore => f.write_str("the keystore's damaged record"),
         }
     }
 }
@@ -63,7 +66,7 @@ impl Place {
     fn kept(&self) -> Option<CopyPlace> {
         match self {
             Self::Xml(_) => Some(CopyPlace::Xml),
-            Self::Snapshot(..) => None,
+            Self::Snapshot(..) | Self::Keystore => None,
             Self::Image(_) => Some(CopyPlace::Image),
         }
     }
@@ -119,14 +122,14 @@ impl Daemon {
     /// can't be believed is passed over; what can't be read is named.
     pub(super) fn take_in_travelling(&self) -> Result<Vec<String>, Failure> {
         let visible = self.visible_copies()?;
-        self.take_in_all(visible.copies)?;
+        self.take_in_all(visible.copies.into_iter().chain(self.held_copies(None)))?;
         Ok(visible.unreadable)
     }
 
-    fn take_in_all(&self, copies: Vec<VisibleCopy>) -> Result<(), Failure> {
+    fn take_in_all(&self, copies: impl IntoIterator<Item = VisibleCopy>) -> Result<(), Failure> {
         let mut candidates = Vec::new();
         for copy in copies {
-            let record = self.keystore.envelope(copy.envelope.id)?;
+            let record = self.keystore.readable_envelope(copy.envelope.id)?;
             if let Some(location) = to_take_in(&copy, record.as_ref()) {
                 candidates.push((copy, record, location));
             }
@@ -150,7 +153,7 @@ impl Daemon {
 
     /// Whether a copy may say the truth, as far as this host can tell: what its keystore knows shows whether it was forged.
     pub(super) fn may_be_true(&self, copy: &VisibleCopy) -> bool {
-        let Ok(Some(record)) = self.keystore.envelope(copy.envelope.id) else {
+        let Ok(Some(record)) = self.keystore.readable_envelope(copy.envelope.id) else {
             return true;
         };
         match self.registry.open_envelope(&record.envelope) {
@@ -168,12 +171,23 @@ impl Daemon {
             xml: defined.xml.clone(),
         };
         let mut visible = Visible::default();
-        if visible.add_those_in(&kept).is_err() {
+        let Ok(()) = visible.add_those_in(&kept) else {
             return;
+        };
+        if self.has_damaged(defined.vm) {
+            let images = Metadata::sources_in(&defined.xml).unwrap_or_default();
+            visible.copies.extend(images.into_iter().filter_map(carried));
+            visible.copies.extend(self.held_copies(Some(defined.vm)));
         }
         if let Err(failure) = self.take_in_all(visible.copies) {
             tracing::warn!(domain = defined.name, "{failure}");
         }
+    }
+
+    /// Whether rows of its envelopes are damaged.
+    fn has_damaged(&self, vm: VmId) -> bool {
+        let known = self.keystore.envelopes_of(vm);
+        known.is_ok_and(|known| !known.damaged.is_empty())
     }
 
     pub(super) fn take_in(

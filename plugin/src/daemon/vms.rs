@@ -37,7 +37,7 @@ impl Daemon {
             Err(absent) if absent.code == Code::NotFound => absent,
             Err(failure) => return Err(failure),
         };
-        let mut known = self.keystore.vms()?.into_iter();
+        let mut known = self.keystore.vms()?.sound.into_iter();
         let found = known.find(|known| known.name == vm || vm.parse() == Ok(known.vm));
         found.map(KnownVm::Undefined).ok_or(absent)
     }
@@ -65,7 +65,7 @@ impl Daemon {
     }
 
     pub(super) fn vm_names(&self) -> Result<VmNames, Failure> {
-        let vms = self.keystore.vms()?.into_iter();
+        let vms = self.keystore.vms()?.sound.into_iter();
         Ok(VmNames(vms.map(|known| (known.vm, known.name)).collect()))
     }
 

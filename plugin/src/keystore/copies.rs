@@ -1,8 +1,9 @@
 //! Rows about the copies of envelopes that travel: which ones are behind, and which KEKs they still need.
 
-use rusqlite::{OptionalExtension, Transaction, params};
+use rusqlite::{OptionalExtension, Row, Transaction, params};
 
-use super::{Keystore, KeystoreError, UnixTime, collect, error::StoreFault, now, parse_id};
+use super::rows::{Named, Rows, collect, each};
+use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now, parse_id};
 use crate::envelope::{Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, VmId};
 
 /// Where a copy is.
@@ -75,10 +76,10 @@ pub enum CopyNews {
 
 impl Keystore {
     /// The KEKs that jobs have taken out of use.
-    pub fn retired_keks(&self) -> Result<Vec<RetiredKek>, KeystoreError> {
+    pub fn retired_keks(&self) -> Result<Rows<RetiredKek>, KeystoreError> {
         self.read(|connection| {
             let sql = "SELECT vm, provider, kek FROM retired_keks ORDER BY provider, kek, vm";
-            collect(connection, sql, [], |row| {
+            collect(connection, sql, [], Named("retired KEK", "kek"), |row| {
                 Ok(RetiredKek {
                     vm: parse_id("VM", &row.get::<_, String>(0)?)?,
                     provider: parse_id("key provider", &row.get::<_, String>(1)?)?,
@@ -88,7 +89,8 @@ impl Keystore {
         })
     }
 
-    /// Up to `most` stale copies in `place`, of envelopes behind `after`, by envelope.
+    /// Up to `most` stale copies in `place`, of envelopes behind `after`, by envelope. Rows that can't be read are left out: what
+    /// needs to know them asks for [`Keystore::needed_keks`].
     pub fn stale_copies(
         &self,
         place: CopyPlace,
@@ -101,8 +103,8 @@ impl Keystore {
             let sql = "SELECT envelope, vm, min(since), max(reason)
                  FROM stale_copies CROSS JOIN envelopes ON id = envelope
                  WHERE place = ?1 AND envelope > ?2
-                 GROUP BY envelope ORDER BY envelope LIMIT ?3";
-            collect(connection, sql, params![place.as_str(), after, most], |row| {
+                 GROUP BY envelope ORDER BY envelope";
+            let row_of = |row: &Row| {
                 Ok(StaleCopy {
                     envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,
                     vm: parse_id("VM", &row.get::<_, String>(1)?)?,
@@ -110,7 +112,21 @@ impl Keystore {
                     since: row.get(2)?,
                     reason: row.get(3)?,
                 })
-            })
+            };
+            let mut found = Vec::new();
+            let named = Named("a copy of envelope", "envelope");
+            each(
+                connection,
+                sql,
+                params![place.as_str(), after],
+                named,
+                row_of,
+                |row| {
+                    found.extend(row);
+                    found.len() < most as usize
+                },
+            )?;
+            Ok(found)
         })
     }
 
@@ -127,10 +143,11 @@ impl Keystore {
     }
 
     /// The KEKs that stale copies need.
-    pub fn needed_keks(&self) -> Result<Vec<NeededKek>, KeystoreError> {
+    pub fn needed_keks(&self) -> Result<Rows<NeededKek>, KeystoreError> {
         self.read(|connection| {
             let sql = "SELECT envelope, place, provider, kek FROM stale_copies ORDER BY envelope, place";
-            collect(connection, sql, [], |row| {
+            let named = Named("a copy of envelope", "envelope");
+            collect(connection, sql, [], named, |row| {
                 Ok(NeededKek {
                     envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,
                     place: match row.get::<_, String>(1)?.as_str() {
@@ -211,9 +228,11 @@ impl Keystore {
     }
 
     /// The envelopes whose image headers a killed daemon was rewriting.
-    pub fn journaled_headers(&self) -> Result<Vec<EnvelopeId>, KeystoreError> {
+    pub fn journaled_headers(&self) -> Result<Rows<EnvelopeId>, KeystoreError> {
         self.read(|connection| {
-            collect(connection, "SELECT envelope FROM header_journal", [], |row| {
+            let sql = "SELECT envelope FROM header_journal";
+            let named = Named("an image header of envelope", "envelope");
+            collect(connection, sql, [], named, |row| {
                 Ok(parse_id("envelope", &row.get::<_, String>(0)?)?)
             })
         })

@@ -149,7 +149,7 @@ fn check(dir: &Path, reported: &[String]) {
         assert!(state.is_none_or(|state| state == record.state), "{line}");
         assert!(record.envelope.generation >= Generation(generation), "{line}");
     }
-    let providers = keystore.providers().unwrap();
+    let providers = keystore.providers().unwrap().whole().unwrap();
     let defaults = providers.iter().filter(|record| record.is_default).count();
     assert_eq!(defaults, usize::from(!providers.is_empty()));
     for provider in providers {

@@ -3,6 +3,7 @@
 use rusqlite::{Connection, Row, Transaction, params};
 
 use super::copies::{self, CopyPlace};
+use super::rows::{self, Named, Rows};
 use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault, jobs, now};
 use crate::envelope::{Envelope, EnvelopeError, EnvelopeId, Format1, Precedence, Verified, VmId};
 use crate::secret::Dek;
@@ -65,7 +66,10 @@ pub enum Put {
     Stale,
 }
 
+/// Also the place of a row, for who goes on from there.
+const SELECTED: &str = "rowid, id, vm, kind, generation, json, state, location, created, updated";
 const COLUMNS: &str = "id, vm, kind, generation, json, state, location, created, updated";
+const NAMED: Named = Named("envelope", "id");
 
 impl Keystore {
     /// Adds a new envelope as pending, before its object is made at `location`.
@@ -122,7 +126,8 @@ impl Keystore {
     }
 
     /// Takes over an envelope whose object has opened with the DEK that verified it: a copy from a domain's XML or an
-    /// image, or a new generation made here. The newest wins; an unknown one becomes active at `location`.
+    /// image, or a new generation made here. The newest wins; an unknown one becomes active at `location`, and so does one whose
+    /// row is damaged: that is kept aside.
     ///
     /// # Errors
     /// [`KeystoreError::Conflict`] for another envelope of the same generation, [`KeystoreError::OtherObject`]
@@ -132,29 +137,41 @@ impl Keystore {
     }
 
     /// The envelope called `id`.
+    ///
+    /// # Errors
+    /// [`KeystoreError::Inconsistent`] when its row is damaged.
     pub fn envelope(&self, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, KeystoreError> {
         self.read(|connection| find(connection, id))
     }
 
+    /// The envelope called `id`, if there is one that can be read: what is believed in its place takes the place of a damaged
+    /// row, see [`Keystore::put`].
+    pub fn readable_envelope(&self, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, KeystoreError> {
+        match self.envelope(id) {
+            Err(error) if error.is_of_row() => Ok(None),
+            found => found,
+        }
+    }
+
     /// The envelopes of one VM, oldest first.
-    pub fn envelopes_of(&self, vm: VmId) -> Result<Vec<EnvelopeRecord>, KeystoreError> {
+    pub fn envelopes_of(&self, vm: VmId) -> Result<Rows<EnvelopeRecord>, KeystoreError> {
         self.read(|connection| select(connection, "WHERE vm = ?1 ORDER BY created, id", [vm.to_string()]))
     }
 
-    /// Shows `visit` every envelope, one at a time: there may be too many for the memory. It must not use the keystore.
+    /// Shows `visit` every envelope whose row can be read, one at a time: there may be too many for the memory. It must not use
+    /// the keystore.
     pub fn each_envelope(&self, mut visit: impl FnMut(EnvelopeRecord)) -> Result<(), KeystoreError> {
         self.read(|connection| {
-            let mut statement = connection.prepare_cached(&format!("SELECT {COLUMNS} FROM envelopes"))?;
-            let mut rows = statement.query([])?;
-            while let Some(row) = rows.next()? {
-                visit(record_of(row)?);
-            }
-            Ok(())
+            let sql = format!("SELECT {SELECTED} FROM envelopes");
+            rows::each(connection, &sql, [], NAMED, record_of, |row| {
+                row.into_iter().for_each(&mut visit);
+                true
+            })
         })
     }
 
     /// All envelopes, by VM.
-    pub fn envelopes(&self) -> Result<Vec<EnvelopeRecord>, KeystoreError> {
+    pub fn envelopes(&self) -> Result<Rows<EnvelopeRecord>, KeystoreError> {
         self.read(|connection| select(connection, "ORDER BY vm, created, id", []))
     }
 }
@@ -166,7 +183,10 @@ pub(super) fn take_over(
     state: EnvelopeState,
     location: &str,
 ) -> Result<Put, StoreFault> {
-    let known = find(transaction, envelope.id)?;
+    let known = find(transaction, envelope.id).or_else(|fault| match fault {
+        StoreFault::Refused(error) if error.is_of_row() => set_aside(transaction, envelope.id).map(|()| None),
+        fault => Err(fault),
+    })?;
     let verdict = compare(known.as_ref().map(|record| &record.envelope), envelope)?;
     match verdict {
         Put::Adopted => insert(transaction, envelope, state, location)?,
@@ -191,6 +211,18 @@ pub(super) fn take_over(
         Put::Unchanged | Put::Stale => {}
     }
     Ok(verdict)
+}
+
+/// Makes room for the envelope of a row that can't be read.
+fn set_aside(transaction: &Transaction, id: EnvelopeId) -> Result<(), StoreFault> {
+    let id = id.to_string();
+    transaction.execute(
+        "INSERT INTO damaged_envelopes (id, vm, kind, generation, json, state, location, since)
+         SELECT id, vm, kind, generation, json, state, location, ?2 FROM envelopes WHERE id = ?1",
+        params![id, now()],
+    )?;
+    transaction.execute("DELETE FROM envelopes WHERE id = ?1", [&id])?;
+    Ok(())
 }
 
 /// What becomes of `offered` beside what the keystore knows under its id.
@@ -247,16 +279,17 @@ fn insert(
 }
 
 fn find(connection: &Connection, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, StoreFault> {
-    Ok(select(connection, "WHERE id = ?1", [id.to_string()])?.pop())
+    let found = select(connection, "WHERE id = ?1", [id.to_string()])?;
+    Ok(found.whole()?.pop())
 }
 
 pub(super) fn select(
     connection: &Connection,
     condition: &str,
     values: impl rusqlite::Params,
-) -> Result<Vec<EnvelopeRecord>, StoreFault> {
-    let sql = format!("SELECT {COLUMNS} FROM envelopes {condition}");
-    super::collect(connection, &sql, values, record_of)
+) -> Result<Rows<EnvelopeRecord>, StoreFault> {
+    let sql = format!("SELECT {SELECTED} FROM envelopes {condition}");
+    rows::collect(connection, &sql, values, NAMED, record_of)
 }
 
 /// Reads a row, and refuses one whose columns say something else than its envelope.
@@ -351,8 +384,8 @@ mod tests {
         assert_eq!(record.envelope, *first);
         assert_eq!(record.state, EnvelopeState::Active);
         assert_eq!(record.location, "/images/web01.qcow2");
-        assert_eq!(keystore.envelopes_of(vm).unwrap(), [record]);
-        assert_eq!(keystore.envelopes().unwrap().len(), 2);
+        assert_eq!(keystore.envelopes_of(vm).unwrap().whole().unwrap(), [record]);
+        assert_eq!(keystore.envelopes().unwrap().whole().unwrap().len(), 2);
         let mut seen = Vec::new();
         keystore
             .each_envelope(|record| seen.push(record.envelope))
@@ -394,7 +427,7 @@ mod tests {
         assert_eq!(keystore.withdraw(made.id).unwrap(), Change::Unchanged);
         assert_eq!(keystore.withdraw(failed.id).unwrap(), Change::Changed);
         assert_eq!(keystore.withdraw(failed.id).unwrap(), Change::Unchanged);
-        let left = keystore.envelopes().unwrap();
+        let left = keystore.envelopes().unwrap().whole().unwrap();
         assert_eq!(left.len(), 1);
         assert_eq!(left[0].envelope, *made);
     }
@@ -485,7 +518,7 @@ mod tests {
         keystore.connection().execute(sql, []).unwrap();
         assert!(matches!(
             keystore.envelope(envelope.id),
-            Err(KeystoreError::DamagedRecord { .. })
+            Err(KeystoreError::Inconsistent { .. })
         ));
     }
 

@@ -7,6 +7,7 @@ use rusqlite::ErrorCode;
 use thiserror::Error;
 
 use crate::envelope::{EnvelopeError, EnvelopeId, Generation, ProviderId, VmId};
+use crate::failure::chain;
 
 /// Why the keystore can't be opened, read or changed.
 #[derive(Debug, Error)]
@@ -177,6 +178,12 @@ pub enum KeystoreError {
 }
 
 impl KeystoreError {
+    /// Whether it is about one row, and says nothing of the others.
+    #[must_use]
+    pub fn is_of_row(&self) -> bool {
+        matches!(self, Self::DamagedRecord { .. } | Self::Inconsistent { .. })
+    }
+
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             action,
@@ -221,7 +228,33 @@ impl From<KeystoreError> for StoreFault {
     }
 }
 
+/// `fault` as one of the row called so, if it is the row's.
+pub(super) fn named_fault(fault: StoreFault, row: impl FnOnce() -> String) -> StoreFault {
+    match fault.of_row() {
+        Ok(why) => KeystoreError::Inconsistent { row: row(), why }.into(),
+        Err(fault) => fault,
+    }
+}
+
 impl StoreFault {
+    /// What is wrong with the row that was read, if it is the row.
+    ///
+    /// # Errors
+    /// Itself, when it is the file.
+    pub(super) fn of_row(self) -> Result<String, Self> {
+        match &self {
+            Self::Refused(KeystoreError::DamagedRecord { source, .. }) => Ok(chain(source)),
+            Self::Refused(KeystoreError::Inconsistent { why, .. }) => Ok(why.clone()),
+            Self::Sqlite(
+                error @ (rusqlite::Error::FromSqlConversionFailure(..)
+                | rusqlite::Error::IntegralValueOutOfRange(..)
+                | rusqlite::Error::Utf8Error(..)
+                | rusqlite::Error::InvalidColumnType(..)),
+            ) => Ok(error.to_string()),
+            _ => Err(self),
+        }
+    }
+
     pub(super) fn at(self, path: &Path) -> KeystoreError {
         match self {
             Self::Refused(error) => error,

@@ -19,7 +19,7 @@ impl Keystore {
         self.write(|transaction| {
             let id = vm.to_string();
             let known = envelopes::select(transaction, "WHERE vm = ?1 ORDER BY created, id", [&id])?;
-            if known != saved {
+            if known.whole()? != saved {
                 return Ok(Change::Unchanged);
             }
             remove(transaction, vm)?;
@@ -35,7 +35,7 @@ impl Keystore {
         self.write(|transaction| {
             let id = saved.envelope.id.to_string();
             let known = envelopes::select(transaction, "WHERE id = ?1", [&id])?;
-            if known.first() != Some(saved) {
+            if known.whole()?.first() != Some(saved) {
                 return Ok(Change::Unchanged);
             }
             for table in ["stale_copies", "left_behind", "header_journal"] {
@@ -107,6 +107,10 @@ pub(super) fn remove(transaction: &Transaction, vm: VmId) -> Result<usize, Store
             [&id],
         )?;
     }
+    transaction.execute(
+        "DELETE FROM damaged_envelopes WHERE vm = ?1 OR id IN (SELECT id FROM envelopes WHERE vm = ?1)",
+        [&id],
+    )?;
     transaction.execute("DELETE FROM retired_keks WHERE vm = ?1", [&id])?;
     transaction.execute("DELETE FROM saved_states WHERE vm = ?1", [&id])?;
     transaction.execute("DELETE FROM plain_vms WHERE uuid = ?1", [&id])?;

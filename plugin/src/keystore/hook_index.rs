@@ -14,12 +14,14 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rusqlite::Connection;
 use rusqlite::hooks::Action;
+use rusqlite::{Connection, Row};
 use uuid::Uuid;
 
 use super::error::StoreFault;
-use super::{Keystore, KeystoreError, collect};
+use super::rows::{self, Named};
+use super::{Keystore, KeystoreError};
+use crate::envelope::Envelope;
 use crate::failure::chain;
 
 /// The file, and what it says.
@@ -207,16 +209,26 @@ fn identity(file: &fs::Metadata) -> Identity {
 
 impl Entries {
     fn read(connection: &Connection) -> Result<Self, StoreFault> {
-        // A row that makes no sense is a matter of who reads it, and must not keep the others out.
-        let id = |text: String| text.parse::<Uuid>().ok();
-        let envelopes = collect(connection, "SELECT id, vm FROM envelopes", [], |row| {
-            Ok(id(row.get(0)?).zip(id(row.get(1)?)))
+        // A row that makes no sense is a matter of who reads it, and must not keep the others out. Its envelope may still tell.
+        let id = |row: &Row, column| rows::text(row, column)?.parse::<Uuid>().ok();
+        let named = |row: &Row| {
+            let ids = id(row, "id").zip(id(row, "vm"));
+            ids.or_else(|| {
+                let held = Envelope::from_json(&rows::text(row, "json")?).ok()?;
+                Some((held.id.0, held.vm.0))
+            })
+        };
+        let select = "SELECT id, vm, json FROM envelopes";
+        let envelopes = rows::collect(connection, select, [], Named("envelope", "id"), |row| {
+            Ok(named(row))
         })?;
         let sealed = "SELECT uuid FROM vms WHERE uuid NOT IN (SELECT uuid FROM plain_vms)";
-        let vms = collect(connection, sealed, [], |row| Ok(id(row.get(0)?)))?;
+        let vms = rows::collect(connection, sealed, [], Named("VM", "uuid"), |row| {
+            Ok(id(row, "uuid"))
+        })?;
         Ok(Self {
-            envelopes: envelopes.into_iter().flatten().collect(),
-            vms: vms.into_iter().flatten().collect(),
+            envelopes: envelopes.sound.into_iter().flatten().collect(),
+            vms: vms.sound.into_iter().flatten().collect(),
         })
     }
 
@@ -346,7 +358,10 @@ mod tests {
         let error = keystore.insert_pending(&new, "").unwrap_err();
         assert!(error.to_string().contains("write the hook's index"), "{error}");
         assert!(keystore.remember_vm(other, "web02").is_err());
-        assert!(keystore.envelope(new.id).unwrap().is_none() && keystore.vms().unwrap().is_empty());
+        assert!(
+            keystore.envelope(new.id).unwrap().is_none()
+                && keystore.vms().unwrap().whole().unwrap().is_empty()
+        );
         // What is gone from the keystore may stay in the index for a while.
         assert_eq!(keystore.shred_vm(vm).unwrap().0, 1);
         assert_eq!(named(dir.path()).0.len(), 1);

@@ -7,6 +7,7 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::copies::{self, CopyPlace};
 use super::envelopes::{self, EnvelopeRecord};
+use super::rows::{self, DamagedRow, Named, Rows};
 use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now, parse_id};
 use crate::envelope::{Envelope, EnvelopeId, Stanza, Verified};
 
@@ -104,6 +105,8 @@ pub enum Verdict {
     Replace(Box<Envelope>, Box<Verified>),
     /// It stays as it was.
     Left(LeftBehind),
+    /// Its row can't be read.
+    Damaged(DamagedRow),
 }
 
 /// Why a job has an envelope still before it that it never had in hand.
@@ -116,7 +119,7 @@ impl Keystore {
     /// [`KeystoreError::JobRunning`]: one runs at a time.
     pub fn insert_job(&self, task: &str) -> Result<JobRecord, KeystoreError> {
         self.write(|transaction| {
-            if let Some(running) = select(transaction, "state = 'running'", [])?.pop() {
+            if let Some(running) = select(transaction, "state = 'running'", [])?.whole()?.pop() {
                 return Err(KeystoreError::JobRunning(running.id.0).into());
             }
             let total: i64 = transaction.query_row("SELECT count(*) FROM envelopes", [], |row| row.get(0))?;
@@ -132,16 +135,16 @@ impl Keystore {
 
     /// The job that runs, if one does.
     pub fn running_job(&self) -> Result<Option<JobRecord>, KeystoreError> {
-        self.read(|connection| Ok(select(connection, "state = 'running'", [])?.pop()))
+        self.read(|connection| Ok(select(connection, "state = 'running'", [])?.whole()?.pop()))
     }
 
     /// The job with this number.
     pub fn job(&self, id: JobId) -> Result<Option<JobRecord>, KeystoreError> {
-        self.read(|connection| Ok(select(connection, "id = ?1", [id.0])?.pop()))
+        self.read(|connection| Ok(select(connection, "id = ?1", [id.0])?.whole()?.pop()))
     }
 
     /// The last `most` jobs, oldest first.
-    pub fn jobs(&self, most: u32) -> Result<Vec<JobRecord>, KeystoreError> {
+    pub fn jobs(&self, most: u32) -> Result<Rows<JobRecord>, KeystoreError> {
         self.read(|connection| {
             let recent = "id IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?1)";
             select(connection, recent, [most])
@@ -151,17 +154,16 @@ impl Keystore {
     /// The first `most` envelopes that a job left behind.
     pub fn left_behind(&self, job: JobId, most: u32) -> Result<Vec<LeftBehind>, KeystoreError> {
         self.read(|connection| {
-            super::collect(
-                connection,
-                "SELECT envelope, reason, again FROM left_behind WHERE job = ?1 ORDER BY envelope LIMIT ?2",
-                params![job.0, most],
-                left_of,
-            )
+            let sql =
+                "SELECT envelope, reason, again FROM left_behind WHERE job = ?1 ORDER BY envelope LIMIT ?2";
+            let named = Named("envelope", "envelope");
+            // One without an id is an envelope whose record is damaged: the list of these has it.
+            Ok(rows::collect(connection, sql, params![job.0, most], named, left_of)?.sound)
         })
     }
 
     /// The next `most` envelopes of a job's pass.
-    pub fn next_of_job(&self, job: &JobRecord, most: u32) -> Result<Vec<EnvelopeRecord>, KeystoreError> {
+    pub fn next_of_job(&self, job: &JobRecord, most: u32) -> Result<Rows<EnvelopeRecord>, KeystoreError> {
         self.read(|connection| match job.pass {
             Pass::All => envelopes::select(
                 connection,
@@ -193,6 +195,11 @@ impl Keystore {
                     Verdict::Unchanged(id) => (*id, None),
                     Verdict::Left(left) => (left.envelope, Some(left.clone())),
                     Verdict::Replace(old, new) => (old.id, replace(transaction, old, new)?),
+                    Verdict::Damaged(row) => {
+                        note_damaged(transaction, job, row)?;
+                        cursor = cursor.max(row.place);
+                        continue;
+                    }
                 };
                 if matches!(verdict, Verdict::Replace(..)) && outcome.is_none() {
                     changed += 1;
@@ -369,8 +376,23 @@ fn note(
     Ok(())
 }
 
+/// By what its row has for an id, whatever that is.
+fn note_damaged(transaction: &Transaction, job: JobId, row: &DamagedRow) -> Result<(), StoreFault> {
+    transaction
+        .prepare_cached(
+            "INSERT OR REPLACE INTO left_behind (job, envelope, reason, again)
+             SELECT ?1, id, ?2, 0 FROM envelopes WHERE rowid = ?3 AND id IS NOT NULL",
+        )?
+        .execute(params![
+            job.0,
+            format!("its record is damaged: {}", row.why),
+            row.place
+        ])?;
+    Ok(())
+}
+
 fn find(connection: &Connection, id: JobId) -> Result<JobRecord, StoreFault> {
-    let found = select(connection, "id = ?1", [id.0])?.pop();
+    let found = select(connection, "id = ?1", [id.0])?.whole()?.pop();
     found.ok_or_else(|| KeystoreError::UnknownJob(id.0).into())
 }
 
@@ -378,48 +400,50 @@ fn select(
     connection: &Connection,
     condition: &str,
     values: impl rusqlite::Params,
-) -> Result<Vec<JobRecord>, StoreFault> {
+) -> Result<Rows<JobRecord>, StoreFault> {
     let sql = format!(
         "SELECT id, task, state, pass, cursor, total, seen, changed, waiting, created, updated,
             (SELECT count(*) FROM left_behind WHERE job = jobs.id) AS left
          FROM jobs WHERE {condition} ORDER BY id"
     );
-    super::collect(connection, &sql, values, job_of)
+    rows::collect(connection, &sql, values, Named("job", "id"), job_of)
 }
 
 fn job_of(row: &Row) -> Result<JobRecord, StoreFault> {
+    // A job whose row is damaged can be seen, and aborted, as long as it tells its number and its state.
     let id: i64 = row.get("id")?;
-    let count = |column: &str| -> Result<u64, rusqlite::Error> {
-        Ok(u64::try_from(row.get::<_, i64>(column)?).unwrap_or(0))
-    };
-    let state: String = row.get("state")?;
+    let count = |column: &str| row.get::<_, i64>(column).map_or(0, i64::unsigned_abs);
+    let text = |column: &str| rows::text(row, column).unwrap_or_default();
+    let time = |column: &str| row.get(column).unwrap_or(0);
+    let state = text("state");
     let state = JobState::parse(&state).ok_or_else(|| KeystoreError::Inconsistent {
         row: format!("of job {id}"),
         why: format!("its state is {state:?}"),
     })?;
     Ok(JobRecord {
         id: JobId(id),
-        task: row.get("task")?,
+        task: text("task"),
         state,
-        pass: match row.get::<_, String>("pass")?.as_str() {
-            "all" => Pass::All,
-            _ => Pass::Left,
+        pass: match text("pass").as_str() {
+            "left" => Pass::Left,
+            _ => Pass::All,
         },
-        cursor: row.get("cursor")?,
-        total: count("total")?,
-        seen: count("seen")?,
-        changed: count("changed")?,
-        left: count("left")?,
-        waiting: row.get("waiting")?,
-        created: row.get("created")?,
-        updated: row.get("updated")?,
+        cursor: text("cursor"),
+        total: count("total"),
+        seen: count("seen"),
+        changed: count("changed"),
+        left: count("left"),
+        waiting: text("waiting"),
+        created: time("created"),
+        updated: time("updated"),
     })
 }
 
 fn left_of(row: &Row) -> Result<LeftBehind, StoreFault> {
+    let text = |column: &str| rows::text(row, column).unwrap_or_default();
     Ok(LeftBehind {
-        envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,
-        reason: row.get(1)?,
-        again: row.get(2)?,
+        envelope: parse_id("envelope", &text("envelope"))?,
+        reason: text("reason"),
+        again: row.get("again").unwrap_or(false),
     })
 }

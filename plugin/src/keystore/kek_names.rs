@@ -1,9 +1,12 @@
 //! The names that KEKs were to get at their servers, noted before each was asked for: a name that is here is never given
 //! again, and a KEK whose creation got no answer is found by it.
 
+use std::collections::HashSet;
+
 use rusqlite::params;
 
-use super::{Keystore, KeystoreError, collect, now};
+use super::rows::{self, Named, collect};
+use super::{Keystore, KeystoreError, now};
 use crate::envelope::{Envelope, KekId, ProviderId, VmId};
 use crate::provider::KekScope;
 
@@ -80,28 +83,34 @@ impl Keystore {
         self.read(|connection| {
             let sql =
                 "SELECT name, kek FROM kek_names WHERE provider = ?1 AND scope = ?2 ORDER BY rowid DESC";
-            collect(
-                connection,
-                sql,
-                params![provider.to_string(), scope_text(scope)],
-                |row| {
-                    Ok(KekNameRecord {
-                        name: row.get(0)?,
-                        kek: row.get::<_, Option<String>>(1)?.map(KekId),
-                    })
-                },
-            )
+            let values = params![provider.to_string(), scope_text(scope)];
+            let names = collect(connection, sql, values, Named("a KEK called", "name"), |row| {
+                Ok(KekNameRecord {
+                    name: row.get(0)?,
+                    kek: row.get::<_, Option<String>>(1)?.map(KekId),
+                })
+            })?;
+            // What is next to be called how depends on it, for this scope alone.
+            Ok(names.whole()?)
         })
     }
 
     /// Whether a job has taken `kek` out of use, for whichever VM.
     pub fn is_retired(&self, provider: ProviderId, kek: &KekId) -> Result<bool, KeystoreError> {
+        Ok(self.retired_of(provider)?.contains(kek))
+    }
+
+    /// The KEKs of `provider` that jobs have taken out of use. A row that does not tell its provider counts for each of them: what
+    /// was taken out of use must not come back.
+    pub fn retired_of(&self, provider: ProviderId) -> Result<HashSet<KekId>, KeystoreError> {
         self.read(|connection| {
-            let sql = "SELECT 1 FROM retired_keks WHERE provider = ?1 AND kek = ?2";
-            let found = connection
-                .prepare_cached(sql)?
-                .exists(params![provider.to_string(), kek.0])?;
-            Ok(found)
+            let sql = "SELECT provider, kek FROM retired_keks";
+            let rows = collect(connection, sql, [], Named("retired KEK", "kek"), |row| {
+                let of = rows::text(row, "provider").and_then(|id| id.parse::<ProviderId>().ok());
+                let kek = rows::text(row, "kek").map(KekId);
+                Ok(kek.filter(|_| of.is_none_or(|of| of == provider)))
+            })?;
+            Ok(rows.sound.into_iter().flatten().collect())
         })
     }
 
@@ -115,7 +124,7 @@ impl Keystore {
             Some(vm) => self.envelopes_of(vm)?,
             None => self.envelopes()?,
         };
-        let stanzas = records.into_iter().flat_map(|record| {
+        let stanzas = records.sound.into_iter().flat_map(|record| {
             let Envelope { stanzas, .. } = record.envelope;
             stanzas
         });

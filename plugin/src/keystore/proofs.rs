@@ -3,7 +3,9 @@
 
 use rusqlite::{OptionalExtension, params};
 
-use super::{Keystore, KeystoreError, UnixTime, collect, now, parse_id};
+use super::error::named_fault;
+use super::rows::{Named, Rows, collect};
+use super::{Keystore, KeystoreError, UnixTime, now, parse_id};
 use crate::envelope::{Envelope, KekId, ProviderId, VmId};
 
 /// How long the audit log is known to be.
@@ -39,18 +41,26 @@ pub struct SavedState {
 
 impl Keystore {
     /// How long the audit log was when this was last noted; `None` before the first time.
+    ///
+    /// # Errors
+    /// [`KeystoreError::Inconsistent`] when the note is damaged.
     pub fn audit_anchor(&self) -> Result<Option<AuditAnchor>, KeystoreError> {
         self.read(|connection| {
             let anchor = connection
                 .prepare_cached("SELECT seq, hash FROM audit_anchor")?
                 .query_row([], |row| {
-                    Ok(AuditAnchor {
-                        seq: row.get(0)?,
-                        hash: row.get(1)?,
-                    })
+                    let anchor = || {
+                        Ok(AuditAnchor {
+                            seq: row.get(0)?,
+                            hash: row.get(1)?,
+                        })
+                    };
+                    Ok(anchor())
                 })
                 .optional()?;
-            Ok(anchor)
+            anchor.transpose().map_err(|error: rusqlite::Error| {
+                named_fault(error.into(), || "of the length of the audit log".to_owned())
+            })
         })
     }
 
@@ -95,10 +105,10 @@ impl Keystore {
     }
 
     /// The KEKs that were made here, the newest first.
-    pub fn made_keks(&self) -> Result<Vec<MadeKek>, KeystoreError> {
+    pub fn made_keks(&self) -> Result<Rows<MadeKek>, KeystoreError> {
         self.read(|connection| {
             let sql = "SELECT vm, provider, kek FROM made_keks ORDER BY since DESC, rowid DESC";
-            collect(connection, sql, [], |row| {
+            collect(connection, sql, [], Named("a KEK that was made,", "kek"), |row| {
                 Ok(MadeKek {
                     vm: parse_id("VM", &row.get::<_, String>(0)?)?,
                     provider: parse_id("key provider", &row.get::<_, String>(1)?)?,
@@ -122,7 +132,11 @@ impl Keystore {
 
     /// The VM runs again: whatever file it was saved to is the past.
     pub fn forget_saved(&self, vm: VmId) -> Result<(), KeystoreError> {
-        if !self.saved_states()?.iter().any(|saved| saved.vm == vm) {
+        let is_noted = self.read(|connection| {
+            let mut noted = connection.prepare_cached("SELECT 1 FROM saved_states WHERE vm = ?1")?;
+            Ok(noted.exists([vm.to_string()])?)
+        })?;
+        if !is_noted {
             return Ok(());
         }
         self.write(|transaction| {
@@ -132,10 +146,11 @@ impl Keystore {
     }
 
     /// The VMs that were saved to a file and have not run since.
-    pub fn saved_states(&self) -> Result<Vec<SavedState>, KeystoreError> {
+    pub fn saved_states(&self) -> Result<Rows<SavedState>, KeystoreError> {
         self.read(|connection| {
             let sql = "SELECT vm, since, envelopes FROM saved_states ORDER BY vm";
-            collect(connection, sql, [], |row| {
+            let named = Named("the saved state of VM", "vm");
+            collect(connection, sql, [], named, |row| {
                 let vm: String = row.get(0)?;
                 let inconsistent = |_| KeystoreError::Inconsistent {
                     row: format!("of the saved state of VM {vm}"),
@@ -194,9 +209,12 @@ mod tests {
         for made in made.iter().chain(&made) {
             keystore.note_made_kek(made).unwrap();
         }
-        assert_eq!(keystore.made_keks().unwrap(), [made[1].clone(), made[0].clone()]);
+        assert_eq!(
+            keystore.made_keks().unwrap().whole().unwrap(),
+            [made[1].clone(), made[0].clone()]
+        );
         keystore.forget_made_kek(provider, &made[1].kek).unwrap();
-        assert_eq!(keystore.made_keks().unwrap(), [made[0].clone()]);
+        assert_eq!(keystore.made_keks().unwrap().whole().unwrap(), [made[0].clone()]);
     }
 
     #[test]
@@ -206,9 +224,9 @@ mod tests {
         let vm = VmId::random();
         keystore.note_saved(vm, &[]).unwrap();
         keystore.note_saved(vm, &[]).unwrap();
-        assert_eq!(keystore.saved_states().unwrap()[0].vm, vm);
+        assert_eq!(keystore.saved_states().unwrap().whole().unwrap()[0].vm, vm);
         keystore.forget_saved(VmId::random()).unwrap();
         keystore.forget_saved(vm).unwrap();
-        assert_eq!(keystore.saved_states().unwrap(), []);
+        assert_eq!(keystore.saved_states().unwrap().whole().unwrap(), []);
     }
 }

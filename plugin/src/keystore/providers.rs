@@ -3,9 +3,10 @@
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::{
-    Change, Keystore, KeystoreError, UnixTime, collect,
-    error::StoreFault,
+    Change, Keystore, KeystoreError, Rows, UnixTime,
+    error::{StoreFault, named_fault},
     now, parse_id, persisted_keks,
+    rows::{Named, collect},
     tpm_seals::{self, TpmRenewal},
 };
 use crate::envelope::ProviderId;
@@ -136,10 +137,10 @@ impl Keystore {
     }
 
     /// All providers, by name.
-    pub fn providers(&self) -> Result<Vec<ProviderRecord>, KeystoreError> {
+    pub fn providers(&self) -> Result<Rows<ProviderRecord>, KeystoreError> {
         self.read(|connection| {
             let sql = format!("SELECT {COLUMNS} FROM providers ORDER BY name");
-            collect(connection, &sql, [], record_of)
+            collect(connection, &sql, [], Named("key provider", "name"), record_of)
         })
     }
 
@@ -172,14 +173,19 @@ impl Keystore {
                      ORDER BY generation DESC LIMIT 1",
                 )?
                 .query_row([provider.to_string()], |row| {
-                    Ok(NativeRoot {
-                        generation: row.get(0)?,
-                        sealed: row.get(1)?,
-                        backed_up_at: row.get(2)?,
-                    })
+                    let root = || {
+                        Ok(NativeRoot {
+                            generation: row.get(0)?,
+                            sealed: row.get(1)?,
+                            backed_up_at: row.get(2)?,
+                        })
+                    };
+                    Ok(root())
                 })
                 .optional()?;
-            Ok(root)
+            root.transpose().map_err(|error: rusqlite::Error| {
+                named_fault(error.into(), || format!("of the root key of provider {provider}"))
+            })
         })
     }
 
@@ -212,17 +218,23 @@ impl Keystore {
     }
 
     /// The providers that were deleted here and did not come back.
-    pub fn deleted_providers(&self) -> Result<Vec<DeletedProvider>, KeystoreError> {
+    pub fn deleted_providers(&self) -> Result<Rows<DeletedProvider>, KeystoreError> {
         self.read(|connection| {
             let sql = "SELECT id, name, kind, deleted FROM deleted_providers ORDER BY name";
-            collect(connection, sql, [], |row| {
-                Ok(DeletedProvider {
-                    id: parse_id("deleted key provider", &row.get::<_, String>(0)?)?,
-                    name: row.get(1)?,
-                    kind: row.get(2)?,
-                    deleted: row.get(3)?,
-                })
-            })
+            collect(
+                connection,
+                sql,
+                [],
+                Named("deleted key provider", "name"),
+                |row| {
+                    Ok(DeletedProvider {
+                        id: parse_id("deleted key provider", &row.get::<_, String>(0)?)?,
+                        name: row.get(1)?,
+                        kind: row.get(2)?,
+                        deleted: row.get(3)?,
+                    })
+                },
+            )
         })
     }
 
@@ -347,7 +359,7 @@ mod tests {
     }
 
     fn defaults(keystore: &Keystore) -> Vec<String> {
-        let providers = keystore.providers().unwrap();
+        let providers = keystore.providers().unwrap().whole().unwrap();
         let defaults = providers.into_iter().filter(|record| record.is_default);
         defaults.map(|record| record.name).collect()
     }
@@ -380,7 +392,7 @@ mod tests {
         ));
         let error = keystore.insert_native_root(id, "other", &root()).unwrap_err();
         assert!(matches!(&error, KeystoreError::ProviderExists { name, .. } if name == "main"));
-        assert_eq!(keystore.providers().unwrap().len(), 1);
+        assert_eq!(keystore.providers().unwrap().whole().unwrap().len(), 1);
     }
 
     #[test]
@@ -393,11 +405,14 @@ mod tests {
             keystore.insert_provider(id, "hsm", "kmip", &settings).unwrap();
         }
         let keystore = Keystore::open(dir.path()).unwrap();
-        let record = keystore.providers().unwrap().remove(0);
+        let record = keystore.providers().unwrap().whole().unwrap().remove(0);
         assert_eq!((record.kind.as_str(), record.settings), ("kmip", settings));
         let changed = serde_json::json!({"endpoint": "other.example:5696"});
         keystore.set_kek_cache(id, &changed, None).unwrap();
-        assert_eq!(keystore.providers().unwrap()[0].settings, changed);
+        assert_eq!(
+            keystore.providers().unwrap().whole().unwrap()[0].settings,
+            changed
+        );
         assert_eq!(keystore.native_root(id).unwrap(), None);
     }
 

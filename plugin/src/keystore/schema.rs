@@ -9,7 +9,9 @@ use rusqlite::{Connection, OpenFlags};
 use super::{KeystoreError, error::StoreFault};
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 7] = [TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS, KEK_NAMES];
+const STEPS: [&str; 8] = [
+    TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS, KEK_NAMES, DAMAGED,
+];
 
 /// `PRAGMA user_version` after all steps.
 const VERSION: i64 = STEPS.len() as i64;
@@ -185,6 +187,11 @@ const KEK_NAMES: &str = "
     CREATE INDEX kek_names_of_scope ON kek_names (provider, scope);
 ";
 
+/// `damaged_envelopes`: rows of `envelopes` that could not be read, as they were when a verified copy took their place.
+const DAMAGED: &str = "
+    CREATE TABLE damaged_envelopes (id, vm, kind, generation, json, state, location, since INTEGER NOT NULL);
+";
+
 /// Opens `path`, checks it whole and brings its tables up to date.
 pub(super) fn open(path: &Path) -> Result<Connection, KeystoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -253,13 +260,25 @@ fn set_up(connection: &Connection) -> Result<(), StoreFault> {
     Ok(())
 }
 
+/// Whether the file is whole. What is in its rows is a matter of who reads them: one that breaks a constraint is no reason to do
+/// without all others.
 fn check_pages(connection: &Connection, path: &Path) -> Result<(), StoreFault> {
-    let verdict: String = connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))?;
-    if verdict == "ok" {
-        Ok(())
-    } else {
-        Err(damaged(path, &verdict))
+    const OF_ROWS: [&str; 3] = ["NULL value in ", "TEXT value in ", "NUMERIC value in "];
+    connection.pragma_update(None, "ignore_check_constraints", true)?;
+    let mut statement = connection.prepare("PRAGMA integrity_check(10000)")?;
+    let mut verdicts = statement.query([])?;
+    let mut worst = None;
+    while let Some(row) = verdicts.next()? {
+        let verdict: String = row.get(0)?;
+        let is_of_row = OF_ROWS.iter().any(|begin| verdict.starts_with(begin));
+        if verdict != "ok" && !is_of_row {
+            worst.get_or_insert(verdict);
+        }
     }
+    drop(verdicts);
+    drop(statement);
+    connection.pragma_update(None, "ignore_check_constraints", false)?;
+    worst.map_or(Ok(()), |verdict| Err(damaged(path, &verdict)))
 }
 
 fn migrate(connection: &mut Connection) -> Result<(), StoreFault> {

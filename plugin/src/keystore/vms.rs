@@ -3,7 +3,10 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{
-    Change, Keystore, KeystoreError, UnixTime, collect, error::StoreFault, forgetting, now, parse_id,
+    Change, Keystore, KeystoreError, Rows, UnixTime,
+    error::{StoreFault, named_fault},
+    forgetting, now, parse_id,
+    rows::{Named, collect, text},
 };
 use crate::envelope::VmId;
 use crate::failure::chain;
@@ -32,9 +35,15 @@ pub enum Mark {
 }
 
 impl Keystore {
-    /// Notes that `vm` is sealed, and its name now.
+    /// Notes that `vm` is sealed, and its name now. A damaged row is mended by that: its vTPM may have been seen, so it was.
     pub fn remember_vm(&self, vm: VmId, name: &str) -> Result<Change, KeystoreError> {
         self.write(|transaction| {
+            if find_vm(transaction, vm).is_err() {
+                transaction.execute(
+                    "UPDATE vms SET name = ?2, sealed_at = ?3, vtpm_seen = 1 WHERE uuid = ?1",
+                    params![vm.to_string(), name, now()],
+                )?;
+            }
             let plain = transaction.execute("DELETE FROM plain_vms WHERE uuid = ?1", [vm.to_string()])?;
             let rows = transaction.execute(
                 "INSERT INTO vms (uuid, name, sealed_at, vtpm_seen) VALUES (?1, ?2, ?3, 0)
@@ -116,10 +125,10 @@ impl Keystore {
     }
 
     /// All VMs, by name.
-    pub fn vms(&self) -> Result<Vec<VmRecord>, KeystoreError> {
+    pub fn vms(&self) -> Result<Rows<VmRecord>, KeystoreError> {
         self.read(|connection| {
             let sql = "SELECT uuid, name, sealed_at, vtpm_seen FROM vms ORDER BY name, uuid";
-            collect(connection, sql, [], vm_of)
+            collect(connection, sql, [], Named("VM", "uuid"), vm_of)
         })
     }
 }
@@ -127,9 +136,18 @@ impl Keystore {
 fn find_vm(connection: &Connection, vm: VmId) -> Result<Option<VmRecord>, StoreFault> {
     connection
         .prepare_cached("SELECT uuid, name, sealed_at, vtpm_seen FROM vms WHERE uuid = ?1")?
-        .query_row([vm.to_string()], |row| Ok(vm_of(row)))
+        .query_row([vm.to_string()], |row| Ok(named(row)))
         .optional()?
         .transpose()
+}
+
+/// Says which row it is that can't be read.
+fn named(row: &Row) -> Result<VmRecord, StoreFault> {
+    vm_of(row).map_err(|fault| {
+        named_fault(fault, || {
+            format!("of VM {}", text(row, "uuid").unwrap_or_default())
+        })
+    })
 }
 
 fn vm_of(row: &Row) -> Result<VmRecord, StoreFault> {
@@ -159,7 +177,7 @@ mod tests {
         keystore.set_vtpm_seen(vm).unwrap();
         assert_eq!(keystore.set_vtpm_seen(vm).unwrap(), Change::Unchanged);
         assert_eq!(keystore.remember_vm(vm, "web02").unwrap(), Change::Changed);
-        let vms = keystore.vms().unwrap();
+        let vms = keystore.vms().unwrap().whole().unwrap();
         assert_eq!(vms.len(), 1);
         assert!(vms[0].vtpm_seen && vms[0].name == "web02");
     }

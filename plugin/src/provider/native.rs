@@ -495,7 +495,7 @@ fn refuse_taken(
     id: Option<ProviderId>,
     name: &ProviderName,
 ) -> Result<(), KeystoreError> {
-    for known in keystore.providers()? {
+    for known in keystore.providers()?.sound {
         if known.name == name.as_str() {
             return Err(KeystoreError::ProviderNameTaken(known.name));
         }

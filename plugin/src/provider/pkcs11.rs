@@ -78,6 +78,7 @@ impl Pkcs11Provider {
     ) -> Result<Self, Pkcs11Error> {
         if keystore
             .providers()?
+            .sound
             .iter()
             .any(|known| known.name == name.as_str())
         {
@@ -152,12 +153,7 @@ impl Pkcs11Provider {
     /// have taken it from one VM only.
     fn retired(&self, scope: &KekScope) -> Result<Retired, ProviderError> {
         let unreadable = || ProviderError::internal("reading which KEKs are retired");
-        let retired = self.keystore.retired_keks().map_err(unreadable())?;
-        let mut retired: Retired = retired
-            .into_iter()
-            .filter(|kek| kek.provider == self.id)
-            .map(|kek| kek.kek)
-            .collect();
+        let mut retired: Retired = self.keystore.retired_of(self.id).map_err(unreadable())?;
         if *scope == KekScope::Provider && !retired.is_empty() {
             let used = self.keystore.keks_of_envelopes(self.id, None);
             for kek in used.map_err(unreadable())? {

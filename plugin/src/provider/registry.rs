@@ -52,7 +52,11 @@ impl Registry {
     /// The providers that `keystore` records, all locked, and each probed in the background from now on.
     pub fn open(keystore: Arc<Keystore>, deadline: Duration) -> Result<Self, KeystoreError> {
         let mut known = Known::default();
-        for record in keystore.providers()? {
+        let records = keystore.providers()?;
+        for damaged in &records.damaged {
+            tracing::error!("it opens nothing until that is mended: {damaged}");
+        }
+        for record in records.sound {
             if record.is_default {
                 known.default = Some(record.id);
             }
@@ -213,8 +217,8 @@ impl Registry {
     /// at all.
     pub fn open_all(&self, envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
         opening::open_all(&self.providers(), envelopes, self.deadline()).map_err(|error| {
-            let deleted = self.keystore.deleted_providers().unwrap_or_default();
-            error.with_deleted(&deleted)
+            let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
+            error.with_deleted(&deleted.unwrap_or_default())
         })
     }
 

@@ -111,7 +111,7 @@ impl Host {
     }
 
     fn envelopes(&self) -> Vec<Envelope> {
-        let records = self.keystore.envelopes().unwrap();
+        let records = self.keystore.envelopes().unwrap().whole().unwrap();
         records.into_iter().map(|record| record.envelope).collect()
     }
 
@@ -209,7 +209,7 @@ fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
     }
     host.assert_whole();
     // The copies still need the first generation, and say so.
-    let needed = host.keystore.needed_keks().unwrap();
+    let needed = host.keystore.needed_keks().unwrap().whole().unwrap();
     assert_eq!(needed.len(), 2 * 20);
     assert!(needed.iter().all(|needed| needed.kek.0.starts_with("v1:vm:")));
     let envelope = &host.envelopes()[0];
@@ -220,7 +220,7 @@ fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
                 &[(envelope.id, CopyNews::Has(Generation(generation)))],
             )
             .unwrap();
-        let needed = host.keystore.needed_keks().unwrap();
+        let needed = host.keystore.needed_keks().unwrap().whole().unwrap();
         assert_eq!(
             needed
                 .iter()
@@ -316,7 +316,7 @@ fn an_adopted_generation_leaves_the_image_in_doubt() {
     let travelled = host.changed(&host.envelopes()[0], |envelope| {
         envelope.generation = Generation(2);
     });
-    let needed = |host: &Host| host.keystore.needed_keks().unwrap();
+    let needed = |host: &Host| host.keystore.needed_keks().unwrap().whole().unwrap();
     assert_eq!(needed(&host), []);
     host.keystore.put(&travelled, "").unwrap();
     let places: Vec<_> = needed(&host).iter().map(|needed| needed.place).collect();
@@ -408,7 +408,7 @@ fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
     let again = host.sweep(&task);
     assert_eq!((again.state, again.changed), (JobState::Done, 6));
     host.assert_whole();
-    assert_eq!(host.keystore.jobs(10).unwrap().len(), 2);
+    assert_eq!(host.keystore.jobs(10).unwrap().whole().unwrap().len(), 2);
 }
 
 #[test]

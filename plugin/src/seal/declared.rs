@@ -104,10 +104,16 @@ fn is_known(host: &Host<'_>, domain: &Domain, info: &VolumeInfo) -> Result<bool,
     let location = info.path.display().to_string();
     let carried = info.envelope.as_ref().map(|envelope| envelope.id);
     Ok(info.format.is_encrypted()
-        && host.keystore.envelopes_of(domain.uuid)?.iter().any(|record| {
-            record.envelope.kind == ObjectKind::Disk
-                && (carried == Some(record.envelope.id) || carried.is_none() && record.location == location)
-        }))
+        && host
+            .keystore
+            .envelopes_of(domain.uuid)?
+            .sound
+            .iter()
+            .any(|record| {
+                record.envelope.kind == ObjectKind::Disk
+                    && (carried == Some(record.envelope.id)
+                        || carried.is_none() && record.location == location)
+            }))
 }
 
 fn contradiction(

@@ -30,7 +30,9 @@ impl NewObject {
             .map(|name| host.registry.find(name))
             .transpose()?
             .map(|known| known.provider().id());
-        let left = host.keystore.envelopes_of(vm)?.into_iter().rfind(|record| {
+        // One that can't be read may be that of this object, which must not get a second.
+        let known = host.keystore.envelopes_of(vm)?.whole()?;
+        let left = known.into_iter().rfind(|record| {
             let envelope = &record.envelope;
             envelope.kind == kind
                 && record.location == location

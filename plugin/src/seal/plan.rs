@@ -368,7 +368,10 @@ fn without_size(path: &Path) -> Failure {
 
 /// An image of ours: its envelope is adopted, unless the keystore and the XML have it.
 fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Result<DiskWork, Failure> {
-    let known = host.keystore.envelope(carried.id)?.map(|record| record.envelope);
+    let known = host
+        .keystore
+        .readable_envelope(carried.id)?
+        .map(|record| record.envelope);
     let is_known = known.is_some();
     let envelope = known.unwrap_or_else(|| carried.clone());
     if !envelope.serves(domain.uuid) {
@@ -425,7 +428,7 @@ pub(super) fn named_envelope(
     kind: ObjectKind,
     id: EnvelopeId,
 ) -> Result<Envelope, Failure> {
-    let known = host.keystore.envelope(id)?.map(|record| record.envelope);
+    let known = host.keystore.readable_envelope(id)?.map(|record| record.envelope);
     let carried = domain
         .metadata
         .as_ref()

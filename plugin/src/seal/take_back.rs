@@ -96,7 +96,11 @@ pub(super) enum HasRun {
 
 impl HasRun {
     pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Failure> {
-        let noted = host.keystore.vm(vm)?.is_some_and(|record| record.vtpm_seen);
+        let noted = match host.keystore.vm(vm) {
+            // A damaged note tells nothing against it.
+            Err(error) if error.is_of_row() => true,
+            noted => noted?.is_some_and(|record| record.vtpm_seen),
+        };
         let seen = noted
             || known(host, vm, ObjectKind::Vtpm)?
                 .iter()
@@ -107,7 +111,8 @@ impl HasRun {
 
 /// What the keystore has of this kind for the VM: what is known to open something first, then the newest.
 pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<EnvelopeRecord>, Failure> {
-    let mut records = host.keystore.envelopes_of(vm)?;
+    // What can't be read may be what is looked for: nothing is made anew in its place.
+    let mut records = host.keystore.envelopes_of(vm)?.whole()?;
     records.retain(|record| record.envelope.kind == kind);
     records.reverse();
     records.sort_by_key(|record| record.state == EnvelopeState::Pending);
@@ -142,7 +147,7 @@ pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>
 /// Whether keystore and metadata both have this envelope: otherwise its object is opened first.
 pub(super) fn is_settled(host: &Host<'_>, domain: &Domain, id: EnvelopeId) -> Result<bool, Failure> {
     let is_named = |metadata: &Metadata| metadata.envelope(id).is_some();
-    Ok(domain.metadata.as_ref().is_some_and(is_named) && host.keystore.envelope(id)?.is_some())
+    Ok(domain.metadata.as_ref().is_some_and(is_named) && host.keystore.readable_envelope(id)?.is_some())
 }
 
 pub(super) fn store_lost(name: &str, path: &Path) -> Failure {
@@ -256,7 +261,7 @@ pub(super) fn adopt(
     location: &str,
     open: impl FnOnce(&Passphrase) -> Result<(), Failure>,
 ) -> Result<Envelope, Failure> {
-    let record = host.keystore.envelope(carried.id)?;
+    let record = host.keystore.readable_envelope(carried.id)?;
     let first = record.as_ref().map_or(carried, |record| &record.envelope);
     let dek = host.registry.open_envelope(first)?;
     let believed = believe(host.registry, record.as_ref(), Some(carried), &dek)

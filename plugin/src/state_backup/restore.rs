@@ -263,7 +263,11 @@ fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
         return Err(StateError::NotABackup("it has no keystore".to_owned()));
     }
     let keystore = Keystore::open(staged)?;
-    let noted = keystore.audit_anchor()?.map(|anchor| Position {
+    let noted = match keystore.audit_anchor() {
+        Err(error) if error.is_of_row() => None,
+        noted => noted?,
+    };
+    let noted = noted.map(|anchor| Position {
         seq: anchor.seq,
         hash: anchor.hash,
     });

@@ -53,7 +53,7 @@ impl Fixture for Native {
     fn restart(&mut self) {
         self.provider = None;
         let keystore = Self::keystore(&self.dir);
-        let record = keystore.providers().unwrap().remove(0);
+        let record = keystore.providers().unwrap().whole().unwrap().remove(0);
         self.provider = Some(NativeProvider::open(keystore, &record).unwrap());
     }
 
@@ -195,7 +195,7 @@ macro_rules! transit {
 
             fn restart(&mut self) {
                 self.0.provider = None;
-                let record = self.0.keystore.providers().unwrap().remove(0);
+                let record = self.0.keystore.providers().unwrap().whole().unwrap().remove(0);
                 self.0.provider = Some(TransitProvider::open(&self.0.keystore, &record).unwrap());
             }
 

@@ -323,7 +323,7 @@ fn settings_are_checked() {
         create(&|settings| settings.timeout_ms = 0),
         Some(KmipProviderError::Timeout)
     ));
-    assert!(keystore.providers().unwrap().is_empty());
+    assert!(keystore.providers().unwrap().whole().unwrap().is_empty());
     for json in [
         r#"{"endpoints":["a"],"pin":"x"}"#,
         r#"{"endpoints":["https://a"]}"#,

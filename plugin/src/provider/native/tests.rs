@@ -182,7 +182,7 @@ fn restore_refuses_what_is_here_or_does_not_open() {
         restore("new", &[b'x'; 70_000], None),
         Backup(SealingError::TooLong)
     ));
-    assert_eq!(provider.keystore.providers().unwrap().len(), 1);
+    assert_eq!(provider.keystore.providers().unwrap().whole().unwrap().len(), 1);
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn rotated_it_wraps_nothing_until_backed_up_and_still_opens_everything() {
     let new = provider.wrap(&kek, &payload).unwrap();
 
     // After a restart, and on another host, both generations open.
-    let record = provider.keystore.providers().unwrap().remove(0);
+    let record = provider.keystore.providers().unwrap().whole().unwrap().remove(0);
     let again = NativeProvider::open(Arc::clone(&provider.keystore), &record).unwrap();
     again.unlock(&secret("sealing")).unwrap();
     assert_eq!(again.status(), ProviderStatus::Ready);
@@ -275,7 +275,7 @@ fn empty_passphrases_are_refused() {
         .err()
         .unwrap();
     assert!(matches!(error, NativeError::Seal(SealingError::EmptyPassphrase)));
-    assert!(store.providers().unwrap().is_empty());
+    assert!(store.providers().unwrap().whole().unwrap().is_empty());
     let provider = NativeProvider::create(store, &name("main"), &secret("p")).unwrap();
     assert!(provider.backup(Some(&secret(""))).is_err());
 }

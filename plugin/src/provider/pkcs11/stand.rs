@@ -208,7 +208,7 @@ impl Host {
     }
 
     pub(in crate::provider) fn reopen(&mut self, deadline: Duration) {
-        let record = self.keystore.providers().unwrap().remove(0);
+        let record = self.keystore.providers().unwrap().whole().unwrap().remove(0);
         let module = PathBuf::from(record.settings["module"].as_str().unwrap());
         self.reopen_by(&module, deadline);
     }
@@ -216,7 +216,7 @@ impl Host {
     /// As if its module had been another one.
     pub(super) fn reopen_by(&mut self, module: &Path, deadline: Duration) {
         self.provider = None;
-        let mut record = self.keystore.providers().unwrap().remove(0);
+        let mut record = self.keystore.providers().unwrap().whole().unwrap().remove(0);
         record.settings["module"] = serde_json::json!(module);
         self.provider = Some(Pkcs11Provider::open_within(deadline, &self.keystore, &record).unwrap());
     }

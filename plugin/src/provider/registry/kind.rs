@@ -89,7 +89,7 @@ impl Provider {
         let opened = match record.kind.as_str() {
             NativeProvider::KIND => match NativeProvider::open(Arc::clone(keystore), &record) {
                 Ok(provider) => Ok(Self::Native(Arc::new(provider))),
-                Err(NativeError::Keystore(error)) => return Err(error),
+                Err(NativeError::Keystore(error)) if !error.is_of_row() => return Err(error),
                 Err(error) => Err(chain(&error)),
             },
             TransitProvider::KIND => TransitProvider::open(keystore, &record)

@@ -53,19 +53,24 @@ pub(super) fn note(
 /// not taken up again.
 fn left_over(keystore: &Keystore, known: &Provider, vm: VmId) -> Result<Option<KekId>, KeystoreError> {
     let provider = known.provider().id();
-    let made = keystore.made_keks()?.into_iter();
+    let made = keystore.made_keks()?.sound.into_iter();
     let Some(newest) = made
         .filter(|made| made.provider == provider)
         .find(|made| made.vm == vm)
     else {
         return Ok(None);
     };
-    let is_used = keystore.envelopes_of(vm)?.iter().any(|record| {
+    let (known, retired) = (keystore.envelopes_of(vm)?, keystore.retired_keks()?);
+    if !known.damaged.is_empty() || !retired.damaged.is_empty() {
+        // One of these may have it: a new KEK is never wrong.
+        return Ok(None);
+    }
+    let is_used = known.sound.iter().any(|record| {
         let mut stanzas = record.envelope.stanzas.iter();
         stanzas.any(|stanza| stanza.provider == provider)
     });
-    let retired = keystore.retired_keks()?;
     let is_retired = retired
+        .sound
         .iter()
         .any(|retired| retired.provider == provider && (retired.vm == vm || retired.kek == newest.kek));
     Ok((!is_used && !is_retired).then_some(newest.kek))

@@ -166,7 +166,8 @@ impl Registry {
 
     /// Opens each of them, where [`Registry::open_all`] opens all or none.
     pub(crate) fn open_each(&self, envelopes: &[&Envelope]) -> Vec<Result<Dek, OpenError>> {
-        let deleted = self.keystore.deleted_providers().unwrap_or_default();
+        let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
+        let deleted = deleted.unwrap_or_default();
         opening::open_each(&self.providers(), envelopes, self.deadline())
             .into_iter()
             .map(|opened| opened.map_err(|error| error.with_deleted(&deleted)))

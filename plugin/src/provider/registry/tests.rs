@@ -295,7 +295,7 @@ fn restart_keeps_everything_and_locks_it() {
             .to_string()
             .contains("does not know the kind \"hologram\"")
     );
-    assert_eq!(keystore.providers().unwrap().len(), 3);
+    assert_eq!(keystore.providers().unwrap().whole().unwrap().len(), 3);
 }
 
 #[test]

@@ -71,7 +71,7 @@ impl Host {
     }
 
     fn kek_of(&self, envelope: &Envelope) -> String {
-        let records = self.keystore.envelopes_of(envelope.vm).unwrap();
+        let records = self.keystore.envelopes_of(envelope.vm).unwrap().whole().unwrap();
         let record = records
             .into_iter()
             .find(|record| record.envelope.id == envelope.id);

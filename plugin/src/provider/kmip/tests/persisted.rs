@@ -86,7 +86,7 @@ impl Rig {
     /// As the end of the daemon and the start of the next one.
     fn restart(&mut self) {
         self.provider().end();
-        let record = self.keystore.providers().unwrap().remove(0);
+        let record = self.keystore.providers().unwrap().whole().unwrap().remove(0);
         let provider = KmipProvider::open(&self.keystore, &record).unwrap();
         provider.attach(Arc::clone(&self.keystore));
         self.kmip.replace(provider);

@@ -22,7 +22,7 @@ fn at_work(dir: &Path) -> (NativeProvider, Payload, Stanza) {
 fn reopened(provider: NativeProvider, dir: &Path) -> NativeProvider {
     drop(provider);
     let keystore = keystore(dir);
-    let record = keystore.providers().unwrap().remove(0);
+    let record = keystore.providers().unwrap().whole().unwrap().remove(0);
     NativeProvider::open(keystore, &record).unwrap()
 }
 
