@@ -20,7 +20,7 @@ use crate::failure::{Code, Failure};
 pub use job::{CopyView, JobReport, JobRequest, JobStarted, JobView, Jobs};
 pub use provider::{
     BackupMade, OrphanEnvelope, OrphanKek, Orphans, PersistRequest, PersistView, ProviderView, Providers,
-    TpmEnrolled, TpmRemoved,
+    TpmEnrolled, TpmRemoved, TpmRequest, TpmView,
 };
 pub use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
@@ -177,14 +177,18 @@ pub trait HostProxy {
         name: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<(), HostError>>;
-    /// Unlocks it by the TPM of this host.
-    async fn unlock_provider_by_tpm(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;
-    /// Lets the TPM of this host open it while these PCRs (if none are given, those of the enrolment that this one
-    /// replaces, or else 7) are what they are now.
+    /// Unlocks it by the TPM of this host; `fds` holds the PIN, if it needs one.
+    async fn unlock_provider_by_tpm(
+        &mut self,
+        name: &str,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<(), HostError>>;
+    /// Lets the TPM of this host open it; `fds` holds the PIN that it is to ask for, if any.
     async fn enroll_tpm(
         &mut self,
         name: &str,
-        pcrs: Option<&str>,
+        request: &TpmRequest,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<TpmEnrolled, HostError>>;
     /// Takes that away again.
     async fn remove_tpm(&mut self, name: &str) -> zlink::Result<Result<TpmRemoved, HostError>>;

@@ -28,6 +28,7 @@ pub mod provider;
 pub mod rotation;
 pub mod seal;
 pub mod secret;
+pub mod secure_boot;
 pub mod side_doors;
 pub mod sockets;
 pub mod state_backup;

@@ -33,7 +33,7 @@ use crate::api::{
     IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
     OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView, ProviderView, Providers,
     Receipt, ReceiptLine, ServerView, Servers, ShredPreview, SigningRequestMade, TpmEnrolled, TpmRemoved,
-    VmView, Vms, VolumeProgress, VolumeRequest,
+    TpmRequest, TpmView, VmView, Vms, VolumeProgress, VolumeRequest,
 };
 use crate::daemon::glance::Age;
 use crate::daemon::pools::Pools;
@@ -334,7 +334,7 @@ impl Service {
     #[zlink(
         interface = "io.virtseal.Host",
         types = [
-            ProviderView, PersistView, PersistRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest,
+            ProviderView, PersistView, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest,
             JobRequest, JobView, CopyView, OrphanEnvelope, OrphanKek, ReceiptLine
         ]
     )]
@@ -464,17 +464,23 @@ impl Service {
             .await
     }
 
-    async fn unlock_provider_by_tpm(&self, name: String) -> Result<(), HostError> {
-        self.run(Caller::Admin, move |daemon| daemon.unlock_by_tpm(&name))
+    async fn unlock_provider_by_tpm(
+        &self,
+        name: String,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<(), HostError> {
+        self.run(Caller::Admin, move |daemon| daemon.unlock_by_tpm(&name, fds))
             .await
     }
 
-    async fn enroll_tpm(&self, name: String, pcrs: Option<String>) -> Result<TpmEnrolled, HostError> {
+    async fn enroll_tpm(
+        &self,
+        name: String,
+        request: TpmRequest,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> Result<TpmEnrolled, HostError> {
         self.run(Caller::Admin, move |daemon| {
-            let pcrs = daemon.enroll_tpm(&name, pcrs.as_deref())?;
-            Ok(TpmEnrolled {
-                pcrs: pcrs.to_string(),
-            })
+            daemon.enroll_tpm(&name, &request, fds)
         })
         .await
     }

@@ -130,6 +130,12 @@ impl fmt::Display for PcrList {
 pub struct NotAPcrList(String);
 
 impl PcrList {
+    /// Whether 11 is among them, which a kernel's signature may cover.
+    #[must_use]
+    pub fn has_kernel(&self) -> bool {
+        self.0.contains(&policy::KERNEL)
+    }
+
     /// Whether 7 is among them.
     #[must_use]
     pub fn has_secure_boot(&self) -> bool {
@@ -258,6 +264,14 @@ impl SealedByTpm {
     /// The PCRs that must be what they were.
     fn exact(&self) -> PcrList {
         PcrList(self.pcrs.keys().copied().collect())
+    }
+
+    /// Those of its PCRs that nothing was measured into when it was sealed: they tell no boot from another.
+    #[must_use]
+    pub fn unmeasured(&self) -> Option<PcrList> {
+        let zero = "0".repeat(64);
+        let zeros = self.pcrs.iter().filter(|(_, value)| **value == zero);
+        Some(PcrList(zeros.map(|(pcr, _)| *pcr).collect())).filter(|list| !list.0.is_empty())
     }
 
     /// Who signs what PCR 11 may be, if it is among them by way of that.

@@ -5,6 +5,11 @@ use std::net::TcpListener;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use openssl::base64::encode_block;
+use openssl::hash::MessageDigest;
+use openssl::pkey::{PKey, Private};
+use openssl::rsa::Rsa;
+use openssl::sign::Signer;
 
 use crate::{Host, Output, Process, SealedHost, require_programs, wait_until};
 
@@ -85,6 +90,49 @@ impl HostTpm {
         Output::of(extend.args(["-T", &self.tcti(), &digest]))?
             .succeeded()
             .map(drop)
+    }
+}
+
+/// What signs kernels: a key outside of the host.
+pub struct KernelKey(PKey<Private>);
+
+impl KernelKey {
+    /// A new one.
+    ///
+    /// # Errors
+    /// OpenSSL makes none.
+    pub fn generate() -> Result<Self> {
+        Ok(Self(PKey::from_rsa(Rsa::generate(2048)?)?))
+    }
+
+    /// Writes its public half to `path` on the host.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn write_public(&self, host: &Host, path: &str) -> Result<()> {
+        Ok(fs::write(host.path(path), self.0.public_key_to_pem()?)?)
+    }
+
+    /// Signs what PCR 11 of the host is now, where systemd-stub leaves it. The digest is that of tpm2-tools.
+    ///
+    /// # Errors
+    /// tpm2-tools refuse, or it can't be written.
+    pub fn sign_kernel(&self, host: &Host, tpm: &HostTpm) -> Result<()> {
+        let script = "cd /run && tpm2_startauthsession -S trial && tpm2_policypcr -Q -S trial -l sha256:11 -L policy && \
+                      tpm2_flushcontext trial";
+        let mut shell = host.command("sh");
+        let shell = shell.env("TPM2TOOLS_TCTI", tpm.tcti()).args(["-c", script]);
+        Output::of(shell)?.succeeded()?;
+        let policy = fs::read(host.path("/run/policy"))?;
+        let signature = Signer::new(MessageDigest::sha256(), &self.0)?.sign_oneshot_to_vec(&policy)?;
+        let (policy, signature) = (hex::encode(policy), encode_block(&signature));
+        let entry = serde_json::json!({"pcrs": [11], "pkfp": "", "pol": policy, "sig": signature});
+        fs::create_dir_all(host.path("/run/systemd"))?;
+        let file = host.path("/run/systemd/tpm2-pcr-signature.json");
+        Ok(fs::write(
+            file,
+            serde_json::json!({"sha256": [entry]}).to_string(),
+        )?)
     }
 }
 

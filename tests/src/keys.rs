@@ -178,6 +178,16 @@ pub fn sealed_root(state_dir: &Path) -> Result<Vec<u8>> {
     Ok(copy.database.query_row(query, [], |row| row.get(0))?)
 }
 
+/// The newest root key of its native providers, by a copy: the daemon may be writing, and a copy of half a change is an error.
+///
+/// # Errors
+/// When it is no keystore.
+pub fn newest_root(state_dir: &Path) -> Result<u32> {
+    let copy = Copied::of(state_dir)?;
+    let query = "SELECT max(generation) FROM native_roots";
+    Ok(copy.database.query_row(query, [], |row| row.get(0))?)
+}
+
 /// The envelopes in the keystore of `state_dir`, whose daemon writes nothing now. A copy is read: nothing there is touched.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal_e2e::servers::PyKmip;
-use virtseal_e2e::{HostTpm, SealedHost, expect_names, wait_until};
+use virtseal_e2e::{HostTpm, KernelKey, SealedHost, expect_names, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -138,15 +138,15 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
     rig.expect_state("Ready")?;
 
     // Who enrolls again without saying which PCRs means those of before.
-    let chosen = ["provider", "tpm", "main", "--enroll", "--pcrs", "7,11"];
+    let chosen = ["provider", "tpm", "main", "--enroll", "--pcrs", "7+0"];
     for command in [&chosen[..], &chosen[..4]] {
-        expect_names(&rig.sealed.run(command)?, &["PCR 7,11 is what it is now"])?;
+        expect_names(&rig.sealed.run(command)?, &["PCR 0,7 is what it is now"])?;
     }
     rig.measure_something_else()?;
     rig.refused(
         3,
         &["provider", "unlock", "main", "--tpm"],
-        &["virtseal provider tpm main --enroll --pcrs 7,11"],
+        &["virtseal provider tpm main --enroll --pcrs 0,7"],
     )?;
 
     let removed = rig.sealed.run(&["provider", "tpm", "main", "--remove"])?;
@@ -155,6 +155,81 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
     rig.refused(7, &["provider", "unlock", "main", "--tpm"], &["not enrolled"])?;
     ensure!(rig.sealed.provider("main")?["state"] == "Locked");
     rig.sealed.unlock()
+}
+
+#[test]
+fn a_pin_is_asked_for_and_signed_kernels_need_no_passphrase() -> Result<()> {
+    let mut rig = Rig::start()?;
+    rig.sealed.seal_new("web01")?;
+    let (pin, wrong) = ("/run/pin", "/run/wrong");
+    std::fs::write(rig.sealed.host().path(pin), "1357 9\n")?;
+    std::fs::write(rig.sealed.host().path(wrong), "1357")?;
+    let enroll = ["provider", "tpm", "main", "--enroll"];
+    let unlock = ["provider", "unlock", "main", "--tpm", "--pin-file"];
+    let with = |command: &[&'static str], more: &[&'static str]| [command, more].concat();
+
+    // Nothing is measured on this host, and it says what that means.
+    let said = rig.sealed.virtseal(&with(&enroll, &["--pin-file", pin]))?;
+    let nothing = ["nothing was measured into PCR 7", "the same whatever boots"];
+    expect_names(&said.stderr, &nothing)?;
+    let said = said.succeeded()?;
+    expect_names(&said, &["types its PIN", "nor its command line or initrd"])?;
+    rig.restart()?;
+    rig.expect_locked_because(&["needs its PIN", "virtseal provider unlock main --tpm"])?;
+    expect_names(
+        &rig.sealed.refused_start("web01")?,
+        &["web01 stays off", "needs its PIN"],
+    )?;
+    rig.refused(3, &with(&unlock, &[wrong]), &["does not accept this PIN", "left"])?;
+    rig.expect_locked_because(&["needs its PIN"])?;
+    rig.sealed.run(&with(&unlock, &[pin]))?;
+    rig.sealed.expect_start("web01")?;
+    let shown = rig.sealed.provider("main")?;
+    ensure!(
+        shown["tpm"]["pin"] == true && shown["tpm"]["pcrs"] == "7",
+        "{shown}"
+    );
+
+    // A rotation takes it along with its PIN. Who forgets the PIN does not lose it, who wants to does.
+    let passphrase = rig.sealed.passphrase_file()?.display().to_string();
+    let rotate = ["provider", "rotate", "main", "--passphrase-file", &passphrase];
+    let wrongly = [&rotate[..], &["--tpm-pin-file", wrong]].concat();
+    rig.refused(3, &wrongly, &["does not accept this PIN"])?;
+    rig.sealed
+        .run(&[&rotate[..], &["--tpm-pin-file", pin]].concat())?;
+    rig.restart()?;
+    rig.sealed.run(&with(&unlock, &[pin]))?;
+    rig.expect_state("NotBackedUp")?;
+    rig.refused(2, &enroll, &["a passphrase is needed"])?;
+    rig.sealed.run(&with(&enroll, &["--no-pin"]))?;
+    rig.restart()?;
+    rig.expect_state("NotBackedUp")?;
+
+    // PCR 11 is for a key to sign: a kernel that it has not signed opens nothing.
+    let (key, stranger) = (KernelKey::generate()?, KernelKey::generate()?);
+    key.write_public(rig.sealed.host(), "/run/kernels.pem")?;
+    rig.refused(
+        2,
+        &with(&enroll, &["--pcrs", "7,11"]),
+        &["each update of the kernel", "--pcr-public-key FILE"],
+    )?;
+    let signed = with(
+        &enroll,
+        &["--pcr", "7+11", "--pcr-public-key", "/run/kernels.pem"],
+    );
+    rig.refused(3, &signed, &["is not signed", "tpm2-pcr-signature.json"])?;
+    key.sign_kernel(rig.sealed.host(), &rig.tpm)?;
+    let said = rig.sealed.run(&signed)?;
+    expect_names(&said, &["PCR 7 is what it is now and PCR 11 is what the key"])?;
+    rig.tpm.extend(rig.sealed.host(), 11)?;
+    stranger.sign_kernel(rig.sealed.host(), &rig.tpm)?;
+    rig.restart()?;
+    rig.expect_locked_because(&["PCR 11 is now is not signed by the key", "has none by it"])?;
+    key.sign_kernel(rig.sealed.host(), &rig.tpm)?;
+    rig.restart()?;
+    rig.expect_state("NotBackedUp")?;
+    let shown = rig.sealed.run(&["provider", "show", "main"])?;
+    expect_names(&shown, &["TPM (PCR 7,11, 11 signed by ", "since 20"])
 }
 
 #[test]

@@ -36,6 +36,35 @@ pub struct ProviderView {
     pub envelopes: i64,
     /// What unlocks it on this host, as far as the daemon can tell without asking anybody.
     pub unlocked_by: Vec<String>,
+    /// What the TPM of this host asks for before it unlocks it; None if it does not unlock it.
+    pub tpm: Option<TpmView>,
+}
+
+/// What the TPM asks for before it unlocks a provider.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct TpmView {
+    /// The PCRs that it looks at, such as 7 or 7,11; None for a damaged record.
+    pub pcrs: Option<String>,
+    /// The fingerprint of the key that signs what PCR 11 may be: SHA-256 of its PKCS #1 form, as systemd has it. None where
+    /// all PCRs must be what they were.
+    pub signed_by: Option<String>,
+    /// Whether somebody must type a PIN.
+    pub pin: bool,
+    /// Since when: RFC 3339, UTC.
+    pub since: String,
+    /// Whether it has none of the newest root key: enroll again.
+    pub stale: bool,
+}
+
+/// How `provider tpm --enroll` is to let the TPM unlock a provider.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, CustomType)]
+pub struct TpmRequest {
+    /// The PCRs to look at: those of the enrolment that this one replaces, or else 7, if none are given.
+    pub pcrs: Option<String>,
+    /// The public key, in PEM, that signs what PCR 11 may be.
+    pub public_key: Option<String>,
+    /// Without a PIN, though the enrolment that this one replaces has one.
+    pub without_pin: bool,
 }
 
 /// How a provider's KEKs are kept across a reboot.
@@ -81,8 +110,10 @@ pub struct BackupMade {
 /// Reply of `provider tpm --enroll`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct TpmEnrolled {
-    /// The PCRs that must stay what they are, such as `7,11`.
-    pub pcrs: String,
+    /// What the TPM asks for now.
+    pub tpm: TpmView,
+    /// Why that is worth less than it seems.
+    pub warnings: Vec<String>,
 }
 
 /// Reply of `provider tpm --remove`.

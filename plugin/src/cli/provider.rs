@@ -1,18 +1,22 @@
 //! `virtseal provider …`.
 
+use std::io::IsTerminal;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
 use clap::Subcommand;
 
 use super::backup::{BackupArgs, RestoreArgs};
 use super::cache::CacheArgs;
 use super::client::Client;
 use super::job::WatchArgs;
-use super::passphrase::PassphraseArgs;
+use super::passphrase::{PassphraseArgs, ask, open_file, to_pipe};
 use super::print::Printer;
 use super::provider_add::AddCommand;
 use super::tpm::TpmArgs;
 use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
 use super::{backup, cache, job, provider_add, tpm, trust, warn_of_providers};
-use crate::api::HostProxy;
+use crate::api::{HostProxy, ProviderView};
 use crate::failure::{Code, Failure};
 
 #[derive(Debug, Subcommand)]
@@ -38,8 +42,8 @@ pub(super) enum ProviderCommand {
     Unlock {
         /// Its name.
         name: String,
-        /// By the TPM of this host, with which it was enrolled.
-        #[arg(long, conflicts_with = "passphrase_source")]
+        /// By the TPM of this host, with which it was enrolled; asks for the PIN, if it needs one.
+        #[arg(long)]
         tpm: bool,
         #[command(flatten)]
         passphrase: PassphraseArgs,
@@ -67,6 +71,9 @@ pub(super) enum ProviderCommand {
         name: String,
         #[command(flatten)]
         passphrase: PassphraseArgs,
+        /// Read the PIN that the TPM asks for, so that it unlocks the new root key too, from this file.
+        #[arg(long, value_name = "FILE")]
+        tpm_pin_file: Option<PathBuf>,
         #[command(flatten)]
         watch: WatchArgs,
     },
@@ -147,12 +154,11 @@ pub(super) async fn run(
                 .await?;
             printer.done(&format!("New keys go to '{name}'"))
         }
-        ProviderCommand::Unlock { name, tpm: true, .. } => {
-            client
-                .call(async |host| host.unlock_provider_by_tpm(&name).await)
-                .await?;
-            printer.done(&format!("'{name}' is unlocked"))
-        }
+        ProviderCommand::Unlock {
+            name,
+            tpm: true,
+            passphrase,
+        } => unlock_by_tpm(&name, &passphrase, client, printer).await,
         ProviderCommand::Unlock { name, passphrase, .. } => unlock(&name, &passphrase, client, printer).await,
         ProviderCommand::Tpm(args) => tpm::run(&args, client, printer).await,
         ProviderCommand::Lock { name } => {
@@ -164,8 +170,15 @@ pub(super) async fn run(
         ProviderCommand::Rotate {
             name,
             passphrase,
+            tpm_pin_file,
             watch,
-        } => rotate(&name, &passphrase, &watch, client, printer).await,
+        } => {
+            let fds = for_rotation(&name, &passphrase, tpm_pin_file.as_deref(), client).await?;
+            let started = client
+                .call(async |host| host.rotate_provider(&name, fds).await)
+                .await?;
+            job::started(&started, &watch, client, printer).await
+        }
         ProviderCommand::Rekey { watch } => {
             job::start(&job::request("rekey", None, None, None), &watch, client, printer).await
         }
@@ -215,28 +228,57 @@ async fn unlock(
     warn_of_providers(client, printer).await
 }
 
-async fn rotate(
+async fn unlock_by_tpm(
     name: &str,
-    passphrase: &PassphraseArgs,
-    watch: &WatchArgs,
+    pin: &PassphraseArgs,
     client: &mut Client,
     printer: &Printer,
 ) -> Result<(), Failure> {
-    let fds = match kind(name, client).await?.as_deref() {
-        Some("native") => vec![passphrase.open(&format!("Passphrase of '{name}': "))?],
-        _ => Vec::new(),
+    let needs_pin = needs_pin(name, client).await?;
+    let fds = match needs_pin || pin.is_given() {
+        true => vec![pin.open(&format!("PIN of '{name}' for the TPM: "))?],
+        false => Vec::new(),
     };
-    let started = client
-        .call(async |host| host.rotate_provider(name, fds).await)
+    client
+        .call(async |host| host.unlock_provider_by_tpm(name, fds).await)
         .await?;
-    job::started(&started, watch, client, printer).await
+    printer.done(&format!("'{name}' is unlocked"))
+}
+
+/// A native provider's passphrase, and the PIN that its TPM asks for. Without anybody to ask it goes on without the PIN: the
+/// daemon says what that means.
+async fn for_rotation(
+    name: &str,
+    passphrase: &PassphraseArgs,
+    pin_file: Option<&Path>,
+    client: &mut Client,
+) -> Result<Vec<OwnedFd>, Failure> {
+    let mut fds = Vec::new();
+    if kind(name, client).await?.as_deref() == Some("native") {
+        fds.push(passphrase.open(&format!("Passphrase of '{name}': "))?);
+        if let Some(file) = pin_file {
+            fds.push(open_file(file)?);
+        } else if std::io::stdin().is_terminal() && needs_pin(name, client).await? {
+            fds.push(to_pipe(&ask(&format!("PIN of '{name}' for the TPM: "))?)?);
+        }
+    }
+    Ok(fds)
+}
+
+/// Whether the TPM asks for a PIN before it unlocks it.
+pub(super) async fn needs_pin(name: &str, client: &mut Client) -> Result<bool, Failure> {
+    let tpm = view(name, client).await?.and_then(|view| view.tpm);
+    Ok(tpm.is_some_and(|tpm| tpm.pin))
 }
 
 /// `None` if there is no such provider.
-async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Failure> {
+async fn view(name: &str, client: &mut Client) -> Result<Option<ProviderView>, Failure> {
     let all = client.call(async |host| host.list_providers().await).await?;
-    let found = all.providers.into_iter().find(|provider| provider.name == name);
-    Ok(found.map(|provider| provider.kind))
+    Ok(all.providers.into_iter().find(|provider| provider.name == name))
+}
+
+async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Failure> {
+    Ok(view(name, client).await?.map(|provider| provider.kind))
 }
 
 /// What to ask for depends on the provider's kind.

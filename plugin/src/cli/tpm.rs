@@ -1,11 +1,15 @@
 //! `virtseal provider tpm …`.
 
+use std::path::{Path, PathBuf};
+
 use clap::Args;
 
 use super::client::Client;
+use super::passphrase::NewPassphraseArgs;
 use super::print::Printer;
-use crate::api::HostProxy;
-use crate::failure::Failure;
+use super::provider::needs_pin;
+use crate::api::{HostProxy, TpmRequest, TpmView};
+use crate::failure::{Code, Failure};
 
 #[derive(Debug, Args)]
 pub(super) struct TpmArgs {
@@ -16,8 +20,19 @@ pub(super) struct TpmArgs {
     enroll: bool,
     /// Only while these PCRs are what they are now; unless given, those of the enrolment that this one replaces, or else
     /// PCR 7: Secure Boot's state and keys.
-    #[arg(long, value_name = "LIST", requires = "enroll")]
+    #[arg(long, visible_alias = "pcr", value_name = "LIST", requires = "enroll")]
     pcrs: Option<String>,
+    /// The public key, in PEM, that signs what PCR 11 may be: each kernel brings its signature, as for systemd-cryptenroll.
+    #[arg(long, value_name = "FILE", requires = "enroll")]
+    pcr_public_key: Option<PathBuf>,
+    /// Have the TPM ask for a PIN too: the provider does not unlock by itself then.
+    #[arg(long, requires = "enroll")]
+    pin: bool,
+    /// No PIN any more.
+    #[arg(long, requires = "enroll", conflicts_with_all = ["pin", "passphrase_source"])]
+    no_pin: bool,
+    #[command(flatten)]
+    new_pin: NewPassphraseArgs,
     /// Take that way in away again.
     #[arg(long)]
     remove: bool,
@@ -32,13 +47,70 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
             false => format!("The TPM did not unlock '{name}'"),
         });
     }
-    let pcrs = args.pcrs.as_deref();
+    let request = TpmRequest {
+        pcrs: args.pcrs.clone(),
+        public_key: args.pcr_public_key.as_deref().map(public_key).transpose()?,
+        without_pin: args.no_pin,
+    };
+    let wants_pin = args.pin || args.new_pin.is_given() || (!args.no_pin && needs_pin(name, client).await?);
+    let fds = match wants_pin {
+        true => vec![args.new_pin.open(&format!("PIN of '{name}' for the TPM: "))?],
+        false => Vec::new(),
+    };
     let enrolled = client
-        .call(async |host| host.enroll_tpm(name, pcrs).await)
+        .call(async |host| host.enroll_tpm(name, &request, fds).await)
         .await?;
-    printer.done(&format!(
-        "The TPM unlocks '{name}' when virtseald starts, while PCR {} is what it is now. Keep the passphrase: it unlocks \
-         '{name}' whatever changes",
-        enrolled.pcrs
-    ))
+    for warning in &enrolled.warnings {
+        printer.warn(warning);
+    }
+    printer.done(&said(name, &enrolled.tpm))
+}
+
+/// What it does from now on, and what it does not look at.
+fn said(name: &str, tpm: &TpmView) -> String {
+    let when = match tpm.pin {
+        true => format!("when somebody types its PIN (virtseal provider unlock {name} --tpm)"),
+        false => "when virtseald starts".to_owned(),
+    };
+    let pcrs = tpm.pcrs.as_deref().unwrap_or_default();
+    let exact: Vec<_> = pcrs
+        .split(',')
+        .filter(|pcr| *pcr != "11" || tpm.signed_by.is_none())
+        .collect();
+    let mut conditions = Vec::new();
+    if !exact.is_empty() {
+        conditions.push(format!("PCR {} is what it is now", exact.join(",")));
+    }
+    if let Some(key) = &tpm.signed_by {
+        conditions.push(format!("PCR 11 is what the key {key} has signed"));
+    }
+    let uncovered = match exact.contains(&"7") && tpm.signed_by.is_none() {
+        true => {
+            ". PCR 7 covers whether Secure Boot is on and whose keys it trusts; not which of the signed kernels boots, nor its command line or initrd (PCRs 9, 11, 12)"
+        }
+        false => "",
+    };
+    format!(
+        "The TPM unlocks '{name}' {when}, while {}{uncovered}. Keep the passphrase: it unlocks '{name}' whatever changes",
+        conditions.join(" and ")
+    )
+}
+
+fn public_key(path: &Path) -> Result<String, Failure> {
+    let failed = |error: &dyn std::error::Error| {
+        Failure::from_error(Code::Usage, format!("can't read {}", path.display()), error)
+    };
+    let text = std::fs::read(path).map_err(|error| failed(&error))?;
+    // Nobody's private key goes to the daemon by mistake.
+    if text.windows(12).any(|part| part == b"PRIVATE KEY-") {
+        return Err(Failure::new(
+            Code::Usage,
+            format!(
+                "{} is a private key, and the public one is needed",
+                path.display()
+            ),
+        )
+        .next(format!("openssl pkey -in {} -pubout", path.display())));
+    }
+    String::from_utf8(text).map_err(|error| failed(&error))
 }

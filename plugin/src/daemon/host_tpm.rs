@@ -3,18 +3,25 @@
 //! Start-up waits for none of it. A lock by hand counts: what began to unlock before it, or tries again after it, does
 //! not undo it.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 
 use super::Daemon;
+use super::providers::passphrase_from;
+use crate::api::{TpmEnrolled, TpmRequest, TpmView};
 use crate::failure::{Code, Failure, chain};
 use crate::keystore::{Change, UnixTime};
-use crate::provider::native::{NativeError, NativeProvider};
+use crate::local_time::rfc3339;
+use crate::provider::native::{NativeError, NativeProvider, TpmEnrollment, WhyLocked};
 use crate::provider::registry::Provider;
 use crate::provider::{KeyProvider, ProviderStatus};
-use crate::tpm::{PcrList, TpmError};
+use crate::secret::SecretBytes;
+use crate::secure_boot::SecureBoot;
+use crate::tpm::{PcrList, SealPolicy, SigningKey, TpmError};
 
 /// A systemd credential of this name, followed by a provider's, unlocks that provider.
 pub const CREDENTIAL: &str = "virtseal.passphrase.";
@@ -36,22 +43,30 @@ pub enum Tried {
 }
 
 impl Daemon {
-    /// Lets the TPM open `name` while `pcrs` are what they are now; if none are given, those of the enrolment that this
-    /// one replaces: who repeats a command without thinking of them must not end up with fewer. Says which they are.
-    pub fn enroll_tpm(&self, name: &str, pcrs: Option<&str>) -> Result<PcrList, Failure> {
+    /// Lets the TPM open `name` as `request` says, and by the PIN in `fds` if there is one. What it does not say is as in the
+    /// enrolment that this one replaces: who repeats a command without thinking of it must not end up with less.
+    pub fn enroll_tpm(
+        &self,
+        name: &str,
+        request: &TpmRequest,
+        fds: Vec<OwnedFd>,
+    ) -> Result<TpmEnrolled, Failure> {
         let native = self.native_for_tpm(name)?;
-        let pcrs = match pcrs {
-            Some(given) => given
-                .parse::<PcrList>()
-                .map_err(|error| Failure::new(Code::Usage, chain(&error)).next(enroll(&native)))?,
-            None => pcrs_of_before(&native)?,
-        };
+        let pin = fds.into_iter().next().map(pin_from).transpose()?;
+        let policy = policy(&native, request)?;
+        refuse_to_drop_pin(&native, request, pin.is_some())?;
         let enrolled = native
-            .enroll_tpm(&self.tpm, &pcrs)
+            .enroll_tpm(&self.tpm, &policy.with_pin(pin))
             .map_err(|error| tpm_failure(&native, &error));
         crate::process::trim();
         self.audit_provider("provider-tpm-enroll", name, &enrolled);
-        enrolled.map(|()| pcrs)
+        enrolled?;
+        let enrollment =
+            enrollment(&native)?.ok_or_else(|| tpm_failure(&native, &NativeError::NotEnrolled))?;
+        Ok(TpmEnrolled {
+            warnings: doubts(&enrollment, &SecureBoot::of_host(Path::new("/"))),
+            tpm: view(&enrollment),
+        })
     }
 
     /// Takes that away. Says whether there was anything to take.
@@ -62,11 +77,12 @@ impl Daemon {
         removed.map(|change| change == Change::Changed)
     }
 
-    /// Unlocks `name` by the TPM.
-    pub fn unlock_by_tpm(&self, name: &str) -> Result<(), Failure> {
+    /// Unlocks `name` by the TPM, and the PIN in `fds` if there is one.
+    pub fn unlock_by_tpm(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
         let native = self.native_for_tpm(name)?;
+        let pin = fds.into_iter().next().map(pin_from).transpose()?;
         let unlocked = native
-            .unlock_by_tpm(&self.tpm, native.locks())
+            .unlock_by_tpm(&self.tpm, native.locks(), pin.as_ref())
             .map_err(|error| tpm_failure(&native, &error));
         crate::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
@@ -99,8 +115,12 @@ impl Daemon {
         if provider.locks() != *locks || provider.status() != ProviderStatus::Locked {
             return Tried::Over;
         }
-        let unlocked = provider.unlock_by_tpm(&self.tpm, *locks);
+        let unlocked = provider.unlock_by_tpm(&self.tpm, *locks, None);
         crate::process::trim();
+        if let Err(NativeError::Tpm(TpmError::NeedsPin)) = &unlocked {
+            tracing::info!(provider = name, "it waits for its PIN: {}", unlock_with_pin(name));
+            return Tried::Over;
+        }
         if let Err(NativeError::Tpm(error)) = &unlocked
             && error.may_pass()
         {
@@ -119,7 +139,7 @@ impl Daemon {
 
     /// At an unlock that follows a rotation: the TPM gets the new root keys too. Says why it does not.
     pub(super) fn renew_tpm(&self, native: &NativeProvider) -> Option<String> {
-        self.tpm_lags(native, native.renew_tpm(&self.tpm))
+        self.tpm_lags(native, native.renew_tpm(&self.tpm, None))
     }
 
     /// Why the TPM has not got the new root keys, if it has not.
@@ -157,18 +177,7 @@ impl Daemon {
         if let Provider::Native(native) = known {
             ways.push("passphrase".to_owned());
             if let Ok(Some(enrollment)) = native.tpm_enrollment() {
-                let pcrs = enrollment
-                    .pcrs
-                    .map_or("damaged".to_owned(), |pcrs| format!("PCR {pcrs}"));
-                let stale = if enrollment.stale {
-                    ", stale: enroll again"
-                } else {
-                    ""
-                };
-                ways.push(format!(
-                    "TPM ({pcrs}, since {}{stale})",
-                    date(enrollment.enrolled)
-                ));
+                ways.push(way_in(&enrollment));
             }
         }
         if has_credential(known.provider().name()) {
@@ -197,20 +206,133 @@ pub(super) fn why_locked(known: &Provider) -> Option<String> {
     let Provider::Native(native) = known else {
         return None;
     };
-    native.why_locked().map(|why| {
-        format!(
+    let name = native.name();
+    native.why_locked().map(|why| match why {
+        WhyLocked::NeedsPin => format!("{why}: {}", unlock_with_pin(name)),
+        WhyLocked::NotSigned(_) => format!(
+            "{why}; unlock it with its passphrase, and have that key sign this kernel: see systemd-measure(1)"
+        ),
+        WhyLocked::NotOpened(_) => format!(
             "{why}; unlock it with its passphrase, then enroll it again: {}",
             enroll(native)
-        )
+        ),
     })
+}
+
+fn unlock_with_pin(name: &str) -> String {
+    format!("virtseal provider unlock {name} --tpm")
+}
+
+/// What the TPM asks for before it unlocks a provider.
+pub(super) fn tpm_view(known: &Provider) -> Option<TpmView> {
+    let Provider::Native(native) = known else {
+        return None;
+    };
+    native.tpm_enrollment().ok().flatten().as_ref().map(view)
+}
+
+fn view(enrollment: &TpmEnrollment) -> TpmView {
+    let since = Duration::from_secs(enrollment.enrolled.max(0).unsigned_abs());
+    TpmView {
+        pcrs: enrollment.pcrs.as_ref().map(PcrList::to_string),
+        signed_by: enrollment.signed_by.as_ref().map(SigningKey::fingerprint),
+        pin: enrollment.needs_pin,
+        since: rfc3339(UNIX_EPOCH + since),
+        stale: enrollment.stale,
+    }
+}
+
+/// Such as `TPM (PCR 7,11, 11 signed by 5f7a0c3be8d1f2aa, with its PIN, since 2026-11-28)`.
+fn way_in(enrollment: &TpmEnrollment) -> String {
+    let pcrs = enrollment.pcrs.as_ref();
+    let mut parts = vec![pcrs.map_or("damaged".to_owned(), |pcrs| format!("PCR {pcrs}"))];
+    if let Some(key) = &enrollment.signed_by {
+        let fingerprint = key.fingerprint();
+        parts.push(format!("11 signed by {}", &fingerprint[..16]));
+    }
+    if enrollment.needs_pin {
+        parts.push("with its PIN".to_owned());
+    }
+    parts.push(format!("since {}", date(enrollment.enrolled)));
+    if enrollment.stale {
+        parts.push("stale: enroll again".to_owned());
+    }
+    format!("TPM ({})", parts.join(", "))
+}
+
+/// Why an enrolment is worth less than it seems.
+fn doubts(enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<String> {
+    let mut doubts = Vec::new();
+    let Some(pcrs) = &enrollment.pcrs else {
+        return doubts;
+    };
+    if pcrs.has_secure_boot() {
+        doubts.extend(secure_boot.doubt());
+    }
+    if let Some(unmeasured) = &enrollment.unmeasured {
+        doubts.push(format!(
+            "nothing was measured into PCR {unmeasured} since this host has booted: it is the same whatever boots"
+        ));
+    }
+    if let Some(changing) = pcrs.changed_by_updates() {
+        doubts.push(format!(
+            "PCR {changing} changes with updates of the boot loader, the kernel or the initrd: each time it takes the \
+             passphrase, and another enrolment"
+        ));
+    }
+    if !doubts.is_empty() && !enrollment.needs_pin {
+        doubts.push("--pin makes the TPM ask for a PIN too, whatever has booted".to_owned());
+    }
+    doubts
+}
+
+fn enrollment(native: &NativeProvider) -> Result<Option<TpmEnrollment>, Failure> {
+    native
+        .tpm_enrollment()
+        .map_err(|error| tpm_failure(native, &error))
+}
+
+/// What `request` asks for but for the PIN.
+fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<SealPolicy, Failure> {
+    let usage = |error: &dyn std::error::Error| Failure::new(Code::Usage, chain(error)).next(enroll(native));
+    let pcrs = match &request.pcrs {
+        Some(given) => given.parse::<PcrList>().map_err(|error| usage(&error))?,
+        None => pcrs_of_before(native)?,
+    };
+    let key = match &request.public_key {
+        Some(pem) => Some(SigningKey::from_pem(pem.as_bytes()).map_err(|error| usage(&error))?),
+        None if pcrs.has_kernel() => enrollment(native)?.and_then(|before| before.signed_by),
+        None => None,
+    };
+    SealPolicy::new(pcrs, key).map_err(|error| {
+        let name = native.name();
+        Failure::new(Code::Usage, format!("provider '{name}' is not enrolled: {error}")).next(format!(
+            "virtseal provider tpm {name} --enroll --pcrs 7,11 --pcr-public-key FILE, or --pcrs 7"
+        ))
+    })
+}
+
+/// A PIN is taken away only by who says so.
+fn refuse_to_drop_pin(native: &NativeProvider, request: &TpmRequest, has_pin: bool) -> Result<(), Failure> {
+    let had_pin = match enrollment(native)? {
+        None => false,
+        // A damaged one does not tell.
+        Some(before) => before.needs_pin || before.pcrs.is_none(),
+    };
+    if !had_pin || has_pin || request.without_pin {
+        return Ok(());
+    }
+    let name = native.name();
+    Err(Failure::new(
+        Code::Usage,
+        format!("provider '{name}' may be enrolled with a PIN, and this would take it away"),
+    )
+    .next(format!("{}, with --pin or --no-pin", enroll(native))))
 }
 
 /// The PCRs that the TPM looks at now, or the usual ones when it looks at none.
 fn pcrs_of_before(native: &NativeProvider) -> Result<PcrList, Failure> {
-    let enrollment = native
-        .tpm_enrollment()
-        .map_err(|error| tpm_failure(native, &error))?;
-    match enrollment {
+    match enrollment(native)? {
         None => Ok(PcrList::default()),
         Some(enrollment) => enrollment.pcrs.ok_or_else(|| {
             let name = native.name();
@@ -229,14 +351,17 @@ fn pcrs_of_before(native: &NativeProvider) -> Result<PcrList, Failure> {
 fn enroll(native: &NativeProvider) -> String {
     let command = format!("virtseal provider tpm {} --enroll", native.name());
     let enrollment = native.tpm_enrollment().ok().flatten();
-    match enrollment.map(|enrollment| enrollment.pcrs) {
+    match enrollment.map(|before| before.pcrs.zip(Some(before.signed_by))) {
         Some(None) => format!("{command} --pcrs LIST"),
-        Some(Some(pcrs)) if pcrs != PcrList::default() => format!("{command} --pcrs {pcrs}"),
+        Some(Some((pcrs, None))) if pcrs.has_kernel() => {
+            format!("{command} --pcrs {pcrs} --pcr-public-key FILE, or --pcrs 7")
+        }
+        Some(Some((pcrs, _))) if pcrs != PcrList::default() => format!("{command} --pcrs {pcrs}"),
         Some(Some(_)) | None => command,
     }
 }
 
-fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failure {
+pub(super) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failure {
     let name = native.name();
     let message = format!("provider '{name}' {}", chain(error));
     let enroll_again = || {
@@ -251,6 +376,15 @@ fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failure {
             Failure::new(Code::Locked, message).next(format!("virtseal provider unlock {name}"))
         }
         NativeError::NotEnrolled => Failure::new(Code::NotFound, message).next(enroll_again()),
+        NativeError::Tpm(TpmError::NeedsPin | TpmError::WrongPin { .. }) => {
+            Failure::new(Code::Locked, message).next(format!(
+                "{}, with its PIN, or without --tpm, with its passphrase",
+                unlock_with_pin(name)
+            ))
+        }
+        NativeError::Tpm(TpmError::NotSigned { .. }) => Failure::new(Code::Locked, message).next(format!(
+            "have that key sign this kernel (systemd-measure(1)), or virtseal provider unlock {name}, with its passphrase"
+        )),
         NativeError::Tpm(TpmError::NoSuchPcr(_) | TpmError::OwnerPassword) => Failure::new(Code::Failed, message),
         NativeError::Tpm(error) if error.may_pass() => Failure::new(Code::Unreachable, message).next(format!(
             "virtseal provider unlock {name}, with its passphrase, or set 'tpm' in virtseald.yaml and restart virtseald"
@@ -264,6 +398,10 @@ fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failure {
         }
         _ => Failure::new(Code::Failed, message),
     }
+}
+
+pub(super) fn pin_from(fd: OwnedFd) -> Result<Arc<SecretBytes>, Failure> {
+    passphrase_from(fd).map(Arc::new)
 }
 
 fn has_credential(name: &str) -> bool {

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::providers::{native_failure, passphrase_from, take};
+use super::host_tpm::{pin_from, tpm_failure};
+use super::providers::{native_failure, passphrase_from, wrong_fds};
 use super::visible::VisibleCopy;
 use super::{Daemon, lock};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
 use crate::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::failure::{Code, Failure};
 use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
-use crate::provider::native::NativeProvider;
+use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::registry::Provider;
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::rotation::{self, Step, Task};
@@ -113,10 +114,15 @@ impl Daemon {
         let mut tpm_lags = None;
         if let Provider::Native(native) = &known {
             self.refuse_to_fork(native)?;
-            let [passphrase] = take(fds)?;
+            let mut fds = fds.into_iter();
+            let passphrase = passphrase_from(fds.next().ok_or_else(wrong_fds)?)?;
+            let pin = fds.next().map(pin_from).transpose()?;
             let rotated = native
-                .rotate_with_tpm(&passphrase_from(passphrase)?, &self.tpm)
-                .map_err(|error| native_failure(name, &error));
+                .rotate_with_tpm(&passphrase, &self.tpm, pin.as_ref())
+                .map_err(|error| match error {
+                    NativeError::Tpm(_) => tpm_failure(native, &error),
+                    error => native_failure(name, &error),
+                });
             crate::process::trim();
             self.audit_provider("provider-rotate", name, &rotated);
             tpm_lags = self.tpm_lags(native, rotated?);

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 
 use super::Daemon;
 use super::cache::persist_view;
-use super::host_tpm::why_locked;
+use super::host_tpm::{tpm_view, why_locked};
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
 use crate::local_time::rfc3339;
@@ -40,6 +40,7 @@ impl Daemon {
                 state: report.status.as_str().to_owned(),
                 reason: reason(report.status).or_else(|| why_locked(known)),
                 unlocked_by: self.ways_in(known),
+                tpm: tpm_view(known),
                 since: rfc3339(report.since),
                 last_answer: report.last_answer.map(rfc3339),
                 warnings: report.warnings,

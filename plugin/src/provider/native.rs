@@ -75,7 +75,27 @@ struct Held {
     /// How often it was locked: an unlock that took its second meanwhile must not undo that.
     locks: u64,
     /// Why it did not unlock by itself.
-    why: Option<String>,
+    why: Option<WhyLocked>,
+}
+
+/// Why a provider that the TPM could open is locked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WhyLocked {
+    /// Somebody must type the PIN.
+    NeedsPin,
+    /// The kernel that has booted is not signed by the enrolled key.
+    NotSigned(String),
+    /// Anything else that the TPM says, or that is said of its row.
+    NotOpened(String),
+}
+
+impl fmt::Display for WhyLocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NeedsPin => f.write_str("it needs its PIN for the TPM"),
+            Self::NotSigned(why) | Self::NotOpened(why) => f.write_str(why),
+        }
+    }
 }
 
 /// A backup, ready to be written.
@@ -204,8 +224,9 @@ impl NativeProvider {
         Ok(self.generation())
     }
 
-    /// The same, and `tpm` opens the new root keys from the same commit on, if it opened the earlier ones. What it says of
-    /// that comes back; its refusal is no reason not to rotate.
+    /// The same, and `tpm` opens the new root keys from the same commit on, if it opened the earlier ones; with `pin` where
+    /// it needs one. What it says of that comes back; its refusal is no reason not to rotate, but for that of a PIN which
+    /// somebody has typed for this.
     ///
     /// # Errors
     /// As [`NativeProvider::rotate`].
@@ -213,12 +234,16 @@ impl NativeProvider {
         &self,
         passphrase: &SecretBytes,
         tpm: &Tpm,
+        pin: Option<&Arc<SecretBytes>>,
     ) -> Result<Result<Change, NativeError>, NativeError> {
         let rotated = self.rotate_and(passphrase, |row, roots| {
             let renewal = match self.keystore.tpm_seal(self.id)? {
                 None => Ok(None),
-                Some(seal) => self.renewal(tpm, seal, roots).map(Some),
+                Some(seal) => self.renewal(tpm, seal, roots, pin).map(Some),
             };
+            if let Err(NativeError::Tpm(TpmError::WrongPin { .. })) = &renewal {
+                return Err(renewal.err().expect("it was just seen"));
+            }
             match &renewal {
                 Ok(Some(renewal)) => {
                     let insert = Keystore::insert_native_generation_for_tpm;
@@ -228,7 +253,7 @@ impl NativeProvider {
             }
             Ok(renewal.map(|_| Change::Unchanged))
         })?;
-        Ok(rotated.unwrap_or_else(|| self.renew_tpm(tpm)))
+        Ok(rotated.unwrap_or_else(|| self.renew_tpm(tpm, pin)))
     }
 
     /// What `commit` says that puts the new row into the keystore; `None` where there is nothing to retire.
@@ -298,22 +323,20 @@ impl NativeProvider {
     fn roots(&self) -> Result<Arc<RootKeys>, ProviderError> {
         let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
         held.roots.clone().ok_or_else(|| match &held.why {
-            Some(why) => ProviderError::LockedBecause(why.clone()),
+            Some(why) => ProviderError::LockedBecause(why.to_string()),
             None => ProviderError::Locked,
         })
     }
 
     /// Why it is locked, where somebody expected that it is not.
     #[must_use]
-    pub fn why_locked(&self) -> Option<String> {
-        match self.roots() {
-            Err(ProviderError::LockedBecause(why)) => Some(why),
-            _ => None,
-        }
+    pub fn why_locked(&self) -> Option<WhyLocked> {
+        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
+        held.why.clone().filter(|_| held.roots.is_none())
     }
 
     /// Remembers the reason of an attempt that began after so many locks.
-    fn explain_lock(&self, why: Option<(u64, String)>) {
+    fn explain_lock(&self, why: Option<(u64, WhyLocked)>) {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         held.why = why.filter(|(locks, _)| *locks == held.locks).map(|(_, why)| why);
     }

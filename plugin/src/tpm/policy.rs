@@ -65,7 +65,7 @@ impl SealPolicy {
     }
 
     /// All of `pcrs` are what they are now: also 11, for what was sealed so before.
-    pub(super) fn exactly(pcrs: PcrList) -> Self {
+    pub(crate) fn exactly(pcrs: PcrList) -> Self {
         Self {
             pcrs,
             signed_by: None,
@@ -99,7 +99,7 @@ impl SealPolicy {
         self.signed_by.as_ref()
     }
 
-    pub(super) fn pin(&self) -> Option<&Arc<SecretBytes>> {
+    pub(crate) fn pin(&self) -> Option<&Arc<SecretBytes>> {
         self.pin.as_ref()
     }
 

@@ -18,13 +18,13 @@ use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
 
 use super::document::RootKeys;
-use super::{NativeError, NativeProvider};
+use super::{NativeError, NativeProvider, WhyLocked};
 use crate::envelope::ProviderId;
 use crate::failure::chain;
 use crate::keystore::{Change, TpmRenewal, TpmSeal, UnixTime};
 use crate::provider::aes_gcm::{KEY, NONCE, TAG};
 use crate::secret::{SecretBytes, Transient};
-use crate::tpm::{PcrList, SealedByTpm, Tpm, TpmError};
+use crate::tpm::{PcrList, SealPolicy, SealedByTpm, SigningKey, Tpm, TpmError};
 
 /// That a TPM opens a provider.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,42 +35,49 @@ pub struct TpmEnrollment {
     pub enrolled: UnixTime,
     /// Whether it was made before the newest root key.
     pub stale: bool,
+    /// Who signs what PCR 11 may be.
+    pub signed_by: Option<SigningKey>,
+    /// Whether somebody must type a PIN.
+    pub needs_pin: bool,
+    /// Those of `pcrs` that nothing was measured into.
+    pub unmeasured: Option<PcrList>,
 }
 
 impl NativeProvider {
-    /// Lets `tpm` open the provider while `pcrs` are what they are now, in place of what it could before. The provider must
-    /// be unlocked. What was sealed is opened again before anything changes.
+    /// Lets `tpm` open the provider by `policy`, in place of what it could before. The provider must be unlocked. What was
+    /// sealed is opened again before anything changes.
     ///
     /// # Errors
     /// [`NativeError::Locked`], [`NativeError::Tpm`], or when the keystore can't be written.
-    pub fn enroll_tpm(&self, tpm: &Tpm, pcrs: &PcrList) -> Result<(), NativeError> {
+    pub fn enroll_tpm(&self, tpm: &Tpm, policy: &SealPolicy) -> Result<(), NativeError> {
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
-        let seal = self.sealed_by(tpm, pcrs, &roots)?;
+        let seal = self.sealed_by(tpm, policy, &roots)?;
         Ok(self.keystore.put_tpm_seal(self.id, &seal)?)
     }
 
     /// `roots`, for `tpm` to open; it has done so once.
-    fn sealed_by(&self, tpm: &Tpm, pcrs: &PcrList, roots: &RootKeys) -> Result<TpmSeal, NativeError> {
+    fn sealed_by(&self, tpm: &Tpm, policy: &SealPolicy, roots: &RootKeys) -> Result<TpmSeal, NativeError> {
         let text = roots.to_text(&self.name)?;
         let key = Arc::new(SecretBytes::random(KEY).map_err(NativeError::Memory)?);
         let seal = TpmSeal {
             generation: roots.newest(),
-            sealed_key: tpm.seal(&key, pcrs).map_err(NativeError::Tpm)?.to_bytes(),
+            sealed_key: tpm.seal_under(&key, policy).map_err(NativeError::Tpm)?.to_bytes(),
             roots: encrypt(&key, self.id, roots.newest(), &text).map_err(NativeError::Cipher)?,
             enrolled: 0,
         };
-        if !self.opened_by(tpm, &seal)?.are(roots) {
+        if !self.opened_by(tpm, &seal, policy.pin())?.are(roots) {
             return Err(NativeError::TpmSeal);
         }
         Ok(seal)
     }
 
     /// After a rotation that could not do it: seals the new root keys as the earlier ones were, if `tpm` still opens those;
-    /// else their PCRs have changed, and what they are now is for the admin to accept.
+    /// else their PCRs have changed, and what they are now is for the admin to accept. Without `pin` one that needs it stays
+    /// stale.
     ///
     /// # Errors
     /// As [`NativeProvider::enroll_tpm`]; the row stays stale then.
-    pub fn renew_tpm(&self, tpm: &Tpm) -> Result<Change, NativeError> {
+    pub fn renew_tpm(&self, tpm: &Tpm, pin: Option<&Arc<SecretBytes>>) -> Result<Change, NativeError> {
         let Some(seal) = self.keystore.tpm_seal(self.id)? else {
             return Ok(Change::Unchanged);
         };
@@ -78,7 +85,7 @@ impl NativeProvider {
             return Ok(Change::Unchanged);
         }
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
-        let renewal = self.renewal(tpm, seal, &roots)?;
+        let renewal = self.renewal(tpm, seal, &roots, pin)?;
         Ok(self.keystore.renew_tpm_seal(self.id, &renewal)?)
     }
 
@@ -88,10 +95,11 @@ impl NativeProvider {
         tpm: &Tpm,
         before: TpmSeal,
         roots: &RootKeys,
+        pin: Option<&Arc<SecretBytes>>,
     ) -> Result<TpmRenewal, NativeError> {
-        self.opened_by(tpm, &before)?;
+        self.opened_by(tpm, &before, pin)?;
         let sealed = SealedByTpm::from_bytes(&before.sealed_key).map_err(NativeError::Tpm)?;
-        let after = self.sealed_by(tpm, &sealed.pcrs(), roots)?;
+        let after = self.sealed_by(tpm, &sealed.policy(pin), roots)?;
         Ok(TpmRenewal { before, after })
     }
 
@@ -104,37 +112,60 @@ impl NativeProvider {
     /// Whether there is this way in.
     pub fn tpm_enrollment(&self) -> Result<Option<TpmEnrollment>, NativeError> {
         let seal = self.keystore.tpm_seal(self.id)?;
-        Ok(seal.map(|seal| TpmEnrollment {
-            pcrs: SealedByTpm::from_bytes(&seal.sealed_key)
-                .ok()
-                .map(|sealed| sealed.pcrs()),
-            enrolled: seal.enrolled,
-            stale: seal.generation != self.generation(),
+        Ok(seal.map(|seal| {
+            let sealed = SealedByTpm::from_bytes(&seal.sealed_key).ok();
+            let sealed = sealed.as_ref();
+            TpmEnrollment {
+                pcrs: sealed.map(SealedByTpm::pcrs),
+                enrolled: seal.enrolled,
+                stale: seal.generation != self.generation(),
+                signed_by: sealed.and_then(SealedByTpm::signed_by),
+                needs_pin: sealed.is_some_and(SealedByTpm::needs_pin),
+                unmeasured: sealed.and_then(SealedByTpm::unmeasured),
+            }
         }))
     }
 
-    /// Unlocks by `tpm`, unless the provider was locked since `locks` were counted. A failure is what a locked provider gives for its reason from now on.
+    /// Unlocks by `tpm`, with `pin` where it needs one, unless the provider was locked since `locks` were counted. A failure is
+    /// what a locked provider gives for its reason from now on; that of a PIN changes nothing of it.
     ///
     /// # Errors
     /// [`NativeError::NotEnrolled`], [`NativeError::TpmStale`], or why the TPM does not open it.
-    pub fn unlock_by_tpm(&self, tpm: &Tpm, locks: u64) -> Result<(), NativeError> {
+    pub fn unlock_by_tpm(
+        &self,
+        tpm: &Tpm,
+        locks: u64,
+        pin: Option<&Arc<SecretBytes>>,
+    ) -> Result<(), NativeError> {
         let seal = self.keystore.tpm_seal(self.id)?.ok_or(NativeError::NotEnrolled)?;
         let opened = match seal.generation == self.generation() {
-            true => self.opened_by(tpm, &seal),
+            true => self.opened_by(tpm, &seal, pin),
             false => Err(NativeError::TpmStale),
         };
         match opened {
             Ok(roots) => self.hold(roots, locks).map_err(|_| NativeError::Locked),
             Err(error) => {
-                self.explain_lock(Some((locks, format!("it {}", chain(&error)))));
+                let said = || format!("it {}", chain(&error));
+                let why = match &error {
+                    NativeError::Tpm(TpmError::NeedsPin | TpmError::WrongPin { .. }) => WhyLocked::NeedsPin,
+                    NativeError::Tpm(TpmError::LockedOut { .. }) if pin.is_some() => WhyLocked::NeedsPin,
+                    NativeError::Tpm(TpmError::NotSigned { .. }) => WhyLocked::NotSigned(said()),
+                    _ => WhyLocked::NotOpened(said()),
+                };
+                self.explain_lock(Some((locks, why)));
                 Err(error)
             }
         }
     }
 
-    fn opened_by(&self, tpm: &Tpm, seal: &TpmSeal) -> Result<RootKeys, NativeError> {
+    fn opened_by(
+        &self,
+        tpm: &Tpm,
+        seal: &TpmSeal,
+        pin: Option<&Arc<SecretBytes>>,
+    ) -> Result<RootKeys, NativeError> {
         let sealed = SealedByTpm::from_bytes(&seal.sealed_key).map_err(NativeError::Tpm)?;
-        let key = tpm.unseal(&sealed).map_err(NativeError::Tpm)?;
+        let key = tpm.unseal_with(&sealed, pin).map_err(NativeError::Tpm)?;
         if key.expose().len() != KEY {
             return Err(NativeError::Tpm(TpmError::Damaged));
         }

@@ -5,7 +5,7 @@ use super::super::tests::{created, find_in_memory, keystore, payload, secret};
 use super::*;
 use crate::envelope::{Payload, Stanza};
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
-use crate::tpm::stand::Stand;
+use crate::tpm::stand::{Stand, signing_key};
 
 /// A provider that is backed up, with something that it wrapped.
 fn at_work(dir: &Path) -> (NativeProvider, Payload, Stanza) {
@@ -18,6 +18,15 @@ fn at_work(dir: &Path) -> (NativeProvider, Payload, Stanza) {
     (provider, payload, stanza)
 }
 
+/// While these PCRs are what they are, 11 among them too.
+fn of(pcrs: &str) -> SealPolicy {
+    SealPolicy::exactly(pcrs.parse().unwrap())
+}
+
+fn pin(text: &str) -> Option<Arc<SecretBytes>> {
+    Some(Arc::new(secret(text)))
+}
+
 /// As the next daemon finds it.
 fn reopened(provider: NativeProvider, dir: &Path) -> NativeProvider {
     drop(provider);
@@ -27,7 +36,7 @@ fn reopened(provider: NativeProvider, dir: &Path) -> NativeProvider {
 }
 
 fn unlock(provider: &NativeProvider, tpm: &Tpm) -> Result<(), NativeError> {
-    provider.unlock_by_tpm(tpm, provider.locks())
+    provider.unlock_by_tpm(tpm, provider.locks(), None)
 }
 
 fn unwraps(provider: &NativeProvider, stanza: &Stanza, payload: &Payload) -> bool {
@@ -43,11 +52,11 @@ fn it_unlocks_after_a_restart_and_the_passphrase_still_does() {
     assert!(matches!(unlock(&provider, &tpm), Err(NativeError::NotEnrolled)));
     provider.lock();
     assert!(matches!(
-        provider.enroll_tpm(&tpm, &PcrList::default()),
+        provider.enroll_tpm(&tpm, &of("7")),
         Err(NativeError::Locked)
     ));
     provider.unlock(&secret("sealing")).unwrap();
-    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    provider.enroll_tpm(&tpm, &of("7")).unwrap();
     let enrollment = provider.tpm_enrollment().unwrap().unwrap();
     assert_eq!(
         (enrollment.pcrs, enrollment.stale),
@@ -75,20 +84,20 @@ fn other_pcrs_say_why_and_the_passphrase_leads_back() {
     let stand = Stand::start();
     let tpm = stand.tpm();
     let (provider, payload, stanza) = at_work(dir.path());
-    provider.enroll_tpm(&tpm, &"7,11".parse().unwrap()).unwrap();
+    provider.enroll_tpm(&tpm, &of("7,11")).unwrap();
     stand.extend(7);
     let provider = reopened(provider, dir.path());
     assert!(unlock(&provider, &tpm).is_err());
     assert_eq!(provider.status(), ProviderStatus::Locked);
     let why = "it is not opened by the TPM: PCR 7 differs from when it was enrolled";
-    assert_eq!(provider.why_locked().as_deref(), Some(why));
+    assert_eq!(provider.why_locked(), Some(WhyLocked::NotOpened(why.to_owned())));
     let refused = provider.unwrap_many(&[&stanza]).unwrap_err();
     assert_eq!(refused.to_string(), format!("is locked: {why}"));
 
     provider.unlock(&secret("sealing")).unwrap();
     assert_eq!(provider.why_locked(), None);
     assert!(unwraps(&provider, &stanza, &payload));
-    provider.enroll_tpm(&tpm, &"7,11".parse().unwrap()).unwrap();
+    provider.enroll_tpm(&tpm, &of("7,11")).unwrap();
     let provider = reopened(provider, dir.path());
     unlock(&provider, &tpm).unwrap();
     assert!(unwraps(&provider, &stanza, &payload));
@@ -104,11 +113,11 @@ fn a_lost_tpm_costs_nothing_but_this_way_in() {
     let dir = tempfile::tempdir().unwrap();
     let (mut stand, other) = (Stand::start(), Stand::start());
     let (provider, payload, stanza) = at_work(dir.path());
-    provider.enroll_tpm(&stand.tpm(), &PcrList::default()).unwrap();
+    provider.enroll_tpm(&stand.tpm(), &of("7")).unwrap();
     // What can't be enrolled leaves what was there.
     stand.off();
     let short = Tpm::new(stand.tcti(), Duration::from_secs(5));
-    let failed = provider.enroll_tpm(&short, &PcrList::default()).unwrap_err();
+    let failed = provider.enroll_tpm(&short, &of("7")).unwrap_err();
     assert!(
         matches!(&failed, NativeError::Tpm(error) if error.may_pass()),
         "{failed:?}"
@@ -128,7 +137,7 @@ fn a_lost_tpm_costs_nothing_but_this_way_in() {
     provider.unlock(&secret("sealing")).unwrap();
     assert!(unwraps(&provider, &stanza, &payload));
     // To the new one, then.
-    provider.enroll_tpm(&other.tpm(), &PcrList::default()).unwrap();
+    provider.enroll_tpm(&other.tpm(), &of("7")).unwrap();
     let provider = reopened(provider, dir.path());
     unlock(&provider, &other.tpm()).unwrap();
 }
@@ -139,11 +148,11 @@ fn a_lock_wins_over_an_unlock_that_began_before_it() {
     let stand = Stand::start();
     let tpm = stand.tpm();
     let (provider, ..) = at_work(dir.path());
-    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    provider.enroll_tpm(&tpm, &of("7")).unwrap();
     let began = provider.locks();
     provider.lock();
     assert!(matches!(
-        provider.unlock_by_tpm(&tpm, began),
+        provider.unlock_by_tpm(&tpm, began, None),
         Err(NativeError::Locked)
     ));
     assert_eq!(provider.status(), ProviderStatus::Locked);
@@ -157,27 +166,33 @@ fn a_rotation_makes_it_stale_until_it_is_renewed() {
     let mut stand = Stand::start();
     let tpm = stand.tpm();
     let (provider, payload, stanza) = at_work(dir.path());
-    assert_eq!(provider.renew_tpm(&tpm).unwrap(), Change::Unchanged);
-    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
-    assert_eq!(provider.renew_tpm(&tpm).unwrap(), Change::Unchanged);
+    assert_eq!(provider.renew_tpm(&tpm, None).unwrap(), Change::Unchanged);
+    provider.enroll_tpm(&tpm, &of("7")).unwrap();
+    assert_eq!(provider.renew_tpm(&tpm, None).unwrap(), Change::Unchanged);
     assert_eq!(provider.rotate(&secret("sealing")).unwrap(), 2);
     assert!(provider.tpm_enrollment().unwrap().unwrap().stale);
 
     // The daemon died before it could renew it.
     let provider = reopened(provider, dir.path());
     assert!(matches!(unlock(&provider, &tpm), Err(NativeError::TpmStale)));
-    assert!(provider.why_locked().unwrap().contains("newer root key"));
-    assert!(matches!(provider.renew_tpm(&tpm), Err(NativeError::Locked)));
+    assert!(
+        provider
+            .why_locked()
+            .unwrap()
+            .to_string()
+            .contains("newer root key")
+    );
+    assert!(matches!(provider.renew_tpm(&tpm, None), Err(NativeError::Locked)));
     provider.unlock(&secret("sealing")).unwrap();
     // Not to PCRs that nobody has accepted.
     stand.extend(7);
     assert!(matches!(
-        provider.renew_tpm(&tpm),
+        provider.renew_tpm(&tpm, None),
         Err(NativeError::Tpm(TpmError::PcrsDiffer(_)))
     ));
     assert!(provider.tpm_enrollment().unwrap().unwrap().stale);
     stand.reboot();
-    assert_eq!(provider.renew_tpm(&tpm).unwrap(), Change::Changed);
+    assert_eq!(provider.renew_tpm(&tpm, None).unwrap(), Change::Changed);
 
     let provider = reopened(provider, dir.path());
     unlock(&provider, &tpm).unwrap();
@@ -194,13 +209,13 @@ fn a_rotation_commits_what_the_tpm_opens_with_its_root_key() {
     let tpm = stand.tpm();
     let (provider, payload, stanza) = at_work(dir.path());
     let rotate = |provider: &NativeProvider, tpm: &Tpm| {
-        let said = provider.rotate_with_tpm(&secret("sealing"), tpm).unwrap();
+        let said = provider.rotate_with_tpm(&secret("sealing"), tpm, None).unwrap();
         provider.confirm_backup(provider.generation()).unwrap();
         said
     };
     assert_eq!(rotate(&provider, &tpm).unwrap(), Change::Unchanged);
     assert_eq!(provider.tpm_enrollment().unwrap(), None);
-    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    provider.enroll_tpm(&tpm, &of("7")).unwrap();
     // No time between the two for the daemon to die in; also while the provider is locked.
     provider.lock();
     assert_eq!(rotate(&provider, &tpm).unwrap(), Change::Changed);
@@ -225,10 +240,10 @@ fn an_enrolment_that_was_removed_meanwhile_is_not_renewed() {
     let stand = Stand::start();
     let tpm = stand.tpm();
     let (provider, ..) = at_work(dir.path());
-    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    provider.enroll_tpm(&tpm, &of("7")).unwrap();
     let before = provider.keystore.tpm_seal(provider.id).unwrap().unwrap();
     let renewal = provider
-        .renewal(&tpm, before, &provider.roots().unwrap())
+        .renewal(&tpm, before, &provider.roots().unwrap(), None)
         .unwrap();
     provider.remove_tpm().unwrap();
     let renewed = provider.keystore.renew_tpm_seal(provider.id, &renewal).unwrap();
@@ -243,7 +258,7 @@ fn a_row_that_was_changed_opens_nothing() {
     let tpm = stand.tpm();
     let (provider, other) = (created(dir.path()), created(elsewhere.path()));
     for each in [&provider, &other] {
-        each.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+        each.enroll_tpm(&tpm, &of("7")).unwrap();
         each.lock();
     }
     let row = |of: &NativeProvider| of.keystore.tpm_seal(of.id).unwrap().unwrap();
@@ -293,7 +308,7 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
     let stand = Stand::start();
     let tpm = stand.tpm();
     let (provider, ..) = at_work(dir.path());
-    provider.enroll_tpm(&tpm, &PcrList::default()).unwrap();
+    provider.enroll_tpm(&tpm, &of("7")).unwrap();
     let row = provider.keystore.tpm_seal(provider.id).unwrap().unwrap();
     let sealed = SealedByTpm::from_bytes(&row.sealed_key).unwrap();
     let key = tpm.unseal(&sealed).unwrap();
@@ -311,4 +326,89 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
     provider.lock();
     unlock(&provider, &tpm).unwrap_err();
     search("refusal");
+}
+
+#[test]
+fn with_a_pin_it_waits_for_somebody_to_type_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let stand = Stand::start();
+    let tpm = stand.tpm();
+    let (provider, payload, stanza) = at_work(dir.path());
+    provider.enroll_tpm(&tpm, &of("7").with_pin(pin("1234"))).unwrap();
+    assert!(provider.tpm_enrollment().unwrap().unwrap().needs_pin);
+    let provider = reopened(provider, dir.path());
+    let waits = || {
+        assert_eq!(provider.why_locked(), Some(WhyLocked::NeedsPin));
+        let refused = provider.unwrap_many(&[&stanza]).unwrap_err();
+        assert_eq!(refused.to_string(), "is locked: it needs its PIN for the TPM");
+    };
+    let unlock = |pin: Option<Arc<SecretBytes>>| provider.unlock_by_tpm(&tpm, provider.locks(), pin.as_ref());
+    assert!(matches!(unlock(None), Err(NativeError::Tpm(TpmError::NeedsPin))));
+    waits();
+    assert!(matches!(
+        unlock(pin("4321")),
+        Err(NativeError::Tpm(TpmError::WrongPin { .. }))
+    ));
+    waits();
+    unlock(pin("1234")).unwrap();
+    assert!(unwraps(&provider, &stanza, &payload));
+
+    // A rotation takes it along with the PIN, does nothing with a wrong one, and leaves it behind without.
+    let rotate =
+        |pin: Option<Arc<SecretBytes>>| provider.rotate_with_tpm(&secret("sealing"), &tpm, pin.as_ref());
+    let refused = rotate(pin("4321")).unwrap_err();
+    assert!(matches!(refused, NativeError::Tpm(TpmError::WrongPin { .. })));
+    assert_eq!(provider.generation(), 1);
+    assert_eq!(rotate(pin("1234")).unwrap().unwrap(), Change::Changed);
+    provider.lock();
+    unlock(pin("1234")).unwrap();
+    provider.confirm_backup(2).unwrap();
+    assert!(matches!(
+        rotate(None).unwrap(),
+        Err(NativeError::Tpm(TpmError::NeedsPin))
+    ));
+    assert!(provider.tpm_enrollment().unwrap().unwrap().stale);
+    assert_eq!(
+        provider.renew_tpm(&tpm, pin("1234").as_ref()).unwrap(),
+        Change::Changed
+    );
+    provider.lock();
+    unlock(pin("1234")).unwrap();
+    assert_eq!(provider.generation(), 3);
+}
+
+#[test]
+fn it_follows_the_kernels_that_a_key_signs_also_after_a_rotation() {
+    let (dir, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let stand = Stand::start();
+    let tpm = stand.tpm().with_root(root.path());
+    let (key, public) = signing_key();
+    let (provider, payload, stanza) = at_work(dir.path());
+    let policy = SealPolicy::new("7,11".parse().unwrap(), Some(public.clone())).unwrap();
+    // Not before it has been seen to open.
+    assert!(matches!(
+        provider.enroll_tpm(&tpm, &policy),
+        Err(NativeError::Tpm(TpmError::NotSigned { .. }))
+    ));
+    assert_eq!(provider.tpm_enrollment().unwrap(), None);
+    stand.sign_kernel(root.path(), &key);
+    provider.enroll_tpm(&tpm, &policy).unwrap();
+    let enrollment = provider.tpm_enrollment().unwrap().unwrap();
+    assert_eq!(enrollment.signed_by, Some(public));
+    assert_eq!(enrollment.unmeasured, Some(PcrList::default()));
+
+    stand.extend(11);
+    let provider = reopened(provider, dir.path());
+    unlock(&provider, &tpm).unwrap_err();
+    assert!(matches!(provider.why_locked(), Some(WhyLocked::NotSigned(_))));
+    stand.sign_kernel(root.path(), &key);
+    unlock(&provider, &tpm).unwrap();
+    assert!(unwraps(&provider, &stanza, &payload));
+    let rotated = provider.rotate_with_tpm(&secret("sealing"), &tpm, None).unwrap();
+    assert_eq!(rotated.unwrap(), Change::Changed);
+    stand.extend(11);
+    stand.sign_kernel(root.path(), &key);
+    let provider = reopened(provider, dir.path());
+    unlock(&provider, &tpm).unwrap();
+    assert_eq!(provider.generation(), 2);
 }
