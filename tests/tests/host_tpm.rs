@@ -190,8 +190,27 @@ fn a_pin_is_asked_for_and_signed_kernels_need_no_passphrase() -> Result<()> {
         "{shown}"
     );
 
-    // A rotation takes it along with its PIN. Who forgets the PIN does not lose it, who wants to does.
+    // A backup of the state has it too: on the same machine it opens again.
     let passphrase = rig.sealed.passphrase_file()?.display().to_string();
+    let state = |verb, option| {
+        [
+            "state",
+            verb,
+            option,
+            "/run/state.age",
+            "--passphrase-file",
+            &passphrase,
+        ]
+    };
+    rig.sealed.run(&state("backup", "-o"))?;
+    rig.sealed.stop_daemon(Signal::SIGTERM)?;
+    std::fs::remove_dir_all(rig.sealed.host().path("/var/lib/virtseal"))?;
+    rig.sealed.run(&state("restore", "-i"))?;
+    rig.sealed.start_daemon()?;
+    rig.sealed.run(&with(&unlock, &[pin]))?;
+    rig.expect_state("Ready")?;
+
+    // A rotation takes it along with its PIN. Who forgets the PIN does not lose it, who wants to does.
     let rotate = ["provider", "rotate", "main", "--passphrase-file", &passphrase];
     let wrongly = [&rotate[..], &["--tpm-pin-file", wrong]].concat();
     rig.refused(3, &wrongly, &["does not accept this PIN"])?;

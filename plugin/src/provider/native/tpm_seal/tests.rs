@@ -326,6 +326,24 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
     provider.lock();
     unlock(&provider, &tpm).unwrap_err();
     search("refusal");
+
+    // Nor a PIN, right or wrong.
+    let pin = |length| Some(Arc::new(SecretBytes::random(length).unwrap()));
+    let (right, wrong) = (pin(24), pin(24));
+    provider.unlock(&secret("sealing")).unwrap();
+    provider
+        .enroll_tpm(&tpm, &of("7").with_pin(right.clone()))
+        .unwrap();
+    provider.lock();
+    let unlock =
+        |pin: &Option<Arc<SecretBytes>>| provider.unlock_by_tpm(&tpm, provider.locks(), pin.as_ref());
+    unlock(&wrong).unwrap_err();
+    unlock(&right).unwrap();
+    for pin in [right, wrong] {
+        let pin = pin.unwrap();
+        assert_eq!(find_in_memory(&pin.expose()[..20]), Vec::<String>::new());
+    }
+    search("a PIN");
 }
 
 #[test]
