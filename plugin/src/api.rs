@@ -55,8 +55,10 @@ pub struct HostStatus {
 /// Reply of `audit show`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct AuditLines {
-    /// JSON, a record a line.
+    /// JSON, a record a line, the oldest first.
     pub lines: Vec<String>,
+    /// What to ask for those before these, if there are any.
+    pub before: Option<i64>,
 }
 
 /// Reply of `audit verify`.
@@ -252,8 +254,8 @@ pub trait HostProxy {
         name: &str,
         typed: Option<&str>,
     ) -> zlink::Result<Result<Outcome, HostError>>;
-    /// Envelopes and KEKs that no VM uses.
-    async fn orphans(&mut self) -> zlink::Result<Result<Orphans, HostError>>;
+    /// Envelopes and KEKs that no VM uses; `after` is what the page before has in `next`.
+    async fn orphans(&mut self, after: Option<&str>) -> zlink::Result<Result<Orphans, HostError>>;
     /// What `shred_vm` asks a word for. Changes nothing.
     async fn preview_shred(&mut self, vm: &str) -> zlink::Result<Result<ShredPreview, HostError>>;
     /// Destroys all keys of a VM whose name was typed; those at a provider of one that is not defined here only if it was typed
@@ -276,8 +278,12 @@ pub trait HostProxy {
         &mut self,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<Outcome, HostError>>;
-    /// The last records of the audit log.
-    async fn show_audit(&mut self, records: i64) -> zlink::Result<Result<AuditLines, HostError>>;
+    /// The last records of the audit log, or the last of those `before` the ones that the page before has.
+    async fn show_audit(
+        &mut self,
+        records: i64,
+        before: Option<i64>,
+    ) -> zlink::Result<Result<AuditLines, HostError>>;
     /// Checks the audit log's chain.
     async fn verify_audit(&mut self) -> zlink::Result<Result<AuditVerified, HostError>>;
 }

@@ -31,6 +31,7 @@ use crate::envelope::{EnvelopeId, VmId};
 use crate::failure::chain as chain_of;
 
 pub use chain::{Position, Verified, verify};
+pub use segments::Shown;
 use writer::{Note, Queue, Writer};
 
 /// How an operation ended.
@@ -233,12 +234,18 @@ impl AuditLog {
         self.queue.position()
     }
 
-    /// The last `count` records, of at most `max_bytes` together.
+    /// The last `count` records before a place that an earlier call has named, or before the end, of at most `max_bytes` together
+    /// in a reply.
     ///
     /// # Errors
     /// When a file of it can't be read.
-    pub fn last(path: &Path, count: usize, max_bytes: usize) -> Result<Vec<String>, AuditError> {
-        segments::last_lines(path, count, max_bytes).map_err(AuditError::io("read", path))
+    pub fn last(
+        path: &Path,
+        before: Option<u64>,
+        count: usize,
+        max_bytes: usize,
+    ) -> Result<Shown, AuditError> {
+        segments::last_lines(path, before, count, max_bytes).map_err(AuditError::io("read", path))
     }
 
     /// Where the torn end of the log went when it was opened, for a warning.

@@ -151,13 +151,26 @@ async fn warn_of_providers(client: &mut Client, printer: &Printer) -> Result<(),
     Ok(())
 }
 
+/// The last ones, the oldest first: a reply has a part of them.
+async fn audit_lines(records: i64, client: &mut Client) -> Result<Vec<String>, Failure> {
+    let (mut lines, mut before) = (Vec::<String>::new(), None);
+    loop {
+        let left = records - i64::try_from(lines.len()).unwrap_or(i64::MAX);
+        let page = client
+            .call(async |host| host.show_audit(left, before).await)
+            .await?;
+        lines.extend(page.lines.into_iter().rev());
+        before = page.before;
+        if before.is_none() || lines.len() as i64 >= records {
+            lines.reverse();
+            return Ok(lines);
+        }
+    }
+}
+
 async fn audit(command: AuditCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
     match command {
-        AuditCommand::Show { records } => printer.audit(
-            &client
-                .call(async |host| host.show_audit(records.into()).await)
-                .await?,
-        ),
+        AuditCommand::Show { records } => printer.audit(&audit_lines(records.into(), client).await?),
         AuditCommand::Verify => {
             printer.audit_verified(&client.call(async |host| host.verify_audit().await).await?)
         }

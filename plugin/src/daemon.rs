@@ -18,6 +18,7 @@ mod host_tpm;
 mod jobs;
 mod marks;
 mod overdue;
+mod pages;
 mod paths;
 pub mod pools;
 mod providers;
@@ -106,6 +107,8 @@ pub struct Daemon {
     stalled: Mutex<Option<(JobId, String)>>,
     /// What those who ask for the status are shown.
     glances: glance::Glances,
+    /// What those who page through the orphans are shown.
+    orphans: deletion::Seen,
     /// What those who watch jobs have seen.
     watched: jobs::Looks,
     /// Rung when a copy of an envelope may have to follow, or can.
@@ -150,6 +153,7 @@ impl Daemon {
             jobs_bell: Bell::default(),
             stalled: Mutex::default(),
             glances: glance::Glances::default(),
+            orphans: deletion::Seen::default(),
             watched: jobs::Looks::default(),
             copies_bell: Bell::default(),
             arms_bell: Bell::default(),

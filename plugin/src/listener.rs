@@ -618,8 +618,12 @@ impl Service {
         .await
     }
 
-    async fn orphans(&self) -> Result<Orphans, HostError> {
-        self.run(Caller::Reader, Daemon::orphans).await
+    async fn orphans(&self, after: Option<String>) -> Result<Orphans, HostError> {
+        let age = self.age(after.as_deref());
+        self.run(Caller::Reader, move |daemon| {
+            daemon.orphans(age, after.as_deref())
+        })
+        .await
     }
 
     async fn preview_shred(&self, vm: String) -> Result<ShredPreview, HostError> {
@@ -653,8 +657,8 @@ impl Service {
             .await
     }
 
-    async fn show_audit(&self, records: i64) -> Result<AuditLines, HostError> {
-        self.run(Caller::Reader, move |daemon| daemon.show_audit(records))
+    async fn show_audit(&self, records: i64, before: Option<i64>) -> Result<AuditLines, HostError> {
+        self.run(Caller::Reader, move |daemon| daemon.show_audit(records, before))
             .await
     }
 

@@ -79,6 +79,6 @@ pub struct Jobs {
     pub jobs: Vec<JobView>,
     /// How many copies are behind.
     pub stale_copies: i64,
-    /// The first hundred of each place.
+    /// The first hundred of each place, or as many as fit into a reply.
     pub copies: Vec<CopyView>,
 }

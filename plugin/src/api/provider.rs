@@ -164,4 +164,6 @@ pub struct Orphans {
     pub keks: Vec<OrphanKek>,
     /// Records that can't be read, and may belong here, with what to do.
     pub damaged: Vec<String>,
+    /// What to ask for those after these, if there are more.
+    pub next: Option<String>,
 }

@@ -64,22 +64,48 @@ fn name_of(path: &Path) -> String {
         .into_owned()
 }
 
-/// The last `count` whole lines of the log at `path`, in their order, of at most `max_bytes` together; none of them twice as
-/// long as a record can be. Reads from the end, a block at a time.
-pub(super) fn last_lines(path: &Path, count: usize, max_bytes: usize) -> io::Result<Vec<String>> {
-    let (mut lines, mut bytes) = (Vec::new(), 0);
-    for file in all(path)?.iter().rev() {
-        let file = match File::open(file) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+/// Some records, as they are shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shown {
+    /// The oldest first.
+    pub lines: Vec<String>,
+    /// Where the first of them begins, counted in bytes through all files; `None` at the first record of all. Records that come
+    /// meanwhile, and files that get a number, leave it as it is.
+    pub before: Option<u64>,
+}
+
+/// The last `count` whole lines of the log at `path` or, of that, before a place in it; in their order, of at most `max_bytes`
+/// together, but one at least. Reads from the end, a block at a time.
+pub(super) fn last_lines(
+    path: &Path,
+    before: Option<u64>,
+    count: usize,
+    max_bytes: usize,
+) -> io::Result<Shown> {
+    let mut files = Vec::new();
+    let mut length = 0;
+    for file in all(path)? {
+        match File::open(&file) {
+            Ok(file) => {
+                let begin = length;
+                length += file.metadata()?.len();
+                files.push((begin, length, file));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
-        };
-        let is_enough = each_line_back(&file, |line| {
-            let line = String::from_utf8_lossy(line).into_owned();
-            bytes += line.len();
+        }
+    }
+    let before = before.unwrap_or(length);
+    let (mut lines, mut bytes, mut first) = (Vec::new(), 0, before);
+    for (begin, end, file) in files.iter().rev() {
+        let end = before.clamp(*begin, *end) - begin;
+        let is_enough = each_line_before(file, end, |line, at| {
+            let line = shown(line, max_bytes);
+            bytes += in_a_reply(&line);
             if lines.len() == count || (bytes > max_bytes && !lines.is_empty()) {
                 return false;
             }
+            first = begin + at;
             lines.push(line);
             true
         })?;
@@ -88,13 +114,40 @@ pub(super) fn last_lines(path: &Path, count: usize, max_bytes: usize) -> io::Res
         }
     }
     lines.reverse();
-    Ok(lines)
+    let before = (first > 0 && !lines.is_empty()).then_some(first);
+    Ok(Shown { lines, before })
+}
+
+/// A line as text; what no record can be long enough for is cut.
+fn shown(line: &[u8], max_bytes: usize) -> String {
+    // As JSON in JSON no byte of it becomes more than six.
+    let line = &line[..line.len().min(MOST_LINE)];
+    let line = String::from_utf8_lossy(line).into_owned();
+    if in_a_reply(&line) <= max_bytes {
+        return line;
+    }
+    line.chars().take(max_bytes / 6).collect()
+}
+
+/// How many bytes it takes as a JSON string among others.
+fn in_a_reply(line: &str) -> usize {
+    let escaped = |byte: u8| match byte {
+        b'"' | b'\\' => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    line.bytes().map(escaped).sum::<usize>() + 3
 }
 
 /// Shows `visit` the whole lines of a file from the last to the first, without their newlines, until it says `false`; says
 /// whether it did. Of a line that is longer than any record it gets the end.
 pub(super) fn each_line_back(file: &File, mut visit: impl FnMut(&[u8]) -> bool) -> io::Result<bool> {
-    let mut at = file.metadata()?.len();
+    each_line_before(file, file.metadata()?.len(), |line, _| visit(line))
+}
+
+/// The same for the file's first `end` bytes, with where in it each line begins.
+fn each_line_before(file: &File, end: u64, mut visit: impl FnMut(&[u8], u64) -> bool) -> io::Result<bool> {
+    let mut at = end;
     // What is behind the last newline is no whole line.
     let (mut rest, mut is_whole) = (Vec::new(), false);
     while at > 0 {
@@ -105,7 +158,7 @@ pub(super) fn each_line_back(file: &File, mut visit: impl FnMut(&[u8]) -> bool) 
         block.extend_from_slice(&rest);
         block.truncate(length + 2 * MOST_LINE);
         while let Some(newline) = block.iter().rposition(|byte| *byte == b'\n') {
-            if is_whole && !visit(&block[newline + 1..]) {
+            if is_whole && !visit(&block[newline + 1..], at + newline as u64 + 1) {
                 return Ok(true);
             }
             is_whole = true;
@@ -113,7 +166,7 @@ pub(super) fn each_line_back(file: &File, mut visit: impl FnMut(&[u8]) -> bool) 
         }
         rest = block;
     }
-    Ok(is_whole && !visit(&rest))
+    Ok(is_whole && !visit(&rest, 0))
 }
 
 #[cfg(test)]
@@ -131,14 +184,52 @@ mod tests {
         fs::write(dir.path().join("audit.log.torn-3.0"), "not one of them\n").unwrap();
         fs::write(&path, text(250..300) + "half a li").unwrap();
         for count in [0, 1, 49, 50, 51, 199, 200, 201, 300, 1000] {
-            let found = last_lines(&path, count, usize::MAX).unwrap();
+            let found = last_lines(&path, None, count, usize::MAX).unwrap().lines;
             let expected: Vec<_> = (300 - count.min(300)..300).map(line).collect();
             assert!(found == expected, "{count}: {} lines", found.len());
         }
-        let few = last_lines(&path, 1000, 10_000).unwrap();
+        let few = last_lines(&path, None, 1000, 10_000).unwrap().lines;
         assert!(few.len() < 50 && few.last() == Some(&line(299)));
         fs::remove_file(&path).unwrap();
-        assert_eq!(last_lines(&path, 1, usize::MAX).unwrap(), [line(249)]);
+        assert_eq!(last_lines(&path, None, 1, usize::MAX).unwrap().lines, [line(249)]);
+    }
+
+    #[test]
+    fn pages_from_the_end_show_each_line_once_also_while_it_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.log");
+        let line = |nth: usize| format!("{nth}: \"{}\"", "\\".repeat(nth * 7919 % 3000));
+        let text = |range: std::ops::Range<usize>| range.map(|nth| line(nth) + "\n").collect::<String>();
+        fs::write(dir.path().join("audit.log.1"), text(0..100)).unwrap();
+        fs::write(&path, text(100..300) + "half").unwrap();
+        let (mut found, mut before, mut pages) = (Vec::new(), None, 0);
+        loop {
+            let page = last_lines(&path, before, 1000, 40_000).unwrap();
+            assert!(serde_json::to_string(&page.lines).unwrap().len() <= 40_000);
+            found.splice(0..0, page.lines);
+            pages += 1;
+            before = page.before;
+            // More comes, and the file gets its number.
+            if pages == 2 {
+                fs::write(&path, text(100..400)).unwrap();
+                put_away(&path).unwrap();
+                fs::write(&path, text(400..410)).unwrap();
+            }
+            if before.is_none() {
+                break;
+            }
+        }
+        assert!(pages > 10, "{pages}");
+        assert!(found == (0..300).map(line).collect::<Vec<_>>());
+        assert_eq!(last_lines(&path, Some(0), 10, 40_000).unwrap().lines.len(), 0);
+        assert_eq!(
+            last_lines(&path, Some(u64::MAX), 1, 40_000).unwrap().lines,
+            [line(409)]
+        );
+        // One that fills more than a page is cut, and no end of the pages.
+        fs::write(&path, text(0..1) + &"\u{1}".repeat(100_000) + "\n").unwrap();
+        let page = last_lines(&path, None, 1, 40_000).unwrap();
+        assert!(serde_json::to_string(&page.lines).unwrap().len() <= 40_000 && page.before.is_some());
     }
 
     #[test]
@@ -150,9 +241,9 @@ mod tests {
             [b"a\n".to_vec(), vec![b'x'; 3 << 20], b"\nb\n".to_vec()].concat(),
         )
         .unwrap();
-        let lines = last_lines(&path, 10, usize::MAX).unwrap();
+        let lines = last_lines(&path, None, 10, usize::MAX).unwrap().lines;
         assert_eq!(lines.len(), 3);
-        assert!(lines[1].len() <= BLOCK + 2 * MOST_LINE, "{}", lines[1].len());
+        assert!(lines[1].len() <= MOST_LINE, "{}", lines[1].len());
         assert_eq!((lines[0].as_str(), lines[2].as_str()), ("a", "b"));
     }
 

@@ -7,8 +7,8 @@ use comfy_table::{Table, presets};
 use serde::Serialize;
 
 use crate::api::{
-    AuditLines, AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome,
-    PersistView, ProviderView, Receipt, ServerView, VmView, VolumeProgress,
+    AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome, PersistView,
+    ProviderView, Receipt, ServerView, VmView, VolumeProgress,
 };
 use crate::failure::{Code, Failure, word};
 use crate::local_time::{parse_rfc3339, time_of_day};
@@ -303,14 +303,11 @@ impl Printer {
         line(&format!("{path} is ready, envelope {envelope}"))
     }
 
-    pub(super) fn audit(&self, audit: &AuditLines) -> Result<(), Failure> {
+    pub(super) fn audit(&self, lines: &[String]) -> Result<(), Failure> {
         if self.json {
-            return audit
-                .lines
-                .iter()
-                .try_for_each(|record| write(&visible_json(record)));
+            return lines.iter().try_for_each(|record| write(&visible_json(record)));
         }
-        let rows = audit.lines.iter().map(|record| audit_row(record));
+        let rows = lines.iter().map(|record| audit_row(record));
         table(&["TIME", "UID", "OPERATION", "OUTCOME", "OF", "DETAIL"], rows)
     }
 

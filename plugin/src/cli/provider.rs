@@ -16,7 +16,7 @@ use super::provider_add::AddCommand;
 use super::tpm::TpmArgs;
 use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
 use super::{backup, cache, job, provider_add, tpm, trust, warn_of_providers};
-use crate::api::{HostProxy, ProviderView};
+use crate::api::{HostProxy, Orphans, ProviderView};
 use crate::failure::{Code, Failure};
 
 #[derive(Debug, Subcommand)]
@@ -206,7 +206,7 @@ pub(super) async fn run(
                 .await?;
             printer.outcome(&outcome, false)
         }
-        ProviderCommand::Orphans => printer.orphans(&client.call(async |host| host.orphans().await).await?),
+        ProviderCommand::Orphans => printer.orphans(&orphans(client).await?),
     }
 }
 
@@ -304,4 +304,16 @@ async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), 
         );
     }
     printer.provider(&all)
+}
+
+/// All of them: a reply has a part.
+async fn orphans(client: &mut Client) -> Result<Orphans, Failure> {
+    let mut all = client.call(async |host| host.orphans(None).await).await?;
+    while let Some(after) = all.next.take() {
+        let page = client.call(async |host| host.orphans(Some(&after)).await).await?;
+        all.envelopes.extend(page.envelopes);
+        all.keks.extend(page.keks);
+        all.next = page.next;
+    }
+    Ok(all)
 }

@@ -2,7 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
+use super::glance::Age;
+use super::pages;
 use super::visible::Place;
 use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
@@ -13,6 +17,14 @@ use crate::forgotten::{self, ForgottenError};
 use crate::keystore::CopyPlace;
 use crate::provider::registry::{Absent, Provider};
 use crate::rotation::Task;
+
+/// Readers share a look that is not older than this.
+const FRESH: Duration = Duration::from_secs(2);
+/// For how long the pages after the first one are of the same look.
+const PAGES: Duration = Duration::from_secs(60);
+
+/// The orphans that were seen last, and when.
+pub(super) type Seen = Mutex<Option<(Instant, Arc<Orphans>)>>;
 
 /// What needs a provider.
 #[derive(Debug, Default)]
@@ -315,7 +327,25 @@ impl Daemon {
 
     /// Envelopes whose VM is not defined, and KEKs that no defined VM's envelope needs. What one host sees is no reason to destroy
     /// any of them.
-    pub fn orphans(&self) -> Result<Orphans, Failure> {
+    pub fn orphans(&self, age: Age, after: Option<&str>) -> Result<Orphans, Failure> {
+        let most = match (age, after) {
+            (_, Some(_)) => PAGES,
+            (Age::Lately, None) => FRESH,
+            (Age::Now, None) => Duration::ZERO,
+        };
+        // One look at a time, however many ask.
+        let mut seen = lock(&self.orphans);
+        let all = match seen.take().filter(|(at, _)| at.elapsed() < most) {
+            Some((at, all)) => (at, all),
+            None => (Instant::now(), Arc::new(self.all_orphans()?)),
+        };
+        let page = pages::of_orphans(&all.1, after);
+        // What had to be read in pages is kept until the last one.
+        *seen = Some(all).filter(|_| after.is_none() || page.next.is_some());
+        Ok(page)
+    }
+
+    fn all_orphans(&self) -> Result<Orphans, Failure> {
         let domains = self.background.domains().map_err(|error| unreachable(&error))?;
         let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
         let names = self.vm_names()?;
@@ -364,10 +394,13 @@ impl Daemon {
             copies: uses.copies,
             origin: uses.origin().to_owned(),
         });
-        Ok(Orphans {
+        let mut all = Orphans {
             envelopes,
             keks: keks.collect(),
             damaged: self.damaged_records(),
-        })
+            next: None,
+        };
+        pages::sort(&mut all);
+        Ok(all)
     }
 }

@@ -232,25 +232,6 @@ impl Daemon {
     }
 }
 
-/// How many VMs a reply has at the most.
-const PAGE: usize = 250;
-
-/// The VMs after the one with this UUID and name, or the first ones; and what to ask for next, if there are more.
-pub(super) fn page(vms: &[VmView], after: Option<&str>) -> (Vec<VmView>, Option<String>) {
-    let (uuid, name) = after.and_then(|after| after.split_once(' ')).unwrap_or_default();
-    let begin = match after {
-        Some(_) => vms.partition_point(|vm| (vm.name.as_str(), vm.uuid.as_str()) <= (name, uuid)),
-        None => 0,
-    };
-    let rest = &vms[begin..];
-    let page = &rest[..rest.len().min(PAGE)];
-    let next = page.last().filter(|_| page.len() < rest.len());
-    (
-        page.to_vec(),
-        next.map(|last| format!("{} {}", last.uuid, last.name)),
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -271,31 +252,6 @@ mod tests {
             vms: (0..count).map(|n| vm("a", n as u128)).collect::<Vec<_>>().into(),
             damaged: Arc::default(),
         }
-    }
-
-    #[test]
-    fn pages_show_each_vm_once_also_when_one_goes_meanwhile() {
-        let mut vms: Vec<_> = (0..3 * PAGE)
-            .map(|n| vm(&format!("web {:05}", n / 2), n as u128))
-            .collect();
-        let (mut found, mut after) = (Vec::new(), None);
-        loop {
-            let (page, next) = page(&vms, after.as_deref());
-            found.extend(page.into_iter().map(|vm| vm.uuid));
-            // The last one that was shown is deleted.
-            if found.len() == PAGE {
-                vms.remove(PAGE - 1);
-            }
-            after = next;
-            if after.is_none() {
-                break;
-            }
-        }
-        assert_eq!(found.len(), 3 * PAGE);
-        found.dedup();
-        assert_eq!(found.len(), 3 * PAGE);
-        assert!(matches!(page(&[], None), (none, None) if none.is_empty()));
-        assert!(page(&vms, Some("garbage")).0.len() <= PAGE);
     }
 
     #[test]

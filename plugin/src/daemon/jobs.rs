@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::host_tpm::{pin_from, tpm_failure};
+use super::pages::{self, PAGE};
 use super::providers::{native_failure, passphrase_from, wrong_fds};
 use super::visible::VisibleCopy;
 use super::{Daemon, lock};
@@ -349,13 +350,17 @@ impl Daemon {
                 });
             }
         }
+        let mut views = Vec::with_capacity(jobs.len());
+        for job in &jobs {
+            let mut view = self.job_view(job)?;
+            view.reasons = pages::cut(view.reasons, PAGE / 2 / RECENT as usize);
+            views.push(view);
+        }
+        let room = PAGE.saturating_sub(pages::size_of(&views));
         Ok(Jobs {
-            jobs: jobs
-                .iter()
-                .map(|job| self.job_view(job))
-                .collect::<Result<_, _>>()?,
+            jobs: views,
             stale_copies: number(self.keystore.count_stale_copies()?),
-            copies,
+            copies: pages::cut(copies, room),
         })
     }
 
@@ -456,7 +461,7 @@ impl Daemon {
             changed: number(job.changed),
             left: number(job.left),
             waiting: self.waiting(job),
-            reasons: reasons.collect(),
+            reasons: pages::cut(reasons.collect(), PAGE / 2),
             started: job.created,
             updated: job.updated,
         })

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Daemon;
+use super::pages::PAGE;
 use crate::api::{AuditLines, AuditVerified};
 use crate::audit::{self, AuditError, AuditLog, Event, Outcome, Position};
 use crate::domain::Domain;
@@ -18,9 +19,6 @@ use crate::keystore::{AuditAnchor, Keystore};
 
 /// The most time that a record may cost a start.
 const PATIENCE: Duration = Duration::from_secs(1);
-
-/// The most bytes of records in one reply.
-const MAX_SHOWN: usize = 1 << 20;
 
 thread_local! {
     static ACTOR: Cell<Option<u32>> = const { Cell::new(None) };
@@ -77,13 +75,18 @@ impl Daemon {
         }
     }
 
-    /// The last `records` of the audit log, as many as fit into a reply.
-    pub fn show_audit(&self, records: i64) -> Result<AuditLines, Failure> {
+    /// The last `records` of the audit log, or of its first `before` bytes, as many as fit into a reply.
+    pub fn show_audit(&self, records: i64, before: Option<i64>) -> Result<AuditLines, Failure> {
         let count = usize::try_from(records).unwrap_or(0);
         // What is not written yet is shown the next time.
         let _ = self.audit.flush(PATIENCE);
-        let lines = AuditLog::last(&self.audit_path(), count, MAX_SHOWN).map_err(|error| unusable(&error))?;
-        Ok(AuditLines { lines })
+        let before = before.map(|before| u64::try_from(before).unwrap_or(0));
+        let shown =
+            AuditLog::last(&self.audit_path(), before, count, PAGE).map_err(|error| unusable(&error))?;
+        Ok(AuditLines {
+            lines: shown.lines,
+            before: shown.before.and_then(|before| i64::try_from(before).ok()),
+        })
     }
 
     /// Checks the audit log's chain, up to what this daemon has written.

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use swtpm_state::State;
 
-use super::glance::{self, Age};
+use super::glance::Age;
+use super::pages;
 use super::standing::{Facts, Found, Owner, Standing, Used};
 use super::vms::KnownVm;
 use super::{Daemon, lock};
@@ -23,12 +24,13 @@ impl Daemon {
     /// Everything at a glance; never waits for a provider.
     pub fn status(&self, age: Age, after: Option<&str>) -> Result<HostStatus, Failure> {
         let glance = self.glance(age)?;
-        let (vms, next_vms) = glance::page(&glance.vms, after);
+        let providers = self.providers()?.providers;
+        let (vms, next_vms) = pages::of_vms(&glance.vms, after, pages::size_of(&providers));
         Ok(HostStatus {
             version: env!("CARGO_PKG_VERSION").into(),
             libvirt: glance.libvirt.err().unwrap_or_else(|| "connected".to_owned()),
             libvirt_uri: self.config().libvirt_uri,
-            providers: self.providers()?.providers,
+            providers,
             vms,
             next_vms,
             armed: lock(&self.arms).len() as i64,
@@ -44,7 +46,7 @@ impl Daemon {
             if let Err(why) = glance.libvirt {
                 return Err(Failure::new(Code::Unreachable, why).next("virtseal status"));
             }
-            let (vms, next) = glance::page(&glance.vms, after);
+            let (vms, next) = pages::of_vms(&glance.vms, after, 0);
             return Ok(Vms { vms, next });
         };
         let known = self.known()?;

@@ -102,6 +102,14 @@ impl Channel {
         }
     }
 
+    /// The most bytes of a reply.
+    pub(super) fn max_reply(&self) -> usize {
+        match &self.sender {
+            Sender::Admin => usize::MAX,
+            Sender::Reader(..) => Sender::OF_READER,
+        }
+    }
+
     /// The next message; `None` at the end.
     pub(super) async fn message(&mut self) -> Result<Option<Message>, Fault> {
         match &self.sender {

@@ -26,13 +26,14 @@ pub(super) async fn converse(channel: &mut Channel, service: &mut Service) -> Re
             MethodReply::Single(_) | MethodReply::Error(_) if call.oneway() => {}
             MethodReply::Single(parameters) => {
                 let reply = Reply::new(parameters).set_continues(Some(false));
-                channel.send(&encoded(&reply)?).await?;
+                let bytes = bounded(encoded(&reply)?, channel.max_reply())?;
+                channel.send(&bytes).await?;
             }
             MethodReply::Error(error) => channel.send(&encoded(&error)?).await?,
             MethodReply::Multi(mut replies) => {
                 while let Some((reply, _)) = replies.next().await {
                     let bytes = match &reply {
-                        Ok(reply) => encoded(reply)?,
+                        Ok(reply) => bounded(encoded(reply)?, channel.max_reply())?,
                         Err(error) => encoded(error)?,
                     };
                     channel.send(&bytes).await?;
@@ -81,6 +82,18 @@ fn encoded(message: &impl Serialize) -> Result<Vec<u8>, Fault> {
     Ok(bytes)
 }
 
+/// Lists come in pages, so what is longer is one thing that is huge.
+fn bounded(reply: Vec<u8>, max: usize) -> Result<Vec<u8>, Fault> {
+    if reply.len() <= max {
+        return Ok(reply);
+    }
+    let why = format!(
+        "the answer has {} bytes, and others than root get {max}",
+        reply.len()
+    );
+    failure(Failure::new(Code::Denied, why).next("run it as root, with sudo"))
+}
+
 /// What a service is told that it is connected to; ours does not look.
 #[derive(Debug)]
 pub(super) struct Unused;
@@ -108,5 +121,21 @@ impl socket::WriteHalf for Unused {
         _credentials: Option<&PassedCredentials>,
     ) -> zlink::Result<()> {
         Err(zlink::Error::UnexpectedEof)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_long_for_a_reader_becomes_a_reason() {
+        assert_eq!(bounded(vec![1; 10], 10).unwrap(), [1; 10]);
+        let told = bounded(vec![1; 70_000], 65_536).unwrap();
+        let told = String::from_utf8(told).unwrap();
+        assert!(
+            told.len() < 1000 && told.contains("70000 bytes") && told.contains("sudo"),
+            "{told}"
+        );
     }
 }
