@@ -42,6 +42,8 @@ use watchdog::{Ended, Reins, guarded};
 
 /// For messages that nothing waits for.
 const NOTICE_DEADLINE: Duration = Duration::from_secs(2);
+/// For the report of a refusal, which the user waits for.
+const REPORT_DEADLINE: Duration = Duration::from_millis(500);
 /// While hook.conf is not read yet.
 const FIRST_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -135,17 +137,38 @@ fn decide(
 ) -> Result<(), String> {
     match vm::find(xml) {
         Found::Sealed(vm) => start(&vm, conf, deadline),
-        Found::Unreadable(why) if may_be_ours || conf.require_sealed => Err(format!(
-            "virtseal: VM {name} is refused: {why}; next: virsh dumpxml --inactive {}",
-            word(name)
-        )),
+        Found::Unreadable(why) if may_be_ours || conf.require_sealed => {
+            let refusal = format!(
+                "virtseal: VM {name} is refused: {why}; next: virsh dumpxml --inactive {}",
+                word(name)
+            );
+            Err(report(name, None, refusal, conf, deadline))
+        }
         Found::Unreadable(_) => Ok(()),
-        Found::Unsealed(plain) => match claims(name, &plain, index) {
-            Some(refusal) => Err(refusal),
-            None if conf.require_sealed => Err(not_sealed(name, conf)),
-            None => Ok(()),
-        },
+        Found::Unsealed(plain) => {
+            let refusal = match claims(name, &plain, index) {
+                None if conf.require_sealed => not_sealed(name, conf),
+                None => return Ok(()),
+                Some(refusal) => refusal,
+            };
+            Err(report(name, plain.uuids.first(), refusal, conf, deadline))
+        }
     }
+}
+
+/// Lets virtseald note what was refused without it, if it is there to hear of it. The refusal stands either way.
+fn report(name: &str, uuid: Option<&Id>, refusal: String, conf: &Conf, deadline: &Deadline) -> String {
+    if let Ok(left) = deadline.left() {
+        let deadline = Deadline::started_now().lasting(REPORT_DEADLINE.min(left / 2));
+        let parameters = json!({ "vm": uuid.map(Id::dashed), "name": name, "reason": refusal });
+        let _ = varlink::call(
+            &conf.socket,
+            "io.virtseal.Lifecycle.Refused",
+            &parameters,
+            &deadline,
+        );
+    }
+    refusal
 }
 
 fn not_sealed(name: &str, conf: &Conf) -> String {
@@ -295,7 +318,14 @@ fn started(deadline: &Deadline) {
 fn arriving(deadline: &Deadline) {
     let conf = Conf::load();
     if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
-        notify("io.virtseal.Lifecycle.Arriving", &vm, &conf, deadline);
+        // With what it is: the message counts for this vTPM alone.
+        let parameters = json!({ "vm": vm.uuid, "name": vm.name, "xml": vm.xml });
+        let _ = varlink::call(
+            &conf.socket,
+            "io.virtseal.Lifecycle.Arriving",
+            &parameters,
+            deadline,
+        );
     }
 }
 

@@ -292,7 +292,9 @@ impl Daemon {
             swtpm_dir: self.config().swtpm_dir,
             policy: self.config().policy.of(domain),
             run: self.known_run(domain.uuid),
-            state_source: self.first_runs.state_source(domain.uuid),
+            state_source: self
+                .first_runs
+                .state_source(domain.uuid, first_runs::vtpm_of(domain)),
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);

@@ -321,7 +321,13 @@ fn open_vtpm(
     let state = State::read(&dir)
         .map_err(|error| Failure::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
     match state {
-        State::Absent if stage.state_source == StateSource::Stream => Ok(Found::NoState),
+        State::Absent if stage.state_source == StateSource::Stream => {
+            tracing::info!(
+                domain = domain.name,
+                "its vTPM has no state here: it comes with the VM"
+            );
+            Ok(Found::NoState)
+        }
         State::Absent if has_run(stage, domain.uuid, envelope)? => Err(Failure::new(
             Code::WouldLoseKey,
             format!("its state is gone from {shown}, and swtpm would silently make a new TPM"),

@@ -320,8 +320,25 @@ impl Service {
     }
 
     /// A VM is about to start with a state that comes from another host, or from a saved image.
-    async fn arriving(&self, vm: String, name: String) -> Result<(), LifecycleError> {
-        self.hook(|| name, move |daemon, _| daemon.arriving(&vm)).await
+    async fn arriving(&self, vm: String, name: String, xml: Option<String>) -> Result<(), LifecycleError> {
+        self.hook(
+            || name,
+            move |daemon, _| daemon.arriving(&vm, &xml.unwrap_or_default()),
+        )
+        .await
+    }
+
+    /// The hook has refused a VM by what it knows itself.
+    async fn refused(&self, vm: Option<String>, name: String, reason: String) -> Result<(), LifecycleError> {
+        let subject = name.clone();
+        self.hook(
+            || subject,
+            move |daemon, _| {
+                daemon.audit_refused(vm.as_deref(), &name, &reason);
+                Ok(())
+            },
+        )
+        .await
     }
 
     /// A VM is gone, or its start has failed: disarms what is still armed.

@@ -295,6 +295,45 @@ fn the_policy_goes_to_who_can_judge_what_is_sealed() {
 }
 
 #[test]
+fn what_the_hook_refuses_is_reported_and_waits_for_nobody() {
+    let stranger = disk(&format!("<secret type='passphrase' uuid='{SECRET}'/>"));
+    let reports = [
+        (stranger.clone(), json!(UUID), "that of sealed VM"),
+        (
+            stranger.replace("<devices>", "<devices"),
+            json!(null),
+            "is refused",
+        ),
+    ];
+    for (xml, vm, reason) in reports {
+        let host = host();
+        let daemon = Daemon::start(&host.socket(), Answer::reply("{}"));
+        assert_refused_with(&host.prepare(&xml), &[reason]);
+        let report = daemon.request();
+        assert_eq!(report["method"], "io.virtseal.Lifecycle.Refused");
+        let (parameters, name) = (&report["parameters"], json!("web01"));
+        assert_eq!((&parameters["vm"], &parameters["name"]), (&vm, &name));
+        assert!(
+            parameters["reason"].as_str().unwrap().contains(reason),
+            "{report}"
+        );
+    }
+    for answer in [
+        Answer::Silent,
+        Answer::NeverReads,
+        Answer::NeverAccepts,
+        Answer::CloseUnread,
+    ] {
+        let host = host();
+        let _daemon = Daemon::start(&host.socket(), answer.clone());
+        let started = Instant::now();
+        assert_refused_with(&host.prepare(&stranger), &["that of sealed VM"]);
+        let took = started.elapsed();
+        assert!(took < Duration::from_millis(500) + SLACK, "{answer:?}: {took:?}");
+    }
+}
+
+#[test]
 fn only_root_is_believed_on_the_socket() {
     let host = Host::new();
     let _listener = Listener::start_as(65534, &host);

@@ -11,20 +11,28 @@ use std::time::{Duration, Instant};
 use swtpm_state::{State, libvirt_state_dir};
 
 use super::{Daemon, lock, vm_id};
-use crate::envelope::VmId;
-use crate::failure::{Failure, chain};
+use crate::domain::{self, Domain, ObjectState};
+use crate::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::failure::{Code, Failure, chain};
 use crate::keystore::{CopyPlace, KeystoreError};
 use crate::lifecycle::{FirstRun, KnownRun, StateSource};
 
-/// How long after `migrate` or `restore` its `prepare` may come.
-const ARRIVAL: Duration = Duration::from_secs(60);
+/// How long after `migrate` or `restore` its `prepare` may come: libvirt waits 30 s for another job on the VM between the two.
+const ARRIVAL: Duration = Duration::from_secs(35);
 
 /// What is to be noted of VMs, and what comes with them.
 #[derive(Debug, Default)]
 pub(super) struct FirstRuns {
     runs: Mutex<BTreeMap<VmId, Run>>,
-    /// When libvirt said that a VM will start with a state from elsewhere.
-    arriving: Mutex<BTreeMap<VmId, Instant>>,
+    /// What libvirt said will start with a state from elsewhere.
+    arriving: Mutex<BTreeMap<VmId, Arrival>>,
+}
+
+/// A vTPM whose state comes with its VM.
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    vtpm: EnvelopeId,
+    heard: Instant,
 }
 
 /// A first run.
@@ -49,14 +57,20 @@ impl FirstRuns {
         };
     }
 
-    /// Where the state of a VM that starts now comes from; said once.
-    pub(super) fn state_source(&self, vm: VmId) -> StateSource {
+    /// Where the state of the vTPM of a VM that starts now comes from. What was said counts for one start, and for the vTPM
+    /// that it was said of.
+    pub(super) fn state_source(&self, vm: VmId, vtpm: Option<EnvelopeId>) -> StateSource {
         let mut arriving = lock(&self.arriving);
-        arriving.retain(|_, since| since.elapsed() < ARRIVAL);
+        arriving.retain(|_, arrival| arrival.heard.elapsed() < ARRIVAL);
         match arriving.remove(&vm) {
-            Some(_) => StateSource::Stream,
-            None => StateSource::Disk,
+            Some(arrival) if Some(arrival.vtpm) == vtpm => StateSource::Stream,
+            Some(_) | None => StateSource::Disk,
         }
+    }
+
+    /// It has come, or it will not: the next start of this VM is another one.
+    fn has_arrived(&self, vm: VmId) {
+        lock(&self.arriving).remove(&vm);
     }
 
     fn hear(&self, vm: VmId, name: &str, first: Option<FirstRun>) {
@@ -76,9 +90,13 @@ impl FirstRuns {
 
 impl Daemon {
     /// `migrate begin` or `restore begin`: the state of the vTPM comes in the stream, so none has to be here.
-    pub fn arriving(&self, vm: &str) -> Result<(), Failure> {
+    pub fn arriving(&self, vm: &str, xml: &str) -> Result<(), Failure> {
         let vm = vm_id(vm)?;
-        lock(&self.first_runs.arriving).insert(vm, Instant::now());
+        let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        if let Some(vtpm) = vtpm_of(&domain).filter(|_| domain.uuid == vm) {
+            let heard = Instant::now();
+            lock(&self.first_runs.arriving).insert(vm, Arrival { vtpm, heard });
+        }
         Ok(())
     }
 
@@ -93,6 +111,7 @@ impl Daemon {
 
     /// The VM runs: swtpm has made its state, unless that is still to come from another host.
     pub(super) fn note_running(&self, vm: VmId, name: &str) {
+        self.first_runs.has_arrived(vm);
         let expected = {
             let mut runs = lock(&self.first_runs.runs);
             match runs.remove(&vm) {
@@ -116,6 +135,7 @@ impl Daemon {
     /// The VM has ended. A first start that came no further than `prepare` does not count: libvirt may be about to delete what
     /// swtpm made. Of a start that this daemon knows nothing of, a state that is there tells that there was one.
     pub(super) fn note_ended(&self, vm: VmId, name: &str) {
+        self.first_runs.has_arrived(vm);
         let expected = {
             let mut runs = lock(&self.first_runs.runs);
             let is_expected = matches!(runs.get(&vm), Some(Run::Expected(_)));
@@ -173,5 +193,56 @@ impl Daemon {
     fn has_state(&self, vm: VmId) -> bool {
         let dir = libvirt_state_dir(&self.config().swtpm_dir, &vm);
         matches!(State::read(&dir), Ok(State::Encrypted(_)))
+    }
+}
+
+/// The envelope of the domain's vTPM.
+pub(super) fn vtpm_of(domain: &Domain) -> Option<EnvelopeId> {
+    let mut objects = domain::objects(domain).into_iter();
+    let vtpm = objects.find(|object| object.kind == ObjectKind::Vtpm)?;
+    match vtpm.state {
+        ObjectState::Sealed(envelope) => Some(envelope),
+        ObjectState::Plain | ObjectState::Unsupported(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn heard(runs: &FirstRuns, vm: VmId, vtpm: EnvelopeId, ago: Duration) {
+        let heard = Instant::now().checked_sub(ago).unwrap();
+        lock(&runs.arriving).insert(vm, Arrival { vtpm, heard });
+    }
+
+    #[test]
+    fn that_a_vm_comes_with_its_state_counts_for_one_start_of_that_vtpm() {
+        let (runs, vm, vtpm) = (FirstRuns::default(), VmId::random(), EnvelopeId::random());
+        heard(&runs, vm, vtpm, Duration::ZERO);
+        assert_eq!(runs.state_source(VmId::random(), Some(vtpm)), StateSource::Disk);
+        assert_eq!(runs.state_source(vm, Some(vtpm)), StateSource::Stream);
+        assert_eq!(
+            runs.state_source(vm, Some(vtpm)),
+            StateSource::Disk,
+            "it was said once"
+        );
+        for other in [Some(EnvelopeId::random()), None] {
+            heard(&runs, vm, vtpm, Duration::ZERO);
+            assert_eq!(runs.state_source(vm, other), StateSource::Disk);
+            assert_eq!(runs.state_source(vm, Some(vtpm)), StateSource::Disk);
+        }
+        heard(&runs, vm, vtpm, ARRIVAL);
+        assert_eq!(
+            runs.state_source(vm, Some(vtpm)),
+            StateSource::Disk,
+            "it is too late"
+        );
+        heard(&runs, vm, vtpm, Duration::ZERO);
+        runs.has_arrived(vm);
+        assert_eq!(
+            runs.state_source(vm, Some(vtpm)),
+            StateSource::Disk,
+            "it did not come"
+        );
     }
 }

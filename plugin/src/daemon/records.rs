@@ -47,6 +47,16 @@ impl Daemon {
         });
     }
 
+    /// A start that the hook has refused without asking: who it was is what its XML says.
+    pub fn audit_refused(&self, vm: Option<&str>, name: &str, reason: &str) {
+        tracing::warn!(domain = name, op = "prepare", "refused by the hook: {reason}");
+        let event = Event::new("prepare", Outcome::Refused).detail(reason);
+        self.append(match vm.and_then(|vm| vm.parse().ok()) {
+            Some(vm) => event.vm(vm, name),
+            None => event.object(name),
+        });
+    }
+
     /// A change of a provider.
     pub(super) fn audit_provider<T>(&self, op: &str, name: &str, result: &Result<T, Failure>) {
         self.append(with_reason(
