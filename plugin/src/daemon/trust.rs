@@ -98,14 +98,17 @@ impl Daemon {
     fn kmip(&self, name: &str) -> Result<Arc<KmipProvider>, Failure> {
         match self.registry.find(name)? {
             Provider::Kmip(kmip) => Ok(kmip),
-            other => Err(Failure::new(
-                Code::Usage,
-                format!(
-                    "provider '{name}' is of kind {}, which has no servers to trust",
+            other => {
+                let next = match other {
+                    Provider::Transit(_) => NextCommand::TransitTrust(name.to_owned()),
+                    _ => NextCommand::List,
+                };
+                let message = format!(
+                    "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
                     other.kind()
-                ),
-            )
-            .next(NextCommand::List.to_string())),
+                );
+                Err(Failure::new(Code::Usage, message).next(next.to_string()))
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 mod cache;
 mod faults;
 mod jobs;
+mod names;
 mod others;
 mod persisted;
 pub(in crate::provider) mod trust;

@@ -20,7 +20,7 @@ use crate::failure::chain;
 use crate::provider::KeyProvider;
 
 /// What a look at a server's certificate may take.
-const LOOK: Duration = Duration::from_secs(4);
+const LOOK: Duration = Duration::from_millis(3500);
 /// What is left after it to ask who was found.
 const FIRST_QUESTION: Duration = Duration::from_millis(800);
 

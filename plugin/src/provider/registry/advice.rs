@@ -114,6 +114,8 @@ pub enum NextCommand {
     OtherCertificate(String),
     /// Do without a client certificate, or log in by one.
     LogInByCertificate(String),
+    /// What stands for `identity` and `trust` with a transit provider.
+    TransitTrust(String),
     /// Get a new PIN from the token's security officer, then `virtseal provider unlock NAME`.
     NewPin(String),
     /// Log in once by another tool, then `virtseal provider unlock NAME`.
@@ -158,6 +160,13 @@ impl fmt::Display for NextCommand {
                     f,
                     "let the server ask this host for no client certificate, then virtseal provider show {name}; or log in by \
                      one (virtseal provider add transit --auth cert)"
+                );
+            }
+            Self::TransitTrust(name) => {
+                return write!(
+                    f,
+                    "virtseal provider unlock {name} --passphrase-file FILE for what this host logs in with; the file of --ca for \
+                     whom it trusts"
                 );
             }
             Self::NewPin(name) => {

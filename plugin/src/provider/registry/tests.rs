@@ -4,7 +4,9 @@ use crate::failure::{Code, Failure};
 use crate::keystore::DeletedProvider;
 use crate::provider::native::NativeProvider;
 use crate::provider::transit::TransitSettings;
-use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::provider::{
+    ErrorClass, KekScope, KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus,
+};
 use crate::secret::SecretBytes;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -205,6 +207,83 @@ fn deleted_provider_comes_back_as_its_kind_does() {
         error.with_deleted(&[kmip]).next().unwrap().to_string(),
         format!("virtseal provider add kmip main --id {id} …")
     );
+}
+
+/// One of each.
+fn every_refusal() -> Vec<ProviderError> {
+    let text = || "x".to_owned();
+    let kek = || KekId("7".into());
+    let mut all = vec![
+        ProviderError::Locked,
+        ProviderError::LockedBecause(text()),
+        ProviderError::NotBackedUp,
+        ProviderError::WrongCredential,
+        ProviderError::UnknownKek(kek()),
+        ProviderError::UnknownMechanism(text()),
+        ProviderError::Unreachable(text()),
+        ProviderError::NotTrusted(text()),
+        ProviderError::NotSignedByOurs(text()),
+        ProviderError::ServerSealed,
+        ProviderError::CredentialRefused(text()),
+        ProviderError::Trouble(text()),
+        ProviderError::BesideTheQuestion(text()),
+        ProviderError::RefusesUs(text()),
+        ProviderError::TurnedAway(text()),
+        ProviderError::CertificateRefused(text()),
+        ProviderError::CertificateWanted(text()),
+        ProviderError::KekUnusable {
+            kek: kek(),
+            why: text(),
+        },
+        ProviderError::Refused(text()),
+        ProviderError::Unusable(text()),
+        ProviderError::internal("x")("y"),
+        ProviderError::Tampered,
+    ];
+    for refusal in [
+        PinRefusal::Wrong,
+        PinRefusal::FewTries,
+        PinRefusal::LastTry,
+        PinRefusal::NotTheLastTry,
+        PinRefusal::Blocked,
+        PinRefusal::NoneIsSet,
+        PinRefusal::KnownToBeWrong,
+        PinRefusal::UnlockedByAnother,
+    ] {
+        all.push(ProviderError::WrongPin(refusal));
+    }
+    all
+}
+
+#[test]
+fn every_refusal_of_a_start_names_what_leads_out() {
+    for error in every_refusal() {
+        let attempt = |why| Attempt {
+            provider: ProviderId::random(),
+            name: "kms".to_owned(),
+            why,
+            last_answer: None,
+        };
+        let shown = format!("{error:?}");
+        let is_about_trust = error.class() == ErrorClass::Client
+            && !matches!(error, ProviderError::WrongPin(_) | ProviderError::WrongCredential);
+        let (code, next) = attempt(Refusal::Provider(Arc::new(error))).advice(VmId::random());
+        let next = next
+            .unwrap_or_else(|| panic!("{shown} leads nowhere"))
+            .to_string();
+        assert!(
+            !next.contains("delete") && !next.contains("--force"),
+            "{shown}: {next}"
+        );
+        assert_eq!(code == Code::NotTrusted, is_about_trust, "{shown}");
+        // Commands that only a KMIP provider has lead nobody else out.
+        let of_kmip =
+            next.starts_with("virtseal provider trust") || next.starts_with("virtseal provider identity");
+        let is_of_kmip = ["NotTrusted", "RefusesUs", "TurnedAway"]
+            .iter()
+            .any(|kind| shown.starts_with(kind));
+        assert_eq!(of_kmip, is_of_kmip, "{shown}: {next}");
+    }
 }
 
 #[test]

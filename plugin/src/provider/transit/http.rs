@@ -83,7 +83,8 @@ impl From<Fault> for ProviderError {
             Fault::NotFound(why) if why.is_empty() => {
                 Self::Unusable("the server does not know what it was asked for".into())
             }
-            Fault::NotFound(why) | Fault::Refused(why) => Self::Unusable(why),
+            Fault::NotFound(why) => Self::Unusable(why),
+            Fault::Refused(why) => Self::Refused(why),
             Fault::Beside(why) => Self::BesideTheQuestion(why),
             Fault::Trouble(why) => Self::Trouble(why),
             Fault::WrongCredential => Self::WrongCredential,
@@ -413,4 +414,85 @@ fn title(body: &[u8]) -> String {
 pub(super) fn printable(text: &str) -> String {
     let harmless = |c: char| if c.is_control() { ' ' } else { c };
     text.trim().chars().take(300).map(harmless).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::provider::ErrorClass;
+
+    fn fault(status: u16, body: &str) -> Fault {
+        let body = SecretBytes::take(&mut body.as_bytes().to_vec()).unwrap();
+        let checked = Answer { status, body }.checked(Ask::get("transit/keys/x"));
+        checked
+            .err()
+            .unwrap_or_else(|| panic!("{status} says that it was done"))
+    }
+
+    #[test]
+    fn every_status_of_the_api_has_one_meaning() {
+        let reason = r#"{"errors":["why"]}"#;
+        for (status, body, wanted) in [
+            (307, "", ErrorClass::Trouble),
+            (302, reason, ErrorClass::Trouble),
+            (400, reason, ErrorClass::ForGood),
+            (401, reason, ErrorClass::Client),
+            (403, reason, ErrorClass::Client),
+            (412, reason, ErrorClass::Trouble),
+            (429, reason, ErrorClass::Trouble),
+            (429, "", ErrorClass::Trouble),
+            (472, "", ErrorClass::Trouble),
+            (473, reason, ErrorClass::Trouble),
+            (500, reason, ErrorClass::Trouble),
+            (502, "<html>", ErrorClass::Trouble),
+            (503, r#"{"errors":["Vault is sealed"]}"#, ErrorClass::Trouble),
+        ] {
+            let fault = fault(status, body);
+            let shown = format!("{fault:?}");
+            let error = ProviderError::from(fault);
+            assert_eq!(error.class(), wanted, "{status}: {shown}");
+            assert!(!error.to_string().ends_with(": "), "{status}: {error}");
+        }
+        assert!(matches!(
+            fault(503, r#"{"errors":["Vault is sealed"]}"#),
+            Fault::Sealed
+        ));
+        assert!(matches!(fault(404, r#"{"errors":[]}"#), Fault::NotFound(why) if why.is_empty()));
+        assert!(matches!(fault(404, reason), Fault::NotFound(why) if why.contains("why")));
+        assert!(
+            matches!(fault(403, r#"{"errors":[]}"#), Fault::Denied(why) if why.contains("no reason given"))
+        );
+    }
+
+    #[test]
+    fn no_page_of_a_proxy_speaks_for_the_server() {
+        let page = |title: &str| format!("<html><head><title>{title}</title></head></html>");
+        for (status, body) in [
+            (404, page("404 Not Found")),
+            (404, String::new()),
+            (404, r#"{"error":"no such route"}"#.to_owned()),
+            (400, page("400 Bad Request")),
+            (400, "Client sent an HTTP request to an HTTPS server.".to_owned()),
+            (405, String::new()),
+            (504, page("504 Gateway Time-out")),
+        ] {
+            assert!(
+                matches!(fault(status, &body), Fault::Trouble(_)),
+                "{status} {body}"
+            );
+        }
+        for (status, body) in [
+            (400, page("400 No required SSL certificate was sent")),
+            (400, page("400 The SSL certificate error")),
+            (401, page("401 Authorization Required")),
+            (403, page("403 Forbidden")),
+            (495, String::new()),
+            (496, String::new()),
+        ] {
+            assert!(
+                matches!(fault(status, &body), Fault::TurnedAway(_)),
+                "{status} {body}"
+            );
+        }
+    }
 }

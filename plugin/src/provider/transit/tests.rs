@@ -246,7 +246,7 @@ fn revoked_login_is_repeated_and_a_revoked_role_is_not_hammered() {
     bao.ask("DELETE", "sys/auth/approle", &Value::Null);
     assert!(matches!(
         host.refusal(&sealed),
-        ProviderError::CredentialRefused(_) | ProviderError::Unusable(_)
+        ProviderError::CredentialRefused(_) | ProviderError::Refused(_) | ProviderError::Unusable(_)
     ));
 }
 
@@ -304,7 +304,7 @@ fn key_that_may_not_be_deleted_stays_and_the_receipt_says_so() {
         .create_kek(&KekScope::Vm(VmId::random()))
         .unwrap_err();
     assert!(
-        matches!(&error, ProviderError::Unusable(why) if why.contains("policy")),
+        matches!(&error, ProviderError::Refused(why) if why.contains("policy")),
         "{error:?}"
     );
 }
@@ -382,7 +382,7 @@ fn derived_kek_is_not_destroyed_and_a_plain_key_is_not_shared() {
         .create_kek(&KekScope::Provider)
         .unwrap_err();
     assert!(
-        matches!(&error, ProviderError::Unusable(why) if why.contains("derived=true")),
+        matches!(&error, ProviderError::Refused(why) if why.contains("derived=true")),
         "{error:?}"
     );
     bao.ask(
@@ -394,7 +394,7 @@ fn derived_kek_is_not_destroyed_and_a_plain_key_is_not_shared() {
         .create_kek(&KekScope::Provider)
         .unwrap_err();
     assert!(
-        matches!(&error, ProviderError::Unusable(why) if why.contains("rsa-2048")),
+        matches!(&error, ProviderError::Refused(why) if why.contains("rsa-2048")),
         "{error:?}"
     );
 }
