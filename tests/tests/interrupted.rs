@@ -21,6 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Rounds {
     steps: Vec<usize>,
     next: usize,
+    kills: usize,
 }
 
 impl Rounds {
@@ -28,6 +29,7 @@ impl Rounds {
         Self {
             steps: vec![usize::MAX],
             next: 0,
+            kills: 0,
         }
     }
 
@@ -35,6 +37,19 @@ impl Rounds {
         let round = self.next;
         self.next += 1;
         Some((round, *self.steps.get(round)?))
+    }
+
+    /// One of the others has killed it.
+    fn killed(&mut self, nth: usize, trace: &Trace) {
+        println!("killed at step {nth}, {:?}", trace.steps.last());
+        self.kills += 1;
+    }
+
+    /// Most of the rounds did kill it: how many steps there are may differ a little.
+    fn expect_kills(&self) -> Result<()> {
+        let rounds = self.steps.len() - 1;
+        ensure!(2 * self.kills > rounds, "{} kills in {rounds} rounds", self.kills);
+        Ok(())
     }
 
     /// What the first round has seen; so many others follow.
@@ -141,6 +156,7 @@ fn a_shredding_can_be_killed_on_its_way() -> Result<()> {
             output.succeeded()?;
             rounds.counted(&trace, "doomed0.qcow2", 6)?;
         } else if trace.killed {
+            rounds.killed(nth, &trace);
             rig.sealed.start_daemon().with_context(what)?;
             rig.sealed.unlock()?;
             let again = rig.sealed.virtseal(&shred)?;
@@ -154,6 +170,7 @@ fn a_shredding_can_be_killed_on_its_way() -> Result<()> {
         }
         ensure!(deks(&rig, &[&rig.root])? == before, "{}", what());
     }
+    rounds.expect_kills()?;
     rig.sealed.start_paused("kept")
 }
 
@@ -173,6 +190,7 @@ fn a_native_rotation_can_be_killed_on_its_way() -> Result<()> {
             output.succeeded()?;
             rounds.counted(&trace, "keystore.db-wal", 4)?;
         } else if trace.killed {
+            rounds.killed(nth, &trace);
             let known = roots.iter().collect::<Vec<_>>();
             ensure!(deks(&rig, &known)? == before, "{}", what());
             rig.sealed.start_daemon().with_context(what)?;
@@ -199,7 +217,7 @@ fn a_native_rotation_can_be_killed_on_its_way() -> Result<()> {
             what()
         );
     }
-    Ok(())
+    rounds.expect_kills()
 }
 
 #[test]
@@ -225,6 +243,7 @@ fn the_removal_of_a_recipient_can_be_killed_on_its_way() -> Result<()> {
             output.succeeded()?;
             rounds.counted(&trace, "lent.qcow2", 4)?;
         } else if trace.killed {
+            rounds.killed(nth, &trace);
             ensure!(deks(&rig, &[&rig.root])? == before, "{}", what());
             rig.sealed.start_daemon().with_context(what)?;
             rig.sealed.unlock_provider("main")?;
@@ -241,7 +260,7 @@ fn the_removal_of_a_recipient_can_be_killed_on_its_way() -> Result<()> {
         ensure!(!xml.contains(&spare), "{xml}, {}", what());
         ensure!(deks(&rig, &[&rig.root])? == before, "{}", what());
     }
-    Ok(())
+    rounds.expect_kills()
 }
 
 #[test]

@@ -183,24 +183,21 @@ fn a_lockout_is_named_and_hits_only_storage_keys_of_others() {
 fn a_hanging_tpm_costs_its_deadline_once() {
     let stand = Stand::start();
     let sealed = stand.tpm().seal(&secret(b"secret"), &PcrList::default()).unwrap();
-    let tpm = Tpm::new(stand.tcti(), Duration::from_millis(300));
+    let deadline = Duration::from_millis(1500);
+    let tpm = Tpm::new(stand.tcti(), deadline);
     stand.signal(Signal::SIGSTOP);
     let started = Instant::now();
     assert!(matches!(tpm.unseal(&sealed), Err(TpmError::Silent(_))));
     assert!(
-        started.elapsed() < Duration::from_secs(5),
+        started.elapsed() < Duration::from_secs(20),
         "{:?}",
         started.elapsed()
     );
     let started = Instant::now();
     let error = tpm.unseal(&sealed).unwrap_err();
-    assert_eq!(error.to_string(), "the TPM did not answer within 0.3 s");
+    assert_eq!(error.to_string(), "the TPM did not answer within 1.5 s");
     assert!(error.may_pass());
-    assert!(
-        started.elapsed() < Duration::from_millis(200),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < deadline, "{:?}", started.elapsed());
     stand.signal(Signal::SIGCONT);
     let started = Instant::now();
     while tpm.unseal(&sealed).is_err() {
