@@ -37,6 +37,8 @@ use checkpoints::Checkpoints;
 use error::StoreFault;
 use hook_index::HookIndex;
 
+use crate::failure::chain;
+
 pub use copies::{CopyNews, CopyPlace, NeededKek, RetiredKek, StaleCopy};
 pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
 pub use error::KeystoreError;
@@ -96,13 +98,27 @@ impl Keystore {
         let path = dir.join(Self::FILE);
         private_file(dir, &path)?;
         let connection = schema::open(&path)?;
-        Ok(Self {
+        let keystore = Self {
             hook_index: HookIndex::of(&connection, dir),
             checkpoints: Checkpoints::of(&path)?,
             path,
             connection: Mutex::new(connection),
             _lock: lock,
-        })
+        };
+        keystore.forget_rows_of_the_killed();
+        Ok(keystore)
+    }
+
+    /// A virtseald that was killed after a deletion may have left the rows in the write-ahead log.
+    fn forget_rows_of_the_killed(&self) {
+        match self.forget_deleted_rows() {
+            Ok(true) => {}
+            // The next deletion empties it, and so does the end of virtseald.
+            Ok(false) => {
+                tracing::warn!("another program reads the keystore: its write-ahead log stays for now");
+            }
+            Err(error) => tracing::warn!("the write-ahead log stays for now: {}", chain(&error)),
+        }
     }
 
     /// The database file.

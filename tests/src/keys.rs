@@ -168,14 +168,14 @@ impl KeptEnvelope {
     }
 }
 
-/// The sealed root key in the keystore of `state_dir`, as the daemon holds it in memory.
+/// The sealed root key of `provider` in the keystore of `state_dir`, as the daemon holds it in memory.
 ///
 /// # Errors
-/// When it is no keystore, or has no native provider.
-pub fn sealed_root(state_dir: &Path) -> Result<Vec<u8>> {
+/// When it is no keystore, or has no native provider of that name.
+pub fn sealed_root(state_dir: &Path, provider: &str) -> Result<Vec<u8>> {
     let copy = Copied::of(state_dir)?;
-    let query = "SELECT sealed FROM native_roots";
-    Ok(copy.database.query_row(query, [], |row| row.get(0))?)
+    let query = "SELECT sealed FROM native_roots JOIN providers ON id = provider WHERE name = ?1";
+    Ok(copy.database.query_row(query, [provider], |row| row.get(0))?)
 }
 
 /// The newest root key of its native providers, by a copy: the daemon may be writing, and a copy of half a change is an error.

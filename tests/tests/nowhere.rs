@@ -402,7 +402,7 @@ impl Rig {
         let secret_maps = maps.lines().filter(|line| line.contains("/secretmem")).count();
         let core = core_image(self.host(), pid)?;
         // It holds the sealed root key all the time: a core image without it proves nothing.
-        let sealed = sealed_root(&self.host().path(STATE))?;
+        let sealed = sealed_root(&self.host().path(STATE), "main")?;
         let control = Needles::default().text("sealed root key", &sealed[40..140]);
         ensure!(
             !control.in_bytes(&core).is_empty(),

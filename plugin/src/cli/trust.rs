@@ -1,8 +1,8 @@
 //! `virtseal provider identity`, `csr` and `trust`: trust between this host and a KMS, both ways.
 
-use std::fs::OpenOptions;
-use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::fs::{self, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -116,20 +116,32 @@ pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) 
     let Some(path) = &args.output else {
         return printer.show(&made, made.pem.lines());
     };
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path);
-    file.and_then(|mut file| file.write_all(made.pem.as_bytes()))
-        .map_err(|error| {
-            Failure::from_error(Code::Failed, format!("can't write {}", path.display()), &error)
-        })?;
+    write_request(path, made.pem.as_bytes()).map_err(|error| {
+        Failure::from_error(Code::Failed, format!("can't write {}", path.display()), &error)
+            .next("the same command with another --output: the request waits until it is answered")
+    })?;
     printer.done(&format!(
         "{} is the request; have it signed, then virtseal provider identity {} --cert FILE",
         path.display(),
         args.name
     ))
+}
+
+/// What this command has made goes again where not all of it can be written.
+fn write_request(path: &Path, pem: &[u8]) -> io::Result<()> {
+    let made = OpenOptions::new().write(true).create_new(true).open(path);
+    let is_new = made.is_ok();
+    let file = match made {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            OpenOptions::new().write(true).truncate(true).open(path)
+        }
+        made => made,
+    };
+    let written = file.and_then(|mut file| file.write_all(pem));
+    if written.is_err() && is_new {
+        let _ = fs::remove_file(path);
+    }
+    written
 }
 
 pub(super) async fn trust(args: &TrustArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {

@@ -120,8 +120,9 @@ impl Daemon {
                 word(&name)
             ));
         }
-        known.provider().lock();
+        // In this order: where it can't be deleted it goes on working.
         self.registry.delete(id)?;
+        known.provider().lock();
         crate::process::trim();
         if !uses.objects.is_empty() {
             warnings.push(format!(

@@ -380,6 +380,39 @@ mod tests {
         assert_eq!(defaults(&keystore), ["two"]);
     }
 
+    /// The log is as a virtseald leaves it that is killed once the deletion is committed.
+    #[test]
+    fn what_was_deleted_goes_from_the_log_of_a_killed_virtseald() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let id = ProviderId::random();
+        let sealed = b"a root key, sealed by its passphrase";
+        let root = NativeRoot {
+            sealed: sealed.to_vec(),
+            ..root()
+        };
+        keystore.insert_native_root(id, "one", &root).unwrap();
+        let log = dir.path().join("keystore.db-wal");
+        let has_it = |bytes: &[u8]| bytes.windows(sealed.len()).any(|window| window == sealed);
+        let before = std::fs::read(&log).unwrap();
+        assert!(has_it(&before));
+        keystore
+            .write(|transaction| {
+                transaction.execute("DELETE FROM native_roots", [])?;
+                Ok(())
+            })
+            .unwrap();
+        let killed = tempfile::tempdir().unwrap();
+        for file in ["keystore.db", "keystore.db-wal"] {
+            std::fs::copy(dir.path().join(file), killed.path().join(file)).unwrap();
+        }
+        let log = killed.path().join("keystore.db-wal");
+        assert!(has_it(&std::fs::read(&log).unwrap()));
+        let opened = Keystore::open(killed.path()).unwrap();
+        assert!(!has_it(&std::fs::read(&log).unwrap()));
+        assert!(!has_it(&std::fs::read(opened.path()).unwrap()));
+    }
+
     #[test]
     fn names_and_ids_are_taken_once() {
         let dir = tempfile::tempdir().unwrap();

@@ -160,6 +160,8 @@ pub struct KmipProvider {
     book: KekBook,
     /// Held while the policy of `cache` is changed on disk and then here.
     changing: Mutex<()>,
+    /// Held while identity, request or trust is changed on disk and then here.
+    trusting: Mutex<()>,
     /// One key per scope, also when two callers ask at once.
     creating: Mutex<()>,
 }
@@ -216,9 +218,11 @@ impl KmipProvider {
             cache: KekCache::new(settings.cache()),
             book: KekBook::new(Arc::clone(keystore), record.id),
             changing: Mutex::default(),
+            trusting: Mutex::default(),
             settings,
             creating: Mutex::default(),
         };
+        provider.store.settle();
         provider.load();
         Ok(provider)
     }
@@ -243,9 +247,9 @@ impl KmipProvider {
         self.renew_access(&mut held);
     }
 
-    /// Removes its private key and trust from the disk, once its record is gone.
-    pub(super) fn remove_files(&self) -> Result<(), StoreError> {
-        self.store.remove()
+    /// Removes the private key and the trust of a provider from the disk, once its record is gone. Of other kinds there are none.
+    pub(super) fn remove_files(keystore: &Keystore, id: ProviderId) -> Result<(), StoreError> {
+        Store::new(keystore.dir(), id).remove()
     }
 
     /// Its settings, as they were when it was opened.

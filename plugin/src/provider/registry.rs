@@ -51,6 +51,7 @@ impl Registry {
 
     /// The providers that `keystore` records, all locked, and each probed in the background from now on.
     pub fn open(keystore: Arc<Keystore>, deadline: Duration) -> Result<Self, KeystoreError> {
+        membership::finish_deletions(&keystore)?;
         let mut known = Known::default();
         let records = keystore.providers()?;
         for damaged in &records.damaged {

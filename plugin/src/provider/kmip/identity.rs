@@ -2,7 +2,8 @@
 //!
 //! On disk it is one file, 0600: a certificate and its key change together or not at all. With a passphrase the key
 //! and the password in it are an age file; the provider is then locked until it is given. A key that was made here
-//! waits in a file of its own, with its signing request, until the signed certificate comes back.
+//! waits in a file of its own, with its signing request, until the signed certificate comes back; also when another request was
+//! made meanwhile, for nobody knows which of them is being signed.
 
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use openssl::ec::{EcGroup, EcKey};
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::nid::Nid;
-use openssl::pkey::{Id, PKey, Private};
+use openssl::pkey::{HasPublic, Id, PKey, Private, Public};
 use openssl::rsa::Rsa;
 use openssl::x509::extension::ExtendedKeyUsage;
 use openssl::x509::{X509, X509Name, X509NameBuilder, X509NameRef, X509ReqBuilder};
@@ -19,11 +20,15 @@ use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::certificate::CertificateFacts;
+use crate::keystore::Change;
 use crate::provider::native::{SealingError, sealing};
 use crate::secret::{SecretBytes, Transient};
 
 /// The most bytes of a PEM file that is read.
 pub(crate) const MOST_PEM: usize = 64 * 1024;
+
+/// The most requests that wait for their certificates: beyond, the key of the oldest goes.
+const MAX_WAITING: usize = 16;
 
 /// An identity, ready for use.
 pub(super) struct Identity {
@@ -176,6 +181,12 @@ impl StoredIdentity {
         matches!(self.secret, StoredSecret::Sealed(_))
     }
 
+    /// Of its certificate, and so of its key, which may be sealed.
+    pub(super) fn public_key(&self) -> Option<PKey<Public>> {
+        let certificates = X509::stack_from_pem(self.certificates.as_bytes()).ok()?;
+        certificates.first()?.public_key().ok()
+    }
+
     /// # Errors
     /// [`SealingError::WrongPassphrase`] and its like inside [`IdentityError::Seal`].
     pub(super) fn open(&self, passphrase: Option<&SecretBytes>) -> Result<Identity, IdentityError> {
@@ -215,6 +226,9 @@ pub(super) struct SigningRequest {
     key: String,
     /// PEM.
     pub(super) csr: String,
+    /// The one made before it, which may be the one that is being signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    before: Option<Box<SigningRequest>>,
 }
 
 impl Drop for SigningRequest {
@@ -248,10 +262,50 @@ impl SigningRequest {
         Ok(Self {
             key: String::from_utf8_lossy(&key_to_pem(&key)?).into_owned(),
             csr: String::from_utf8_lossy(&csr).into_owned(),
+            before: None,
         })
     }
 
-    pub(super) fn key(&self) -> Result<PKey<Private>, IdentityError> {
+    /// `before`, and what came before that, goes on waiting.
+    pub(super) fn after(mut self, before: Option<Self>) -> Self {
+        self.before = before.map(Box::new);
+        let mut last = Some(&mut self);
+        for _ in 1..MAX_WAITING {
+            last = last.and_then(|request| request.before.as_deref_mut());
+        }
+        if let Some(last) = last {
+            last.before = None;
+        }
+        self
+    }
+
+    /// The keys of all that wait, the newest first.
+    pub(super) fn keys(&self) -> Result<Vec<PKey<Private>>, IdentityError> {
+        let all = std::iter::successors(Some(self), |request| request.before.as_deref());
+        all.map(SigningRequest::key).collect()
+    }
+
+    pub(super) fn is_for<T: HasPublic>(&self, key: &PKey<T>) -> bool {
+        self.key().is_ok_and(|own| own.public_eq(key))
+    }
+
+    /// Drops the one for `key` and what came before that.
+    pub(super) fn forget_from<T: HasPublic>(&mut self, key: &PKey<T>) -> Change {
+        let mut at = self;
+        while let Some(before) = &at.before {
+            if before.is_for(key) {
+                at.before = None;
+                return Change::Changed;
+            }
+            let Some(next) = at.before.as_deref_mut() else {
+                break;
+            };
+            at = next;
+        }
+        Change::Unchanged
+    }
+
+    fn key(&self) -> Result<PKey<Private>, IdentityError> {
         private_key(self.key.as_bytes())
     }
 }

@@ -1,13 +1,15 @@
 //! What a KMIP provider keeps on disk beside its keystore row: `providers/ID/` in the state directory, 0700, files
 //! 0600.
 //!
-//! Each file is replaced whole: written beside itself, synced, renamed, and the directory synced.
+//! Each file is replaced whole: written beside itself, synced, renamed, and the directory synced. What a virtseald that was killed
+//! in between has left is cleared away when the provider is next opened: no second copy of a private key stays.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use openssl::pkey::{HasPublic, PKey};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -15,6 +17,8 @@ use thiserror::Error;
 use super::certificate::Fingerprint;
 use super::identity::{SigningRequest, StoredIdentity};
 use crate::envelope::ProviderId;
+use crate::failure::chain;
+use crate::keystore::Change;
 use crate::secret::{SecretBytes, Transient};
 
 /// The most bytes of one of the files.
@@ -51,6 +55,7 @@ impl Store {
         self.read(Self::IDENTITY)
     }
 
+    /// The last one that waits for its certificate, with those before it.
     pub(super) fn request(&self) -> Result<Option<SigningRequest>, StoreError> {
         self.read(Self::REQUEST)
     }
@@ -67,21 +72,56 @@ impl Store {
         self.write(Self::REQUEST, request)
     }
 
-    /// The request was answered.
-    pub(super) fn remove_request(&self) -> Result<(), StoreError> {
-        let path = self.dir.join(Self::REQUEST);
-        let removed = fs::remove_file(&path).and_then(|()| File::open(&self.dir)?.sync_all());
-        removed.map_err(StoreError::io("remove", &path))
+    /// Its key has its certificate: no second copy of it stays here, nor of those before it.
+    pub(super) fn remove_answered<T: HasPublic>(&self, key: &PKey<T>) -> Result<(), StoreError> {
+        let Some(mut request) = self.request()? else {
+            return Ok(());
+        };
+        if request.is_for(key) {
+            let path = self.dir.join(Self::REQUEST);
+            let removed = fs::remove_file(&path).and_then(|()| File::open(&self.dir)?.sync_all());
+            return removed.map_err(StoreError::io("remove", &path));
+        }
+        match request.forget_from(key) {
+            Change::Changed => self.put_request(&request),
+            Change::Unchanged => Ok(()),
+        }
+    }
+
+    /// Clears away what a virtseald that was killed has left: files that did not get their name, and requests whose key is the
+    /// identity's by now, sealed perhaps.
+    pub(super) fn settle(&self) {
+        for file in [Self::IDENTITY, Self::REQUEST, Self::TRUST] {
+            let staged = staged(&self.dir.join(file));
+            match fs::remove_file(&staged) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!("{} stays: {error}", staged.display());
+                }
+                _ => {}
+            }
+        }
+        let identity = self.identity();
+        let answered = identity.and_then(|identity| match identity.and_then(|found| found.public_key()) {
+            Some(key) => self.remove_answered(&key),
+            None => Ok(()),
+        });
+        if let Err(error) = answered {
+            // Whoever needs the file is told what is wrong with it.
+            tracing::warn!("{}", chain(&error));
+        }
     }
 
     /// All of them, and the directory.
     pub(super) fn remove(&self) -> Result<(), StoreError> {
-        match fs::remove_dir_all(&self.dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(StoreError::io("remove", &self.dir)(error))
-            }
-            _ => Ok(()),
-        }
+        let removed = match fs::remove_dir_all(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            removed => removed,
+        };
+        let synced = removed.and_then(|()| match self.dir.parent() {
+            Some(parent) => File::open(parent)?.sync_all(),
+            None => Ok(()),
+        });
+        synced.map_err(StoreError::io("remove", &self.dir))
     }
 
     pub(super) fn put_trust(&self, trust: &ServerTrust) -> Result<(), StoreError> {
@@ -111,27 +151,37 @@ impl Store {
             path: path.clone(),
             source,
         })?;
-        self.replace(&path, &text).map_err(StoreError::io("write", &path))
+        let replaced = self.replace(&path, &text);
+        if replaced.is_err() {
+            // Half a file, with a key in it. Gone, if it has its name already.
+            let _ = fs::remove_file(staged(&path));
+        }
+        replaced.map_err(StoreError::io("write", &path))
     }
 
     fn replace(&self, path: &Path, text: &[u8]) -> io::Result<()> {
         DirBuilder::new().recursive(true).mode(0o700).create(&self.dir)?;
-        let new = path.with_extension("new");
+        let staged = staged(path);
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
-            .open(&new)?;
+            .open(&staged)?;
         file.write_all(text)?;
         file.sync_all()?;
-        fs::rename(&new, path)?;
+        fs::rename(&staged, path)?;
         // The directory and, the first time, the entries that lead to it.
         for dir in self.dir.ancestors().take(3) {
             File::open(dir)?.sync_all()?;
         }
         Ok(())
     }
+}
+
+/// The name of a file at `path` that is not whole yet.
+fn staged(path: &Path) -> PathBuf {
+    path.with_extension("new")
 }
 
 /// Why a file can't be read or written.

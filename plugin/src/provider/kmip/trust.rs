@@ -1,7 +1,7 @@
 //! How trust comes about: the client's certificate goes one way, the server's the other.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use openssl::x509::X509;
@@ -80,6 +80,7 @@ impl KmipProvider {
             ServerTrust::Pins(pins) if pins.is_empty() => return Err(TrustError::Empty),
             ServerTrust::Pins(_) => {}
         }
+        let _trusting = self.trusting();
         let look = Instant::now() + LOOK;
         self.try_out(&trust, look)?;
         self.store.put_trust(&trust)?;
@@ -124,24 +125,22 @@ impl KmipProvider {
     /// When certificate and key do not fit, when the provider is locked, when a sealed key would be replaced by one that is
     /// not, or when no server accepts it; then the identity in use stays.
     pub fn set_identity(&self, new: &NewIdentity) -> Result<CertificateFacts, TrustError> {
+        let _trusting = self.trusting();
         let stored = self.store.identity()?;
         let was_sealed = stored.as_ref().is_some_and(StoredIdentity::is_sealed);
         if was_sealed && new.passphrase.is_none() {
             return Err(TrustError::WouldUnseal);
         }
-        let (current, locked) = {
+        let (current, locked, locks) = {
             let held = self.held();
-            (held.identity.clone(), held.locked)
+            (held.identity.clone(), held.locked, held.locks)
         };
         if locked {
             return Err(TrustError::Locked);
         }
         let request = self.store.request()?;
-        let requested = request.as_ref().map(SigningRequest::key).transpose()?;
-        let waiting = requested
-            .iter()
-            .chain(current.as_ref().map(|identity| &identity.key))
-            .cloned();
+        let mut waiting = request.map_or(Ok(Vec::new()), |request| request.keys())?;
+        waiting.extend(current.as_ref().map(|identity| identity.key.clone()));
         let mut identity = Identity::assemble(new, waiting)?;
         if let (None, Some(current)) = (&identity.login, &current) {
             identity.login.clone_from(&current.login);
@@ -149,21 +148,27 @@ impl KmipProvider {
         if current.is_some() {
             self.try_identity(&identity)?;
         }
-        self.store
-            .put_identity(&identity.stored(new.passphrase.as_ref())?)?;
-        if requested.is_some_and(|key| key.public_eq(&identity.key)) {
-            // It is in the identity now, sealed perhaps: no second copy.
-            self.store.remove_request()?;
-        }
         let facts = CertificateFacts::of(identity.leaf().ok_or(IdentityError::NoCertificate)?)
             .map_err(IdentityError::Certificate)?;
+        self.store
+            .put_identity(&identity.stored(new.passphrase.as_ref())?)?;
+        if let Err(error) = self.store.remove_answered(&identity.key) {
+            // The new identity stands, and the next start tries it again.
+            tracing::warn!("provider {}: {}", self.name, chain(&error));
+        }
         let mut held = self.held_mut();
-        held.identity = Some(Arc::new(identity));
+        if held.locks == locks {
+            held.identity = Some(Arc::new(identity));
+        }
         held.fault = None;
         self.renew_access(&mut held);
         drop(held);
         self.probe();
         Ok(facts)
+    }
+
+    fn trusting(&self) -> MutexGuard<'_, ()> {
+        self.trusting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a server lets `new` in, or at least the identity in use neither.
@@ -225,11 +230,12 @@ impl KmipProvider {
 
     /// A signing request in PEM: the one that waits for its certificate; else one for the key in use, with the subject
     /// of its certificate; else a first one. With `new`, one for a new key, and this common name or, without one, the
-    /// host's.
+    /// host's; a certificate for the one before is taken as well.
     ///
     /// # Errors
     /// When the key in use is sealed, and the provider locked.
     pub fn signing_request(&self, new: Option<(KeyKind, Option<&str>)>) -> Result<String, TrustError> {
+        let _trusting = self.trusting();
         if new.is_none() {
             if let Some(request) = self.store.request()? {
                 return Ok(request.csr.clone());
@@ -247,7 +253,18 @@ impl KmipProvider {
         }
         let (kind, name) = new.unwrap_or((KeyKind::EcP256, None));
         let name = name.map_or_else(super::host_name, str::to_owned);
-        let request = SigningRequest::new(kind, &name)?;
+        let before = match self.store.request() {
+            Err(error @ StoreError::Damaged { .. }) => {
+                tracing::warn!(
+                    "provider {}: {}, a new one takes its place",
+                    self.name,
+                    chain(&error)
+                );
+                None
+            }
+            before => before?,
+        };
+        let request = SigningRequest::new(kind, &name)?.after(before);
         self.store.put_request(&request)?;
         Ok(request.csr.clone())
     }

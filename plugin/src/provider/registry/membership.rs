@@ -5,12 +5,12 @@ use std::sync::{Arc, PoisonError};
 use super::{Provider, Registry};
 use crate::envelope::ProviderId;
 use crate::failure::chain;
-use crate::keystore::KeystoreError;
+use crate::keystore::{Keystore, KeystoreError};
+use crate::provider::ProviderName;
 use crate::provider::kmip::{KmipProvider, KmipProviderError, KmipSettings};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
 use crate::provider::transit::{TransitProvider, TransitSettings};
-use crate::provider::{KeyProvider, ProviderName};
 use crate::secret::SecretBytes;
 
 impl Registry {
@@ -125,25 +125,43 @@ impl Registry {
         known.default.get_or_insert(id);
     }
 
-    /// Removes a provider from the list and the keystore, which keeps its name.
+    /// Removes a provider from the list, the keystore, which keeps its name, and the disk.
     ///
     /// # Errors
     /// The keystore's; then it stays.
     pub fn delete(&self, id: ProviderId) -> Result<(), KeystoreError> {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         self.keystore.delete_provider(id)?;
-        let kmip = known.providers.iter().find_map(|provider| match provider {
-            Provider::Kmip(kmip) if kmip.id() == id => Some(kmip),
-            _ => None,
-        });
-        if let Some(Err(error)) = kmip.map(|kmip| kmip.remove_files()) {
-            tracing::warn!("deleted, but not all of its files: {}", chain(&error));
-        }
+        remove_files(&self.keystore, id);
         known.providers.retain(|provider| provider.provider().id() != id);
         self.watches.remove(id);
         if known.default == Some(id) {
             known.default = None;
         }
         Ok(())
+    }
+}
+
+/// What a virtseald that was killed has left of providers that were deleted on request: the keystore names each of them.
+pub(super) fn finish_deletions(keystore: &Keystore) -> Result<(), KeystoreError> {
+    let there = keystore.providers()?;
+    if !there.damaged.is_empty() {
+        // It may be the one that the files are of.
+        return Ok(());
+    }
+    for deleted in keystore.deleted_providers()?.sound {
+        if there.sound.iter().all(|record| record.id != deleted.id) {
+            remove_files(keystore, deleted.id);
+        }
+    }
+    Ok(())
+}
+
+fn remove_files(keystore: &Keystore, id: ProviderId) {
+    if let Err(error) = KmipProvider::remove_files(keystore, id) {
+        tracing::warn!(
+            "provider {id} is deleted, but not all of its files: {}",
+            chain(&error)
+        );
     }
 }
