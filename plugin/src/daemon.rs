@@ -497,6 +497,7 @@ impl Daemon {
             })?;
             self.catch_up(&made.xml)?;
         }
+        self.note_bad_images_of(&made.xml)?;
         Ok(plan.outcome(changed))
     }
 

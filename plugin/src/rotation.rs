@@ -69,6 +69,12 @@ enum Decision {
 }
 
 impl Task {
+    /// Whether it is how an admin decides which of two versions of an envelope counts: that of the keystore.
+    #[must_use]
+    pub fn decides_conflicts(&self) -> bool {
+        matches!(self, Self::Rekey { vm: Some(_), .. })
+    }
+
     /// Its JSON form, for the keystore.
     #[must_use]
     pub fn to_json(&self) -> String {

@@ -20,8 +20,9 @@ mod unseal;
 use std::path::{Path, PathBuf};
 
 use crate::config::Policies;
+use crate::domain::Metadata;
 use crate::domain::edit::{self, SealEdit};
-use crate::envelope::{Envelope, ObjectKind, VmId};
+use crate::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::Keystore;
 use crate::libvirt::{DefinedDomain, KeptXml};
@@ -140,7 +141,7 @@ pub fn seal(
             .iter()
             .chain(&store)
             .chain(&vtpm)
-            .cloned()
+            .map(|envelope| or_rival(&defined.xml, envelope))
             .collect::<Vec<_>>(),
     };
     let xml = edit::seal(&defined.xml, &changes)
@@ -153,6 +154,15 @@ pub fn seal(
         activated.map_err(|failure| replaced.after(failure))?;
     }
     Ok(Made { xml, replaced })
+}
+
+/// Which of two versions of one generation counts is root's to decide: until then that of the XML stays where `vm status` sees it.
+fn or_rival(xml: &str, envelope: &Envelope) -> Envelope {
+    let copies = Metadata::envelopes_in(xml).map_or_else(|_| Vec::new(), |(copies, _)| copies);
+    let rival = copies
+        .into_iter()
+        .find(|copy| copy.id == envelope.id && copy.supersedes(envelope) == Precedence::Conflict);
+    rival.unwrap_or_else(|| envelope.clone())
 }
 
 fn make_disk(

@@ -47,7 +47,8 @@ pub use error::{Flaw, Part, VolumeError};
 pub use held::Held;
 pub use nvram::{create_nvram, create_nvram_watched, prepare_nvram, read_variables};
 pub use open::{
-    BackingEntry, Format, VolumeInfo, header_digest, identify, inspect, inspect_at, verify, verify_at,
+    BackingEntry, Format, ImageCopy, VolumeInfo, header_digest, identify, inspect, inspect_at, verify,
+    verify_at,
 };
 pub use plain::{copy_over, empty_over, prepare_copy, prepare_empty};
 pub use prepared::Prepared;

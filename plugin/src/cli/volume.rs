@@ -170,6 +170,11 @@ pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Failure> {
     if let Some(luks) = &info.luks {
         rows.extend(luks_rows(luks));
     }
+    rows.extend(
+        info.unreadable_envelope
+            .iter()
+            .map(|why| ("bad copy", why.clone())),
+    );
     if let Some(envelope) = &info.envelope {
         let providers: Vec<_> = envelope
             .stanzas

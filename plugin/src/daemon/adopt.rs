@@ -32,6 +32,7 @@ impl Daemon {
         let domain = Domain::parse(&defined.xml)
             .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
         let adopted = self.adopt_all(&domain, formats);
+        self.note_bad_images_of(&defined.xml)?;
         self.audit_vm("adopt", domain.uuid, &domain.name, &adopted);
         adopted
     }

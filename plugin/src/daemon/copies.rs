@@ -17,7 +17,8 @@ use crate::keystore::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, Keysto
 use crate::libvirt::KeptXml;
 use crate::lifecycle::adoption::{Doubt, Weighed, weigh};
 use crate::permitted::{PathError, PathRule, PermittedPath};
-use crate::volume::{self, Carried, VolumeError};
+use crate::secret::Passphrase;
+use crate::volume::{self, Carried, ImageCopy, VolumeError};
 
 /// How many stale copies are in memory at a time.
 const PAGE: u32 = 100;
@@ -234,11 +235,24 @@ impl Daemon {
         let mut paths = holders.paths.get(&id).cloned().unwrap_or_default();
         paths.insert(PathBuf::from(&record.location));
         // Before the header is taken: a start waits for that, and a provider may be slow.
-        let mut giving_way = BTreeSet::new();
+        let (mut giving_way, mut passphrase) = (BTreeSet::new(), None);
         for path in &paths {
-            let carried = volume::inspect(path).ok().and_then(|info| info.envelope);
-            let Some(found) = carried.filter(|found| found.id == id) else {
-                continue;
+            let found = match volume::identify(path).map(|(_, copy)| copy) {
+                Ok(ImageCopy::Envelope(found)) if found.id == id => *found,
+                // Whose it was is shown by the key that opens the image.
+                Ok(ImageCopy::Unreadable(why)) => {
+                    match self.passphrase_of(&record) {
+                        Ok(opened) => passphrase = Some(opened),
+                        Err(reason) => {
+                            return stays(&format!(
+                                "the copy in {} can't be read ({why}), and its image can't be opened now: {reason}",
+                                path.display()
+                            ));
+                        }
+                    }
+                    continue;
+                }
+                _ => continue,
             };
             match self.standing(&record, &found) {
                 Standing::GivesWay => drop(giving_way.insert(found.to_json())),
@@ -258,7 +272,7 @@ impl Daemon {
             let place = rule.permit_known(path, std::iter::once(&record.location));
             let rewritten = place
                 .map_err(RewriteError::Path)
-                .and_then(|place| self.rewrite(&place, &record.envelope, &giving_way));
+                .and_then(|place| self.rewrite(&place, &record.envelope, passphrase.as_ref(), &giving_way));
             match rewritten {
                 Ok(carried) => found |= carried,
                 Err(error) if error.is_missing() => missing = Some(chain(&error)),
@@ -284,11 +298,12 @@ impl Daemon {
         &self,
         place: &PermittedPath,
         envelope: &Envelope,
+        passphrase: Option<&Passphrase>,
         giving_way: &BTreeSet<String>,
     ) -> Result<bool, RewriteError> {
         let shown = place.shown().display().to_string();
         let gives_way = |found: &Envelope| Ok(giving_way.contains(&found.to_json()));
-        let rewritten = volume::rewrite_envelope(place, envelope, gives_way, |bytes| {
+        let rewritten = volume::rewrite_envelope(place, envelope, passphrase, gives_way, |bytes| {
             self.keystore
                 .journal_header(envelope.id, &shown, bytes)
                 .map_err(RewriteError::Journal)

@@ -187,13 +187,19 @@ impl Daemon {
 
     fn start(&self, task: &Task) -> Result<JobStarted, Failure> {
         self.refuse_second_job()?;
-        let unseen = self.take_in_travelling();
+        let mut rivals = Vec::new();
+        let unseen = self.take_in_travelling().map(|travelling| {
+            if !task.decides_conflicts() {
+                rivals = travelling.rivals;
+            }
+            travelling.unreadable
+        });
         if let Task::RemoveRecipient { provider } = task {
             self.refuse_to_close(task, *provider)?;
         }
         let inserted = self
             .keystore
-            .insert_job(&task.to_json())
+            .insert_job_without(&task.to_json(), &rivals)
             .map_err(|error| match error {
                 KeystoreError::JobRunning(id) => second_job(id),
                 error => error.into(),

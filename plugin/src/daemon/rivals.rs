@@ -1,13 +1,15 @@
-//! Copies in a domain's XML that are not what the keystore has: what `vm status` says of them.
+//! Copies in a domain's XML and its images that are not what the keystore has: what `vm status` says of them.
 //!
 //! Status has no key, so it tells only what they claim. One that is behind follows by itself, and is not worth a word.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::domain::Domain;
 use crate::envelope::{Envelope, EnvelopeId, Precedence};
 use crate::failure::word;
 use crate::keystore::EnvelopeRecord;
+use crate::volume::ImageCopy;
 
 pub(super) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> Vec<String> {
     let Some(metadata) = &domain.metadata else {
@@ -18,7 +20,7 @@ pub(super) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>
         .envelopes
         .iter()
         .filter_map(|copy| match records.get(&copy.id) {
-            Some(record) => rival(name, copy, &record.envelope),
+            Some(record) => rival(name, &format!("the XML of {name}"), copy, &record.envelope),
             None => unknown(name, copy),
         })
         .collect();
@@ -30,19 +32,41 @@ pub(super) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>
     warnings
 }
 
-fn rival(name: &str, copy: &Envelope, kept: &Envelope) -> Option<String> {
+/// Of the copy in the image at `path`, whose envelope the keystore has as `kept`.
+pub(super) fn in_image(name: &str, path: &Path, copy: &ImageCopy, kept: Option<&Envelope>) -> Option<String> {
+    let shown = path.display();
+    match (copy, kept) {
+        (ImageCopy::Envelope(copy), Some(kept)) if copy.id == kept.id => {
+            rival(name, &shown.to_string(), copy, kept)
+        }
+        (ImageCopy::Unreadable(why), Some(kept)) => Some(format!(
+            "{name}: the copy of envelope {} in {shown} can't be read: {why}; the keystore's is used, and virtseal vm seal {} has it \
+             written over that once the image has opened",
+            kept.id,
+            word(name)
+        )),
+        (ImageCopy::Unreadable(why), None) => Some(format!(
+            "{name}: the copy of an envelope in {shown} can't be read: {why}"
+        )),
+        (ImageCopy::None | ImageCopy::Envelope(_), _) => None,
+    }
+}
+
+fn rival(name: &str, place: &str, copy: &Envelope, kept: &Envelope) -> Option<String> {
     let id = kept.id;
     match copy.supersedes(kept) {
         Precedence::Same | Precedence::Older => None,
         Precedence::Conflict => Some(format!(
-            "the keystore and the XML of {name} have different versions of generation {} of envelope {id}. The keystore's, opened by \
-             {}, is used; the XML's names {}",
+            "the keystore and {place} have different versions of generation {} of envelope {id}. The keystore's, opened by \
+             {}, is used; that of {place} names {}. Next: virtseal vm rekey {}, which makes a later generation of the keystore's for both; \
+             for the other one, do that on the host where it was made, and bring its dumpxml here",
             kept.generation,
             providers(kept),
-            providers(copy)
+            providers(copy),
+            word(name)
         )),
         Precedence::Newer => Some(format!(
-            "the XML of {name} claims generation {} of envelope {id}, and the keystore has {}: virtseal vm adopt {} takes it over if \
+            "{place} claims generation {} of envelope {id}, and the keystore has {}: virtseal vm adopt {} takes it over if \
              it verifies",
             copy.generation,
             kept.generation,
@@ -97,11 +121,12 @@ mod tests {
         let ours = made.with_stanzas(vec![stanza("ours")], &dek).unwrap();
         let theirs = made.with_stanzas(vec![stanza("theirs")], &dek).unwrap();
         let newer = theirs.mark_seen(&dek).unwrap();
-        assert_eq!(rival("web01", &made, &ours), None);
-        assert_eq!(rival("web01", &ours, &ours), None);
-        let conflict = rival("web01", &theirs, &ours).unwrap();
+        assert_eq!(rival("web01", "/images/a", &made, &ours), None);
+        assert_eq!(rival("web01", "/images/a", &ours, &ours), None);
+        let conflict = rival("web01", "/images/a", &theirs, &ours).unwrap();
         for part in [
-            "web01",
+            "/images/a",
+            "virtseal vm rekey web01",
             "generation 2",
             "'ours'",
             "'theirs'",
@@ -109,11 +134,23 @@ mod tests {
         ] {
             assert!(conflict.contains(part), "{conflict}");
         }
-        let claim = rival("web01", &newer, &ours).unwrap();
+        let claim = rival("web01", "/images/a", &newer, &ours).unwrap();
         assert!(
             claim.contains("claims generation 3") && claim.contains("vm adopt web01"),
             "{claim}"
         );
         assert_eq!(unknown("web01", &made), None);
+        // The same of images.
+        let path = Path::new("/images/a");
+        let copy = |envelope: &Verified| ImageCopy::Envelope(Box::new(envelope.clone().into_envelope()));
+        assert_eq!(
+            in_image("web01", path, &copy(&theirs), Some(&ours)),
+            Some(conflict)
+        );
+        assert_eq!(in_image("web01", path, &copy(&ours), Some(&ours)), None);
+        assert_eq!(in_image("web01", path, &ImageCopy::None, Some(&ours)), None);
+        let bad = ImageCopy::Unreadable("it is not text".to_owned());
+        let bad = in_image("web01", path, &bad, Some(&ours)).unwrap();
+        assert!(bad.contains("/images/a") && bad.contains("not text"), "{bad}");
     }
 }

@@ -105,7 +105,7 @@ impl Daemon {
     /// By the envelope that the image carries, else by its path.
     fn volume_record(&self, path: &Path) -> Result<EnvelopeRecord, Failure> {
         let carried = match volume::identify(path) {
-            Ok((_, carried)) => carried.map(|envelope| envelope.id),
+            Ok((_, copy)) => copy.envelope().map(|envelope| envelope.id),
             Err(VolumeError::NotFound(_)) => None,
             Err(error) => return Err(error.into()),
         };

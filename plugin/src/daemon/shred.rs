@@ -411,7 +411,7 @@ impl Daemon {
     }
 
     /// What tells the VM's own variable store, which carries no envelope, from another that is in its place by now.
-    fn passphrase_of(&self, record: &EnvelopeRecord) -> Result<Passphrase, String> {
+    pub(super) fn passphrase_of(&self, record: &EnvelopeRecord) -> Result<Passphrase, String> {
         let opened = self.registry.open_envelope(&record.envelope);
         let dek = opened.map_err(|error| error.reasons())?;
         dek.passphrase().map_err(|error| chain(&error))

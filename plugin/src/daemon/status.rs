@@ -18,7 +18,7 @@ use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{EnvelopeRecord, EnvelopeState, VmRecord};
 use crate::libvirt::DefinedDomain;
 use crate::side_doors;
-use crate::volume::{self, VolumeError};
+use crate::volume::{self, ImageCopy, VolumeError};
 
 impl Daemon {
     /// Everything at a glance; never waits for a provider.
@@ -151,8 +151,10 @@ impl Daemon {
         let objects = domain::objects(domain);
         let mut views = Vec::with_capacity(objects.len());
         let mut standings = Vec::with_capacity(objects.len());
+        let mut in_images = Vec::new();
         for object in &objects {
-            let (view, standing) = self.object(domain, object, look, known);
+            let (view, standing, rival) = self.object(domain, object, look, known);
+            in_images.extend(rival);
             views.push(view);
             standings.push(standing);
         }
@@ -168,6 +170,7 @@ impl Daemon {
                 warnings(domain, state),
                 known.damaged_of(defined.vm),
                 rivals::of(domain, &known.by_id),
+                in_images,
                 self.side_doors(domain),
             ]
             .concat(),
@@ -200,13 +203,19 @@ impl Daemon {
         }
     }
 
-    fn object(&self, domain: &Domain, object: &Object, look: Look, known: &Known) -> (ObjectView, Standing) {
+    fn object(
+        &self,
+        domain: &Domain,
+        object: &Object,
+        look: Look,
+        known: &Known,
+    ) -> (ObjectView, Standing, Option<String>) {
         let path = match object.kind {
             ObjectKind::Vtpm => domain.vtpm_dir(&self.config().swtpm_dir).ok(),
             ObjectKind::Disk | ObjectKind::Nvram => object.path.clone(),
         };
-        let found = match (look, &path) {
-            (Look::AtXml, _) | (Look::Closely, None) => Found::OutOfSight,
+        let (found, copy) = match (look, &path) {
+            (Look::AtXml, _) | (Look::Closely, None) => (Found::OutOfSight, ImageCopy::None),
             (Look::Closely, Some(path)) => found(object.kind, path),
         };
         let kept = known.of(domain.uuid, object, &found, path.as_deref());
@@ -261,7 +270,8 @@ impl Daemon {
                 .map(|kept| known.names(&kept.shared_with))
                 .unwrap_or_default(),
         };
-        (view, standing)
+        let rival = path.and_then(|path| rivals::in_image(&domain.name, &path, &copy, kept));
+        (view, standing, rival)
     }
 
     /// What the keystore has for a VM and its XML does not name in any way: a disk that was detached, a TPM that was taken out.
@@ -471,22 +481,29 @@ fn owner(kept: Option<&Envelope>, in_xml: Option<&Envelope>, vm: VmId) -> Option
     }
 }
 
-fn found(kind: ObjectKind, path: &Path) -> Found {
+/// What is there, and the copy of an envelope in it.
+fn found(kind: ObjectKind, path: &Path) -> (Found, ImageCopy) {
     if kind == ObjectKind::Vtpm {
-        return match State::read(path) {
+        let found = match State::read(path) {
             Ok(State::Encrypted(_)) => Found::Encrypted(None),
             Ok(State::Absent) => Found::Nothing,
             Ok(State::Plain(_)) => Found::Plain,
             Err(error) => Found::Unreadable(chain(&error)),
         };
+        return (found, ImageCopy::None);
     }
+    let none = |found| (found, ImageCopy::None);
     match volume::identify(path) {
-        Ok((format, envelope)) if format.is_encrypted() => {
-            Found::Encrypted(envelope.map(|envelope| (envelope.id, envelope.vm)))
+        Ok((format, copy)) if format.is_encrypted() => {
+            let ids = match &copy {
+                ImageCopy::Envelope(envelope) => Some((envelope.id, envelope.vm)),
+                ImageCopy::None | ImageCopy::Unreadable(_) => None,
+            };
+            (Found::Encrypted(ids), copy)
         }
-        Ok(_) => Found::Plain,
-        Err(VolumeError::NotFound(_)) => Found::Nothing,
-        Err(error) => Found::Unreadable(chain(&error)),
+        Ok(_) => none(Found::Plain),
+        Err(VolumeError::NotFound(_)) => none(Found::Nothing),
+        Err(error) => none(Found::Unreadable(chain(&error))),
     }
 }
 

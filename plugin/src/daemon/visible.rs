@@ -14,11 +14,11 @@ use super::vms::unreachable;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
 use crate::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::{CopyPlace, EnvelopeRecord};
+use crate::keystore::{CopyPlace, EnvelopeRecord, LeftBehind};
 use crate::libvirt::{DefinedDomain, KeptXml};
-use crate::lifecycle::adoption::believe;
+use crate::lifecycle::adoption::{Doubt, Weighed, believe, weigh};
 use crate::secret::Dek;
-use crate::volume;
+use crate::volume::{self, ImageCopy};
 
 /// A copy that this host can see.
 #[derive(Debug)]
@@ -35,6 +35,16 @@ pub(super) struct Visible {
     pub(super) copies: Vec<VisibleCopy>,
     /// What could not be read, and where: nobody knows what is in there.
     pub(super) unreadable: Vec<String>,
+    /// Images whose copy can't be read.
+    bad_images: Vec<PathBuf>,
+}
+
+/// What came to this host with VMs and images, and is not taken in.
+pub(super) struct Travelling {
+    /// What could not be read, and where.
+    pub(super) unreadable: Vec<String>,
+    /// What a job leaves as it is, and why.
+    pub(super) rivals: Vec<LeftBehind>,
 }
 
 /// Where it is.
@@ -102,9 +112,62 @@ impl Daemon {
             .flat_map(|image| with_those_below(image))
             .collect::<BTreeSet<_>>()
         {
-            visible.copies.extend(carried(image));
+            match volume::identify(&image).map(|(_, copy)| copy) {
+                Ok(ImageCopy::Unreadable(_)) => visible.bad_images.push(image),
+                _ => visible.copies.extend(carried(image)),
+            }
         }
         Ok(visible)
+    }
+
+    /// Envelopes of which somebody who had the key made another version of the same generation: which of them counts is root's to
+    /// decide, and a job would hide the other.
+    fn rivals(&self, copies: &[VisibleCopy]) -> Vec<LeftBehind> {
+        let rival = |copy: &&VisibleCopy| {
+            let record = self.keystore.readable_envelope(copy.envelope.id).ok()??;
+            let claims = copy.envelope.supersedes(&record.envelope);
+            copy.place.kept().filter(|_| claims == Precedence::Conflict)?;
+            let dek = self.registry.open_envelope(&record.envelope).ok()?;
+            let weighed = weigh(&record.verify(&dek).ok()?, &copy.envelope, &dek);
+            matches!(weighed, Weighed::Doubtful(Doubt::Conflict)).then(|| LeftBehind {
+                envelope: copy.envelope.id,
+                reason: format!(
+                    "{} has another version of generation {}; which one counts is to be decided: virtseal vm status {}",
+                    copy.place, copy.envelope.generation, record.envelope.vm
+                ),
+                again: false,
+            })
+        };
+        copies.iter().filter_map(|copy| rival(&copy)).collect()
+    }
+
+    /// The keystore's copy is written over one that can't be read, once that has opened the image.
+    fn note_bad_images(&self, images: &[PathBuf]) -> Result<(), Failure> {
+        if images.is_empty() {
+            return Ok(());
+        }
+        let records = self.keystore.envelopes()?.sound.into_iter();
+        for record in
+            records.filter(|record| images.iter().any(|image| *image == Path::new(&record.location)))
+        {
+            self.keystore.copy_is_behind(&record.envelope, CopyPlace::Image)?;
+        }
+        self.copies_bell.ring();
+        Ok(())
+    }
+
+    /// The same for the images of one VM, by what its XML names now.
+    pub(super) fn note_bad_images_of(&self, xml: &str) -> Result<(), Failure> {
+        let layers = Domain::parse(xml).map_or_else(|_| Vec::new(), |domain| encrypted_layers(&domain));
+        for (id, path) in layers {
+            let copy = volume::identify(&path).map(|(_, copy)| copy);
+            if let (Ok(ImageCopy::Unreadable(_)), Some(record)) = (copy, self.keystore.readable_envelope(id)?)
+            {
+                self.keystore.copy_is_behind(&record.envelope, CopyPlace::Image)?;
+                self.copies_bell.ring();
+            }
+        }
+        Ok(())
     }
 
     /// Notes that a copy which differs from what the keystore has is behind. Says whether it can follow.
@@ -120,10 +183,15 @@ impl Daemon {
     /// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
     /// know, or in an earlier generation, that verify and open. A job that did not know them would leave them behind. What
     /// can't be believed is passed over; what can't be read is named.
-    pub(super) fn take_in_travelling(&self) -> Result<Vec<String>, Failure> {
+    pub(super) fn take_in_travelling(&self) -> Result<Travelling, Failure> {
         let visible = self.visible_copies()?;
+        self.note_bad_images(&visible.bad_images)?;
+        let rivals = self.rivals(&visible.copies);
         self.take_in_all(visible.copies.into_iter().chain(self.held_copies(None)))?;
-        Ok(visible.unreadable)
+        Ok(Travelling {
+            unreadable: visible.unreadable,
+            rivals,
+        })
     }
 
     fn take_in_all(&self, copies: impl IntoIterator<Item = VisibleCopy>) -> Result<(), Failure> {

@@ -118,6 +118,14 @@ impl Keystore {
     /// # Errors
     /// [`KeystoreError::JobRunning`]: one runs at a time.
     pub fn insert_job(&self, task: &str) -> Result<JobRecord, KeystoreError> {
+        self.insert_job_without(task, &[])
+    }
+
+    /// Starts a job that leaves these behind from the beginning.
+    ///
+    /// # Errors
+    /// As [`Keystore::insert_job`].
+    pub fn insert_job_without(&self, task: &str, left: &[LeftBehind]) -> Result<JobRecord, KeystoreError> {
         self.write(|transaction| {
             if let Some(running) = select(transaction, "state = 'running'", [])?.whole()?.pop() {
                 return Err(KeystoreError::JobRunning(running.id.0).into());
@@ -129,6 +137,9 @@ impl Keystore {
                 params![task, total, now()],
             )?;
             let id = JobId(transaction.last_insert_rowid());
+            for left in left {
+                note(transaction, id, left.envelope, Some(left.clone()))?;
+            }
             find(transaction, id)
         })
     }
@@ -167,8 +178,10 @@ impl Keystore {
         self.read(|connection| match job.pass {
             Pass::All => envelopes::select(
                 connection,
-                "WHERE rowid > CAST(?1 AS INTEGER) ORDER BY rowid LIMIT ?2",
-                params![job.cursor, most],
+                "WHERE rowid > CAST(?1 AS INTEGER)
+                 AND id NOT IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 0)
+                 ORDER BY rowid LIMIT ?2",
+                params![job.cursor, most, job.id.0],
             ),
             Pass::Left => envelopes::select(
                 connection,

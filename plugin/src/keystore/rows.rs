@@ -165,7 +165,9 @@ mod tests {
 
     use super::*;
     use crate::envelope::{Binding, KekId, ObjectKind, ProviderId, Stanza, Verified};
-    use crate::keystore::{AuditAnchor, CopyPlace, Keystore, MadeKek, NativeRoot, Pass, Put, Verdict};
+    use crate::keystore::{
+        AuditAnchor, CopyPlace, Keystore, LeftBehind, MadeKek, NativeRoot, Pass, Put, Verdict,
+    };
     use crate::secret::Dek;
 
     fn dek() -> Dek {
@@ -314,6 +316,40 @@ mod tests {
             keystore.left_behind(job.id, 10).unwrap();
             keystore.jobs(10).unwrap().whole().unwrap();
         }
+    }
+
+    #[test]
+    fn a_job_leaves_what_is_to_be_decided_and_goes_through_the_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Keystore::open(dir.path()).unwrap();
+        let all = [0; 3].map(|_| envelope(VmId::random()));
+        for envelope in &all {
+            keystore.put(envelope, "").unwrap();
+        }
+        let left = LeftBehind {
+            envelope: all[2].id,
+            reason: "two versions".to_owned(),
+            again: false,
+        };
+        let job = keystore
+            .insert_job_without("{}", std::slice::from_ref(&left))
+            .unwrap();
+        let batch = keystore.next_of_job(&job, 10).unwrap().whole().unwrap();
+        let ids: Vec<_> = batch.iter().map(|record| record.envelope.id).collect();
+        assert_eq!(ids, [all[0].id, all[1].id]);
+        let verdicts: Vec<_> = ids.into_iter().map(Verdict::Unchanged).collect();
+        let job = keystore.commit_batch(job.id, &verdicts).unwrap();
+        assert!(
+            keystore
+                .next_of_job(&job, 10)
+                .unwrap()
+                .whole()
+                .unwrap()
+                .is_empty()
+        );
+        let ended = keystore.end_pass(job.id).unwrap();
+        assert_eq!((ended.state.as_str(), ended.left), ("incomplete", 1));
+        assert_eq!(keystore.left_behind(job.id, 10).unwrap(), [left]);
     }
 
     #[test]

@@ -331,7 +331,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
             (Some(envelope), true) => ours(host, domain, disk, envelope)?,
             (None, true) => match take_back::known_disk(host, domain.uuid, path)? {
                 Some(envelope) => DiskWork::Adopt(envelope),
-                None => return Err(encrypted_by_others(path)),
+                None => DiskWork::Adopt(named_by_xml(host, domain, disk, path, info.unreadable_envelope)?),
             },
             (_, false) if disk.encryption.is_some() => return Err(encrypted_by_others(path)),
             (_, false) if info.virtual_size.0 == 0 => return Err(without_size(path)),
@@ -411,6 +411,34 @@ fn encrypted_by_others(path: &Path) -> Failure {
         "convert it to a plain image, then virtseal volume create NEW --from it: {} itself can't be adopted",
         path.display()
     ))
+}
+
+/// The envelope of an image that carries none that can be read, at a place that the keystore does not know.
+fn named_by_xml(
+    host: &Host<'_>,
+    domain: &Domain,
+    disk: &Disk,
+    path: &Path,
+    unreadable: Option<String>,
+) -> Result<Envelope, Failure> {
+    match (
+        disk.encryption.as_ref().map(|encryption| &encryption.secret),
+        unreadable,
+    ) {
+        (Some(domain::SecretRef::Uuid(id)), _) => named_envelope(host, domain, ObjectKind::Disk, *id),
+        (_, Some(why)) => Err(Failure::new(
+            Code::NotFound,
+            format!(
+                "the copy of the envelope in {} can't be read, and no other is known here: {why}",
+                path.display()
+            ),
+        )
+        .next(format!(
+            "virsh define FILE, where FILE is a dumpxml of {} with its <virtseal:vm> metadata, then seal",
+            word(&domain.name)
+        ))),
+        (_, None) => Err(encrypted_by_others(path)),
+    }
 }
 
 fn carries(domain: &Domain, envelope: &Envelope) -> bool {

@@ -342,7 +342,7 @@ impl<'a> Making<'a> {
         image.unlock(self.passphrase)?;
         let complete = image.format()? == Format::Qcow2Luks1
             && image.virtual_size() == self.size
-            && image.envelope()?.as_ref() == Some(self.envelope);
+            && image.copy().envelope().as_ref() == Some(self.envelope);
         if !complete {
             return Err(VolumeError::unsupported(
                 &self.request.path,

@@ -84,6 +84,8 @@ pub struct VolumeInfo {
     pub luks: Option<LuksInfo>,
     /// The copy that the image carries.
     pub envelope: Option<Envelope>,
+    /// What is wrong with a copy that can't be read: it says nothing of the image.
+    pub unreadable_envelope: Option<String>,
     /// Only for qcow2: how many snapshots are in it.
     #[serde(skip)]
     pub snapshots: u32,
@@ -103,13 +105,45 @@ pub fn inspect(path: &Path) -> Result<VolumeInfo, VolumeError> {
     Image::open(path)?.info()
 }
 
+/// The copy of an envelope in an image. Anybody who writes the image has written it: one that can't be read is a bad copy, and
+/// no reason to do without the image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageCopy {
+    /// The image carries none.
+    None,
+    /// It is one in form.
+    Envelope(Box<Envelope>),
+    /// What is wrong with it.
+    Unreadable(String),
+}
+
+impl ImageCopy {
+    /// The one that can be read.
+    #[must_use]
+    pub fn envelope(self) -> Option<Envelope> {
+        match self {
+            Self::Envelope(envelope) => Some(*envelope),
+            Self::None | Self::Unreadable(_) => None,
+        }
+    }
+
+    /// What is wrong with it.
+    #[must_use]
+    pub fn flaw(&self) -> Option<String> {
+        match self {
+            Self::Unreadable(why) => Some(why.clone()),
+            Self::None | Self::Envelope(_) => None,
+        }
+    }
+}
+
 /// What kind of image `path` is, and the envelope that it carries, without a look at its data.
 ///
 /// # Errors
 /// Those of [`inspect`].
-pub fn identify(path: &Path) -> Result<(Format, Option<Envelope>), VolumeError> {
+pub fn identify(path: &Path) -> Result<(Format, ImageCopy), VolumeError> {
     let image = Image::open(path)?;
-    Ok((image.format()?, image.envelope()?))
+    Ok((image.format()?, image.copy()))
 }
 
 /// As [`inspect`], at a path that others have named.
@@ -291,6 +325,7 @@ impl Image {
                 "repair it with `qemu-img check -r all` as its owner, not as root, or restore it from a backup",
             ));
         }
+        let copy = self.copy();
         Ok(VolumeInfo {
             path: self.path.clone(),
             format,
@@ -303,7 +338,8 @@ impl Image {
                     format: backing.format.clone(),
                 }),
             luks: self.luks_header()?.map(|(header, _)| header.info()),
-            envelope: self.envelope()?,
+            unreadable_envelope: copy.flaw(),
+            envelope: copy.envelope(),
             snapshots: qcow2.map_or(0, |header| header.snapshots),
             data: self.data()?,
             file_id: self.file_id,
@@ -320,16 +356,24 @@ impl Image {
     }
 
     /// The envelope that it carries.
-    pub(crate) fn envelope(&self) -> Result<Option<Envelope>, VolumeError> {
+    pub(crate) fn copy(&self) -> ImageCopy {
         let Some((offset, payload)) = self.qcow2().and_then(|header| header.envelope.as_ref()) else {
-            return Ok(None);
+            return ImageCopy::None;
         };
-        let damaged = |flaw| VolumeError::damaged(&self.path, flaw);
-        let pointer = extension::pointer(payload, *offset).map_err(damaged)?;
         let luks = self.luks_span().unwrap_or(Span { offset: 0, len: 0 });
-        let at = extension::locate(pointer, *offset, luks).map_err(damaged)?;
-        let json = read(&self.file, at, pointer.len).attempt("read the envelope of", &self.path)?;
-        extension::envelope(&json, at).map(Some).map_err(damaged)
+        let located = extension::pointer(payload, *offset)
+            .and_then(|pointer| Ok((extension::locate(pointer, *offset, luks)?, pointer.len)));
+        let found =
+            located
+                .map_err(|flaw| flaw.to_string())
+                .and_then(|(at, len)| match read(&self.file, at, len) {
+                    Ok(json) => extension::envelope(&json, at).map_err(|flaw| flaw.to_string()),
+                    Err(error) => Err(format!("the envelope can't be read: {error}")),
+                });
+        match found {
+            Ok(envelope) => ImageCopy::Envelope(Box::new(envelope)),
+            Err(why) => ImageCopy::Unreadable(why),
+        }
     }
 
     /// The volume key, if `passphrase` opens a keyslot.

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use super::error::{Attempt, Flaw, Part, VolumeError};
 use super::held::Held;
-use super::open::Image;
+use super::open::{Image, ImageCopy};
 use super::qcow2::{extension, extension::Place, rewrite};
 use crate::envelope::{Envelope, EnvelopeId, Generation};
 use crate::permitted::PermittedPath;
@@ -29,7 +29,8 @@ pub enum Carried {
     NotThere,
 }
 
-/// Makes the image at `place` carry `envelope`, if it carries a version of it that `gives_way`. `journal` keeps the bytes that
+/// Makes the image at `place` carry `envelope`, if it carries a version of it that `gives_way`, or something that can't be read
+/// while `passphrase`, that of the envelope, really opens the image. `journal` keeps the bytes that
 /// it gets, on stable storage, until this returns; after a crash they go to [`finish_rewrite`].
 ///
 /// # Errors
@@ -38,24 +39,28 @@ pub enum Carried {
 pub fn rewrite_envelope<E: From<VolumeError>>(
     place: &PermittedPath,
     envelope: &Envelope,
+    passphrase: Option<&Passphrase>,
     gives_way: impl FnOnce(&Envelope) -> Result<bool, E>,
     journal: impl FnOnce(&[u8]) -> Result<(), E>,
 ) -> Result<Carried, E> {
     let (held, path) = (Held::open(place)?, place.shown());
     let (file, image) = (held.file(), held.image()?);
-    let found = match image.envelope()? {
-        Some(found) if found.id == envelope.id => found,
+    match image.copy() {
+        ImageCopy::Envelope(found) if found.id == envelope.id => {
+            if *found == *envelope || !gives_way(&found)? {
+                return Ok(Carried::Generation(found.generation));
+            }
+        }
+        ImageCopy::Unreadable(_) if passphrase.is_some_and(|passphrase| image.unlock(passphrase).is_ok()) => {
+        }
         _ => return Ok(Carried::NotThere),
-    };
-    if found == *envelope || !gives_way(&found)? {
-        return Ok(Carried::Generation(found.generation));
     }
     let digest = image.header_digest()?;
     let patch = patch(&image, Some(envelope))?;
     journal(&patch.to_bytes())?;
     patch.write(file, path)?;
     let written = held.image()?;
-    if written.envelope()?.as_ref() != Some(envelope) || written.header_digest()? != digest {
+    if written.copy().envelope().as_ref() != Some(envelope) || written.header_digest()? != digest {
         return Err(damaged(path, "the envelope does not read back as it was written").into());
     }
     Ok(Carried::Generation(envelope.generation))
@@ -114,9 +119,11 @@ pub fn shred_keys(
     let opens = || passphrase.is_some_and(|passphrase| image.unlock(passphrase).is_ok());
     let (header, base) = image.encrypted()?;
     let keyslots = header.active_keyslots();
-    match image.envelope()? {
-        Some(found) if found.id != id => return Ok(Shredding::Carries(found.id)),
-        None if keyslots > 0 && !opens() => return Ok(Shredding::NotShown(keyslots)),
+    match image.copy() {
+        ImageCopy::Envelope(found) if found.id != id => return Ok(Shredding::Carries(found.id)),
+        ImageCopy::None | ImageCopy::Unreadable(_) if keyslots > 0 && !opens() => {
+            return Ok(Shredding::NotShown(keyslots));
+        }
         _ => {}
     }
     let mut material = 0;
@@ -131,7 +138,7 @@ pub fn shred_keys(
     file.write_all_at(&header.without_keys().to_bytes(), base)
         .attempt("overwrite the LUKS header of", path)?;
     file.sync_data().attempt("write", path)?;
-    let envelope = image.envelope()?.is_some();
+    let envelope = image.copy() != ImageCopy::None;
     if envelope {
         patch(&image, None)?.write(file, path)?;
     }
@@ -165,16 +172,16 @@ fn patch(image: &Image, envelope: Option<&Envelope>) -> Result<Patch, VolumeErro
         .envelope
         .as_ref()
         .ok_or_else(|| damaged(path, "it carries no envelope"))?;
-    let pointer = extension::pointer(payload, *offset).map_err(of)?;
     let cluster_size = header.cluster_size;
     let first = image.read(0, cluster_size.bytes() as usize)?;
     let json = envelope.map(Envelope::to_json);
+    let (place, old_len) = whereabouts(image, *offset, payload, json.as_deref())?;
     let mut patch = Patch::default();
-    if let Place::BehindLuks(start) = pointer.place {
+    if let Place::BehindLuks(start) = place {
         patch.push(behind_luks(
             image,
             start,
-            pointer.len,
+            old_len,
             json.as_deref().unwrap_or_default(),
         )?);
     } else if json
@@ -183,7 +190,7 @@ fn patch(image: &Image, envelope: Option<&Envelope>) -> Result<Patch, VolumeErro
     {
         return Err(damaged(path, "its first cluster has no room for the envelope"));
     }
-    let payload = json.map(|json| extension::payload(&json, pointer.place));
+    let payload = json.map(|json| extension::payload(&json, place));
     let new = rewrite::with_payload(&first, image.len(), payload.as_deref()).map_err(of)?;
     let end = first
         .iter()
@@ -196,6 +203,23 @@ fn patch(image: &Image, envelope: Option<&Envelope>) -> Result<Patch, VolumeErro
         new: new[..end].to_vec(),
     });
     Ok(patch)
+}
+
+/// Where the JSON is, and its length; of a copy that can't be read, where a new one has room.
+fn whereabouts(
+    image: &Image,
+    offset: u64,
+    payload: &[u8],
+    json: Option<&str>,
+) -> Result<(Place, usize), VolumeError> {
+    if let (ImageCopy::Envelope(_), Ok(pointer)) = (image.copy(), extension::pointer(payload, offset)) {
+        return Ok((pointer.place, pointer.len));
+    }
+    let (Some(json), Some(header)) = (json, image.qcow2()) else {
+        return Ok((Place::Inline, 0));
+    };
+    let (luks, _) = image.encrypted()?;
+    Ok((Place::choose(json, header.cluster_size, luks.payload_offset()), 0))
 }
 
 /// The JSON in the space that the image has behind the LUKS header and its key material, and nowhere else.

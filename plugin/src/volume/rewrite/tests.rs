@@ -113,7 +113,7 @@ fn an_image_follows_its_envelope_and_nothing_else_changes() {
             let before = volume::inspect(&path).unwrap();
             for generation in [2, 3, 1, 16, 15] {
                 let next = bench.next(generation);
-                let carried = rewrite_envelope(&by_root(&path), &next, older_than(&next), unjournaled);
+                let carried = rewrite_envelope(&by_root(&path), &next, None, older_than(&next), unjournaled);
                 let held = volume::inspect(&path).unwrap().envelope.unwrap();
                 if cluster == 4096 && generation > 3 {
                     assert!(carried.unwrap_err().to_string().contains("no room"));
@@ -134,6 +134,67 @@ fn an_image_follows_its_envelope_and_nothing_else_changes() {
     }
 }
 
+/// Whoever writes an image has written its copy: a bad one hides neither the image nor the keystore's copy.
+#[test]
+fn a_copy_that_cannot_be_read_is_written_over_once_the_image_has_opened() {
+    let bench = Bench::new();
+    for cluster in [512, 4096, 65536] {
+        for (damage, bytes) in [
+            ("garbage", &b"{]"[..]),
+            ("not text", &[0xff, 0xfe]),
+            ("another format", b"{\"version\":99,"),
+        ] {
+            let name = format!("{cluster}-{}", damage.replace(' ', "-"));
+            let path = bench.create(&name, cluster, None);
+            let whole = fs::read(&path).unwrap();
+            let at = whole
+                .windows(11)
+                .position(|found| found == b"{\"version\":")
+                .unwrap();
+            damage_at(&path, at as u64, bytes);
+            expect_mended(&bench, &path, damage);
+            // Where the pointer to it is damaged: its format, its place, its length.
+            let kind = whole.windows(4).position(|found| found == *b"vsea").unwrap() as u64;
+            for (offset, bytes) in [
+                (8, &[9][..]),
+                (9, &[7]),
+                (12, &[0xff, 0xff, 0xff, 0xff]),
+                (12, &[0; 4]),
+            ] {
+                fs::write(&path, &whole).unwrap();
+                damage_at(&path, kind + offset, bytes);
+                expect_mended(&bench, &path, &format!("{damage}, {offset}"));
+            }
+        }
+    }
+}
+
+fn damage_at(path: &Path, offset: u64, bytes: &[u8]) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(bytes, offset).unwrap();
+}
+
+fn expect_mended(bench: &Bench, path: &Path, what: &str) {
+    let info = volume::inspect(path).unwrap();
+    assert!(
+        info.envelope.is_none() && info.unreadable_envelope.is_some(),
+        "{what}"
+    );
+    let before = fs::read(path).unwrap();
+    let next = bench.next(2);
+    let wrong = Dek::random().unwrap().passphrase().unwrap();
+    for passphrase in [None, Some(&wrong)] {
+        let left = rewrite_envelope(&by_root(path), &next, passphrase, |_| Ok(true), unjournaled);
+        assert_eq!(left.unwrap(), Carried::NotThere, "{what}");
+        assert_eq!(fs::read(path).unwrap(), before, "{what}");
+    }
+    let never = |_: &Envelope| panic!("nobody can ask of what can't be read");
+    let mended = rewrite_envelope(&by_root(path), &next, Some(&bench.passphrase), never, unjournaled);
+    assert_eq!(mended.unwrap(), Carried::Generation(next.generation), "{what}");
+    assert_eq!(volume::inspect(path).unwrap().envelope, Some(next), "{what}");
+    bench.assert_whole(path);
+}
+
 #[test]
 fn an_open_image_and_a_foreign_one_are_left_alone() {
     let bench = Bench::new();
@@ -142,7 +203,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     let mut other = bench.next(2);
     other.id = EnvelopeId::random();
     assert_eq!(
-        rewrite_envelope(&by_root(&path), &other, |_| Ok(true), unjournaled).unwrap(),
+        rewrite_envelope(&by_root(&path), &other, None, |_| Ok(true), unjournaled).unwrap(),
         Carried::NotThere
     );
     // As a QEMU that only reads: it uses and does not share writing.
@@ -156,7 +217,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     };
     fcntl(&reader, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     for error in [
-        rewrite_envelope(&by_root(&path), &bench.next(2), |_| Ok(true), unjournaled).unwrap_err(),
+        rewrite_envelope(&by_root(&path), &bench.next(2), None, |_| Ok(true), unjournaled).unwrap_err(),
         shred_keys(&by_root(&path), bench.next(1).id, Some(&bench.passphrase)).unwrap_err(),
         is_free(&by_root(&path)).unwrap_err(),
         finish_rewrite(&by_root(&path), b"").unwrap_err(),
@@ -165,7 +226,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     }
     assert_eq!(fs::read(&path).unwrap(), before);
     drop(reader);
-    rewrite_envelope(&by_root(&path), &bench.next(2), |_| Ok(true), unjournaled).unwrap();
+    rewrite_envelope(&by_root(&path), &bench.next(2), None, |_| Ok(true), unjournaled).unwrap();
 }
 
 #[test]
@@ -192,13 +253,14 @@ fn whatever_part_was_written_the_journal_completes_it() {
     let bench = Bench::new();
     for cluster in [512, 65536] {
         let path = bench.create(&format!("torn-{cluster}"), cluster, None);
-        rewrite_envelope(&by_root(&path), &bench.next(9), |_| Ok(true), unjournaled).unwrap();
+        rewrite_envelope(&by_root(&path), &bench.next(9), None, |_| Ok(true), unjournaled).unwrap();
         let before = fs::read(&path).unwrap();
         let next = bench.next(14);
         let mut journal = Vec::new();
         let refused = rewrite_envelope(
             &by_root(&path),
             &next,
+            None,
             |_| Ok(true),
             |bytes| {
                 journal = bytes.to_vec();
