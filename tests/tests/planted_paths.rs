@@ -225,6 +225,12 @@ fn the_plan_tells_what_the_act_would_meet_and_a_failing_act_leaves_every_file() 
     let before = fs::read(host.path(&spec.disk))?;
     for (xml, said) in cases {
         host.define_xml(&xml)?;
+        let defined = host.virsh(&["dumpxml", "--inactive", "odd"])?.succeeded()?;
+        if xml.contains("/run/tpm") && !defined.contains("/run/tpm") {
+            println!("this libvirt drops a place for the TPM's state: nothing to refuse");
+            host.undefine("odd")?;
+            continue;
+        }
         for arguments in [&["vm", "seal", "--dry-run", "odd"][..], &["vm", "seal", "odd"]] {
             let refused = sealed.virtseal(arguments)?;
             ensure!(!refused.status.success(), "{said}: {refused:?}");
