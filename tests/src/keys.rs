@@ -210,6 +210,18 @@ pub fn kept_envelopes(state_dir: &Path) -> Result<Vec<KeptEnvelope>> {
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
+/// The UUIDs of the VMs that a keystore takes for sealed.
+///
+/// # Errors
+/// When it is no keystore.
+pub fn kept_sealed_vms(state_dir: &Path) -> Result<Vec<String>> {
+    let copy = Copied::of(state_dir)?;
+    let query = "SELECT uuid FROM vms WHERE uuid NOT IN (SELECT uuid FROM plain_vms) ORDER BY uuid";
+    let mut statement = copy.database.prepare(query)?;
+    let rows = statement.query_map([], |row| row.get(0))?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
 /// A keystore's copy, so that the daemon's own files are not touched.
 struct Copied {
     database: rusqlite::Connection,

@@ -59,7 +59,9 @@ pub use durable::{expect_durable, expect_order};
 pub use guest::{BOOT_DEADLINE, Guest, guest_image};
 pub use host::{Host, HostBuilder};
 pub use host_tpm::{HostTpm, KernelKey};
-pub use keys::{KeptEnvelope, RootKey, edit_keystore, kept_envelopes, newest_root, pin_log, sealed_root};
+pub use keys::{
+    KeptEnvelope, RootKey, edit_keystore, kept_envelopes, kept_sealed_vms, newest_root, pin_log, sealed_root,
+};
 pub use namespace::Namespace;
 pub use observed::{Strace, core_image};
 pub use openable::temporaries;

@@ -81,7 +81,7 @@ impl Tracer {
     /// # Errors
     /// It can't be traced.
     pub fn kill_at(pid: Pid, nth: usize) -> Result<Self> {
-        Self::follow(pid, nth, true)
+        Self::follow(pid, nth, &Counts::All)
     }
 
     /// The same, counting only what it does to files: how often it talks to others may differ from one time to the next.
@@ -89,16 +89,25 @@ impl Tracer {
     /// # Errors
     /// It can't be traced.
     pub fn kill_at_change(pid: Pid, nth: usize) -> Result<Self> {
-        Self::follow(pid, nth, false)
+        Self::follow(pid, nth, &Counts::Changes)
     }
 
-    fn follow(pid: Pid, nth: usize, sockets: bool) -> Result<Self> {
+    /// The same, counting only what it does to files with `name` in theirs, and its next step after each.
+    ///
+    /// # Errors
+    /// It can't be traced.
+    pub fn kill_at_file(pid: Pid, nth: usize, name: &'static str) -> Result<Self> {
+        Self::follow(pid, nth, &Counts::File(name))
+    }
+
+    fn follow(pid: Pid, nth: usize, counts: &Counts) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let (ready, attached) = channel();
         let watch = Watch {
             leader: pid,
             nth,
-            sockets,
+            counts: *counts,
+            counted: 0,
             stop: Arc::clone(&stop),
             trace: Trace::default(),
         };
@@ -137,11 +146,21 @@ impl Drop for Tracer {
     }
 }
 
+/// Which steps a kill waits for.
+#[derive(Clone, Copy)]
+enum Counts {
+    All,
+    /// No messages.
+    Changes,
+    /// Those on a file, each with the step after it.
+    File(&'static str),
+}
+
 struct Watch {
     leader: Pid,
     nth: usize,
-    /// Whether messages count too.
-    sockets: bool,
+    counts: Counts,
+    counted: usize,
     stop: Arc<AtomicBool>,
     trace: Trace,
 }
@@ -231,10 +250,20 @@ impl Watch {
         }
         let arguments = [registers.rdi, registers.rsi, registers.rdx, registers.r10];
         let step = step(thread, registers.orig_rax as i64, arguments);
-        let counts = |step: &Step| !self.goes_on(step) && (self.sockets || step.file != "socket");
-        if let Some(step) = step.filter(counts) {
+        let is_seen = |step: &Step| {
+            !self.goes_on(step) && (matches!(self.counts, Counts::All) || step.file != "socket")
+        };
+        if let Some(step) = step.filter(is_seen) {
+            let counts = match self.counts {
+                Counts::All | Counts::Changes => true,
+                Counts::File(name) => {
+                    let before = self.trace.steps.last();
+                    step.file.contains(name) || before.is_some_and(|before| before.file.contains(name))
+                }
+            };
             self.trace.steps.push(step);
-            if self.trace.steps.len() == self.nth {
+            self.counted += usize::from(counts);
+            if counts && self.counted == self.nth {
                 self.trace.killed = kill(self.leader, Signal::SIGKILL).is_ok();
             }
         }

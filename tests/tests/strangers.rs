@@ -156,6 +156,9 @@ fn the_old_xml_of_a_sealed_vm_is_refused_until_vm_seal_takes_it_back() -> Result
     sealed.host().define_xml(&old)?;
     let names = ["web01", "it is sealed", "virtseal vm seal web01"];
     expect_names(&sealed.refused_start("web01")?, &names)?;
+    // By the hook alone, and virtseald was there to note it.
+    let audit = sealed.run(&["audit", "show"])?;
+    expect_names(&audit, &["prepare", "refused", "web01", "it is sealed"])?;
     sealed.stop_daemon(Signal::SIGKILL)?;
     expect_names(&sealed.refused_start("web01")?, &names)?;
     sealed.start_daemon()?;

@@ -25,7 +25,9 @@ impl Daemon {
     pub fn status(&self, age: Age, after: Option<&str>) -> Result<HostStatus, Failure> {
         let glance = self.glance(age)?;
         let providers = self.providers()?.providers;
-        let (vms, next_vms) = pages::of_vms(&glance.vms, after, pages::size_of(&providers));
+        let damaged = pages::cut(glance.damaged.to_vec(), pages::PAGE / 8);
+        let others = pages::size_of(&providers) + pages::size_of(&damaged);
+        let (vms, next_vms) = pages::of_vms(&glance.vms, after, others);
         Ok(HostStatus {
             version: env!("CARGO_PKG_VERSION").into(),
             libvirt: glance.libvirt.err().unwrap_or_else(|| "connected".to_owned()),
@@ -35,7 +37,7 @@ impl Daemon {
             next_vms,
             armed: lock(&self.arms).len() as i64,
             audit: self.audit.problem(),
-            damaged: glance.damaged.to_vec(),
+            damaged,
         })
     }
 
