@@ -24,6 +24,7 @@ pub mod pools;
 mod providers;
 mod records;
 mod rivals;
+mod running;
 mod saved;
 mod sharing;
 mod shred;
@@ -86,6 +87,8 @@ pub struct Daemon {
     libvirt: Arc<Libvirt>,
     /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
     background: Libvirt,
+    /// And one on which libvirt tells what is done to running VMs.
+    events: Libvirt,
     /// Of this host, for providers that it unlocks, and caches that it keeps.
     tpm: Arc<Tpm>,
     audit: AuditLog,
@@ -120,6 +123,8 @@ pub struct Daemon {
     changed_vms: Mutex<BTreeSet<VmId>>,
     /// What is to be noted of starts.
     first_runs: FirstRuns,
+    /// What is done to VMs while they run.
+    running: Arc<running::Running>,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
     copying: Mutex<()>,
 }
@@ -138,6 +143,7 @@ impl Daemon {
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
             background: Libvirt::new(&config.libvirt_uri),
+            events: Libvirt::new(&config.libvirt_uri),
             tpm: Arc::new(Tpm::new(config.tpm.clone(), Tpm::DEADLINE)),
             config: RwLock::new(config),
             keystore,
@@ -160,6 +166,7 @@ impl Daemon {
             looks: overdue::Looks::default(),
             changed_vms: Mutex::default(),
             first_runs: FirstRuns::default(),
+            running: Arc::default(),
             copying: Mutex::default(),
         })
     }

@@ -10,6 +10,7 @@
 mod declared;
 pub mod edit;
 mod firmware;
+pub mod jobs;
 mod metadata;
 mod named;
 mod objects;

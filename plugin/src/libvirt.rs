@@ -4,8 +4,10 @@
 //! waits for us. Everything blocks, and runs on a worker thread with a deadline. The connection is opened when it
 //! is first needed and again after libvirtd was restarted.
 
+pub mod events;
 mod probe;
 pub mod qemu_conf;
+mod running;
 mod saved;
 
 use std::collections::BTreeSet;
@@ -24,6 +26,8 @@ use crate::domain::parse_document;
 use crate::envelope::{EnvelopeId, ObjectKind, VmId};
 use crate::secret::Passphrase;
 use probe::Probe;
+
+pub use running::RunningVm;
 
 /// A DEK on its way to libvirt.
 #[derive(Debug)]
@@ -328,20 +332,6 @@ impl Libvirt {
                 Whereabouts::Off
             };
             Ok(Some(found))
-        })
-    }
-
-    /// The XML of now of a VM that runs.
-    pub fn live_xml(&self, vm: VmId) -> Result<Option<String>, LibvirtError> {
-        self.with("read the domain", |connection| {
-            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
-                return Ok(None);
-            };
-            if domain.is_active()? {
-                domain.xml_desc(sys::VIR_DOMAIN_XML_SECURE).map(Some)
-            } else {
-                Ok(None)
-            }
         })
     }
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 
 use crate::config::Config;
-use crate::domain::{Domain, ObjectState, Permission, Policy, Rule, SideDoor, objects};
+use crate::domain::jobs::JobTarget;
+use crate::domain::{Domain, Object, ObjectState, Permission, Policy, Rule, SideDoor, objects};
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain};
 use crate::libvirt::qemu_conf::QemuConf;
@@ -148,27 +149,62 @@ pub fn findings(domain: &Domain, policy: Policy) -> Vec<String> {
     refused.into_iter().chain(warnings(domain, policy)).collect()
 }
 
-/// What a running VM has that its next start would not have: copies in the making, and plain disks that were attached.
-/// No hook runs for these.
+/// What a running sealed VM has that a start would have refused, or its next start would not have: copies and a backup in the
+/// making, and what was attached. No hook runs for these.
 #[must_use]
-pub fn while_it_runs(live: &Domain, next: &Domain, policy: Policy) -> Vec<String> {
-    let known = warnings(next, policy);
+pub fn while_it_runs(
+    live: &Domain,
+    next: Option<&Domain>,
+    backup: &[JobTarget],
+    policy: Policy,
+) -> Vec<String> {
+    let known = next.map(|next| warnings(next, policy)).unwrap_or_default();
     let mut found = warnings(live, policy);
     found.retain(|warning| !known.contains(warning));
-    let attached = objects(live).into_iter().filter(|object| {
-        object.kind == ObjectKind::Disk
-            && object.state == ObjectState::Plain
-            && !objects(next).contains(object)
-    });
-    found.extend(attached.map(|object| {
+    let backup = backup.iter().filter(|target| !target.sealed);
+    found.extend(backup.map(|target| {
         format!(
-            "{}: {} is in use in plaintext now, whatever its image is: {}",
+            "{}: {} ({})",
             visible(&live.name),
-            visible(&object.label),
-            visible(&object.path.unwrap_or_default().display().to_string())
+            visible(&target.to_string()),
+            target.way_out()
+        )
+    }));
+    let is_allowed = |disk: &Object| {
+        policy.mixed_disks == Permission::Yes && next.is_some_and(|next| objects(next).contains(disk))
+    };
+    let plain = plain_disks(live).into_iter().filter(|disk| !is_allowed(disk));
+    found.extend(plain.map(|disk| {
+        format!(
+            "{}: {} is in use in plaintext, whatever its image is: {}",
+            visible(&live.name),
+            visible(&disk.label),
+            visible(&disk.path.unwrap_or_default().display().to_string())
         )
     }));
     found
+}
+
+/// The disks that the guest may write to, and that libvirt opens without a key.
+#[must_use]
+pub fn plain_disks(domain: &Domain) -> Vec<Object> {
+    let mut disks = objects(domain);
+    disks.retain(|object| object.kind == ObjectKind::Disk && object.state == ObjectState::Plain);
+    disks
+}
+
+/// That a disk is a sealed image, opened as if it were raw.
+#[must_use]
+pub fn sealed_as_raw(vm: &str, disk: &str, path: &Path, owner: &str) -> String {
+    format!(
+        "{}: {} is the sealed image {} of {}, opened as raw: the guest sees ciphertext, and what it writes there destroys the image \
+         (virsh detach-disk, then virtseal volume info {})",
+        visible(vm),
+        visible(disk),
+        visible(&path.display().to_string()),
+        visible(owner),
+        quoted(path.display().to_string())
+    )
 }
 
 /// Which plain images the VM's disks are based on.
@@ -207,6 +243,7 @@ fn plain_backing(image: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::jobs::Role;
 
     fn domain(inside: &str) -> Domain {
         let xml = format!(
@@ -290,18 +327,44 @@ mod tests {
                 "<devices><disk type='file'><source file='/d'/><target dev='vdb'/>{inside}</disk></devices>"
             )
         };
-        let next = domain("");
-        let attached = while_it_runs(&domain(&disk("")), &next, Policy::default());
-        assert!(
-            matches!(&attached[..], [one] if one.contains("disk vdb") && one.contains("/d")),
-            "{attached:?}"
-        );
+        let seen = |live: &Domain, next: Option<&Domain>, policy| while_it_runs(live, next, &[], policy);
+        let (next, attached) = (domain(""), domain(&disk("")));
+        // Into its definition too, or of a VM that has none: a start would have refused it.
+        for next in [Some(&next), Some(&attached), None] {
+            let told = seen(&attached, next, Policy::default());
+            assert!(
+                matches!(&told[..], [one] if one.contains("disk vdb") && one.contains("/d")),
+                "{told:?}"
+            );
+        }
+        let mixed = Policy {
+            mixed_disks: Permission::Yes,
+            ..Policy::default()
+        };
+        assert!(seen(&attached, Some(&attached), mixed).is_empty());
+        assert_eq!(seen(&attached, Some(&next), mixed).len(), 1);
         let copied = domain(&disk(
             "<mirror type='file' job='copy'><source file='/copy'/></mirror>",
         ));
-        let told = while_it_runs(&copied, &domain(&disk("")), Policy::default());
+        let told = seen(&copied, Some(&attached), mixed);
         assert!(matches!(&told[..], [one] if one.contains("/copy")), "{told:?}");
-        assert!(while_it_runs(&next, &next, Policy::default()).is_empty());
+        assert!(seen(&next, Some(&next), Policy::default()).is_empty());
+    }
+
+    #[test]
+    fn a_backup_is_told_where_it_is_plain() {
+        let vm = domain("");
+        let target = |sealed| JobTarget {
+            disk: "vda".into(),
+            role: Role::Scratch,
+            to: "/x\u{1b}[2J".into(),
+            sealed,
+        };
+        let told = while_it_runs(&vm, Some(&vm), &[target(false), target(true)], Policy::default());
+        assert!(
+            matches!(&told[..], [one] if one.contains("/x") && one.contains("scratch") && !one.contains('\u{1b}')),
+            "{told:?}"
+        );
     }
 
     #[test]

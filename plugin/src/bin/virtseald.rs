@@ -19,6 +19,7 @@ use virtseal::config::{Config, ConfigError, LogFilter};
 use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
 use virtseal::failure::chain;
+use virtseal::libvirt::events;
 use virtseal::listener::Server;
 use virtseal::process::{self, LinkedCode};
 use virtseal::sockets::Sockets;
@@ -53,6 +54,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
         )
     })?;
     start_log(&config.log)?;
+    events::prepare_loop().map_err(|error| anyhow!("libvirt's events: {}", error.message()))?;
     let sockets = Sockets::open(&config).map_err(|error| anyhow!(chain(&error)))?;
     let daemon = Arc::new(Daemon::open(config)?);
     warn_of_settings(&daemon);
@@ -160,6 +162,8 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
         ("jobs", Daemon::run_jobs as Work),
         ("copies", Daemon::run_copies),
         ("status", Daemon::run_glances),
+        ("running", Daemon::watch_running),
+        ("events", |_| events::run_loop()),
     ] {
         let daemon = Arc::clone(daemon);
         std::thread::Builder::new()

@@ -57,6 +57,11 @@ impl Daemon {
         });
     }
 
+    /// Something that was done to a VM while it ran, and that nobody was asked about.
+    pub(super) fn audit_finding(&self, vm: VmId, name: &str, words: &str) {
+        self.append(Event::new("found", Outcome::Ok).vm(vm, name).detail(words));
+    }
+
     /// A change of a provider.
     pub(super) fn audit_provider<T>(&self, op: &str, name: &str, result: &Result<T, Failure>) {
         self.append(with_reason(

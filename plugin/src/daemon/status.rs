@@ -55,12 +55,14 @@ impl Daemon {
         let view = match self.find_vm(vm)? {
             KnownVm::Defined(defined) => {
                 let domain = Domain::parse(&defined.xml).map_err(|error| unreadable(&defined, &error))?;
+                let looked = defined.active.then(|| self.look_now(defined.vm)).transpose();
                 let mut view = self.defined(&defined, &domain, Look::Closely, &known).0;
                 view.warnings.extend(side_doors::plain_layers(
                     &domain,
                     self.config().policy.of(&domain),
                 ));
-                view.warnings.extend(self.while_it_runs(&defined, &domain));
+                view.warnings
+                    .extend(looked.err().map(|failure| failure.of(&defined.name).to_string()));
                 view
             }
             KnownVm::Undefined(record) => self.undefined(&record, &known),
@@ -80,6 +82,9 @@ impl Daemon {
         let defined: BTreeSet<VmId> = domains.iter().map(|defined| defined.vm).collect();
         let undefined = known.vms.values().filter(|record| !defined.contains(&record.vm));
         vms.extend(undefined.map(|record| self.undefined(record, &known)));
+        let found = self.running.with_findings().into_iter();
+        let gone = found.filter(|(vm, _)| !defined.contains(vm) && !known.vms.contains_key(vm));
+        vms.extend(gone.map(|(vm, name)| self.gone(vm, name)));
         vms.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(vms)
     }
@@ -97,7 +102,9 @@ impl Daemon {
                 let (view, standings) = self.defined(defined, &domain, look, known);
                 let concerns = |standing| matches!(standing, &Standing::OfAnotherVm(_));
                 let is_damaged = known.damaged.contains_key(&defined.vm);
-                (view.state != "plain" || is_damaged || standings.iter().any(concerns)).then_some(view)
+                let is_found = !self.running.findings(defined.vm).is_empty();
+                let shown = is_damaged || is_found || standings.iter().any(concerns);
+                (view.state != "plain" || shown).then_some(view)
             }
             Err(_) if !is_known && !defined.xml.contains(Metadata::NAMESPACE) => None,
             Err(error) => {
@@ -112,6 +119,7 @@ impl Daemon {
                     warnings: [
                         vec![unreadable(defined, &error).to_string()],
                         known.damaged_of(defined.vm),
+                        self.running.findings(defined.vm),
                     ]
                     .concat(),
                 })
@@ -174,27 +182,12 @@ impl Daemon {
                 rivals::of(domain, &known.by_id),
                 in_images,
                 self.side_doors(domain),
+                self.running.findings(defined.vm),
             ]
             .concat(),
             objects: views,
         };
         (view, standings)
-    }
-
-    /// By the XML of now of a sealed VM.
-    fn while_it_runs(&self, defined: &DefinedDomain, domain: &Domain) -> Vec<String> {
-        if !defined.active || domain.metadata.is_none() {
-            return Vec::new();
-        }
-        let policy = self.config().policy.of(domain);
-        match self.libvirt.live_xml(defined.vm) {
-            Ok(Some(xml)) => match Domain::parse(&xml) {
-                Ok(live) => side_doors::while_it_runs(&live, domain, policy),
-                Err(error) => vec![unreadable(defined, &error).to_string()],
-            },
-            Ok(None) => Vec::new(),
-            Err(error) => vec![chain(&error)],
-        }
     }
 
     /// Only a sealed VM has any.
@@ -306,7 +299,20 @@ impl Daemon {
             power: "undefined".into(),
             state: "undefined".into(),
             objects,
-            warnings: known.damaged_of(vm.vm),
+            warnings: [known.damaged_of(vm.vm), self.running.findings(vm.vm)].concat(),
+        }
+    }
+
+    /// A VM of which nothing is left but what was found.
+    fn gone(&self, vm: VmId, name: String) -> VmView {
+        VmView {
+            name,
+            uuid: vm.to_string(),
+            hangs_on: None,
+            power: "undefined".into(),
+            state: "undefined".into(),
+            objects: Vec::new(),
+            warnings: self.running.findings(vm),
         }
     }
 

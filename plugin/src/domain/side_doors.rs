@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use roxmltree::Node;
 
+use super::jobs::JobTarget;
 use super::read::{child, children};
 use super::{Firmware, PolicyKey, Source};
 
@@ -47,12 +48,7 @@ pub enum SideDoor {
         path: String,
     },
     /// While it runs, a disk is being copied to a plain image.
-    Mirror {
-        /// The disk's target.
-        target: String,
-        /// Where to.
-        to: String,
-    },
+    Mirror(JobTarget),
     /// The guest's memory is dumped to a file when it crashes or its watchdog fires.
     Dump(&'static str),
     /// libvirt would make an internal snapshot of the running VM, which kills a QEMU that has a sealed qcow2 disk.
@@ -81,7 +77,7 @@ impl SideDoor {
             | Self::Directory { .. }
             | Self::Pstore(_)
             | Self::Output { .. }
-            | Self::Mirror { .. }
+            | Self::Mirror(_)
             | Self::Dump(_)
             | Self::InternalSnapshots(_) => Rule::Warned,
         }
@@ -99,7 +95,7 @@ impl SideDoor {
             Self::Directory { .. } => "remove that <filesystem>, or add <readonly/>",
             Self::Pstore(_) => "remove <pstore>",
             Self::Output { .. } => "type='pty' without <log>",
-            Self::Mirror { .. } => "virsh blockjob --abort, and remove the copy",
+            Self::Mirror(copy) => copy.way_out(),
             Self::Dump(_) => "destroy or restart instead",
             Self::InternalSnapshots(_) => "have UEFI variables in a raw <nvram>",
         }
@@ -143,9 +139,7 @@ impl fmt::Display for SideDoor {
                     "the output of a {device} port is written to {path} in plaintext"
                 )
             }
-            Self::Mirror { target, to } => {
-                write!(f, "disk {target} is being copied to {to}, in plaintext")
-            }
+            Self::Mirror(copy) => write!(f, "{copy}"),
             Self::Dump(when) => write!(f, "its memory is dumped to a file in plaintext {when}"),
             Self::InternalSnapshots(why) => write!(
                 f,
@@ -260,19 +254,9 @@ fn output(node: Node<'_, '_>) -> Option<SideDoor> {
 
 /// Of a running VM: libvirt shows a copy in the making beside the disk.
 fn mirror(disk: Node<'_, '_>) -> Option<SideDoor> {
-    let copy = child(disk, "mirror").filter(|_| disk.has_tag_name("disk"))?;
-    let source = child(copy, "source");
-    if source.is_some_and(|source| child(source, "encryption").is_some()) {
-        return None;
-    }
-    let to = ["file", "dev", "name"]
-        .into_iter()
-        .find_map(|name| source?.attribute(name));
-    let target = child(disk, "target").and_then(|target| target.attribute("dev"));
-    Some(SideDoor::Mirror {
-        target: target.unwrap_or_default().to_owned(),
-        to: to.unwrap_or("another image").to_owned(),
-    })
+    super::jobs::copy(disk)
+        .filter(|copy| !copy.sealed)
+        .map(SideDoor::Mirror)
 }
 
 fn dumps(root: Node<'_, '_>) -> impl Iterator<Item = SideDoor> {
@@ -538,9 +522,9 @@ mod tests {
             ))
         };
         let found = disk("");
-        assert!(matches!(&found[..], [SideDoor::Mirror { .. }]), "{found:?}");
+        assert!(matches!(&found[..], [SideDoor::Mirror(_)]), "{found:?}");
         assert!(found[0].to_string().contains("vda is being copied to /copy"));
-        assert_eq!(disk("<encryption format='luks'/>"), []);
+        assert_eq!(disk("<encryption format='luks' engine='qemu'/>"), []);
     }
 
     #[test]
