@@ -86,9 +86,11 @@ pub struct Daemon {
     registry: Registry,
     libvirt: Arc<Libvirt>,
     /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
-    background: Libvirt,
+    background: Arc<Libvirt>,
     /// And one on which libvirt tells what is done to running VMs.
     events: Libvirt,
+    /// The storage pools, for starts that need them.
+    storage_pools: Arc<paths::StoragePools>,
     /// Of this host, for providers that it unlocks, and caches that it keeps.
     tpm: Arc<Tpm>,
     audit: AuditLog,
@@ -142,8 +144,9 @@ impl Daemon {
         let audit = Self::open_audit(&keystore, dir)?;
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
-            background: Libvirt::new(&config.libvirt_uri),
+            background: Arc::new(Libvirt::new(&config.libvirt_uri)),
             events: Libvirt::new(&config.libvirt_uri),
+            storage_pools: Arc::default(),
             tpm: Arc::new(Tpm::new(config.tpm.clone(), Tpm::DEADLINE)),
             config: RwLock::new(config),
             keystore,
@@ -297,6 +300,7 @@ impl Daemon {
             registry: &self.registry,
             memory: &self.memory,
             swtpm_dir: self.config().swtpm_dir,
+            paths: self.rule_of_start(domain)?,
             policy: self.config().policy.of(domain),
             run: self.known_run(domain.uuid),
             state_source: self

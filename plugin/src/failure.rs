@@ -121,6 +121,10 @@ pub fn chain(error: &dyn Error) -> String {
 
 impl From<VolumeError> for Failure {
     fn from(error: VolumeError) -> Self {
+        let error = match error {
+            VolumeError::Place(error) => return error.into(),
+            error => error,
+        };
         let code = match &error {
             VolumeError::NotFound(_) => Code::NotFound,
             VolumeError::InUse(_) => Code::Busy,

@@ -1,6 +1,6 @@
 //! The only module that talks to libvirt.
 //!
-//! While a hook waits, only the *secret* driver is called: the domain API would wait for the very VM whose start
+//! While a hook waits, only the *secret* driver is called, and pools are listed at most: the domain API would wait for the very VM whose start
 //! waits for us. Everything blocks, and runs on a worker thread with a deadline. The connection is opened when it
 //! is first needed and again after libvirtd was restarted.
 
@@ -102,6 +102,15 @@ pub struct KeptXml {
     pub snapshot: Option<String>,
     /// The text; that of a snapshot has the domain inside.
     pub xml: String,
+}
+
+/// A storage pool, as one of libvirt's users has defined it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoragePool {
+    /// `dir`, `logical`, …
+    pub kind: String,
+    /// Where its volumes are.
+    pub path: PathBuf,
 }
 
 /// A connection to one libvirt, reopened as needed.
@@ -304,8 +313,8 @@ impl Libvirt {
         })
     }
 
-    /// Where the active storage pools are; none where libvirt has no storage driver.
-    pub fn active_pools(&self) -> Result<Vec<PathBuf>, LibvirtError> {
+    /// The active storage pools that are at a path; none where libvirt has no storage driver.
+    pub fn active_pools(&self) -> Result<Vec<StoragePool>, LibvirtError> {
         self.with("list the storage pools", |connection| {
             let listed = connection.list_all_storage_pools(sys::VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE);
             let pools = match listed {
@@ -314,7 +323,7 @@ impl Libvirt {
             };
             // One that is gone meanwhile is not active.
             let xml = pools.iter().filter_map(|pool| pool.xml_desc(0).ok());
-            Ok(xml.filter_map(|xml| pool_path(&xml)).collect())
+            Ok(xml.filter_map(|xml| storage_pool(&xml)).collect())
         })
     }
 
@@ -514,14 +523,17 @@ fn is_as_defined(xml: &str, envelope: EnvelopeId) -> bool {
     armed_by(xml) == Some(envelope) && says_yes("ephemeral") && says_yes("private")
 }
 
-/// `<target><path>` of a `<pool>`.
-fn pool_path(xml: &str) -> Option<PathBuf> {
+/// `<pool type=…>` and its `<target><path>`.
+fn storage_pool(xml: &str) -> Option<StoragePool> {
     let document = parse_document(xml).ok()?;
     let mut parts = document.root_element().descendants();
     let path = parts.find(|node| {
         node.has_tag_name("path") && node.parent().is_some_and(|parent| parent.has_tag_name("target"))
     })?;
-    Some(PathBuf::from(path.text()?.trim()))
+    Some(StoragePool {
+        kind: document.root_element().attribute("type")?.to_owned(),
+        path: PathBuf::from(path.text()?.trim()),
+    })
 }
 
 fn escape(text: &str) -> String {

@@ -23,7 +23,7 @@ mod deadline;
 mod first_run;
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use swtpm_state::{State, StateKey};
@@ -32,6 +32,7 @@ use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
 use crate::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, VmRecord};
+use crate::permitted::{PathRule, PermittedPath};
 use crate::provider::registry::{OpenError, Registry};
 use crate::secret::{Dek, Passphrase};
 use crate::side_doors;
@@ -69,6 +70,8 @@ pub struct Stage<'a> {
     pub memory: &'a Memory,
     /// Where libvirt keeps vTPM state.
     pub swtpm_dir: PathBuf,
+    /// Where images may be that the XML names.
+    pub paths: PathRule,
     /// What the host lets this VM do beside its sealed objects.
     pub policy: Policy,
     /// Whether the VM is known to have run by more than what is kept.
@@ -301,12 +304,33 @@ fn open_object(
     match (object.kind, &object.path) {
         (ObjectKind::Vtpm, _) => open_vtpm(stage, domain, envelope, passphrase),
         (_, Some(path)) => {
-            stage.memory.open_image(path, envelope, passphrase)?;
+            let place = permit(stage, domain, envelope, path)?;
+            stage.memory.open_image(&place, envelope, passphrase)?;
             Ok(Found::Image)
         }
         // On the network: QEMU alone can open it.
         (_, None) => Ok(Found::Image),
     }
+}
+
+/// Nothing is read where neither this host's settings nor the keystore expect an image of this VM.
+fn permit(
+    stage: &Stage<'_>,
+    domain: &Domain,
+    envelope: &Envelope,
+    path: &Path,
+) -> Result<PermittedPath, Failure> {
+    let own = stage.keystore.envelopes_of(domain.uuid)?.sound;
+    // Another VM's, if it is shared.
+    let named = stage.keystore.readable_envelope(envelope.id)?;
+    let known = own.iter().chain(&named).map(|record| &record.location);
+    stage.paths.permit_known(path, known).map_err(|error| {
+        if error.is_missing() {
+            of_sealed_image(VolumeError::NotFound(path.to_owned()))
+        } else {
+            error.into()
+        }
+    })
 }
 
 /// swtpm answers a missing state file with a new, empty TPM, so a state that was there must not be missing.
@@ -434,19 +458,19 @@ fn keep(
 pub struct Memory(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
 
 impl Memory {
-    /// Opens the image at `path` with its passphrase, unless this very header was opened before.
+    /// Opens an image with its passphrase, unless this very header was opened before.
     pub fn open_image(
         &self,
-        path: &std::path::Path,
+        place: &PermittedPath,
         envelope: &Envelope,
         passphrase: &Passphrase,
     ) -> Result<(), Failure> {
-        let digest = volume::header_digest(path).map_err(of_sealed_image)?;
+        let digest = volume::header_digest(place).map_err(of_sealed_image)?;
         let opened = (envelope.generation, digest);
         if self.lock().get(&envelope.id) == Some(&opened) {
             return Ok(());
         }
-        volume::verify(path, passphrase).map_err(of_sealed_image)?;
+        volume::verify(place, passphrase).map_err(of_sealed_image)?;
         self.lock().insert(envelope.id, opened);
         Ok(())
     }

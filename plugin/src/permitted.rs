@@ -1,13 +1,18 @@
-//! Paths that other people have written, and the only way by which root acts at them.
+//! Paths that other people have written, and the only way by which root acts at them or reads there.
 //!
-//! Domain XML, image headers and whatever was taken from them name files, and never choose one for root: what writes, renames,
-//! removes or takes over a file, or puts its content into a VM, wants a [`PermittedPath`]. A [`PathRule`] makes one of a path
-//! - in a directory of libvirt's own, of an active storage pool, or of `image_dirs` ([`PathRule::permit`]), or
+//! Domain XML, image headers and whatever was taken from them name files, and never choose one for root: what reads a header, writes,
+//! renames, removes or takes over a file, or puts its content into a VM, wants a [`PermittedPath`]. A [`PathRule`] makes one of a path
+//! - in a directory of libvirt's own, in an active storage pool ([`pool`]), or in `image_dirs` ([`PathRule::permit`]), or
 //! - that the keystore knows as that of this VM's object ([`PathRule::permit_known`]),
 //!
 //! after a walk from `/` in which a link is followed only where it belongs to root and every directory on the way can be written by
 //! root alone: LVM's `/dev/vg/lv` passes, a link that a user planted does not. What comes out holds the directory open, so nothing
 //! that happens to the path afterwards leads elsewhere. What root names on a command line is [`PermittedPath::named_by_root`].
+//!
+//! Of what is outside nothing is told, not even whether it is there: each such path is refused in the same words, and nothing of it is
+//! opened. A walk does not enter a directory that others can change, unless something that is permitted is below it.
+
+mod pool;
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -17,7 +22,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat, readlinkat};
@@ -26,26 +31,11 @@ use thiserror::Error;
 
 use crate::config::Config;
 use crate::failure::{Code, Failure, chain, word};
+use crate::libvirt::StoragePool;
+use pool::QemuIds;
 
 /// Linux follows as many.
 const MOST_LINKS: usize = 40;
-/// What no storage pool opens up, whatever path it was defined with: neither these, nor what they are in.
-const NEVER_A_POOL: [&str; 13] = [
-    "/bin",
-    "/boot",
-    "/etc",
-    "/lib",
-    "/proc",
-    "/root",
-    "/sbin",
-    "/sys",
-    "/usr",
-    "/var/cache",
-    "/var/lib/dpkg",
-    "/var/log",
-    "/var/spool",
-];
-
 /// Where firmware comes with its templates.
 const FIRMWARE: [&str; 3] = ["/usr/share", "/usr/local/share", "/usr/lib"];
 
@@ -112,14 +102,22 @@ impl PermittedPath {
         !matches!(self.metadata(), Err(error) if error.kind() == io::ErrorKind::NotFound)
     }
 
-    /// Opens the file; a link that came meanwhile is an error.
+    /// Opens the file, which is a regular one or a block device: opening anything else may wait for somebody, or have effects. It is
+    /// taken hold of before that is looked at, so nothing can come in its place; a link that came meanwhile is an error.
     ///
     /// # Errors
-    /// Those of `open`.
+    /// Those of `open`, and `InvalidInput` for anything else.
     pub fn open(&self, options: &mut OpenOptions) -> io::Result<File> {
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let held = openat(&self.directory, self.name.as_os_str(), flags, Mode::empty())?;
+        match fstat(&held)?.st_mode & libc::S_IFMT {
+            libc::S_IFREG | libc::S_IFBLK => {}
+            libc::S_IFLNK => return Err(Errno::ELOOP.into()),
+            _ => return Err(io::ErrorKind::InvalidInput.into()),
+        }
         options
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_NOFOLLOW)
-            .open(self.handle())
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(format!("/proc/self/fd/{}", held.as_raw_fd()))
     }
 
     /// Whether others than root can put something else there at any time.
@@ -135,9 +133,28 @@ pub struct PathRule {
     /// libvirt's own.
     own: Vec<PathBuf>,
     image_dirs: Vec<PathBuf>,
-    pools: Vec<PathBuf>,
+    pools: Vec<StoragePool>,
     /// Nothing in it belongs to a VM.
     state_dir: PathBuf,
+    /// What all of that is on this host: looked at once, when it is first asked for.
+    grounds: OnceLock<Vec<Ground>>,
+}
+
+/// A directory that permits something.
+#[derive(Clone, Debug)]
+struct Ground {
+    /// Without links.
+    path: PathBuf,
+    reach: Reach,
+}
+
+/// How far it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reach {
+    /// What is in it.
+    Directly,
+    /// And in the directories in it.
+    Below,
 }
 
 impl PathRule {
@@ -154,15 +171,16 @@ impl PathRule {
                 config.swtpm_dir.clone(),
             ],
             image_dirs: config.image_dirs.clone(),
-            pools: Vec::new(),
             state_dir: config.state_dir.clone(),
+            ..Self::default()
         }
     }
 
-    /// And what active storage pools are at.
+    /// And the volumes of active storage pools.
     #[must_use]
-    pub fn with_pools(mut self, pools: Vec<PathBuf>) -> Self {
+    pub fn with_pools(mut self, pools: Vec<StoragePool>) -> Self {
         self.pools = pools;
+        self.grounds = OnceLock::new();
         self
     }
 
@@ -171,7 +189,7 @@ impl PathRule {
     /// # Errors
     /// [`PathError`]; one outside of them is told which setting permits it.
     pub fn permit(&self, path: &Path) -> Result<PermittedPath, PathError> {
-        self.judge(path, false)
+        self.judge(path, Known::No)
     }
 
     /// A path in one of the directories, or one that the keystore has for an object of the same VM. Who replaces what is there must
@@ -184,7 +202,8 @@ impl PathRule {
         path: &Path,
         mut known: impl Iterator<Item = impl AsRef<Path>>,
     ) -> Result<PermittedPath, PathError> {
-        self.judge(path, known.any(|known| known.as_ref() == path))
+        let is_known = known.any(|known| known.as_ref() == path);
+        self.judge(path, if is_known { Known::ToTheKeystore } else { Known::No })
     }
 
     /// A template of UEFI variables, which root puts into a VM: one that came with the host's firmware or that the host's settings
@@ -194,7 +213,7 @@ impl PathRule {
     /// As [`Self::permit`].
     pub fn permit_template(&self, path: &Path, of_host: &[PathBuf]) -> Result<PermittedPath, PathError> {
         if of_host.iter().any(|named| named == path) {
-            return walk(path, &[])?.into_permitted(path);
+            return walk_anywhere(path)?.into_permitted(path);
         }
         let firmware = Self {
             own: FIRMWARE.iter().map(PathBuf::from).collect(),
@@ -219,48 +238,64 @@ impl PathRule {
         })
     }
 
-    fn judge(&self, path: &Path, is_known: bool) -> Result<PermittedPath, PathError> {
-        let mut grounds = Self::grounds(self.own.iter().chain(&self.image_dirs));
-        grounds.extend(
-            Self::grounds(&self.pools)
-                .into_iter()
-                .filter(|pool| may_be_a_pool(pool)),
-        );
-        if path.file_name().is_none() {
+    fn judge(&self, path: &Path, known: Known) -> Result<PermittedPath, PathError> {
+        if !is_plain(path) || path.file_name().is_none() {
             return Err(PathError::Odd(path.to_owned()));
         }
-        let walked = walk(path, &grounds)?;
-        let is_inside = |dir: &PathBuf| walked.directory().path.starts_with(dir);
-        if self.state_dir.is_absolute()
-            && (is_inside(&self.state_dir) || physical(&self.state_dir).is_ok_and(|dir| is_inside(&dir)))
-        {
+        let has_state = self.state_dir.is_absolute();
+        if has_state && path.starts_with(&self.state_dir) {
             return Err(PathError::OfVirtseal(path.to_owned()));
         }
-        if !is_known && !walked.is_granted() {
-            return Err(PathError::Outside {
-                path: path.to_owned(),
-                directory: walked.directory().path.clone(),
-                image_dirs: self.image_dirs.clone(),
-            });
+        let walked = match Walk::new(self.grounds(), known).to(path) {
+            Ok(walked) if known == Known::ToTheKeystore || walked.is_granted() => walked,
+            Err(stopped) if known == Known::ToTheKeystore || stopped.is_granted => return Err(stopped.why),
+            Ok(_) | Err(_) => return Err(self.outside(path)),
+        };
+        if has_state && physical(&self.state_dir).is_ok_and(|dir| walked.directory().path.starts_with(dir)) {
+            return Err(PathError::OfVirtseal(path.to_owned()));
         }
         walked.into_permitted(path)
     }
 
+    /// The same for whatever is there or is not. Only of a directory that root has named itself it is told why that permits nothing.
+    fn outside(&self, path: &Path) -> PathError {
+        let mut named = self.own.iter().chain(&self.image_dirs);
+        let unusable = named.find_map(|dir| path.starts_with(dir).then(|| physical(dir).err()).flatten());
+        unusable.unwrap_or_else(|| PathError::Outside {
+            path: path.to_owned(),
+            directory: path.parent().unwrap_or(path).to_owned(),
+            image_dirs: self.image_dirs.clone(),
+        })
+    }
+
     /// Where the directories really are; one that is not there, or is reached through a link that others can change, permits nothing.
-    fn grounds<'a>(named: impl IntoIterator<Item = &'a PathBuf>) -> Vec<PathBuf> {
-        named
-            .into_iter()
-            .filter_map(|named| physical(named).ok())
-            .collect()
+    fn grounds(&self) -> &[Ground] {
+        self.grounds.get_or_init(|| {
+            let below = |path| Ground {
+                path,
+                reach: Reach::Below,
+            };
+            let named = self.own.iter().chain(&self.image_dirs);
+            let mut grounds: Vec<_> = named.filter_map(|dir| physical(dir).ok()).map(below).collect();
+            if !self.pools.is_empty() {
+                let qemu = QemuIds::of_this_host();
+                let pools = self.pools.iter().filter(|pool| pool::opens(pool, &qemu));
+                let directly = |path| Ground {
+                    path,
+                    reach: Reach::Directly,
+                };
+                grounds.extend(pools.filter_map(|pool| physical(&pool.path).ok()).map(directly));
+            }
+            grounds
+        })
     }
 }
 
-/// Pools are defined by people who are not root.
-fn may_be_a_pool(path: &Path) -> bool {
-    NEVER_A_POOL
-        .iter()
-        .map(Path::new)
-        .all(|never| !path.starts_with(never) && !never.starts_with(path))
+/// Whether the keystore has a path for an object of the same VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Known {
+    No,
+    ToTheKeystore,
 }
 
 /// Why root does not act at a path.
@@ -269,7 +304,7 @@ pub enum PathError {
     /// Relative, or with `..` in it.
     #[error("{} is no plain absolute path", .0.display())]
     Odd(PathBuf),
-    /// In no directory that is permitted.
+    /// In no directory that is permitted. Says nothing of what is there.
     #[error(
         "{} is named by others than root, and is neither in a directory of libvirt nor in an active storage pool nor in image_dirs",
         path.display()
@@ -277,7 +312,7 @@ pub enum PathError {
     Outside {
         /// The path.
         path: PathBuf,
-        /// Its directory, without links.
+        /// Its directory, as it is named.
         directory: PathBuf,
         /// What is permitted now.
         image_dirs: Vec<PathBuf>,
@@ -395,7 +430,7 @@ struct Step {
     path: PathBuf,
     /// It, and all above it.
     is_roots: bool,
-    is_granted: bool,
+    grant: Option<Reach>,
 }
 
 /// How a walk ended.
@@ -416,7 +451,7 @@ impl Walked {
     }
 
     fn is_granted(&self) -> bool {
-        self.is_granted || self.directory().is_granted
+        self.is_granted || self.directory().grant.is_some()
     }
 
     fn into_permitted(mut self, path: &Path) -> Result<PermittedPath, PathError> {
@@ -441,7 +476,7 @@ impl Walked {
 
 /// Where a directory that somebody has configured really is.
 fn physical(path: &Path) -> Result<PathBuf, PathError> {
-    let walked = walk(path, &[])?;
+    let walked = walk_anywhere(path)?;
     let directory = walked.directory().path.clone();
     match (walked.name, walked.found) {
         (None, _) => Ok(directory),
@@ -453,97 +488,164 @@ fn physical(path: &Path) -> Result<PathBuf, PathError> {
     }
 }
 
-/// Goes from `/` to the directory of `path`, component by component, each opened below the one before it.
-fn walk(path: &Path, grounds: &[PathBuf]) -> Result<Walked, PathError> {
-    let odd = || PathError::Odd(path.to_owned());
-    let is_plain = |part: Component<'_>| matches!(part, Component::RootDir | Component::Normal(_));
-    if !path.is_absolute() || !path.components().all(is_plain) || path.as_os_str().as_bytes().contains(&0) {
-        return Err(odd());
-    }
-    let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-    let io = |at: &Path, errno: Errno| PathError::Io {
-        at: at.to_owned(),
-        source: errno.into(),
-    };
-    let is_ground = |path: &Path| grounds.iter().any(|ground| ground == path);
-    let root = open("/", flags, Mode::empty()).map_err(|errno| io(Path::new("/"), errno))?;
-    let is_roots = fstat(&root).is_ok_and(|found| only_root_writes(&found));
-    let mut steps = vec![Step {
-        fd: root,
-        path: "/".into(),
-        is_roots,
-        is_granted: is_ground(Path::new("/")),
-    }];
-    let mut ahead = parts(path);
-    let (mut links, mut is_granted) = (0, false);
-    while let Some(part) = ahead.pop_front() {
-        if part == ".." {
-            steps.truncate((steps.len() - 1).max(1));
-            continue;
+/// To what root has named, or libvirt.
+fn walk_anywhere(path: &Path) -> Result<Walked, PathError> {
+    Walk::new(&[], Known::ToTheKeystore)
+        .to(path)
+        .map_err(|stopped| stopped.why)
+}
+
+/// Why a walk ended before its last component.
+struct Stopped {
+    why: PathError,
+    /// Whether what it came to was permitted, so that it may be told.
+    is_granted: bool,
+}
+
+/// Goes from `/` to the directory of a path, component by component, each opened below the one before it.
+struct Walk<'a> {
+    grounds: &'a [Ground],
+    known: Known,
+    /// From `/` on, never empty once it has begun.
+    steps: Vec<Step>,
+    links: usize,
+    /// A link of root's in a permitted directory was followed.
+    is_granted: bool,
+}
+
+impl<'a> Walk<'a> {
+    fn new(grounds: &'a [Ground], known: Known) -> Self {
+        Self {
+            grounds,
+            known,
+            steps: Vec::new(),
+            links: 0,
+            is_granted: false,
         }
-        let here = steps.last().expect("a walk begins with /");
-        let at = here.path.join(&part);
-        let is_last = ahead.is_empty();
-        let fd = match openat(&here.fd, part.as_os_str(), flags, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::ENOENT) if is_last => {
-                return Ok(Walked {
-                    steps,
-                    name: Some(part),
-                    found: None,
-                    is_granted,
-                });
+    }
+
+    fn to(mut self, path: &Path) -> Result<Walked, Stopped> {
+        match self.go(path) {
+            Ok((name, found)) => Ok(Walked {
+                steps: self.steps,
+                name,
+                found,
+                is_granted: self.is_granted,
+            }),
+            Err(why) => Err(Stopped {
+                why,
+                is_granted: self.is_granted || self.steps.last().is_some_and(|step| step.grant.is_some()),
+            }),
+        }
+    }
+
+    /// The last component, which is not entered, and what has that name.
+    fn go(&mut self, path: &Path) -> Result<(Option<OsString>, Option<FileStat>), PathError> {
+        if !is_plain(path) {
+            return Err(PathError::Odd(path.to_owned()));
+        }
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let root = open("/", flags, Mode::empty()).map_err(|errno| io_at(Path::new("/"), errno))?;
+        let found = fstat(&root).map_err(|errno| io_at(Path::new("/"), errno))?;
+        self.enter(root, "/".into(), &found);
+        let mut ahead = parts(path);
+        while let Some(part) = ahead.pop_front() {
+            if part == ".." {
+                self.steps.truncate((self.steps.len() - 1).max(1));
+                continue;
             }
-            Err(errno) => return Err(io(&at, errno)),
-        };
-        let found = fstat(&fd).map_err(|errno| io(&at, errno))?;
-        match found.st_mode & SFlag::S_IFMT.bits() {
-            kind if kind == SFlag::S_IFLNK.bits() => {
-                let target = PathBuf::from(readlinkat(&fd, "").map_err(|errno| io(&at, errno))?);
-                if !here.is_roots || found.st_uid != 0 {
-                    return Err(PathError::Link {
-                        path: path.to_owned(),
-                        link: at,
-                        target,
-                    });
-                }
-                links += 1;
-                if links > MOST_LINKS {
-                    return Err(PathError::Loop(path.to_owned()));
-                }
-                is_granted |= here.is_granted;
-                if target.is_absolute() {
-                    steps.truncate(1);
-                }
-                let mut then = parts(&target);
+            let here = self.steps.last().expect("a walk begins with /");
+            let at = here.path.join(&part);
+            if !self.may_look_below(here) {
+                return Err(io_at(&at, Errno::EACCES));
+            }
+            let is_last = ahead.is_empty();
+            let fd = match openat(&here.fd, part.as_os_str(), flags, Mode::empty()) {
+                Ok(fd) => fd,
+                Err(Errno::ENOENT) if is_last => return Ok((Some(part), None)),
+                Err(errno) => return Err(io_at(&at, errno)),
+            };
+            let found = fstat(&fd).map_err(|errno| io_at(&at, errno))?;
+            if found.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFLNK.bits() {
+                let target = PathBuf::from(readlinkat(&fd, "").map_err(|errno| io_at(&at, errno))?);
+                let mut then = self.follow(path, at, target, &found)?;
                 then.append(&mut ahead);
                 ahead = then;
-            }
-            _ if is_last => {
-                return Ok(Walked {
-                    steps,
-                    name: Some(part),
-                    found: Some(found),
-                    is_granted,
-                });
-            }
-            _ => {
-                let step = Step {
-                    is_roots: here.is_roots && only_root_writes(&found),
-                    is_granted: here.is_granted || is_ground(&at),
-                    path: at,
-                    fd,
-                };
-                steps.push(step);
+            } else if is_last {
+                return Ok((Some(part), Some(found)));
+            } else {
+                self.enter(fd, at, &found);
             }
         }
+        Ok((None, None))
     }
-    Ok(Walked {
-        steps,
-        name: None,
-        found: None,
-        is_granted,
-    })
+
+    /// In a directory of others nothing is looked at in vain: it may be a file system of theirs, which answers when they like.
+    fn may_look_below(&self, here: &Step) -> bool {
+        self.known == Known::ToTheKeystore
+            || self.is_granted
+            || here.is_roots
+            || here.grant.is_some()
+            || self
+                .grounds
+                .iter()
+                .any(|ground| ground.path.starts_with(&here.path))
+    }
+
+    fn enter(&mut self, fd: OwnedFd, path: PathBuf, found: &FileStat) {
+        let above = self.steps.last();
+        let inherited = above
+            .and_then(|step| step.grant)
+            .filter(|reach| *reach == Reach::Below);
+        let own = self.grounds.iter().filter(|ground| ground.path == path);
+        let own = own
+            .map(|ground| ground.reach)
+            .max_by_key(|reach| *reach == Reach::Below);
+        let step = Step {
+            is_roots: above.is_none_or(|step| step.is_roots) && only_root_writes(found),
+            grant: inherited.or(own),
+            path,
+            fd,
+        };
+        self.steps.push(step);
+    }
+
+    /// What a link leads to, from the directory on where the walk is then.
+    fn follow(
+        &mut self,
+        path: &Path,
+        link: PathBuf,
+        target: PathBuf,
+        found: &FileStat,
+    ) -> Result<VecDeque<OsString>, PathError> {
+        let here = self.steps.last().expect("a walk begins with /");
+        if !here.is_roots || found.st_uid != 0 {
+            let path = path.to_owned();
+            return Err(PathError::Link { path, link, target });
+        }
+        self.links += 1;
+        if self.links > MOST_LINKS {
+            return Err(PathError::Loop(path.to_owned()));
+        }
+        self.is_granted |= here.grant.is_some();
+        if target.is_absolute() {
+            self.steps.truncate(1);
+        }
+        Ok(parts(&target))
+    }
+}
+
+fn io_at(at: &Path, errno: Errno) -> PathError {
+    PathError::Io {
+        at: at.to_owned(),
+        source: errno.into(),
+    }
+}
+
+/// Absolute, and without `..`.
+fn is_plain(path: &Path) -> bool {
+    let is_plain = |part: Component<'_>| matches!(part, Component::RootDir | Component::Normal(_));
+    path.is_absolute() && path.components().all(is_plain) && !path.as_os_str().as_bytes().contains(&0)
 }
 
 fn parts(path: &Path) -> VecDeque<OsString> {

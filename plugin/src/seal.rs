@@ -26,7 +26,7 @@ use crate::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::Keystore;
 use crate::libvirt::{DefinedDomain, KeptXml};
-use crate::permitted::{PathRule, PermittedPath};
+use crate::permitted::{PathError, PathRule, PermittedPath};
 use crate::provider::registry::Registry;
 use crate::volume::{self, CreateRequest, Held, VolumeInfo};
 
@@ -63,9 +63,14 @@ pub struct Host<'a> {
 impl Host<'_> {
     /// A path that the XML of `vm` names, and that the keystore may know.
     fn permit_known(&self, vm: VmId, path: &Path) -> Result<PermittedPath, Failure> {
+        Ok(self.place_of(vm, path)??)
+    }
+
+    /// The same, for who has something else to say of a path that is not permitted.
+    fn place_of(&self, vm: VmId, path: &Path) -> Result<Result<PermittedPath, PathError>, Failure> {
         let records = self.keystore.envelopes_of(vm)?.sound;
         let known = records.iter().map(|record| &record.location);
-        Ok(self.paths.permit_known(path, known)?)
+        Ok(self.paths.permit_known(path, known))
     }
 
     /// Where libvirt has the variable store of the VM `name`, unless its XML says otherwise.
@@ -203,7 +208,7 @@ fn adopt_disk(
 ) -> Result<Envelope, Failure> {
     let location = place.shown().display().to_string();
     take_back::adopt(host, defined, carried, &location, |passphrase| {
-        Ok(volume::verify_at(place, passphrase)?)
+        Ok(volume::verify(place, passphrase)?)
     })
 }
 

@@ -11,8 +11,9 @@ use crate::domain::{Domain, Object, ObjectState, Permission, Policy, Rule, SideD
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain};
 use crate::libvirt::qemu_conf::QemuConf;
+use crate::permitted::{PathError, PermittedPath};
 use crate::terminal::{quoted, visible};
-use crate::volume;
+use crate::volume::{self, VolumeError};
 
 /// Not in libc for every target.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -209,13 +210,28 @@ pub fn sealed_as_raw(vm: &str, disk: &str, path: &Path, owner: &str) -> String {
 
 /// Which plain images the VM's disks are based on.
 #[must_use]
-pub fn plain_layers(domain: &Domain, policy: Policy) -> Vec<String> {
+pub fn plain_layers(
+    domain: &Domain,
+    policy: Policy,
+    permit: impl Fn(&Path) -> Result<PermittedPath, PathError>,
+) -> Vec<String> {
     let mut found = Vec::new();
     if policy.plain_backing == Permission::Yes {
         return found;
     }
     for disk in domain.disks.iter().filter(|disk| !disk.readonly) {
-        let plain = disk.source.path().map(plain_backing).unwrap_or_default();
+        let Some(Ok(top)) = disk.source.path().map(&permit) else {
+            continue;
+        };
+        let (plain, end) = plain_backing(&top, &permit);
+        if let Some(VolumeError::Place(error)) = end {
+            found.push(format!(
+                "{}: disk {} is based on an image that virtseal does not look at: {}",
+                visible(&domain.name),
+                visible(&disk.target),
+                visible(&chain(&error))
+            ));
+        }
         found.extend(plain.iter().map(|layer| {
             format!(
                 "{}: disk {} is based on the plain image {}: whatever is in that is plaintext (`policy: {{plain_backing: yes}}` \
@@ -231,13 +247,13 @@ pub fn plain_layers(domain: &Domain, policy: Policy) -> Vec<String> {
 }
 
 /// The files below `image`, a sealed disk, that hold their data in plaintext. Headers alone are read.
-fn plain_backing(image: &Path) -> Vec<PathBuf> {
-    let layers = volume::backing_chain(image).unwrap_or_default().into_iter();
-    layers
-        .skip(1)
-        .filter(|layer| !layer.encrypted)
-        .map(|layer| layer.path)
-        .collect()
+fn plain_backing(
+    image: &PermittedPath,
+    permit: impl Fn(&Path) -> Result<PermittedPath, PathError>,
+) -> (Vec<PathBuf>, Option<VolumeError>) {
+    let (layers, end) = volume::known_layers(image, |path| Ok(permit(path)?));
+    let below = layers.into_iter().skip(1).filter(|layer| !layer.encrypted);
+    (below.map(|layer| layer.path).collect(), end)
 }
 
 #[cfg(test)]

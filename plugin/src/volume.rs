@@ -37,19 +37,16 @@ mod sandbox;
 mod size;
 mod staging;
 
-pub use chain::{Layer, backing_chain};
+pub use chain::{Layer, backing_chain, known_layers};
 pub use create::{
     Backing, BackingFormat, CreateRequest, Created, Step, create, create_from, create_from_watched,
     create_over, create_over_watched, prepare_over,
 };
-pub use declared::{Declaration, inspect_declared, inspect_declared_at};
+pub use declared::{Declaration, inspect_declared};
 pub use error::{Flaw, Part, VolumeError};
 pub use held::Held;
 pub use nvram::{create_nvram, create_nvram_watched, prepare_nvram, read_variables};
-pub use open::{
-    BackingEntry, Format, ImageCopy, VolumeInfo, header_digest, identify, inspect, inspect_at, verify,
-    verify_at,
-};
+pub use open::{BackingEntry, Format, ImageCopy, VolumeInfo, header_digest, identify, inspect, verify};
 pub use plain::{copy_over, empty_over, prepare_copy, prepare_empty};
 pub use prepared::Prepared;
 pub use qcow2::allocation::Data;

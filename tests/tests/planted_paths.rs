@@ -286,6 +286,106 @@ fn a_qcow2_store_becomes_raw_and_the_xml_says_so() -> Result<()> {
     sealed.expect_start("fedora")
 }
 
+#[test]
+fn a_volume_of_a_pool_is_sealed_and_a_planted_pool_opens_nothing() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    let vms = make_pool(&sealed, "vms", 0o711)?;
+    let vms = vms.as_str();
+    let spec = in_pool(&sealed, "pooled", vms)?;
+    sealed.run(&["vm", "seal", "pooled"])?;
+    sealed.expect_start("pooled")?;
+
+    // It goes on, as the keystore knows it; a new one and a moved one are told what permits them.
+    host.virsh(&["pool-destroy", "vms"])?.succeeded()?;
+    sealed.expect_start("pooled")?;
+    in_pool(&sealed, "another", vms)?;
+    expect_names(
+        &sealed.refused(6, &["vm", "seal", "another"])?,
+        &["another.raw", "image_dirs", vms],
+    )?;
+    let moved = format!("{vms}/moved.qcow2");
+    fs::rename(host.path(&spec.disk), host.path(&moved))?;
+    let shown = spec.disk.to_str().context("UTF-8")?;
+    host.define_xml(&edited(&sealed.dumpxml("pooled")?, shown, &moved)?)?;
+    expect_names(&sealed.refused_start("pooled")?, &[&moved, "image_dirs"])?;
+    host.virsh(&["pool-start", "vms"])?.succeeded()?;
+    sealed.expect_start("pooled")?;
+
+    // What root keeps to itself, and what is the system's.
+    let roots = make_pool(&sealed, "roots", 0o700)?;
+    let system = "/run/system";
+    fs::create_dir(host.path(system))?;
+    add_pool(&sealed, "system", system)?;
+    for (name, directory) in [("thief", roots.as_str()), ("robber", system)] {
+        let spec = in_pool(&sealed, name, directory)?;
+        let before = fs::read(host.path(&spec.disk))?;
+        expect_names(
+            &sealed.refused(6, &["vm", "seal", name])?,
+            &["image_dirs", directory],
+        )?;
+        ensure!(
+            fs::read(host.path(&spec.disk))? == before,
+            "{name}: the file was replaced"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn nothing_is_told_of_files_that_are_not_of_vms() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    let spec = sealed.seal_new("curious")?;
+    let xml = sealed.dumpxml("curious")?;
+    let own = spec.disk.to_str().context("UTF-8")?;
+    let secrets = host.path("/run/secrets");
+    fs::create_dir(&secrets)?;
+    fs::set_permissions(&secrets, fs::Permissions::from_mode(0o700))?;
+    fs::copy(host.path(own), secrets.join("image"))?;
+    fs::write(secrets.join("text"), "root's own")?;
+    nix::unistd::mkfifo(&secrets.join("fifo"), nix::sys::stat::Mode::S_IRWXU)?;
+    symlink("/run/secrets/image", secrets.join("link"))?;
+    let mut said = Vec::new();
+    for name in ["none", "image", "text", "fifo", "link"] {
+        let path = format!("/run/secrets/{name}");
+        host.define_xml(&edited(&xml, own, &path)?)?;
+        let refused = sealed.refused_start("curious")?;
+        let shown = sealed.run(&["vm", "status", "curious", "--json"])?;
+        let seal = sealed.refused(6, &["vm", "seal", "curious"])?;
+        let without = |text: String| text.replace(&path, "PATH");
+        said.push([refused, shown, seal].map(without));
+    }
+    for (other, first) in said[1..].iter().flatten().zip(said[0].iter().cycle()) {
+        ensure!(other == first, "{other}\n{first}");
+    }
+    expect_names(&said[0][0], &["curious stays off", "image_dirs"])
+}
+
+/// A storage pool with a directory of its own.
+fn make_pool(sealed: &SealedHost, name: &str, mode: u32) -> Result<String> {
+    let directory = format!("/var/lib/libvirt/{name}");
+    fs::create_dir(sealed.host().path(&directory))?;
+    fs::set_permissions(sealed.host().path(&directory), fs::Permissions::from_mode(mode))?;
+    add_pool(sealed, name, &directory)?;
+    Ok(directory)
+}
+
+fn add_pool(sealed: &SealedHost, name: &str, directory: &str) -> Result<()> {
+    let host = sealed.host();
+    host.virsh(&["pool-define-as", name, "dir", "--target", directory])?
+        .succeeded()?;
+    host.virsh(&["pool-start", name])?.succeeded().map(drop)
+}
+
+/// A VM with an empty disk in the directory of a pool.
+fn in_pool(sealed: &SealedHost, name: &str, directory: &str) -> Result<DomainSpec> {
+    let spec = DomainSpec::minimal(name, &Path::new(directory).join(format!("{name}.raw")));
+    fs::File::create(sealed.host().path(&spec.disk))?.set_len(1 << 20)?;
+    sealed.host().define(&spec)?;
+    Ok(spec)
+}
+
 fn plain(sealed: &SealedHost, name: &str) -> Result<DomainSpec> {
     Ok(DomainSpec::minimal(
         name,

@@ -39,7 +39,8 @@ impl Daemon {
 
     fn adopt_all(&self, domain: &Domain, formats: Formats) -> Result<Outcome, Failure> {
         let of_vm = |failure: Failure| failure.of(&domain.name);
-        let objects = objects_of(domain);
+        let carried = |path: &Path| self.carried_by(domain, path);
+        let objects = objects_of(domain, carried);
         if objects.is_empty() {
             return Err(Failure::new(
                 Code::NotFound,
@@ -76,6 +77,13 @@ impl Daemon {
         }
     }
 
+    /// By an image that the XML names; of one where root does not look, opening it says so.
+    fn carried_by(&self, domain: &Domain, path: &Path) -> Option<Envelope> {
+        let known = self.locations_of(domain.uuid).ok()?;
+        let place = self.path_rule().permit_known(path, known.iter()).ok()?;
+        volume::inspect(&place).ok()?.envelope
+    }
+
     fn unreadable_in(&self, domain: &Domain) -> Vec<String> {
         let unreadable = domain.metadata.iter().flat_map(|metadata| &metadata.unreadable);
         unreadable
@@ -91,7 +99,7 @@ impl Daemon {
         formats: Formats,
     ) -> Result<Option<String>, Failure> {
         let record = self.keystore.readable_envelope(object.secret)?;
-        let mut copies = copies_of(domain, object);
+        let mut copies = copies_of(domain, object, |path| self.carried_by(domain, path));
         if record.is_none() {
             let held = self.held_copies(Some(domain.uuid)).into_iter();
             copies.extend(held.filter(|copy| copy.envelope.id == object.secret));
@@ -184,7 +192,7 @@ impl Daemon {
 }
 
 /// What the XML names an envelope of, and the disks whose image carries one for this VM: `vm seal` writes that into the XML.
-fn objects_of(domain: &Domain) -> Vec<ObjectRef> {
+fn objects_of(domain: &Domain, carried_by: impl Fn(&Path) -> Option<Envelope>) -> Vec<ObjectRef> {
     let mut found: Vec<ObjectRef> = Vec::new();
     for object in domain::objects(domain) {
         let carried = || {
@@ -192,7 +200,7 @@ fn objects_of(domain: &Domain) -> Vec<ObjectRef> {
                 .path
                 .as_deref()
                 .filter(|_| object.kind == ObjectKind::Disk)?;
-            let envelope = volume::inspect(path).ok()?.envelope?;
+            let envelope = carried_by(path)?;
             (envelope.vm == domain.uuid).then_some(envelope.id)
         };
         let secret = match object.state {
@@ -241,7 +249,11 @@ fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(
 }
 
 /// Those in the XML and in the image, of this object's envelope.
-fn copies_of(domain: &Domain, object: &ObjectRef) -> Vec<VisibleCopy> {
+fn copies_of(
+    domain: &Domain,
+    object: &ObjectRef,
+    carried_by: impl Fn(&Path) -> Option<Envelope>,
+) -> Vec<VisibleCopy> {
     let metadata = domain.metadata.as_ref();
     let in_xml = metadata.and_then(|metadata| metadata.envelope(object.secret));
     let in_xml = in_xml.map(|envelope| VisibleCopy {
@@ -251,7 +263,7 @@ fn copies_of(domain: &Domain, object: &ObjectRef) -> Vec<VisibleCopy> {
     });
     let in_image = object.path.as_deref().and_then(|path: &Path| {
         Some(VisibleCopy {
-            envelope: volume::inspect(path).ok()?.envelope?,
+            envelope: carried_by(path)?,
             location: Some(path.to_owned()),
             place: Place::Image(path.to_owned()),
         })

@@ -237,7 +237,10 @@ impl Daemon {
         // Before the header is taken: a start waits for that, and a provider may be slow.
         let (mut giving_way, mut passphrase) = (BTreeSet::new(), None);
         for path in &paths {
-            let found = match volume::identify(path).map(|(_, copy)| copy) {
+            let Ok(place) = rule.permit_known(path, std::iter::once(&record.location)) else {
+                continue;
+            };
+            let found = match volume::identify(&place).map(|(_, copy)| copy) {
                 Ok(ImageCopy::Envelope(found)) if found.id == id => *found,
                 // Whose it was is shown by the key that opens the image.
                 Ok(ImageCopy::Unreadable(why)) => {

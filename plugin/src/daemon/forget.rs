@@ -214,7 +214,12 @@ impl Daemon {
         if path.as_os_str().is_empty() {
             return Whereabouts::Absent;
         }
-        let info = match volume::inspect(path) {
+        let place = match self.known_place(path) {
+            Ok(place) => place,
+            Err(error) if error.is_missing() => return Whereabouts::Absent,
+            Err(error) => return Whereabouts::Unreadable(chain(&error)),
+        };
+        let info = match volume::inspect(&place) {
             Ok(info) => info,
             Err(VolumeError::NotFound(_)) => return Whereabouts::Absent,
             Err(error) => return Whereabouts::Unreadable(chain(&error)),

@@ -6,9 +6,10 @@
 use super::Daemon;
 use crate::api::Outcome;
 use crate::domain::{self, Domain};
+use crate::envelope::ObjectKind;
 use crate::failure::Failure;
 use crate::libvirt::DefinedDomain;
-use crate::volume;
+use crate::volume::{self, VolumeError};
 
 impl Daemon {
     /// Runs `seal` with the VM marked; a VM of which nothing was sealed starts as before.
@@ -20,7 +21,7 @@ impl Daemon {
         let was_sealed = self.keystore.is_sealed(vm.vm)?;
         self.keystore.remember_vm(vm.vm, &vm.name)?;
         seal().inspect_err(|_| {
-            if !was_sealed && nothing_is_encrypted(&vm.xml) {
+            if !was_sealed && self.nothing_is_encrypted(vm).unwrap_or(false) {
                 // Else the next `vm seal` or `vm unseal` of it does.
                 let _ = self.keystore.note_plain(vm.vm);
             }
@@ -31,7 +32,7 @@ impl Daemon {
     /// VM was brought back from a plain backup. `None` for any other VM.
     pub(super) fn unmark(&self, vm: &DefinedDomain, dry_run: bool) -> Result<Option<Outcome>, Failure> {
         let is_plain = Domain::parse(&vm.xml).is_ok_and(|domain| domain.metadata.is_none());
-        if !is_plain || !self.keystore.is_sealed(vm.vm)? || !nothing_is_encrypted(&vm.xml) {
+        if !is_plain || !self.keystore.is_sealed(vm.vm)? || !self.nothing_is_encrypted(vm)? {
             return Ok(None);
         }
         if !dry_run {
@@ -43,24 +44,35 @@ impl Daemon {
             changed: !dry_run,
         }))
     }
-}
 
-/// Whether every file that the XML names is there, and plain. In doubt it is not.
-fn nothing_is_encrypted(xml: &str) -> bool {
-    let Ok(domain) = Domain::parse(xml) else {
-        return false;
-    };
-    domain::encrypted_layers(&domain).is_empty()
-        && domain::objects(&domain).iter().all(|object| {
-            object
-                .path
-                .as_ref()
-                .is_none_or(|path| match volume::inspect(path) {
-                    Ok(info) => !info.format.is_encrypted(),
-                    Err(volume::VolumeError::NotFound(_)) => {
-                        object.kind == crate::envelope::ObjectKind::Nvram
-                    }
-                    Err(_) => false,
-                })
-        })
+    /// Whether every file that the XML names is there, and plain. In doubt it is not.
+    ///
+    /// # Errors
+    /// Of a file where root does not look, with what permits it.
+    fn nothing_is_encrypted(&self, vm: &DefinedDomain) -> Result<bool, Failure> {
+        let Ok(domain) = Domain::parse(&vm.xml) else {
+            return Ok(false);
+        };
+        if !domain::encrypted_layers(&domain).is_empty() {
+            return Ok(false);
+        }
+        let (rule, known) = (self.path_rule(), self.locations_of(vm.vm)?);
+        for object in domain::objects(&domain) {
+            let Some(path) = object.path else { continue };
+            let found = match rule.permit_known(&path, known.iter()) {
+                Ok(place) => volume::inspect(&place),
+                Err(error) if error.is_missing() => Err(VolumeError::NotFound(path)),
+                Err(error) => return Err(error.into()),
+            };
+            let is_plain = match found {
+                Ok(info) => !info.format.is_encrypted(),
+                Err(VolumeError::NotFound(_)) => object.kind == ObjectKind::Nvram,
+                Err(_) => false,
+            };
+            if !is_plain {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
 }

@@ -385,13 +385,15 @@ impl Daemon {
 
     /// Whose it is, by what it carries or by what is kept for its place. A guest's own LUKS is nobody's here.
     fn sealed_image(&self, path: &Path) -> Option<VmId> {
-        match volume::identify(path) {
+        let shown = path.display().to_string();
+        let records = self.keystore.envelopes().ok()?.sound;
+        let kept = records.into_iter().find(|record| record.location == shown);
+        let known = kept.iter().map(|record| &record.location);
+        let place = self.path_rule().permit_known(path, known).ok()?;
+        match volume::identify(&place) {
             Ok((format, ImageCopy::Envelope(envelope))) if format.is_encrypted() => Some(envelope.vm),
             Ok((format, ImageCopy::None | ImageCopy::Unreadable(_))) if format.is_encrypted() => {
-                let place = path.display().to_string();
-                let records = self.keystore.envelopes().ok()?.sound;
-                let at_place = records.into_iter().find(|record| record.location == place);
-                at_place.map(|record| record.envelope.vm)
+                kept.map(|record| record.envelope.vm)
             }
             Ok(_) | Err(_) => None,
         }

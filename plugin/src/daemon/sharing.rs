@@ -8,6 +8,7 @@ use crate::api::Outcome;
 use crate::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{CopyPlace, EnvelopeRecord, Put};
+use crate::permitted::PermittedPath;
 use crate::volume::{self, VolumeError};
 
 /// What root wants of a VM's right to a volume that is another's.
@@ -86,7 +87,7 @@ impl Daemon {
         let passphrase = dek
             .passphrase()
             .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
-        volume::verify(path, &passphrase)?;
+        volume::verify(&named_by_root(path)?, &passphrase)?;
         own.share_with(vm, &dek).map_err(unusable)
     }
 
@@ -104,7 +105,7 @@ impl Daemon {
 
     /// By the envelope that the image carries, else by its path.
     fn volume_record(&self, path: &Path) -> Result<EnvelopeRecord, Failure> {
-        let carried = match volume::identify(path) {
+        let carried = match named_by_root(path).and_then(|place| volume::identify(&place)) {
             Ok((_, copy)) => copy.envelope().map(|envelope| envelope.id),
             Err(VolumeError::NotFound(_)) => None,
             Err(error) => return Err(error.into()),
@@ -166,6 +167,10 @@ impl Daemon {
             changed,
         }
     }
+}
+
+fn named_by_root(path: &Path) -> Result<PermittedPath, VolumeError> {
+    PermittedPath::named_by_root(path).map_err(|source| VolumeError::unreachable(path, source))
 }
 
 fn not_known(path: &Path) -> Failure {

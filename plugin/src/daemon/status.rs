@@ -17,6 +17,7 @@ use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::{EnvelopeRecord, EnvelopeState, VmRecord};
 use crate::libvirt::DefinedDomain;
+use crate::permitted::{PathError, PathRule, PermittedPath};
 use crate::side_doors;
 use crate::volume::{self, ImageCopy, VolumeError};
 
@@ -51,16 +52,17 @@ impl Daemon {
             let (vms, next) = pages::of_vms(&glance.vms, after, 0);
             return Ok(Vms { vms, next });
         };
-        let known = self.known()?;
-        let view = match self.find_vm(vm)? {
+        let found = self.find_vm(vm)?;
+        let known = self.known(self.path_rule())?;
+        let view = match found {
             KnownVm::Defined(defined) => {
                 let domain = Domain::parse(&defined.xml).map_err(|error| unreadable(&defined, &error))?;
                 let looked = defined.active.then(|| self.look_now(defined.vm)).transpose();
                 let mut view = self.defined(&defined, &domain, Look::Closely, &known).0;
-                view.warnings.extend(side_doors::plain_layers(
-                    &domain,
-                    self.config().policy.of(&domain),
-                ));
+                let policy = self.config().policy.of(&domain);
+                let permit = |path: &Path| known.permit(domain.uuid, path);
+                view.warnings
+                    .extend(side_doors::plain_layers(&domain, policy, permit));
                 view.warnings
                     .extend(looked.err().map(|failure| failure.of(&defined.name).to_string()));
                 view
@@ -74,7 +76,12 @@ impl Daemon {
     }
 
     pub(super) fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Failure> {
-        let known = self.known()?;
+        let rule = if domains.is_empty() {
+            self.rule_of_settings()
+        } else {
+            self.path_rule()
+        };
+        let known = self.known(rule)?;
         let mut vms: Vec<_> = domains
             .iter()
             .filter_map(|defined| self.listed(defined, &known))
@@ -127,8 +134,11 @@ impl Daemon {
         }
     }
 
-    fn known(&self) -> Result<Known, Failure> {
-        let mut known = Known::default();
+    fn known(&self, rule: PathRule) -> Result<Known, Failure> {
+        let mut known = Known {
+            rule,
+            ..Known::default()
+        };
         let (vms, envelopes) = (self.keystore.vms()?, self.keystore.envelopes()?);
         let names = damaged::names(&vms.sound);
         for row in vms.damaged.iter().chain(&envelopes.damaged) {
@@ -211,7 +221,7 @@ impl Daemon {
         };
         let (found, copy) = match (look, &path) {
             (Look::AtXml, _) | (Look::Closely, None) => (Found::OutOfSight, ImageCopy::None),
-            (Look::Closely, Some(path)) => found(object.kind, path),
+            (Look::Closely, Some(path)) => known.look_at(domain.uuid, object, path),
         };
         let kept = known.of(domain.uuid, object, &found, path.as_deref());
         let in_xml = match &object.state {
@@ -401,6 +411,8 @@ struct Known {
     vms: BTreeMap<VmId, VmRecord>,
     /// What can't be read, and what leads out.
     damaged: BTreeMap<VmId, Vec<String>>,
+    /// Where files are looked at.
+    rule: PathRule,
 }
 
 impl Known {
@@ -419,6 +431,27 @@ impl Known {
                 .map_or_else(|| vm.to_string(), |known| known.name.clone())
         };
         vms.iter().map(name).collect()
+    }
+
+    /// A path that the XML of a VM names. Also of what others share with it.
+    fn permit(&self, vm: VmId, path: &Path) -> Result<PermittedPath, PathError> {
+        let shown = path.display().to_string();
+        let here = self.by_place.get(&shown).and_then(|id| self.by_id.get(id));
+        let is_its = self.records_of(vm).any(|record| record.location == shown)
+            || here.is_some_and(|record| record.envelope.serves(vm));
+        self.rule.permit_known(path, is_its.then_some(path).into_iter())
+    }
+
+    fn look_at(&self, vm: VmId, object: &Object, path: &Path) -> (Found, ImageCopy) {
+        let found = match object.kind {
+            ObjectKind::Vtpm => found_state(path),
+            ObjectKind::Disk | ObjectKind::Nvram => match self.permit(vm, path) {
+                Ok(place) => return found_image(&place),
+                Err(error) if error.is_missing() => Found::Nothing,
+                Err(error) => Found::Unreadable(chain(&error)),
+            },
+        };
+        (found, ImageCopy::None)
     }
 
     fn records_of(&self, vm: VmId) -> impl Iterator<Item = &EnvelopeRecord> {
@@ -489,19 +522,20 @@ fn owner(kept: Option<&Envelope>, in_xml: Option<&Envelope>, vm: VmId) -> Option
     }
 }
 
-/// What is there, and the copy of an envelope in it.
-fn found(kind: ObjectKind, path: &Path) -> (Found, ImageCopy) {
-    if kind == ObjectKind::Vtpm {
-        let found = match State::read(path) {
-            Ok(State::Encrypted(_)) => Found::Encrypted(None),
-            Ok(State::Absent) => Found::Nothing,
-            Ok(State::Plain(_)) => Found::Plain,
-            Err(error) => Found::Unreadable(chain(&error)),
-        };
-        return (found, ImageCopy::None);
+/// In libvirt's own directory.
+fn found_state(dir: &Path) -> Found {
+    match State::read(dir) {
+        Ok(State::Encrypted(_)) => Found::Encrypted(None),
+        Ok(State::Absent) => Found::Nothing,
+        Ok(State::Plain(_)) => Found::Plain,
+        Err(error) => Found::Unreadable(chain(&error)),
     }
+}
+
+/// What is there, and the copy of an envelope in it.
+fn found_image(place: &PermittedPath) -> (Found, ImageCopy) {
     let none = |found| (found, ImageCopy::None);
-    match volume::identify(path) {
+    match volume::identify(place) {
         Ok((format, copy)) if format.is_encrypted() => {
             let ids = match &copy {
                 ImageCopy::Envelope(envelope) => Some((envelope.id, envelope.vm)),

@@ -17,6 +17,7 @@ use crate::failure::{Code, Failure, chain};
 use crate::keystore::{CopyPlace, EnvelopeRecord, LeftBehind};
 use crate::libvirt::{DefinedDomain, KeptXml};
 use crate::lifecycle::adoption::{Doubt, Weighed, believe, weigh};
+use crate::permitted::{PathError, PermittedPath};
 use crate::secret::Dek;
 use crate::volume::{self, ImageCopy};
 
@@ -91,30 +92,38 @@ impl Daemon {
     pub(super) fn visible_copies(&self) -> Result<Visible, Failure> {
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         let (mut visible, mut images) = (Visible::default(), BTreeSet::new());
+        let rule = self.path_rule();
         self.keystore.each_envelope(|record| {
             if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {
                 images.insert(PathBuf::from(record.location));
             }
         })?;
+        let known = images.clone();
+        let permit = |path: &Path| rule.permit_known(path, known.get(path).into_iter());
         for kept in &kept {
             let found = visible
                 .add_those_in(kept)
                 .and_then(|()| Metadata::sources_in(&kept.xml));
             match found {
-                Ok(sources) => images.extend(sources),
+                Ok(sources) => {
+                    visible.add_those_out_of_sight(kept, permit);
+                    images.extend(sources);
+                }
                 Err(error) => visible
                     .unreadable
                     .push(format!("{}: {}", kept.name, chain(&error))),
             }
         }
-        for image in images
-            .iter()
-            .flat_map(|image| with_those_below(image))
-            .collect::<BTreeSet<_>>()
-        {
-            match volume::identify(&image).map(|(_, copy)| copy) {
+        let with_those_below = |image: &PathBuf| match permit(image) {
+            Ok(place) => volume::known_layers(&place, |path| Ok(permit(path)?)).0,
+            Err(_) => Vec::new(),
+        };
+        let layers = images.iter().flat_map(with_those_below).map(|layer| layer.path);
+        for image in layers.chain(images.iter().cloned()).collect::<BTreeSet<_>>() {
+            let Ok(place) = permit(&image) else { continue };
+            match volume::identify(&place).map(|(_, copy)| copy) {
                 Ok(ImageCopy::Unreadable(_)) => visible.bad_images.push(image),
-                _ => visible.copies.extend(carried(image)),
+                _ => visible.copies.extend(carried(place)),
             }
         }
         Ok(visible)
@@ -158,10 +167,15 @@ impl Daemon {
 
     /// The same for the images of one VM, by what its XML names now.
     pub(super) fn note_bad_images_of(&self, xml: &str) -> Result<(), Failure> {
-        let layers = Domain::parse(xml).map_or_else(|_| Vec::new(), |domain| encrypted_layers(&domain));
-        for (id, path) in layers {
-            let copy = volume::identify(&path).map(|(_, copy)| copy);
-            if let (Ok(ImageCopy::Unreadable(_)), Some(record)) = (copy, self.keystore.readable_envelope(id)?)
+        let Ok(domain) = Domain::parse(xml) else {
+            return Ok(());
+        };
+        let (rule, known) = (self.path_rule(), self.locations_of(domain.uuid)?);
+        for (id, path) in encrypted_layers(&domain) {
+            let place = rule.permit_known(&path, known.iter());
+            let copy = place.map(|place| volume::identify(&place).map(|(_, copy)| copy));
+            if let (Ok(Ok(ImageCopy::Unreadable(_))), Some(record)) =
+                (copy, self.keystore.readable_envelope(id)?)
             {
                 self.keystore.copy_is_behind(&record.envelope, CopyPlace::Image)?;
                 self.copies_bell.ring();
@@ -244,7 +258,14 @@ impl Daemon {
         };
         if self.has_damaged(defined.vm) {
             let images = Metadata::sources_in(&defined.xml).unwrap_or_default();
-            visible.copies.extend(images.into_iter().filter_map(carried));
+            let (rule, known) = (
+                self.path_rule(),
+                self.locations_of(defined.vm).unwrap_or_default(),
+            );
+            let places = images
+                .iter()
+                .filter_map(|image| rule.permit_known(image, known.iter()).ok());
+            visible.copies.extend(places.filter_map(carried));
             visible.copies.extend(self.held_copies(Some(defined.vm)));
         }
         if let Err(failure) = self.take_in_all(visible.copies) {
@@ -291,7 +312,9 @@ impl Daemon {
             .passphrase()
             .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
         if envelope.kind != ObjectKind::Vtpm {
-            return self.memory.open_image(Path::new(location), envelope, &passphrase);
+            let known = self.locations_of(envelope.vm)?;
+            let place = self.path_rule().permit_known(Path::new(location), known.iter())?;
+            return self.memory.open_image(&place, envelope, &passphrase);
         }
         let dir = libvirt_state_dir(&self.config().swtpm_dir, &envelope.vm);
         let of_state = |error: &dyn std::error::Error| {
@@ -328,6 +351,26 @@ fn to_take_in(copy: &VisibleCopy, known: Option<&EnvelopeRecord>) -> Option<Stri
 }
 
 impl Visible {
+    /// Images that a sealed VM has, where root does not look: nobody knows which version is in there.
+    fn add_those_out_of_sight(
+        &mut self,
+        kept: &KeptXml,
+        permit: impl Fn(&Path) -> Result<PermittedPath, PathError>,
+    ) {
+        let Ok(domain) = Domain::parse(&kept.xml) else {
+            return;
+        };
+        if domain.metadata.is_none() {
+            return;
+        }
+        let named = encrypted_layers(&domain)
+            .into_iter()
+            .filter_map(|(_, path)| permit(&path).err());
+        let unseen = named.filter(|error| !error.is_missing());
+        self.unreadable
+            .extend(unseen.map(|error| Failure::from(error).of(&kept.name).to_string()));
+    }
+
     fn add_those_in(&mut self, kept: &KeptXml) -> Result<(), DomainError> {
         let layers = Domain::parse(&kept.xml).map_or_else(|_| Vec::new(), |domain| encrypted_layers(&domain));
         let place = match &kept.snapshot {
@@ -351,17 +394,10 @@ impl Visible {
     }
 }
 
-/// An image and what it is based on, as far as that can be told.
-fn with_those_below(image: &Path) -> Vec<PathBuf> {
-    match volume::backing_chain(image) {
-        Ok(layers) => layers.into_iter().map(|layer| layer.path).collect(),
-        Err(_) => vec![image.to_owned()],
-    }
-}
-
-fn carried(image: PathBuf) -> Option<VisibleCopy> {
+fn carried(place: PermittedPath) -> Option<VisibleCopy> {
+    let image = place.shown().to_owned();
     Some(VisibleCopy {
-        envelope: volume::inspect(&image).ok()?.envelope?,
+        envelope: volume::inspect(&place).ok()?.envelope?,
         place: Place::Image(image.clone()),
         location: Some(image),
     })

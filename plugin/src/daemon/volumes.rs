@@ -11,6 +11,7 @@ use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain, word};
 use crate::keystore::EnvelopeState;
+use crate::permitted::PermittedPath;
 use crate::seal::NewObject;
 use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration};
 
@@ -116,7 +117,9 @@ impl Daemon {
         let Some((vm, format)) = declared else {
             return Ok(None);
         };
-        volume::inspect_declared(image, Declaration::Stated(format)).map_err(|error| match error {
+        let place = PermittedPath::named_by_root(image)
+            .map_err(|source| volume::VolumeError::unreachable(image, source))?;
+        volume::inspect_declared(&place, Declaration::Stated(format)).map_err(|error| match error {
             contradiction @ volume::VolumeError::Contradiction { .. } => Failure::new(
                 Code::Failed,
                 format!("{contradiction}: VM {vm} has it as {format}"),

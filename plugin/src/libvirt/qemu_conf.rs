@@ -54,11 +54,20 @@ impl QemuConf {
         Some(Self(settings))
     }
 
+    /// A setting that has one value.
+    #[must_use]
+    pub fn text(&self, key: &str) -> Option<&str> {
+        match &self.0.get(key)?[..] {
+            [one] => Some(one),
+            _ => None,
+        }
+    }
+
     /// Where libvirt puts memory that is a file.
     #[must_use]
     pub fn memory_dir(&self) -> PathBuf {
-        let set = self.0.get("memory_backing_dir").and_then(|values| values.first());
-        set.map_or_else(|| MEMORY_DIR.into(), PathBuf::from)
+        self.text("memory_backing_dir")
+            .map_or_else(|| MEMORY_DIR.into(), PathBuf::from)
     }
 
     /// Whether libvirt lets no VM leave this host without TLS. It looks at that where a migration begins, on the host that the

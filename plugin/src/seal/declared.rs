@@ -81,14 +81,14 @@ pub(super) fn inspect(
         .next("convert it to qcow2 as its owner, not as root, and name that in the XML (virsh edit)")
     })?;
     let declaration = host.confirmed.declaration(disk, stated)?;
-    match volume::inspect_declared_at(place, declaration) {
+    match volume::inspect_declared(place, declaration) {
         Ok(info) => Ok(info),
         Err(VolumeError::Contradiction {
             path,
             declared,
             found,
         }) => {
-            match volume::inspect_at(place) {
+            match volume::inspect(place) {
                 // The start of a raw disk under LUKS, which is what the XML says.
                 Ok(info) if info.format.is_encrypted() && disk.encryption.is_some() => Ok(info),
                 // An older XML came back: the keystore knows better, and the image is still to open with its key.

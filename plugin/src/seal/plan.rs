@@ -219,6 +219,8 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
             dir.display()
         )
     });
+    let records = host.keystore.envelopes_of(domain.uuid)?.sound;
+    let known: Vec<_> = records.iter().map(|record| &record.location).collect();
     let plan = Plan {
         disks,
         nvram,
@@ -227,7 +229,9 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
             .into_iter()
             .chain(gone)
             .chain(side_doors::warnings(&domain, policy))
-            .chain(side_doors::plain_layers(&domain, policy))
+            .chain(side_doors::plain_layers(&domain, policy, |path| {
+                host.paths.permit_known(path, known.iter())
+            }))
             .collect(),
     };
     refuse_without_room(plan.new_files()).map_err(of_vm)?;

@@ -155,7 +155,7 @@ pub(super) fn plan_nvram(host: &Host<'_>, domain: &Domain, others: &OtherUses) -
             ));
         }
     };
-    let file = StoreFile::at(&path)?;
+    let file = StoreFile::at(host, domain.uuid, &path)?;
     let (known, envelopes) = take_back::known_stores(host, domain.uuid)?;
     match take_back::decide_store(&path, file, &known, HasRun::of(host, domain.uuid)?) {
         StoreDecision::TakeBack(path) => return taken_back(uefi, path, envelopes),
@@ -214,7 +214,7 @@ fn sealed_store(
         return Ok(NvramStep::Sealed(envelope));
     };
     let place = host.permit_known(domain.uuid, path)?;
-    Ok(match volume::inspect_at(&place)?.format {
+    Ok(match volume::inspect(&place)?.format {
         Format::Luks1 => NvramStep::Reformat(envelope, path.to_owned()),
         _ => NvramStep::Sealed(envelope),
     })
@@ -227,8 +227,8 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
         return Ok(Present::Nothing);
     }
     let path = place.shown().display();
-    let info = volume::inspect_at(place)?;
-    let of_template = volume::inspect_at(template)?.file_id;
+    let info = volume::inspect(place)?;
+    let of_template = volume::inspect(template)?.file_id;
     if info.file_id.inode() == of_template.inode() {
         return Err(Failure::new(
             Code::Failed,

@@ -26,8 +26,14 @@ pub(super) enum StoreFile {
 }
 
 impl StoreFile {
-    pub(super) fn at(path: &Path) -> Result<Self, Failure> {
-        match volume::inspect(path) {
+    /// At a path that the XML of `vm` names, or the keystore.
+    pub(super) fn at(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Self, Failure> {
+        let place = match host.place_of(vm, path)? {
+            Ok(place) => place,
+            Err(error) if error.is_missing() => return Ok(Self::Missing),
+            Err(error) => return Err(error.into()),
+        };
+        match volume::inspect(&place) {
             Ok(info) if info.format.is_encrypted() => Ok(Self::Encrypted),
             Ok(_) => Ok(Self::Plain),
             Err(VolumeError::NotFound(_)) => Ok(Self::Missing),
@@ -133,7 +139,7 @@ pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>
     for record in &records {
         let path = PathBuf::from(&record.location);
         stores.push(KnownStore {
-            file: StoreFile::at(&path)?,
+            file: StoreFile::at(host, vm, &path)?,
             path,
             state: record.state,
         });
@@ -196,13 +202,14 @@ pub(super) fn open_store(
     path: &Path,
     envelopes: &[Envelope],
 ) -> Result<Envelope, Failure> {
-    if volume::inspect(path)?.format != Format::Luks1 {
+    let place = host.permit_known(defined.vm, path)?;
+    if volume::inspect(&place)?.format != Format::Luks1 {
         return Err(VolumeError::NotEncrypted(path.to_owned()).into());
     }
     let location = path.display().to_string();
     first_that_opens(envelopes, |envelope| {
         adopt(host, defined, envelope, &location, |passphrase| {
-            Ok(volume::verify(path, passphrase)?)
+            Ok(volume::verify(&place, passphrase)?)
         })
     })
 }

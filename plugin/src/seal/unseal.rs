@@ -144,7 +144,7 @@ fn plan_object(
         return Ok(None);
     };
     let place = host.permit_known(domain.uuid, &path)?;
-    let info = volume::inspect_at(&place)?;
+    let info = volume::inspect(&place)?;
     let by = match object.kind {
         ObjectKind::Nvram => match nvram_template(host, domain, &place, &info)? {
             Some(template) => Replacement::CopyOf(template),

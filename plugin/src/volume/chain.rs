@@ -1,12 +1,13 @@
 //! The images that an image rests on.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::Serialize;
 
 use super::error::VolumeError;
 use super::open::{Format, Image};
+use crate::permitted::PermittedPath;
 
 /// libvirt's own limit.
 const DEEPEST: usize = 200;
@@ -22,29 +23,51 @@ pub struct Layer {
     pub encrypted: bool,
 }
 
-/// The images that `path` rests on, itself first. Formats are those that the images declare; a guest can write any
-/// header into a disk that is declared raw.
+/// The images that `top` rests on, itself first. Formats are those that the images declare; a guest can write any
+/// header into a disk that is declared raw. Each layer is named by the one above, so `permit` decides whether it is looked at.
 ///
 /// # Errors
 /// Those of [`inspect`](super::inspect) for every layer, and [`VolumeError::Chain`] for a loop, a missing file, more than 200
 /// layers, or a backing file that is no local file.
-pub fn backing_chain(path: &Path) -> Result<Vec<Layer>, VolumeError> {
+pub fn backing_chain(
+    top: &PermittedPath,
+    permit: impl Fn(&Path) -> Result<PermittedPath, VolumeError>,
+) -> Result<Vec<Layer>, VolumeError> {
     let mut layers = Vec::new();
+    follow_chain(top, permit, &mut layers).map(|()| layers)
+}
+
+/// As [`backing_chain`], as far as it can be followed; and why not further.
+pub fn known_layers(
+    top: &PermittedPath,
+    permit: impl Fn(&Path) -> Result<PermittedPath, VolumeError>,
+) -> (Vec<Layer>, Option<VolumeError>) {
+    let mut layers = Vec::new();
+    let followed = follow_chain(top, permit, &mut layers);
+    (layers, followed.err())
+}
+
+fn follow_chain(
+    top: &PermittedPath,
+    permit: impl Fn(&Path) -> Result<PermittedPath, VolumeError>,
+    layers: &mut Vec<Layer>,
+) -> Result<(), VolumeError> {
+    let broken = |reason| VolumeError::Chain {
+        path: top.shown().to_owned(),
+        reason,
+    };
     let mut seen = HashSet::new();
-    let mut next = Some((path.to_owned(), None));
+    let mut next = Some((top.clone(), None));
     while let Some((layer, declared)) = next {
-        let broken = |reason| VolumeError::Chain {
-            path: path.to_owned(),
-            reason,
-        };
+        let shown = layer.shown().display();
         let image = Image::open_as(&layer, declared.as_deref()).map_err(|error| match error {
-            VolumeError::NotFound(missing) if !layers.is_empty() => {
-                broken(format!("include {}, which does not exist", missing.display()))
+            VolumeError::NotFound(_) if !layers.is_empty() => {
+                broken(format!("include {shown}, which does not exist"))
             }
             error => error,
         })?;
         if !seen.insert(image.file_id().inode()) {
-            return Err(broken(format!("form a loop at {}", layer.display())));
+            return Err(broken(format!("form a loop at {shown}")));
         }
         if layers.len() == DEEPEST {
             return Err(broken(format!("are more than {DEEPEST} deep")));
@@ -55,22 +78,30 @@ pub fn backing_chain(path: &Path) -> Result<Vec<Layer>, VolumeError> {
             format,
             encrypted: format.is_encrypted(),
         });
-        next = backing_of(&image, path)?;
+        next = match image.qcow2().and_then(|header| header.backing.as_ref()) {
+            Some(backing) => {
+                let local = local_file_name(&backing.name)
+                    .ok_or_else(|| broken(format!("include `{}`, which is no local file", backing.name)))?;
+                let directory = image.path().parent().unwrap_or(Path::new(""));
+                Some((permit(&joined(directory, local))?, backing.format.clone()))
+            }
+            None => None,
+        };
     }
-    Ok(layers)
+    Ok(())
 }
 
-/// Path and declared format of the backing file; `top` is for messages.
-fn backing_of(image: &Image, top: &Path) -> Result<Option<(PathBuf, Option<String>)>, VolumeError> {
-    let Some(backing) = image.qcow2().and_then(|header| header.backing.as_ref()) else {
-        return Ok(None);
-    };
-    let local = local_file_name(&backing.name).ok_or_else(|| VolumeError::Chain {
-        path: top.to_owned(),
-        reason: format!("include `{}`, which is no local file", backing.name),
-    })?;
-    let directory = image.path().parent().unwrap_or(Path::new(""));
-    Ok(Some((directory.join(local), backing.format.clone())))
+/// `..` in the name is taken by its word, as nobody's links are followed.
+fn joined(directory: &Path, name: &str) -> PathBuf {
+    let mut path = PathBuf::new();
+    for part in directory.join(name).components() {
+        match part {
+            Component::ParentDir if path.has_root() || path.file_name().is_some() => drop(path.pop()),
+            Component::CurDir => {}
+            part => path.push(part),
+        }
+    }
+    path
 }
 
 /// The path that QEMU would open for the name of a backing file; `None` for other protocols and for JSON.
@@ -83,6 +114,18 @@ pub(super) fn local_file_name(name: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_relative_name_counts_from_the_directory_of_the_image() {
+        for (name, joined_to) in [
+            ("../b/./c", "/a/b/c"),
+            ("../../../c", "/c"),
+            ("/x", "/x"),
+            ("c", "/a/d/c"),
+        ] {
+            assert_eq!(joined(Path::new("/a/d"), name), Path::new(joined_to), "{name}");
+        }
+    }
 
     #[test]
     fn names_of_backing_files() {

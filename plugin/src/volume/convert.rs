@@ -36,18 +36,13 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Opens `path`, as what it is declared to be, else as what it shows. Refuses what can't be copied safely: a hostile
+    /// Opens an image, as what it is declared to be, else as what it shows. Refuses what can't be copied safely: a hostile
     /// image must not name other files.
-    pub(crate) fn open(path: &Path, declared: Option<DeclaredFormat>) -> Result<Self, VolumeError> {
+    pub(crate) fn open(place: &PermittedPath, declared: Option<DeclaredFormat>) -> Result<Self, VolumeError> {
         match declared {
-            Some(declared) => Self::of(open_declared(path, declared)?),
-            None => Self::of(uncompressed(Image::open(path)?)?),
+            Some(declared) => Self::of(open_declared(place, declared)?),
+            None => Self::of(uncompressed(Image::open(place)?)?),
         }
-    }
-
-    /// As [`Self::open`], at a path that others have named.
-    pub(crate) fn open_at(place: &PermittedPath) -> Result<Self, VolumeError> {
-        Self::of(uncompressed(Image::open_at(place)?)?)
     }
 
     fn of(image: Image) -> Result<Self, VolumeError> {

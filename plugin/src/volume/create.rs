@@ -213,7 +213,9 @@ pub fn create_from_watched(
             reason: "an image that is filled from another one has none".to_owned(),
         });
     }
-    let source = Source::open(source, request.source_format)?;
+    let place =
+        PermittedPath::named_by_root(source).map_err(|error| VolumeError::unreachable(source, error))?;
+    let source = Source::open(&place, request.source_format)?;
     let size = request.size.unwrap_or(source.virtual_size());
     if size < source.virtual_size() {
         return Err(VolumeError::Size {
@@ -432,5 +434,8 @@ fn backing_size(request: &CreateRequest, backing: &Backing) -> Result<Bytes, Vol
 
 fn open_backing(request: &CreateRequest, backing: &Backing) -> Result<Image, VolumeError> {
     let directory = request.path.parent().unwrap_or(Path::new(""));
-    Image::open(&directory.join(&backing.path))
+    let path = directory.join(&backing.path);
+    let place =
+        PermittedPath::named_by_root(&path).map_err(|source| VolumeError::unreachable(&path, source))?;
+    Image::open(&place)
 }

@@ -3,8 +3,6 @@
 //! A guest can write any header into a disk that is raw. Taken at its word, such a disk is "an empty qcow2 image" that may
 //! be replaced, or one whose backing file is any file of the host.
 
-use std::path::Path;
-
 use super::error::VolumeError;
 use super::open::{Image, VolumeInfo};
 use crate::domain::DeclaredFormat;
@@ -19,9 +17,9 @@ pub enum Declaration {
     Confirmed(DeclaredFormat),
 }
 
-/// Opens `path` as `declared`, whatever a raw file's first bytes look like.
-pub(super) fn open_declared(path: &Path, declared: DeclaredFormat) -> Result<Image, VolumeError> {
-    let image = Image::open_as(path, Some(DeclaredFormat::Raw.as_str()))?;
+/// Opens an image as `declared`, whatever a raw file's first bytes look like.
+pub(super) fn open_declared(place: &PermittedPath, declared: DeclaredFormat) -> Result<Image, VolumeError> {
+    let image = Image::open_as(place, Some(DeclaredFormat::Raw.as_str()))?;
     as_declared(image, declared)
 }
 
@@ -42,33 +40,13 @@ fn as_declared(image: Image, declared: DeclaredFormat) -> Result<Image, VolumeEr
     }
 }
 
-/// As [`inspect`](super::inspect), in the format that is declared for `path`.
+/// As [`inspect`](super::inspect), in the format that is declared for it.
 ///
 /// # Errors
 /// [`VolumeError::Contradiction`] where its first bytes are those of another format, unless they may be a guest's: a raw
 /// disk that was confirmed to be one. Else those of [`inspect`](super::inspect).
-pub fn inspect_declared(path: &Path, declaration: Declaration) -> Result<VolumeInfo, VolumeError> {
-    info(
-        Image::open_as(path, Some(DeclaredFormat::Raw.as_str()))?,
-        declaration,
-    )
-}
-
-/// As [`inspect_declared`], at a path that others have named.
-///
-/// # Errors
-/// Those of [`inspect_declared`].
-pub fn inspect_declared_at(
-    place: &PermittedPath,
-    declaration: Declaration,
-) -> Result<VolumeInfo, VolumeError> {
-    info(
-        Image::open_at_as(place, Some(DeclaredFormat::Raw.as_str()))?,
-        declaration,
-    )
-}
-
-fn info(raw: Image, declaration: Declaration) -> Result<VolumeInfo, VolumeError> {
+pub fn inspect_declared(place: &PermittedPath, declaration: Declaration) -> Result<VolumeInfo, VolumeError> {
+    let raw = Image::open_as(place, Some(DeclaredFormat::Raw.as_str()))?;
     let (Declaration::Stated(declared) | Declaration::Confirmed(declared)) = declaration;
     let path = &raw.path().to_owned();
     let image = as_declared(raw, declared)?;

@@ -12,6 +12,7 @@ use super::size::Bytes;
 use crate::domain::DeclaredFormat;
 use crate::envelope::EnvelopeError;
 use crate::failure::word;
+use crate::permitted::PathError;
 
 /// The part of an image that a [`Flaw`] was found in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +103,9 @@ pub enum VolumeError {
         #[source]
         source: io::Error,
     },
+    /// Root does not look there.
+    #[error(transparent)]
+    Place(#[from] PathError),
     /// There is no such file.
     #[error("{} does not exist", .0.display())]
     NotFound(PathBuf),
@@ -245,6 +249,18 @@ pub enum VolumeError {
 }
 
 impl VolumeError {
+    /// What root has named, and is not there or can't be reached.
+    pub(crate) fn unreachable(path: &Path, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::NotFound => Self::NotFound(path.to_owned()),
+            _ => Self::Io {
+                path: path.to_owned(),
+                action: "look at",
+                source,
+            },
+        }
+    }
+
     pub(super) fn damaged(path: &Path, flaw: Flaw) -> Self {
         Self::Damaged {
             path: path.to_owned(),

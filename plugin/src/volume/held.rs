@@ -34,7 +34,7 @@ impl Held {
     pub fn open(place: &PermittedPath) -> Result<Self, VolumeError> {
         let path = place.shown();
         // Tells what is no image before a device is opened.
-        match Image::open_at(place) {
+        match Image::open(place) {
             // A torn header is to be completed by whoever holds it.
             Ok(_) | Err(VolumeError::Damaged { .. }) => {}
             Err(error) => return Err(error),

@@ -79,7 +79,7 @@ fn make(
     if replaced.is_none() && target.exists() {
         return Err(VolumeError::Exists(shown.to_owned()));
     }
-    let source = Source::open_at(template)?;
+    let source = Source::open(template, None)?;
     if replaced.is_some_and(|held| held.id().inode() == source.file_id().inode()) {
         return Err(VolumeError::SameFile(shown.to_owned()));
     }
@@ -106,7 +106,7 @@ fn make(
 /// # Errors
 /// When it can't be read, or has a size or a form that no store has.
 pub fn read_variables(place: &PermittedPath) -> Result<Vec<u8>, VolumeError> {
-    variables_in(&Source::open_at(place)?)
+    variables_in(&Source::open(place, None)?)
 }
 
 fn variables_in(source: &Source) -> Result<Vec<u8>, VolumeError> {

@@ -1,8 +1,8 @@
 //! Reading images without trusting them: what they are, and whether a key opens them.
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use openssl::sha::sha256;
@@ -97,12 +97,12 @@ pub struct VolumeInfo {
     pub file_id: FileId,
 }
 
-/// Reads what `path` says about itself, without a key and without looking at its backing file.
+/// Reads what an image says about itself, without a key and without looking at its backing file.
 ///
 /// # Errors
 /// When it is missing, no regular file or block device, damaged, or of a kind that virtseal does not handle.
-pub fn inspect(path: &Path) -> Result<VolumeInfo, VolumeError> {
-    Image::open(path)?.info()
+pub fn inspect(place: &PermittedPath) -> Result<VolumeInfo, VolumeError> {
+    Image::open(place)?.info()
 }
 
 /// The copy of an envelope in an image. Anybody who writes the image has written it: one that can't be read is a bad copy, and
@@ -137,46 +137,30 @@ impl ImageCopy {
     }
 }
 
-/// What kind of image `path` is, and the envelope that it carries, without a look at its data.
+/// What kind of image it is, and the envelope that it carries, without a look at its data.
 ///
 /// # Errors
 /// Those of [`inspect`].
-pub fn identify(path: &Path) -> Result<(Format, ImageCopy), VolumeError> {
-    let image = Image::open(path)?;
+pub fn identify(place: &PermittedPath) -> Result<(Format, ImageCopy), VolumeError> {
+    let image = Image::open(place)?;
     Ok((image.format()?, image.copy()))
 }
 
-/// As [`inspect`], at a path that others have named.
-///
-/// # Errors
-/// Those of [`inspect`].
-pub fn inspect_at(place: &PermittedPath) -> Result<VolumeInfo, VolumeError> {
-    Image::open_at(place)?.info()
-}
-
-/// As [`verify`], at a path that others have named.
-///
-/// # Errors
-/// Those of [`verify`].
-pub fn verify_at(place: &PermittedPath, passphrase: &Passphrase) -> Result<(), VolumeError> {
-    Image::open_at(place)?.unlock(passphrase).map(drop)
-}
-
-/// Really opens `path` with `passphrase`: derives the keyslot's key, merges the volume key and checks its digest.
+/// Really opens it with `passphrase`: derives the keyslot's key, merges the volume key and checks its digest.
 ///
 /// # Errors
 /// [`VolumeError::NoKeyslotOpens`] for the wrong key, [`VolumeError::NotEncrypted`] for a plain image, and those of
 /// [`inspect`].
-pub fn verify(path: &Path, passphrase: &Passphrase) -> Result<(), VolumeError> {
-    Image::open(path)?.unlock(passphrase).map(drop)
+pub fn verify(place: &PermittedPath, passphrase: &Passphrase) -> Result<(), VolumeError> {
+    Image::open(place)?.unlock(passphrase).map(drop)
 }
 
-/// SHA-256 of the 592 bytes of the LUKS1 header of `path`: changes with any keyslot, and with the volume key.
+/// SHA-256 of the 592 bytes of its LUKS1 header: changes with any keyslot, and with the volume key.
 ///
 /// # Errors
 /// [`VolumeError::NotEncrypted`] for a plain image, and those of [`inspect`].
-pub fn header_digest(path: &Path) -> Result<[u8; 32], VolumeError> {
-    Image::open(path)?.header_digest()
+pub fn header_digest(place: &PermittedPath) -> Result<[u8; 32], VolumeError> {
+    Image::open(place)?.header_digest()
 }
 
 enum Kind {
@@ -198,31 +182,15 @@ pub(crate) struct Image {
 }
 
 impl Image {
-    /// Opens `path` and tells its format from its first bytes.
-    pub(crate) fn open(path: &Path) -> Result<Self, VolumeError> {
-        Self::open_as(path, None)
+    /// Opens it and tells its format from its first bytes.
+    pub(crate) fn open(place: &PermittedPath) -> Result<Self, VolumeError> {
+        Self::open_as(place, None)
     }
 
-    /// Opens `path` in the format that another image declares for it.
-    pub(crate) fn open_as(path: &Path, declared: Option<&str>) -> Result<Self, VolumeError> {
-        // Looked at before it is opened: opening a device can have effects.
-        refuse_what_is_no_image(&metadata(path)?, path)?;
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .attempt("open", path)?;
-        Self::from_file(file, path, declared)
-    }
-
-    /// As [`Self::open`], at a path that others have named.
-    pub(crate) fn open_at(place: &PermittedPath) -> Result<Self, VolumeError> {
-        Self::open_at_as(place, None)
-    }
-
-    /// As [`Self::open_as`], at a path that others have named.
-    pub(crate) fn open_at_as(place: &PermittedPath, declared: Option<&str>) -> Result<Self, VolumeError> {
+    /// Opens it in the format that another image declares for it.
+    pub(crate) fn open_as(place: &PermittedPath, declared: Option<&str>) -> Result<Self, VolumeError> {
         let path = place.shown();
+        // Named here: of what is no image, opening says only that it is none.
         refuse_what_is_no_image(&found(place.metadata(), path)?, path)?;
         let file = place.open(OpenOptions::new().read(true)).attempt("open", path)?;
         Self::from_file(file, path, declared)
@@ -532,10 +500,6 @@ fn read(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn metadata(path: &Path) -> Result<Metadata, VolumeError> {
-    found(fs::metadata(path), path)
-}
-
 fn found(metadata: io::Result<Metadata>, path: &Path) -> Result<Metadata, VolumeError> {
     metadata.map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => VolumeError::NotFound(path.to_owned()),
@@ -568,7 +532,13 @@ fn refuse_what_is_no_image(metadata: &Metadata, path: &Path) -> Result<(), Volum
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    fn by_root(path: &Path) -> PermittedPath {
+        PermittedPath::named_by_root(path).unwrap()
+    }
 
     #[test]
     fn what_is_no_file_is_refused_without_waiting() {
@@ -579,12 +549,12 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         for path in [&fifo, &socket, directory.path(), Path::new("/dev/zero")] {
             assert!(
-                matches!(inspect(path), Err(VolumeError::NotAnImage { .. })),
+                matches!(inspect(&by_root(path)), Err(VolumeError::NotAnImage { .. })),
                 "{path:?}"
             );
         }
         assert!(matches!(
-            inspect(&directory.path().join("none")),
+            inspect(&by_root(&directory.path().join("none"))),
             Err(VolumeError::NotFound(_))
         ));
     }
@@ -594,6 +564,6 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         fs::write(&path, b"KDMV and the rest").unwrap();
-        assert!(inspect(&path).unwrap_err().to_string().contains("VMDK"));
+        assert!(inspect(&by_root(&path)).unwrap_err().to_string().contains("VMDK"));
     }
 }

@@ -55,7 +55,7 @@ pub fn prepare_empty(replaced: Held, size: Bytes) -> Result<Prepared, VolumeErro
 pub fn prepare_copy(replaced: Held, source: &PermittedPath) -> Result<Prepared, VolumeError> {
     let shown = source.shown();
     prepare(replaced, |staged, replaced| {
-        if Image::open_at(source)?.file_id().inode() == replaced.id().inode() {
+        if Image::open(source)?.file_id().inode() == replaced.id().inode() {
             return Err(VolumeError::SameFile(shown.to_owned()));
         }
         let variables = read_variables(source)?;

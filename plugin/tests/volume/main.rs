@@ -33,6 +33,10 @@ fn place(path: &Path) -> PermittedPath {
     PermittedPath::named_by_root(path).unwrap()
 }
 
+fn chain_of(path: &Path) -> Result<Vec<volume::Layer>, VolumeError> {
+    volume::backing_chain(&place(path), |layer| Ok(place(layer)))
+}
+
 /// A directory, and a key for what is made in it.
 struct Bench {
     directory: TempDir,
@@ -78,11 +82,11 @@ impl Bench {
     }
 
     fn verify(&self, name: &str) -> Result<(), VolumeError> {
-        volume::verify(&self.path(name), &self.passphrase)
+        volume::verify(&self.place(name), &self.passphrase)
     }
 
     fn inspect(&self, name: &str) -> volume::VolumeInfo {
-        volume::inspect(&self.path(name)).unwrap()
+        volume::inspect(&self.place(name)).unwrap()
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> Output {
@@ -188,7 +192,7 @@ fn qemu_reads_and_writes_images_of_every_cluster_size() {
         request.cluster_size = ClusterSize::from_bits(bits).unwrap();
         let created = bench.create(&request).unwrap();
         assert_eq!(created.size, Bytes(3 << 30));
-        let digest = volume::header_digest(&created.path).unwrap();
+        let digest = volume::header_digest(&place(&created.path)).unwrap();
         assert_eq!(created.header_digest, digest);
 
         bench.check("disk");
@@ -264,7 +268,7 @@ fn a_wrong_key_opens_nothing() {
     let bench = Bench::new();
     bench.create(&bench.request("disk", 1 << 30)).unwrap();
     let other = Dek::random().unwrap().passphrase().unwrap();
-    let refused = volume::verify(&bench.path("disk"), &other).unwrap_err();
+    let refused = volume::verify(&bench.place("disk"), &other).unwrap_err();
     assert!(matches!(refused, VolumeError::NoKeyslotOpens(_)), "{refused}");
     fs::write(bench.path("plain"), [0; 4096]).unwrap();
     assert!(matches!(bench.verify("plain"), Err(VolumeError::NotEncrypted(_))));
@@ -418,7 +422,7 @@ fn an_overlay_reads_through_and_shows_its_chain() {
     bench.qemu_io("overlay", "read -P 8 0 64k");
     bench.must("qemu-io", &["-f", "qcow2", "-c", "read -P 9 0 64k", "base"]);
 
-    let chain = volume::backing_chain(&bench.path("overlay")).unwrap();
+    let chain = chain_of(&bench.path("overlay")).unwrap();
     let seen: Vec<_> = chain
         .iter()
         .map(|layer| (layer.format, layer.encrypted))
@@ -465,7 +469,7 @@ fn a_chain_that_loops_or_breaks_is_an_error() {
         ("c", "which does not exist"),
         ("d", "no local file"),
     ] {
-        let error = volume::backing_chain(&bench.path(image)).unwrap_err().to_string();
+        let error = chain_of(&bench.path(image)).unwrap_err().to_string();
         assert!(error.contains(reason), "{error}");
     }
 }
@@ -476,7 +480,7 @@ fn a_layer_that_is_declared_raw_is_not_looked_into() {
     bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "guest", "1G"]);
     let options = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", "guest", "top"];
     bench.must("qemu-img", &options);
-    let chain = volume::backing_chain(&bench.path("top")).unwrap();
+    let chain = chain_of(&bench.path("top")).unwrap();
     assert_eq!(chain[1].format, Format::Raw);
 }
 
@@ -545,7 +549,7 @@ fn a_contradicted_declaration_is_refused_and_a_confirmed_one_taken() {
     fs::write(bench.path("luks"), b"LUKS\xba\xbe\x00\x02 and the rest").unwrap();
     fs::write(bench.path("torn"), b"QFI\xfb\x00\x00\x00\x09 and the rest").unwrap();
     let (raw, qcow2) = (DeclaredFormat::Raw, DeclaredFormat::Qcow2);
-    let look = |name: &str, declaration| volume::inspect_declared(&bench.path(name), declaration);
+    let look = |name: &str, declaration| volume::inspect_declared(&bench.place(name), declaration);
     for (name, declared, found) in [
         ("qcow2", raw, "qcow2"),
         ("vmdk", raw, "VMDK"),

@@ -22,7 +22,7 @@ fn a_variable_store_holds_its_template() {
         let target = format!("{source}.nvram");
         let (from, to) = (bench.place(source), bench.place(&target));
         let digest = volume::create_nvram(&from, &to, &bench.passphrase).unwrap();
-        assert_eq!(digest, volume::header_digest(&bench.path(&target)).unwrap());
+        assert_eq!(digest, volume::header_digest(&bench.place(&target)).unwrap());
         bench.verify(&target).unwrap();
         assert_eq!(bench.info(&target)["format"], "luks");
         bench.must("cryptsetup", &["luksDump", &target]);
