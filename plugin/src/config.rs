@@ -15,9 +15,9 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de};
 use thiserror::Error;
 
-use crate::envelope::Envelope;
-use crate::provider::registry::Registry;
-use crate::tpm::Tcti;
+use crate::host::tpm::Tcti;
+use crate::model::envelope::Envelope;
+use crate::recipients::Registry;
 
 pub use log_filter::LogFilter;
 pub use policy::Policies;

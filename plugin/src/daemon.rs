@@ -1,6 +1,6 @@
 //! The daemon's state, and what each method of the Varlink services does with it.
 //!
-//! Everything here blocks and runs on worker threads; [`crate::listener`] is the asynchronous edge. The answer to
+//! Everything here blocks and runs on worker threads; [`crate::daemon::listener`] is the asynchronous edge. The answer to
 //! a hook is ready before its deadline or not at all: a start that nobody waits for any more arms nothing.
 
 mod adopt;
@@ -16,6 +16,7 @@ pub mod glance;
 mod headers;
 mod host_tpm;
 mod jobs;
+pub mod listener;
 mod marks;
 mod overdue;
 mod pages;
@@ -28,6 +29,7 @@ mod running;
 mod saved;
 mod sharing;
 mod shred;
+pub mod sockets;
 mod standing;
 mod state;
 mod status;
@@ -48,16 +50,16 @@ use crate::api::Outcome;
 use crate::audit::AuditLog;
 use crate::config::Config;
 use crate::domain::{self, Domain, ObjectState};
-use crate::envelope::{EnvelopeId, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::{CopyPlace, JobId, Keystore};
-use crate::libvirt::{Arming, Libvirt, LibvirtError};
-use crate::lifecycle::{self, Arms, Deadline, Memory, Opened, Prepared, Stage};
-use crate::permitted::PathRule;
-use crate::provider::registry::Registry;
-use crate::seal::{self, ConfirmedFormats, Host};
-use crate::tpm::Tpm;
-use crate::volume;
+use crate::host::libvirt::{Arming, Libvirt, LibvirtError};
+use crate::host::permitted::PathRule;
+use crate::host::tpm::Tpm;
+use crate::model::envelope::{EnvelopeId, VmId};
+use crate::object::disk;
+use crate::recipients::Registry;
+use crate::store::{CopyPlace, JobId, Keystore};
+use crate::vm::seal::{self, ConfirmedFormats, Host};
+use crate::vm::start::{self, Arms, Deadline, Memory, Opened, Prepared, Stage};
 use bell::Bell;
 use first_runs::FirstRuns;
 use headers::Headers;
@@ -309,7 +311,7 @@ impl Daemon {
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);
-        let Prepared { opened, first_run } = lifecycle::prepare(&stage, domain)?;
+        let Prepared { opened, first_run } = start::prepare(&stage, domain)?;
         if opened.is_empty() && policy == HookPolicy::RequireSealed {
             return Err(nothing_sealed(domain));
         }
@@ -440,7 +442,7 @@ impl Daemon {
             .into_values()
             .filter_map(|image| self.known_place(image).ok())
         {
-            match volume::sweep_temporaries(&image) {
+            match disk::sweep_temporaries(&image) {
                 Ok(removed) => removed
                     .iter()
                     .for_each(|path| tracing::info!(path = %path.display(), "removed a leftover")),

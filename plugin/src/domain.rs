@@ -26,8 +26,8 @@ use roxmltree::{Document, Node, ParsingOptions};
 use swtpm_state::libvirt_state_dir;
 use thiserror::Error;
 
-use crate::envelope::{EnvelopeError, EnvelopeId, VmId};
 use crate::failure::{Code, Failure, word};
+use crate::model::envelope::{EnvelopeError, EnvelopeId, VmId};
 
 pub use declared::DeclaredFormat;
 pub use firmware::{FirmwareWish, LaunchSecurity};

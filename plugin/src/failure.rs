@@ -6,8 +6,8 @@
 use std::error::Error;
 use std::fmt;
 
-use crate::keystore::KeystoreError;
-use crate::volume::VolumeError;
+use crate::object::disk::VolumeError;
+use crate::store::KeystoreError;
 
 pub use crate::terminal::word;
 

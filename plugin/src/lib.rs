@@ -1,6 +1,6 @@
 //! VM encryption for plain libvirt/QEMU hosts.
 //!
-//! Start reading at [`lifecycle`]: what happens at each step of a VM's life. [`envelope`] is the record that
+//! Start reading at [`vm::start`]: what happens at each step of a VM's life. [`model::envelope`] is the record that
 //! everything else carries about.
 
 // What is printed goes through `terminal::visible`: see there.
@@ -12,26 +12,15 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod domain;
-pub mod envelope;
 pub mod failure;
-pub mod forgotten;
-pub mod keystore;
-pub mod libvirt;
-pub mod lifecycle;
-pub mod listener;
-pub mod local_time;
-#[cfg(test)]
-mod own_process;
-pub mod permitted;
-pub mod process;
+pub mod host;
+pub mod job;
+pub mod model;
+pub mod object;
 pub mod provider;
-pub mod rotation;
-pub mod seal;
+pub mod recipients;
 pub mod secret;
-pub mod secure_boot;
-pub mod side_doors;
-pub mod sockets;
 pub mod state_backup;
+pub mod store;
 pub mod terminal;
-pub mod tpm;
-pub mod volume;
+pub mod vm;

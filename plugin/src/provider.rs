@@ -11,7 +11,6 @@ mod kek_name;
 pub mod kmip;
 pub mod native;
 pub mod pkcs11;
-pub mod registry;
 mod revocation;
 mod timed;
 pub mod transit;
@@ -26,7 +25,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::envelope::{EnvelopeError, KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::envelope::{EnvelopeError, KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
 
 pub use class::ErrorClass;

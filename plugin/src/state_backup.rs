@@ -18,10 +18,10 @@ use tar::{Archive, Builder, EntryType, Header};
 use thiserror::Error;
 
 use crate::audit::AuditLog;
-use crate::keystore::{Keystore, KeystoreError};
-use crate::local_time::rfc3339;
+use crate::host::local_time::rfc3339;
 use crate::provider::native::{SealingError, decrypting, encrypting};
 use crate::secret::SecretBytes;
+use crate::store::{Keystore, KeystoreError};
 
 pub use restore::{Replace, Restored, restore};
 

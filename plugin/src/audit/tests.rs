@@ -5,7 +5,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
 use super::*;
-use crate::own_process;
+use crate::host::own_process;
 
 const SOON: Duration = Duration::from_secs(20);
 

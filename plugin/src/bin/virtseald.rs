@@ -16,13 +16,13 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use virtseal::config::{Config, ConfigError, LogFilter};
+use virtseal::daemon::listener::Server;
 use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
+use virtseal::daemon::sockets::Sockets;
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
 use virtseal::failure::chain;
-use virtseal::libvirt::events;
-use virtseal::listener::Server;
-use virtseal::process::{self, LinkedCode};
-use virtseal::sockets::Sockets;
+use virtseal::host::libvirt::events;
+use virtseal::host::process::{self, LinkedCode};
 use virtseal::terminal::visible;
 
 /// The daemon of virtseal: hands VMs their keys when libvirt starts them.
@@ -267,7 +267,7 @@ async fn watch_libvirt(daemon: Arc<Daemon>, code: Arc<LinkedCode>) {
             if new || idle {
                 code.release();
             }
-            Ok::<_, virtseal::libvirt::LibvirtError>(swept)
+            Ok::<_, virtseal::host::libvirt::LibvirtError>(swept)
         })
         .await;
         sweep_is_due = !matches!(checked, Ok(Ok(_)));

@@ -10,8 +10,8 @@ use super::passphrase::PassphraseArgs;
 use super::print::Printer;
 use super::provider_add::{NoCacheArgs, kek_scope};
 use crate::api::HostProxy;
-use crate::envelope::ProviderId;
 use crate::failure::{Code, Failure};
+use crate::model::envelope::ProviderId;
 use crate::provider::ScopeSetting;
 use crate::provider::pkcs11::{KeyBits, Pkcs11Settings, TokenChoice};
 

@@ -11,7 +11,7 @@ use crate::api::{
     ProviderView, Receipt, ServerView, VmView, VolumeProgress,
 };
 use crate::failure::{Code, Failure, word};
-use crate::local_time::{parse_rfc3339, time_of_day};
+use crate::host::local_time::{parse_rfc3339, time_of_day};
 use crate::terminal::{visible, visible_json};
 
 /// Prints to standard output, as tables or as JSON; hints and warnings go to standard error.

@@ -14,10 +14,10 @@ use super::print::Printer;
 use crate::api::HostProxy;
 use crate::config::Config;
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::KeystoreError;
 use crate::provider::native::SealingError;
 use crate::secret::SecretBytes;
 use crate::state_backup::{self, Replace, StateError};
+use crate::store::KeystoreError;
 use crate::terminal::quoted;
 
 /// The most bytes of a passphrase.

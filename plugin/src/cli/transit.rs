@@ -9,8 +9,8 @@ use super::client::Client;
 use super::print::Printer;
 use super::provider_add::{NoCacheArgs, kek_scope};
 use crate::api::HostProxy;
-use crate::envelope::ProviderId;
 use crate::failure::{Code, Failure};
+use crate::model::envelope::ProviderId;
 use crate::provider::ScopeSetting;
 use crate::provider::transit::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
 

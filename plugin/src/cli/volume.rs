@@ -10,8 +10,8 @@ use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, VolumeProgress, VolumeRequest};
 use crate::failure::{Code, Failure};
-use crate::permitted::PermittedPath;
-use crate::volume::{
+use crate::host::permitted::PermittedPath;
+use crate::object::disk::{
     self, Bytes,
     luks1::{KeyslotInfo, LuksInfo},
 };
@@ -153,9 +153,9 @@ async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Res
 }
 
 pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Failure> {
-    let place = PermittedPath::named_by_root(path)
-        .map_err(|source| volume::VolumeError::unreachable(path, source))?;
-    let info = volume::inspect(&place)?;
+    let place =
+        PermittedPath::named_by_root(path).map_err(|source| disk::VolumeError::unreachable(path, source))?;
+    let info = disk::inspect(&place)?;
     let mut rows = vec![
         ("file", info.path.display().to_string()),
         ("format", info.format.as_str().to_owned()),

@@ -9,11 +9,11 @@ use super::visible::{Place, VisibleCopy};
 use super::{Daemon, lock};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, ObjectRef, ObjectState, encrypted_layers};
-use crate::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
 use crate::failure::{Code, Failure, chain, word};
-use crate::lifecycle::adoption::not_believed;
+use crate::model::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
+use crate::object::disk;
 use crate::secret::Dek;
-use crate::volume;
+use crate::vm::start::adoption::not_believed;
 
 /// Which copies root answers for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,7 @@ impl Daemon {
     fn carried_by(&self, domain: &Domain, path: &Path) -> Option<Envelope> {
         let known = self.locations_of(domain.uuid).ok()?;
         let place = self.path_rule().permit_known(path, known.iter()).ok()?;
-        volume::inspect(&place).ok()?.envelope
+        disk::inspect(&place).ok()?.envelope
     }
 
     fn unreadable_in(&self, domain: &Domain) -> Vec<String> {

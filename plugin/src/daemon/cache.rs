@@ -8,12 +8,12 @@ use std::time::{Duration, UNIX_EPOCH};
 use super::Daemon;
 use crate::api::{PersistRequest, PersistView, Providers};
 use crate::failure::{Code, Failure, chain};
-use crate::local_time::rfc3339;
+use crate::host::local_time::rfc3339;
+use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::provider::KeyProvider;
 use crate::provider::cache::{CachePolicy, NothingToCache, PersistError, PersistTime};
 use crate::provider::kmip::{KmipProvider, KmipProviderError, Persist};
-use crate::provider::registry::Provider;
-use crate::tpm::{PcrList, Tpm, TpmError};
+use crate::recipients::Provider;
 
 impl Daemon {
     /// Keeps KEKs of `name` in memory as `policy` says, from now on and after a restart; and across one if it is to `persist`.
@@ -24,7 +24,7 @@ impl Daemon {
         persist: Option<&PersistRequest>,
     ) -> Result<Providers, Failure> {
         let set = self.set_cache(name, policy, persist);
-        crate::process::trim();
+        crate::host::process::trim();
         self.audit_provider("provider-cache", name, &set);
         set?;
         Ok(Providers {
@@ -116,7 +116,7 @@ fn load(provider: &KmipProvider, tpm: &Tpm) {
     let mut wait = Duration::from_millis(500);
     while provider.wants_tpm() && wait < PATIENCE {
         let loaded = provider.load_cache(tpm);
-        crate::process::trim();
+        crate::host::process::trim();
         let Err(error) = loaded else {
             tracing::info!(
                 provider = provider.name(),

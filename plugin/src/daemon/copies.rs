@@ -11,14 +11,14 @@ use std::time::Duration;
 use super::headers::Writing;
 use super::{Daemon, lock};
 use crate::domain::{Domain, Metadata, edit, encrypted_layers};
-use crate::envelope::{Envelope, EnvelopeId, Precedence, VmId};
 use crate::failure::{Failure, chain};
-use crate::keystore::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, KeystoreError, StaleCopy};
-use crate::libvirt::KeptXml;
-use crate::lifecycle::adoption::{Doubt, Weighed, weigh};
-use crate::permitted::{PathError, PathRule, PermittedPath};
+use crate::host::libvirt::KeptXml;
+use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::model::envelope::{Envelope, EnvelopeId, Precedence, VmId};
+use crate::object::disk::{self, Carried, ImageCopy, VolumeError};
 use crate::secret::Passphrase;
-use crate::volume::{self, Carried, ImageCopy, VolumeError};
+use crate::store::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, KeystoreError, StaleCopy};
+use crate::vm::start::adoption::{Doubt, Weighed, weigh};
 
 /// How many stale copies are in memory at a time.
 const PAGE: u32 = 100;
@@ -240,7 +240,7 @@ impl Daemon {
             let Ok(place) = rule.permit_known(path, std::iter::once(&record.location)) else {
                 continue;
             };
-            let found = match volume::identify(&place).map(|(_, copy)| copy) {
+            let found = match disk::identify(&place).map(|(_, copy)| copy) {
                 Ok(ImageCopy::Envelope(found)) if found.id == id => *found,
                 // Whose it was is shown by the key that opens the image.
                 Ok(ImageCopy::Unreadable(why)) => {
@@ -306,7 +306,7 @@ impl Daemon {
     ) -> Result<bool, RewriteError> {
         let shown = place.shown().display().to_string();
         let gives_way = |found: &Envelope| Ok(giving_way.contains(&found.to_json()));
-        let rewritten = volume::rewrite_envelope(place, envelope, passphrase, gives_way, |bytes| {
+        let rewritten = disk::rewrite_envelope(place, envelope, passphrase, gives_way, |bytes| {
             self.keystore
                 .journal_header(envelope.id, &shown, bytes)
                 .map_err(RewriteError::Journal)
@@ -360,7 +360,7 @@ impl Daemon {
         writing: Writing<'_>,
     ) -> Result<(), Failure> {
         let path = place.shown();
-        match volume::finish_rewrite(place, patch) {
+        match disk::finish_rewrite(place, patch) {
             Ok(()) => {
                 tracing::info!(path = %path.display(), "completed its header");
                 Ok(self.keystore.forget_header(id)?)

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use super::Daemon;
 use super::visible::{Place, VisibleCopy};
-use crate::envelope::VmId;
 use crate::failure::word;
-use crate::keystore::{DamagedRow, Keystore, KeystoreError, VmRecord};
+use crate::model::envelope::VmId;
+use crate::store::{DamagedRow, Keystore, KeystoreError, VmRecord};
 
 /// Where a backup is the only way: there is no copy of these elsewhere.
 const BACKUP: &str =

@@ -11,12 +11,12 @@ use super::visible::Place;
 use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
-use crate::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::forgotten::{self, ForgottenError};
-use crate::keystore::CopyPlace;
-use crate::provider::registry::{Absent, Provider};
-use crate::rotation::Task;
+use crate::job::sweep::Task;
+use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
+use crate::recipients::{Absent, Provider};
+use crate::store::CopyPlace;
+use crate::vm::forgotten::{self, ForgottenError};
 
 /// Readers share a look that is not older than this.
 const FRESH: Duration = Duration::from_secs(2);
@@ -123,7 +123,7 @@ impl Daemon {
         // In this order: where it can't be deleted it goes on working.
         self.registry.delete(id)?;
         known.provider().lock();
-        crate::process::trim();
+        crate::host::process::trim();
         if !uses.objects.is_empty() {
             warnings.push(format!(
                 "{} had a stanza of it, {} of them with no other: these stay locked until it is back: {}",

@@ -12,10 +12,10 @@ use swtpm_state::{State, libvirt_state_dir};
 
 use super::{Daemon, lock, vm_id};
 use crate::domain::{self, Domain, ObjectState};
-use crate::envelope::{EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::{CopyPlace, KeystoreError};
-use crate::lifecycle::{FirstRun, KnownRun, StateSource};
+use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::store::{CopyPlace, KeystoreError};
+use crate::vm::start::{FirstRun, KnownRun, StateSource};
 
 /// How long after `migrate` or `restore` its `prepare` may come: libvirt waits 30 s for another job on the VM between the two.
 const ARRIVAL: Duration = Duration::from_secs(35);

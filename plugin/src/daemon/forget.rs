@@ -2,7 +2,7 @@
 //!
 //! No key is destroyed, and no server is asked: the VM may run on another host. What must not happen is that the last envelope
 //! of an object goes whose file is here. That a path has nothing now is no proof that there is nothing: its storage may not be
-//! mounted. So what is dropped is kept first, see [`crate::forgotten`].
+//! mounted. So what is dropped is kept first, see [`crate::vm::forgotten`].
 
 use std::fs::File;
 use std::io::Read;
@@ -14,11 +14,11 @@ use swtpm_state::{State, libvirt_state_dir};
 use super::vms::unreachable;
 use super::{Daemon, lock};
 use crate::api::Outcome;
-use crate::envelope::{Generation, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::forgotten::{self, Forgotten};
-use crate::keystore::{Change, EnvelopeRecord, KeystoreError, Mark, Put, VmRecord};
-use crate::volume::{self, Format, VolumeError};
+use crate::model::envelope::{Generation, ObjectKind, VmId};
+use crate::object::disk::{self, Format, VolumeError};
+use crate::store::{Change, EnvelopeRecord, KeystoreError, Mark, Put, VmRecord};
+use crate::vm::forgotten::{self, Forgotten};
 
 /// What is where an object was.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -219,7 +219,7 @@ impl Daemon {
             Err(error) if error.is_missing() => return Whereabouts::Absent,
             Err(error) => return Whereabouts::Unreadable(chain(&error)),
         };
-        let info = match volume::inspect(&place) {
+        let info = match disk::inspect(&place) {
             Ok(info) => info,
             Err(VolumeError::NotFound(_)) => return Whereabouts::Absent,
             Err(error) => return Whereabouts::Unreadable(chain(&error)),

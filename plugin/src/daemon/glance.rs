@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::Daemon;
 use crate::api::VmView;
-use crate::envelope::ProviderId;
 use crate::failure::{Failure, chain};
+use crate::model::envelope::ProviderId;
 
 /// No answer is older than this.
 const MAX_AGE: Duration = Duration::from_secs(2);

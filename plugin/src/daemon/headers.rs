@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::envelope::EnvelopeId;
-use crate::lifecycle::Deadline;
+use crate::model::envelope::EnvelopeId;
+use crate::vm::start::Deadline;
 
 /// How often a start that waits looks whether anybody still waits for it.
 const TICK: Duration = Duration::from_millis(50);

@@ -14,14 +14,14 @@ use super::Daemon;
 use super::providers::passphrase_from;
 use crate::api::{TpmEnrolled, TpmRequest, TpmView};
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::{Change, UnixTime};
-use crate::local_time::rfc3339;
+use crate::host::local_time::rfc3339;
+use crate::host::secure_boot::SecureBoot;
+use crate::host::tpm::{PcrList, SealPolicy, SigningKey, TpmError};
 use crate::provider::native::{NativeError, NativeProvider, TpmEnrollment, WhyLocked};
-use crate::provider::registry::Provider;
 use crate::provider::{KeyProvider, ProviderStatus};
+use crate::recipients::Provider;
 use crate::secret::SecretBytes;
-use crate::secure_boot::SecureBoot;
-use crate::tpm::{PcrList, SealPolicy, SigningKey, TpmError};
+use crate::store::{Change, UnixTime};
 
 /// A systemd credential of this name, followed by a provider's, unlocks that provider.
 pub const CREDENTIAL: &str = "virtseal.passphrase.";
@@ -58,7 +58,7 @@ impl Daemon {
         let enrolled = native
             .enroll_tpm(&self.tpm, &policy.with_pin(pin))
             .map_err(|error| tpm_failure(&native, &error));
-        crate::process::trim();
+        crate::host::process::trim();
         self.audit_provider("provider-tpm-enroll", name, &enrolled);
         enrolled?;
         let enrollment =
@@ -84,7 +84,7 @@ impl Daemon {
         let unlocked = native
             .unlock_by_tpm(&self.tpm, native.locks(), pin.as_ref())
             .map_err(|error| tpm_failure(&native, &error));
-        crate::process::trim();
+        crate::host::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
         self.jobs_bell.ring();
         unlocked
@@ -116,7 +116,7 @@ impl Daemon {
             return Tried::Over;
         }
         let unlocked = provider.unlock_by_tpm(&self.tpm, *locks, None);
-        crate::process::trim();
+        crate::host::process::trim();
         if let Err(NativeError::Tpm(TpmError::NeedsPin)) = &unlocked {
             tracing::info!(provider = name, "it waits for its PIN: {}", unlock_with_pin(name));
             return Tried::Over;

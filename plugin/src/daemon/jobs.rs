@@ -13,13 +13,13 @@ use super::providers::{native_failure, passphrase_from, wrong_fds};
 use super::visible::VisibleCopy;
 use super::{Daemon, lock};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
-use crate::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::failure::{Code, Failure};
-use crate::keystore::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
+use crate::job::sweep::{self, Step, Task};
+use crate::model::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::provider::native::{NativeError, NativeProvider};
-use crate::provider::registry::Provider;
 use crate::provider::{KeyProvider, ProviderStatus};
-use crate::rotation::{self, Step, Task};
+use crate::recipients::Provider;
+use crate::store::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
 
 /// How many jobs `virtseal jobs` shows.
 const RECENT: u32 = 20;
@@ -47,7 +47,7 @@ impl Daemon {
         let mut patience = PATIENCE.start;
         loop {
             let config = self.config();
-            let stepped = rotation::step(&self.keystore, &self.registry, config.batch_size);
+            let stepped = sweep::step(&self.keystore, &self.registry, config.batch_size);
             self.note_stalled(stepped.as_ref().err());
             let pause = match stepped {
                 Ok(Some(Step::Worked(_))) => {
@@ -63,7 +63,7 @@ impl Daemon {
                         "ended"
                     );
                     self.audit_command("job-end", &self.words(&job), &Ok(()));
-                    crate::process::trim();
+                    crate::host::process::trim();
                     Duration::ZERO
                 }
                 Ok(Some(Step::Waits(_))) | Err(_) => {
@@ -124,7 +124,7 @@ impl Daemon {
                     NativeError::Tpm(_) => tpm_failure(native, &error),
                     error => native_failure(name, &error),
                 });
-            crate::process::trim();
+            crate::host::process::trim();
             self.audit_provider("provider-rotate", name, &rotated);
             tpm_lags = self.tpm_lags(native, rotated?);
         }

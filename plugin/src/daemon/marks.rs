@@ -6,10 +6,10 @@
 use super::Daemon;
 use crate::api::Outcome;
 use crate::domain::{self, Domain};
-use crate::envelope::ObjectKind;
 use crate::failure::Failure;
-use crate::libvirt::DefinedDomain;
-use crate::volume::{self, VolumeError};
+use crate::host::libvirt::DefinedDomain;
+use crate::model::envelope::ObjectKind;
+use crate::object::disk::{self, VolumeError};
 
 impl Daemon {
     /// Runs `seal` with the VM marked; a VM of which nothing was sealed starts as before.
@@ -60,7 +60,7 @@ impl Daemon {
         for object in domain::objects(&domain) {
             let Some(path) = object.path else { continue };
             let found = match rule.permit_known(&path, known.iter()) {
-                Ok(place) => volume::inspect(&place),
+                Ok(place) => disk::inspect(&place),
                 Err(error) if error.is_missing() => Err(VolumeError::NotFound(path)),
                 Err(error) => return Err(error.into()),
             };

@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{Daemon, lock};
-use crate::envelope::VmId;
 use crate::failure::chain;
-use crate::libvirt::Power;
-use crate::lifecycle::Overdue;
+use crate::host::libvirt::Power;
+use crate::model::envelope::VmId;
+use crate::vm::start::Overdue;
 
 /// How many questions may hang at once: libvirt takes five of a client, and others use this connection too.
 const MAX_LOOKS: usize = 2;
@@ -79,7 +79,7 @@ impl Daemon {
     }
 
     /// Returns how many secrets there were.
-    fn disarm_overdue(&self, start: Overdue) -> Result<usize, crate::libvirt::LibvirtError> {
+    fn disarm_overdue(&self, start: Overdue) -> Result<usize, crate::host::libvirt::LibvirtError> {
         let _shared = lock(&self.shared);
         // Held until they are gone: a start that needs one of them again defines it after that.
         let mut arms = lock(&self.arms);

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use super::{Daemon, LIBVIRT_SHARE, lock};
 use crate::domain::{self, Domain, ObjectState};
-use crate::envelope::VmId;
 use crate::failure::{Failure, chain};
-use crate::libvirt::{Libvirt, StoragePool};
-use crate::permitted::{PathError, PathRule, PermittedPath};
+use crate::host::libvirt::{Libvirt, StoragePool};
+use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::model::envelope::VmId;
 
 impl Daemon {
     /// What the settings permit, and the storage pools that are active. Asks libvirt on the background connection; as long as that

@@ -9,13 +9,13 @@ use super::cache::persist_view;
 use super::host_tpm::{tpm_view, why_locked};
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::failure::{Code, Failure, chain};
-use crate::local_time::rfc3339;
+use crate::host::local_time::rfc3339;
 use crate::provider::kmip::{KmipProvider, KmipProviderError};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
-use crate::provider::registry::{NextCommand, Provider};
 use crate::provider::transit::{TransitProvider, TransitSettings};
 use crate::provider::{KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus};
+use crate::recipients::{NextCommand, Provider};
 use crate::secret::SecretBytes;
 
 /// The most bytes of a passphrase, or of a client's key and its certificates in PEM.
@@ -110,7 +110,7 @@ impl Daemon {
         })?;
         let pin = passphrase_from(pin)?;
         let added = self.registry.add_pkcs11(&provider_name(name)?, settings, &pin);
-        crate::process::trim();
+        crate::host::process::trim();
         added.map(drop).map_err(|error| pkcs11_failure(name, &error))
     }
 
@@ -148,7 +148,7 @@ impl Daemon {
         provider.provider().lock();
         // Notes the time.
         let _ = self.registry.report(&provider);
-        crate::process::trim();
+        crate::host::process::trim();
         let locked = self.check_disk_after_lock(&provider);
         self.audit_provider("provider-lock", name, &locked);
         locked
@@ -164,7 +164,7 @@ impl Daemon {
             .unlock(&passphrase)
             .map_err(|error| refused(provider.provider(), &error));
         let _ = self.registry.report(&provider);
-        crate::process::trim();
+        crate::host::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
         if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {
             self.renew_tpm(native);

@@ -13,9 +13,9 @@ use super::pages::PAGE;
 use crate::api::{AuditLines, AuditVerified};
 use crate::audit::{self, AuditError, AuditLog, Event, Outcome, Position};
 use crate::domain::Domain;
-use crate::envelope::VmId;
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::{AuditAnchor, Keystore};
+use crate::model::envelope::VmId;
+use crate::store::{AuditAnchor, Keystore};
 
 /// The most time that a record may cost a start.
 const PATIENCE: Duration = Duration::from_secs(1);

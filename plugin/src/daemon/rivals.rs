@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::domain::Domain;
-use crate::envelope::{Envelope, EnvelopeId, Precedence};
 use crate::failure::word;
-use crate::keystore::EnvelopeRecord;
-use crate::volume::ImageCopy;
+use crate::model::envelope::{Envelope, EnvelopeId, Precedence};
+use crate::object::disk::ImageCopy;
+use crate::store::EnvelopeRecord;
 
 pub(super) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> Vec<String> {
     let Some(metadata) = &domain.metadata else {
@@ -99,7 +99,7 @@ fn providers(envelope: &Envelope) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::{Binding, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId};
+    use crate::model::envelope::{Binding, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId};
     use crate::secret::Dek;
 
     #[test]

@@ -13,14 +13,14 @@ use super::bell::Bell;
 use super::{Daemon, lock};
 use crate::domain::jobs::{self, JobTarget};
 use crate::domain::{Domain, DomainError, objects};
-use crate::envelope::{ObjectKind, VmId};
 use crate::failure::{Failure, chain};
-use crate::libvirt::events::{Change, Heard, Listener, Listening, MemoryFile};
-use crate::libvirt::{Libvirt, RunningVm};
-use crate::local_time::rfc3339;
-use crate::side_doors;
+use crate::host::libvirt::events::{Change, Heard, Listener, Listening, MemoryFile};
+use crate::host::libvirt::{Libvirt, RunningVm};
+use crate::host::local_time::rfc3339;
+use crate::model::envelope::{ObjectKind, VmId};
+use crate::object::disk::{self, ImageCopy};
 use crate::terminal::visible;
-use crate::volume::{self, ImageCopy};
+use crate::vm::side_doors;
 
 /// What has no event is seen after this.
 const ROUND: Duration = Duration::from_secs(30);
@@ -390,7 +390,7 @@ impl Daemon {
         let kept = records.into_iter().find(|record| record.location == shown);
         let known = kept.iter().map(|record| &record.location);
         let place = self.path_rule().permit_known(path, known).ok()?;
-        match volume::identify(&place) {
+        match disk::identify(&place) {
             Ok((format, ImageCopy::Envelope(envelope))) if format.is_encrypted() => Some(envelope.vm),
             Ok((format, ImageCopy::None | ImageCopy::Unreadable(_))) if format.is_encrypted() => {
                 kept.map(|record| record.envelope.vm)

@@ -3,9 +3,9 @@
 
 use super::{Daemon, lock};
 use crate::domain::Metadata;
-use crate::envelope::VmId;
 use crate::failure::{Failure, chain};
-use crate::libvirt::Whereabouts;
+use crate::host::libvirt::Whereabouts;
+use crate::model::envelope::VmId;
 
 impl Daemon {
     /// For a hook, which waits for nothing: libvirt is asked behind it.

@@ -5,11 +5,11 @@ use std::path::Path;
 
 use super::{Daemon, lock};
 use crate::api::Outcome;
-use crate::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::{CopyPlace, EnvelopeRecord, Put};
-use crate::permitted::PermittedPath;
-use crate::volume::{self, VolumeError};
+use crate::host::permitted::PermittedPath;
+use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
+use crate::object::disk::{self, VolumeError};
+use crate::store::{CopyPlace, EnvelopeRecord, Put};
 
 /// What root wants of a VM's right to a volume that is another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ impl Daemon {
                     return Ok(self.outcome(path, vm, vm_id, sharing, true));
                 }
                 // A job was faster: on top of what it made.
-                Ok(Put::Stale) | Err(crate::keystore::KeystoreError::Conflict { .. }) => {
+                Ok(Put::Stale) | Err(crate::store::KeystoreError::Conflict { .. }) => {
                     record = self.record_of(path, record.envelope.id)?;
                 }
                 Err(error) => return Err(error.into()),
@@ -87,7 +87,7 @@ impl Daemon {
         let passphrase = dek
             .passphrase()
             .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
-        volume::verify(&named_by_root(path)?, &passphrase)?;
+        disk::verify(&named_by_root(path)?, &passphrase)?;
         own.share_with(vm, &dek).map_err(unusable)
     }
 
@@ -105,7 +105,7 @@ impl Daemon {
 
     /// By the envelope that the image carries, else by its path.
     fn volume_record(&self, path: &Path) -> Result<EnvelopeRecord, Failure> {
-        let carried = match named_by_root(path).and_then(|place| volume::identify(&place)) {
+        let carried = match named_by_root(path).and_then(|place| disk::identify(&place)) {
             Ok((_, copy)) => copy.envelope().map(|envelope| envelope.id),
             Err(VolumeError::NotFound(_)) => None,
             Err(error) => return Err(error.into()),

@@ -14,15 +14,15 @@ use super::vms::unreachable;
 use super::{Daemon, lock};
 use crate::api::{Receipt, ReceiptLine, ShredPreview};
 use crate::domain::{Domain, Metadata, encrypted_layers};
-use crate::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::{EnvelopeRecord, MadeKek};
-use crate::libvirt::{DefinedDomain, KeptXml};
-use crate::permitted::{PathRule, PermittedPath};
+use crate::host::libvirt::{DefinedDomain, KeptXml};
+use crate::host::permitted::{PathRule, PermittedPath};
+use crate::model::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
+use crate::object::disk::{self, Shredded, Shredding, VolumeError};
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
+use crate::store::{EnvelopeRecord, MadeKek};
 use crate::terminal::quoted;
-use crate::volume::{self, Shredded, Shredding, VolumeError};
 
 /// A VM to be shredded.
 struct Doomed {
@@ -424,7 +424,7 @@ impl Daemon {
             let Some(place) = self.place_of(doomed, &file).map_err(stays)? else {
                 continue;
             };
-            match volume::is_free(&place) {
+            match disk::is_free(&place) {
                 Err(VolumeError::NotFound(_)) | Ok(()) => {}
                 Err(error) => return Err(stays(error.into())),
             }
@@ -532,7 +532,7 @@ fn shred_file(
 ) -> Result<ReceiptLine, Failure> {
     let what = format!("the {} {}", record.envelope.kind, place.shown().display());
     let left = |seen: &str| Ok(line(&what, false, &format!("left alone: {seen}")));
-    match volume::shred_keys(place, record.envelope.id, passphrase.as_ref().ok()) {
+    match disk::shred_keys(place, record.envelope.id, passphrase.as_ref().ok()) {
         Ok(Shredding::Done(shredded)) => Ok(line(&what, true, &destroyed(shredded))),
         Ok(Shredding::Carries(other)) => left(&format!(
             "it carries envelope {other}, so it is not the image that this VM had there"

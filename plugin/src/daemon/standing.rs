@@ -4,7 +4,7 @@
 use std::fmt;
 
 use crate::domain::ObjectState;
-use crate::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
 
 /// What is at an object's place.
 #[derive(Clone, Debug, PartialEq, Eq)]

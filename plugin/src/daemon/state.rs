@@ -20,7 +20,7 @@ impl Daemon {
             &self.config().state_dir.display().to_string(),
             &made,
         );
-        crate::process::trim();
+        crate::host::process::trim();
         made
     }
 

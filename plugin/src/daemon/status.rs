@@ -13,13 +13,13 @@ use super::{Daemon, lock};
 use super::{damaged, rivals};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
 use crate::domain::{self, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
-use crate::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::{EnvelopeRecord, EnvelopeState, VmRecord};
-use crate::libvirt::DefinedDomain;
-use crate::permitted::{PathError, PathRule, PermittedPath};
-use crate::side_doors;
-use crate::volume::{self, ImageCopy, VolumeError};
+use crate::host::libvirt::DefinedDomain;
+use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::object::disk::{self, ImageCopy, VolumeError};
+use crate::store::{EnvelopeRecord, EnvelopeState, VmRecord};
+use crate::vm::side_doors;
 
 impl Daemon {
     /// Everything at a glance; never waits for a provider.
@@ -535,7 +535,7 @@ fn found_state(dir: &Path) -> Found {
 /// What is there, and the copy of an envelope in it.
 fn found_image(place: &PermittedPath) -> (Found, ImageCopy) {
     let none = |found| (found, ImageCopy::None);
-    match volume::identify(place) {
+    match disk::identify(place) {
         Ok((format, copy)) if format.is_encrypted() => {
             let ids = match &copy {
                 ImageCopy::Envelope(envelope) => Some((envelope.id, envelope.vm)),

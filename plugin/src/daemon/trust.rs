@@ -16,7 +16,7 @@ use crate::provider::kmip::{
     CertificateFacts, Fingerprint, KeyKind, KmipProvider, MOST_PEM, NewIdentity, Presented, ServerTrust,
     TrustError,
 };
-use crate::provider::registry::{NextCommand, Provider};
+use crate::recipients::{NextCommand, Provider};
 use crate::secret::SecretBytes;
 
 impl Daemon {
@@ -33,7 +33,7 @@ impl Daemon {
                 .set_identity(&new)
                 .map_err(|error| trust_failure(name, &error))
         });
-        crate::process::trim();
+        crate::host::process::trim();
         self.audit_provider("provider-identity", name, &set);
         let certificate = certificate_view(&set?);
         let id = provider.id();

@@ -12,14 +12,14 @@ use swtpm_state::{State, StateKey, libvirt_state_dir};
 use super::Daemon;
 use super::vms::unreachable;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
-use crate::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::{CopyPlace, EnvelopeRecord, LeftBehind};
-use crate::libvirt::{DefinedDomain, KeptXml};
-use crate::lifecycle::adoption::{Doubt, Weighed, believe, weigh};
-use crate::permitted::{PathError, PermittedPath};
+use crate::host::libvirt::{DefinedDomain, KeptXml};
+use crate::host::permitted::{PathError, PermittedPath};
+use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
+use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
-use crate::volume::{self, ImageCopy};
+use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
+use crate::vm::start::adoption::{Doubt, Weighed, believe, weigh};
 
 /// A copy that this host can see.
 #[derive(Debug)]
@@ -115,13 +115,13 @@ impl Daemon {
             }
         }
         let with_those_below = |image: &PathBuf| match permit(image) {
-            Ok(place) => volume::known_layers(&place, |path| Ok(permit(path)?)).0,
+            Ok(place) => disk::known_layers(&place, |path| Ok(permit(path)?)).0,
             Err(_) => Vec::new(),
         };
         let layers = images.iter().flat_map(with_those_below).map(|layer| layer.path);
         for image in layers.chain(images.iter().cloned()).collect::<BTreeSet<_>>() {
             let Ok(place) = permit(&image) else { continue };
-            match volume::identify(&place).map(|(_, copy)| copy) {
+            match disk::identify(&place).map(|(_, copy)| copy) {
                 Ok(ImageCopy::Unreadable(_)) => visible.bad_images.push(image),
                 _ => visible.copies.extend(carried(place)),
             }
@@ -173,7 +173,7 @@ impl Daemon {
         let (rule, known) = (self.path_rule(), self.locations_of(domain.uuid)?);
         for (id, path) in encrypted_layers(&domain) {
             let place = rule.permit_known(&path, known.iter());
-            let copy = place.map(|place| volume::identify(&place).map(|(_, copy)| copy));
+            let copy = place.map(|place| disk::identify(&place).map(|(_, copy)| copy));
             if let (Ok(Ok(ImageCopy::Unreadable(_))), Some(record)) =
                 (copy, self.keystore.readable_envelope(id)?)
             {
@@ -397,7 +397,7 @@ impl Visible {
 fn carried(place: PermittedPath) -> Option<VisibleCopy> {
     let image = place.shown().to_owned();
     Some(VisibleCopy {
-        envelope: volume::inspect(&place).ok()?.envelope?,
+        envelope: disk::inspect(&place).ok()?.envelope?,
         place: Place::Image(image.clone()),
         location: Some(image),
     })

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Daemon;
-use crate::envelope::VmId;
 use crate::failure::{Code, Failure, chain};
-use crate::keystore::VmRecord;
-use crate::libvirt::{DefinedDomain, LibvirtError};
+use crate::host::libvirt::{DefinedDomain, LibvirtError};
+use crate::model::envelope::VmId;
+use crate::store::VmRecord;
 
 /// How many names a message has.
 const NAMED: usize = 8;

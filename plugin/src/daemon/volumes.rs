@@ -8,12 +8,12 @@ use std::sync::Mutex;
 use super::{Daemon, lock};
 use crate::api::{VolumeProgress, VolumeRequest};
 use crate::domain::{DeclaredFormat, Disk, Domain};
-use crate::envelope::ObjectKind;
 use crate::failure::{Code, Failure, chain, word};
-use crate::keystore::EnvelopeState;
-use crate::permitted::PermittedPath;
-use crate::seal::NewObject;
-use crate::volume::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration};
+use crate::host::permitted::PermittedPath;
+use crate::model::envelope::ObjectKind;
+use crate::object::disk::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration};
+use crate::store::EnvelopeState;
+use crate::vm::seal::NewObject;
 
 impl Daemon {
     /// Makes an encrypted volume and, with `from`, fills it. `report` says whether anybody still listens.
@@ -60,7 +60,7 @@ impl Daemon {
         }
         // Nobody should get an envelope for an image that can't be made.
         if create.path.symlink_metadata().is_ok() {
-            return Err(volume::VolumeError::Exists(create.path).into());
+            return Err(disk::VolumeError::Exists(create.path).into());
         }
         let _claim = self.claim(&request.path)?;
         // Filling takes minutes, making an envelope does not: only the latter excludes others.
@@ -118,9 +118,9 @@ impl Daemon {
             return Ok(None);
         };
         let place = PermittedPath::named_by_root(image)
-            .map_err(|source| volume::VolumeError::unreachable(image, source))?;
-        volume::inspect_declared(&place, Declaration::Stated(format)).map_err(|error| match error {
-            contradiction @ volume::VolumeError::Contradiction { .. } => Failure::new(
+            .map_err(|source| disk::VolumeError::unreachable(image, source))?;
+        disk::inspect_declared(&place, Declaration::Stated(format)).map_err(|error| match error {
+            contradiction @ disk::VolumeError::Contradiction { .. } => Failure::new(
                 Code::Failed,
                 format!("{contradiction}: VM {vm} has it as {format}"),
             )
@@ -165,8 +165,8 @@ impl Daemon {
     ) -> Result<VolumeProgress, Failure> {
         let passphrase = object.passphrase()?;
         let created = match &request.from {
-            None => volume::create(create, &object.envelope, &passphrase),
-            Some(image) => volume::create_from(
+            None => disk::create(create, &object.envelope, &passphrase),
+            Some(image) => disk::create_from(
                 create,
                 Path::new(image),
                 &object.envelope,

@@ -14,7 +14,7 @@ use super::metadata::{ascii_json, envelope, envelope_nodes, stated_id, vm_node};
 use super::read::{self, child, children};
 use super::splice::{self, Edit, Element, Place};
 use super::{Domain, DomainError, Encryption, Metadata, Position, SecretRef, parse_document};
-use crate::envelope::{Envelope, EnvelopeError, EnvelopeId, Precedence};
+use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Precedence};
 
 /// What [`seal`] writes.
 #[derive(Clone, Debug, Default)]

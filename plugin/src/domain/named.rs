@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 use super::read::{root, text};
 use super::{DomainError, parse_document};
-use crate::envelope::EnvelopeId;
+use crate::model::envelope::EnvelopeId;
 
 /// What virtseal puts before the UUID in the usage of its secrets.
 const USAGE: &str = "virtseal:";

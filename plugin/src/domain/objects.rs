@@ -10,8 +10,8 @@ use super::{
     Disk, DiskDevice, Domain, Encryption, Firmware, Policy, PolicyKey, SecretRef, Source, Tpm, TpmBackend,
     Uefi, VtpmElsewhere,
 };
-use crate::envelope::{EnvelopeId, ObjectKind};
 use crate::failure::word;
+use crate::model::envelope::{EnvelopeId, ObjectKind};
 
 /// A disk, TPM or variable store that keeps what the guest writes.
 #[derive(Clone, Debug, PartialEq, Eq)]

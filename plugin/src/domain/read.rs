@@ -11,7 +11,7 @@ use super::{
     SecretRef, Source, Tpm, TpmBackend, Uefi,
 };
 use super::{metadata, side_doors};
-use crate::envelope::EnvelopeId;
+use crate::model::envelope::EnvelopeId;
 
 pub(super) fn domain(document: &Document<'_>) -> Result<Domain, DomainError> {
     let root = root(document)?;

@@ -8,7 +8,7 @@ use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
 
 use super::ProviderError;
-use crate::envelope::{Payload, ProviderId};
+use crate::model::envelope::{Payload, ProviderId};
 use crate::secret::SecretBytes;
 
 /// The mechanism's name in a stanza.
@@ -112,7 +112,7 @@ fn open(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+    use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
     use crate::secret::Dek;
 
     #[test]

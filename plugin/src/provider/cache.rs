@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{ErrorClass, ProviderError};
-use crate::envelope::{KekId, ProviderId};
 use crate::failure::chain;
-use crate::keystore::{KekPersistence, Keystore, KeystoreError, UnixTime};
+use crate::host::tpm::{PcrList, Tpm, TpmError};
+use crate::model::envelope::{KekId, ProviderId};
 use crate::secret::SecretBytes;
-use crate::tpm::{PcrList, Tpm, TpmError};
+use crate::store::{KekPersistence, Keystore, KeystoreError, UnixTime};
 use persisted::Persisted;
 
 pub(super) use persisted::{NewPersistence, NotKept};

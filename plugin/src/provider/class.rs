@@ -84,7 +84,7 @@ impl ProviderError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::KekId;
+    use crate::model::envelope::KekId;
 
     fn unknown() -> ProviderError {
         ProviderError::UnknownKek(KekId("7".into()))

@@ -9,7 +9,7 @@ mod fixtures;
 use std::time::Duration;
 
 use super::{KeyProvider, pkcs11};
-use crate::envelope::KekId;
+use crate::model::envelope::KekId;
 use crate::secret::SecretBytes;
 
 /// A provider of one kind with all that it needs around it, `Ready` when made.

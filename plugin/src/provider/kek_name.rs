@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use super::{KekScope, ProviderError};
-use crate::envelope::{KekId, ProviderId};
-use crate::keystore::{KekNameRecord, Keystore, KeystoreError};
+use crate::model::envelope::{KekId, ProviderId};
+use crate::store::{KekNameRecord, Keystore, KeystoreError};
 
 /// Which KEK of a scope it is: they rise by one. 0 is one from a virtseal that did not count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -175,7 +175,7 @@ fn unreadable() -> impl FnOnce(KeystoreError) -> ProviderError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::VmId;
+    use crate::model::envelope::VmId;
 
     #[test]
     fn names_say_their_generation_and_are_never_the_same() {

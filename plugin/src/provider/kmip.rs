@@ -54,11 +54,11 @@ use super::kek_name::KekBook;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
-use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::failure::chain;
-use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
+use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::provider::native::SealingError;
 use crate::secret::SecretBytes;
+use crate::store::{Keystore, KeystoreError, ProviderRecord};
 
 pub use caching::Persist;
 pub use certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
@@ -248,7 +248,7 @@ impl KmipProvider {
     }
 
     /// Removes the private key and the trust of a provider from the disk, once its record is gone. Of other kinds there are none.
-    pub(super) fn remove_files(keystore: &Keystore, id: ProviderId) -> Result<(), StoreError> {
+    pub(crate) fn remove_files(keystore: &Keystore, id: ProviderId) -> Result<(), StoreError> {
         Store::new(keystore.dir(), id).remove()
     }
 

@@ -32,10 +32,10 @@ use self::kek::{Kek, KekName};
 use self::sealing::Form;
 use super::aes_gcm::MECHANISM;
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
-use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
-use crate::keystore::{Change, Keystore, KeystoreError, NativeRoot, ProviderRecord};
+use crate::host::tpm::{Tpm, TpmError};
+use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::{SecretBytes, Transient};
-use crate::tpm::{Tpm, TpmError};
+use crate::store::{Change, Keystore, KeystoreError, NativeRoot, ProviderRecord};
 
 pub use document::DocumentError;
 pub use sealing::SealingError;

@@ -34,9 +34,9 @@ use self::token::Token;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
-use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
-use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
+use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
+use crate::store::{Keystore, KeystoreError, ProviderRecord};
 
 pub use settings::{KeyBits, Pkcs11Settings, SettingsError, TokenChoice};
 

@@ -34,9 +34,9 @@ use self::kek::{KekName, MECHANISM, Serving};
 use self::link::{Link, guard};
 use super::kek_name::{self, KekBook, KekGeneration};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
-use crate::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
-use crate::keystore::{Keystore, KeystoreError, ProviderRecord};
+use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
+use crate::store::{Keystore, KeystoreError, ProviderRecord};
 
 pub use settings::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
 

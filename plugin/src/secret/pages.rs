@@ -157,7 +157,7 @@ mod tests {
     /// The pages that are kept belong to the process, so nobody else may be in it.
     #[test]
     fn a_page_is_used_again_and_is_zero_then() {
-        crate::own_process::run(|| {
+        crate::host::own_process::run(|| {
             let mut pages = Pages::zeroed(32).unwrap();
             pages.bytes_mut().fill(0xaa);
             let base = pages.base;

@@ -13,10 +13,10 @@ use tar::EntryType;
 
 use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
 use crate::audit::{AuditLog, Event, Outcome, Position};
-use crate::keystore::{AuditAnchor, Keystore, KeystoreError};
-use crate::local_time::rfc3339;
+use crate::host::local_time::rfc3339;
 use crate::provider::native::decrypting;
 use crate::secret::SecretBytes;
+use crate::store::{AuditAnchor, Keystore, KeystoreError};
 
 /// Whether what is there may be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

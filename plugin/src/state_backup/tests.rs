@@ -1,5 +1,5 @@
 use super::*;
-use crate::envelope::VmId;
+use crate::model::envelope::VmId;
 
 fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()

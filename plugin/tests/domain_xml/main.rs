@@ -14,7 +14,7 @@ use std::path::Path;
 use uuid::Uuid;
 use virtseal::domain::edit::{DiskEdit, LoaderPin, NvramEdit, SealEdit, seal};
 use virtseal::domain::{Domain, objects};
-use virtseal::envelope::{
+use virtseal::model::envelope::{
     Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
 };
 use virtseal::secret::Dek;

@@ -2,7 +2,7 @@
 
 use virtseal::domain::edit::set_envelopes;
 use virtseal::domain::{Domain, DomainError};
-use virtseal::envelope::{Envelope, Generation, ObjectKind};
+use virtseal::model::envelope::{Envelope, Generation, ObjectKind};
 
 use crate::{envelope, fixture, id, seal_all};
 

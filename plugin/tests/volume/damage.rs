@@ -11,7 +11,7 @@ fn a_truncated_image_is_an_error_that_names_it() {
         0, 3, 4, 20, 103, 500, 4096, 65_536, 196_608, 200_000, 2_000_000, 2_260_000,
     ] {
         fs::write(bench.path("cut"), &whole[..len]).unwrap();
-        match volume::inspect(&bench.place("cut")) {
+        match disk::inspect(&bench.place("cut")) {
             Ok(info) => assert!(len < 4 && info.format == Format::Raw, "{len} bytes"),
             Err(error) => assert!(error.to_string().contains("/cut"), "{error}"),
         }
@@ -37,7 +37,7 @@ fn damage_is_an_error_that_says_where() {
         let mut damaged = whole.clone();
         damaged[at] ^= 0xff;
         fs::write(bench.path("bad"), &damaged).unwrap();
-        let error = volume::inspect(&bench.place("bad")).unwrap_err().to_string();
+        let error = disk::inspect(&bench.place("bad")).unwrap_err().to_string();
         let place = format!("byte {place} of the {part}");
         assert!(error.contains(&place) && error.contains("/bad"), "{error}");
     }
@@ -50,7 +50,7 @@ fn a_name_that_would_break_the_line_is_an_error() {
         "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", "a\nb", "disk",
     ];
     bench.must("qemu-img", &[&options[..], &["1G"]].concat());
-    let error = volume::inspect(&bench.place("disk")).unwrap_err().to_string();
+    let error = disk::inspect(&bench.place("disk")).unwrap_err().to_string();
     assert!(error.contains("not text") && !error.contains('\n'), "{error}");
 }
 
@@ -63,7 +63,7 @@ fn every_changed_byte_of_the_headers_is_survived() {
     let image = fs::File::options().write(true).open(bench.path("disk")).unwrap();
     for at in (0..1200).chain(luks..luks + 592) {
         std::os::unix::fs::FileExt::write_all_at(&image, &[whole[at] ^ 0x81], at as u64).unwrap();
-        if let Err(error) = volume::inspect(&bench.place("disk")) {
+        if let Err(error) = disk::inspect(&bench.place("disk")) {
             assert!(error.to_string().contains("/disk"), "byte {at}: {error}");
         }
         // What can't be read may end, but never in the wrong hands: any answer but a panic will do.

@@ -22,12 +22,12 @@ fn a_cloud_image_fills_a_larger_volume() {
         let mut request = bench.request("disk", 1 << 30);
         request.cluster_size = cluster_size.parse().unwrap();
         let mut heard = Vec::new();
-        let progress = |percent: volume::Percent| {
+        let progress = |percent: disk::Percent| {
             heard.push(percent.0);
             ControlFlow::Continue(())
         };
         let source = bench.path(&source);
-        volume::create_from(&request, &source, &bench.envelope, &bench.passphrase, progress).unwrap();
+        disk::create_from(&request, &source, &bench.envelope, &bench.passphrase, progress).unwrap();
         assert_eq!(heard.last(), Some(&100.0));
         assert!(heard.is_sorted());
 
@@ -122,7 +122,7 @@ fn stopping_a_fill_leaves_nothing() {
     let request = bench.request("disk", 64 << 20);
     let stop = |_| ControlFlow::Break(());
     let source = bench.path("cloud");
-    let outcome = volume::create_from(&request, &source, &bench.envelope, &bench.passphrase, stop);
+    let outcome = disk::create_from(&request, &source, &bench.envelope, &bench.passphrase, stop);
     assert!(matches!(outcome, Err(VolumeError::Stopped(_))));
     assert!(!bench.path("disk").exists());
     assert_eq!(bench.leftovers(), [""; 0]);
@@ -138,7 +138,7 @@ fn meanwhile(bench: &Bench, deed: impl Fn()) -> VolumeError {
     };
     let request = bench.request("disk", 1 << 30);
     let source = bench.path("source");
-    let outcome = volume::create_from_watched(
+    let outcome = disk::create_from_watched(
         &request,
         &source,
         &bench.envelope,

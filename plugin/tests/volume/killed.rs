@@ -65,23 +65,21 @@ fn carry_out(order: &str) -> ! {
     let (source, target) = (directory.join("source"), directory.join("target"));
     let request = CreateRequest::new(&target, Bytes(64 << 20));
     let failed = match job {
-        "nvram" => {
-            volume::create_nvram_watched(&place(&source), &place(&target), &passphrase, die_there).err()
-        }
-        "converting" => volume::create_from(&request, &source, &envelope, &passphrase, die_converting).err(),
+        "nvram" => disk::create_nvram_watched(&place(&source), &place(&target), &passphrase, die_there).err(),
+        "converting" => disk::create_from(&request, &source, &envelope, &passphrase, die_converting).err(),
         "from" => {
-            volume::create_from_watched(&request, &source, &envelope, &passphrase, go_on, die_there).err()
+            disk::create_from_watched(&request, &source, &envelope, &passphrase, go_on, die_there).err()
         }
         _ => {
             let held = target.exists().then(|| Held::open(&place(&target)).unwrap());
-            volume::create_over_watched(held.as_ref(), &request, &envelope, &passphrase, die_there).err()
+            disk::create_over_watched(held.as_ref(), &request, &envelope, &passphrase, die_there).err()
         }
     };
     panic!("still alive: {failed:?}");
 }
 
 /// Stops the child for good, so that only its parent's death can end it, and dies.
-fn die_converting(_: volume::Percent) -> ControlFlow<()> {
+fn die_converting(_: disk::Percent) -> ControlFlow<()> {
     use nix::sys::signal::{Signal, kill};
     use nix::unistd::Pid;
     for thread in fs::read_dir("/proc/self/task").unwrap() {
@@ -135,7 +133,7 @@ fn examine(bench: &Bench, job: &str, step: Step) {
     } else {
         assert!(!bench.path("target").exists(), "{job} {step:?}");
     }
-    volume::sweep_temporaries(&bench.place("target")).unwrap();
+    disk::sweep_temporaries(&bench.place("target")).unwrap();
     assert_eq!(bench.leftovers(), [""; 0], "{job} {step:?}");
     if !published && job != "replace" {
         bench.create(&bench.request("target", 64 << 20)).unwrap();

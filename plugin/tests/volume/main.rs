@@ -19,22 +19,22 @@ use std::process::{Command, Output, Stdio};
 use serde_json::Value;
 use tempfile::TempDir;
 use virtseal::domain::DeclaredFormat;
-use virtseal::envelope::{
+use virtseal::host::permitted::PermittedPath;
+use virtseal::model::envelope::{
     Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
 };
-use virtseal::permitted::PermittedPath;
-use virtseal::secret::{Dek, Passphrase};
-use virtseal::volume::{
+use virtseal::object::disk::{
     self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Declaration, Format, Held, Step,
     VolumeError, luks1,
 };
+use virtseal::secret::{Dek, Passphrase};
 
 fn place(path: &Path) -> PermittedPath {
     PermittedPath::named_by_root(path).unwrap()
 }
 
-fn chain_of(path: &Path) -> Result<Vec<volume::Layer>, VolumeError> {
-    volume::backing_chain(&place(path), |layer| Ok(place(layer)))
+fn chain_of(path: &Path) -> Result<Vec<disk::Layer>, VolumeError> {
+    disk::backing_chain(&place(path), |layer| Ok(place(layer)))
 }
 
 /// A directory, and a key for what is made in it.
@@ -68,25 +68,25 @@ impl Bench {
         CreateRequest::new(self.path(name), Bytes(size))
     }
 
-    fn create(&self, request: &CreateRequest) -> Result<volume::Created, VolumeError> {
-        volume::create(request, &self.envelope, &self.passphrase)
+    fn create(&self, request: &CreateRequest) -> Result<disk::Created, VolumeError> {
+        disk::create(request, &self.envelope, &self.passphrase)
     }
 
-    fn create_over(&self, held: &Held, request: &CreateRequest) -> Result<volume::Created, VolumeError> {
-        volume::create_over(held, request, &self.envelope, &self.passphrase)
+    fn create_over(&self, held: &Held, request: &CreateRequest) -> Result<disk::Created, VolumeError> {
+        disk::create_over(held, request, &self.envelope, &self.passphrase)
     }
 
-    fn create_from(&self, request: &CreateRequest, source: &str) -> Result<volume::Created, VolumeError> {
+    fn create_from(&self, request: &CreateRequest, source: &str) -> Result<disk::Created, VolumeError> {
         let source = self.path(source);
-        volume::create_from(request, &source, &self.envelope, &self.passphrase, go_on)
+        disk::create_from(request, &source, &self.envelope, &self.passphrase, go_on)
     }
 
     fn verify(&self, name: &str) -> Result<(), VolumeError> {
-        volume::verify(&self.place(name), &self.passphrase)
+        disk::verify(&self.place(name), &self.passphrase)
     }
 
-    fn inspect(&self, name: &str) -> volume::VolumeInfo {
-        volume::inspect(&self.place(name)).unwrap()
+    fn inspect(&self, name: &str) -> disk::VolumeInfo {
+        disk::inspect(&self.place(name)).unwrap()
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> Output {
@@ -179,7 +179,7 @@ fn envelope(stanzas: usize) -> Envelope {
         .into_envelope()
 }
 
-fn go_on(_: volume::Percent) -> ControlFlow<()> {
+fn go_on(_: disk::Percent) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
@@ -192,7 +192,7 @@ fn qemu_reads_and_writes_images_of_every_cluster_size() {
         request.cluster_size = ClusterSize::from_bits(bits).unwrap();
         let created = bench.create(&request).unwrap();
         assert_eq!(created.size, Bytes(3 << 30));
-        let digest = volume::header_digest(&place(&created.path)).unwrap();
+        let digest = disk::header_digest(&place(&created.path)).unwrap();
         assert_eq!(created.header_digest, digest);
 
         bench.check("disk");
@@ -268,7 +268,7 @@ fn a_wrong_key_opens_nothing() {
     let bench = Bench::new();
     bench.create(&bench.request("disk", 1 << 30)).unwrap();
     let other = Dek::random().unwrap().passphrase().unwrap();
-    let refused = volume::verify(&bench.place("disk"), &other).unwrap_err();
+    let refused = disk::verify(&bench.place("disk"), &other).unwrap_err();
     assert!(matches!(refused, VolumeError::NoKeyslotOpens(_)), "{refused}");
     fs::write(bench.path("plain"), [0; 4096]).unwrap();
     assert!(matches!(bench.verify("plain"), Err(VolumeError::NotEncrypted(_))));
@@ -549,7 +549,7 @@ fn a_contradicted_declaration_is_refused_and_a_confirmed_one_taken() {
     fs::write(bench.path("luks"), b"LUKS\xba\xbe\x00\x02 and the rest").unwrap();
     fs::write(bench.path("torn"), b"QFI\xfb\x00\x00\x00\x09 and the rest").unwrap();
     let (raw, qcow2) = (DeclaredFormat::Raw, DeclaredFormat::Qcow2);
-    let look = |name: &str, declaration| volume::inspect_declared(&bench.place(name), declaration);
+    let look = |name: &str, declaration| disk::inspect_declared(&bench.place(name), declaration);
     for (name, declared, found) in [
         ("qcow2", raw, "qcow2"),
         ("vmdk", raw, "VMDK"),

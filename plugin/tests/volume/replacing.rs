@@ -33,7 +33,7 @@ fn a_held_image_gives_way_to_a_plain_one() {
     let bench = Bench::new();
     bench.create(&bench.request("disk", 1 << 30)).unwrap();
     let held = Held::open(&bench.place("disk")).unwrap();
-    volume::empty_over(held, Bytes(1 << 30)).unwrap();
+    disk::empty_over(held, Bytes(1 << 30)).unwrap();
     let found = bench.inspect("disk");
     assert_eq!(
         (found.format, found.virtual_size),
@@ -42,7 +42,7 @@ fn a_held_image_gives_way_to_a_plain_one() {
 
     fs::write(bench.path("variables"), [7; 1024]).unwrap();
     let held = Held::open(&bench.place("disk")).unwrap();
-    volume::copy_over(held, &bench.place("variables")).unwrap();
+    disk::copy_over(held, &bench.place("variables")).unwrap();
     assert_eq!(fs::read(bench.path("disk")).unwrap(), [7; 1024]);
     assert_eq!(bench.leftovers(), [""; 0]);
 }

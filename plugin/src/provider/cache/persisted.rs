@@ -23,12 +23,12 @@ use disk::Owed;
 
 use super::policy::PersistTime;
 use super::sealed_kek::{RowKey, Span};
-use crate::envelope::{KekId, ProviderId};
 use crate::failure::chain;
-use crate::keystore::{KekPersistence, Keystore, KeystoreError, PersistedKek, UnixTime};
+use crate::host::tpm::{PcrList, SealedByTpm, Tpm, TpmError};
+use crate::model::envelope::{KekId, ProviderId};
 use crate::provider::aes_gcm::KEY;
 use crate::secret::SecretBytes;
-use crate::tpm::{PcrList, SealedByTpm, Tpm, TpmError};
+use crate::store::{KekPersistence, Keystore, KeystoreError, PersistedKek, UnixTime};
 
 /// How long the salt is; it is SHA-256 of the one before it.
 const SALT: usize = 32;

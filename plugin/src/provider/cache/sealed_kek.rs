@@ -13,10 +13,10 @@ use openssl::md::Md;
 use openssl::pkey::Id;
 use openssl::pkey_ctx::PkeyCtx;
 
-use crate::envelope::{KekId, ProviderId};
-use crate::keystore::UnixTime;
+use crate::model::envelope::{KekId, ProviderId};
 use crate::provider::aes_gcm::{KEY, NONCE, TAG};
 use crate::secret::SecretBytes;
+use crate::store::UnixTime;
 
 const BODY: usize = NONCE + KEY + TAG;
 

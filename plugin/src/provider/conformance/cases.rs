@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{Faulty, Fixture};
-use crate::envelope::{Binding, EnvelopeId, KekId, ObjectKind, Payload, ProviderId, Stanza, VmId};
-use crate::own_process;
+use crate::host::own_process;
+use crate::model::envelope::{Binding, EnvelopeId, KekId, ObjectKind, Payload, ProviderId, Stanza, VmId};
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::Dek;
 

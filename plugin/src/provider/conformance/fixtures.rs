@@ -6,8 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{Faulty, Fixture};
-use crate::envelope::{KekId, VmId};
-use crate::keystore::Keystore;
+use crate::model::envelope::{KekId, VmId};
 use crate::provider::KeyProvider;
 use crate::provider::kmip::fixture::{Kmip, Manner};
 use crate::provider::kmip::{self, KmipProvider, Mode};
@@ -16,6 +15,7 @@ use crate::provider::transit::TransitProvider;
 use crate::provider::transit::bao::{Bao, Proxy, secret};
 use crate::provider::transit::tls_tests::Identity;
 use crate::secret::SecretBytes;
+use crate::store::Keystore;
 
 pub(super) struct Native {
     dir: tempfile::TempDir,

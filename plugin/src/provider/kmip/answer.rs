@@ -6,7 +6,7 @@ use super::call::Attribute;
 use super::message::{KmipVersion, ProtocolError};
 use super::tag::{ALGORITHM_AES, KeyState, OBJECT_TYPE_SYMMETRIC_KEY, Operation, Tag, USAGE_MASK};
 use super::ttlv::{Item, Value};
-use crate::envelope::{KekId, Payload};
+use crate::model::envelope::{KekId, Payload};
 use crate::provider::aes_gcm;
 use crate::secret::SecretBytes;
 

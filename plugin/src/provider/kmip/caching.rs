@@ -3,9 +3,9 @@
 use std::sync::{Arc, PoisonError};
 
 use super::{KmipProvider, KmipProviderError, KmipSettings, Mode};
-use crate::keystore::{Keystore, KeystoreError};
+use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::provider::cache::{CachePolicy, PersistTime};
-use crate::tpm::{PcrList, Tpm, TpmError};
+use crate::store::{Keystore, KeystoreError};
 
 /// How to keep KEKs across a reboot.
 #[derive(Debug)]

@@ -8,7 +8,7 @@ use super::tag::{
     Operation, QUERY_OPERATIONS, REVOKE_CESSATION_OF_OPERATION, Tag, USAGE_MASK,
 };
 use super::ttlv::Item;
-use crate::envelope::KekId;
+use crate::model::envelope::KekId;
 use crate::provider::aes_gcm;
 use crate::secret::SecretBytes;
 

@@ -5,7 +5,7 @@ use thiserror::Error;
 use super::message::ProtocolError;
 use super::message::Refusal;
 use super::tag::{Operation, Reason};
-use crate::envelope::KekId;
+use crate::model::envelope::KekId;
 use crate::provider::ProviderError;
 
 /// What became of one exchange with one server.

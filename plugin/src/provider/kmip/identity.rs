@@ -20,9 +20,9 @@ use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::certificate::CertificateFacts;
-use crate::keystore::Change;
 use crate::provider::native::{SealingError, sealing};
 use crate::secret::{SecretBytes, Transient};
+use crate::store::Change;
 
 /// The most bytes of a PEM file that is read.
 pub(crate) const MOST_PEM: usize = 64 * 1024;

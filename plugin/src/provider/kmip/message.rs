@@ -305,7 +305,7 @@ pub(super) enum ProtocolError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::KekId;
+    use crate::model::envelope::KekId;
 
     fn success(nth: usize, uid: &'static str) -> Item<'static> {
         Item::structure(

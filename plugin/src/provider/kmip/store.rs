@@ -16,10 +16,10 @@ use thiserror::Error;
 
 use super::certificate::Fingerprint;
 use super::identity::{SigningRequest, StoredIdentity};
-use crate::envelope::ProviderId;
 use crate::failure::chain;
-use crate::keystore::Change;
+use crate::model::envelope::ProviderId;
 use crate::secret::{SecretBytes, Transient};
+use crate::store::Change;
 
 /// The most bytes of one of the files.
 const MOST_BYTES: usize = 1 << 20;

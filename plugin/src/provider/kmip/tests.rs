@@ -11,7 +11,7 @@ pub(in crate::provider) mod trust;
 use super::call::Call;
 use super::fixture::{Kmip, Proxy, secret, settings};
 use super::*;
-use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::provider::kek_name::KekGeneration;
 use crate::secret::Dek;
 

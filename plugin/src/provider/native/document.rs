@@ -17,7 +17,7 @@ use thiserror::Error;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::envelope::ProviderId;
+use crate::model::envelope::ProviderId;
 use crate::secret::{SecretBytes, Transient};
 
 const FORMAT: &str = "virtseal-native-root";

@@ -11,7 +11,7 @@ use openssl::md::Md;
 use openssl::pkey::Id;
 use openssl::pkey_ctx::PkeyCtx;
 
-use crate::envelope::{KekId, Payload, ProviderId, VmId};
+use crate::model::envelope::{KekId, Payload, ProviderId, VmId};
 use crate::provider::aes_gcm::{self, MECHANISM};
 use crate::provider::{KekScope, ProviderError};
 use crate::secret::SecretBytes;

@@ -282,7 +282,7 @@ mod tests {
             let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
             line.split_whitespace().nth(1).unwrap().parse().unwrap()
         };
-        crate::own_process::run(|| {
+        crate::host::own_process::run(|| {
             let sealed = encrypt(b"root", &secret("p"), Form::Armored, WORK).unwrap();
             let before = resident_kib();
             assert_eq!(open(&sealed, &secret("p")).unwrap().as_slice(), b"root");

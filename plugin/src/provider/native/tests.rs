@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use super::*;
-use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::secret::Dek;
 
 pub(super) fn secret(text: &str) -> SecretBytes {

@@ -19,12 +19,12 @@ use openssl::error::ErrorStack;
 
 use super::document::RootKeys;
 use super::{NativeError, NativeProvider, WhyLocked};
-use crate::envelope::ProviderId;
 use crate::failure::chain;
-use crate::keystore::{Change, TpmRenewal, TpmSeal, UnixTime};
+use crate::host::tpm::{PcrList, SealPolicy, SealedByTpm, SigningKey, Tpm, TpmError};
+use crate::model::envelope::ProviderId;
 use crate::provider::aes_gcm::{KEY, NONCE, TAG};
 use crate::secret::{SecretBytes, Transient};
-use crate::tpm::{PcrList, SealPolicy, SealedByTpm, SigningKey, Tpm, TpmError};
+use crate::store::{Change, TpmRenewal, TpmSeal, UnixTime};
 
 /// That a TPM opens a provider.
 #[derive(Clone, Debug, PartialEq, Eq)]

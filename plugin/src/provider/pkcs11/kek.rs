@@ -20,7 +20,7 @@ use super::error::TokenError;
 use super::mechanism::{self, Mechanism};
 use super::settings::KeyBits;
 use super::token::Token;
-use crate::envelope::{KekId, Payload, ProviderId, VmId};
+use crate::model::envelope::{KekId, Payload, ProviderId, VmId};
 use crate::provider::KekScope;
 use crate::secret::SecretBytes;
 
@@ -530,7 +530,7 @@ pub(super) fn is_told_from_others(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::envelope::VmId;
+    use crate::model::envelope::VmId;
 
     #[test]
     fn labels_are_read_back() {

@@ -22,7 +22,7 @@ use super::error::TokenError;
 use super::kek::Kek;
 use super::settings::KeyBits;
 use super::token::Token;
-use crate::envelope::Payload;
+use crate::model::envelope::Payload;
 use crate::secret::SecretBytes;
 
 const GCM_NONCE: usize = 12;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::envelope::ProviderId;
+use crate::model::envelope::ProviderId;
 use crate::provider::ScopeSetting;
 
 /// Which module, which token, which keys.

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::{Pkcs11Provider, Pkcs11Settings};
-use crate::envelope::{KekId, VmId};
-use crate::keystore::{Keystore, Mark, RetiredKek, VmRecord};
-use crate::own_process;
+use crate::host::own_process;
+use crate::model::envelope::{KekId, VmId};
 use crate::provider::KeyProvider;
 use crate::provider::conformance::Fixture;
 use crate::secret::SecretBytes;
+use crate::store::{Keystore, Mark, RetiredKek, VmRecord};
 
 pub(in crate::provider) const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 const NSS: &str = "/usr/lib/x86_64-linux-gnu/libsoftokn3.so";

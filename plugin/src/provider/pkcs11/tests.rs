@@ -10,7 +10,7 @@ use super::stand::{
     Host, PATIENCE, PIN, SOFTHSM, directory, make_token, next_label, secret, softhsm_settings, with_softhsm,
 };
 use super::*;
-use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::provider::PinRefusal;
 use crate::secret::Dek;
 

@@ -13,7 +13,7 @@ use super::kek::Kek;
 use super::link::Link;
 use super::mechanism::Offered;
 use super::settings::TokenChoice;
-use crate::envelope::KekId;
+use crate::model::envelope::KekId;
 use crate::provider::PinRefusal;
 use crate::secret::SecretBytes;
 

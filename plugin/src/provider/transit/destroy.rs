@@ -3,7 +3,7 @@
 use super::engine::{KeyInfo, TransitEngine};
 use super::http::Fault;
 use super::kek::{KekName, is_of_vm};
-use crate::envelope::VmId;
+use crate::model::envelope::VmId;
 use crate::provider::DestroyReceipt;
 
 /// Destroys the KEK if its key is that of `vm`, and says whether it is gone, and what was seen.

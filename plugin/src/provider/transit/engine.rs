@@ -15,7 +15,7 @@ use super::http::{Ask, Fault, printable};
 use super::kek::KekName;
 use super::login::{Session, json};
 use super::settings::{ApiPath, KeyName};
-use crate::envelope::Payload;
+use crate::model::envelope::Payload;
 use crate::provider::ProviderError;
 use crate::secret::SecretBytes;
 

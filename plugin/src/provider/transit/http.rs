@@ -14,7 +14,7 @@ use ureq::http::{HeaderValue, Method, Request, Response};
 
 use super::settings::TransitSettings;
 use super::wire::{LaterResolver, NoTrust, TurnedAway, Wire, is_broken};
-use crate::envelope::KekId;
+use crate::model::envelope::KekId;
 use crate::provider::ProviderError;
 use crate::secret::SecretBytes;
 

@@ -9,7 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use uuid::Uuid;
 
 use super::settings::{KeyName, TransitSettings};
-use crate::envelope::{KekId, ProviderId, VmId};
+use crate::model::envelope::{KekId, ProviderId, VmId};
 use crate::provider::kek_name;
 use crate::provider::{KekScope, ScopeSetting};
 

@@ -12,7 +12,7 @@ use super::keeper;
 use super::kek;
 use super::login::{self, Session};
 use super::settings::{Auth, TransitSettings};
-use crate::envelope::ProviderId;
+use crate::model::envelope::ProviderId;
 use crate::provider::{ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::envelope::ProviderId;
+use crate::model::envelope::ProviderId;
 use crate::provider::ScopeSetting;
 
 /// Where the server is, how to log in, and which keys to use.

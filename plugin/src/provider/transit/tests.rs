@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::bao::{Bao, Proxy, secret};
 use super::*;
-use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::secret::Dek;
 
 /// Unlocked, with the manual's policy.

@@ -15,14 +15,14 @@ use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslStream};
 use openssl::symm::{Cipher, decrypt_aead, encrypt_aead};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use virtseal::envelope::{Binding, EnvelopeId, ObjectKind, Payload, Stanza, VmId};
-use virtseal::keystore::Keystore;
+use virtseal::model::envelope::{Binding, EnvelopeId, ObjectKind, Payload, Stanza, VmId};
 use virtseal::provider::kmip::{KmipProvider, NewIdentity, ServerTrust};
 use virtseal::provider::native::NativeProvider;
 use virtseal::provider::pkcs11::Pkcs11Provider;
 use virtseal::provider::transit::TransitProvider;
 use virtseal::provider::{KekScope, KeyProvider};
 use virtseal::secret::{Dek, SecretBytes};
+use virtseal::store::Keystore;
 use virtseal_e2e::SealedHost;
 use virtseal_e2e::servers::{OpenBao, PyKmip, SoftHsm};
 

@@ -9,12 +9,12 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use super::{Persisted, Secret, State, Waiting, lock, now, row};
-use crate::envelope::KekId;
 use crate::failure::chain;
-use crate::keystore::{Change, KeystoreError, PersistedKek};
+use crate::model::envelope::KekId;
 use crate::provider::cache::MOST;
 use crate::provider::cache::sealed_kek::{RowKey, Span};
 use crate::secret::SecretBytes;
+use crate::store::{Change, KeystoreError, PersistedKek};
 
 /// What is to be removed.
 #[derive(Debug, Default)]

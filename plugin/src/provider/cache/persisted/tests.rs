@@ -7,8 +7,8 @@ use tempfile::TempDir;
 
 use super::super::{CachePolicy, KekCache};
 use super::*;
-use crate::keystore::Change;
-use crate::tpm::stand::Stand;
+use crate::host::tpm::stand::Stand;
+use crate::store::Change;
 
 const DAY: UnixTime = 86_400;
 

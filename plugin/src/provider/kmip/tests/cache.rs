@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Kmip, Manner, Proxy, identity, secret, settings};
 use super::{KmipProvider, Wrapped};
-use crate::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::failure::{Code, Failure};
-use crate::keystore::Keystore;
+use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust};
-use crate::provider::registry::{Provider, Registry};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
+use crate::recipients::{Provider, Registry};
+use crate::store::Keystore;
 
 const COMPROMISED: u32 = 4;
 const PRE_ACTIVE: u32 = 1;
@@ -235,7 +235,7 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
     provider.lock();
     provider.unlock(&secret("anything")).unwrap();
     let error = registry.open_envelope(&envelope).unwrap_err();
-    let last = crate::local_time::time_of_day(provider.last_answer().unwrap());
+    let last = crate::host::local_time::time_of_day(provider.last_answer().unwrap());
     let (reasons, end) = (
         error.reasons(),
         format!("connection refused), last answer {last}"),

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use super::super::fixture::{Authority, Fake, Fault, Kmip, identity, secret, settings};
 use super::KmipProvider;
-use crate::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::keystore::{JobRecord, Keystore};
+use crate::job::sweep::{self, Step, Task};
+use crate::model::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::provider::kmip::ServerTrust;
 use crate::provider::native::NativeProvider;
-use crate::provider::registry::Registry;
 use crate::provider::{KekScope, KeyProvider};
-use crate::rotation::{self, Step, Task};
+use crate::recipients::Registry;
+use crate::store::{JobRecord, Keystore};
 
 /// A host with a KMIP provider and a native one.
 struct Host {
@@ -61,7 +61,7 @@ impl Host {
     fn run(&self, task: &Task) -> JobRecord {
         self.keystore.insert_job(&task.to_json()).unwrap();
         for _ in 0..50 {
-            match rotation::step(&self.keystore, &self.registry, 10).unwrap() {
+            match sweep::step(&self.keystore, &self.registry, 10).unwrap() {
                 Some(Step::Ended(job)) => return job,
                 Some(Step::Waits(job)) => panic!("waits: {}", job.waiting),
                 Some(Step::Worked(_)) | None => {}
@@ -149,6 +149,6 @@ fn a_create_that_is_refused_for_good_ends_the_job() {
     // Trouble is waited for.
     server.has(&[Fault::RefusesCreate(0x100)]);
     host.keystore.insert_job(&rotate.to_json()).unwrap();
-    let step = rotation::step(&host.keystore, &host.registry, 10).unwrap();
+    let step = sweep::step(&host.keystore, &host.registry, 10).unwrap();
     assert!(matches!(step, Some(Step::Waits(_))), "{step:?}");
 }

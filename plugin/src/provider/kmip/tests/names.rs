@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use super::super::fixture::{Authority, Fake, Fault, free_port, identity, settings};
 use super::super::{Endpoint, ServerTrust};
 use super::{KmipProvider, Wrapped};
-use crate::keystore::Keystore;
-use crate::own_process;
+use crate::host::own_process;
 use crate::provider::{KeyProvider, ProviderStatus};
+use crate::store::Keystore;
 
 const HANGING: &str = "kms.example:5696";
 

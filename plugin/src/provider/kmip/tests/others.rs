@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Fake, Fault, Manner, Proxy, free_port, identity, settings};
 use super::{KmipProvider, Wrapped};
-use crate::envelope::VmId;
 use crate::failure::Code;
-use crate::keystore::Keystore;
+use crate::model::envelope::VmId;
 use crate::provider::kmip::ServerTrust;
 use crate::provider::{ErrorClass, KekScope, KeyProvider, ProviderError, ProviderStatus};
+use crate::store::Keystore;
 
 const GENERAL_FAILURE: u32 = 0x100;
 const NOT_FOUND: u32 = 0x1;

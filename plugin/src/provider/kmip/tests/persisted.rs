@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Kmip, secret};
 use super::{KmipProvider, Wrapped};
-use crate::keystore::Keystore;
+use crate::host::tpm::stand::Stand;
+use crate::host::tpm::{PcrList, Tpm};
 use crate::provider::cache::{CachePolicy, PersistTime};
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, Persist};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
-use crate::tpm::stand::Stand;
-use crate::tpm::{PcrList, Tpm};
+use crate::store::Keystore;
 
 const PRE_ACTIVE: u32 = 1;
 

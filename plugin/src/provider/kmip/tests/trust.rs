@@ -7,11 +7,11 @@ use openssl::x509::X509Req;
 
 use super::super::fixture::{Authority, Certified, Kmip, Server, TlsServer, identity, secret, settings};
 use super::Wrapped;
-use crate::keystore::Keystore;
 use crate::provider::conformance::Fixture;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
+use crate::store::Keystore;
 
 fn not_trusted(provider: &KmipProvider) -> String {
     match provider.status() {

@@ -3,9 +3,9 @@ use std::time::Duration;
 
 use super::super::tests::{created, find_in_memory, keystore, payload, secret};
 use super::*;
-use crate::envelope::{Payload, Stanza};
+use crate::host::tpm::stand::{Stand, signing_key};
+use crate::model::envelope::{Payload, Stanza};
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
-use crate::tpm::stand::{Stand, signing_key};
 
 /// A provider that is backed up, with something that it wrapped.
 fn at_work(dir: &Path) -> (NativeProvider, Payload, Stanza) {

@@ -1,0 +1,3 @@
+//! Work that outlives a request.
+
+pub mod sweep;

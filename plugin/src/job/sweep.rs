@@ -1,0 +1,295 @@
+//! Sweeps over the envelopes: rotate, rekey, move, add and remove a recipient.
+//!
+//! ```text
+//!   start ──► running ──┬─ a batch: unwrap, wrap, unwrap and compare, then one transaction ─┐
+//!               ▲  ▲    └───────────────────────────────────────────────────────────────────┘
+//!               │  └── waits: the provider that wraps is locked, not backed up, unreachable
+//!               └───── waits: envelopes were left behind that may open later
+//!             ──► done | incomplete (some can't be opened by anyone) | aborted
+//! ```
+//!
+//! The DEK stays, so running VMs do not notice and images keep their data. A batch, the generation of each envelope in it
+//! and the place of the job change in one transaction of the keystore: a daemon that is killed goes on from there. An old
+//! stanza leaves the keystore only in the transaction that brings the verified new one; copies that travel follow
+//! (`daemon/copies.rs`), and no KEK is destroyed here.
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Code, Failure};
+use crate::model::envelope::{Envelope, ProviderId, VmId};
+use crate::recipients::{Registry, Rewrap, Rewrapped, Slot};
+use crate::store::{EnvelopeRecord, JobRecord, JobState, Keystore, LeftBehind, Rows, Verdict};
+
+/// What a job does to every envelope that it concerns.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Task {
+    /// Replaces the stanzas of a provider by ones of a newer KEK.
+    Rotate {
+        /// The provider.
+        provider: ProviderId,
+    },
+    /// Replaces all stanzas by ones of these providers.
+    Rekey {
+        /// The providers, in the order of the new stanzas.
+        to: Vec<ProviderId>,
+        /// Only the envelopes of this VM.
+        vm: Option<VmId>,
+    },
+    /// Replaces the stanzas of a provider by those of another.
+    Move {
+        /// The one.
+        from: ProviderId,
+        /// The other.
+        to: ProviderId,
+        /// Only the envelopes of this VM.
+        vm: Option<VmId>,
+    },
+    /// Adds a stanza where the provider has none.
+    AddRecipient {
+        /// The provider.
+        provider: ProviderId,
+    },
+    /// Removes the stanzas of a provider where another one opens the envelope.
+    RemoveRecipient {
+        /// The provider.
+        provider: ProviderId,
+    },
+}
+
+/// What a task makes of one envelope.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Decision {
+    /// It is none of its business, or as it should be.
+    Nothing,
+    /// The stanzas that it should have.
+    Slots(Vec<Slot>),
+    /// Not to be done, and why.
+    Refused(&'static str),
+}
+
+impl Task {
+    /// Whether it is how an admin decides which of two versions of an envelope counts: that of the keystore.
+    #[must_use]
+    pub fn decides_conflicts(&self) -> bool {
+        matches!(self, Self::Rekey { vm: Some(_), .. })
+    }
+
+    /// Its JSON form, for the keystore.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).expect("a task holds only ids")
+    }
+
+    /// Reads what [`Task::to_json`] wrote.
+    ///
+    /// # Errors
+    /// When a later virtseal wrote it.
+    pub fn from_json(json: &str) -> Result<Self, Failure> {
+        serde_json::from_str(json).map_err(|error| {
+            Failure::from_error(Code::Failed, "the job was started by another version", &error)
+                .next("upgrade virtseal, or virtseal jobs abort")
+        })
+    }
+
+    /// The providers that wrap for it.
+    #[must_use]
+    pub fn wraps(&self) -> Vec<ProviderId> {
+        match self {
+            Self::Rotate { provider } | Self::AddRecipient { provider } => vec![*provider],
+            Self::Rekey { to, .. } => to.clone(),
+            Self::Move { to, .. } => vec![*to],
+            Self::RemoveRecipient { .. } => Vec::new(),
+        }
+    }
+
+    /// The providers that it is about.
+    #[must_use]
+    pub fn names(&self) -> Vec<ProviderId> {
+        let mut names = self.wraps();
+        match self {
+            Self::Move { from, .. } => names.push(*from),
+            Self::RemoveRecipient { provider } => names.push(*provider),
+            Self::Rotate { .. } | Self::Rekey { .. } | Self::AddRecipient { .. } => {}
+        }
+        names
+    }
+
+    /// In words, with the providers' names.
+    #[must_use]
+    pub fn words(&self, name: impl Fn(ProviderId) -> String) -> String {
+        let of = |vm: &Option<VmId>| vm.map_or_else(String::new, |vm| format!(" (VM {vm})"));
+        match self {
+            Self::Rotate { provider } => format!("rotate '{}'", name(*provider)),
+            Self::Rekey { to, vm } => {
+                let names: Vec<_> = to.iter().map(|to| format!("'{}'", name(*to))).collect();
+                format!("rekey onto {}{}", names.join(" and "), of(vm))
+            }
+            Self::Move { from, to, vm } => {
+                format!("move from '{}' to '{}'{}", name(*from), name(*to), of(vm))
+            }
+            Self::AddRecipient { provider } => format!("add recipient '{}'", name(*provider)),
+            Self::RemoveRecipient { provider } => format!("remove recipient '{}'", name(*provider)),
+        }
+    }
+
+    fn decide(&self, envelope: &Envelope) -> Decision {
+        let has = |provider: &ProviderId| envelope.stanzas.iter().any(|s| s.provider == *provider);
+        match self {
+            Self::Rotate { provider } if has(provider) => {
+                replaced(envelope, *provider, Slot::Rotate(*provider))
+            }
+            Self::Move { from, to, vm } if has(from) && is_of(envelope, vm) && from != to => {
+                replaced(envelope, *from, Slot::Wrap(*to))
+            }
+            Self::Rekey { to, vm } if is_of(envelope, vm) => {
+                Decision::Slots(to.iter().copied().map(Slot::Wrap).collect())
+            }
+            Self::AddRecipient { provider } if !has(provider) => {
+                let kept = (0..envelope.stanzas.len()).map(Slot::Keep);
+                Decision::Slots(kept.chain([Slot::Wrap(*provider)]).collect())
+            }
+            Self::RemoveRecipient { provider } if has(provider) => {
+                let others = envelope.stanzas.iter().enumerate();
+                let kept: Vec<_> = others
+                    .filter(|(_, stanza)| stanza.provider != *provider)
+                    .map(|(at, _)| Slot::Keep(at))
+                    .collect();
+                if kept.is_empty() {
+                    Decision::Refused("no other provider opens it")
+                } else {
+                    Decision::Slots(kept)
+                }
+            }
+            Self::Rotate { .. }
+            | Self::Move { .. }
+            | Self::Rekey { .. }
+            | Self::AddRecipient { .. }
+            | Self::RemoveRecipient { .. } => Decision::Nothing,
+        }
+    }
+
+    /// Whether it would take away the last stanza of this envelope.
+    #[must_use]
+    pub fn would_close(&self, envelope: &Envelope) -> bool {
+        matches!(self.decide(envelope), Decision::Refused(_))
+    }
+}
+
+fn is_of(envelope: &Envelope, vm: &Option<VmId>) -> bool {
+    vm.is_none_or(|vm| vm == envelope.vm)
+}
+
+/// `slot` in the place of the first stanza of `provider`; no other of that provider, nor of the one that wraps, stays.
+fn replaced(envelope: &Envelope, provider: ProviderId, slot: Slot) -> Decision {
+    let wraps = match slot {
+        Slot::Wrap(to) | Slot::Rotate(to) => to,
+        Slot::Keep(_) => provider,
+    };
+    let mut slots = Vec::with_capacity(envelope.stanzas.len());
+    let mut placed = false;
+    for (at, stanza) in envelope.stanzas.iter().enumerate() {
+        if stanza.provider != provider && stanza.provider != wraps {
+            slots.push(Slot::Keep(at));
+        } else if !std::mem::replace(&mut placed, true) {
+            slots.push(slot);
+        }
+    }
+    Decision::Slots(slots)
+}
+
+/// What a step of a job has led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// A batch was done; there may be more.
+    Worked(JobRecord),
+    /// Nothing can be done until something changes, as the record's `waiting` says.
+    Waits(JobRecord),
+    /// The job is through.
+    Ended(JobRecord),
+}
+
+/// Does the next batch of the job that runs, if any.
+///
+/// # Errors
+/// When the keystore fails, or the job is one of a later version; the job stays where it is.
+pub fn step(keystore: &Keystore, registry: &Registry, batch_size: u32) -> Result<Option<Step>, Failure> {
+    let Some(job) = keystore.running_job()? else {
+        return Ok(None);
+    };
+    let task = Task::from_json(&job.task)?;
+    if let Some(failure) = task.wraps().into_iter().find_map(|id| registry.cannot_wrap(id)) {
+        return waits(keystore, &job, &failure.to_string()).map(Some);
+    }
+    let batch = keystore.next_of_job(&job, batch_size)?;
+    if batch.sound.is_empty() && batch.damaged.is_empty() {
+        let ended = keystore.end_pass(job.id)?;
+        return Ok(Some(match ended.state {
+            JobState::Running => waits(keystore, &ended, &what_is_left(keystore, &ended)?)?,
+            _ => Step::Ended(ended),
+        }));
+    }
+    match work(registry, &task, batch) {
+        Ok(verdicts) => {
+            let job = keystore.commit_batch(job.id, &verdicts)?;
+            Ok(Some(match job.state {
+                JobState::Running => Step::Worked(job),
+                _ => Step::Ended(job),
+            }))
+        }
+        Err(failure) => waits(keystore, &job, &failure.to_string()).map(Some),
+    }
+}
+
+fn waits(keystore: &Keystore, job: &JobRecord, waiting: &str) -> Result<Step, Failure> {
+    keystore.job_waits(job.id, waiting)?;
+    let job = keystore.job(job.id)?.unwrap_or_else(|| job.clone());
+    Ok(Step::Waits(job))
+}
+
+fn what_is_left(keystore: &Keystore, job: &JobRecord) -> Result<String, Failure> {
+    let left = keystore.left_behind(job.id, 100)?;
+    let reason = left
+        .iter()
+        .find(|left| left.again)
+        .map(|left| left.reason.as_str());
+    Ok(format!(
+        "{} envelopes are left: {}",
+        job.left,
+        reason.unwrap_or("they changed meanwhile")
+    ))
+}
+
+fn work(registry: &Registry, task: &Task, batch: Rows<EnvelopeRecord>) -> Result<Vec<Verdict>, Failure> {
+    let mut verdicts: Vec<_> = batch.damaged.into_iter().map(Verdict::Damaged).collect();
+    let mut wanted = Vec::with_capacity(batch.sound.len());
+    for record in batch.sound {
+        let envelope = &record.envelope;
+        match task.decide(envelope) {
+            Decision::Nothing => verdicts.push(Verdict::Unchanged(envelope.id)),
+            Decision::Refused(reason) => verdicts.push(Verdict::Left(LeftBehind {
+                envelope: envelope.id,
+                reason: reason.to_owned(),
+                again: false,
+            })),
+            Decision::Slots(slots) => wanted.push(Rewrap { record, slots }),
+        }
+    }
+    let made = registry.rewrap(&wanted)?;
+    for (rewrap, rewrapped) in wanted.into_iter().zip(made) {
+        let id = rewrap.record.envelope.id;
+        verdicts.push(match rewrapped {
+            Rewrapped::Unchanged => Verdict::Unchanged(id),
+            Rewrapped::Changed(next) => Verdict::Replace(Box::new(rewrap.record.envelope), next),
+            Rewrapped::Left { reason, again } => Verdict::Left(LeftBehind {
+                envelope: id,
+                reason,
+                again,
+            }),
+        });
+    }
+    Ok(verdicts)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,515 @@
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Verified};
+use crate::provider::KeyProvider;
+use crate::provider::native::NativeProvider;
+use crate::secret::SecretBytes;
+use crate::store::{CopyNews, CopyPlace, JobId, Pass};
+
+fn secret(text: &str) -> SecretBytes {
+    SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
+}
+
+fn ready(registry: &Registry, name: &str) -> Arc<NativeProvider> {
+    let provider = registry.add_native(&name.parse().unwrap(), &secret("p")).unwrap();
+    back_up(&provider);
+    provider
+}
+
+fn back_up(provider: &NativeProvider) {
+    provider
+        .confirm_backup(provider.backup(None).unwrap().generation)
+        .unwrap();
+}
+
+struct Host {
+    dir: tempfile::TempDir,
+    keystore: Arc<Keystore>,
+    registry: Registry,
+    main: Arc<NativeProvider>,
+    spare: Arc<NativeProvider>,
+    /// SHA-256 of each DEK.
+    deks: BTreeMap<EnvelopeId, [u8; 32]>,
+}
+
+impl Host {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+        let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let (main, spare) = (ready(&registry, "main"), ready(&registry, "spare"));
+        Self {
+            dir,
+            keystore,
+            registry,
+            main,
+            spare,
+            deks: BTreeMap::new(),
+        }
+    }
+
+    fn with_envelopes(count: usize) -> Self {
+        let mut host = Self::new();
+        for _ in 0..count {
+            host.seal(None);
+        }
+        host
+    }
+
+    fn seal(&mut self, provider: Option<&str>) -> EnvelopeId {
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm: VmId::random(),
+            kind: ObjectKind::Disk,
+        };
+        let (envelope, dek) = self.registry.seal_new(provider, &binding).unwrap();
+        self.keystore.put(&envelope, "/images/disk.qcow2").unwrap();
+        self.deks.insert(envelope.id, openssl::sha::sha256(dek.expose()));
+        envelope.id
+    }
+
+    fn move_to_spare(&self) -> Task {
+        Task::Move {
+            from: self.main.id(),
+            to: self.spare.id(),
+            vm: None,
+        }
+    }
+
+    fn start(&self, task: &Task) -> JobId {
+        self.keystore.insert_job(&task.to_json()).unwrap().id
+    }
+
+    fn step(&self, batch: u32) -> Option<Step> {
+        step(&self.keystore, &self.registry, batch).unwrap()
+    }
+
+    /// Until the job ends or waits.
+    fn run(&self) -> JobRecord {
+        loop {
+            match self.step(50).unwrap() {
+                Step::Worked(_) => {}
+                Step::Waits(job) | Step::Ended(job) => return job,
+            }
+        }
+    }
+
+    fn sweep(&self, task: &Task) -> JobRecord {
+        self.start(task);
+        self.run()
+    }
+
+    /// `envelope` after `change`, as one who opened it would have left it.
+    fn changed(&self, envelope: &Envelope, change: impl FnOnce(&mut Envelope)) -> Verified {
+        let dek = self.registry.open_envelope(envelope).unwrap();
+        let mut changed = envelope.clone();
+        change(&mut changed);
+        Verified::of_test(changed, &dek)
+    }
+
+    fn envelopes(&self) -> Vec<Envelope> {
+        let records = self.keystore.envelopes().unwrap().whole().unwrap();
+        records.into_iter().map(|record| record.envelope).collect()
+    }
+
+    /// Every envelope opens to the DEK that it was made with.
+    fn assert_whole(&self) {
+        for envelope in self.envelopes() {
+            let dek = self.registry.open_envelope(&envelope).unwrap();
+            assert_eq!(openssl::sha::sha256(dek.expose()), self.deks[&envelope.id]);
+        }
+        assert_eq!(self.envelopes().len(), self.deks.len());
+    }
+
+    fn assert_providers(&self, expected: &[&NativeProvider]) {
+        let expected: Vec<_> = expected.iter().map(|provider| provider.id()).collect();
+        for envelope in self.envelopes() {
+            let found: Vec<_> = envelope.stanzas.iter().map(|stanza| stanza.provider).collect();
+            assert_eq!(found, expected);
+        }
+    }
+}
+
+#[test]
+fn moved_to_another_provider_they_open_without_the_first() {
+    let host = Host::with_envelopes(120);
+    let task = host.move_to_spare();
+    let job = host.sweep(&task);
+    assert_eq!(
+        (job.state, job.seen, job.changed, job.left),
+        (JobState::Done, 120, 120, 0)
+    );
+    host.main.lock();
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+    assert!(
+        host.envelopes()
+            .iter()
+            .all(|envelope| envelope.generation == Generation(2))
+    );
+    assert!(host.step(50).is_none());
+}
+
+#[test]
+fn recipients_come_and_go_and_the_last_one_stays() {
+    let host = Host::with_envelopes(10);
+    let spare = host.spare.id();
+    assert_eq!(host.sweep(&Task::AddRecipient { provider: spare }).changed, 10);
+    host.assert_providers(&[&host.main, &host.spare]);
+    host.main.lock();
+    host.assert_whole();
+    // Who is to open them alone must really open them first.
+    let job = host.sweep(&Task::RemoveRecipient { provider: spare });
+    assert_eq!((job.state, job.left), (JobState::Running, 10));
+    assert!(
+        job.waiting.contains("provider 'main' is locked"),
+        "{}",
+        job.waiting
+    );
+    host.assert_providers(&[&host.main, &host.spare]);
+    host.main.unlock(&secret("p")).unwrap();
+    let job = host.run();
+    assert_eq!((job.state, job.changed, job.left), (JobState::Done, 10, 0));
+    host.assert_providers(&[&host.main]);
+
+    let task = Task::RemoveRecipient {
+        provider: host.main.id(),
+    };
+    assert!(host.envelopes().iter().all(|envelope| task.would_close(envelope)));
+    let job = host.sweep(&task);
+    assert_eq!((job.state, job.left), (JobState::Incomplete, 10));
+    host.assert_providers(&[&host.main]);
+    host.assert_whole();
+}
+
+#[test]
+fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
+    let host = Host::with_envelopes(20);
+    let task = Task::Rotate {
+        provider: host.main.id(),
+    };
+    assert_eq!(host.sweep(&task).changed, 0, "all have the KEK in use");
+    host.main.rotate(&secret("p")).unwrap();
+    let job = host.sweep(&task);
+    assert_eq!((job.state, job.seen), (JobState::Running, 0));
+    assert!(
+        job.waiting.contains("virtseal provider backup main"),
+        "{}",
+        job.waiting
+    );
+    host.assert_whole();
+    back_up(&host.main);
+    let job = host.run();
+    assert_eq!((job.state, job.changed), (JobState::Done, 20));
+    for envelope in host.envelopes() {
+        assert!(envelope.stanzas[0].kek.0.starts_with("v2:vm:"));
+    }
+    host.assert_whole();
+    // The copies still need the first generation, and say so.
+    let needed = host.keystore.needed_keks().unwrap().whole().unwrap();
+    assert_eq!(needed.len(), 2 * 20);
+    assert!(needed.iter().all(|needed| needed.kek.0.starts_with("v1:vm:")));
+    let envelope = &host.envelopes()[0];
+    for (generation, left) in [(1, 2), (2, 1)] {
+        host.keystore
+            .note_copies(
+                CopyPlace::Xml,
+                &[(envelope.id, CopyNews::Has(Generation(generation)))],
+            )
+            .unwrap();
+        let needed = host.keystore.needed_keks().unwrap().whole().unwrap();
+        assert_eq!(
+            needed
+                .iter()
+                .filter(|needed| needed.envelope == envelope.id)
+                .count(),
+            left
+        );
+    }
+}
+
+#[test]
+fn rekeyed_they_follow_the_policy() {
+    let mut host = Host::with_envelopes(3);
+    host.seal(Some("spare"));
+    let task = Task::Rekey {
+        to: vec![host.spare.id(), host.main.id()],
+        vm: None,
+    };
+    assert_eq!(host.sweep(&task).state, JobState::Done);
+    host.assert_providers(&[&host.spare, &host.main]);
+    host.assert_whole();
+    assert_eq!(host.sweep(&task).changed, 0, "done twice, it changes nothing");
+    let one = host.envelopes()[0].clone();
+    let task = Task::Rekey {
+        to: vec![host.main.id()],
+        vm: Some(one.vm),
+    };
+    assert_eq!(host.sweep(&task).changed, 1);
+    assert_eq!(
+        host.keystore
+            .envelope(one.id)
+            .unwrap()
+            .unwrap()
+            .envelope
+            .stanzas
+            .len(),
+        1
+    );
+    host.assert_whole();
+}
+
+#[test]
+fn new_envelopes_get_all_recipients_or_none() {
+    let mut host = Host::new();
+    host.registry
+        .set_recipients(vec!["spare".to_owned(), "main".to_owned(), "spare".to_owned()]);
+    host.seal(None);
+    host.assert_providers(&[&host.spare, &host.main]);
+    host.assert_whole();
+    host.main.lock();
+    let binding = host.envelopes()[0].binding();
+    let failure = Failure::from(host.registry.seal_new(None, &binding).unwrap_err());
+    assert_eq!(
+        failure.to_string(),
+        "provider 'main' is locked. Next: virtseal provider unlock main"
+    );
+    host.registry
+        .set_recipients(vec!["main".to_owned(), "hsm".to_owned()]);
+    let failure = Failure::from(host.registry.seal_new(None, &binding).unwrap_err());
+    assert!(failure.message.contains("\"hsm\""), "{failure}");
+    assert_eq!(host.envelopes().len(), 1);
+}
+
+#[test]
+fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
+    let host = Host::with_envelopes(3);
+    let (main, spare) = (host.main.id(), host.spare.id());
+    host.sweep(&Task::AddRecipient { provider: spare });
+    for envelope in host.envelopes() {
+        let damaged = host.changed(&envelope, |envelope| {
+            envelope.generation.0 += 1;
+            envelope.stanzas[1].body[20] ^= 1;
+        });
+        host.keystore.put(&damaged, "").unwrap();
+    }
+    let job = host.sweep(&Task::RemoveRecipient { provider: main });
+    assert_eq!((job.state, job.left), (JobState::Incomplete, 3));
+    host.assert_whole();
+    let to = Task::Move {
+        from: main,
+        to: spare,
+        vm: None,
+    };
+    assert_eq!(host.sweep(&to).changed, 3);
+    host.main.lock();
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn an_adopted_generation_leaves_the_image_in_doubt() {
+    let host = Host::with_envelopes(1);
+    let travelled = host.changed(&host.envelopes()[0], |envelope| {
+        envelope.generation = Generation(2);
+    });
+    let needed = |host: &Host| host.keystore.needed_keks().unwrap().whole().unwrap();
+    assert_eq!(needed(&host), []);
+    host.keystore.put(&travelled, "").unwrap();
+    let places: Vec<_> = needed(&host).iter().map(|needed| needed.place).collect();
+    assert_eq!(places, [CopyPlace::Image, CopyPlace::Xml]);
+    // What is found counts as long as the envelope is known.
+    let mut unknown = travelled.into_envelope();
+    unknown.id = EnvelopeId::random();
+    host.keystore.copy_is_behind(&unknown, CopyPlace::Xml).unwrap();
+    assert_eq!(needed(&host).len(), 2);
+}
+
+#[test]
+fn a_damaged_envelope_is_left_alone_and_named() {
+    let host = Host::with_envelopes(7);
+    let bad = host.changed(&host.envelopes()[3], |envelope| {
+        envelope.generation = Generation(2);
+        envelope.stanzas[0].body[20] ^= 1;
+    });
+    host.keystore.put(&bad, "").unwrap();
+    let job = host.sweep(&host.move_to_spare());
+    assert_eq!((job.state, job.changed, job.left), (JobState::Incomplete, 6, 1));
+    let left = host.keystore.left_behind(job.id, 10).unwrap();
+    assert_eq!((left[0].envelope, left[0].again), (bad.id, false));
+    assert!(left[0].reason.contains("tampered"), "{}", left[0].reason);
+    assert_eq!(host.keystore.envelope(bad.id).unwrap().unwrap().envelope, *bad);
+}
+
+#[test]
+fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
+    let host = Host::with_envelopes(1);
+    let before = host.envelopes().remove(0);
+    let job = host.start(&Task::AddRecipient {
+        provider: host.spare.id(),
+    });
+    let work = [Rewrap {
+        record: host.keystore.envelope(before.id).unwrap().unwrap(),
+        slots: vec![Slot::Keep(0), Slot::Wrap(host.spare.id())],
+    }];
+    let Rewrapped::Changed(next) = host.registry.rewrap(&work).unwrap().remove(0) else {
+        panic!("not rewrapped");
+    };
+    // A start has adopted a later generation from the domain's XML.
+    let adopted = host.changed(&before, |envelope| envelope.generation = Generation(7));
+    host.keystore.put(&adopted, "").unwrap();
+    let record = host
+        .keystore
+        .commit_batch(job, &[Verdict::Replace(Box::new(before), next)])
+        .unwrap();
+    assert_eq!((record.changed, record.left), (0, 1));
+    assert_eq!(host.envelopes(), [adopted.into_envelope()]);
+    let job = host.run();
+    let job = if job.pass == Pass::Left && job.state == JobState::Running {
+        host.run()
+    } else {
+        job
+    };
+    assert_eq!((job.state, job.changed), (JobState::Done, 1));
+    assert_eq!(host.envelopes()[0].generation, Generation(8));
+    host.assert_whole();
+}
+
+#[test]
+fn what_is_sealed_meanwhile_is_not_forgotten() {
+    let mut host = Host::with_envelopes(10);
+    let job = host.start(&host.move_to_spare());
+    for _ in 0..8 {
+        host.step(1);
+        host.seal(Some("main"));
+    }
+    let ended = host.run();
+    assert_eq!((ended.id, ended.state, ended.changed), (job, JobState::Done, 18));
+    assert_eq!((ended.total, ended.seen), (18, 18));
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
+    let host = Host::with_envelopes(10);
+    let task = Task::AddRecipient {
+        provider: host.spare.id(),
+    };
+    let job = host.start(&task);
+    assert!(host.keystore.insert_job(&task.to_json()).is_err());
+    assert!(matches!(host.step(4), Some(Step::Worked(_))));
+    let aborted = host.keystore.abort_job(job).unwrap();
+    assert_eq!((aborted.state, aborted.changed), (JobState::Aborted, 4));
+    assert!(host.step(4).is_none());
+    let again = host.sweep(&task);
+    assert_eq!((again.state, again.changed), (JobState::Done, 6));
+    host.assert_whole();
+    assert_eq!(host.keystore.jobs(10).unwrap().whole().unwrap().len(), 2);
+}
+
+#[test]
+fn a_restarted_host_goes_on_once_it_is_unlocked() {
+    let host = Host::with_envelopes(30);
+    host.start(&host.move_to_spare());
+    assert!(matches!(host.step(11), Some(Step::Worked(_))));
+    let Host {
+        dir,
+        keystore,
+        registry,
+        main,
+        spare,
+        deks,
+    } = host;
+    drop((registry, main, spare, keystore));
+    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+    let native = |name: &str| match registry.find(name).unwrap() {
+        crate::recipients::Provider::Native(native) => native,
+        _ => panic!("{name} is not native"),
+    };
+    let (main, spare) = (native("main"), native("spare"));
+    let host = Host {
+        dir,
+        keystore,
+        registry,
+        main,
+        spare,
+        deks,
+    };
+    let job = host.run();
+    assert!(job.waiting.contains("unlock spare"), "{}", job.waiting);
+    assert_eq!(job.seen, 11);
+    host.spare.unlock(&secret("p")).unwrap();
+    let job = host.run();
+    assert_eq!((job.state, job.seen, job.left), (JobState::Running, 30, 19));
+    host.main.unlock(&secret("p")).unwrap();
+    let job = host.run();
+    assert_eq!((job.state, job.changed), (JobState::Done, 30));
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn what_comes_while_a_job_waits_is_taken_along() {
+    let mut host = Host::with_envelopes(3);
+    host.main.lock();
+    let job = host.sweep(&Task::Move {
+        from: host.main.id(),
+        to: host.spare.id(),
+        vm: None,
+    });
+    assert_eq!((job.pass, job.left), (Pass::Left, 3));
+    host.main.unlock(&secret("p")).unwrap();
+    let sealed = host.seal(Some("main"));
+    let left = host.keystore.left_behind(job.id, 10).unwrap();
+    assert!(left.iter().any(|left| left.envelope == sealed && left.again));
+    let job = host.run();
+    assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn what_comes_back_behind_a_job_is_taken_along() {
+    let host = Host::with_envelopes(3);
+    let before = host.envelopes();
+    host.start(&Task::Move {
+        from: host.main.id(),
+        to: host.spare.id(),
+        vm: None,
+    });
+    assert!(matches!(host.step(2), Some(Step::Worked(job)) if job.changed == 2));
+    // From a host that did not take part, by the XML of the VM that comes from there.
+    let gone = |known: &&Envelope| host.keystore.envelope(known.id).unwrap().unwrap().envelope != **known;
+    let travelled = host.changed(before.iter().find(gone).unwrap(), |envelope| {
+        envelope.generation = Generation(7);
+    });
+    host.keystore.put(&travelled, "").unwrap();
+    let job = host.run();
+    assert_eq!((job.state, job.changed), (JobState::Running, 3));
+    let job = host.run();
+    assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
+    host.assert_providers(&[&host.spare]);
+    host.assert_whole();
+}
+
+#[test]
+fn what_is_sealed_at_the_very_end_is_not_forgotten() {
+    let mut host = Host::with_envelopes(1);
+    let job = host.start(&Task::Move {
+        from: host.main.id(),
+        to: host.spare.id(),
+        vm: None,
+    });
+    host.step(1);
+    // Nothing is left to be read, and the job has not ended yet.
+    host.seal(Some("main"));
+    let ended = host.keystore.end_pass(job).unwrap();
+    assert_eq!((ended.state, ended.left), (JobState::Running, 1));
+    assert_eq!(host.run().state, JobState::Done);
+    host.assert_providers(&[&host.spare]);
+}

@@ -1,0 +1,3 @@
+//! What virtseal talks about, without I/O.
+
+pub mod envelope;

@@ -1,0 +1,3 @@
+//! What is sealed.
+
+pub mod disk;

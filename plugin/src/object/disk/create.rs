@@ -1,0 +1,441 @@
+//! Making encrypted images.
+//!
+//! The file is written without a name, put on stable storage, opened anew and unlocked with the passphrase, and
+//! only then gets its name. A process that dies at any step leaves nothing, or the complete image.
+
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::chain::local_file_name;
+use super::convert::{self, Source};
+use super::error::{Attempt, VolumeError};
+use super::held::Held;
+use super::luks1;
+use super::open::{Format, Image};
+use super::prepared::Prepared;
+use super::qcow2::BackingName;
+use super::qcow2::allocation::Data;
+use super::qcow2::layout::{Blueprint, LayoutError, Parts};
+use super::qemu_img::Percent;
+use super::size::{Bytes, ClusterSize};
+use super::staging::Staged;
+use crate::domain::DeclaredFormat;
+use crate::host::permitted::PermittedPath;
+use crate::model::envelope::Envelope;
+use crate::secret::Passphrase;
+
+/// The format of a backing file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackingFormat {
+    /// qcow2, encrypted or not.
+    Qcow2,
+    /// raw.
+    Raw,
+}
+
+impl BackingFormat {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// The image that a new one is an overlay of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// As it will be written into the image; a relative path counts from the image's directory.
+    pub path: PathBuf,
+    /// Its format; nothing is guessed.
+    pub format: BackingFormat,
+}
+
+/// What to make.
+#[derive(Clone, Debug)]
+pub struct CreateRequest {
+    /// The image's name, which root has chosen; of one that is replaced, for messages.
+    pub path: PathBuf,
+    /// Size of the guest's disk, rounded up to whole sectors. `None`: that of the backing file or the source.
+    pub size: Option<Bytes>,
+    /// Size of a qcow2 cluster.
+    pub cluster_size: ClusterSize,
+    /// For an overlay.
+    pub backing: Option<Backing>,
+    /// The format of the image that it is filled from. `None`: what that image shows.
+    pub source_format: Option<DeclaredFormat>,
+}
+
+impl CreateRequest {
+    /// An image of `size` under a free name, with the usual clusters.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, size: Bytes) -> Self {
+        Self {
+            path: path.into(),
+            size: Some(size),
+            cluster_size: ClusterSize::default(),
+            backing: None,
+            source_format: None,
+        }
+    }
+}
+
+/// What was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Created {
+    /// The image.
+    pub path: PathBuf,
+    /// Size of the guest's disk.
+    pub size: Bytes,
+    /// As [`header_digest`](super::header_digest) gives it; the header has just been opened with the passphrase.
+    pub header_digest: [u8; 32],
+}
+
+/// A step of the making that is done. Dying right after any of them must be harmless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// There is an empty file without a name.
+    Staged,
+    /// The headers are written.
+    Written,
+    /// The source's data is written.
+    Filled,
+    /// All of it is on stable storage.
+    Synced,
+    /// It was opened with the passphrase.
+    Verified,
+    /// It has its name.
+    Published,
+    /// The name is on stable storage.
+    Durable,
+}
+
+/// Makes an empty image that `passphrase` opens and that carries `envelope`.
+///
+/// # Errors
+/// [`VolumeError`]; nothing was created then, except when only the last fsync of the directory failed.
+pub fn create(
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Created, VolumeError> {
+    create_over_watched(None, request, envelope, passphrase, |_| {})
+}
+
+/// As [`create`], in the place of the empty image `replaced`, whose owner and mode the new one gets. Keep hold of it for as
+/// long as anyone may still open the old one.
+///
+/// # Errors
+/// Those of [`create`], and [`VolumeError::HoldsData`].
+pub fn create_over(
+    replaced: &Held,
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Created, VolumeError> {
+    create_over_watched(Some(replaced), request, envelope, passphrase, |_| {})
+}
+
+/// As [`create_over`], up to the moment before the old image goes.
+///
+/// # Errors
+/// Those of [`create_over`]; nothing was replaced.
+pub fn prepare_over(
+    replaced: Held,
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Prepared, VolumeError> {
+    let size = request
+        .size
+        .ok_or_else(|| VolumeError::SizeMissing(request.path.clone()))?;
+    let making = Making::new(Some(&replaced), request, size, envelope, passphrase)?;
+    let (staged, _) = making.make(|_| Ok(()), &mut |_| {})?;
+    making.check_target()?;
+    Ok(Prepared::new(staged, Some(replaced)))
+}
+
+/// [`create`] or [`create_over`], telling `watch` of every step: for tests that stop there.
+///
+/// # Errors
+/// Those of [`create_over`].
+pub fn create_over_watched(
+    replaced: Option<&Held>,
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+    mut watch: impl FnMut(Step),
+) -> Result<Created, VolumeError> {
+    let size = match (request.size, &request.backing) {
+        (Some(size), _) => size,
+        (None, Some(backing)) => backing_size(request, backing)?,
+        (None, None) => return Err(VolumeError::SizeMissing(request.path.clone())),
+    };
+    let making = Making::new(replaced, request, size, envelope, passphrase)?;
+    making.run(|_| Ok(()), &mut watch)
+}
+
+/// Makes an image and fills it with the data of `source` (raw or qcow2) through `qemu-img convert`. `progress`
+/// hears how far it got and may stop it.
+///
+/// # Errors
+/// [`VolumeError`]; nothing was created then.
+pub fn create_from(
+    request: &CreateRequest,
+    source: &Path,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+    progress: impl FnMut(Percent) -> ControlFlow<()>,
+) -> Result<Created, VolumeError> {
+    create_from_watched(request, source, envelope, passphrase, progress, |_| {})
+}
+
+/// [`create_from`], telling `watch` of every step: for tests that stop there.
+///
+/// # Errors
+/// Those of [`create_from`].
+pub fn create_from_watched(
+    request: &CreateRequest,
+    source: &Path,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+    progress: impl FnMut(Percent) -> ControlFlow<()>,
+    mut watch: impl FnMut(Step),
+) -> Result<Created, VolumeError> {
+    if let Some(backing) = &request.backing {
+        return Err(VolumeError::BackingName {
+            path: request.path.clone(),
+            backing: backing.path.clone(),
+            reason: "an image that is filled from another one has none".to_owned(),
+        });
+    }
+    let place =
+        PermittedPath::named_by_root(source).map_err(|error| VolumeError::unreachable(source, error))?;
+    let source = Source::open(&place, request.source_format)?;
+    let size = request.size.unwrap_or(source.virtual_size());
+    if size < source.virtual_size() {
+        return Err(VolumeError::Size {
+            path: request.path.clone(),
+            size,
+            reason: format!("{} has {}", source.path().display(), source.virtual_size()),
+        });
+    }
+    let making = Making::new(None, request, size, envelope, passphrase)?;
+    making.run(
+        |staged| convert::fill(&source, staged, passphrase, &request.path, progress),
+        &mut watch,
+    )
+}
+
+/// An image in the making.
+struct Making<'a> {
+    replaced: Option<&'a Held>,
+    place: PermittedPath,
+    request: &'a CreateRequest,
+    size: Bytes,
+    envelope: &'a Envelope,
+    passphrase: &'a Passphrase,
+    blueprint: Blueprint,
+}
+
+impl<'a> Making<'a> {
+    fn new(
+        replaced: Option<&'a Held>,
+        request: &'a CreateRequest,
+        size: Bytes,
+        envelope: &'a Envelope,
+        passphrase: &'a Passphrase,
+    ) -> Result<Self, VolumeError> {
+        let json = envelope.to_json();
+        // What can't be read back must not be written.
+        Envelope::from_json(&json).map_err(VolumeError::Envelope)?;
+        let size = allowed(size, &request.path)?;
+        let backing = backing_name(request)?;
+        let parts = Parts {
+            size,
+            cluster_size: request.cluster_size,
+            backing: backing.as_ref(),
+            luks: luks1::Header::create(passphrase)?,
+            envelope: &json,
+        };
+        let blueprint = parts
+            .blueprint()
+            .map_err(|error| impossible(error, request, size))?;
+        let place = match replaced {
+            Some(held) => held.place().clone(),
+            None => PermittedPath::named_by_root(&request.path).attempt("reach", &request.path)?,
+        };
+        Ok(Self {
+            replaced,
+            place,
+            request,
+            size,
+            envelope,
+            passphrase,
+            blueprint,
+        })
+    }
+
+    fn run(
+        self,
+        fill: impl FnOnce(&Staged) -> Result<(), VolumeError>,
+        watch: &mut dyn FnMut(Step),
+    ) -> Result<Created, VolumeError> {
+        let (staged, header_digest) = self.make(fill, watch)?;
+        self.check_target()?;
+        let published = staged.publish(self.replaced.map(Held::id))?;
+        watch(Step::Published);
+        published.sync()?;
+        watch(Step::Durable);
+        Ok(Created {
+            path: self.request.path.clone(),
+            size: self.size,
+            header_digest,
+        })
+    }
+
+    /// All but its name, and its header's digest.
+    fn make(
+        &self,
+        fill: impl FnOnce(&Staged) -> Result<(), VolumeError>,
+        watch: &mut dyn FnMut(Step),
+    ) -> Result<(Staged, [u8; 32]), VolumeError> {
+        self.check_target()?;
+        let staged = Staged::beside(&self.place)?;
+        watch(Step::Staged);
+        self.write(&staged).attempt("write", &self.request.path)?;
+        watch(Step::Written);
+        fill(&staged)?;
+        watch(Step::Filled);
+        if let Some(held) = self.replaced {
+            staged.take_after(held)?;
+        }
+        staged.sync()?;
+        watch(Step::Synced);
+        let header_digest = self.verify(&staged)?;
+        watch(Step::Verified);
+        Ok((staged, header_digest))
+    }
+
+    /// The name is free, or taken by the file to be replaced, which holds nothing.
+    fn check_target(&self) -> Result<(), VolumeError> {
+        match self.replaced {
+            None if self.place.exists() => Err(VolumeError::Exists(self.request.path.clone())),
+            None => Ok(()),
+            Some(held) => refuse_data(held),
+        }
+    }
+
+    fn write(&self, staged: &Staged) -> std::io::Result<()> {
+        staged.file().set_len(self.blueprint.len)?;
+        for region in &self.blueprint.regions {
+            staged.file().write_all_at(&region.bytes, region.offset)?;
+        }
+        Ok(())
+    }
+
+    /// Opens it as anyone would, and finds all that was put in.
+    fn verify(&self, staged: &Staged) -> Result<[u8; 32], VolumeError> {
+        let image = Image::from_file(staged.reopen()?, &self.request.path, None)?;
+        image.unlock(self.passphrase)?;
+        let complete = image.format()? == Format::Qcow2Luks1
+            && image.virtual_size() == self.size
+            && image.copy().envelope().as_ref() == Some(self.envelope);
+        if !complete {
+            return Err(VolumeError::unsupported(
+                &self.request.path,
+                "the new image did not read back as it was written",
+                "nothing was created; check the file system and the disk below it",
+            ));
+        }
+        image.header_digest()
+    }
+}
+
+fn refuse_data(held: &Held) -> Result<(), VolumeError> {
+    match held.image()?.data()? {
+        Data::HasData => Err(VolumeError::HoldsData(held.path().to_owned())),
+        Data::Empty => Ok(()),
+    }
+}
+
+fn allowed(size: Bytes, path: &Path) -> Result<Bytes, VolumeError> {
+    size.whole_sectors()
+        .filter(|rounded| rounded.0 > 0)
+        .ok_or_else(|| VolumeError::Size {
+            path: path.to_owned(),
+            size,
+            reason: "a disk has at least one sector of 512 bytes, and less than 16 EiB".to_owned(),
+        })
+}
+
+fn impossible(error: LayoutError, request: &CreateRequest, size: Bytes) -> VolumeError {
+    let path = request.path.clone();
+    match error {
+        LayoutError::BackingName { name, room } => VolumeError::BackingName {
+            path,
+            backing: name.into(),
+            reason: format!("the header has room for a name of {room} bytes; use larger clusters"),
+        },
+        LayoutError::TooLarge { most } => VolumeError::Size {
+            path,
+            size,
+            reason: format!(
+                "with clusters of {} a disk has {most} at the most; use larger clusters",
+                Bytes(request.cluster_size.bytes())
+            ),
+        },
+    }
+}
+
+fn backing_name(request: &CreateRequest) -> Result<Option<BackingName>, VolumeError> {
+    let Some(backing) = &request.backing else {
+        return Ok(None);
+    };
+    let refused = |reason: &str| VolumeError::BackingName {
+        path: request.path.clone(),
+        backing: backing.path.clone(),
+        reason: reason.to_owned(),
+    };
+    let name = backing
+        .path
+        .to_str()
+        .ok_or_else(|| refused("its name is not UTF-8"))?;
+    if local_file_name(name) != Some(name) {
+        return Err(refused(
+            "QEMU would take its name for a protocol; write ./ before it",
+        ));
+    }
+    let found = open_backing(request, backing)?.format()?;
+    let fits = match backing.format {
+        BackingFormat::Qcow2 => matches!(found, Format::Qcow2 | Format::Qcow2Luks1),
+        BackingFormat::Raw => found == Format::Raw,
+    };
+    if !fits {
+        return Err(refused(&format!(
+            "it is {}, not {}",
+            found.as_str(),
+            backing.format.as_str()
+        )));
+    }
+    Ok(Some(BackingName {
+        name: name.to_owned(),
+        format: Some(backing.format.as_str().to_owned()),
+    }))
+}
+
+fn backing_size(request: &CreateRequest, backing: &Backing) -> Result<Bytes, VolumeError> {
+    open_backing(request, backing).map(|image| image.virtual_size())
+}
+
+fn open_backing(request: &CreateRequest, backing: &Backing) -> Result<Image, VolumeError> {
+    let directory = request.path.parent().unwrap_or(Path::new(""));
+    let path = directory.join(&backing.path);
+    let place =
+        PermittedPath::named_by_root(&path).map_err(|source| VolumeError::unreachable(&path, source))?;
+    Image::open(&place)
+}

@@ -1,0 +1,293 @@
+//! Why an image can't be made, read or opened.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use openssl::error::ErrorStack;
+use thiserror::Error;
+
+use super::luks1::MAX_ITERATIONS_OPENED;
+use super::size::Bytes;
+use crate::domain::DeclaredFormat;
+use crate::failure::word;
+use crate::host::permitted::PathError;
+use crate::model::envelope::EnvelopeError;
+
+/// The part of an image that a [`Flaw`] was found in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The qcow2 header, its extensions or its tables.
+    Qcow2,
+    /// The LUKS1 header.
+    Luks1,
+    /// The envelope that the image carries.
+    Envelope,
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2 header",
+            Self::Luks1 => "LUKS1 header",
+            Self::Envelope => "envelope",
+        }
+    }
+
+    fn advice(self, path: &Path) -> String {
+        let path = path.display();
+        match self {
+            Self::Qcow2 => format!(
+                "restore it from a backup, or look closer with `qemu-img check {path}` as its owner, not as root"
+            ),
+            Self::Luks1 => format!("look closer with `qemu-img info {path}`, or restore it from a backup"),
+            Self::Envelope => {
+                "the keystore and the domain XML hold copies, see `virtseal vm status`".to_owned()
+            }
+        }
+    }
+}
+
+/// What is wrong with the bytes of an image, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Flaw {
+    /// Where in the file, in bytes.
+    pub offset: u64,
+    /// In which structure.
+    pub part: Part,
+    /// What was found there.
+    pub what: String,
+}
+
+impl Flaw {
+    pub(super) fn new(part: Part, offset: u64, what: impl Into<String>) -> Self {
+        Self {
+            offset,
+            part,
+            what: what.into(),
+        }
+    }
+
+    /// The flaw of a structure that begins at `base` of the file.
+    pub(super) fn within(self, base: u64) -> Self {
+        Self {
+            offset: self.offset.saturating_add(base),
+            ..self
+        }
+    }
+}
+
+impl fmt::Display for Flaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} (byte {} of the {})",
+            self.what,
+            self.offset,
+            self.part.name()
+        )
+    }
+}
+
+/// Why an operation on an image failed. Nothing was changed, unless the variant says so.
+#[derive(Debug, Error)]
+pub enum VolumeError {
+    /// The system refused.
+    #[error("can't {action} {}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// Root does not look there.
+    #[error(transparent)]
+    Place(#[from] PathError),
+    /// There is no such file.
+    #[error("{} does not exist", .0.display())]
+    NotFound(PathBuf),
+    /// A directory, a FIFO, a socket or a character device.
+    #[error("{} is {found}, not a disk image: give a regular file or a block device", path.display())]
+    NotAnImage {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+    /// Its bytes break the format.
+    #[error("{} is damaged or of an unknown kind: {flaw}; {}", path.display(), flaw.part.advice(path))]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What, and where.
+        flaw: Flaw,
+    },
+    /// A sound image that virtseal does not handle.
+    #[error("{}: {what}; {next}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// What it has.
+        what: String,
+        /// What to do.
+        next: &'static str,
+    },
+    /// A plain image where an encrypted one was expected.
+    #[error("{} is not encrypted: see `virtseal volume info {}`", .0.display(), word(.0.display()))]
+    NotEncrypted(PathBuf),
+    /// The passphrase opens no keyslot.
+    #[error(
+        "no keyslot of {} opens with this key: it was encrypted under another one (see `virtseal volume info {}`)",
+        .0.display(), word(.0.display())
+    )]
+    NoKeyslotOpens(PathBuf),
+    /// Trying its keyslots would take seconds of work that somebody else chose.
+    #[error(
+        "{} asks for more than {MAX_ITERATIONS_OPENED} PBKDF2 rounds, which no image of virtseal does: see `virtseal volume info {}`; \
+         restore its header from a backup (a keyslot that qemu-img added needs encrypt.iter-time=10)",
+        .0.display(), word(.0.display())
+    )]
+    TooManyIterations(PathBuf),
+    /// The name is taken.
+    #[error("{} exists already: remove it first, or choose another path", .0.display())]
+    Exists(PathBuf),
+    /// The file to be replaced is not the one that was inspected.
+    #[error("{} changed since it was inspected, and was left as it is; try again", .0.display())]
+    Changed(PathBuf),
+    /// A source is another file now, or has been written to.
+    #[error(
+        "{} was written to or replaced while it was read: nothing was created; stop whatever writes to it, then try again",
+        .0.display()
+    )]
+    SourceChanged(PathBuf),
+    /// Its first bytes are those of another format than is declared for it.
+    #[error("{} is declared {declared}, but begins as {found} does", path.display())]
+    Contradiction {
+        /// The file.
+        path: PathBuf,
+        /// What the domain XML or the caller says.
+        declared: DeclaredFormat,
+        /// What its first bytes look like.
+        found: &'static str,
+    },
+    /// What is to be read is what is to be written.
+    #[error("{} is the same file as the one that would be made from it", .0.display())]
+    SameFile(PathBuf),
+    /// The file to be replaced holds data, or may.
+    #[error("{} holds data, and was left as it is; choose another path", .0.display())]
+    HoldsData(PathBuf),
+    /// Another process has the image open.
+    #[error("{} is open in another process, such as a running VM or qemu-nbd: stop it first", .0.display())]
+    InUse(PathBuf),
+    /// No size was given, and nothing else says it.
+    #[error("no size for {}: give one, such as --size 20G", .0.display())]
+    SizeMissing(PathBuf),
+    /// A size that this format or this source does not allow.
+    #[error("{} can't have {size}: {reason}", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// What was asked for.
+        size: Bytes,
+        /// Why not.
+        reason: String,
+    },
+    /// The name of the backing file can't be stored.
+    #[error("{} can't be the backing file of {}: {reason}", backing.display(), path.display())]
+    BackingName {
+        /// The image.
+        path: PathBuf,
+        /// Its backing file.
+        backing: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// The backing files form a loop, or there are too many.
+    #[error("the backing files of {} {reason}: see `virtseal volume info` of each", path.display())]
+    Chain {
+        /// The topmost image.
+        path: PathBuf,
+        /// What is wrong with the chain.
+        reason: String,
+    },
+    /// `qemu-img` failed.
+    #[error("qemu-img could not read {}: {said}", path.display())]
+    QemuImg {
+        /// The source image.
+        path: PathBuf,
+        /// Its words.
+        said: String,
+    },
+    /// `qemu-img` failed between two images: either may be the reason.
+    #[error("qemu-img could not copy {} into {}: {said}", from.display(), path.display())]
+    Copy {
+        /// The image in the making.
+        path: PathBuf,
+        /// The source image.
+        from: PathBuf,
+        /// Its words.
+        said: String,
+    },
+    /// `qemu-img` can't be started.
+    #[error("can't run qemu-img: is the package qemu-utils (or qemu-img) installed?")]
+    QemuImgMissing(#[source] io::Error),
+    /// The caller asked to stop.
+    #[error("stopped before {} was complete: nothing was created", .0.display())]
+    Stopped(PathBuf),
+    /// The envelope can't be put into an image.
+    #[error("the envelope can't be stored in an image")]
+    Envelope(#[source] EnvelopeError),
+    /// OpenSSL failed.
+    #[error("a cryptographic operation failed")]
+    Crypto(#[from] ErrorStack),
+    /// No secret memory.
+    #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
+    Memory(#[source] io::Error),
+}
+
+impl VolumeError {
+    /// What root has named, and is not there or can't be reached.
+    pub(crate) fn unreachable(path: &Path, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::NotFound => Self::NotFound(path.to_owned()),
+            _ => Self::Io {
+                path: path.to_owned(),
+                action: "look at",
+                source,
+            },
+        }
+    }
+
+    pub(super) fn damaged(path: &Path, flaw: Flaw) -> Self {
+        Self::Damaged {
+            path: path.to_owned(),
+            flaw,
+        }
+    }
+
+    pub(super) fn unsupported(path: &Path, what: impl Into<String>, next: &'static str) -> Self {
+        Self::Unsupported {
+            path: path.to_owned(),
+            what: what.into(),
+            next,
+        }
+    }
+}
+
+/// Names the file and the action of a failed system call.
+pub(super) trait Attempt<T> {
+    fn attempt(self, action: &'static str, path: &Path) -> Result<T, VolumeError>;
+}
+
+impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
+    fn attempt(self, action: &'static str, path: &Path) -> Result<T, VolumeError> {
+        self.map_err(|error| VolumeError::Io {
+            path: path.to_owned(),
+            action,
+            source: error.into(),
+        })
+    }
+}

@@ -1,0 +1,280 @@
+//! The key providers of this host, and what envelopes need of them.
+//!
+//! Built from the keystore when the daemon starts, every provider locked. A provider of a kind that this version
+//! does not know stays in the list, with the reason why it can't be used: it may be the only one that opens a
+//! disk. No lock is held while a provider works, and none gets more time than the deadline for one call.
+
+mod advice;
+mod deadline;
+mod kind;
+mod made_keks;
+mod membership;
+mod opening;
+mod rewrapping;
+mod watch;
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use crate::model::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Verified, VmId};
+use crate::provider::{DestroyReceipt, ProviderError};
+use crate::secret::Dek;
+use crate::store::{Change, Keystore, KeystoreError};
+use watch::{Pace, Watches};
+
+pub use advice::{Absent, NextCommand, SealError, UnknownProvider};
+pub use kind::{Provider, UnusableProvider};
+pub use opening::{Attempt, OpenError, Refusal};
+pub use rewrapping::{Blocked, Rewrap, Rewrapped, Slot};
+pub use watch::Report;
+
+/// All providers of this host.
+pub struct Registry {
+    keystore: Arc<Keystore>,
+    known: RwLock<Known>,
+    /// For one call of a provider.
+    deadline: RwLock<Duration>,
+    /// Whose stanzas a new envelope gets; the default provider's alone, if empty.
+    recipients: RwLock<Vec<String>>,
+    watches: Watches,
+}
+
+#[derive(Default)]
+struct Known {
+    providers: Vec<Provider>,
+    default: Option<ProviderId>,
+}
+
+impl Registry {
+    /// How often a provider is probed unless told otherwise.
+    pub const PROBE_INTERVAL: Duration = Duration::from_secs(60);
+
+    /// The providers that `keystore` records, all locked, and each probed in the background from now on.
+    pub fn open(keystore: Arc<Keystore>, deadline: Duration) -> Result<Self, KeystoreError> {
+        membership::finish_deletions(&keystore)?;
+        let mut known = Known::default();
+        let records = keystore.providers()?;
+        for damaged in &records.damaged {
+            tracing::error!("it opens nothing until that is mended: {damaged}");
+        }
+        for record in records.sound {
+            if record.is_default {
+                known.default = Some(record.id);
+            }
+            known.providers.push(Provider::from_record(&keystore, record)?);
+        }
+        let watches = Watches::new(Pace {
+            interval: Self::PROBE_INTERVAL,
+            patience: deadline,
+        });
+        for provider in &known.providers {
+            watches.add(&provider.shared());
+        }
+        Ok(Self {
+            keystore,
+            known: RwLock::new(known),
+            deadline: RwLock::new(deadline),
+            recipients: RwLock::default(),
+            watches,
+        })
+    }
+
+    /// How often each provider is probed from now on; more often while it does not answer.
+    pub fn set_probe_interval(&self, interval: Duration) {
+        self.watches.set_pace(|pace| pace.interval = interval);
+    }
+
+    /// How `provider` is, and since when. Waits for nothing.
+    #[must_use]
+    pub fn report(&self, provider: &Provider) -> Report {
+        self.watches.report(provider.provider())
+    }
+
+    /// The most time that a provider gets for one call from now on.
+    pub fn set_deadline(&self, deadline: Duration) {
+        *self.deadline.write().unwrap_or_else(PoisonError::into_inner) = deadline;
+        self.watches.set_pace(|pace| pace.patience = deadline);
+    }
+
+    /// Gives each new envelope a stanza of each of these providers (names or ids), or of the default one if there are none.
+    pub fn set_recipients(&self, recipients: Vec<String>) {
+        *self.recipients.write().unwrap_or_else(PoisonError::into_inner) = recipients;
+    }
+
+    /// The providers that new envelopes are for.
+    ///
+    /// # Errors
+    /// When there is none, or the policy names one that is not here.
+    pub fn policy(&self) -> Result<Vec<Provider>, SealError> {
+        let names = self
+            .recipients
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if names.is_empty() {
+            return Ok(vec![self.default_provider().ok_or(SealError::NoProvider)?]);
+        }
+        let mut policy: Vec<Provider> = Vec::with_capacity(names.len());
+        for name in &names {
+            let found = self
+                .find(name)
+                .map_err(|_| SealError::UnknownRecipient(name.clone()))?;
+            if policy
+                .iter()
+                .all(|known| known.provider().id() != found.provider().id())
+            {
+                policy.push(found);
+            }
+        }
+        Ok(policy)
+    }
+
+    fn deadline(&self) -> Duration {
+        *self.deadline.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of them, by name.
+    #[must_use]
+    pub fn providers(&self) -> Vec<Provider> {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        known.providers.clone()
+    }
+
+    /// The one with this id.
+    #[must_use]
+    pub fn by_id(&self, id: ProviderId) -> Option<Provider> {
+        self.providers()
+            .into_iter()
+            .find(|known| known.provider().id() == id)
+    }
+
+    /// The one with this name or, in text, this id.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn find(&self, name_or_id: &str) -> Result<Provider, UnknownProvider> {
+        let id = name_or_id.parse::<ProviderId>().ok();
+        self.providers()
+            .into_iter()
+            .find(|known| known.provider().name() == name_or_id || Some(known.provider().id()) == id)
+            .ok_or_else(|| UnknownProvider(name_or_id.to_owned()))
+    }
+
+    /// The one that wraps new envelopes unless told otherwise; none only while there are no providers.
+    #[must_use]
+    pub fn default_provider(&self) -> Option<Provider> {
+        let id = self
+            .known
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .default?;
+        self.by_id(id)
+    }
+
+    /// Makes `provider` the default.
+    pub fn set_default(&self, provider: &Provider) -> Result<Change, KeystoreError> {
+        let id = provider.provider().id();
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        let change = self.keystore.set_default_provider(id)?;
+        known.default = Some(id);
+        Ok(change)
+    }
+
+    /// Locks all providers, as the end of virtseald does: what is on disk for the next one stays.
+    pub fn lock_all(&self) {
+        for known in self.providers() {
+            match known {
+                Provider::Kmip(provider) => provider.end(),
+                other => other.provider().lock(),
+            }
+        }
+    }
+
+    /// The DEK of one envelope.
+    ///
+    /// # Errors
+    /// As [`Registry::open_all`].
+    pub fn open_envelope(&self, envelope: &Envelope) -> Result<Dek, OpenError> {
+        let mut deks = self.open_all(&[envelope])?;
+        Ok(deks.pop().expect("one envelope yields one DEK"))
+    }
+
+    /// The DEK of an envelope, from those providers alone that are ready; nobody else is asked.
+    #[must_use]
+    pub fn open_usable(&self, envelope: &Envelope) -> Option<Dek> {
+        let usable: Vec<_> = self
+            .providers()
+            .into_iter()
+            .filter(|known| known.provider().status().is_usable())
+            .collect();
+        let mut opened = opening::open_all(&usable, &[envelope], self.deadline()).ok()?;
+        opened.pop()
+    }
+
+    /// The DEKs of all `envelopes`, in their order, with one call per provider unless a stanza does not open.
+    ///
+    /// # Errors
+    /// For the first envelope that none of its providers opens, why each of them did not. Then there is no DEK
+    /// at all.
+    pub fn open_all(&self, envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
+        opening::open_all(&self.providers(), envelopes, self.deadline()).map_err(|error| {
+            let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
+            error.with_deleted(&deleted.unwrap_or_default())
+        })
+    }
+
+    /// A new DEK and its envelope, wrapped by `provider` (a name or an id) or, without one, by all recipients of the
+    /// policy, after each stanza was unwrapped again. Nothing is stored.
+    ///
+    /// # Errors
+    /// When there is no such provider, or one of them does not wrap: then there is no envelope at all.
+    pub fn seal_new(&self, provider: Option<&str>, binding: &Binding) -> Result<(Verified, Dek), SealError> {
+        let providers = match provider {
+            Some(name) => vec![self.find(name)?],
+            None => self.policy()?,
+        };
+        let dek = Dek::random().map_err(SealError::Memory)?;
+        let mut stanzas = Vec::with_capacity(providers.len());
+        for provider in &providers {
+            let payload = Payload::bind(&dek, binding)?;
+            let (asked, binding, keystore) = (provider.clone(), *binding, Arc::clone(&self.keystore));
+            let wrapped = deadline::within(self.deadline(), move || {
+                made_keks::wrap(&keystore, &asked, &binding, &payload)
+            });
+            stanzas.push(wrapped.map_err(|source| SealError::Refused {
+                name: provider.provider().name().to_owned(),
+                source,
+            })?);
+        }
+        let envelope = Verified::new(binding, stanzas, &dek)?;
+        for (provider, stanza) in providers.iter().zip(&envelope.stanzas) {
+            let mut alone = envelope.clone().into_envelope();
+            alone.stanzas = vec![stanza.clone()];
+            let opened = self.open_envelope(&alone).map_err(SealError::NotVerified)?;
+            if !openssl::memcmp::eq(opened.expose(), dek.expose()) {
+                return Err(SealError::AnotherKey(provider.provider().name().to_owned()));
+            }
+        }
+        Ok((envelope, dek))
+    }
+
+    /// Destroys a KEK that serves `vm` alone, within the deadline.
+    ///
+    /// # Errors
+    /// The provider's; [`ProviderError::Unusable`] when it is not on this host.
+    pub fn destroy_kek(
+        &self,
+        provider: ProviderId,
+        kek: &KekId,
+        vm: VmId,
+    ) -> Result<DestroyReceipt, ProviderError> {
+        let known = self
+            .by_id(provider)
+            .ok_or_else(|| ProviderError::Unusable("it is not on this host".to_owned()))?;
+        let kek = kek.clone();
+        deadline::within(self.deadline(), move || known.provider().destroy_kek(&kek, vm))
+    }
+}
+
+#[cfg(test)]
+mod tests;

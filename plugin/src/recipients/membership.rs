@@ -1,0 +1,167 @@
+//! How providers come to a host, and how they go.
+
+use std::sync::{Arc, PoisonError};
+
+use super::{Provider, Registry};
+use crate::failure::chain;
+use crate::model::envelope::ProviderId;
+use crate::provider::ProviderName;
+use crate::provider::kmip::{KmipProvider, KmipProviderError, KmipSettings};
+use crate::provider::native::{NativeError, NativeProvider};
+use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
+use crate::provider::transit::{TransitProvider, TransitSettings};
+use crate::secret::SecretBytes;
+use crate::store::{Keystore, KeystoreError};
+
+impl Registry {
+    /// Makes a native provider; takes seconds, by the nature of its passphrase.
+    ///
+    /// # Errors
+    /// As [`NativeProvider::create`].
+    pub fn add_native(
+        &self,
+        name: &ProviderName,
+        passphrase: &SecretBytes,
+    ) -> Result<Arc<NativeProvider>, NativeError> {
+        let made = Arc::new(NativeProvider::create(
+            Arc::clone(&self.keystore),
+            name,
+            passphrase,
+        )?);
+        self.enter(Provider::Native(Arc::clone(&made)));
+        Ok(made)
+    }
+
+    /// Brings a native provider back from `backup`.
+    ///
+    /// # Errors
+    /// As [`NativeProvider::restore`].
+    pub fn restore_native(
+        &self,
+        name: &ProviderName,
+        backup: &[u8],
+        backup_passphrase: Option<&SecretBytes>,
+        passphrase: &SecretBytes,
+    ) -> Result<Arc<NativeProvider>, NativeError> {
+        let keystore = Arc::clone(&self.keystore);
+        let made = Arc::new(NativeProvider::restore(
+            keystore,
+            name,
+            backup,
+            backup_passphrase,
+            passphrase,
+        )?);
+        self.enter(Provider::Native(Arc::clone(&made)));
+        Ok(made)
+    }
+
+    /// Adds a transit provider, locked.
+    ///
+    /// # Errors
+    /// As [`TransitProvider::create`].
+    pub fn add_transit(
+        &self,
+        name: &ProviderName,
+        settings: TransitSettings,
+    ) -> Result<Arc<TransitProvider>, KeystoreError> {
+        let made = Arc::new(TransitProvider::create(&self.keystore, name, settings)?);
+        self.enter(Provider::Transit(Arc::clone(&made)));
+        Ok(made)
+    }
+
+    /// Adds the token of `settings`, and unlocks it with `pin`.
+    ///
+    /// # Errors
+    /// As [`Pkcs11Provider::create`].
+    pub fn add_pkcs11(
+        &self,
+        name: &ProviderName,
+        settings: Pkcs11Settings,
+        pin: &SecretBytes,
+    ) -> Result<Arc<Pkcs11Provider>, Pkcs11Error> {
+        let others: Vec<_> = self
+            .providers()
+            .into_iter()
+            .filter_map(|known| match known {
+                Provider::Pkcs11(provider) => Some(provider),
+                _ => None,
+            })
+            .collect();
+        let made = Arc::new(Pkcs11Provider::create(
+            &self.keystore,
+            name,
+            settings,
+            pin,
+            &others,
+        )?);
+        self.enter(Provider::Pkcs11(Arc::clone(&made)));
+        Ok(made)
+    }
+
+    /// Records a KMIP provider, which has trust to establish before it does anything.
+    ///
+    /// # Errors
+    /// As [`KmipProvider::create`].
+    pub fn add_kmip(
+        &self,
+        name: &ProviderName,
+        settings: KmipSettings,
+    ) -> Result<Arc<KmipProvider>, KmipProviderError> {
+        let made = Arc::new(KmipProvider::create(&self.keystore, name, settings)?);
+        made.attach(Arc::clone(&self.keystore));
+        self.enter(Provider::Kmip(Arc::clone(&made)));
+        Ok(made)
+    }
+
+    fn enter(&self, made: Provider) {
+        let id = made.provider().id();
+        self.watches.add(&made.shared());
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        known.providers.push(made);
+        known
+            .providers
+            .sort_by(|a, b| a.provider().name().cmp(b.provider().name()));
+        // As the keystore does.
+        known.default.get_or_insert(id);
+    }
+
+    /// Removes a provider from the list, the keystore, which keeps its name, and the disk.
+    ///
+    /// # Errors
+    /// The keystore's; then it stays.
+    pub fn delete(&self, id: ProviderId) -> Result<(), KeystoreError> {
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        self.keystore.delete_provider(id)?;
+        remove_files(&self.keystore, id);
+        known.providers.retain(|provider| provider.provider().id() != id);
+        self.watches.remove(id);
+        if known.default == Some(id) {
+            known.default = None;
+        }
+        Ok(())
+    }
+}
+
+/// What a virtseald that was killed has left of providers that were deleted on request: the keystore names each of them.
+pub(super) fn finish_deletions(keystore: &Keystore) -> Result<(), KeystoreError> {
+    let there = keystore.providers()?;
+    if !there.damaged.is_empty() {
+        // It may be the one that the files are of.
+        return Ok(());
+    }
+    for deleted in keystore.deleted_providers()?.sound {
+        if there.sound.iter().all(|record| record.id != deleted.id) {
+            remove_files(keystore, deleted.id);
+        }
+    }
+    Ok(())
+}
+
+fn remove_files(keystore: &Keystore, id: ProviderId) {
+    if let Err(error) = KmipProvider::remove_files(keystore, id) {
+        tracing::warn!(
+            "provider {id} is deleted, but not all of its files: {}",
+            chain(&error)
+        );
+    }
+}

@@ -1,0 +1,182 @@
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use super::*;
+use crate::model::envelope::{KekId, Payload, Stanza, VmId};
+use crate::provider::{DestroyReceipt, KekScope, ProviderError};
+use crate::secret::SecretBytes;
+
+const PACE: Pace = Pace {
+    interval: Duration::from_millis(20),
+    patience: Duration::from_millis(40),
+};
+
+/// What no real server does on demand: it hangs until told otherwise, and changes its state at once.
+struct Moody {
+    id: ProviderId,
+    status: Mutex<ProviderStatus>,
+    probes: AtomicU32,
+    /// A probe takes one from here, where there is one.
+    release: Option<Mutex<Receiver<()>>>,
+}
+
+impl Moody {
+    fn ready() -> Arc<Self> {
+        Self::made(None)
+    }
+
+    fn hanging() -> (Arc<Self>, Sender<()>) {
+        let (sender, receiver) = channel();
+        (Self::made(Some(Mutex::new(receiver))), sender)
+    }
+
+    fn made(release: Option<Mutex<Receiver<()>>>) -> Arc<Self> {
+        Arc::new(Self {
+            id: ProviderId::random(),
+            status: Mutex::new(ProviderStatus::Ready),
+            probes: AtomicU32::new(0),
+            release,
+        })
+    }
+
+    fn probes(&self) -> u32 {
+        self.probes.load(Ordering::SeqCst)
+    }
+}
+
+impl KeyProvider for Moody {
+    fn id(&self) -> ProviderId {
+        self.id
+    }
+
+    fn name(&self) -> &str {
+        "moody"
+    }
+
+    fn status(&self) -> ProviderStatus {
+        lock(&self.status).clone()
+    }
+
+    fn probe(&self) {
+        if let Some(release) = &self.release {
+            // Ends when the test does.
+            let _ = lock(release).recv();
+        }
+        self.probes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn create_kek(&self, _: &KekScope) -> Result<KekId, ProviderError> {
+        Err(ProviderError::Locked)
+    }
+
+    fn rotate_kek(&self, _: &KekScope, _: &KekId) -> Result<KekId, ProviderError> {
+        Err(ProviderError::Locked)
+    }
+
+    fn wrap(&self, _: &KekId, _: &Payload) -> Result<Stanza, ProviderError> {
+        Err(ProviderError::Locked)
+    }
+
+    fn unwrap_many(&self, _: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+        Err(ProviderError::Locked)
+    }
+
+    fn destroy_kek(&self, _: &KekId, _: VmId) -> Result<DestroyReceipt, ProviderError> {
+        Err(ProviderError::Locked)
+    }
+
+    fn lock(&self) {}
+
+    fn unlock(&self, _: &SecretBytes) -> Result<(), ProviderError> {
+        Ok(())
+    }
+}
+
+fn until(what: &str, done: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{what} does not come");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn added(watches: &Watches, provider: &Arc<Moody>) {
+    let provider: Arc<dyn KeyProvider> = Arc::<Moody>::clone(provider);
+    watches.add(&provider);
+}
+
+#[test]
+fn hanging_probe_holds_up_nobody_and_shows() {
+    let watches = Watches::new(PACE);
+    let (silent, release) = Moody::hanging();
+    let well = Moody::ready();
+    added(&watches, &silent);
+    added(&watches, &well);
+    until("the third probe of the other", || well.probes() >= 3);
+    until(
+        "the silence",
+        || matches!(watches.report(silent.as_ref()).status, ProviderStatus::Unreachable(why) if why.contains("no answer for")),
+    );
+    assert_eq!(silent.probes(), 0);
+    assert_eq!(watches.report(well.as_ref()).status, ProviderStatus::Ready);
+    release.send(()).unwrap();
+    until("the answer", || {
+        watches.report(silent.as_ref()).status == ProviderStatus::Ready
+    });
+}
+
+#[test]
+fn change_has_its_time_and_the_same_state_keeps_it() {
+    let watches = Watches::new(Pace {
+        interval: Duration::from_secs(3600),
+        ..PACE
+    });
+    let provider = Moody::ready();
+    added(&watches, &provider);
+    let first = watches.report(provider.as_ref());
+    *lock(&provider.status) = ProviderStatus::Unreachable("a".into());
+    let (before, changed) = (SystemTime::now(), watches.report(provider.as_ref()));
+    assert!(changed.since >= before && changed.since >= first.since);
+    *lock(&provider.status) = ProviderStatus::Unreachable("b".into());
+    let same = watches.report(provider.as_ref());
+    assert_eq!((same.since, same.status.as_str()), (changed.since, "Unreachable"));
+}
+
+#[test]
+fn new_interval_counts_at_once() {
+    let watches = Watches::new(Pace {
+        interval: Duration::from_secs(3600),
+        ..PACE
+    });
+    let provider = Moody::ready();
+    added(&watches, &provider);
+    until("the first probe", || provider.probes() == 1);
+    watches.set_pace(|pace| pace.interval = PACE.interval);
+    until("more probes", || provider.probes() >= 3);
+}
+
+#[test]
+fn thread_ends_with_its_provider_and_with_the_registry() {
+    let watches = Watches::new(PACE);
+    let gone = Moody::ready();
+    added(&watches, &gone);
+    until("a probe", || gone.probes() > 0);
+    let weak = Arc::downgrade(&gone);
+    drop(gone);
+    until("the end of the provider", || weak.strong_count() == 0);
+    let kept = Moody::ready();
+    added(&watches, &kept);
+    drop(watches);
+    until("the end of the thread", || Arc::weak_count(&kept) == 0);
+}
+
+#[test]
+fn pauses_double_up_to_the_interval() {
+    let pace = Pace {
+        interval: Duration::from_secs(60),
+        ..PACE
+    };
+    let pauses = [0, 1, 2, 3, 4, 5, 99].map(|failures| pace.pause(failures).as_secs());
+    assert_eq!(pauses, [60, 5, 10, 20, 40, 60, 60]);
+    assert_eq!(PACE.pause(1), PACE.interval);
+}

@@ -1,0 +1,264 @@
+//! Why the keystore refuses, and what to do next.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rusqlite::ErrorCode;
+use thiserror::Error;
+
+use crate::failure::chain;
+use crate::model::envelope::{EnvelopeError, EnvelopeId, Generation, ProviderId, VmId};
+
+/// Why the keystore can't be opened, read or changed.
+#[derive(Debug, Error)]
+pub enum KeystoreError {
+    /// Another process holds the state directory.
+    #[error("another virtseald ({holder}) uses {}: stop it, or choose another state_dir", .dir.display())]
+    InUse {
+        /// The state directory.
+        dir: PathBuf,
+        /// Its pid, as it wrote it down.
+        holder: String,
+    },
+    /// The file is not a keystore, or not a whole one.
+    #[error(
+        "the keystore {} is damaged; it was not changed. Keep a copy of its directory, then bring a backup back: \
+         virtseal state restore -i FILE. Without one, move the file away: sealed VMs are adopted again from their \
+         domain XML once their providers are restored (virtseal provider restore)", .path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Written by a later version.
+    #[error(
+        "the keystore {} was made by a later virtseal (schema {found}, this one knows up to {known}): \
+         upgrade virtseal", .path.display()
+    )]
+    TooNew {
+        /// The file.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+        /// The highest schema that this version knows.
+        known: i64,
+    },
+    /// No space left.
+    #[error("no space left for the keystore {}: free some on that file system and try again", .path.display())]
+    DiskFull {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// Not writable.
+    #[error(
+        "the keystore {} can't be written: check its owner, its mode and whether the file system is mounted \
+         read-only", .path.display()
+    )]
+    ReadOnly {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// A program other than a daemon holds a lock on the file.
+    #[error(
+        "the keystore {} is held by another program (fuser names it): end it and try again", .path.display()
+    )]
+    Busy {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// Any other failure of SQLite.
+    #[error("the keystore {} failed", .path.display())]
+    Sqlite {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The directory or one of its files can't be used.
+    #[error("can't {action} {}", .path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// A row holds something that no virtseal wrote.
+    #[error("the keystore's record of envelope {id} is damaged")]
+    DamagedRecord {
+        /// The row.
+        id: EnvelopeId,
+        /// What is wrong with it.
+        #[source]
+        source: EnvelopeError,
+    },
+    /// A row whose columns contradict each other.
+    #[error("the keystore's record {row} is damaged: {why}")]
+    Inconsistent {
+        /// The row.
+        row: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Two different envelopes claim the same place.
+    #[error(
+        "two different versions of envelope {id} have generation {generation}: one of them was not made by \
+         virtseal, and none was changed"
+    )]
+    Conflict {
+        /// The envelope.
+        id: EnvelopeId,
+        /// The generation of both.
+        generation: Generation,
+    },
+    /// An envelope changed what it is for.
+    #[error(
+        "envelope {id} belongs to {known} in the keystore and to {offered} in the copy: the copy is refused"
+    )]
+    OtherObject {
+        /// The envelope.
+        id: EnvelopeId,
+        /// VM and kind in the keystore.
+        known: String,
+        /// VM and kind in the refused copy.
+        offered: String,
+    },
+    /// A generation that no sequence of changes reaches.
+    #[error("envelope {id} claims generation {generation}, which no virtseal made: the copy is refused")]
+    GenerationTooHigh {
+        /// The envelope.
+        id: EnvelopeId,
+        /// The generation.
+        generation: Generation,
+    },
+    /// The envelope exists already.
+    #[error("envelope {0} is in the keystore already")]
+    EnvelopeExists(EnvelopeId),
+    /// There is no such envelope.
+    #[error("envelope {0} is not in the keystore")]
+    UnknownEnvelope(EnvelopeId),
+    /// There is no such VM.
+    #[error("VM {0} is not in the keystore")]
+    UnknownVm(VmId),
+    /// There is no such provider.
+    #[error("key provider {0} is not in the keystore")]
+    UnknownProvider(ProviderId),
+    /// A job runs already.
+    #[error("job {0} runs: one runs at a time")]
+    JobRunning(i64),
+    /// There is no such job.
+    #[error("there is no job {0}")]
+    UnknownJob(i64),
+    /// The name is in use.
+    #[error("there is a key provider called {0:?} already: choose another name")]
+    ProviderNameTaken(String),
+    /// The provider exists already.
+    #[error("key provider {id} is on this host already, called {name:?}")]
+    ProviderExists {
+        /// The provider.
+        id: ProviderId,
+        /// Its name here.
+        name: String,
+    },
+}
+
+impl KeystoreError {
+    /// Whether it is about one row, and says nothing of the others.
+    #[must_use]
+    pub fn is_of_row(&self) -> bool {
+        matches!(self, Self::DamagedRecord { .. } | Self::Inconsistent { .. })
+    }
+
+    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
+    }
+
+    fn from_sqlite(path: &Path, source: rusqlite::Error) -> Self {
+        let path = path.to_owned();
+        match source.sqlite_error_code() {
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Damaged {
+                path,
+                source: source.into(),
+            },
+            Some(ErrorCode::DiskFull) => Self::DiskFull { path, source },
+            Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+                Self::ReadOnly { path, source }
+            }
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy { path, source },
+            _ => Self::Sqlite { path, source },
+        }
+    }
+}
+
+/// A failure inside a query, before it is known which file it is about.
+#[derive(Debug)]
+pub(super) enum StoreFault {
+    Sqlite(rusqlite::Error),
+    Refused(KeystoreError),
+}
+
+impl From<rusqlite::Error> for StoreFault {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+impl From<KeystoreError> for StoreFault {
+    fn from(error: KeystoreError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+/// `fault` as one of the row called so, if it is the row's.
+pub(super) fn named_fault(fault: StoreFault, row: impl FnOnce() -> String) -> StoreFault {
+    match fault.of_row() {
+        Ok(why) => KeystoreError::Inconsistent { row: row(), why }.into(),
+        Err(fault) => fault,
+    }
+}
+
+impl StoreFault {
+    /// What is wrong with the row that was read, if it is the row.
+    ///
+    /// # Errors
+    /// Itself, when it is the file.
+    pub(super) fn of_row(self) -> Result<String, Self> {
+        match &self {
+            Self::Refused(KeystoreError::DamagedRecord { source, .. }) => Ok(chain(source)),
+            Self::Refused(KeystoreError::Inconsistent { why, .. }) => Ok(why.clone()),
+            Self::Sqlite(
+                error @ (rusqlite::Error::FromSqlConversionFailure(..)
+                | rusqlite::Error::IntegralValueOutOfRange(..)
+                | rusqlite::Error::Utf8Error(..)
+                | rusqlite::Error::InvalidColumnType(..)),
+            ) => Ok(error.to_string()),
+            _ => Err(self),
+        }
+    }
+
+    pub(super) fn at(self, path: &Path) -> KeystoreError {
+        match self {
+            Self::Refused(error) => error,
+            Self::Sqlite(error) => KeystoreError::from_sqlite(path, error),
+        }
+    }
+}

@@ -1,0 +1,304 @@
+//! KEKs that a provider's cache keeps across a reboot, and what opens them: ciphertext under a key that takes the host's
+//! TPM and the `salt` here to derive.
+//!
+//! The salt is new with each purge, so that what was there before opens no more, wherever a copy of it may be.
+
+use rusqlite::{Connection, OptionalExtension, params};
+
+use super::rows::{Named, collect};
+use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault};
+use crate::model::envelope::{KekId, ProviderId};
+
+/// That a provider's KEKs are kept across a reboot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KekPersistence {
+    /// What the TPM opens.
+    pub sealed: Vec<u8>,
+    /// The other half of what the rows' key is derived from.
+    pub salt: Vec<u8>,
+    /// For how long each, from when it was last fetched.
+    pub seconds: u64,
+    /// Since when.
+    pub enrolled: UnixTime,
+}
+
+/// A KEK, encrypted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PersistedKek {
+    /// Which one.
+    pub kek: KekId,
+    /// When the provider's server gave it out.
+    pub fetched: UnixTime,
+    /// When it ends.
+    pub expires: UnixTime,
+    /// The ciphertext, which is bound to all of these.
+    pub body: Vec<u8>,
+}
+
+impl Keystore {
+    /// Changes the settings of `provider`, and how its KEKs are kept across a reboot: not at all, if `None`. Those that were
+    /// kept are gone.
+    ///
+    /// # Errors
+    /// [`KeystoreError::UnknownProvider`].
+    pub fn set_kek_cache(
+        &self,
+        provider: ProviderId,
+        settings: &serde_json::Value,
+        persistence: Option<&KekPersistence>,
+    ) -> Result<(), KeystoreError> {
+        let id = provider.to_string();
+        self.write(|transaction| {
+            delete(transaction, provider)?;
+            let rows = transaction.execute(
+                "UPDATE providers SET settings = ?2 WHERE id = ?1",
+                params![id, settings.to_string()],
+            )?;
+            if rows == 0 {
+                return Err(KeystoreError::UnknownProvider(provider).into());
+            }
+            if let Some(KekPersistence {
+                sealed,
+                salt,
+                seconds,
+                enrolled,
+            }) = persistence
+            {
+                let seconds = i64::try_from(*seconds).unwrap_or(i64::MAX);
+                transaction.execute(
+                    "INSERT INTO kek_persistence (provider, sealed, salt, seconds, enrolled)
+                     VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![id, sealed, salt, seconds, enrolled],
+                )?;
+            }
+            Ok(())
+        })?;
+        self.forget_deleted_rows().map(drop)
+    }
+
+    /// How the KEKs of `provider` are kept.
+    pub fn kek_persistence(&self, provider: ProviderId) -> Result<Option<KekPersistence>, KeystoreError> {
+        self.read(|connection| {
+            let found = connection
+                .prepare("SELECT sealed, salt, seconds, enrolled FROM kek_persistence WHERE provider = ?1")?
+                .query_row([provider.to_string()], |row| {
+                    Ok(KekPersistence {
+                        sealed: row.get(0)?,
+                        salt: row.get(1)?,
+                        seconds: row.get::<_, i64>(2)?.unsigned_abs(),
+                        enrolled: row.get(3)?,
+                    })
+                })
+                .optional()?;
+            Ok(found)
+        })
+    }
+
+    /// Keeps `keks` in the place of what is kept of them, and no more than `most` of the provider, the latest. Nothing
+    /// happens unless `salt` is still the one: a purge came first then.
+    pub fn put_persisted_keks(
+        &self,
+        provider: ProviderId,
+        salt: &[u8],
+        keks: &[PersistedKek],
+        most: usize,
+    ) -> Result<Change, KeystoreError> {
+        let id = provider.to_string();
+        self.write(|transaction| {
+            let current: Option<Vec<u8>> = transaction
+                .query_row(
+                    "SELECT salt FROM kek_persistence WHERE provider = ?1",
+                    [&id],
+                    |row| row.get(0),
+                )
+                .optional()?;
+            if current.as_deref() != Some(salt) {
+                return Ok(Change::Unchanged);
+            }
+            for PersistedKek {
+                kek,
+                fetched,
+                expires,
+                body,
+            } in keks
+            {
+                transaction.execute(
+                    "INSERT OR REPLACE INTO persisted_keks (provider, kek, fetched, expires, body)
+                     VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![id, kek.0, fetched, expires, body],
+                )?;
+            }
+            transaction.execute(
+                "DELETE FROM persisted_keks WHERE provider = ?1 AND kek NOT IN
+                 (SELECT kek FROM persisted_keks WHERE provider = ?1 ORDER BY fetched DESC, kek LIMIT ?2)",
+                params![id, i64::try_from(most).unwrap_or(i64::MAX)],
+            )?;
+            Ok(Change::Changed)
+        })
+    }
+
+    /// All that are kept of `provider`, also those that have expired.
+    pub fn persisted_keks(&self, provider: ProviderId) -> Result<Vec<PersistedKek>, KeystoreError> {
+        self.read(|connection| {
+            let sql =
+                "SELECT kek, fetched, expires, body FROM persisted_keks WHERE provider = ?1 ORDER BY kek";
+            let named = Named("a cached KEK", "kek");
+            let rows = collect(connection, sql, [provider.to_string()], named, |row| {
+                Ok(PersistedKek {
+                    kek: KekId(row.get(0)?),
+                    fetched: row.get(1)?,
+                    expires: row.get(2)?,
+                    body: row.get(3)?,
+                })
+            })?;
+            // It is a cache: its server has what a damaged row had.
+            Ok(rows.sound)
+        })
+    }
+
+    /// Removes these, from old pages of the file too.
+    pub fn delete_persisted_keks(&self, provider: ProviderId, keks: &[KekId]) -> Result<(), KeystoreError> {
+        self.write(|transaction| {
+            for kek in keks {
+                transaction.execute(
+                    "DELETE FROM persisted_keks WHERE provider = ?1 AND kek = ?2",
+                    params![provider.to_string(), kek.0],
+                )?;
+            }
+            Ok(())
+        })?;
+        self.forget_deleted_rows().map(drop)
+    }
+
+    /// Removes all of them, and has those that come later encrypted otherwise.
+    pub fn purge_persisted_keks(&self, provider: ProviderId, salt: &[u8]) -> Result<(), KeystoreError> {
+        let id = provider.to_string();
+        self.write(|transaction| {
+            transaction.execute("DELETE FROM persisted_keks WHERE provider = ?1", [&id])?;
+            transaction.execute(
+                "UPDATE kek_persistence SET salt = ?2 WHERE provider = ?1",
+                params![id, salt],
+            )?;
+            Ok(())
+        })?;
+        self.forget_deleted_rows().map(drop)
+    }
+}
+
+/// Everything of `provider` here.
+pub(super) fn delete(connection: &Connection, provider: ProviderId) -> Result<(), StoreFault> {
+    for table in ["persisted_keks", "kek_persistence"] {
+        connection.execute(
+            &format!("DELETE FROM {table} WHERE provider = ?1"),
+            [provider.to_string()],
+        )?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn persistence(salt: &[u8]) -> KekPersistence {
+        KekPersistence {
+            sealed: b"sealed by the TPM".to_vec(),
+            salt: salt.to_vec(),
+            seconds: 3600,
+            enrolled: 7,
+        }
+    }
+
+    fn row(kek: &str, fetched: UnixTime) -> PersistedKek {
+        PersistedKek {
+            kek: KekId(kek.to_owned()),
+            fetched,
+            expires: fetched + 3600,
+            body: format!("ciphertext of {kek}").into_bytes(),
+        }
+    }
+
+    fn with_provider(dir: &Path) -> (Keystore, ProviderId) {
+        let keystore = Keystore::open(dir).unwrap();
+        let id = ProviderId::random();
+        keystore
+            .insert_provider(id, "kms", "kmip", &serde_json::json!({}))
+            .unwrap();
+        (keystore, id)
+    }
+
+    fn names(keystore: &Keystore, id: ProviderId) -> Vec<String> {
+        let rows = keystore.persisted_keks(id).unwrap();
+        rows.into_iter().map(|row| row.kek.0).collect()
+    }
+
+    fn is_on_disk(dir: &Path, text: &[u8]) -> bool {
+        std::fs::read_dir(dir).unwrap().any(|file| {
+            let bytes = std::fs::read(file.unwrap().path()).unwrap();
+            bytes.windows(text.len()).any(|window| window == text)
+        })
+    }
+
+    #[test]
+    fn rows_come_and_go_with_their_salt() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keystore, id) = with_provider(dir.path());
+        let settings = serde_json::json!({"cache": "24h"});
+        let put =
+            |salt: &[u8], rows: &[PersistedKek]| keystore.put_persisted_keks(id, salt, rows, 3).unwrap();
+        assert_eq!(
+            put(b"one", &[row("a", 1)]),
+            Change::Unchanged,
+            "nobody asked for it"
+        );
+        keystore
+            .set_kek_cache(id, &settings, Some(&persistence(b"one")))
+            .unwrap();
+        assert_eq!(keystore.kek_persistence(id).unwrap(), Some(persistence(b"one")));
+        assert_eq!(
+            keystore.providers().unwrap().whole().unwrap()[0].settings,
+            settings
+        );
+
+        let rows = [row("a", 1), row("b", 3), row("c", 2), row("d", 4)];
+        assert_eq!(put(b"one", &rows), Change::Changed);
+        assert_eq!(names(&keystore, id), ["b", "c", "d"], "the oldest goes");
+        assert_eq!(put(b"one", &[row("b", 9)]), Change::Changed);
+        assert!(keystore.persisted_keks(id).unwrap().contains(&row("b", 9)));
+        keystore
+            .delete_persisted_keks(id, &[KekId("c".to_owned()), KekId("none".to_owned())])
+            .unwrap();
+        assert_eq!(names(&keystore, id), ["b", "d"]);
+        assert!(!is_on_disk(dir.path(), b"ciphertext of c"));
+
+        keystore.purge_persisted_keks(id, b"two").unwrap();
+        assert!(names(&keystore, id).is_empty() && !is_on_disk(dir.path(), b"ciphertext"));
+        assert_eq!(put(b"one", &rows), Change::Unchanged, "a purge came first");
+        assert_eq!(put(b"two", &rows), Change::Changed);
+        keystore.set_kek_cache(id, &settings, None).unwrap();
+        assert!(names(&keystore, id).is_empty() && keystore.kek_persistence(id).unwrap().is_none());
+        assert!(!is_on_disk(dir.path(), b"ciphertext") && !is_on_disk(dir.path(), b"sealed by"));
+    }
+
+    #[test]
+    fn they_go_with_their_provider() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keystore, id) = with_provider(dir.path());
+        let settings = serde_json::json!({});
+        keystore
+            .set_kek_cache(id, &settings, Some(&persistence(b"one")))
+            .unwrap();
+        keystore
+            .put_persisted_keks(id, b"one", &[row("a", 1)], 9)
+            .unwrap();
+        keystore.delete_provider(id).unwrap();
+        assert!(names(&keystore, id).is_empty() && keystore.kek_persistence(id).unwrap().is_none());
+        assert!(
+            keystore
+                .set_kek_cache(id, &settings, Some(&persistence(b"one")))
+                .is_err()
+        );
+    }
+}

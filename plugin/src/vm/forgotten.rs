@@ -1,0 +1,575 @@
+//! What this host has dropped on request, kept as files in `forgotten/` of the state directory: the net under a drop that was
+//! a mistake.
+//!
+//! One file a drop, `DATE.json` for the records of a VM and `DATE-NAME.age` for the root keys of a native provider, which its
+//! passphrase opens and `virtseal provider restore` takes. Nothing here is a secret by itself: keys in it are wrapped. A file
+//! is whole and on stable storage before [`keep`] returns, and only then may what it holds be dropped. Nothing here ever
+//! deletes one.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::host::local_time::rfc3339;
+use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, KekId, ProviderId, VmId};
+use crate::store::{EnvelopeRecord, EnvelopeState, Mark, RetiredKek, SavedState, VmRecord};
+
+/// The directory's name in the state directory.
+pub const DIRECTORY: &str = "forgotten";
+/// The most bytes of a file that is read.
+pub const MAX_BYTES: u64 = 16 << 20;
+const FORMAT: &str = "virtseal-forgotten";
+const VERSION: u32 = 1;
+
+/// The records of one VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forgotten {
+    /// The VM as the keystore knew it.
+    pub vm: VmRecord,
+    /// What it counted as.
+    pub mark: Mark,
+    /// Its envelopes.
+    pub objects: Vec<EnvelopeRecord>,
+    /// KEKs that wrapped something of it before.
+    pub retired: Vec<RetiredKek>,
+    /// The file that it was saved to, which needs older copies of its envelopes.
+    pub saved: Option<SavedState>,
+}
+
+/// Why records can't be kept or read.
+#[derive(Debug, Error)]
+pub enum ForgottenError {
+    /// The file can't be used.
+    #[error("can't {action} {}", .path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// It does not read back as it was written.
+    #[error("{} does not read back as it was written", .0.display())]
+    NotVerified(PathBuf),
+    /// Not such a file.
+    #[error("it is not a file of forgotten records")]
+    Format(#[source] serde_json::Error),
+    /// Written by a later version.
+    #[error("it has version {0}, this virtseal reads {VERSION}: upgrade virtseal")]
+    Version(u32),
+    /// An envelope in it is damaged.
+    #[error("envelope {0} in it is damaged")]
+    Envelope(String, #[source] EnvelopeError),
+    /// It contradicts itself.
+    #[error("it has records of VM {found} among those of VM {expected}")]
+    OtherVm {
+        /// The VM that the file is about.
+        expected: VmId,
+        /// The other one.
+        found: VmId,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+struct Document {
+    format: String,
+    version: u32,
+    vm: VmId,
+    name: String,
+    sealed_at: i64,
+    vtpm_seen: bool,
+    /// A file without it is of a sealed VM, as far as anybody knows.
+    #[serde(default)]
+    plain: bool,
+    objects: Vec<Object>,
+    #[serde(default)]
+    retired_keks: Vec<Retired>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    saved: Option<Saved>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    since: i64,
+    envelopes: Vec<serde_json::Value>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Object {
+    /// For the reader; the text is what counts.
+    id: String,
+    envelope: serde_json::Value,
+    pending: bool,
+    location: String,
+    created: i64,
+    updated: i64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Retired {
+    provider: ProviderId,
+    kek: KekId,
+}
+
+impl Forgotten {
+    /// Its text, for a file.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let objects = self.objects.iter().map(|record| Object {
+            id: record.envelope.id.to_string(),
+            envelope: json_of(&record.envelope),
+            pending: record.state == EnvelopeState::Pending,
+            location: record.location.clone(),
+            created: record.created,
+            updated: record.updated,
+        });
+        let document = Document {
+            format: FORMAT.to_owned(),
+            version: VERSION,
+            vm: self.vm.vm,
+            name: self.vm.name.clone(),
+            sealed_at: self.vm.sealed_at,
+            vtpm_seen: self.vm.vtpm_seen,
+            plain: self.mark == Mark::Plain,
+            objects: objects.collect(),
+            saved: self.saved.as_ref().map(|saved| Saved {
+                since: saved.since,
+                envelopes: saved.envelopes.iter().map(json_of).collect(),
+            }),
+            retired_keks: self
+                .retired
+                .iter()
+                .map(|retired| Retired {
+                    provider: retired.provider,
+                    kek: retired.kek.clone(),
+                })
+                .collect(),
+        };
+        serde_json::to_string_pretty(&document).expect("it holds only texts and numbers") + "\n"
+    }
+
+    /// Reads what [`Forgotten::to_json`] wrote. Whether its envelopes open is the caller's to find out.
+    ///
+    /// # Errors
+    /// When it is anything else.
+    pub fn from_json(text: &[u8]) -> Result<Self, ForgottenError> {
+        #[derive(Deserialize)]
+        struct Head {
+            format: String,
+            version: u32,
+        }
+        let head: Head = serde_json::from_slice(text).map_err(ForgottenError::Format)?;
+        if head.format != FORMAT {
+            let other = serde::de::Error::custom(format!("its format is {:?}", head.format));
+            return Err(ForgottenError::Format(other));
+        }
+        if head.version != VERSION {
+            return Err(ForgottenError::Version(head.version));
+        }
+        let document: Document = serde_json::from_slice(text).map_err(ForgottenError::Format)?;
+        let vm = document.vm;
+        let objects = document.objects.into_iter().map(|object| object.read(vm));
+        let saved = document.saved.map(|saved| saved.read(vm)).transpose()?;
+        Ok(Self {
+            mark: match document.plain {
+                true => Mark::Plain,
+                false => Mark::Sealed,
+            },
+            saved,
+            objects: objects.collect::<Result<_, _>>()?,
+            retired: document
+                .retired_keks
+                .into_iter()
+                .map(|retired| RetiredKek {
+                    vm,
+                    provider: retired.provider,
+                    kek: retired.kek,
+                })
+                .collect(),
+            vm: VmRecord {
+                vm,
+                name: document.name,
+                sealed_at: document.sealed_at,
+                vtpm_seen: document.vtpm_seen,
+            },
+        })
+    }
+}
+
+fn json_of(envelope: &Envelope) -> serde_json::Value {
+    serde_json::from_str(&envelope.to_json()).expect("it is JSON")
+}
+
+impl Saved {
+    /// Its envelopes are of any VM whose disks it had.
+    fn read(self, vm: VmId) -> Result<SavedState, ForgottenError> {
+        let envelopes = self.envelopes.iter().map(|envelope| {
+            Envelope::from_json(&envelope.to_string())
+                .map_err(|source| ForgottenError::Envelope("of a saved state".to_owned(), source))
+        });
+        Ok(SavedState {
+            vm,
+            since: self.since,
+            envelopes: envelopes.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+impl Object {
+    fn read(self, vm: VmId) -> Result<EnvelopeRecord, ForgottenError> {
+        let envelope = Envelope::from_json(&self.envelope.to_string())
+            .map_err(|source| ForgottenError::Envelope(self.id.clone(), source))?;
+        if envelope.vm != vm {
+            return Err(ForgottenError::OtherVm {
+                expected: vm,
+                found: envelope.vm,
+            });
+        }
+        Ok(EnvelopeRecord {
+            envelope,
+            state: match self.pending {
+                true => EnvelopeState::Pending,
+                false => EnvelopeState::Active,
+            },
+            location: self.location,
+            created: self.created,
+            updated: self.updated,
+        })
+    }
+}
+
+/// Writes the records of a VM to a new file in `state_dir` and reads them back from it. It is on stable storage then.
+///
+/// # Errors
+/// When it is not: then nothing may be dropped.
+pub fn keep(state_dir: &Path, forgotten: &Forgotten) -> Result<PathBuf, ForgottenError> {
+    let path = keep_bytes(state_dir, ".json", forgotten.to_json().as_bytes())?;
+    match read(&path) {
+        Ok(found) if found == *forgotten => Ok(path),
+        Ok(_) => Err(ForgottenError::NotVerified(path)),
+        Err(error) => Err(error),
+    }
+}
+
+/// The same for bytes; the file's name is the date and `suffix`.
+///
+/// # Errors
+/// As [`keep`].
+pub fn keep_bytes(state_dir: &Path, suffix: &str, bytes: &[u8]) -> Result<PathBuf, ForgottenError> {
+    let dir = state_dir.join(DIRECTORY);
+    make_directory(state_dir, &dir).map_err(io_error("make", &dir))?;
+    let date = rfc3339(SystemTime::now()).replace(':', "-");
+    let staged = dir.join(format!(".{date}{suffix}.{}.new", std::process::id()));
+    // Of this process and this second: nobody writes it now.
+    let _ = fs::remove_file(&staged);
+    let written = write_and_read_back(&staged, bytes).map_err(io_error("write", &staged));
+    let kept = written.and_then(|is_whole| match is_whole {
+        true => give_name(&staged, &dir, &date, suffix).map_err(io_error("write into", &dir)),
+        false => Err(ForgottenError::NotVerified(staged.clone())),
+    });
+    // The bytes have another name now, or are not wanted.
+    let _ = fs::remove_file(&staged);
+    let path = kept?;
+    File::open(&dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(io_error("sync", &dir))?;
+    Ok(path)
+}
+
+/// What [`keep`] wrote.
+///
+/// # Errors
+/// When it can't be read, or is anything else.
+pub fn read(path: &Path) -> Result<Forgotten, ForgottenError> {
+    let mut text = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut text))
+        .map_err(io_error("read", path))?;
+    Forgotten::from_json(&text)
+}
+
+/// A file with records of a VM, and what it holds.
+pub type Kept = (PathBuf, Result<Forgotten, ForgottenError>);
+
+/// The files with records of VMs, the oldest first, each with what it holds.
+///
+/// # Errors
+/// When the directory can't be read.
+pub fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
+    let dir = state_dir.join(DIRECTORY);
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io_error("read", &dir)(error)),
+    };
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(io_error("read", &dir))?.path();
+        let is_hidden = path
+            .file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !is_hidden && path.extension().is_some_and(|extension| extension == "json") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let read = |path: PathBuf| {
+        let found = read(&path);
+        (path, found)
+    };
+    Ok(paths.into_iter().map(read).collect())
+}
+
+/// The envelopes in `kept` that nothing else has: not those that are known again. With any of them go those of its saved state.
+#[must_use]
+pub fn only_there(forgotten: &Forgotten, is_known: impl Fn(EnvelopeId) -> bool) -> Vec<&Envelope> {
+    let envelopes = forgotten.objects.iter().map(|record| &record.envelope);
+    let mut alone: Vec<_> = envelopes.filter(|envelope| !is_known(envelope.id)).collect();
+    if !alone.is_empty() {
+        alone.extend(forgotten.saved.iter().flat_map(|saved| &saved.envelopes));
+    }
+    alone
+}
+
+fn make_directory(state_dir: &Path, dir: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    // Also one that an earlier call has made and died.
+    File::open(state_dir)?.sync_all()
+}
+
+/// Says whether the file holds `bytes`.
+fn write_and_read_back(path: &Path, bytes: &[u8]) -> io::Result<bool> {
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    Ok(fs::read(path)? == bytes)
+}
+
+/// A name that nobody has.
+fn give_name(staged: &Path, dir: &Path, date: &str, suffix: &str) -> io::Result<PathBuf> {
+    for nth in 1.. {
+        let name = match nth {
+            1 => format!("{date}{suffix}"),
+            nth => format!("{date}-{nth}{suffix}"),
+        };
+        let path = dir.join(name);
+        match fs::hard_link(staged, &path) {
+            Ok(()) => return Ok(path),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    unreachable!("the loop ends with a free name")
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ForgottenError {
+    move |source| ForgottenError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+    use crate::recipients::Registry;
+    use crate::store::{Change, Keystore};
+
+    /// A keystore with a VM that has two envelopes, and what would be forgotten of it.
+    fn stage(dir: &Path) -> (Keystore, Forgotten) {
+        let keystore = std::sync::Arc::new(Keystore::open(dir).unwrap());
+        let registry = Registry::open(
+            std::sync::Arc::clone(&keystore),
+            std::time::Duration::from_secs(60),
+        )
+        .unwrap();
+        let passphrase = crate::secret::SecretBytes::take(&mut b"pass".to_vec()).unwrap();
+        let native = registry
+            .add_native(&"main".parse().unwrap(), &passphrase)
+            .unwrap();
+        keystore
+            .mark_backed_up(crate::provider::KeyProvider::id(native.as_ref()), 1)
+            .unwrap();
+        drop((registry, native));
+        let registry = Registry::open(
+            std::sync::Arc::clone(&keystore),
+            std::time::Duration::from_secs(60),
+        )
+        .unwrap();
+        registry.providers()[0].provider().unlock(&passphrase).unwrap();
+        let vm = VmId::random();
+        for (kind, location) in [
+            (crate::model::envelope::ObjectKind::Disk, "/images/a.qcow2"),
+            (crate::model::envelope::ObjectKind::Vtpm, ""),
+        ] {
+            let binding = crate::model::envelope::Binding {
+                envelope: EnvelopeId::random(),
+                vm,
+                kind,
+            };
+            let (envelope, _) = registry.seal_new(None, &binding).unwrap();
+            keystore.insert_pending(&envelope, location).unwrap();
+            if kind == crate::model::envelope::ObjectKind::Disk {
+                keystore.activate(envelope.id).unwrap();
+            }
+        }
+        keystore.remember_vm(vm, "my vm").unwrap();
+        keystore.set_vtpm_seen(vm).unwrap();
+        drop(registry);
+        let keystore = std::sync::Arc::into_inner(keystore).unwrap();
+        keystore.note_plain(vm).unwrap();
+        let objects = keystore.envelopes_of(vm).unwrap().whole().unwrap();
+        keystore.note_saved(vm, &[objects[0].envelope.clone()]).unwrap();
+        let forgotten = Forgotten {
+            vm: keystore.vm(vm).unwrap().unwrap(),
+            mark: keystore.mark(vm).unwrap().unwrap(),
+            saved: keystore.saved_states().unwrap().whole().unwrap().pop(),
+            objects,
+            retired: vec![RetiredKek {
+                vm,
+                provider: ProviderId::random(),
+                kek: KekId("k".to_owned()),
+            }],
+        };
+        (keystore, forgotten)
+    }
+
+    #[test]
+    fn what_is_forgotten_comes_back_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let (keystore, forgotten) = stage(dir.path());
+        let vm = forgotten.vm.vm;
+        let path = keep(dir.path(), &forgotten).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(
+            fs::metadata(path.parent().unwrap()).unwrap().mode() & 0o777,
+            0o700
+        );
+        // One that has changed since it was kept stays.
+        let mut other = forgotten.objects.clone();
+        other[0].location = "elsewhere".to_owned();
+        assert_eq!(keystore.forget_vm(vm, &other).unwrap(), Change::Unchanged);
+        assert_eq!(
+            keystore.envelopes_of(vm).unwrap().whole().unwrap(),
+            forgotten.objects
+        );
+
+        assert_eq!(
+            keystore.forget_vm(vm, &forgotten.objects).unwrap(),
+            Change::Changed
+        );
+        assert!(
+            keystore.envelopes_of(vm).unwrap().whole().unwrap().is_empty()
+                && keystore.vm(vm).unwrap().is_none()
+        );
+        let (_, read) = kept(dir.path()).unwrap().pop().unwrap();
+        let read = read.unwrap();
+        assert_eq!(read, forgotten);
+        assert_eq!(only_there(&read, |_| false).len(), 3, "the saved state's, too");
+        assert!(only_there(&read, |_| true).is_empty());
+        for record in &read.objects {
+            keystore.bring_back(record).unwrap();
+        }
+        let bring_back = |mark| {
+            keystore
+                .bring_back_vm(&read.vm, mark, &read.retired, read.saved.as_ref())
+                .unwrap();
+        };
+        bring_back(read.mark);
+        assert_eq!(keystore.vm(vm).unwrap().as_ref(), Some(&forgotten.vm));
+        assert_eq!(keystore.mark(vm).unwrap(), Some(Mark::Plain));
+        assert_eq!(
+            keystore.saved_states().unwrap().whole().unwrap(),
+            [forgotten.saved.clone().unwrap()]
+        );
+        // Who is sealed by now stays so, whatever an old file says; and so does who is plain by now.
+        keystore.remember_vm(vm, "my vm").unwrap();
+        bring_back(Mark::Plain);
+        assert!(keystore.is_sealed(vm).unwrap());
+        keystore.note_plain(vm).unwrap();
+        bring_back(Mark::Sealed);
+        assert!(!keystore.is_sealed(vm).unwrap());
+        let back = keystore.envelopes_of(vm).unwrap().whole().unwrap();
+        for record in &forgotten.objects {
+            let found = back
+                .iter()
+                .find(|found| found.envelope == record.envelope)
+                .unwrap();
+            assert_eq!((found.state, &found.location), (record.state, &record.location));
+        }
+        assert_eq!(
+            keystore.retired_keks().unwrap().whole().unwrap(),
+            forgotten.retired
+        );
+        // Again: nothing changes.
+        for record in &read.objects {
+            keystore.bring_back(record).unwrap();
+        }
+    }
+
+    #[test]
+    fn no_file_takes_the_place_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths: Vec<_> = (0..5_u8)
+            .map(|nth| keep_bytes(dir.path(), "-main.age", &[nth]).unwrap())
+            .collect();
+        for (nth, path) in paths.iter().enumerate() {
+            assert_eq!(fs::read(path).unwrap(), [nth as u8]);
+        }
+        let left = fs::read_dir(dir.path().join(DIRECTORY)).unwrap().count();
+        assert_eq!(left, paths.len(), "something half-made is left");
+    }
+
+    #[test]
+    fn what_is_not_such_a_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, forgotten) = stage(dir.path());
+        let text = forgotten.to_json();
+        let other_vm = text.replacen(&forgotten.vm.vm.to_string(), &VmId::random().to_string(), 1);
+        for (bad, word) in [
+            ("", "not a file"),
+            ("{}", "not a file"),
+            (r#"{"format": "x", "version": 1}"#, "not a file"),
+            (
+                &text.replace("\"version\": 1,\n  \"vm\"", "\"version\": 9,\n  \"vm\""),
+                "version 9",
+            ),
+            (&other_vm, "among those of VM"),
+            (&text[..text.len() / 2], "not a file"),
+        ] {
+            let error = Forgotten::from_json(bad.as_bytes()).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+        assert!(kept(&dir.path().join("nowhere")).unwrap().is_empty());
+        // As the version before wrote it.
+        let old = text.replacen("  \"plain\": true,\n", "", 1);
+        let old = old[..old.find(",\n  \"saved\"").unwrap()].to_owned() + "\n}\n";
+        let read = Forgotten::from_json(old.as_bytes()).unwrap();
+        assert_eq!((read.mark, read.saved), (Mark::Sealed, None));
+    }
+
+    #[test]
+    fn a_place_that_can_not_be_written_keeps_nothing_back() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(DIRECTORY), "a file").unwrap();
+        assert!(keep_bytes(dir.path(), ".json", b"x").is_err());
+    }
+}

@@ -1,0 +1,243 @@
+//! `vm seal` and `vm unseal`: from a defined, stopped domain to a sealed one, and back while nothing is lost.
+//!
+//! [`plan()`] looks and decides, [`seal()`] acts, and every act can be killed and repeated: an envelope is in the
+//! keystore before its object exists, an object is opened with its key before its envelope becomes active. What can
+//! fail comes first and leaves every file as it is: the variable store, the vTPM, then the disks are made ready beside
+//! what is there. Then they get their names, the disks last, and the domain is redefined. A second run finds what the
+//! first one made and goes on from there.
+
+mod declared;
+mod firmware;
+mod object;
+mod others;
+mod plan;
+mod replaced;
+mod room;
+mod store;
+mod take_back;
+mod unseal;
+
+use std::path::{Path, PathBuf};
+
+use crate::config::Policies;
+use crate::domain::Metadata;
+use crate::domain::edit::{self, SealEdit};
+use crate::failure::{Code, Failure, chain, word};
+use crate::host::libvirt::{DefinedDomain, KeptXml};
+use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
+use crate::object::disk::{self, CreateRequest, Held, VolumeInfo};
+use crate::recipients::Registry;
+use crate::store::Keystore;
+
+pub use declared::ConfirmedFormats;
+pub use firmware::firmware_of;
+pub use object::NewObject;
+use plan::{DiskStep, DiskWork, VtpmStep};
+pub use plan::{Plan, plan};
+use replaced::Ready;
+pub use replaced::Replaced;
+use store::{NewStore, NvramStep, Present};
+pub use unseal::{UnsealPlan, plan_unseal, unseal};
+
+/// What sealing works with.
+pub struct Host<'a> {
+    /// Where envelopes go.
+    pub keystore: &'a Keystore,
+    /// What wraps them.
+    pub registry: &'a Registry,
+    /// Where libvirt keeps vTPM state.
+    pub swtpm_dir: PathBuf,
+    /// Where libvirt keeps variable stores.
+    pub nvram_dir: PathBuf,
+    /// What an admin says of the formats of the disks.
+    pub confirmed: ConfirmedFormats,
+    /// What the host lets VMs do beside their sealed objects.
+    pub policies: Policies,
+    /// Where files may be that the XML names.
+    pub paths: PathRule,
+    /// What libvirt has of this and all other VMs.
+    pub kept: Vec<KeptXml>,
+}
+
+impl Host<'_> {
+    /// A path that the XML of `vm` names, and that the keystore may know.
+    fn permit_known(&self, vm: VmId, path: &Path) -> Result<PermittedPath, Failure> {
+        Ok(self.place_of(vm, path)??)
+    }
+
+    /// The same, for who has something else to say of a path that is not permitted.
+    fn place_of(&self, vm: VmId, path: &Path) -> Result<Result<PermittedPath, PathError>, Failure> {
+        let records = self.keystore.envelopes_of(vm)?.sound;
+        let known = records.iter().map(|record| &record.location);
+        Ok(self.paths.permit_known(path, known))
+    }
+
+    /// Where libvirt has the variable store of the VM `name`, unless its XML says otherwise.
+    fn own_store(&self, name: &str) -> PathBuf {
+        self.nvram_dir.join(format!("{name}_VARS.fd"))
+    }
+}
+
+/// A domain whose objects are made, to be defined.
+#[derive(Debug)]
+pub struct Made {
+    /// Its XML.
+    pub xml: String,
+    /// The files that were replaced: until the domain is defined, a start may still be opening them.
+    pub replaced: Replaced,
+}
+
+/// Makes and adopts what the plan says. The caller defines the domain.
+///
+/// # Errors
+/// With what went wrong and with which object, and what was done before. Run it again to go on.
+pub fn seal(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    plan: &Plan,
+    provider: Option<&str>,
+) -> Result<Made, Failure> {
+    let of = |what: &str| format!("{} {what}", defined.name);
+    let mut ready = Vec::new();
+    let store = match &plan.nvram {
+        NvramStep::None => None,
+        NvramStep::Sealed(envelope) | NvramStep::Reformat(envelope, _) => Some(envelope.clone()),
+        NvramStep::TakeBack(sealed) => {
+            let opened = take_back::open_store(host, defined, &sealed.path, &sealed.envelopes);
+            Some(opened.map_err(|failure| failure.of(of("nvram")))?)
+        }
+        NvramStep::Create(store) => {
+            let made = make_store(host, defined, store, provider, &mut ready);
+            Some(made.map_err(|failure| failure.of(of("nvram")))?)
+        }
+    };
+    let vtpm = match &plan.vtpm {
+        VtpmStep::Passthrough => None,
+        VtpmStep::Sealed(envelope) | VtpmStep::Keep(envelope) => Some(envelope.clone()),
+        VtpmStep::TakeBack(known) => {
+            let opened = take_back::open_vtpm(host, defined, known);
+            Some(opened.map_err(|failure| failure.of(of("vtpm")))?)
+        }
+        VtpmStep::Add | VtpmStep::Encrypt => {
+            let made = NewObject::find_or_make(host, defined.vm, ObjectKind::Vtpm, "", provider);
+            let made = made.map_err(|failure| failure.of(of("vtpm")))?;
+            Some(made.envelope.into_envelope())
+        }
+    };
+    let mut disks = Vec::new();
+    for step in &plan.disks {
+        let made = make_disk(host, defined, step, provider, &mut ready);
+        disks.push(made.map_err(|failure| failure.of(of(&format!("disk {}", step.target))))?);
+    }
+    let changes = SealEdit {
+        disks: plan
+            .disks
+            .iter()
+            .zip(&disks)
+            .map(|(step, envelope)| step.edit(envelope.id))
+            .collect(),
+        nvram: store.as_ref().and_then(|envelope| plan.nvram.edit(envelope.id)),
+        vtpm: vtpm
+            .as_ref()
+            .filter(|_| plan.vtpm.changes_xml())
+            .map(|envelope| envelope.id),
+        envelopes: &disks
+            .iter()
+            .chain(&store)
+            .chain(&vtpm)
+            .map(|envelope| or_rival(&defined.xml, envelope))
+            .collect::<Vec<_>>(),
+    };
+    let xml = edit::seal(&defined.xml, &changes)
+        .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
+    let again = format!("virtseal vm seal {}", word(&defined.name));
+    let replaced = Replaced::publish(host, ready, &again).map_err(|failure| failure.of(&defined.name))?;
+    if let Some(envelope) = vtpm.filter(|_| plan.vtpm.changes_xml()) {
+        // There is no state yet to open; the envelope itself was opened again when it was made.
+        let activated = host.keystore.activate(envelope.id).map_err(Failure::from);
+        activated.map_err(|failure| replaced.after(failure))?;
+    }
+    Ok(Made { xml, replaced })
+}
+
+/// Which of two versions of one generation counts is root's to decide: until then that of the XML stays where `vm status` sees it.
+fn or_rival(xml: &str, envelope: &Envelope) -> Envelope {
+    let copies = Metadata::envelopes_in(xml).map_or_else(|_| Vec::new(), |(copies, _)| copies);
+    let rival = copies
+        .into_iter()
+        .find(|copy| copy.id == envelope.id && copy.supersedes(envelope) == Precedence::Conflict);
+    rival.unwrap_or_else(|| envelope.clone())
+}
+
+fn make_disk(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    step: &DiskStep,
+    provider: Option<&str>,
+    ready: &mut Vec<Ready>,
+) -> Result<Envelope, Failure> {
+    let location = step.place.shown().display().to_string();
+    match &step.work {
+        DiskWork::Sealed(envelope) => Ok(envelope.clone()),
+        DiskWork::Adopt(carried) => adopt_disk(host, defined, &step.place, carried),
+        DiskWork::Replace(info) => {
+            let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Disk, &location, provider)?;
+            let held = Held::unchanged(&step.place, info.file_id)?;
+            ready.push(Ready {
+                words: step.words().unwrap_or_default(),
+                file: disk::prepare_over(
+                    held,
+                    &like(step.place.shown(), info),
+                    &object.envelope,
+                    &object.passphrase()?,
+                )?,
+                envelope: Some(object.envelope.id),
+            });
+            Ok(object.envelope.into_envelope())
+        }
+    }
+}
+
+/// Takes a volume over whose image carries `carried`, once that is verified by the key that opens the image.
+fn adopt_disk(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    place: &PermittedPath,
+    carried: &Envelope,
+) -> Result<Envelope, Failure> {
+    let location = place.shown().display().to_string();
+    take_back::adopt(host, defined, carried, &location, |passphrase| {
+        Ok(disk::verify(place, passphrase)?)
+    })
+}
+
+/// An image in the place of an empty one.
+fn like(path: &Path, info: &VolumeInfo) -> CreateRequest {
+    CreateRequest {
+        cluster_size: info.cluster_size.unwrap_or_default(),
+        ..CreateRequest::new(path, info.virtual_size)
+    }
+}
+
+fn make_store(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    store: &NewStore,
+    provider: Option<&str>,
+    ready: &mut Vec<Ready>,
+) -> Result<Envelope, Failure> {
+    let location = store.place.shown().display().to_string();
+    let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Nvram, &location, provider)?;
+    let passphrase = object.passphrase()?;
+    let replaced = match store.present {
+        Present::Nothing => None,
+        Present::Pristine(inspected) => Some(Held::unchanged(&store.place, inspected)?),
+    };
+    ready.push(Ready {
+        words: store.words(),
+        file: disk::prepare_nvram(&store.template, &store.place, replaced, &passphrase)?,
+        envelope: Some(object.envelope.id),
+    });
+    Ok(object.envelope.into_envelope())
+}

@@ -1,0 +1,125 @@
+//! Who else uses a file: other VMs by their XML, and the VM itself under another name.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::domain::{Domain, Firmware};
+use crate::failure::{Code, Failure, word};
+use crate::host::libvirt::KeptXml;
+use crate::host::permitted::PermittedPath;
+use crate::model::envelope::VmId;
+use crate::object::disk::FileId;
+
+type Inode = (u64, u64);
+
+/// The files that other VMs name.
+#[derive(Debug)]
+pub(super) struct OtherUses {
+    files: Vec<(String, PathBuf, Option<Inode>)>,
+    /// XML that can't be read, and that of snapshots: looked at as text.
+    texts: Vec<(String, String)>,
+}
+
+impl OtherUses {
+    /// Of all but `vm`.
+    pub(super) fn among(kept: &[KeptXml], vm: VmId) -> Self {
+        let (mut files, mut texts) = (Vec::new(), Vec::new());
+        for kept in kept.iter().filter(|kept| kept.vm != vm) {
+            match Domain::parse(&kept.xml) {
+                Ok(domain) => {
+                    let paths = files_of(&domain).into_iter();
+                    files.extend(paths.map(|(_, path)| (kept.name.clone(), path.to_owned(), inode(path))));
+                }
+                Err(_) => texts.push((kept.name.clone(), kept.xml.clone())),
+            }
+        }
+        Self { files, texts }
+    }
+
+    /// Another VM that has this file in its XML.
+    pub(super) fn user_of(&self, place: &PermittedPath) -> Option<&str> {
+        let path = place.shown();
+        let found = place.metadata().ok().map(|found| FileId::from(&found).inode());
+        let is_it = |(_, other, at): &&(String, PathBuf, Option<Inode>)| {
+            other == path || (at.is_some() && *at == found)
+        };
+        let by_file = self.files.iter().find(is_it).map(|(name, ..)| name.as_str());
+        by_file.or_else(|| {
+            let text = path.display().to_string();
+            let names_it = |(_, xml): &&(String, String)| xml.contains(&text);
+            self.texts.iter().find(names_it).map(|(name, _)| name.as_str())
+        })
+    }
+
+    /// Refuses to replace a file that another VM uses.
+    pub(super) fn refuse_users_of(&self, place: &PermittedPath, domain: &Domain) -> Result<(), Failure> {
+        let Some(other) = self.user_of(place) else {
+            return Ok(());
+        };
+        Err(Failure::new(
+            Code::Denied,
+            format!("{} is a file of VM {other} as well", place.shown().display()),
+        )
+        .next(format!(
+            "virsh edit {}, or virsh edit {}: name another file",
+            word(&domain.name),
+            word(other)
+        )))
+    }
+}
+
+/// Refuses a VM that has one file in two places of its XML, unless it reads both only.
+pub(super) fn refuse_one_file_twice(domain: &Domain) -> Result<(), Failure> {
+    let mut seen: BTreeMap<Inode, (String, bool)> = BTreeMap::new();
+    for (label, path) in files_of(domain) {
+        let Some(inode) = inode(path) else { continue };
+        let is_read_only = domain
+            .disks
+            .iter()
+            .any(|disk| disk.readonly && label == format!("disk {}", disk.target))
+            || label.ends_with(BELOW);
+        match seen.get(&inode) {
+            Some((other, other_is_read_only)) if !(is_read_only && *other_is_read_only) => {
+                return Err(Failure::new(
+                    Code::Failed,
+                    format!("{} is both {other} and {label}", path.display()),
+                )
+                .next(format!(
+                    "virsh edit {}: give each a file of its own",
+                    word(&domain.name)
+                )));
+            }
+            _ => {
+                seen.insert(inode, (label, is_read_only));
+            }
+        }
+    }
+    Ok(())
+}
+
+const BELOW: &str = "(backing layer)";
+
+/// Each file or device that the XML names, with its name in messages.
+fn files_of(domain: &Domain) -> Vec<(String, &Path)> {
+    let mut files = Vec::new();
+    for disk in &domain.disks {
+        files.extend(
+            disk.source
+                .path()
+                .map(|path| (format!("disk {}", disk.target), path)),
+        );
+        let below = disk.backing.iter().filter_map(|layer| layer.source.path());
+        files.extend(below.map(|path| (format!("disk {} {BELOW}", disk.target), path)));
+    }
+    if let Firmware::Uefi(uefi) = &domain.firmware {
+        let store = uefi.nvram.as_ref().and_then(|nvram| nvram.source.path());
+        files.extend(store.map(|path| ("the UEFI variable store".to_owned(), path)));
+    }
+    files
+}
+
+/// Of what is really there, links followed: nothing is opened.
+fn inode(path: &Path) -> Option<Inode> {
+    let found = std::fs::metadata(path).ok()?;
+    (!found.is_dir()).then(|| FileId::from(&found).inode())
+}

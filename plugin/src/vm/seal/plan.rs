@@ -1,0 +1,559 @@
+//! What sealing a domain takes, or why it can't be sealed as it is. Looks only; nothing is changed here.
+
+use std::path::{Path, PathBuf};
+
+use swtpm_state::State;
+
+use super::others::{OtherUses, refuse_one_file_twice};
+use super::room::{NewFile, refuse_without_room};
+use super::store::{NvramStep, plan_nvram};
+use super::take_back::{self, HasRun};
+use super::{Host, declared};
+use crate::api::Outcome;
+use crate::domain::edit::{DiskEdit, SealEdit};
+use crate::domain::{self, Disk, DiskDevice, Domain, Source, TpmBackend};
+use crate::failure::{Code, Failure, chain, word};
+use crate::host::libvirt::DefinedDomain;
+use crate::host::permitted::PermittedPath;
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
+use crate::object::disk::{Data, VolumeInfo};
+use crate::terminal::quoted;
+use crate::vm::side_doors;
+
+/// What sealing a domain takes.
+#[derive(Debug)]
+pub struct Plan {
+    pub(super) disks: Vec<DiskStep>,
+    pub(super) nvram: NvramStep,
+    pub(super) vtpm: VtpmStep,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug)]
+pub(super) struct DiskStep {
+    pub(super) target: String,
+    pub(super) place: PermittedPath,
+    pub(super) work: DiskWork,
+}
+
+#[derive(Debug)]
+pub(super) enum DiskWork {
+    /// The image is a volume of ours, and the XML says so.
+    Sealed(Envelope),
+    /// The image is a volume of ours.
+    Adopt(Envelope),
+    /// The image is empty and makes room for one.
+    Replace(Box<VolumeInfo>),
+}
+
+#[derive(Debug)]
+pub(super) enum VtpmStep {
+    Sealed(Envelope),
+    /// Sealed by an earlier virtseal: libvirt deletes the state when a transient domain ends.
+    Keep(Envelope),
+    /// It was sealed, and the XML does not say so.
+    TakeBack(Vec<Envelope>),
+    Add,
+    Encrypt,
+    /// The host's TPM, which keeps its state inside the chip.
+    Passthrough,
+}
+
+impl Plan {
+    /// In words.
+    #[must_use]
+    pub fn outcome(&self, changed: bool) -> Outcome {
+        let mut steps: Vec<_> = self.nvram.words().into_iter().collect();
+        match &self.vtpm {
+            VtpmStep::Add => steps.push("add a TPM 2.0 with encrypted state".into()),
+            VtpmStep::Encrypt => steps.push("encrypt the state of the TPM".into()),
+            VtpmStep::TakeBack(_) => steps.push("take the encrypted TPM back".into()),
+            VtpmStep::Keep(_) => {
+                steps.push("have libvirt keep the state of the TPM (persistent_state='yes')".into());
+            }
+            VtpmStep::Sealed(_) | VtpmStep::Passthrough => {}
+        }
+        steps.extend(self.disks.iter().filter_map(DiskStep::words));
+        if !steps.is_empty() {
+            steps.push("redefine the domain".into());
+        }
+        Outcome {
+            steps,
+            warnings: self.warnings.clone(),
+            changed,
+        }
+    }
+}
+
+impl Plan {
+    /// What is written beside what is there.
+    fn new_files(&self) -> impl Iterator<Item = NewFile<'_>> {
+        let store = match &self.nvram {
+            NvramStep::Create(store) => Some(NewFile {
+                place: &store.place,
+                bytes: STORE_BYTES,
+            }),
+            _ => None,
+        };
+        let disks = self.disks.iter().filter_map(|step| match &step.work {
+            DiskWork::Replace(info) => Some(NewFile {
+                place: &step.place,
+                // The tables of an empty image grow with its disk.
+                bytes: IMAGE_BYTES + (info.virtual_size.0 >> 22),
+            }),
+            DiskWork::Sealed(_) | DiskWork::Adopt(_) => None,
+        });
+        store.into_iter().chain(disks)
+    }
+
+    /// The change of the XML, before anything is made for it: with ids that nobody will have.
+    fn try_edit(&self, defined: &DefinedDomain) -> Result<(), Failure> {
+        let envelope_of = |known: Option<&Envelope>| known.map_or_else(EnvelopeId::random, |known| known.id);
+        let edit = SealEdit {
+            disks: self
+                .disks
+                .iter()
+                .map(|step| step.edit(envelope_of(step.work.known())))
+                .collect(),
+            nvram: self.nvram.edit(envelope_of(self.nvram.known())),
+            vtpm: self.vtpm.changes_xml().then(|| envelope_of(self.vtpm.known())),
+            envelopes: &[],
+        };
+        domain::edit::seal(&defined.xml, &edit)
+            .map(drop)
+            .map_err(|error| {
+                Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error)))
+                    .next(format!("virsh edit {}", word(&defined.name)))
+            })
+    }
+}
+
+/// Larger than any store with its LUKS header.
+const STORE_BYTES: u64 = 8 << 20;
+/// Larger than the headers and key material of an empty image.
+const IMAGE_BYTES: u64 = 4 << 20;
+
+impl VtpmStep {
+    /// Whether the XML gets anything for it.
+    pub(super) fn changes_xml(&self) -> bool {
+        !matches!(self, Self::Sealed(_) | Self::Passthrough)
+    }
+
+    fn known(&self) -> Option<&Envelope> {
+        match self {
+            Self::Sealed(envelope) | Self::Keep(envelope) => Some(envelope),
+            Self::TakeBack(envelopes) => envelopes.first(),
+            Self::Add | Self::Encrypt | Self::Passthrough => None,
+        }
+    }
+}
+
+impl DiskWork {
+    fn known(&self) -> Option<&Envelope> {
+        match self {
+            Self::Sealed(envelope) | Self::Adopt(envelope) => Some(envelope),
+            Self::Replace(_) => None,
+        }
+    }
+}
+
+impl DiskStep {
+    pub(super) fn edit(&self, envelope: EnvelopeId) -> DiskEdit {
+        DiskEdit {
+            target: self.target.clone(),
+            envelope,
+            format: Some("qcow2".into()),
+            source: None,
+        }
+    }
+
+    pub(super) fn words(&self) -> Option<String> {
+        let (target, path) = (&self.target, self.place.shown().display());
+        match &self.work {
+            DiskWork::Sealed(_) => None,
+            DiskWork::Adopt(envelope) => Some(format!("adopt {path} ({target}), envelope {}", envelope.id)),
+            DiskWork::Replace(info) => Some(format!(
+                "replace the empty {path} ({target}, {} MiB) by an encrypted one",
+                info.virtual_size.0 >> 20
+            )),
+        }
+    }
+}
+
+/// Looks at the domain and decides what sealing it takes.
+///
+/// # Errors
+/// When it can't be sealed as it is, with what to do about it.
+pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
+    let name = &defined.name;
+    refuse_unless_off(defined)?;
+    let domain = parse(defined)?;
+    let of_vm = |failure: Failure| failure.of(name);
+    host.confirmed.refuse_unknown(&domain).map_err(of_vm)?;
+    refuse_name(&domain)?;
+    let policy = host.policies.of(&domain);
+    side_doors::refuse(&domain, policy).map_err(of_vm)?;
+    let others = OtherUses::among(&host.kept, domain.uuid);
+    let nvram = plan_nvram(host, &domain, &others).map_err(of_vm)?;
+    let vtpm = plan_vtpm(host, &domain).map_err(of_vm)?;
+    let mut disks = Vec::new();
+    for disk in domain
+        .disks
+        .iter()
+        .filter(|disk| !disk.readonly && disk.source != Source::Empty)
+    {
+        let step = plan_disk(host, &domain, disk, &others)
+            .map_err(|failure| of_vm(failure.of(format!("disk {}", disk.target))))?;
+        disks.push(step);
+    }
+    refuse_one_file_twice(&domain).map_err(of_vm)?;
+    let autostart = defined.autostart.then(|| {
+        format!(
+            "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: virsh autostart --disable {}",
+            word(name)
+        )
+    });
+    let gone = state_gone(host, &domain)?.map(|dir| {
+        format!(
+            "the state of its TPM is gone from {0}, and {name} stays off until it is back: restore {0} from a backup",
+            dir.display()
+        )
+    });
+    let records = host.keystore.envelopes_of(domain.uuid)?.sound;
+    let known: Vec<_> = records.iter().map(|record| &record.location).collect();
+    let plan = Plan {
+        disks,
+        nvram,
+        vtpm,
+        warnings: autostart
+            .into_iter()
+            .chain(gone)
+            .chain(side_doors::warnings(&domain, policy))
+            .chain(side_doors::plain_layers(&domain, policy, |path| {
+                host.paths.permit_known(path, known.iter())
+            }))
+            .collect(),
+    };
+    refuse_without_room(plan.new_files()).map_err(of_vm)?;
+    plan.try_edit(defined)?;
+    Ok(plan)
+}
+
+/// What swtpm_setup, which the first start runs with the name in its arguments, can't take.
+fn refuse_name(domain: &Domain) -> Result<(), Failure> {
+    let name = &domain.name;
+    if !name.contains(['\\', '/']) && !name.contains(char::is_control) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Code::Failed,
+        format!("the name {name:?} has a character that swtpm_setup or libvirt's files can't have"),
+    )
+    .next(format!("virsh domrename {} NEW", word(name))))
+}
+
+/// The directory that lacks the vTPM's state, where there must be one.
+fn state_gone(host: &Host<'_>, domain: &Domain) -> Result<Option<PathBuf>, Failure> {
+    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
+    let absent = matches!(State::read(&dir), Ok(State::Absent));
+    let has_run = HasRun::of(host, domain.uuid)? == HasRun::Yes;
+    Ok((absent && has_run).then_some(dir))
+}
+
+pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Failure> {
+    let name = &defined.name;
+    if defined.active {
+        return Err(Failure::new(Code::Busy, format!("{name} is running"))
+            .next(format!("virsh shutdown {}", word(name))));
+    }
+    if defined.managed_save {
+        return Err(Failure::new(
+            Code::Busy,
+            format!("{name} has a saved state, made from the VM as it is now"),
+        )
+        .next(format!(
+            "virsh start {0} and shut it down, or virsh managedsave-remove {0}",
+            word(name)
+        )));
+    }
+    Ok(())
+}
+
+pub(super) fn parse(defined: &DefinedDomain) -> Result<Domain, Failure> {
+    Domain::parse(&defined.xml)
+        .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))
+}
+
+fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) -> Result<DiskStep, Failure> {
+    let (Source::File(path), DiskDevice::Disk) = (&disk.source, disk.device) else {
+        return Err(
+            Failure::new(Code::Failed, "only disks that are image files can be sealed").next(format!(
+                "move it to a file, or detach it: virsh detach-disk --config {} {}",
+                word(&domain.name),
+                disk.target
+            )),
+        );
+    };
+    if disk.transient {
+        return Err(Failure::new(
+            Code::Failed,
+            "it is transient: libvirt would put a plaintext overlay on it",
+        )
+        .next(format!("virsh edit {}: remove <transient/>", word(&domain.name))));
+    }
+    if let Some(objection) = disk.layout.objection() {
+        return Err(Failure::new(Code::Failed, format!("it {objection}")).next(format!(
+            "copy the disk into an image of its own (qemu-img convert --image-opts driver=raw,offset=O,size=S,file.filename={} NEW \
+             for a slice), name that in its <source> instead (virsh edit {}), then seal",
+            word(path.display()),
+            word(&domain.name)
+        )));
+    }
+    let place = host.permit_known(domain.uuid, path)?;
+    if !place.exists() {
+        if take_back::known_disk(host, domain.uuid, path)?.is_some() {
+            let shown = path.display();
+            return Err(Failure::new(
+                Code::NotFound,
+                format!("{shown}, which was sealed, does not exist"),
+            )
+            .next(format!(
+                "put {shown} back where it was, or restore it from a backup"
+            )));
+        }
+        return Err(
+            Failure::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
+                "virtseal volume create --vm={} --size SIZE {}",
+                quoted(&domain.name),
+                word(path.display())
+            )),
+        );
+    }
+    let info = declared::inspect(host, domain, disk, &place)?;
+    let work =
+        match (&info.envelope, info.format.is_encrypted()) {
+            (Some(envelope), true) => ours(host, domain, disk, envelope)?,
+            (None, true) => match take_back::known_disk(host, domain.uuid, path)? {
+                Some(envelope) => DiskWork::Adopt(envelope),
+                None => DiskWork::Adopt(named_by_xml(host, domain, disk, path, info.unreadable_envelope)?),
+            },
+            (_, false) if disk.encryption.is_some() => return Err(encrypted_by_others(path)),
+            (_, false) if info.virtual_size.0 == 0 => return Err(without_size(path)),
+            (_, false) if info.data == Data::Empty => {
+                // The keystore's word is not enough for a file that no key opens.
+                host.paths.permit(path)?;
+                others.refuse_users_of(&place, domain)?;
+                DiskWork::Replace(Box::new(info))
+            }
+            (_, false) => {
+                return Err(Failure::new(
+                Code::WouldLoseKey,
+                format!("{} holds data, and converting a disk in place is not possible yet", path.display()),
+            )
+            .next(format!(
+                "virtseal volume create NEW --from={} --vm={}, point the disk to it (virsh edit), then seal",
+                quoted(path.display()),
+                quoted(&domain.name)
+            )));
+            }
+        };
+    Ok(DiskStep {
+        target: disk.target.clone(),
+        place,
+        work,
+    })
+}
+
+fn without_size(path: &Path) -> Failure {
+    let path = path.display();
+    Failure::new(Code::Failed, format!("{path} has 0 bytes, and no disk has that"))
+        .next(format!("truncate --size=SIZE {}, such as 20G", word(path)))
+}
+
+/// An image of ours: its envelope is adopted, unless the keystore and the XML have it.
+fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Result<DiskWork, Failure> {
+    let known = host
+        .keystore
+        .readable_envelope(carried.id)?
+        .map(|record| record.envelope);
+    let is_known = known.is_some();
+    let envelope = known.unwrap_or_else(|| carried.clone());
+    if !envelope.serves(domain.uuid) {
+        return Err(
+            Failure::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(format!(
+                "virtseal volume create NEW --vm={}",
+                quoted(&domain.name)
+            )),
+        );
+    }
+    let named = disk.encryption.as_ref().map(|encryption| &encryption.secret);
+    match named {
+        Some(domain::SecretRef::Uuid(id)) if *id == envelope.id && is_known && carries(domain, &envelope) => {
+            Ok(DiskWork::Sealed(envelope))
+        }
+        Some(domain::SecretRef::Uuid(id)) if *id != envelope.id => Err(Failure::new(
+            Code::Failed,
+            format!(
+                "the domain names secret {id}, the image has envelope {}",
+                envelope.id
+            ),
+        )
+        .next(format!(
+            "virsh edit {}: remove that disk's <encryption>, then seal",
+            word(&domain.name)
+        ))),
+        _ => Ok(DiskWork::Adopt(carried.clone())),
+    }
+}
+
+fn encrypted_by_others(path: &Path) -> Failure {
+    Failure::new(
+        Code::Failed,
+        format!("{} is encrypted, but not by virtseal", path.display()),
+    )
+    .next(format!(
+        "convert it to a plain image, then virtseal volume create NEW --from it: {} itself can't be adopted",
+        path.display()
+    ))
+}
+
+/// The envelope of an image that carries none that can be read, at a place that the keystore does not know.
+fn named_by_xml(
+    host: &Host<'_>,
+    domain: &Domain,
+    disk: &Disk,
+    path: &Path,
+    unreadable: Option<String>,
+) -> Result<Envelope, Failure> {
+    match (
+        disk.encryption.as_ref().map(|encryption| &encryption.secret),
+        unreadable,
+    ) {
+        (Some(domain::SecretRef::Uuid(id)), _) => named_envelope(host, domain, ObjectKind::Disk, *id),
+        (_, Some(why)) => Err(Failure::new(
+            Code::NotFound,
+            format!(
+                "the copy of the envelope in {} can't be read, and no other is known here: {why}",
+                path.display()
+            ),
+        )
+        .next(format!(
+            "virsh define FILE, where FILE is a dumpxml of {} with its <virtseal:vm> metadata, then seal",
+            word(&domain.name)
+        ))),
+        (_, None) => Err(encrypted_by_others(path)),
+    }
+}
+
+fn carries(domain: &Domain, envelope: &Envelope) -> bool {
+    domain
+        .metadata
+        .as_ref()
+        .and_then(|metadata| metadata.envelope(envelope.id))
+        == Some(envelope)
+}
+
+/// The envelope that the XML names for an object, if it is one of this VM: the keystore's, where it has one.
+pub(super) fn named_envelope(
+    host: &Host<'_>,
+    domain: &Domain,
+    kind: ObjectKind,
+    id: EnvelopeId,
+) -> Result<Envelope, Failure> {
+    let known = host.keystore.readable_envelope(id)?.map(|record| record.envelope);
+    let carried = domain
+        .metadata
+        .as_ref()
+        .and_then(|metadata| metadata.envelope(id).cloned());
+    known
+        .or(carried)
+        .filter(|envelope| envelope.kind == kind && envelope.vm == domain.uuid)
+        .ok_or_else(|| {
+            Failure::new(
+                Code::NotFound,
+                format!("the {kind} is encrypted with secret {id}, which is no envelope of this VM"),
+            )
+            .next(format!(
+                "virsh edit {}: remove its <encryption>, if nothing is kept there",
+                word(&domain.name)
+            ))
+        })
+}
+
+fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
+    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
+    let state = State::read(&dir).map_err(|error| {
+        Failure::from_error(Code::Failed, format!("vTPM state in {}", dir.display()), &error)
+    })?;
+    let step = match domain.tpm.as_ref().map(|tpm| &tpm.backend) {
+        None => VtpmStep::Add,
+        Some(TpmBackend::Emulator {
+            secret: Some(id),
+            persistent_state,
+            ..
+        }) => {
+            let envelope = named_envelope(host, domain, ObjectKind::Vtpm, *id)?;
+            return Ok(if !take_back::is_settled(host, domain, *id)? {
+                VtpmStep::TakeBack(vec![envelope])
+            } else if *persistent_state {
+                VtpmStep::Sealed(envelope)
+            } else {
+                VtpmStep::Keep(envelope)
+            });
+        }
+        Some(TpmBackend::Emulator {
+            version: Some(version),
+            ..
+        }) if version != "2.0" => {
+            return Err(Failure::new(
+                Code::Failed,
+                format!("its TPM is version {version}: only 2.0 can be sealed"),
+            )
+            .next(format!(
+                "virsh edit {}: <backend type='emulator' version='2.0'/>",
+                word(&domain.name)
+            )));
+        }
+        Some(TpmBackend::Emulator { .. }) => VtpmStep::Encrypt,
+        Some(TpmBackend::Passthrough) => return Ok(VtpmStep::Passthrough),
+        Some(TpmBackend::External | TpmBackend::Other(_)) => {
+            return Err(Failure::new(
+                Code::Failed,
+                "its TPM is run by somebody else, who may keep it in plaintext",
+            )
+            .next(format!(
+                "virsh edit {}: <backend type='emulator' version='2.0'/>",
+                word(&domain.name)
+            )));
+        }
+    };
+    let known = take_back::known(host, domain.uuid, ObjectKind::Vtpm)?;
+    let known: Vec<_> = known.into_iter().map(|record| record.envelope).collect();
+    match state {
+        State::Absent if HasRun::of(host, domain.uuid)? == HasRun::Yes && !known.is_empty() => {
+            Ok(VtpmStep::TakeBack(known))
+        }
+        State::Absent => Ok(step),
+        State::Encrypted(_) if !known.is_empty() => Ok(VtpmStep::TakeBack(known)),
+        State::Plain(_) => Err(Failure::new(
+            Code::WouldLoseKey,
+            format!(
+                "its vTPM has plaintext state in {}, and encrypting that is not possible yet",
+                dir.display()
+            ),
+        )
+        .next(format!(
+            "if the VM may get a new TPM, set the state aside: mv {0} {0}.plain, then virtseal vm seal {1}",
+            word(dir.display()),
+            word(&domain.name)
+        ))),
+        State::Encrypted(_) => Err(Failure::new(
+            Code::WouldLoseKey,
+            format!(
+                "its vTPM has encrypted state in {}, but the domain does not name its key",
+                dir.display()
+            ),
+        )
+        .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata")),
+    }
+}

@@ -1,0 +1,63 @@
+//! The second half of an act: files that are complete get their names, and what can't be undone begins.
+
+use super::Host;
+use crate::failure::Failure;
+use crate::model::envelope::EnvelopeId;
+use crate::object::disk::{Held, Prepared};
+
+/// A file that is ready, with what giving it its name comes to.
+#[derive(Debug)]
+pub(super) struct Ready {
+    /// In words, as the plan has them.
+    pub(super) words: String,
+    pub(super) file: Prepared,
+    /// Becomes active when the file has its name.
+    pub(super) envelope: Option<EnvelopeId>,
+}
+
+/// What an act has replaced.
+#[derive(Debug, Default)]
+pub struct Replaced {
+    /// The old files: until the domain is defined, a start may still be opening them.
+    held: Vec<Held>,
+    /// In words.
+    done: Vec<String>,
+}
+
+impl Replaced {
+    /// Gives each its name, in this order. `again` is the command that goes on after a failure.
+    ///
+    /// # Errors
+    /// The first that fails, with what was done before it.
+    pub(super) fn publish(host: &Host<'_>, ready: Vec<Ready>, again: &str) -> Result<Self, Failure> {
+        let mut replaced = Self::default();
+        let again = |failure: Failure| failure.next(format!("mend that, then {again}: it goes on from here"));
+        for Ready {
+            words,
+            file,
+            envelope,
+        } in ready
+        {
+            let published = file.publish().map_err(Failure::from);
+            let old =
+                published.map_err(|failure| again(replaced.after(failure.of(format!("can't {words}")))))?;
+            replaced.held.extend(old);
+            replaced.done.push(words);
+            if let Some(id) = envelope {
+                let activated = host.keystore.activate(id).map_err(Failure::from);
+                activated.map_err(|failure| again(replaced.after(failure)))?;
+            }
+        }
+        Ok(replaced)
+    }
+
+    /// Says in a failure what was done before it.
+    #[must_use]
+    pub fn after(&self, mut failure: Failure) -> Failure {
+        failure.message.push_str(&match &self.done[..] {
+            [] => "; no file was changed".to_owned(),
+            done => format!("; done before that: {}", done.join("; ")),
+        });
+        failure
+    }
+}

@@ -1,0 +1,349 @@
+//! Taking a VM back whose XML no longer says that it is sealed: an older XML was defined again, or the metadata was lost.
+//!
+//! The keystore knows by the VM's UUID what was sealed. Every object is opened with its envelope before the XML names that
+//! again; what is missing is never made anew in its place.
+
+use std::path::{Path, PathBuf};
+
+use swtpm_state::{State, StateKey, libvirt_state_dir};
+
+use super::Host;
+use crate::domain::{Domain, Metadata};
+use crate::failure::{Code, Failure, word};
+use crate::host::libvirt::DefinedDomain;
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::object::disk::{self, Format, VolumeError};
+use crate::secret::Passphrase;
+use crate::store::{EnvelopeRecord, EnvelopeState};
+use crate::vm::start::adoption::{believe, not_believed};
+
+/// What is at the path of a variable store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StoreFile {
+    Missing,
+    Plain,
+    Encrypted,
+}
+
+impl StoreFile {
+    /// At a path that the XML of `vm` names, or the keystore.
+    pub(super) fn at(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Self, Failure> {
+        let place = match host.place_of(vm, path)? {
+            Ok(place) => place,
+            Err(error) if error.is_missing() => return Ok(Self::Missing),
+            Err(error) => return Err(error.into()),
+        };
+        match disk::inspect(&place) {
+            Ok(info) if info.format.is_encrypted() => Ok(Self::Encrypted),
+            Ok(_) => Ok(Self::Plain),
+            Err(VolumeError::NotFound(_)) => Ok(Self::Missing),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A variable store that the keystore knows for the VM.
+#[derive(Clone, Debug)]
+pub(super) struct KnownStore {
+    pub(super) path: PathBuf,
+    pub(super) file: StoreFile,
+    pub(super) state: EnvelopeState,
+}
+
+/// What becomes of the variable store of a VM whose XML names none that is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum StoreDecision {
+    /// There was none: one is made from the template.
+    Make,
+    /// It is here.
+    TakeBack(PathBuf),
+    /// The XML names a plain file, and this is the store that was sealed.
+    Elsewhere(PathBuf),
+    /// The guest has written to this one, and it is missing or was replaced by a plain one.
+    Lost(PathBuf),
+    /// It is encrypted, and nothing is known here that could open it.
+    NotKnown,
+}
+
+/// Decides by the file that the XML names, those that the keystore knows, and whether the VM has run under seal.
+pub(super) fn decide_store(
+    named: &Path,
+    file: StoreFile,
+    known: &[KnownStore],
+    has_run: HasRun,
+) -> StoreDecision {
+    if file == StoreFile::Encrypted {
+        return if known.is_empty() {
+            StoreDecision::NotKnown
+        } else {
+            StoreDecision::TakeBack(named.to_owned())
+        };
+    }
+    let active = || known.iter().filter(|store| store.state == EnvelopeState::Active);
+    if let Some(elsewhere) = active().find(|store| store.path != named && store.file == StoreFile::Encrypted)
+    {
+        return match file {
+            StoreFile::Missing => StoreDecision::TakeBack(elsewhere.path.clone()),
+            StoreFile::Plain | StoreFile::Encrypted => StoreDecision::Elsewhere(elsewhere.path.clone()),
+        };
+    }
+    match (has_run, active().next()) {
+        (HasRun::Yes, Some(lost)) => StoreDecision::Lost(lost.path.clone()),
+        _ => StoreDecision::Make,
+    }
+}
+
+/// Whether a VM is known to have run since it was sealed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HasRun {
+    Yes,
+    NotKnown,
+}
+
+impl HasRun {
+    pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Failure> {
+        let noted = match host.keystore.vm(vm) {
+            // A damaged note tells nothing against it.
+            Err(error) if error.is_of_row() => true,
+            noted => noted?.is_some_and(|record| record.vtpm_seen),
+        };
+        let seen = noted
+            || known(host, vm, ObjectKind::Vtpm)?
+                .iter()
+                .any(|record| record.envelope.seen);
+        Ok(if seen { Self::Yes } else { Self::NotKnown })
+    }
+}
+
+/// What the keystore has of this kind for the VM: what is known to open something first, then the newest.
+pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<EnvelopeRecord>, Failure> {
+    // What can't be read may be what is looked for: nothing is made anew in its place.
+    let mut records = host.keystore.envelopes_of(vm)?.whole()?;
+    records.retain(|record| record.envelope.kind == kind);
+    records.reverse();
+    records.sort_by_key(|record| record.state == EnvelopeState::Pending);
+    Ok(records)
+}
+
+/// The disk image's envelope by what the keystore knows, for one that carries none.
+pub(super) fn known_disk(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Option<Envelope>, Failure> {
+    let location = path.display().to_string();
+    let records = known(host, vm, ObjectKind::Disk)?.into_iter();
+    let mut here = records.filter(|record| record.location == location);
+    Ok(here.next().map(|record| record.envelope))
+}
+
+pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>, Vec<Envelope>), Failure> {
+    let records = known(host, vm, ObjectKind::Nvram)?;
+    let mut stores = Vec::with_capacity(records.len());
+    for record in &records {
+        let path = PathBuf::from(&record.location);
+        stores.push(KnownStore {
+            file: StoreFile::at(host, vm, &path)?,
+            path,
+            state: record.state,
+        });
+    }
+    Ok((
+        stores,
+        records.into_iter().map(|record| record.envelope).collect(),
+    ))
+}
+
+/// Whether keystore and metadata both have this envelope: otherwise its object is opened first.
+pub(super) fn is_settled(host: &Host<'_>, domain: &Domain, id: EnvelopeId) -> Result<bool, Failure> {
+    let is_named = |metadata: &Metadata| metadata.envelope(id).is_some();
+    Ok(domain.metadata.as_ref().is_some_and(is_named) && host.keystore.readable_envelope(id)?.is_some())
+}
+
+pub(super) fn store_lost(name: &str, path: &Path) -> Failure {
+    let shown = path.display();
+    Failure::new(
+        Code::WouldLoseKey,
+        format!("its UEFI variable store {shown} was sealed and has been used, and is not there any more"),
+    )
+    .next(format!(
+        "restore {shown} from a backup, then virtseal vm seal {}",
+        word(name)
+    ))
+}
+
+pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Failure {
+    Failure::new(
+        Code::WouldLoseKey,
+        format!(
+            "the XML names the plain {} as its UEFI variable store, and the one that was sealed is {}",
+            named.display(),
+            sealed.display()
+        ),
+    )
+    .next(format!(
+        "virsh edit {0}: name {1} in <nvram>, then virtseal vm seal {0}",
+        word(name),
+        sealed.display()
+    ))
+}
+
+pub(super) fn store_not_known(path: &Path) -> Failure {
+    Failure::new(
+        Code::NotFound,
+        format!(
+            "its UEFI variable store {} is encrypted, and no envelope here is known to open it",
+            path.display()
+        ),
+    )
+    .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata, then seal")
+}
+
+/// Opens the variable store with one of `envelopes`.
+pub(super) fn open_store(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    path: &Path,
+    envelopes: &[Envelope],
+) -> Result<Envelope, Failure> {
+    let place = host.permit_known(defined.vm, path)?;
+    if disk::inspect(&place)?.format != Format::Luks1 {
+        return Err(VolumeError::NotEncrypted(path.to_owned()).into());
+    }
+    let location = path.display().to_string();
+    first_that_opens(envelopes, |envelope| {
+        adopt(host, defined, envelope, &location, |passphrase| {
+            Ok(disk::verify(&place, passphrase)?)
+        })
+    })
+}
+
+/// Opens the vTPM's state with one of `envelopes`. Without a state there is nothing to open but the envelope itself: a start
+/// decides whether one must be there.
+pub(super) fn open_vtpm(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    envelopes: &[Envelope],
+) -> Result<Envelope, Failure> {
+    // The plan has looked whether it is in libvirt's own place.
+    let dir = libvirt_state_dir(&host.swtpm_dir, &defined.vm);
+    let shown = dir.display();
+    let unreadable = |error: &dyn std::error::Error| {
+        Failure::from_error(Code::Failed, format!("its state in {shown}"), error)
+            .next(format!("restore {shown} from a backup"))
+    };
+    let state = State::read(&dir).map_err(|error| unreadable(&error))?;
+    let open = |passphrase: &Passphrase| match &state {
+        State::Absent => Ok(()),
+        State::Plain(_) => Err(Failure::new(
+            Code::WouldLoseKey,
+            format!("its state in {shown} is plain, and was encrypted when it was sealed"),
+        )
+        .next(format!("restore {shown} from a backup"))),
+        State::Encrypted(state) => {
+            let key = StateKey::derive(passphrase.expose())
+                .map_err(|error| Failure::from_error(Code::Failed, "its key", &error))?;
+            state.authenticate(&key).map_err(|error| unreadable(&error))
+        }
+    };
+    first_that_opens(envelopes, |envelope| adopt(host, defined, envelope, "", open))
+}
+
+/// The first of them with which `open` succeeds; if none does, why the first one failed.
+fn first_that_opens(
+    envelopes: &[Envelope],
+    open: impl Fn(&Envelope) -> Result<Envelope, Failure>,
+) -> Result<Envelope, Failure> {
+    let mut failed = None;
+    for envelope in envelopes {
+        match open(envelope) {
+            Ok(opened) => return Ok(opened),
+            Err(failure) => failed = failed.or(Some(failure)),
+        }
+    }
+    Err(failed.unwrap_or_else(|| Failure::new(Code::NotFound, "no envelope of it is known here")))
+}
+
+/// Takes the object at `location` over, once `carried`, or what the keystore has of it, is verified by the key that opens it.
+pub(super) fn adopt(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    carried: &Envelope,
+    location: &str,
+    open: impl FnOnce(&Passphrase) -> Result<(), Failure>,
+) -> Result<Envelope, Failure> {
+    let record = host.keystore.readable_envelope(carried.id)?;
+    let first = record.as_ref().map_or(carried, |record| &record.envelope);
+    let dek = host.registry.open_envelope(first)?;
+    let believed = believe(host.registry, record.as_ref(), Some(carried), &dek)
+        .map_err(|error| not_believed(&defined.name, &error))?;
+    let passphrase = dek
+        .passphrase()
+        .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
+    open(&passphrase)?;
+    if !believed.envelope.serves(defined.vm) {
+        return Err(Failure::new(
+            Code::Failed,
+            format!(
+                "it belongs to VM {}, which does not share it",
+                believed.envelope.vm
+            ),
+        )
+        .next(format!("virtseal vm status {}", word(&defined.name))));
+    }
+    if believed.is_news {
+        host.keystore.put(&believed.envelope, location)?;
+    }
+    if believed.envelope.vm == defined.vm {
+        host.keystore.set_location(believed.envelope.id, location)?;
+    }
+    host.keystore.activate(believed.envelope.id)?;
+    Ok(believed.envelope.into_envelope())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store(path: &str, file: StoreFile, state: EnvelopeState) -> KnownStore {
+        KnownStore {
+            path: path.into(),
+            file,
+            state,
+        }
+    }
+
+    #[test]
+    fn a_variable_store_is_taken_back_where_it_is_and_never_made_anew_in_its_place() {
+        use EnvelopeState::{Active, Pending};
+        use StoreFile::{Encrypted, Missing, Plain};
+        let named = Path::new("/nvram/a");
+        let decide = |file, known: &[KnownStore], has_run| decide_store(named, file, known, has_run);
+        let back = |path: &str| StoreDecision::TakeBack(path.into());
+        let lost = |path: &str| StoreDecision::Lost(path.into());
+
+        assert_eq!(decide(Encrypted, &[], HasRun::NotKnown), StoreDecision::NotKnown);
+        for state in [Active, Pending] {
+            let here = [store("/nvram/a", Encrypted, state)];
+            assert_eq!(decide(Encrypted, &here, HasRun::Yes), back("/nvram/a"));
+            // It was moved, and the XML with it.
+            let moved = [store("/nvram/old", Missing, state)];
+            assert_eq!(decide(Encrypted, &moved, HasRun::Yes), back("/nvram/a"));
+        }
+
+        let elsewhere = [store("/nvram/b", Encrypted, Active)];
+        assert_eq!(decide(Missing, &elsewhere, HasRun::Yes), back("/nvram/b"));
+        assert_eq!(
+            decide(Plain, &elsewhere, HasRun::NotKnown),
+            StoreDecision::Elsewhere("/nvram/b".into())
+        );
+
+        for (file, path) in [(Missing, "/nvram/a"), (Plain, "/nvram/a"), (Missing, "/nvram/b")] {
+            let gone = [store(path, file, Active)];
+            assert_eq!(decide(file, &gone, HasRun::Yes), lost(path), "{file:?} {path}");
+            // Unsealed before it ever ran, or a seal that was killed.
+            assert_eq!(decide(file, &gone, HasRun::NotKnown), StoreDecision::Make);
+        }
+        assert_eq!(decide(Missing, &[], HasRun::Yes), StoreDecision::Make);
+        assert_eq!(
+            decide(Missing, &[store("/nvram/a", Missing, Pending)], HasRun::Yes),
+            StoreDecision::Make
+        );
+    }
+}

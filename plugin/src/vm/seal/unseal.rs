@@ -1,0 +1,253 @@
+//! Back to plain, as long as nothing was ever written under seal.
+
+use std::path::Path;
+
+use swtpm_state::State;
+
+use super::plan::{parse, refuse_unless_off};
+use super::replaced::{Ready, Replaced};
+use super::store::{is_content_of, permit_template};
+use super::take_back::HasRun;
+use super::{Host, NewObject};
+use crate::api::Outcome;
+use crate::domain::{self, Domain, Firmware, Object, ObjectState};
+use crate::failure::{Code, Failure, chain, word};
+use crate::host::libvirt::DefinedDomain;
+use crate::host::permitted::PermittedPath;
+use crate::model::envelope::{EnvelopeId, ObjectKind};
+use crate::object::disk::{self, Data, FileId, Held, VolumeInfo};
+use crate::store::EnvelopeRecord;
+
+/// What unsealing takes.
+#[derive(Debug)]
+pub struct UnsealPlan {
+    /// The XML of the plain domain.
+    pub xml: String,
+    name: String,
+    steps: Vec<Step>,
+}
+
+/// An object that becomes plain.
+#[derive(Debug)]
+struct Step {
+    label: String,
+    place: PermittedPath,
+    inspected: FileId,
+    record: EnvelopeRecord,
+    by: Replacement,
+}
+
+#[derive(Debug)]
+enum Replacement {
+    Empty(disk::Bytes),
+    CopyOf(PermittedPath),
+}
+
+impl Step {
+    fn words(&self) -> String {
+        let (label, path) = (&self.label, self.place.shown().display());
+        match &self.by {
+            Replacement::Empty(_) => format!("replace the empty {path} ({label}) by a plain one"),
+            Replacement::CopyOf(template) => {
+                format!("replace {path} by a copy of {}", template.shown().display())
+            }
+        }
+    }
+}
+
+impl UnsealPlan {
+    /// In words.
+    #[must_use]
+    pub fn outcome(&self, changed: bool) -> Outcome {
+        let mut steps: Vec<_> = self.steps.iter().map(Step::words).collect();
+        steps.push("redefine the domain".into());
+        Outcome {
+            steps,
+            warnings: vec![
+                // Only a VM with a sealed one that never ran gets here.
+                "the TPM stays in the domain, and its state will be plain: virsh edit removes it".into(),
+                "the keys stay in the keystore".into(),
+            ],
+            changed,
+        }
+    }
+}
+
+/// Decides whether anything would be lost.
+///
+/// # Errors
+/// When the VM is not sealed, or has run since; when an object is not known as one of this VM.
+pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPlan, Failure> {
+    refuse_unless_off(defined)?;
+    let domain = parse(defined)?;
+    let name = &defined.name;
+    if domain.metadata.is_none() {
+        return Err(Failure::new(Code::NotFound, format!("{name} is not sealed")));
+    }
+    let of_vm = |failure: Failure| failure.of(name);
+    domain
+        .vtpm_dir(&host.swtpm_dir)
+        .map_err(|elsewhere| of_vm(elsewhere.into()))?;
+    let mut sealed = Vec::new();
+    for object in domain::objects(&domain) {
+        if let ObjectState::Sealed(id) = object.state {
+            let record = own_record(host, &domain, &object, id).map_err(of_vm)?;
+            sealed.push((object, record));
+        }
+    }
+    refuse_if_it_ran(host, &domain)?;
+    let xml = domain::edit::unseal(&defined.xml)
+        .map_err(|error| Failure::new(Code::Failed, format!("{name}: {}", chain(&error))))?;
+    let mut steps = Vec::new();
+    for (object, record) in sealed {
+        let label = object.label.clone();
+        let step = plan_object(host, &domain, object, record).map_err(|failure| of_vm(failure.of(label)))?;
+        steps.extend(step);
+    }
+    Ok(UnsealPlan {
+        xml,
+        name: name.clone(),
+        steps,
+    })
+}
+
+/// XML may name any secret: only what this host knows of the VM is replaced.
+fn own_record(
+    host: &Host<'_>,
+    domain: &Domain,
+    object: &Object,
+    id: EnvelopeId,
+) -> Result<EnvelopeRecord, Failure> {
+    let known = host.keystore.envelope(id)?;
+    known
+        .filter(|record| record.envelope.vm == domain.uuid && record.envelope.kind == object.kind)
+        .ok_or_else(|| {
+            Failure::new(
+                Code::NotFound,
+                format!(
+                    "{} is encrypted with secret {id}, which this host does not know as one of this VM",
+                    object.label
+                ),
+            )
+            .next("virsh define FILE, where FILE is its own dumpxml with its <virtseal:vm> metadata")
+        })
+}
+
+/// What makes it plain; nothing, if an earlier run has done so.
+fn plan_object(
+    host: &Host<'_>,
+    domain: &Domain,
+    object: Object,
+    record: EnvelopeRecord,
+) -> Result<Option<Step>, Failure> {
+    let Some(path) = object.path.filter(|_| object.kind != ObjectKind::Vtpm) else {
+        return Ok(None);
+    };
+    let place = host.permit_known(domain.uuid, &path)?;
+    let info = disk::inspect(&place)?;
+    let by = match object.kind {
+        ObjectKind::Nvram => match nvram_template(host, domain, &place, &info)? {
+            Some(template) => Replacement::CopyOf(template),
+            None => return Ok(None),
+        },
+        _ if info.data != Data::Empty => {
+            return Err(would_lose(
+                &domain.name,
+                &format!("{} on {} holds data", object.label, path.display()),
+            ));
+        }
+        _ if !info.format.is_encrypted() => return Ok(None),
+        _ => Replacement::Empty(info.virtual_size),
+    };
+    Ok(Some(Step {
+        label: object.label,
+        place,
+        inspected: info.file_id,
+        record,
+        by,
+    }))
+}
+
+/// Replaces the sealed objects by plain ones. May be repeated: each is opened with its key before any goes. The caller keeps what was
+/// replaced until it has defined the XML: a start may still be opening it.
+pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Failure> {
+    let mut ready = Vec::new();
+    for step in &plan.steps {
+        let file = prepare(host, step).map_err(|failure| failure.of(&step.label))?;
+        ready.push(Ready {
+            words: step.words(),
+            file,
+            envelope: None,
+        });
+    }
+    let again = format!("virtseal vm unseal {}", word(&plan.name));
+    Replaced::publish(host, ready, &again)
+}
+
+fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Failure> {
+    let passphrase = NewObject::open(host, &step.record)?.passphrase()?;
+    let held = Held::unchanged(&step.place, step.inspected)?;
+    held.verify(&passphrase)?;
+    Ok(match &step.by {
+        Replacement::Empty(size) => disk::prepare_empty(held, *size)?,
+        Replacement::CopyOf(template) => disk::prepare_copy(held, template)?,
+    })
+}
+
+/// The first start makes the vTPM's state: without one the VM never ran.
+fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Failure> {
+    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
+    let seen = HasRun::of(host, domain.uuid)? == HasRun::Yes;
+    let absent = matches!(State::read(&dir), Ok(State::Absent));
+    let has_vtpm = domain::objects(domain)
+        .iter()
+        .any(|object| object.kind == ObjectKind::Vtpm && matches!(object.state, ObjectState::Sealed(_)));
+    if has_vtpm && absent && !seen {
+        return Ok(());
+    }
+    Err(would_lose(&domain.name, "it has run since it was sealed"))
+}
+
+fn would_lose(name: &str, why: &str) -> Failure {
+    Failure::new(
+        Code::WouldLoseKey,
+        format!("{name} stays sealed: {why}, which would be lost"),
+    )
+    .next("copy the data out from inside the guest: turning sealed data plain is not possible yet")
+}
+
+/// What its variable store started from, unless it is plain again already.
+fn nvram_template(
+    host: &Host<'_>,
+    domain: &Domain,
+    place: &PermittedPath,
+    info: &VolumeInfo,
+) -> Result<Option<PermittedPath>, Failure> {
+    let nvram = match &domain.firmware {
+        Firmware::Uefi(uefi) => uefi.nvram.as_ref(),
+        Firmware::Bios | Firmware::Rom(_) => None,
+    };
+    let Some(template) = nvram.and_then(|nvram| nvram.template.as_deref()) else {
+        return Err(
+            Failure::new(Code::Failed, "no template for its UEFI variables is named").next(format!(
+                "virsh edit {}: add template= to <nvram>",
+                word(&domain.name)
+            )),
+        );
+    };
+    let template = permit_template(host, domain, template)?;
+    if !info.format.is_encrypted() {
+        return match is_content_of(place, &template)? {
+            true => Ok(None),
+            false => Err(would_lose(
+                &domain.name,
+                &format!("{} holds UEFI variables", shown(place)),
+            )),
+        };
+    }
+    Ok(Some(template))
+}
+
+fn shown(place: &PermittedPath) -> std::path::Display<'_> {
+    Path::display(place.shown())
+}

@@ -1,0 +1,505 @@
+//! What happens to a sealed VM's keys at each step of its life. Read this first.
+//!
+//! ```text
+//!             prepare begin                      started begin
+//!   OFF ───────────────────────▶ ARMED ───────────────────────────▶ RUNNING
+//!    ▲    all DEKs unwrapped,      │     secrets undefined: QEMU       │
+//!    │    opened with, defined     │     and swtpm have their copy     │
+//!    │    as libvirt secrets       │                                   │
+//!    └─────────────────────────────┴───────────────────────────────────┘
+//!                release end: whatever is still armed is undefined
+//! ```
+//!
+//! The hook asks at `prepare begin` and may be told no; the other two steps never stop a VM. A start that fails
+//! between prepare and started ends in `release end`, so nothing stays armed; what a killed daemon left behind is
+//! swept when it starts again. Where neither message comes, libvirt is asked what became of the start.
+//!
+//! [`prepare`] decides: the VM's objects, the envelope of each, every check that needs no key, one unwrap for all,
+//! a real opening of each object, and only then libvirt. All or nothing.
+
+pub mod adoption;
+mod arms;
+mod deadline;
+mod first_run;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use swtpm_state::{State, StateKey};
+
+use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
+use crate::failure::{Code, Failure, chain, word};
+use crate::host::permitted::{PathRule, PermittedPath};
+use crate::model::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
+use crate::object::disk::{self, VolumeError};
+use crate::recipients::{OpenError, Registry};
+use crate::secret::{Dek, Passphrase};
+use crate::store::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, VmRecord};
+use crate::terminal::quoted;
+use crate::vm::side_doors;
+
+use adoption::{Believed, Doubt, believe, not_believed};
+
+pub use arms::{Arms, Overdue};
+pub use deadline::Deadline;
+pub use first_run::{FirstRun, KnownRun, StateSource};
+
+/// An object whose key was unwrapped and has really opened it.
+#[derive(Debug)]
+pub struct Opened {
+    /// Its envelope.
+    pub envelope: EnvelopeId,
+    /// What it is.
+    pub kind: ObjectKind,
+    /// Its name in messages.
+    pub label: String,
+    /// Whether other VMs may have it open too.
+    pub shareable: bool,
+    /// For libvirt.
+    pub passphrase: Passphrase,
+}
+
+/// What a start needs to know besides the domain XML.
+pub struct Stage<'a> {
+    /// Where the envelopes are.
+    pub keystore: &'a Keystore,
+    /// What opens them.
+    pub registry: &'a Registry,
+    /// What was opened before.
+    pub memory: &'a Memory,
+    /// Where libvirt keeps vTPM state.
+    pub swtpm_dir: PathBuf,
+    /// Where images may be that the XML names.
+    pub paths: PathRule,
+    /// What the host lets this VM do beside its sealed objects.
+    pub policy: Policy,
+    /// Whether the VM is known to have run by more than what is kept.
+    pub run: KnownRun,
+    /// Where the vTPM's state comes from.
+    pub state_source: StateSource,
+}
+
+/// What a start gets.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its objects.
+    pub opened: Vec<Opened>,
+    /// What is to be noted once the VM runs, if this is the first time.
+    pub first_run: Option<FirstRun>,
+}
+
+/// Decides whether the VM of `xml` may start, and with which keys.
+///
+/// # Errors
+/// The one line that the user sees: the VM, the object, the reason, the next command.
+pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Prepared, Failure> {
+    let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
+    let objects = sealed_objects_under(domain, stage.policy)
+        .map_err(|refusal| stays_off(Failure::new(Code::Failed, refusal.to_string())))?;
+    side_doors::refuse(domain, stage.policy).map_err(stays_off)?;
+    let mut versions = Vec::with_capacity(objects.len());
+    for object in &objects {
+        versions.push(
+            find_versions(stage, domain, object).map_err(|failure| stays_off(failure.of(&object.label)))?,
+        );
+    }
+    let deks = open_versions(stage, &versions).map_err(|error| stays_off(closed(&objects, &error)))?;
+    let mut opened = Vec::with_capacity(objects.len());
+    let mut found = Vec::with_capacity(objects.len());
+    let mut first_run = None;
+    for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
+        let of_object = |failure: Failure| stays_off(failure.of(&object.label));
+        let mut believed = believe(
+            stage.registry,
+            versions.record.as_ref(),
+            versions.copy.as_ref(),
+            &dek,
+        )
+        .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
+        check_place(domain, &object, &[&believed.envelope]).map_err(of_object)?;
+        let passphrase = dek
+            .passphrase()
+            .map_err(|error| of_object(Failure::from_error(Code::Failed, "no memory for its key", &error)))?;
+        match open_object(stage, domain, &object, &believed.envelope, &passphrase).map_err(of_object)? {
+            Found::Image => {}
+            Found::State => believed.note_seen(&dek),
+            Found::NoState => first_run = FirstRun::of(&believed.envelope, &dek),
+        }
+        opened.push(Opened {
+            envelope: believed.envelope.id,
+            kind: object.kind,
+            shareable: !believed.envelope.shared_with.is_empty(),
+            label: object.label,
+            passphrase,
+        });
+        found.push((versions, believed));
+    }
+    note(stage.keystore, domain, &found).map_err(stays_off)?;
+    Ok(Prepared { opened, first_run })
+}
+
+/// Names the object whose envelope does not open, by its label: its ids are of no use to who reads the line.
+fn closed(objects: &[ObjectRef], error: &OpenError) -> Failure {
+    let object = objects
+        .iter()
+        .find(|object| object.secret == error.binding.envelope);
+    let label = object.map_or("an object", |object| object.label.as_str());
+    Failure {
+        message: error.reasons(),
+        ..Failure::from(error)
+    }
+    .of(label)
+}
+
+/// What there is of an object's envelope: one of the two, or both.
+struct Versions {
+    record: Option<EnvelopeRecord>,
+    copy: Option<Envelope>,
+    /// What is wrong with a copy that can't be read.
+    unreadable: Option<String>,
+    location: String,
+}
+
+impl Versions {
+    /// The one to open: the keystore's, where it has one.
+    fn first(&self) -> Option<&Envelope> {
+        self.record
+            .as_ref()
+            .map(|record| &record.envelope)
+            .or(self.copy.as_ref())
+    }
+
+    /// The one to open where the first does not: a newer copy. What it claims is verified then, and that its key is the
+    /// keystore's, by the MAC of that one.
+    fn second(&self) -> Option<&Envelope> {
+        let (record, copy) = (self.record.as_ref()?, self.copy.as_ref()?);
+        let have_macs = record.envelope.format() == Envelope::FORMAT && copy.format() == Envelope::FORMAT;
+        let is_newer = copy.supersedes(&record.envelope) == Precedence::Newer;
+        (have_macs && is_newer).then_some(copy)
+    }
+}
+
+/// The keystore's version, and the copy that travels in the XML.
+fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Result<Versions, Failure> {
+    let location = object
+        .path
+        .as_ref()
+        .map(|path| path.display().to_string())
+        .unwrap_or_default();
+    let metadata = domain.metadata.as_ref();
+    let (record, damaged) = match stage.keystore.envelope(object.secret) {
+        Err(error) if error.is_of_row() => (None, Some(chain(&error))),
+        found => (found?, None),
+    };
+    let versions = Versions {
+        record,
+        copy: metadata
+            .and_then(|metadata| metadata.envelope(object.secret))
+            .cloned(),
+        unreadable: metadata.and_then(|metadata| metadata.unreadable(object.secret)),
+        location,
+    };
+    if versions.first().is_none() {
+        return Err(match damaged {
+            Some(damaged) => lost(domain, object, &damaged),
+            None => missing(object, versions.unreadable.as_deref()),
+        });
+    }
+    // What a copy claims is verified once it is open.
+    let claims: Vec<_> = versions.first().into_iter().chain(versions.second()).collect();
+    check_place(domain, object, &claims)?;
+    Ok(versions)
+}
+
+/// The DEK of each object, or the reason of the first that has none.
+fn open_versions(stage: &Stage<'_>, versions: &[Versions]) -> Result<Vec<Dek>, OpenError> {
+    let first: Vec<_> = versions.iter().filter_map(Versions::first).collect();
+    if versions.iter().all(|versions| versions.second().is_none()) {
+        return stage.registry.open_all(&first);
+    }
+    let opened = stage.registry.open_each(&first);
+    let mut deks = Vec::with_capacity(versions.len());
+    for (versions, opened) in versions.iter().zip(opened) {
+        deks.push(match (opened, versions.second()) {
+            (Err(error), Some(copy)) => stage.registry.open_envelope(copy).map_err(|_| error)?,
+            (opened, _) => opened?,
+        });
+    }
+    Ok(deks)
+}
+
+/// The XML has no copy that can be read; the image, or a backup, may have one.
+fn lost(domain: &Domain, object: &ObjectRef, damaged: &str) -> Failure {
+    let id = object.secret;
+    let name = word(&domain.name);
+    Failure::new(Code::Failed, format!("{damaged}; the domain XML has no copy of envelope {id} either")).next(format!(
+        "virtseal vm adopt {name}, which looks at the image too; else virsh define FILE with a dumpxml of {name} that has its \
+         <virtseal:vm> metadata, or virtseal state restore -i FILE"
+    ))
+}
+
+fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Failure {
+    let id = object.secret;
+    let reason = match unreadable {
+        Some(reason) => format!("its envelope {id} is not in the keystore; in the domain XML, {reason}"),
+        None => format!("its envelope {id} is neither in the keystore nor in the domain XML"),
+    };
+    Failure::new(Code::NotFound, reason)
+        .next("virsh define FILE, where FILE is a dumpxml with its <virtseal:vm> metadata")
+}
+
+/// An envelope serves the object that it was made for, in its own VM and in those that root has shared the object with. One of
+/// `versions`, of which there is one at least, must say so.
+fn check_place(domain: &Domain, object: &ObjectRef, versions: &[&Envelope]) -> Result<(), Failure> {
+    let envelope = versions[0];
+    if envelope.kind != object.kind {
+        let found = envelope.kind;
+        return Err(Failure::new(
+            Code::Failed,
+            format!(
+                "envelope {} is that of a {found}: envelopes were swapped",
+                envelope.id
+            ),
+        )
+        .next(format!(
+            "virsh edit {}: give each object its own secret UUID",
+            word(&domain.name)
+        )));
+    }
+    if !versions.iter().any(|envelope| envelope.serves(domain.uuid)) {
+        return Err(Failure::new(
+            Code::Failed,
+            format!(
+                "envelope {} belongs to VM {}, which does not share it: the XML was copied or swapped",
+                envelope.id, envelope.vm
+            ),
+        )
+        .next(format!(
+            "virsh edit {0}, or virsh define FILE with its own dumpxml: it needs its own disks and <virtseal:vm> metadata; \
+             new ones are made by virtseal volume create FILE --vm={1}",
+            word(&domain.name),
+            quoted(&domain.name)
+        )));
+    }
+    Ok(())
+}
+
+/// What was there to open.
+enum Found {
+    Image,
+    State,
+    /// swtpm will make it, or it comes from elsewhere.
+    NoState,
+}
+
+/// Really opens the object with its key, or says why QEMU or swtpm would fail.
+fn open_object(
+    stage: &Stage<'_>,
+    domain: &Domain,
+    object: &ObjectRef,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Found, Failure> {
+    match (object.kind, &object.path) {
+        (ObjectKind::Vtpm, _) => open_vtpm(stage, domain, envelope, passphrase),
+        (_, Some(path)) => {
+            let place = permit(stage, domain, envelope, path)?;
+            stage.memory.open_image(&place, envelope, passphrase)?;
+            Ok(Found::Image)
+        }
+        // On the network: QEMU alone can open it.
+        (_, None) => Ok(Found::Image),
+    }
+}
+
+/// Nothing is read where neither this host's settings nor the keystore expect an image of this VM.
+fn permit(
+    stage: &Stage<'_>,
+    domain: &Domain,
+    envelope: &Envelope,
+    path: &Path,
+) -> Result<PermittedPath, Failure> {
+    let own = stage.keystore.envelopes_of(domain.uuid)?.sound;
+    // Another VM's, if it is shared.
+    let named = stage.keystore.readable_envelope(envelope.id)?;
+    let known = own.iter().chain(&named).map(|record| &record.location);
+    stage.paths.permit_known(path, known).map_err(|error| {
+        if error.is_missing() {
+            of_sealed_image(VolumeError::NotFound(path.to_owned()))
+        } else {
+            error.into()
+        }
+    })
+}
+
+/// swtpm answers a missing state file with a new, empty TPM, so a state that was there must not be missing.
+fn open_vtpm(
+    stage: &Stage<'_>,
+    domain: &Domain,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+) -> Result<Found, Failure> {
+    let dir = domain.vtpm_dir(&stage.swtpm_dir)?;
+    let shown = dir.display();
+    let state = State::read(&dir)
+        .map_err(|error| Failure::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
+    match state {
+        State::Absent if stage.state_source == StateSource::Stream => {
+            tracing::info!(
+                domain = domain.name,
+                "its vTPM has no state here: it comes with the VM"
+            );
+            Ok(Found::NoState)
+        }
+        State::Absent if has_run(stage, domain.uuid, envelope)? => Err(Failure::new(
+            Code::WouldLoseKey,
+            format!("its state is gone from {shown}, and swtpm would silently make a new TPM"),
+        )
+        .next(format!("restore {shown} from a backup"))),
+        State::Absent => Ok(Found::NoState),
+        State::Plain(_) => Err(
+            Failure::new(Code::Failed, format!("its state in {shown} is not encrypted"))
+                .next(format!("virtseal vm status {}", word(&domain.name))),
+        ),
+        State::Encrypted(state) => {
+            StateKey::derive(passphrase.expose())
+                .map_err(|error| Failure::from_error(Code::Failed, "its key", &error))
+                .and_then(|key| {
+                    state.authenticate(&key).map_err(|error| {
+                        Failure::from_error(Code::Failed, format!("its state in {shown}"), &error)
+                            .next(format!("restore {shown} from a backup"))
+                    })
+                })?;
+            Ok(Found::State)
+        }
+    }
+}
+
+/// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
+fn has_run(stage: &Stage<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Failure> {
+    let noted = match stage.keystore.vm(vm) {
+        // A damaged note tells nothing against it.
+        Err(error) if error.is_of_row() => true,
+        noted => noted?.is_some_and(|record| record.vtpm_seen),
+    };
+    Ok(envelope.seen || noted || stage.run == KnownRun::Yes)
+}
+
+/// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it. What it knows
+/// already opens the object, now and at the next start, so a full disk stops nothing of that; what it does not know is in no index
+/// that keeps others off.
+fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Failure> {
+    let vm = domain.uuid;
+    let unwritten = |error: &KeystoreError| {
+        tracing::error!(
+            domain = domain.name,
+            "its start goes on, though a note of it can't be written: {}",
+            chain(error)
+        );
+    };
+    let remember = || {
+        let is_noted = |record: &VmRecord| record.name == domain.name;
+        let renamed = !matches!(keystore.vm(vm), Ok(Some(record)) if is_noted(&record));
+        if renamed || !keystore.is_sealed(vm)? {
+            keystore.remember_vm(vm, &domain.name)?;
+        }
+        Ok(())
+    };
+    remember().unwrap_or_else(|error| unwritten(&error));
+    for (versions, believed) in found {
+        if let Err(error) = keep(keystore, domain, versions, believed) {
+            match &versions.record {
+                Some(_) => unwritten(&error),
+                None => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn keep(
+    keystore: &Keystore,
+    domain: &Domain,
+    versions: &Versions,
+    believed: &Believed,
+) -> Result<(), KeystoreError> {
+    if let (Some(reason), Some(record)) = (&versions.unreadable, &versions.record) {
+        tracing::warn!(domain = domain.name, "{reason}; the keystore's is used");
+        keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
+    }
+    if believed.is_news {
+        keystore.put(&believed.envelope, &versions.location)?;
+    }
+    if let Some(copy) = versions.copy.as_ref().filter(|copy| **copy != *believed.envelope) {
+        if let Some(doubt) = &believed.doubt {
+            let domain = &domain.name;
+            tracing::warn!(domain, "{}", doubt.words(copy, &format!("the XML of {domain}")));
+        }
+        if !matches!(believed.doubt, Some(Doubt::Conflict)) {
+            keystore.copy_is_behind(copy, CopyPlace::Xml)?;
+        }
+    }
+    let state = versions.record.as_ref().map(|record| record.state);
+    if state == Some(EnvelopeState::Pending) {
+        keystore.activate(believed.envelope.id)?;
+    }
+    let seen = believed.envelope.kind == ObjectKind::Vtpm && believed.envelope.seen;
+    if seen && keystore.vm(domain.uuid)?.is_some_and(|record| !record.vtpm_seen) {
+        keystore.set_vtpm_seen(domain.uuid)?;
+    }
+    Ok(())
+}
+
+/// Which image headers were opened with which envelope, so that a start does not pay for PBKDF2 again.
+///
+/// Holds digests of LUKS headers, no keys. A header that changes in any byte is opened anew.
+#[derive(Debug, Default)]
+pub struct Memory(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
+
+impl Memory {
+    /// Opens an image with its passphrase, unless this very header was opened before.
+    pub fn open_image(
+        &self,
+        place: &PermittedPath,
+        envelope: &Envelope,
+        passphrase: &Passphrase,
+    ) -> Result<(), Failure> {
+        let digest = disk::header_digest(place).map_err(of_sealed_image)?;
+        let opened = (envelope.generation, digest);
+        if self.lock().get(&envelope.id) == Some(&opened) {
+            return Ok(());
+        }
+        disk::verify(place, passphrase).map_err(of_sealed_image)?;
+        self.lock().insert(envelope.id, opened);
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<EnvelopeId, (Generation, [u8; 32])>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Elsewhere a missing image is one to be created; here it had data.
+fn of_sealed_image(error: VolumeError) -> Failure {
+    match error {
+        VolumeError::NotFound(path) => {
+            let path = path.display();
+            Failure::new(Code::NotFound, format!("{path} does not exist")).next(format!(
+                "put {path} back where it was, or restore it from a backup"
+            ))
+        }
+        VolumeError::NoKeyslotOpens(path) => {
+            let shown = path.display();
+            Failure::new(
+                Code::Failed,
+                format!("no keyslot of {shown} opens with its key: it was encrypted under another one"),
+            )
+            .next(format!(
+                "virtseal volume info {}, then put this VM's own image back there, or restore it from a backup",
+                word(shown)
+            ))
+        }
+        other => other.into(),
+    }
+}

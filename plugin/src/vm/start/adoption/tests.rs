@@ -1,0 +1,159 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Stanza, VmId};
+use crate::provider::KeyProvider;
+use crate::provider::native::NativeProvider;
+use crate::secret::SecretBytes;
+use crate::store::{EnvelopeState, Keystore};
+
+struct Host {
+    _dir: tempfile::TempDir,
+    registry: Registry,
+    spare: Arc<NativeProvider>,
+    record: EnvelopeRecord,
+    dek: Dek,
+}
+
+impl Host {
+    /// One envelope, which `main` and `spare` open.
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+        let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let add = |name: &str| {
+            let secret = SecretBytes::take(&mut b"p".to_vec()).unwrap();
+            let provider = registry.add_native(&name.parse().unwrap(), &secret).unwrap();
+            let generation = provider.backup(None).unwrap().generation;
+            provider.confirm_backup(generation).unwrap();
+            provider
+        };
+        let (_main, spare) = (add("main"), add("spare"));
+        registry.set_recipients(vec!["main".to_owned(), "spare".to_owned()]);
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm: VmId::random(),
+            kind: ObjectKind::Disk,
+        };
+        let (envelope, dek) = registry.seal_new(None, &binding).unwrap();
+        keystore.put(&envelope, "/images/disk.qcow2").unwrap();
+        let record = keystore.envelope(envelope.id).unwrap().unwrap();
+        assert_eq!(record.state, EnvelopeState::Active);
+        Self {
+            _dir: dir,
+            registry,
+            spare,
+            record,
+            dek,
+        }
+    }
+
+    fn own(&self) -> Verified {
+        self.record.verify(&self.dek).unwrap()
+    }
+
+    fn believe(&self, copy: &Envelope) -> Believed {
+        believe(&self.registry, Some(&self.record), Some(copy), &self.dek).unwrap()
+    }
+
+    /// Nothing but the keystore's version counts, and somebody hears of the other.
+    fn expect_disbelief(&self, copy: &Envelope) -> Doubt {
+        let believed = self.believe(copy);
+        assert_eq!((believed.envelope, believed.is_news), (self.own(), false));
+        believed.doubt.unwrap()
+    }
+}
+
+fn format_1(envelope: &Envelope) -> Envelope {
+    let mut json: serde_json::Value = serde_json::from_str(&envelope.to_json()).unwrap();
+    json["version"] = 1.into();
+    let fields = json.as_object_mut().unwrap();
+    fields.retain(|field, _| !["mac", "seen", "shared_with"].contains(&field.as_str()));
+    Envelope::from_json(&json.to_string()).unwrap()
+}
+
+#[test]
+fn what_was_changed_without_the_key_counts_for_nothing() {
+    let host = Host::new();
+    let forge = |change: &dyn Fn(&mut Envelope)| {
+        let mut copy = host.record.envelope.clone();
+        copy.generation = Generation(1 << 40);
+        change(&mut copy);
+        copy
+    };
+    let forged = [
+        forge(&|_| {}),
+        forge(&|copy| copy.generation = Generation::MAX),
+        forge(&|copy| copy.generation = Generation(1)),
+        forge(&|copy| copy.generation = Generation(0)),
+        forge(&|copy| drop(copy.stanzas.pop())),
+        forge(&|copy| copy.stanzas[1].body[20] ^= 1),
+        forge(&|copy| copy.stanzas.swap(0, 1)),
+        forge(&|copy| copy.shared_with.push(VmId::random())),
+        forge(&|copy| copy.seen = true),
+    ];
+    for copy in forged.iter().filter(|copy| **copy != host.record.envelope) {
+        let doubt = host.expect_disbelief(copy);
+        assert!(
+            matches!(doubt, Doubt::Unverified(EnvelopeError::Mac { .. })),
+            "{doubt:?}"
+        );
+        assert!(doubt.words(copy, "the XML of web01").contains("the XML of web01"));
+    }
+    let mut replayed = format_1(&host.record.envelope);
+    let believed = host.believe(&replayed);
+    assert!(believed.doubt.is_none() && !believed.is_news);
+    replayed.generation = Generation(99);
+    let doubt = host.expect_disbelief(&replayed);
+    assert!(matches!(doubt, Doubt::Unverified(EnvelopeError::Format1)));
+    for copy in [&forged[0], &replayed] {
+        assert!(believe(&host.registry, None, Some(copy), &host.dek).is_err());
+    }
+}
+
+#[test]
+fn what_was_changed_with_the_key_counts_if_it_is_newer_and_opens() {
+    let host = Host::new();
+    let own = host.own();
+    let newer = own.share_with(VmId::random(), &host.dek).unwrap();
+    let believed = host.believe(&newer);
+    assert_eq!((&believed.envelope, believed.is_news), (&newer, true));
+    assert!(believed.doubt.is_none());
+    // By a provider that this host does not have, or that does not answer now.
+    let mut stanza: Stanza = own.stanzas[1].clone();
+    stanza.provider = crate::model::envelope::ProviderId::random();
+    let elsewhere = own.with_stanzas(vec![stanza], &host.dek).unwrap();
+    assert!(matches!(host.expect_disbelief(&elsewhere), Doubt::DoesNotOpen));
+    let spare_alone = own.with_stanzas(vec![own.stanzas[1].clone()], &host.dek).unwrap();
+    assert_eq!(host.believe(&spare_alone).envelope, spare_alone);
+    host.spare.lock();
+    assert!(matches!(host.expect_disbelief(&spare_alone), Doubt::DoesNotOpen));
+}
+
+#[test]
+fn of_two_of_one_generation_the_keystores_stays() {
+    let mut host = Host::new();
+    let (ours, theirs) = (
+        host.own().share_with(VmId::random(), &host.dek).unwrap(),
+        host.own().share_with(VmId::random(), &host.dek).unwrap(),
+    );
+    let older = host.record.envelope.clone();
+    host.record.envelope = ours.into_envelope();
+    assert!(matches!(host.expect_disbelief(&theirs), Doubt::Conflict));
+    assert!(host.believe(&older).doubt.is_none());
+}
+
+#[test]
+fn the_keystores_format_1_is_upgraded_and_its_copies_are_behind() {
+    let mut host = Host::new();
+    let old = format_1(&host.record.envelope);
+    host.record.envelope = old.clone();
+    let believed = host.believe(&old);
+    assert!(believed.is_news && believed.doubt.is_none());
+    assert_eq!(
+        (believed.envelope.format(), believed.envelope.generation),
+        (2, Generation(2))
+    );
+    assert_eq!(believed.envelope.stanzas, old.stanzas);
+}
