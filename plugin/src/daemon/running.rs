@@ -17,8 +17,10 @@ use crate::failure::{Failure, chain};
 use crate::host::libvirt::events::{Change, Heard, Listener, Listening, MemoryFile};
 use crate::host::libvirt::{Libvirt, RunningVm};
 use crate::host::local_time::rfc3339;
+use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{ObjectKind, VmId};
 use crate::object::disk::{self, ImageCopy};
+use crate::store::EnvelopeRecord;
 use crate::terminal::visible;
 use crate::vm::side_doors;
 
@@ -367,10 +369,20 @@ impl Daemon {
 
     /// Disks that are sealed images, of whomever, opened without a key.
     fn sealed_as_raw(&self, now: &Now) -> Vec<String> {
-        let plain = side_doors::plain_disks(&now.live).into_iter();
-        let found = plain.filter_map(|disk| {
+        let plain = side_doors::plain_disks(&now.live);
+        if plain.is_empty() {
+            return Vec::new();
+        }
+        let records = self
+            .keystore
+            .envelopes()
+            .map_or_else(|_| Vec::new(), |rows| rows.sound);
+        let rule = self.path_rule();
+        let found = plain.into_iter().filter_map(|disk| {
             let path = disk.path?;
-            let owner = self.sealed_image(&path)?;
+            let kept = records.iter().find(|record| Path::new(&record.location) == path);
+            let place = rule.permit_known(&path, kept.map(|record| &record.location).into_iter());
+            let owner = sealed_image(&place.ok()?, kept)?;
             let known = self.keystore.vm(owner).ok().flatten();
             let owner = known.map_or_else(|| owner.to_string(), |record| record.name);
             Some(side_doors::sealed_as_raw(
@@ -382,21 +394,16 @@ impl Daemon {
         });
         found.collect()
     }
+}
 
-    /// Whose it is, by what it carries or by what is kept for its place. A guest's own LUKS is nobody's here.
-    fn sealed_image(&self, path: &Path) -> Option<VmId> {
-        let shown = path.display().to_string();
-        let records = self.keystore.envelopes().ok()?.sound;
-        let kept = records.into_iter().find(|record| record.location == shown);
-        let known = kept.iter().map(|record| &record.location);
-        let place = self.path_rule().permit_known(path, known).ok()?;
-        match disk::identify(&place) {
-            Ok((format, ImageCopy::Envelope(envelope))) if format.is_encrypted() => Some(envelope.vm),
-            Ok((format, ImageCopy::None | ImageCopy::Unreadable(_))) if format.is_encrypted() => {
-                kept.map(|record| record.envelope.vm)
-            }
-            Ok(_) | Err(_) => None,
+/// Whose it is, by what it carries or by what is kept for its place. A guest's own LUKS is nobody's here.
+fn sealed_image(place: &PermittedPath, kept: Option<&EnvelopeRecord>) -> Option<VmId> {
+    match disk::identify(place) {
+        Ok((format, ImageCopy::Envelope(envelope))) if format.is_encrypted() => Some(envelope.vm),
+        Ok((format, ImageCopy::None | ImageCopy::Unreadable(_))) if format.is_encrypted() => {
+            kept.map(|record| record.envelope.vm)
         }
+        Ok(_) | Err(_) => None,
     }
 }
 
