@@ -232,10 +232,10 @@ fn open_versions(stage: &Stage<'_>, versions: &[Versions]) -> Result<Vec<Dek>, O
 /// The XML has no copy that can be read; the image, or a backup, may have one.
 fn lost(domain: &Domain, object: &ObjectRef, damaged: &str) -> Failure {
     let id = object.secret;
-    let name = word(&domain.name);
     Failure::new(Code::Failed, format!("{damaged}; the domain XML has no copy of envelope {id} either")).next(format!(
-        "virtseal vm adopt {name}, which looks at the image too; else virsh define FILE with a dumpxml of {name} that has its \
-         <virtseal:vm> metadata, or virtseal state restore -i FILE"
+        "virtseal vm adopt {}, which looks at the image too; else virsh define FILE with a dumpxml of the VM that has its \
+         <virtseal:vm> metadata, or virtseal state restore -i FILE",
+        word(&domain.name)
     ))
 }
 
