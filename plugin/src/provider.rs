@@ -258,6 +258,9 @@ pub enum ProviderError {
     /// It must be unlocked first, and what would have done that by itself did not.
     #[error("is locked: {0}")]
     LockedBecause(String),
+    /// Its TPM waits for somebody to type the PIN.
+    #[error("is locked: it needs its PIN for the TPM")]
+    LockedByPin,
     /// It must be backed up first.
     #[error("has not been backed up")]
     NotBackedUp,

@@ -2,16 +2,19 @@
 //!
 //! The TPM is asked when virtseald starts and when a provider was unlocked, on threads that no start waits for.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::Daemon;
+use super::host_tpm::doubts_of_pcrs;
 use crate::api::{PersistRequest, PersistView, Providers};
 use crate::failure::{Code, Failure, chain};
 use crate::host::local_time::rfc3339;
+use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::provider::KeyProvider;
-use crate::provider::cache::{CachePolicy, NothingToCache, PersistError, PersistTime};
+use crate::provider::cache::{CachePolicy, KekCache, NothingToCache, PersistError, PersistTime};
 use crate::provider::kmip::{KmipProvider, KmipProviderError, Persist};
 use crate::recipients::Provider;
 
@@ -27,8 +30,12 @@ impl Daemon {
         crate::host::process::trim();
         self.audit_provider("provider-cache", name, &set);
         set?;
+        let mut view = self.view_of(name)?;
+        if persist.is_some() {
+            view.warnings.extend(self.doubts_of_cache(name)?);
+        }
         Ok(Providers {
-            providers: vec![self.view_of(name)?],
+            providers: vec![view],
         })
     }
 
@@ -47,22 +54,62 @@ impl Daemon {
                 .next(format!("virtseal provider show {name}"))),
             };
         };
-        let persist = persist.map(|asked| self.persist(asked)).transpose()?;
+        let persist = persist
+            .map(|asked| self.persist(name, policy, asked))
+            .transpose()?;
         kmip.set_cache(&self.keystore, policy, persist.as_ref())
             .map_err(|error| cache_failure(name, &error))
     }
 
-    fn persist(&self, asked: &PersistRequest) -> Result<Persist<'_>, Failure> {
+    /// Why what the cache of `name` keeps on disk is bound to less than it seems.
+    fn doubts_of_cache(&self, name: &str) -> Result<Vec<String>, Failure> {
+        let known = self.registry.find(name)?;
+        let persistence = known.cache().and_then(KekCache::persistence);
+        let Some((pcrs, unmeasured)) = persistence.and_then(|kept| Some((kept.pcrs?, kept.unmeasured)))
+        else {
+            return Ok(Vec::new());
+        };
+        Ok(doubts_of_pcrs(
+            &pcrs,
+            unmeasured.as_ref(),
+            &SecureBoot::of_host(Path::new("/")),
+            "what was kept opens no more, and VMs start from the KMS alone until this command is repeated",
+        ))
+    }
+
+    fn persist(
+        &self,
+        name: &str,
+        policy: CachePolicy,
+        asked: &PersistRequest,
+    ) -> Result<Persist<'_>, Failure> {
         let usage = |error: &dyn std::error::Error| Failure::new(Code::Usage, chain(error));
         let keep = asked
             .keep
             .as_deref()
             .map_or(Ok(PersistTime::default()), str::parse);
-        let pcrs = asked.pcrs.as_deref().map_or(Ok(PcrList::default()), str::parse);
+        let pcrs: PcrList = asked
+            .pcrs
+            .as_deref()
+            .map_or(Ok(PcrList::default()), str::parse)
+            .map_err(|error| usage(&error))?;
+        if pcrs.has_kernel() {
+            let others = pcrs.without_kernel().unwrap_or_default();
+            return Err(Failure::new(
+                Code::Usage,
+                format!(
+                    "provider '{name}': PCR 11 changes with each update of the kernel, and what the cache keeps would be \
+                     lost each time; a cache takes no key that signs it"
+                ),
+            )
+            .next(format!(
+                "virtseal provider cache {name} {policy} --persist tpm --pcrs {others}"
+            )));
+        }
         Ok(Persist {
             tpm: &self.tpm,
             keep: keep.map_err(|error| usage(&error))?,
-            pcrs: pcrs.map_err(|error| usage(&error))?,
+            pcrs,
         })
     }
 

@@ -262,26 +262,41 @@ fn way_in(enrollment: &TpmEnrollment) -> String {
 
 /// Why an enrolment is worth less than it seems.
 fn doubts(enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<String> {
-    let mut doubts = Vec::new();
     let Some(pcrs) = &enrollment.pcrs else {
-        return doubts;
+        return Vec::new();
     };
+    let mut doubts = doubts_of_pcrs(
+        pcrs,
+        enrollment.unmeasured.as_ref(),
+        secure_boot,
+        "it takes the passphrase, and another enrolment",
+    );
+    if !doubts.is_empty() && !enrollment.needs_pin {
+        doubts.push("--pin makes the TPM ask for a PIN too, whatever has booted".to_owned());
+    }
+    doubts
+}
+
+/// The same of anything that is bound to `pcrs`; `after_update` is what a changed one costs.
+pub(super) fn doubts_of_pcrs(
+    pcrs: &PcrList,
+    unmeasured: Option<&PcrList>,
+    secure_boot: &SecureBoot,
+    after_update: &str,
+) -> Vec<String> {
+    let mut doubts = Vec::new();
     if pcrs.has_secure_boot() {
         doubts.extend(secure_boot.doubt());
     }
-    if let Some(unmeasured) = &enrollment.unmeasured {
+    if let Some(unmeasured) = unmeasured {
         doubts.push(format!(
             "nothing was measured into PCR {unmeasured} since this host has booted: it is the same whatever boots"
         ));
     }
     if let Some(changing) = pcrs.changed_by_updates() {
         doubts.push(format!(
-            "PCR {changing} changes with updates of the boot loader, the kernel or the initrd: each time it takes the \
-             passphrase, and another enrolment"
+            "PCR {changing} changes with updates of the boot loader, the kernel or the initrd: each time {after_update}"
         ));
-    }
-    if !doubts.is_empty() && !enrollment.needs_pin {
-        doubts.push("--pin makes the TPM ask for a PIN too, whatever has booted".to_owned());
     }
     doubts
 }

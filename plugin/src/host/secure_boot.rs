@@ -48,7 +48,7 @@ impl SecureBoot {
     pub fn doubt(&self) -> Option<String> {
         let why = match self {
             Self::On => return None,
-            Self::Off => "Secure Boot is off, so PCR 7 is the same whatever boots on this host: switch it on and enroll again".to_owned(),
+            Self::Off => "Secure Boot is off, so PCR 7 is the same whatever boots on this host: switch it on, and repeat this command then".to_owned(),
             Self::NoUefi => "this host was not booted by UEFI, so PCR 7 says nothing of what boots".to_owned(),
             Self::NotKnown(why) => format!("whether Secure Boot is on can't be told ({why}): without it PCR 7 is the same whatever boots"),
         };

@@ -125,7 +125,7 @@ impl fmt::Display for PcrList {
 /// The text is not a [`PcrList`].
 #[derive(Debug, Error)]
 #[error(
-    "'{0}' is no list of PCRs: give numbers from 0 to 22, such as 7 or 7,11; not 16, which anybody can reset"
+    "'{0}' is no list of PCRs: give numbers from 0 to 22, such as 7 or 4,7; not 16, which anybody can reset"
 )]
 pub struct NotAPcrList(String);
 
@@ -134,6 +134,18 @@ impl PcrList {
     #[must_use]
     pub fn has_kernel(&self) -> bool {
         self.0.contains(&policy::KERNEL)
+    }
+
+    /// The others than 11, if there are any.
+    #[must_use]
+    pub fn without_kernel(&self) -> Option<Self> {
+        let others: BTreeSet<_> = self
+            .0
+            .iter()
+            .copied()
+            .filter(|pcr| *pcr != policy::KERNEL)
+            .collect();
+        Some(Self(others)).filter(|list| !list.0.is_empty())
     }
 
     /// Whether 7 is among them.

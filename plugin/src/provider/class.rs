@@ -45,6 +45,7 @@ impl ProviderError {
             | Self::WrongPin(_) => ErrorClass::Client,
             Self::Locked
             | Self::LockedBecause(_)
+            | Self::LockedByPin
             | Self::NotBackedUp
             | Self::ServerSealed
             | Self::Unreachable(_)

@@ -323,6 +323,7 @@ impl NativeProvider {
     fn roots(&self) -> Result<Arc<RootKeys>, ProviderError> {
         let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
         held.roots.clone().ok_or_else(|| match &held.why {
+            Some(WhyLocked::NeedsPin) => ProviderError::LockedByPin,
             Some(why) => ProviderError::LockedBecause(why.to_string()),
             None => ProviderError::Locked,
         })

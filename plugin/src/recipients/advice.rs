@@ -94,6 +94,8 @@ pub enum NextCommand {
     List,
     /// `virtseal provider unlock NAME`
     Unlock(String),
+    /// `virtseal provider unlock NAME --tpm`, with its PIN
+    UnlockByPin(String),
     /// `virtseal provider lock NAME`
     Lock(String),
     /// `virtseal provider backup NAME --output FILE`
@@ -183,6 +185,12 @@ impl fmt::Display for NextCommand {
                      provider unlock {name}"
                 );
             }
+            Self::UnlockByPin(name) => {
+                return write!(
+                    f,
+                    "virtseal provider unlock {name} --tpm, with its PIN, or without --tpm, with its passphrase"
+                );
+            }
             Self::BringBack(absent) => return absent.fmt(f),
             Self::Backup(name) => return write!(f, "virtseal provider backup {name} --output FILE"),
             Self::RestoreKek(name) => {
@@ -239,6 +247,7 @@ impl ProviderError {
     pub fn advice(&self, name: &str) -> (Code, Option<NextCommand>) {
         let name = name.to_owned();
         match self {
+            Self::LockedByPin => (Code::Locked, Some(NextCommand::UnlockByPin(name))),
             Self::Locked | Self::LockedBecause(_) => (Code::Locked, Some(NextCommand::Unlock(name))),
             Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(NextCommand::Lock(name))),
             Self::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet) => {

@@ -216,6 +216,7 @@ fn every_refusal() -> Vec<ProviderError> {
     let mut all = vec![
         ProviderError::Locked,
         ProviderError::LockedBecause(text()),
+        ProviderError::LockedByPin,
         ProviderError::NotBackedUp,
         ProviderError::WrongCredential,
         ProviderError::UnknownKek(kek()),

@@ -40,6 +40,8 @@ pub struct Persistence {
     pub keep: PersistTime,
     /// The PCRs that must be what they were; none can be told of a damaged record.
     pub pcrs: Option<PcrList>,
+    /// Those of them into which nothing was measured, so that they tell nothing.
+    pub unmeasured: Option<PcrList>,
     /// Since when.
     pub enrolled: UnixTime,
     /// How many are kept now.
@@ -147,14 +149,16 @@ impl Persisted {
             Secret::Failed(why) => Some(why.clone()),
             Secret::Coming | Secret::Held(_) => state.fault.clone(),
         };
-        state.enrolled.as_ref().map(|enrolled| Persistence {
-            keep: PersistTime::from_secs(enrolled.seconds),
-            pcrs: SealedByTpm::from_bytes(&enrolled.sealed)
-                .ok()
-                .map(|sealed| sealed.pcrs()),
-            enrolled: enrolled.enrolled,
-            keks: state.rows.values().filter(|row| row.span.holds(now)).count(),
-            problem,
+        state.enrolled.as_ref().map(|enrolled| {
+            let sealed = SealedByTpm::from_bytes(&enrolled.sealed).ok();
+            Persistence {
+                keep: PersistTime::from_secs(enrolled.seconds),
+                pcrs: sealed.as_ref().map(SealedByTpm::pcrs),
+                unmeasured: sealed.as_ref().and_then(SealedByTpm::unmeasured),
+                enrolled: enrolled.enrolled,
+                keks: state.rows.values().filter(|row| row.span.holds(now)).count(),
+                problem,
+            }
         })
     }
 

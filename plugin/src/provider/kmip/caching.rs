@@ -86,8 +86,10 @@ impl KmipProvider {
         let persistence = self.cache.persistence()?;
         let problem = persistence.problem?;
         let (name, policy) = (&self.name, self.cache.policy());
+        // What was bound to 11 in earlier versions can't be so again.
         let pcrs = persistence
             .pcrs
+            .and_then(|pcrs| pcrs.without_kernel())
             .map_or_else(String::new, |pcrs| format!(" --pcrs {pcrs}"));
         Some(format!(
             "no key is kept for a reboot ({problem}): virtseal provider cache {name} {policy} --persist tpm --persist-for \
