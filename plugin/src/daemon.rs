@@ -266,7 +266,7 @@ impl Daemon {
     }
 
     /// A sealed VM may name its own secrets, in the places where they are looked for, and those of disks that are shared with
-    /// it; libvirt finds any other one in more places than [`lifecycle::prepare`] reads.
+    /// it; libvirt finds any other one in more places than [`crate::vm::start::prepare`] reads.
     fn refuse_secrets_of_others(&self, domain: &Domain, xml: &str, opened: &[Opened]) -> Result<(), Failure> {
         let named = domain::named_secrets(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         let others = named

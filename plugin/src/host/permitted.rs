@@ -2,7 +2,7 @@
 //!
 //! Domain XML, image headers and whatever was taken from them name files, and never choose one for root: what reads a header, writes,
 //! renames, removes or takes over a file, or puts its content into a VM, wants a [`PermittedPath`]. A [`PathRule`] makes one of a path
-//! - in a directory of libvirt's own, in an active storage pool ([`pool`]), or in `image_dirs` ([`PathRule::permit`]), or
+//! - in a directory of libvirt's own, in an active storage pool (`pool.rs`), or in `image_dirs` ([`PathRule::permit`]), or
 //! - that the keystore knows as that of this VM's object ([`PathRule::permit_known`]),
 //!
 //! after a walk from `/` in which a link is followed only where it belongs to root and every directory on the way can be written by

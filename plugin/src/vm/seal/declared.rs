@@ -1,6 +1,6 @@
 //! What a disk to be sealed is: what the XML declares, and an admin where its first bytes say something else.
 //!
-//! A disk that passes for empty is replaced, so a guest's header must not make it one: see [`volume::inspect_declared`].
+//! A disk that passes for empty is replaced, so a guest's header must not make it one: see [`crate::object::disk::inspect_declared`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
