@@ -122,7 +122,7 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     }));
     decided.unwrap_or_else(|_| {
         Err(format!(
-            "virtseal: VM {name} is refused: the hook failed; next: virtseal doctor"
+            "virtseal: VM {name} is refused: the hook failed; next: virtseal status"
         ))
     })
 }

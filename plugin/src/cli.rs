@@ -6,6 +6,8 @@
 mod backup;
 mod cache;
 mod client;
+#[cfg(test)]
+mod documented;
 mod job;
 mod kmip;
 mod passphrase;

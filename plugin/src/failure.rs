@@ -137,7 +137,11 @@ impl From<VolumeError> for Failure {
 
 impl From<KeystoreError> for Failure {
     fn from(error: KeystoreError) -> Self {
-        Self::new(Code::Failed, chain(&error))
+        let failure = Self::new(Code::Failed, chain(&error));
+        match error.is_of_row() {
+            true => failure.next("virtseal status, which names each damaged record and its way out"),
+            false => failure,
+        }
     }
 }
 

@@ -43,7 +43,9 @@ impl Printer {
         self.providers(&status.providers)?;
         line("")?;
         self.vms(&status.vms)?;
-        status.damaged.iter().for_each(|damaged| self.warn(damaged));
+        let of_vms: Vec<_> = status.vms.iter().flat_map(|vm| &vm.warnings).collect();
+        let others = status.damaged.iter().filter(|damaged| !of_vms.contains(damaged));
+        others.for_each(|damaged| self.warn(damaged));
         Ok(())
     }
 

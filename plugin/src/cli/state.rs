@@ -140,8 +140,8 @@ pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Failur
     }
     printer.done(&said)?;
     printer.advise(
-        "Next: systemctl start virtseald, then virtseal provider unlock. Keys that changed since come back from domain XML and \
-         images when their VMs start",
+        "Next: systemctl start virtseald.socket virtseald, then virtseal provider unlock NAME. Keys that changed since come back \
+         from domain XML and images when their VMs start",
     )
 }
 

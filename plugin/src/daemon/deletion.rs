@@ -101,10 +101,15 @@ impl Daemon {
         let needed = !uses.objects.is_empty() || !uses.copies.is_empty() || in_policy;
         match typed {
             Some(typed) if typed != name => {
-                return Err(Failure::new(
-                    Code::WouldLoseKey,
-                    format!("'{name}' stays: '{typed}' was typed, which is not its name"),
-                ));
+                let what = match typed {
+                    "" => "its name was not typed".to_owned(),
+                    typed => format!("'{typed}' was typed, which is not its name"),
+                };
+                return Err(
+                    Failure::new(Code::WouldLoseKey, format!("'{name}' stays: {what}")).next(format!(
+                        "virtseal provider delete {name}, which says who needs it"
+                    )),
+                );
             }
             None if needed => return Err(self.in_use(id, &name, &uses, in_policy)?),
             _ => {}

@@ -181,7 +181,8 @@ impl Daemon {
             ),
         )
         .next(format!(
-            "virtseal provider delete {name} --force, then virtseal provider restore {name} with the newest backup"
+            "find the newest backup; then virtseal state backup -o FILE, virtseal provider delete {name} --force and virtseal \
+             provider restore {name} -i with that backup"
         )))
     }
 

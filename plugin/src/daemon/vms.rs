@@ -56,11 +56,11 @@ impl Daemon {
             return Ok(id);
         }
         let found = self.background.domain(vm).map_err(|error| {
-            Failure::new(Code::Unreachable, chain(&error)).next("virtseal status, or give --vm its UUID")
+            Failure::new(Code::Unreachable, chain(&error)).next("virtseal status, or give its UUID")
         })?;
         found.map(|domain| domain.vm).ok_or_else(|| {
             Failure::new(Code::NotFound, format!("there is no VM '{vm}'"))
-                .next("define it first, or give --vm the UUID that it will have")
+                .next("define it first, or give the UUID that it will have")
         })
     }
 

@@ -104,7 +104,8 @@ fn refuse_without_tls(policy: Policy, conf: impl Fn() -> io::Result<QemuConf>) -
         format!("its policy demands TLS of a migration, and libvirt here would let it leave without{why}"),
     )
     .next(format!(
-        "set migrate_tls_force = 1 in {}, then systemctl restart libvirtd; or `policy: {{migration_tls: no}}` in {}",
+        "set migrate_tls_force = 1 in {}, then systemctl restart libvirtd; or `policy: {{migration_tls: no}}` in {}, then \
+         systemctl reload virtseald",
         QemuConf::PATH,
         Config::DEFAULT_PATH
     )))
@@ -120,7 +121,7 @@ fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles
         return Ok(());
     };
     Err(Failure::new(Code::Failed, words.clone()).next(format!(
-        "virsh edit {}: {}; or allow it with `policy: {{{}: yes}}` in {}",
+        "virsh edit {}: {}; or allow it with `policy: {{{}: yes}}` in {}, then systemctl reload virtseald",
         quoted(&domain.name),
         door.way_out(),
         key.as_str(),
