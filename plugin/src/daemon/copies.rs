@@ -116,15 +116,15 @@ impl Daemon {
                     failed.insert(copy.envelope, MADE_NOW.to_owned());
                 }
                 Ok(Some(record)) => {
+                    for vm in holders.vms_of(&record.envelope) {
+                        vms.entry(vm).or_default().push(copy.envelope);
+                    }
                     newest.insert(copy.envelope, record);
                 }
                 Ok(None) => {}
                 Err(error) => {
                     failed.insert(copy.envelope, chain(&error));
                 }
-            }
-            for vm in holders.vms.get(&copy.envelope).into_iter().flatten() {
-                vms.entry(*vm).or_default().push(copy.envelope);
             }
         }
         for (vm, envelopes) in vms {
@@ -158,6 +158,9 @@ impl Daemon {
         let current = |id: EnvelopeId, found: Option<&Envelope>| {
             let known = || self.keystore.envelope(id).ok().flatten();
             let record = newest.get(&id).cloned().or_else(known)?;
+            if !record.envelope.serves(vm) {
+                return None;
+            }
             let stays = match found.map(|found| self.standing(&record, found)) {
                 None | Some(Standing::GivesWay) => record.state != EnvelopeState::Active,
                 Some(Standing::Stays) => true,
@@ -232,7 +235,7 @@ impl Daemon {
                 "its header may be half written in {path}, which can't be completed now"
             ));
         }
-        let mut paths = holders.paths.get(&id).cloned().unwrap_or_default();
+        let mut paths = holders.paths_of(&record.envelope);
         paths.insert(PathBuf::from(&record.location));
         // Before the header is taken: a start waits for that, and a provider may be slow.
         let (mut giving_way, mut passphrase) = (BTreeSet::new(), None);
@@ -335,7 +338,10 @@ impl Daemon {
 
     /// An image that was moved before its header was whole is where its VM has it now.
     fn finish_moved_header(&self, id: EnvelopeId, holders: &Holders, rule: &PathRule) -> Result<(), Failure> {
-        for path in holders.paths.get(&id).into_iter().flatten() {
+        let Some(record) = self.keystore.envelope(id)? else {
+            return Ok(());
+        };
+        for path in &holders.paths_of(&record.envelope) {
             let Some((journaled, patch)) = self.keystore.journaled_header(id)? else {
                 return Ok(());
             };
@@ -394,12 +400,15 @@ enum Standing {
 }
 
 /// Who has a copy of which envelope, by what libvirt has.
+///
+/// Anybody who defines a domain can name any envelope in it. Only those count that the envelope serves: what another VM claims
+/// would keep the copies of this one behind for good, by an XML or a file that nobody can bring up to date.
 #[derive(Debug, Default)]
 struct Holders {
     /// The VMs with it in their XML: of a disk that several share, all of them.
     vms: BTreeMap<EnvelopeId, BTreeSet<VmId>>,
-    /// The files that it opens.
-    paths: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
+    /// The files that it opens, as each VM has it.
+    paths: BTreeMap<EnvelopeId, BTreeSet<(VmId, PathBuf)>>,
 }
 
 impl Holders {
@@ -412,11 +421,22 @@ impl Holders {
             }
             if let Ok(domain) = Domain::parse(&kept.xml) {
                 for (id, path) in encrypted_layers(&domain) {
-                    holders.paths.entry(id).or_default().insert(path);
+                    holders.paths.entry(id).or_default().insert((kept.vm, path));
                 }
             }
         }
         holders
+    }
+
+    fn vms_of(&self, envelope: &Envelope) -> impl Iterator<Item = VmId> {
+        let vms = self.vms.get(&envelope.id).into_iter().flatten();
+        vms.copied().filter(|vm| envelope.serves(*vm))
+    }
+
+    fn paths_of(&self, envelope: &Envelope) -> BTreeSet<PathBuf> {
+        let paths = self.paths.get(&envelope.id).into_iter().flatten();
+        let of_its_vms = paths.filter(|(vm, _)| envelope.serves(*vm));
+        of_its_vms.map(|(_, path)| path.clone()).collect()
     }
 }
 
@@ -439,5 +459,64 @@ impl RewriteError {
             Self::Path(error) => error.is_missing(),
             Self::Journal(_) => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::envelope::{Binding, KekId, ObjectKind, ProviderId, Stanza, Verified};
+    use crate::secret::Dek;
+
+    fn kept(vm: VmId, path: &str, envelope: &Envelope) -> KeptXml {
+        let xml = format!(
+            "<domain type='kvm'><name>a</name><uuid>{vm}</uuid><metadata><virtseal:vm xmlns:virtseal='{}'>\
+             <virtseal:envelope>{}</virtseal:envelope></virtseal:vm></metadata><devices><disk type='file'><driver type='qcow2'/>\
+             <source file='{path}'><encryption format='luks'><secret type='passphrase' uuid='{}'/></encryption></source>\
+             <target dev='vda'/></disk></devices></domain>",
+            Metadata::NAMESPACE,
+            envelope.to_json(),
+            envelope.id
+        );
+        KeptXml {
+            vm,
+            name: "a".to_owned(),
+            snapshot: None,
+            xml,
+        }
+    }
+
+    #[test]
+    fn what_a_stranger_claims_to_have_keeps_no_copy_behind() {
+        let [owner, sharer, stranger] = [0; 3].map(|_| VmId::random());
+        let binding = Binding {
+            envelope: EnvelopeId::random(),
+            vm: owner,
+            kind: ObjectKind::Disk,
+        };
+        let stanza = Stanza {
+            provider: ProviderId::random(),
+            provider_name: "main".to_owned(),
+            kek: KekId("v1:provider".to_owned()),
+            mechanism: "A256GCM".to_owned(),
+            body: vec![7; 92],
+        };
+        let mut envelope = Verified::new(&binding, vec![stanza], &Dek::random().unwrap())
+            .unwrap()
+            .into_envelope();
+        envelope.shared_with = vec![sharer];
+        let holders = Holders::among(&[
+            kept(stranger, "/elsewhere/unreadable", &envelope),
+            kept(owner, "/images/own", &envelope),
+            kept(sharer, "/images/shared", &envelope),
+        ]);
+        assert_eq!(
+            holders.vms_of(&envelope).collect::<BTreeSet<_>>(),
+            BTreeSet::from([owner, sharer])
+        );
+        assert_eq!(
+            holders.paths_of(&envelope),
+            BTreeSet::from(["/images/own".into(), "/images/shared".into()])
+        );
     }
 }

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
+use openssl::sha::sha256;
+
 use super::bell::Bell;
 use super::{Daemon, lock};
 use crate::domain::jobs::{self, JobTarget};
@@ -32,8 +34,12 @@ const AGAIN: Duration = Duration::from_millis(300);
 const CHECK: Duration = Duration::from_secs(5);
 /// More of one VM are in the audit log alone.
 const MAX_FINDINGS: usize = 64;
-/// VMs with findings.
-const MAX_VMS: usize = 1024;
+/// Of one VM, in the audit log: who may change a VM can have it filled.
+const MAX_NOTED: usize = 1024;
+/// Of one finding as it is listed, in bytes.
+const MAX_WORDS: usize = 1024;
+/// VMs that the keystore does not know: anybody can run any number of them, and they take no room from the sealed ones.
+const MAX_STRANGERS: usize = 1024;
 
 /// What was heard of VMs, and what was seen of them.
 #[derive(Debug, Default)]
@@ -62,6 +68,10 @@ struct Seen {
     /// Where each disk was when it was looked at last.
     disks: BTreeMap<String, Option<PathBuf>>,
     found: Vec<Finding>,
+    /// The digests of all that was found.
+    noted: BTreeSet<[u8; 32]>,
+    /// Whether the keystore has the VM.
+    is_known: bool,
 }
 
 #[derive(Debug)]
@@ -193,18 +203,50 @@ impl Seen {
     fn note(&mut self, found: Vec<String>) -> Vec<String> {
         let mut new = Vec::new();
         for words in found {
-            if self.found.iter().any(|known| known.words == words) {
+            let digest = sha256(words.as_bytes());
+            if self.noted.len() > MAX_NOTED || !self.noted.insert(digest) {
                 continue;
             }
-            if self.found.len() < MAX_FINDINGS {
-                self.found.push(Finding {
-                    words: words.clone(),
-                    since: SystemTime::now(),
-                });
+            if self.noted.len() > MAX_NOTED {
+                new.push(self.list(format!(
+                    "{}: more was found than {MAX_NOTED} things, and no more of it is noted until virtseald restarts",
+                    visible(&self.name)
+                )));
+            } else if self.found.len() < MAX_FINDINGS {
+                new.push(self.list(words));
+            } else {
                 new.push(words);
             }
         }
         new
+    }
+
+    fn list(&mut self, words: String) -> String {
+        self.found.push(Finding {
+            words: shortened(&words),
+            since: SystemTime::now(),
+        });
+        words
+    }
+}
+
+fn shortened(words: &str) -> String {
+    if words.len() <= MAX_WORDS {
+        return words.to_owned();
+    }
+    let end = (0..=MAX_WORDS).rfind(|at| words.is_char_boundary(*at));
+    format!("{}… (the audit log has all of it)", &words[..end.unwrap_or(0)])
+}
+
+/// Leaves room for one more VM that the keystore does not know. What was found of the one that goes is in the audit log.
+fn make_room(all: &mut BTreeMap<VmId, Seen>) {
+    let strangers = || all.iter().filter(|(_, seen)| !seen.is_known);
+    if strangers().count() < MAX_STRANGERS {
+        return;
+    }
+    let oldest = strangers().min_by_key(|(_, seen)| seen.found.first().map(|finding| finding.since));
+    if let Some(vm) = oldest.map(|(vm, _)| *vm) {
+        all.remove(&vm);
     }
 }
 
@@ -335,10 +377,16 @@ impl Daemon {
         }
         let new = {
             let mut all = lock(&self.running.seen);
-            if !all.contains_key(&vm) && (all.len() >= MAX_VMS || (!is_sealed && found.is_empty())) {
-                return Ok(());
+            if !all.contains_key(&vm) {
+                if !is_sealed && found.is_empty() {
+                    return Ok(());
+                }
+                if !is_known {
+                    make_room(&mut all);
+                }
             }
             let seen = all.entry(vm).or_default();
+            seen.is_known = is_known;
             if !name.is_empty() {
                 name.clone_into(&mut seen.name);
             }
@@ -478,7 +526,58 @@ mod tests {
         let mut seen = Seen::default();
         assert_eq!(seen.note(vec!["a".into(), "a".into(), "b".into()]), ["a", "b"]);
         assert!(seen.note(vec!["a".into()]).is_empty());
-        let _ = seen.note((0..2 * MAX_FINDINGS).map(|n| n.to_string()).collect());
+        let new = seen.note((0..2 * MAX_FINDINGS).map(|n| n.to_string()).collect());
+        assert_eq!(
+            new.len(),
+            2 * MAX_FINDINGS,
+            "what is not listed is in the audit log"
+        );
         assert_eq!(seen.found.len(), MAX_FINDINGS);
+        // Whoever fills that up can't hide that he did.
+        let new = seen.note((0..2 * MAX_NOTED).map(|n| format!("x{n}")).collect());
+        assert!(
+            new.len() < MAX_NOTED && new.last().unwrap().contains("no more"),
+            "{new:?}"
+        );
+        assert!(
+            seen.found
+                .last()
+                .is_some_and(|last| last.words.contains("no more"))
+        );
+        assert!(seen.note(vec!["y".into()]).is_empty());
+        let long = "ä".repeat(MAX_WORDS);
+        assert_eq!(
+            Seen::default().note(vec![long.clone()]),
+            std::slice::from_ref(&long)
+        );
+        assert!(shortened(&long).len() < MAX_WORDS + 64);
+    }
+
+    #[test]
+    fn strangers_take_no_room_from_sealed_vms() {
+        let mut all = BTreeMap::new();
+        let seen = |is_known| {
+            let mut seen = Seen {
+                is_known,
+                ..Seen::default()
+            };
+            let _ = seen.note(vec!["a".into()]);
+            seen
+        };
+        let first = VmId::random();
+        all.insert(first, seen(false));
+        let sealed = [0; 3].map(|_| VmId::random());
+        for vm in sealed {
+            all.insert(vm, seen(true));
+        }
+        let mut last = first;
+        for _ in 0..MAX_STRANGERS {
+            make_room(&mut all);
+            last = VmId::random();
+            all.insert(last, seen(false));
+        }
+        assert_eq!(all.len(), MAX_STRANGERS + sealed.len());
+        assert!(!all.contains_key(&first) && all.contains_key(&last));
+        assert!(sealed.iter().all(|vm| all.contains_key(vm)));
     }
 }

@@ -3,7 +3,7 @@
 //! An admin may define a VM from an older dump, put an image back from a backup, revert to a snapshot, or bring a VM from
 //! another host: nobody tells the keystore.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
 use crate::failure::{Code, Failure, chain};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PermittedPath};
-use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, Precedence, VmId};
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
 use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
@@ -132,22 +132,36 @@ impl Daemon {
     /// Envelopes of which somebody who had the key made another version of the same generation: which of them counts is root's to
     /// decide, and a job would hide the other.
     fn rivals(&self, copies: &[VisibleCopy]) -> Vec<LeftBehind> {
-        let rival = |copy: &&VisibleCopy| {
-            let record = self.keystore.readable_envelope(copy.envelope.id).ok()??;
-            let claims = copy.envelope.supersedes(&record.envelope);
-            copy.place.kept().filter(|_| claims == Precedence::Conflict)?;
-            let dek = self.registry.open_envelope(&record.envelope).ok()?;
-            let weighed = weigh(&record.verify(&dek).ok()?, &copy.envelope, &dek);
-            matches!(weighed, Weighed::Doubtful(Doubt::Conflict)).then(|| LeftBehind {
-                envelope: copy.envelope.id,
-                reason: format!(
-                    "{} has another version of generation {}; which one counts is to be decided: virtseal vm status {}",
-                    copy.place, copy.envelope.generation, record.envelope.vm
-                ),
-                again: false,
-            })
-        };
-        copies.iter().filter_map(|copy| rival(&copy)).collect()
+        let mut claims: BTreeMap<EnvelopeId, Vec<&VisibleCopy>> = BTreeMap::new();
+        for copy in copies.iter().filter(|copy| copy.place.kept().is_some()) {
+            claims.entry(copy.envelope.id).or_default().push(copy);
+        }
+        // Anybody can write any number of copies: each envelope is opened once.
+        let of_one = |(id, copies)| self.rivals_of(id, copies).unwrap_or_default();
+        claims.into_iter().flat_map(of_one).collect()
+    }
+
+    fn rivals_of(&self, id: EnvelopeId, mut copies: Vec<&VisibleCopy>) -> Option<Vec<LeftBehind>> {
+        let record = self.keystore.readable_envelope(id).ok()??;
+        copies.retain(|copy| copy.envelope.supersedes(&record.envelope) == Precedence::Conflict);
+        copies.first()?;
+        let dek = self.registry.open_envelope(&record.envelope).ok()?;
+        let own = record.verify(&dek).ok()?;
+        copies.retain(|copy| {
+            matches!(
+                weigh(&own, &copy.envelope, &dek),
+                Weighed::Doubtful(Doubt::Conflict)
+            )
+        });
+        let left_behind = copies.into_iter().map(|copy| LeftBehind {
+            envelope: id,
+            reason: format!(
+                "{} has another version of generation {}; which one counts is to be decided: virtseal vm status {}",
+                copy.place, copy.envelope.generation, record.envelope.vm
+            ),
+            again: false,
+        });
+        Some(left_behind.collect())
     }
 
     /// The keystore's copy is written over one that can't be read, once that has opened the image.
