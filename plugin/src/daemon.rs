@@ -520,8 +520,9 @@ impl Daemon {
             domain::Metadata::envelopes_in(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         for copy in copies {
             let known = self.keystore.readable_envelope(copy.id)?;
-            if known.is_some_and(|record| record.envelope != copy) {
-                self.keystore.copy_is_behind(&copy, CopyPlace::Xml)?;
+            if let Some(record) = known.filter(|record| record.envelope != copy) {
+                // Whoever wrote the copy may have named any KEK in it.
+                self.keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
             }
         }
         self.copies_bell.ring();

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::visible::{Place, VisibleCopy};
+use super::visible::{Place, Proof, VisibleCopy};
 use super::{Daemon, lock};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, ObjectRef, ObjectState, encrypted_layers};
@@ -175,8 +175,10 @@ impl Daemon {
             .upgrade(&dek, Format1::AdoptedByRoot)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
         self.keystore.put(&made, location)?;
-        for copy in copies {
-            self.note_behind(copy)?;
+        if let Some(record) = self.keystore.readable_envelope(made.id)? {
+            for copy in copies {
+                self.note_behind(copy, &record, Proof::Unknown)?;
+            }
         }
         Ok(made)
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::glance::Age;
 use super::pages;
-use super::visible::Place;
+use super::visible::{Place, Proof};
 use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
@@ -228,9 +228,14 @@ impl Daemon {
         for copy in visible.copies.iter().filter(|copy| of_it(&copy.envelope)) {
             match self.keystore.envelope(copy.envelope.id)? {
                 Some(record) if of_it(&record.envelope) => {}
-                Some(_) => {
-                    uses.copies.insert(copy.place.to_string());
-                    uses.fixed += usize::from(!self.note_behind(copy)?);
+                Some(record) => {
+                    let proof = self.proof_of(copy, &record);
+                    let follows = self.note_behind(copy, &record, proof)?;
+                    // One that was forged opens nothing, with this provider or without.
+                    if proof != Proof::Forged {
+                        uses.copies.insert(copy.place.to_string());
+                        uses.fixed += usize::from(!follows);
+                    }
                 }
                 None => {
                     if unknown.insert(copy.envelope.id) {

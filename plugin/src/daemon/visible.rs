@@ -48,6 +48,15 @@ pub(super) struct Travelling {
     pub(super) rivals: Vec<LeftBehind>,
 }
 
+/// Whether somebody who had the key wrote a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Proof {
+    Authentic,
+    Forged,
+    /// The key is out of reach now, or it has no MAC.
+    Unknown,
+}
+
 /// Where it is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Place {
@@ -198,12 +207,22 @@ impl Daemon {
         Ok(())
     }
 
-    /// Notes that a copy which differs from what the keystore has is behind. Says whether it can follow.
-    pub(super) fn note_behind(&self, copy: &VisibleCopy) -> Result<bool, Failure> {
+    /// Notes that a copy which differs from what the keystore has is behind. Says whether it can follow. The KEKs that it names are
+    /// kept for it if it was verified.
+    pub(super) fn note_behind(
+        &self,
+        copy: &VisibleCopy,
+        kept: &EnvelopeRecord,
+        proof: Proof,
+    ) -> Result<bool, Failure> {
         let Some(place) = copy.place.kept() else {
             return Ok(false);
         };
-        self.keystore.copy_is_behind(&copy.envelope, place)?;
+        let needs = match proof {
+            Proof::Authentic => &copy.envelope,
+            Proof::Forged | Proof::Unknown => &kept.envelope,
+        };
+        self.keystore.copy_is_behind(needs, place)?;
         self.copies_bell.ring();
         Ok(true)
     }
@@ -255,6 +274,18 @@ impl Daemon {
         match self.registry.open_envelope(&record.envelope) {
             Ok(dek) => copy.envelope.verify(&dek).is_ok(),
             Err(_) => true,
+        }
+    }
+
+    /// What the key of the keystore's version says of a copy.
+    pub(super) fn proof_of(&self, copy: &VisibleCopy, kept: &EnvelopeRecord) -> Proof {
+        if copy.envelope.format() != Envelope::FORMAT {
+            return Proof::Unknown;
+        }
+        match self.registry.open_envelope(&kept.envelope) {
+            Ok(dek) if copy.envelope.verify(&dek).is_ok() => Proof::Authentic,
+            Ok(_) => Proof::Forged,
+            Err(_) => Proof::Unknown,
         }
     }
 

@@ -437,7 +437,7 @@ fn keep(
             tracing::warn!(domain, "{}", doubt.words(copy, &format!("the XML of {domain}")));
         }
         if !matches!(believed.doubt, Some(Doubt::Conflict)) {
-            keystore.copy_is_behind(copy, CopyPlace::Xml)?;
+            keystore.copy_is_behind(believed.needed_by(copy), CopyPlace::Xml)?;
         }
     }
     let state = versions.record.as_ref().map(|record| record.state);

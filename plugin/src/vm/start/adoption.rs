@@ -21,6 +21,20 @@ pub struct Believed {
     pub doubt: Option<Doubt>,
 }
 
+impl Believed {
+    /// Whose KEKs to keep until `copy` is brought up to date: its own, if it is authentic. What anybody may have written would keep
+    /// the KEKs of others, or have them taken for this VM's.
+    #[must_use]
+    pub fn needed_by<'a>(&'a self, copy: &'a Envelope) -> &'a Envelope {
+        let is_forged = matches!(self.doubt, Some(Doubt::Unverified(_)));
+        if is_forged || copy.format() != Envelope::FORMAT {
+            &self.envelope
+        } else {
+            copy
+        }
+    }
+}
+
 /// Why a copy does not count.
 #[derive(Debug)]
 pub enum Doubt {

@@ -100,10 +100,13 @@ fn what_was_changed_without_the_key_counts_for_nothing() {
             "{doubt:?}"
         );
         assert!(doubt.words(copy, "the XML of web01").contains("the XML of web01"));
+        assert_eq!(*host.believe(copy).needed_by(copy), host.record.envelope);
     }
     let mut replayed = format_1(&host.record.envelope);
+    replayed.stanzas[0].kek = crate::model::envelope::KekId("another VM's".to_owned());
     let believed = host.believe(&replayed);
     assert!(believed.doubt.is_none() && !believed.is_news);
+    assert_eq!(*believed.needed_by(&replayed), host.record.envelope);
     replayed.generation = Generation(99);
     let doubt = host.expect_disbelief(&replayed);
     assert!(matches!(doubt, Doubt::Unverified(EnvelopeError::Format1)));
@@ -125,6 +128,11 @@ fn what_was_changed_with_the_key_counts_if_it_is_newer_and_opens() {
     stanza.provider = crate::model::envelope::ProviderId::random();
     let elsewhere = own.with_stanzas(vec![stanza], &host.dek).unwrap();
     assert!(matches!(host.expect_disbelief(&elsewhere), Doubt::DoesNotOpen));
+    assert_eq!(
+        *host.believe(&elsewhere).needed_by(&elsewhere),
+        *elsewhere,
+        "by those who have the provider"
+    );
     let spare_alone = own.with_stanzas(vec![own.stanzas[1].clone()], &host.dek).unwrap();
     assert_eq!(host.believe(&spare_alone).envelope, spare_alone);
     host.spare.lock();
