@@ -146,6 +146,17 @@ fn no_way_of_naming_a_volume_grants_it() -> Result<()> {
         two.db_is_refused()?;
     }
 
+    // Nor as a copy that its owner calls his own.
+    let copy = two.db.disk.with_file_name("copy.qcow2");
+    std::fs::copy(host.path(&two.shared), host.path(&copy))?;
+    expect_names(
+        &sealed.refused(
+            6,
+            &["volume", "share", &copy.display().to_string(), "--with", "db01"],
+        )?,
+        &["copy.qcow2", &two.shared, &two.web.uuid.to_string()],
+    )?;
+
     // What is no volume, or its own, is a clear answer.
     let own = two.web.disk.display().to_string();
     expect_names(

@@ -11,15 +11,22 @@ use crate::host::libvirt::{Libvirt, StoragePool};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::VmId;
 
+/// How long whoever is no start waits for libvirt's pools.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 impl Daemon {
-    /// What the settings permit, and the storage pools that are active. Asks libvirt on the background connection; as long as that
-    /// does not say, pools permit nothing.
+    /// What the settings permit, and the storage pools that are active. Asks libvirt on the background connection, for a while; as
+    /// long as that does not say, pools permit nothing. A pool that somebody is starting or refreshing keeps libvirt from telling of
+    /// any, for as long as its storage takes.
     pub(super) fn path_rule(&self) -> PathRule {
-        let pools = self.background.active_pools().unwrap_or_else(|error| {
-            tracing::warn!("storage pools permit nothing now: {}", chain(&error));
-            Vec::new()
-        });
-        self.rule_of_settings().with_pools(pools)
+        let rule = self.rule_of_settings();
+        match self.storage_pools.ask(&self.background, PATIENCE) {
+            Some(pools) => rule.with_pools(pools),
+            None => {
+                tracing::warn!("storage pools permit nothing now: libvirt does not tell them");
+                rule
+            }
+        }
     }
 
     /// Without pools: asks nobody.
@@ -110,7 +117,10 @@ impl StoragePools {
         }
         let (pools, libvirt) = (Arc::clone(self), Arc::clone(libvirt));
         let asking = move || {
-            let told = libvirt.active_pools().ok();
+            let told = libvirt
+                .active_pools()
+                .inspect_err(|error| tracing::warn!("storage pools can't be told: {}", chain(error)))
+                .ok();
             let mut looks = lock(&pools.looks);
             *looks = Looks {
                 is_asking: false,

@@ -1,6 +1,7 @@
 //! `virtseal volume share`: root lets another VM have a volume, and takes that back. What the envelope says is checked at each
 //! start; `<shareable/>` and `<readonly/>` in domain XML, which a consumer writes, grant nothing.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::{Daemon, lock};
@@ -8,8 +9,9 @@ use crate::api::Outcome;
 use crate::failure::{Code, Failure, chain, word};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
-use crate::object::disk::{self, VolumeError};
+use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::store::{CopyPlace, EnvelopeRecord, Put};
+use crate::terminal::quoted;
 
 /// What root wants of a VM's right to a volume that is another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,9 @@ impl Daemon {
                 Failure::new(Code::Usage, format!("{} is {vm}'s own", path.display()))
                     .next("name another VM, or look: virtseal vm status"),
             );
+        }
+        if sharing == Sharing::With {
+            self.refuse_a_copy(path, vm, &record)?;
         }
         for _ in 0..TRIES {
             let next = self.shared(path, &record, vm_id, sharing)?;
@@ -89,6 +94,37 @@ impl Daemon {
             .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
         disk::verify(&named_by_root(path)?, &passphrase)?;
         own.share_with(vm, &dek).map_err(unusable)
+    }
+
+    /// What an image carries says which volume root would share; of somebody's copy of another VM's image it says that of the other VM,
+    /// whose volume is still where the keystore has it.
+    fn refuse_a_copy(&self, path: &Path, vm: &str, record: &EnvelopeRecord) -> Result<(), Failure> {
+        let kept_at = Path::new(&record.location);
+        let which = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino())).ok();
+        if kept_at == path || which(kept_at) == which(path) {
+            return Ok(());
+        }
+        let there = self.known_place(kept_at).map(|place| disk::identify(&place));
+        match there {
+            Ok(Ok((_, ImageCopy::Envelope(carried)))) if carried.id == record.envelope.id => {
+                Err(Failure::new(
+                    Code::Denied,
+                    format!(
+                        "{} is a copy of {}, which is a volume of VM {}",
+                        path.display(),
+                        kept_at.display(),
+                        record.envelope.vm
+                    ),
+                )
+                .next(format!(
+                    "virtseal volume share {} --with={}, if it may have that volume",
+                    word(kept_at.display()),
+                    quoted(vm)
+                )))
+            }
+            // It was moved.
+            Ok(_) | Err(_) => Ok(()),
+        }
     }
 
     /// A VM that is gone has its UUID in the keystore, or the admin has it.
