@@ -230,7 +230,10 @@ fn lock_directory(dir: &Path) -> Result<Flock<File>, KeystoreError> {
         },
         errno => KeystoreError::io("lock", &path)(errno.into()),
     })?;
-    write_pid(&mut lock).map_err(KeystoreError::io("write the lock file", &path))?;
+    if let Err(error) = write_pid(&mut lock) {
+        // A full disk: only the message above is the poorer for it.
+        tracing::warn!("can't write {}: {error}", path.display());
+    }
     Ok(lock)
 }
 

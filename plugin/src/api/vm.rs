@@ -77,6 +77,8 @@ pub struct ReceiptLine {
 /// What `vm shred` of a VM would come to.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub struct ShredPreview {
+    /// Its UUID: what is called so when the name was typed may be another VM.
+    pub vm: String,
     /// Its name, which is to be typed.
     pub name: String,
     /// What would stay, because the VM is not defined here and may need it elsewhere, unless the name is typed for it too.

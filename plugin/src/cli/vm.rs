@@ -181,7 +181,11 @@ async fn shred(vm: &str, given: Typed, client: &mut Client, printer: &Printer) -
         given => given,
     };
     let receipt = client
-        .call(async |host| host.shred_vm(vm, Some(&typed), typed_for_keks.as_deref()).await)
+        .call(async |host| {
+            // Of the VM that was looked at, whatever is called so by now.
+            host.shred_vm(&preview.vm, Some(&typed), typed_for_keks.as_deref())
+                .await
+        })
         .await?;
     printer.receipt(&receipt)
 }

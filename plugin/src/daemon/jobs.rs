@@ -146,12 +146,15 @@ impl Daemon {
     /// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
     fn refuse_to_fork(&self, native: &NativeProvider) -> Result<(), Failure> {
         let name = native.name();
-        let records = self
-            .keystore
-            .envelopes()?
-            .sound
-            .into_iter()
-            .map(|record| record.envelope);
+        let rows = self.keystore.envelopes()?;
+        let mut records: Vec<_> = rows.sound.into_iter().map(|record| record.envelope).collect();
+        for row in rows.damaged {
+            match row.holds {
+                Some(held) => records.push(held.envelope),
+                // It may have what a later root key has made.
+                None => return Err(KeystoreError::from(row).into()),
+            }
+        }
         let lacks = |envelope: &Envelope| {
             let mut own = envelope
                 .stanzas
@@ -160,6 +163,7 @@ impl Daemon {
             own.any(|stanza| native.lacks(&stanza.kek))
         };
         let lacking: BTreeMap<EnvelopeId, VmId> = records
+            .into_iter()
             .filter(lacks)
             .map(|envelope| (envelope.id, envelope.vm))
             .collect();

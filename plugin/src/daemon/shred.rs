@@ -131,6 +131,7 @@ impl Daemon {
             );
         }
         Ok(ShredPreview {
+            vm: doomed.vm.to_string(),
             name: doomed.name,
             kept_for_others: kept,
         })

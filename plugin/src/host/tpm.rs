@@ -130,6 +130,9 @@ impl fmt::Display for PcrList {
 pub struct NotAPcrList(String);
 
 impl PcrList {
+    /// How many PCRs a TPM of a PC has (TCG PC Client Platform TPM Profile).
+    const COUNT: u8 = 24;
+
     /// Whether 11 is among them, which a kernel's signature may cover.
     #[must_use]
     pub fn has_kernel(&self) -> bool {
@@ -259,7 +262,8 @@ impl SealedByTpm {
             Self::VERSION => sealed.signing_key().is_ok(),
             _ => false,
         };
-        if fits && !sealed.pcrs().0.is_empty() {
+        let pcrs_exist = sealed.pcrs.keys().all(|pcr| *pcr < PcrList::COUNT);
+        if fits && pcrs_exist && !sealed.pcrs().0.is_empty() {
             Ok(sealed)
         } else {
             Err(TpmError::Damaged)

@@ -153,6 +153,13 @@ impl Keystore {
         }
     }
 
+    /// What a damaged row of `id` still has: a copy like any other, until it was verified.
+    pub fn held_envelope(&self, id: EnvelopeId) -> Result<Option<Envelope>, KeystoreError> {
+        let rows = self.read(|connection| select(connection, "WHERE id = ?1", [id.to_string()]))?;
+        let held = rows.damaged.into_iter().find_map(|row| row.holds);
+        Ok(held.map(|held| held.envelope))
+    }
+
     /// The envelopes of one VM, oldest first.
     pub fn envelopes_of(&self, vm: VmId) -> Result<Rows<EnvelopeRecord>, KeystoreError> {
         self.read(|connection| select(connection, "WHERE vm = ?1 ORDER BY created, id", [vm.to_string()]))

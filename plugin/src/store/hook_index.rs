@@ -139,19 +139,28 @@ impl HookIndex {
 
     fn is_current(&self) -> bool {
         let known = self.lock().as_ref().map(|written| written.file);
-        let found = fs::symlink_metadata(&self.path)
-            .ok()
-            .map(|found| identity(&found));
-        known.is_some() && known == found && !self.is_due.load(Ordering::SeqCst)
+        known.is_some_and(|file| self.is_there(file)) && !self.is_due.load(Ordering::SeqCst)
     }
 
     fn rewrite(&self, connection: &Connection) -> Result<(), StoreFault> {
         let entries = Entries::read(connection)?;
         let mut written = self.lock();
-        *written = None;
-        *written = Some(self.replace(&entries)?);
+        let before = written.take();
+        match self.replace(&entries) {
+            Ok(new) => *written = Some(new),
+            Err(error) => {
+                // On a full disk after a deletion: it refuses only who names what is gone, and is tried again.
+                let covers = |before: &Written| self.is_there(before.file) && before.entries.cover(&entries);
+                *written = Some(before.filter(covers).ok_or(error)?);
+                return Ok(());
+            }
+        }
         self.is_due.store(false, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn is_there(&self, file: Identity) -> bool {
+        fs::symlink_metadata(&self.path).is_ok_and(|found| identity(&found) == file)
     }
 
     /// Temporary file, fsync, rename, fsync of the directory; nothing where it says that already.
@@ -230,6 +239,13 @@ impl Entries {
             envelopes: envelopes.sound.into_iter().flatten().collect(),
             vms: vms.sound.into_iter().flatten().collect(),
         })
+    }
+
+    /// Whether all of `others` is in these.
+    fn cover(&self, others: &Self) -> bool {
+        let mut envelopes = others.envelopes.iter();
+        envelopes.all(|(envelope, vm)| self.envelopes.get(envelope) == Some(vm))
+            && others.vms.is_subset(&self.vms)
     }
 
     fn text(&self) -> String {
@@ -367,6 +383,14 @@ mod tests {
         // What is gone from the keystore may stay in the index for a while.
         assert_eq!(keystore.shred_vm(vm).unwrap().0, 1);
         assert_eq!(named(dir.path()).0.len(), 1);
+        // It keeps off all that it should, so starts go on; as long as it is what was written.
+        keystore.ensure_hook_index().unwrap();
+        assert_eq!(named(dir.path()).0.len(), 1);
+        let index = dir.path().join(Keystore::HOOK_INDEX);
+        fs::copy(&index, dir.path().join("kept")).unwrap();
+        fs::remove_file(&index).unwrap();
+        assert!(keystore.ensure_hook_index().is_err());
+        fs::rename(dir.path().join("kept"), &index).unwrap();
         assert!(keystore.ensure_hook_index().is_err());
         fs::remove_dir(&blocked).unwrap();
         keystore.ensure_hook_index().unwrap();

@@ -31,7 +31,7 @@ use swtpm_state::{State, StateKey};
 use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
 use crate::failure::{Code, Failure, chain, word};
 use crate::host::permitted::{PathRule, PermittedPath};
-use crate::model::envelope::{Envelope, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
+use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
 use crate::object::disk::{self, VolumeError};
 use crate::recipients::{OpenError, Registry};
 use crate::secret::{Dek, Passphrase};
@@ -39,7 +39,7 @@ use crate::store::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreE
 use crate::terminal::quoted;
 use crate::vm::side_doors;
 
-use adoption::{Believed, Doubt, believe, not_believed};
+use adoption::{Believed, Doubt, believe, believe_without_row, not_believed};
 
 pub use arms::{Arms, Overdue};
 pub use deadline::Deadline;
@@ -110,13 +110,9 @@ pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Prepared, Failure> 
     let mut first_run = None;
     for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
         let of_object = |failure: Failure| stays_off(failure.of(&object.label));
-        let mut believed = believe(
-            stage.registry,
-            versions.record.as_ref(),
-            versions.copy.as_ref(),
-            &dek,
-        )
-        .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
+        let mut believed = versions
+            .believe(stage.registry, &dek)
+            .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
         check_place(domain, &object, &[&believed.envelope]).map_err(of_object)?;
         let passphrase = dek
             .passphrase()
@@ -152,9 +148,11 @@ fn closed(objects: &[ObjectRef], error: &OpenError) -> Failure {
     .of(label)
 }
 
-/// What there is of an object's envelope: one of the two, or both.
+/// What there is of an object's envelope: one of the three at least.
 struct Versions {
     record: Option<EnvelopeRecord>,
+    /// What a damaged row has in the place of a record.
+    held: Option<Envelope>,
     copy: Option<Envelope>,
     /// What is wrong with a copy that can't be read.
     unreadable: Option<String>,
@@ -168,15 +166,32 @@ impl Versions {
             .as_ref()
             .map(|record| &record.envelope)
             .or(self.copy.as_ref())
+            .or(self.held.as_ref())
     }
 
-    /// The one to open where the first does not: a newer copy. What it claims is verified then, and that its key is the
-    /// keystore's, by the MAC of that one.
+    /// The one to open where the first does not: a newer copy, or what is in a damaged row. What it claims is verified then, and
+    /// that its key is the keystore's, by the MAC of that one.
     fn second(&self) -> Option<&Envelope> {
-        let (record, copy) = (self.record.as_ref()?, self.copy.as_ref()?);
+        let Some(record) = &self.record else {
+            return self.held.as_ref().filter(|_| self.copy.is_some());
+        };
+        let copy = self.copy.as_ref()?;
         let have_macs = record.envelope.format() == Envelope::FORMAT && copy.format() == Envelope::FORMAT;
         let is_newer = copy.supersedes(&record.envelope) == Precedence::Newer;
         (have_macs && is_newer).then_some(copy)
+    }
+
+    /// The one that counts, once one of them has opened to `dek`.
+    fn believe(&self, registry: &Registry, dek: &Dek) -> Result<Believed, EnvelopeError> {
+        match (&self.held, &self.copy) {
+            (Some(held), Some(copy)) => believe_without_row(registry, held, copy, dek),
+            (held, copy) => believe(
+                registry,
+                self.record.as_ref(),
+                copy.as_ref().or(held.as_ref()),
+                dek,
+            ),
+        }
     }
 }
 
@@ -192,8 +207,13 @@ fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Resu
         Err(error) if error.is_of_row() => (None, Some(chain(&error))),
         found => (found?, None),
     };
+    let held = match damaged {
+        Some(_) => stage.keystore.held_envelope(object.secret)?,
+        None => None,
+    };
     let versions = Versions {
         record,
+        held,
         copy: metadata
             .and_then(|metadata| metadata.envelope(object.secret))
             .cloned(),

@@ -95,6 +95,8 @@ fn what_was_tampered_with_does_not_open() {
         json.replace("\"version\":1", "\"version\":1,\"pin_salt\":\"00\""),
         json.replace("\"version\":1", "\"version\":2,\"signed_by\":\"00\""),
         json.replace("from-seed", "from-elsewhere"),
+        json.replace("\"pcrs\":{", "\"pcrs\":{\"24\":\"00\","),
+        json.replace("\"pcrs\":{", "\"pcrs\":{\"255\":\"00\","),
         json[..json.len() / 2].to_owned(),
         "x".repeat(20_000),
     ] {

@@ -103,6 +103,38 @@ pub fn believe(
     })
 }
 
+/// What to make of two versions of an envelope whose row in the keystore is damaged: what that still holds, and a copy. Once one
+/// of them has opened to `dek`, the newer authentic one that opens by itself counts.
+///
+/// # Errors
+/// When none of them verifies under `dek`.
+pub fn believe_without_row(
+    registry: &Registry,
+    held: &Envelope,
+    copy: &Envelope,
+    dek: &Dek,
+) -> Result<Believed, EnvelopeError> {
+    let envelope = match (held.verify(dek), copy.verify(dek)) {
+        (Ok(held), Ok(copy)) => {
+            let (newer, older) = match copy.supersedes(&held) {
+                Precedence::Newer => (copy, held),
+                Precedence::Same | Precedence::Older | Precedence::Conflict => (held, copy),
+            };
+            match opens_alone(registry, &newer, dek) || !opens_alone(registry, &older, dek) {
+                true => newer,
+                false => older,
+            }
+        }
+        (Ok(one), Err(_)) | (Err(_), Ok(one)) => one,
+        (Err(_), Err(error)) => return Err(error),
+    };
+    Ok(Believed {
+        envelope,
+        is_news: true,
+        doubt: None,
+    })
+}
+
 /// What a copy is beside the version that is believed.
 #[derive(Debug)]
 pub enum Weighed {

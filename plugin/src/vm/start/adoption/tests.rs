@@ -165,3 +165,33 @@ fn the_keystores_format_1_is_upgraded_and_its_copies_are_behind() {
     );
     assert_eq!(believed.envelope.stanzas, old.stanzas);
 }
+
+/// The row says less than it did, but what is in it may be newer than what travels.
+#[test]
+fn a_damaged_row_gives_way_to_no_earlier_version() {
+    let host = Host::new();
+    let older = host.own();
+    let newer = older.share_with(VmId::random(), &host.dek).unwrap();
+    let without_row = |held: &Envelope, copy: &Envelope| {
+        let believed = believe_without_row(&host.registry, held, copy, &host.dek).unwrap();
+        assert!(believed.is_news);
+        believed.envelope
+    };
+    assert_eq!(without_row(&newer, &older), newer);
+    assert_eq!(without_row(&older, &newer), newer);
+    let mut forged = newer.clone().into_envelope();
+    forged.generation = Generation(99);
+    assert_eq!(without_row(&forged, &older), older);
+    assert_eq!(without_row(&older, &forged), older);
+    let old_form = format_1(&older);
+    assert_eq!(without_row(&old_form, &older), older);
+    assert!(believe_without_row(&host.registry, &forged, &old_form, &host.dek).is_err());
+    // A newer one that opens by nothing here is no use alone.
+    let spare_alone = newer
+        .with_stanzas(vec![newer.stanzas[1].clone()], &host.dek)
+        .unwrap();
+    assert_eq!(without_row(&spare_alone, &older), spare_alone);
+    host.spare.lock();
+    assert_eq!(without_row(&spare_alone, &older), older);
+    assert_eq!(without_row(&older, &spare_alone), older);
+}
