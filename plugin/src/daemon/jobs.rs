@@ -146,15 +146,8 @@ impl Daemon {
     /// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
     fn refuse_to_fork(&self, native: &NativeProvider) -> Result<(), Failure> {
         let name = native.name();
-        let rows = self.keystore.envelopes()?;
-        let mut records: Vec<_> = rows.sound.into_iter().map(|record| record.envelope).collect();
-        for row in rows.damaged {
-            match row.holds {
-                Some(held) => records.push(held.envelope),
-                // It may have what a later root key has made.
-                None => return Err(KeystoreError::from(row).into()),
-            }
-        }
+        // A row that tells nothing may have what a later root key has made.
+        let records = self.keystore.envelopes()?.claims()?;
         let lacks = |envelope: &Envelope| {
             let mut own = envelope
                 .stanzas

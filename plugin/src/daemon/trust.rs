@@ -14,7 +14,7 @@ use crate::failure::{Code, Failure, chain};
 use crate::provider::KeyProvider;
 use crate::provider::kmip::{
     CertificateFacts, Fingerprint, KeyKind, KmipProvider, MOST_PEM, NewIdentity, Presented, ServerTrust,
-    TrustError,
+    StoreError, TrustError,
 };
 use crate::recipients::{NextCommand, Provider};
 use crate::secret::SecretBytes;
@@ -205,6 +205,12 @@ fn trust_failure(name: &str, error: &TrustError) -> Failure {
             (Code::Usage, format!("virtseal provider trust {name} --ca FILE"))
         }
         TrustError::Empty => (Code::Usage, format!("virtseal provider trust {name}")),
+        TrustError::Store(StoreError::Damaged { .. }) => (
+            Code::Failed,
+            format!(
+                "virtseal provider csr {name} --new, then virtseal provider identity {name} with its certificate"
+            ),
+        ),
         TrustError::Store(_) => {
             return Failure::from_error(Code::Failed, format!("provider '{name}'"), error);
         }

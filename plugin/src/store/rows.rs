@@ -8,8 +8,8 @@ use std::fmt;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, Params, Row};
 
-use super::KeystoreError;
 use super::error::StoreFault;
+use super::{EnvelopeRecord, KeystoreError};
 use crate::model::envelope::{Envelope, EnvelopeId, VmId};
 
 /// The rows that can be read, and what is known of the others.
@@ -31,6 +31,23 @@ impl<T> Rows<T> {
             None => Ok(self.sound),
             Some(row) => Err(row.into()),
         }
+    }
+}
+
+impl Rows<EnvelopeRecord> {
+    /// The envelopes of all rows, those of damaged ones as they still hold them: for a guard to which what may be true is enough.
+    ///
+    /// # Errors
+    /// [`KeystoreError::Inconsistent`], which names the first row that holds none.
+    pub fn claims(self) -> Result<Vec<Envelope>, KeystoreError> {
+        let mut claims: Vec<_> = self.sound.into_iter().map(|record| record.envelope).collect();
+        for row in self.damaged {
+            match row.holds {
+                Some(held) => claims.push(held.envelope),
+                None => return Err(row.into()),
+            }
+        }
+        Ok(claims)
     }
 }
 
@@ -241,6 +258,19 @@ mod tests {
             // By the column, else by what is in it.
             let tells_vm = !damage.starts_with("vm = 'n") && !damage.starts_with("vm = x");
             assert!(damaged.vm == Some(two.vm) || !tells_vm, "{damage}");
+            let claims = keystore.envelopes().unwrap().claims();
+            match damage.starts_with("json") {
+                true => assert!(
+                    claims.unwrap_err().to_string().contains(&two.id.to_string()),
+                    "{damage}"
+                ),
+                false => assert!(claims.unwrap().contains(&two), "{damage}"),
+            }
+            let held = keystore.held_envelope(two.id).unwrap();
+            assert!(
+                held.is_none_or(|held| held == *two) && keystore.held_envelope(one.id).unwrap().is_none(),
+                "{damage}"
+            );
             let error = rows.whole().unwrap_err();
             assert!(
                 error.is_of_row() && error.to_string().contains(&two.id.to_string()),

@@ -126,19 +126,21 @@ impl KmipProvider {
     /// not, or when no server accepts it; then the identity in use stays.
     pub fn set_identity(&self, new: &NewIdentity) -> Result<CertificateFacts, TrustError> {
         let _trusting = self.trusting();
-        let stored = self.store.identity()?;
-        let was_sealed = stored.as_ref().is_some_and(StoredIdentity::is_sealed);
-        if was_sealed && new.passphrase.is_none() {
+        let stored = self.unless_damaged(self.store.identity())?;
+        let was_sealed =
+            |stored: &Option<StoredIdentity>| stored.as_ref().is_some_and(StoredIdentity::is_sealed);
+        // What is damaged does not tell, and no unlock opens it any more.
+        if stored.as_ref().is_none_or(was_sealed) && new.passphrase.is_none() {
             return Err(TrustError::WouldUnseal);
         }
         let (current, locked, locks) = {
             let held = self.held();
             (held.identity.clone(), held.locked, held.locks)
         };
-        if locked {
+        if locked && stored.is_some() {
             return Err(TrustError::Locked);
         }
-        let request = self.store.request()?;
+        let request = self.unless_damaged(self.store.request())?.flatten();
         let mut waiting = request.map_or(Ok(Vec::new()), |request| request.keys())?;
         waiting.extend(current.as_ref().map(|identity| identity.key.clone()));
         let mut identity = Identity::assemble(new, waiting)?;
@@ -165,6 +167,17 @@ impl KmipProvider {
         drop(held);
         self.probe();
         Ok(facts)
+    }
+
+    /// `None` for a file that is damaged: what is written in its place now is the way out.
+    fn unless_damaged<T>(&self, found: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
+        match found {
+            Err(error @ StoreError::Damaged { .. }) => {
+                tracing::warn!("provider {}: {}", self.name, chain(&error));
+                Ok(None)
+            }
+            found => found.map(Some),
+        }
     }
 
     fn trusting(&self) -> MutexGuard<'_, ()> {
@@ -253,17 +266,7 @@ impl KmipProvider {
         }
         let (kind, name) = new.unwrap_or((KeyKind::EcP256, None));
         let name = name.map_or_else(super::host_name, str::to_owned);
-        let before = match self.store.request() {
-            Err(error @ StoreError::Damaged { .. }) => {
-                tracing::warn!(
-                    "provider {}: {}, a new one takes its place",
-                    self.name,
-                    chain(&error)
-                );
-                None
-            }
-            before => before?,
-        };
+        let before = self.unless_damaged(self.store.request())?.flatten();
         let request = SigningRequest::new(kind, &name)?.after(before);
         self.store.put_request(&request)?;
         Ok(request.csr.clone())
@@ -297,7 +300,10 @@ pub enum TrustError {
     #[error("the KMS has not accepted the new identity, so the one in use stays: {0}")]
     NotAccepted(String),
     /// No silent fall-back to a key in the clear.
-    #[error("the private key in use is sealed by a passphrase, the new one would not be: add --seal")]
+    #[error(
+        "the private key in use is sealed by a passphrase, or damaged so that this can't be told, and the new one would not be: \
+         add --seal"
+    )]
     WouldUnseal,
     /// The client's side.
     #[error(transparent)]

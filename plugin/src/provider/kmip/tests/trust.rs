@@ -494,3 +494,36 @@ fn server_that_asks_for_no_client_certificate_has_not_refused_it() {
         assert!(is_unreachable(), "{version}: {}", provider.status());
     }
 }
+
+/// A bad sector is no reason to delete the provider.
+#[test]
+fn what_is_damaged_on_disk_is_replaced_by_a_new_identity() {
+    let authority = Authority::new();
+    let (provider, dir) = untrusting(super::super::fixture::free_port());
+    provider.signing_request(None).unwrap();
+    provider.set_identity(&identity(&authority, false)).unwrap();
+    let files = walk(dir.path());
+    let file = |name: &str| files.iter().find(|file| file.ends_with(name)).unwrap().clone();
+    let paths = [file("identity.json"), file("request.json")];
+    for path in &paths {
+        fs::write(path, "{\"certificates\":\"").unwrap();
+    }
+    assert!(matches!(
+        provider.signing_request(None),
+        Err(TrustError::Store(_))
+    ));
+    // It may have been sealed.
+    let refused = provider.set_identity(&identity(&authority, false));
+    assert!(matches!(refused, Err(TrustError::WouldUnseal)), "{refused:?}");
+    // Nor is a lock in the way, which no unlock ends.
+    provider.lock();
+    assert!(matches!(
+        provider.unlock(&secret(Kmip::CREDENTIAL)),
+        Err(ProviderError::Unusable(_))
+    ));
+    provider.set_identity(&identity(&authority, true)).unwrap();
+    assert_eq!(provider.status(), ProviderStatus::Locked);
+    provider.unlock(&secret(Kmip::CREDENTIAL)).unwrap();
+    provider.signing_request(Some((KeyKind::EcP256, None))).unwrap();
+    assert!(!fs::read_to_string(&paths[0]).unwrap().contains("PRIVATE KEY"));
+}
