@@ -137,10 +137,21 @@ impl From<VolumeError> for Failure {
 
 impl From<KeystoreError> for Failure {
     fn from(error: KeystoreError) -> Self {
-        let failure = Self::new(Code::Failed, chain(&error));
-        match error.is_of_row() {
-            true => failure.next("virtseal status, which names each damaged record and its way out"),
-            false => failure,
+        Self::from(&error)
+    }
+}
+
+impl From<&KeystoreError> for Failure {
+    fn from(error: &KeystoreError) -> Self {
+        let failure = Self::new(Code::Failed, chain(error));
+        match error {
+            KeystoreError::ProviderExists { name, .. } => {
+                failure.next(format!("virtseal provider show {}", word(name)))
+            }
+            error if error.is_of_row() => {
+                failure.next("virtseal status, which names each damaged record and its way out")
+            }
+            _ => failure,
         }
     }
 }

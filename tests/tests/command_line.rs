@@ -71,6 +71,41 @@ fn exit_codes_tell_what_happened() -> Result<()> {
         &["'nobody'"],
     )?;
 
+    // What leads out destroys nothing, and has the words of that command.
+    let disk = SealedHost::spec("web01").disk.display().to_string();
+    let share = ["volume", "share", &disk, "--with", "nobody"];
+    expect(7, &share, &["'nobody'", "or give the UUID that it will have"])?;
+    let over = ["volume", "create", &disk, "--size", "1M", "--vm", "web01"];
+    expect(1, &over, &["exists already", "choose another path"])?;
+    expect(
+        8,
+        &["provider", "delete", "main", "--force"],
+        &[
+            "its name was not typed",
+            "Next: virtseal provider delete main, which says who needs it",
+        ],
+    )?;
+    let file = sealed.passphrase_file()?.display().to_string();
+    let again = [
+        "provider",
+        "restore",
+        "other",
+        "-i",
+        "/var/lib/virtseal/main.age",
+        "--passphrase-file",
+        &file,
+        "--backup-passphrase-file",
+        &file,
+    ];
+    expect(
+        1,
+        &again,
+        &[
+            "on this host already, called \"main\"",
+            "Next: virtseal provider show main",
+        ],
+    )?;
+
     sealed.start_paused("web01")?;
     expect(9, &["vm", "unseal", "web01"], &["web01 is running"])?;
     sealed.destroy("web01")?;

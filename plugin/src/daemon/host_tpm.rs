@@ -386,7 +386,7 @@ pub(super) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failu
         )
     };
     match error {
-        NativeError::Keystore(error) => Failure::new(Code::Failed, chain(error)),
+        NativeError::Keystore(error) => error.into(),
         NativeError::Locked => {
             Failure::new(Code::Locked, message).next(format!("virtseal provider unlock {name}"))
         }

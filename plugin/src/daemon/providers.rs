@@ -278,7 +278,7 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Failure {
 
 pub(super) fn native_failure(name: &str, error: &NativeError) -> Failure {
     let (code, next) = match error {
-        NativeError::Keystore(error) => return Failure::new(Code::Failed, chain(error)),
+        NativeError::Keystore(error) => return error.into(),
         NativeError::WrongPassphrase => (
             Code::Locked,
             Some(format!(

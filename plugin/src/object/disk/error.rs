@@ -152,7 +152,7 @@ pub enum VolumeError {
     )]
     TooManyIterations(PathBuf),
     /// The name is taken.
-    #[error("{} exists already: remove it first, or choose another path", .0.display())]
+    #[error("{} exists already, and nothing is ever replaced: choose another path", .0.display())]
     Exists(PathBuf),
     /// The file to be replaced is not the one that was inspected.
     #[error("{} changed since it was inspected, and was left as it is; try again", .0.display())]
