@@ -610,9 +610,8 @@ impl Turn {
     fn take<T>(&self, work: impl FnOnce() -> T) -> T {
         let _turn = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         *self.running() = Running::InTime;
-        let done = work();
-        *self.running() = Running::None;
-        done
+        let _ended = Ended(self);
+        work()
     }
 
     fn is_late(&self) {
@@ -624,6 +623,15 @@ impl Turn {
 
     fn running(&self) -> MutexGuard<'_, Running> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The end of a call, also of one that panics: else one that was late by then would stop all to come.
+struct Ended<'a>(&'a Turn);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        *self.0.running() = Running::None;
     }
 }
 

@@ -492,3 +492,17 @@ fn pcr_11_and_a_key_want_each_other() {
         .unwrap();
     assert!(matches!(SigningKey::from_pem(&small), Err(NotASigningKey::Kind)));
 }
+
+#[test]
+fn a_call_that_panics_when_it_is_late_stops_none_after_it() {
+    let turn = Turn::default();
+    let late = || {
+        turn.take::<()>(|| {
+            turn.is_late();
+            panic!("by the library")
+        });
+    };
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(late)).unwrap_err();
+    assert_eq!(*turn.running(), Running::None);
+    assert_eq!(turn.take(|| *turn.running()), Running::InTime);
+}
