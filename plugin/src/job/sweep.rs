@@ -142,8 +142,10 @@ impl Task {
             Self::Move { from, to, vm } if has(from) && is_of(envelope, vm) && from != to => {
                 replaced(envelope, *from, Slot::Wrap(*to))
             }
-            Self::Rekey { to, vm } if is_of(envelope, vm) => {
-                Decision::Slots(to.iter().copied().map(Slot::Wrap).collect())
+            Self::Rekey { to, vm: None } => Decision::Slots(to.iter().copied().map(Slot::Wrap).collect()),
+            // A later generation in any case: that ends a conflict.
+            Self::Rekey { to, vm: Some(vm) } if envelope.vm == *vm => {
+                Decision::Slots(to.iter().copied().map(Slot::Anew).collect())
             }
             Self::AddRecipient { provider } if !has(provider) => {
                 let kept = (0..envelope.stanzas.len()).map(Slot::Keep);
@@ -183,7 +185,7 @@ fn is_of(envelope: &Envelope, vm: &Option<VmId>) -> bool {
 /// `slot` in the place of the first stanza of `provider`; no other of that provider, nor of the one that wraps, stays.
 fn replaced(envelope: &Envelope, provider: ProviderId, slot: Slot) -> Decision {
     let wraps = match slot {
-        Slot::Wrap(to) | Slot::Rotate(to) => to,
+        Slot::Wrap(to) | Slot::Anew(to) | Slot::Rotate(to) => to,
         Slot::Keep(_) => provider,
     };
     let mut slots = Vec::with_capacity(envelope.stanzas.len());

@@ -20,8 +20,10 @@ use crate::store::{EnvelopeRecord, Keystore};
 pub enum Slot {
     /// The stanza that is at this place now.
     Keep(usize),
-    /// One by the KEK that this provider uses now.
+    /// One by the KEK that this provider uses now; the stanza that is there, if it is that already.
     Wrap(ProviderId),
+    /// The same, and new whatever is there.
+    Anew(ProviderId),
     /// One by a KEK of this provider that is another than its stanza has now.
     Rotate(ProviderId),
 }
@@ -285,13 +287,14 @@ fn order(
     let keep = keeps_its_providers(rewrap);
     let mut filled = Vec::with_capacity(rewrap.slots.len());
     for (place, slot) in rewrap.slots.iter().enumerate() {
-        let (provider, rotate) = match slot {
+        let (provider, rotate, keep) = match slot {
             Slot::Keep(_) => {
                 filled.push(Some(Filled::Kept));
                 continue;
             }
-            Slot::Wrap(provider) => (*provider, false),
-            Slot::Rotate(provider) => (*provider, true),
+            Slot::Wrap(provider) => (*provider, false, keep),
+            Slot::Anew(provider) => (*provider, false, false),
+            Slot::Rotate(provider) => (*provider, true, keep),
         };
         let payload = Payload::bind(dek, &envelope.binding()).map_err(|error| Rewrapped::Left {
             reason: chain(&error),
@@ -318,7 +321,7 @@ fn keeps_its_providers(rewrap: &Rewrap) -> bool {
     let stays = |provider: ProviderId| {
         rewrap.slots.iter().any(|slot| match slot {
             Slot::Keep(at) => stanzas[*at].provider == provider,
-            Slot::Wrap(other) | Slot::Rotate(other) => *other == provider,
+            Slot::Wrap(other) | Slot::Anew(other) | Slot::Rotate(other) => *other == provider,
         })
     };
     stanzas.iter().all(|stanza| stays(stanza.provider))
@@ -376,7 +379,7 @@ fn put_together(rewrap: &Rewrap, open: Open<'_>) -> Result<(Verified, Vec<usize>
                 stanzas.push(stanza);
             }
             (Some(Filled::Kept), Slot::Keep(at)) => stanzas.push(envelope.stanzas[*at].clone()),
-            (Some(Filled::Kept), Slot::Wrap(provider) | Slot::Rotate(provider)) => {
+            (Some(Filled::Kept), Slot::Wrap(provider) | Slot::Anew(provider) | Slot::Rotate(provider)) => {
                 let at = stanza_of(envelope, *provider).expect("its KEK was read from there");
                 stanzas.push(envelope.stanzas[at].clone());
             }

@@ -260,6 +260,13 @@ fn rekeyed_they_follow_the_policy() {
         1
     );
     host.assert_whole();
+    // Of one VM: a later generation whatever was there, as it is to outrank another host's.
+    let before = host.keystore.envelope(one.id).unwrap().unwrap().envelope;
+    assert_eq!(host.sweep(&task).changed, 1);
+    let after = host.keystore.envelope(one.id).unwrap().unwrap().envelope;
+    assert!(after.generation > before.generation && after.stanzas[0].body != before.stanzas[0].body);
+    assert_eq!(after.stanzas[0].kek, before.stanzas[0].kek);
+    host.assert_whole();
 }
 
 #[test]
