@@ -258,6 +258,11 @@ impl Daemon {
                     }
                     continue;
                 }
+                // Another image is there now, or somebody has written that into this one.
+                Ok(ImageCopy::Envelope(_)) => {
+                    passphrase = passphrase.or_else(|| self.passphrase_of(&record).ok());
+                    continue;
+                }
                 _ => continue,
             };
             match self.standing(&record, &found) {

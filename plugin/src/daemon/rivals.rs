@@ -39,6 +39,13 @@ pub(super) fn in_image(name: &str, path: &Path, copy: &ImageCopy, kept: Option<&
         (ImageCopy::Envelope(copy), Some(kept)) if copy.id == kept.id => {
             rival(name, &shown.to_string(), copy, kept)
         }
+        (ImageCopy::Envelope(copy), Some(kept)) => Some(format!(
+            "{name}: {shown} carries envelope {}, which is not the one of this disk ({}); the keystore's is used, and virtseal vm seal {} \
+             has it written over that if it opens the image",
+            copy.id,
+            kept.id,
+            word(name)
+        )),
         (ImageCopy::Unreadable(why), Some(kept)) => Some(format!(
             "{name}: the copy of envelope {} in {shown} can't be read: {why}; the keystore's is used, and virtseal vm seal {} has it \
              written over that once the image has opened",
@@ -48,7 +55,7 @@ pub(super) fn in_image(name: &str, path: &Path, copy: &ImageCopy, kept: Option<&
         (ImageCopy::Unreadable(why), None) => Some(format!(
             "{name}: the copy of an envelope in {shown} can't be read: {why}"
         )),
-        (ImageCopy::None | ImageCopy::Envelope(_), _) => None,
+        (ImageCopy::None, _) | (ImageCopy::Envelope(_), None) => None,
     }
 }
 
@@ -149,6 +156,16 @@ mod tests {
         );
         assert_eq!(in_image("web01", path, &copy(&ours), Some(&ours)), None);
         assert_eq!(in_image("web01", path, &ImageCopy::None, Some(&ours)), None);
+        let other = Binding {
+            envelope: EnvelopeId::random(),
+            ..binding
+        };
+        let other = Verified::new(&other, vec![stanza("main")], &dek).unwrap();
+        let foreign = in_image("web01", path, &copy(&other), Some(&ours)).unwrap();
+        assert!(
+            foreign.contains("/images/a") && foreign.contains(&other.id.to_string()),
+            "{foreign}"
+        );
         let bad = ImageCopy::Unreadable("it is not text".to_owned());
         let bad = in_image("web01", path, &bad, Some(&ours)).unwrap();
         assert!(bad.contains("/images/a") && bad.contains("not text"), "{bad}");

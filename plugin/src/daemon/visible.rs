@@ -36,7 +36,7 @@ pub(super) struct Visible {
     pub(super) copies: Vec<VisibleCopy>,
     /// What could not be read, and where: nobody knows what is in there.
     pub(super) unreadable: Vec<String>,
-    /// Images whose copy can't be read.
+    /// Images whose copy can't be read, or is of another envelope than the keystore has for them.
     bad_images: Vec<PathBuf>,
 }
 
@@ -100,15 +100,19 @@ impl Daemon {
     /// When libvirt does not answer.
     pub(super) fn visible_copies(&self) -> Result<Visible, Failure> {
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
-        let (mut visible, mut images) = (Visible::default(), BTreeSet::new());
+        let (mut visible, mut known) = (Visible::default(), BTreeMap::<_, Vec<EnvelopeId>>::new());
         let rule = self.path_rule();
         self.keystore.each_envelope(|record| {
             if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {
-                images.insert(PathBuf::from(record.location));
+                let place = PathBuf::from(record.location);
+                known.entry(place).or_default().push(record.envelope.id);
             }
         })?;
-        let known = images.clone();
-        let permit = |path: &Path| rule.permit_known(path, known.get(path).into_iter());
+        let mut images: BTreeSet<PathBuf> = known.keys().cloned().collect();
+        let permit = |path: &Path| {
+            let known = known.get_key_value(path).map(|(place, _)| place);
+            rule.permit_known(path, known.into_iter())
+        };
         for kept in &kept {
             let found = visible
                 .add_those_in(kept)
@@ -132,14 +136,19 @@ impl Daemon {
             let Ok(place) = permit(&image) else { continue };
             match disk::identify(&place).map(|(_, copy)| copy) {
                 Ok(ImageCopy::Unreadable(_)) => visible.bad_images.push(image),
-                _ => visible.copies.extend(carried(place)),
+                Ok(ImageCopy::Envelope(found)) => {
+                    let is_known = known.get(&image).is_none_or(|ids| ids.contains(&found.id));
+                    visible.bad_images.extend((!is_known).then_some(image));
+                    visible.copies.extend(carried(place));
+                }
+                _ => {}
             }
         }
         Ok(visible)
     }
 
     /// Envelopes of which somebody who had the key made another version of the same generation: which of them counts is root's to
-    /// decide, and a job would hide the other.
+    /// decide, and a job would hide the other. One that was forged follows the keystore.
     fn rivals(&self, copies: &[VisibleCopy]) -> Vec<LeftBehind> {
         let mut claims: BTreeMap<EnvelopeId, Vec<&VisibleCopy>> = BTreeMap::new();
         for copy in copies.iter().filter(|copy| copy.place.kept().is_some()) {
@@ -154,26 +163,38 @@ impl Daemon {
         let record = self.keystore.readable_envelope(id).ok()??;
         copies.retain(|copy| copy.envelope.supersedes(&record.envelope) == Precedence::Conflict);
         copies.first()?;
-        let dek = self.registry.open_envelope(&record.envelope).ok()?;
-        let own = record.verify(&dek).ok()?;
-        copies.retain(|copy| {
-            matches!(
-                weigh(&own, &copy.envelope, &dek),
-                Weighed::Doubtful(Doubt::Conflict)
-            )
-        });
-        let left_behind = copies.into_iter().map(|copy| LeftBehind {
+        let left = |copy: &VisibleCopy, why: &str| LeftBehind {
             envelope: id,
             reason: format!(
-                "{} has another version of generation {}; which one counts is to be decided: virtseal vm status {}",
+                "{} has another version of generation {}; {why}: virtseal vm status {}",
                 copy.place, copy.envelope.generation, record.envelope.vm
             ),
             again: false,
+        };
+        let opened = self.registry.open_envelope(&record.envelope);
+        let dek = match opened {
+            Ok(dek) => dek,
+            // The job would write over it without having seen whether it is true.
+            Err(error) => {
+                let why = format!("whether it is true can't be told now ({})", error.reasons());
+                return Some(copies.into_iter().map(|copy| left(copy, &why)).collect());
+            }
+        };
+        let own = record.verify(&dek).ok()?;
+        copies.retain(|copy| match weigh(&own, &copy.envelope, &dek) {
+            Weighed::Doubtful(Doubt::Conflict) => true,
+            Weighed::Doubtful(Doubt::Unverified(_)) => {
+                // Where that fails it is tried at the next job.
+                let _ = self.note_behind(copy);
+                false
+            }
+            _ => false,
         });
-        Some(left_behind.collect())
+        let is_open = |copy: &VisibleCopy| left(copy, "which one counts is to be decided");
+        Some(copies.into_iter().map(is_open).collect())
     }
 
-    /// The keystore's copy is written over one that can't be read, once that has opened the image.
+    /// The keystore's copy is written over one that can't be read or is of another object, once that has opened the image.
     fn note_bad_images(&self, images: &[PathBuf]) -> Result<(), Failure> {
         if images.is_empty() {
             return Ok(());
@@ -197,9 +218,12 @@ impl Daemon {
         for (id, path) in encrypted_layers(&domain) {
             let place = rule.permit_known(&path, known.iter());
             let copy = place.map(|place| disk::identify(&place).map(|(_, copy)| copy));
-            if let (Ok(Ok(ImageCopy::Unreadable(_))), Some(record)) =
-                (copy, self.keystore.readable_envelope(id)?)
-            {
+            let is_bad = match copy {
+                Ok(Ok(ImageCopy::Unreadable(_))) => true,
+                Ok(Ok(ImageCopy::Envelope(found))) => found.id != id,
+                _ => false,
+            };
+            if let (true, Some(record)) = (is_bad, self.keystore.readable_envelope(id)?) {
                 self.keystore.copy_is_behind(&record.envelope, CopyPlace::Image)?;
                 self.copies_bell.ring();
             }

@@ -29,8 +29,8 @@ pub enum Carried {
     NotThere,
 }
 
-/// Makes the image at `place` carry `envelope`, if it carries a version of it that `gives_way`, or something that can't be read
-/// while `passphrase`, that of the envelope, really opens the image. `journal` keeps the bytes that
+/// Makes the image at `place` carry `envelope`, if it carries a version of it that `gives_way`, or another one or something that
+/// can't be read while `passphrase`, that of the envelope, really opens the image. `journal` keeps the bytes that
 /// it gets, on stable storage, until this returns; after a crash they go to [`finish_rewrite`].
 ///
 /// # Errors
@@ -51,8 +51,8 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
                 return Ok(Carried::Generation(found.generation));
             }
         }
-        ImageCopy::Unreadable(_) if passphrase.is_some_and(|passphrase| image.unlock(passphrase).is_ok()) => {
-        }
+        ImageCopy::Envelope(_) | ImageCopy::Unreadable(_)
+            if passphrase.is_some_and(|passphrase| image.unlock(passphrase).is_ok()) => {}
         _ => return Ok(Carried::NotThere),
     }
     let digest = image.header_digest()?;
@@ -95,14 +95,14 @@ pub struct Shredded {
 pub enum Shredding {
     /// It was the image that was meant.
     Done(Shredded),
-    /// Left alone: it carries another envelope.
+    /// Left alone: it carries another envelope, and the passphrase does not open it.
     Carries(EnvelopeId),
     /// Left alone: it carries no envelope, and the passphrase does not open it. So many keyslots are active.
     NotShown(usize),
 }
 
 /// Overwrites the key material of all keyslots of the image at `place` with random bytes, makes the keyslots dead, and removes
-/// the envelope, if it is the image of envelope `id`: it carries that, or it carries none and `passphrase` opens it. Whatever
+/// the envelope, if it is the image of envelope `id`: it carries that, or `passphrase` opens it. Whatever
 /// else is at that path by now is left alone. Nothing opens the image afterwards; what the storage below keeps of the old bytes
 /// is out of reach.
 ///
@@ -120,7 +120,9 @@ pub fn shred_keys(
     let (header, base) = image.encrypted()?;
     let keyslots = header.active_keyslots();
     match image.copy() {
-        ImageCopy::Envelope(found) if found.id != id => return Ok(Shredding::Carries(found.id)),
+        ImageCopy::Envelope(found) if found.id != id && !opens() => {
+            return Ok(Shredding::Carries(found.id));
+        }
         ImageCopy::None | ImageCopy::Unreadable(_) if keyslots > 0 && !opens() => {
             return Ok(Shredding::NotShown(keyslots));
         }
