@@ -95,14 +95,14 @@ pub struct Shredded {
 pub enum Shredding {
     /// It was the image that was meant.
     Done(Shredded),
-    /// Left alone: it carries another envelope, and the passphrase does not open it.
+    /// Left alone: it carries another envelope.
     Carries(EnvelopeId),
     /// Left alone: it carries no envelope, and the passphrase does not open it. So many keyslots are active.
     NotShown(usize),
 }
 
 /// Overwrites the key material of all keyslots of the image at `place` with random bytes, makes the keyslots dead, and removes
-/// the envelope, if it is the image of envelope `id`: it carries that, or `passphrase` opens it. Whatever
+/// the envelope, if it is the image of envelope `id`: it carries that, or it carries none and `passphrase` opens it. Whatever
 /// else is at that path by now is left alone. Nothing opens the image afterwards; what the storage below keeps of the old bytes
 /// is out of reach.
 ///
@@ -120,9 +120,7 @@ pub fn shred_keys(
     let (header, base) = image.encrypted()?;
     let keyslots = header.active_keyslots();
     match image.copy() {
-        ImageCopy::Envelope(found) if found.id != id && !opens() => {
-            return Ok(Shredding::Carries(found.id));
-        }
+        ImageCopy::Envelope(found) if found.id != id => return Ok(Shredding::Carries(found.id)),
         ImageCopy::None | ImageCopy::Unreadable(_) if keyslots > 0 && !opens() => {
             return Ok(Shredding::NotShown(keyslots));
         }
