@@ -185,7 +185,7 @@ impl Daemon {
             Weighed::Doubtful(Doubt::Conflict) => true,
             Weighed::Doubtful(Doubt::Unverified(_)) => {
                 // Where that fails it is tried at the next job.
-                let _ = self.note_behind(copy);
+                let _ = self.note_behind(copy, &record, Proof::Forged);
                 false
             }
             _ => false,
