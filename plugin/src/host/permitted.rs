@@ -138,6 +138,8 @@ pub struct PathRule {
     state_dir: PathBuf,
     /// What all of that is on this host: looked at once, when it is first asked for.
     grounds: OnceLock<Vec<Ground>>,
+    /// Where the state directory really is, looked at once too.
+    state: OnceLock<Option<PathBuf>>,
 }
 
 /// A directory that permits something.
@@ -251,7 +253,9 @@ impl PathRule {
             Err(stopped) if known == Known::ToTheKeystore || stopped.is_granted => return Err(stopped.why),
             Ok(_) | Err(_) => return Err(self.outside(path)),
         };
-        if has_state && physical(&self.state_dir).is_ok_and(|dir| walked.directory().path.starts_with(dir)) {
+        let state = self.state.get_or_init(|| physical(&self.state_dir).ok());
+        let in_state = |dir: &PathBuf| walked.directory().path.starts_with(dir);
+        if has_state && state.as_ref().is_some_and(in_state) {
             return Err(PathError::OfVirtseal(path.to_owned()));
         }
         walked.into_permitted(path)
