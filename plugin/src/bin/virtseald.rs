@@ -21,7 +21,6 @@ use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
 use virtseal::daemon::sockets::Sockets;
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
 use virtseal::failure::chain;
-use virtseal::host::libvirt::events;
 use virtseal::host::process::{self, LinkedCode};
 use virtseal::terminal::visible;
 
@@ -54,7 +53,6 @@ fn run(args: &Args) -> anyhow::Result<()> {
         )
     })?;
     start_log(&config.log)?;
-    events::prepare_loop().map_err(|error| anyhow!("libvirt's events: {}", error.message()))?;
     let sockets = Sockets::open(&config).map_err(|error| anyhow!(chain(&error)))?;
     let daemon = Arc::new(Daemon::open(config)?);
     warn_of_settings(&daemon);
@@ -163,7 +161,6 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
         ("copies", Daemon::run_copies),
         ("status", Daemon::run_glances),
         ("running", Daemon::watch_running),
-        ("events", |_| events::run_loop()),
     ] {
         let daemon = Arc::clone(daemon);
         std::thread::Builder::new()

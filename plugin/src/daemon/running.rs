@@ -16,7 +16,7 @@ use super::{Daemon, lock};
 use crate::domain::jobs::{self, JobTarget};
 use crate::domain::{Domain, DomainError, objects};
 use crate::failure::{Failure, chain};
-use crate::host::libvirt::events::{Change, Heard, Listener, Listening, MemoryFile};
+use crate::host::libvirt::events::{self, Change, Heard, Listener, Listening, MemoryFile};
 use crate::host::libvirt::{Libvirt, RunningVm};
 use crate::host::local_time::rfc3339;
 use crate::host::permitted::PermittedPath;
@@ -264,6 +264,16 @@ impl Daemon {
     pub fn watch_running(&self) {
         let running = Arc::clone(&self.running);
         let listener: Listener = Arc::new(move |heard| running.hear(heard));
+        while [&self.libvirt, &self.background]
+            .iter()
+            .any(|libvirt| libvirt.reach(CHECK).is_err())
+        {
+            self.running.bell.wait(CHECK);
+        }
+        if let Err(error) = events::start_loop() {
+            tracing::error!("what is done to running VMs is not seen: libvirt's events: {error}");
+            return;
+        }
         let mut listening: Option<Listening> = None;
         let mut round = Instant::now();
         let mut again: BTreeMap<VmId, Instant> = BTreeMap::new();

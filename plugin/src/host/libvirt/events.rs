@@ -54,16 +54,22 @@ const OF_QEMU: &CStr = c"^(JOB_STATUS_CHANGE|DUMP_COMPLETED)$";
 /// Who is told.
 pub type Listener = Arc<dyn Fn(Heard) + Send + Sync>;
 
-/// Makes libvirt able to tell anything. Before any connection is opened.
+/// Makes libvirt able to tell anything on connections that are opened from now on. Each call on one of those wakes the loop's thread
+/// too, so connections that starts wait for are opened before.
 ///
 /// # Errors
-/// libvirt's own.
-pub fn prepare_loop() -> Result<(), Error> {
-    event::event_register_default_impl()
+/// libvirt's own, or there is no thread to be had.
+pub fn start_loop() -> Result<(), String> {
+    event::event_register_default_impl().map_err(|error| error.message().to_owned())?;
+    let thread = std::thread::Builder::new().name("events".to_owned());
+    thread
+        .spawn(run_loop)
+        .map(drop)
+        .map_err(|error| error.to_string())
 }
 
-/// Waits for libvirt, for ever. For a thread of its own.
-pub fn run_loop() {
+/// Waits for libvirt, for ever.
+fn run_loop() {
     loop {
         if let Err(error) = event::event_run_default_impl() {
             tracing::error!("libvirt's events can't be waited for: {}", error.message());
