@@ -1,6 +1,6 @@
 //! What libvirt tells by itself of running VMs: devices that came, jobs that began and ended.
 //!
-//! libvirt calls back on the thread of [`run_loop`], which must not wait for anything: what is heard is handed on. `virt` has no
+//! libvirt calls back on the thread that [`start_loop`] begins, which must not wait for anything: what is heard is handed on. `virt` has no
 //! binding for this, so it is `virt::sys` here. That a block job or a backup begins is told by QEMU alone, through libvirt.
 
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_uint, c_void};
