@@ -69,7 +69,7 @@ pub struct Event {
 
 impl Event {
     /// The most bytes that any text of an event has in the log; what is longer is cut.
-    pub const MOST_TEXT: usize = 2048;
+    pub const MAX_TEXT: usize = 2048;
     /// The operation of a record with which the chain begins anew.
     pub(crate) const BREAK: &str = "audit-break";
 
@@ -135,7 +135,7 @@ impl Event {
 
 /// Names and reasons can come from a domain's XML: none may make a line too long to be read again.
 fn cut(text: &str) -> String {
-    let end = (0..=Event::MOST_TEXT.min(text.len()))
+    let end = (0..=Event::MAX_TEXT.min(text.len()))
         .rev()
         .find(|end| text.is_char_boundary(*end))
         .unwrap_or(0);

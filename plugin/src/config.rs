@@ -17,13 +17,13 @@ use thiserror::Error;
 
 use crate::host::tpm::Tcti;
 use crate::model::envelope::Envelope;
-use crate::recipients::Registry;
+use crate::recipients::Recipients;
 
 pub use log_filter::LogFilter;
 pub use policy::Policies;
 
 /// The most envelopes that a job may have in memory.
-const MOST_BATCH: u32 = 1000;
+const MAX_BATCH: u32 = 1000;
 
 /// The daemon's settings. Every key has a default.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -79,7 +79,7 @@ impl Default for Config {
             libvirt_uri: "qemu:///system".into(),
             hook_deadline: Duration::from_secs(10),
             provider_deadline: Duration::from_secs(5),
-            probe_interval: Registry::PROBE_INTERVAL,
+            probe_interval: Recipients::PROBE_INTERVAL,
             swtpm_dir: "/var/lib/libvirt/swtpm".into(),
             nvram_dir: "/var/lib/libvirt/qemu/nvram".into(),
             image_dirs: Vec::new(),
@@ -185,7 +185,7 @@ impl Config {
         if self.recipients.len() > Envelope::MAX_STANZAS || self.recipients.iter().any(String::is_empty) {
             return Err(ConfigError::Recipients { path: path.into() });
         }
-        if !(1..=MOST_BATCH).contains(&self.batch_size) {
+        if !(1..=MAX_BATCH).contains(&self.batch_size) {
             return Err(ConfigError::BatchSize { path: path.into() });
         }
         if self.provider_deadline > self.hook_deadline {
@@ -271,7 +271,7 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// No envelope at all, or more than should be in memory.
-    #[error("{}: batch_size must be 1 to {MOST_BATCH}", path.display())]
+    #[error("{}: batch_size must be 1 to {MAX_BATCH}", path.display())]
     BatchSize {
         /// The file.
         path: PathBuf,
@@ -381,7 +381,7 @@ fn expected(key: &str) -> String {
             Policies::KEYS.join(", "),
             Policies::VMS
         ),
-        "batch_size" => format!("a whole number from 1 to {MOST_BATCH}"),
+        "batch_size" => format!("a whole number from 1 to {MAX_BATCH}"),
         "tpm" => "device:/dev/tpmrm0, tabrmd, swtpm:host=HOST,port=PORT or mssim:host=HOST,port=PORT".into(),
         "log" => "one of error, warn, info, debug, trace, perhaps by module: info,virtseal=debug".into(),
         "socket_group" => "the name of a group".into(),

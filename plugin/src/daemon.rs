@@ -9,7 +9,6 @@ mod cache;
 mod copies;
 mod damaged;
 mod deletion;
-mod doubts;
 mod first_runs;
 mod forget;
 pub mod glance;
@@ -27,6 +26,7 @@ mod records;
 mod rivals;
 mod running;
 mod saved;
+mod settings_warnings;
 mod sharing;
 mod shred;
 pub mod sockets;
@@ -56,10 +56,10 @@ use crate::host::permitted::PathRule;
 use crate::host::tpm::Tpm;
 use crate::model::envelope::{EnvelopeId, VmId};
 use crate::object::disk;
-use crate::recipients::Registry;
+use crate::recipients::Recipients;
 use crate::store::{CopyPlace, JobId, Keystore};
 use crate::vm::seal::{self, ConfirmedFormats, Host};
-use crate::vm::start::{self, Arms, Deadline, Memory, Opened, Prepared, Stage};
+use crate::vm::start::{self, ArmedSecrets, Deadline, Opened, OpenedHeaders, Prepared, StartContext};
 use bell::Bell;
 use first_runs::FirstRuns;
 use headers::Headers;
@@ -85,7 +85,7 @@ pub enum HookPolicy {
 pub struct Daemon {
     config: RwLock<Config>,
     keystore: Arc<Keystore>,
-    registry: Registry,
+    recipients: Recipients,
     libvirt: Arc<Libvirt>,
     /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
     background: Arc<Libvirt>,
@@ -96,8 +96,8 @@ pub struct Daemon {
     /// Of this host, for providers that it unlocks, and caches that it keeps.
     tpm: Arc<Tpm>,
     audit: AuditLog,
-    memory: Memory,
-    arms: Mutex<Arms>,
+    opened_headers: OpenedHeaders,
+    armed: Mutex<ArmedSecrets>,
     /// Held while a secret that other VMs may need too is defined or undefined.
     shared: Mutex<()>,
     /// How many calls there were.
@@ -138,11 +138,11 @@ impl Daemon {
     pub fn open(config: Config) -> Result<Self, Failure> {
         let dir = &config.state_dir;
         let keystore = Arc::new(Keystore::open(dir)?);
-        let registry = Registry::open(Arc::clone(&keystore), config.provider_deadline)
+        let recipients = Recipients::open(Arc::clone(&keystore), config.provider_deadline)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
-        registry.set_recipients(config.recipients.clone());
+        recipients.set_recipients(config.recipients.clone());
         let headers = Headers::interrupted(keystore.journaled_headers()?.sound);
-        registry.set_probe_interval(config.probe_interval);
+        recipients.set_probe_interval(config.probe_interval);
         let audit = Self::open_audit(&keystore, dir)?;
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
@@ -152,10 +152,10 @@ impl Daemon {
             tpm: Arc::new(Tpm::new(config.tpm.clone(), Tpm::DEADLINE)),
             config: RwLock::new(config),
             keystore,
-            registry,
+            recipients,
             audit,
-            memory: Memory::default(),
-            arms: Mutex::default(),
+            opened_headers: OpenedHeaders::default(),
+            armed: Mutex::default(),
             shared: Mutex::default(),
             sealing: Mutex::default(),
             making: Mutex::default(),
@@ -188,9 +188,9 @@ impl Daemon {
             ("tpm", config.tpm != new.tpm),
             ("log", config.log != new.log),
         ];
-        self.registry.set_deadline(new.provider_deadline);
-        self.registry.set_recipients(new.recipients.clone());
-        self.registry.set_probe_interval(new.probe_interval);
+        self.recipients.set_deadline(new.provider_deadline);
+        self.recipients.set_recipients(new.recipients.clone());
+        self.recipients.set_probe_interval(new.probe_interval);
         *config = Config {
             socket: config.socket.clone(),
             hook_socket: config.hook_socket.clone(),
@@ -297,10 +297,10 @@ impl Daemon {
         policy: HookPolicy,
         deadline: &Deadline,
     ) -> Result<usize, Failure> {
-        let stage = Stage {
+        let context = StartContext {
             keystore: &self.keystore,
-            registry: &self.registry,
-            memory: &self.memory,
+            recipients: &self.recipients,
+            opened_headers: &self.opened_headers,
             swtpm_dir: self.config().swtpm_dir,
             paths: self.rule_of_start(domain)?,
             policy: self.config().policy.of(domain),
@@ -311,7 +311,7 @@ impl Daemon {
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);
-        let Prepared { opened, first_run } = start::prepare(&stage, domain)?;
+        let Prepared { opened, first_run } = start::prepare(&context, domain)?;
         if opened.is_empty() && policy == HookPolicy::RequireSealed {
             return Err(nothing_sealed(domain));
         }
@@ -346,7 +346,7 @@ impl Daemon {
         let shareable = opened.iter().any(|object| object.shareable);
         let _shared = shareable.then(|| lock(&self.shared));
         let envelopes: Vec<_> = opened.iter().map(|object| object.envelope).collect();
-        lock(&self.arms).arm(domain.uuid, envelopes.iter().copied());
+        lock(&self.armed).arm(domain.uuid, envelopes.iter().copied());
         self.arms_bell.ring();
         let secrets: Vec<_> = opened.into_iter().map(|object| arming(domain, object)).collect();
         let armed = self
@@ -365,7 +365,7 @@ impl Daemon {
     /// Undefines what no other VM needs, also where `release end` came meanwhile: it may have found less than what
     /// there is now.
     fn take_back(&self, domain: &Domain, mut envelopes: Vec<EnvelopeId>) {
-        let mut arms = lock(&self.arms);
+        let mut arms = lock(&self.armed);
         let _ = arms.disarm(domain.uuid);
         envelopes.retain(|envelope| !arms.needs(*envelope));
         drop(arms);
@@ -399,10 +399,10 @@ impl Daemon {
     fn disarm(&self, vm: &str, name: &str) -> Result<(), Failure> {
         let vm = vm_id(vm)?;
         let _shared = lock(&self.shared);
-        let unused = lock(&self.arms).disarm(vm);
+        let unused = lock(&self.armed).disarm(vm);
         self.libvirt.disarm(&unused).map_err(|error| {
             // Remembered, so that `release end` or the next start tries again.
-            lock(&self.arms).arm(vm, unused.iter().copied());
+            lock(&self.armed).arm(vm, unused.iter().copied());
             tracing::error!(domain = name, op = "disarm", "{}", chain(&error));
             Failure::new(Code::Unreachable, chain(&error))
         })
@@ -415,7 +415,7 @@ impl Daemon {
         let armed = self.libvirt.armed()?;
         let _shared = lock(&self.shared);
         // Held until they are gone: a start that needs one of them again defines it after that.
-        let arms = lock(&self.arms);
+        let arms = lock(&self.armed);
         let left: Vec<EnvelopeId> = armed
             .into_iter()
             .filter(|envelope| match self.keystore.envelope(*envelope) {
@@ -458,7 +458,7 @@ impl Daemon {
 
     /// Locks every provider: no key is left in memory.
     pub fn lock_all(&self) {
-        self.registry.lock_all();
+        self.recipients.lock_all();
     }
 
     /// Brings what was changed last to where a copy of the files finds it: threads that go on keep all of this open.
@@ -560,7 +560,7 @@ impl Daemon {
         let config = self.config();
         Host {
             keystore: &self.keystore,
-            registry: &self.registry,
+            recipients: &self.recipients,
             paths: PathRule::of(&config),
             swtpm_dir: config.swtpm_dir,
             nvram_dir: config.nvram_dir,

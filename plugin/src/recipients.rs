@@ -25,11 +25,11 @@ use watch::{Pace, Watches};
 pub use advice::{Absent, NextCommand, SealError, UnknownProvider};
 pub use kind::{Provider, UnusableProvider};
 pub use opening::{Attempt, OpenError, Refusal};
-pub use rewrapping::{Blocked, Rewrap, Rewrapped, Slot};
+pub use rewrapping::{Blocked, Rewrap, RewrapTarget, Rewrapped};
 pub use watch::Report;
 
 /// All providers of this host.
-pub struct Registry {
+pub struct Recipients {
     keystore: Arc<Keystore>,
     known: RwLock<Known>,
     /// For one call of a provider.
@@ -45,7 +45,7 @@ struct Known {
     default: Option<ProviderId>,
 }
 
-impl Registry {
+impl Recipients {
     /// How often a provider is probed unless told otherwise.
     pub const PROBE_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -193,7 +193,7 @@ impl Registry {
     /// The DEK of one envelope.
     ///
     /// # Errors
-    /// As [`Registry::open_all`].
+    /// As [`Recipients::open_all`].
     pub fn open_envelope(&self, envelope: &Envelope) -> Result<Dek, OpenError> {
         let mut deks = self.open_all(&[envelope])?;
         Ok(deks.pop().expect("one envelope yields one DEK"))

@@ -21,7 +21,7 @@ pub const NVRAM: &str = "/var/lib/libvirt/qemu/nvram";
 /// Where virtseald keeps its state.
 pub const STATE: &str = "/var/lib/virtseal";
 /// No command has as many steps.
-pub const MOST_STEPS: usize = 250;
+pub const MAX_STEPS: usize = 250;
 /// The least that a command with an effect has: fewer, and the tracer is blind.
 pub const LEAST_STEPS: usize = 3;
 const END_DEADLINE: Duration = Duration::from_secs(20);
@@ -117,7 +117,7 @@ impl Rig {
         command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
         mut after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
     ) -> Result<Vec<Step>> {
-        for nth in 1..MOST_STEPS {
+        for nth in 1..MAX_STEPS {
             let arguments = command(self, nth)?;
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
             let (output, trace) = self.killed(nth, kill_at, |sealed| sealed.virtseal(&arguments))?;
@@ -137,7 +137,7 @@ impl Rig {
             self.sealed.start_daemon().with_context(what)?;
             after(self, nth, &arguments).with_context(what)?;
         }
-        bail!("the command does not get through in {MOST_STEPS} steps")
+        bail!("the command does not get through in {MAX_STEPS} steps")
     }
 
     /// The envelopes that are about `vm`.

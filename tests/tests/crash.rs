@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::libc::O_NONBLOCK;
 use nix::sys::signal::Signal;
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, LEAST_STEPS, MOST_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
+use virtseal_e2e::rig::{IMAGES, LEAST_STEPS, MAX_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
 use virtseal_e2e::{
     DomainSpec, DomainState, Tracer, built_program, expect_durable, expect_order, wait_until,
 };
@@ -168,7 +168,7 @@ fn start_can_go_on_whenever_virtseald_is_killed() -> Result<()> {
     let spec = DomainSpec { tpm: true, ..spec(1) };
     rig.sealed.seal_empty(&spec)?;
     let (mut ran, mut refused) = (0, 0);
-    for nth in 1..MOST_STEPS {
+    for nth in 1..MAX_STEPS {
         let (started, trace) = rig.kill_at(nth, |sealed| {
             sealed.host().virsh(&["start", "--paused", &spec.name])
         })?;
@@ -218,7 +218,7 @@ fn start_can_go_on_whenever_virtseald_is_killed() -> Result<()> {
         rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])
             .with_context(what)?;
     }
-    bail!("the start does not get through in {MOST_STEPS} steps")
+    bail!("the start does not get through in {MAX_STEPS} steps")
 }
 
 #[test]
@@ -396,7 +396,7 @@ fn first_start_can_be_killed_at_every_step() -> Result<()> {
     let mut rig = Rig::start()?;
     let daemon = built_program("virtseald")?;
     let daemon = daemon.to_str().context("a UTF-8 path")?;
-    for nth in 1..MOST_STEPS {
+    for nth in 1..MAX_STEPS {
         rig.sealed.stop_daemon(Signal::SIGKILL)?;
         fs::remove_dir_all(rig.host().path(STATE))?;
         // Held before its first step, so that the tracer sees them all.
@@ -443,7 +443,7 @@ fn first_start_can_be_killed_at_every_step() -> Result<()> {
             return Ok(());
         }
     }
-    bail!("the daemon does not start in {MOST_STEPS} steps")
+    bail!("the daemon does not start in {MAX_STEPS} steps")
 }
 
 fn spec(nth: usize) -> DomainSpec {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, MOST_STEPS, NVRAM, Rig, STATE};
+use virtseal_e2e::rig::{IMAGES, MAX_STEPS, NVRAM, Rig, STATE};
 use virtseal_e2e::{Tracer, expect_names};
 
 const SWTPM: &str = "/var/lib/libvirt/swtpm";
@@ -193,7 +193,7 @@ fn an_unused_provider_can_be_brought_back() -> Result<()> {
 #[test]
 fn what_is_forgotten_is_kept_before_it_is_dropped() -> Result<()> {
     let mut rig = Rig::start()?;
-    for nth in 1..MOST_STEPS {
+    for nth in 1..MAX_STEPS {
         let vm = Uuid::from_u128(0x4000 + nth as u128);
         let (name, path) = (vm.to_string(), format!("{IMAGES}/left{nth}.qcow2"));
         rig.sealed
@@ -236,5 +236,5 @@ fn what_is_forgotten_is_kept_before_it_is_dropped() -> Result<()> {
         );
         return Ok(());
     }
-    anyhow::bail!("it does not get through in {MOST_STEPS} steps")
+    anyhow::bail!("it does not get through in {MAX_STEPS} steps")
 }

@@ -13,7 +13,7 @@ use virtseal_e2e::{DomainSpec, SealedHost, Tracer, expect_names, kept_envelopes,
 const INDEX: &str = "hook.index";
 const END: Duration = Duration::from_secs(20);
 /// No command here writes it as often.
-const MOST_KILLS: usize = 60;
+const MAX_KILLS: usize = 60;
 
 /// What the file says, or the keystore would have it say.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -74,7 +74,7 @@ fn at_each_write(
     prepare: impl Fn(&Rig, usize) -> Result<Vec<String>>,
     after: impl Fn(&Rig, &[&str]) -> Result<()>,
 ) -> Result<()> {
-    for nth in 1..MOST_KILLS {
+    for nth in 1..MAX_KILLS {
         let command = prepare(rig, nth)?;
         let command: Vec<_> = command.iter().map(String::as_str).collect();
         let tracer = Tracer::kill_at_file(rig.sealed.daemon()?.outside_pid()?, nth, INDEX)?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, MOST_STEPS, Rig, STATE};
+use virtseal_e2e::rig::{IMAGES, MAX_STEPS, Rig, STATE};
 use virtseal_e2e::{Tracer, expect_names};
 
 const END: Duration = Duration::from_secs(20);
@@ -16,7 +16,7 @@ fn a_failing_volume_create_that_is_killed_leaves_nothing_that_the_next_one_can_n
 -> Result<()> {
     let mut rig = Rig::start()?;
     let mut kills_with_envelope = [0, 0];
-    for nth in 1..MOST_STEPS {
+    for nth in 1..MAX_STEPS {
         let vm = Uuid::from_u128(0x6000 + nth as u128);
         // Its directory is missing: that is found when the envelope is there.
         let (dir, name) = (format!("{IMAGES}/missing{nth}"), vm.to_string());
@@ -66,7 +66,7 @@ fn a_failing_volume_create_that_is_killed_leaves_nothing_that_the_next_one_can_n
         }
         .context(what)?;
     }
-    bail!("it does not get through in {MOST_STEPS} steps")
+    bail!("it does not get through in {MAX_STEPS} steps")
 }
 
 /// The envelope of a try that nobody knows the end of is in a file before it goes.

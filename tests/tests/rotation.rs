@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Where a root key is for a moment.
 const ROOT: &str = "/run/root.json";
 /// No move of one envelope has as many steps.
-const MOST_STEPS: usize = 120;
+const MAX_STEPS: usize = 120;
 
 /// A host with the native providers `main` and `spare`, and what opens each.
 struct Rig {
@@ -243,7 +243,7 @@ fn a_second_recipient_opens_what_the_first_can_not() -> Result<()> {
     let mut rig = Rig::start()?;
     rig.sealed.seal_new("web01")?;
     let status = rig.sealed.run(&["vm", "status"])?;
-    expect_names(&status, &["1 VM hangs on provider 'main' alone: web01"])?;
+    expect_names(&status, &["1 VM depends on provider 'main' alone: web01"])?;
     let added = rig
         .sealed
         .virtseal(&["provider", "recipients", "add", "spare", "--watch"])?;
@@ -476,7 +476,7 @@ fn a_move_can_be_killed_at_every_step() -> Result<()> {
     let mut rig = Rig::start()?;
     let image = rig.volume("stepped", 0x2000)?;
     let before = rig.deks()?;
-    for nth in 1..MOST_STEPS {
+    for nth in 1..MAX_STEPS {
         let (from, to) = if nth % 2 == 1 {
             ("main", "spare")
         } else {
@@ -538,7 +538,7 @@ fn a_move_can_be_killed_at_every_step() -> Result<()> {
         ensure!(rig.deks()? == before, "{}", what());
         rig.expect_objects_open().with_context(what)?;
     }
-    bail!("the move does not get through in {MOST_STEPS} steps")
+    bail!("the move does not get through in {MAX_STEPS} steps")
 }
 
 fn id_of(sealed: &SealedHost, provider: &str) -> Result<String> {

@@ -32,7 +32,7 @@ pub struct VmView {
     /// Its UUID.
     pub uuid: String,
     /// The provider without which one of its objects does not open.
-    pub hangs_on: Option<String>,
+    pub depends_on: Option<String>,
     /// running, off, or undefined (known to virtseal only).
     pub power: String,
     /// sealed, plain, mixed, undefined, or what is wrong.

@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use super::chain::MOST_LINE;
+use super::chain::MAX_LINE;
 
 /// How much is read at a time, going back.
 const BLOCK: usize = 64 * 1024;
@@ -121,7 +121,7 @@ pub(super) fn last_lines(
 /// A line as text; what no record can be long enough for is cut.
 fn shown(line: &[u8], max_bytes: usize) -> String {
     // As JSON in JSON no byte of it becomes more than six.
-    let line = &line[..line.len().min(MOST_LINE)];
+    let line = &line[..line.len().min(MAX_LINE)];
     let line = String::from_utf8_lossy(line).into_owned();
     if in_a_reply(&line) <= max_bytes {
         return line;
@@ -156,7 +156,7 @@ fn each_line_before(file: &File, end: u64, mut visit: impl FnMut(&[u8], u64) -> 
         let mut block = vec![0; length];
         file.read_exact_at(&mut block, at)?;
         block.extend_from_slice(&rest);
-        block.truncate(length + 2 * MOST_LINE);
+        block.truncate(length + 2 * MAX_LINE);
         while let Some(newline) = block.iter().rposition(|byte| *byte == b'\n') {
             if is_whole && !visit(&block[newline + 1..], at + newline as u64 + 1) {
                 return Ok(true);
@@ -243,7 +243,7 @@ mod tests {
         .unwrap();
         let lines = last_lines(&path, None, 10, usize::MAX).unwrap().lines;
         assert_eq!(lines.len(), 3);
-        assert!(lines[1].len() <= MOST_LINE, "{}", lines[1].len());
+        assert!(lines[1].len() <= MAX_LINE, "{}", lines[1].len());
         assert_eq!((lines[0].as_str(), lines[2].as_str()), ("a", "b"));
     }
 

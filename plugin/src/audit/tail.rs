@@ -16,11 +16,11 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::AuditError;
-use super::chain::{Head, MOST_LINE};
+use super::chain::{Head, MAX_LINE};
 use super::segments::{self, sync_directory};
 
 /// How far back the last record is looked for; many times more than one batch.
-const WINDOW: u64 = 16 * MOST_LINE as u64;
+const WINDOW: u64 = 16 * MAX_LINE as u64;
 
 /// An open log, and where to go on.
 pub(super) struct End {

@@ -124,7 +124,7 @@ fn endless_line_is_an_error_and_not_an_allocation() {
     let dir = tempfile::tempdir().unwrap();
     let path = log_of(&dir, 1);
     let mut bytes = fs::read(&path).unwrap();
-    bytes.resize(bytes.len() + 3 * chain::MOST_LINE, b'x');
+    bytes.resize(bytes.len() + 3 * chain::MAX_LINE, b'x');
     fs::write(&path, bytes).unwrap();
     assert_eq!(broken_line(&path), 2);
 }
@@ -134,7 +134,7 @@ fn longest_event_fits_a_line() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(AuditLog::FILE);
     let log = AuditLog::open(&path).unwrap();
-    let text = "\u{1}ü".repeat(Event::MOST_TEXT);
+    let text = "\u{1}ü".repeat(Event::MAX_TEXT);
     let event = Event::new(&text, Outcome::Refused)
         .vm(VmId::random(), &text)
         .object(&text);

@@ -17,10 +17,10 @@ use super::{AuditError, Event, Outcome};
 use crate::failure::chain;
 
 /// How many records may wait; some tens of megabytes.
-const MOST_WAITING: usize = 16 * 1024;
+const MAX_WAITING: usize = 16 * 1024;
 
 /// How many records go into one write.
-const MOST_IN_BATCH: usize = 256;
+const MAX_IN_BATCH: usize = 256;
 
 /// How long a failed write rests when nobody asks for it.
 const RETRY: Duration = Duration::from_secs(1);
@@ -54,7 +54,7 @@ impl Queue {
 
     pub(super) fn push(&self, event: Event) -> Result<(), AuditError> {
         let mut state = self.state();
-        if state.waiting.len() >= MOST_WAITING {
+        if state.waiting.len() >= MAX_WAITING {
             return Err(AuditError::Backlog(state.waiting.len()));
         }
         // Under the lock, so that times rise with the numbers.
@@ -140,7 +140,7 @@ impl Queue {
             };
         }
         state.wanted = false;
-        let batch: Vec<_> = state.waiting.iter().take(MOST_IN_BATCH).cloned().collect();
+        let batch: Vec<_> = state.waiting.iter().take(MAX_IN_BATCH).cloned().collect();
         (!batch.is_empty()).then_some(batch)
     }
 
@@ -354,12 +354,9 @@ mod tests {
     fn backlog_is_bounded_and_says_so() {
         let queue = Queue::default();
         let event = Event::new("prepare", Outcome::Ok);
-        for _ in 0..MOST_WAITING {
+        for _ in 0..MAX_WAITING {
             queue.push(event.clone()).unwrap();
         }
-        assert!(matches!(
-            queue.push(event),
-            Err(AuditError::Backlog(MOST_WAITING))
-        ));
+        assert!(matches!(queue.push(event), Err(AuditError::Backlog(MAX_WAITING))));
     }
 }

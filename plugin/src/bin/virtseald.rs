@@ -136,13 +136,13 @@ fn load(args: &Args) -> Result<Config, ConfigError> {
 fn start_log(filter: &LogFilter) -> anyhow::Result<()> {
     let filter =
         EnvFilter::try_new(filter.to_string()).with_context(|| format!("log: '{filter}' is no filter"))?;
-    let registry = tracing_subscriber::registry().with(filter);
+    let recipients = tracing_subscriber::registry().with(filter);
     if std::env::var_os("JOURNAL_STREAM").is_some()
         && let Ok(journal) = tracing_journald::layer()
     {
-        registry.with(journal).init();
+        recipients.with(journal).init();
     } else {
-        registry
+        recipients
             .with(
                 tracing_subscriber::fmt::layer()
                     .with_writer(io::stderr)
@@ -307,7 +307,7 @@ fn reload(daemon: &Arc<Daemon>, args: &Args) {
 
 /// What the settings name and this host does not have may come later: no reason not to start.
 fn warn_of_settings(daemon: &Daemon) {
-    for doubt in daemon.doubts() {
+    for doubt in daemon.warnings() {
         tracing::warn!("{doubt}");
     }
 }

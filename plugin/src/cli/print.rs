@@ -357,7 +357,7 @@ impl Printer {
 fn hanging(vms: &[VmView]) -> Vec<String> {
     let mut by_provider: std::collections::BTreeMap<&str, Vec<&str>> = std::collections::BTreeMap::new();
     for vm in vms {
-        if let Some(provider) = &vm.hangs_on {
+        if let Some(provider) = &vm.depends_on {
             by_provider.entry(provider).or_default().push(&vm.name);
         }
     }
@@ -366,9 +366,9 @@ fn hanging(vms: &[VmView]) -> Vec<String> {
         format!(
             "{} on provider '{provider}' alone: {}{more}",
             if names.len() == 1 {
-                "1 VM hangs".to_owned()
+                "1 VM depends".to_owned()
             } else {
-                format!("{} VMs hang", names.len())
+                format!("{} VMs depend", names.len())
             },
             names[..names.len().min(8)].join(", ")
         )

@@ -153,7 +153,7 @@ impl Daemon {
     fn adopt_with_mac(&self, copy: &VisibleCopy, location: &str) -> Result<(), Failure> {
         let record = self.keystore.readable_envelope(copy.envelope.id)?;
         let first = record.as_ref().map_or(&copy.envelope, |record| &record.envelope);
-        let dek = self.registry.open_envelope(first)?;
+        let dek = self.recipients.open_envelope(first)?;
         let kept_at = record
             .as_ref()
             .map_or(location, |record| record.location.as_str());
@@ -167,7 +167,7 @@ impl Daemon {
         copies: &[VisibleCopy],
         location: &str,
     ) -> Result<Verified, Failure> {
-        let dek = self.registry.open_envelope(&copy.envelope)?;
+        let dek = self.recipients.open_envelope(&copy.envelope)?;
         refuse_where_format_2_is_known(copies, &dek)?;
         self.open_its_object(&copy.envelope, location, &dek)?;
         let made = copy

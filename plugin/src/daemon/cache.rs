@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use super::Daemon;
-use super::host_tpm::doubts_of_pcrs;
+use super::host_tpm::warnings_of_pcrs;
 use crate::api::{PersistRequest, PersistView, Providers};
 use crate::failure::{Code, Failure, chain};
 use crate::host::local_time::rfc3339;
@@ -32,7 +32,7 @@ impl Daemon {
         set?;
         let mut view = self.view_of(name)?;
         if persist.is_some() {
-            view.warnings.extend(self.doubts_of_cache(name)?);
+            view.warnings.extend(self.warnings_of_cache(name)?);
         }
         Ok(Providers {
             providers: vec![view],
@@ -43,7 +43,7 @@ impl Daemon {
         let policy: CachePolicy = policy
             .parse()
             .map_err(|error| Failure::new(Code::Usage, chain(&error)))?;
-        let known = self.registry.find(name)?;
+        let known = self.recipients.find(name)?;
         let Provider::Kmip(kmip) = &known else {
             return match NothingToCache::of_kind(known.kind()) {
                 Some(why) => Err(Failure::new(Code::Usage, format!("provider '{name}': {why}"))),
@@ -62,14 +62,14 @@ impl Daemon {
     }
 
     /// Why what the cache of `name` keeps on disk is bound to less than it seems.
-    fn doubts_of_cache(&self, name: &str) -> Result<Vec<String>, Failure> {
-        let known = self.registry.find(name)?;
+    fn warnings_of_cache(&self, name: &str) -> Result<Vec<String>, Failure> {
+        let known = self.recipients.find(name)?;
         let persistence = known.cache().and_then(KekCache::persistence);
         let Some((pcrs, unmeasured)) = persistence.and_then(|kept| Some((kept.pcrs?, kept.unmeasured)))
         else {
             return Ok(Vec::new());
         };
-        Ok(doubts_of_pcrs(
+        Ok(warnings_of_pcrs(
             &pcrs,
             unmeasured.as_ref(),
             &SecureBoot::of_host(Path::new("/")),
@@ -115,7 +115,7 @@ impl Daemon {
 
     /// Has the TPM open what caches keep on disk. Start-up waits for none of it.
     pub fn load_caches(&self) {
-        for known in self.registry.providers() {
+        for known in self.recipients.providers() {
             self.load_in_background(&known);
         }
     }

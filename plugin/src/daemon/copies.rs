@@ -202,7 +202,7 @@ impl Daemon {
                 found.generation
             ))
         };
-        let dek = match self.registry.open_envelope(&record.envelope) {
+        let dek = match self.recipients.open_envelope(&record.envelope) {
             Ok(dek) => dek,
             Err(error) => return undecided(error.reasons()),
         };
@@ -275,7 +275,7 @@ impl Daemon {
             return stays("its VM is starting");
         };
         // Held by a start until it is armed, armed until QEMU runs, locked by QEMU from then on.
-        if lock(&self.arms).needs(id) {
+        if lock(&self.armed).needs(id) {
             return stays("its VM is starting");
         }
         let (mut found, mut missing) = (false, None);

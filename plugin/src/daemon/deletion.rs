@@ -68,11 +68,11 @@ impl Daemon {
     }
 
     fn delete(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Failure> {
-        let known = self.registry.find(name)?;
+        let known = self.recipients.find(name)?;
         let (id, name) = (known.provider().id(), known.provider().name().to_owned());
-        let others = self.registry.providers().len() - 1;
+        let others = self.recipients.providers().len() - 1;
         let default = self
-            .registry
+            .recipients
             .default_provider()
             .map(|known| known.provider().id());
         if default == Some(id) && others > 0 {
@@ -126,7 +126,7 @@ impl Daemon {
             ));
         }
         // In this order: where it can't be deleted it goes on working.
-        self.registry.delete(id)?;
+        self.recipients.delete(id)?;
         known.provider().lock();
         crate::host::process::trim();
         if !uses.objects.is_empty() {
@@ -185,7 +185,9 @@ impl Daemon {
 
     fn is_recipient(&self, id: ProviderId) -> bool {
         let recipients = self.config().recipients;
-        let named = recipients.iter().filter_map(|name| self.registry.find(name).ok());
+        let named = recipients
+            .iter()
+            .filter_map(|name| self.recipients.find(name).ok());
         named.into_iter().any(|known| known.provider().id() == id)
     }
 
@@ -324,14 +326,14 @@ impl Daemon {
     /// The default provider, which is never the one that goes; else one that wraps now.
     fn where_to_move(&self, from: ProviderId) -> String {
         let others = self
-            .registry
+            .recipients
             .providers()
             .into_iter()
-            .chain(self.registry.default_provider());
+            .chain(self.recipients.default_provider());
         let others: Vec<_> = others.filter(|known| known.provider().id() != from).collect();
         let ready = others
             .iter()
-            .rfind(|known| self.registry.cannot_wrap(known.provider().id()).is_none());
+            .rfind(|known| self.recipients.cannot_wrap(known.provider().id()).is_none());
         let chosen = ready.or(others.last());
         chosen.map_or_else(|| "OTHER".to_owned(), |known| known.provider().name().to_owned())
     }

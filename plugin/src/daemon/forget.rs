@@ -228,7 +228,7 @@ impl Daemon {
             Some(found) if found == record.envelope => Whereabouts::Carries(Copy::Same),
             Some(found) if found.id == record.envelope.id => {
                 let generation = found.generation;
-                let dek = self.registry.open_envelope(&found).ok();
+                let dek = self.recipients.open_envelope(&found).ok();
                 Whereabouts::Carries(match dek.and_then(|dek| found.verify(&dek).ok()) {
                     Some(_) => Copy::Opens(generation),
                     None => Copy::Closed(generation),
@@ -256,7 +256,7 @@ impl Daemon {
             // Who wrote the file is not known: what its provider has wrapped for this very object is.
             let not_adopted = |failure: Failure| failure.of(format!("{name} is not adopted"));
             let dek = self
-                .registry
+                .recipients
                 .open_envelope(&record.envelope)
                 .map_err(|error| not_adopted(error.into()))?;
             record.verify(&dek).map_err(|error| {

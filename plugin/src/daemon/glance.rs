@@ -240,7 +240,7 @@ mod tests {
 
     fn vm(name: &str, uuid: u128) -> VmView {
         let text = format!(
-            r#"{{"name":"{name}","uuid":"{}","power":"off","state":"sealed","hangs_on":null,"objects":[],"warnings":[]}}"#,
+            r#"{{"name":"{name}","uuid":"{}","power":"off","state":"sealed","depends_on":null,"objects":[],"warnings":[]}}"#,
             uuid::Uuid::from_u128(uuid)
         );
         serde_json::from_str(&text).unwrap()

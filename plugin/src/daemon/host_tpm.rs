@@ -64,7 +64,7 @@ impl Daemon {
         let enrollment =
             enrollment(&native)?.ok_or_else(|| tpm_failure(&native, &NativeError::NotEnrolled))?;
         Ok(TpmEnrolled {
-            warnings: doubts(&enrollment, &SecureBoot::of_host(Path::new("/"))),
+            warnings: warnings(&enrollment, &SecureBoot::of_host(Path::new("/"))),
             tpm: view(&enrollment),
         })
     }
@@ -93,7 +93,7 @@ impl Daemon {
     /// The providers that the TPM is to unlock now that the daemon starts.
     #[must_use]
     pub fn to_unlock_by_tpm(&self) -> Vec<TpmUnlock> {
-        self.registry
+        self.recipients
             .providers()
             .into_iter()
             .filter_map(|known| match known {
@@ -172,7 +172,7 @@ impl Daemon {
 
     /// What unlocks a provider here: `passphrase`, `TPM (PCR 7, since 2026-11-22)`, `systemd credential`. Only what is told
     /// without asking anybody.
-    pub(super) fn ways_in(&self, known: &Provider) -> Vec<String> {
+    pub(super) fn openable_by(&self, known: &Provider) -> Vec<String> {
         let mut ways = Vec::new();
         if let Provider::Native(native) = known {
             ways.push("passphrase".to_owned());
@@ -187,7 +187,7 @@ impl Daemon {
     }
 
     fn native_for_tpm(&self, name: &str) -> Result<Arc<NativeProvider>, Failure> {
-        match self.registry.find(name)? {
+        match self.recipients.find(name)? {
             Provider::Native(native) => Ok(native),
             other => Err(Failure::new(
                 Code::Usage,
@@ -261,44 +261,44 @@ fn way_in(enrollment: &TpmEnrollment) -> String {
 }
 
 /// Why an enrolment is worth less than it seems.
-fn doubts(enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<String> {
+fn warnings(enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<String> {
     let Some(pcrs) = &enrollment.pcrs else {
         return Vec::new();
     };
-    let mut doubts = doubts_of_pcrs(
+    let mut warnings = warnings_of_pcrs(
         pcrs,
         enrollment.unmeasured.as_ref(),
         secure_boot,
         "it takes the passphrase, and another enrolment",
     );
-    if !doubts.is_empty() && !enrollment.needs_pin {
-        doubts.push("--pin makes the TPM ask for a PIN too, whatever has booted".to_owned());
+    if !warnings.is_empty() && !enrollment.needs_pin {
+        warnings.push("--pin makes the TPM ask for a PIN too, whatever has booted".to_owned());
     }
-    doubts
+    warnings
 }
 
 /// The same of anything that is bound to `pcrs`; `after_update` is what a changed one costs.
-pub(super) fn doubts_of_pcrs(
+pub(super) fn warnings_of_pcrs(
     pcrs: &PcrList,
     unmeasured: Option<&PcrList>,
     secure_boot: &SecureBoot,
     after_update: &str,
 ) -> Vec<String> {
-    let mut doubts = Vec::new();
+    let mut warnings = Vec::new();
     if pcrs.has_secure_boot() {
-        doubts.extend(secure_boot.doubt());
+        warnings.extend(secure_boot.doubt());
     }
     if let Some(unmeasured) = unmeasured {
-        doubts.push(format!(
+        warnings.push(format!(
             "nothing was measured into PCR {unmeasured} since this host has booted: it is the same whatever boots"
         ));
     }
     if let Some(changing) = pcrs.changed_by_updates() {
-        doubts.push(format!(
+        warnings.push(format!(
             "PCR {changing} changes with updates of the boot loader, the kernel or the initrd: each time {after_update}"
         ));
     }
-    doubts
+    warnings
 }
 
 fn enrollment(native: &NativeProvider) -> Result<Option<TpmEnrollment>, Failure> {

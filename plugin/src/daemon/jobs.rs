@@ -47,7 +47,7 @@ impl Daemon {
         let mut patience = PATIENCE.start;
         loop {
             let config = self.config();
-            let stepped = sweep::step(&self.keystore, &self.registry, config.batch_size);
+            let stepped = sweep::step(&self.keystore, &self.recipients, config.batch_size);
             self.note_stalled(stepped.as_ref().err());
             let pause = match stepped {
                 Ok(Some(Step::Worked(_))) => {
@@ -109,12 +109,12 @@ impl Daemon {
     /// makes new KEKs during the job that follows.
     pub fn rotate_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<JobStarted, Failure> {
         let _sealing = lock(&self.sealing);
-        let known = self.registry.find(name)?;
+        let known = self.recipients.find(name)?;
         // Before anything changes.
         self.refuse_second_job()?;
         let mut tpm_lags = None;
         if let Provider::Native(native) = &known {
-            self.refuse_to_fork(native)?;
+            self.check_root_key_complete(native)?;
             let mut fds = fds.into_iter();
             let passphrase = passphrase_from(fds.next().ok_or_else(wrong_fds)?)?;
             let pin = fds.next().map(pin_from).transpose()?;
@@ -144,7 +144,7 @@ impl Daemon {
     }
 
     /// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
-    fn refuse_to_fork(&self, native: &NativeProvider) -> Result<(), Failure> {
+    fn check_root_key_complete(&self, native: &NativeProvider) -> Result<(), Failure> {
         let name = native.name();
         // A row that tells nothing may have what a later root key has made.
         let records = self.keystore.envelopes()?.claims()?;
@@ -186,7 +186,7 @@ impl Daemon {
     fn start(&self, task: &Task) -> Result<JobStarted, Failure> {
         self.refuse_second_job()?;
         let mut rivals = Vec::new();
-        let unseen = self.take_in_travelling().map(|travelling| {
+        let unseen = self.adopt_foreign_envelopes().map(|travelling| {
             if !task.decides_conflicts() {
                 rivals = travelling.rivals;
             }
@@ -206,7 +206,7 @@ impl Daemon {
         self.audit_command("job-start", &words, &inserted);
         let job = inserted?;
         self.jobs_bell.ring();
-        let mut warnings = self.warnings(task);
+        let mut warnings = self.warnings_of_task(task);
         let damaged = self.damaged_records().into_iter();
         warnings.extend(damaged.map(|damaged| format!("left out: {damaged}")));
         match unseen {
@@ -261,7 +261,7 @@ impl Daemon {
         let vm = request.vm.as_deref().map(|vm| self.vm_id(vm)).transpose()?;
         match request.kind.as_str() {
             "rekey" => {
-                let policy = self.registry.policy()?;
+                let policy = self.recipients.policy()?;
                 let to = policy.iter().map(|known| known.provider().id()).collect();
                 Ok(Task::Rekey { to, vm })
             }
@@ -290,7 +290,7 @@ impl Daemon {
 
     /// A provider of this host, or one that was deleted here.
     fn provider_id(&self, name: &str) -> Result<ProviderId, Failure> {
-        match self.registry.find(name) {
+        match self.recipients.find(name) {
             Ok(known) => Ok(known.provider().id()),
             Err(unknown) => {
                 let deleted = self.keystore.deleted_providers()?.sound;
@@ -304,7 +304,7 @@ impl Daemon {
 
     /// A provider's name, also after it was deleted.
     pub(super) fn name_of(&self, id: ProviderId) -> String {
-        if let Some(known) = self.registry.by_id(id) {
+        if let Some(known) = self.recipients.by_id(id) {
             return known.provider().name().to_owned();
         }
         let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
@@ -313,8 +313,8 @@ impl Daemon {
     }
 
     /// New envelopes do not ask what a job did to the others.
-    fn warnings(&self, task: &Task) -> Vec<String> {
-        let Ok(policy) = self.registry.policy() else {
+    fn warnings_of_task(&self, task: &Task) -> Vec<String> {
+        let Ok(policy) = self.recipients.policy() else {
             return Vec::new();
         };
         let policy: Vec<_> = policy.iter().map(|known| known.provider().id()).collect();

@@ -28,7 +28,7 @@ impl Daemon {
     /// Disarms starts whose end is not told, for ever.
     pub fn watch_arms(self: &Arc<Self>) {
         loop {
-            let (overdue, next) = lock(&self.arms).overdue(self.config().hook_deadline);
+            let (overdue, next) = lock(&self.armed).overdue(self.config().hook_deadline);
             let wait = if overdue.is_empty() { IDLE } else { AGAIN };
             for start in overdue {
                 self.look(start);
@@ -82,7 +82,7 @@ impl Daemon {
     fn disarm_overdue(&self, start: Overdue) -> Result<usize, crate::host::libvirt::LibvirtError> {
         let _shared = lock(&self.shared);
         // Held until they are gone: a start that needs one of them again defines it after that.
-        let mut arms = lock(&self.arms);
+        let mut arms = lock(&self.armed);
         let unused = arms.disarm_overdue(start);
         self.libvirt.disarm(&unused).inspect_err(|_| {
             arms.arm(start.vm, unused.iter().copied());

@@ -26,12 +26,12 @@ impl Daemon {
     pub fn providers(&self) -> Result<Providers, Failure> {
         let uses = self.provider_uses()?;
         let default = self
-            .registry
+            .recipients
             .default_provider()
             .map(|known| known.provider().id());
         let view = |known: &Provider| {
             let provider = known.provider();
-            let report = self.registry.report(known);
+            let report = self.recipients.report(known);
             let cache = known.cache();
             ProviderView {
                 name: provider.name().to_owned(),
@@ -39,7 +39,7 @@ impl Daemon {
                 kind: known.kind().to_owned(),
                 state: report.status.as_str().to_owned(),
                 reason: reason(report.status).or_else(|| why_locked(known)),
-                unlocked_by: self.ways_in(known),
+                unlocked_by: self.openable_by(known),
                 tpm: tpm_view(known),
                 since: rfc3339(report.since),
                 last_answer: report.last_answer.map(rfc3339),
@@ -51,7 +51,7 @@ impl Daemon {
                 envelopes: uses.get(&provider.id()).map_or(0, |count| *count as i64),
             }
         };
-        let mut providers: Vec<_> = self.registry.providers().iter().map(view).collect();
+        let mut providers: Vec<_> = self.recipients.providers().iter().map(view).collect();
         providers.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(Providers { providers })
     }
@@ -85,7 +85,7 @@ impl Daemon {
     fn add_native(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
         let [passphrase] = take(fds)?;
         let passphrase = passphrase_from(passphrase)?;
-        self.registry
+        self.recipients
             .add_native(&provider_name(name)?, &passphrase)
             .map(drop)
             .map_err(|error| native_failure(name, &error))
@@ -96,7 +96,7 @@ impl Daemon {
             Failure::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
                 .next("virtseal provider add transit --help")
         })?;
-        self.registry
+        self.recipients
             .add_transit(&provider_name(name)?, settings)
             .map(drop)
             .map_err(Failure::from)
@@ -109,7 +109,7 @@ impl Daemon {
                 .next("virtseal provider add pkcs11 --help")
         })?;
         let pin = passphrase_from(pin)?;
-        let added = self.registry.add_pkcs11(&provider_name(name)?, settings, &pin);
+        let added = self.recipients.add_pkcs11(&provider_name(name)?, settings, &pin);
         crate::host::process::trim();
         added.map(drop).map_err(|error| pkcs11_failure(name, &error))
     }
@@ -118,7 +118,7 @@ impl Daemon {
         let valid = provider_name(name)?;
         let settings = serde_json::from_str(settings)
             .map_err(|error| Failure::from_error(Code::Usage, "the settings can't be used", &error))?;
-        self.registry
+        self.recipients
             .add_kmip(&valid, settings)
             .map(drop)
             .map_err(|error| {
@@ -132,9 +132,9 @@ impl Daemon {
 
     /// Makes new envelopes go to `name`.
     pub fn set_default_provider(&self, name: &str) -> Result<(), Failure> {
-        let provider = self.registry.find(name)?;
+        let provider = self.recipients.find(name)?;
         let set = self
-            .registry
+            .recipients
             .set_default(&provider)
             .map(drop)
             .map_err(Failure::from);
@@ -144,10 +144,10 @@ impl Daemon {
 
     /// Purges the keys of `name` from memory, and those that its cache keeps on disk.
     pub fn lock_provider(&self, name: &str) -> Result<(), Failure> {
-        let provider = self.registry.find(name)?;
+        let provider = self.recipients.find(name)?;
         provider.provider().lock();
         // Notes the time.
-        let _ = self.registry.report(&provider);
+        let _ = self.recipients.report(&provider);
         crate::host::process::trim();
         let locked = self.check_disk_after_lock(&provider);
         self.audit_provider("provider-lock", name, &locked);
@@ -158,12 +158,12 @@ impl Daemon {
     pub fn unlock_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
         let [passphrase] = take(fds)?;
         let passphrase = passphrase_from(passphrase)?;
-        let provider = self.registry.find(name)?;
+        let provider = self.recipients.find(name)?;
         let unlocked = provider
             .provider()
             .unlock(&passphrase)
             .map_err(|error| refused(provider.provider(), &error));
-        let _ = self.registry.report(&provider);
+        let _ = self.recipients.report(&provider);
         crate::host::process::trim();
         self.audit_provider("provider-unlock", name, &unlocked);
         if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {
@@ -218,12 +218,12 @@ impl Daemon {
         let (Some(backup), Some(passphrase)) = (fds.next(), fds.next()) else {
             return Err(wrong_fds());
         };
-        let backup = SecretBytes::read_from(File::from(backup), NativeProvider::MOST_BACKUP_BYTES)
+        let backup = SecretBytes::read_from(File::from(backup), NativeProvider::MAX_BACKUP_BYTES)
             .map_err(|error| Failure::from_error(Code::Failed, "can't read the backup", &error))?;
         let passphrase = passphrase_from(passphrase)?;
         let of_backup = fds.next().map(passphrase_from).transpose()?;
         let restored = provider_name(name).and_then(|valid| {
-            self.registry
+            self.recipients
                 .restore_native(&valid, backup.expose(), of_backup.as_ref(), &passphrase)
                 .map_err(|error| native_failure(name, &error))
         });
@@ -234,7 +234,7 @@ impl Daemon {
     }
 
     fn native(&self, name: &str) -> Result<std::sync::Arc<NativeProvider>, Failure> {
-        match self.registry.find(name)? {
+        match self.recipients.find(name)? {
             Provider::Native(native) => Ok(native),
             Provider::Kmip(_) | Provider::Transit(_) => Err(Failure::new(
                 Code::Failed,

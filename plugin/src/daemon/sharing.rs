@@ -83,7 +83,7 @@ impl Daemon {
         vm: VmId,
         sharing: Sharing,
     ) -> Result<Verified, Failure> {
-        let dek = self.registry.open_envelope(&record.envelope)?;
+        let dek = self.recipients.open_envelope(&record.envelope)?;
         let unusable = |error| Failure::new(Code::Failed, format!("{}: {}", path.display(), chain(&error)));
         let own = record.verify(&dek).map_err(unusable)?;
         if sharing == Sharing::Without {

@@ -246,7 +246,7 @@ impl Daemon {
         let starting = || Failure::new(Code::Busy, format!("{} is starting", doomed.name));
         let taken: Option<Vec<_>> = doomed.ids().map(|id| self.headers.write(id)).collect();
         let taken = taken.ok_or_else(starting)?;
-        if doomed.ids().any(|id| lock(&self.arms).needs(id)) {
+        if doomed.ids().any(|id| lock(&self.armed).needs(id)) {
             return Err(starting());
         }
         // It may have started while this looked around.
@@ -321,7 +321,7 @@ impl Daemon {
             .collect();
         for ((provider, _), fate) in &fates {
             if *fate == KekFate::Destroy
-                && let Some(failure) = self.registry.cannot_destroy(*provider)
+                && let Some(failure) = self.recipients.cannot_destroy(*provider)
             {
                 return Err(failure.of(format!("{} stays", doomed.name)));
             }
@@ -346,7 +346,7 @@ impl Daemon {
     }
 
     fn kek_fate(&self, doomed: &Doomed, kek: &(ProviderId, String), others: &Keks) -> KekFate {
-        let provider = self.registry.by_id(kek.0);
+        let provider = self.recipients.by_id(kek.0);
         kek_fate(KekFacts {
             others_need_it: others.contains(kek),
             provider_is_here: provider.is_some(),
@@ -363,7 +363,7 @@ impl Daemon {
         kek: &KekId,
         what: &str,
     ) -> Result<ReceiptLine, Failure> {
-        match self.registry.destroy_kek(provider, kek, doomed.vm) {
+        match self.recipients.destroy_kek(provider, kek, doomed.vm) {
             Ok(receipt) if receipt.destroyed => {
                 if let Err(error) = self.keystore.forget_made_kek(provider, kek) {
                     tracing::warn!("KEK {kek} stays among those that were made: {}", chain(&error));
@@ -413,7 +413,7 @@ impl Daemon {
 
     /// What tells the VM's own variable store, which carries no envelope, from another that is in its place by now.
     pub(super) fn passphrase_of(&self, record: &EnvelopeRecord) -> Result<Passphrase, String> {
-        let opened = self.registry.open_envelope(&record.envelope);
+        let opened = self.recipients.open_envelope(&record.envelope);
         let dek = opened.map_err(|error| error.reasons())?;
         dek.passphrase().map_err(|error| chain(&error))
     }

@@ -36,7 +36,7 @@ impl Daemon {
             providers,
             vms,
             next_vms,
-            armed: lock(&self.arms).len() as i64,
+            armed: lock(&self.armed).len() as i64,
             audit: self.audit.problem(),
             damaged,
         })
@@ -119,7 +119,7 @@ impl Daemon {
                 Some(VmView {
                     name: defined.name.clone(),
                     uuid: defined.vm.to_string(),
-                    hangs_on: hangs_on(&objects),
+                    depends_on: depends_on(&objects),
                     power: power(defined).into(),
                     state: "its XML can't be read".into(),
                     objects,
@@ -183,7 +183,7 @@ impl Daemon {
         let view = VmView {
             name: defined.name.clone(),
             uuid: defined.vm.to_string(),
-            hangs_on: hangs_on(&views),
+            depends_on: depends_on(&views),
             power: power(defined).into(),
             state: state.into(),
             warnings: [
@@ -305,7 +305,7 @@ impl Daemon {
         VmView {
             name: vm.name.clone(),
             uuid: vm.vm.to_string(),
-            hangs_on: hangs_on(&objects),
+            depends_on: depends_on(&objects),
             power: "undefined".into(),
             state: "undefined".into(),
             objects,
@@ -318,7 +318,7 @@ impl Daemon {
         VmView {
             name,
             uuid: vm.to_string(),
-            hangs_on: None,
+            depends_on: None,
             power: "undefined".into(),
             state: "undefined".into(),
             objects: Vec::new(),
@@ -352,7 +352,7 @@ impl Daemon {
     /// Why nobody on this host can ever open it, if that is so.
     fn gone_providers(&self, envelope: &Envelope) -> Option<String> {
         let mut stanzas = envelope.stanzas.iter();
-        if stanzas.any(|stanza| self.registry.by_id(stanza.provider).is_some()) {
+        if stanzas.any(|stanza| self.recipients.by_id(stanza.provider).is_some()) {
             return None;
         }
         let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
@@ -375,7 +375,7 @@ impl Daemon {
         envelope
             .stanzas
             .iter()
-            .map(|stanza| match self.registry.by_id(stanza.provider) {
+            .map(|stanza| match self.recipients.by_id(stanza.provider) {
                 Some(known) => known.provider().name().to_owned(),
                 None => stanza.provider_name.clone(),
             })
@@ -384,7 +384,7 @@ impl Daemon {
 }
 
 /// The provider that is the only one to open one of the objects.
-fn hangs_on(objects: &[ObjectView]) -> Option<String> {
+fn depends_on(objects: &[ObjectView]) -> Option<String> {
     let alone = objects.iter().find_map(|object| match &object.providers[..] {
         [only] => Some(only),
         [first, rest @ ..] if rest.iter().all(|other| other == first) => Some(first),

@@ -13,7 +13,7 @@ use crate::api::{
 use crate::failure::{Code, Failure, chain};
 use crate::provider::KeyProvider;
 use crate::provider::kmip::{
-    CertificateFacts, Fingerprint, KeyKind, KmipProvider, MOST_PEM, NewIdentity, Presented, ServerTrust,
+    CertificateFacts, Fingerprint, KeyKind, KmipProvider, MAX_PEM, NewIdentity, Presented, ServerTrust,
     StoreError, TrustError,
 };
 use crate::recipients::{NextCommand, Provider};
@@ -96,7 +96,7 @@ impl Daemon {
     }
 
     fn kmip(&self, name: &str) -> Result<Arc<KmipProvider>, Failure> {
-        match self.registry.find(name)? {
+        match self.recipients.find(name)? {
             Provider::Kmip(kmip) => Ok(kmip),
             other => {
                 let next = match other {
@@ -113,7 +113,7 @@ impl Daemon {
     }
 
     pub(super) fn view_of(&self, name: &str) -> Result<ProviderView, Failure> {
-        let id = self.registry.find(name)?.provider().id().to_string();
+        let id = self.recipients.find(name)?.provider().id().to_string();
         let mut views = self.providers()?.providers.into_iter();
         views
             .find(|view| view.id == id)
@@ -146,7 +146,7 @@ fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity,
 }
 
 fn pem_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
-    SecretBytes::read_from(File::from(fd), MOST_PEM)
+    SecretBytes::read_from(File::from(fd), MAX_PEM)
         .map_err(|error| Failure::from_error(Code::Usage, "can't read the PEM file", &error))
 }
 

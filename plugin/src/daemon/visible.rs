@@ -171,7 +171,7 @@ impl Daemon {
             ),
             again: false,
         };
-        let opened = self.registry.open_envelope(&record.envelope);
+        let opened = self.recipients.open_envelope(&record.envelope);
         let dek = match opened {
             Ok(dek) => dek,
             // The job would write over it without having seen whether it is true.
@@ -254,7 +254,7 @@ impl Daemon {
     /// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
     /// know, or in an earlier generation, that verify and open. A job that did not know them would leave them behind. What
     /// can't be believed is passed over; what can't be read is named.
-    pub(super) fn take_in_travelling(&self) -> Result<Travelling, Failure> {
+    pub(super) fn adopt_foreign_envelopes(&self) -> Result<Travelling, Failure> {
         let visible = self.visible_copies()?;
         self.note_bad_images(&visible.bad_images)?;
         let rivals = self.rivals(&visible.copies);
@@ -277,7 +277,7 @@ impl Daemon {
             .iter()
             .map(|(copy, record, _)| record.as_ref().map_or(&copy.envelope, |record| &record.envelope))
             .collect();
-        let opened = self.registry.open_each(&first);
+        let opened = self.recipients.open_each(&first);
         for ((copy, record, location), dek) in candidates.iter().zip(opened) {
             let Ok(dek) = dek else { continue };
             match self.take_in(copy, record.as_ref(), location, &dek) {
@@ -295,7 +295,7 @@ impl Daemon {
         let Ok(Some(record)) = self.keystore.readable_envelope(copy.envelope.id) else {
             return true;
         };
-        match self.registry.open_envelope(&record.envelope) {
+        match self.recipients.open_envelope(&record.envelope) {
             Ok(dek) => copy.envelope.verify(&dek).is_ok(),
             Err(_) => true,
         }
@@ -306,7 +306,7 @@ impl Daemon {
         if copy.envelope.format() != Envelope::FORMAT {
             return Proof::Unknown;
         }
-        match self.registry.open_envelope(&kept.envelope) {
+        match self.recipients.open_envelope(&kept.envelope) {
             Ok(dek) if copy.envelope.verify(&dek).is_ok() => Proof::Authentic,
             Ok(_) => Proof::Forged,
             Err(_) => Proof::Unknown,
@@ -356,7 +356,7 @@ impl Daemon {
         dek: &Dek,
     ) -> Result<(), Failure> {
         let refused = |error| Failure::new(Code::Failed, chain(&error));
-        let believed = believe(&self.registry, record, Some(&copy.envelope), dek).map_err(refused)?;
+        let believed = believe(&self.recipients, record, Some(&copy.envelope), dek).map_err(refused)?;
         if let Some(doubt) = &believed.doubt {
             tracing::warn!("{}", doubt.words(&copy.envelope, &copy.place.to_string()));
         }
@@ -383,7 +383,7 @@ impl Daemon {
         if envelope.kind != ObjectKind::Vtpm {
             let known = self.locations_of(envelope.vm)?;
             let place = self.path_rule().permit_known(Path::new(location), known.iter())?;
-            return self.memory.open_image(&place, envelope, &passphrase);
+            return self.opened_headers.open_image(&place, envelope, &passphrase);
         }
         let dir = libvirt_state_dir(&self.config().swtpm_dir, &envelope.vm);
         let of_state = |error: &dyn std::error::Error| {

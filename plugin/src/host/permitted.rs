@@ -35,7 +35,7 @@ use crate::host::libvirt::StoragePool;
 use pool::QemuIds;
 
 /// Linux follows as many.
-const MOST_LINKS: usize = 40;
+const MAX_LINKS: usize = 40;
 /// Where firmware comes with its templates.
 const FIRMWARE: [&str; 3] = ["/usr/share", "/usr/local/share", "/usr/lib"];
 
@@ -628,7 +628,7 @@ impl<'a> Walk<'a> {
             return Err(PathError::Link { path, link, target });
         }
         self.links += 1;
-        if self.links > MOST_LINKS {
+        if self.links > MAX_LINKS {
             return Err(PathError::Loop(path.to_owned()));
         }
         self.is_granted |= here.grant.is_some();

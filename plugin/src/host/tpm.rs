@@ -239,7 +239,7 @@ impl SealedByTpm {
     const VERSION: u32 = 2;
     const FIRST_VERSION: u32 = 1;
     /// More than any TPM writes.
-    const MOST_BYTES: usize = 16 * 1024;
+    const MAX_BYTES: usize = 16 * 1024;
 
     /// As it is stored: JSON.
     #[must_use]
@@ -252,7 +252,7 @@ impl SealedByTpm {
     /// # Errors
     /// [`TpmError::Damaged`].
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, TpmError> {
-        if bytes.len() > Self::MOST_BYTES {
+        if bytes.len() > Self::MAX_BYTES {
             return Err(TpmError::Damaged);
         }
         let sealed: Self = serde_json::from_slice(bytes).map_err(|_| TpmError::Damaged)?;
@@ -394,7 +394,7 @@ pub enum TpmError {
     #[error("what the TPM has sealed is damaged")]
     Damaged,
     /// More than a TPM seals.
-    #[error("a TPM seals at most {} bytes", Tpm::MOST_BYTES)]
+    #[error("a TPM seals at most {} bytes", Tpm::MAX_BYTES)]
     TooLong,
     /// Anything else.
     #[error("the TPM failed: {doing}")]
@@ -485,7 +485,7 @@ enum Running {
 
 impl Tpm {
     /// The most bytes that can be sealed (TPM 2.0 Library, MAX_SYM_DATA).
-    pub const MOST_BYTES: usize = 128;
+    pub const MAX_BYTES: usize = 128;
 
     /// The most time for one call. A slow chip takes a second for its storage key, and may have others to serve.
     pub const DEADLINE: Duration = Duration::from_secs(10);
@@ -534,7 +534,7 @@ impl Tpm {
         secret: &Arc<SecretBytes>,
         policy: &SealPolicy,
     ) -> Result<SealedByTpm, TpmError> {
-        if secret.expose().len() > Self::MOST_BYTES {
+        if secret.expose().len() > Self::MAX_BYTES {
             return Err(TpmError::TooLong);
         }
         let (secret, policy) = (Arc::clone(secret), policy.clone());

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::{Code, Failure};
 use crate::model::envelope::{Envelope, ProviderId, VmId};
-use crate::recipients::{Registry, Rewrap, Rewrapped, Slot};
+use crate::recipients::{Recipients, Rewrap, RewrapTarget, Rewrapped};
 use crate::store::{EnvelopeRecord, JobRecord, JobState, Keystore, LeftBehind, Rows, Verdict};
 
 /// What a job does to every envelope that it concerns.
@@ -63,7 +63,7 @@ enum Decision {
     /// It is none of its business, or as it should be.
     Nothing,
     /// The stanzas that it should have.
-    Slots(Vec<Slot>),
+    Targets(Vec<RewrapTarget>),
     /// Not to be done, and why.
     Refused(&'static str),
 }
@@ -137,30 +137,32 @@ impl Task {
         let has = |provider: &ProviderId| envelope.stanzas.iter().any(|s| s.provider == *provider);
         match self {
             Self::Rotate { provider } if has(provider) => {
-                replaced(envelope, *provider, Slot::Rotate(*provider))
+                replaced(envelope, *provider, RewrapTarget::Rotate(*provider))
             }
             Self::Move { from, to, vm } if has(from) && is_of(envelope, vm) && from != to => {
-                replaced(envelope, *from, Slot::Wrap(*to))
+                replaced(envelope, *from, RewrapTarget::Wrap(*to))
             }
-            Self::Rekey { to, vm: None } => Decision::Slots(to.iter().copied().map(Slot::Wrap).collect()),
+            Self::Rekey { to, vm: None } => {
+                Decision::Targets(to.iter().copied().map(RewrapTarget::Wrap).collect())
+            }
             // A later generation in any case: that ends a conflict.
             Self::Rekey { to, vm: Some(vm) } if envelope.vm == *vm => {
-                Decision::Slots(to.iter().copied().map(Slot::Anew).collect())
+                Decision::Targets(to.iter().copied().map(RewrapTarget::Anew).collect())
             }
             Self::AddRecipient { provider } if !has(provider) => {
-                let kept = (0..envelope.stanzas.len()).map(Slot::Keep);
-                Decision::Slots(kept.chain([Slot::Wrap(*provider)]).collect())
+                let kept = (0..envelope.stanzas.len()).map(RewrapTarget::Keep);
+                Decision::Targets(kept.chain([RewrapTarget::Wrap(*provider)]).collect())
             }
             Self::RemoveRecipient { provider } if has(provider) => {
                 let others = envelope.stanzas.iter().enumerate();
                 let kept: Vec<_> = others
                     .filter(|(_, stanza)| stanza.provider != *provider)
-                    .map(|(at, _)| Slot::Keep(at))
+                    .map(|(at, _)| RewrapTarget::Keep(at))
                     .collect();
                 if kept.is_empty() {
                     Decision::Refused("no other provider opens it")
                 } else {
-                    Decision::Slots(kept)
+                    Decision::Targets(kept)
                 }
             }
             Self::Rotate { .. }
@@ -182,22 +184,22 @@ fn is_of(envelope: &Envelope, vm: &Option<VmId>) -> bool {
     vm.is_none_or(|vm| vm == envelope.vm)
 }
 
-/// `slot` in the place of the first stanza of `provider`; no other of that provider, nor of the one that wraps, stays.
-fn replaced(envelope: &Envelope, provider: ProviderId, slot: Slot) -> Decision {
-    let wraps = match slot {
-        Slot::Wrap(to) | Slot::Anew(to) | Slot::Rotate(to) => to,
-        Slot::Keep(_) => provider,
+/// `target` in the place of the first stanza of `provider`; no other of that provider, nor of the one that wraps, stays.
+fn replaced(envelope: &Envelope, provider: ProviderId, target: RewrapTarget) -> Decision {
+    let wraps = match target {
+        RewrapTarget::Wrap(to) | RewrapTarget::Anew(to) | RewrapTarget::Rotate(to) => to,
+        RewrapTarget::Keep(_) => provider,
     };
-    let mut slots = Vec::with_capacity(envelope.stanzas.len());
+    let mut targets = Vec::with_capacity(envelope.stanzas.len());
     let mut placed = false;
     for (at, stanza) in envelope.stanzas.iter().enumerate() {
         if stanza.provider != provider && stanza.provider != wraps {
-            slots.push(Slot::Keep(at));
+            targets.push(RewrapTarget::Keep(at));
         } else if !std::mem::replace(&mut placed, true) {
-            slots.push(slot);
+            targets.push(target);
         }
     }
-    Decision::Slots(slots)
+    Decision::Targets(targets)
 }
 
 /// What a step of a job has led to.
@@ -215,12 +217,12 @@ pub enum Step {
 ///
 /// # Errors
 /// When the keystore fails, or the job is one of a later version; the job stays where it is.
-pub fn step(keystore: &Keystore, registry: &Registry, batch_size: u32) -> Result<Option<Step>, Failure> {
+pub fn step(keystore: &Keystore, recipients: &Recipients, batch_size: u32) -> Result<Option<Step>, Failure> {
     let Some(job) = keystore.running_job()? else {
         return Ok(None);
     };
     let task = Task::from_json(&job.task)?;
-    if let Some(failure) = task.wraps().into_iter().find_map(|id| registry.cannot_wrap(id)) {
+    if let Some(failure) = task.wraps().into_iter().find_map(|id| recipients.cannot_wrap(id)) {
         return waits(keystore, &job, &failure.to_string()).map(Some);
     }
     let batch = keystore.next_of_job(&job, batch_size)?;
@@ -231,7 +233,7 @@ pub fn step(keystore: &Keystore, registry: &Registry, batch_size: u32) -> Result
             _ => Step::Ended(ended),
         }));
     }
-    match work(registry, &task, batch) {
+    match work(recipients, &task, batch) {
         Ok(verdicts) => {
             let job = keystore.commit_batch(job.id, &verdicts)?;
             Ok(Some(match job.state {
@@ -262,7 +264,7 @@ fn what_is_left(keystore: &Keystore, job: &JobRecord) -> Result<String, Failure>
     ))
 }
 
-fn work(registry: &Registry, task: &Task, batch: Rows<EnvelopeRecord>) -> Result<Vec<Verdict>, Failure> {
+fn work(recipients: &Recipients, task: &Task, batch: Rows<EnvelopeRecord>) -> Result<Vec<Verdict>, Failure> {
     let mut verdicts: Vec<_> = batch.damaged.into_iter().map(Verdict::Damaged).collect();
     let mut wanted = Vec::with_capacity(batch.sound.len());
     for record in batch.sound {
@@ -274,10 +276,10 @@ fn work(registry: &Registry, task: &Task, batch: Rows<EnvelopeRecord>) -> Result
                 reason: reason.to_owned(),
                 again: false,
             })),
-            Decision::Slots(slots) => wanted.push(Rewrap { record, slots }),
+            Decision::Targets(targets) => wanted.push(Rewrap { record, targets }),
         }
     }
-    let made = registry.rewrap(&wanted)?;
+    let made = recipients.rewrap(&wanted)?;
     for (rewrap, rewrapped) in wanted.into_iter().zip(made) {
         let id = rewrap.record.envelope.id;
         verdicts.push(match rewrapped {

@@ -6,7 +6,7 @@
 //! written to in one place, and only while nobody has it open: see [`rewrite_envelope`].
 //!
 //! - [`create()`], [`create_from`], [`create_nvram`]: make images, crash-safe; [`sweep_temporaries`] after a crash
-//! - [`create_over`], [`empty_over`], [`copy_over`]: replace one that holds nothing, while nobody can open it ([`Held`])
+//! - [`create_over`], [`empty_over`], [`copy_over`]: replace one that holds nothing, while nobody can open it ([`ImageLock`])
 //! - [`inspect_declared`]: the same, where somebody has declared the format; only a file that is ours needs no declaration
 //! - [`prepare_over`], [`prepare_nvram`], [`prepare_empty`], [`prepare_copy`]: the same in two steps, of which the second is a
 //!   rename ([`Prepared`])
@@ -24,7 +24,7 @@ mod convert;
 mod create;
 mod declared;
 mod error;
-mod held;
+mod lock;
 pub mod luks1;
 mod nvram;
 mod open;
@@ -44,7 +44,7 @@ pub use create::{
 };
 pub use declared::{Declaration, inspect_declared};
 pub use error::{Flaw, Part, VolumeError};
-pub use held::Held;
+pub use lock::ImageLock;
 pub use nvram::{create_nvram, create_nvram_watched, prepare_nvram, read_variables};
 pub use open::{BackingEntry, Format, ImageCopy, VolumeInfo, header_digest, identify, inspect, verify};
 pub use plain::{copy_over, empty_over, prepare_copy, prepare_empty};

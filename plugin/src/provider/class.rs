@@ -1,4 +1,4 @@
-//! What a refusal is about: the registry, the cache and the jobs decide by this alone, whatever the protocol said.
+//! What a refusal is about: the recipients, the cache and the jobs decide by this alone, whatever the protocol said.
 //!
 //! | class | the cached KEK | a start | a job |
 //! | --- | --- | --- | --- |

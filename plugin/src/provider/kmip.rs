@@ -63,7 +63,7 @@ use crate::store::{Keystore, KeystoreError, ProviderRecord};
 pub use caching::Persist;
 pub use certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
 pub use endpoint::{Endpoint, NotAnEndpoint};
-pub(crate) use identity::MOST_PEM;
+pub(crate) use identity::MAX_PEM;
 pub use identity::{IdentityError, KeyKind, NewIdentity};
 pub use message::{KmipVersion, NotAVersion};
 pub use store::{ServerTrust, StoreError};
@@ -106,13 +106,13 @@ pub struct KmipSettings {
     pub id: Option<ProviderId>,
 }
 
-/// A little less than the registry's own deadline, whose message knows nothing of nodes.
+/// A little less than the recipients's own deadline, whose message knows nothing of nodes.
 fn default_timeout() -> u64 {
     4_500
 }
 
 impl KmipSettings {
-    const MOST_ENDPOINTS: usize = 16;
+    const MAX_ENDPOINTS: usize = 16;
 
     fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms)
@@ -121,7 +121,7 @@ impl KmipSettings {
     /// # Errors
     /// For no endpoint, too many, or a timeout that makes no sense.
     fn validated(self) -> Result<Self, KmipProviderError> {
-        if !(1..=Self::MOST_ENDPOINTS).contains(&self.endpoints.len()) {
+        if !(1..=Self::MAX_ENDPOINTS).contains(&self.endpoints.len()) {
             return Err(KmipProviderError::Endpoints);
         }
         if !(100..=60_000).contains(&self.timeout_ms) {
@@ -526,7 +526,7 @@ pub enum KmipProviderError {
     #[error("its settings can't be used")]
     Settings(#[source] serde_json::Error),
     /// None, or too many.
-    #[error("give 1 to {} endpoints, all of one cluster", KmipSettings::MOST_ENDPOINTS)]
+    #[error("give 1 to {} endpoints, all of one cluster", KmipSettings::MAX_ENDPOINTS)]
     Endpoints,
     /// No KEK ever comes to this host.
     #[error(transparent)]

@@ -122,7 +122,7 @@ impl NativeProvider {
     pub const KIND: &'static str = "native";
 
     /// The most bytes that a backup can have.
-    pub const MOST_BACKUP_BYTES: usize = sealing::MOST_BYTES;
+    pub const MAX_BACKUP_BYTES: usize = sealing::MAX_BYTES;
 
     /// Makes a root key, seals it by `passphrase` and records it. The new provider is `NotBackedUp`.
     ///
@@ -548,7 +548,7 @@ fn seal_row(
 }
 
 fn read_backup(backup: &[u8], passphrase: Option<&SecretBytes>) -> Result<RootKeys, NativeError> {
-    if backup.len() > sealing::MOST_BYTES {
+    if backup.len() > sealing::MAX_BYTES {
         return Err(NativeError::Backup(SealingError::TooLong));
     }
     if !sealing::is_sealed(backup) {

@@ -1,4 +1,4 @@
-//! A provider of the registry, whose kind is known: where only what all kinds can do matters, it is a [`KeyProvider`].
+//! A provider of the recipients, whose kind is known: where only what all kinds can do matters, it is a [`KeyProvider`].
 
 use std::sync::Arc;
 

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use super::{Provider, Registry};
+use super::{Provider, Recipients};
 use crate::failure::chain;
 use crate::model::envelope::ProviderId;
 use crate::provider::ProviderName;
@@ -13,7 +13,7 @@ use crate::provider::transit::{TransitProvider, TransitSettings};
 use crate::secret::SecretBytes;
 use crate::store::{Keystore, KeystoreError};
 
-impl Registry {
+impl Recipients {
     /// Makes a native provider; takes seconds, by the nature of its passphrase.
     ///
     /// # Errors

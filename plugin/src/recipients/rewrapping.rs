@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::deadline::each_within;
-use super::{NextCommand, OpenError, Provider, Registry, made_keks, opening};
+use super::{NextCommand, OpenError, Provider, Recipients, made_keks, opening};
 use crate::failure::{Code, Failure, chain};
 use crate::model::envelope::{Envelope, KekId, Payload, ProviderId, Stanza, Verified};
 use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
@@ -17,7 +17,7 @@ use crate::store::{EnvelopeRecord, Keystore};
 
 /// One stanza of the envelope to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Slot {
+pub enum RewrapTarget {
     /// The stanza that is at this place now.
     Keep(usize),
     /// One by the KEK that this provider uses now; the stanza that is there, if it is that already.
@@ -34,7 +34,7 @@ pub struct Rewrap {
     /// The envelope as the keystore has it.
     pub record: EnvelopeRecord,
     /// What it should become; never empty.
-    pub slots: Vec<Slot>,
+    pub targets: Vec<RewrapTarget>,
 }
 
 /// What became of a [`Rewrap`].
@@ -78,7 +78,7 @@ impl From<Blocked> for Failure {
     }
 }
 
-/// A wrap to be made: which envelope of the batch, in which slot.
+/// A wrap to be made: which envelope of the batch, in which target.
 struct Order {
     at: (usize, usize),
     scope: KekScope,
@@ -91,13 +91,13 @@ struct Order {
     payload: Payload,
 }
 
-/// What a slot of the new envelope gets: the stanza that is there, or a new one.
+/// What a target of the new envelope gets: the stanza that is there, or a new one.
 enum Filled {
     Kept,
     New(Stanza),
 }
 
-/// An envelope that is open, and what its slots have got so far.
+/// An envelope that is open, and what its targets have got so far.
 struct Open<'a> {
     dek: &'a Dek,
     current: Verified,
@@ -107,7 +107,7 @@ struct Open<'a> {
 /// It, or what has become of it already.
 type Outcome<'a> = Result<Open<'a>, Rewrapped>;
 
-impl Registry {
+impl Recipients {
     /// Why `provider` can't wrap now, without asking it.
     #[must_use]
     pub fn cannot_wrap(&self, provider: ProviderId) -> Option<Failure> {
@@ -150,10 +150,10 @@ impl Registry {
         }
         for (provider, orders) in orders {
             for (at, answer) in self.fill(provider, orders)? {
-                let (number, slot) = at;
+                let (number, target) = at;
                 match (answer, &mut outcomes[number]) {
                     (_, Err(_)) => {}
-                    (Ok(filled), Ok(open)) => open.filled[slot] = Some(filled),
+                    (Ok(filled), Ok(open)) => open.filled[target] = Some(filled),
                     (Err(error), outcome) => {
                         *outcome = Err(Rewrapped::Left {
                             reason: chain(&error),
@@ -166,7 +166,7 @@ impl Registry {
         Ok(self.verify_all(work, outcomes))
     }
 
-    /// Opens each of them, where [`Registry::open_all`] opens all or none.
+    /// Opens each of them, where [`Recipients::open_all`] opens all or none.
     pub(crate) fn open_each(&self, envelopes: &[&Envelope]) -> Vec<Result<Dek, OpenError>> {
         let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
         let deleted = deleted.unwrap_or_default();
@@ -285,16 +285,16 @@ fn order(
 ) -> Result<Vec<Option<Filled>>, Rewrapped> {
     let envelope = &rewrap.record.envelope;
     let keep = keeps_its_providers(rewrap);
-    let mut filled = Vec::with_capacity(rewrap.slots.len());
-    for (place, slot) in rewrap.slots.iter().enumerate() {
-        let (provider, rotate, keep) = match slot {
-            Slot::Keep(_) => {
+    let mut filled = Vec::with_capacity(rewrap.targets.len());
+    for (place, target) in rewrap.targets.iter().enumerate() {
+        let (provider, rotate, keep) = match target {
+            RewrapTarget::Keep(_) => {
                 filled.push(Some(Filled::Kept));
                 continue;
             }
-            Slot::Wrap(provider) => (*provider, false, keep),
-            Slot::Anew(provider) => (*provider, false, false),
-            Slot::Rotate(provider) => (*provider, true, keep),
+            RewrapTarget::Wrap(provider) => (*provider, false, keep),
+            RewrapTarget::Anew(provider) => (*provider, false, false),
+            RewrapTarget::Rotate(provider) => (*provider, true, keep),
         };
         let payload = Payload::bind(dek, &envelope.binding()).map_err(|error| Rewrapped::Left {
             reason: chain(&error),
@@ -319,9 +319,11 @@ fn order(
 fn keeps_its_providers(rewrap: &Rewrap) -> bool {
     let stanzas = &rewrap.record.envelope.stanzas;
     let stays = |provider: ProviderId| {
-        rewrap.slots.iter().any(|slot| match slot {
-            Slot::Keep(at) => stanzas[*at].provider == provider,
-            Slot::Wrap(other) | Slot::Anew(other) | Slot::Rotate(other) => *other == provider,
+        rewrap.targets.iter().any(|target| match target {
+            RewrapTarget::Keep(at) => stanzas[*at].provider == provider,
+            RewrapTarget::Wrap(other) | RewrapTarget::Anew(other) | RewrapTarget::Rotate(other) => {
+                *other == provider
+            }
         })
     };
     stanzas.iter().all(|stanza| stays(stanza.provider))
@@ -372,14 +374,17 @@ fn wrap(
 fn put_together(rewrap: &Rewrap, open: Open<'_>) -> Result<(Verified, Vec<usize>), Rewrapped> {
     let envelope = &rewrap.record.envelope;
     let (mut stanzas, mut fresh) = (Vec::with_capacity(open.filled.len()), Vec::new());
-    for (slot, filled) in rewrap.slots.iter().zip(open.filled) {
-        match (filled, slot) {
+    for (target, filled) in rewrap.targets.iter().zip(open.filled) {
+        match (filled, target) {
             (Some(Filled::New(stanza)), _) => {
                 fresh.push(stanzas.len());
                 stanzas.push(stanza);
             }
-            (Some(Filled::Kept), Slot::Keep(at)) => stanzas.push(envelope.stanzas[*at].clone()),
-            (Some(Filled::Kept), Slot::Wrap(provider) | Slot::Anew(provider) | Slot::Rotate(provider)) => {
+            (Some(Filled::Kept), RewrapTarget::Keep(at)) => stanzas.push(envelope.stanzas[*at].clone()),
+            (
+                Some(Filled::Kept),
+                RewrapTarget::Wrap(provider) | RewrapTarget::Anew(provider) | RewrapTarget::Rotate(provider),
+            ) => {
                 let at = stanza_of(envelope, *provider).expect("its KEK was read from there");
                 stanzas.push(envelope.stanzas[at].clone());
             }

@@ -27,8 +27,8 @@ fn binding() -> Binding {
     }
 }
 
-fn ready(registry: &Registry, as_name: &str) -> Arc<NativeProvider> {
-    let provider = registry.add_native(&name(as_name), &secret("p")).unwrap();
+fn ready(recipients: &Recipients, as_name: &str) -> Arc<NativeProvider> {
+    let provider = recipients.add_native(&name(as_name), &secret("p")).unwrap();
     provider
         .confirm_backup(provider.backup(None).unwrap().generation)
         .unwrap();
@@ -37,7 +37,7 @@ fn ready(registry: &Registry, as_name: &str) -> Arc<NativeProvider> {
 
 struct Host {
     dir: tempfile::TempDir,
-    registry: Registry,
+    recipients: Recipients,
     main: Arc<NativeProvider>,
     spare: Arc<NativeProvider>,
 }
@@ -45,11 +45,11 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let registry = Registry::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
-        let (main, spare) = (ready(&registry, "main"), ready(&registry, "spare"));
+        let recipients = Recipients::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
+        let (main, spare) = (ready(&recipients, "main"), ready(&recipients, "spare"));
         Self {
             dir,
-            registry,
+            recipients,
             main,
             spare,
         }
@@ -58,7 +58,7 @@ impl Host {
     /// An envelope that main and spare open, in this order.
     fn sealed_twice(&self) -> (Envelope, Dek) {
         let binding = binding();
-        let (envelope, dek) = self.registry.seal_new(None, &binding).unwrap();
+        let (envelope, dek) = self.recipients.seal_new(None, &binding).unwrap();
         let payload = Payload::bind(&dek, &binding).unwrap();
         let mut envelope = envelope.into_envelope();
         envelope
@@ -71,16 +71,16 @@ impl Host {
 #[test]
 fn sealed_by_the_default_and_opened_again() {
     let host = Host::new();
-    let (envelope, dek) = host.registry.seal_new(None, &binding()).unwrap();
+    let (envelope, dek) = host.recipients.seal_new(None, &binding()).unwrap();
     assert_eq!(envelope.stanzas[0].provider, host.main.id());
     assert_eq!(
-        host.registry.open_envelope(&envelope).unwrap().expose(),
+        host.recipients.open_envelope(&envelope).unwrap().expose(),
         dek.expose()
     );
-    let (envelope, _) = host.registry.seal_new(Some("spare"), &binding()).unwrap();
+    let (envelope, _) = host.recipients.seal_new(Some("spare"), &binding()).unwrap();
     assert_eq!(envelope.stanzas[0].provider_name, "spare");
     let (envelope, _) = host
-        .registry
+        .recipients
         .seal_new(Some(&host.spare.id().to_string()), &binding())
         .unwrap();
     assert_eq!(envelope.stanzas[0].provider, host.spare.id());
@@ -92,14 +92,14 @@ fn batch_keeps_its_order() {
     let mut sealed = Vec::new();
     for nth in 0..9 {
         let provider = if nth % 2 == 0 { "main" } else { "spare" };
-        sealed.push(host.registry.seal_new(Some(provider), &binding()).unwrap());
+        sealed.push(host.recipients.seal_new(Some(provider), &binding()).unwrap());
     }
     let envelopes: Vec<_> = sealed.iter().map(|(envelope, _)| &**envelope).collect();
-    let deks = host.registry.open_all(&envelopes).unwrap();
+    let deks = host.recipients.open_all(&envelopes).unwrap();
     for (opened, (_, dek)) in deks.iter().zip(&sealed) {
         assert_eq!(opened.expose(), dek.expose());
     }
-    assert!(host.registry.open_all(&[]).unwrap().is_empty());
+    assert!(host.recipients.open_all(&[]).unwrap().is_empty());
 }
 
 #[test]
@@ -108,13 +108,13 @@ fn second_provider_opens_when_the_first_can_not() {
     let (mut envelope, dek) = host.sealed_twice();
     host.main.lock();
     assert_eq!(
-        host.registry.open_envelope(&envelope).unwrap().expose(),
+        host.recipients.open_envelope(&envelope).unwrap().expose(),
         dek.expose()
     );
     host.main.unlock(&secret("p")).unwrap();
     envelope.stanzas[0].body[20] ^= 1;
     let whole = host.sealed_twice();
-    let deks = host.registry.open_all(&[&whole.0, &envelope]).unwrap();
+    let deks = host.recipients.open_all(&[&whole.0, &envelope]).unwrap();
     assert_eq!(deks[0].expose(), whole.1.expose());
     assert_eq!(deks[1].expose(), dek.expose());
 }
@@ -122,11 +122,11 @@ fn second_provider_opens_when_the_first_can_not() {
 #[test]
 fn all_or_nothing_and_every_reason_is_told() {
     let host = Host::new();
-    let (good, _) = host.registry.seal_new(Some("spare"), &binding()).unwrap();
+    let (good, _) = host.recipients.seal_new(Some("spare"), &binding()).unwrap();
     let (mut bad, _) = host.sealed_twice();
     bad.stanzas[1].body[20] ^= 1;
     host.main.lock();
-    let error = host.registry.open_all(&[&good, &bad]).unwrap_err();
+    let error = host.recipients.open_all(&[&good, &bad]).unwrap_err();
     assert_eq!(error.binding, bad.binding());
     assert_eq!(error.code(), Code::Locked);
     assert_eq!(error.next(), Some(NextCommand::Unlock("main".to_owned())));
@@ -144,11 +144,11 @@ fn all_or_nothing_and_every_reason_is_told() {
 #[test]
 fn swapped_envelope_is_refused() {
     let host = Host::new();
-    let (one, _) = host.registry.seal_new(None, &binding()).unwrap();
-    let (other, _) = host.registry.seal_new(None, &binding()).unwrap();
+    let (one, _) = host.recipients.seal_new(None, &binding()).unwrap();
+    let (other, _) = host.recipients.seal_new(None, &binding()).unwrap();
     let mut one = one.into_envelope();
     one.stanzas.clone_from(&other.stanzas);
-    let error = host.registry.open_envelope(&one).unwrap_err();
+    let error = host.recipients.open_envelope(&one).unwrap_err();
     assert!(matches!(
         error.attempts[0].why,
         Refusal::Binding(EnvelopeError::BindingMismatch(_))
@@ -162,9 +162,9 @@ fn swapped_envelope_is_refused() {
 #[test]
 fn unknown_provider_is_named_by_its_hint_in_one_line() {
     let (host, elsewhere) = (Host::new(), Host::new());
-    let (envelope, _) = elsewhere.registry.seal_new(None, &binding()).unwrap();
+    let (envelope, _) = elsewhere.recipients.seal_new(None, &binding()).unwrap();
     let mut envelope = envelope.into_envelope();
-    let error = host.registry.open_envelope(&envelope).unwrap_err();
+    let error = host.recipients.open_envelope(&envelope).unwrap_err();
     assert_eq!(error.code(), Code::NotFound);
     assert_eq!(
         error.next().unwrap().to_string(),
@@ -180,7 +180,7 @@ fn unknown_provider_is_named_by_its_hint_in_one_line() {
     );
 
     envelope.stanzas[0].provider_name = "x\n\u{1b}[2J; rm -rf /".repeat(20);
-    let error = host.registry.open_envelope(&envelope).unwrap_err();
+    let error = host.recipients.open_envelope(&envelope).unwrap_err();
     assert!(!error.to_string().contains(char::is_control));
     assert!(error.to_string().len() < 500);
     assert!(matches!(error.next(), Some(NextCommand::BringBack(absent)) if absent.name == "NAME"));
@@ -189,10 +189,10 @@ fn unknown_provider_is_named_by_its_hint_in_one_line() {
 #[test]
 fn deleted_provider_comes_back_as_its_kind_does() {
     let host = Host::new();
-    let (envelope, _) = host.registry.seal_new(None, &binding()).unwrap();
+    let (envelope, _) = host.recipients.seal_new(None, &binding()).unwrap();
     let id = host.main.id();
-    host.registry.delete(id).unwrap();
-    let error = host.registry.open_envelope(&envelope).unwrap_err();
+    host.recipients.delete(id).unwrap();
+    let error = host.recipients.open_envelope(&envelope).unwrap_err();
     assert_eq!(
         error.next().unwrap().to_string(),
         "virtseal provider restore main --input FILE"
@@ -300,11 +300,11 @@ fn unknown_kek_says_where_to_look() {
 #[test]
 fn refusals_to_seal_say_what_to_run() {
     let dir = tempfile::tempdir().unwrap();
-    let registry = Registry::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
+    let recipients = Recipients::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
     let failure =
-        |provider: Option<&str>| Failure::from(registry.seal_new(provider, &binding()).unwrap_err());
+        |provider: Option<&str>| Failure::from(recipients.seal_new(provider, &binding()).unwrap_err());
     assert_eq!(failure(None).code, Code::NotFound);
-    let provider = registry.add_native(&name("main"), &secret("p")).unwrap();
+    let provider = recipients.add_native(&name("main"), &secret("p")).unwrap();
     assert_eq!(
         failure(None).to_string(),
         "provider 'main' has not been backed up. Next: virtseal provider backup main --output FILE"
@@ -321,23 +321,23 @@ fn refusals_to_seal_say_what_to_run() {
 fn restart_keeps_everything_and_locks_it() {
     let host = Host::new();
     let (envelope, dek) = host.sealed_twice();
-    host.registry
-        .set_default(&host.registry.find("spare").unwrap())
+    host.recipients
+        .set_default(&host.recipients.find("spare").unwrap())
         .unwrap();
     let Host {
         dir,
-        registry,
+        recipients,
         main,
         spare,
     } = host;
-    drop((registry, main, spare));
+    drop((recipients, main, spare));
     let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
     let later = ProviderId::random();
     keystore
         .insert_provider(later, "hsm", "hologram", &serde_json::json!({"slot": 3}))
         .unwrap();
-    let registry = Registry::open(Arc::clone(&keystore), DEADLINE).unwrap();
-    let states: Vec<_> = registry
+    let recipients = Recipients::open(Arc::clone(&keystore), DEADLINE).unwrap();
+    let states: Vec<_> = recipients
         .providers()
         .iter()
         .map(|known| {
@@ -357,19 +357,22 @@ fn restart_keeps_everything_and_locks_it() {
             "spare native Locked"
         ]
     );
-    assert_eq!(registry.default_provider().unwrap().provider().name(), "spare");
+    assert_eq!(recipients.default_provider().unwrap().provider().name(), "spare");
     assert_eq!(
-        registry.open_envelope(&envelope).unwrap_err().code(),
+        recipients.open_envelope(&envelope).unwrap_err().code(),
         Code::Locked
     );
-    registry
+    recipients
         .find("spare")
         .unwrap()
         .provider()
         .unlock(&secret("p"))
         .unwrap();
-    assert_eq!(registry.open_envelope(&envelope).unwrap().expose(), dek.expose());
-    let error = registry.seal_new(Some("hsm"), &binding()).unwrap_err();
+    assert_eq!(
+        recipients.open_envelope(&envelope).unwrap().expose(),
+        dek.expose()
+    );
+    let error = recipients.seal_new(Some("hsm"), &binding()).unwrap_err();
     assert!(
         Failure::from(error)
             .to_string()
@@ -385,22 +388,25 @@ fn native_row_without_a_root_key_is_shown() {
     keystore
         .insert_provider(ProviderId::random(), "main", "native", &serde_json::json!({}))
         .unwrap();
-    let registry = Registry::open(keystore, DEADLINE).unwrap();
-    let status = registry.find("main").unwrap().provider().status();
+    let recipients = Recipients::open(keystore, DEADLINE).unwrap();
+    let status = recipients.find("main").unwrap().provider().status();
     assert!(status.to_string().contains("root key is missing"), "{status}");
 }
 
 #[test]
 fn restored_provider_opens_at_once() {
     let (here, there) = (Host::new(), tempfile::tempdir().unwrap());
-    let (envelope, dek) = here.registry.seal_new(None, &binding()).unwrap();
+    let (envelope, dek) = here.recipients.seal_new(None, &binding()).unwrap();
     let backup = here.main.backup(Some(&secret("b"))).unwrap();
-    let registry = Registry::open(Arc::new(Keystore::open(there.path()).unwrap()), DEADLINE).unwrap();
-    registry
+    let recipients = Recipients::open(Arc::new(Keystore::open(there.path()).unwrap()), DEADLINE).unwrap();
+    recipients
         .restore_native(&name("from-a"), &backup.bytes, Some(&secret("b")), &secret("q"))
         .unwrap();
-    assert_eq!(registry.open_envelope(&envelope).unwrap().expose(), dek.expose());
-    assert!(registry.seal_new(None, &binding()).is_ok());
+    assert_eq!(
+        recipients.open_envelope(&envelope).unwrap().expose(),
+        dek.expose()
+    );
+    assert!(recipients.seal_new(None, &binding()).is_ok());
 }
 
 #[test]
@@ -410,11 +416,11 @@ fn transit_rows_come_back_locked_or_with_what_is_wrong_with_them() {
     let id = ProviderId::random();
     let settings =
         |address: &str| serde_json::json!({"address": address, "auth": {"method": "token"}, "id": id});
-    let registry = Registry::open(Arc::clone(&keystore), DEADLINE).unwrap();
+    let recipients = Recipients::open(Arc::clone(&keystore), DEADLINE).unwrap();
     let good = TransitSettings::parse(&settings("https://192.0.2.1:8200").to_string()).unwrap();
-    registry.add_transit(&name("vault"), good.clone()).unwrap();
+    recipients.add_transit(&name("vault"), good.clone()).unwrap();
     assert!(matches!(
-        registry.add_transit(&name("other"), good),
+        recipients.add_transit(&name("other"), good),
         Err(KeystoreError::ProviderExists { .. })
     ));
     let bad = settings("http://kms.example:8200");
@@ -422,12 +428,12 @@ fn transit_rows_come_back_locked_or_with_what_is_wrong_with_them() {
         .insert_provider(ProviderId::random(), "bad", "transit", &bad)
         .unwrap();
     // Nothing listens there: neither the start nor `status` asks.
-    let registry = Registry::open(keystore, DEADLINE).unwrap();
-    let vault = registry.find("vault").unwrap();
+    let recipients = Recipients::open(keystore, DEADLINE).unwrap();
+    let vault = recipients.find("vault").unwrap();
     assert_eq!((vault.kind(), vault.provider().id()), ("transit", id));
     assert_eq!(vault.provider().status(), ProviderStatus::Locked);
-    assert_eq!(registry.default_provider().unwrap().provider().id(), id);
-    let status = registry.find("bad").unwrap().provider().status().to_string();
+    assert_eq!(recipients.default_provider().unwrap().provider().id(), id);
+    let status = recipients.find("bad").unwrap().provider().status().to_string();
     assert!(status.contains("in the clear"), "{status}");
 }
 

@@ -13,7 +13,7 @@ use zeroize::Zeroize;
 
 const PAGE: usize = 4096;
 /// As many as 32 starts at once need: 2 MiB.
-const MOST_SPARE: usize = 512;
+const MAX_SPARE: usize = 512;
 
 /// Single pages that are mapped, all zero, and nobody's.
 static SPARE: Mutex<Vec<Spare>> = Mutex::new(Vec::new());
@@ -67,7 +67,7 @@ impl Drop for Pages {
     fn drop(&mut self) {
         self.bytes_mut().zeroize();
         let mut spare = spare();
-        if self.len == PAGE && spare.len() < MOST_SPARE {
+        if self.len == PAGE && spare.len() < MAX_SPARE {
             spare.push(Spare(self.base));
         } else {
             drop(spare);

@@ -213,7 +213,7 @@ pub(super) fn take_over(
                     now()
                 ],
             )?;
-            jobs::take_along(transaction, envelope.id)?;
+            jobs::add_to_running_job(transaction, envelope.id)?;
         }
         Put::Unchanged | Put::Stale => {}
     }
@@ -282,7 +282,7 @@ fn insert(
             now()
         ],
     )?;
-    jobs::take_along(connection, envelope.id)
+    jobs::add_to_running_job(connection, envelope.id)
 }
 
 fn find(connection: &Connection, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, StoreFault> {

@@ -296,7 +296,7 @@ impl Keystore {
 
 /// The job that runs has a look at an envelope that came, or changed, where it will not pass any more: it may need a KEK that
 /// the job takes out of use.
-pub(super) fn take_along(connection: &Connection, envelope: EnvelopeId) -> Result<(), StoreFault> {
+pub(super) fn add_to_running_job(connection: &Connection, envelope: EnvelopeId) -> Result<(), StoreFault> {
     connection
         .prepare_cached(
             "INSERT OR REPLACE INTO left_behind (job, envelope, reason, again)

@@ -390,31 +390,31 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
-    use crate::recipients::Registry;
+    use crate::recipients::Recipients;
     use crate::store::{Change, Keystore};
 
     /// A keystore with a VM that has two envelopes, and what would be forgotten of it.
     fn stage(dir: &Path) -> (Keystore, Forgotten) {
         let keystore = std::sync::Arc::new(Keystore::open(dir).unwrap());
-        let registry = Registry::open(
+        let recipients = Recipients::open(
             std::sync::Arc::clone(&keystore),
             std::time::Duration::from_secs(60),
         )
         .unwrap();
         let passphrase = crate::secret::SecretBytes::take(&mut b"pass".to_vec()).unwrap();
-        let native = registry
+        let native = recipients
             .add_native(&"main".parse().unwrap(), &passphrase)
             .unwrap();
         keystore
             .mark_backed_up(crate::provider::KeyProvider::id(native.as_ref()), 1)
             .unwrap();
-        drop((registry, native));
-        let registry = Registry::open(
+        drop((recipients, native));
+        let recipients = Recipients::open(
             std::sync::Arc::clone(&keystore),
             std::time::Duration::from_secs(60),
         )
         .unwrap();
-        registry.providers()[0].provider().unlock(&passphrase).unwrap();
+        recipients.providers()[0].provider().unlock(&passphrase).unwrap();
         let vm = VmId::random();
         for (kind, location) in [
             (crate::model::envelope::ObjectKind::Disk, "/images/a.qcow2"),
@@ -425,7 +425,7 @@ mod tests {
                 vm,
                 kind,
             };
-            let (envelope, _) = registry.seal_new(None, &binding).unwrap();
+            let (envelope, _) = recipients.seal_new(None, &binding).unwrap();
             keystore.insert_pending(&envelope, location).unwrap();
             if kind == crate::model::envelope::ObjectKind::Disk {
                 keystore.activate(envelope.id).unwrap();
@@ -433,7 +433,7 @@ mod tests {
         }
         keystore.remember_vm(vm, "my vm").unwrap();
         keystore.set_vtpm_seen(vm).unwrap();
-        drop(registry);
+        drop(recipients);
         let keystore = std::sync::Arc::into_inner(keystore).unwrap();
         keystore.note_plain(vm).unwrap();
         let objects = keystore.envelopes_of(vm).unwrap().whole().unwrap();

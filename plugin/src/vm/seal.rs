@@ -26,8 +26,8 @@ use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
-use crate::object::disk::{self, CreateRequest, Held, VolumeInfo};
-use crate::recipients::Registry;
+use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
+use crate::recipients::Recipients;
 use crate::store::Keystore;
 
 pub use declared::ConfirmedFormats;
@@ -45,7 +45,7 @@ pub struct Host<'a> {
     /// Where envelopes go.
     pub keystore: &'a Keystore,
     /// What wraps them.
-    pub registry: &'a Registry,
+    pub recipients: &'a Recipients,
     /// Where libvirt keeps vTPM state.
     pub swtpm_dir: PathBuf,
     /// Where libvirt keeps variable stores.
@@ -183,7 +183,7 @@ fn make_disk(
         DiskWork::Adopt(carried) => adopt_disk(host, defined, &step.place, carried),
         DiskWork::Replace(info) => {
             let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Disk, &location, provider)?;
-            let held = Held::unchanged(&step.place, info.file_id)?;
+            let held = ImageLock::unchanged(&step.place, info.file_id)?;
             ready.push(Ready {
                 words: step.words().unwrap_or_default(),
                 file: disk::prepare_over(
@@ -232,7 +232,7 @@ fn make_store(
     let passphrase = object.passphrase()?;
     let replaced = match store.present {
         Present::Nothing => None,
-        Present::Pristine(inspected) => Some(Held::unchanged(&store.place, inspected)?),
+        Present::Pristine(inspected) => Some(ImageLock::unchanged(&store.place, inspected)?),
     };
     ready.push(Ready {
         words: store.words(),

@@ -18,7 +18,7 @@
 //! a real opening of each object, and only then libvirt. All or nothing.
 
 pub mod adoption;
-mod arms;
+mod armed;
 mod deadline;
 mod first_run;
 
@@ -33,7 +33,7 @@ use crate::failure::{Code, Failure, chain, word};
 use crate::host::permitted::{PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
 use crate::object::disk::{self, VolumeError};
-use crate::recipients::{OpenError, Registry};
+use crate::recipients::{OpenError, Recipients};
 use crate::secret::{Dek, Passphrase};
 use crate::store::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, VmRecord};
 use crate::terminal::quoted;
@@ -41,7 +41,7 @@ use crate::vm::side_doors;
 
 use adoption::{Believed, Doubt, believe, believe_without_row, not_believed};
 
-pub use arms::{Arms, Overdue};
+pub use armed::{ArmedSecrets, Overdue};
 pub use deadline::Deadline;
 pub use first_run::{FirstRun, KnownRun, StateSource};
 
@@ -61,13 +61,13 @@ pub struct Opened {
 }
 
 /// What a start needs to know besides the domain XML.
-pub struct Stage<'a> {
+pub struct StartContext<'a> {
     /// Where the envelopes are.
     pub keystore: &'a Keystore,
     /// What opens them.
-    pub registry: &'a Registry,
+    pub recipients: &'a Recipients,
     /// What was opened before.
-    pub memory: &'a Memory,
+    pub opened_headers: &'a OpenedHeaders,
     /// Where libvirt keeps vTPM state.
     pub swtpm_dir: PathBuf,
     /// Where images may be that the XML names.
@@ -93,31 +93,31 @@ pub struct Prepared {
 ///
 /// # Errors
 /// The one line that the user sees: the VM, the object, the reason, the next command.
-pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Prepared, Failure> {
+pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, Failure> {
     let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
-    let objects = sealed_objects_under(domain, stage.policy)
+    let objects = sealed_objects_under(domain, context.policy)
         .map_err(|refusal| stays_off(Failure::new(Code::Failed, refusal.to_string())))?;
-    side_doors::refuse(domain, stage.policy).map_err(stays_off)?;
+    side_doors::refuse(domain, context.policy).map_err(stays_off)?;
     let mut versions = Vec::with_capacity(objects.len());
     for object in &objects {
         versions.push(
-            find_versions(stage, domain, object).map_err(|failure| stays_off(failure.of(&object.label)))?,
+            find_versions(context, domain, object).map_err(|failure| stays_off(failure.of(&object.label)))?,
         );
     }
-    let deks = open_versions(stage, &versions).map_err(|error| stays_off(closed(&objects, &error)))?;
+    let deks = open_versions(context, &versions).map_err(|error| stays_off(closed(&objects, &error)))?;
     let mut opened = Vec::with_capacity(objects.len());
     let mut found = Vec::with_capacity(objects.len());
     let mut first_run = None;
     for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
         let of_object = |failure: Failure| stays_off(failure.of(&object.label));
         let mut believed = versions
-            .believe(stage.registry, &dek)
+            .believe(context.recipients, &dek)
             .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
         check_place(domain, &object, &[&believed.envelope]).map_err(of_object)?;
         let passphrase = dek
             .passphrase()
             .map_err(|error| of_object(Failure::from_error(Code::Failed, "no memory for its key", &error)))?;
-        match open_object(stage, domain, &object, &believed.envelope, &passphrase).map_err(of_object)? {
+        match open_object(context, domain, &object, &believed.envelope, &passphrase).map_err(of_object)? {
             Found::Image => {}
             Found::State => believed.note_seen(&dek),
             Found::NoState => first_run = FirstRun::of(&believed.envelope, &dek),
@@ -131,7 +131,7 @@ pub fn prepare(stage: &Stage<'_>, domain: &Domain) -> Result<Prepared, Failure> 
         });
         found.push((versions, believed));
     }
-    note(stage.keystore, domain, &found).map_err(stays_off)?;
+    note(context.keystore, domain, &found).map_err(stays_off)?;
     Ok(Prepared { opened, first_run })
 }
 
@@ -182,11 +182,11 @@ impl Versions {
     }
 
     /// The one that counts, once one of them has opened to `dek`.
-    fn believe(&self, registry: &Registry, dek: &Dek) -> Result<Believed, EnvelopeError> {
+    fn believe(&self, recipients: &Recipients, dek: &Dek) -> Result<Believed, EnvelopeError> {
         match (&self.held, &self.copy) {
-            (Some(held), Some(copy)) => believe_without_row(registry, held, copy, dek),
+            (Some(held), Some(copy)) => believe_without_row(recipients, held, copy, dek),
             (held, copy) => believe(
-                registry,
+                recipients,
                 self.record.as_ref(),
                 copy.as_ref().or(held.as_ref()),
                 dek,
@@ -196,19 +196,23 @@ impl Versions {
 }
 
 /// The keystore's version, and the copy that travels in the XML.
-fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Result<Versions, Failure> {
+fn find_versions(
+    context: &StartContext<'_>,
+    domain: &Domain,
+    object: &ObjectRef,
+) -> Result<Versions, Failure> {
     let location = object
         .path
         .as_ref()
         .map(|path| path.display().to_string())
         .unwrap_or_default();
     let metadata = domain.metadata.as_ref();
-    let (record, damaged) = match stage.keystore.envelope(object.secret) {
+    let (record, damaged) = match context.keystore.envelope(object.secret) {
         Err(error) if error.is_of_row() => (None, Some(chain(&error))),
         found => (found?, None),
     };
     let held = match damaged {
-        Some(_) => stage.keystore.held_envelope(object.secret)?,
+        Some(_) => context.keystore.held_envelope(object.secret)?,
         None => None,
     };
     let versions = Versions {
@@ -233,16 +237,16 @@ fn find_versions(stage: &Stage<'_>, domain: &Domain, object: &ObjectRef) -> Resu
 }
 
 /// The DEK of each object, or the reason of the first that has none.
-fn open_versions(stage: &Stage<'_>, versions: &[Versions]) -> Result<Vec<Dek>, OpenError> {
+fn open_versions(context: &StartContext<'_>, versions: &[Versions]) -> Result<Vec<Dek>, OpenError> {
     let first: Vec<_> = versions.iter().filter_map(Versions::first).collect();
     if versions.iter().all(|versions| versions.second().is_none()) {
-        return stage.registry.open_all(&first);
+        return context.recipients.open_all(&first);
     }
-    let opened = stage.registry.open_each(&first);
+    let opened = context.recipients.open_each(&first);
     let mut deks = Vec::with_capacity(versions.len());
     for (versions, opened) in versions.iter().zip(opened) {
         deks.push(match (opened, versions.second()) {
-            (Err(error), Some(copy)) => stage.registry.open_envelope(copy).map_err(|_| error)?,
+            (Err(error), Some(copy)) => context.recipients.open_envelope(copy).map_err(|_| error)?,
             (opened, _) => opened?,
         });
     }
@@ -315,17 +319,17 @@ enum Found {
 
 /// Really opens the object with its key, or says why QEMU or swtpm would fail.
 fn open_object(
-    stage: &Stage<'_>,
+    context: &StartContext<'_>,
     domain: &Domain,
     object: &ObjectRef,
     envelope: &Envelope,
     passphrase: &Passphrase,
 ) -> Result<Found, Failure> {
     match (object.kind, &object.path) {
-        (ObjectKind::Vtpm, _) => open_vtpm(stage, domain, envelope, passphrase),
+        (ObjectKind::Vtpm, _) => open_vtpm(context, domain, envelope, passphrase),
         (_, Some(path)) => {
-            let place = permit(stage, domain, envelope, path)?;
-            stage.memory.open_image(&place, envelope, passphrase)?;
+            let place = permit(context, domain, envelope, path)?;
+            context.opened_headers.open_image(&place, envelope, passphrase)?;
             Ok(Found::Image)
         }
         // On the network: QEMU alone can open it.
@@ -335,16 +339,16 @@ fn open_object(
 
 /// Nothing is read where neither this host's settings nor the keystore expect an image of this VM.
 fn permit(
-    stage: &Stage<'_>,
+    context: &StartContext<'_>,
     domain: &Domain,
     envelope: &Envelope,
     path: &Path,
 ) -> Result<PermittedPath, Failure> {
-    let own = stage.keystore.envelopes_of(domain.uuid)?.sound;
+    let own = context.keystore.envelopes_of(domain.uuid)?.sound;
     // Another VM's, if it is shared.
-    let named = stage.keystore.readable_envelope(envelope.id)?;
+    let named = context.keystore.readable_envelope(envelope.id)?;
     let known = own.iter().chain(&named).map(|record| &record.location);
-    stage.paths.permit_known(path, known).map_err(|error| {
+    context.paths.permit_known(path, known).map_err(|error| {
         if error.is_missing() {
             of_sealed_image(VolumeError::NotFound(path.to_owned()))
         } else {
@@ -355,24 +359,24 @@ fn permit(
 
 /// swtpm answers a missing state file with a new, empty TPM, so a state that was there must not be missing.
 fn open_vtpm(
-    stage: &Stage<'_>,
+    context: &StartContext<'_>,
     domain: &Domain,
     envelope: &Envelope,
     passphrase: &Passphrase,
 ) -> Result<Found, Failure> {
-    let dir = domain.vtpm_dir(&stage.swtpm_dir)?;
+    let dir = domain.vtpm_dir(&context.swtpm_dir)?;
     let shown = dir.display();
     let state = State::read(&dir)
         .map_err(|error| Failure::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
     match state {
-        State::Absent if stage.state_source == StateSource::Stream => {
+        State::Absent if context.state_source == StateSource::Stream => {
             tracing::info!(
                 domain = domain.name,
                 "its vTPM has no state here: it comes with the VM"
             );
             Ok(Found::NoState)
         }
-        State::Absent if has_run(stage, domain.uuid, envelope)? => Err(Failure::new(
+        State::Absent if has_run(context, domain.uuid, envelope)? => Err(Failure::new(
             Code::WouldLoseKey,
             format!("its state is gone from {shown}, and swtpm would silently make a new TPM"),
         )
@@ -397,13 +401,13 @@ fn open_vtpm(
 }
 
 /// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
-fn has_run(stage: &Stage<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Failure> {
-    let noted = match stage.keystore.vm(vm) {
+fn has_run(context: &StartContext<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Failure> {
+    let noted = match context.keystore.vm(vm) {
         // A damaged note tells nothing against it.
         Err(error) if error.is_of_row() => true,
         noted => noted?.is_some_and(|record| record.vtpm_seen),
     };
-    Ok(envelope.seen || noted || stage.run == KnownRun::Yes)
+    Ok(envelope.seen || noted || context.run == KnownRun::Yes)
 }
 
 /// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it. What it knows
@@ -475,9 +479,9 @@ fn keep(
 ///
 /// Holds digests of LUKS headers, no keys. A header that changes in any byte is opened anew.
 #[derive(Debug, Default)]
-pub struct Memory(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
+pub struct OpenedHeaders(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
 
-impl Memory {
+impl OpenedHeaders {
     /// Opens an image with its passphrase, unless this very header was opened before.
     pub fn open_image(
         &self,

@@ -71,7 +71,7 @@ fn carry_out(order: &str) -> ! {
             disk::create_from_watched(&request, &source, &envelope, &passphrase, go_on, die_there).err()
         }
         _ => {
-            let held = target.exists().then(|| Held::open(&place(&target)).unwrap());
+            let held = target.exists().then(|| ImageLock::open(&place(&target)).unwrap());
             disk::create_over_watched(held.as_ref(), &request, &envelope, &passphrase, die_there).err()
         }
     };

@@ -24,8 +24,8 @@ use virtseal::model::envelope::{
     Binding, Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
 };
 use virtseal::object::disk::{
-    self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Declaration, Format, Held, Step,
-    VolumeError, luks1,
+    self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Declaration, Format, ImageLock,
+    Step, VolumeError, luks1,
 };
 use virtseal::secret::{Dek, Passphrase};
 
@@ -72,7 +72,7 @@ impl Bench {
         disk::create(request, &self.envelope, &self.passphrase)
     }
 
-    fn create_over(&self, held: &Held, request: &CreateRequest) -> Result<disk::Created, VolumeError> {
+    fn create_over(&self, held: &ImageLock, request: &CreateRequest) -> Result<disk::Created, VolumeError> {
         disk::create_over(held, request, &self.envelope, &self.passphrase)
     }
 

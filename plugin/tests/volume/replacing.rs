@@ -12,7 +12,7 @@ fn an_empty_image_is_replaced_and_keeps_its_owner_and_mode() {
     assert!(matches!(bench.create(&request), Err(VolumeError::Exists(_))));
 
     let inspected = bench.inspect("disk").file_id;
-    let held = Held::unchanged(&bench.place("disk"), inspected).unwrap();
+    let held = ImageLock::unchanged(&bench.place("disk"), inspected).unwrap();
     bench.create_over(&held, &request).unwrap();
     bench.verify("disk").unwrap();
     let found = fs::metadata(bench.path("disk")).unwrap();
@@ -22,7 +22,7 @@ fn an_empty_image_is_replaced_and_keeps_its_owner_and_mode() {
         Err(VolumeError::Changed(_))
     ));
     assert!(matches!(
-        Held::unchanged(&bench.place("disk"), inspected),
+        ImageLock::unchanged(&bench.place("disk"), inspected),
         Err(VolumeError::Changed(_))
     ));
     assert_eq!(bench.leftovers(), [""; 0]);
@@ -32,7 +32,7 @@ fn an_empty_image_is_replaced_and_keeps_its_owner_and_mode() {
 fn a_held_image_gives_way_to_a_plain_one() {
     let bench = Bench::new();
     bench.create(&bench.request("disk", 1 << 30)).unwrap();
-    let held = Held::open(&bench.place("disk")).unwrap();
+    let held = ImageLock::open(&bench.place("disk")).unwrap();
     disk::empty_over(held, Bytes(1 << 30)).unwrap();
     let found = bench.inspect("disk");
     assert_eq!(
@@ -41,7 +41,7 @@ fn a_held_image_gives_way_to_a_plain_one() {
     );
 
     fs::write(bench.path("variables"), [7; 1024]).unwrap();
-    let held = Held::open(&bench.place("disk")).unwrap();
+    let held = ImageLock::open(&bench.place("disk")).unwrap();
     disk::copy_over(held, &bench.place("variables")).unwrap();
     assert_eq!(fs::read(bench.path("disk")).unwrap(), [7; 1024]);
     assert_eq!(bench.leftovers(), [""; 0]);
@@ -53,7 +53,7 @@ fn a_qemu_that_opened_the_old_image_before_gets_no_lock_on_it_after() {
     bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "disk", "1G"]);
     // As a start that is a moment late: the file is open, its locks are not yet taken.
     let opened = fs::File::open(bench.path("disk")).unwrap();
-    let held = Held::open(&bench.place("disk")).unwrap();
+    let held = ImageLock::open(&bench.place("disk")).unwrap();
     bench.create_over(&held, &bench.request("disk", 1 << 30)).unwrap();
     let late = || {
         use std::os::fd::AsRawFd;
@@ -75,7 +75,7 @@ fn an_image_with_data_is_not_replaced() {
     let bench = Bench::new();
     bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "disk", "1G"]);
     bench.must("qemu-io", &["-f", "qcow2", "-c", "write 0 512", "disk"]);
-    let held = Held::open(&bench.place("disk")).unwrap();
+    let held = ImageLock::open(&bench.place("disk")).unwrap();
     let outcome = bench.create_over(&held, &bench.request("disk", 1 << 30));
     assert!(matches!(outcome, Err(VolumeError::HoldsData(_))));
 }
@@ -101,7 +101,7 @@ fn an_image_in_use_is_not_replaced() {
         said.push(byte[0]);
     }
     assert!(matches!(
-        Held::open(&bench.place("disk")),
+        ImageLock::open(&bench.place("disk")),
         Err(VolumeError::InUse(_))
     ));
     drop(commands);

@@ -20,7 +20,7 @@ fn pcrs(text: &str) -> PcrList {
 fn opens_what_it_sealed_also_after_a_reboot() {
     let mut stand = Stand::start();
     let tpm = stand.tpm();
-    for length in [1, 32, Tpm::MOST_BYTES] {
+    for length in [1, 32, Tpm::MAX_BYTES] {
         let secret = secret(&vec![0xa5; length]);
         let sealed = tpm.seal(&secret, &PcrList::default()).unwrap();
         let stored = SealedByTpm::from_bytes(&sealed.to_bytes()).unwrap();
@@ -31,7 +31,7 @@ fn opens_what_it_sealed_also_after_a_reboot() {
             assert_eq!(tpm.unseal(&stored).unwrap().expose(), secret.expose());
         }
     }
-    let long = secret(&[0; Tpm::MOST_BYTES + 1]);
+    let long = secret(&[0; Tpm::MAX_BYTES + 1]);
     assert!(matches!(
         tpm.seal(&long, &PcrList::default()),
         Err(TpmError::TooLong)

@@ -13,8 +13,10 @@ fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
 }
 
-fn ready(registry: &Registry, name: &str) -> Arc<NativeProvider> {
-    let provider = registry.add_native(&name.parse().unwrap(), &secret("p")).unwrap();
+fn ready(recipients: &Recipients, name: &str) -> Arc<NativeProvider> {
+    let provider = recipients
+        .add_native(&name.parse().unwrap(), &secret("p"))
+        .unwrap();
     back_up(&provider);
     provider
 }
@@ -28,7 +30,7 @@ fn back_up(provider: &NativeProvider) {
 struct Host {
     dir: tempfile::TempDir,
     keystore: Arc<Keystore>,
-    registry: Registry,
+    recipients: Recipients,
     main: Arc<NativeProvider>,
     spare: Arc<NativeProvider>,
     /// SHA-256 of each DEK.
@@ -39,12 +41,12 @@ impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-        let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
-        let (main, spare) = (ready(&registry, "main"), ready(&registry, "spare"));
+        let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let (main, spare) = (ready(&recipients, "main"), ready(&recipients, "spare"));
         Self {
             dir,
             keystore,
-            registry,
+            recipients,
             main,
             spare,
             deks: BTreeMap::new(),
@@ -65,7 +67,7 @@ impl Host {
             vm: VmId::random(),
             kind: ObjectKind::Disk,
         };
-        let (envelope, dek) = self.registry.seal_new(provider, &binding).unwrap();
+        let (envelope, dek) = self.recipients.seal_new(provider, &binding).unwrap();
         self.keystore.put(&envelope, "/images/disk.qcow2").unwrap();
         self.deks.insert(envelope.id, openssl::sha::sha256(dek.expose()));
         envelope.id
@@ -84,7 +86,7 @@ impl Host {
     }
 
     fn step(&self, batch: u32) -> Option<Step> {
-        step(&self.keystore, &self.registry, batch).unwrap()
+        step(&self.keystore, &self.recipients, batch).unwrap()
     }
 
     /// Until the job ends or waits.
@@ -104,7 +106,7 @@ impl Host {
 
     /// `envelope` after `change`, as one who opened it would have left it.
     fn changed(&self, envelope: &Envelope, change: impl FnOnce(&mut Envelope)) -> Verified {
-        let dek = self.registry.open_envelope(envelope).unwrap();
+        let dek = self.recipients.open_envelope(envelope).unwrap();
         let mut changed = envelope.clone();
         change(&mut changed);
         Verified::of_test(changed, &dek)
@@ -118,7 +120,7 @@ impl Host {
     /// Every envelope opens to the DEK that it was made with.
     fn assert_whole(&self) {
         for envelope in self.envelopes() {
-            let dek = self.registry.open_envelope(&envelope).unwrap();
+            let dek = self.recipients.open_envelope(&envelope).unwrap();
             assert_eq!(openssl::sha::sha256(dek.expose()), self.deks[&envelope.id]);
         }
         assert_eq!(self.envelopes().len(), self.deks.len());
@@ -272,21 +274,21 @@ fn rekeyed_they_follow_the_policy() {
 #[test]
 fn new_envelopes_get_all_recipients_or_none() {
     let mut host = Host::new();
-    host.registry
+    host.recipients
         .set_recipients(vec!["spare".to_owned(), "main".to_owned(), "spare".to_owned()]);
     host.seal(None);
     host.assert_providers(&[&host.spare, &host.main]);
     host.assert_whole();
     host.main.lock();
     let binding = host.envelopes()[0].binding();
-    let failure = Failure::from(host.registry.seal_new(None, &binding).unwrap_err());
+    let failure = Failure::from(host.recipients.seal_new(None, &binding).unwrap_err());
     assert_eq!(
         failure.to_string(),
         "provider 'main' is locked. Next: virtseal provider unlock main"
     );
-    host.registry
+    host.recipients
         .set_recipients(vec!["main".to_owned(), "hsm".to_owned()]);
-    let failure = Failure::from(host.registry.seal_new(None, &binding).unwrap_err());
+    let failure = Failure::from(host.recipients.seal_new(None, &binding).unwrap_err());
     assert!(failure.message.contains("\"hsm\""), "{failure}");
     assert_eq!(host.envelopes().len(), 1);
 }
@@ -360,9 +362,9 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
     });
     let work = [Rewrap {
         record: host.keystore.envelope(before.id).unwrap().unwrap(),
-        slots: vec![Slot::Keep(0), Slot::Wrap(host.spare.id())],
+        targets: vec![RewrapTarget::Keep(0), RewrapTarget::Wrap(host.spare.id())],
     }];
-    let Rewrapped::Changed(next) = host.registry.rewrap(&work).unwrap().remove(0) else {
+    let Rewrapped::Changed(next) = host.recipients.rewrap(&work).unwrap().remove(0) else {
         panic!("not rewrapped");
     };
     // A start has adopted a later generation from the domain's XML.
@@ -426,15 +428,15 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     let Host {
         dir,
         keystore,
-        registry,
+        recipients,
         main,
         spare,
         deks,
     } = host;
-    drop((registry, main, spare, keystore));
+    drop((recipients, main, spare, keystore));
     let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-    let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
-    let native = |name: &str| match registry.find(name).unwrap() {
+    let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+    let native = |name: &str| match recipients.find(name).unwrap() {
         crate::recipients::Provider::Native(native) => native,
         _ => panic!("{name} is not native"),
     };
@@ -442,7 +444,7 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     let host = Host {
         dir,
         keystore,
-        registry,
+        recipients,
         main,
         spare,
         deks,

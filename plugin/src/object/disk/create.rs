@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::chain::local_file_name;
 use super::convert::{self, Source};
 use super::error::{Attempt, VolumeError};
-use super::held::Held;
+use super::lock::ImageLock;
 use super::luks1;
 use super::open::{Format, Image};
 use super::prepared::Prepared;
@@ -132,7 +132,7 @@ pub fn create(
 /// # Errors
 /// Those of [`create`], and [`VolumeError::HoldsData`].
 pub fn create_over(
-    replaced: &Held,
+    replaced: &ImageLock,
     request: &CreateRequest,
     envelope: &Envelope,
     passphrase: &Passphrase,
@@ -145,7 +145,7 @@ pub fn create_over(
 /// # Errors
 /// Those of [`create_over`]; nothing was replaced.
 pub fn prepare_over(
-    replaced: Held,
+    replaced: ImageLock,
     request: &CreateRequest,
     envelope: &Envelope,
     passphrase: &Passphrase,
@@ -164,7 +164,7 @@ pub fn prepare_over(
 /// # Errors
 /// Those of [`create_over`].
 pub fn create_over_watched(
-    replaced: Option<&Held>,
+    replaced: Option<&ImageLock>,
     request: &CreateRequest,
     envelope: &Envelope,
     passphrase: &Passphrase,
@@ -233,7 +233,7 @@ pub fn create_from_watched(
 
 /// An image in the making.
 struct Making<'a> {
-    replaced: Option<&'a Held>,
+    replaced: Option<&'a ImageLock>,
     place: PermittedPath,
     request: &'a CreateRequest,
     size: Bytes,
@@ -244,7 +244,7 @@ struct Making<'a> {
 
 impl<'a> Making<'a> {
     fn new(
-        replaced: Option<&'a Held>,
+        replaced: Option<&'a ImageLock>,
         request: &'a CreateRequest,
         size: Bytes,
         envelope: &'a Envelope,
@@ -287,7 +287,7 @@ impl<'a> Making<'a> {
     ) -> Result<Created, VolumeError> {
         let (staged, header_digest) = self.make(fill, watch)?;
         self.check_target()?;
-        let published = staged.publish(self.replaced.map(Held::id))?;
+        let published = staged.publish(self.replaced.map(ImageLock::id))?;
         watch(Step::Published);
         published.sync()?;
         watch(Step::Durable);
@@ -356,7 +356,7 @@ impl<'a> Making<'a> {
     }
 }
 
-fn refuse_data(held: &Held) -> Result<(), VolumeError> {
+fn refuse_data(held: &ImageLock) -> Result<(), VolumeError> {
     match held.image()?.data()? {
         Data::HasData => Err(VolumeError::HoldsData(held.path().to_owned())),
         Data::Empty => Ok(()),

@@ -35,8 +35,8 @@ const SALT_LEN: usize = 32;
 /// QEMU's floor. The passphrase has 256 random bits: more rounds add time and no strength.
 const ITERATIONS: u32 = 1000;
 /// The most rounds that any one derivation, and all those of one header together, may ask for.
-const MOST_ITERATIONS: u32 = 10_000_000;
-const MOST_ITERATIONS_TOGETHER: u64 = 20_000_000;
+const MAX_ITERATIONS: u32 = 10_000_000;
+const MAX_ITERATIONS_TOGETHER: u64 = 20_000_000;
 /// The most rounds that opening asks for, of one derivation and of all those of a header: keys of ours have 1000. A header
 /// that others wrote costs a start no more than a fraction of a second.
 pub(super) const MAX_ITERATIONS_OPENED: u32 = 100_000;
@@ -347,7 +347,7 @@ impl Header {
         let total: u64 = active
             .map(|keyslot| u64::from(keyslot.iterations) + u64::from(self.key_digest_iterations))
             .sum();
-        if total > MOST_ITERATIONS_TOGETHER {
+        if total > MAX_ITERATIONS_TOGETHER {
             let what = format!("its keyslots ask for {total} PBKDF2 rounds, more than can be sensible");
             return Err(Flaw::new(Part::Luks1, KEYSLOTS_FIELD, what));
         }
@@ -486,7 +486,7 @@ mod tests {
         for number in 0..8 {
             let at = 208 + 48 * number;
             bytes[at..at + 4].copy_from_slice(&ACTIVE.to_be_bytes());
-            bytes[at + 4..at + 8].copy_from_slice(&MOST_ITERATIONS.to_be_bytes());
+            bytes[at + 4..at + 8].copy_from_slice(&MAX_ITERATIONS.to_be_bytes());
         }
         assert!(
             Header::parse(&bytes, space)

@@ -9,7 +9,7 @@ use std::path::Path;
 use super::convert::Source;
 use super::create::Step;
 use super::error::{Attempt, VolumeError};
-use super::held::Held;
+use super::lock::ImageLock;
 use super::luks1::sector::SECTOR;
 use super::luks1::{Fresh, Header};
 use super::open::Image;
@@ -61,7 +61,7 @@ pub fn create_nvram_watched(
 pub fn prepare_nvram(
     template: &PermittedPath,
     target: &PermittedPath,
-    replaced: Option<Held>,
+    replaced: Option<ImageLock>,
     passphrase: &Passphrase,
 ) -> Result<Prepared, VolumeError> {
     let (staged, _) = make(template, target, replaced.as_ref(), passphrase, &mut |_| {})?;
@@ -71,7 +71,7 @@ pub fn prepare_nvram(
 fn make(
     template: &PermittedPath,
     target: &PermittedPath,
-    replaced: Option<&Held>,
+    replaced: Option<&ImageLock>,
     passphrase: &Passphrase,
     watch: &mut dyn FnMut(Step),
 ) -> Result<(Staged, [u8; 32]), VolumeError> {

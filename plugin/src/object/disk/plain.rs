@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::error::{Attempt, VolumeError};
-use super::held::Held;
+use super::lock::ImageLock;
 use super::nvram::read_variables;
 use super::open::Image;
 use super::prepared::Prepared;
@@ -18,7 +18,7 @@ use crate::host::permitted::PermittedPath;
 ///
 /// # Errors
 /// [`VolumeError`]; the old image is still there then, except when only the last fsync of the directory failed.
-pub fn empty_over(replaced: Held, size: Bytes) -> Result<Option<Held>, VolumeError> {
+pub fn empty_over(replaced: ImageLock, size: Bytes) -> Result<Option<ImageLock>, VolumeError> {
     prepare_empty(replaced, size)?.publish()
 }
 
@@ -26,7 +26,7 @@ pub fn empty_over(replaced: Held, size: Bytes) -> Result<Option<Held>, VolumeErr
 ///
 /// # Errors
 /// [`VolumeError`]; the old file is still there then, except when only the last fsync of the directory failed.
-pub fn copy_over(replaced: Held, source: &PermittedPath) -> Result<Option<Held>, VolumeError> {
+pub fn copy_over(replaced: ImageLock, source: &PermittedPath) -> Result<Option<ImageLock>, VolumeError> {
     prepare_copy(replaced, source)?.publish()
 }
 
@@ -34,7 +34,7 @@ pub fn copy_over(replaced: Held, source: &PermittedPath) -> Result<Option<Held>,
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was replaced.
-pub fn prepare_empty(replaced: Held, size: Bytes) -> Result<Prepared, VolumeError> {
+pub fn prepare_empty(replaced: ImageLock, size: Bytes) -> Result<Prepared, VolumeError> {
     prepare(replaced, |staged, replaced| {
         // By its descriptor: others may write to the directory, and change what has a name there.
         let file = staged.file().as_fd();
@@ -52,7 +52,7 @@ pub fn prepare_empty(replaced: Held, size: Bytes) -> Result<Prepared, VolumeErro
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was replaced.
-pub fn prepare_copy(replaced: Held, source: &PermittedPath) -> Result<Prepared, VolumeError> {
+pub fn prepare_copy(replaced: ImageLock, source: &PermittedPath) -> Result<Prepared, VolumeError> {
     let shown = source.shown();
     prepare(replaced, |staged, replaced| {
         if Image::open(source)?.file_id().inode() == replaced.id().inode() {
@@ -64,8 +64,8 @@ pub fn prepare_copy(replaced: Held, source: &PermittedPath) -> Result<Prepared, 
 }
 
 fn prepare(
-    replaced: Held,
-    write: impl FnOnce(&Staged, &Held) -> Result<(), VolumeError>,
+    replaced: ImageLock,
+    write: impl FnOnce(&Staged, &ImageLock) -> Result<(), VolumeError>,
 ) -> Result<Prepared, VolumeError> {
     let staged = Staged::beside(replaced.place())?;
     write(&staged, &replaced)?;

@@ -19,9 +19,9 @@ pub(crate) const HEADER_LEN: usize = 112;
 pub(crate) const LUKS: u32 = 2;
 /// QEMU's limit for the bytes of an L1 table.
 pub(crate) const MOST_L1_BYTES: u64 = 32 << 20;
-const MOST_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
-const MOST_BACKING_NAME: u32 = 1023;
-const MOST_BACKING_FORMAT: usize = 15;
+const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+const MAX_BACKING_NAME: u32 = 1023;
+const MAX_BACKING_FORMAT: usize = 15;
 
 pub(crate) const END_EXTENSION: u32 = 0;
 pub(crate) const BACKING_FORMAT_EXTENSION: u32 = 0xe279_2aca;
@@ -188,7 +188,7 @@ struct Extension<'a> {
 impl Extension<'_> {
     fn text(&self, of: &str) -> Result<String, Flaw> {
         Some(self.payload)
-            .filter(|payload| payload.len() <= MOST_BACKING_FORMAT)
+            .filter(|payload| payload.len() <= MAX_BACKING_FORMAT)
             .and_then(text)
             .ok_or_else(|| flaw(self.offset, format!("{of} is no name of a format")))
     }
@@ -283,7 +283,7 @@ impl<'a> Fields<'a> {
         if offset == 0 {
             return Ok(None);
         }
-        if len == 0 || len > MOST_BACKING_NAME || offset > cluster_size.bytes() {
+        if len == 0 || len > MAX_BACKING_NAME || offset > cluster_size.bytes() {
             return Err(flaw(
                 8,
                 format!("the backing file's name ({len} bytes at {offset}) is out of bounds"),
@@ -318,7 +318,7 @@ impl<'a> Fields<'a> {
             offset: self.u64(48)?,
             len: u64::from(self.u32(56)?) * cluster_size.bytes(),
         };
-        if span.len == 0 || span.len > MOST_REFCOUNT_TABLE_BYTES {
+        if span.len == 0 || span.len > MAX_REFCOUNT_TABLE_BYTES {
             return Err(flaw(
                 56,
                 format!("a refcount table of {} bytes is out of bounds", span.len),

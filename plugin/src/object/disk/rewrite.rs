@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::error::{Attempt, Flaw, Part, VolumeError};
-use super::held::Held;
+use super::lock::ImageLock;
 use super::open::{Image, ImageCopy};
 use super::qcow2::{extension, extension::Place, rewrite};
 use crate::host::permitted::PermittedPath;
@@ -43,7 +43,7 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
     gives_way: impl FnOnce(&Envelope) -> Result<bool, E>,
     journal: impl FnOnce(&[u8]) -> Result<(), E>,
 ) -> Result<Carried, E> {
-    let (held, path) = (Held::open(place)?, place.shown());
+    let (held, path) = (ImageLock::open(place)?, place.shown());
     let (file, image) = (held.file(), held.image()?);
     match image.copy() {
         ImageCopy::Envelope(found) if found.id == envelope.id => {
@@ -71,7 +71,7 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
 /// # Errors
 /// [`VolumeError::InUse`], and when the image can't be written.
 pub fn finish_rewrite(place: &PermittedPath, journaled: &[u8]) -> Result<(), VolumeError> {
-    let (held, path) = (Held::open(place)?, place.shown());
+    let (held, path) = (ImageLock::open(place)?, place.shown());
     let patch = Patch::from_bytes(journaled).ok_or_else(|| damaged(path, "its journal is damaged"))?;
     if patch.is_torn(held.file(), path)? {
         patch.write(held.file(), path)?;
@@ -113,7 +113,7 @@ pub fn shred_keys(
     id: EnvelopeId,
     passphrase: Option<&Passphrase>,
 ) -> Result<Shredding, VolumeError> {
-    let (held, path) = (Held::open(place)?, place.shown());
+    let (held, path) = (ImageLock::open(place)?, place.shown());
     let (file, image) = (held.file(), held.image()?);
     // Of the file that is held: another may be at the path by now.
     let opens = || passphrase.is_some_and(|passphrase| image.unlock(passphrase).is_ok());
@@ -154,7 +154,7 @@ pub fn shred_keys(
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has it open, and when it can't be opened for writing.
 pub fn is_free(place: &PermittedPath) -> Result<(), VolumeError> {
-    Held::open(place).map(drop)
+    ImageLock::open(place).map(drop)
 }
 
 fn damaged(path: &Path, what: &str) -> VolumeError {

@@ -19,7 +19,7 @@ use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, RenameFlags, fcntl, renameat2};
 use nix::unistd::linkat;
 
 use super::error::{Attempt, VolumeError};
-use super::held::Held;
+use super::lock::ImageLock;
 use crate::host::permitted::PermittedPath;
 
 const PREFIX: &str = ".virtseal-";
@@ -108,7 +108,7 @@ impl Staged {
     }
 
     /// Gives it the owner and the mode of the file that it will replace.
-    pub(crate) fn take_after(&self, replaced: &Held) -> Result<(), VolumeError> {
+    pub(crate) fn take_after(&self, replaced: &ImageLock) -> Result<(), VolumeError> {
         let replaced = replaced.file().metadata().attempt("look at", replaced.path())?;
         fchown(&self.file, Some(replaced.uid()), Some(replaced.gid()))
             .and_then(|()| {

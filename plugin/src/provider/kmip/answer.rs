@@ -11,7 +11,7 @@ use crate::provider::aes_gcm;
 use crate::secret::SecretBytes;
 
 /// The most characters of a server's name for a key: it must fit an envelope several times.
-const MOST_UID: usize = 512;
+const MAX_UID: usize = 512;
 
 /// The key that Create made.
 pub(super) fn created(payload: &Item) -> Result<KekId, ProtocolError> {
@@ -41,7 +41,7 @@ fn kek_id(uid: &str) -> Option<KekId> {
 
 /// Whether a key at a server may be called that.
 pub(super) fn is_identifier(uid: &str) -> bool {
-    !uid.is_empty() && uid.len() <= MOST_UID && !uid.contains(char::is_control)
+    !uid.is_empty() && uid.len() <= MAX_UID && !uid.contains(char::is_control)
 }
 
 /// What GetAttributes says of a key.
@@ -375,7 +375,7 @@ mod tests {
     fn identifiers_of_keys_are_bounded() {
         let uid = |text: String| response([Item::text(Tag::UNIQUE_IDENTIFIER, text)]);
         assert_eq!(created(&uid("a-1".into())).unwrap().0, "a-1");
-        for bad in [String::new(), "a\nb".into(), "x".repeat(MOST_UID + 1)] {
+        for bad in [String::new(), "a\nb".into(), "x".repeat(MAX_UID + 1)] {
             assert!(created(&uid(bad.clone())).is_err());
             assert!(located(&uid(bad)).is_empty());
         }

@@ -25,7 +25,7 @@ use crate::secret::{SecretBytes, Transient};
 use crate::store::Change;
 
 /// The most bytes of a PEM file that is read.
-pub(crate) const MOST_PEM: usize = 64 * 1024;
+pub(crate) const MAX_PEM: usize = 64 * 1024;
 
 /// The most requests that wait for their certificates: beyond, the key of the oldest goes.
 const MAX_WAITING: usize = 16;

@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::call::Call;
 use super::identity::Login;
 use super::tag::{BATCH_CONTINUE, CREDENTIAL_USERNAME_AND_PASSWORD, RESULT_SUCCESS, Reason, Tag};
-use super::ttlv::{Item, MOST_BYTES, TtlvError};
+use super::ttlv::{Item, MAX_BYTES, TtlvError};
 use crate::secret::Transient;
 
 /// A version of the protocol.
@@ -174,7 +174,7 @@ fn batch_id(nth: usize) -> [u8; 8] {
 }
 
 fn header(version: KmipVersion, login: Option<&Login>, calls: usize) -> Item<'_> {
-    let limit = i32::try_from(MOST_BYTES).expect("the limit is below 2 GiB");
+    let limit = i32::try_from(MAX_BYTES).expect("the limit is below 2 GiB");
     let mut items = vec![version.item(), Item::integer(Tag::MAXIMUM_RESPONSE_SIZE, limit)];
     if let Some(login) = login {
         let value = [

@@ -19,7 +19,7 @@ use super::ttlv::{self, Item};
 use crate::secret::SecretBytes;
 
 /// How many quiet connections are kept.
-const MOST_IDLE: usize = 4;
+const MAX_IDLE: usize = 4;
 
 /// What a call may use: gone as soon as the provider is locked or its trust changes.
 #[derive(Debug)]
@@ -286,7 +286,7 @@ impl Node {
     /// Puts a connection back unless the provider was locked meanwhile.
     fn keep(&self, stream: TlsStream, epoch: u64) {
         let mut idle = lock(&self.idle);
-        if idle.epoch == epoch && idle.connections.len() < MOST_IDLE {
+        if idle.epoch == epoch && idle.connections.len() < MAX_IDLE {
             idle.connections.push(stream);
         }
     }

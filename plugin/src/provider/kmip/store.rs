@@ -22,7 +22,7 @@ use crate::secret::{SecretBytes, Transient};
 use crate::store::Change;
 
 /// The most bytes of one of the files.
-const MOST_BYTES: usize = 1 << 20;
+const MAX_BYTES: usize = 1 << 20;
 
 /// By what a server is known to be the right one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, serde::Deserialize)]
@@ -137,7 +137,7 @@ impl Store {
         };
         // Sized by the file, for secret memory is scarce.
         let length = opened.metadata().map_err(StoreError::io("read", &path))?.len();
-        let limit = usize::try_from(length).unwrap_or(usize::MAX).min(MOST_BYTES);
+        let limit = usize::try_from(length).unwrap_or(usize::MAX).min(MAX_BYTES);
         let bytes = SecretBytes::read_from(opened, limit).map_err(StoreError::io("read", &path))?;
         serde_json::from_slice(bytes.expose())
             .map(Some)

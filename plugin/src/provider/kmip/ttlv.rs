@@ -14,11 +14,11 @@ use thiserror::Error;
 use super::tag::Tag;
 
 /// The most bytes that a message may have after its first 8: a batch of keys has a few KiB.
-pub(super) const MOST_BYTES: usize = 256 * 1024;
+pub(super) const MAX_BYTES: usize = 256 * 1024;
 /// How deep structures may nest; KMIP's own messages need 9.
-pub(super) const MOST_DEPTH: usize = 16;
+pub(super) const MAX_DEPTH: usize = 16;
 /// The most items in one message.
-pub(super) const MOST_ITEMS: usize = 4096;
+pub(super) const MAX_ITEMS: usize = 4096;
 
 /// One item: a tag and its value.
 #[derive(Clone, Debug, PartialEq)]
@@ -167,7 +167,7 @@ impl<'a> Item<'a> {
     /// # Errors
     /// When it is anything else, or exceeds one of the limits above.
     pub(super) fn decode(message: &'a [u8]) -> Result<Self, TtlvError> {
-        if message.len() > MOST_BYTES + 8 {
+        if message.len() > MAX_BYTES + 8 {
             return Err(TtlvError::TooLong { found: message.len() });
         }
         let mut reader = Reader {
@@ -220,7 +220,7 @@ fn padding(length: usize) -> usize {
 /// How many bytes follow the first 8 of a message, which are `header`.
 ///
 /// # Errors
-/// When they are not a message's, or announce more than [`MOST_BYTES`].
+/// When they are not a message's, or announce more than [`MAX_BYTES`].
 pub(super) fn body_length(header: [u8; 8]) -> Result<usize, TtlvError> {
     let [t1, t2, t3, kind, l1, l2, l3, l4] = header;
     let (tag, length) = (
@@ -231,7 +231,7 @@ pub(super) fn body_length(header: [u8; 8]) -> Result<usize, TtlvError> {
         return Err(TtlvError::NotAResponse);
     }
     match usize::try_from(length) {
-        Ok(length) if length <= MOST_BYTES => Ok(length),
+        Ok(length) if length <= MAX_BYTES => Ok(length),
         _ => Err(TtlvError::TooLong {
             found: usize::try_from(length).unwrap_or(usize::MAX),
         }),
@@ -246,7 +246,7 @@ struct Reader<'a> {
 impl<'a> Reader<'a> {
     fn item(&mut self, depth: usize) -> Result<Item<'a>, TtlvError> {
         self.items += 1;
-        if depth >= MOST_DEPTH || self.items > MOST_ITEMS {
+        if depth >= MAX_DEPTH || self.items > MAX_ITEMS {
             return Err(TtlvError::TooComplex);
         }
         let [t1, t2, t3, kind] = *self.array::<4>()?;
@@ -313,9 +313,9 @@ impl<'a> Reader<'a> {
 pub(super) enum TtlvError {
     #[error("the answer is not a KMIP response: is this the KMIP port?")]
     NotAResponse,
-    #[error("the message has {found} bytes, more than the {MOST_BYTES} allowed")]
+    #[error("the message has {found} bytes, more than the {MAX_BYTES} allowed")]
     TooLong { found: usize },
-    #[error("the message nests deeper than {MOST_DEPTH} levels or has more than {MOST_ITEMS} items")]
+    #[error("the message nests deeper than {MAX_DEPTH} levels or has more than {MAX_ITEMS} items")]
     TooComplex,
     #[error("the message ends in the middle of an item")]
     Truncated,
@@ -425,13 +425,13 @@ mod tests {
     #[test]
     fn deep_wide_and_long_messages_are_refused() {
         let mut deep = Item::integer(Tag(1), 1);
-        for _ in 0..MOST_DEPTH {
+        for _ in 0..MAX_DEPTH {
             deep = Item::structure(Tag(1), [deep]);
         }
         assert_eq!(Item::decode(&encoded(&deep)), Err(TtlvError::TooComplex));
-        let wide = Item::structure(Tag(1), vec![Item::structure(Tag(2), []); MOST_ITEMS]);
+        let wide = Item::structure(Tag(1), vec![Item::structure(Tag(2), []); MAX_ITEMS]);
         assert_eq!(Item::decode(&encoded(&wide)), Err(TtlvError::TooComplex));
-        let long = Item::bytes(Tag(1), vec![0; MOST_BYTES + 8]);
+        let long = Item::bytes(Tag(1), vec![0; MAX_BYTES + 8]);
         assert!(matches!(
             Item::decode(&encoded(&long)),
             Err(TtlvError::TooLong { .. })

@@ -27,10 +27,10 @@ const WORK_HERE: u8 = if cfg!(test) { 10 } else { WORK };
 
 /// The most that is accepted from a file, 1 GiB and some seconds: it may be hostile, or made by a program that
 /// calibrates.
-const MOST_WORK: u8 = 20;
+const MAX_WORK: u8 = 20;
 
 /// The most bytes that a sealed text, or the text itself, may have.
-pub(super) const MOST_BYTES: usize = 64 * 1024;
+pub(super) const MAX_BYTES: usize = 64 * 1024;
 
 static ONE_SCRYPT_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -57,7 +57,7 @@ pub enum SealingError {
     WrongPassphrase,
     /// scrypt would take too much.
     #[error(
-        "the age file asks for scrypt work factor {required}, at most {MOST_WORK} is accepted: \
+        "the age file asks for scrypt work factor {required}, at most {MAX_WORK} is accepted: \
          decrypt it with age -d and restore the result"
     )]
     TooMuchWork {
@@ -68,7 +68,7 @@ pub enum SealingError {
     #[error("the age file is not sealed by a passphrase: decrypt it with age -d and restore the result")]
     NotByPassphrase,
     /// Too long.
-    #[error("it has more than {MOST_BYTES} bytes, no virtseal backup is that long")]
+    #[error("it has more than {MAX_BYTES} bytes, no virtseal backup is that long")]
     TooLong,
     /// Not an age file.
     #[error("the age file is damaged")]
@@ -123,11 +123,11 @@ pub(super) fn is_sealed(bytes: &[u8]) -> bool {
 
 /// Opens an age file, binary or armored.
 pub(in crate::provider) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Result<Transient, SealingError> {
-    if sealed.len() > MOST_BYTES {
+    if sealed.len() > MAX_BYTES {
         return Err(SealingError::TooLong);
     }
     let mut identity = scrypt::Identity::new(typed(passphrase)?);
-    identity.set_max_work_factor(MOST_WORK);
+    identity.set_max_work_factor(MAX_WORK);
     let opened = decrypt(sealed, &identity);
     scrub_stack();
     opened
@@ -153,7 +153,7 @@ pub(crate) fn decrypting<R: BufRead>(
     passphrase: &SecretBytes,
 ) -> Result<StreamReader<R>, SealingError> {
     let mut identity = scrypt::Identity::new(typed(passphrase)?);
-    identity.set_max_work_factor(MOST_WORK);
+    identity.set_max_work_factor(MAX_WORK);
     let decryptor = Decryptor::new_buffered(input).map_err(SealingError::Damaged)?;
     if !decryptor.is_scrypt() {
         return Err(SealingError::NotByPassphrase);
@@ -180,7 +180,7 @@ fn decrypt(sealed: &[u8], identity: &scrypt::Identity) -> Result<Transient, Seal
     // The plaintext is shorter than the file: no growing buffer leaves a copy behind.
     let mut text = Transient::new(Vec::with_capacity(sealed.len() + 1));
     reader
-        .take(MOST_BYTES as u64)
+        .take(MAX_BYTES as u64)
         .read_to_end(&mut text)
         .map_err(|error| SealingError::Damaged(error.into()))?;
     Ok(text)
@@ -299,7 +299,7 @@ mod tests {
             open(&sealed, &secret("p")),
             Err(SealingError::NotByPassphrase)
         ));
-        let long = vec![b'a'; MOST_BYTES + 1];
+        let long = vec![b'a'; MAX_BYTES + 1];
         assert!(matches!(open(&long, &secret("p")), Err(SealingError::TooLong)));
     }
 }

@@ -14,7 +14,7 @@ use super::token::Token;
 use crate::provider::{PinRefusal, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
 
-/// The most time for one call, less than what the registry allows: this one's message says more.
+/// The most time for one call, less than what the recipients allows: this one's message says more.
 pub(super) const DEADLINE: Duration = Duration::from_millis(4500);
 
 /// Tells the sessions of one provider from those of another on the same module.

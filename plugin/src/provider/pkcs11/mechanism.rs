@@ -32,7 +32,7 @@ const CBC_IV: usize = 16;
 const CBC_BLOCK: usize = 16;
 const HMAC: usize = 32;
 /// No body is longer; what is, never reaches the token.
-const MOST_BODY: usize = 256;
+const MAX_BODY: usize = 256;
 
 /// A way to wrap, in the order of preference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -212,7 +212,7 @@ pub(super) fn unwrap(
     context: &[u8],
     body: &[u8],
 ) -> Result<SecretBytes, TokenError> {
-    if body.len() > MOST_BODY {
+    if body.len() > MAX_BODY {
         return Err(TokenError::Tampered);
     }
     let opened = unwrap_once(token, kek, context, body);

@@ -27,7 +27,7 @@ impl NewObject {
         provider: Option<&str>,
     ) -> Result<Self, Failure> {
         let wanted = provider
-            .map(|name| host.registry.find(name))
+            .map(|name| host.recipients.find(name))
             .transpose()?
             .map(|known| known.provider().id());
         // One that can't be read may be that of this object, which must not get a second.
@@ -46,7 +46,7 @@ impl NewObject {
             vm,
             kind,
         };
-        let (envelope, dek) = host.registry.seal_new(provider, &binding)?;
+        let (envelope, dek) = host.recipients.seal_new(provider, &binding)?;
         host.keystore.insert_pending(&envelope, location)?;
         Ok(Self {
             envelope,
@@ -57,7 +57,7 @@ impl NewObject {
 
     /// Unwraps an envelope that the keystore has.
     pub fn open(host: &Host<'_>, record: &EnvelopeRecord) -> Result<Self, Failure> {
-        let dek = host.registry.open_envelope(&record.envelope)?;
+        let dek = host.recipients.open_envelope(&record.envelope)?;
         let envelope = record
             .verify(&dek)
             .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;

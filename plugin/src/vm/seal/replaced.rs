@@ -3,7 +3,7 @@
 use super::Host;
 use crate::failure::Failure;
 use crate::model::envelope::EnvelopeId;
-use crate::object::disk::{Held, Prepared};
+use crate::object::disk::{ImageLock, Prepared};
 
 /// A file that is ready, with what giving it its name comes to.
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub(super) struct Ready {
 #[derive(Debug, Default)]
 pub struct Replaced {
     /// The old files: until the domain is defined, a start may still be opening them.
-    held: Vec<Held>,
+    held: Vec<ImageLock>,
     /// In words.
     done: Vec<String>,
 }

@@ -270,8 +270,8 @@ pub(super) fn adopt(
 ) -> Result<Envelope, Failure> {
     let record = host.keystore.readable_envelope(carried.id)?;
     let first = record.as_ref().map_or(carried, |record| &record.envelope);
-    let dek = host.registry.open_envelope(first)?;
-    let believed = believe(host.registry, record.as_ref(), Some(carried), &dek)
+    let dek = host.recipients.open_envelope(first)?;
+    let believed = believe(host.recipients, record.as_ref(), Some(carried), &dek)
         .map_err(|error| not_believed(&defined.name, &error))?;
     let passphrase = dek
         .passphrase()

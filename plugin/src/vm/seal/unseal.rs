@@ -15,7 +15,7 @@ use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
-use crate::object::disk::{self, Data, FileId, Held, VolumeInfo};
+use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
 use crate::store::EnvelopeRecord;
 
 /// What unsealing takes.
@@ -186,7 +186,7 @@ pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Failure> {
 
 fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Failure> {
     let passphrase = NewObject::open(host, &step.record)?.passphrase()?;
-    let held = Held::unchanged(&step.place, step.inspected)?;
+    let held = ImageLock::unchanged(&step.place, step.inspected)?;
     held.verify(&passphrase)?;
     Ok(match &step.by {
         Replacement::Empty(size) => disk::prepare_empty(held, *size)?,

@@ -6,7 +6,7 @@
 
 use crate::failure::{Code, Failure, chain, word};
 use crate::model::envelope::{Envelope, EnvelopeError, Precedence, Verified};
-use crate::recipients::Registry;
+use crate::recipients::Recipients;
 use crate::secret::Dek;
 use crate::store::EnvelopeRecord;
 
@@ -73,7 +73,7 @@ impl Doubt {
 /// # Errors
 /// When none of them verifies under `dek`.
 pub fn believe(
-    registry: &Registry,
+    recipients: &Recipients,
     record: Option<&EnvelopeRecord>,
     copy: Option<&Envelope>,
     dek: &Dek,
@@ -90,7 +90,7 @@ pub fn believe(
     let (envelope, doubt) = match copy.filter(|copy| **copy != record.envelope) {
         None => (own, None),
         Some(copy) => match weigh(&own, copy, dek) {
-            Weighed::Counts(copy) if opens_alone(registry, &copy, dek) => (copy, None),
+            Weighed::Counts(copy) if opens_alone(recipients, &copy, dek) => (copy, None),
             Weighed::Counts(_) => (own, Some(Doubt::DoesNotOpen)),
             Weighed::IsBehind => (own, None),
             Weighed::Doubtful(doubt) => (own, Some(doubt)),
@@ -109,7 +109,7 @@ pub fn believe(
 /// # Errors
 /// When none of them verifies under `dek`.
 pub fn believe_without_row(
-    registry: &Registry,
+    recipients: &Recipients,
     held: &Envelope,
     copy: &Envelope,
     dek: &Dek,
@@ -120,7 +120,7 @@ pub fn believe_without_row(
                 Precedence::Newer => (copy, held),
                 Precedence::Same | Precedence::Older | Precedence::Conflict => (held, copy),
             };
-            match opens_alone(registry, &newer, dek) || !opens_alone(registry, &older, dek) {
+            match opens_alone(recipients, &newer, dek) || !opens_alone(recipients, &older, dek) {
                 true => newer,
                 false => older,
             }
@@ -161,8 +161,8 @@ pub fn weigh(own: &Verified, copy: &Envelope, dek: &Dek) -> Weighed {
 }
 
 /// Whether the keystore could do with `copy` alone. Asks nobody who is known not to answer: a start waits for this.
-fn opens_alone(registry: &Registry, copy: &Verified, dek: &Dek) -> bool {
-    let opened = registry.open_usable(copy);
+fn opens_alone(recipients: &Recipients, copy: &Verified, dek: &Dek) -> bool {
+    let opened = recipients.open_usable(copy);
     opened.is_some_and(|opened| openssl::memcmp::eq(opened.expose(), dek.expose()))
 }
 

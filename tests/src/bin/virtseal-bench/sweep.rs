@@ -17,7 +17,7 @@ use crate::figure::{Figure, Target};
 const ENVELOPES: u32 = 10_000;
 const ENVELOPES_OF_A_VM: u32 = 4;
 const LEAST_A_SECOND: f64 = 2000.0;
-const MOST_MIB: f64 = 8.0;
+const MAX_MIB: f64 = 8.0;
 
 pub(crate) fn measure(sealed: &mut SealedHost) -> Result<Vec<Figure>> {
     let hsm = SoftHsm::new()?;
@@ -71,7 +71,7 @@ fn sweep(sealed: &mut SealedHost, (from, to): (&str, &str), name: &str) -> Resul
             &format!("virtseald's memory during that move, {name}, most above before"),
             most - before,
             "MiB",
-            Target::AtMost(MOST_MIB),
+            Target::AtMost(MAX_MIB),
             format!("{before:.1} MiB resident before, {most:.1} MiB at the most"),
         ),
     ])

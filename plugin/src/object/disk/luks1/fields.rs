@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use super::keymaterial::STRIPES;
-use super::{ACTIVE, DEAD, Header, KEYSLOTS, Keyslot, MOST_ITERATIONS};
+use super::{ACTIVE, DEAD, Header, KEYSLOTS, Keyslot, MAX_ITERATIONS};
 use crate::object::disk::error::{Flaw, Part};
 
 /// Reads the header's fields in order. The length is checked once, at the start.
@@ -69,9 +69,9 @@ impl<'a> Fields<'a> {
     pub(super) fn iterations(&mut self, of: &str) -> Result<u32, Flaw> {
         let at = self.at;
         match self.u32() {
-            rounds @ 1..=MOST_ITERATIONS => Ok(rounds),
+            rounds @ 1..=MAX_ITERATIONS => Ok(rounds),
             found => {
-                let what = format!("{of} asks for {found} PBKDF2 rounds, 1 to {MOST_ITERATIONS} are allowed");
+                let what = format!("{of} asks for {found} PBKDF2 rounds, 1 to {MAX_ITERATIONS} are allowed");
                 Err(Flaw::new(Part::Luks1, at as u64, what))
             }
         }

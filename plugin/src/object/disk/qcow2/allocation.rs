@@ -32,7 +32,7 @@ impl Data {
 }
 
 /// How much is read of what is allocated, and of L2 tables, before the answer is yes.
-const MOST_READ: u64 = 1 << 30;
+const MAX_READ: u64 = 1 << 30;
 /// What a search for the next data counts as reading: hostile tables could ask for millions.
 const SEEK_COST: u64 = 4096;
 const BLOCK: usize = 1 << 18;
@@ -139,7 +139,7 @@ impl<'a> Zeros<'a> {
         Self {
             file,
             len,
-            budget: MOST_READ,
+            budget: MAX_READ,
             hole: 0..0,
         }
     }

@@ -245,7 +245,7 @@ fn no_qemu_opens_an_image_that_is_being_written() {
             .unwrap()
     };
     assert!(check().status.success());
-    let held = Held::open(&by_root(&path)).unwrap();
+    let held = ImageLock::open(&by_root(&path)).unwrap();
     let said = String::from_utf8_lossy(&check().stderr).into_owned();
     assert!(said.contains("lock"), "{said}");
     drop(held);

@@ -10,7 +10,7 @@ use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
-use crate::recipients::{Provider, Registry};
+use crate::recipients::{Provider, Recipients};
 use crate::store::Keystore;
 
 const COMPROMISED: u32 = 4;
@@ -206,10 +206,10 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
     let mut kmip = Kmip::with(false, by_default);
     let (dir, vm) = (tempfile::tempdir().unwrap(), VmId::random());
     let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-    let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+    let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
     let mut cached = settings(&[kmip.server.port]);
     by_default(&mut cached);
-    let provider = registry.add_kmip(&"kms".parse().unwrap(), cached).unwrap();
+    let provider = recipients.add_kmip(&"kms".parse().unwrap(), cached).unwrap();
     provider.set_identity(&identity(&kmip.authority, false)).unwrap();
     provider.trust(ServerTrust::Ca(kmip.authority.pem())).unwrap();
     let binding = |kind| Binding {
@@ -217,12 +217,16 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
         vm,
         kind,
     };
-    let (envelope, dek) = registry.seal_new(None, &binding(ObjectKind::Disk)).unwrap();
+    let (envelope, dek) = recipients.seal_new(None, &binding(ObjectKind::Disk)).unwrap();
     let keys = kmip.server.keys();
 
     kmip.server.kill();
     provider.probe();
-    let failure = Failure::from(registry.seal_new(None, &binding(ObjectKind::Nvram)).unwrap_err());
+    let failure = Failure::from(
+        recipients
+            .seal_new(None, &binding(ObjectKind::Nvram))
+            .unwrap_err(),
+    );
     assert_eq!(failure.code, Code::Unreachable);
     assert!(
         failure
@@ -231,10 +235,13 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
         "{failure}"
     );
     // The check of the first seal has fetched the VM's key, so that one opens.
-    assert_eq!(registry.open_envelope(&envelope).unwrap().expose(), dek.expose());
+    assert_eq!(
+        recipients.open_envelope(&envelope).unwrap().expose(),
+        dek.expose()
+    );
     provider.lock();
     provider.unlock(&secret("anything")).unwrap();
-    let error = registry.open_envelope(&envelope).unwrap_err();
+    let error = recipients.open_envelope(&envelope).unwrap_err();
     let last = crate::host::local_time::time_of_day(provider.last_answer().unwrap());
     let (reasons, end) = (
         error.reasons(),
@@ -247,10 +254,10 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
 
     kmip.server.run();
     assert_eq!(kmip.server.keys(), keys);
-    assert!(registry.open_envelope(&envelope).is_ok());
-    let report = registry.report(&registry.find("kms").unwrap());
+    assert!(recipients.open_envelope(&envelope).is_ok());
+    let report = recipients.report(&recipients.find("kms").unwrap());
     assert!(report.last_answer.is_some());
-    assert!(matches!(registry.find("kms").unwrap(), Provider::Kmip(_)));
+    assert!(matches!(recipients.find("kms").unwrap(), Provider::Kmip(_)));
     provider.create_kek(&KekScope::Vm(vm)).unwrap();
     assert_eq!(kmip.server.keys(), keys, "no key was left half-made");
 }

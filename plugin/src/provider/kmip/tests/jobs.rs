@@ -10,13 +10,13 @@ use crate::model::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::provider::kmip::ServerTrust;
 use crate::provider::native::NativeProvider;
 use crate::provider::{KekScope, KeyProvider};
-use crate::recipients::Registry;
+use crate::recipients::Recipients;
 use crate::store::{JobRecord, Keystore};
 
 /// A host with a KMIP provider and a native one.
 struct Host {
     keystore: Arc<Keystore>,
-    registry: Registry,
+    recipients: Recipients,
     kmip: Arc<KmipProvider>,
     native: Arc<NativeProvider>,
     _dir: tempfile::TempDir,
@@ -26,13 +26,13 @@ impl Host {
     fn at(authority: &Authority, port: u16) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-        let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
-        let provider = registry
+        let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let provider = recipients
             .add_kmip(&"kms".parse().unwrap(), settings(&[port]))
             .unwrap();
         provider.set_identity(&identity(authority, false)).unwrap();
         provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
-        let native = registry
+        let native = recipients
             .add_native(&"main".parse().unwrap(), &secret("p"))
             .unwrap();
         native
@@ -40,7 +40,7 @@ impl Host {
             .unwrap();
         Self {
             keystore,
-            registry,
+            recipients,
             kmip: provider,
             native,
             _dir: dir,
@@ -53,7 +53,7 @@ impl Host {
             vm,
             kind: ObjectKind::Disk,
         };
-        let (envelope, _) = self.registry.seal_new(Some("kms"), &binding).unwrap();
+        let (envelope, _) = self.recipients.seal_new(Some("kms"), &binding).unwrap();
         self.keystore.insert_pending(&envelope, "/x").unwrap();
         (*envelope).clone()
     }
@@ -61,7 +61,7 @@ impl Host {
     fn run(&self, task: &Task) -> JobRecord {
         self.keystore.insert_job(&task.to_json()).unwrap();
         for _ in 0..50 {
-            match sweep::step(&self.keystore, &self.registry, 10).unwrap() {
+            match sweep::step(&self.keystore, &self.recipients, 10).unwrap() {
                 Some(Step::Ended(job)) => return job,
                 Some(Step::Waits(job)) => panic!("waits: {}", job.waiting),
                 Some(Step::Worked(_)) | None => {}
@@ -149,6 +149,6 @@ fn a_create_that_is_refused_for_good_ends_the_job() {
     // Trouble is waited for.
     server.has(&[Fault::RefusesCreate(0x100)]);
     host.keystore.insert_job(&rotate.to_json()).unwrap();
-    let step = sweep::step(&host.keystore, &host.registry, 10).unwrap();
+    let step = sweep::step(&host.keystore, &host.recipients, 10).unwrap();
     assert!(matches!(step, Some(Step::Waits(_))), "{step:?}");
 }

@@ -10,7 +10,7 @@ use crate::store::{EnvelopeState, Keystore};
 
 struct Host {
     _dir: tempfile::TempDir,
-    registry: Registry,
+    recipients: Recipients,
     spare: Arc<NativeProvider>,
     record: EnvelopeRecord,
     dek: Dek,
@@ -21,28 +21,28 @@ impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-        let registry = Registry::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
         let add = |name: &str| {
             let secret = SecretBytes::take(&mut b"p".to_vec()).unwrap();
-            let provider = registry.add_native(&name.parse().unwrap(), &secret).unwrap();
+            let provider = recipients.add_native(&name.parse().unwrap(), &secret).unwrap();
             let generation = provider.backup(None).unwrap().generation;
             provider.confirm_backup(generation).unwrap();
             provider
         };
         let (_main, spare) = (add("main"), add("spare"));
-        registry.set_recipients(vec!["main".to_owned(), "spare".to_owned()]);
+        recipients.set_recipients(vec!["main".to_owned(), "spare".to_owned()]);
         let binding = Binding {
             envelope: EnvelopeId::random(),
             vm: VmId::random(),
             kind: ObjectKind::Disk,
         };
-        let (envelope, dek) = registry.seal_new(None, &binding).unwrap();
+        let (envelope, dek) = recipients.seal_new(None, &binding).unwrap();
         keystore.put(&envelope, "/images/disk.qcow2").unwrap();
         let record = keystore.envelope(envelope.id).unwrap().unwrap();
         assert_eq!(record.state, EnvelopeState::Active);
         Self {
             _dir: dir,
-            registry,
+            recipients,
             spare,
             record,
             dek,
@@ -54,7 +54,7 @@ impl Host {
     }
 
     fn believe(&self, copy: &Envelope) -> Believed {
-        believe(&self.registry, Some(&self.record), Some(copy), &self.dek).unwrap()
+        believe(&self.recipients, Some(&self.record), Some(copy), &self.dek).unwrap()
     }
 
     /// Nothing but the keystore's version counts, and somebody hears of the other.
@@ -111,7 +111,7 @@ fn what_was_changed_without_the_key_counts_for_nothing() {
     let doubt = host.expect_disbelief(&replayed);
     assert!(matches!(doubt, Doubt::Unverified(EnvelopeError::Format1)));
     for copy in [&forged[0], &replayed] {
-        assert!(believe(&host.registry, None, Some(copy), &host.dek).is_err());
+        assert!(believe(&host.recipients, None, Some(copy), &host.dek).is_err());
     }
 }
 
@@ -173,7 +173,7 @@ fn a_damaged_row_gives_way_to_no_earlier_version() {
     let older = host.own();
     let newer = older.share_with(VmId::random(), &host.dek).unwrap();
     let without_row = |held: &Envelope, copy: &Envelope| {
-        let believed = believe_without_row(&host.registry, held, copy, &host.dek).unwrap();
+        let believed = believe_without_row(&host.recipients, held, copy, &host.dek).unwrap();
         assert!(believed.is_news);
         believed.envelope
     };
@@ -185,7 +185,7 @@ fn a_damaged_row_gives_way_to_no_earlier_version() {
     assert_eq!(without_row(&older, &forged), older);
     let old_form = format_1(&older);
     assert_eq!(without_row(&old_form, &older), older);
-    assert!(believe_without_row(&host.registry, &forged, &old_form, &host.dek).is_err());
+    assert!(believe_without_row(&host.recipients, &forged, &old_form, &host.dek).is_err());
     // A newer one that opens by nothing here is no use alone.
     let spare_alone = newer
         .with_stanzas(vec![newer.stanzas[1].clone()], &host.dek)

@@ -8,7 +8,7 @@ use crate::model::envelope::{EnvelopeId, VmId};
 /// Counts the VMs that an armed secret serves: a shareable disk may be starting in two at once, and is disarmed
 /// when the last one is done with it.
 #[derive(Debug, Default)]
-pub struct Arms {
+pub struct ArmedSecrets {
     armed: BTreeMap<EnvelopeId, BTreeSet<VmId>>,
     /// Since when each VM is starting.
     since: BTreeMap<VmId, Instant>,
@@ -22,7 +22,7 @@ pub struct Overdue {
     since: Instant,
 }
 
-impl Arms {
+impl ArmedSecrets {
     /// Notes that `vm` needs `envelopes`.
     pub fn arm(&mut self, vm: VmId, envelopes: impl IntoIterator<Item = EnvelopeId>) {
         self.since.insert(vm, Instant::now());
@@ -61,7 +61,7 @@ impl Arms {
         (overdue, next)
     }
 
-    /// As [`Arms::disarm`], unless that start has ended meanwhile, and perhaps another one has begun.
+    /// As [`ArmedSecrets::disarm`], unless that start has ended meanwhile, and perhaps another one has begun.
     #[must_use]
     pub fn disarm_overdue(&mut self, start: Overdue) -> Vec<EnvelopeId> {
         if self.since.get(&start.vm) == Some(&start.since) {
@@ -101,7 +101,7 @@ mod tests {
     fn a_shared_disk_stays_armed_until_the_last_vm_is_done() {
         let (web, db) = (VmId::random(), VmId::random());
         let (shared, own) = (EnvelopeId::random(), EnvelopeId::random());
-        let mut arms = Arms::default();
+        let mut arms = ArmedSecrets::default();
         arms.arm(web, [shared, own]);
         arms.arm(db, [shared]);
         assert_eq!(arms.disarm(web), [own]);
@@ -115,7 +115,7 @@ mod tests {
     fn a_start_is_overdue_until_it_ends_or_another_begins() {
         let (web, db) = (VmId::random(), VmId::random());
         let (of_web, of_db) = (EnvelopeId::random(), EnvelopeId::random());
-        let mut arms = Arms::default();
+        let mut arms = ArmedSecrets::default();
         arms.arm(web, [of_web]);
         let (none, next) = arms.overdue(Duration::from_secs(60));
         assert!(none.is_empty() && next.is_some_and(|next| next > Duration::from_secs(50)));
@@ -138,7 +138,7 @@ mod tests {
         /// Whatever the order of starts and ends, a secret is taken away exactly when its last VM is done.
         #[test]
         fn nothing_stays_armed(steps in prop::collection::vec((any::<bool>(), 0u128..4, 0u128..4), 0..60)) {
-            let mut arms = Arms::default();
+            let mut arms = ArmedSecrets::default();
             for (arm, vm, envelope) in steps {
                 let (vm, envelope) = (VmId(Uuid::from_u128(vm)), EnvelopeId(Uuid::from_u128(envelope)));
                 if arm {

@@ -20,13 +20,13 @@ const LOCKS_IN_RANGE: i64 = 4;
 
 /// An image open for writing, with QEMU's locks.
 #[derive(Debug)]
-pub struct Held {
+pub struct ImageLock {
     file: File,
     place: PermittedPath,
     id: FileId,
 }
 
-impl Held {
+impl ImageLock {
     /// Takes hold of the image at `place`.
     ///
     /// # Errors
@@ -64,10 +64,10 @@ impl Held {
         })
     }
 
-    /// As [`Held::open`], if the image is still as it was when it was inspected.
+    /// As [`ImageLock::open`], if the image is still as it was when it was inspected.
     ///
     /// # Errors
-    /// Those of [`Held::open`], and [`VolumeError::Changed`].
+    /// Those of [`ImageLock::open`], and [`VolumeError::Changed`].
     pub fn unchanged(place: &PermittedPath, inspected: FileId) -> Result<Self, VolumeError> {
         let held = Self::open(place)?;
         if held.id == inspected {

@@ -5,13 +5,13 @@ use super::Daemon;
 impl Daemon {
     /// One line for each.
     #[must_use]
-    pub fn doubts(&self) -> Vec<String> {
+    pub fn warnings(&self) -> Vec<String> {
         let config = self.config();
         let unknown = config
             .recipients
             .iter()
-            .filter(|name| self.registry.find(name).is_err());
-        let mut doubts: Vec<_> = unknown
+            .filter(|name| self.recipients.find(name).is_err());
+        let mut warnings: Vec<_> = unknown
             .map(|name| {
                 format!(
                     "recipients in virtseald.yaml names '{name}', and there is no such key provider on this host: \
@@ -21,12 +21,12 @@ impl Daemon {
             .collect();
         if self.reader_group().is_none() {
             let group = config.socket_group;
-            doubts.push(format!(
+            warnings.push(format!(
                 "socket_group in virtseald.yaml is '{group}', and there is no such group on this host: only root may \
                  connect. Next: groupadd --system {group}, then systemctl restart virtseald"
             ));
         }
-        doubts
+        warnings
     }
 }
 
@@ -44,18 +44,18 @@ mod tests {
             ..Config::default()
         };
         let daemon = Daemon::open(config.clone()).unwrap();
-        assert!(daemon.doubts().is_empty());
+        assert!(daemon.warnings().is_empty());
         daemon.reload(Config {
             recipients: vec!["nosuch".into()],
             ..config.clone()
         });
-        assert!(daemon.doubts()[0].contains("'nosuch'"));
+        assert!(daemon.warnings()[0].contains("'nosuch'"));
         drop(daemon);
         let daemon = Daemon::open(Config {
             socket_group: "no-such-group".into(),
             ..config
         })
         .unwrap();
-        assert!(daemon.doubts()[0].contains("'no-such-group'"));
+        assert!(daemon.warnings()[0].contains("'no-such-group'"));
     }
 }
