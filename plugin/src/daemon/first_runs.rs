@@ -167,7 +167,7 @@ impl Daemon {
         let known = self.keystore.envelopes_of(vm)?;
         // A damaged row is one, and is mended below.
         let is_noted = !matches!(self.keystore.vm(vm), Ok(None));
-        if !is_noted && known.sound.is_empty() && known.damaged.is_empty() {
+        if !is_noted && known.is_empty() {
             // Shredded meanwhile.
             return Ok(());
         }

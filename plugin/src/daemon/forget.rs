@@ -99,9 +99,7 @@ impl Daemon {
                 .known_as(vm, "forget")?
                 .filter(|(id, _)| {
                     let known = self.keystore.envelopes_of(*id);
-                    let is_known =
-                        known.is_ok_and(|known| !known.sound.is_empty() || !known.damaged.is_empty());
-                    is_known || !matches!(self.keystore.vm(*id), Ok(None))
+                    known.is_ok_and(|known| !known.is_empty()) || !matches!(self.keystore.vm(*id), Ok(None))
                 })
                 .ok_or_else(|| {
                     Failure::new(Code::NotFound, format!("virtseal knows no VM '{vm}'"))

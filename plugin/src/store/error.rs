@@ -228,14 +228,6 @@ impl From<KeystoreError> for StoreFault {
     }
 }
 
-/// `fault` as one of the row called so, if it is the row's.
-pub(super) fn named_fault(fault: StoreFault, row: impl FnOnce() -> String) -> StoreFault {
-    match fault.of_row() {
-        Ok(why) => KeystoreError::Inconsistent { row: row(), why }.into(),
-        Err(fault) => fault,
-    }
-}
-
 impl StoreFault {
     /// What is wrong with the row that was read, if it is the row.
     ///

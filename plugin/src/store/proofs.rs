@@ -1,10 +1,9 @@
 //! Rows that are there to prove something later: how long the audit log was, which KEKs were made, which VMs were saved to a
 //! file.
 
-use rusqlite::{OptionalExtension, params};
+use rusqlite::params;
 
-use super::error::named_fault;
-use super::rows::{Named, Rows, collect};
+use super::rows::{self, Named, Rows, collect};
 use super::{Keystore, KeystoreError, UnixTime, now, parse_id};
 use crate::model::envelope::{Envelope, KekId, ProviderId, VmId};
 
@@ -46,20 +45,12 @@ impl Keystore {
     /// [`KeystoreError::Inconsistent`] when the note is damaged.
     pub fn audit_anchor(&self) -> Result<Option<AuditAnchor>, KeystoreError> {
         self.read(|connection| {
-            let anchor = connection
-                .prepare_cached("SELECT seq, hash FROM audit_anchor")?
-                .query_row([], |row| {
-                    let anchor = || {
-                        Ok(AuditAnchor {
-                            seq: row.get(0)?,
-                            hash: row.get(1)?,
-                        })
-                    };
-                    Ok(anchor())
+            let sql = "SELECT seq, hash FROM audit_anchor";
+            rows::one(connection, sql, [], "the length of the audit log", |row| {
+                Ok(AuditAnchor {
+                    seq: row.get(0)?,
+                    hash: row.get(1)?,
                 })
-                .optional()?;
-            anchor.transpose().map_err(|error: rusqlite::Error| {
-                named_fault(error.into(), || "of the length of the audit log".to_owned())
             })
         })
     }

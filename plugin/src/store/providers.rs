@@ -4,9 +4,9 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::{
     Change, Keystore, KeystoreError, Rows, UnixTime,
-    error::{StoreFault, named_fault},
+    error::StoreFault,
     now, parse_id, persisted_keks,
-    rows::{Named, collect},
+    rows::{self, Named, collect},
     tpm_seals::{self, TpmRenewal},
 };
 use crate::failure::chain;
@@ -167,24 +167,15 @@ impl Keystore {
     /// The newest sealed root key of a native provider.
     pub fn native_root(&self, provider: ProviderId) -> Result<Option<NativeRoot>, KeystoreError> {
         self.read(|connection| {
-            let root = connection
-                .prepare(
-                    "SELECT generation, sealed, backed_up_at FROM native_roots WHERE provider = ?1
-                     ORDER BY generation DESC LIMIT 1",
-                )?
-                .query_row([provider.to_string()], |row| {
-                    let root = || {
-                        Ok(NativeRoot {
-                            generation: row.get(0)?,
-                            sealed: row.get(1)?,
-                            backed_up_at: row.get(2)?,
-                        })
-                    };
-                    Ok(root())
+            let sql = "SELECT generation, sealed, backed_up_at FROM native_roots WHERE provider = ?1
+                 ORDER BY generation DESC LIMIT 1";
+            let named = format!("the root key of provider {provider}");
+            rows::one(connection, sql, [provider.to_string()], &named, |row| {
+                Ok(NativeRoot {
+                    generation: row.get(0)?,
+                    sealed: row.get(1)?,
+                    backed_up_at: row.get(2)?,
                 })
-                .optional()?;
-            root.transpose().map_err(|error: rusqlite::Error| {
-                named_fault(error.into(), || format!("of the root key of provider {provider}"))
             })
         })
     }

@@ -22,6 +22,12 @@ pub struct Rows<T> {
 }
 
 impl<T> Rows<T> {
+    /// Whether there is none, not even a damaged one.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.sound.is_empty() && self.damaged.is_empty()
+    }
+
     /// All of them.
     ///
     /// # Errors
@@ -115,6 +121,29 @@ pub(super) fn collect<T>(
         true
     })?;
     Ok(rows)
+}
+
+/// What `row_of` makes of the one row of a query, if there is one. A damaged one is called `named`.
+pub(super) fn one<T>(
+    connection: &Connection,
+    sql: &str,
+    values: impl Params,
+    named: &str,
+    row_of: impl FnOnce(&Row) -> Result<T, StoreFault>,
+) -> Result<Option<T>, StoreFault> {
+    let mut statement = connection.prepare_cached(sql)?;
+    let mut rows = statement.query(values)?;
+    let Some(row) = rows.next()? else {
+        return Ok(None);
+    };
+    row_of(row).map(Some).map_err(|fault| match fault.of_row() {
+        Ok(why) => KeystoreError::Inconsistent {
+            row: format!("of {named}"),
+            why,
+        }
+        .into(),
+        Err(fault) => fault,
+    })
 }
 
 /// Shows `visit` what `row_of` makes of each row, until it has enough.
@@ -460,6 +489,7 @@ mod tests {
         );
         // Its VM's next start mends what was noted of it, on the safe side.
         assert!(keystore.vm(vm).unwrap_err().is_of_row());
+        assert!(keystore.vtpm_was_seen(vm).unwrap());
         keystore.remember_vm(vm, "web01").unwrap();
         assert!(keystore.vm(vm).unwrap().unwrap().vtpm_seen);
         keystore.forget_saved(vm).unwrap();

@@ -4,9 +4,9 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::{
     Change, Keystore, KeystoreError, Rows, UnixTime,
-    error::{StoreFault, named_fault},
+    error::StoreFault,
     forgetting, now, parse_id,
-    rows::{Named, collect, text},
+    rows::{self, Named, collect},
 };
 use crate::failure::chain;
 use crate::model::envelope::VmId;
@@ -124,6 +124,14 @@ impl Keystore {
         self.read(|connection| find_vm(connection, vm))
     }
 
+    /// Whether the encrypted vTPM state of `vm` was ever seen on disk. A damaged row tells nothing against it.
+    pub fn vtpm_was_seen(&self, vm: VmId) -> Result<bool, KeystoreError> {
+        match self.vm(vm) {
+            Err(error) if error.is_of_row() => Ok(true),
+            known => Ok(known?.is_some_and(|record| record.vtpm_seen)),
+        }
+    }
+
     /// All VMs, by name.
     pub fn vms(&self) -> Result<Rows<VmRecord>, KeystoreError> {
         self.read(|connection| {
@@ -134,20 +142,8 @@ impl Keystore {
 }
 
 fn find_vm(connection: &Connection, vm: VmId) -> Result<Option<VmRecord>, StoreFault> {
-    connection
-        .prepare_cached("SELECT uuid, name, sealed_at, vtpm_seen FROM vms WHERE uuid = ?1")?
-        .query_row([vm.to_string()], |row| Ok(named(row)))
-        .optional()?
-        .transpose()
-}
-
-/// Says which row it is that can't be read.
-fn named(row: &Row) -> Result<VmRecord, StoreFault> {
-    vm_of(row).map_err(|fault| {
-        named_fault(fault, || {
-            format!("of VM {}", text(row, "uuid").unwrap_or_default())
-        })
-    })
+    let sql = "SELECT uuid, name, sealed_at, vtpm_seen FROM vms WHERE uuid = ?1";
+    rows::one(connection, sql, [vm.to_string()], &format!("VM {vm}"), vm_of)
 }
 
 fn vm_of(row: &Row) -> Result<VmRecord, StoreFault> {

@@ -402,12 +402,7 @@ fn open_vtpm(
 
 /// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
 fn has_run(context: &StartContext<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Failure> {
-    let noted = match context.keystore.vm(vm) {
-        // A damaged note tells nothing against it.
-        Err(error) if error.is_of_row() => true,
-        noted => noted?.is_some_and(|record| record.vtpm_seen),
-    };
-    Ok(envelope.seen || noted || context.run == KnownRun::Yes)
+    Ok(envelope.seen || context.run == KnownRun::Yes || context.keystore.vtpm_was_seen(vm)?)
 }
 
 /// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it. What it knows

@@ -102,12 +102,7 @@ pub(super) enum HasRun {
 
 impl HasRun {
     pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Failure> {
-        let noted = match host.keystore.vm(vm) {
-            // A damaged note tells nothing against it.
-            Err(error) if error.is_of_row() => true,
-            noted => noted?.is_some_and(|record| record.vtpm_seen),
-        };
-        let seen = noted
+        let seen = host.keystore.vtpm_was_seen(vm)?
             || known(host, vm, ObjectKind::Vtpm)?
                 .iter()
                 .any(|record| record.envelope.seen);
