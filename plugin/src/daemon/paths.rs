@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Daemon, LIBVIRT_SHARE, lock};
 use crate::domain::{self, Domain, ObjectState};
@@ -19,8 +19,11 @@ impl Daemon {
     /// long as that does not say, pools permit nothing. A pool that somebody is starting or refreshing keeps libvirt from telling of
     /// any, for as long as its storage takes.
     pub(super) fn path_rule(&self) -> PathRule {
-        let rule = self.rule_of_settings();
-        match self.storage_pools.ask(&self.background, PATIENCE) {
+        self.with_pools(self.rule_of_settings(), PATIENCE)
+    }
+
+    fn with_pools(&self, rule: PathRule, patience: Duration) -> PathRule {
+        match self.storage_pools.ask(&self.background, patience) {
             Some(pools) => rule.with_pools(pools),
             None => {
                 tracing::warn!("storage pools permit nothing now: libvirt does not tell them");
@@ -53,16 +56,7 @@ impl Daemon {
             return Ok(rule);
         }
         let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
-        Ok(match self.storage_pools.ask(&self.background, patience) {
-            Some(pools) => rule.with_pools(pools),
-            None => {
-                tracing::warn!(
-                    domain = domain.name,
-                    "storage pools permit nothing now: libvirt does not tell them"
-                );
-                rule
-            }
-        })
+        Ok(self.with_pools(rule, patience))
     }
 
     /// Where the keystore has the objects of a VM.
@@ -99,12 +93,12 @@ impl StoragePools {
         // An answer that is under way may be older than the question.
         let enough = looks.count + 1 + u64::from(looks.is_asking);
         self.ask_once(libvirt, &mut looks);
-        let deadline = std::time::Instant::now() + patience;
+        let deadline = Instant::now() + patience;
         loop {
             if looks.count >= enough {
                 return looks.last.clone();
             }
-            let left = deadline.checked_duration_since(std::time::Instant::now())?;
+            let left = deadline.checked_duration_since(Instant::now())?;
             let waited = self.told.wait_timeout(looks, left);
             looks = waited.unwrap_or_else(PoisonError::into_inner).0;
             self.ask_once(libvirt, &mut looks);
