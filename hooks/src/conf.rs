@@ -45,7 +45,7 @@ pub(crate) struct Conf {
     pub(crate) master_key_tmpfs: TmpfsPolicy,
     /// The directory in which libvirt makes one for each running domain.
     pub(crate) runtime_dir: PathBuf,
-    /// The first mistake: `FILE:LINE: what; next: …`.
+    /// The first mistake: `FILE:LINE: what. Next: …`.
     pub(crate) problem: Option<String>,
 }
 
@@ -58,7 +58,7 @@ impl Conf {
             Ok(text) => Self::parse(&path, &text),
             Err(error) if error.kind() == ErrorKind::NotFound => Self::defaults(&path),
             Err(error) => Self {
-                problem: Some(format!("{}: {error}; next: make it readable", path.display())),
+                problem: Some(format!("{}: {error}. Next: make it readable", path.display())),
                 require_sealed: true,
                 ..Self::defaults(&path)
             },
@@ -93,7 +93,7 @@ impl Conf {
                 continue;
             }
             if let Err(what) = conf.set(line) {
-                let problem = || format!("{}:{number}: {what}; next: correct that line", path.display());
+                let problem = || format!("{}:{number}: {what}. Next: correct that line", path.display());
                 conf.problem.get_or_insert_with(problem);
             }
         }
@@ -117,7 +117,7 @@ impl Conf {
             _ => {
                 let nearest = nearest(key);
                 self.require_sealed |= nearest == "require_sealed";
-                return Err(format!("unknown key {key:?}, did you mean {nearest}?"));
+                return Err(format!("unknown key {key:?}, perhaps {nearest} is meant"));
             }
         }
         Ok(())
@@ -243,7 +243,7 @@ mod tests {
             .unwrap();
         assert_eq!(
             problem,
-            "/c:2: unknown key \"sokcet\", did you mean socket?; next: correct that line"
+            "/c:2: unknown key \"sokcet\", perhaps socket is meant. Next: correct that line"
         );
         for bad in [
             "socket = a",

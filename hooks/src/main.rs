@@ -85,7 +85,7 @@ fn prepare(name: &str) -> Result<(), String> {
         Ended::Done(decided) => decided,
         Ended::Late { refuse: false, .. } => Ok(()),
         Ended::Late { refuse: true, length } => Err(format!(
-            "virtseal: VM {name} is refused: the hook came to no decision within {length:?}; next: virtseal status"
+            "virtseal: VM {name} is refused: the hook came to no decision within {length:?}. Next: virtseal status"
         )),
     }
 }
@@ -112,7 +112,7 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     reins.refuse_if_late(true);
     if !input.whole {
         return Err(format!(
-            "virtseal: VM {name} is refused: its XML did not come whole within {:?}; next: virsh start {}",
+            "virtseal: VM {name} is refused: its XML did not come whole within {:?}. Next: virsh start {}",
             deadline.length(),
             word(name)
         ));
@@ -122,7 +122,7 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     }));
     decided.unwrap_or_else(|_| {
         Err(format!(
-            "virtseal: VM {name} is refused: the hook failed; next: virtseal status"
+            "virtseal: VM {name} is refused: the hook failed. Next: virtseal status"
         ))
     })
 }
@@ -139,7 +139,7 @@ fn decide(
         Found::Sealed(vm) => start(&vm, conf, deadline),
         Found::Unreadable(why) if may_be_ours || conf.require_sealed => {
             let refusal = format!(
-                "virtseal: VM {name} is refused: {why}; next: virsh dumpxml --inactive {}",
+                "virtseal: VM {name} is refused: {why}. Next: virsh dumpxml --inactive {}",
                 word(name)
             );
             Err(report(name, None, refusal, conf, deadline))
@@ -177,7 +177,7 @@ fn not_sealed(name: &str, conf: &Conf) -> String {
             format!("virtseal: VM {name} is not sealed, and whether it must be is unclear: {problem}")
         }
         None => format!(
-            "virtseal: VM {name} is not sealed, and {} has require_sealed = true; next: virtseal vm seal {}",
+            "virtseal: VM {name} is not sealed, and {} has require_sealed = true. Next: virtseal vm seal {}",
             conf.path.display(),
             word(name)
         ),
@@ -188,7 +188,7 @@ fn not_sealed(name: &str, conf: &Conf) -> String {
 /// with which it could open another VM's objects while those are starting.
 fn claims(name: &str, plain: &Plain, index: &Index) -> Option<String> {
     let refused =
-        |why: String, next: String| Some(format!("virtseal: VM {name} is refused: {why}; next: {next}"));
+        |why: String, next: String| Some(format!("virtseal: VM {name} is refused: {why}. Next: {next}"));
     let seal = format!("virtseal vm seal {}, which takes it back", word(name));
     if plain.uuids.iter().any(|uuid| index.is_sealed(uuid)) {
         let why =
@@ -261,8 +261,8 @@ fn request(vm: &Vm, conf: &Conf) -> Value {
 
 fn no_tmpfs(vm: &Vm, conf: &Conf, why: &str) -> String {
     format!(
-        "virtseal: VM {} is sealed and can't start: no tmpfs for QEMU's master key: {why}; \
-         next: allow it, or set master_key_tmpfs = preferred in {}",
+        "virtseal: VM {} is sealed and can't start: no tmpfs for QEMU's master key: {why}. \
+         Next: allow it, or set master_key_tmpfs = preferred in {}",
         vm.name,
         conf.path.display()
     )
@@ -303,7 +303,7 @@ fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> Strin
         CallError::Error(name) => (format!("virtseald failed: {name}"), "systemctl status virtseald"),
     };
     format!(
-        "virtseal: VM {} is sealed and can't start: {why}; next: {next}",
+        "virtseal: VM {} is sealed and can't start: {why}. Next: {next}",
         vm.name
     )
 }

@@ -403,7 +403,7 @@ fn nearest(key: &str, valid: &[&str]) -> Option<String> {
         .iter()
         .map(|valid| (strsim::damerau_levenshtein(key, valid), valid))
         .min()?;
-    (nearest.0 <= 4).then(|| format!("did you mean '{}'?", nearest.1))
+    (nearest.0 <= 4).then(|| format!("perhaps '{}' is meant", nearest.1))
 }
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -514,7 +514,7 @@ mod tests {
     fn misspelt_key_names_file_line_and_nearest_key() {
         assert_eq!(
             parse("socket: /run/x\nprovder_deadline: 3s").unwrap_err(),
-            "virtseald.yaml:2: unknown key 'provder_deadline'; did you mean 'provider_deadline'?"
+            "virtseald.yaml:2: unknown key 'provder_deadline'; perhaps 'provider_deadline' is meant"
         );
     }
 

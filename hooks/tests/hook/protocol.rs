@@ -176,8 +176,8 @@ fn a_large_domain_reaches_the_daemon_whole() {
 fn the_daemons_refusal_is_shown_as_one_line_that_names_the_vm() {
     for (message, line) in [
         (
-            r"web01 stays off: disk vda: provider main is locked;\nnext:\u001b virtseal provider unlock main\n",
-            r"web01 stays off: disk vda: provider main is locked; next:\u{1b} virtseal provider unlock main",
+            r"web01 stays off: disk vda: provider main is locked.\nNext:\u001b virtseal provider unlock main\n",
+            r"web01 stays off: disk vda: provider main is locked. Next:\u{1b} virtseal provider unlock main",
         ),
         (
             "no decision within 9 s",
@@ -197,7 +197,7 @@ fn daemon_down_refuses_sealed_and_names_the_next_command() {
     let host = Host::new();
     let line = format!(
         "virtseal: VM web01 is sealed and can't start: virtseald does not listen at {} \
-         (No such file or directory (os error 2)); next: systemctl start virtseald",
+         (No such file or directory (os error 2)). Next: systemctl start virtseald",
         host.socket().display()
     );
     assert_refused(&host.prepare(&sealed()), &line);
@@ -228,7 +228,7 @@ fn whatever_is_no_agreement_refuses() {
         let _daemon = host.daemon(answer);
         assert_refused_with(
             &host.prepare(&sealed()),
-            &["VM web01", expected, "; next: systemctl"],
+            &["VM web01", expected, ". Next: systemctl"],
         );
     }
 }
@@ -252,7 +252,7 @@ fn a_daemon_that_takes_too_long_refuses_at_the_deadline() {
         let took = start.elapsed();
         let parts = [
             &*format!("virtseald did not {stage} within {DEADLINE:?}"),
-            "; next: virtseal status",
+            ". Next: virtseal status",
         ];
         assert_refused_with(&output, &parts);
         assert!(
@@ -299,7 +299,7 @@ fn broken_xml_of_a_sealed_vm_refuses() {
     ] {
         assert_refused_with(
             &host.prepare(&broken),
-            &["virtseal: VM web01 is refused: its XML ", "; next: virsh"],
+            &["virtseal: VM web01 is refused: its XML ", ". Next: virsh"],
         );
     }
     let mut latin = sealed().into_bytes();
@@ -312,8 +312,8 @@ fn a_mistake_in_the_configuration_refuses_sealed() {
     let host = Host::with("dead_line = 5s\n");
     let _daemon = host.daemon(Answer::reply("{}"));
     let line = format!(
-        "virtseal: VM web01 is sealed and can't start: {}:5: unknown key \"dead_line\", did you mean deadline?; \
-         next: correct that line",
+        "virtseal: VM web01 is sealed and can't start: {}:5: unknown key \"dead_line\", perhaps deadline is meant. \
+         Next: correct that line",
         host.conf().display()
     );
     assert_refused(&host.prepare(&sealed()), &line);
@@ -323,7 +323,7 @@ fn a_mistake_in_the_configuration_refuses_sealed() {
 fn require_sealed_refuses_every_other_vm() {
     let host = Host::with("require_sealed = true\n");
     let line = format!(
-        "virtseal: VM web01 is not sealed, and {} has require_sealed = true; next: virtseal vm seal web01",
+        "virtseal: VM web01 is not sealed, and {} has require_sealed = true. Next: virtseal vm seal web01",
         host.conf().display()
     );
     assert_refused(&host.prepare(&domain("")), &line);

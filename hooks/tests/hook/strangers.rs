@@ -95,7 +95,7 @@ fn who_names_a_secret_of_a_sealed_vm_is_refused_without_a_daemon() {
                 "VM web01",
                 SECRET,
                 &format!("of sealed VM {VICTIM}"),
-                "; next: virsh edit web01",
+                ". Next: virsh edit web01",
             ],
         );
     }
@@ -133,7 +133,7 @@ fn the_old_xml_of_a_sealed_vm_is_refused() {
                 "VM web01",
                 "sealed",
                 "an older one",
-                "; next: virtseal vm seal web01",
+                ". Next: virtseal vm seal web01",
             ],
         );
     }
@@ -142,7 +142,7 @@ fn the_old_xml_of_a_sealed_vm_is_refused() {
     assert_passes(&host.prepare(&old));
     assert_refused_with(
         &host.prepare(&disk(&format!("<secret uuid='{SECRET}'/>"))),
-        &["its secret", SECRET, "; next: virtseal vm seal web01"],
+        &["its secret", SECRET, ". Next: virtseal vm seal web01"],
     );
 }
 
@@ -159,7 +159,7 @@ fn a_damaged_index_refuses_what_may_be_ours() {
         assert_passes(&host.prepare(&domain("")));
         assert_refused_with(
             &host.prepare(&disk(&format!("<secret uuid='{FOREIGN}'/>"))),
-            &["hook.index is damaged", "; next: systemctl restart virtseald"],
+            &["hook.index is damaged", ". Next: systemctl restart virtseald"],
         );
         let stranger = host.prepare(&disk(&format!("<secret uuid='{SECRET}'/>")));
         assert_refused_with(&stranger, &["VM web01"]);
@@ -206,7 +206,7 @@ fn xml_beyond_the_bounds_is_judged_by_its_bytes_at_once() {
             let output = host.prepare(&domain(&format!("{part}{ours}")));
             assert_refused_with(
                 &output,
-                &["VM web01", "beyond what is read", "; next: virsh dumpxml"],
+                &["VM web01", "beyond what is read", ". Next: virsh dumpxml"],
             );
         }
         assert_refused_with(&host.prepare(&domain(&part).replace(UUID, VICTIM)), &["VM web01"]);
@@ -281,7 +281,7 @@ fn the_deadline_covers_what_the_hook_does_itself() {
     let host = host_with("deadline = 10ms\n", &index(&[], &[]));
     let begin = Instant::now();
     let output = host.prepare(&xml);
-    assert_refused_with(&output, &["VM web01", "10ms", "; next: "]);
+    assert_refused_with(&output, &["VM web01", "10ms", ". Next: "]);
     assert!(begin.elapsed() < SLACK, "{:?}", begin.elapsed());
 }
 
@@ -342,7 +342,7 @@ fn only_root_is_believed_on_the_socket() {
         &[
             "VM web01",
             "not root's, but of user id 65534",
-            "; next: systemctl restart",
+            ". Next: systemctl restart",
         ],
     );
 }

@@ -79,7 +79,7 @@ fn shortened(vm: &VmView, room: usize) -> VmView {
     shown.objects = cut(std::mem::take(&mut shown.objects), room / 2);
     shown.warnings = cut(std::mem::take(&mut shown.warnings), room / 4);
     shown.warnings.push(format!(
-        "only {} of its {} objects and {} of {} warnings are listed here; next: virtseal vm status {}",
+        "only {} of its {} objects and {} of {} warnings are listed here. Next: virtseal vm status {}",
         shown.objects.len(),
         vm.objects.len(),
         shown.warnings.len(),

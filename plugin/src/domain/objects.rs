@@ -10,7 +10,6 @@ use super::{
     Disk, DiskDevice, Domain, Encryption, Firmware, Policy, PolicyKey, SecretRef, Source, Tpm, TpmBackend,
     Uefi, VtpmElsewhere,
 };
-use crate::failure::word;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 
 /// A disk, TPM or variable store that keeps what the guest writes.
@@ -54,26 +53,25 @@ pub struct ObjectRef {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
     /// It has no virtseal metadata.
-    #[error("VM {vm} is not sealed; next: virtseal vm seal {}", word(.vm))]
+    #[error("VM {vm} is not sealed")]
     NotSealed {
         /// The VM's name.
         vm: String,
     },
     /// An object would be written in plaintext.
-    #[error(
-        "{label}{} of sealed VM {vm} is not encrypted; next: {}virtseal vm status {}, then detach or seal it",
-        in_file(.path.as_ref()), if_overlay(.vm, .path.as_ref()), word(.vm)
-    )]
+    #[error("{label}{} of sealed VM {vm} is not encrypted", in_file(.path.as_ref()))]
     Plain {
         /// The VM's name.
         vm: String,
+        /// What it is.
+        kind: ObjectKind,
         /// The object.
         label: String,
         /// The file or device of a disk, if the XML names one.
         path: Option<PathBuf>,
     },
     /// An object has a form that virtseal can't vouch for.
-    #[error("{label} of sealed VM {vm} {reason}; next: virsh edit {}", word(.vm))]
+    #[error("{label} of sealed VM {vm} {reason}")]
     Unsupported {
         /// The VM's name.
         vm: String,
@@ -87,18 +85,6 @@ pub enum Refusal {
 fn in_file(path: Option<&PathBuf>) -> String {
     path.map(|path| format!(" ({})", path.display()))
         .unwrap_or_default()
-}
-
-/// A snapshot of the disk alone puts a plain file on top of the sealed one, and that can't be sealed.
-fn if_overlay(vm: &str, path: Option<&PathBuf>) -> String {
-    path.map(|path| {
-        format!(
-            "virsh snapshot-list {}: commit or delete the snapshot if {} is its overlay; else ",
-            word(vm),
-            path.display()
-        )
-    })
-    .unwrap_or_default()
 }
 
 /// Every object of the domain that keeps what the guest writes, sealed or not.
@@ -156,6 +142,7 @@ pub fn sealed_objects_under(domain: &Domain, policy: Policy) -> Result<Vec<Objec
             ObjectState::Plain => {
                 return Err(Refusal::Plain {
                     vm: vm(),
+                    kind,
                     label,
                     path: path.filter(|_| kind == ObjectKind::Disk),
                 });

@@ -7,13 +7,15 @@ use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, statfs};
 
 use crate::config::Config;
 use crate::domain::jobs::JobTarget;
-use crate::domain::{Domain, Object, ObjectState, Permission, Policy, Rule, SideDoor, objects};
+use crate::domain::{
+    Domain, Object, ObjectState, Permission, Policy, PolicyKey, Refusal, Rule, SideDoor, objects,
+};
 use crate::failure::{Code, Failure, chain};
 use crate::host::libvirt::qemu_conf::QemuConf;
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::envelope::ObjectKind;
 use crate::object::disk::{self, VolumeError};
-use crate::terminal::{quoted, visible};
+use crate::terminal::{quoted, visible, word};
 
 /// Not in libc for every target.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -121,12 +123,48 @@ fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles
         return Ok(());
     };
     Err(Failure::new(Code::Failed, words.clone()).next(format!(
-        "virsh edit {}: {}; or allow it with `policy: {{{}: yes}}` in {}, then systemctl reload virtseald",
+        "virsh edit {}: {}; {}",
         quoted(&domain.name),
         door.way_out(),
+        or_allow(*key)
+    )))
+}
+
+fn or_allow(key: PolicyKey) -> String {
+    format!(
+        "or allow it with `policy: {{{}: yes}}` in {}, then systemctl reload virtseald",
         key.as_str(),
         Config::DEFAULT_PATH
-    )))
+    )
+}
+
+/// Why a VM stays off of which something is not sealed, with what leads out of that.
+#[must_use]
+pub fn not_sealed(refusal: &Refusal) -> Failure {
+    let next = match refusal {
+        Refusal::NotSealed { vm } => format!("virtseal vm seal {}", word(vm)),
+        Refusal::Plain { vm, kind, path, .. } => {
+            // A snapshot of the disk alone puts a plain file on top of the sealed one, and that can't be sealed.
+            let if_overlay = path.as_ref().map(|path| {
+                format!(
+                    "virsh snapshot-list {}: commit or delete the snapshot if {} is its overlay; else ",
+                    word(vm),
+                    path.display()
+                )
+            });
+            let or_allow = match kind {
+                ObjectKind::Disk => format!("; {}", or_allow(PolicyKey::MixedDisks)),
+                ObjectKind::Vtpm | ObjectKind::Nvram => String::new(),
+            };
+            format!(
+                "{}virtseal vm status {}, then detach or seal it{or_allow}",
+                if_overlay.unwrap_or_default(),
+                word(vm)
+            )
+        }
+        Refusal::Unsupported { vm, .. } => format!("virsh edit {}", word(vm)),
+    };
+    Failure::new(Code::Failed, refusal.to_string()).next(next)
 }
 
 /// What is allowed and still lands in plaintext somewhere.
@@ -303,6 +341,32 @@ mod tests {
         };
         assert!(refuse_with(&vm, other, on_disk).is_err());
         assert_eq!(judge(&vm, allowed, on_disk)[0].2, Rule::Warned);
+    }
+
+    #[test]
+    fn a_plain_disk_may_be_allowed_and_a_plain_store_may_not() {
+        let said = |kind, label: &str, path: Option<&str>| {
+            let vm = "my vm".to_owned();
+            let (label, path) = (label.to_owned(), path.map(Into::into));
+            not_sealed(&Refusal::Plain {
+                vm,
+                kind,
+                label,
+                path,
+            })
+            .to_string()
+        };
+        assert_eq!(
+            said(ObjectKind::Disk, "disk vdx", Some("/a")),
+            "disk vdx (/a) of sealed VM my vm is not encrypted. Next: virsh snapshot-list 'my vm': commit or delete the \
+             snapshot if /a is its overlay; else virtseal vm status 'my vm', then detach or seal it; or allow it with \
+             `policy: {mixed_disks: yes}` in /etc/virtseal/virtseald.yaml, then systemctl reload virtseald"
+        );
+        assert!(said(ObjectKind::Disk, "disk vdx", None).contains("mixed_disks: yes"));
+        assert_eq!(
+            said(ObjectKind::Nvram, "nvram", None),
+            "nvram of sealed VM my vm is not encrypted. Next: virtseal vm status 'my vm', then detach or seal it"
+        );
     }
 
     #[test]

@@ -96,7 +96,7 @@ pub struct Prepared {
 pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, Failure> {
     let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
     let objects = sealed_objects_under(domain, context.policy)
-        .map_err(|refusal| stays_off(Failure::new(Code::Failed, refusal.to_string())))?;
+        .map_err(|refusal| stays_off(side_doors::not_sealed(&refusal)))?;
     side_doors::refuse(domain, context.policy).map_err(stays_off)?;
     let mut versions = Vec::with_capacity(objects.len());
     for object in &objects {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use virtseal::domain::{Domain, Refusal, sealed_objects};
+use virtseal::model::envelope::ObjectKind;
 
 use crate::{fixture, id, seal_all};
 
@@ -14,29 +15,29 @@ fn a_sealed_vm_with_a_plain_part_must_not_start() {
         assert!(xml.contains(from), "{from}");
         sealed_objects(&Domain::parse(&xml.replacen(from, to, 1)).unwrap()).unwrap_err()
     };
-    let plain = |label: &str, path: Option<&str>| Refusal::Plain {
+    let plain = |kind, label: &str, path: Option<&str>| Refusal::Plain {
         vm: "web01".into(),
+        kind,
         label: label.into(),
         path: path.map(Into::into),
     };
     let cd = "<disk type='file' device='cdrom'>";
     let disk = "<disk type='file' device='disk'><source file='/a'/><target dev='vdx'/></disk>";
     let overlay = refusal(cd, &format!("{disk}{cd}"));
-    assert_eq!(overlay, plain("disk vdx", Some("/a")));
+    assert_eq!(overlay, plain(ObjectKind::Disk, "disk vdx", Some("/a")));
     assert_eq!(
         overlay.to_string(),
-        "disk vdx (/a) of sealed VM web01 is not encrypted; next: virsh snapshot-list web01: commit or delete the \
-         snapshot if /a is its overlay; else virtseal vm status web01, then detach or seal it"
+        "disk vdx (/a) of sealed VM web01 is not encrypted"
     );
     assert_eq!(
         refusal(&format!("<encryption secret='{}'/>", id(100)), ""),
-        plain("vtpm", None)
+        plain(ObjectKind::Vtpm, "vtpm", None)
     );
     let nvram = xml[xml.find("<encryption format='luks' engine='qemu'>").unwrap()..]
         .split_inclusive("</encryption>")
         .next()
         .unwrap();
-    assert_eq!(refusal(nvram, ""), plain("nvram", None));
+    assert_eq!(refusal(nvram, ""), plain(ObjectKind::Nvram, "nvram", None));
     let cases = [
         (" engine='qemu'", "", "nvram"),
         ("<target dev='vda'", "<transient/><target dev='vda'", "disk vda"),
