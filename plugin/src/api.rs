@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::{ReplyError as IntrospectError, Type};
 use zlink::{ReplyError, proxy};
 
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 
 pub use job::{CopyView, JobReport, JobRequest, JobStarted, JobView, Jobs};
 pub use provider::{
@@ -74,7 +74,7 @@ pub struct AuditVerified {
 #[derive(Clone, Debug, PartialEq, ReplyError, IntrospectError)]
 #[zlink(interface = "io.virtseal.Host")]
 pub enum HostError {
-    /// See [`Failure`].
+    /// See [`Problem`].
     Failed {
         /// The exit code that the CLI should end with.
         code: i64,
@@ -85,8 +85,8 @@ pub enum HostError {
     },
 }
 
-impl From<Failure> for HostError {
-    fn from(failure: Failure) -> Self {
+impl From<Problem> for HostError {
+    fn from(failure: Problem) -> Self {
         Self::Failed {
             code: failure.code as i64,
             message: failure.message,
@@ -95,7 +95,7 @@ impl From<Failure> for HostError {
     }
 }
 
-impl From<HostError> for Failure {
+impl From<HostError> for Problem {
     fn from(error: HostError) -> Self {
         let HostError::Failed { code, message, next } = error;
         Self {

@@ -27,8 +27,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::failure::chain as chain_of;
 use crate::model::envelope::{EnvelopeId, VmId};
+use crate::model::problem::chain as chain_of;
 
 pub use chain::{Position, Verified, verify};
 pub use segments::Shown;

@@ -27,7 +27,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 
 use crate::api::{HostProxy, HostStatus};
-use crate::failure::Failure;
+use crate::model::problem::Problem;
 use client::Client;
 use job::JobsCommand;
 use print::Printer;
@@ -104,7 +104,7 @@ impl Cli {
     ///
     /// # Errors
     /// What the user should be told, with the exit code.
-    pub async fn run(self) -> Result<(), Failure> {
+    pub async fn run(self) -> Result<(), Problem> {
         let printer = Printer::new(self.json);
         if let Command::Volume(VolumeCommand::Info { path }) = &self.command {
             return volume::info(path, &printer);
@@ -136,7 +136,7 @@ impl Cli {
 }
 
 /// All of it: a reply has a part of the VMs.
-async fn status(client: &mut Client) -> Result<HostStatus, Failure> {
+async fn status(client: &mut Client) -> Result<HostStatus, Problem> {
     let mut status = client.call(async |host| host.status(None).await).await?;
     while let Some(after) = status.next_vms.take() {
         let page = client.call(async |host| host.status(Some(&after)).await).await?;
@@ -147,14 +147,14 @@ async fn status(client: &mut Client) -> Result<HostStatus, Failure> {
 }
 
 /// Says what is about to go wrong with them.
-async fn warn_of_providers(client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+async fn warn_of_providers(client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let known = client.call(async |host| host.list_providers().await).await?;
     printer.warnings(&known.providers);
     Ok(())
 }
 
 /// The last ones, the oldest first: a reply has a part of them.
-async fn audit_lines(records: i64, client: &mut Client) -> Result<Vec<String>, Failure> {
+async fn audit_lines(records: i64, client: &mut Client) -> Result<Vec<String>, Problem> {
     let (mut lines, mut before) = (Vec::<String>::new(), None);
     loop {
         let left = records - i64::try_from(lines.len()).unwrap_or(i64::MAX);
@@ -170,7 +170,7 @@ async fn audit_lines(records: i64, client: &mut Client) -> Result<Vec<String>, F
     }
 }
 
-async fn audit(command: AuditCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+async fn audit(command: AuditCommand, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     match command {
         AuditCommand::Show { records } => printer.audit(&audit_lines(records.into(), client).await?),
         AuditCommand::Verify => {

@@ -453,7 +453,7 @@ mod tests {
     use crate::domain::{Permission, Policy};
 
     fn parse(text: &str) -> Result<Config, String> {
-        Config::parse(text, Path::new("virtseald.yaml")).map_err(|error| crate::failure::chain(&error))
+        Config::parse(text, Path::new("virtseald.yaml")).map_err(|error| crate::model::problem::chain(&error))
     }
 
     #[test]

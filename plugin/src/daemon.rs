@@ -50,14 +50,15 @@ use crate::api::Outcome;
 use crate::audit::AuditLog;
 use crate::config::Config;
 use crate::domain::{self, Domain, ObjectState};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::{Arming, Libvirt, LibvirtError};
 use crate::host::permitted::PathRule;
 use crate::host::tpm::Tpm;
 use crate::model::envelope::{EnvelopeId, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk;
 use crate::recipients::Recipients;
 use crate::store::{CopyPlace, JobId, Keystore};
+use crate::terminal::word;
 use crate::vm::seal::{self, ConfirmedFormats, Host};
 use crate::vm::start::{self, ArmedSecrets, Deadline, Opened, OpenedHeaders, Prepared, StartContext};
 use bell::Bell;
@@ -135,11 +136,11 @@ pub struct Daemon {
 
 impl Daemon {
     /// Opens keystore and audit log; all providers start locked. Waits for nothing.
-    pub fn open(config: Config) -> Result<Self, Failure> {
+    pub fn open(config: Config) -> Result<Self, Problem> {
         let dir = &config.state_dir;
         let keystore = Arc::new(Keystore::open(dir)?);
         let recipients = Recipients::open(Arc::clone(&keystore), config.provider_deadline)
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+            .map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         recipients.set_recipients(config.recipients.clone());
         let headers = Headers::interrupted(keystore.journaled_headers()?.sound);
         recipients.set_probe_interval(config.probe_interval);
@@ -240,13 +241,13 @@ impl Daemon {
 
     /// What a hook is told when time is up.
     #[must_use]
-    pub fn deadline_passed(&self, waited: Duration) -> Failure {
+    pub fn deadline_passed(&self, waited: Duration) -> Problem {
         let libvirt = if self.libvirt.is_connected() {
             ""
         } else {
             ": libvirt does not answer"
         };
-        Failure::new(
+        Problem::new(
             Code::Unreachable,
             format!("no decision within {:.1} s{libvirt}", waited.as_secs_f64()),
         )
@@ -254,8 +255,8 @@ impl Daemon {
     }
 
     /// `prepare begin`: arms all keys of the VM, or none.
-    pub fn prepare(&self, xml: &str, policy: HookPolicy, deadline: &Deadline) -> Result<(), Failure> {
-        let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+    pub fn prepare(&self, xml: &str, policy: HookPolicy, deadline: &Deadline) -> Result<(), Problem> {
+        let domain = Domain::parse(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         let decided = self.decide(&domain, xml, policy, deadline);
         self.audit_start(&domain, &decided);
         match &decided {
@@ -267,8 +268,8 @@ impl Daemon {
 
     /// A sealed VM may name its own secrets, in the places where they are looked for, and those of disks that are shared with
     /// it; libvirt finds any other one in more places than [`crate::vm::start::prepare`] reads.
-    fn refuse_secrets_of_others(&self, domain: &Domain, xml: &str, opened: &[Opened]) -> Result<(), Failure> {
-        let named = domain::named_secrets(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+    fn refuse_secrets_of_others(&self, domain: &Domain, xml: &str, opened: &[Opened]) -> Result<(), Problem> {
+        let named = domain::named_secrets(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         let others = named
             .into_iter()
             .filter(|id| opened.iter().all(|object| object.envelope != *id));
@@ -279,7 +280,7 @@ impl Daemon {
                 .filter(|vm| *vm != domain.uuid)
             {
                 let why = format!("it names secret {id}, which is that of VM {owner}");
-                return Err(Failure::new(Code::Denied, why)
+                return Err(Problem::new(Code::Denied, why)
                     .of(format!("{} stays off", domain.name))
                     .next(format!(
                         "virsh edit {}: a VM has secrets of its own",
@@ -296,7 +297,7 @@ impl Daemon {
         xml: &str,
         policy: HookPolicy,
         deadline: &Deadline,
-    ) -> Result<usize, Failure> {
+    ) -> Result<usize, Problem> {
         let context = StartContext {
             keystore: &self.keystore,
             recipients: &self.recipients,
@@ -319,7 +320,7 @@ impl Daemon {
         // Who else may have what is armed is seen by this alone.
         self.keystore
             .ensure_hook_index()
-            .map_err(|error| Failure::from(error).of(format!("{} stays off", domain.name)))?;
+            .map_err(|error| Problem::from(error).of(format!("{} stays off", domain.name)))?;
         let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
         self.libvirt
             .reach(patience)
@@ -332,9 +333,9 @@ impl Daemon {
     }
 
     /// Arms unless nobody waits any more: the hook has given up then, and its `release end` may have passed.
-    fn arm(&self, domain: &Domain, opened: Vec<Opened>, deadline: &Deadline) -> Result<(), Failure> {
+    fn arm(&self, domain: &Domain, opened: Vec<Opened>, deadline: &Deadline) -> Result<(), Problem> {
         let too_late = || {
-            Failure::new(
+            Problem::new(
                 Code::Unreachable,
                 format!("{} stays off: nobody waits for its start any more", domain.name),
             )
@@ -375,7 +376,7 @@ impl Daemon {
     }
 
     /// `started begin`: QEMU and swtpm have the keys, libvirt needs them no more.
-    pub fn started(&self, vm: &str, name: &str) -> Result<(), Failure> {
+    pub fn started(&self, vm: &str, name: &str) -> Result<(), Problem> {
         self.look_later(vm);
         let disarmed = self.disarm(vm, name);
         if let Ok(vm) = vm_id(vm) {
@@ -385,7 +386,7 @@ impl Daemon {
     }
 
     /// `release end`: whatever happened, nothing stays armed.
-    pub fn released(&self, vm: &str, name: &str) -> Result<(), Failure> {
+    pub fn released(&self, vm: &str, name: &str) -> Result<(), Problem> {
         let disarmed = self.disarm(vm, name);
         self.look_later(vm);
         if let Ok(vm) = vm_id(vm) {
@@ -396,7 +397,7 @@ impl Daemon {
         disarmed
     }
 
-    fn disarm(&self, vm: &str, name: &str) -> Result<(), Failure> {
+    fn disarm(&self, vm: &str, name: &str) -> Result<(), Problem> {
         let vm = vm_id(vm)?;
         let _shared = lock(&self.shared);
         let unused = lock(&self.armed).disarm(vm);
@@ -404,7 +405,7 @@ impl Daemon {
             // Remembered, so that `release end` or the next start tries again.
             lock(&self.armed).arm(vm, unused.iter().copied());
             tracing::error!(domain = name, op = "disarm", "{}", chain(&error));
-            Failure::new(Code::Unreachable, chain(&error))
+            Problem::new(Code::Unreachable, chain(&error))
         })
     }
 
@@ -477,7 +478,7 @@ impl Daemon {
         provider: Option<&str>,
         formats: &[String],
         dry_run: bool,
-    ) -> Result<Outcome, Failure> {
+    ) -> Result<Outcome, Problem> {
         let confirmed = ConfirmedFormats::parse(formats)?;
         let _sealing = lock(&self.sealing);
         let domain = self.find_domain(vm)?;
@@ -499,7 +500,7 @@ impl Daemon {
         if changed {
             self.background.define(&made.xml).map_err(|error| {
                 made.replaced
-                    .after(Failure::new(
+                    .after(Problem::new(
                         Code::Failed,
                         format!("{} is not redefined: {}", domain.name, chain(&error)),
                     ))
@@ -515,9 +516,9 @@ impl Daemon {
     }
 
     /// A job may have changed an envelope between the reading of an XML and its definition: then what was defined is behind.
-    fn catch_up(&self, xml: &str) -> Result<(), Failure> {
+    fn catch_up(&self, xml: &str) -> Result<(), Problem> {
         let (copies, _) =
-            domain::Metadata::envelopes_in(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+            domain::Metadata::envelopes_in(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         for copy in copies {
             let known = self.keystore.readable_envelope(copy.id)?;
             if let Some(record) = known.filter(|record| record.envelope != copy) {
@@ -530,7 +531,7 @@ impl Daemon {
     }
 
     /// Makes a VM plain again, if nothing was ever written under seal.
-    pub fn unseal_vm(&self, vm: &str, dry_run: bool) -> Result<Outcome, Failure> {
+    pub fn unseal_vm(&self, vm: &str, dry_run: bool) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let domain = self.find_domain(vm)?;
         if let Some(unmarked) = self.unmark(&domain, dry_run)? {
@@ -542,7 +543,7 @@ impl Daemon {
             let unsealed = seal::unseal(&host, &plan).and_then(|replaced| {
                 self.background.define(&plan.xml).map_err(|error| {
                     replaced
-                        .after(Failure::new(
+                        .after(Problem::new(
                             Code::Failed,
                             format!("{} is not redefined: {}", domain.name, chain(&error)),
                         ))
@@ -571,7 +572,7 @@ impl Daemon {
     }
 
     /// With what libvirt knows of all VMs and storage pools, for what acts on files that domain XML names.
-    fn host_of_vms(&self) -> Result<Host<'_>, Failure> {
+    fn host_of_vms(&self) -> Result<Host<'_>, Problem> {
         let kept = self
             .background
             .every_xml()
@@ -585,9 +586,9 @@ impl Daemon {
 }
 
 /// As the hook names a VM.
-fn vm_id(uuid: &str) -> Result<VmId, Failure> {
+fn vm_id(uuid: &str) -> Result<VmId, Problem> {
     uuid.parse()
-        .map_err(|error| Failure::from_error(Code::Usage, format!("'{uuid}' is not a VM's UUID"), &error))
+        .map_err(|error| Problem::from_error(Code::Usage, format!("'{uuid}' is not a VM's UUID"), &error))
 }
 
 fn envelopes_of(domain: &Domain) -> Vec<EnvelopeId> {
@@ -609,10 +610,10 @@ fn arming(domain: &Domain, object: Opened) -> Arming {
     }
 }
 
-fn nothing_sealed(domain: &Domain) -> Failure {
+fn nothing_sealed(domain: &Domain) -> Problem {
     let name = &domain.name;
     let why = "it is marked as sealed, nothing of it is, and hook.conf has require_sealed = true";
-    Failure::new(Code::Denied, why)
+    Problem::new(Code::Denied, why)
         .of(format!("{name} stays off"))
         .next(format!(
             "virtseal vm status {0}, then give it a disk or a TPM and virtseal vm seal {0}",
@@ -620,9 +621,9 @@ fn nothing_sealed(domain: &Domain) -> Failure {
         ))
 }
 
-fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Failure {
+fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Problem {
     let name = &domain.name;
-    let failure = Failure::new(Code::Unreachable, format!("{name} stays off: {}", chain(error)));
+    let failure = Problem::new(Code::Unreachable, format!("{name} stays off: {}", chain(error)));
     match error {
         LibvirtError::Silent { .. } => failure.next(format!(
             "virsh autostart --disable {0}, then virsh start {0}",

@@ -26,8 +26,9 @@ use roxmltree::{Document, Node, ParsingOptions};
 use swtpm_state::libvirt_state_dir;
 use thiserror::Error;
 
-use crate::failure::{Code, Failure, word};
 use crate::model::envelope::{EnvelopeError, EnvelopeId, VmId};
+use crate::model::problem::{Code, Problem};
+use crate::terminal::word;
 
 pub use declared::DeclaredFormat;
 pub use firmware::{FirmwareWish, LaunchSecurity};
@@ -330,7 +331,7 @@ impl VtpmElsewhere {
         "has its state in a place of its own (<source> in its <backend>), which virtseal can't seal yet";
 }
 
-impl From<VtpmElsewhere> for Failure {
+impl From<VtpmElsewhere> for Problem {
     fn from(error: VtpmElsewhere) -> Self {
         Self::new(Code::Failed, error.to_string()).next(format!(
             "copy the state to {}, where libvirt has it by itself, and take <source> out of <backend>: virsh edit {}",

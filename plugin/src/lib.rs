@@ -12,7 +12,6 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod domain;
-pub mod failure;
 pub mod host;
 pub mod job;
 pub mod model;

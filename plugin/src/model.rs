@@ -1,3 +1,4 @@
 //! What virtseal talks about, without I/O.
 
 pub mod envelope;
+pub mod problem;

@@ -37,7 +37,7 @@ use checkpoints::Checkpoints;
 use error::StoreFault;
 use hook_index::HookIndex;
 
-use crate::failure::chain;
+use crate::model::problem::chain;
 
 pub use copies::{CopyNews, CopyPlace, NeededKek, RetiredKek, StaleCopy};
 pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};

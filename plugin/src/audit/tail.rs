@@ -37,7 +37,7 @@ pub(super) fn open(path: &Path, noted: Option<Head>) -> Result<End, AuditError> 
         Ok(file) => go_on(path, file, noted),
         Err(error @ AuditError::InUse { .. }) => Err(error),
         // A directory, a link: whatever it is, it is no log.
-        Err(error) => begin_anew(path, noted, &crate::failure::chain(&error)),
+        Err(error) => begin_anew(path, noted, &crate::model::problem::chain(&error)),
     }
 }
 

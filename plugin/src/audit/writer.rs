@@ -14,7 +14,7 @@ use time::OffsetDateTime;
 use super::chain::Head;
 use super::tail::{self, End};
 use super::{AuditError, Event, Outcome};
-use crate::failure::chain;
+use crate::model::problem::chain;
 
 /// How many records may wait; some tens of megabytes.
 const MAX_WAITING: usize = 16 * 1024;

@@ -20,8 +20,8 @@ use virtseal::daemon::listener::Server;
 use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
 use virtseal::daemon::sockets::Sockets;
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
-use virtseal::failure::chain;
 use virtseal::host::process::{self, LinkedCode};
+use virtseal::model::problem::chain;
 use virtseal::terminal::visible;
 
 /// The daemon of virtseal: hands VMs their keys when libvirt starts them.

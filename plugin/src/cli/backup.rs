@@ -11,7 +11,7 @@ use super::client::Client;
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 
 #[derive(Debug, Args)]
 pub(super) struct BackupArgs {
@@ -47,7 +47,7 @@ pub(super) struct RestoreArgs {
     passphrase: NewPassphraseArgs,
 }
 
-pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let name = &args.name;
     let passphrase = match args.no_passphrase {
         true => None,
@@ -89,7 +89,7 @@ async fn write_backup(
     passphrase: Option<OwnedFd>,
     args: &BackupArgs,
     client: &mut Client,
-) -> Result<i64, Failure> {
+) -> Result<i64, Problem> {
     let copy = file
         .try_clone()
         .map_err(|error| unwritable(&args.output, &error))?;
@@ -108,19 +108,19 @@ async fn write_backup(
 }
 
 /// The daemon may have noted the backup before it failed to say so: the file stays.
-fn unconfirmed(failure: Failure, args: &BackupArgs) -> Failure {
+fn unconfirmed(failure: Problem, args: &BackupArgs) -> Problem {
     let (name, output) = (&args.name, args.output.display());
     let said = format!(
         "the backup {output} is complete, but may not be noted: {}",
         failure.message
     );
-    Failure::new(failure.code, said).next(format!(
+    Problem::new(failure.code, said).next(format!(
         "keep {output}; virtseal provider show {name}: if it is NotBackedUp, back it up again to another file"
     ))
 }
 
-fn unwritable(path: &Path, error: &std::io::Error) -> Failure {
-    let failure = Failure::from_error(Code::Failed, format!("can't write {}", path.display()), error);
+fn unwritable(path: &Path, error: &std::io::Error) -> Problem {
+    let failure = Problem::from_error(Code::Failed, format!("can't write {}", path.display()), error);
     match error.kind() {
         std::io::ErrorKind::AlreadyExists => {
             failure.next("choose another --output: a backup is never overwritten")
@@ -133,7 +133,7 @@ pub(super) async fn restore(
     args: &RestoreArgs,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     let mut fds = vec![passphrase::open_file(&args.input)?];
     let of_backup = match (&args.backup_passphrase_file, args.backup_passphrase_fd) {
         (Some(path), _) => Some(passphrase::open_file(path)?),

@@ -5,7 +5,7 @@ use clap::{Args, ValueEnum};
 use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, PersistRequest};
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 use crate::provider::cache::{CachePolicy, PersistTime};
 
 #[derive(Debug, Args)]
@@ -35,14 +35,14 @@ enum PersistBy {
 }
 
 impl CacheArgs {
-    fn persist(&self) -> Result<Option<PersistRequest>, Failure> {
+    fn persist(&self) -> Result<Option<PersistRequest>, Problem> {
         match self.persist {
             PersistBy::Tpm => Ok(Some(PersistRequest {
                 keep: self.persist_for.map(|time| time.to_string()),
                 pcrs: self.pcrs.clone(),
             })),
             PersistBy::None if self.persist_for.is_none() && self.pcrs.is_none() => Ok(None),
-            PersistBy::None => Err(Failure::new(
+            PersistBy::None => Err(Problem::new(
                 Code::Usage,
                 "--persist-for and --pcrs are about --persist tpm, which is missing",
             )),
@@ -50,7 +50,7 @@ impl CacheArgs {
     }
 }
 
-pub(super) async fn set(args: &CacheArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn set(args: &CacheArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let (policy, persist) = (args.policy.to_string(), args.persist()?);
     let set = client
         .call(async |host| {

@@ -7,7 +7,7 @@ use zlink::tokio::unix;
 
 use crate::api::HostError;
 use crate::config::Config;
-use crate::failure::{Code, Failure, chain};
+use crate::model::problem::{Code, Problem, chain};
 
 /// A connection to one daemon.
 pub(super) struct Client {
@@ -16,7 +16,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) async fn connect(socket: &Path) -> Result<Self, Failure> {
+    pub(super) async fn connect(socket: &Path) -> Result<Self, Problem> {
         let connection = unix::connect(socket)
             .await
             .map_err(|error| unreachable(socket, &error))?;
@@ -28,7 +28,7 @@ impl Client {
 
     /// Connects to the socket beside `socket` that only root reaches, where nobody else's calls are in the way; to `socket`
     /// where that one is not for us, or is elsewhere.
-    pub(super) async fn connect_undisturbed(socket: &Path) -> Result<Self, Failure> {
+    pub(super) async fn connect_undisturbed(socket: &Path) -> Result<Self, Problem> {
         match Self::connect(&Config::hook_socket_beside(socket)).await {
             Ok(client) => Ok(client),
             Err(_) => Self::connect(socket).await,
@@ -39,9 +39,9 @@ impl Client {
     pub(super) async fn call<T>(
         &mut self,
         call: impl AsyncFnOnce(&mut Connection<unix::Stream>) -> zlink::Result<Result<T, HostError>>,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, Problem> {
         match call(&mut self.connection).await {
-            Ok(result) => result.map_err(Failure::from),
+            Ok(result) => result.map_err(Problem::from),
             Err(error) => Err(self.broken(&error)),
         }
     }
@@ -51,8 +51,8 @@ impl Client {
     }
 
     /// The connection failed in the middle of a call.
-    pub(super) fn broken(&self, error: &zlink::Error) -> Failure {
-        Failure::from_error(
+    pub(super) fn broken(&self, error: &zlink::Error) -> Problem {
+        Problem::from_error(
             Code::Unreachable,
             format!("virtseald on {} did not answer properly", self.socket.display()),
             error,
@@ -61,7 +61,7 @@ impl Client {
     }
 }
 
-fn unreachable(socket: &Path, error: &zlink::Error) -> Failure {
+fn unreachable(socket: &Path, error: &zlink::Error) -> Problem {
     let reason = match error {
         zlink::Error::Io(io) => io.to_string(),
         other => chain(other),
@@ -73,7 +73,7 @@ fn unreachable(socket: &Path, error: &zlink::Error) -> Failure {
     } else {
         "systemctl start virtseald"
     };
-    Failure::new(
+    Problem::new(
         code,
         format!("virtseald does not answer on {}: {reason}", socket.display()),
     )

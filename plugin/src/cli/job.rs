@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, JobRequest, JobStarted, JobView};
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 use crate::terminal::visible;
 
 #[derive(Debug, Subcommand)]
@@ -39,7 +39,7 @@ pub(super) async fn run(
     command: Option<JobsCommand>,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     match command {
         None | Some(JobsCommand::List) => {
             printer.jobs(&client.call(async |host| host.list_jobs().await).await?)
@@ -70,7 +70,7 @@ pub(super) async fn start(
     args: &WatchArgs,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     let job = client.call(async |host| host.start_job(request).await).await?;
     started(&job, args, client, printer).await
 }
@@ -80,7 +80,7 @@ pub(super) async fn started(
     args: &WatchArgs,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     for warning in &job.warnings {
         printer.warn(warning);
     }
@@ -92,7 +92,7 @@ pub(super) async fn started(
 }
 
 /// Ends like the job: whatever it left behind is a failure.
-async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let bar = match printer.shows_progress() {
         true => ProgressBar::new(0),
         false => ProgressBar::hidden(),
@@ -106,7 +106,7 @@ async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Resul
     printer.job(&last)?;
     match last.state.as_str() {
         "done" => Ok(()),
-        "incomplete" => Err(Failure::new(
+        "incomplete" => Err(Problem::new(
             Code::Failed,
             format!(
                 "job {} left {} envelopes behind: {}",
@@ -116,7 +116,7 @@ async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Resul
             ),
         )
         .next("mend what it says, then start the same job again")),
-        state => Err(Failure::new(Code::Failed, format!("job {} is {state}", last.id)).next("virtseal jobs")),
+        state => Err(Problem::new(Code::Failed, format!("job {} is {state}", last.id)).next("virtseal jobs")),
     }
 }
 
@@ -125,7 +125,7 @@ async fn follow(
     bar: &ProgressBar,
     client: &mut Client,
     printer: &Printer,
-) -> Result<JobView, Failure> {
+) -> Result<JobView, Problem> {
     let (mut last, mut broken): (Option<JobView>, _) = (None, None);
     {
         match client.connection().watch_job(id).await {
@@ -134,7 +134,7 @@ async fn follow(
                 while let Some(reply) = replies.next().await {
                     match reply {
                         Ok(view) => {
-                            let view = view.map_err(Failure::from)?.job;
+                            let view = view.map_err(Problem::from)?.job;
                             show(&view, last.as_ref(), bar, printer);
                             last = Some(view);
                         }
@@ -152,7 +152,7 @@ async fn follow(
         (Some(error), _) => Err(client.broken(&error)),
         (None, Some(view)) if view.state != "running" => Ok(view),
         (None, _) => Err(
-            Failure::new(Code::Unreachable, "virtseald ended before the job did")
+            Problem::new(Code::Unreachable, "virtseald ended before the job did")
                 .next("start virtseald again: the job goes on, virtseal jobs watch follows it"),
         ),
     }
@@ -170,14 +170,14 @@ fn show(view: &JobView, before: Option<&JobView>, bar: &ProgressBar, printer: &P
 }
 
 /// What was typed to confirm a loss: as an option, or at a prompt.
-pub(super) fn typed(given: Option<String>, question: &str) -> Result<String, Failure> {
+pub(super) fn typed(given: Option<String>, question: &str) -> Result<String, Problem> {
     if let Some(given) = given {
         return Ok(given);
     }
     if !std::io::stdin().is_terminal() {
         return Ok(String::new());
     }
-    let failed = |error: std::io::Error| Failure::from_error(Code::Failed, "can't ask", &error);
+    let failed = |error: std::io::Error| Problem::from_error(Code::Failed, "can't ask", &error);
     let mut line = String::new();
     super::print::question(question).map_err(failed)?;
     std::io::stdin().read_line(&mut line).map_err(failed)?;

@@ -6,8 +6,8 @@ use super::client::Client;
 use super::print::Printer;
 use super::provider_add::kek_scope;
 use crate::api::HostProxy;
-use crate::failure::Failure;
 use crate::model::envelope::ProviderId;
+use crate::model::problem::Problem;
 use crate::provider::ScopeSetting;
 use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{Endpoint, KmipVersion};
@@ -40,7 +40,7 @@ pub(super) struct KmipArgs {
     id: Option<ProviderId>,
 }
 
-pub(super) async fn add(args: &KmipArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn add(args: &KmipArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let settings = serde_json::json!({
         "endpoints": args.endpoints,
         "mode": args.mode,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use zeroize::Zeroizing;
 
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 use crate::terminal::visible;
 
 /// For a passphrase that exists.
@@ -47,7 +47,7 @@ pub(super) struct NewPassphraseArgs {
 
 impl PassphraseArgs {
     /// A descriptor to read the passphrase from.
-    pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Failure> {
+    pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Problem> {
         match self.given() {
             Some(source) => source,
             None => to_pipe(&ask(prompt)?),
@@ -59,7 +59,7 @@ impl PassphraseArgs {
         self.passphrase_file.is_some() || self.passphrase_fd.is_some() || self.passphrase_credential.is_some()
     }
 
-    fn given(&self) -> Option<Result<OwnedFd, Failure>> {
+    fn given(&self) -> Option<Result<OwnedFd, Problem>> {
         if let Some(path) = &self.passphrase_file {
             return Some(open_file(path));
         }
@@ -79,38 +79,38 @@ impl NewPassphraseArgs {
     }
 
     /// A descriptor to read the passphrase from.
-    pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Failure> {
+    pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Problem> {
         if let Some(source) = self.source.given() {
             return source;
         }
         let first = ask(prompt)?;
         if *first != *ask("Once more: ")? {
-            return Err(Failure::new(Code::Usage, "the two passphrases differ").next("try again"));
+            return Err(Problem::new(Code::Usage, "the two passphrases differ").next("try again"));
         }
         to_pipe(&first)
     }
 }
 
 /// Opens a file that holds a secret; - is standard input.
-pub(super) fn open_file(path: &Path) -> Result<OwnedFd, Failure> {
+pub(super) fn open_file(path: &Path) -> Result<OwnedFd, Problem> {
     if path == Path::new("-") {
         return inherited(0);
     }
     let file = File::open(path).map_err(|error| {
-        Failure::from_error(Code::NotFound, format!("can't open {}", path.display()), &error)
+        Problem::from_error(Code::NotFound, format!("can't open {}", path.display()), &error)
     })?;
     Ok(file.into())
 }
 
 /// A descriptor that the caller's shell opened for us; the same one, for opening a named pipe anew would wait for another
 /// writer.
-pub(super) fn inherited(fd: i32) -> Result<OwnedFd, Failure> {
+pub(super) fn inherited(fd: i32) -> Result<OwnedFd, Problem> {
     // SAFETY: fcntl takes numbers only, and answers one that is not open with an error.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
     if copy < 0 {
         let error = io::Error::last_os_error();
         return Err(
-            Failure::from_error(Code::Usage, format!("can't read file descriptor {fd}"), &error)
+            Problem::from_error(Code::Usage, format!("can't read file descriptor {fd}"), &error)
                 .next(format!("open it in the shell: virtseal … {fd}<FILE")),
         );
     }
@@ -118,16 +118,16 @@ pub(super) fn inherited(fd: i32) -> Result<OwnedFd, Failure> {
     Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
-fn credential(name: &str) -> Result<OwnedFd, Failure> {
+fn credential(name: &str) -> Result<OwnedFd, Problem> {
     let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
-        Failure::new(
+        Problem::new(
             Code::Usage,
             format!("no systemd credential '{name}': CREDENTIALS_DIRECTORY is not set"),
         )
         .next(format!("run it in a unit with LoadCredential={name}:FILE"))
     })?;
     if name.contains('/') {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Usage,
             format!("'{name}' is not the name of a credential"),
         ));
@@ -136,9 +136,9 @@ fn credential(name: &str) -> Result<OwnedFd, Failure> {
 }
 
 /// Asks on the terminal.
-pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Failure> {
+pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Problem> {
     if !io::stdin().is_terminal() {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Usage,
             "a passphrase is needed, and there is no terminal to ask on",
         )
@@ -146,13 +146,13 @@ pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Failure> {
     }
     rpassword::prompt_password(visible(prompt).as_ref())
         .map(Zeroizing::new)
-        .map_err(|error| Failure::from_error(Code::Failed, "can't ask for the passphrase", &error))
+        .map_err(|error| Problem::from_error(Code::Failed, "can't ask for the passphrase", &error))
 }
 
 /// A pipe that holds `secret`.
-pub(super) fn to_pipe(secret: &str) -> Result<OwnedFd, Failure> {
+pub(super) fn to_pipe(secret: &str) -> Result<OwnedFd, Problem> {
     let failed = |error: &dyn std::error::Error| {
-        Failure::from_error(Code::Failed, "can't hand the passphrase over", error)
+        Problem::from_error(Code::Failed, "can't hand the passphrase over", error)
     };
     let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|error| failed(&error))?;
     // A pipe holds 64 KiB before a write would wait; no one types that.

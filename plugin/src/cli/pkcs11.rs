@@ -10,8 +10,8 @@ use super::passphrase::PassphraseArgs;
 use super::print::Printer;
 use super::provider_add::{NoCacheArgs, kek_scope};
 use crate::api::HostProxy;
-use crate::failure::{Code, Failure};
 use crate::model::envelope::ProviderId;
+use crate::model::problem::{Code, Problem};
 use crate::provider::ScopeSetting;
 use crate::provider::pkcs11::{KeyBits, Pkcs11Settings, TokenChoice};
 
@@ -57,7 +57,7 @@ pub(super) struct TokenArgs {
     slot: Option<u64>,
 }
 
-pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     args.cache.refuse("pkcs11")?;
     let settings = settings(args)?;
     let fds = vec![args.pin.open(&format!("PIN of the token of '{}': ", args.name))?];
@@ -68,9 +68,9 @@ pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printe
 }
 
 /// The JSON of [`Pkcs11Settings`].
-fn settings(args: &Pkcs11Args) -> Result<String, Failure> {
+fn settings(args: &Pkcs11Args) -> Result<String, Problem> {
     let unfit = |error: &dyn Error| {
-        Failure::from_error(Code::Usage, format!("can't add provider '{}'", args.name), error)
+        Problem::from_error(Code::Usage, format!("can't add provider '{}'", args.name), error)
             .next("virtseal provider add pkcs11 --help")
     };
     let settings = Pkcs11Settings {

@@ -10,8 +10,9 @@ use crate::api::{
     AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome, PersistView,
     ProviderView, Receipt, ServerView, VmView, VolumeProgress,
 };
-use crate::failure::{Code, Failure, word};
 use crate::host::local_time::{parse_rfc3339, time_of_day};
+use crate::model::problem::{Code, Problem};
+use crate::terminal::word;
 use crate::terminal::{visible, visible_json};
 
 /// Prints to standard output, as tables or as JSON; hints and warnings go to standard error.
@@ -29,7 +30,7 @@ impl Printer {
         !self.json && std::io::stderr().is_terminal()
     }
 
-    pub(super) fn status(&self, status: &HostStatus) -> Result<(), Failure> {
+    pub(super) fn status(&self, status: &HostStatus) -> Result<(), Problem> {
         if self.json {
             return json(status);
         }
@@ -49,7 +50,7 @@ impl Printer {
         Ok(())
     }
 
-    pub(super) fn providers(&self, providers: &[ProviderView]) -> Result<(), Failure> {
+    pub(super) fn providers(&self, providers: &[ProviderView]) -> Result<(), Problem> {
         if self.json {
             return json(&providers);
         }
@@ -79,7 +80,7 @@ impl Printer {
     }
 
     /// The same, each with all there is to say of it.
-    pub(super) fn provider(&self, providers: &[ProviderView]) -> Result<(), Failure> {
+    pub(super) fn provider(&self, providers: &[ProviderView]) -> Result<(), Problem> {
         if self.json {
             return json(&providers);
         }
@@ -150,7 +151,7 @@ impl Printer {
         ));
     }
 
-    pub(super) fn vms(&self, vms: &[VmView]) -> Result<(), Failure> {
+    pub(super) fn vms(&self, vms: &[VmView]) -> Result<(), Problem> {
         if self.json {
             return json(&vms);
         }
@@ -176,7 +177,7 @@ impl Printer {
         Ok(())
     }
 
-    pub(super) fn jobs(&self, jobs: &Jobs) -> Result<(), Failure> {
+    pub(super) fn jobs(&self, jobs: &Jobs) -> Result<(), Problem> {
         if self.json {
             return json(jobs);
         }
@@ -213,7 +214,7 @@ impl Printer {
         table(&["VM", "COPY IN", "ENVELOPE", "WHY"], rows)
     }
 
-    pub(super) fn job(&self, job: &JobView) -> Result<(), Failure> {
+    pub(super) fn job(&self, job: &JobView) -> Result<(), Problem> {
         if self.json {
             return json(job);
         }
@@ -223,7 +224,7 @@ impl Printer {
         ))
     }
 
-    pub(super) fn orphans(&self, orphans: &Orphans) -> Result<(), Failure> {
+    pub(super) fn orphans(&self, orphans: &Orphans) -> Result<(), Problem> {
         if self.json {
             return json(orphans);
         }
@@ -265,7 +266,7 @@ impl Printer {
         }
     }
 
-    pub(super) fn receipt(&self, receipt: &Receipt) -> Result<(), Failure> {
+    pub(super) fn receipt(&self, receipt: &Receipt) -> Result<(), Problem> {
         if self.json {
             return json(receipt);
         }
@@ -281,7 +282,7 @@ impl Printer {
             .try_for_each(|what| line(&format!("  {what}")))
     }
 
-    pub(super) fn outcome(&self, outcome: &Outcome, dry_run: bool) -> Result<(), Failure> {
+    pub(super) fn outcome(&self, outcome: &Outcome, dry_run: bool) -> Result<(), Problem> {
         if self.json {
             return json(outcome);
         }
@@ -297,7 +298,7 @@ impl Printer {
         Ok(())
     }
 
-    pub(super) fn volume_created(&self, path: &str, created: &VolumeProgress) -> Result<(), Failure> {
+    pub(super) fn volume_created(&self, path: &str, created: &VolumeProgress) -> Result<(), Problem> {
         let envelope = created.envelope.as_deref().unwrap_or_default();
         if self.json {
             return json(&serde_json::json!({ "path": path, "envelope": envelope, "size": created.size }));
@@ -305,7 +306,7 @@ impl Printer {
         line(&format!("{path} is ready, envelope {envelope}"))
     }
 
-    pub(super) fn audit(&self, lines: &[String]) -> Result<(), Failure> {
+    pub(super) fn audit(&self, lines: &[String]) -> Result<(), Problem> {
         if self.json {
             return lines.iter().try_for_each(|record| write(&visible_json(record)));
         }
@@ -313,7 +314,7 @@ impl Printer {
         table(&["TIME", "UID", "OPERATION", "OUTCOME", "OF", "DETAIL"], rows)
     }
 
-    pub(super) fn audit_verified(&self, verified: &AuditVerified) -> Result<(), Failure> {
+    pub(super) fn audit_verified(&self, verified: &AuditVerified) -> Result<(), Problem> {
         if self.json {
             return json(verified);
         }
@@ -328,7 +329,7 @@ impl Printer {
         &self,
         value: &impl Serialize,
         mut lines: impl Iterator<Item = &'t str>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Problem> {
         if self.json {
             json(value)
         } else {
@@ -336,7 +337,7 @@ impl Printer {
         }
     }
 
-    pub(super) fn done(&self, what: &str) -> Result<(), Failure> {
+    pub(super) fn done(&self, what: &str) -> Result<(), Problem> {
         if self.json {
             json(&serde_json::json!({ "done": what }))
         } else {
@@ -344,7 +345,7 @@ impl Printer {
         }
     }
 
-    pub(super) fn advise(&self, what: &str) -> Result<(), Failure> {
+    pub(super) fn advise(&self, what: &str) -> Result<(), Problem> {
         if self.json { Ok(()) } else { line(what) }
     }
 
@@ -463,7 +464,7 @@ fn audit_row(record: &str) -> Vec<String> {
     ]
 }
 
-fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<(), Failure> {
+fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<(), Problem> {
     let mut table = Table::new();
     // Before the table does: a line break in a cell would make a row of its own.
     let cells = |row: Vec<String>| {
@@ -478,14 +479,14 @@ fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<(),
     table.lines().try_for_each(|text| line(text.trim()))
 }
 
-fn json(value: &impl Serialize) -> Result<(), Failure> {
+fn json(value: &impl Serialize) -> Result<(), Problem> {
     let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Failure::from_error(Code::Failed, "can't print JSON", &error))?;
+        .map_err(|error| Problem::from_error(Code::Failed, "can't print JSON", &error))?;
     write(&visible_json(&text))
 }
 
 /// To standard output, as one line.
-fn line(text: &str) -> Result<(), Failure> {
+fn line(text: &str) -> Result<(), Problem> {
     write(&visible(text))
 }
 
@@ -504,10 +505,10 @@ pub(super) fn note(text: &str) {
 }
 
 /// A reader that went away (`| head`) is no failure.
-fn write(text: &str) -> Result<(), Failure> {
+fn write(text: &str) -> Result<(), Problem> {
     match writeln!(std::io::stdout(), "{text}") {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::from_error(Code::Failed, "can't print", &error))
+            Err(Problem::from_error(Code::Failed, "can't print", &error))
         }
         _ => Ok(()),
     }

@@ -17,7 +17,7 @@ use super::tpm::TpmArgs;
 use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
 use super::{backup, cache, job, provider_add, tpm, trust, warn_of_providers};
 use crate::api::{HostProxy, Orphans, ProviderView};
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ProviderCommand {
@@ -134,7 +134,7 @@ pub(super) async fn run(
     command: ProviderCommand,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     match command {
         ProviderCommand::Add(command) => provider_add::run(command, client, printer).await,
         ProviderCommand::Identity(args) => trust::identity(&args, client, printer).await,
@@ -215,7 +215,7 @@ async fn unlock(
     passphrase: &PassphraseArgs,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     let question = match passphrase.is_given() {
         true => String::new(),
         false => prompt(name, client).await?,
@@ -233,7 +233,7 @@ async fn unlock_by_tpm(
     pin: &PassphraseArgs,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     let needs_pin = needs_pin(name, client).await?;
     let fds = match needs_pin || pin.is_given() {
         true => vec![pin.open(&format!("PIN of '{name}' for the TPM: "))?],
@@ -252,7 +252,7 @@ async fn for_rotation(
     passphrase: &PassphraseArgs,
     pin_file: Option<&Path>,
     client: &mut Client,
-) -> Result<Vec<OwnedFd>, Failure> {
+) -> Result<Vec<OwnedFd>, Problem> {
     let mut fds = Vec::new();
     if kind(name, client).await?.as_deref() == Some("native") {
         fds.push(passphrase.open(&format!("Passphrase of '{name}': "))?);
@@ -266,23 +266,23 @@ async fn for_rotation(
 }
 
 /// Whether the TPM asks for a PIN before it unlocks it.
-pub(super) async fn needs_pin(name: &str, client: &mut Client) -> Result<bool, Failure> {
+pub(super) async fn needs_pin(name: &str, client: &mut Client) -> Result<bool, Problem> {
     let tpm = view(name, client).await?.and_then(|view| view.tpm);
     Ok(tpm.is_some_and(|tpm| tpm.pin))
 }
 
 /// `None` if there is no such provider.
-async fn view(name: &str, client: &mut Client) -> Result<Option<ProviderView>, Failure> {
+async fn view(name: &str, client: &mut Client) -> Result<Option<ProviderView>, Problem> {
     let all = client.call(async |host| host.list_providers().await).await?;
     Ok(all.providers.into_iter().find(|provider| provider.name == name))
 }
 
-async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Failure> {
+async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Problem> {
     Ok(view(name, client).await?.map(|provider| provider.kind))
 }
 
 /// What to ask for depends on the provider's kind.
-async fn prompt(name: &str, client: &mut Client) -> Result<String, Failure> {
+async fn prompt(name: &str, client: &mut Client) -> Result<String, Problem> {
     let what = match kind(name, client).await?.as_deref() {
         Some("transit") => "Token or secret id",
         Some("pkcs11") => "PIN of the token",
@@ -291,7 +291,7 @@ async fn prompt(name: &str, client: &mut Client) -> Result<String, Failure> {
     Ok(format!("{what} of '{name}': "))
 }
 
-async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let mut all = client
         .call(async |host| host.list_providers().await)
         .await?
@@ -299,7 +299,7 @@ async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), 
     all.retain(|provider| provider.name == name);
     if all.is_empty() {
         return Err(
-            Failure::new(Code::NotFound, format!("there is no provider '{name}'"))
+            Problem::new(Code::NotFound, format!("there is no provider '{name}'"))
                 .next("virtseal provider list"),
         );
     }
@@ -307,7 +307,7 @@ async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), 
 }
 
 /// All of them: a reply has a part.
-async fn orphans(client: &mut Client) -> Result<Orphans, Failure> {
+async fn orphans(client: &mut Client) -> Result<Orphans, Problem> {
     let mut all = client.call(async |host| host.orphans(None).await).await?;
     while let Some(after) = all.next.take() {
         let page = client.call(async |host| host.orphans(Some(&after)).await).await?;

@@ -11,7 +11,7 @@ use super::print::Printer;
 use super::transit::TransitArgs;
 use super::{kmip, pkcs11, transit};
 use crate::api::HostProxy;
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 use crate::provider::ScopeSetting;
 use crate::provider::cache::{CachePolicy, NothingToCache};
 
@@ -42,10 +42,10 @@ pub(super) struct NoCacheArgs {
 }
 
 impl NoCacheArgs {
-    pub(super) fn refuse(&self, kind: &str) -> Result<(), Failure> {
+    pub(super) fn refuse(&self, kind: &str) -> Result<(), Problem> {
         match (self.cache, NothingToCache::of_kind(kind)) {
             (Some(CachePolicy::For(_) | CachePolicy::UntilLock), Some(why)) => {
-                Err(Failure::new(Code::Usage, why.to_string()).next("the same command without --cache"))
+                Err(Problem::new(Code::Usage, why.to_string()).next("the same command without --cache"))
             }
             _ => Ok(()),
         }
@@ -60,7 +60,7 @@ pub(super) fn kek_scope() -> impl TypedValueParser<Value = ScopeSetting> {
     })
 }
 
-pub(super) async fn run(command: AddCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn run(command: AddCommand, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     match command {
         AddCommand::Native {
             name,

@@ -13,12 +13,13 @@ use super::passphrase::{self, NewPassphraseArgs, PassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
 use crate::config::Config;
-use crate::failure::{Code, Failure, chain, word};
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::native::SealingError;
 use crate::secret::SecretBytes;
 use crate::state_backup::{self, Replace, StateError};
 use crate::store::KeystoreError;
 use crate::terminal::quoted;
+use crate::terminal::word;
 
 /// The most bytes of a passphrase.
 const MAX_PASSPHRASE: usize = 32 * 1024;
@@ -58,11 +59,11 @@ pub(super) struct RestoreArgs {
     passphrase: PassphraseArgs,
 }
 
-pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let passphrase = args.passphrase.open("Passphrase of the backup: ")?;
     let shown = args.output.display();
     let unwritable = |error: std::io::Error| {
-        let failure = Failure::from_error(Code::Failed, format!("can't write {shown}"), &error);
+        let failure = Problem::from_error(Code::Failed, format!("can't write {shown}"), &error);
         match error.kind() {
             std::io::ErrorKind::AlreadyExists => {
                 failure.next("choose another --output: a backup is never overwritten")
@@ -93,8 +94,8 @@ async fn write_backup(
     path: &Path,
     passphrase: OwnedFd,
     client: &mut Client,
-    unwritable: impl Fn(std::io::Error) -> Failure,
-) -> Result<(), Failure> {
+    unwritable: impl Fn(std::io::Error) -> Problem,
+) -> Result<(), Problem> {
     let copy = file.try_clone().map_err(&unwritable)?;
     let fds = vec![OwnedFd::from(copy), passphrase];
     client.call(async |host| host.backup_state(fds).await).await?;
@@ -108,7 +109,7 @@ async fn write_backup(
 }
 
 /// Without a daemon: there is none before this.
-pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Failure> {
+pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Problem> {
     let dir = state_dir(&args)?;
     let backup = File::from(passphrase::open_file(&args.input)?);
     let typed = job::typed(
@@ -120,7 +121,7 @@ pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Failur
     )?;
     let passphrase = args.passphrase.open("Passphrase of the backup: ")?;
     let mut passphrase = SecretBytes::read_from(File::from(passphrase), MAX_PASSPHRASE)
-        .map_err(|error| Failure::from_error(Code::Usage, "can't read the passphrase", &error))?;
+        .map_err(|error| Problem::from_error(Code::Usage, "can't read the passphrase", &error))?;
     passphrase.trim_newline();
     let replace = match typed.as_str() {
         "" => Replace::Nothing,
@@ -145,10 +146,10 @@ pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Failur
     )
 }
 
-fn state_dir(args: &RestoreArgs) -> Result<PathBuf, Failure> {
+fn state_dir(args: &RestoreArgs) -> Result<PathBuf, Problem> {
     if let Some(dir) = &args.state_dir {
         return std::path::absolute(dir).map_err(|error| {
-            Failure::from_error(Code::Usage, format!("--state-dir {}", dir.display()), &error)
+            Problem::from_error(Code::Usage, format!("--state-dir {}", dir.display()), &error)
         });
     }
     let default = Path::new(Config::DEFAULT_PATH);
@@ -159,11 +160,11 @@ fn state_dir(args: &RestoreArgs) -> Result<PathBuf, Failure> {
     };
     config
         .map(|config| config.state_dir)
-        .map_err(|error| Failure::new(Code::Usage, chain(&error)).next("mend it, or give --state-dir DIR"))
+        .map_err(|error| Problem::new(Code::Usage, chain(&error)).next("mend it, or give --state-dir DIR"))
 }
 
-fn failure(error: &StateError, args: &RestoreArgs, dir: &Path) -> Failure {
-    let said = |code| Failure::new(code, format!("nothing was restored: {}", chain(error)));
+fn failure(error: &StateError, args: &RestoreArgs, dir: &Path) -> Problem {
+    let said = |code| Problem::new(code, format!("nothing was restored: {}", chain(error)));
     match error {
         StateError::Occupied { host, .. } => said(Code::WouldLoseKey).next(format!(
             "virtseal state restore --yes-replace={} -i {}: it keeps what is there beside it",

@@ -9,7 +9,7 @@ use super::passphrase::NewPassphraseArgs;
 use super::print::Printer;
 use super::provider::needs_pin;
 use crate::api::{HostProxy, TpmRequest, TpmView};
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 
 #[derive(Debug, Args)]
 pub(super) struct TpmArgs {
@@ -38,7 +38,7 @@ pub(super) struct TpmArgs {
     remove: bool,
 }
 
-pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let name = &args.name;
     if args.remove {
         let gone = client.call(async |host| host.remove_tpm(name).await).await?;
@@ -96,14 +96,14 @@ fn said(name: &str, tpm: &TpmView) -> String {
     )
 }
 
-fn public_key(path: &Path) -> Result<String, Failure> {
+fn public_key(path: &Path) -> Result<String, Problem> {
     let failed = |error: &dyn std::error::Error| {
-        Failure::from_error(Code::Usage, format!("can't read {}", path.display()), error)
+        Problem::from_error(Code::Usage, format!("can't read {}", path.display()), error)
     };
     let text = std::fs::read(path).map_err(|error| failed(&error))?;
     // Nobody's private key goes to the daemon by mistake.
     if text.windows(12).any(|part| part == b"PRIVATE KEY-") {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Usage,
             format!(
                 "{} is a private key, and the public one is needed",

@@ -9,8 +9,8 @@ use super::client::Client;
 use super::print::Printer;
 use super::provider_add::{NoCacheArgs, kek_scope};
 use crate::api::HostProxy;
-use crate::failure::{Code, Failure};
 use crate::model::envelope::ProviderId;
+use crate::model::problem::{Code, Problem};
 use crate::provider::ScopeSetting;
 use crate::provider::transit::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
 
@@ -77,7 +77,7 @@ pub(super) struct TransitLoginArgs {
     auth_mount: Option<String>,
 }
 
-pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     args.cache.refuse("transit")?;
     let name = &args.name;
     let settings = settings(args)?;
@@ -96,9 +96,9 @@ pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Print
 }
 
 /// The JSON of [`TransitSettings`].
-fn settings(args: &TransitArgs) -> Result<String, Failure> {
+fn settings(args: &TransitArgs) -> Result<String, Problem> {
     let unfit = |error: &dyn Error| {
-        Failure::from_error(Code::Usage, format!("can't add provider '{}'", args.name), error)
+        Problem::from_error(Code::Usage, format!("can't add provider '{}'", args.name), error)
             .next("virtseal provider add transit --help")
     };
     let ca = args.ca.as_ref().map(std::path::absolute).transpose();

@@ -10,7 +10,7 @@ use super::client::Client;
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::{HostProxy, IdentityParts, NewKey, ServerView};
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 use crate::provider::kmip::Fingerprint;
 
 #[derive(Debug, Args)]
@@ -76,7 +76,7 @@ pub(super) async fn identity(
     args: &IdentityArgs,
     client: &mut Client,
     printer: &Printer,
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     let name = &args.name;
     let parts = IdentityParts {
         key: args.key.is_some(),
@@ -105,7 +105,7 @@ pub(super) async fn identity(
     Ok(())
 }
 
-pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let new = args.new.then(|| NewKey {
         rsa: args.rsa,
         common_name: args.common_name.clone(),
@@ -117,7 +117,7 @@ pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) 
         return printer.show(&made, made.pem.lines());
     };
     write_request(path, made.pem.as_bytes()).map_err(|error| {
-        Failure::from_error(Code::Failed, format!("can't write {}", path.display()), &error)
+        Problem::from_error(Code::Failed, format!("can't write {}", path.display()), &error)
             .next("the same command with another --output: the request waits until it is answered")
     })?;
     printer.done(&format!(
@@ -144,7 +144,7 @@ fn write_request(path: &Path, pem: &[u8]) -> io::Result<()> {
     written
 }
 
-pub(super) async fn trust(args: &TrustArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn trust(args: &TrustArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let name = &args.name;
     // Whom nobody compares is not waited for twice.
     let shown = match args.yes {
@@ -173,13 +173,13 @@ pub(super) async fn trust(args: &TrustArgs, client: &mut Client, printer: &Print
 }
 
 /// Those of the servers' own certificates: what the admin sees is what is trusted, whatever is shown a moment later.
-fn shown_fingerprints(name: &str, shown: &[ServerView]) -> Result<Vec<String>, Failure> {
+fn shown_fingerprints(name: &str, shown: &[ServerView]) -> Result<Vec<String>, Problem> {
     let own = shown.iter().filter_map(|server| server.chain.first());
     let mut fingerprints: Vec<_> = own.map(|certificate| certificate.sha256.clone()).collect();
     fingerprints.sort();
     fingerprints.dedup();
     if fingerprints.is_empty() {
-        let failure = Failure::new(
+        let failure = Problem::new(
             Code::Unreachable,
             format!("provider '{name}': no server shows a certificate"),
         );
@@ -188,9 +188,9 @@ fn shown_fingerprints(name: &str, shown: &[ServerView]) -> Result<Vec<String>, F
     Ok(fingerprints)
 }
 
-fn confirm(name: &str, args: &TrustArgs) -> Result<(), Failure> {
+fn confirm(name: &str, args: &TrustArgs) -> Result<(), Problem> {
     if !std::io::stdin().is_terminal() {
-        let failure = Failure::new(
+        let failure = Problem::new(
             Code::Usage,
             format!(
                 "provider '{name}': somebody must compare the fingerprints, and there is no terminal to ask on"
@@ -211,7 +211,7 @@ fn confirm(name: &str, args: &TrustArgs) -> Result<(), Failure> {
     if read.is_ok() && ["y", "yes"].contains(&answer.trim().to_lowercase().as_str()) {
         return Ok(());
     }
-    Err(Failure::new(
+    Err(Problem::new(
         Code::Failed,
         format!("provider '{name}' is not trusted: nothing was changed"),
     ))

@@ -9,7 +9,7 @@ use super::job::{self, WatchArgs};
 use super::print::Printer;
 use super::{passphrase, warn_of_providers};
 use crate::api::HostProxy;
-use crate::failure::Failure;
+use crate::model::problem::Problem;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum VmCommand {
@@ -81,7 +81,7 @@ pub(super) enum VmCommand {
     },
 }
 
-pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     match command {
         VmCommand::Seal {
             vm,
@@ -162,7 +162,7 @@ struct Typed {
 }
 
 /// Asks on a terminal for what was not given, for the second word only where there is something that takes it.
-async fn shred(vm: &str, given: Typed, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+async fn shred(vm: &str, given: Typed, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let preview = client.call(async |host| host.preview_shred(vm).await).await?;
     let name = &preview.name;
     let typed = job::typed(

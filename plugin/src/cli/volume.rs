@@ -9,8 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, VolumeProgress, VolumeRequest};
-use crate::failure::{Code, Failure};
 use crate::host::permitted::PermittedPath;
+use crate::model::problem::{Code, Problem};
 use crate::object::disk::{
     self, Bytes,
     luks1::{KeyslotInfo, LuksInfo},
@@ -78,7 +78,7 @@ struct Whom {
     without: Option<String>,
 }
 
-pub(super) async fn share(args: &ShareArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn share(args: &ShareArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let path = absolute(&args.path)?;
     let whom = &args.whom;
     let outcome = client
@@ -90,7 +90,7 @@ pub(super) async fn share(args: &ShareArgs, client: &mut Client, printer: &Print
     printer.outcome(&outcome, false)
 }
 
-pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Printer) -> Result<(), Failure> {
+pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let request = VolumeRequest {
         path: absolute(&args.path)?,
         size: args.size.map(|size| size.0),
@@ -106,7 +106,7 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
     printer.volume_created(&request.path, &created)
 }
 
-async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Result<VolumeProgress, Failure> {
+async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Result<VolumeProgress, Problem> {
     let bar = if show {
         ProgressBar::new(100)
     } else {
@@ -126,7 +126,7 @@ async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Res
                 while let Some(reply) = replies.next().await {
                     match reply {
                         Ok(step) => {
-                            let step = step.map_err(Failure::from)?;
+                            let step = step.map_err(Problem::from)?;
                             bar.set_position(step.percent as u64);
                             last = Some(step);
                         }
@@ -144,7 +144,7 @@ async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Res
     match (broken, last) {
         (Some(error), _) => Err(client.broken(&error)),
         (None, Some(step)) if step.envelope.is_some() => Ok(step),
-        (None, _) => Err(Failure::new(
+        (None, _) => Err(Problem::new(
             Code::Failed,
             format!("virtseald ended before {} was done", request.path),
         )
@@ -152,7 +152,7 @@ async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Res
     }
 }
 
-pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Failure> {
+pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Problem> {
     let place =
         PermittedPath::named_by_root(path).map_err(|source| disk::VolumeError::unreachable(path, source))?;
     let info = disk::inspect(&place)?;
@@ -219,11 +219,11 @@ fn luks_rows(luks: &LuksInfo) -> [(&'static str, String); 3] {
 }
 
 /// The daemon has another working directory.
-fn absolute(path: &Path) -> Result<String, Failure> {
+fn absolute(path: &Path) -> Result<String, Problem> {
     let absolute: PathBuf = std::path::absolute(path)
-        .map_err(|error| Failure::from_error(Code::Usage, format!("{}", path.display()), &error))?;
+        .map_err(|error| Problem::from_error(Code::Usage, format!("{}", path.display()), &error))?;
     absolute.into_os_string().into_string().map_err(|path| {
-        Failure::new(
+        Problem::new(
             Code::Usage,
             format!("{} is not UTF-8, which libvirt can't hold", path.display()),
         )

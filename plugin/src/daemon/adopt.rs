@@ -9,10 +9,11 @@ use super::visible::{Place, Proof, VisibleCopy};
 use super::{Daemon, lock};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, ObjectRef, ObjectState, encrypted_layers};
-use crate::failure::{Code, Failure, chain, word};
 use crate::model::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk;
 use crate::secret::Dek;
+use crate::terminal::word;
 use crate::vm::start::adoption::not_believed;
 
 /// Which copies root answers for.
@@ -26,23 +27,23 @@ pub enum Formats {
 
 impl Daemon {
     /// Takes over the envelopes of a VM that came from another host, as its first start would.
-    pub fn adopt_vm(&self, vm: &str, formats: Formats) -> Result<Outcome, Failure> {
+    pub fn adopt_vm(&self, vm: &str, formats: Formats) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let defined = self.find_domain(vm)?;
         let domain = Domain::parse(&defined.xml)
-            .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
+            .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
         let adopted = self.adopt_all(&domain, formats);
         self.note_bad_images_of(&defined.xml)?;
         self.audit_vm("adopt", domain.uuid, &domain.name, &adopted);
         adopted
     }
 
-    fn adopt_all(&self, domain: &Domain, formats: Formats) -> Result<Outcome, Failure> {
-        let of_vm = |failure: Failure| failure.of(&domain.name);
+    fn adopt_all(&self, domain: &Domain, formats: Formats) -> Result<Outcome, Problem> {
+        let of_vm = |failure: Problem| failure.of(&domain.name);
         let carried = |path: &Path| self.carried_by(domain, path);
         let objects = objects_of(domain, carried);
         if objects.is_empty() {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::NotFound,
                 format!(
                     "{} has no sealed objects, neither by its XML nor by its images",
@@ -97,7 +98,7 @@ impl Daemon {
         domain: &Domain,
         object: &ObjectRef,
         formats: Formats,
-    ) -> Result<Option<String>, Failure> {
+    ) -> Result<Option<String>, Problem> {
         let record = self.keystore.readable_envelope(object.secret)?;
         let mut copies = copies_of(domain, object, |path| self.carried_by(domain, path));
         if record.is_none() {
@@ -136,7 +137,7 @@ impl Daemon {
             }
         }
         Err(refused.unwrap_or_else(|| {
-            Failure::new(
+            Problem::new(
                 Code::NotFound,
                 format!(
                     "its envelope {} is neither here, nor in the XML, nor in the image",
@@ -150,7 +151,7 @@ impl Daemon {
         }))
     }
 
-    fn adopt_with_mac(&self, copy: &VisibleCopy, location: &str) -> Result<(), Failure> {
+    fn adopt_with_mac(&self, copy: &VisibleCopy, location: &str) -> Result<(), Problem> {
         let record = self.keystore.readable_envelope(copy.envelope.id)?;
         let first = record.as_ref().map_or(&copy.envelope, |record| &record.envelope);
         let dek = self.recipients.open_envelope(first)?;
@@ -166,14 +167,14 @@ impl Daemon {
         copy: &VisibleCopy,
         copies: &[VisibleCopy],
         location: &str,
-    ) -> Result<Verified, Failure> {
+    ) -> Result<Verified, Problem> {
         let dek = self.recipients.open_envelope(&copy.envelope)?;
         refuse_where_format_2_is_known(copies, &dek)?;
         self.open_its_object(&copy.envelope, location, &dek)?;
         let made = copy
             .envelope
             .upgrade(&dek, Format1::AdoptedByRoot)
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+            .map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         self.keystore.put(&made, location)?;
         if let Some(record) = self.keystore.readable_envelope(made.id)? {
             for copy in copies {
@@ -230,7 +231,7 @@ fn objects_of(domain: &Domain, carried_by: impl Fn(&Path) -> Option<Envelope>) -
 }
 
 /// By the key that opens the format 1, whatever opens the other.
-fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(), Failure> {
+fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(), Problem> {
     let Some(known) = copies.iter().find(|copy| copy.envelope.verify(dek).is_ok()) else {
         return Ok(());
     };
@@ -244,7 +245,7 @@ fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(
         .iter()
         .map(|stanza| stanza.provider_name.as_str())
         .collect();
-    Err(Failure::new(Code::WouldLoseKey, reason).next(format!(
+    Err(Problem::new(Code::WouldLoseKey, reason).next(format!(
         "virtseal provider list: that version is opened by {}",
         providers.join(", ")
     )))

@@ -9,10 +9,10 @@ use std::time::{Duration, UNIX_EPOCH};
 use super::Daemon;
 use super::host_tpm::warnings_of_pcrs;
 use crate::api::{PersistRequest, PersistView, Providers};
-use crate::failure::{Code, Failure, chain};
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
 use crate::provider::cache::{CachePolicy, KekCache, NothingToCache, PersistError, PersistTime};
 use crate::provider::kmip::{KmipProvider, KmipProviderError, Persist};
@@ -25,7 +25,7 @@ impl Daemon {
         name: &str,
         policy: &str,
         persist: Option<&PersistRequest>,
-    ) -> Result<Providers, Failure> {
+    ) -> Result<Providers, Problem> {
         let set = self.set_cache(name, policy, persist);
         crate::host::process::trim();
         self.audit_provider("provider-cache", name, &set);
@@ -39,15 +39,15 @@ impl Daemon {
         })
     }
 
-    fn set_cache(&self, name: &str, policy: &str, persist: Option<&PersistRequest>) -> Result<(), Failure> {
+    fn set_cache(&self, name: &str, policy: &str, persist: Option<&PersistRequest>) -> Result<(), Problem> {
         let policy: CachePolicy = policy
             .parse()
-            .map_err(|error| Failure::new(Code::Usage, chain(&error)))?;
+            .map_err(|error| Problem::new(Code::Usage, chain(&error)))?;
         let known = self.recipients.find(name)?;
         let Provider::Kmip(kmip) = &known else {
             return match NothingToCache::of_kind(known.kind()) {
-                Some(why) => Err(Failure::new(Code::Usage, format!("provider '{name}': {why}"))),
-                None => Err(Failure::new(
+                Some(why) => Err(Problem::new(Code::Usage, format!("provider '{name}': {why}"))),
+                None => Err(Problem::new(
                     Code::Failed,
                     format!("provider '{name}' {}", known.provider().status()),
                 )
@@ -62,7 +62,7 @@ impl Daemon {
     }
 
     /// Why what the cache of `name` keeps on disk is bound to less than it seems.
-    fn warnings_of_cache(&self, name: &str) -> Result<Vec<String>, Failure> {
+    fn warnings_of_cache(&self, name: &str) -> Result<Vec<String>, Problem> {
         let known = self.recipients.find(name)?;
         let persistence = known.cache().and_then(KekCache::persistence);
         let Some((pcrs, unmeasured)) = persistence.and_then(|kept| Some((kept.pcrs?, kept.unmeasured)))
@@ -82,8 +82,8 @@ impl Daemon {
         name: &str,
         policy: CachePolicy,
         asked: &PersistRequest,
-    ) -> Result<Persist<'_>, Failure> {
-        let usage = |error: &dyn std::error::Error| Failure::new(Code::Usage, chain(error));
+    ) -> Result<Persist<'_>, Problem> {
+        let usage = |error: &dyn std::error::Error| Problem::new(Code::Usage, chain(error));
         let keep = asked
             .keep
             .as_deref()
@@ -95,7 +95,7 @@ impl Daemon {
             .map_err(|error| usage(&error))?;
         if pcrs.has_kernel() {
             let others = pcrs.without_kernel().unwrap_or_default();
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Usage,
                 format!(
                     "provider '{name}': PCR 11 changes with each update of the kernel, and what the cache keeps would be \
@@ -138,13 +138,13 @@ impl Daemon {
     }
 
     /// After a lock: an error where the disk has not let go of the keys that a cache kept there.
-    pub(super) fn check_disk_after_lock(&self, known: &Provider) -> Result<(), Failure> {
+    pub(super) fn check_disk_after_lock(&self, known: &Provider) -> Result<(), Problem> {
         let Provider::Kmip(provider) = known else {
             return Ok(());
         };
         let name = provider.name();
         provider.settle_cache().map_err(|error| {
-            Failure::from_error(
+            Problem::from_error(
                 Code::Failed,
                 format!(
                     "'{name}' is locked, but the keys that its cache keeps on disk are still there, and open again after a \
@@ -198,24 +198,24 @@ pub(super) fn persist_view(known: &Provider) -> Option<PersistView> {
     })
 }
 
-fn cache_failure(name: &str, error: &KmipProviderError) -> Failure {
+fn cache_failure(name: &str, error: &KmipProviderError) -> Problem {
     let code = match error {
         KmipProviderError::Cache(_) | KmipProviderError::PersistNothing => Code::Usage,
         KmipProviderError::Locked => Code::Locked,
         KmipProviderError::Persist(PersistError::Tpm(error)) if error.may_pass() => Code::Unreachable,
         _ => Code::Failed,
     };
-    let failure = Failure::new(code, format!("provider '{name}' {}", chain(error)));
+    let failure = Problem::new(code, format!("provider '{name}' {}", chain(error)));
     match error {
         KmipProviderError::Cache(_) | KmipProviderError::PersistNothing => {
-            Failure::new(code, format!("provider '{name}': {}", chain(error)))
+            Problem::new(code, format!("provider '{name}': {}", chain(error)))
         }
         KmipProviderError::Locked => failure.next(format!("virtseal provider unlock {name}")),
         KmipProviderError::Persist(PersistError::Tpm(
             TpmError::NoSuchPcr(_) | TpmError::OwnerPassword | TpmError::LockedOut { .. },
-        )) => Failure::new(code, format!("provider '{name}': {}", chain(error))),
+        )) => Problem::new(code, format!("provider '{name}': {}", chain(error))),
         KmipProviderError::Persist(_) => {
-            Failure::new(code, format!("provider '{name}': {}", chain(error))).next(format!(
+            Problem::new(code, format!("provider '{name}': {}", chain(error))).next(format!(
                 "look at the setting 'tpm' in virtseald.yaml, or virtseal provider cache {name} without --persist"
             ))
         }

@@ -11,10 +11,10 @@ use std::time::Duration;
 use super::headers::Writing;
 use super::{Daemon, lock};
 use crate::domain::{Domain, Metadata, edit, encrypted_layers};
-use crate::failure::{Failure, chain};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, EnvelopeId, Precedence, VmId};
+use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, Carried, ImageCopy, VolumeError};
 use crate::secret::Passphrase;
 use crate::store::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, KeystoreError, StaleCopy};
@@ -45,7 +45,7 @@ impl Daemon {
     }
 
     /// Brings up to date what can be.
-    fn update_copies(&self) -> Result<(), Failure> {
+    fn update_copies(&self) -> Result<(), Problem> {
         let _copying = lock(&self.copying);
         for envelope in self.keystore.journaled_headers()?.sound {
             go_on(envelope, self.finish_header(envelope));
@@ -78,7 +78,7 @@ impl Daemon {
     }
 
     /// Without libvirt nobody knows which VM has them.
-    fn all_stay(&self, reason: &str) -> Result<(), Failure> {
+    fn all_stay(&self, reason: &str) -> Result<(), Problem> {
         let stays = |copy: &StaleCopy| (copy.envelope, CopyNews::Stays(reason.to_owned()));
         for place in [CopyPlace::Xml, CopyPlace::Image] {
             self.for_each_page(place, |page| {
@@ -92,8 +92,8 @@ impl Daemon {
     fn for_each_page(
         &self,
         place: CopyPlace,
-        work: impl Fn(&[StaleCopy]) -> Result<(), Failure>,
-    ) -> Result<(), Failure> {
+        work: impl Fn(&[StaleCopy]) -> Result<(), Problem>,
+    ) -> Result<(), Problem> {
         let mut after = None;
         loop {
             let page = self.keystore.stale_copies(place, after, PAGE)?;
@@ -106,7 +106,7 @@ impl Daemon {
     }
 
     /// A copy that no domain has is not behind.
-    fn update_xml(&self, page: &[StaleCopy], holders: &Holders) -> Result<(), Failure> {
+    fn update_xml(&self, page: &[StaleCopy], holders: &Holders) -> Result<(), Problem> {
         let mut newest = BTreeMap::new();
         let mut vms: BTreeMap<VmId, Vec<EnvelopeId>> = BTreeMap::new();
         let mut failed: BTreeMap<EnvelopeId, String> = BTreeMap::new();
@@ -222,7 +222,7 @@ impl Daemon {
         id: EnvelopeId,
         holders: &Holders,
         rule: &PathRule,
-    ) -> Result<Option<CopyNews>, Failure> {
+    ) -> Result<Option<CopyNews>, Problem> {
         let Some(record) = self.keystore.envelope(id)? else {
             return Ok(None);
         };
@@ -288,7 +288,7 @@ impl Daemon {
                 Ok(carried) => found |= carried,
                 Err(error) if error.is_missing() => missing = Some(chain(&error)),
                 // With what permits it.
-                Err(RewriteError::Path(error)) => return stays(&Failure::from(error).to_string()),
+                Err(RewriteError::Path(error)) => return stays(&Problem::from(error).to_string()),
                 Err(error) => {
                     if self.keystore.journaled_header(id)?.is_some() {
                         writing.keep();
@@ -329,7 +329,7 @@ impl Daemon {
     }
 
     /// Completes a header that was being rewritten when the daemon died, or a write failed.
-    fn finish_header(&self, id: EnvelopeId) -> Result<(), Failure> {
+    fn finish_header(&self, id: EnvelopeId) -> Result<(), Problem> {
         let Some((path, patch)) = self.keystore.journaled_header(id)? else {
             return Ok(());
         };
@@ -342,7 +342,7 @@ impl Daemon {
     }
 
     /// An image that was moved before its header was whole is where its VM has it now.
-    fn finish_moved_header(&self, id: EnvelopeId, holders: &Holders, rule: &PathRule) -> Result<(), Failure> {
+    fn finish_moved_header(&self, id: EnvelopeId, holders: &Holders, rule: &PathRule) -> Result<(), Problem> {
         let Some(record) = self.keystore.envelope(id)? else {
             return Ok(());
         };
@@ -369,7 +369,7 @@ impl Daemon {
         place: &PermittedPath,
         patch: &[u8],
         writing: Writing<'_>,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Problem> {
         let path = place.shown();
         match disk::finish_rewrite(place, patch) {
             Ok(()) => {
@@ -388,7 +388,7 @@ impl Daemon {
 }
 
 /// What fails with one header says nothing of the others.
-fn go_on(envelope: EnvelopeId, done: Result<(), Failure>) {
+fn go_on(envelope: EnvelopeId, done: Result<(), Problem>) {
     if let Err(failure) = done {
         tracing::warn!(%envelope, "its image's header is not completed: {failure}");
     }

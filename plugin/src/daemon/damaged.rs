@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use super::Daemon;
 use super::visible::{Place, VisibleCopy};
-use crate::failure::word;
 use crate::model::envelope::VmId;
 use crate::store::{DamagedRow, Keystore, KeystoreError, VmRecord};
+use crate::terminal::word;
 
 /// Where a backup is the only way: there is no copy of these elsewhere.
 const BACKUP: &str =
@@ -17,7 +17,7 @@ const BACKUP: &str =
 impl Daemon {
     /// One line for each.
     pub(super) fn damaged_records(&self) -> Vec<String> {
-        damaged_rows(&self.keystore).unwrap_or_else(|error| vec![crate::failure::chain(&error)])
+        damaged_rows(&self.keystore).unwrap_or_else(|error| vec![crate::model::problem::chain(&error)])
     }
 
     /// The envelopes that damaged rows still hold: they count as copies, as those of the XML and the images do.

@@ -11,11 +11,12 @@ use super::visible::{Place, Proof};
 use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
-use crate::failure::{Code, Failure, chain, word};
 use crate::job::sweep::Task;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{Absent, Provider};
 use crate::store::CopyPlace;
+use crate::terminal::word;
 use crate::vm::forgotten::{self, ForgottenError};
 
 /// Readers share a look that is not older than this.
@@ -60,14 +61,14 @@ impl OrphanUses {
 
 impl Daemon {
     /// Deletes a provider. One that is needed goes only when its name was `typed`; the default one only as the last.
-    pub fn delete_provider(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Failure> {
+    pub fn delete_provider(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let deleted = self.delete(name, typed);
         self.audit_provider("provider-delete", name, &deleted);
         deleted
     }
 
-    fn delete(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Failure> {
+    fn delete(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Problem> {
         let known = self.recipients.find(name)?;
         let (id, name) = (known.provider().id(), known.provider().name().to_owned());
         let others = self.recipients.providers().len() - 1;
@@ -76,7 +77,7 @@ impl Daemon {
             .default_provider()
             .map(|known| known.provider().id());
         if default == Some(id) && others > 0 {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::WouldLoseKey,
                 format!("'{name}' stays: it is the default provider, and there are others"),
             )
@@ -106,7 +107,7 @@ impl Daemon {
                     typed => format!("'{typed}' was typed, which is not its name"),
                 };
                 return Err(
-                    Failure::new(Code::WouldLoseKey, format!("'{name}' stays: {what}")).next(format!(
+                    Problem::new(Code::WouldLoseKey, format!("'{name}' stays: {what}")).next(format!(
                         "virtseal provider delete {name}, which says who needs it"
                     )),
                 );
@@ -151,14 +152,14 @@ impl Daemon {
     }
 
     /// The root keys of a native provider exist here and in its backups only: they go for good by a typed name alone.
-    fn keep_root_aside(&self, known: &Provider) -> Result<Option<PathBuf>, Failure> {
+    fn keep_root_aside(&self, known: &Provider) -> Result<Option<PathBuf>, Problem> {
         let (id, name) = (known.provider().id(), known.provider().name());
         let Some(root) = self.keystore.native_root(id)? else {
             return Ok(None);
         };
         let kept = forgotten::keep_bytes(self.keystore.dir(), &format!("-{name}.age"), &root.sealed);
         kept.map(Some).map_err(|error| {
-            Failure::from_error(
+            Problem::from_error(
                 Code::Failed,
                 format!("'{name}' stays: its root keys can't be kept aside"),
                 &error,
@@ -166,14 +167,14 @@ impl Daemon {
         })
     }
 
-    fn refuse_while_a_job_needs(&self, id: ProviderId, name: &str) -> Result<(), Failure> {
+    fn refuse_while_a_job_needs(&self, id: ProviderId, name: &str) -> Result<(), Problem> {
         let Some(job) = self.keystore.running_job()? else {
             return Ok(());
         };
         if !Task::from_json(&job.task)?.names().contains(&id) {
             return Ok(());
         }
-        Err(Failure::new(
+        Err(Problem::new(
             Code::Busy,
             format!("'{name}' stays: job {} is about it", job.id.0),
         )
@@ -191,7 +192,7 @@ impl Daemon {
         named.into_iter().any(|known| known.provider().id() == id)
     }
 
-    fn uses(&self, id: ProviderId) -> Result<Uses, Failure> {
+    fn uses(&self, id: ProviderId) -> Result<Uses, Problem> {
         let mut uses = Uses::default();
         for record in self.keystore.envelopes()?.whole()? {
             let stanzas = &record.envelope.stanzas;
@@ -208,7 +209,7 @@ impl Daemon {
         Ok(uses)
     }
 
-    fn copy_name(&self, envelope: EnvelopeId, place: CopyPlace) -> Result<String, Failure> {
+    fn copy_name(&self, envelope: EnvelopeId, place: CopyPlace) -> Result<String, Problem> {
         let Some(record) = self.keystore.envelope(envelope)? else {
             return Ok(format!("a copy of envelope {envelope}"));
         };
@@ -220,12 +221,12 @@ impl Daemon {
     }
 
     /// What the keystore does not know of: VMs that came here and have not started yet, and copies from before a job.
-    fn visible_uses(&self, id: ProviderId, uses: &mut Uses) -> Result<(), Failure> {
+    fn visible_uses(&self, id: ProviderId, uses: &mut Uses) -> Result<(), Problem> {
         let of_it = |envelope: &Envelope| envelope.stanzas.iter().any(|stanza| stanza.provider == id);
         let mut unknown = BTreeSet::new();
         let visible = self.visible_copies()?;
         if let Some(unreadable) = visible.unreadable.first() {
-            return Err(Failure::new(Code::Failed, unreadable.clone()));
+            return Err(Problem::new(Code::Failed, unreadable.clone()));
         }
         for copy in visible.copies.iter().filter(|copy| of_it(&copy.envelope)) {
             match self.keystore.envelope(copy.envelope.id)? {
@@ -252,9 +253,9 @@ impl Daemon {
     }
 
     /// What was forgotten here may be needed again, and saved states have copies that nobody can change.
-    fn forgotten_uses(&self, id: ProviderId, uses: &mut Uses) -> Result<(), Failure> {
+    fn forgotten_uses(&self, id: ProviderId, uses: &mut Uses) -> Result<(), Problem> {
         let of_it = |envelope: &Envelope| envelope.stanzas.iter().any(|stanza| stanza.provider == id);
-        let failed = |error: &ForgottenError| Failure::new(Code::Failed, chain(error));
+        let failed = |error: &ForgottenError| Problem::new(Code::Failed, chain(error));
         let known: BTreeSet<EnvelopeId> = self
             .keystore
             .envelopes()?
@@ -284,7 +285,7 @@ impl Daemon {
         Ok(())
     }
 
-    fn in_use(&self, id: ProviderId, name: &str, uses: &Uses, in_policy: bool) -> Result<Failure, Failure> {
+    fn in_use(&self, id: ProviderId, name: &str, uses: &Uses, in_policy: bool) -> Result<Problem, Problem> {
         let mut reasons = Vec::new();
         if !uses.objects.is_empty() {
             reasons.push(format!(
@@ -316,7 +317,7 @@ impl Daemon {
             (_, 0) => format!("virtseal provider recipients remove {name}"),
             _ => format!("virtseal provider move {name} {other}"),
         };
-        Ok(Failure::new(
+        Ok(Problem::new(
             Code::WouldLoseKey,
             format!("'{name}' stays: {}", reasons.join("; ")),
         )
@@ -340,7 +341,7 @@ impl Daemon {
 
     /// Envelopes whose VM is not defined, and KEKs that no defined VM's envelope needs. What one host sees is no reason to destroy
     /// any of them.
-    pub fn orphans(&self, age: Age, after: Option<&str>) -> Result<Orphans, Failure> {
+    pub fn orphans(&self, age: Age, after: Option<&str>) -> Result<Orphans, Problem> {
         let most = match (age, after) {
             (_, Some(_)) => PAGES,
             (Age::Lately, None) => FRESH,
@@ -358,7 +359,7 @@ impl Daemon {
         Ok(page)
     }
 
-    fn all_orphans(&self) -> Result<Orphans, Failure> {
+    fn all_orphans(&self) -> Result<Orphans, Problem> {
         let domains = self.background.domains().map_err(|error| unreachable(&error))?;
         let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
         let names = self.vm_names()?;

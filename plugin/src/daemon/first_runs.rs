@@ -12,8 +12,8 @@ use swtpm_state::{State, libvirt_state_dir};
 
 use super::{Daemon, lock, vm_id};
 use crate::domain::{self, Domain, ObjectState};
-use crate::failure::{Code, Failure, chain};
 use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::store::{CopyPlace, KeystoreError};
 use crate::vm::start::{FirstRun, KnownRun, StateSource};
 
@@ -90,9 +90,9 @@ impl FirstRuns {
 
 impl Daemon {
     /// `migrate begin` or `restore begin`: the state of the vTPM comes in the stream, so none has to be here.
-    pub fn arriving(&self, vm: &str, xml: &str) -> Result<(), Failure> {
+    pub fn arriving(&self, vm: &str, xml: &str) -> Result<(), Problem> {
         let vm = vm_id(vm)?;
-        let domain = Domain::parse(xml).map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+        let domain = Domain::parse(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         if let Some(vtpm) = vtpm_of(&domain).filter(|_| domain.uuid == vm) {
             let heard = Instant::now();
             lock(&self.first_runs.arriving).insert(vm, Arrival { vtpm, heard });

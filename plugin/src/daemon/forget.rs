@@ -14,10 +14,11 @@ use swtpm_state::{State, libvirt_state_dir};
 use super::vms::unreachable;
 use super::{Daemon, lock};
 use crate::api::Outcome;
-use crate::failure::{Code, Failure, chain, word};
 use crate::model::envelope::{Generation, ObjectKind, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Format, VolumeError};
 use crate::store::{Change, EnvelopeRecord, KeystoreError, Mark, Put, VmRecord};
+use crate::terminal::word;
 use crate::vm::forgotten::{self, Forgotten};
 
 /// What is where an object was.
@@ -73,7 +74,7 @@ fn decide(kept: Generation, seen: &Whereabouts) -> Verdict {
 
 impl Daemon {
     /// Drops what this host knows of a VM that is not defined here, after it was kept in a file.
-    pub fn forget_vm(&self, vm: &str) -> Result<Outcome, Failure> {
+    pub fn forget_vm(&self, vm: &str) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let _copying = lock(&self.copying);
         let (id, name) = self.undefined_vm(vm)?;
@@ -82,9 +83,9 @@ impl Daemon {
         forgotten
     }
 
-    fn undefined_vm(&self, vm: &str) -> Result<(VmId, String), Failure> {
+    fn undefined_vm(&self, vm: &str) -> Result<(VmId, String), Problem> {
         match self.find_domain(vm) {
-            Ok(defined) => Err(Failure::new(
+            Ok(defined) => Err(Problem::new(
                 Code::WouldLoseKey,
                 format!(
                     "{} is not forgotten: it is defined here, and needs its keys to start",
@@ -102,14 +103,14 @@ impl Daemon {
                     known.is_ok_and(|known| !known.is_empty()) || !matches!(self.keystore.vm(*id), Ok(None))
                 })
                 .ok_or_else(|| {
-                    Failure::new(Code::NotFound, format!("virtseal knows no VM '{vm}'"))
+                    Problem::new(Code::NotFound, format!("virtseal knows no VM '{vm}'"))
                         .next("virtseal provider orphans")
                 }),
             Err(failure) => Err(failure),
         }
     }
 
-    fn forget(&self, vm: VmId, name: &str) -> Result<Outcome, Failure> {
+    fn forget(&self, vm: VmId, name: &str) -> Result<Outcome, Problem> {
         self.refuse_while_a_job_runs()?;
         let records = self.keystore.envelopes_of(vm)?.whole()?;
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
@@ -124,7 +125,7 @@ impl Daemon {
             }
         }
         if !stays.is_empty() {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::WouldLoseKey,
                 format!("{name} is not forgotten: {}", stays.join("; ")),
             )
@@ -136,7 +137,7 @@ impl Daemon {
         }
         let path = self.keep_aside(vm, name, &records)?;
         if self.keystore.forget_vm(vm, &records)? == Change::Unchanged {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Busy,
                 format!("the keys of {name} have changed just now: none was forgotten"),
             )
@@ -151,7 +152,7 @@ impl Daemon {
         vm: VmId,
         name: &str,
         records: &[EnvelopeRecord],
-    ) -> Result<PathBuf, Failure> {
+    ) -> Result<PathBuf, Problem> {
         let mut retired = self.keystore.retired_keks()?.whole()?;
         retired.retain(|kek| kek.vm == vm);
         let known = self.keystore.vm(vm)?.unwrap_or_else(|| VmRecord {
@@ -170,15 +171,15 @@ impl Daemon {
             retired,
         };
         forgotten::keep(self.keystore.dir(), &forgotten).map_err(|error| {
-            Failure::from_error(Code::Failed, format!("{name} is not forgotten"), &error)
+            Problem::from_error(Code::Failed, format!("{name} is not forgotten"), &error)
                 .next(format!("mend that, then virtseal vm forget {}", word(name)))
         })
     }
 
-    pub(super) fn refuse_while_a_job_runs(&self) -> Result<(), Failure> {
+    pub(super) fn refuse_while_a_job_runs(&self) -> Result<(), Problem> {
         match self.keystore.running_job()? {
             None => Ok(()),
-            Some(job) => Err(Failure::new(Code::Busy, format!("job {} runs", job.id.0))
+            Some(job) => Err(Problem::new(Code::Busy, format!("job {} runs", job.id.0))
                 .next(format!("virtseal jobs watch {}", job.id.0))),
         }
     }
@@ -239,7 +240,7 @@ impl Daemon {
     }
 
     /// Takes back what `vm forget` has kept in the file in `fds`, after each envelope was opened.
-    pub fn adopt_forgotten(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Failure> {
+    pub fn adopt_forgotten(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let forgotten = read_forgotten(fds)?;
         let (vm, name) = (forgotten.vm.vm, forgotten.vm.name.clone());
@@ -248,18 +249,18 @@ impl Daemon {
         adopted
     }
 
-    fn adopt(&self, forgotten: &Forgotten) -> Result<Outcome, Failure> {
+    fn adopt(&self, forgotten: &Forgotten) -> Result<Outcome, Problem> {
         let name = &forgotten.vm.name;
         for record in &forgotten.objects {
             // Who wrote the file is not known: what its provider has wrapped for this very object is.
-            let not_adopted = |failure: Failure| failure.of(format!("{name} is not adopted"));
+            let not_adopted = |failure: Problem| failure.of(format!("{name} is not adopted"));
             let dek = self
                 .recipients
                 .open_envelope(&record.envelope)
                 .map_err(|error| not_adopted(error.into()))?;
             record.verify(&dek).map_err(|error| {
                 let what = format!("envelope {}", record.envelope.id);
-                not_adopted(Failure::from_error(Code::Failed, what, &error))
+                not_adopted(Problem::from_error(Code::Failed, what, &error))
                     .next("give the file as virtseal vm forget has written it")
             })?;
         }
@@ -315,12 +316,12 @@ fn forgotten_outcome(name: &str, envelopes: usize, path: &Path, alone: &[String]
     }
 }
 
-fn read_forgotten(fds: Vec<OwnedFd>) -> Result<Forgotten, Failure> {
+fn read_forgotten(fds: Vec<OwnedFd>) -> Result<Forgotten, Problem> {
     let [fd]: [OwnedFd; 1] = fds.try_into().map_err(|fds: Vec<_>| {
-        Failure::new(Code::Usage, format!("one file was expected, {} came", fds.len()))
+        Problem::new(Code::Usage, format!("one file was expected, {} came", fds.len()))
     })?;
     let unusable = |error: &dyn std::error::Error| {
-        Failure::from_error(Code::Failed, "the file can't be adopted", error).next(format!(
+        Problem::from_error(Code::Failed, "the file can't be adopted", error).next(format!(
             "give a file that virtseal vm forget has written, in {} of the state directory",
             forgotten::DIRECTORY
         ))

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use super::Daemon;
 use crate::api::VmView;
-use crate::failure::{Failure, chain};
 use crate::model::envelope::ProviderId;
+use crate::model::problem::{Problem, chain};
 
 /// No answer is older than this.
 const MAX_AGE: Duration = Duration::from_secs(2);
@@ -70,11 +70,11 @@ struct State {
 struct Look {
     begun: Instant,
     took: Duration,
-    seen: Result<Glance, Failure>,
+    seen: Result<Glance, Problem>,
 }
 
 impl State {
-    fn fresh(&self) -> Option<&Result<Glance, Failure>> {
+    fn fresh(&self) -> Option<&Result<Glance, Problem>> {
         let look = self.last.as_ref()?;
         let is_fresh =
             look.begun.elapsed() < MAX_AGE && self.outdated.is_none_or(|outdated| look.begun >= outdated);
@@ -101,7 +101,7 @@ impl Glances {
     }
 
     /// What there is to see, at most [`MAX_AGE`] old.
-    fn take(&self, age: Age) -> Result<Glance, Failure> {
+    fn take(&self, age: Age) -> Result<Glance, Problem> {
         let asked = Instant::now();
         let mut state = self.state();
         state.asked = Some(asked);
@@ -129,7 +129,7 @@ impl Glances {
     }
 
     /// Looks whenever that is needed, for ever.
-    fn run(&self, look: impl Fn() -> Result<Glance, Failure>) {
+    fn run(&self, look: impl Fn() -> Result<Glance, Problem>) {
         let mut state = self.state();
         loop {
             state = match state.rest() {
@@ -157,7 +157,7 @@ impl Glances {
     }
 
     /// What `count` has counted, at most [`MAX_AGE`] ago.
-    fn uses(&self, count: impl FnOnce() -> Result<Uses, Failure>) -> Result<Uses, Failure> {
+    fn uses(&self, count: impl FnOnce() -> Result<Uses, Problem>) -> Result<Uses, Problem> {
         let mut counted = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
         let outdated = self.state().outdated;
         match &*counted {
@@ -193,7 +193,7 @@ impl Daemon {
     }
 
     /// What `status` shows, at most two seconds old.
-    pub(super) fn glance(&self, age: Age) -> Result<Glance, Failure> {
+    pub(super) fn glance(&self, age: Age) -> Result<Glance, Problem> {
         self.glances.take(age)
     }
 
@@ -203,7 +203,7 @@ impl Daemon {
     }
 
     /// How many envelopes have a stanza of each provider, at most two seconds ago.
-    pub(super) fn provider_uses(&self) -> Result<Uses, Failure> {
+    pub(super) fn provider_uses(&self) -> Result<Uses, Problem> {
         self.glances.uses(|| {
             let mut uses = BTreeMap::new();
             self.keystore.each_envelope(|record| {
@@ -216,7 +216,7 @@ impl Daemon {
         })
     }
 
-    fn look_at_all(&self) -> Result<Glance, Failure> {
+    fn look_at_all(&self) -> Result<Glance, Problem> {
         let domains = self.background.domains_at_a_glance();
         let libvirt = match &domains {
             Ok(_) => Ok(()),

@@ -13,10 +13,10 @@ use time::OffsetDateTime;
 use super::Daemon;
 use super::providers::passphrase_from;
 use crate::api::{TpmEnrolled, TpmRequest, TpmView};
-use crate::failure::{Code, Failure, chain};
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, SealPolicy, SigningKey, TpmError};
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::native::{NativeError, NativeProvider, TpmEnrollment, WhyLocked};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
@@ -50,7 +50,7 @@ impl Daemon {
         name: &str,
         request: &TpmRequest,
         fds: Vec<OwnedFd>,
-    ) -> Result<TpmEnrolled, Failure> {
+    ) -> Result<TpmEnrolled, Problem> {
         let native = self.native_for_tpm(name)?;
         let pin = fds.into_iter().next().map(pin_from).transpose()?;
         let policy = policy(&native, request)?;
@@ -70,7 +70,7 @@ impl Daemon {
     }
 
     /// Takes that away. Says whether there was anything to take.
-    pub fn remove_tpm(&self, name: &str) -> Result<bool, Failure> {
+    pub fn remove_tpm(&self, name: &str) -> Result<bool, Problem> {
         let native = self.native_for_tpm(name)?;
         let removed = native.remove_tpm().map_err(|error| tpm_failure(&native, &error));
         self.audit_provider("provider-tpm-remove", name, &removed);
@@ -78,7 +78,7 @@ impl Daemon {
     }
 
     /// Unlocks `name` by the TPM, and the PIN in `fds` if there is one.
-    pub fn unlock_by_tpm(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
+    pub fn unlock_by_tpm(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
         let native = self.native_for_tpm(name)?;
         let pin = fds.into_iter().next().map(pin_from).transpose()?;
         let unlocked = native
@@ -186,10 +186,10 @@ impl Daemon {
         ways
     }
 
-    fn native_for_tpm(&self, name: &str) -> Result<Arc<NativeProvider>, Failure> {
+    fn native_for_tpm(&self, name: &str) -> Result<Arc<NativeProvider>, Problem> {
         match self.recipients.find(name)? {
             Provider::Native(native) => Ok(native),
-            other => Err(Failure::new(
+            other => Err(Problem::new(
                 Code::Usage,
                 format!(
                     "the TPM unlocks native providers, and provider '{name}' is of kind {}",
@@ -301,15 +301,15 @@ pub(super) fn warnings_of_pcrs(
     warnings
 }
 
-fn enrollment(native: &NativeProvider) -> Result<Option<TpmEnrollment>, Failure> {
+fn enrollment(native: &NativeProvider) -> Result<Option<TpmEnrollment>, Problem> {
     native
         .tpm_enrollment()
         .map_err(|error| tpm_failure(native, &error))
 }
 
 /// What `request` asks for but for the PIN.
-fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<SealPolicy, Failure> {
-    let usage = |error: &dyn std::error::Error| Failure::new(Code::Usage, chain(error)).next(enroll(native));
+fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<SealPolicy, Problem> {
+    let usage = |error: &dyn std::error::Error| Problem::new(Code::Usage, chain(error)).next(enroll(native));
     let pcrs = match &request.pcrs {
         Some(given) => given.parse::<PcrList>().map_err(|error| usage(&error))?,
         None => pcrs_of_before(native)?,
@@ -321,14 +321,14 @@ fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<SealPolicy, F
     };
     SealPolicy::new(pcrs, key).map_err(|error| {
         let name = native.name();
-        Failure::new(Code::Usage, format!("provider '{name}' is not enrolled: {error}")).next(format!(
+        Problem::new(Code::Usage, format!("provider '{name}' is not enrolled: {error}")).next(format!(
             "virtseal provider tpm {name} --enroll --pcrs 7,11 --pcr-public-key FILE, or --pcrs 7"
         ))
     })
 }
 
 /// A PIN is taken away only by who says so.
-fn refuse_to_drop_pin(native: &NativeProvider, request: &TpmRequest, has_pin: bool) -> Result<(), Failure> {
+fn refuse_to_drop_pin(native: &NativeProvider, request: &TpmRequest, has_pin: bool) -> Result<(), Problem> {
     let had_pin = match enrollment(native)? {
         None => false,
         // A damaged one does not tell.
@@ -338,7 +338,7 @@ fn refuse_to_drop_pin(native: &NativeProvider, request: &TpmRequest, has_pin: bo
         return Ok(());
     }
     let name = native.name();
-    Err(Failure::new(
+    Err(Problem::new(
         Code::Usage,
         format!("provider '{name}' may be enrolled with a PIN, and this would take it away"),
     )
@@ -346,12 +346,12 @@ fn refuse_to_drop_pin(native: &NativeProvider, request: &TpmRequest, has_pin: bo
 }
 
 /// The PCRs that the TPM looks at now, or the usual ones when it looks at none.
-fn pcrs_of_before(native: &NativeProvider) -> Result<PcrList, Failure> {
+fn pcrs_of_before(native: &NativeProvider) -> Result<PcrList, Problem> {
     match enrollment(native)? {
         None => Ok(PcrList::default()),
         Some(enrollment) => enrollment.pcrs.ok_or_else(|| {
             let name = native.name();
-            Failure::new(
+            Problem::new(
                 Code::Usage,
                 format!(
                     "provider '{name}': its enrolment is damaged, and does not say which PCRs it was for"
@@ -376,7 +376,7 @@ fn enroll(native: &NativeProvider) -> String {
     }
 }
 
-pub(super) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failure {
+pub(super) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Problem {
     let name = native.name();
     let message = format!("provider '{name}' {}", chain(error));
     let enroll_again = || {
@@ -388,34 +388,34 @@ pub(super) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Failu
     match error {
         NativeError::Keystore(error) => error.into(),
         NativeError::Locked => {
-            Failure::new(Code::Locked, message).next(format!("virtseal provider unlock {name}"))
+            Problem::new(Code::Locked, message).next(format!("virtseal provider unlock {name}"))
         }
-        NativeError::NotEnrolled => Failure::new(Code::NotFound, message).next(enroll_again()),
+        NativeError::NotEnrolled => Problem::new(Code::NotFound, message).next(enroll_again()),
         NativeError::Tpm(TpmError::NeedsPin | TpmError::WrongPin { .. }) => {
-            Failure::new(Code::Locked, message).next(format!(
+            Problem::new(Code::Locked, message).next(format!(
                 "{}, with its PIN, or without --tpm, with its passphrase",
                 unlock_with_pin(name)
             ))
         }
-        NativeError::Tpm(TpmError::NotSigned { .. }) => Failure::new(Code::Locked, message).next(format!(
+        NativeError::Tpm(TpmError::NotSigned { .. }) => Problem::new(Code::Locked, message).next(format!(
             "have that key sign this kernel (systemd-measure(1)), or virtseal provider unlock {name}, with its passphrase"
         )),
-        NativeError::Tpm(TpmError::NoSuchPcr(_) | TpmError::OwnerPassword) => Failure::new(Code::Failed, message),
-        NativeError::Tpm(error) if error.may_pass() => Failure::new(Code::Unreachable, message).next(format!(
+        NativeError::Tpm(TpmError::NoSuchPcr(_) | TpmError::OwnerPassword) => Problem::new(Code::Failed, message),
+        NativeError::Tpm(error) if error.may_pass() => Problem::new(Code::Unreachable, message).next(format!(
             "virtseal provider unlock {name}, with its passphrase, or set 'tpm' in virtseald.yaml and restart virtseald"
         )),
         NativeError::Tpm(TpmError::LockedOut { .. } | TpmError::OutOfOrder | TpmError::Failed { .. }) => {
-            Failure::new(Code::Failed, message)
+            Problem::new(Code::Failed, message)
                 .next(format!("virtseal provider unlock {name}, with its passphrase"))
         }
         NativeError::Tpm(_) | NativeError::TpmStale | NativeError::TpmSeal => {
-            Failure::new(Code::Locked, message).next(enroll_again())
+            Problem::new(Code::Locked, message).next(enroll_again())
         }
-        _ => Failure::new(Code::Failed, message),
+        _ => Problem::new(Code::Failed, message),
     }
 }
 
-pub(super) fn pin_from(fd: OwnedFd) -> Result<Arc<SecretBytes>, Failure> {
+pub(super) fn pin_from(fd: OwnedFd) -> Result<Arc<SecretBytes>, Problem> {
     passphrase_from(fd).map(Arc::new)
 }
 

@@ -13,9 +13,9 @@ use super::providers::{native_failure, passphrase_from, wrong_fds};
 use super::visible::VisibleCopy;
 use super::{Daemon, lock};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
-use crate::failure::{Code, Failure};
 use crate::job::sweep::{self, Step, Task};
 use crate::model::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
+use crate::model::problem::{Code, Problem};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
@@ -82,7 +82,7 @@ impl Daemon {
     }
 
     /// A keystore that can't be written can't say so in the job's record either.
-    fn note_stalled(&self, failure: Option<&Failure>) {
+    fn note_stalled(&self, failure: Option<&Problem>) {
         let running = failure.and_then(|_| self.keystore.running_job().ok().flatten());
         *lock(&self.stalled) = running
             .zip(failure)
@@ -98,7 +98,7 @@ impl Daemon {
     }
 
     /// Starts a job.
-    pub fn start_job(&self, request: &JobRequest) -> Result<JobStarted, Failure> {
+    pub fn start_job(&self, request: &JobRequest) -> Result<JobStarted, Problem> {
         // Nobody deletes a provider, shreds a VM or redefines one in between.
         let _sealing = lock(&self.sealing);
         let task = self.task(request)?;
@@ -107,7 +107,7 @@ impl Daemon {
 
     /// Retires the keys in use of a provider: a native one gets a new root key, sealed by the passphrase in `fds`; any other
     /// makes new KEKs during the job that follows.
-    pub fn rotate_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<JobStarted, Failure> {
+    pub fn rotate_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<JobStarted, Problem> {
         let _sealing = lock(&self.sealing);
         let known = self.recipients.find(name)?;
         // Before anything changes.
@@ -144,7 +144,7 @@ impl Daemon {
     }
 
     /// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
-    fn check_root_key_complete(&self, native: &NativeProvider) -> Result<(), Failure> {
+    fn check_root_key_complete(&self, native: &NativeProvider) -> Result<(), Problem> {
         let name = native.name();
         // A row that tells nothing may have what a later root key has made.
         let records = self.keystore.envelopes()?.claims()?;
@@ -169,7 +169,7 @@ impl Daemon {
             return claim.map_or(Ok(()), |claim| Err(claimed(native, &claim)));
         }
         let vms: Vec<VmId> = lacking.into_values().collect();
-        Err(Failure::new(
+        Err(Problem::new(
             Code::WouldLoseKey,
             format!(
                 "'{name}' is not rotated: it has root key {}, and {} have keys by a later one, which is in a newer backup",
@@ -183,7 +183,7 @@ impl Daemon {
         )))
     }
 
-    fn start(&self, task: &Task) -> Result<JobStarted, Failure> {
+    fn start(&self, task: &Task) -> Result<JobStarted, Problem> {
         self.refuse_second_job()?;
         let mut rivals = Vec::new();
         let unseen = self.adopt_foreign_envelopes().map(|travelling| {
@@ -222,7 +222,7 @@ impl Daemon {
         })
     }
 
-    fn refuse_second_job(&self) -> Result<(), Failure> {
+    fn refuse_second_job(&self) -> Result<(), Problem> {
         match self.keystore.running_job()? {
             Some(job) => Err(second_job(job.id.0)),
             None => Ok(()),
@@ -230,7 +230,7 @@ impl Daemon {
     }
 
     /// Nothing may be left that no provider opens.
-    fn refuse_to_close(&self, task: &Task, provider: ProviderId) -> Result<(), Failure> {
+    fn refuse_to_close(&self, task: &Task, provider: ProviderId) -> Result<(), Problem> {
         let mut closed: Vec<VmId> = Vec::new();
         self.keystore.each_envelope(|record| {
             if task.would_close(&record.envelope) {
@@ -241,7 +241,7 @@ impl Daemon {
             return Ok(());
         }
         let name = self.name_of(provider);
-        Err(Failure::new(
+        Err(Problem::new(
             Code::WouldLoseKey,
             format!(
                 "'{name}' stays a recipient: {} can be opened by nobody else",
@@ -253,7 +253,7 @@ impl Daemon {
         )))
     }
 
-    fn task(&self, request: &JobRequest) -> Result<Task, Failure> {
+    fn task(&self, request: &JobRequest) -> Result<Task, Problem> {
         let named = |name: &Option<String>| {
             let name = name.as_deref().unwrap_or_default();
             self.provider_id(name)
@@ -268,7 +268,7 @@ impl Daemon {
             "move" => {
                 let (from, to) = (named(&request.provider)?, named(&request.to)?);
                 if from == to {
-                    return Err(Failure::new(
+                    return Err(Problem::new(
                         Code::Usage,
                         "a move is from one provider to another",
                     ));
@@ -281,7 +281,7 @@ impl Daemon {
             "remove-recipient" => Ok(Task::RemoveRecipient {
                 provider: named(&request.provider)?,
             }),
-            other => Err(Failure::new(
+            other => Err(Problem::new(
                 Code::Usage,
                 format!("there is no kind of job called '{other}'"),
             )),
@@ -289,7 +289,7 @@ impl Daemon {
     }
 
     /// A provider of this host, or one that was deleted here.
-    fn provider_id(&self, name: &str) -> Result<ProviderId, Failure> {
+    fn provider_id(&self, name: &str) -> Result<ProviderId, Problem> {
         match self.recipients.find(name) {
             Ok(known) => Ok(known.provider().id()),
             Err(unknown) => {
@@ -340,7 +340,7 @@ impl Daemon {
     }
 
     /// The last jobs, and what is behind.
-    pub fn jobs(&self) -> Result<Jobs, Failure> {
+    pub fn jobs(&self) -> Result<Jobs, Problem> {
         let jobs = self.keystore.jobs(RECENT)?.sound;
         let names = self.vm_names()?;
         let mut copies = Vec::new();
@@ -375,7 +375,7 @@ impl Daemon {
         id: Option<i64>,
         workers: &Handle,
         report: impl AsyncFn(JobView, bool) -> bool,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Problem> {
         let id = self.find_watched(id, workers).await?;
         let (mut last, mut told) = (None, Instant::now());
         loop {
@@ -393,7 +393,7 @@ impl Daemon {
     }
 
     /// Of all who begin to watch, one at a time asks.
-    async fn find_watched(self: &Arc<Self>, id: Option<i64>, workers: &Handle) -> Result<JobId, Failure> {
+    async fn find_watched(self: &Arc<Self>, id: Option<i64>, workers: &Handle) -> Result<JobId, Problem> {
         let _alone = self.watched.lock().await;
         let daemon = Arc::clone(self);
         let found = workers.spawn_blocking(move || daemon.job_id(id)).await;
@@ -401,7 +401,7 @@ impl Daemon {
     }
 
     /// The job as it was less than [`LOOK`] ago, and whether it has ended. One watcher looks, the others see what it saw.
-    async fn look_at_job(self: &Arc<Self>, id: JobId, workers: &Handle) -> Result<(JobView, bool), Failure> {
+    async fn look_at_job(self: &Arc<Self>, id: JobId, workers: &Handle) -> Result<(JobView, bool), Problem> {
         let mut looks = self.watched.lock().await;
         if let Some(look) = looks.get(&id).filter(|look| look.at.elapsed() < LOOK) {
             return Ok((look.job.clone(), look.ended));
@@ -410,7 +410,7 @@ impl Daemon {
         let daemon = Arc::clone(self);
         let looked = workers.spawn_blocking(move || {
             let job = daemon.keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
-            Ok::<_, Failure>((daemon.job_view(&job)?, job.state != JobState::Running))
+            Ok::<_, Problem>((daemon.job_view(&job)?, job.state != JobState::Running))
         });
         let (job, ended) = looked.await.map_err(|error| broken(&error))??;
         let look = Look {
@@ -423,21 +423,21 @@ impl Daemon {
     }
 
     /// Ends a job, or the one that runs, where it is.
-    pub fn abort_job(&self, id: Option<i64>) -> Result<JobView, Failure> {
+    pub fn abort_job(&self, id: Option<i64>) -> Result<JobView, Problem> {
         let aborted = self.keystore.abort_job(self.job_id(id)?)?;
         self.audit_command("job-abort", &self.words(&aborted), &Ok(()));
         self.jobs_bell.ring();
         self.job_view(&aborted)
     }
 
-    fn job_id(&self, id: Option<i64>) -> Result<JobId, Failure> {
+    fn job_id(&self, id: Option<i64>) -> Result<JobId, Problem> {
         let found = match id {
             Some(id) => self.keystore.job(JobId(id))?,
             None => self.keystore.running_job()?,
         };
         found.map(|job| job.id).ok_or_else(|| {
             let what = id.map_or_else(|| "no job runs".to_owned(), |id| format!("there is no job {id}"));
-            Failure::new(Code::NotFound, what).next("virtseal jobs")
+            Problem::new(Code::NotFound, what).next("virtseal jobs")
         })
     }
 
@@ -448,7 +448,7 @@ impl Daemon {
         }
     }
 
-    fn job_view(&self, job: &JobRecord) -> Result<JobView, Failure> {
+    fn job_view(&self, job: &JobRecord) -> Result<JobView, Problem> {
         let left = match job.left {
             0 => Vec::new(),
             _ => self.keystore.left_behind(job.id, SHOWN)?,
@@ -472,15 +472,15 @@ impl Daemon {
     }
 }
 
-fn broken(error: &tokio::task::JoinError) -> Failure {
-    Failure::new(Code::Failed, format!("virtseald failed: {error}"))
+fn broken(error: &tokio::task::JoinError) -> Problem {
+    Problem::new(Code::Failed, format!("virtseald failed: {error}"))
         .next("see its log: journalctl -u virtseald")
 }
 
 /// Deleting and restoring the provider would be the way out of a true claim, and a trap if anybody made it up.
-fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Failure {
+fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Problem {
     let name = native.name();
-    Failure::new(
+    Problem::new(
         Code::WouldLoseKey,
         format!(
             "'{name}' is not rotated: it has root key {}, and {} claims a key by a later one, which nothing here can verify",
@@ -495,8 +495,8 @@ fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Failure {
     ))
 }
 
-fn second_job(id: i64) -> Failure {
-    Failure::new(Code::Busy, format!("job {id} runs, and one runs at a time"))
+fn second_job(id: i64) -> Problem {
+    Problem::new(Code::Busy, format!("job {id} runs, and one runs at a time"))
         .next(format!("virtseal jobs watch {id}, or virtseal jobs abort {id}"))
 }
 

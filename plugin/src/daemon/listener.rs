@@ -39,7 +39,7 @@ use crate::daemon::glance::Age;
 use crate::daemon::pools::Pools;
 use crate::daemon::{Daemon, Formats, HookPolicy, Sharing, on_behalf_of};
 use crate::domain::Domain;
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 use crate::vm::start::Deadline;
 use caller::Caller;
 use channel::{Channel, Sender};
@@ -62,7 +62,7 @@ pub struct Visitor {
     gid: Gid,
     pass: Arc<Pass>,
     /// What its first call is told, if there are too many.
-    refusal: Option<Failure>,
+    refusal: Option<Problem>,
 }
 
 impl Server {
@@ -184,7 +184,7 @@ impl Server {
     }
 
     /// Says why, if that can be said at once.
-    fn turn_away(&self, stream: std::os::unix::net::UnixStream, refusal: Option<Failure>) {
+    fn turn_away(&self, stream: std::os::unix::net::UnixStream, refusal: Option<Problem>) {
         if let Some(bytes) = refusal.and_then(|failure| conversation::failure(failure).ok()) {
             let _ = nix::sys::socket::send(
                 std::os::fd::AsRawFd::as_raw_fd(&stream),
@@ -198,7 +198,7 @@ impl Server {
 
 async fn serve_one(mut channel: Channel, service: &mut Service) {
     if let Err(fault) = conversation::converse(&mut channel, service).await {
-        tracing::debug!(uid = %service.uid, "connection ended: {}", crate::failure::chain(&fault));
+        tracing::debug!(uid = %service.uid, "connection ended: {}", crate::model::problem::chain(&fault));
         conversation::explain(&mut channel, &fault).await;
     }
 }
@@ -220,7 +220,7 @@ impl Service {
     async fn run<T: Send + 'static>(
         &self,
         needed: Caller,
-        work: impl FnOnce(&Daemon) -> Result<T, Failure> + Send + 'static,
+        work: impl FnOnce(&Daemon) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, HostError> {
         let workers = match self.caller {
             Caller::Admin => &self.pools.admin,
@@ -233,7 +233,7 @@ impl Service {
         &self,
         workers: &Handle,
         needed: Caller,
-        work: impl FnOnce(&Daemon) -> Result<T, Failure> + Send + 'static,
+        work: impl FnOnce(&Daemon) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, HostError> {
         self.caller.may(needed)?;
         let _turn = match &self.pass {
@@ -251,7 +251,7 @@ impl Service {
         };
         match workers.spawn_blocking(work).await {
             Ok(result) => result.map_err(HostError::from),
-            Err(error) => Err(Failure::new(Code::Failed, format!("virtseald failed: {error}"))
+            Err(error) => Err(Problem::new(Code::Failed, format!("virtseald failed: {error}"))
                 .next("see its log: journalctl -u virtseald")
                 .into()),
         }
@@ -269,7 +269,7 @@ impl Service {
     async fn hook<T: Send + 'static>(
         &self,
         subject: impl FnOnce() -> String,
-        work: impl FnOnce(&Daemon, &Deadline) -> Result<T, Failure> + Send + 'static,
+        work: impl FnOnce(&Daemon, &Deadline) -> Result<T, Problem> + Send + 'static,
     ) -> Result<T, LifecycleError> {
         let time = self.daemon.hook_deadline();
         let deadline = match &self.peer {
@@ -280,7 +280,7 @@ impl Service {
             work(daemon, &deadline)
         });
         let outcome = match tokio::time::timeout(time, run).await {
-            Ok(outcome) => outcome.map_err(Failure::from),
+            Ok(outcome) => outcome.map_err(Problem::from),
             Err(_) => Err(self.daemon.deadline_passed(time).of(subject())),
         };
         outcome.map_err(|failure| LifecycleError::Refused {

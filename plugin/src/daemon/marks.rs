@@ -6,9 +6,9 @@
 use super::Daemon;
 use crate::api::Outcome;
 use crate::domain::{self, Domain};
-use crate::failure::Failure;
 use crate::host::libvirt::DefinedDomain;
 use crate::model::envelope::ObjectKind;
+use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError};
 
 impl Daemon {
@@ -16,8 +16,8 @@ impl Daemon {
     pub(super) fn while_marked<T>(
         &self,
         vm: &DefinedDomain,
-        seal: impl FnOnce() -> Result<T, Failure>,
-    ) -> Result<T, Failure> {
+        seal: impl FnOnce() -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
         let was_sealed = self.keystore.is_sealed(vm.vm)?;
         self.keystore.remember_vm(vm.vm, &vm.name)?;
         seal().inspect_err(|_| {
@@ -30,7 +30,7 @@ impl Daemon {
 
     /// Takes the mark from a plain VM, if it has no more of a sealed one: a seal was interrupted before it did anything, or the
     /// VM was brought back from a plain backup. `None` for any other VM.
-    pub(super) fn unmark(&self, vm: &DefinedDomain, dry_run: bool) -> Result<Option<Outcome>, Failure> {
+    pub(super) fn unmark(&self, vm: &DefinedDomain, dry_run: bool) -> Result<Option<Outcome>, Problem> {
         let is_plain = Domain::parse(&vm.xml).is_ok_and(|domain| domain.metadata.is_none());
         if !is_plain || !self.keystore.is_sealed(vm.vm)? || !self.nothing_is_encrypted(vm)? {
             return Ok(None);
@@ -49,7 +49,7 @@ impl Daemon {
     ///
     /// # Errors
     /// Of a file where root does not look, with what permits it.
-    fn nothing_is_encrypted(&self, vm: &DefinedDomain) -> Result<bool, Failure> {
+    fn nothing_is_encrypted(&self, vm: &DefinedDomain) -> Result<bool, Problem> {
         let Ok(domain) = Domain::parse(&vm.xml) else {
             return Ok(false);
         };

@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{Daemon, lock};
-use crate::failure::chain;
 use crate::host::libvirt::Power;
 use crate::model::envelope::VmId;
+use crate::model::problem::chain;
 use crate::vm::start::Overdue;
 
 /// How many questions may hang at once: libvirt takes five of a client, and others use this connection too.

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use super::{Daemon, LIBVIRT_SHARE, lock};
 use crate::domain::{self, Domain, ObjectState};
-use crate::failure::{Failure, chain};
 use crate::host::libvirt::{Libvirt, StoragePool};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::VmId;
+use crate::model::problem::{Problem, chain};
 
 /// How long whoever is no start waits for libvirt's pools.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -39,7 +39,7 @@ impl Daemon {
 
     /// As [`Self::path_rule`], for a start: the settings and the keystore permit most images, and libvirt is asked for its pools only
     /// about another, for a while and on the background connection.
-    pub(super) fn rule_of_start(&self, domain: &Domain) -> Result<PathRule, Failure> {
+    pub(super) fn rule_of_start(&self, domain: &Domain) -> Result<PathRule, Problem> {
         let rule = self.rule_of_settings();
         let known = self.locations_of(domain.uuid)?;
         let is_outside = |path: &Path| {
@@ -60,7 +60,7 @@ impl Daemon {
     }
 
     /// Where the keystore has the objects of a VM.
-    pub(super) fn locations_of(&self, vm: VmId) -> Result<Vec<String>, Failure> {
+    pub(super) fn locations_of(&self, vm: VmId) -> Result<Vec<String>, Problem> {
         let records = self.keystore.envelopes_of(vm)?.sound.into_iter();
         Ok(records.map(|record| record.location).collect())
     }

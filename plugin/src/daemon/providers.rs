@@ -8,8 +8,8 @@ use super::Daemon;
 use super::cache::persist_view;
 use super::host_tpm::{tpm_view, why_locked};
 use crate::api::{BackupMade, ProviderView, Providers};
-use crate::failure::{Code, Failure, chain};
 use crate::host::local_time::rfc3339;
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::kmip::{KmipProvider, KmipProviderError};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
@@ -23,7 +23,7 @@ const MAX_PASSPHRASE: usize = 32 * 1024;
 
 impl Daemon {
     /// All providers, by name.
-    pub fn providers(&self) -> Result<Providers, Failure> {
+    pub fn providers(&self) -> Result<Providers, Problem> {
         let uses = self.provider_uses()?;
         let default = self
             .recipients
@@ -63,14 +63,14 @@ impl Daemon {
         kind: &str,
         settings: &str,
         fds: Vec<OwnedFd>,
-    ) -> Result<Providers, Failure> {
+    ) -> Result<Providers, Problem> {
         let added = match kind {
             NativeProvider::KIND => self.add_native(name, fds),
             Pkcs11Provider::KIND => self.add_pkcs11(name, settings, fds),
             KmipProvider::KIND => self.add_kmip(name, settings),
             TransitProvider::KIND => self.add_transit(name, settings),
             _ => {
-                return Err(Failure::new(
+                return Err(Problem::new(
                     Code::Usage,
                     format!("there is no kind of provider called '{kind}'"),
                 )
@@ -82,7 +82,7 @@ impl Daemon {
         self.providers()
     }
 
-    fn add_native(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
+    fn add_native(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
         let [passphrase] = take(fds)?;
         let passphrase = passphrase_from(passphrase)?;
         self.recipients
@@ -91,21 +91,21 @@ impl Daemon {
             .map_err(|error| native_failure(name, &error))
     }
 
-    fn add_transit(&self, name: &str, settings: &str) -> Result<(), Failure> {
+    fn add_transit(&self, name: &str, settings: &str) -> Result<(), Problem> {
         let settings = TransitSettings::parse(settings).map_err(|error| {
-            Failure::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
+            Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
                 .next("virtseal provider add transit --help")
         })?;
         self.recipients
             .add_transit(&provider_name(name)?, settings)
             .map(drop)
-            .map_err(Failure::from)
+            .map_err(Problem::from)
     }
 
-    fn add_pkcs11(&self, name: &str, settings: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
+    fn add_pkcs11(&self, name: &str, settings: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
         let [pin] = take(fds)?;
         let settings = serde_json::from_str(settings).map_err(|error| {
-            Failure::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
+            Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
                 .next("virtseal provider add pkcs11 --help")
         })?;
         let pin = passphrase_from(pin)?;
@@ -114,10 +114,10 @@ impl Daemon {
         added.map(drop).map_err(|error| pkcs11_failure(name, &error))
     }
 
-    fn add_kmip(&self, name: &str, settings: &str) -> Result<(), Failure> {
+    fn add_kmip(&self, name: &str, settings: &str) -> Result<(), Problem> {
         let valid = provider_name(name)?;
         let settings = serde_json::from_str(settings)
-            .map_err(|error| Failure::from_error(Code::Usage, "the settings can't be used", &error))?;
+            .map_err(|error| Problem::from_error(Code::Usage, "the settings can't be used", &error))?;
         self.recipients
             .add_kmip(&valid, settings)
             .map(drop)
@@ -126,24 +126,24 @@ impl Daemon {
                     KmipProviderError::Keystore(_) => Code::Failed,
                     _ => Code::Usage,
                 };
-                Failure::from_error(code, format!("provider '{name}' is not added"), &error)
+                Problem::from_error(code, format!("provider '{name}' is not added"), &error)
             })
     }
 
     /// Makes new envelopes go to `name`.
-    pub fn set_default_provider(&self, name: &str) -> Result<(), Failure> {
+    pub fn set_default_provider(&self, name: &str) -> Result<(), Problem> {
         let provider = self.recipients.find(name)?;
         let set = self
             .recipients
             .set_default(&provider)
             .map(drop)
-            .map_err(Failure::from);
+            .map_err(Problem::from);
         self.audit_provider("provider-default", name, &set);
         set
     }
 
     /// Purges the keys of `name` from memory, and those that its cache keeps on disk.
-    pub fn lock_provider(&self, name: &str) -> Result<(), Failure> {
+    pub fn lock_provider(&self, name: &str) -> Result<(), Problem> {
         let provider = self.recipients.find(name)?;
         provider.provider().lock();
         // Notes the time.
@@ -155,7 +155,7 @@ impl Daemon {
     }
 
     /// Unlocks `name` with the passphrase in `fds`.
-    pub fn unlock_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Failure> {
+    pub fn unlock_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
         let [passphrase] = take(fds)?;
         let passphrase = passphrase_from(passphrase)?;
         let provider = self.recipients.find(name)?;
@@ -176,7 +176,7 @@ impl Daemon {
     }
 
     /// Writes a backup of `name` to the first of `fds`.
-    pub fn backup_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<BackupMade, Failure> {
+    pub fn backup_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<BackupMade, Problem> {
         let mut fds = fds.into_iter();
         let output = fds.next().ok_or_else(wrong_fds)?;
         let passphrase = fds.next().map(passphrase_from).transpose()?;
@@ -188,16 +188,16 @@ impl Daemon {
         output
             .write_all(&backup.bytes)
             .and_then(|()| output.sync_all())
-            .map_err(|error| Failure::from_error(Code::Failed, "can't write the backup", &error))?;
+            .map_err(|error| Problem::from_error(Code::Failed, "can't write the backup", &error))?;
         Ok(BackupMade {
             generation: backup.generation.into(),
         })
     }
 
     /// Notes that the backup of `name` is on disk.
-    pub fn confirm_backup(&self, name: &str, generation: i64) -> Result<(), Failure> {
+    pub fn confirm_backup(&self, name: &str, generation: i64) -> Result<(), Problem> {
         let generation = u32::try_from(generation).map_err(|_| {
-            Failure::new(
+            Problem::new(
                 Code::Usage,
                 format!("{generation} is no generation of a root key"),
             )
@@ -213,13 +213,13 @@ impl Daemon {
     }
 
     /// Restores a provider as `name`; `fds` holds the backup, the new passphrase, and the backup's own if any.
-    pub fn restore_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<Providers, Failure> {
+    pub fn restore_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<Providers, Problem> {
         let mut fds = fds.into_iter();
         let (Some(backup), Some(passphrase)) = (fds.next(), fds.next()) else {
             return Err(wrong_fds());
         };
         let backup = SecretBytes::read_from(File::from(backup), NativeProvider::MAX_BACKUP_BYTES)
-            .map_err(|error| Failure::from_error(Code::Failed, "can't read the backup", &error))?;
+            .map_err(|error| Problem::from_error(Code::Failed, "can't read the backup", &error))?;
         let passphrase = passphrase_from(passphrase)?;
         let of_backup = fds.next().map(passphrase_from).transpose()?;
         let restored = provider_name(name).and_then(|valid| {
@@ -233,19 +233,19 @@ impl Daemon {
         self.providers()
     }
 
-    fn native(&self, name: &str) -> Result<std::sync::Arc<NativeProvider>, Failure> {
+    fn native(&self, name: &str) -> Result<std::sync::Arc<NativeProvider>, Problem> {
         match self.recipients.find(name)? {
             Provider::Native(native) => Ok(native),
-            Provider::Kmip(_) | Provider::Transit(_) => Err(Failure::new(
+            Provider::Kmip(_) | Provider::Transit(_) => Err(Problem::new(
                 Code::Failed,
                 format!("provider '{name}' keeps its keys at its server, which is backed up there"),
             )),
-            Provider::Pkcs11(_) => Err(Failure::new(
+            Provider::Pkcs11(_) => Err(Problem::new(
                 Code::Failed,
                 format!("provider '{name}' keeps its keys in a token, which gives none out"),
             )
             .next("back the token up with its vendor's tools")),
-            Provider::Unusable(other) => Err(Failure::new(
+            Provider::Unusable(other) => Err(Problem::new(
                 Code::Failed,
                 format!("provider '{name}' {}", other.status()),
             )
@@ -263,20 +263,20 @@ fn reason(status: ProviderStatus) -> Option<String> {
     }
 }
 
-fn provider_name(name: &str) -> Result<ProviderName, Failure> {
+fn provider_name(name: &str) -> Result<ProviderName, Problem> {
     name.parse()
-        .map_err(|error| Failure::new(Code::Usage, chain(&error)))
+        .map_err(|error| Problem::new(Code::Usage, chain(&error)))
 }
 
-fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Failure {
+fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Problem {
     let name = provider.name();
     let (code, next) = error.advice(name);
-    let failure = Failure::new(code, format!("provider '{name}' {}", chain(error)));
+    let failure = Problem::new(code, format!("provider '{name}' {}", chain(error)));
     next.into_iter()
         .fold(failure, |failure, next| failure.next(next.to_string()))
 }
 
-pub(super) fn native_failure(name: &str, error: &NativeError) -> Failure {
+pub(super) fn native_failure(name: &str, error: &NativeError) -> Problem {
     let (code, next) = match error {
         NativeError::Keystore(error) => return error.into(),
         NativeError::WrongPassphrase => (
@@ -301,11 +301,11 @@ pub(super) fn native_failure(name: &str, error: &NativeError) -> Failure {
         NativeError::Locked | NativeError::Seal(_) | NativeError::Backup(_) | NativeError::Document(_) => "",
         _ => ":",
     };
-    let failure = Failure::new(code, format!("provider '{name}'{joint} {}", chain(error)));
-    next.into_iter().fold(failure, Failure::next)
+    let failure = Problem::new(code, format!("provider '{name}'{joint} {}", chain(error)));
+    next.into_iter().fold(failure, Problem::next)
 }
 
-fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Failure {
+fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Problem {
     let add = "virtseal provider add pkcs11 --help".to_owned();
     let (code, next) = match error {
         Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet)) => (
@@ -334,28 +334,28 @@ fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Failure {
         Pkcs11Error::Provider(error) => format!("provider '{name}' {}", chain(error)),
         error => chain(error),
     };
-    let failure = Failure::new(code, message);
-    next.into_iter().fold(failure, Failure::next)
+    let failure = Problem::new(code, message);
+    next.into_iter().fold(failure, Problem::next)
 }
 
-pub(super) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Failure> {
+pub(super) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Problem> {
     fds.try_into().map_err(|_| wrong_fds())
 }
 
-pub(super) fn wrong_fds() -> Failure {
-    Failure::new(
+pub(super) fn wrong_fds() -> Problem {
+    Problem::new(
         Code::Usage,
         "the call came without the file descriptors that it needs",
     )
     .next("use the virtseal of the same version as virtseald")
 }
 
-pub(super) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
+pub(super) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
     let mut passphrase = SecretBytes::read_from(File::from(fd), MAX_PASSPHRASE)
-        .map_err(|error| Failure::from_error(Code::Usage, "can't read the passphrase", &error))?;
+        .map_err(|error| Problem::from_error(Code::Usage, "can't read the passphrase", &error))?;
     passphrase.trim_newline();
     if passphrase.expose().is_empty() {
-        return Err(Failure::new(Code::Usage, "the passphrase is empty").next("choose one"));
+        return Err(Problem::new(Code::Usage, "the passphrase is empty").next("choose one"));
     }
     Ok(passphrase)
 }

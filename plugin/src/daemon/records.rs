@@ -13,8 +13,8 @@ use super::pages::PAGE;
 use crate::api::{AuditLines, AuditVerified};
 use crate::audit::{self, AuditError, AuditLog, Event, Outcome, Position};
 use crate::domain::Domain;
-use crate::failure::{Code, Failure, chain};
 use crate::model::envelope::VmId;
+use crate::model::problem::{Code, Problem, chain};
 use crate::store::{AuditAnchor, Keystore};
 
 /// The most time that a record may cost a start.
@@ -39,7 +39,7 @@ pub fn on_behalf_of<T>(uid: u32, work: impl FnOnce() -> T) -> T {
 
 impl Daemon {
     /// A start that was allowed or refused.
-    pub(super) fn audit_start(&self, domain: &Domain, decided: &Result<usize, Failure>) {
+    pub(super) fn audit_start(&self, domain: &Domain, decided: &Result<usize, Problem>) {
         let event = Event::new("prepare", outcome(decided)).vm(domain.uuid, &domain.name);
         self.append(match decided {
             Ok(objects) => event.detail(&format!("{objects} keys armed")),
@@ -63,7 +63,7 @@ impl Daemon {
     }
 
     /// A change of a provider.
-    pub(super) fn audit_provider<T>(&self, op: &str, name: &str, result: &Result<T, Failure>) {
+    pub(super) fn audit_provider<T>(&self, op: &str, name: &str, result: &Result<T, Problem>) {
         self.append(with_reason(
             Event::new(op, outcome(result)).provider(name),
             result,
@@ -71,12 +71,12 @@ impl Daemon {
     }
 
     /// A change of a VM.
-    pub(super) fn audit_vm<T>(&self, op: &str, vm: VmId, name: &str, result: &Result<T, Failure>) {
+    pub(super) fn audit_vm<T>(&self, op: &str, vm: VmId, name: &str, result: &Result<T, Problem>) {
         self.append(with_reason(Event::new(op, outcome(result)).vm(vm, name), result));
     }
 
     /// A change of an image, or a job.
-    pub(super) fn audit_command<T>(&self, op: &str, object: &str, result: &Result<T, Failure>) {
+    pub(super) fn audit_command<T>(&self, op: &str, object: &str, result: &Result<T, Problem>) {
         self.append(with_reason(
             Event::new(op, outcome(result)).object(object),
             result,
@@ -91,7 +91,7 @@ impl Daemon {
     }
 
     /// The last `records` of the audit log, or of its first `before` bytes, as many as fit into a reply.
-    pub fn show_audit(&self, records: i64, before: Option<i64>) -> Result<AuditLines, Failure> {
+    pub fn show_audit(&self, records: i64, before: Option<i64>) -> Result<AuditLines, Problem> {
         let count = usize::try_from(records).unwrap_or(0);
         // What is not written yet is shown the next time.
         let _ = self.audit.flush(PATIENCE);
@@ -105,7 +105,7 @@ impl Daemon {
     }
 
     /// Checks the audit log's chain, up to what this daemon has written.
-    pub fn verify_audit(&self) -> Result<AuditVerified, Failure> {
+    pub fn verify_audit(&self) -> Result<AuditVerified, Problem> {
         self.audit.flush(PATIENCE).map_err(|error| unusable(&error))?;
         let written = self.audit.position();
         let verified = audit::verify(&self.audit_path(), written).map_err(|error| {
@@ -120,7 +120,7 @@ impl Daemon {
     }
 
     /// Opens the log, which is as long as the keystore says or longer.
-    pub(super) fn open_audit(keystore: &Arc<Keystore>, dir: &Path) -> Result<AuditLog, Failure> {
+    pub(super) fn open_audit(keystore: &Arc<Keystore>, dir: &Path) -> Result<AuditLog, Problem> {
         let (noted, damaged) = match keystore.audit_anchor() {
             Err(error) if error.is_of_row() => (None, Some(chain(&error))),
             noted => (noted?, None),
@@ -138,7 +138,7 @@ impl Daemon {
             }
         };
         let log = AuditLog::open_anchored(&dir.join(AuditLog::FILE), noted, note)
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+            .map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         if let Some(damaged) = damaged {
             log.found_problem(format!("whether it was cut off can't be told: {damaged}"));
         }
@@ -172,11 +172,11 @@ fn anchor(at: Position) -> AuditAnchor {
     }
 }
 
-fn unusable(error: &AuditError) -> Failure {
-    Failure::new(Code::Failed, chain(error))
+fn unusable(error: &AuditError) -> Problem {
+    Problem::new(Code::Failed, chain(error))
 }
 
-fn outcome<T>(result: &Result<T, Failure>) -> Outcome {
+fn outcome<T>(result: &Result<T, Problem>) -> Outcome {
     match result {
         Ok(_) => Outcome::Ok,
         Err(failure) if failure.code == Code::Failed || failure.code == Code::Unreachable => Outcome::Failed,
@@ -184,7 +184,7 @@ fn outcome<T>(result: &Result<T, Failure>) -> Outcome {
     }
 }
 
-fn with_reason<T>(event: Event, result: &Result<T, Failure>) -> Event {
+fn with_reason<T>(event: Event, result: &Result<T, Problem>) -> Event {
     match result {
         Ok(_) => event,
         Err(failure) => event.detail(&failure.message),

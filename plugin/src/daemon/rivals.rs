@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::domain::Domain;
-use crate::failure::word;
 use crate::model::envelope::{Envelope, EnvelopeId, Precedence};
 use crate::object::disk::ImageCopy;
 use crate::store::EnvelopeRecord;
+use crate::terminal::word;
 
 pub(super) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> Vec<String> {
     let Some(metadata) = &domain.metadata else {

@@ -15,12 +15,12 @@ use super::bell::Bell;
 use super::{Daemon, lock};
 use crate::domain::jobs::{self, JobTarget};
 use crate::domain::{Domain, DomainError, objects};
-use crate::failure::{Failure, chain};
 use crate::host::libvirt::events::{self, Change, Heard, Listener, Listening, MemoryFile};
 use crate::host::libvirt::{Libvirt, RunningVm};
 use crate::host::local_time::rfc3339;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{ObjectKind, VmId};
+use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, ImageCopy};
 use crate::store::EnvelopeRecord;
 use crate::terminal::visible;
@@ -350,11 +350,11 @@ impl Daemon {
     }
 
     /// As [`Self::watch_running`] does, for who asks now.
-    pub(super) fn look_now(&self, vm: VmId) -> Result<(), Failure> {
+    pub(super) fn look_now(&self, vm: VmId) -> Result<(), Problem> {
         self.look_at_running(vm, &self.background, News::default())
     }
 
-    fn look_at_running(&self, vm: VmId, libvirt: &Libvirt, news: News) -> Result<(), Failure> {
+    fn look_at_running(&self, vm: VmId, libvirt: &Libvirt, news: News) -> Result<(), Problem> {
         let running = libvirt
             .as_it_runs(vm)
             .map_err(|error| super::vms::unreachable(&error))?;

@@ -3,9 +3,9 @@
 
 use super::{Daemon, lock};
 use crate::domain::Metadata;
-use crate::failure::{Failure, chain};
 use crate::host::libvirt::Whereabouts;
 use crate::model::envelope::VmId;
+use crate::model::problem::{Problem, chain};
 
 impl Daemon {
     /// For a hook, which waits for nothing: libvirt is asked behind it.
@@ -25,7 +25,7 @@ impl Daemon {
         }
     }
 
-    fn note_whereabouts(&self, vm: VmId) -> Result<(), Failure> {
+    fn note_whereabouts(&self, vm: VmId) -> Result<(), Problem> {
         let known = self.keystore.envelopes_of(vm)?;
         if known.is_empty() {
             return Ok(());

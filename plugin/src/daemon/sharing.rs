@@ -6,12 +6,13 @@ use std::path::Path;
 
 use super::{Daemon, lock};
 use crate::api::Outcome;
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::store::{CopyPlace, EnvelopeRecord, Put};
 use crate::terminal::quoted;
+use crate::terminal::word;
 
 /// What root wants of a VM's right to a volume that is another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +28,7 @@ const TRIES: usize = 5;
 
 impl Daemon {
     /// Lets a VM have the volume at `path`, or no longer. It needs not be defined.
-    pub fn share_volume(&self, path: &str, vm: &str, sharing: Sharing) -> Result<Outcome, Failure> {
+    pub fn share_volume(&self, path: &str, vm: &str, sharing: Sharing) -> Result<Outcome, Problem> {
         let shared = self.share(Path::new(path), vm, sharing);
         let op = match sharing {
             Sharing::With => "volume-share",
@@ -38,13 +39,13 @@ impl Daemon {
         shared
     }
 
-    fn share(&self, path: &Path, vm: &str, sharing: Sharing) -> Result<Outcome, Failure> {
+    fn share(&self, path: &Path, vm: &str, sharing: Sharing) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let vm_id = self.vm_to_share_with(vm)?;
         let mut record = self.volume_record(path)?;
         if record.envelope.vm == vm_id {
             return Err(
-                Failure::new(Code::Usage, format!("{} is {vm}'s own", path.display()))
+                Problem::new(Code::Usage, format!("{} is {vm}'s own", path.display()))
                     .next("name another VM, or look: virtseal vm status"),
             );
         }
@@ -68,7 +69,7 @@ impl Daemon {
                 Err(error) => return Err(error.into()),
             }
         }
-        Err(Failure::new(
+        Err(Problem::new(
             Code::Busy,
             format!("the envelope of {} is being changed by a job", path.display()),
         )
@@ -82,23 +83,23 @@ impl Daemon {
         record: &EnvelopeRecord,
         vm: VmId,
         sharing: Sharing,
-    ) -> Result<Verified, Failure> {
+    ) -> Result<Verified, Problem> {
         let dek = self.recipients.open_envelope(&record.envelope)?;
-        let unusable = |error| Failure::new(Code::Failed, format!("{}: {}", path.display(), chain(&error)));
+        let unusable = |error| Problem::new(Code::Failed, format!("{}: {}", path.display(), chain(&error)));
         let own = record.verify(&dek).map_err(unusable)?;
         if sharing == Sharing::Without {
             return own.unshare(vm, &dek).map_err(unusable);
         }
         let passphrase = dek
             .passphrase()
-            .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
+            .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
         disk::verify(&named_by_root(path)?, &passphrase)?;
         own.share_with(vm, &dek).map_err(unusable)
     }
 
     /// What an image carries says which volume root would share; of somebody's copy of another VM's image it says that of the other VM,
     /// whose volume is still where the keystore has it.
-    fn refuse_a_copy(&self, path: &Path, vm: &str, record: &EnvelopeRecord) -> Result<(), Failure> {
+    fn refuse_a_copy(&self, path: &Path, vm: &str, record: &EnvelopeRecord) -> Result<(), Problem> {
         let kept_at = Path::new(&record.location);
         let which = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino())).ok();
         if kept_at == path || which(kept_at) == which(path) {
@@ -107,7 +108,7 @@ impl Daemon {
         let there = self.known_place(kept_at).map(|place| disk::identify(&place));
         match there {
             Ok(Ok((_, ImageCopy::Envelope(carried)))) if carried.id == record.envelope.id => {
-                Err(Failure::new(
+                Err(Problem::new(
                     Code::Denied,
                     format!(
                         "{} is a copy of {}, which is a volume of VM {}",
@@ -128,7 +129,7 @@ impl Daemon {
     }
 
     /// A VM that is gone has its UUID in the keystore, or the admin has it.
-    fn vm_to_share_with(&self, vm: &str) -> Result<VmId, Failure> {
+    fn vm_to_share_with(&self, vm: &str) -> Result<VmId, Problem> {
         let known = self.keystore.vms()?.sound;
         match self.vm_id(vm) {
             Ok(id) => Ok(id),
@@ -140,7 +141,7 @@ impl Daemon {
     }
 
     /// By the envelope that the image carries, else by its path.
-    fn volume_record(&self, path: &Path) -> Result<EnvelopeRecord, Failure> {
+    fn volume_record(&self, path: &Path) -> Result<EnvelopeRecord, Problem> {
         let carried = match named_by_root(path).and_then(|place| disk::identify(&place)) {
             Ok((_, copy)) => copy.envelope().map(|envelope| envelope.id),
             Err(VolumeError::NotFound(_)) => None,
@@ -159,11 +160,11 @@ impl Daemon {
         self.record_of(path, id)
     }
 
-    fn record_of(&self, path: &Path, id: EnvelopeId) -> Result<EnvelopeRecord, Failure> {
+    fn record_of(&self, path: &Path, id: EnvelopeId) -> Result<EnvelopeRecord, Problem> {
         let record = self.keystore.envelope(id)?.ok_or_else(|| not_known(path))?;
         if record.envelope.kind != ObjectKind::Disk {
             let kind = record.envelope.kind;
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Usage,
                 format!(
                     "{} is the {kind} of a VM: only disks can be shared",
@@ -209,8 +210,8 @@ fn named_by_root(path: &Path) -> Result<PermittedPath, VolumeError> {
     PermittedPath::named_by_root(path).map_err(|source| VolumeError::unreachable(path, source))
 }
 
-fn not_known(path: &Path) -> Failure {
-    Failure::new(
+fn not_known(path: &Path) -> Problem {
+    Problem::new(
         Code::NotFound,
         format!("{} is no volume that this host knows", path.display()),
     )

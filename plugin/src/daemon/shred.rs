@@ -14,15 +14,16 @@ use super::vms::unreachable;
 use super::{Daemon, lock};
 use crate::api::{Receipt, ReceiptLine, ShredPreview};
 use crate::domain::{Domain, Metadata, encrypted_layers};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathRule, PermittedPath};
 use crate::model::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Shredded, Shredding, VolumeError};
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
 use crate::store::{EnvelopeRecord, MadeKek};
 use crate::terminal::quoted;
+use crate::terminal::word;
 
 /// A VM to be shredded.
 struct Doomed {
@@ -113,7 +114,7 @@ impl Doomed {
 
 impl Daemon {
     /// What a shredding of the VM asks a word for.
-    pub fn preview_shred(&self, vm: &str) -> Result<ShredPreview, Failure> {
+    pub fn preview_shred(&self, vm: &str) -> Result<ShredPreview, Problem> {
         let doomed = self.doomed(vm)?;
         let mut kept = Vec::new();
         let (own, others) = self.keks(&doomed)?;
@@ -144,7 +145,7 @@ impl Daemon {
         vm: &str,
         typed: Option<&str>,
         typed_for_keks: Option<&str>,
-    ) -> Result<Receipt, Failure> {
+    ) -> Result<Receipt, Problem> {
         let _sealing = lock(&self.sealing);
         let _copying = lock(&self.copying);
         let mut doomed = self.doomed(vm)?;
@@ -156,7 +157,7 @@ impl Daemon {
             };
             let stays = format!("{name} stays: what is on its disks would be lost for ever{said}");
             let shred = format!("virtseal vm shred --yes-shred={} {}", quoted(&name), word(&name));
-            Failure::new(Code::WouldLoseKey, stays).next(match doomed.is_defined {
+            Problem::new(Code::WouldLoseKey, stays).next(match doomed.is_defined {
                 true => shred,
                 false => format!(
                     "virtseal vm forget {}, if it is on another host; {shred}, if it is not",
@@ -179,10 +180,10 @@ impl Daemon {
         shredded
     }
 
-    fn doomed(&self, vm: &str) -> Result<Doomed, Failure> {
+    fn doomed(&self, vm: &str) -> Result<Doomed, Problem> {
         let (id, name, is_defined) = match self.find_domain(vm) {
             Ok(defined) if defined.active => {
-                return Err(Failure::new(Code::Busy, format!("{} is running", defined.name))
+                return Err(Problem::new(Code::Busy, format!("{} is running", defined.name))
                     .next(format!("virsh shutdown {}", word(&defined.name))));
             }
             Ok(defined) => {
@@ -208,7 +209,7 @@ impl Daemon {
 
     /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is
     /// meant can't be guessed.
-    pub(super) fn known_as(&self, vm: &str, verb: &str) -> Result<Option<(VmId, String)>, Failure> {
+    pub(super) fn known_as(&self, vm: &str, verb: &str) -> Result<Option<(VmId, String)>, Problem> {
         let known = self.keystore.vms()?.whole()?.into_iter();
         let mut found: Vec<_> = known
             .filter(|known| known.name == vm || vm.parse() == Ok(known.vm))
@@ -216,7 +217,7 @@ impl Daemon {
             .collect();
         if found.len() > 1 {
             let ids: Vec<_> = found.iter().map(|(id, _)| id.to_string()).collect();
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::WouldLoseKey,
                 format!(
                     "{} VMs were called {vm}, and none of them is defined",
@@ -229,10 +230,10 @@ impl Daemon {
         Ok(found.pop().or_else(never_defined))
     }
 
-    fn refuse_to_shred(&self, doomed: &mut Doomed) -> Result<(), Failure> {
+    fn refuse_to_shred(&self, doomed: &mut Doomed) -> Result<(), Problem> {
         let name = &doomed.name;
         if doomed.records.is_empty() {
-            return Err(Failure::new(Code::NotFound, format!("{name} has no keys here")));
+            return Err(Problem::new(Code::NotFound, format!("{name} has no keys here")));
         }
         self.refuse_while_a_job_runs()?;
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
@@ -242,8 +243,8 @@ impl Daemon {
     }
 
     /// A start that comes now waits until this is dropped, and finds no key; one that came before it makes this fail.
-    fn keep_off(&self, doomed: &Doomed) -> Result<Vec<Writing<'_>>, Failure> {
-        let starting = || Failure::new(Code::Busy, format!("{} is starting", doomed.name));
+    fn keep_off(&self, doomed: &Doomed) -> Result<Vec<Writing<'_>>, Problem> {
+        let starting = || Problem::new(Code::Busy, format!("{} is starting", doomed.name));
         let taken: Option<Vec<_>> = doomed.ids().map(|id| self.headers.write(id)).collect();
         let taken = taken.ok_or_else(starting)?;
         if doomed.ids().any(|id| lock(&self.armed).needs(id)) {
@@ -257,7 +258,7 @@ impl Daemon {
         }
     }
 
-    fn shred(&self, doomed: &Doomed) -> Result<Receipt, Failure> {
+    fn shred(&self, doomed: &Doomed) -> Result<Receipt, Problem> {
         // As long as anything opens the envelopes.
         let passphrases: BTreeMap<_, _> = doomed
             .records
@@ -266,7 +267,7 @@ impl Daemon {
             .collect();
         self.refuse_while_open(doomed)?;
         let mut lines = self.destroy_keks(doomed)?;
-        let half_done = |failure: Failure| {
+        let half_done = |failure: Problem| {
             let failure = failure.of(format!("some keys of {} are destroyed, and not all", doomed.name));
             match failure.next {
                 Some(_) => failure,
@@ -310,7 +311,7 @@ impl Daemon {
     }
 
     /// Those that nothing else needs. A provider that does not answer stops it before anything is destroyed.
-    fn destroy_keks(&self, doomed: &Doomed) -> Result<Vec<ReceiptLine>, Failure> {
+    fn destroy_keks(&self, doomed: &Doomed) -> Result<Vec<ReceiptLine>, Problem> {
         let (own, others) = self.keks(doomed)?;
         let fates: Vec<_> = own
             .into_iter()
@@ -362,7 +363,7 @@ impl Daemon {
         provider: ProviderId,
         kek: &KekId,
         what: &str,
-    ) -> Result<ReceiptLine, Failure> {
+    ) -> Result<ReceiptLine, Problem> {
         match self.recipients.destroy_kek(provider, kek, doomed.vm) {
             Ok(receipt) if receipt.destroyed => {
                 if let Err(error) = self.keystore.forget_made_kek(provider, kek) {
@@ -379,7 +380,7 @@ impl Daemon {
                 "the provider knows no such key for this client: not proven that it is destroyed",
             )),
             Err(error) => Err(
-                Failure::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
+                Problem::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
                     "virtseal provider show {}, and mend what is wrong with it; then virtseal vm shred {}: it goes on from here",
                     word(self.name_of(provider)),
                     word(&doomed.name)
@@ -389,7 +390,7 @@ impl Daemon {
     }
 
     /// The KEKs of the VM's envelopes and of their copies, those from before a rotation too; and those of all others.
-    fn keks(&self, doomed: &Doomed) -> Result<(Keks, Keks), Failure> {
+    fn keks(&self, doomed: &Doomed) -> Result<(Keks, Keks), Problem> {
         let (mut own, mut others) = (Keks::new(), Keks::new());
         let ids: BTreeSet<EnvelopeId> = doomed.ids().collect();
         let mut note = |is_own: bool, provider: ProviderId, KekId(kek)| {
@@ -419,8 +420,8 @@ impl Daemon {
     }
 
     /// Before anything is destroyed: half a shredding helps nobody.
-    fn refuse_while_open(&self, doomed: &Doomed) -> Result<(), Failure> {
-        let stays = |failure: Failure| failure.of(format!("{} stays", doomed.name));
+    fn refuse_while_open(&self, doomed: &Doomed) -> Result<(), Problem> {
+        let stays = |failure: Problem| failure.of(format!("{} stays", doomed.name));
         for file in doomed.records.iter().flat_map(|record| doomed.files_of(record)) {
             let Some(place) = self.place_of(doomed, &file).map_err(stays)? else {
                 continue;
@@ -434,7 +435,7 @@ impl Daemon {
     }
 
     /// One of the VM's files, unless its directory is not there.
-    fn place_of(&self, doomed: &Doomed, file: &Path) -> Result<Option<PermittedPath>, Failure> {
+    fn place_of(&self, doomed: &Doomed, file: &Path) -> Result<Option<PermittedPath>, Problem> {
         let locations = doomed.records.iter().map(|record| &record.location);
         match doomed.paths.permit_known(file, locations) {
             Ok(place) => Ok(Some(place)),
@@ -448,7 +449,7 @@ impl Daemon {
         doomed: &Doomed,
         record: &EnvelopeRecord,
         passphrase: &Result<Passphrase, String>,
-    ) -> Result<Vec<ReceiptLine>, Failure> {
+    ) -> Result<Vec<ReceiptLine>, Problem> {
         if record.envelope.kind == ObjectKind::Vtpm {
             let dir = libvirt_state_dir(&self.config().swtpm_dir, &doomed.vm);
             let what = format!("the state of the vTPM in {}", dir.display());
@@ -472,11 +473,11 @@ impl Daemon {
 }
 
 /// What is there would go on to be readable, and the receipt would not say so. XML that can't be read is shredded all the same.
-fn refuse_state_elsewhere(defined: &DefinedDomain, swtpm_dir: &Path) -> Result<(), Failure> {
+fn refuse_state_elsewhere(defined: &DefinedDomain, swtpm_dir: &Path) -> Result<(), Problem> {
     let Ok(domain) = Domain::parse(&defined.xml) else {
         return Ok(());
     };
-    let stays = |elsewhere| Failure::from(elsewhere).of(format!("{} stays", defined.name));
+    let stays = |elsewhere| Problem::from(elsewhere).of(format!("{} stays", defined.name));
     domain.vtpm_dir(swtpm_dir).map(drop).map_err(stays)
 }
 
@@ -486,7 +487,7 @@ pub(super) fn refuse_if_used(
     vm: VmId,
     name: &str,
     records: &[EnvelopeRecord],
-) -> Result<(), Failure> {
+) -> Result<(), Problem> {
     let ids: Vec<String> = records
         .iter()
         .map(|record| record.envelope.id.to_string())
@@ -498,7 +499,7 @@ pub(super) fn refuse_if_used(
         .find(|other| ids.iter().any(|id| other.xml.contains(id)));
     match user {
         None => Ok(()),
-        Some(other) => Err(Failure::new(
+        Some(other) => Err(Problem::new(
             Code::WouldLoseKey,
             format!("{name} stays: {} uses one of its disks", other.name),
         )
@@ -530,7 +531,7 @@ fn shred_file(
     place: &PermittedPath,
     record: &EnvelopeRecord,
     passphrase: &Result<Passphrase, String>,
-) -> Result<ReceiptLine, Failure> {
+) -> Result<ReceiptLine, Problem> {
     let what = format!("the {} {}", record.envelope.kind, place.shown().display());
     let left = |seen: &str| Ok(line(&what, false, &format!("left alone: {seen}")));
     match disk::shred_keys(place, record.envelope.id, passphrase.as_ref().ok()) {

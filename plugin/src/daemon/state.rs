@@ -6,12 +6,12 @@ use std::os::fd::OwnedFd;
 use super::providers::{passphrase_from, take};
 use super::{Daemon, lock};
 use crate::api::Outcome;
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 use crate::state_backup;
 
 impl Daemon {
     /// Writes a backup of the whole state to the first of `fds`, encrypted by the passphrase in the second.
-    pub fn backup_state(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Failure> {
+    pub fn backup_state(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
         let [output, passphrase] = take(fds)?;
         let passphrase = passphrase_from(passphrase)?;
         let made = self.write_state(output, &passphrase);
@@ -28,11 +28,11 @@ impl Daemon {
         &self,
         output: OwnedFd,
         passphrase: &crate::secret::SecretBytes,
-    ) -> Result<Outcome, Failure> {
+    ) -> Result<Outcome, Problem> {
         // Nothing is half made in it.
         let _sealing = lock(&self.sealing);
         let files = state_backup::write(&mut File::from(output), &self.keystore, passphrase)
-            .map_err(|error| Failure::from_error(Code::Failed, "there is no backup of the state", &error))?;
+            .map_err(|error| Problem::from_error(Code::Failed, "there is no backup of the state", &error))?;
         Ok(Outcome {
             steps: vec![format!("back up {files} files, and read them back")],
             warnings: Vec::new(),

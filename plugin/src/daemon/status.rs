@@ -13,17 +13,18 @@ use super::{Daemon, lock};
 use super::{damaged, rivals};
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
 use crate::domain::{self, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::store::{EnvelopeRecord, EnvelopeState, VmRecord};
+use crate::terminal::word;
 use crate::vm::side_doors;
 
 impl Daemon {
     /// Everything at a glance; never waits for a provider.
-    pub fn status(&self, age: Age, after: Option<&str>) -> Result<HostStatus, Failure> {
+    pub fn status(&self, age: Age, after: Option<&str>) -> Result<HostStatus, Problem> {
         let glance = self.glance(age)?;
         let providers = self.providers()?.providers;
         let damaged = pages::cut(glance.damaged.to_vec(), pages::PAGE / 8);
@@ -43,11 +44,11 @@ impl Daemon {
     }
 
     /// One VM, sealed or not; or all sealed ones.
-    pub fn vm_status(&self, vm: Option<&str>, age: Age, after: Option<&str>) -> Result<Vms, Failure> {
+    pub fn vm_status(&self, vm: Option<&str>, age: Age, after: Option<&str>) -> Result<Vms, Problem> {
         let Some(vm) = vm else {
             let glance = self.glance(age)?;
             if let Err(why) = glance.libvirt {
-                return Err(Failure::new(Code::Unreachable, why).next("virtseal status"));
+                return Err(Problem::new(Code::Unreachable, why).next("virtseal status"));
             }
             let (vms, next) = pages::of_vms(&glance.vms, after, 0);
             return Ok(Vms { vms, next });
@@ -75,7 +76,7 @@ impl Daemon {
         })
     }
 
-    pub(super) fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Failure> {
+    pub(super) fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Problem> {
         let rule = if domains.is_empty() {
             self.rule_of_settings()
         } else {
@@ -134,7 +135,7 @@ impl Daemon {
         }
     }
 
-    fn known(&self, rule: PathRule) -> Result<Known, Failure> {
+    fn known(&self, rule: PathRule) -> Result<Known, Problem> {
         let mut known = Known {
             rule,
             ..Known::default()
@@ -553,8 +554,8 @@ fn power(defined: &DefinedDomain) -> &'static str {
     if defined.active { "running" } else { "off" }
 }
 
-fn unreadable(defined: &DefinedDomain, error: &DomainError) -> Failure {
-    Failure::new(
+fn unreadable(defined: &DefinedDomain, error: &DomainError) -> Problem {
+    Problem::new(
         Code::Failed,
         format!("{}: its XML can't be read: {}", defined.name, chain(error)),
     )

@@ -10,7 +10,7 @@ use crate::api::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ProviderView, Providers, ServerView, Servers,
     SigningRequestMade,
 };
-use crate::failure::{Code, Failure, chain};
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
 use crate::provider::kmip::{
     CertificateFacts, Fingerprint, KeyKind, KmipProvider, MAX_PEM, NewIdentity, Presented, ServerTrust,
@@ -26,7 +26,7 @@ impl Daemon {
         name: &str,
         parts: &IdentityParts,
         fds: Vec<OwnedFd>,
-    ) -> Result<IdentitySet, Failure> {
+    ) -> Result<IdentitySet, Problem> {
         let provider = self.kmip(name)?;
         let set = new_identity(parts, fds).and_then(|new| {
             provider
@@ -53,7 +53,7 @@ impl Daemon {
         &self,
         name: &str,
         new: Option<&NewKey>,
-    ) -> Result<SigningRequestMade, Failure> {
+    ) -> Result<SigningRequestMade, Problem> {
         let provider = self.kmip(name)?;
         let new = new.map(|new| {
             let kind = if new.rsa {
@@ -71,7 +71,7 @@ impl Daemon {
     }
 
     /// What the servers of `name` show.
-    pub fn provider_servers(&self, name: &str) -> Result<Servers, Failure> {
+    pub fn provider_servers(&self, name: &str) -> Result<Servers, Problem> {
         let shown = self.kmip(name)?.presented();
         Ok(Servers {
             servers: shown.into_iter().map(server_view).collect(),
@@ -84,7 +84,7 @@ impl Daemon {
         name: &str,
         fingerprints: &[String],
         fds: Vec<OwnedFd>,
-    ) -> Result<Providers, Failure> {
+    ) -> Result<Providers, Problem> {
         let provider = self.kmip(name)?;
         let trusted = server_trust(fingerprints, fds)
             .and_then(|trust| provider.trust(trust).map_err(|error| trust_failure(name, &error)));
@@ -95,7 +95,7 @@ impl Daemon {
         })
     }
 
-    fn kmip(&self, name: &str) -> Result<Arc<KmipProvider>, Failure> {
+    fn kmip(&self, name: &str) -> Result<Arc<KmipProvider>, Problem> {
         match self.recipients.find(name)? {
             Provider::Kmip(kmip) => Ok(kmip),
             other => {
@@ -107,21 +107,21 @@ impl Daemon {
                     "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
                     other.kind()
                 );
-                Err(Failure::new(Code::Usage, message).next(next.to_string()))
+                Err(Problem::new(Code::Usage, message).next(next.to_string()))
             }
         }
     }
 
-    pub(super) fn view_of(&self, name: &str) -> Result<ProviderView, Failure> {
+    pub(super) fn view_of(&self, name: &str) -> Result<ProviderView, Problem> {
         let id = self.recipients.find(name)?.provider().id().to_string();
         let mut views = self.providers()?.providers.into_iter();
         views
             .find(|view| view.id == id)
-            .ok_or_else(|| Failure::new(Code::NotFound, format!("provider '{name}' is gone")))
+            .ok_or_else(|| Problem::new(Code::NotFound, format!("provider '{name}' is gone")))
     }
 }
 
-fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity, Failure> {
+fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity, Problem> {
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or_else(wrong_fds);
     let certificate = pem_from(next()?)?;
@@ -145,12 +145,12 @@ fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity,
     })
 }
 
-fn pem_from(fd: OwnedFd) -> Result<SecretBytes, Failure> {
+fn pem_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
     SecretBytes::read_from(File::from(fd), MAX_PEM)
-        .map_err(|error| Failure::from_error(Code::Usage, "can't read the PEM file", &error))
+        .map_err(|error| Problem::from_error(Code::Usage, "can't read the PEM file", &error))
 }
 
-fn server_trust(fingerprints: &[String], fds: Vec<OwnedFd>) -> Result<ServerTrust, Failure> {
+fn server_trust(fingerprints: &[String], fds: Vec<OwnedFd>) -> Result<ServerTrust, Problem> {
     if !fds.is_empty() {
         let mut pem = String::new();
         for fd in fds {
@@ -162,7 +162,7 @@ fn server_trust(fingerprints: &[String], fds: Vec<OwnedFd>) -> Result<ServerTrus
     let pins = fingerprints.iter().map(|text| text.parse::<Fingerprint>());
     let pins = pins.collect::<Result<_, _>>();
     pins.map(ServerTrust::Pins)
-        .map_err(|error| Failure::new(Code::Usage, chain(&error)))
+        .map_err(|error| Problem::new(Code::Usage, chain(&error)))
 }
 
 fn server_view(shown: Presented) -> ServerView {
@@ -188,7 +188,7 @@ fn certificate_view(facts: &CertificateFacts) -> CertificateView {
     }
 }
 
-fn trust_failure(name: &str, error: &TrustError) -> Failure {
+fn trust_failure(name: &str, error: &TrustError) -> Problem {
     let (code, next) = match error {
         TrustError::Refused { .. } => (
             Code::NotTrusted,
@@ -212,8 +212,8 @@ fn trust_failure(name: &str, error: &TrustError) -> Failure {
             ),
         ),
         TrustError::Store(_) => {
-            return Failure::from_error(Code::Failed, format!("provider '{name}'"), error);
+            return Problem::from_error(Code::Failed, format!("provider '{name}'"), error);
         }
     };
-    Failure::from_error(code, format!("provider '{name}'"), error).next(next)
+    Problem::from_error(code, format!("provider '{name}'"), error).next(next)
 }

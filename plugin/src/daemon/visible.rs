@@ -12,10 +12,10 @@ use swtpm_state::{State, StateKey, libvirt_state_dir};
 use super::Daemon;
 use super::vms::unreachable;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
-use crate::failure::{Code, Failure, chain};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, Precedence, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
 use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
@@ -98,7 +98,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When libvirt does not answer.
-    pub(super) fn visible_copies(&self) -> Result<Visible, Failure> {
+    pub(super) fn visible_copies(&self) -> Result<Visible, Problem> {
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         let (mut visible, mut known) = (Visible::default(), BTreeMap::<_, Vec<EnvelopeId>>::new());
         let rule = self.path_rule();
@@ -195,7 +195,7 @@ impl Daemon {
     }
 
     /// The keystore's copy is written over one that can't be read or is of another object, once that has opened the image.
-    fn note_bad_images(&self, images: &[PathBuf]) -> Result<(), Failure> {
+    fn note_bad_images(&self, images: &[PathBuf]) -> Result<(), Problem> {
         if images.is_empty() {
             return Ok(());
         }
@@ -210,7 +210,7 @@ impl Daemon {
     }
 
     /// The same for the images of one VM, by what its XML names now.
-    pub(super) fn note_bad_images_of(&self, xml: &str) -> Result<(), Failure> {
+    pub(super) fn note_bad_images_of(&self, xml: &str) -> Result<(), Problem> {
         let Ok(domain) = Domain::parse(xml) else {
             return Ok(());
         };
@@ -238,7 +238,7 @@ impl Daemon {
         copy: &VisibleCopy,
         kept: &EnvelopeRecord,
         proof: Proof,
-    ) -> Result<bool, Failure> {
+    ) -> Result<bool, Problem> {
         let Some(place) = copy.place.kept() else {
             return Ok(false);
         };
@@ -254,7 +254,7 @@ impl Daemon {
     /// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
     /// know, or in an earlier generation, that verify and open. A job that did not know them would leave them behind. What
     /// can't be believed is passed over; what can't be read is named.
-    pub(super) fn adopt_foreign_envelopes(&self) -> Result<Travelling, Failure> {
+    pub(super) fn adopt_foreign_envelopes(&self) -> Result<Travelling, Problem> {
         let visible = self.visible_copies()?;
         self.note_bad_images(&visible.bad_images)?;
         let rivals = self.rivals(&visible.copies);
@@ -265,7 +265,7 @@ impl Daemon {
         })
     }
 
-    fn take_in_all(&self, copies: impl IntoIterator<Item = VisibleCopy>) -> Result<(), Failure> {
+    fn take_in_all(&self, copies: impl IntoIterator<Item = VisibleCopy>) -> Result<(), Problem> {
         let mut candidates = Vec::new();
         for copy in copies {
             let record = self.keystore.readable_envelope(copy.envelope.id)?;
@@ -354,8 +354,8 @@ impl Daemon {
         record: Option<&EnvelopeRecord>,
         location: &str,
         dek: &Dek,
-    ) -> Result<(), Failure> {
-        let refused = |error| Failure::new(Code::Failed, chain(&error));
+    ) -> Result<(), Problem> {
+        let refused = |error| Problem::new(Code::Failed, chain(&error));
         let believed = believe(&self.recipients, record, Some(&copy.envelope), dek).map_err(refused)?;
         if let Some(doubt) = &believed.doubt {
             tracing::warn!("{}", doubt.words(&copy.envelope, &copy.place.to_string()));
@@ -376,10 +376,10 @@ impl Daemon {
         envelope: &Envelope,
         location: &str,
         dek: &Dek,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Problem> {
         let passphrase = dek
             .passphrase()
-            .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
+            .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
         if envelope.kind != ObjectKind::Vtpm {
             let known = self.locations_of(envelope.vm)?;
             let place = self.path_rule().permit_known(Path::new(location), known.iter())?;
@@ -387,11 +387,11 @@ impl Daemon {
         }
         let dir = libvirt_state_dir(&self.config().swtpm_dir, &envelope.vm);
         let of_state = |error: &dyn std::error::Error| {
-            Failure::from_error(Code::Failed, format!("its state in {}", dir.display()), error)
+            Problem::from_error(Code::Failed, format!("its state in {}", dir.display()), error)
         };
         match State::read(&dir).map_err(|error| of_state(&error))? {
             State::Absent => Ok(()),
-            State::Plain(_) => Err(Failure::new(
+            State::Plain(_) => Err(Problem::new(
                 Code::Failed,
                 format!("its state in {} is not encrypted", dir.display()),
             )),
@@ -437,7 +437,7 @@ impl Visible {
             .filter_map(|(_, path)| permit(&path).err());
         let unseen = named.filter(|error| !error.is_missing());
         self.unreadable
-            .extend(unseen.map(|error| Failure::from(error).of(&kept.name).to_string()));
+            .extend(unseen.map(|error| Problem::from(error).of(&kept.name).to_string()));
     }
 
     fn add_those_in(&mut self, kept: &KeptXml) -> Result<(), DomainError> {

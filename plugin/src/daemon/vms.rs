@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Daemon;
-use crate::failure::{Code, Failure, chain};
 use crate::host::libvirt::{DefinedDomain, LibvirtError};
 use crate::model::envelope::VmId;
+use crate::model::problem::{Code, Problem, chain};
 use crate::store::VmRecord;
 
 /// How many names a message has.
@@ -31,7 +31,7 @@ impl VmNames {
 
 impl Daemon {
     /// The VM with this name or UUID.
-    pub(super) fn find_vm(&self, vm: &str) -> Result<KnownVm, Failure> {
+    pub(super) fn find_vm(&self, vm: &str) -> Result<KnownVm, Problem> {
         let absent = match self.find_domain(vm) {
             Ok(defined) => return Ok(KnownVm::Defined(defined)),
             Err(absent) if absent.code == Code::NotFound => absent,
@@ -43,34 +43,34 @@ impl Daemon {
     }
 
     /// The domain with this name or UUID.
-    pub(super) fn find_domain(&self, vm: &str) -> Result<DefinedDomain, Failure> {
+    pub(super) fn find_domain(&self, vm: &str) -> Result<DefinedDomain, Problem> {
         let found = self.background.domain(vm).map_err(|error| unreachable(&error))?;
         found.ok_or_else(|| {
-            Failure::new(Code::NotFound, format!("there is no VM '{vm}'")).next("virsh list --all")
+            Problem::new(Code::NotFound, format!("there is no VM '{vm}'")).next("virsh list --all")
         })
     }
 
     /// A UUID needs no libvirt: the VM may be defined later.
-    pub(super) fn vm_id(&self, vm: &str) -> Result<VmId, Failure> {
+    pub(super) fn vm_id(&self, vm: &str) -> Result<VmId, Problem> {
         if let Ok(id) = vm.parse() {
             return Ok(id);
         }
         let found = self.background.domain(vm).map_err(|error| {
-            Failure::new(Code::Unreachable, chain(&error)).next("virtseal status, or give its UUID")
+            Problem::new(Code::Unreachable, chain(&error)).next("virtseal status, or give its UUID")
         })?;
         found.map(|domain| domain.vm).ok_or_else(|| {
-            Failure::new(Code::NotFound, format!("there is no VM '{vm}'"))
+            Problem::new(Code::NotFound, format!("there is no VM '{vm}'"))
                 .next("define it first, or give the UUID that it will have")
         })
     }
 
-    pub(super) fn vm_names(&self) -> Result<VmNames, Failure> {
+    pub(super) fn vm_names(&self) -> Result<VmNames, Problem> {
         let vms = self.keystore.vms()?.sound.into_iter();
         Ok(VmNames(vms.map(|known| (known.vm, known.name)).collect()))
     }
 
     /// `12 objects of 4 VMs (a, b, c, d)`, given the VM of each object.
-    pub(super) fn objects_of_vms(&self, objects: &[VmId]) -> Result<String, Failure> {
+    pub(super) fn objects_of_vms(&self, objects: &[VmId]) -> Result<String, Problem> {
         let names = self.vm_names()?;
         let vms: BTreeSet<String> = objects.iter().map(|vm| names.of(*vm)).collect();
         Ok(format!(
@@ -92,6 +92,6 @@ pub(super) fn some_of(names: &BTreeSet<String>) -> String {
 }
 
 /// For a command that can't do without libvirt.
-pub(super) fn unreachable(error: &LibvirtError) -> Failure {
-    Failure::new(Code::Unreachable, chain(error)).next("virtseal status")
+pub(super) fn unreachable(error: &LibvirtError) -> Problem {
+    Problem::new(Code::Unreachable, chain(error)).next("virtseal status")
 }

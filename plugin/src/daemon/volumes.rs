@@ -8,11 +8,12 @@ use std::sync::Mutex;
 use super::{Daemon, lock};
 use crate::api::{VolumeProgress, VolumeRequest};
 use crate::domain::{DeclaredFormat, Disk, Domain};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::ObjectKind;
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration};
 use crate::store::EnvelopeState;
+use crate::terminal::word;
 use crate::vm::seal::NewObject;
 
 impl Daemon {
@@ -21,7 +22,7 @@ impl Daemon {
         &self,
         request: &VolumeRequest,
         report: impl Fn(VolumeProgress) -> bool,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Problem> {
         let made = self.make_volume(request, &report);
         let envelope = made
             .as_ref()
@@ -52,7 +53,7 @@ impl Daemon {
         &self,
         request: &VolumeRequest,
         report: &impl Fn(VolumeProgress) -> bool,
-    ) -> Result<VolumeProgress, Failure> {
+    ) -> Result<VolumeProgress, Problem> {
         let vm = self.vm_id(&request.vm)?;
         let mut create = create_request(request)?;
         if let (Some(from), None) = (&request.from, create.source_format) {
@@ -105,7 +106,7 @@ impl Daemon {
     }
 
     /// The format that a VM declares for this image. A guest may have written another one's header into a raw disk.
-    fn declared_format(&self, image: &Path) -> Result<Option<DeclaredFormat>, Failure> {
+    fn declared_format(&self, image: &Path) -> Result<Option<DeclaredFormat>, Problem> {
         // Without libvirt nobody has declared anything.
         let domains = self.background.domains().unwrap_or_default();
         let is_it = |disk: &&Disk| disk.source.path().is_some_and(|path| is_same_file(path, image));
@@ -120,7 +121,7 @@ impl Daemon {
         let place = PermittedPath::named_by_root(image)
             .map_err(|source| disk::VolumeError::unreachable(image, source))?;
         disk::inspect_declared(&place, Declaration::Stated(format)).map_err(|error| match error {
-            contradiction @ disk::VolumeError::Contradiction { .. } => Failure::new(
+            contradiction @ disk::VolumeError::Contradiction { .. } => Problem::new(
                 Code::Failed,
                 format!("{contradiction}: VM {vm} has it as {format}"),
             )
@@ -134,9 +135,9 @@ impl Daemon {
     }
 
     /// Two that make one image would share its envelope, and the one that fails would withdraw it.
-    fn claim(&self, path: &str) -> Result<Claim<'_>, Failure> {
+    fn claim(&self, path: &str) -> Result<Claim<'_>, Problem> {
         if !lock(&self.making).insert(path.to_owned()) {
-            return Err(Failure::new(Code::Busy, format!("{path} is being made"))
+            return Err(Problem::new(Code::Busy, format!("{path} is being made"))
                 .next(format!("virtseal volume info {}, when that is done", word(path))));
         }
         Ok(Claim {
@@ -162,7 +163,7 @@ impl Daemon {
         create: &CreateRequest,
         object: &NewObject,
         report: &impl Fn(VolumeProgress) -> bool,
-    ) -> Result<VolumeProgress, Failure> {
+    ) -> Result<VolumeProgress, Problem> {
         let passphrase = object.passphrase()?;
         let created = match &request.from {
             None => disk::create(create, &object.envelope, &passphrase),
@@ -209,9 +210,9 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
     a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
-fn source_format(format: &str) -> Result<DeclaredFormat, Failure> {
+fn source_format(format: &str) -> Result<DeclaredFormat, Problem> {
     format.parse().map_err(|()| {
-        Failure::new(
+        Problem::new(
             Code::Usage,
             format!("'{format}' is not a format that can be read"),
         )
@@ -219,11 +220,11 @@ fn source_format(format: &str) -> Result<DeclaredFormat, Failure> {
     })
 }
 
-fn create_request(request: &VolumeRequest) -> Result<CreateRequest, Failure> {
+fn create_request(request: &VolumeRequest) -> Result<CreateRequest, Problem> {
     let cluster_size = match request.cluster_size {
         None => ClusterSize::default(),
         Some(bytes) => {
-            ClusterSize::try_from(Bytes(bytes)).map_err(|error| Failure::new(Code::Usage, chain(&error)))?
+            ClusterSize::try_from(Bytes(bytes)).map_err(|error| Problem::new(Code::Usage, chain(&error)))?
         }
     };
     Ok(CreateRequest {
@@ -239,12 +240,12 @@ fn create_request(request: &VolumeRequest) -> Result<CreateRequest, Failure> {
     })
 }
 
-fn backing(path: &str, format: Option<&str>) -> Result<Backing, Failure> {
+fn backing(path: &str, format: Option<&str>) -> Result<Backing, Problem> {
     let format = match format {
         Some("qcow2") => BackingFormat::Qcow2,
         Some("raw") => BackingFormat::Raw,
         _ => {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Usage,
                 format!("the format of the backing image {path} must be said"),
             )

@@ -20,8 +20,8 @@ use roxmltree::Node;
 
 use super::read::{child, text};
 use super::{DomainError, Position, parse_document};
-use crate::failure::chain;
 use crate::model::envelope::{Envelope, EnvelopeId};
+use crate::model::problem::chain;
 
 /// The contents of `<virtseal:vm>`. Its mere presence makes a VM a sealed one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -30,8 +30,9 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use thiserror::Error;
 
 use crate::config::Config;
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::StoragePool;
+use crate::model::problem::{Code, Problem, chain};
+use crate::terminal::word;
 use pool::QemuIds;
 
 /// Linux follows as many.
@@ -370,7 +371,7 @@ impl PathError {
     }
 }
 
-impl From<PathError> for Failure {
+impl From<PathError> for Problem {
     fn from(error: PathError) -> Self {
         let said = chain(&error);
         match error {

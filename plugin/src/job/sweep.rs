@@ -15,8 +15,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::failure::{Code, Failure};
 use crate::model::envelope::{Envelope, ProviderId, VmId};
+use crate::model::problem::{Code, Problem};
 use crate::recipients::{Recipients, Rewrap, RewrapTarget, Rewrapped};
 use crate::store::{EnvelopeRecord, JobRecord, JobState, Keystore, LeftBehind, Rows, Verdict};
 
@@ -85,9 +85,9 @@ impl Task {
     ///
     /// # Errors
     /// When a later virtseal wrote it.
-    pub fn from_json(json: &str) -> Result<Self, Failure> {
+    pub fn from_json(json: &str) -> Result<Self, Problem> {
         serde_json::from_str(json).map_err(|error| {
-            Failure::from_error(Code::Failed, "the job was started by another version", &error)
+            Problem::from_error(Code::Failed, "the job was started by another version", &error)
                 .next("upgrade virtseal, or virtseal jobs abort")
         })
     }
@@ -217,7 +217,7 @@ pub enum Step {
 ///
 /// # Errors
 /// When the keystore fails, or the job is one of a later version; the job stays where it is.
-pub fn step(keystore: &Keystore, recipients: &Recipients, batch_size: u32) -> Result<Option<Step>, Failure> {
+pub fn step(keystore: &Keystore, recipients: &Recipients, batch_size: u32) -> Result<Option<Step>, Problem> {
     let Some(job) = keystore.running_job()? else {
         return Ok(None);
     };
@@ -245,13 +245,13 @@ pub fn step(keystore: &Keystore, recipients: &Recipients, batch_size: u32) -> Re
     }
 }
 
-fn waits(keystore: &Keystore, job: &JobRecord, waiting: &str) -> Result<Step, Failure> {
+fn waits(keystore: &Keystore, job: &JobRecord, waiting: &str) -> Result<Step, Problem> {
     keystore.job_waits(job.id, waiting)?;
     let job = keystore.job(job.id)?.unwrap_or_else(|| job.clone());
     Ok(Step::Waits(job))
 }
 
-fn what_is_left(keystore: &Keystore, job: &JobRecord) -> Result<String, Failure> {
+fn what_is_left(keystore: &Keystore, job: &JobRecord) -> Result<String, Problem> {
     let left = keystore.left_behind(job.id, 100)?;
     let reason = left
         .iter()
@@ -264,7 +264,7 @@ fn what_is_left(keystore: &Keystore, job: &JobRecord) -> Result<String, Failure>
     ))
 }
 
-fn work(recipients: &Recipients, task: &Task, batch: Rows<EnvelopeRecord>) -> Result<Vec<Verdict>, Failure> {
+fn work(recipients: &Recipients, task: &Task, batch: Rows<EnvelopeRecord>) -> Result<Vec<Verdict>, Problem> {
     let mut verdicts: Vec<_> = batch.damaged.into_iter().map(Verdict::Damaged).collect();
     let mut wanted = Vec::with_capacity(batch.sound.len());
     for record in batch.sound {

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use nix::time::{ClockId, clock_gettime};
 
 use super::{ErrorClass, ProviderError};
-use crate::failure::chain;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::model::envelope::{KekId, ProviderId};
+use crate::model::problem::chain;
 use crate::secret::SecretBytes;
 use crate::store::{KekPersistence, Keystore, KeystoreError, UnixTime};
 use persisted::Persisted;

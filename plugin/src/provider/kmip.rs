@@ -54,8 +54,8 @@ use super::kek_name::KekBook;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
-use crate::failure::chain;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::problem::chain;
 use crate::provider::native::SealingError;
 use crate::secret::SecretBytes;
 use crate::store::{Keystore, KeystoreError, ProviderRecord};

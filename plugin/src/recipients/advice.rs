@@ -5,8 +5,8 @@ use std::fmt;
 use thiserror::Error;
 
 use super::OpenError;
-use crate::failure::{Code, Failure, chain};
 use crate::model::envelope::{EnvelopeError, ProviderId, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::native::NativeProvider;
 use crate::provider::{PinRefusal, ProviderError};
 
@@ -15,7 +15,7 @@ use crate::provider::{PinRefusal, ProviderError};
 #[error("there is no key provider {0:?} on this host")]
 pub struct UnknownProvider(pub String);
 
-impl From<UnknownProvider> for Failure {
+impl From<UnknownProvider> for Problem {
     fn from(error: UnknownProvider) -> Self {
         Self::new(Code::NotFound, error.to_string()).next("virtseal provider list")
     }
@@ -70,7 +70,7 @@ impl SealError {
     }
 }
 
-impl From<SealError> for Failure {
+impl From<SealError> for Problem {
     fn from(error: SealError) -> Self {
         let (code, next) = error.advice();
         let failure = match &error {

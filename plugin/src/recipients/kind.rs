@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::failure::chain;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::problem::chain;
 use crate::provider::cache::KekCache;
 use crate::provider::kmip::KmipProvider;
 use crate::provider::native::{NativeError, NativeProvider};

@@ -3,8 +3,8 @@
 use std::sync::{Arc, PoisonError};
 
 use super::{Provider, Recipients};
-use crate::failure::chain;
 use crate::model::envelope::ProviderId;
+use crate::model::problem::chain;
 use crate::provider::ProviderName;
 use crate::provider::kmip::{KmipProvider, KmipProviderError, KmipSettings};
 use crate::provider::native::{NativeError, NativeProvider};

@@ -12,9 +12,9 @@ use std::time::{Duration, SystemTime};
 use super::advice::Absent;
 use super::deadline::within;
 use super::{NextCommand, Provider};
-use crate::failure::{Code, Failure, chain};
 use crate::host::local_time::time_of_day;
 use crate::model::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::{ErrorClass, KeyProvider, ProviderError, ProviderName};
 use crate::secret::Dek;
 use crate::store::DeletedProvider;
@@ -131,13 +131,13 @@ impl fmt::Display for OpenError {
 // There may be several causes, so Display has them all and `source` none.
 impl std::error::Error for OpenError {}
 
-impl From<OpenError> for Failure {
+impl From<OpenError> for Problem {
     fn from(error: OpenError) -> Self {
         Self::from(&error)
     }
 }
 
-impl From<&OpenError> for Failure {
+impl From<&OpenError> for Problem {
     fn from(error: &OpenError) -> Self {
         let failure = Self::new(error.code(), error.to_string());
         match error.next() {

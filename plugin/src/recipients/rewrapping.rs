@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use super::deadline::each_within;
 use super::{NextCommand, OpenError, Provider, Recipients, made_keks, opening};
-use crate::failure::{Code, Failure, chain};
 use crate::model::envelope::{Envelope, KekId, Payload, ProviderId, Stanza, Verified};
+use crate::model::problem::{Code, Problem, chain};
 use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
 use crate::secret::Dek;
 use crate::store::{EnvelopeRecord, Keystore};
@@ -68,7 +68,7 @@ impl fmt::Display for Blocked {
     }
 }
 
-impl From<Blocked> for Failure {
+impl From<Blocked> for Problem {
     fn from(blocked: Blocked) -> Self {
         let (code, next) = blocked.source.advice(&blocked.name);
         let failure = Self::new(code, blocked.to_string());
@@ -110,10 +110,10 @@ type Outcome<'a> = Result<Open<'a>, Rewrapped>;
 impl Recipients {
     /// Why `provider` can't wrap now, without asking it.
     #[must_use]
-    pub fn cannot_wrap(&self, provider: ProviderId) -> Option<Failure> {
+    pub fn cannot_wrap(&self, provider: ProviderId) -> Option<Problem> {
         let Some(known) = self.by_id(provider) else {
             return Some(
-                Failure::new(Code::NotFound, format!("provider {provider} is not on this host"))
+                Problem::new(Code::NotFound, format!("provider {provider} is not on this host"))
                     .next("virtseal provider list"),
             );
         };
@@ -124,7 +124,7 @@ impl Recipients {
 
     /// Why `provider` can't destroy KEKs now, without asking it; one that is not on this host has none to destroy.
     #[must_use]
-    pub fn cannot_destroy(&self, provider: ProviderId) -> Option<Failure> {
+    pub fn cannot_destroy(&self, provider: ProviderId) -> Option<Problem> {
         let known = self.by_id(provider)?;
         match known.provider().status() {
             _ if !known.keeps_keks() => None,

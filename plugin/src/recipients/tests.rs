@@ -1,6 +1,6 @@
 use super::*;
-use crate::failure::{Code, Failure};
 use crate::model::envelope::{EnvelopeError, EnvelopeId, KekId, ObjectKind, Stanza, VmId};
+use crate::model::problem::{Code, Problem};
 use crate::provider::native::NativeProvider;
 use crate::provider::transit::TransitSettings;
 use crate::provider::{
@@ -130,7 +130,7 @@ fn all_or_nothing_and_every_reason_is_told() {
     assert_eq!(error.binding, bad.binding());
     assert_eq!(error.code(), Code::Locked);
     assert_eq!(error.next(), Some(NextCommand::Unlock("main".to_owned())));
-    let text = Failure::from(error).to_string();
+    let text = Problem::from(error).to_string();
     for part in [
         &bad.id.to_string(),
         "provider 'main' is locked",
@@ -302,7 +302,7 @@ fn refusals_to_seal_say_what_to_run() {
     let dir = tempfile::tempdir().unwrap();
     let recipients = Recipients::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
     let failure =
-        |provider: Option<&str>| Failure::from(recipients.seal_new(provider, &binding()).unwrap_err());
+        |provider: Option<&str>| Problem::from(recipients.seal_new(provider, &binding()).unwrap_err());
     assert_eq!(failure(None).code, Code::NotFound);
     let provider = recipients.add_native(&name("main"), &secret("p")).unwrap();
     assert_eq!(
@@ -374,7 +374,7 @@ fn restart_keeps_everything_and_locks_it() {
     );
     let error = recipients.seal_new(Some("hsm"), &binding()).unwrap_err();
     assert!(
-        Failure::from(error)
+        Problem::from(error)
             .to_string()
             .contains("does not know the kind \"hologram\"")
     );

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::{KeystoreError, schema};
-use crate::failure::chain;
+use crate::model::problem::chain;
 
 /// Changes that follow each other share one.
 const GATHER: Duration = Duration::from_secs(2);

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use rusqlite::ErrorCode;
 use thiserror::Error;
 
-use crate::failure::chain;
 use crate::model::envelope::{EnvelopeError, EnvelopeId, Generation, ProviderId, VmId};
+use crate::model::problem::chain;
 
 /// Why the keystore can't be opened, read or changed.
 #[derive(Debug, Error)]

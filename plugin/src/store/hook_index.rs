@@ -21,8 +21,8 @@ use uuid::Uuid;
 use super::error::StoreFault;
 use super::rows::{self, Named};
 use super::{Keystore, KeystoreError};
-use crate::failure::chain;
 use crate::model::envelope::Envelope;
+use crate::model::problem::chain;
 
 /// The file, and what it says.
 #[derive(Debug)]

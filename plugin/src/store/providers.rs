@@ -9,8 +9,8 @@ use super::{
     rows::{self, Named, collect},
     tpm_seals::{self, TpmRenewal},
 };
-use crate::failure::chain;
 use crate::model::envelope::ProviderId;
+use crate::model::problem::chain;
 
 /// A key provider as this host knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,8 +8,8 @@ use super::{
     forgetting, now, parse_id,
     rows::{self, Named, collect},
 };
-use crate::failure::chain;
 use crate::model::envelope::VmId;
+use crate::model::problem::chain;
 
 /// A VM that has, or had, sealed objects.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -22,13 +22,14 @@ use std::path::{Path, PathBuf};
 use crate::config::Policies;
 use crate::domain::Metadata;
 use crate::domain::edit::{self, SealEdit};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
 use crate::recipients::Recipients;
 use crate::store::Keystore;
+use crate::terminal::word;
 
 pub use declared::ConfirmedFormats;
 pub use firmware::firmware_of;
@@ -62,12 +63,12 @@ pub struct Host<'a> {
 
 impl Host<'_> {
     /// A path that the XML of `vm` names, and that the keystore may know.
-    fn permit_known(&self, vm: VmId, path: &Path) -> Result<PermittedPath, Failure> {
+    fn permit_known(&self, vm: VmId, path: &Path) -> Result<PermittedPath, Problem> {
         Ok(self.place_of(vm, path)??)
     }
 
     /// The same, for who has something else to say of a path that is not permitted.
-    fn place_of(&self, vm: VmId, path: &Path) -> Result<Result<PermittedPath, PathError>, Failure> {
+    fn place_of(&self, vm: VmId, path: &Path) -> Result<Result<PermittedPath, PathError>, Problem> {
         let records = self.keystore.envelopes_of(vm)?.sound;
         let known = records.iter().map(|record| &record.location);
         Ok(self.paths.permit_known(path, known))
@@ -97,7 +98,7 @@ pub fn seal(
     defined: &DefinedDomain,
     plan: &Plan,
     provider: Option<&str>,
-) -> Result<Made, Failure> {
+) -> Result<Made, Problem> {
     let of = |what: &str| format!("{} {what}", defined.name);
     let mut ready = Vec::new();
     let store = match &plan.nvram {
@@ -150,12 +151,12 @@ pub fn seal(
             .collect::<Vec<_>>(),
     };
     let xml = edit::seal(&defined.xml, &changes)
-        .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
+        .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
     let again = format!("virtseal vm seal {}", word(&defined.name));
     let replaced = Replaced::publish(host, ready, &again).map_err(|failure| failure.of(&defined.name))?;
     if let Some(envelope) = vtpm.filter(|_| plan.vtpm.changes_xml()) {
         // There is no state yet to open; the envelope itself was opened again when it was made.
-        let activated = host.keystore.activate(envelope.id).map_err(Failure::from);
+        let activated = host.keystore.activate(envelope.id).map_err(Problem::from);
         activated.map_err(|failure| replaced.after(failure))?;
     }
     Ok(Made { xml, replaced })
@@ -176,7 +177,7 @@ fn make_disk(
     step: &DiskStep,
     provider: Option<&str>,
     ready: &mut Vec<Ready>,
-) -> Result<Envelope, Failure> {
+) -> Result<Envelope, Problem> {
     let location = step.place.shown().display().to_string();
     match &step.work {
         DiskWork::Sealed(envelope) => Ok(envelope.clone()),
@@ -205,7 +206,7 @@ fn adopt_disk(
     defined: &DefinedDomain,
     place: &PermittedPath,
     carried: &Envelope,
-) -> Result<Envelope, Failure> {
+) -> Result<Envelope, Problem> {
     let location = place.shown().display().to_string();
     take_back::adopt(host, defined, carried, &location, |passphrase| {
         Ok(disk::verify(place, passphrase)?)
@@ -226,7 +227,7 @@ fn make_store(
     store: &NewStore,
     provider: Option<&str>,
     ready: &mut Vec<Ready>,
-) -> Result<Envelope, Failure> {
+) -> Result<Envelope, Problem> {
     let location = store.place.shown().display().to_string();
     let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Nvram, &location, provider)?;
     let passphrase = object.passphrase()?;

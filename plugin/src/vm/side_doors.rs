@@ -10,10 +10,10 @@ use crate::domain::jobs::JobTarget;
 use crate::domain::{
     Domain, Object, ObjectState, Permission, Policy, PolicyKey, Refusal, Rule, SideDoor, objects,
 };
-use crate::failure::{Code, Failure, chain};
 use crate::host::libvirt::qemu_conf::QemuConf;
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::envelope::ObjectKind;
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, VolumeError};
 use crate::terminal::{quoted, visible, word};
 
@@ -82,14 +82,14 @@ fn judge(
 ///
 /// # Errors
 /// With what to change in the XML, and the key that would allow it.
-pub fn refuse(domain: &Domain, policy: Policy) -> Result<(), Failure> {
+pub fn refuse(domain: &Domain, policy: Policy) -> Result<(), Problem> {
     refuse_with(domain, policy, MemoryFiles::of_this_host)?;
     refuse_without_tls(policy, QemuConf::read)
 }
 
 /// No hook runs where a VM leaves, and none is told whether it comes by TLS. So a VM whose policy demands that runs only on hosts
 /// whose libvirt lets none leave without.
-fn refuse_without_tls(policy: Policy, conf: impl Fn() -> io::Result<QemuConf>) -> Result<(), Failure> {
+fn refuse_without_tls(policy: Policy, conf: impl Fn() -> io::Result<QemuConf>) -> Result<(), Problem> {
     if policy.migration_tls == Permission::No {
         return Ok(());
     }
@@ -101,7 +101,7 @@ fn refuse_without_tls(policy: Policy, conf: impl Fn() -> io::Result<QemuConf>) -
             chain(&error)
         ),
     };
-    Err(Failure::new(
+    Err(Problem::new(
         Code::Failed,
         format!("its policy demands TLS of a migration, and libvirt here would let it leave without{why}"),
     )
@@ -113,7 +113,7 @@ fn refuse_without_tls(policy: Policy, conf: impl Fn() -> io::Result<QemuConf>) -
     )))
 }
 
-fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles) -> Result<(), Failure> {
+fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles) -> Result<(), Problem> {
     let judged = judge(domain, policy, memory);
     let refused = judged.iter().find_map(|(words, door, rule)| match rule {
         Rule::RefusedUnless(key) => Some((words, door, key)),
@@ -122,7 +122,7 @@ fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles
     let Some((words, door, key)) = refused else {
         return Ok(());
     };
-    Err(Failure::new(Code::Failed, words.clone()).next(format!(
+    Err(Problem::new(Code::Failed, words.clone()).next(format!(
         "virsh edit {}: {}; {}",
         quoted(&domain.name),
         door.way_out(),
@@ -140,7 +140,7 @@ fn or_allow(key: PolicyKey) -> String {
 
 /// Why a VM stays off of which something is not sealed, with what leads out of that.
 #[must_use]
-pub fn not_sealed(refusal: &Refusal) -> Failure {
+pub fn not_sealed(refusal: &Refusal) -> Problem {
     let next = match refusal {
         Refusal::NotSealed { vm } => format!("virtseal vm seal {}", word(vm)),
         Refusal::Plain { vm, kind, path, .. } => {
@@ -164,7 +164,7 @@ pub fn not_sealed(refusal: &Refusal) -> Failure {
         }
         Refusal::Unsupported { vm, .. } => format!("virsh edit {}", word(vm)),
     };
-    Failure::new(Code::Failed, refusal.to_string()).next(next)
+    Problem::new(Code::Failed, refusal.to_string()).next(next)
 }
 
 /// What is allowed and still lands in plaintext somewhere.

@@ -29,14 +29,15 @@ use std::sync::{Mutex, PoisonError};
 use swtpm_state::{State, StateKey};
 
 use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::permitted::{PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, VolumeError};
 use crate::recipients::{OpenError, Recipients};
 use crate::secret::{Dek, Passphrase};
 use crate::store::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, VmRecord};
 use crate::terminal::quoted;
+use crate::terminal::word;
 use crate::vm::side_doors;
 
 use adoption::{Believed, Doubt, believe, believe_without_row, not_believed};
@@ -93,8 +94,8 @@ pub struct Prepared {
 ///
 /// # Errors
 /// The one line that the user sees: the VM, the object, the reason, the next command.
-pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, Failure> {
-    let stays_off = |failure: Failure| failure.of(format!("{} stays off", domain.name));
+pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, Problem> {
+    let stays_off = |failure: Problem| failure.of(format!("{} stays off", domain.name));
     let objects = sealed_objects_under(domain, context.policy)
         .map_err(|refusal| stays_off(side_doors::not_sealed(&refusal)))?;
     side_doors::refuse(domain, context.policy).map_err(stays_off)?;
@@ -109,14 +110,14 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
     let mut found = Vec::with_capacity(objects.len());
     let mut first_run = None;
     for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
-        let of_object = |failure: Failure| stays_off(failure.of(&object.label));
+        let of_object = |failure: Problem| stays_off(failure.of(&object.label));
         let mut believed = versions
             .believe(context.recipients, &dek)
             .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
         check_place(domain, &object, &[&believed.envelope]).map_err(of_object)?;
         let passphrase = dek
             .passphrase()
-            .map_err(|error| of_object(Failure::from_error(Code::Failed, "no memory for its key", &error)))?;
+            .map_err(|error| of_object(Problem::from_error(Code::Failed, "no memory for its key", &error)))?;
         match open_object(context, domain, &object, &believed.envelope, &passphrase).map_err(of_object)? {
             Found::Image => {}
             Found::State => believed.note_seen(&dek),
@@ -136,14 +137,14 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
 }
 
 /// Names the object whose envelope does not open, by its label: its ids are of no use to who reads the line.
-fn closed(objects: &[ObjectRef], error: &OpenError) -> Failure {
+fn closed(objects: &[ObjectRef], error: &OpenError) -> Problem {
     let object = objects
         .iter()
         .find(|object| object.secret == error.binding.envelope);
     let label = object.map_or("an object", |object| object.label.as_str());
-    Failure {
+    Problem {
         message: error.reasons(),
-        ..Failure::from(error)
+        ..Problem::from(error)
     }
     .of(label)
 }
@@ -200,7 +201,7 @@ fn find_versions(
     context: &StartContext<'_>,
     domain: &Domain,
     object: &ObjectRef,
-) -> Result<Versions, Failure> {
+) -> Result<Versions, Problem> {
     let location = object
         .path
         .as_ref()
@@ -254,32 +255,32 @@ fn open_versions(context: &StartContext<'_>, versions: &[Versions]) -> Result<Ve
 }
 
 /// The XML has no copy that can be read; the image, or a backup, may have one.
-fn lost(domain: &Domain, object: &ObjectRef, damaged: &str) -> Failure {
+fn lost(domain: &Domain, object: &ObjectRef, damaged: &str) -> Problem {
     let id = object.secret;
-    Failure::new(Code::Failed, format!("{damaged}; the domain XML has no copy of envelope {id} either")).next(format!(
+    Problem::new(Code::Failed, format!("{damaged}; the domain XML has no copy of envelope {id} either")).next(format!(
         "virtseal vm adopt {}, which looks at the image too; else virsh define FILE with a dumpxml of the VM that has its \
          <virtseal:vm> metadata, or virtseal state restore -i FILE",
         word(&domain.name)
     ))
 }
 
-fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Failure {
+fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Problem {
     let id = object.secret;
     let reason = match unreadable {
         Some(reason) => format!("its envelope {id} is not in the keystore; in the domain XML, {reason}"),
         None => format!("its envelope {id} is neither in the keystore nor in the domain XML"),
     };
-    Failure::new(Code::NotFound, reason)
+    Problem::new(Code::NotFound, reason)
         .next("virsh define FILE, where FILE is a dumpxml with its <virtseal:vm> metadata")
 }
 
 /// An envelope serves the object that it was made for, in its own VM and in those that root has shared the object with. One of
 /// `versions`, of which there is one at least, must say so.
-fn check_place(domain: &Domain, object: &ObjectRef, versions: &[&Envelope]) -> Result<(), Failure> {
+fn check_place(domain: &Domain, object: &ObjectRef, versions: &[&Envelope]) -> Result<(), Problem> {
     let envelope = versions[0];
     if envelope.kind != object.kind {
         let found = envelope.kind;
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Failed,
             format!(
                 "envelope {} is that of a {found}: envelopes were swapped",
@@ -292,7 +293,7 @@ fn check_place(domain: &Domain, object: &ObjectRef, versions: &[&Envelope]) -> R
         )));
     }
     if !versions.iter().any(|envelope| envelope.serves(domain.uuid)) {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Failed,
             format!(
                 "envelope {} belongs to VM {}, which does not share it: the XML was copied or swapped",
@@ -324,7 +325,7 @@ fn open_object(
     object: &ObjectRef,
     envelope: &Envelope,
     passphrase: &Passphrase,
-) -> Result<Found, Failure> {
+) -> Result<Found, Problem> {
     match (object.kind, &object.path) {
         (ObjectKind::Vtpm, _) => open_vtpm(context, domain, envelope, passphrase),
         (_, Some(path)) => {
@@ -343,7 +344,7 @@ fn permit(
     domain: &Domain,
     envelope: &Envelope,
     path: &Path,
-) -> Result<PermittedPath, Failure> {
+) -> Result<PermittedPath, Problem> {
     let own = context.keystore.envelopes_of(domain.uuid)?.sound;
     // Another VM's, if it is shared.
     let named = context.keystore.readable_envelope(envelope.id)?;
@@ -363,11 +364,11 @@ fn open_vtpm(
     domain: &Domain,
     envelope: &Envelope,
     passphrase: &Passphrase,
-) -> Result<Found, Failure> {
+) -> Result<Found, Problem> {
     let dir = domain.vtpm_dir(&context.swtpm_dir)?;
     let shown = dir.display();
     let state = State::read(&dir)
-        .map_err(|error| Failure::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
+        .map_err(|error| Problem::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
     match state {
         State::Absent if context.state_source == StateSource::Stream => {
             tracing::info!(
@@ -376,22 +377,22 @@ fn open_vtpm(
             );
             Ok(Found::NoState)
         }
-        State::Absent if has_run(context, domain.uuid, envelope)? => Err(Failure::new(
+        State::Absent if has_run(context, domain.uuid, envelope)? => Err(Problem::new(
             Code::WouldLoseKey,
             format!("its state is gone from {shown}, and swtpm would silently make a new TPM"),
         )
         .next(format!("restore {shown} from a backup"))),
         State::Absent => Ok(Found::NoState),
         State::Plain(_) => Err(
-            Failure::new(Code::Failed, format!("its state in {shown} is not encrypted"))
+            Problem::new(Code::Failed, format!("its state in {shown} is not encrypted"))
                 .next(format!("virtseal vm status {}", word(&domain.name))),
         ),
         State::Encrypted(state) => {
             StateKey::derive(passphrase.expose())
-                .map_err(|error| Failure::from_error(Code::Failed, "its key", &error))
+                .map_err(|error| Problem::from_error(Code::Failed, "its key", &error))
                 .and_then(|key| {
                     state.authenticate(&key).map_err(|error| {
-                        Failure::from_error(Code::Failed, format!("its state in {shown}"), &error)
+                        Problem::from_error(Code::Failed, format!("its state in {shown}"), &error)
                             .next(format!("restore {shown} from a backup"))
                     })
                 })?;
@@ -401,14 +402,14 @@ fn open_vtpm(
 }
 
 /// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
-fn has_run(context: &StartContext<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Failure> {
+fn has_run(context: &StartContext<'_>, vm: VmId, envelope: &Envelope) -> Result<bool, Problem> {
     Ok(envelope.seen || context.run == KnownRun::Yes || context.keystore.vtpm_was_seen(vm)?)
 }
 
 /// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it. What it knows
 /// already opens the object, now and at the next start, so a full disk stops nothing of that; what it does not know is in no index
 /// that keeps others off.
-fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Failure> {
+fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Problem> {
     let vm = domain.uuid;
     let unwritten = |error: &KeystoreError| {
         tracing::error!(
@@ -483,7 +484,7 @@ impl OpenedHeaders {
         place: &PermittedPath,
         envelope: &Envelope,
         passphrase: &Passphrase,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), Problem> {
         let digest = disk::header_digest(place).map_err(of_sealed_image)?;
         let opened = (envelope.generation, digest);
         if self.lock().get(&envelope.id) == Some(&opened) {
@@ -500,17 +501,17 @@ impl OpenedHeaders {
 }
 
 /// Elsewhere a missing image is one to be created; here it had data.
-fn of_sealed_image(error: VolumeError) -> Failure {
+fn of_sealed_image(error: VolumeError) -> Problem {
     match error {
         VolumeError::NotFound(path) => {
             let path = path.display();
-            Failure::new(Code::NotFound, format!("{path} does not exist")).next(format!(
+            Problem::new(Code::NotFound, format!("{path} does not exist")).next(format!(
                 "put {path} back where it was, or restore it from a backup"
             ))
         }
         VolumeError::NoKeyslotOpens(path) => {
             let shown = path.display();
-            Failure::new(
+            Problem::new(
                 Code::Failed,
                 format!("no keyslot of {shown} opens with its key: it was encrypted under another one"),
             )

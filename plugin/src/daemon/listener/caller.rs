@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Gid, Uid};
 
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,10 +32,10 @@ impl Caller {
         }
     }
 
-    pub(super) fn may(self, needed: Self) -> Result<(), Failure> {
+    pub(super) fn may(self, needed: Self) -> Result<(), Problem> {
         match (self, needed) {
             (Self::Admin, _) | (Self::Reader, Self::Reader) => Ok(()),
-            _ => Err(Failure::new(Code::Denied, "only root may do this").next("run it as root, with sudo")),
+            _ => Err(Problem::new(Code::Denied, "only root may do this").next("run it as root, with sudo")),
         }
     }
 }

@@ -12,7 +12,7 @@ use zlink::{Call, Connection, Reply};
 use super::Service;
 use super::channel::{Channel, Fault};
 use crate::api::HostError;
-use crate::failure::{Code, Failure, chain};
+use crate::model::problem::{Code, Problem, chain};
 
 type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCall<'de>;
 
@@ -47,7 +47,7 @@ pub(super) async fn converse(channel: &mut Channel, service: &mut Service) -> Re
 }
 
 /// Says why to the first call, and nothing else.
-pub(super) async fn refuse(channel: &mut Channel, failure: Failure) -> Result<(), Fault> {
+pub(super) async fn refuse(channel: &mut Channel, failure: Problem) -> Result<(), Fault> {
     channel.message().await?;
     channel.send(&self::failure(failure)?).await
 }
@@ -58,10 +58,10 @@ pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
         Fault::Io(_) | Fault::Unread | Fault::Idle(_) => return,
         // What comes with them, root alone may ask for.
         Fault::Descriptors => {
-            Failure::new(Code::Denied, "only root may do this").next("run it as root, with sudo")
+            Problem::new(Code::Denied, "only root may do this").next("run it as root, with sudo")
         }
         Fault::TooLong(_) | Fault::TooManyDescriptors | Fault::NotACall(_) => {
-            Failure::new(Code::Usage, format!("virtseald hangs up: {}", chain(fault)))
+            Problem::new(Code::Usage, format!("virtseald hangs up: {}", chain(fault)))
                 .next("use the virtseal of the same version as virtseald")
         }
     };
@@ -72,7 +72,7 @@ pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
 }
 
 /// The message that says so.
-pub(super) fn failure(failure: Failure) -> Result<Vec<u8>, Fault> {
+pub(super) fn failure(failure: Problem) -> Result<Vec<u8>, Fault> {
     encoded(&HostError::from(failure))
 }
 
@@ -91,7 +91,7 @@ fn bounded(reply: Vec<u8>, max: usize) -> Result<Vec<u8>, Fault> {
         "the answer has {} bytes, and others than root get {max}",
         reply.len()
     );
-    failure(Failure::new(Code::Denied, why).next("run it as root, with sudo"))
+    failure(Problem::new(Code::Denied, why).next("run it as root, with sudo"))
 }
 
 /// What a service is told that it is connected to; ours does not look.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::unistd::Uid;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::failure::{Code, Failure};
+use crate::model::problem::{Code, Problem};
 
 /// Counts the connections and the calls of each user.
 #[derive(Debug, Default)]
@@ -37,7 +37,7 @@ impl Gate {
 
     /// Lets a connection of this user in. If there are too many, its first call is told so, or nothing is: there may be no
     /// pass for that either.
-    pub(super) fn enter(self: &Arc<Self>, uid: Uid) -> (Option<Pass>, Option<Failure>) {
+    pub(super) fn enter(self: &Arc<Self>, uid: Uid) -> (Option<Pass>, Option<Problem>) {
         let mut users = self.users();
         let of_all: usize = users.values().map(|user| user.connections).sum();
         let user = users.entry(uid).or_insert_with(|| User {
@@ -73,8 +73,8 @@ impl Gate {
     }
 }
 
-fn too_many_of_user(uid: Uid) -> Failure {
-    Failure::new(
+fn too_many_of_user(uid: Uid) -> Problem {
+    Problem::new(
         Code::Busy,
         format!(
             "user {uid} has {} connections to virtseald already, and may have no more",
@@ -84,8 +84,8 @@ fn too_many_of_user(uid: Uid) -> Failure {
     .next("end programs of this user that are connected, such as virtseal jobs watch: ss -xp shows them")
 }
 
-fn too_many_of_all() -> Failure {
-    Failure::new(
+fn too_many_of_all() -> Problem {
+    Problem::new(
         Code::Busy,
         format!(
             "the members of the group that may read have {} connections to virtseald already, and may have no more",
@@ -105,11 +105,11 @@ pub(super) struct Pass {
 
 impl Pass {
     /// Waits until this user may have one more call answered.
-    pub(super) async fn turn(&self) -> Result<OwnedSemaphorePermit, Failure> {
+    pub(super) async fn turn(&self) -> Result<OwnedSemaphorePermit, Problem> {
         let turn = Arc::clone(&self.calls).acquire_owned();
         match tokio::time::timeout(Gate::TURN, turn).await {
             Ok(Ok(turn)) => Ok(turn),
-            Ok(Err(_)) | Err(_) => Err(Failure::new(
+            Ok(Err(_)) | Err(_) => Err(Problem::new(
                 Code::Busy,
                 format!(
                     "{} calls of user {} are being answered, and others wait already",

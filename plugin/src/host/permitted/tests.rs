@@ -69,7 +69,7 @@ fn only_the_directories_are_permitted_and_the_refusal_names_the_line() {
     assert_eq!(tree.content(&rule.permit(&inside).unwrap()).unwrap(), "images/a");
     assert!(!rule.permit(&tree.at("images/new")).unwrap().exists());
     let outside = tree.file("other/b");
-    let refused = Failure::from(rule.permit(&outside).unwrap_err());
+    let refused = Problem::from(rule.permit(&outside).unwrap_err());
     assert_eq!(refused.code, Code::Denied);
     let line = format!(
         "image_dirs: [{}, {}]",
@@ -373,7 +373,7 @@ fn of_what_is_outside_nothing_is_told() {
             matches!(refused, PathError::Outside { .. }),
             "{name}: {refused:?}"
         );
-        Failure::from(refused)
+        Problem::from(refused)
             .to_string()
             .replace(&format!("/{name} "), "/NAME ")
     };

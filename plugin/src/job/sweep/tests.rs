@@ -281,14 +281,14 @@ fn new_envelopes_get_all_recipients_or_none() {
     host.assert_whole();
     host.main.lock();
     let binding = host.envelopes()[0].binding();
-    let failure = Failure::from(host.recipients.seal_new(None, &binding).unwrap_err());
+    let failure = Problem::from(host.recipients.seal_new(None, &binding).unwrap_err());
     assert_eq!(
         failure.to_string(),
         "provider 'main' is locked. Next: virtseal provider unlock main"
     );
     host.recipients
         .set_recipients(vec!["main".to_owned(), "hsm".to_owned()]);
-    let failure = Failure::from(host.recipients.seal_new(None, &binding).unwrap_err());
+    let failure = Problem::from(host.recipients.seal_new(None, &binding).unwrap_err());
     assert!(failure.message.contains("\"hsm\""), "{failure}");
     assert_eq!(host.envelopes().len(), 1);
 }

@@ -10,9 +10,9 @@ use thiserror::Error;
 use super::luks1::MAX_ITERATIONS_OPENED;
 use super::size::Bytes;
 use crate::domain::DeclaredFormat;
-use crate::failure::word;
 use crate::host::permitted::PathError;
 use crate::model::envelope::EnvelopeError;
+use crate::terminal::word;
 
 /// The part of an image that a [`Flaw`] was found in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

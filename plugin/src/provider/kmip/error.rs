@@ -60,7 +60,7 @@ impl Reason {
         match self.0 {
             // Item, Object Not Found; Object Destroyed.
             0x01 | 0x36 | 0x37 => About::UnknownKey,
-            // Cryptographic Failure, Illegal Operation, Permission Denied, Object Archived, formats of a key, Key Value Not
+            // Cryptographic Problem, Illegal Operation, Permission Denied, Object Archived, formats of a key, Key Value Not
             // Present, Sensitive, Not Extractable, Usage Limit Exceeded, Illegal Object Type, Incompatible Usage Mask, Invalid
             // Object Type, what wraps it, Not Authorised, Wrong Key Lifecycle State, Constraint Violation.
             0x0A..=0x0D

@@ -16,8 +16,8 @@ use thiserror::Error;
 
 use super::certificate::Fingerprint;
 use super::identity::{SigningRequest, StoredIdentity};
-use crate::failure::chain;
 use crate::model::envelope::ProviderId;
+use crate::model::problem::chain;
 use crate::secret::{SecretBytes, Transient};
 use crate::store::Change;
 

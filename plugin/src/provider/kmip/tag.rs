@@ -206,7 +206,7 @@ impl Reason {
             0x07 => "Invalid Field",
             0x08 => "Feature Not Supported",
             0x09 => "Operation Canceled By Requester",
-            0x0A => "Cryptographic Failure",
+            0x0A => "Cryptographic Problem",
             0x0B => "Illegal Operation",
             0x0C => "Permission Denied",
             0x0D => "Object Archived",

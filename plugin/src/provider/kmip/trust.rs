@@ -15,8 +15,8 @@ use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequ
 use super::node::Access;
 use super::store::{ServerTrust, StoreError};
 use super::tls::{self, Tls};
-use crate::failure::chain;
 use crate::model::envelope::Stanza;
+use crate::model::problem::chain;
 use crate::provider::KeyProvider;
 
 /// What a look at a server's certificate may take.

@@ -19,9 +19,9 @@ use openssl::error::ErrorStack;
 
 use super::document::RootKeys;
 use super::{NativeError, NativeProvider, WhyLocked};
-use crate::failure::chain;
 use crate::host::tpm::{PcrList, SealPolicy, SealedByTpm, SigningKey, Tpm, TpmError};
 use crate::model::envelope::ProviderId;
+use crate::model::problem::chain;
 use crate::provider::aes_gcm::{KEY, NONCE, TAG};
 use crate::secret::{SecretBytes, Transient};
 use crate::store::{Change, TpmRenewal, TpmSeal, UnixTime};

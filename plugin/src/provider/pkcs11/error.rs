@@ -10,8 +10,8 @@ use thiserror::Error;
 
 use super::mechanism::Missing;
 use super::settings::TokenChoice;
-use crate::failure::chain;
 use crate::model::envelope::{EnvelopeError, KekId};
+use crate::model::problem::chain;
 use crate::provider::{ErrorClass, PinRefusal, ProviderError};
 
 /// Why the token did not do as asked.

@@ -297,7 +297,7 @@ fn token_that_does_not_describe_itself_is_named_by_its_slot() {
             TokenChoice::Label(label.clone()),
             TokenChoice::Serial("7".to_owned()),
         ] {
-            let error = crate::failure::chain(&add(choice).err().unwrap());
+            let error = crate::model::problem::chain(&add(choice).err().unwrap());
             let choice = format!("does not describe itself (choose it by --slot {slot})");
             assert!(error.contains(&choice), "{error}");
         }

@@ -452,7 +452,7 @@ fn token_that_can_do_nothing_is_refused_by_what_it_lacks() {
             let name = "hsm".parse().unwrap();
             let pin = secret(PIN);
             let made = Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &pin, &[]);
-            let text = crate::failure::chain(&made.err().unwrap());
+            let text = crate::model::problem::chain(&made.err().unwrap());
             for part in ["AES-256", "CKM_AES_GCM", "CKM_AES_KEY_WRAP", "CKM_SHA256_HMAC"] {
                 assert!(text.contains(part), "{text}");
             }
@@ -470,7 +470,7 @@ fn adding_says_what_is_wrong_and_leaves_nothing() {
         let add = |settings: Pkcs11Settings, pin: &str| {
             let name = "hsm".parse().unwrap();
             let made = Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &secret(pin), &[]);
-            crate::failure::chain(&made.err().unwrap())
+            crate::model::problem::chain(&made.err().unwrap())
         };
         let no_token = add(softhsm_settings("nobody"), PIN);
         assert!(no_token.contains("no token labelled 'nobody'"), "{no_token}");

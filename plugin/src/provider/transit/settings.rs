@@ -360,7 +360,7 @@ mod tests {
         let with = |field: &str, value: serde_json::Value| {
             let mut settings = json!({"address": "http://127.0.0.1:8200", "auth": {"method": "token"}});
             settings[field] = value;
-            crate::failure::chain(&parse(settings).unwrap_err())
+            crate::model::problem::chain(&parse(settings).unwrap_err())
         };
         assert!(with("tokn", json!("x")).contains("unknown field `tokn`"));
         assert!(with("ca", json!("ca.pem")).contains("absolute"));

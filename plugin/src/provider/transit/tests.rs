@@ -160,7 +160,7 @@ fn sealed_and_restarted_server_is_locked_until_it_is_unsealed() {
     let error = host.refusal(&sealed);
     assert!(matches!(error, ProviderError::ServerSealed), "{error:?}");
     let (code, next) = error.advice("vault");
-    assert_eq!(code, crate::failure::Code::Locked);
+    assert_eq!(code, crate::model::problem::Code::Locked);
     assert!(next.unwrap().to_string().contains("operator unseal"));
     assert_eq!(host.provider.status(), ProviderStatus::Locked);
     assert!(host.provider.warnings()[0].contains("is sealed"));
@@ -221,7 +221,7 @@ fn expired_and_revoked_tokens_are_not_trusted_until_there_is_a_new_one() {
         let error = host.refusal(&sealed);
         assert!(matches!(error, ProviderError::CredentialRefused(_)), "{error:?}");
         let (code, next) = error.advice("vault");
-        assert_eq!(code, crate::failure::Code::NotTrusted);
+        assert_eq!(code, crate::model::problem::Code::NotTrusted);
         assert_eq!(next.unwrap().to_string(), "virtseal provider unlock vault");
         assert!(matches!(host.provider.status(), ProviderStatus::NotTrusted(_)));
     };

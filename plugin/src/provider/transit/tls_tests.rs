@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use super::bao::{Bao, Proxy, free_port, secret};
 use super::tests::Tested;
 use super::*;
-use crate::failure::Code;
 use crate::model::envelope::VmId;
+use crate::model::problem::Code;
 use crate::provider::revocation;
 
 pub(in crate::provider) struct Identity {

@@ -7,9 +7,9 @@ use std::path::Path;
 
 use super::Host;
 use crate::domain::{DeclaredFormat, Disk, Domain};
-use crate::failure::{Code, Failure};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::ObjectKind;
+use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, Declaration, VolumeError, VolumeInfo};
 use crate::terminal::{quoted, word};
 
@@ -22,11 +22,11 @@ impl ConfirmedFormats {
     ///
     /// # Errors
     /// With the one that is no such thing, or names a disk twice.
-    pub fn parse<S: AsRef<str>>(given: &[S]) -> Result<Self, Failure> {
+    pub fn parse<S: AsRef<str>>(given: &[S]) -> Result<Self, Problem> {
         let mut formats = BTreeMap::new();
         for given in given.iter().map(AsRef::as_ref) {
             let usage = |what: &str| {
-                Failure::new(Code::Usage, format!("--from-format {given:?} {what}"))
+                Problem::new(Code::Usage, format!("--from-format {given:?} {what}"))
                     .next("--from-format TARGET=raw or --from-format TARGET=qcow2, such as vda=raw")
             };
             let (target, format) = given.split_once('=').ok_or_else(|| usage("names no format"))?;
@@ -41,23 +41,23 @@ impl ConfirmedFormats {
     }
 
     /// A misspelt target confirms nothing.
-    pub(super) fn refuse_unknown(&self, domain: &Domain) -> Result<(), Failure> {
+    pub(super) fn refuse_unknown(&self, domain: &Domain) -> Result<(), Problem> {
         let Some(unknown) = self.0.keys().find(|target| domain.disk(target).is_none()) else {
             return Ok(());
         };
         let targets: Vec<_> = domain.disks.iter().map(|disk| disk.target.as_str()).collect();
-        Err(Failure::new(
+        Err(Problem::new(
             Code::Usage,
             format!("--from-format: there is no disk {unknown:?}"),
         )
         .next(format!("name one of {}", targets.join(", "))))
     }
 
-    fn declaration(&self, disk: &Disk, stated: DeclaredFormat) -> Result<Declaration, Failure> {
+    fn declaration(&self, disk: &Disk, stated: DeclaredFormat) -> Result<Declaration, Problem> {
         match self.0.get(&disk.target) {
             None => Ok(Declaration::Stated(stated)),
             Some(confirmed) if *confirmed == stated => Ok(Declaration::Confirmed(stated)),
-            Some(other) => Err(Failure::new(
+            Some(other) => Err(Problem::new(
                 Code::Usage,
                 format!("the XML declares it {stated}, and --from-format says {other}"),
             )
@@ -72,9 +72,9 @@ pub(super) fn inspect(
     domain: &Domain,
     disk: &Disk,
     place: &PermittedPath,
-) -> Result<VolumeInfo, Failure> {
+) -> Result<VolumeInfo, Problem> {
     let stated = disk.declared_format().map_err(|other| {
-        Failure::new(
+        Problem::new(
             Code::Failed,
             format!("the XML declares it {other:?}: only raw and qcow2 disks can be sealed"),
         )
@@ -100,7 +100,7 @@ pub(super) fn inspect(
     }
 }
 
-fn is_known(host: &Host<'_>, domain: &Domain, info: &VolumeInfo) -> Result<bool, Failure> {
+fn is_known(host: &Host<'_>, domain: &Domain, info: &VolumeInfo) -> Result<bool, Problem> {
     let location = info.path.display().to_string();
     let carried = info.envelope.as_ref().map(|envelope| envelope.id);
     Ok(info.format.is_encrypted()
@@ -122,7 +122,7 @@ fn contradiction(
     path: &Path,
     declared: DeclaredFormat,
     found: &'static str,
-) -> Failure {
+) -> Problem {
     let error = VolumeError::Contradiction {
         path: path.to_owned(),
         declared,
@@ -142,7 +142,7 @@ fn contradiction(
             word(&domain.name)
         ),
     };
-    Failure::new(Code::WouldLoseKey, error.to_string()).next(next)
+    Problem::new(Code::WouldLoseKey, error.to_string()).next(next)
 }
 
 #[cfg(test)]

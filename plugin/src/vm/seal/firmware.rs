@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use crate::domain::{Domain, Firmware, LaunchSecurity, Nvram, Uefi, edit::LoaderPin};
-use crate::failure::{Code, Failure, chain};
 use crate::host::libvirt::qemu_conf::QemuConf;
+use crate::model::problem::{Code, Problem, chain};
 
 /// What the variable store is made from.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub(super) fn templates() -> Vec<PathBuf> {
 }
 
 /// From the domain, else from the host's descriptors, else from its qemu.conf.
-pub(super) fn choose(uefi: &Uefi, nvram: Option<&Nvram>) -> Result<Chosen, Failure> {
+pub(super) fn choose(uefi: &Uefi, nvram: Option<&Nvram>) -> Result<Chosen, Problem> {
     let named = nvram.and_then(|nvram| nvram.template.clone());
     if let (Some(template), Some(_)) = (&named, &uefi.loader) {
         return Ok(Chosen {
@@ -58,9 +58,9 @@ pub(super) fn choose(uefi: &Uefi, nvram: Option<&Nvram>) -> Result<Chosen, Failu
 ///
 /// # Errors
 /// When the domain is no UEFI one, or nothing fits it for certain.
-pub fn firmware_of(domain: &Domain) -> Result<(Option<PathBuf>, PathBuf), Failure> {
+pub fn firmware_of(domain: &Domain) -> Result<(Option<PathBuf>, PathBuf), Problem> {
     let Firmware::Uefi(uefi) = &domain.firmware else {
-        return Err(Failure::new(Code::Failed, "it does not boot through UEFI"));
+        return Err(Problem::new(Code::Failed, "it does not boot through UEFI"));
     };
     let chosen = choose(uefi, uefi.nvram.as_ref())?;
     let loader = chosen.loader.map(|pin| pin.path).or(uefi.loader.clone());
@@ -72,7 +72,7 @@ fn choose_among(
     descriptors: &[Descriptor],
     uefi: &Uefi,
     template: Option<&Path>,
-) -> Result<Option<Chosen>, Failure> {
+) -> Result<Option<Chosen>, Problem> {
     if let Some(LaunchSecurity::Other(kind)) = &uefi.wish.launch_security {
         return Err(uncertain(
             uefi,
@@ -130,9 +130,9 @@ fn choose_among(
 }
 
 /// The pairs that qemu.conf lists, of which libvirt takes the first with this loader.
-fn from_qemu_conf(uefi: &Uefi) -> Result<Chosen, Failure> {
+fn from_qemu_conf(uefi: &Uefi) -> Result<Chosen, Problem> {
     let unreadable = |error: std::io::Error| {
-        Failure::new(
+        Problem::new(
             Code::Failed,
             format!("libvirt's qemu.conf can't be read: {}", chain(&error)),
         )
@@ -157,7 +157,7 @@ fn from_qemu_conf(uefi: &Uefi) -> Result<Chosen, Failure> {
         })
 }
 
-fn uncertain(uefi: &Uefi, why: String) -> Failure {
+fn uncertain(uefi: &Uefi, why: String) -> Problem {
     let arch = uefi.wish.arch.as_deref().unwrap_or(std::env::consts::ARCH);
     let package = match arch {
         "x86_64" => "the package ovmf or edk2-ovmf",
@@ -171,7 +171,7 @@ fn uncertain(uefi: &Uefi, why: String) -> Failure {
         Some(_) => "<nvram template='…'/> in its <os>",
         None => "both in its <os>: <loader readonly='yes' type='pflash'>…</loader> and <nvram template='…'/>",
     };
-    Failure::new(Code::Failed, why).next(format!(
+    Problem::new(Code::Failed, why).next(format!(
         "name {missing} (virsh edit); or install {package}, if that is missing ({arch})"
     ))
 }
@@ -330,7 +330,7 @@ impl Descriptor {
 
 /// By file name; a later directory replaces a file of the same name, and an empty file or a link to /dev/null masks it.
 /// libvirt starts nothing by itself while it can't read one of them, and neither does this choose.
-fn descriptors(dirs: &[&Path]) -> Result<Vec<Descriptor>, Failure> {
+fn descriptors(dirs: &[&Path]) -> Result<Vec<Descriptor>, Problem> {
     let mut by_name = BTreeMap::new();
     for entry in dirs
         .iter()
@@ -346,7 +346,7 @@ fn descriptors(dirs: &[&Path]) -> Result<Vec<Descriptor>, Failure> {
     let mut found = Vec::new();
     for path in by_name.into_values() {
         let unreadable = |why: String| {
-            Failure::new(
+            Problem::new(
                 Code::Failed,
                 format!(
                     "the firmware descriptor {} can't be read ({why}), so that libvirt's choice is not known",

@@ -1,8 +1,8 @@
 //! An envelope with its key, on the way to becoming an object.
 
 use super::Host;
-use crate::failure::{Code, Failure, chain};
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, Verified, VmId};
+use crate::model::problem::{Code, Problem, chain};
 use crate::secret::{Dek, Passphrase};
 use crate::store::EnvelopeRecord;
 
@@ -25,7 +25,7 @@ impl NewObject {
         kind: ObjectKind,
         location: &str,
         provider: Option<&str>,
-    ) -> Result<Self, Failure> {
+    ) -> Result<Self, Problem> {
         let wanted = provider
             .map(|name| host.recipients.find(name))
             .transpose()?
@@ -56,11 +56,11 @@ impl NewObject {
     }
 
     /// Unwraps an envelope that the keystore has.
-    pub fn open(host: &Host<'_>, record: &EnvelopeRecord) -> Result<Self, Failure> {
+    pub fn open(host: &Host<'_>, record: &EnvelopeRecord) -> Result<Self, Problem> {
         let dek = host.recipients.open_envelope(&record.envelope)?;
         let envelope = record
             .verify(&dek)
-            .map_err(|error| Failure::new(Code::Failed, chain(&error)))?;
+            .map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         Ok(Self {
             envelope,
             is_new: false,
@@ -69,9 +69,9 @@ impl NewObject {
     }
 
     /// What QEMU and swtpm get.
-    pub fn passphrase(&self) -> Result<Passphrase, Failure> {
+    pub fn passphrase(&self) -> Result<Passphrase, Problem> {
         self.dek
             .passphrase()
-            .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))
+            .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))
     }
 }

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::domain::{Domain, Firmware};
-use crate::failure::{Code, Failure, word};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::VmId;
+use crate::model::problem::{Code, Problem};
 use crate::object::disk::FileId;
+use crate::terminal::word;
 
 type Inode = (u64, u64);
 
@@ -52,11 +53,11 @@ impl OtherUses {
     }
 
     /// Refuses to replace a file that another VM uses.
-    pub(super) fn refuse_users_of(&self, place: &PermittedPath, domain: &Domain) -> Result<(), Failure> {
+    pub(super) fn refuse_users_of(&self, place: &PermittedPath, domain: &Domain) -> Result<(), Problem> {
         let Some(other) = self.user_of(place) else {
             return Ok(());
         };
-        Err(Failure::new(
+        Err(Problem::new(
             Code::Denied,
             format!("{} is a file of VM {other} as well", place.shown().display()),
         )
@@ -69,7 +70,7 @@ impl OtherUses {
 }
 
 /// Refuses a VM that has one file in two places of its XML, unless it reads both only.
-pub(super) fn refuse_one_file_twice(domain: &Domain) -> Result<(), Failure> {
+pub(super) fn refuse_one_file_twice(domain: &Domain) -> Result<(), Problem> {
     let mut seen: BTreeMap<Inode, (String, bool)> = BTreeMap::new();
     for (label, path) in files_of(domain) {
         let Some(inode) = inode(path) else { continue };
@@ -80,7 +81,7 @@ pub(super) fn refuse_one_file_twice(domain: &Domain) -> Result<(), Failure> {
             || label.ends_with(BELOW);
         match seen.get(&inode) {
             Some((other, other_is_read_only)) if !(is_read_only && *other_is_read_only) => {
-                return Err(Failure::new(
+                return Err(Problem::new(
                     Code::Failed,
                     format!("{} is both {other} and {label}", path.display()),
                 )

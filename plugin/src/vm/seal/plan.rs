@@ -12,12 +12,13 @@ use super::{Host, declared};
 use crate::api::Outcome;
 use crate::domain::edit::{DiskEdit, SealEdit};
 use crate::domain::{self, Disk, DiskDevice, Domain, Source, TpmBackend};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{Data, VolumeInfo};
 use crate::terminal::quoted;
+use crate::terminal::word;
 use crate::vm::side_doors;
 
 /// What sealing a domain takes.
@@ -107,7 +108,7 @@ impl Plan {
     }
 
     /// The change of the XML, before anything is made for it: with ids that nobody will have.
-    fn try_edit(&self, defined: &DefinedDomain) -> Result<(), Failure> {
+    fn try_edit(&self, defined: &DefinedDomain) -> Result<(), Problem> {
         let envelope_of = |known: Option<&Envelope>| known.map_or_else(EnvelopeId::random, |known| known.id);
         let edit = SealEdit {
             disks: self
@@ -122,7 +123,7 @@ impl Plan {
         domain::edit::seal(&defined.xml, &edit)
             .map(drop)
             .map_err(|error| {
-                Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error)))
+                Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error)))
                     .next(format!("virsh edit {}", word(&defined.name)))
             })
     }
@@ -184,11 +185,11 @@ impl DiskStep {
 ///
 /// # Errors
 /// When it can't be sealed as it is, with what to do about it.
-pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
+pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Problem> {
     let name = &defined.name;
     refuse_unless_off(defined)?;
     let domain = parse(defined)?;
-    let of_vm = |failure: Failure| failure.of(name);
+    let of_vm = |failure: Problem| failure.of(name);
     host.confirmed.refuse_unknown(&domain).map_err(of_vm)?;
     refuse_name(&domain)?;
     let policy = host.policies.of(&domain);
@@ -240,12 +241,12 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Failure> {
 }
 
 /// What swtpm_setup, which the first start runs with the name in its arguments, can't take.
-fn refuse_name(domain: &Domain) -> Result<(), Failure> {
+fn refuse_name(domain: &Domain) -> Result<(), Problem> {
     let name = &domain.name;
     if !name.contains(['\\', '/']) && !name.contains(char::is_control) {
         return Ok(());
     }
-    Err(Failure::new(
+    Err(Problem::new(
         Code::Failed,
         format!("the name {name:?} has a character that swtpm_setup or libvirt's files can't have"),
     )
@@ -253,21 +254,21 @@ fn refuse_name(domain: &Domain) -> Result<(), Failure> {
 }
 
 /// The directory that lacks the vTPM's state, where there must be one.
-fn state_gone(host: &Host<'_>, domain: &Domain) -> Result<Option<PathBuf>, Failure> {
+fn state_gone(host: &Host<'_>, domain: &Domain) -> Result<Option<PathBuf>, Problem> {
     let dir = domain.vtpm_dir(&host.swtpm_dir)?;
     let absent = matches!(State::read(&dir), Ok(State::Absent));
     let has_run = HasRun::of(host, domain.uuid)? == HasRun::Yes;
     Ok((absent && has_run).then_some(dir))
 }
 
-pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Failure> {
+pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Problem> {
     let name = &defined.name;
     if defined.active {
-        return Err(Failure::new(Code::Busy, format!("{name} is running"))
+        return Err(Problem::new(Code::Busy, format!("{name} is running"))
             .next(format!("virsh shutdown {}", word(name))));
     }
     if defined.managed_save {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Busy,
             format!("{name} has a saved state, made from the VM as it is now"),
         )
@@ -279,15 +280,15 @@ pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Failure> 
     Ok(())
 }
 
-pub(super) fn parse(defined: &DefinedDomain) -> Result<Domain, Failure> {
+pub(super) fn parse(defined: &DefinedDomain) -> Result<Domain, Problem> {
     Domain::parse(&defined.xml)
-        .map_err(|error| Failure::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))
+        .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))
 }
 
-fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) -> Result<DiskStep, Failure> {
+fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) -> Result<DiskStep, Problem> {
     let (Source::File(path), DiskDevice::Disk) = (&disk.source, disk.device) else {
         return Err(
-            Failure::new(Code::Failed, "only disks that are image files can be sealed").next(format!(
+            Problem::new(Code::Failed, "only disks that are image files can be sealed").next(format!(
                 "move it to a file, or detach it: virsh detach-disk --config {} {}",
                 word(&domain.name),
                 disk.target
@@ -295,14 +296,14 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
         );
     };
     if disk.transient {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Failed,
             "it is transient: libvirt would put a plaintext overlay on it",
         )
         .next(format!("virsh edit {}: remove <transient/>", word(&domain.name))));
     }
     if let Some(objection) = disk.layout.objection() {
-        return Err(Failure::new(Code::Failed, format!("it {objection}")).next(format!(
+        return Err(Problem::new(Code::Failed, format!("it {objection}")).next(format!(
             "copy the disk into an image of its own (qemu-img convert --image-opts driver=raw,offset=O,size=S,file.filename={} NEW \
              for a slice), name that in its <source> instead (virsh edit {}), then seal",
             word(path.display()),
@@ -313,7 +314,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
     if !place.exists() {
         if take_back::known_disk(host, domain.uuid, path)?.is_some() {
             let shown = path.display();
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::NotFound,
                 format!("{shown}, which was sealed, does not exist"),
             )
@@ -322,7 +323,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
             )));
         }
         return Err(
-            Failure::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
+            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
                 "virtseal volume create --vm={} --size SIZE {}",
                 quoted(&domain.name),
                 word(path.display())
@@ -346,7 +347,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
                 DiskWork::Replace(Box::new(info))
             }
             (_, false) => {
-                return Err(Failure::new(
+                return Err(Problem::new(
                 Code::WouldLoseKey,
                 format!("{} holds data, and converting a disk in place is not possible yet", path.display()),
             )
@@ -364,14 +365,14 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
     })
 }
 
-fn without_size(path: &Path) -> Failure {
+fn without_size(path: &Path) -> Problem {
     let path = path.display();
-    Failure::new(Code::Failed, format!("{path} has 0 bytes, and no disk has that"))
+    Problem::new(Code::Failed, format!("{path} has 0 bytes, and no disk has that"))
         .next(format!("truncate --size=SIZE {}, such as 20G", word(path)))
 }
 
 /// An image of ours: its envelope is adopted, unless the keystore and the XML have it.
-fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Result<DiskWork, Failure> {
+fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Result<DiskWork, Problem> {
     let known = host
         .keystore
         .readable_envelope(carried.id)?
@@ -380,7 +381,7 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
     let envelope = known.unwrap_or_else(|| carried.clone());
     if !envelope.serves(domain.uuid) {
         return Err(
-            Failure::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(format!(
+            Problem::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(format!(
                 "virtseal volume create NEW --vm={}",
                 quoted(&domain.name)
             )),
@@ -391,7 +392,7 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
         Some(domain::SecretRef::Uuid(id)) if *id == envelope.id && is_known && carries(domain, &envelope) => {
             Ok(DiskWork::Sealed(envelope))
         }
-        Some(domain::SecretRef::Uuid(id)) if *id != envelope.id => Err(Failure::new(
+        Some(domain::SecretRef::Uuid(id)) if *id != envelope.id => Err(Problem::new(
             Code::Failed,
             format!(
                 "the domain names secret {id}, the image has envelope {}",
@@ -406,8 +407,8 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
     }
 }
 
-fn encrypted_by_others(path: &Path) -> Failure {
-    Failure::new(
+fn encrypted_by_others(path: &Path) -> Problem {
+    Problem::new(
         Code::Failed,
         format!("{} is encrypted, but not by virtseal", path.display()),
     )
@@ -424,13 +425,13 @@ fn named_by_xml(
     disk: &Disk,
     path: &Path,
     unreadable: Option<String>,
-) -> Result<Envelope, Failure> {
+) -> Result<Envelope, Problem> {
     match (
         disk.encryption.as_ref().map(|encryption| &encryption.secret),
         unreadable,
     ) {
         (Some(domain::SecretRef::Uuid(id)), _) => named_envelope(host, domain, ObjectKind::Disk, *id),
-        (_, Some(why)) => Err(Failure::new(
+        (_, Some(why)) => Err(Problem::new(
             Code::NotFound,
             format!(
                 "the copy of the envelope in {} can't be read, and no other is known here: {why}",
@@ -459,7 +460,7 @@ pub(super) fn named_envelope(
     domain: &Domain,
     kind: ObjectKind,
     id: EnvelopeId,
-) -> Result<Envelope, Failure> {
+) -> Result<Envelope, Problem> {
     let known = host.keystore.readable_envelope(id)?.map(|record| record.envelope);
     let carried = domain
         .metadata
@@ -469,7 +470,7 @@ pub(super) fn named_envelope(
         .or(carried)
         .filter(|envelope| envelope.kind == kind && envelope.vm == domain.uuid)
         .ok_or_else(|| {
-            Failure::new(
+            Problem::new(
                 Code::NotFound,
                 format!("the {kind} is encrypted with secret {id}, which is no envelope of this VM"),
             )
@@ -480,10 +481,10 @@ pub(super) fn named_envelope(
         })
 }
 
-fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
+fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Problem> {
     let dir = domain.vtpm_dir(&host.swtpm_dir)?;
     let state = State::read(&dir).map_err(|error| {
-        Failure::from_error(Code::Failed, format!("vTPM state in {}", dir.display()), &error)
+        Problem::from_error(Code::Failed, format!("vTPM state in {}", dir.display()), &error)
     })?;
     let step = match domain.tpm.as_ref().map(|tpm| &tpm.backend) {
         None => VtpmStep::Add,
@@ -505,7 +506,7 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
             version: Some(version),
             ..
         }) if version != "2.0" => {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Failed,
                 format!("its TPM is version {version}: only 2.0 can be sealed"),
             )
@@ -517,7 +518,7 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
         Some(TpmBackend::Emulator { .. }) => VtpmStep::Encrypt,
         Some(TpmBackend::Passthrough) => return Ok(VtpmStep::Passthrough),
         Some(TpmBackend::External | TpmBackend::Other(_)) => {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Failed,
                 "its TPM is run by somebody else, who may keep it in plaintext",
             )
@@ -535,7 +536,7 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
         }
         State::Absent => Ok(step),
         State::Encrypted(_) if !known.is_empty() => Ok(VtpmStep::TakeBack(known)),
-        State::Plain(_) => Err(Failure::new(
+        State::Plain(_) => Err(Problem::new(
             Code::WouldLoseKey,
             format!(
                 "its vTPM has plaintext state in {}, and encrypting that is not possible yet",
@@ -547,7 +548,7 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Failure> {
             word(dir.display()),
             word(&domain.name)
         ))),
-        State::Encrypted(_) => Err(Failure::new(
+        State::Encrypted(_) => Err(Problem::new(
             Code::WouldLoseKey,
             format!(
                 "its vTPM has encrypted state in {}, but the domain does not name its key",

@@ -1,8 +1,8 @@
 //! The second half of an act: files that are complete get their names, and what can't be undone begins.
 
 use super::Host;
-use crate::failure::Failure;
 use crate::model::envelope::EnvelopeId;
+use crate::model::problem::Problem;
 use crate::object::disk::{ImageLock, Prepared};
 
 /// A file that is ready, with what giving it its name comes to.
@@ -29,22 +29,22 @@ impl Replaced {
     ///
     /// # Errors
     /// The first that fails, with what was done before it.
-    pub(super) fn publish(host: &Host<'_>, ready: Vec<Ready>, again: &str) -> Result<Self, Failure> {
+    pub(super) fn publish(host: &Host<'_>, ready: Vec<Ready>, again: &str) -> Result<Self, Problem> {
         let mut replaced = Self::default();
-        let again = |failure: Failure| failure.next(format!("mend that, then {again}: it goes on from here"));
+        let again = |failure: Problem| failure.next(format!("mend that, then {again}: it goes on from here"));
         for Ready {
             words,
             file,
             envelope,
         } in ready
         {
-            let published = file.publish().map_err(Failure::from);
+            let published = file.publish().map_err(Problem::from);
             let old =
                 published.map_err(|failure| again(replaced.after(failure.of(format!("can't {words}")))))?;
             replaced.held.extend(old);
             replaced.done.push(words);
             if let Some(id) = envelope {
-                let activated = host.keystore.activate(id).map_err(Failure::from);
+                let activated = host.keystore.activate(id).map_err(Problem::from);
                 activated.map_err(|failure| again(replaced.after(failure)))?;
             }
         }
@@ -53,7 +53,7 @@ impl Replaced {
 
     /// Says in a failure what was done before it.
     #[must_use]
-    pub fn after(&self, mut failure: Failure) -> Failure {
+    pub fn after(&self, mut failure: Problem) -> Problem {
         failure.message.push_str(&match &self.done[..] {
             [] => "; no file was changed".to_owned(),
             done => format!("; done before that: {}", done.join("; ")),

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{AccessFlags, access};
 
-use crate::failure::{Code, Failure, word};
 use crate::host::permitted::PermittedPath;
+use crate::model::problem::{Code, Problem};
+use crate::terminal::word;
 
 /// A new file of at most so many bytes at a place.
 pub(super) struct NewFile<'a> {
@@ -16,7 +17,7 @@ pub(super) struct NewFile<'a> {
 }
 
 /// Refuses what has no directory that can be written, or no space in it.
-pub(super) fn refuse_without_room<'a>(files: impl Iterator<Item = NewFile<'a>>) -> Result<(), Failure> {
+pub(super) fn refuse_without_room<'a>(files: impl Iterator<Item = NewFile<'a>>) -> Result<(), Problem> {
     let mut needed: BTreeMap<PathBuf, (u64, &PermittedPath)> = BTreeMap::new();
     for file in files {
         let directory = file.place.shown().parent().map(PathBuf::from).unwrap_or_default();
@@ -27,10 +28,10 @@ pub(super) fn refuse_without_room<'a>(files: impl Iterator<Item = NewFile<'a>>) 
         .try_for_each(|(directory, (bytes, place))| refuse_full(&directory, bytes, place))
 }
 
-fn refuse_full(directory: &Path, bytes: u64, place: &PermittedPath) -> Result<(), Failure> {
+fn refuse_full(directory: &Path, bytes: u64, place: &PermittedPath) -> Result<(), Problem> {
     let shown = directory.display();
     let handle = place.directory_handle();
-    let said = |what: String| Failure::new(Code::Failed, what);
+    let said = |what: String| Problem::new(Code::Failed, what);
     let space = statvfs(&handle).map_err(|error| said(format!("can't look at {shown}: {error}")))?;
     if space.flags().contains(FsFlags::ST_RDONLY) {
         return Err(

@@ -9,10 +9,11 @@ use super::plan::named_envelope;
 use super::take_back::{self, HasRun, StoreDecision, StoreFile};
 use crate::domain::edit::{LoaderPin, NvramEdit};
 use crate::domain::{self, Domain, Firmware, Nvram, Source, Uefi};
-use crate::failure::{Code, Failure, word};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
+use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, FileId, Format};
+use crate::terminal::word;
 
 #[derive(Debug)]
 pub(super) enum NvramStep {
@@ -121,9 +122,9 @@ impl NewStore {
     }
 }
 
-pub(super) fn plan_nvram(host: &Host<'_>, domain: &Domain, others: &OtherUses) -> Result<NvramStep, Failure> {
+pub(super) fn plan_nvram(host: &Host<'_>, domain: &Domain, others: &OtherUses) -> Result<NvramStep, Problem> {
     let Firmware::Uefi(uefi) = &domain.firmware else {
-        return Err(Failure::new(Code::Failed, "it does not boot through UEFI")
+        return Err(Problem::new(Code::Failed, "it does not boot through UEFI")
             .next("define it with <os firmware='efi'>: only UEFI VMs can be sealed"));
     };
     if uefi.stateless {
@@ -132,7 +133,7 @@ pub(super) fn plan_nvram(host: &Host<'_>, domain: &Domain, others: &OtherUses) -
     let nvram = uefi.nvram.as_ref();
     if let Some(encryption) = nvram.and_then(|nvram| nvram.encryption.as_ref()) {
         let domain::SecretRef::Uuid(id) = encryption.secret else {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Failed,
                 "its UEFI variables are encrypted with a secret of somebody else",
             ));
@@ -149,7 +150,7 @@ pub(super) fn plan_nvram(host: &Host<'_>, domain: &Domain, others: &OtherUses) -
         Some(Source::File(path)) => path.clone(),
         None | Some(Source::Empty) => host.own_store(&domain.name),
         Some(_) => {
-            return Err(Failure::new(
+            return Err(Problem::new(
                 Code::Failed,
                 "its UEFI variable store is not a file",
             ));
@@ -187,7 +188,7 @@ fn stated_raw(nvram: Option<&Nvram>) -> Option<String> {
     stated.map(|_| RAW.to_owned())
 }
 
-fn taken_back(uefi: &Uefi, path: PathBuf, envelopes: Vec<Envelope>) -> Result<NvramStep, Failure> {
+fn taken_back(uefi: &Uefi, path: PathBuf, envelopes: Vec<Envelope>) -> Result<NvramStep, Problem> {
     // To be named where libvirt would still choose one.
     let loader = match uefi.loader {
         Some(_) => None,
@@ -207,7 +208,7 @@ fn sealed_store(
     domain: &Domain,
     nvram: Option<&Nvram>,
     envelope: Envelope,
-) -> Result<NvramStep, Failure> {
+) -> Result<NvramStep, Problem> {
     let stated = nvram.and_then(|nvram| nvram.format.as_deref());
     let path = nvram.and_then(|nvram| nvram.source.path());
     let (Some(path), true) = (path, stated.is_some_and(|format| format != RAW)) else {
@@ -221,7 +222,7 @@ fn sealed_store(
 }
 
 /// What is there now, if nothing would be lost with it.
-fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> Result<Present, Failure> {
+fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> Result<Present, Problem> {
     let variables = disk::read_variables(template)?;
     if !place.exists() {
         return Ok(Present::Nothing);
@@ -230,7 +231,7 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
     let info = disk::inspect(place)?;
     let of_template = disk::inspect(template)?.file_id;
     if info.file_id.inode() == of_template.inode() {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Failed,
             format!("{path} is its UEFI variable store and the template for that as well"),
         )
@@ -240,7 +241,7 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
         )));
     }
     if info.snapshots > 0 {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::WouldLoseKey,
             format!("{path} has {} internal snapshots, which a sealed store can't have", info.snapshots),
         )
@@ -254,7 +255,7 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
     if disk::read_variables(place)? == variables {
         return Ok(Present::Pristine(info.file_id));
     }
-    Err(Failure::new(
+    Err(Problem::new(
         Code::WouldLoseKey,
         format!("it has run before: {path} holds UEFI variables in plaintext"),
     )
@@ -270,8 +271,8 @@ pub(super) fn permit_template(
     host: &Host<'_>,
     domain: &Domain,
     path: &Path,
-) -> Result<PermittedPath, Failure> {
-    let of_template = |failure: Failure| failure.of("the template of its UEFI variable store");
+) -> Result<PermittedPath, Problem> {
+    let of_template = |failure: Problem| failure.of("the template of its UEFI variable store");
     let permitted = if path == host.own_store(&domain.name) {
         host.paths.permit(path)
     } else {
@@ -280,7 +281,7 @@ pub(super) fn permit_template(
     let place = permitted.map_err(|error| of_template(error.into()))?;
     if !place.exists() {
         return Err(of_template(
-            Failure::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
+            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
                 "virsh edit {}: name one of this host, such as <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>",
                 word(&domain.name)
             )),
@@ -291,6 +292,6 @@ pub(super) fn permit_template(
     Ok(place)
 }
 
-pub(super) fn is_content_of(store: &PermittedPath, template: &PermittedPath) -> Result<bool, Failure> {
+pub(super) fn is_content_of(store: &PermittedPath, template: &PermittedPath) -> Result<bool, Problem> {
     Ok(disk::read_variables(store)? == disk::read_variables(template)?)
 }

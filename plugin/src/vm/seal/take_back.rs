@@ -9,12 +9,13 @@ use swtpm_state::{State, StateKey, libvirt_state_dir};
 
 use super::Host;
 use crate::domain::{Domain, Metadata};
-use crate::failure::{Code, Failure, word};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, Format, VolumeError};
 use crate::secret::Passphrase;
 use crate::store::{EnvelopeRecord, EnvelopeState};
+use crate::terminal::word;
 use crate::vm::start::adoption::{believe, not_believed};
 
 /// What is at the path of a variable store.
@@ -27,7 +28,7 @@ pub(super) enum StoreFile {
 
 impl StoreFile {
     /// At a path that the XML of `vm` names, or the keystore.
-    pub(super) fn at(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Self, Failure> {
+    pub(super) fn at(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Self, Problem> {
         let place = match host.place_of(vm, path)? {
             Ok(place) => place,
             Err(error) if error.is_missing() => return Ok(Self::Missing),
@@ -101,7 +102,7 @@ pub(super) enum HasRun {
 }
 
 impl HasRun {
-    pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Failure> {
+    pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Problem> {
         let seen = host.keystore.vtpm_was_seen(vm)?
             || known(host, vm, ObjectKind::Vtpm)?
                 .iter()
@@ -111,7 +112,7 @@ impl HasRun {
 }
 
 /// What the keystore has of this kind for the VM: what is known to open something first, then the newest.
-pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<EnvelopeRecord>, Failure> {
+pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<EnvelopeRecord>, Problem> {
     // What can't be read may be what is looked for: nothing is made anew in its place.
     let mut records = host.keystore.envelopes_of(vm)?.whole()?;
     records.retain(|record| record.envelope.kind == kind);
@@ -121,14 +122,14 @@ pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<E
 }
 
 /// The disk image's envelope by what the keystore knows, for one that carries none.
-pub(super) fn known_disk(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Option<Envelope>, Failure> {
+pub(super) fn known_disk(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Option<Envelope>, Problem> {
     let location = path.display().to_string();
     let records = known(host, vm, ObjectKind::Disk)?.into_iter();
     let mut here = records.filter(|record| record.location == location);
     Ok(here.next().map(|record| record.envelope))
 }
 
-pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>, Vec<Envelope>), Failure> {
+pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>, Vec<Envelope>), Problem> {
     let records = known(host, vm, ObjectKind::Nvram)?;
     let mut stores = Vec::with_capacity(records.len());
     for record in &records {
@@ -146,14 +147,14 @@ pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>
 }
 
 /// Whether keystore and metadata both have this envelope: otherwise its object is opened first.
-pub(super) fn is_settled(host: &Host<'_>, domain: &Domain, id: EnvelopeId) -> Result<bool, Failure> {
+pub(super) fn is_settled(host: &Host<'_>, domain: &Domain, id: EnvelopeId) -> Result<bool, Problem> {
     let is_named = |metadata: &Metadata| metadata.envelope(id).is_some();
     Ok(domain.metadata.as_ref().is_some_and(is_named) && host.keystore.readable_envelope(id)?.is_some())
 }
 
-pub(super) fn store_lost(name: &str, path: &Path) -> Failure {
+pub(super) fn store_lost(name: &str, path: &Path) -> Problem {
     let shown = path.display();
-    Failure::new(
+    Problem::new(
         Code::WouldLoseKey,
         format!("its UEFI variable store {shown} was sealed and has been used, and is not there any more"),
     )
@@ -163,8 +164,8 @@ pub(super) fn store_lost(name: &str, path: &Path) -> Failure {
     ))
 }
 
-pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Failure {
-    Failure::new(
+pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Problem {
+    Problem::new(
         Code::WouldLoseKey,
         format!(
             "the XML names the plain {} as its UEFI variable store, and the one that was sealed is {}",
@@ -179,8 +180,8 @@ pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Failur
     ))
 }
 
-pub(super) fn store_not_known(path: &Path) -> Failure {
-    Failure::new(
+pub(super) fn store_not_known(path: &Path) -> Problem {
+    Problem::new(
         Code::NotFound,
         format!(
             "its UEFI variable store {} is encrypted, and no envelope here is known to open it",
@@ -196,7 +197,7 @@ pub(super) fn open_store(
     defined: &DefinedDomain,
     path: &Path,
     envelopes: &[Envelope],
-) -> Result<Envelope, Failure> {
+) -> Result<Envelope, Problem> {
     let place = host.permit_known(defined.vm, path)?;
     if disk::inspect(&place)?.format != Format::Luks1 {
         return Err(VolumeError::NotEncrypted(path.to_owned()).into());
@@ -215,25 +216,25 @@ pub(super) fn open_vtpm(
     host: &Host<'_>,
     defined: &DefinedDomain,
     envelopes: &[Envelope],
-) -> Result<Envelope, Failure> {
+) -> Result<Envelope, Problem> {
     // The plan has looked whether it is in libvirt's own place.
     let dir = libvirt_state_dir(&host.swtpm_dir, &defined.vm);
     let shown = dir.display();
     let unreadable = |error: &dyn std::error::Error| {
-        Failure::from_error(Code::Failed, format!("its state in {shown}"), error)
+        Problem::from_error(Code::Failed, format!("its state in {shown}"), error)
             .next(format!("restore {shown} from a backup"))
     };
     let state = State::read(&dir).map_err(|error| unreadable(&error))?;
     let open = |passphrase: &Passphrase| match &state {
         State::Absent => Ok(()),
-        State::Plain(_) => Err(Failure::new(
+        State::Plain(_) => Err(Problem::new(
             Code::WouldLoseKey,
             format!("its state in {shown} is plain, and was encrypted when it was sealed"),
         )
         .next(format!("restore {shown} from a backup"))),
         State::Encrypted(state) => {
             let key = StateKey::derive(passphrase.expose())
-                .map_err(|error| Failure::from_error(Code::Failed, "its key", &error))?;
+                .map_err(|error| Problem::from_error(Code::Failed, "its key", &error))?;
             state.authenticate(&key).map_err(|error| unreadable(&error))
         }
     };
@@ -243,8 +244,8 @@ pub(super) fn open_vtpm(
 /// The first of them with which `open` succeeds; if none does, why the first one failed.
 fn first_that_opens(
     envelopes: &[Envelope],
-    open: impl Fn(&Envelope) -> Result<Envelope, Failure>,
-) -> Result<Envelope, Failure> {
+    open: impl Fn(&Envelope) -> Result<Envelope, Problem>,
+) -> Result<Envelope, Problem> {
     let mut failed = None;
     for envelope in envelopes {
         match open(envelope) {
@@ -252,7 +253,7 @@ fn first_that_opens(
             Err(failure) => failed = failed.or(Some(failure)),
         }
     }
-    Err(failed.unwrap_or_else(|| Failure::new(Code::NotFound, "no envelope of it is known here")))
+    Err(failed.unwrap_or_else(|| Problem::new(Code::NotFound, "no envelope of it is known here")))
 }
 
 /// Takes the object at `location` over, once `carried`, or what the keystore has of it, is verified by the key that opens it.
@@ -261,8 +262,8 @@ pub(super) fn adopt(
     defined: &DefinedDomain,
     carried: &Envelope,
     location: &str,
-    open: impl FnOnce(&Passphrase) -> Result<(), Failure>,
-) -> Result<Envelope, Failure> {
+    open: impl FnOnce(&Passphrase) -> Result<(), Problem>,
+) -> Result<Envelope, Problem> {
     let record = host.keystore.readable_envelope(carried.id)?;
     let first = record.as_ref().map_or(carried, |record| &record.envelope);
     let dek = host.recipients.open_envelope(first)?;
@@ -270,10 +271,10 @@ pub(super) fn adopt(
         .map_err(|error| not_believed(&defined.name, &error))?;
     let passphrase = dek
         .passphrase()
-        .map_err(|error| Failure::from_error(Code::Failed, "no memory for a key", &error))?;
+        .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
     open(&passphrase)?;
     if !believed.envelope.serves(defined.vm) {
-        return Err(Failure::new(
+        return Err(Problem::new(
             Code::Failed,
             format!(
                 "it belongs to VM {}, which does not share it",

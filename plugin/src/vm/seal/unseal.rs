@@ -11,12 +11,13 @@ use super::take_back::HasRun;
 use super::{Host, NewObject};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, Firmware, Object, ObjectState};
-use crate::failure::{Code, Failure, chain, word};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
 use crate::store::EnvelopeRecord;
+use crate::terminal::word;
 
 /// What unsealing takes.
 #[derive(Debug)]
@@ -77,14 +78,14 @@ impl UnsealPlan {
 ///
 /// # Errors
 /// When the VM is not sealed, or has run since; when an object is not known as one of this VM.
-pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPlan, Failure> {
+pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPlan, Problem> {
     refuse_unless_off(defined)?;
     let domain = parse(defined)?;
     let name = &defined.name;
     if domain.metadata.is_none() {
-        return Err(Failure::new(Code::NotFound, format!("{name} is not sealed")));
+        return Err(Problem::new(Code::NotFound, format!("{name} is not sealed")));
     }
-    let of_vm = |failure: Failure| failure.of(name);
+    let of_vm = |failure: Problem| failure.of(name);
     domain
         .vtpm_dir(&host.swtpm_dir)
         .map_err(|elsewhere| of_vm(elsewhere.into()))?;
@@ -97,7 +98,7 @@ pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPla
     }
     refuse_if_it_ran(host, &domain)?;
     let xml = domain::edit::unseal(&defined.xml)
-        .map_err(|error| Failure::new(Code::Failed, format!("{name}: {}", chain(&error))))?;
+        .map_err(|error| Problem::new(Code::Failed, format!("{name}: {}", chain(&error))))?;
     let mut steps = Vec::new();
     for (object, record) in sealed {
         let label = object.label.clone();
@@ -117,12 +118,12 @@ fn own_record(
     domain: &Domain,
     object: &Object,
     id: EnvelopeId,
-) -> Result<EnvelopeRecord, Failure> {
+) -> Result<EnvelopeRecord, Problem> {
     let known = host.keystore.envelope(id)?;
     known
         .filter(|record| record.envelope.vm == domain.uuid && record.envelope.kind == object.kind)
         .ok_or_else(|| {
-            Failure::new(
+            Problem::new(
                 Code::NotFound,
                 format!(
                     "{} is encrypted with secret {id}, which this host does not know as one of this VM",
@@ -139,7 +140,7 @@ fn plan_object(
     domain: &Domain,
     object: Object,
     record: EnvelopeRecord,
-) -> Result<Option<Step>, Failure> {
+) -> Result<Option<Step>, Problem> {
     let Some(path) = object.path.filter(|_| object.kind != ObjectKind::Vtpm) else {
         return Ok(None);
     };
@@ -170,7 +171,7 @@ fn plan_object(
 
 /// Replaces the sealed objects by plain ones. May be repeated: each is opened with its key before any goes. The caller keeps what was
 /// replaced until it has defined the XML: a start may still be opening it.
-pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Failure> {
+pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Problem> {
     let mut ready = Vec::new();
     for step in &plan.steps {
         let file = prepare(host, step).map_err(|failure| failure.of(&step.label))?;
@@ -184,7 +185,7 @@ pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Failure> {
     Replaced::publish(host, ready, &again)
 }
 
-fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Failure> {
+fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Problem> {
     let passphrase = NewObject::open(host, &step.record)?.passphrase()?;
     let held = ImageLock::unchanged(&step.place, step.inspected)?;
     held.verify(&passphrase)?;
@@ -195,7 +196,7 @@ fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Failure> {
 }
 
 /// The first start makes the vTPM's state: without one the VM never ran.
-fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Failure> {
+fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Problem> {
     let dir = domain.vtpm_dir(&host.swtpm_dir)?;
     let seen = HasRun::of(host, domain.uuid)? == HasRun::Yes;
     let absent = matches!(State::read(&dir), Ok(State::Absent));
@@ -208,8 +209,8 @@ fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Failure> {
     Err(would_lose(&domain.name, "it has run since it was sealed"))
 }
 
-fn would_lose(name: &str, why: &str) -> Failure {
-    Failure::new(
+fn would_lose(name: &str, why: &str) -> Problem {
+    Problem::new(
         Code::WouldLoseKey,
         format!("{name} stays sealed: {why}, which would be lost"),
     )
@@ -222,14 +223,14 @@ fn nvram_template(
     domain: &Domain,
     place: &PermittedPath,
     info: &VolumeInfo,
-) -> Result<Option<PermittedPath>, Failure> {
+) -> Result<Option<PermittedPath>, Problem> {
     let nvram = match &domain.firmware {
         Firmware::Uefi(uefi) => uefi.nvram.as_ref(),
         Firmware::Bios | Firmware::Rom(_) => None,
     };
     let Some(template) = nvram.and_then(|nvram| nvram.template.as_deref()) else {
         return Err(
-            Failure::new(Code::Failed, "no template for its UEFI variables is named").next(format!(
+            Problem::new(Code::Failed, "no template for its UEFI variables is named").next(format!(
                 "virsh edit {}: add template= to <nvram>",
                 word(&domain.name)
             )),

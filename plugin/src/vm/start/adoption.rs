@@ -4,11 +4,12 @@
 //! opened the object, and takes the keystore's place only if it also opens by itself. One that does not counts for nothing:
 //! it replaces nothing, and it stops nothing that the keystore's version opens.
 
-use crate::failure::{Code, Failure, chain, word};
 use crate::model::envelope::{Envelope, EnvelopeError, Precedence, Verified};
+use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::Recipients;
 use crate::secret::Dek;
 use crate::store::EnvelopeRecord;
+use crate::terminal::word;
 
 /// The version that counts.
 #[derive(Debug)]
@@ -168,8 +169,8 @@ fn opens_alone(recipients: &Recipients, copy: &Verified, dek: &Dek) -> bool {
 
 /// Why the start, or the adoption, of the VM called `name` stops here.
 #[must_use]
-pub fn not_believed(name: &str, error: &EnvelopeError) -> Failure {
-    let failure = Failure::new(Code::Failed, chain(error));
+pub fn not_believed(name: &str, error: &EnvelopeError) -> Problem {
+    let failure = Problem::new(Code::Failed, chain(error));
     match error {
         EnvelopeError::Format1 => failure.next(format!(
             "virtseal vm adopt --format-1 {}, if you know where its XML and images come from",

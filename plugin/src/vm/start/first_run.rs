@@ -5,8 +5,8 @@
 //! and kept in memory until the VM runs. A start that fails leaves nothing behind.
 
 use super::adoption::Believed;
-use crate::failure::chain;
 use crate::model::envelope::{Envelope, Verified};
+use crate::model::problem::chain;
 use crate::secret::Dek;
 
 /// What is to be kept once a VM runs for the first time.

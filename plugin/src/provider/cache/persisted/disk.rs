@@ -9,8 +9,8 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use super::{Persisted, Secret, State, Waiting, lock, now, row};
-use crate::failure::chain;
 use crate::model::envelope::KekId;
+use crate::model::problem::chain;
 use crate::provider::cache::MOST;
 use crate::provider::cache::sealed_kek::{RowKey, Span};
 use crate::secret::SecretBytes;

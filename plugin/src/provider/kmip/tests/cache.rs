@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Kmip, Manner, Proxy, identity, secret, settings};
 use super::{KmipProvider, Wrapped};
-use crate::failure::{Code, Failure};
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::model::problem::{Code, Problem};
 use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
@@ -222,7 +222,7 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
 
     kmip.server.kill();
     provider.probe();
-    let failure = Failure::from(
+    let failure = Problem::from(
         recipients
             .seal_new(None, &binding(ObjectKind::Nvram))
             .unwrap_err(),

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Fake, Fault, Manner, Proxy, free_port, identity, settings};
 use super::{KmipProvider, Wrapped};
-use crate::failure::Code;
 use crate::model::envelope::VmId;
+use crate::model::problem::Code;
 use crate::provider::kmip::ServerTrust;
 use crate::provider::{ErrorClass, KekScope, KeyProvider, ProviderError, ProviderStatus};
 use crate::store::Keystore;

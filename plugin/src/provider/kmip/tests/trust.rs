@@ -154,7 +154,10 @@ fn expired_client() {
     let kmip = Kmip::with(false, |_| {});
     let client = kmip.authority.client("vm-host", -2);
     let error = kmip.provider().set_identity(&identity_of(&client)).unwrap_err();
-    assert!(crate::failure::chain(&error).contains("expired"), "{error:?}");
+    assert!(
+        crate::model::problem::chain(&error).contains("expired"),
+        "{error:?}"
+    );
     Wrapped::by(kmip.provider()).assert_opened_by(kmip.provider());
 }
 

@@ -1,6 +1,6 @@
 //! What a user is told when something does not work: what happened, to which object, and the next command.
 //!
-//! Module errors become a [`Failure`] at the edge of the daemon; the CLI turns it into an exit code, the hook
+//! Module errors become a [`Problem`] at the edge of the daemon; the CLI turns it into an exit code, the hook
 //! into its one line.
 
 use std::error::Error;
@@ -8,8 +8,7 @@ use std::fmt;
 
 use crate::object::disk::VolumeError;
 use crate::store::KeystoreError;
-
-pub use crate::terminal::word;
+use crate::terminal::word;
 
 /// Why a command ends, as the exit code of `virtseal`. Stable: scripts rely on the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +54,7 @@ impl Code {
 
 /// A failure in the user's words. Never holds a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
+pub struct Problem {
     /// The exit code.
     pub code: Code,
     /// What happened, and to which object; without a full stop.
@@ -64,7 +63,7 @@ pub struct Failure {
     pub next: Option<String>,
 }
 
-impl Failure {
+impl Problem {
     /// A failure without advice.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
@@ -94,7 +93,7 @@ impl Failure {
     }
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
         match &self.next {
@@ -104,7 +103,7 @@ impl fmt::Display for Failure {
     }
 }
 
-impl Error for Failure {}
+impl Error for Problem {}
 
 /// An error with all its sources, in one line.
 #[must_use]
@@ -119,7 +118,7 @@ pub fn chain(error: &dyn Error) -> String {
     text.replace('\n', " ")
 }
 
-impl From<VolumeError> for Failure {
+impl From<VolumeError> for Problem {
     fn from(error: VolumeError) -> Self {
         let error = match error {
             VolumeError::Place(error) => return error.into(),
@@ -135,13 +134,13 @@ impl From<VolumeError> for Failure {
     }
 }
 
-impl From<KeystoreError> for Failure {
+impl From<KeystoreError> for Problem {
     fn from(error: KeystoreError) -> Self {
         Self::from(&error)
     }
 }
 
-impl From<&KeystoreError> for Failure {
+impl From<&KeystoreError> for Problem {
     fn from(error: &KeystoreError) -> Self {
         let failure = Self::new(Code::Failed, chain(error));
         match error {
@@ -170,7 +169,7 @@ mod tests {
 
     #[test]
     fn display_ends_with_the_next_command() {
-        let failure = Failure::new(Code::Locked, "provider 'main' is locked")
+        let failure = Problem::new(Code::Locked, "provider 'main' is locked")
             .of("web01 disk vda")
             .next("virtseal provider unlock main");
         assert_eq!(
