@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{DomainSpec, DomainState, SealedHost};
+use virtseal_testkit::{DomainSpec, DomainState, SealedHost};
 
 /// libvirt autostarts once after a boot: this file says that it has.
 const AUTOSTARTED: &str = "/run/libvirt/qemu/autostarted";

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::rig::{IMAGES, STATE};
-use virtseal_e2e::servers::PyKmip;
-use virtseal_e2e::{Host, SealedHost, expect_names, kept_envelopes, temporaries, wait_until};
+use virtseal_testkit::rig::{IMAGES, STATE};
+use virtseal_testkit::servers::PyKmip;
+use virtseal_testkit::{Host, SealedHost, expect_names, kept_envelopes, temporaries, wait_until};
 
 const KMS: &str = "kmip-prod";
 const SPARE: &str = "breakglass";

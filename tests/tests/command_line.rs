@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{HostBuilder, SealedHost, built_program, expect_names, wait_until};
+use virtseal_testkit::{HostBuilder, SealedHost, built_program, expect_names, wait_until};
 
 const UNLOCK_DEADLINE: Duration = Duration::from_secs(60);
 const READER_GROUP: &str = "54321";

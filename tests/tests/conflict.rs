@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtseal_e2e::{DomainSpec, SealedHost, edit_keystore, edited, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, SealedHost, edit_keystore, edited, expect_names, wait_until};
 
 const STATE: &str = "/var/lib/virtseal";
 const WAIT: Duration = Duration::from_secs(30);

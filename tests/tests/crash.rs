@@ -1,7 +1,7 @@
 //! kill -9 of virtseald at every step of what it does leaves every object openable, and the same command goes on from there.
 //!
 //! Each story repeats one command on fresh objects and kills the daemon at its first, second, third … step, until the command
-//! is through: see [`virtseal_e2e::Tracer`] for what counts as a step. After each kill the daemon starts again, the keystore's
+//! is through: see [`virtseal_testkit::Tracer`] for what counts as a step. After each kill the daemon starts again, the keystore's
 //! envelopes and their objects are opened without virtseal's code, and the command is repeated.
 
 use std::fs;
@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::libc::O_NONBLOCK;
 use nix::sys::signal::Signal;
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, LEAST_STEPS, MAX_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
-use virtseal_e2e::{
+use virtseal_testkit::rig::{IMAGES, LEAST_STEPS, MAX_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
+use virtseal_testkit::{
     DomainSpec, DomainState, Tracer, built_program, expect_durable, expect_order, wait_until,
 };
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{
+use virtseal_testkit::{
     DomainState, Host, HostBuilder, Output, Process, SealedHost, built_program, expect_names, wait_until,
 };
 

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{SealedHost, edited, expect_names};
+use virtseal_testkit::{SealedHost, edited, expect_names};
 
 /// All on a VM that has started before, so that nothing remembered hides the damage.
 #[test]

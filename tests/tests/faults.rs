@@ -10,8 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, NVRAM, Rig, STATE};
-use virtseal_e2e::{DomainSpec, DomainState, built_program, pin_log, wait_until};
+use virtseal_testkit::rig::{IMAGES, NVRAM, Rig, STATE};
+use virtseal_testkit::{DomainSpec, DomainState, built_program, pin_log, wait_until};
 
 /// Rounds of a race.
 const ROUNDS: u32 = 12;

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, MAX_STEPS, NVRAM, Rig, STATE};
-use virtseal_e2e::{Tracer, expect_names};
+use virtseal_testkit::rig::{IMAGES, MAX_STEPS, NVRAM, Rig, STATE};
+use virtseal_testkit::{Tracer, expect_names};
 
 const SWTPM: &str = "/var/lib/libvirt/swtpm";
 

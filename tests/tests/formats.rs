@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal::domain::{Domain, Firmware};
 use virtseal::vm::seal::firmware_of;
-use virtseal_e2e::{DomainSpec, Host, HostBuilder, SealedHost, expect_names};
+use virtseal_testkit::{DomainSpec, Host, HostBuilder, SealedHost, expect_names};
 
 /// A raw disk of 8 MiB that begins as an image that `options` make, with data at 6 MiB.
 fn disguised(sealed: &SealedHost, name: &str, options: &[&str]) -> Result<DomainSpec> {

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, Rig, STATE, done_or};
-use virtseal_e2e::{DomainSpec, SealedHost, Tracer, expect_names, kept_envelopes, kept_sealed_vms};
+use virtseal_testkit::rig::{IMAGES, Rig, STATE, done_or};
+use virtseal_testkit::{DomainSpec, SealedHost, Tracer, expect_names, kept_envelopes, kept_sealed_vms};
 
 const INDEX: &str = "hook.index";
 const END: Duration = Duration::from_secs(20);

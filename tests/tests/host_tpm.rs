@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::servers::PyKmip;
-use virtseal_e2e::{HostTpm, KernelKey, SealedHost, expect_names, wait_until};
+use virtseal_testkit::servers::PyKmip;
+use virtseal_testkit::{HostTpm, KernelKey, SealedHost, expect_names, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 

@@ -1,6 +1,6 @@
 //! Key changes that are killed on their way, or run out of space, lose nothing and can be repeated.
 //!
-//! A first round counts the steps of a command, see [`virtseal_e2e::Tracer`]; the others kill virtseald before some of them,
+//! A first round counts the steps of a command, see [`virtseal_testkit::Tracer`]; the others kill virtseald before some of them,
 //! spread over all. `rotation.rs` does so at every step of a move.
 
 use std::collections::BTreeMap;
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::rig::{IMAGES, Rig, STATE, done_or, root_of};
-use virtseal_e2e::{
+use virtseal_testkit::rig::{IMAGES, Rig, STATE, done_or, root_of};
+use virtseal_testkit::{
     KeptEnvelope, Output, RootKey, Trace, Tracer, edit_keystore, edited, expect_durable, expect_names,
     kept_envelopes, pin_log, wait_until,
 };

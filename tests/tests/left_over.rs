@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, MAX_STEPS, Rig, STATE};
-use virtseal_e2e::{Tracer, expect_names};
+use virtseal_testkit::rig::{IMAGES, MAX_STEPS, Rig, STATE};
+use virtseal_testkit::{Tracer, expect_names};
 
 const END: Duration = Duration::from_secs(20);
 

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::rig::{IMAGES, STATE};
-use virtseal_e2e::servers::{OpenBao, PyKmip, SoftHsm};
-use virtseal_e2e::{Host, SealedHost, edit_keystore, expect_names, kept_envelopes, wait_until};
+use virtseal_testkit::rig::{IMAGES, STATE};
+use virtseal_testkit::servers::{OpenBao, PyKmip, SoftHsm};
+use virtseal_testkit::{Host, SealedHost, edit_keystore, expect_names, kept_envelopes, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const VOLUMES: usize = 12;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{HostBuilder, SealedHost, expect_names, wait_until};
+use virtseal_testkit::{HostBuilder, SealedHost, expect_names, wait_until};
 
 const COPIES_DEADLINE: Duration = Duration::from_secs(30);
 

@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-use virtseal_e2e::{
+use virtseal_testkit::{
     DomainSpec, Host, Needles, Place, RootKey, SealedHost, Strace, built_program, core_image, kept_envelopes,
     require_programs, sealed_root, wait_until,
 };

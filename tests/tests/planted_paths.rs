@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{DomainSpec, SealedHost, edited, expect_names};
+use virtseal_testkit::{DomainSpec, SealedHost, edited, expect_names};
 
 const TEMPLATE: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 const NVRAM: &str = "/var/lib/libvirt/qemu/nvram";
@@ -96,7 +96,7 @@ fn a_directory_is_permitted_by_the_line_of_the_refusal_and_links_in_it_are_not()
     ensure!(line == "image_dirs: [/run/vms]", "{line}");
     sealed.configure(&format!("{line}\n"))?;
     sealed.daemon()?.signal(Signal::SIGHUP)?;
-    virtseal_e2e::wait_until(std::time::Duration::from_secs(10), "the reload", || {
+    virtseal_testkit::wait_until(std::time::Duration::from_secs(10), "the reload", || {
         Ok(sealed
             .virtseal(&["vm", "seal", "--dry-run", "web01"])?
             .status
@@ -166,7 +166,7 @@ fn the_plan_tells_what_the_act_would_meet_and_a_failing_act_leaves_every_file() 
             second.to_str().context("UTF-8")?,
         ],
     )?;
-    virtseal_e2e::wait_until(std::time::Duration::from_secs(10), "qemu-nbd", || {
+    virtseal_testkit::wait_until(std::time::Duration::from_secs(10), "qemu-nbd", || {
         Ok(host.path("/run/nbd.sock").exists().then_some(()))
     })?;
     let before = fs::read(host.path(&spec.disk))?;

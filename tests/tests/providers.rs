@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::rig::STATE;
-use virtseal_e2e::servers::{Manner, OpenBao, PyKmip, Relay, SoftHsm};
-use virtseal_e2e::{Host, KeptEnvelope, SealedHost, expect_names, kept_envelopes, wait_until};
+use virtseal_testkit::rig::STATE;
+use virtseal_testkit::servers::{Manner, OpenBao, PyKmip, Relay, SoftHsm};
+use virtseal_testkit::{Host, KeptEnvelope, SealedHost, expect_names, kept_envelopes, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 

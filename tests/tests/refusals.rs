@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{DomainSpec, DomainState, HostBuilder, SealedHost, expect_names};
+use virtseal_testkit::{DomainSpec, DomainState, HostBuilder, SealedHost, expect_names};
 
 /// What a start may take besides the deadline that the hook has, on a busy machine.
 const SLACK: Duration = Duration::from_secs(15);

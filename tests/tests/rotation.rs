@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, STATE, root_of};
-use virtseal_e2e::{
+use virtseal_testkit::rig::{IMAGES, STATE, root_of};
+use virtseal_testkit::{
     KeptEnvelope, RootKey, SealedHost, Tracer, expect_durable, expect_names, kept_envelopes, wait_until,
 };
 

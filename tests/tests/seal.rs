@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{DomainSpec, SealedHost, edited, expect_names};
+use virtseal_testkit::{DomainSpec, SealedHost, edited, expect_names};
 
 #[test]
 fn what_cannot_be_sealed_is_refused_and_left_alone() -> Result<()> {

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{BOOT_DEADLINE, DomainSpec, DomainState, Guest, SealedHost, expect_names, guest_image};
+use virtseal_testkit::{
+    BOOT_DEADLINE, DomainSpec, DomainState, Guest, SealedHost, expect_names, guest_image,
+};
 
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
 const DISK_MARKER: &str = "disk-marker-71e4";

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{DomainSpec, DomainState, SealedHost, edited, expect_names};
+use virtseal_testkit::{DomainSpec, DomainState, SealedHost, edited, expect_names};
 
 /// libvirt lets VMs share a qcow2 image only if none writes to it.
 const BOTH_READ: &str = "<readonly/><shareable/>";

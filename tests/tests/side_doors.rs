@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtseal_e2e::{DomainSpec, SealedHost, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, SealedHost, expect_names, wait_until};
 
 const TO_ITSELF: &str = "qemu+unix:///system?socket=/run/libvirt/libvirt-sock";
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use virtseal_e2e::{BOOT_DEADLINE, DomainSpec, DomainState, Guest, Host};
+use virtseal_testkit::{BOOT_DEADLINE, DomainSpec, DomainState, Guest, Host};
 
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
 const DISK_MARKER: &str = "disk-marker-5f1c";

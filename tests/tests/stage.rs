@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{DomainSpec, DomainState, Host, wait_until};
+use virtseal_testkit::{DomainSpec, DomainState, Host, wait_until};
 
 const SMALL_DISK_BYTES: u64 = 1 << 20;
 const END_DEADLINE: Duration = Duration::from_secs(20);

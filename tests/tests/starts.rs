@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{DomainState, Host, SealedHost, edited, wait_until};
+use virtseal_testkit::{DomainState, Host, SealedHost, edited, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Waits at `start begin`, when libvirt has the keys and QEMU does not run yet.

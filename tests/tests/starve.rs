@@ -7,7 +7,7 @@ use std::thread;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
-use virtseal_e2e::{Attacker, Host, HostBuilder, Output, SealedHost, built_program, expect_names};
+use virtseal_testkit::{Attacker, Host, HostBuilder, Output, SealedHost, built_program, expect_names};
 
 /// Starts as far as the hook is asked, and those of them that go through libvirt.
 const STARTS: usize = 20;

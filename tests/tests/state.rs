@@ -4,8 +4,8 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::rig::{Rig, STATE};
-use virtseal_e2e::{expect_names, wait_until};
+use virtseal_testkit::rig::{Rig, STATE};
+use virtseal_testkit::{expect_names, wait_until};
 
 const BACKUP: &str = "/run/state.age";
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_e2e::{DomainSpec, DomainState, SealedHost, edited, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, DomainState, SealedHost, edited, expect_names, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const IMAGES: &str = "/var/lib/libvirt/images";

@@ -5,7 +5,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtseal_e2e::{DomainSpec, SealedHost, expect_names};
+use virtseal_testkit::{DomainSpec, SealedHost, expect_names};
 
 const NOT_IN_XML: &str = "sealed, but the XML does not say so";
 

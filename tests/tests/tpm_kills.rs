@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
-use virtseal_e2e::rig::{Rig, STATE, words};
-use virtseal_e2e::{HostTpm, expect_names, expect_order, newest_root, pin_log, wait_until};
+use virtseal_testkit::rig::{Rig, STATE, words};
+use virtseal_testkit::{HostTpm, expect_names, expect_order, newest_root, pin_log, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How many kills a story makes; `make soak` asks for more.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use virtseal_e2e::{DomainSpec, HostBuilder, SealedHost, expect_names};
+use virtseal_testkit::{DomainSpec, HostBuilder, SealedHost, expect_names};
 
 /// Its XML is in a file, and libvirt does not know it.
 struct Transient {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtseal_e2e::{DomainSpec, HostBuilder, SealedHost, edit_keystore, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, HostBuilder, SealedHost, edit_keystore, expect_names, wait_until};
 
 const COPIES: Duration = Duration::from_secs(30);
 

@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
-use virtseal_e2e::rig::{IMAGES, Rig, STATE, done_or, words};
-use virtseal_e2e::servers::PyKmip;
-use virtseal_e2e::{Output, SealedHost, expect_names, expect_order, pin_log, sealed_root};
+use virtseal_testkit::rig::{IMAGES, Rig, STATE, done_or, words};
+use virtseal_testkit::servers::PyKmip;
+use virtseal_testkit::{Output, SealedHost, expect_names, expect_order, pin_log, sealed_root};
 
 const KMS: &str = "kms";
 

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtseal_e2e::servers::{OpenBao, PyKmip};
-use virtseal_e2e::{DomainSpec, Host, SealedHost, expect_names, wait_until};
+use virtseal_testkit::servers::{OpenBao, PyKmip};
+use virtseal_testkit::{DomainSpec, Host, SealedHost, expect_names, wait_until};
 
 const STATE: &str = "/var/lib/virtseal";
 const COPIES: std::time::Duration = std::time::Duration::from_secs(30);

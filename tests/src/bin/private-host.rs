@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use virtseal_e2e::{Host, HostBuilder};
+use virtseal_testkit::{Host, HostBuilder};
 
 fn main() -> ExitCode {
     match run() {

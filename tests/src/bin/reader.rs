@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-use virtseal_e2e::SealedHost;
+use virtseal_testkit::SealedHost;
 
 /// How long a connection is left alone that was refused.
 const PAUSE: Duration = Duration::from_millis(20);

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
-use virtseal_e2e::{DomainSpec, SealedHost, edit_keystore};
+use virtseal_testkit::{DomainSpec, SealedHost, edit_keystore};
 
 use crate::figure::{Figure, Target};
 use crate::inside::ask;

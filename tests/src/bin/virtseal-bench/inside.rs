@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
-use virtseal_e2e::Host;
+use virtseal_testkit::Host;
 
 use crate::{hook, kms, prepare, readers, unwraps, volume};
 

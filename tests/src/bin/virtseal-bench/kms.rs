@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use virtseal_e2e::servers::{Manner, OpenBao, PyKmip, Relay};
-use virtseal_e2e::{DomainSpec, SealedHost};
+use virtseal_testkit::servers::{Manner, OpenBao, PyKmip, Relay};
+use virtseal_testkit::{DomainSpec, SealedHost};
 
 use crate::figure::{Figure, Target};
 use crate::inside::ask;
@@ -164,7 +164,7 @@ impl Vm {
                     "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{path}'/>\
                      <target dev='vd{target}' bus='virtio'/></disk></devices>"
                 );
-                xml = virtseal_e2e::edited(&xml, "</devices>", &disk)?;
+                xml = virtseal_testkit::edited(&xml, "</devices>", &disk)?;
             }
         }
         host.define_xml(&xml)?;

@@ -28,7 +28,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use virtseal_e2e::SealedHost;
+use virtseal_testkit::SealedHost;
 
 use figure::Figure;
 

@@ -13,8 +13,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use virtseal_e2e::rig::STATE;
-use virtseal_e2e::{DomainSpec, SealedHost};
+use virtseal_testkit::rig::STATE;
+use virtseal_testkit::{DomainSpec, SealedHost};
 
 use crate::figure::{Figure, Target};
 use crate::inside::ask;

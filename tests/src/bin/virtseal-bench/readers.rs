@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 use uuid::Uuid;
-use virtseal_e2e::{Attacker, SealedHost};
+use virtseal_testkit::{Attacker, SealedHost};
 
 use crate::figure::{Figure, Target};
 use crate::inside::ask;

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use virtseal_e2e::{DomainSpec, Host, SealedHost};
+use virtseal_testkit::{DomainSpec, Host, SealedHost};
 
 use crate::figure::{Figure, Target};
 use crate::samples::Samples;

@@ -8,9 +8,9 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use rusqlite::params;
 use uuid::Uuid;
-use virtseal_e2e::rig::root_of;
-use virtseal_e2e::servers::SoftHsm;
-use virtseal_e2e::{RootKey, SealedHost, edit_keystore};
+use virtseal_testkit::rig::root_of;
+use virtseal_testkit::servers::SoftHsm;
+use virtseal_testkit::{RootKey, SealedHost, edit_keystore};
 
 use crate::figure::{Figure, Target};
 

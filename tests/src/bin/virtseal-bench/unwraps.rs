@@ -23,8 +23,8 @@ use virtseal::provider::transit::TransitProvider;
 use virtseal::provider::{KekScope, KeyProvider};
 use virtseal::secret::{Dek, SecretBytes};
 use virtseal::store::Keystore;
-use virtseal_e2e::SealedHost;
-use virtseal_e2e::servers::{OpenBao, PyKmip, SoftHsm};
+use virtseal_testkit::SealedHost;
+use virtseal_testkit::servers::{OpenBao, PyKmip, SoftHsm};
 
 use crate::figure::{Figure, Target};
 use crate::samples::Samples;

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-use virtseal_e2e::{SealedHost, built_program};
+use virtseal_testkit::{SealedHost, built_program};
 
 use crate::figure::{Figure, Target};
 use crate::inside::{ask, succeed};

@@ -11,7 +11,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use anyhow::{Result, anyhow, ensure};
-use virtseal_e2e::{Host, SealedHost};
+use virtseal_testkit::{Host, SealedHost};
 
 use screen::{Said, Screen};
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use virtseal_e2e::{Needles, Place};
+use virtseal_testkit::{Needles, Place};
 
 /// What a search went through and found.
 pub(crate) struct Searched {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 use uuid::Uuid;
-use virtseal_e2e::{
+use virtseal_testkit::{
     Accelerator, BOOT_DEADLINE, DomainSpec, DomainState, Guest, Host, Output, SealedHost, guest_image,
 };
 

@@ -12,7 +12,7 @@ use super::{Running, directory, free_port, test_tool, text};
 use crate::{SealedHost, wait_until};
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
-const MANUAL: &str = include_str!("../../../docs/providers/transit.md");
+const MANUAL: &str = include_str!("../../../../docs/providers/transit.md");
 
 /// The server; a restart would forget everything.
 pub struct OpenBao {

@@ -47,7 +47,7 @@ pub fn free_port() -> Result<u16> {
 
 /// A program that `make deps` puts under `target/test-tools`.
 fn test_tool(path: &str, package: &str) -> Result<PathBuf> {
-    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-tools");
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/test-tools");
     let program = tools.join(path);
     ensure!(
         program.is_file(),

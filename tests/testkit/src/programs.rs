@@ -70,7 +70,7 @@ pub fn built_program(name: &str) -> Result<PathBuf> {
 
 /// The directory of the stage's scripts and templates.
 pub(crate) fn script(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("host").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../host").join(name)
 }
 
 fn find_on_path(program: &str) -> Option<PathBuf> {

@@ -22,8 +22,8 @@ use crate::process::Process;
 use crate::programs::require_stage;
 use crate::virsh::{DomainState, Output};
 
-const LIBVIRTD_CONF: &str = include_str!("../host/libvirtd.conf");
-const QEMU_CONF: &str = include_str!("../host/qemu.conf");
+const LIBVIRTD_CONF: &str = include_str!("../../host/libvirtd.conf");
+const QEMU_CONF: &str = include_str!("../../host/qemu.conf");
 const LIBVIRT_SOCKET: &str = "/run/libvirt/libvirt-sock";
 const LIBVIRTD_DEADLINE: Duration = Duration::from_secs(60);
 const IMAGES: &str = "/var/lib/libvirt/images";

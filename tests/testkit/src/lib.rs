@@ -7,7 +7,7 @@
 //!
 //! ```no_run
 //! # fn main() -> anyhow::Result<()> {
-//! use virtseal_e2e::{BOOT_DEADLINE, DomainSpec, Guest, Host};
+//! use virtseal_testkit::{BOOT_DEADLINE, DomainSpec, Guest, Host};
 //!
 //! let host = Host::start()?;
 //! let disk = host.guest_disk("web01")?;
