@@ -10,6 +10,7 @@ pub mod api;
 pub mod audit;
 pub mod cli;
 pub mod config;
+mod crypto;
 pub mod daemon;
 pub mod domain;
 pub mod host;

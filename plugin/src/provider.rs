@@ -3,16 +3,12 @@
 //! A provider holds KEKs and never gives one out. All calls block and are made on a worker thread with a
 //! deadline; `status` answers from memory and never waits for a network.
 
-mod aes_gcm;
 pub mod cache;
-mod certificate_request;
-mod class;
-mod kek_name;
+mod error;
 pub mod kmip;
 pub mod native;
 pub mod pkcs11;
-mod revocation;
-mod timed;
+pub(crate) mod toolbox;
 pub mod transit;
 
 #[cfg(test)]
@@ -28,7 +24,7 @@ use thiserror::Error;
 use crate::model::envelope::{EnvelopeError, KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
 
-pub use class::ErrorClass;
+pub use error::ErrorClass;
 
 /// Wraps payloads under KEKs that stay inside.
 pub trait KeyProvider: Send + Sync {

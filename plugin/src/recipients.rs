@@ -5,7 +5,6 @@
 //! disk. No lock is held while a provider works, and none gets more time than the deadline for one call.
 
 mod advice;
-mod deadline;
 mod kind;
 mod made_keks;
 mod membership;
@@ -17,6 +16,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use crate::model::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Verified, VmId};
+use crate::provider::toolbox::deadline;
 use crate::provider::{DestroyReceipt, ProviderError};
 use crate::secret::Dek;
 use crate::store::{Change, Keystore, KeystoreError};

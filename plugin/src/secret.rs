@@ -7,7 +7,6 @@
 //! `Serialize` or `PartialEq`, and `Debug` shows the length only.
 
 mod heap;
-mod mac_key;
 pub(crate) mod pages;
 
 use std::fmt;

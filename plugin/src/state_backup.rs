@@ -18,8 +18,8 @@ use tar::{Archive, Builder, EntryType, Header};
 use thiserror::Error;
 
 use crate::audit::AuditLog;
+use crate::crypto::age_file::{SealingError, decrypting, encrypting};
 use crate::host::local_time::rfc3339;
-use crate::provider::native::{SealingError, decrypting, encrypting};
 use crate::secret::SecretBytes;
 use crate::store::{Keystore, KeystoreError};
 

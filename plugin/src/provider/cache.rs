@@ -7,7 +7,7 @@
 
 mod persisted;
 mod policy;
-mod sealed_kek;
+mod row;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};

@@ -50,13 +50,13 @@ use self::node::Access;
 use self::store::Store;
 use self::tls::Tls;
 use super::cache::{CachePolicy, KekCache, NothingToCache, PersistError};
-use super::kek_name::KekBook;
+use super::toolbox::kek_name::KekBook;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
+use crate::crypto::age_file::SealingError;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::chain;
-use crate::provider::native::SealingError;
 use crate::secret::SecretBytes;
 use crate::store::{Keystore, KeystoreError, ProviderRecord};
 

@@ -15,10 +15,9 @@
 //! wrapped. The root key is in memory only while unlocked: [`lock`](KeyProvider::lock) takes it away at once, a
 //! call that runs at that moment ends with the copy it holds, and no later one starts.
 
+mod by_tpm;
 mod document;
 mod kek;
-pub(super) mod sealing;
-mod tpm_seal;
 
 use std::fmt;
 use std::io;
@@ -29,18 +28,16 @@ use thiserror::Error;
 
 use self::document::RootKeys;
 use self::kek::{Kek, KekName};
-use self::sealing::Form;
-use super::aes_gcm::MECHANISM;
+use super::toolbox::gcm::MECHANISM;
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::crypto::age_file::{self as sealing, Form, SealingError};
 use crate::host::tpm::{Tpm, TpmError};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::{SecretBytes, Transient};
 use crate::store::{Change, Keystore, KeystoreError, NativeRoot, ProviderRecord};
 
+pub use by_tpm::TpmEnrollment;
 pub use document::DocumentError;
-pub use sealing::SealingError;
-pub(crate) use sealing::{decrypting, encrypting};
-pub use tpm_seal::TpmEnrollment;
 
 /// A provider whose root key is on this host.
 pub struct NativeProvider {

@@ -32,7 +32,7 @@ use self::http::Fault;
 use self::keeper::Keeper;
 use self::kek::{KekName, MECHANISM, Serving};
 use self::link::{Link, guard};
-use super::kek_name::{self, KekBook, KekGeneration};
+use super::toolbox::kek_name::{self, KekBook, KekGeneration};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;

@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::advice::Absent;
-use super::deadline::within;
 use super::{NextCommand, Provider};
 use crate::host::local_time::time_of_day;
 use crate::model::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem, chain};
+use crate::provider::toolbox::deadline::within;
 use crate::provider::{ErrorClass, KeyProvider, ProviderError, ProviderName};
 use crate::secret::Dek;
 use crate::store::DeletedProvider;

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::deadline::each_within;
 use super::{NextCommand, OpenError, Provider, Recipients, made_keks, opening};
 use crate::model::envelope::{Envelope, KekId, Payload, ProviderId, Stanza, Verified};
 use crate::model::problem::{Code, Problem, chain};
+use crate::provider::toolbox::deadline::each_within;
 use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
 use crate::secret::Dek;
 use crate::store::{EnvelopeRecord, Keystore};

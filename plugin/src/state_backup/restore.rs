@@ -13,8 +13,8 @@ use tar::EntryType;
 
 use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
 use crate::audit::{AuditLog, Event, Outcome, Position};
+use crate::crypto::age_file::decrypting;
 use crate::host::local_time::rfc3339;
-use crate::provider::native::decrypting;
 use crate::secret::SecretBytes;
 use crate::store::{AuditAnchor, Keystore, KeystoreError};
 

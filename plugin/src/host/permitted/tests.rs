@@ -447,7 +447,7 @@ const OPEN_PATHS_OF_ROOT: [&str; 30] = [
     "provider/kmip.rs",
     "provider/kmip/store.rs",
     "provider/pkcs11/settings.rs",
-    "provider/revocation.rs",
+    "provider/toolbox/revocation.rs",
     "provider/transit/wire.rs",
     "state_backup.rs",
     "state_backup/restore.rs",

@@ -22,11 +22,11 @@ use thiserror::Error;
 use disk::Owed;
 
 use super::policy::PersistTime;
-use super::sealed_kek::{RowKey, Span};
+use super::row::{RowKey, Span};
 use crate::host::tpm::{PcrList, SealedByTpm, Tpm, TpmError};
 use crate::model::envelope::{KekId, ProviderId};
 use crate::model::problem::chain;
-use crate::provider::aes_gcm::KEY;
+use crate::provider::toolbox::gcm::KEY;
 use crate::secret::SecretBytes;
 use crate::store::{KekPersistence, Keystore, KeystoreError, PersistedKek, UnixTime};
 

@@ -7,7 +7,7 @@ use super::message::{KmipVersion, ProtocolError};
 use super::tag::{ALGORITHM_AES, KeyState, OBJECT_TYPE_SYMMETRIC_KEY, Operation, Tag, USAGE_MASK};
 use super::ttlv::{Item, Value};
 use crate::model::envelope::{KekId, Payload};
-use crate::provider::aes_gcm;
+use crate::provider::toolbox::gcm;
 use crate::secret::SecretBytes;
 
 /// The most characters of a server's name for a key: it must fit an envelope several times.
@@ -130,7 +130,7 @@ pub(super) fn key(payload: &Item) -> Result<SecretBytes, KeyRefused> {
         .as_bytes()
         .or_else(transparent)
         .ok_or(KeyRefused::Shape)?;
-    if bytes.len() != aes_gcm::KEY {
+    if bytes.len() != gcm::KEY {
         return Err(KeyRefused::NotAes256);
     }
     copied(bytes).map_err(KeyRefused::Memory)
@@ -186,8 +186,8 @@ pub(super) fn body(payload: &Item, nonce: &[u8]) -> Result<Vec<u8>, ProtocolErro
     let nonce = bytes(Tag::IV_COUNTER_NONCE).unwrap_or(nonce);
     let tag = bytes(Tag::AUTHENTICATED_ENCRYPTION_TAG).unwrap_or_default();
     let body = [nonce, data, tag].concat();
-    match aes_gcm::Parts::of(&body) {
-        Ok(_) if nonce.len() == aes_gcm::NONCE => Ok(body),
+    match gcm::Parts::of(&body) {
+        Ok(_) if nonce.len() == gcm::NONCE => Ok(body),
         _ => Err(ProtocolError::Missing("AES-GCM ciphertext with a 16-byte tag")),
     }
 }

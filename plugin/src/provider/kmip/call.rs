@@ -9,7 +9,7 @@ use super::tag::{
 };
 use super::ttlv::Item;
 use crate::model::envelope::KekId;
-use crate::provider::aes_gcm;
+use crate::provider::toolbox::gcm;
 use crate::secret::SecretBytes;
 
 /// How many keys [`Call::Locate`] asks for in one page.
@@ -62,12 +62,12 @@ impl Label {
 #[derive(Debug)]
 pub(super) struct Cryption {
     pub(super) kek: KekId,
-    pub(super) nonce: [u8; aes_gcm::NONCE],
+    pub(super) nonce: [u8; gcm::NONCE],
     pub(super) additional_data: Vec<u8>,
     /// Plaintext, or ciphertext.
     pub(super) data: SecretBytes,
     /// Of a ciphertext.
-    pub(super) tag: Option<[u8; aes_gcm::TAG]>,
+    pub(super) tag: Option<[u8; gcm::TAG]>,
 }
 
 impl Call {
@@ -137,7 +137,7 @@ impl Call {
 
 impl Cryption {
     fn payload(&self) -> Vec<Item<'_>> {
-        let tag_length = i32::try_from(aes_gcm::TAG).expect("a tag has 16 bytes");
+        let tag_length = i32::try_from(gcm::TAG).expect("a tag has 16 bytes");
         let parameters = [
             Item::enumeration(Tag::BLOCK_CIPHER_MODE, BLOCK_CIPHER_MODE_GCM),
             Item::enumeration(Tag::CRYPTOGRAPHIC_ALGORITHM, ALGORITHM_AES),

@@ -8,7 +8,7 @@ pub(in crate::provider) use fake::{Fake, Fault};
 pub(in crate::provider) use proxy::{Manner, Proxy};
 pub(in crate::provider) use server::{Kmip, Server, TlsServer, free_port, identity, secret, settings};
 
-use crate::provider::revocation;
+use crate::provider::toolbox::revocation;
 use openssl::asn1::Asn1Time;
 use openssl::bn::{BigNum, MsbOption};
 use openssl::ec::{EcGroup, EcKey};

@@ -20,7 +20,7 @@ use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::certificate::CertificateFacts;
-use crate::provider::native::{SealingError, sealing};
+use crate::crypto::age_file::{self as sealing, SealingError};
 use crate::secret::{SecretBytes, Transient};
 use crate::store::Change;
 

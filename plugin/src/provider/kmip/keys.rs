@@ -20,9 +20,9 @@ use super::tag::{KeyState, Operation, Reason};
 use super::ttlv::Item;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::chain;
-use crate::provider::aes_gcm::{self, MECHANISM};
 use crate::provider::cache::{KekCache, NotKept, Ticket};
-use crate::provider::kek_name::{KekBook, KekGeneration, generation};
+use crate::provider::toolbox::gcm::{self, MECHANISM};
+use crate::provider::toolbox::kek_name::{KekBook, KekGeneration, generation};
 use crate::provider::{DestroyReceipt, ErrorClass, KekScope, ProviderError};
 use crate::secret::SecretBytes;
 
@@ -313,12 +313,12 @@ impl Keys<'_> {
     fn wrap_here(&self, kek: &KekId, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
         let mut keys = self.fetch(std::slice::from_ref(kek), KeyState::may_wrap, self.deadline)?;
         let key = keys.pop().expect("one KEK was asked for");
-        aes_gcm::wrap(&key, &self.additional_data(kek, MECHANISM), payload)
+        gcm::wrap(&key, &self.additional_data(kek, MECHANISM), payload)
     }
 
     fn wrap_there(&self, kek: &KekId, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
         self.check_server_encrypts()?;
-        let mut nonce = [0; aes_gcm::NONCE];
+        let mut nonce = [0; gcm::NONCE];
         openssl::rand::rand_bytes(&mut nonce).map_err(ProviderError::internal("making a nonce"))?;
         let data = copy(payload.expose())?;
         let encrypt = Call::Encrypt(Cryption {
@@ -377,7 +377,7 @@ impl Keys<'_> {
             return Err(ProviderError::UnknownMechanism(stanza.mechanism.clone()));
         }
         known_form(&stanza.kek)?;
-        aes_gcm::Parts::of(&stanza.body).map(drop)
+        gcm::Parts::of(&stanza.body).map(drop)
     }
 
     fn unwrap_here(
@@ -397,7 +397,7 @@ impl Keys<'_> {
             for (kek, key) in keks.iter().zip(&keys) {
                 for nth in &of_kek[kek.0.as_str()] {
                     let data = self.additional_data(kek, MECHANISM);
-                    payloads[*nth] = Some(aes_gcm::unwrap(key, &data, &stanzas[*nth].body)?);
+                    payloads[*nth] = Some(gcm::unwrap(key, &data, &stanzas[*nth].body)?);
                 }
             }
         }
@@ -516,7 +516,7 @@ impl Keys<'_> {
     }
 
     fn decrypt(&self, stanza: &Stanza) -> Result<Call, ProviderError> {
-        let parts = aes_gcm::Parts::of(&stanza.body)?;
+        let parts = gcm::Parts::of(&stanza.body)?;
         let lengths = "a body's parts have fixed lengths";
         Ok(Call::Decrypt(Cryption {
             kek: stanza.kek.clone(),
@@ -528,7 +528,7 @@ impl Keys<'_> {
     }
 
     fn additional_data(&self, kek: &KekId, mechanism: &str) -> Vec<u8> {
-        aes_gcm::additional_data(self.provider, &kek.0, mechanism)
+        gcm::additional_data(self.provider, &kek.0, mechanism)
     }
 
     /// Revokes and destroys a key that bears the name of the keys of `vm`; can be repeated from wherever it was interrupted.

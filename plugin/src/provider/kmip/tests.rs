@@ -12,7 +12,7 @@ use super::call::Call;
 use super::fixture::{Kmip, Proxy, secret, settings};
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
-use crate::provider::kek_name::KekGeneration;
+use crate::provider::toolbox::kek_name::KekGeneration;
 use crate::secret::Dek;
 
 /// A payload, wrapped under the KEK of its VM.

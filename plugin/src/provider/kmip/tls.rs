@@ -24,8 +24,8 @@ use super::error::KmipError;
 use super::identity::Identity;
 use super::message::printable;
 use super::store::ServerTrust;
-use crate::provider::timed::Timed;
-use crate::provider::{certificate_request, revocation};
+use crate::provider::toolbox::timed::Timed;
+use crate::provider::toolbox::{certificate_request, revocation};
 
 /// Both sides of the trust, ready to connect with.
 #[derive(Clone)]

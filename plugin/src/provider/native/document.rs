@@ -327,7 +327,7 @@ mod tests {
         }
         let text = root.to_text(&"n".repeat(64)).unwrap();
         assert!(
-            text.len() < super::super::sealing::MAX_BYTES * 3 / 4,
+            text.len() < crate::crypto::age_file::MAX_BYTES * 3 / 4,
             "{}",
             text.len()
         );

@@ -1,7 +1,7 @@
 //! KEKs of a native provider: derived from its root key, never stored.
 //!
 //! KEK = HKDF-SHA256 (RFC 5869) of the root key, salted with the provider's UUID; the info is a label and the
-//! KEK's name. What it wraps is laid out as [`aes_gcm`] says.
+//! KEK's name. What it wraps is laid out as [`gcm`] says.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,7 +12,7 @@ use openssl::pkey::Id;
 use openssl::pkey_ctx::PkeyCtx;
 
 use crate::model::envelope::{KekId, Payload, ProviderId, VmId};
-use crate::provider::aes_gcm::{self, MECHANISM};
+use crate::provider::toolbox::gcm::{self, MECHANISM};
 use crate::provider::{KekScope, ProviderError};
 use crate::secret::SecretBytes;
 
@@ -85,22 +85,22 @@ impl Kek {
         name: KekName,
     ) -> Result<Self, ProviderError> {
         let mut key =
-            SecretBytes::zeroed(aes_gcm::KEY).map_err(ProviderError::internal("getting memory for a KEK"))?;
+            SecretBytes::zeroed(gcm::KEY).map_err(ProviderError::internal("getting memory for a KEK"))?;
         hkdf(root, provider, name, &mut key).map_err(ProviderError::internal("deriving a KEK"))?;
         Ok(Self {
             key,
-            additional_data: aes_gcm::additional_data(provider, &name.to_string(), MECHANISM),
+            additional_data: gcm::additional_data(provider, &name.to_string(), MECHANISM),
         })
     }
 
     pub(super) fn wrap(&self, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
-        aes_gcm::wrap(&self.key, &self.additional_data, payload)
+        gcm::wrap(&self.key, &self.additional_data, payload)
     }
 
     /// # Errors
     /// [`ProviderError::Tampered`] for anything but what [`Kek::wrap`] returned under the same name.
     pub(super) fn unwrap(&self, body: &[u8]) -> Result<Payload, ProviderError> {
-        aes_gcm::unwrap(&self.key, &self.additional_data, body)
+        gcm::unwrap(&self.key, &self.additional_data, body)
     }
 }
 

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::settings::{KeyName, TransitSettings};
 use crate::model::envelope::{KekId, ProviderId, VmId};
-use crate::provider::kek_name;
+use crate::provider::toolbox::kek_name;
 use crate::provider::{KekScope, ScopeSetting};
 
 /// Of every stanza that the engine wrapped.

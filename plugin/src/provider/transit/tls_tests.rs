@@ -20,7 +20,7 @@ use super::tests::Tested;
 use super::*;
 use crate::model::envelope::VmId;
 use crate::model::problem::Code;
-use crate::provider::revocation;
+use crate::provider::toolbox::revocation;
 
 pub(in crate::provider) struct Identity {
     key: PKey<Private>,

@@ -25,8 +25,8 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use self::buffers::WipedBuffers;
-use crate::provider::timed::Timed;
-use crate::provider::{certificate_request, revocation};
+use crate::provider::toolbox::timed::Timed;
+use crate::provider::toolbox::{certificate_request, revocation};
 use crate::secret::SecretBytes;
 
 /// `SSL_OP_CLEANSE_PLAINTEXT` of OpenSSL 3 (SSL_CTX_set_options(3)), which the binding has no name for.

@@ -12,7 +12,7 @@ use super::{Persisted, Secret, State, Waiting, lock, now, row};
 use crate::model::envelope::KekId;
 use crate::model::problem::chain;
 use crate::provider::cache::MOST;
-use crate::provider::cache::sealed_kek::{RowKey, Span};
+use crate::provider::cache::row::{RowKey, Span};
 use crate::secret::SecretBytes;
 use crate::store::{Change, KeystoreError, PersistedKek};
 

@@ -19,7 +19,7 @@ const LIST: &[u8] = b"-----BEGIN X509 CRL-----";
 ///
 /// # Errors
 /// When one can't be read.
-pub(super) fn add_lists(store: &mut X509StoreBuilderRef, pem: &[u8]) -> Result<(), ErrorStack> {
+pub(in crate::provider) fn add_lists(store: &mut X509StoreBuilderRef, pem: &[u8]) -> Result<(), ErrorStack> {
     if !pem.windows(LIST.len()).any(|text| text == LIST) {
         return Ok(());
     }
@@ -43,7 +43,7 @@ fn in_memory(text: &[u8]) -> std::io::Result<File> {
 
 /// The list (PEM) of the authority with `certificate` and `key`.
 #[cfg(test)]
-pub(super) fn list(
+pub(in crate::provider) fn list(
     certificate: &openssl::x509::X509,
     key: &openssl::pkey::PKey<openssl::pkey::Private>,
     revoked: &[&openssl::x509::X509],

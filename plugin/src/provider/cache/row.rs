@@ -14,7 +14,7 @@ use openssl::pkey::Id;
 use openssl::pkey_ctx::PkeyCtx;
 
 use crate::model::envelope::{KekId, ProviderId};
-use crate::provider::aes_gcm::{KEY, NONCE, TAG};
+use crate::provider::toolbox::gcm::{KEY, NONCE, TAG};
 use crate::secret::SecretBytes;
 use crate::store::UnixTime;
 

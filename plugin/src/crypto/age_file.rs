@@ -30,13 +30,13 @@ const WORK_HERE: u8 = if cfg!(test) { 10 } else { WORK };
 const MAX_WORK: u8 = 20;
 
 /// The most bytes that a sealed text, or the text itself, may have.
-pub(super) const MAX_BYTES: usize = 64 * 1024;
+pub(crate) const MAX_BYTES: usize = 64 * 1024;
 
 static ONE_SCRYPT_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// How the age file is written; both are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::provider) enum Form {
+pub(crate) enum Form {
     /// For the keystore.
     Binary,
     /// Printable: a backup may travel by mail or on paper.
@@ -82,11 +82,7 @@ pub enum SealingError {
 }
 
 /// Seals `text` and opens the result again before it is returned.
-pub(in crate::provider) fn seal(
-    text: &[u8],
-    passphrase: &SecretBytes,
-    form: Form,
-) -> Result<Vec<u8>, SealingError> {
+pub(crate) fn seal(text: &[u8], passphrase: &SecretBytes, form: Form) -> Result<Vec<u8>, SealingError> {
     let sealed = encrypt(text, passphrase, form, WORK_HERE)?;
     let opened = open(&sealed, passphrase)?;
     if opened.len() == text.len() && openssl::memcmp::eq(&opened, text) {
@@ -116,13 +112,13 @@ fn encrypt(text: &[u8], passphrase: &SecretBytes, form: Form, work: u8) -> Resul
 }
 
 /// Whether `bytes` look like an age file, binary or armored.
-pub(super) fn is_sealed(bytes: &[u8]) -> bool {
+pub(crate) fn is_sealed(bytes: &[u8]) -> bool {
     let bytes = bytes.trim_ascii_start();
     bytes.starts_with(b"age-encryption.org/") || bytes.starts_with(b"-----BEGIN AGE ENCRYPTED FILE-----")
 }
 
 /// Opens an age file, binary or armored.
-pub(in crate::provider) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Result<Transient, SealingError> {
+pub(crate) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Result<Transient, SealingError> {
     if sealed.len() > MAX_BYTES {
         return Err(SealingError::TooLong);
     }

@@ -6,21 +6,21 @@
 
 use std::sync::Arc;
 
-use super::{KekScope, ProviderError};
 use crate::model::envelope::{KekId, ProviderId};
+use crate::provider::{KekScope, ProviderError};
 use crate::store::{KekNameRecord, Keystore, KeystoreError};
 
 /// Which KEK of a scope it is: they rise by one. 0 is one from a virtseal that did not count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct KekGeneration(pub(super) u32);
+pub(in crate::provider) struct KekGeneration(pub(in crate::provider) u32);
 
 impl KekGeneration {
     /// Of a KEK whose name says none.
-    pub(super) const UNCOUNTED: Self = Self(0);
+    pub(in crate::provider) const UNCOUNTED: Self = Self(0);
 
     /// # Errors
     /// When it can't rise.
-    pub(super) fn next(self) -> Result<Self, ProviderError> {
+    pub(in crate::provider) fn next(self) -> Result<Self, ProviderError> {
         let next = self.0.checked_add(1).map(Self);
         next.ok_or_else(|| ProviderError::Refused("the generation of the KEK can't rise any more".into()))
     }
@@ -37,7 +37,7 @@ fn new_name(stem: &str, generation: KekGeneration) -> Result<String, ProviderErr
 }
 
 /// Which generation of `stem` a KEK called `name` is; `None` if it is none of them.
-pub(super) fn generation(stem: &str, name: &str) -> Option<KekGeneration> {
+pub(in crate::provider) fn generation(stem: &str, name: &str) -> Option<KekGeneration> {
     let rest = name.strip_prefix(stem)?;
     if rest.is_empty() {
         return Some(KekGeneration::UNCOUNTED);
@@ -52,38 +52,38 @@ pub(super) fn generation(stem: &str, name: &str) -> Option<KekGeneration> {
 }
 
 /// What this host knows of the KEKs of one provider.
-pub(super) struct KekBook {
+pub(in crate::provider) struct KekBook {
     keystore: Arc<Keystore>,
     provider: ProviderId,
 }
 
 /// What it knows of those for one scope.
 #[derive(Debug, Default)]
-pub(super) struct Known {
+pub(in crate::provider) struct Known {
     /// KEKs that may be in use: made here or named by an envelope, and not retired.
-    pub(super) keks: Vec<KekId>,
+    pub(in crate::provider) keks: Vec<KekId>,
     /// Names of later generations than those, asked for without an answer, the latest first.
-    pub(super) unanswered: Vec<String>,
+    pub(in crate::provider) unanswered: Vec<String>,
     /// The highest generation that was ever made here, also of KEKs that are retired.
-    pub(super) made: Option<KekGeneration>,
+    pub(in crate::provider) made: Option<KekGeneration>,
     /// The highest that was ever asked for here.
-    pub(super) asked: Option<KekGeneration>,
+    pub(in crate::provider) asked: Option<KekGeneration>,
 }
 
 impl Known {
     /// Whether a KEK from before generations may be all that there is.
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::provider) fn is_empty(&self) -> bool {
         self.keks.is_empty() && self.asked.is_none()
     }
 }
 
 impl KekBook {
-    pub(super) fn new(keystore: Arc<Keystore>, provider: ProviderId) -> Self {
+    pub(in crate::provider) fn new(keystore: Arc<Keystore>, provider: ProviderId) -> Self {
         Self { keystore, provider }
     }
 
     /// What is known of the KEKs for `scope`, whose names begin with `stem`.
-    pub(super) fn known(&self, scope: &KekScope, stem: &str) -> Result<Known, ProviderError> {
+    pub(in crate::provider) fn known(&self, scope: &KekScope, stem: &str) -> Result<Known, ProviderError> {
         let records = self
             .keystore
             .kek_names(self.provider, scope)
@@ -118,7 +118,7 @@ impl KekBook {
     }
 
     /// Those that no job has taken out of use: they never come back.
-    pub(super) fn without_retired(&self, keks: Vec<KekId>) -> Result<Vec<KekId>, ProviderError> {
+    pub(in crate::provider) fn without_retired(&self, keks: Vec<KekId>) -> Result<Vec<KekId>, ProviderError> {
         let mut kept = Vec::with_capacity(keks.len());
         for kek in keks {
             if !self
@@ -133,7 +133,7 @@ impl KekBook {
     }
 
     /// A name for the KEK of generation `next`; it is on disk when this returns.
-    pub(super) fn plan(
+    pub(in crate::provider) fn plan(
         &self,
         scope: &KekScope,
         stem: &str,
@@ -147,21 +147,25 @@ impl KekBook {
     }
 
     /// No server has made a KEK called `name`, nor will one.
-    pub(super) fn refused(&self, name: &str) -> Result<(), ProviderError> {
+    pub(in crate::provider) fn refused(&self, name: &str) -> Result<(), ProviderError> {
         self.keystore
             .forget_kek_name(self.provider, name)
             .map_err(ProviderError::internal("forgetting the name of a KEK"))
     }
 
     /// Notes that a KEK with this very name will be asked for, which must never have been.
-    pub(super) fn plan_exactly(&self, scope: &KekScope, name: &str) -> Result<(), ProviderError> {
+    pub(in crate::provider) fn plan_exactly(
+        &self,
+        scope: &KekScope,
+        name: &str,
+    ) -> Result<(), ProviderError> {
         self.keystore
             .plan_kek_name(self.provider, scope, name)
             .map_err(ProviderError::internal("noting the name of a KEK"))
     }
 
     /// `kek` bears `name`.
-    pub(super) fn made(&self, name: &str, kek: &KekId) -> Result<(), ProviderError> {
+    pub(in crate::provider) fn made(&self, name: &str, kek: &KekId) -> Result<(), ProviderError> {
         self.keystore
             .note_kek_of_name(self.provider, name, kek)
             .map_err(ProviderError::internal("noting which KEK was made"))

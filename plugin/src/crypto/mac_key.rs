@@ -7,7 +7,7 @@ use openssl::md::Md;
 use openssl::pkey::Id;
 use openssl::pkey_ctx::PkeyCtx;
 
-use super::{Dek, SecretBytes};
+use crate::secret::{Dek, SecretBytes};
 
 /// Never of another use of a DEK: as a LUKS or swtpm passphrase it goes through PBKDF2, never through HKDF.
 const INFO: &[u8] = b"virtseal envelope mac v2";

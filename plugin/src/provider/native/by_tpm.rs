@@ -22,7 +22,7 @@ use super::{NativeError, NativeProvider, WhyLocked};
 use crate::host::tpm::{PcrList, SealPolicy, SealedByTpm, SigningKey, Tpm, TpmError};
 use crate::model::envelope::ProviderId;
 use crate::model::problem::chain;
-use crate::provider::aes_gcm::{KEY, NONCE, TAG};
+use crate::provider::toolbox::gcm::{KEY, NONCE, TAG};
 use crate::secret::{SecretBytes, Transient};
 use crate::store::{Change, TpmRenewal, TpmSeal, UnixTime};
 

@@ -7,22 +7,22 @@ use openssl::cipher::Cipher;
 use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
 
-use super::ProviderError;
 use crate::model::envelope::{Payload, ProviderId};
+use crate::provider::ProviderError;
 use crate::secret::SecretBytes;
 
 /// The mechanism's name in a stanza.
-pub(super) const MECHANISM: &str = "A256GCM";
+pub(in crate::provider) const MECHANISM: &str = "A256GCM";
 
 /// Length of a KEK in bytes.
-pub(super) const KEY: usize = 32;
-pub(super) const NONCE: usize = 12;
-pub(super) const TAG: usize = 16;
+pub(in crate::provider) const KEY: usize = 32;
+pub(in crate::provider) const NONCE: usize = 12;
+pub(in crate::provider) const TAG: usize = 16;
 const BODY: usize = NONCE + Payload::LEN + TAG;
 
 /// What a wrapped payload is bound to besides its KEK: provider (16 bytes) ‖ length of the KEK's name (4 bytes,
 /// big-endian) ‖ name ‖ mechanism.
-pub(super) fn additional_data(provider: ProviderId, kek: &str, mechanism: &str) -> Vec<u8> {
+pub(in crate::provider) fn additional_data(provider: ProviderId, kek: &str, mechanism: &str) -> Vec<u8> {
     let length = u32::try_from(kek.len()).expect("a KEK's name is shorter than an envelope may be");
     let mut data = provider.0.as_bytes().to_vec();
     data.extend_from_slice(&length.to_be_bytes());
@@ -32,16 +32,16 @@ pub(super) fn additional_data(provider: ProviderId, kek: &str, mechanism: &str) 
 }
 
 /// A body split into its parts.
-pub(super) struct Parts<'a> {
-    pub(super) nonce: &'a [u8],
-    pub(super) ciphertext: &'a [u8],
-    pub(super) tag: &'a [u8],
+pub(in crate::provider) struct Parts<'a> {
+    pub(in crate::provider) nonce: &'a [u8],
+    pub(in crate::provider) ciphertext: &'a [u8],
+    pub(in crate::provider) tag: &'a [u8],
 }
 
 impl<'a> Parts<'a> {
     /// # Errors
     /// [`ProviderError::Tampered`] when `body` has another length.
-    pub(super) fn of(body: &'a [u8]) -> Result<Self, ProviderError> {
+    pub(in crate::provider) fn of(body: &'a [u8]) -> Result<Self, ProviderError> {
         if body.len() != BODY {
             return Err(ProviderError::Tampered);
         }
@@ -56,7 +56,7 @@ impl<'a> Parts<'a> {
 }
 
 /// Wraps `payload` under `key`, which has [`KEY`] bytes, with a random nonce.
-pub(super) fn wrap(
+pub(in crate::provider) fn wrap(
     key: &SecretBytes,
     additional_data: &[u8],
     payload: &Payload,
@@ -82,7 +82,7 @@ fn seal(key: &SecretBytes, additional_data: &[u8], payload: &Payload) -> Result<
 ///
 /// # Errors
 /// [`ProviderError::Tampered`] for anything else, another key or other additional data.
-pub(super) fn unwrap(
+pub(in crate::provider) fn unwrap(
     key: &SecretBytes,
     additional_data: &[u8],
     body: &[u8],

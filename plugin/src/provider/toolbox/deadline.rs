@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::provider::ProviderError;
 
-pub(super) fn within<T: Send + 'static>(
+pub(crate) fn within<T: Send + 'static>(
     deadline: Duration,
     call: impl FnOnce() -> Result<T, ProviderError> + Send + 'static,
 ) -> Result<T, ProviderError> {
@@ -32,7 +32,7 @@ pub(super) fn within<T: Send + 'static>(
 
 /// Makes `call` for each of `items`, all on one thread, each with the deadline of its own. The answers are in the items'
 /// order; they end early, with an error that is about the provider as a whole, when one does not come in time.
-pub(super) fn each_within<I: Send + 'static, T: Send + 'static>(
+pub(crate) fn each_within<I: Send + 'static, T: Send + 'static>(
     deadline: Duration,
     items: Vec<I>,
     mut call: impl FnMut(I) -> Result<T, ProviderError> + Send + 'static,

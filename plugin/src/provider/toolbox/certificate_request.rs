@@ -37,7 +37,7 @@ fn index() -> Result<Asked, ErrorStack> {
 ///
 /// # Errors
 /// OpenSSL's, for want of memory.
-pub(super) fn watch(ssl: &mut SslRef) -> Result<(), ErrorStack> {
+pub(in crate::provider) fn watch(ssl: &mut SslRef) -> Result<(), ErrorStack> {
     ssl.set_ex_data(index()?, AtomicBool::new(false));
     // SAFETY: the pointer is that of a live SSL, the callback lives as long as the program, and it gets no argument.
     unsafe { SSL_set_cert_cb(ssl.as_ptr(), Some(note), std::ptr::null_mut()) };
@@ -45,7 +45,7 @@ pub(super) fn watch(ssl: &mut SslRef) -> Result<(), ErrorStack> {
 }
 
 /// After it: whether a certificate was asked for.
-pub(super) fn came(ssl: &SslRef) -> bool {
+pub(in crate::provider) fn came(ssl: &SslRef) -> bool {
     let index = index().ok();
     index
         .and_then(|index| ssl.ex_data(index))
