@@ -113,14 +113,14 @@ impl Daemon {
             .iter()
             .filter(|copy| copy.envelope.kind == object.kind)
             .partition(|copy| copy.envelope.format() == Envelope::FORMAT);
-        let before = record.as_ref().map(|record| record.envelope.generation);
+        let before = record.as_ref().map(|record| &record.envelope);
         let mut refused = None;
         for copy in with_mac {
             let taken = self.adopt_with_mac(copy, &location);
             refused = refused.or(taken.err());
         }
         if let Some(record) = self.keystore.readable_envelope(object.secret)? {
-            let is_news = before != Some(record.envelope.generation);
+            let is_news = before != Some(&record.envelope);
             return Ok(is_news.then(|| self.adopted(object, &record.envelope)));
         }
         if formats == Formats::WithMac && !without.is_empty() {

@@ -139,7 +139,7 @@ impl Daemon {
                 let id = copy.envelope;
                 let news = match (failed.remove(&id), newest.get(&id)) {
                     (Some(reason), _) => CopyNews::Stays(reason),
-                    (None, record) => CopyNews::Has(record?.envelope.generation),
+                    (None, record) => CopyNews::Has(Box::new(record?.envelope.clone())),
                 };
                 Some((id, news))
             })
@@ -299,7 +299,7 @@ impl Daemon {
         }
         match missing {
             Some(reason) if !found => stays(&reason),
-            _ => Ok(Some(CopyNews::Has(record.envelope.generation))),
+            _ => Ok(Some(CopyNews::Has(Box::new(record.envelope)))),
         }
     }
 

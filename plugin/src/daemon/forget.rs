@@ -14,7 +14,7 @@ use swtpm_state::{State, libvirt_state_dir};
 use super::vms::unreachable;
 use super::{Daemon, lock};
 use crate::api::Outcome;
-use crate::model::envelope::{Generation, ObjectKind, VmId};
+use crate::model::envelope::{ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Format, VolumeError};
 use crate::store::{Change, EnvelopeRecord, KeystoreError, Mark, Put, VmRecord};
@@ -41,10 +41,10 @@ enum Whereabouts {
 enum Copy {
     /// It is the same.
     Same,
-    /// It is another, in this generation, and opens.
-    Opens(Generation),
-    /// It is another, in this generation, and was not opened.
-    Closed(Generation),
+    /// It is another version, which opens.
+    Opens(Precedence),
+    /// It is another version, and was not opened.
+    Closed,
 }
 
 /// Whether the record of an object may go.
@@ -59,13 +59,21 @@ enum Verdict {
 }
 
 /// Nothing is believed for want of a sight: what can't be looked at counts as the object.
-fn decide(kept: Generation, seen: &Whereabouts) -> Verdict {
+fn decide(seen: &Whereabouts) -> Verdict {
     match seen {
-        Whereabouts::Carries(Copy::Same) => Verdict::HasCopy,
-        Whereabouts::Carries(Copy::Opens(generation)) if *generation > kept => Verdict::HasCopy,
-        Whereabouts::Carries(Copy::Opens(generation) | Copy::Closed(generation)) => Verdict::Stays(format!(
-            "its image carries another version of its envelope (generation {generation}, and {kept} is known here)"
-        )),
+        Whereabouts::Carries(Copy::Same | Copy::Opens(Precedence::Newer | Precedence::Same)) => {
+            Verdict::HasCopy
+        }
+        Whereabouts::Carries(Copy::Opens(Precedence::Conflict)) => Verdict::Stays(
+            "its image carries another version of its envelope, and which of the two counts is not decided"
+                .to_owned(),
+        ),
+        Whereabouts::Carries(Copy::Opens(Precedence::Older)) => {
+            Verdict::Stays("its image carries an older version of its envelope".to_owned())
+        }
+        Whereabouts::Carries(Copy::Closed) => Verdict::Stays(
+            "its image carries another version of its envelope, which does not open here".to_owned(),
+        ),
         Whereabouts::Unmarked => Verdict::Stays("this host has the only copy of its envelope".to_owned()),
         Whereabouts::Unreadable(why) => Verdict::Stays(format!("nobody can tell whether it is there: {why}")),
         Whereabouts::Absent | Whereabouts::Another => Verdict::OnlyTheFile,
@@ -118,7 +126,7 @@ impl Daemon {
         let mut alone = Vec::new();
         let mut stays = Vec::new();
         for record in &records {
-            match decide(record.envelope.generation, &self.whereabouts(record)) {
+            match decide(&self.whereabouts(record)) {
                 Verdict::HasCopy => {}
                 Verdict::OnlyTheFile => alone.push(self.object_name(record)),
                 Verdict::Stays(why) => stays.push(format!("{}: {why}", self.object_name(record))),
@@ -226,11 +234,10 @@ impl Daemon {
         match info.envelope {
             Some(found) if found == record.envelope => Whereabouts::Carries(Copy::Same),
             Some(found) if found.id == record.envelope.id => {
-                let generation = found.generation;
                 let dek = self.recipients.open_envelope(&found).ok();
                 Whereabouts::Carries(match dek.and_then(|dek| found.verify(&dek).ok()) {
-                    Some(_) => Copy::Opens(generation),
-                    None => Copy::Closed(generation),
+                    Some(_) => Copy::Opens(found.supersedes(&record.envelope)),
+                    None => Copy::Closed,
                 })
             }
             Some(_) => Whereabouts::Another,
@@ -340,21 +347,20 @@ mod tests {
 
     #[test]
     fn what_may_be_the_object_keeps_its_envelope() {
-        let kept = Generation(3);
         for seen in [
             Whereabouts::Unmarked,
             Whereabouts::Unreadable("Permission denied".to_owned()),
-            Whereabouts::Carries(Copy::Opens(Generation(2))),
-            Whereabouts::Carries(Copy::Opens(Generation(3))),
-            Whereabouts::Carries(Copy::Closed(Generation(9))),
+            Whereabouts::Carries(Copy::Opens(Precedence::Older)),
+            Whereabouts::Carries(Copy::Opens(Precedence::Conflict)),
+            Whereabouts::Carries(Copy::Closed),
         ] {
-            assert!(matches!(decide(kept, &seen), Verdict::Stays(_)), "{seen:?}");
+            assert!(matches!(decide(&seen), Verdict::Stays(_)), "{seen:?}");
         }
-        for copy in [Copy::Same, Copy::Opens(Generation(4))] {
-            assert_eq!(decide(kept, &Whereabouts::Carries(copy)), Verdict::HasCopy);
+        for copy in [Copy::Same, Copy::Opens(Precedence::Newer)] {
+            assert_eq!(decide(&Whereabouts::Carries(copy)), Verdict::HasCopy);
         }
         for seen in [Whereabouts::Absent, Whereabouts::Another] {
-            assert_eq!(decide(kept, &seen), Verdict::OnlyTheFile);
+            assert_eq!(decide(&seen), Verdict::OnlyTheFile);
         }
     }
 }

@@ -269,7 +269,7 @@ impl Daemon {
                 ObjectState::Sealed(id) => Some(id.to_string()),
                 _ => envelope.map(|envelope| envelope.id.to_string()),
             },
-            generation: envelope.and_then(|envelope| i64::try_from(envelope.generation.0).ok()),
+            generation: envelope.and_then(|envelope| envelope.generation.stored()),
             generation_verified: kept.is_some(),
             providers: envelope.map(|envelope| self.names(envelope)).unwrap_or_default(),
             shared_with: kept
@@ -343,7 +343,7 @@ impl Daemon {
             },
             path: (!record.location.is_empty()).then(|| record.location.clone()),
             envelope: Some(record.envelope.id.to_string()),
-            generation: i64::try_from(record.envelope.generation.0).ok(),
+            generation: record.envelope.generation.stored(),
             generation_verified: true,
             providers: self.names(&record.envelope),
             shared_with: known.names(&record.envelope.shared_with),

@@ -10,9 +10,9 @@
 
 mod json;
 mod mac;
+mod precedence;
 mod verified;
 
-use std::cmp::Ordering;
 use std::fmt;
 use std::io;
 use std::str::FromStr;
@@ -25,7 +25,8 @@ use uuid::Uuid;
 use crate::secret::{Dek, SecretBytes};
 
 pub use mac::Mac;
-pub use verified::{Format1, Newest, Verified, newest};
+pub use precedence::{Generation, Newest, Precedence, newest};
+pub use verified::{Format1, Verified};
 
 macro_rules! uuid_id {
     ($(#[$doc:meta])* $name:ident) => {
@@ -111,22 +112,6 @@ impl ObjectKind {
 impl fmt::Display for ObjectKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
-    }
-}
-
-/// Counts the changes of an envelope; of two copies the higher one wins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Generation(pub u64);
-
-impl Generation {
-    /// SQLite's integers end here. No sequence of changes gets there.
-    pub const MAX: Self = Self(i64::MAX as u64);
-}
-
-impl fmt::Display for Generation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
     }
 }
 
@@ -309,23 +294,8 @@ impl Envelope {
         json::read(json)
     }
 
-    /// How it stands to `other` of the same id. Of two that are not [`Verified`] this compares only what they claim.
-    ///
-    /// Format 2 comes after format 1, whatever the generations: who made a format 1 can't be told, so its generation
-    /// counts only among its like. One whose writer is known is upgraded before it is compared.
-    #[must_use]
-    pub fn supersedes(&self, other: &Self) -> Precedence {
-        let rank = |envelope: &Self| (envelope.format(), envelope.generation);
-        match rank(self).cmp(&rank(other)) {
-            Ordering::Greater => Precedence::Newer,
-            Ordering::Less => Precedence::Older,
-            Ordering::Equal if self == other => Precedence::Same,
-            Ordering::Equal => Precedence::Conflict,
-        }
-    }
-
     fn validated(self) -> Result<Self, EnvelopeError> {
-        if self.mac.is_some() && self.generation > Generation::MAX {
+        if self.mac.is_some() && self.generation.stored().is_none() {
             return Err(EnvelopeError::Generation {
                 found: self.generation,
             });
@@ -341,19 +311,6 @@ impl Envelope {
         }
         Ok(self)
     }
-}
-
-/// How one version of an envelope stands to another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precedence {
-    /// It came after the other.
-    Newer,
-    /// They are equal.
-    Same,
-    /// It came before the other.
-    Older,
-    /// Both claim the same place, and they differ.
-    Conflict,
 }
 
 /// Why an envelope or a payload can't be used.
@@ -389,7 +346,7 @@ pub enum EnvelopeError {
         /// How many.
         found: usize,
     },
-    /// Higher than [`Generation::MAX`].
+    /// Higher than can be stored, see [`Generation::stored`].
     #[error("the envelope claims generation {found}, which no virtseal made")]
     Generation {
         /// What it claims.

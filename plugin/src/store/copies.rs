@@ -4,7 +4,7 @@ use rusqlite::{OptionalExtension, Row, Transaction, params};
 
 use super::rows::{Named, Rows, collect, each};
 use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now, parse_id};
-use crate::model::envelope::{Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, VmId};
+use crate::model::envelope::{Envelope, EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 
 /// Where a copy is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -68,8 +68,8 @@ pub struct RetiredKek {
 /// What became of a copy that was stale.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CopyNews {
-    /// It has this generation: it is stale no more, unless the envelope has changed since.
-    Has(Generation),
+    /// It is as this version, or counts more than that: it is stale no more, unless the envelope has changed since.
+    Has(Box<Envelope>),
     /// It could not be brought up to date, and why.
     Stays(String),
 }
@@ -179,16 +179,12 @@ impl Keystore {
             for (envelope, news) in news {
                 let (envelope, place) = (envelope.to_string(), place.as_str());
                 match news {
-                    CopyNews::Has(generation) => transaction
+                    CopyNews::Has(version) => transaction
                         .prepare_cached(
                             "DELETE FROM stale_copies WHERE envelope = ?1 AND place = ?2
-                             AND EXISTS (SELECT 1 FROM envelopes WHERE id = ?1 AND generation <= ?3)",
+                             AND EXISTS (SELECT 1 FROM envelopes WHERE id = ?1 AND json = ?3)",
                         )?
-                        .execute(params![
-                            envelope,
-                            place,
-                            i64::try_from(generation.0).unwrap_or(i64::MAX)
-                        ])?,
+                        .execute(params![envelope, place, version.to_json()])?,
                     CopyNews::Stays(reason) => transaction
                         .prepare_cached(
                             "UPDATE stale_copies SET reason = ?3 WHERE envelope = ?1 AND place = ?2 AND reason <> ?3",

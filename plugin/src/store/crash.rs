@@ -7,9 +7,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::host::own_process;
-use crate::model::envelope::{
-    Binding, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
-};
+use crate::model::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId};
 use crate::secret::Dek;
 
 const STATE_DIR: &str = "VIRTSEAL_TEST_STATE_DIR";
@@ -147,7 +145,10 @@ fn check(dir: &Path, reported: &[String]) {
             .unwrap()
             .unwrap_or_else(|| panic!("{line} was lost"));
         assert!(state.is_none_or(|state| state == record.state), "{line}");
-        assert!(record.envelope.generation >= Generation(generation), "{line}");
+        assert!(
+            record.envelope.generation.stored().unwrap() >= generation,
+            "{line}"
+        );
     }
     let providers = keystore.providers().unwrap().whole().unwrap();
     let defaults = providers.iter().filter(|record| record.is_default).count();

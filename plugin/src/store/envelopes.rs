@@ -257,7 +257,8 @@ fn compare(known: Option<&Envelope>, offered: &Envelope) -> Result<Put, Keystore
 
 /// SQLite's integers end at 2^63-1, as those of format 2 do.
 pub(super) fn storable_generation(envelope: &Envelope) -> Result<i64, KeystoreError> {
-    i64::try_from(envelope.generation.0).map_err(|_| KeystoreError::GenerationTooHigh {
+    let stored = envelope.generation.stored();
+    stored.ok_or_else(|| KeystoreError::GenerationTooHigh {
         id: envelope.id,
         generation: envelope.generation,
     })
@@ -367,7 +368,7 @@ mod tests {
 
     fn version(of: &Verified, generation: u64, body: u8) -> Verified {
         changed(of, |envelope| {
-            envelope.generation = Generation(generation);
+            envelope.generation = Generation::of_test(generation);
             envelope.stanzas[0].body = vec![body; 92];
         })
     }
@@ -460,7 +461,7 @@ mod tests {
         let envelope = envelope(VmId::random());
         keystore.put(&envelope, "a").unwrap();
         let moved = changed(&envelope, |envelope| {
-            envelope.generation = Generation(9);
+            envelope.generation = Generation::of_test(9);
             envelope.vm = VmId::random();
         });
         assert!(matches!(
@@ -468,7 +469,7 @@ mod tests {
             Err(KeystoreError::OtherObject { .. })
         ));
         let other_kind = changed(&envelope, |envelope| {
-            envelope.generation = Generation(9);
+            envelope.generation = Generation::of_test(9);
             envelope.kind = ObjectKind::Vtpm;
         });
         assert!(matches!(
@@ -563,7 +564,7 @@ mod tests {
                         let error = outcome.unwrap_err();
                         prop_assert!(error.to_string().contains(&base.id.to_string()));
                         let conflict = matches!(error, KeystoreError::Conflict { generation, .. }
-                            if generation == Generation(known.generation));
+                            if generation == Generation::of_test(known.generation));
                         prop_assert!(conflict);
                         continue;
                     }

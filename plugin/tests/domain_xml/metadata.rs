@@ -6,6 +6,10 @@ use virtseal::model::envelope::{Envelope, Generation, ObjectKind};
 
 use crate::{envelope, fixture, id, seal_all};
 
+fn generation(count: u64) -> Generation {
+    serde_json::from_value(count.into()).unwrap()
+}
+
 #[test]
 fn metadata_is_found_under_any_prefix_and_later_parts_of_it_stay() {
     let xml = seal_all(&fixture("libvirt9-uefi.xml"));
@@ -27,7 +31,7 @@ fn metadata_is_found_under_any_prefix_and_later_parts_of_it_stay() {
         assert_eq!(metadata.envelopes.len(), 3);
         assert_eq!(metadata.unknown, ["attribute new", "<policy>"]);
         let mut envelopes = metadata.envelopes;
-        envelopes[0].generation = Generation(2);
+        envelopes[0].generation = generation(2);
         envelopes.pop();
         envelopes.push(envelope(domain.uuid, id(50), ObjectKind::Disk));
         let written = set_envelopes(&later, &envelopes).unwrap();
@@ -45,7 +49,7 @@ fn what_claims_to_be_newer_stays_in_format_2_alone() {
     let domain = Domain::parse(&xml).unwrap();
     let mut envelopes = domain.metadata.unwrap().envelopes;
     let old = envelopes.clone();
-    envelopes[1].generation = Generation(7);
+    envelopes[1].generation = generation(7);
     let newer = set_envelopes(&xml, &envelopes).unwrap();
     assert_eq!(set_envelopes(&newer, &old).unwrap(), newer);
     let mut format_1: serde_json::Value = serde_json::from_str(&envelopes[1].to_json()).unwrap();
@@ -53,7 +57,7 @@ fn what_claims_to_be_newer_stays_in_format_2_alone() {
     let fields = format_1.as_object_mut().unwrap();
     fields.retain(|field, _| !["mac", "seen", "shared_with"].contains(&field.as_str()));
     envelopes[1] = Envelope::from_json(&format_1.to_string()).unwrap();
-    assert_eq!(envelopes[1].generation, Generation(7));
+    assert_eq!(envelopes[1].generation, generation(7));
     let claimed = set_envelopes(&xml, &envelopes).unwrap();
     assert_eq!(Domain::parse(&claimed).unwrap().metadata.unwrap().envelopes, old);
 }

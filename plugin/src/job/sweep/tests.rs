@@ -3,7 +3,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::*;
-use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Verified};
+use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Precedence, Verified};
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::secret::SecretBytes;
@@ -150,7 +150,7 @@ fn moved_to_another_provider_they_open_without_the_first() {
     assert!(
         host.envelopes()
             .iter()
-            .all(|envelope| envelope.generation == Generation(2))
+            .all(|envelope| envelope.generation == Generation::of_test(2))
     );
     assert!(host.step(50).is_none());
 }
@@ -215,12 +215,10 @@ fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
     assert_eq!(needed.len(), 2 * 20);
     assert!(needed.iter().all(|needed| needed.kek.0.starts_with("v1:vm:")));
     let envelope = &host.envelopes()[0];
-    for (generation, left) in [(1, 2), (2, 1)] {
+    let first = host.changed(envelope, |envelope| envelope.generation = Generation::of_test(1));
+    for (version, left) in [(first.into_envelope(), 2), (envelope.clone(), 1)] {
         host.keystore
-            .note_copies(
-                CopyPlace::Xml,
-                &[(envelope.id, CopyNews::Has(Generation(generation)))],
-            )
+            .note_copies(CopyPlace::Xml, &[(envelope.id, CopyNews::Has(Box::new(version)))])
             .unwrap();
         let needed = host.keystore.needed_keks().unwrap().whole().unwrap();
         assert_eq!(
@@ -266,7 +264,9 @@ fn rekeyed_they_follow_the_policy() {
     let before = host.keystore.envelope(one.id).unwrap().unwrap().envelope;
     assert_eq!(host.sweep(&task).changed, 1);
     let after = host.keystore.envelope(one.id).unwrap().unwrap().envelope;
-    assert!(after.generation > before.generation && after.stanzas[0].body != before.stanzas[0].body);
+    assert!(
+        after.supersedes(&before) == Precedence::Newer && after.stanzas[0].body != before.stanzas[0].body
+    );
     assert_eq!(after.stanzas[0].kek, before.stanzas[0].kek);
     host.assert_whole();
 }
@@ -300,7 +300,7 @@ fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
     host.sweep(&Task::AddRecipient { provider: spare });
     for envelope in host.envelopes() {
         let damaged = host.changed(&envelope, |envelope| {
-            envelope.generation.0 += 1;
+            envelope.generation = Generation::of_test(3);
             envelope.stanzas[1].body[20] ^= 1;
         });
         host.keystore.put(&damaged, "").unwrap();
@@ -323,7 +323,7 @@ fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
 fn an_adopted_generation_leaves_the_image_in_doubt() {
     let host = Host::with_envelopes(1);
     let travelled = host.changed(&host.envelopes()[0], |envelope| {
-        envelope.generation = Generation(2);
+        envelope.generation = Generation::of_test(2);
     });
     let needed = |host: &Host| host.keystore.needed_keks().unwrap().whole().unwrap();
     assert_eq!(needed(&host), []);
@@ -341,7 +341,7 @@ fn an_adopted_generation_leaves_the_image_in_doubt() {
 fn a_damaged_envelope_is_left_alone_and_named() {
     let host = Host::with_envelopes(7);
     let bad = host.changed(&host.envelopes()[3], |envelope| {
-        envelope.generation = Generation(2);
+        envelope.generation = Generation::of_test(2);
         envelope.stanzas[0].body[20] ^= 1;
     });
     host.keystore.put(&bad, "").unwrap();
@@ -368,7 +368,7 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
         panic!("not rewrapped");
     };
     // A start has adopted a later generation from the domain's XML.
-    let adopted = host.changed(&before, |envelope| envelope.generation = Generation(7));
+    let adopted = host.changed(&before, |envelope| envelope.generation = Generation::of_test(7));
     host.keystore.put(&adopted, "").unwrap();
     let record = host
         .keystore
@@ -383,7 +383,7 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
         job
     };
     assert_eq!((job.state, job.changed), (JobState::Done, 1));
-    assert_eq!(host.envelopes()[0].generation, Generation(8));
+    assert_eq!(host.envelopes()[0].generation, Generation::of_test(8));
     host.assert_whole();
 }
 
@@ -495,7 +495,7 @@ fn what_comes_back_behind_a_job_is_taken_along() {
     // From a host that did not take part, by the XML of the VM that comes from there.
     let gone = |known: &&Envelope| host.keystore.envelope(known.id).unwrap().unwrap().envelope != **known;
     let travelled = host.changed(before.iter().find(gone).unwrap(), |envelope| {
-        envelope.generation = Generation(7);
+        envelope.generation = Generation::of_test(7);
     });
     host.keystore.put(&travelled, "").unwrap();
     let job = host.run();

@@ -69,7 +69,7 @@ fn message(envelope: &Envelope) -> Vec<u8> {
     message.extend_from_slice(envelope.id.0.as_bytes());
     message.extend_from_slice(envelope.vm.0.as_bytes());
     message.push(envelope.kind.code());
-    message.extend_from_slice(&envelope.generation.0.to_be_bytes());
+    message.extend_from_slice(&envelope.generation.to_be_bytes());
     message.push(u8::from(envelope.seen));
     push_len(&mut message, envelope.shared_with.len());
     for vm in &envelope.shared_with {

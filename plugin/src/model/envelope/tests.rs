@@ -104,7 +104,7 @@ proptest! {
                 let mut stanza = stanza.clone();
                 stanza.body = vec![body];
                 let mut made = Verified::new(&binding, vec![stanza], &dek).unwrap().into_envelope();
-                made.generation = Generation(generation);
+                made.generation = Generation::of_test(generation);
                 if old { format_1(&made) } else { made }
             })
             .collect();
@@ -117,11 +117,42 @@ proptest! {
             };
             prop_assert_eq!(b.supersedes(a), expected);
             prop_assert_eq!(a.supersedes(b) == Precedence::Same, a == b);
+            let one_place = (a.format(), a.generation) == (b.format(), b.generation);
+            prop_assert_eq!(a.supersedes(b) == Precedence::Conflict, one_place && a != b);
         }
         let not_older = |a: &Envelope, b: &Envelope| a.supersedes(b) != Precedence::Older;
         let [a, b, c] = &versions[..] else { unreachable!() };
         if not_older(a, b) && not_older(b, c) {
             prop_assert!(not_older(a, c));
+        }
+    }
+
+    /// Nothing supersedes the newest, whatever the order they come in, and all that stands beside it is named.
+    #[test]
+    fn the_newest_is_one_that_nothing_supersedes(
+        binding in bindings(),
+        stanza in stanzas(),
+        versions in prop::collection::vec((1..4_u64, 0..3_u8), 1..8)
+    ) {
+        let dek = Dek::random().unwrap();
+        let made = Verified::new(&binding, vec![stanza], &dek).unwrap();
+        let versions: Vec<_> = versions
+            .into_iter()
+            .map(|(generation, body)| {
+                let mut version = made.clone().into_envelope();
+                version.generation = Generation::of_test(generation);
+                version.stanzas[0].body = vec![body];
+                Verified::of_test(version, &dek)
+            })
+            .collect();
+        let found = newest(&versions).unwrap();
+        for version in &versions {
+            let conflicts = found.conflicts.contains(&version);
+            match version.supersedes(found.envelope) {
+                Precedence::Newer => prop_assert!(false, "{:?} is newer", version),
+                Precedence::Conflict => prop_assert!(conflicts),
+                Precedence::Same | Precedence::Older => prop_assert!(!conflicts),
+            }
         }
     }
 
@@ -167,8 +198,11 @@ const CHANGES: [Change; 14] = [
             ObjectKind::Vtpm | ObjectKind::Nvram => ObjectKind::Disk,
         }
     },
-    |envelope, at| envelope.generation.0 ^= 1 << at.index(63),
-    |envelope, _| envelope.generation = Generation::MAX,
+    |envelope, at| {
+        let changed = envelope.generation.stored().unwrap() ^ (1 << at.index(63));
+        envelope.generation = Generation::of_test(changed as u64);
+    },
+    |envelope, _| envelope.generation = Generation::of_test(i64::MAX as u64),
     |envelope, _| envelope.shared_with.push(VmId::random()),
     |envelope, _| envelope.shared_with.clear(),
     |envelope, _| envelope.seen = !envelope.seen,
@@ -242,17 +276,17 @@ fn formats_are_not_mixed() {
 fn format_1_is_upgraded_to_the_same_everywhere() {
     let (dek, made) = one();
     let mut old = format_1(&made);
-    old.generation = Generation(7);
+    old.generation = Generation::of_test(7);
     let next = old.upgrade(&dek, Format1::OfKeystore).unwrap();
-    assert_eq!((next.format(), next.generation), (2, Generation(8)));
+    assert_eq!((next.format(), next.generation), (2, Generation::of_test(8)));
     assert_eq!(next, old.upgrade(&dek, Format1::AdoptedByRoot).unwrap());
     assert_eq!(next, next.upgrade(&dek, Format1::OfKeystore).unwrap());
     // What a format 1 claims does not keep a format 2 from rising.
     for claimed in [u64::MAX, i64::MAX as u64, u64::from(u32::MAX)] {
-        old.generation = Generation(claimed);
+        old.generation = Generation::of_test(claimed);
         assert_eq!(next.supersedes(&old), Precedence::Newer);
         let healed = old.upgrade(&dek, Format1::OfKeystore).unwrap();
-        assert!(healed.mark_seen(&dek).unwrap().generation.0 <= u64::from(u32::MAX) + 2);
+        assert!(healed.mark_seen(&dek).unwrap().generation.stored().unwrap() <= i64::from(u32::MAX) + 2);
     }
 }
 
@@ -262,7 +296,7 @@ fn each_change_is_the_next_generation_and_needs_the_key() {
     let (web, db) = (VmId::random(), VmId::random());
     let shared = made.share_with(web, &dek).unwrap().share_with(db, &dek).unwrap();
     assert!(shared.serves(web) && shared.serves(db) && shared.serves(made.vm));
-    assert_eq!(shared.generation, Generation(3));
+    assert_eq!(shared.generation, Generation::of_test(3));
     assert_eq!(shared.share_with(web, &dek).unwrap(), shared);
     assert_eq!(shared.share_with(made.vm, &dek).unwrap(), shared);
     let taken = shared.unshare(web, &dek).unwrap();

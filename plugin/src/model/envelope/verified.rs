@@ -5,7 +5,7 @@
 
 use std::ops::Deref;
 
-use super::{Binding, Envelope, EnvelopeError, Generation, Mac, Precedence, Stanza, VmId};
+use super::{Binding, Envelope, EnvelopeError, Generation, Mac, Stanza, VmId};
 use crate::secret::Dek;
 
 /// An envelope that only one who has its DEK can have made.
@@ -49,13 +49,10 @@ impl Envelope {
             return self.verify(dek);
         }
         let mut next = self.clone();
-        next.generation = Generation(self.generation.0.min(MAX_OF_FORMAT_1) + 1);
+        next.generation = self.generation.after_format_1();
         Verified::sign(next, dek)
     }
 }
-
-/// What was claimed beyond this was never counted: format 2 goes on from here.
-const MAX_OF_FORMAT_1: u64 = u32::MAX as u64;
 
 impl Verified {
     /// A first-generation envelope for the payload of `dek` bound to `binding`, which each of `stanzas` has.
@@ -67,7 +64,7 @@ impl Verified {
             id: binding.envelope,
             vm: binding.vm,
             kind: binding.kind,
-            generation: Generation(1),
+            generation: Generation::FIRST,
             shared_with: Vec::new(),
             seen: false,
             stanzas,
@@ -128,7 +125,7 @@ impl Verified {
         if next == self.0 {
             return Ok(self.clone());
         }
-        next.generation = Generation(self.0.generation.0.saturating_add(1));
+        next.generation = self.0.generation.next();
         Self::sign(next, dek)
     }
 
@@ -151,36 +148,4 @@ impl Deref for Verified {
     fn deref(&self) -> &Envelope {
         &self.0
     }
-}
-
-/// The version that counts, and those that claim its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Newest<'a> {
-    /// The newest; of several with the same generation the first.
-    pub envelope: &'a Verified,
-    /// Others of that generation, which differ.
-    pub conflicts: Vec<&'a Verified>,
-}
-
-/// The newest of the versions of one envelope; none of none. Where two differ in the same generation, the first one stays: the
-/// keystore's is given first.
-pub fn newest<'a>(versions: impl IntoIterator<Item = &'a Verified>) -> Option<Newest<'a>> {
-    let mut versions = versions.into_iter();
-    let mut found = Newest {
-        envelope: versions.next()?,
-        conflicts: Vec::new(),
-    };
-    for version in versions {
-        match version.supersedes(found.envelope) {
-            Precedence::Newer => {
-                found = Newest {
-                    envelope: version,
-                    conflicts: Vec::new(),
-                };
-            }
-            Precedence::Conflict => found.conflicts.push(version),
-            Precedence::Same | Precedence::Older => {}
-        }
-    }
-    Some(found)
 }

@@ -151,7 +151,7 @@ pub enum Weighed {
 #[must_use]
 pub fn weigh(own: &Verified, copy: &Envelope, dek: &Dek) -> Weighed {
     match copy.verify(dek) {
-        Err(EnvelopeError::Format1) if copy.generation <= own.generation => Weighed::IsBehind,
+        Err(EnvelopeError::Format1) if !copy.claims_more_changes_than(own) => Weighed::IsBehind,
         Err(error) => Weighed::Doubtful(Doubt::Unverified(error)),
         Ok(copy) => match copy.supersedes(own) {
             Precedence::Newer => Weighed::Counts(copy),

@@ -78,15 +78,15 @@ fn what_was_changed_without_the_key_counts_for_nothing() {
     let host = Host::new();
     let forge = |change: &dyn Fn(&mut Envelope)| {
         let mut copy = host.record.envelope.clone();
-        copy.generation = Generation(1 << 40);
+        copy.generation = Generation::of_test(1 << 40);
         change(&mut copy);
         copy
     };
     let forged = [
         forge(&|_| {}),
-        forge(&|copy| copy.generation = Generation::MAX),
-        forge(&|copy| copy.generation = Generation(1)),
-        forge(&|copy| copy.generation = Generation(0)),
+        forge(&|copy| copy.generation = Generation::of_test(i64::MAX as u64)),
+        forge(&|copy| copy.generation = Generation::of_test(1)),
+        forge(&|copy| copy.generation = Generation::of_test(0)),
         forge(&|copy| drop(copy.stanzas.pop())),
         forge(&|copy| copy.stanzas[1].body[20] ^= 1),
         forge(&|copy| copy.stanzas.swap(0, 1)),
@@ -107,7 +107,7 @@ fn what_was_changed_without_the_key_counts_for_nothing() {
     let believed = host.believe(&replayed);
     assert!(believed.doubt.is_none() && !believed.is_news);
     assert_eq!(*believed.needed_by(&replayed), host.record.envelope);
-    replayed.generation = Generation(99);
+    replayed.generation = Generation::of_test(99);
     let doubt = host.expect_disbelief(&replayed);
     assert!(matches!(doubt, Doubt::Unverified(EnvelopeError::Format1)));
     for copy in [&forged[0], &replayed] {
@@ -161,7 +161,7 @@ fn the_keystores_format_1_is_upgraded_and_its_copies_are_behind() {
     assert!(believed.is_news && believed.doubt.is_none());
     assert_eq!(
         (believed.envelope.format(), believed.envelope.generation),
-        (2, Generation(2))
+        (2, Generation::of_test(2))
     );
     assert_eq!(believed.envelope.stanzas, old.stanzas);
 }
@@ -180,7 +180,7 @@ fn a_damaged_row_gives_way_to_no_earlier_version() {
     assert_eq!(without_row(&newer, &older), newer);
     assert_eq!(without_row(&older, &newer), newer);
     let mut forged = newer.clone().into_envelope();
-    forged.generation = Generation(99);
+    forged.generation = Generation::of_test(99);
     assert_eq!(without_row(&forged, &older), older);
     assert_eq!(without_row(&older, &forged), older);
     let old_form = format_1(&older);
