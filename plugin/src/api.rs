@@ -4,6 +4,7 @@
 //! No type here holds a key. Passphrases and backups travel as file descriptors beside a call.
 
 mod job;
+pub(crate) mod pages;
 mod provider;
 mod trust;
 mod vm;

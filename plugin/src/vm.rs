@@ -4,3 +4,4 @@ pub mod forgotten;
 pub mod seal;
 pub mod side_doors;
 pub mod start;
+pub mod status;

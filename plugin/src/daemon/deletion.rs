@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::glance::Age;
-use super::pages;
 use super::visible::{Place, Proof};
 use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
+use crate::api::pages;
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
 use crate::job::sweep::Task;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 use super::host_tpm::{pin_from, tpm_failure};
-use super::pages::{self, PAGE};
 use super::providers::{native_failure, passphrase_from, wrong_fds};
 use super::visible::VisibleCopy;
 use super::{Daemon, lock};
+use crate::api::pages::{self, PAGE};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
 use crate::job::sweep::{self, Step, Task};
 use crate::model::envelope::{Envelope, EnvelopeId, ProviderId, VmId};

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Daemon;
-use super::pages::PAGE;
+use crate::api::pages::PAGE;
 use crate::api::{AuditLines, AuditVerified};
 use crate::audit::{self, AuditError, AuditLog, Event, Outcome, Position};
 use crate::domain::Domain;

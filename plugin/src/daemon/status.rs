@@ -5,12 +5,11 @@ use std::path::Path;
 
 use swtpm_state::State;
 
+use super::damaged;
 use super::glance::Age;
-use super::pages;
-use super::standing::{Facts, Found, Owner, Standing, Used};
 use super::vms::KnownVm;
 use super::{Daemon, lock};
-use super::{damaged, rivals};
+use crate::api::pages;
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
 use crate::domain::{self, Domain, DomainError, Metadata, Object, ObjectState, TpmBackend};
 use crate::host::libvirt::DefinedDomain;
@@ -21,6 +20,8 @@ use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::store::{EnvelopeRecord, EnvelopeState, VmRecord};
 use crate::terminal::word;
 use crate::vm::side_doors;
+use crate::vm::status::rivals;
+use crate::vm::status::standing::{Facts, Found, Owner, Standing, Used};
 
 impl Daemon {
     /// Everything at a glance; never waits for a provider.

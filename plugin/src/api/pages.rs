@@ -5,15 +5,16 @@
 
 use serde::Serialize;
 
-use crate::api::{OrphanEnvelope, OrphanKek, Orphans, VmView};
+use super::provider::{OrphanEnvelope, OrphanKek, Orphans};
+use super::vm::VmView;
 
 /// The most bytes of a page, as JSON. What is around it in a reply has room beside it.
-pub(super) const PAGE: usize = 48 * 1024;
+pub(crate) const PAGE: usize = 48 * 1024;
 /// A page has as much at least, however much else there is in its reply.
 const LEAST: usize = 8 * 1024;
 
 /// How many bytes `item` takes in a reply.
-pub(super) fn size_of(item: &impl Serialize) -> usize {
+pub(crate) fn size_of(item: &impl Serialize) -> usize {
     struct Count(usize);
     impl std::io::Write for Count {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
@@ -48,7 +49,7 @@ fn within(items: &[impl Serialize], bytes: usize) -> usize {
 }
 
 /// The first of `items` that fit into `bytes`, where a reply says how many there are.
-pub(super) fn cut<T: Serialize>(mut items: Vec<T>, bytes: usize) -> Vec<T> {
+pub(crate) fn cut<T: Serialize>(mut items: Vec<T>, bytes: usize) -> Vec<T> {
     let most = within(&items, bytes);
     items.truncate(most);
     items
@@ -56,7 +57,7 @@ pub(super) fn cut<T: Serialize>(mut items: Vec<T>, bytes: usize) -> Vec<T> {
 
 /// The VMs after the one with this UUID and name, or the first ones; and what to ask for next, if there are more. The reply has
 /// `others` bytes beside them.
-pub(super) fn of_vms(vms: &[VmView], after: Option<&str>, others: usize) -> (Vec<VmView>, Option<String>) {
+pub(crate) fn of_vms(vms: &[VmView], after: Option<&str>, others: usize) -> (Vec<VmView>, Option<String>) {
     let (uuid, name) = after.and_then(|after| after.split_once(' ')).unwrap_or_default();
     let begin = match after {
         Some(_) => vms.partition_point(|vm| (vm.name.as_str(), vm.uuid.as_str()) <= (name, uuid)),
@@ -90,7 +91,7 @@ fn shortened(vm: &VmView, room: usize) -> VmView {
 }
 
 /// The orphans after this one, or the first ones, in the order of [`sort`].
-pub(super) fn of_orphans(all: &Orphans, after: Option<&str>) -> Orphans {
+pub(crate) fn of_orphans(all: &Orphans, after: Option<&str>) -> Orphans {
     let (list, rest) = after.and_then(|after| after.split_once(' ')).unwrap_or_default();
     let (first, second) = rest.split_once(' ').unwrap_or_default();
     let (envelopes, keks) = match list {
@@ -135,7 +136,7 @@ pub(super) fn of_orphans(all: &Orphans, after: Option<&str>) -> Orphans {
 }
 
 /// Puts orphans into the order of their pages.
-pub(super) fn sort(orphans: &mut Orphans) {
+pub(crate) fn sort(orphans: &mut Orphans) {
     orphans.envelopes.sort_by(|a, b| key_of(a).cmp(&key_of(b)));
     orphans.keks.sort_by(|a, b| key_of_kek(a).cmp(&key_of_kek(b)));
 }

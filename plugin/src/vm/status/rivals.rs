@@ -11,7 +11,7 @@ use crate::object::disk::ImageCopy;
 use crate::store::EnvelopeRecord;
 use crate::terminal::word;
 
-pub(super) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> Vec<String> {
+pub(crate) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> Vec<String> {
     let Some(metadata) = &domain.metadata else {
         return Vec::new();
     };
@@ -33,7 +33,7 @@ pub(super) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>
 }
 
 /// Of the copy in the image at `path`, whose envelope the keystore has as `kept`.
-pub(super) fn in_image(name: &str, path: &Path, copy: &ImageCopy, kept: Option<&Envelope>) -> Option<String> {
+pub(crate) fn in_image(name: &str, path: &Path, copy: &ImageCopy, kept: Option<&Envelope>) -> Option<String> {
     let shown = path.display();
     match (copy, kept) {
         (ImageCopy::Envelope(copy), Some(kept)) if copy.id == kept.id => {

@@ -1,5 +1,5 @@
 //! How an object of a VM stands: by what the XML says, by what is at its place, and by what the keystore knows. Decides without
-//! I/O; [`super::status`] looks.
+//! I/O; the daemon looks.
 
 use std::fmt;
 
@@ -8,7 +8,7 @@ use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
 
 /// What is at an object's place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Found {
+pub(crate) enum Found {
     Nothing,
     Plain,
     /// With the envelope that it carries: its id and its VM.
@@ -21,7 +21,7 @@ pub(super) enum Found {
 
 /// Whether a vTPM's guest has used it since it was sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Used {
+pub(crate) enum Used {
     Yes,
     No,
     NotKnown,
@@ -29,7 +29,7 @@ pub(super) enum Used {
 
 /// Whose an envelope is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Owner {
+pub(crate) enum Owner {
     /// This VM's, or shared with it.
     This,
     /// Another VM's.
@@ -38,19 +38,19 @@ pub(super) enum Owner {
 
 /// What is known of an object.
 #[derive(Clone, Debug)]
-pub(super) struct Facts<'a> {
-    pub(super) kind: ObjectKind,
-    pub(super) xml: &'a ObjectState,
-    pub(super) found: Found,
+pub(crate) struct Facts<'a> {
+    pub(crate) kind: ObjectKind,
+    pub(crate) xml: &'a ObjectState,
+    pub(crate) found: Found,
     /// Of the envelope that the XML names; else of the one that is at its place, in the file or by the keystore.
-    pub(super) owner: Option<Owner>,
+    pub(crate) owner: Option<Owner>,
     /// Only for a vTPM.
-    pub(super) used: Used,
+    pub(crate) used: Used,
 }
 
 /// How an object stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(crate) enum Standing {
     Sealed,
     /// Sealed, and swtpm will make the state at the first start.
     NotUsedYet,
@@ -76,7 +76,7 @@ pub(super) enum Standing {
 }
 
 impl Facts<'_> {
-    pub(super) fn standing(self) -> Standing {
+    pub(crate) fn standing(self) -> Standing {
         match self.xml {
             ObjectState::Unsupported(reason) => Standing::Unsupported(reason),
             ObjectState::Plain => self.in_plain_xml(),
@@ -119,7 +119,7 @@ impl Facts<'_> {
 
 impl Standing {
     /// Encrypted with a key that this VM gets.
-    pub(super) fn is_sealed(&self) -> bool {
+    pub(crate) fn is_sealed(&self) -> bool {
         matches!(self, Self::Sealed | Self::NotUsedYet | Self::NotInXml)
     }
 }
