@@ -7,7 +7,6 @@ mod adopt;
 mod bell;
 mod cache;
 mod copies;
-mod damaged;
 mod deletion;
 mod first_runs;
 mod forget;
@@ -16,15 +15,13 @@ mod headers;
 mod host_tpm;
 mod jobs;
 pub mod listener;
-mod marks;
-mod overdue;
+pub mod overdue;
 mod paths;
 pub mod pools;
 mod providers;
 mod records;
 mod running;
 mod saved;
-mod settings_warnings;
 mod sharing;
 mod shred;
 pub mod sockets;
@@ -32,14 +29,13 @@ mod state;
 mod status;
 mod trust;
 mod visible;
-mod vms;
 mod volumes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::unistd::{Gid, Group};
 
@@ -56,10 +52,12 @@ use crate::object::disk;
 use crate::recipients::Recipients;
 use crate::store::{CopyPlace, JobId, Keystore};
 use crate::terminal::word;
+use crate::vm::first_runs::{FirstRuns, vtpm_of};
 use crate::vm::seal::{self, ConfirmedFormats, Host};
 use crate::vm::start::{self, ArmedSecrets, Deadline, Opened, OpenedHeaders, Prepared, StartContext};
+use crate::vm::status::settings::{self, ReaderGroup};
+use crate::vm::{marks, names};
 use bell::Bell;
-use first_runs::FirstRuns;
 use headers::Headers;
 
 pub use adopt::Formats;
@@ -124,7 +122,7 @@ pub struct Daemon {
     /// VMs that have started or ended, and that nobody has looked at since.
     changed_vms: Mutex<BTreeSet<VmId>>,
     /// What is to be noted of starts.
-    first_runs: FirstRuns,
+    first_runs: Mutex<FirstRuns>,
     /// What is done to VMs while they run.
     running: Arc<running::Running>,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
@@ -168,7 +166,7 @@ impl Daemon {
             arms_bell: Bell::default(),
             looks: overdue::Looks::default(),
             changed_vms: Mutex::default(),
-            first_runs: FirstRuns::default(),
+            first_runs: Mutex::default(),
             running: Arc::default(),
             copying: Mutex::default(),
         })
@@ -228,6 +226,16 @@ impl Daemon {
             .ok()
             .flatten()
             .map(|group| group.gid)
+    }
+
+    /// What the settings name and this host does not have, one line for each.
+    #[must_use]
+    pub fn warnings(&self) -> Vec<String> {
+        let group = match self.reader_group() {
+            Some(_) => ReaderGroup::Exists,
+            None => ReaderGroup::Missing,
+        };
+        settings::warnings(&self.config(), |name| self.recipients.find(name).is_ok(), group)
     }
 
     /// How long a hook's call may take: a little less than the hook waits, so that the reason reaches the user.
@@ -300,12 +308,10 @@ impl Daemon {
             recipients: &self.recipients,
             opened_headers: &self.opened_headers,
             swtpm_dir: self.config().swtpm_dir,
-            paths: self.rule_of_start(domain)?,
+            paths: paths::rule_of_start(self, domain)?,
             policy: self.config().policy.of(domain),
-            run: self.known_run(domain.uuid),
-            state_source: self
-                .first_runs
-                .state_source(domain.uuid, first_runs::vtpm_of(domain)),
+            run: first_runs::known_run(self, domain.uuid),
+            state_source: lock(&self.first_runs).state_source(domain.uuid, vtpm_of(domain), Instant::now()),
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);
@@ -323,9 +329,9 @@ impl Daemon {
             .reach(patience)
             .map_err(|error| unreachable_libvirt(domain, &error))?;
         let count = opened.len();
-        self.first_runs.expect(domain.uuid, first_run);
+        lock(&self.first_runs).expect(domain.uuid, first_run);
         self.arm(domain, opened, deadline)
-            .inspect_err(|_| self.first_runs.expect(domain.uuid, None))?;
+            .inspect_err(|_| lock(&self.first_runs).expect(domain.uuid, None))?;
         Ok(count)
     }
 
@@ -374,10 +380,10 @@ impl Daemon {
 
     /// `started begin`: QEMU and swtpm have the keys, libvirt needs them no more.
     pub fn started(&self, vm: &str, name: &str) -> Result<(), Problem> {
-        self.look_later(vm);
+        saved::look_later(self, vm);
         let disarmed = self.disarm(vm, name);
         if let Ok(vm) = vm_id(vm) {
-            self.note_running(vm, name);
+            first_runs::note_running(self, vm, name);
         }
         disarmed
     }
@@ -385,9 +391,9 @@ impl Daemon {
     /// `release end`: whatever happened, nothing stays armed.
     pub fn released(&self, vm: &str, name: &str) -> Result<(), Problem> {
         let disarmed = self.disarm(vm, name);
-        self.look_later(vm);
+        saved::look_later(self, vm);
         if let Ok(vm) = vm_id(vm) {
-            self.note_ended(vm, name);
+            first_runs::note_ended(self, vm, name);
         }
         // Its images can follow what was rewrapped while it ran.
         self.copies_bell.ring();
@@ -438,7 +444,7 @@ impl Daemon {
             .collect();
         for image in images
             .into_values()
-            .filter_map(|image| self.known_place(image).ok())
+            .filter_map(|image| paths::known_place(self, image).ok())
         {
             match disk::sweep_temporaries(&image) {
                 Ok(removed) => removed
@@ -478,7 +484,7 @@ impl Daemon {
     ) -> Result<Outcome, Problem> {
         let confirmed = ConfirmedFormats::parse(formats)?;
         let _sealing = lock(&self.sealing);
-        let domain = self.find_domain(vm)?;
+        let domain = names::find_domain(&self.background, vm)?;
         if !dry_run {
             self.take_in_copies_of(&domain);
         }
@@ -490,7 +496,7 @@ impl Daemon {
         if dry_run {
             return Ok(plan.outcome(false));
         }
-        let sealed = self.while_marked(&domain, || seal::seal(&host, &domain, &plan, provider));
+        let sealed = marks::while_marked(&host, &domain, || seal::seal(&host, &domain, &plan, provider));
         self.audit_vm("seal", domain.vm, &domain.name, &sealed);
         let made = sealed?;
         let changed = made.xml != domain.xml;
@@ -530,11 +536,18 @@ impl Daemon {
     /// Makes a VM plain again, if nothing was ever written under seal.
     pub fn unseal_vm(&self, vm: &str, dry_run: bool) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
-        let domain = self.find_domain(vm)?;
-        if let Some(unmarked) = self.unmark(&domain, dry_run)? {
-            return Ok(unmarked);
-        }
+        let domain = names::find_domain(&self.background, vm)?;
         let host = self.host_of_vms()?;
+        if marks::is_marked_in_vain(&host, &domain)? {
+            if !dry_run {
+                self.keystore.note_plain(domain.vm)?;
+            }
+            let changed = !dry_run;
+            return Ok(Outcome {
+                changed,
+                ..marks::unmarked()
+            });
+        }
         let plan = seal::plan_unseal(&host, &domain)?;
         if !dry_run {
             let unsealed = seal::unseal(&host, &plan).and_then(|replaced| {
@@ -573,9 +586,9 @@ impl Daemon {
         let kept = self
             .background
             .every_xml()
-            .map_err(|error| vms::unreachable(&error))?;
+            .map_err(|error| names::unreachable(&error))?;
         Ok(Host {
-            paths: self.path_rule(),
+            paths: paths::rule(self),
             kept,
             ..self.host()
         })

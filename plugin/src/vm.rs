@@ -1,6 +1,9 @@
 //! What is done to a VM.
 
+pub mod first_runs;
 pub mod forgotten;
+pub mod marks;
+pub mod names;
 pub mod seal;
 pub mod side_doors;
 pub mod start;

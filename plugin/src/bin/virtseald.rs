@@ -20,6 +20,7 @@ use virtseal::daemon::listener::Server;
 use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
 use virtseal::daemon::sockets::Sockets;
 use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
+use virtseal::daemon::{glance, overdue};
 use virtseal::host::process::{self, LinkedCode};
 use virtseal::model::problem::chain;
 use virtseal::terminal::visible;
@@ -159,7 +160,7 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     for (name, run) in [
         ("jobs", Daemon::run_jobs as Work),
         ("copies", Daemon::run_copies),
-        ("status", Daemon::run_glances),
+        ("status", glance::run),
         ("running", Daemon::watch_running),
     ] {
         let daemon = Arc::clone(daemon);
@@ -171,7 +172,7 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     let daemon = Arc::clone(daemon);
     std::thread::Builder::new()
         .name("arms".to_owned())
-        .spawn(move || daemon.watch_arms())
+        .spawn(move || overdue::watch(&daemon))
         .context("can't start the thread for arms")?;
     Ok(())
 }

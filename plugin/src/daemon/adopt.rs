@@ -5,6 +5,8 @@
 
 use std::path::Path;
 
+use super::paths;
+use super::visible::held_copies;
 use super::visible::{Place, Proof, VisibleCopy};
 use super::{Daemon, lock};
 use crate::api::Outcome;
@@ -14,6 +16,7 @@ use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk;
 use crate::secret::Dek;
 use crate::terminal::word;
+use crate::vm::names;
 use crate::vm::start::adoption::not_believed;
 
 /// Which copies root answers for.
@@ -29,7 +32,7 @@ impl Daemon {
     /// Takes over the envelopes of a VM that came from another host, as its first start would.
     pub fn adopt_vm(&self, vm: &str, formats: Formats) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
-        let defined = self.find_domain(vm)?;
+        let defined = names::find_domain(&self.background, vm)?;
         let domain = Domain::parse(&defined.xml)
             .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
         let adopted = self.adopt_all(&domain, formats);
@@ -80,8 +83,8 @@ impl Daemon {
 
     /// By an image that the XML names; of one where root does not look, opening it says so.
     fn carried_by(&self, domain: &Domain, path: &Path) -> Option<Envelope> {
-        let known = self.locations_of(domain.uuid).ok()?;
-        let place = self.path_rule().permit_known(path, known.iter()).ok()?;
+        let known = paths::locations_of(&self.keystore, domain.uuid).ok()?;
+        let place = paths::rule(self).permit_known(path, known.iter()).ok()?;
         disk::inspect(&place).ok()?.envelope
     }
 
@@ -102,7 +105,7 @@ impl Daemon {
         let record = self.keystore.readable_envelope(object.secret)?;
         let mut copies = copies_of(domain, object, |path| self.carried_by(domain, path));
         if record.is_none() {
-            let held = self.held_copies(Some(domain.uuid)).into_iter();
+            let held = held_copies(&self.keystore, Some(domain.uuid)).into_iter();
             copies.extend(held.filter(|copy| copy.envelope.id == object.secret));
         }
         let location = object

@@ -8,7 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::first_runs;
 use super::headers::Writing;
+use super::paths;
+use super::saved;
 use super::{Daemon, lock};
 use crate::domain::{Domain, Metadata, edit, encrypted_layers};
 use crate::host::libvirt::KeptXml;
@@ -34,8 +37,8 @@ impl Daemon {
     /// Brings copies up to date for ever. For a thread of its own.
     pub fn run_copies(&self) {
         loop {
-            self.note_saved_states();
-            self.write_runs();
+            saved::note_all(self);
+            first_runs::write(self);
             if let Err(failure) = self.update_copies() {
                 tracing::warn!("copies of envelopes: {failure}");
             }
@@ -59,7 +62,7 @@ impl Daemon {
             Ok(kept) => Holders::among(&kept),
             Err(error) => return self.all_stay(&chain(&error)),
         };
-        let rule = self.path_rule();
+        let rule = paths::rule(self);
         for envelope in moved {
             go_on(envelope, self.finish_moved_header(envelope, &holders, &rule));
         }
@@ -334,7 +337,7 @@ impl Daemon {
             return Ok(());
         };
         let writing = self.headers.take_over(id);
-        match self.known_place(Path::new(&path)) {
+        match paths::known_place(self, Path::new(&path)) {
             Ok(place) => self.finish_header_in(id, &place, &patch, writing),
             // Moved, or somebody has put a link there: tried again later.
             Err(_) => Ok(()),

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use super::glance::Age;
 use super::visible::{Place, Proof};
-use super::vms::{some_of, unreachable};
 use super::{Daemon, lock};
 use crate::api::pages;
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
@@ -18,6 +17,9 @@ use crate::recipients::{Absent, Provider};
 use crate::store::CopyPlace;
 use crate::terminal::word;
 use crate::vm::forgotten::{self, ForgottenError};
+use crate::vm::names::VmNames;
+use crate::vm::names::{some_of, unreachable};
+use crate::vm::status::damaged;
 
 /// Readers share a look that is not older than this.
 const FRESH: Duration = Duration::from_secs(2);
@@ -133,7 +135,7 @@ impl Daemon {
         if !uses.objects.is_empty() {
             warnings.push(format!(
                 "{} had a stanza of it, {} of them with no other: these stay locked until it is back: {}",
-                self.objects_of_vms(&uses.objects)?,
+                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&uses.objects),
                 uses.alone,
                 Absent {
                     id,
@@ -214,7 +216,7 @@ impl Daemon {
             return Ok(format!("a copy of envelope {envelope}"));
         };
         let place = match place {
-            CopyPlace::Xml => Place::Xml(self.vm_names()?.of(record.envelope.vm)),
+            CopyPlace::Xml => Place::Xml(VmNames::of_keystore(&self.keystore)?.of(record.envelope.vm)),
             CopyPlace::Image => Place::Image(record.location.into()),
         };
         Ok(place.to_string())
@@ -272,7 +274,7 @@ impl Daemon {
                 uses.fixed += 1;
             }
         }
-        let names = self.vm_names()?;
+        let names = VmNames::of_keystore(&self.keystore)?;
         for saved in self.keystore.saved_states()?.whole()? {
             if saved.envelopes.iter().any(of_it) {
                 uses.copies.insert(format!(
@@ -290,7 +292,7 @@ impl Daemon {
         if !uses.objects.is_empty() {
             reasons.push(format!(
                 "{} need it, {} of them have no other",
-                self.objects_of_vms(&uses.objects)?,
+                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&uses.objects),
                 uses.alone
             ));
         }
@@ -362,7 +364,7 @@ impl Daemon {
     fn all_orphans(&self) -> Result<Orphans, Problem> {
         let domains = self.background.domains().map_err(|error| unreachable(&error))?;
         let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
-        let names = self.vm_names()?;
+        let names = VmNames::of_keystore(&self.keystore)?;
         let (mut envelopes, mut in_use) = (Vec::new(), BTreeSet::new());
         let mut keks: BTreeMap<(ProviderId, String), OrphanUses> = BTreeMap::new();
         // What destroys a key asks for all of them; here those that can't be read are named.
@@ -411,7 +413,7 @@ impl Daemon {
         let mut all = Orphans {
             envelopes,
             keks: keks.collect(),
-            damaged: self.damaged_records(),
+            damaged: damaged::records(&self.keystore),
             next: None,
         };
         pages::sort(&mut all);

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use swtpm_state::{State, libvirt_state_dir};
 
-use super::vms::unreachable;
+use super::paths;
 use super::{Daemon, lock};
 use crate::api::Outcome;
 use crate::model::envelope::{ObjectKind, Precedence, VmId};
@@ -20,6 +20,7 @@ use crate::object::disk::{self, Format, VolumeError};
 use crate::store::{Change, EnvelopeRecord, KeystoreError, Mark, Put, VmRecord};
 use crate::terminal::word;
 use crate::vm::forgotten::{self, Forgotten};
+use crate::vm::names::{self, unreachable};
 
 /// What is where an object was.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,7 +93,7 @@ impl Daemon {
     }
 
     fn undefined_vm(&self, vm: &str) -> Result<(VmId, String), Problem> {
-        match self.find_domain(vm) {
+        match names::find_domain(&self.background, vm) {
             Ok(defined) => Err(Problem::new(
                 Code::WouldLoseKey,
                 format!(
@@ -221,7 +222,7 @@ impl Daemon {
         if path.as_os_str().is_empty() {
             return Whereabouts::Absent;
         }
-        let place = match self.known_place(path) {
+        let place = match paths::known_place(self, path) {
             Ok(place) => place,
             Err(error) if error.is_missing() => return Whereabouts::Absent,
             Err(error) => return Whereabouts::Unreadable(chain(&error)),

@@ -11,6 +11,7 @@ use super::Daemon;
 use crate::api::VmView;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::{Problem, chain};
+use crate::vm::status::damaged;
 
 /// No answer is older than this.
 const MAX_AGE: Duration = Duration::from_secs(2);
@@ -101,7 +102,7 @@ impl Glances {
     }
 
     /// What there is to see, at most [`MAX_AGE`] old.
-    fn take(&self, age: Age) -> Result<Glance, Problem> {
+    pub(super) fn take(&self, age: Age) -> Result<Glance, Problem> {
         let asked = Instant::now();
         let mut state = self.state();
         state.asked = Some(asked);
@@ -185,51 +186,44 @@ fn silent() -> String {
     )
 }
 
-impl Daemon {
-    /// Looks for those who ask, for ever. For a thread of its own.
-    pub fn run_glances(&self) {
-        super::pools::step_back();
-        self.glances.run(|| self.look_at_all());
-    }
+/// Looks for those who ask, for ever. For a thread of its own.
+pub fn run(daemon: &Daemon) {
+    super::pools::step_back();
+    daemon.glances.run(|| look_at_all(daemon));
+}
 
-    /// What `status` shows, at most two seconds old.
-    pub(super) fn glance(&self, age: Age) -> Result<Glance, Problem> {
-        self.glances.take(age)
-    }
+/// Something that `status` shows may have changed.
+pub(super) fn expire(daemon: &Daemon) {
+    daemon.glances.expire();
+}
 
-    /// Something that `status` shows may have changed.
-    pub fn expire_glance(&self) {
-        self.glances.expire();
-    }
+/// How many envelopes have a stanza of each provider, at most two seconds ago.
+pub(super) fn provider_uses(daemon: &Daemon) -> Result<Uses, Problem> {
+    daemon.glances.uses(|| {
+        let mut uses = BTreeMap::new();
+        daemon.keystore.each_envelope(|record| {
+            let stanzas = record.envelope.stanzas.iter();
+            for provider in stanzas.map(|stanza| stanza.provider).collect::<BTreeSet<_>>() {
+                *uses.entry(provider).or_default() += 1;
+            }
+        })?;
+        Ok(Arc::new(uses))
+    })
+}
 
-    /// How many envelopes have a stanza of each provider, at most two seconds ago.
-    pub(super) fn provider_uses(&self) -> Result<Uses, Problem> {
-        self.glances.uses(|| {
-            let mut uses = BTreeMap::new();
-            self.keystore.each_envelope(|record| {
-                let stanzas = record.envelope.stanzas.iter();
-                for provider in stanzas.map(|stanza| stanza.provider).collect::<BTreeSet<_>>() {
-                    *uses.entry(provider).or_default() += 1;
-                }
-            })?;
-            Ok(Arc::new(uses))
-        })
-    }
-
-    fn look_at_all(&self) -> Result<Glance, Problem> {
-        let domains = self.background.domains_at_a_glance();
-        let libvirt = match &domains {
-            Ok(_) => Ok(()),
-            Err(error) => Err(chain(error)),
-        };
-        let mut vms = self.sealed_vms(domains.unwrap_or_default())?;
-        vms.sort_by(|a, b| (&a.name, &a.uuid).cmp(&(&b.name, &b.uuid)));
-        Ok(Glance {
-            libvirt,
-            vms: vms.into(),
-            damaged: self.damaged_records().into(),
-        })
-    }
+fn look_at_all(daemon: &Daemon) -> Result<Glance, Problem> {
+    let domains = daemon.background.domains_at_a_glance();
+    let libvirt = match &domains {
+        Ok(_) => Ok(()),
+        Err(error) => Err(chain(error)),
+    };
+    let mut vms = daemon.sealed_vms(domains.unwrap_or_default())?;
+    vms.sort_by(|a, b| (&a.name, &a.uuid).cmp(&(&b.name, &b.uuid)));
+    Ok(Glance {
+        libvirt,
+        vms: vms.into(),
+        damaged: damaged::records(&daemon.keystore).into(),
+    })
 }
 
 #[cfg(test)]

@@ -20,6 +20,9 @@ use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
 use crate::store::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
+use crate::vm::names;
+use crate::vm::names::VmNames;
+use crate::vm::status::damaged;
 
 /// How many jobs `virtseal jobs` shows.
 const RECENT: u32 = 20;
@@ -174,7 +177,7 @@ impl Daemon {
             format!(
                 "'{name}' is not rotated: it has root key {}, and {} have keys by a later one, which is in a newer backup",
                 native.generation(),
-                self.objects_of_vms(&vms)?
+                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&vms)
             ),
         )
         .next(format!(
@@ -207,7 +210,7 @@ impl Daemon {
         let job = inserted?;
         self.jobs_bell.ring();
         let mut warnings = self.warnings_of_task(task);
-        let damaged = self.damaged_records().into_iter();
+        let damaged = damaged::records(&self.keystore).into_iter();
         warnings.extend(damaged.map(|damaged| format!("left out: {damaged}")));
         match unseen {
             Ok(unreadable) => warnings.extend(unreadable.iter().map(|what| format!("left out: {what}"))),
@@ -245,7 +248,7 @@ impl Daemon {
             Code::WouldLoseKey,
             format!(
                 "'{name}' stays a recipient: {} can be opened by nobody else",
-                self.objects_of_vms(&closed)?
+                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&closed)
             ),
         )
         .next(format!(
@@ -258,7 +261,11 @@ impl Daemon {
             let name = name.as_deref().unwrap_or_default();
             self.provider_id(name)
         };
-        let vm = request.vm.as_deref().map(|vm| self.vm_id(vm)).transpose()?;
+        let vm = request
+            .vm
+            .as_deref()
+            .map(|vm| names::vm_id(&self.background, vm))
+            .transpose()?;
         match request.kind.as_str() {
             "rekey" => {
                 let policy = self.recipients.policy()?;
@@ -342,7 +349,7 @@ impl Daemon {
     /// The last jobs, and what is behind.
     pub fn jobs(&self) -> Result<Jobs, Problem> {
         let jobs = self.keystore.jobs(RECENT)?.sound;
-        let names = self.vm_names()?;
+        let names = VmNames::of_keystore(&self.keystore)?;
         let mut copies = Vec::new();
         for place in [CopyPlace::Xml, CopyPlace::Image] {
             for copy in self.keystore.stale_copies(place, None, 100)? {

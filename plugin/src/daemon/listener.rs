@@ -35,7 +35,8 @@ use crate::api::{
     Receipt, ReceiptLine, ServerView, Servers, ShredPreview, SigningRequestMade, TpmEnrolled, TpmRemoved,
     TpmRequest, TpmView, VmView, Vms, VolumeProgress, VolumeRequest,
 };
-use crate::daemon::glance::Age;
+use crate::daemon::first_runs;
+use crate::daemon::glance::{self, Age};
 use crate::daemon::pools::Pools;
 use crate::daemon::{Daemon, Formats, HookPolicy, Sharing, on_behalf_of};
 use crate::domain::Domain;
@@ -245,7 +246,7 @@ impl Service {
         let work = move || {
             let done = on_behalf_of(uid, || work(&daemon));
             if needed == Caller::Admin {
-                daemon.expire_glance();
+                glance::expire(&daemon);
             }
             done
         };
@@ -323,7 +324,7 @@ impl Service {
     async fn arriving(&self, vm: String, name: String, xml: Option<String>) -> Result<(), LifecycleError> {
         self.hook(
             || name,
-            move |daemon, _| daemon.arriving(&vm, &xml.unwrap_or_default()),
+            move |daemon, _| first_runs::arriving(daemon, &vm, &xml.unwrap_or_default()),
         )
         .await
     }
@@ -428,7 +429,7 @@ impl Service {
             };
             let create = || daemon.create_volume(&request, report);
             let created = allowed.and_then(|()| on_behalf_of(uid, create));
-            daemon.expire_glance();
+            glance::expire(&daemon);
             if let Err(failure) = created {
                 // Nobody is left to be told when this fails.
                 let _ = sender.blocking_send(Err(failure.into()));

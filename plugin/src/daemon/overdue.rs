@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::{Daemon, lock};
-use crate::host::libvirt::Power;
+use super::{Daemon, first_runs, lock};
+use crate::host::libvirt::{LibvirtError, Power};
 use crate::model::envelope::VmId;
 use crate::model::problem::chain;
 use crate::vm::start::Overdue;
@@ -24,69 +24,67 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// The VMs that libvirt is being asked about.
 pub(super) type Looks = Mutex<BTreeSet<VmId>>;
 
-impl Daemon {
-    /// Disarms starts whose end is not told, for ever.
-    pub fn watch_arms(self: &Arc<Self>) {
-        loop {
-            let (overdue, next) = lock(&self.armed).overdue(self.config().hook_deadline);
-            let wait = if overdue.is_empty() { IDLE } else { AGAIN };
-            for start in overdue {
-                self.look(start);
-            }
-            self.arms_bell.wait(next.map_or(wait, |next| next.min(wait)));
+/// Disarms starts whose end is not told, for ever.
+pub fn watch(daemon: &Arc<Daemon>) {
+    loop {
+        let (overdue, next) = lock(&daemon.armed).overdue(daemon.config().hook_deadline);
+        let wait = if overdue.is_empty() { IDLE } else { AGAIN };
+        for start in overdue {
+            look(daemon, start);
         }
+        daemon.arms_bell.wait(next.map_or(wait, |next| next.min(wait)));
     }
+}
 
-    fn look(self: &Arc<Self>, start: Overdue) {
-        let mut looks = lock(&self.looks);
-        if looks.len() >= MAX_LOOKS || !looks.insert(start.vm) {
-            return;
-        }
-        let daemon = Arc::clone(self);
-        let asked = std::thread::Builder::new()
-            .name("overdue".to_owned())
-            .spawn(move || {
-                daemon.disarm_unless_starting(start);
-                lock(&daemon.looks).remove(&start.vm);
-            });
-        if asked.is_err() {
-            looks.remove(&start.vm);
-        }
+fn look(daemon: &Arc<Daemon>, start: Overdue) {
+    let mut looks = lock(&daemon.looks);
+    if looks.len() >= MAX_LOOKS || !looks.insert(start.vm) {
+        return;
     }
+    let looking = Arc::clone(daemon);
+    let asked = std::thread::Builder::new()
+        .name("overdue".to_owned())
+        .spawn(move || {
+            disarm_unless_starting(&looking, start);
+            lock(&looking.looks).remove(&start.vm);
+        });
+    if asked.is_err() {
+        looks.remove(&start.vm);
+    }
+}
 
-    fn disarm_unless_starting(&self, start: Overdue) {
-        let vm = start.vm;
-        let power = self.background.power(vm);
-        if matches!(power, Ok(Power::On))
-            && let Ok(Some(known)) = self.keystore.vm(vm)
-        {
-            // As its `started` would have done.
-            self.note_running(vm, &known.name);
-        }
-        match power {
-            Ok(Power::Starting) => {}
-            Ok(power) => match self.disarm_overdue(start) {
-                Ok(0) => {}
-                Ok(secrets) => tracing::warn!(
-                    %vm, secrets, op = "disarm",
-                    "libvirt never said what became of its start, and says now that it is {power}"
-                ),
-                Err(error) => tracing::error!(%vm, op = "disarm", "{}", chain(&error)),
-            },
-            // It is asked again.
-            Err(error) => tracing::warn!(%vm, op = "disarm", "{}", chain(&error)),
-        }
+fn disarm_unless_starting(daemon: &Daemon, start: Overdue) {
+    let vm = start.vm;
+    let power = daemon.background.power(vm);
+    if matches!(power, Ok(Power::On))
+        && let Ok(Some(known)) = daemon.keystore.vm(vm)
+    {
+        // As its `started` would have done.
+        first_runs::note_running(daemon, vm, &known.name);
     }
+    match power {
+        Ok(Power::Starting) => {}
+        Ok(power) => match disarm(daemon, start) {
+            Ok(0) => {}
+            Ok(secrets) => tracing::warn!(
+                %vm, secrets, op = "disarm",
+                "libvirt never said what became of its start, and says now that it is {power}"
+            ),
+            Err(error) => tracing::error!(%vm, op = "disarm", "{}", chain(&error)),
+        },
+        // It is asked again.
+        Err(error) => tracing::warn!(%vm, op = "disarm", "{}", chain(&error)),
+    }
+}
 
-    /// Returns how many secrets there were.
-    fn disarm_overdue(&self, start: Overdue) -> Result<usize, crate::host::libvirt::LibvirtError> {
-        let _shared = lock(&self.shared);
-        // Held until they are gone: a start that needs one of them again defines it after that.
-        let mut arms = lock(&self.armed);
-        let unused = arms.disarm_overdue(start);
-        self.libvirt.disarm(&unused).inspect_err(|_| {
-            arms.arm(start.vm, unused.iter().copied());
-        })?;
-        Ok(unused.len())
-    }
+/// Returns how many secrets there were.
+fn disarm(daemon: &Daemon, start: Overdue) -> Result<usize, LibvirtError> {
+    let _shared = lock(&daemon.shared);
+    // Held until they are gone: a start that needs one of them again defines it after that.
+    let mut arms = lock(&daemon.armed);
+    let unused = arms.disarm_overdue(start);
+    daemon.libvirt.disarm(&unused).inspect_err(|_| {
+        arms.arm(start.vm, unused.iter().copied());
+    })?;
+    Ok(unused.len())
 }

@@ -10,65 +10,68 @@ use crate::host::libvirt::{Libvirt, StoragePool};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::VmId;
 use crate::model::problem::{Problem, chain};
+use crate::store::Keystore;
 
 /// How long whoever is no start waits for libvirt's pools.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-impl Daemon {
-    /// What the settings permit, and the storage pools that are active. Asks libvirt on the background connection, for a while; as
-    /// long as that does not say, pools permit nothing. A pool that somebody is starting or refreshing keeps libvirt from telling of
-    /// any, for as long as its storage takes.
-    pub(super) fn path_rule(&self) -> PathRule {
-        self.with_pools(self.rule_of_settings(), PATIENCE)
-    }
+/// What the settings permit, and the storage pools that are active. Asks libvirt on the background connection, for a while; as
+/// long as that does not say, pools permit nothing. A pool that somebody is starting or refreshing keeps libvirt from telling of
+/// any, for as long as its storage takes.
+pub(super) fn rule(daemon: &Daemon) -> PathRule {
+    with_pools(daemon, rule_of_settings(daemon), PATIENCE)
+}
 
-    fn with_pools(&self, rule: PathRule, patience: Duration) -> PathRule {
-        match self.storage_pools.ask(&self.background, patience) {
-            Some(pools) => rule.with_pools(pools),
-            None => {
-                tracing::warn!("storage pools permit nothing now: libvirt does not tell them");
-                rule
-            }
+fn with_pools(daemon: &Daemon, rule: PathRule, patience: Duration) -> PathRule {
+    match daemon.storage_pools.ask(&daemon.background, patience) {
+        Some(pools) => rule.with_pools(pools),
+        None => {
+            tracing::warn!("storage pools permit nothing now: libvirt does not tell them");
+            rule
         }
     }
+}
 
-    /// Without pools: asks nobody.
-    pub(super) fn rule_of_settings(&self) -> PathRule {
-        PathRule::of(&self.config())
-    }
+/// Without pools: asks nobody.
+pub(super) fn rule_of_settings(daemon: &Daemon) -> PathRule {
+    PathRule::of(&daemon.config())
+}
 
-    /// As [`Self::path_rule`], for a start: the settings and the keystore permit most images, and libvirt is asked for its pools only
-    /// about another, for a while and on the background connection.
-    pub(super) fn rule_of_start(&self, domain: &Domain) -> Result<PathRule, Problem> {
-        let rule = self.rule_of_settings();
-        let known = self.locations_of(domain.uuid)?;
-        let is_outside = |path: &Path| {
-            let place = rule.permit_known(path, known.iter());
-            matches!(place, Err(PathError::Outside { .. }))
-        };
-        let mut sealed = domain::objects(domain)
-            .into_iter()
-            .filter_map(|object| match object.state {
-                ObjectState::Sealed(_) => object.path,
-                ObjectState::Plain | ObjectState::Unsupported(_) => None,
-            });
-        if !sealed.any(|path| is_outside(&path)) {
-            return Ok(rule);
-        }
-        let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
-        Ok(self.with_pools(rule, patience))
+/// As [`rule`], for a start: the settings and the keystore permit most images, and libvirt is asked for its pools only about
+/// another, for a while and on the background connection.
+pub(super) fn rule_of_start(daemon: &Daemon, domain: &Domain) -> Result<PathRule, Problem> {
+    let rule = rule_of_settings(daemon);
+    let known = locations_of(&daemon.keystore, domain.uuid)?;
+    if !has_sealed_outside(domain, &rule, &known) {
+        return Ok(rule);
     }
+    let patience = daemon.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
+    Ok(with_pools(daemon, rule, patience))
+}
 
-    /// Where the keystore has the objects of a VM.
-    pub(super) fn locations_of(&self, vm: VmId) -> Result<Vec<String>, Problem> {
-        let records = self.keystore.envelopes_of(vm)?.sound.into_iter();
-        Ok(records.map(|record| record.location).collect())
-    }
+/// Whether a sealed object is neither where the rule permits nor where the keystore has one.
+fn has_sealed_outside(domain: &Domain, rule: &PathRule, known: &[String]) -> bool {
+    let mut sealed = domain::objects(domain)
+        .into_iter()
+        .filter_map(|object| match object.state {
+            ObjectState::Sealed(_) => object.path,
+            ObjectState::Plain | ObjectState::Unsupported(_) => None,
+        });
+    sealed.any(|path| {
+        let place = rule.permit_known(&path, known.iter());
+        matches!(place, Err(PathError::Outside { .. }))
+    })
+}
 
-    /// The place of an object that the keystore has, as long as no link of others leads elsewhere.
-    pub(super) fn known_place(&self, path: &Path) -> Result<PermittedPath, PathError> {
-        self.rule_of_settings().permit_known(path, std::iter::once(path))
-    }
+/// Where the keystore has the objects of a VM.
+pub(super) fn locations_of(keystore: &Keystore, vm: VmId) -> Result<Vec<String>, Problem> {
+    let records = keystore.envelopes_of(vm)?.sound.into_iter();
+    Ok(records.map(|record| record.location).collect())
+}
+
+/// The place of an object that the keystore has, as long as no link of others leads elsewhere.
+pub(super) fn known_place(daemon: &Daemon, path: &Path) -> Result<PermittedPath, PathError> {
+    rule_of_settings(daemon).permit_known(path, std::iter::once(path))
 }
 
 /// Asks for the storage pools on a thread of its own, of which there is one: nothing can interrupt a call that hangs.

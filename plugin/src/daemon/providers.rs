@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 
 use super::Daemon;
 use super::cache::persist_view;
+use super::glance;
 use super::host_tpm::{tpm_view, why_locked};
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::host::local_time::rfc3339;
@@ -24,7 +25,7 @@ const MAX_PASSPHRASE: usize = 32 * 1024;
 impl Daemon {
     /// All providers, by name.
     pub fn providers(&self) -> Result<Providers, Problem> {
-        let uses = self.provider_uses()?;
+        let uses = glance::provider_uses(self)?;
         let default = self
             .recipients
             .default_provider()

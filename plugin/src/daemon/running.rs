@@ -12,6 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 use openssl::sha::sha256;
 
 use super::bell::Bell;
+use super::glance;
+use super::paths;
 use super::{Daemon, lock};
 use crate::domain::jobs::{self, JobTarget};
 use crate::domain::{Domain, DomainError, objects};
@@ -24,6 +26,7 @@ use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, ImageCopy};
 use crate::store::EnvelopeRecord;
 use crate::terminal::visible;
+use crate::vm::names;
 use crate::vm::side_doors;
 
 /// What has no event is seen after this.
@@ -357,7 +360,7 @@ impl Daemon {
     fn look_at_running(&self, vm: VmId, libvirt: &Libvirt, news: News) -> Result<(), Problem> {
         let running = libvirt
             .as_it_runs(vm)
-            .map_err(|error| super::vms::unreachable(&error))?;
+            .map_err(|error| names::unreachable(&error))?;
         // A volume alone may have been made for a VM that is still plain.
         let is_known = self.keystore.vm(vm)?.is_some();
         let (now, unreadable) = match running.as_ref().map(Now::of).transpose() {
@@ -420,7 +423,7 @@ impl Daemon {
             self.audit_finding(vm, name, words);
         }
         if !new.is_empty() {
-            self.expire_glance();
+            glance::expire(self);
         }
         Ok(())
     }
@@ -435,7 +438,7 @@ impl Daemon {
             .keystore
             .envelopes()
             .map_or_else(|_| Vec::new(), |rows| rows.sound);
-        let rule = self.path_rule();
+        let rule = paths::rule(self);
         let found = plain.into_iter().filter_map(|disk| {
             let path = disk.path?;
             let kept = records.iter().find(|record| Path::new(&record.location) == path);

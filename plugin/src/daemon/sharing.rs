@@ -4,6 +4,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use super::paths;
 use super::{Daemon, lock};
 use crate::api::Outcome;
 use crate::host::permitted::PermittedPath;
@@ -13,6 +14,7 @@ use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::store::{CopyPlace, EnvelopeRecord, Put};
 use crate::terminal::quoted;
 use crate::terminal::word;
+use crate::vm::names;
 
 /// What root wants of a VM's right to a volume that is another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +107,7 @@ impl Daemon {
         if kept_at == path || which(kept_at) == which(path) {
             return Ok(());
         }
-        let there = self.known_place(kept_at).map(|place| disk::identify(&place));
+        let there = paths::known_place(self, kept_at).map(|place| disk::identify(&place));
         match there {
             Ok(Ok((_, ImageCopy::Envelope(carried)))) if carried.id == record.envelope.id => {
                 Err(Problem::new(
@@ -131,12 +133,13 @@ impl Daemon {
     /// A VM that is gone has its UUID in the keystore, or the admin has it.
     fn vm_to_share_with(&self, vm: &str) -> Result<VmId, Problem> {
         let known = self.keystore.vms()?.sound;
-        match self.vm_id(vm) {
+        match names::vm_id(&self.background, vm) {
             Ok(id) => Ok(id),
-            Err(failure) => match known.iter().find(|known| known.name == vm) {
-                Some(known) => Ok(known.vm),
-                None => Err(failure),
-            },
+            Err(problem) => {
+                let known = names::undefined(&known, vm)
+                    .map_err(|several| several.refuse(Code::Usage, "the same command with its"))?;
+                known.map(|known| known.vm).ok_or(problem)
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use swtpm_state::{State, libvirt_state_dir};
 
 use super::headers::Writing;
-use super::vms::unreachable;
+use super::paths;
 use super::{Daemon, lock};
 use crate::api::{Receipt, ReceiptLine, ShredPreview};
 use crate::domain::{Domain, Metadata, encrypted_layers};
@@ -24,6 +24,7 @@ use crate::secret::Passphrase;
 use crate::store::{EnvelopeRecord, MadeKek};
 use crate::terminal::quoted;
 use crate::terminal::word;
+use crate::vm::names::{self, unreachable};
 
 /// A VM to be shredded.
 struct Doomed {
@@ -181,7 +182,7 @@ impl Daemon {
     }
 
     fn doomed(&self, vm: &str) -> Result<Doomed, Problem> {
-        let (id, name, is_defined) = match self.find_domain(vm) {
+        let (id, name, is_defined) = match names::find_domain(&self.background, vm) {
             Ok(defined) if defined.active => {
                 return Err(Problem::new(Code::Busy, format!("{} is running", defined.name))
                     .next(format!("virsh shutdown {}", word(&defined.name))));
@@ -203,31 +204,20 @@ impl Daemon {
             keks: Consent::NotGiven,
             records: self.keystore.envelopes_of(id)?.whole()?,
             files: BTreeMap::new(),
-            paths: self.path_rule(),
+            paths: paths::rule(self),
         })
     }
 
     /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is
     /// meant can't be guessed.
     pub(super) fn known_as(&self, vm: &str, verb: &str) -> Result<Option<(VmId, String)>, Problem> {
-        let known = self.keystore.vms()?.whole()?.into_iter();
-        let mut found: Vec<_> = known
-            .filter(|known| known.name == vm || vm.parse() == Ok(known.vm))
-            .map(|known| (known.vm, known.name))
-            .collect();
-        if found.len() > 1 {
-            let ids: Vec<_> = found.iter().map(|(id, _)| id.to_string()).collect();
-            return Err(Problem::new(
-                Code::WouldLoseKey,
-                format!(
-                    "{} VMs were called {vm}, and none of them is defined",
-                    found.len()
-                ),
-            )
-            .next(format!("virtseal vm {verb} UUID, one of {}", ids.join(", "))));
-        }
+        let known = self.keystore.vms()?.whole()?;
+        let found = names::undefined(&known, vm)
+            .map_err(|several| several.refuse(Code::WouldLoseKey, &format!("virtseal vm {verb}")))?;
         let never_defined = || vm.parse::<VmId>().ok().map(|id| (id, id.to_string()));
-        Ok(found.pop().or_else(never_defined))
+        Ok(found
+            .map(|known| (known.vm, known.name.clone()))
+            .or_else(never_defined))
     }
 
     fn refuse_to_shred(&self, doomed: &mut Doomed) -> Result<(), Problem> {

@@ -5,9 +5,8 @@ use std::path::Path;
 
 use swtpm_state::State;
 
-use super::damaged;
 use super::glance::Age;
-use super::vms::KnownVm;
+use super::paths;
 use super::{Daemon, lock};
 use crate::api::pages;
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
@@ -19,14 +18,16 @@ use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::store::{EnvelopeRecord, EnvelopeState, VmRecord};
 use crate::terminal::word;
+use crate::vm::names;
+use crate::vm::names::{KnownVm, VmNames};
 use crate::vm::side_doors;
-use crate::vm::status::rivals;
 use crate::vm::status::standing::{Facts, Found, Owner, Standing, Used};
+use crate::vm::status::{damaged, rivals};
 
 impl Daemon {
     /// Everything at a glance; never waits for a provider.
     pub fn status(&self, age: Age, after: Option<&str>) -> Result<HostStatus, Problem> {
-        let glance = self.glance(age)?;
+        let glance = self.glances.take(age)?;
         let providers = self.providers()?.providers;
         let damaged = pages::cut(glance.damaged.to_vec(), pages::PAGE / 8);
         let others = pages::size_of(&providers) + pages::size_of(&damaged);
@@ -47,15 +48,15 @@ impl Daemon {
     /// One VM, sealed or not; or all sealed ones.
     pub fn vm_status(&self, vm: Option<&str>, age: Age, after: Option<&str>) -> Result<Vms, Problem> {
         let Some(vm) = vm else {
-            let glance = self.glance(age)?;
+            let glance = self.glances.take(age)?;
             if let Err(why) = glance.libvirt {
                 return Err(Problem::new(Code::Unreachable, why).next("virtseal status"));
             }
             let (vms, next) = pages::of_vms(&glance.vms, after, 0);
             return Ok(Vms { vms, next });
         };
-        let found = self.find_vm(vm)?;
-        let known = self.known(self.path_rule())?;
+        let found = names::find_vm(&self.background, &self.keystore, vm)?;
+        let known = self.known(paths::rule(self))?;
         let view = match found {
             KnownVm::Defined(defined) => {
                 let domain = Domain::parse(&defined.xml).map_err(|error| unreadable(&defined, &error))?;
@@ -79,9 +80,9 @@ impl Daemon {
 
     pub(super) fn sealed_vms(&self, domains: Vec<DefinedDomain>) -> Result<Vec<VmView>, Problem> {
         let rule = if domains.is_empty() {
-            self.rule_of_settings()
+            paths::rule_of_settings(self)
         } else {
-            self.path_rule()
+            paths::rule(self)
         };
         let known = self.known(rule)?;
         let mut vms: Vec<_> = domains
@@ -142,7 +143,7 @@ impl Daemon {
             ..Known::default()
         };
         let (vms, envelopes) = (self.keystore.vms()?, self.keystore.envelopes()?);
-        let names = damaged::names(&vms.sound);
+        let names = VmNames::of_records(&vms.sound);
         for row in vms.damaged.iter().chain(&envelopes.damaged) {
             let (Some(vm), finding) = (row.vm, damaged::finding(row, &names)) else {
                 continue;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use swtpm_state::{State, StateKey, libvirt_state_dir};
 
 use super::Daemon;
-use super::vms::unreachable;
+use super::paths;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PermittedPath};
@@ -18,7 +18,8 @@ use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, Precedence, VmId}
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
-use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
+use crate::store::{CopyPlace, EnvelopeRecord, Keystore, LeftBehind};
+use crate::vm::names::unreachable;
 use crate::vm::start::adoption::{Doubt, Weighed, believe, weigh};
 
 /// A copy that this host can see.
@@ -92,6 +93,22 @@ impl Place {
     }
 }
 
+/// The envelopes that damaged rows still hold: they count as copies, as those of the XML and the images do.
+pub(super) fn held_copies(keystore: &Keystore, vm: Option<VmId>) -> Vec<VisibleCopy> {
+    let rows = match vm {
+        Some(vm) => keystore.envelopes_of(vm),
+        None => keystore.envelopes(),
+    };
+    let damaged = rows.map(|rows| rows.damaged).unwrap_or_default();
+    let held = damaged.into_iter().filter_map(|row| row.holds);
+    held.map(|held| VisibleCopy {
+        location: (!held.location.is_empty()).then(|| held.location.clone().into()),
+        envelope: held.envelope,
+        place: Place::Keystore,
+    })
+    .collect()
+}
+
 impl Daemon {
     /// Every copy in the XML of a domain or of a snapshot, and in every image that these or the keystore name. One that can't
     /// be read does not hide the others. An image that is not there now is left out.
@@ -101,7 +118,7 @@ impl Daemon {
     pub(super) fn visible_copies(&self) -> Result<Visible, Problem> {
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         let (mut visible, mut known) = (Visible::default(), BTreeMap::<_, Vec<EnvelopeId>>::new());
-        let rule = self.path_rule();
+        let rule = paths::rule(self);
         self.keystore.each_envelope(|record| {
             if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {
                 let place = PathBuf::from(record.location);
@@ -214,7 +231,10 @@ impl Daemon {
         let Ok(domain) = Domain::parse(xml) else {
             return Ok(());
         };
-        let (rule, known) = (self.path_rule(), self.locations_of(domain.uuid)?);
+        let (rule, known) = (
+            paths::rule(self),
+            paths::locations_of(&self.keystore, domain.uuid)?,
+        );
         for (id, path) in encrypted_layers(&domain) {
             let place = rule.permit_known(&path, known.iter());
             let copy = place.map(|place| disk::identify(&place).map(|(_, copy)| copy));
@@ -258,7 +278,12 @@ impl Daemon {
         let visible = self.visible_copies()?;
         self.note_bad_images(&visible.bad_images)?;
         let rivals = self.rivals(&visible.copies);
-        self.take_in_all(visible.copies.into_iter().chain(self.held_copies(None)))?;
+        self.take_in_all(
+            visible
+                .copies
+                .into_iter()
+                .chain(held_copies(&self.keystore, None)),
+        )?;
         Ok(Travelling {
             unreadable: visible.unreadable,
             rivals,
@@ -328,14 +353,16 @@ impl Daemon {
         if self.has_damaged(defined.vm) {
             let images = Metadata::sources_in(&defined.xml).unwrap_or_default();
             let (rule, known) = (
-                self.path_rule(),
-                self.locations_of(defined.vm).unwrap_or_default(),
+                paths::rule(self),
+                paths::locations_of(&self.keystore, defined.vm).unwrap_or_default(),
             );
             let places = images
                 .iter()
                 .filter_map(|image| rule.permit_known(image, known.iter()).ok());
             visible.copies.extend(places.filter_map(carried));
-            visible.copies.extend(self.held_copies(Some(defined.vm)));
+            visible
+                .copies
+                .extend(held_copies(&self.keystore, Some(defined.vm)));
         }
         if let Err(failure) = self.take_in_all(visible.copies) {
             tracing::warn!(domain = defined.name, "{failure}");
@@ -381,8 +408,8 @@ impl Daemon {
             .passphrase()
             .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
         if envelope.kind != ObjectKind::Vtpm {
-            let known = self.locations_of(envelope.vm)?;
-            let place = self.path_rule().permit_known(Path::new(location), known.iter())?;
+            let known = paths::locations_of(&self.keystore, envelope.vm)?;
+            let place = paths::rule(self).permit_known(Path::new(location), known.iter())?;
             return self.opened_headers.open_image(&place, envelope, &passphrase);
         }
         let dir = libvirt_state_dir(&self.config().swtpm_dir, &envelope.vm);

@@ -14,6 +14,7 @@ use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration};
 use crate::store::EnvelopeState;
 use crate::terminal::word;
+use crate::vm::names;
 use crate::vm::seal::NewObject;
 
 impl Daemon {
@@ -54,7 +55,7 @@ impl Daemon {
         request: &VolumeRequest,
         report: &impl Fn(VolumeProgress) -> bool,
     ) -> Result<VolumeProgress, Problem> {
-        let vm = self.vm_id(&request.vm)?;
+        let vm = names::vm_id(&self.background, &request.vm)?;
         let mut create = create_request(request)?;
         if let (Some(from), None) = (&request.from, create.source_format) {
             create.source_format = self.declared_format(Path::new(from))?;

@@ -68,7 +68,11 @@ impl Host<'_> {
     }
 
     /// The same, for who has something else to say of a path that is not permitted.
-    fn place_of(&self, vm: VmId, path: &Path) -> Result<Result<PermittedPath, PathError>, Problem> {
+    pub(super) fn place_of(
+        &self,
+        vm: VmId,
+        path: &Path,
+    ) -> Result<Result<PermittedPath, PathError>, Problem> {
         let records = self.keystore.envelopes_of(vm)?.sound;
         let known = records.iter().map(|record| &record.location);
         Ok(self.paths.permit_known(path, known))

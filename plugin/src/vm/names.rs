@@ -1,0 +1,243 @@
+//! Which VM a name means: of those that libvirt has, and of those that only the keystore knows.
+//!
+//! A UUID means the VM that has it, whatever others are called. A name means the VM that libvirt has by it, else the one that had
+//! it here; of several that had it, none.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::host::libvirt::{DefinedDomain, Libvirt, LibvirtError};
+use crate::model::envelope::VmId;
+use crate::model::problem::{Code, Problem, chain};
+use crate::store::{Keystore, KeystoreError, VmRecord};
+
+/// How many names a message has.
+const MAX_NAMED: usize = 8;
+
+/// A VM that has a name here.
+#[derive(Debug)]
+pub enum KnownVm {
+    /// libvirt has it.
+    Defined(DefinedDomain),
+    /// Only the keystore does.
+    Undefined(VmRecord),
+}
+
+/// Several VMs had this name, and none of them is defined: which one is meant can't be guessed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ambiguous {
+    name: String,
+    vms: Vec<VmId>,
+}
+
+impl Ambiguous {
+    /// `command` takes a UUID too.
+    #[must_use]
+    pub fn refuse(&self, code: Code, command: &str) -> Problem {
+        let (count, name) = (self.vms.len(), &self.name);
+        let ids: Vec<_> = self.vms.iter().map(ToString::to_string).collect();
+        Problem::new(
+            code,
+            format!("{count} VMs were called {name}, and none of them is defined"),
+        )
+        .next(format!("{command} UUID, one of {}", ids.join(", ")))
+    }
+}
+
+/// Which of the VMs that only the keystore knows is meant by `asked`, a name or a UUID.
+///
+/// # Errors
+/// When several had that name.
+pub fn undefined<'a>(records: &'a [VmRecord], asked: &str) -> Result<Option<&'a VmRecord>, Ambiguous> {
+    if let Ok(id) = asked.parse::<VmId>() {
+        return Ok(records.iter().find(|record| record.vm == id));
+    }
+    let named: Vec<_> = records.iter().filter(|record| record.name == asked).collect();
+    match &named[..] {
+        [] => Ok(None),
+        [one] => Ok(Some(one)),
+        several => Err(Ambiguous {
+            name: asked.to_owned(),
+            vms: several.iter().map(|record| record.vm).collect(),
+        }),
+    }
+}
+
+/// Whether what libvirt has found is what was asked for: it takes a UUID for a name where no VM has that UUID.
+fn is_meant(asked: &str, found: VmId) -> bool {
+    asked.parse().map_or(true, |id: VmId| id == found)
+}
+
+/// The VM with this name or UUID.
+///
+/// # Errors
+/// [`Code::NotFound`] when there is none.
+pub fn find_vm(libvirt: &Libvirt, keystore: &Keystore, asked: &str) -> Result<KnownVm, Problem> {
+    let absent = match find_domain(libvirt, asked) {
+        Ok(defined) => return Ok(KnownVm::Defined(defined)),
+        Err(absent) if absent.code == Code::NotFound => absent,
+        Err(failure) => return Err(failure),
+    };
+    let records = keystore.vms()?.sound;
+    let found =
+        undefined(&records, asked).map_err(|several| several.refuse(Code::Usage, "virtseal vm status"))?;
+    found.cloned().map(KnownVm::Undefined).ok_or(absent)
+}
+
+/// The domain with this name or UUID.
+///
+/// # Errors
+/// [`Code::NotFound`] when there is none.
+pub fn find_domain(libvirt: &Libvirt, asked: &str) -> Result<DefinedDomain, Problem> {
+    let found = libvirt.domain(asked).map_err(|error| unreachable(&error))?;
+    let found = found.filter(|found| is_meant(asked, found.vm));
+    found.ok_or_else(|| absent(asked).next("virsh list --all"))
+}
+
+/// A UUID needs no libvirt: the VM may be defined later.
+///
+/// # Errors
+/// [`Code::NotFound`] when libvirt has none with this name.
+pub fn vm_id(libvirt: &Libvirt, asked: &str) -> Result<VmId, Problem> {
+    if let Ok(id) = asked.parse() {
+        return Ok(id);
+    }
+    let found = libvirt
+        .domain(asked)
+        .map_err(|error| unreachable(&error).next("virtseal status, or give its UUID"))?;
+    let id = found.map(|domain| domain.vm);
+    id.ok_or_else(|| absent(asked).next("define it first, or give the UUID that it will have"))
+}
+
+fn absent(asked: &str) -> Problem {
+    Problem::new(Code::NotFound, format!("there is no VM '{asked}'"))
+}
+
+/// For a command that can't do without libvirt.
+#[must_use]
+pub fn unreachable(error: &LibvirtError) -> Problem {
+    Problem::new(Code::Unreachable, chain(error)).next("virtseal status")
+}
+
+/// The names of the VMs that the keystore knows.
+#[derive(Clone, Debug, Default)]
+pub struct VmNames(BTreeMap<VmId, String>);
+
+impl VmNames {
+    /// Those of these records.
+    #[must_use]
+    pub fn of_records(records: &[VmRecord]) -> Self {
+        Self(
+            records
+                .iter()
+                .map(|record| (record.vm, record.name.clone()))
+                .collect(),
+        )
+    }
+
+    /// Those of all records that can be read.
+    ///
+    /// # Errors
+    /// When the keystore can't be read.
+    pub fn of_keystore(keystore: &Keystore) -> Result<Self, KeystoreError> {
+        Ok(Self::of_records(&keystore.vms()?.sound))
+    }
+
+    /// Its UUID, if it has no name.
+    #[must_use]
+    pub fn of(&self, vm: VmId) -> String {
+        self.0.get(&vm).cloned().unwrap_or_else(|| vm.to_string())
+    }
+
+    /// `12 objects of 4 VMs (a, b, c, d)`, given the VM of each object.
+    #[must_use]
+    pub fn objects_of_vms(&self, objects: &[VmId]) -> String {
+        let vms: BTreeSet<String> = objects.iter().map(|vm| self.of(*vm)).collect();
+        let (objects, count) = (objects.len(), vms.len());
+        format!("{objects} objects of {count} VMs ({})", some_of(&vms))
+    }
+}
+
+/// The first of them, and how many more there are.
+#[must_use]
+pub fn some_of(names: &BTreeSet<String>) -> String {
+    let mut named: Vec<_> = names.iter().take(MAX_NAMED).cloned().collect();
+    if names.len() > MAX_NAMED {
+        named.push(format!("{} more", names.len() - MAX_NAMED));
+    }
+    named.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn record((vm, name): &(u128, String)) -> VmRecord {
+        VmRecord {
+            vm: VmId(uuid::Uuid::from_u128(*vm)),
+            name: name.clone(),
+            sealed_at: 0,
+            vtpm_seen: false,
+        }
+    }
+
+    /// Few VMs and fewer names, some of which are another VM's UUID.
+    fn records() -> impl Strategy<Value = Vec<VmRecord>> {
+        let name = prop_oneof![
+            "[ab]",
+            (0..4u128).prop_map(|vm| uuid::Uuid::from_u128(vm).to_string())
+        ];
+        prop::collection::btree_map(0..4u128, name, 0..4)
+            .prop_map(|vms| vms.into_iter().map(|vm| record(&vm)).collect())
+    }
+
+    proptest! {
+        #[test]
+        fn no_name_means_two_vms_and_no_uuid_another_ones(mut records in records(), of in 0..4u128, name in "[abc]") {
+            let id = VmId(uuid::Uuid::from_u128(of));
+            let by_id = undefined(&records, &id.to_string()).unwrap().map(|record| record.vm);
+            prop_assert_eq!(by_id, records.iter().map(|record| record.vm).find(|vm| *vm == id));
+            prop_assert_eq!(is_meant(&id.to_string(), id), true);
+            prop_assert!(!is_meant(&id.to_string(), VmId(uuid::Uuid::from_u128(of + 1))));
+
+            let found = undefined(&records, &name).map(|found| found.map(|record| record.vm));
+            let named = records.iter().filter(|record| record.name == name).count();
+            match &found {
+                Ok(None) => prop_assert_eq!(named, 0),
+                Ok(Some(vm)) => prop_assert!(named == 1 && records.iter().any(|record| record.vm == *vm && record.name == name)),
+                Err(several) => prop_assert!(named > 1 && several.vms.len() == named),
+            }
+            // In whatever order the keystore tells of them.
+            records.reverse();
+            prop_assert_eq!(undefined(&records, &name).is_err(), found.is_err());
+            if let Ok(found) = found {
+                prop_assert_eq!(undefined(&records, &name).unwrap().map(|record| record.vm), found);
+            }
+        }
+    }
+
+    #[test]
+    fn of_several_none_is_guessed_and_each_can_be_named() {
+        let records = [(1, "a".to_owned()), (2, "a".to_owned())].each_ref().map(record);
+        let refused = undefined(&records, "a")
+            .unwrap_err()
+            .refuse(Code::WouldLoseKey, "virtseal vm shred");
+        assert!(refused.message.starts_with("2 VMs were called a"), "{refused}");
+        let next = refused.next.unwrap();
+        for record in &records {
+            assert!(next.contains(&record.vm.to_string()), "{next}");
+        }
+    }
+
+    #[test]
+    fn many_vms_are_counted_and_a_few_named() {
+        let records: Vec<_> = (0..12).map(|n| record(&(n, format!("vm{n:02}")))).collect();
+        let objects: Vec<_> = records.iter().flat_map(|record| [record.vm; 2]).collect();
+        let named = VmNames::of_records(&records).objects_of_vms(&objects);
+        assert!(
+            named.starts_with("24 objects of 12 VMs (vm00, ") && named.ends_with("vm07, 4 more)"),
+            "{named}"
+        );
+    }
+}

@@ -1,0 +1,59 @@
+//! What the settings name and this host does not have: nobody would notice before a seal, or a reader, is refused.
+
+use crate::config::Config;
+
+/// Whether this host has the group of the settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReaderGroup {
+    /// Its members may connect.
+    Exists,
+    /// Root alone may.
+    Missing,
+}
+
+/// One line for each, on a host with the providers that `is_provider` knows.
+#[must_use]
+pub fn warnings(config: &Config, is_provider: impl Fn(&str) -> bool, group: ReaderGroup) -> Vec<String> {
+    let unknown = config.recipients.iter().filter(|name| !is_provider(name));
+    let mut warnings: Vec<_> = unknown
+        .map(|name| {
+            format!(
+                "recipients in virtseald.yaml names '{name}', and there is no such key provider on this host: \
+                 nothing new is sealed until there is. Next: virtseal provider list"
+            )
+        })
+        .collect();
+    if group == ReaderGroup::Missing {
+        let group = &config.socket_group;
+        warnings.push(format!(
+            "socket_group in virtseald.yaml is '{group}', and there is no such group on this host: only root may \
+             connect. Next: groupadd --system {group}, then systemctl restart virtseald"
+        ));
+    }
+    warnings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_does_not_have_is_named() {
+        let config = Config {
+            recipients: vec!["main".into(), "nosuch".into()],
+            socket_group: "no-such-group".into(),
+            ..Config::default()
+        };
+        let has = |name: &str| name == "main";
+        let warned = warnings(&config, has, ReaderGroup::Exists);
+        assert!(
+            matches!(&warned[..], [one] if one.contains("'nosuch'")),
+            "{warned:?}"
+        );
+        let warned = warnings(&config, |_| true, ReaderGroup::Missing);
+        assert!(
+            matches!(&warned[..], [one] if one.contains("'no-such-group'")),
+            "{warned:?}"
+        );
+    }
+}
