@@ -1,7 +1,7 @@
 # make demo    shows the main job on a real libvirt, QEMU, OVMF and swtpm (root; installs what it needs)
 # make test    everything: unit tests and stories on the real stack (root; installs what it needs)
 # make test-providers   what every key provider must do, against the real ones; a line per provider and case (root)
-# make fuzz             random inputs for everything that reads what others wrote; FUZZ_CASES=20000
+# make fuzz             random inputs for everything that reads what others wrote; FUZZ_CASES=20000 FUZZ_RUNS=1000000
 # make soak             kills, full disks and collisions, again and again; SOAK_ROUNDS=10 (root)
 # make test-matrix      all tests on Debian 12 and 13, each in a fresh root (root)
 # make test-systemd     the package on a host that systemd booted: units, sandbox, devices, watchdog, a sealed VM (root)

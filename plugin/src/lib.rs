@@ -13,6 +13,8 @@ pub mod config;
 mod crypto;
 pub mod daemon;
 pub mod domain;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzz;
 pub mod host;
 pub mod job;
 pub mod model;

@@ -10,6 +10,8 @@ mod caller;
 mod channel;
 mod closer;
 mod conversation;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod gate;
 
 use std::io;

@@ -24,6 +24,8 @@ mod convert;
 mod create;
 mod declared;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod lock;
 pub mod luks1;
 mod nvram;

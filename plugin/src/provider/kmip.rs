@@ -23,6 +23,8 @@ mod certificate;
 mod cluster;
 mod endpoint;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod health;
 mod identity;
 mod keys;

@@ -17,6 +17,8 @@
 
 mod by_tpm;
 mod document;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzz;
 mod kek;
 
 use std::fmt;

@@ -38,6 +38,7 @@ mod guest;
 mod host;
 mod host_tpm;
 mod keys;
+pub mod mutate;
 mod namespace;
 mod observed;
 mod openable;

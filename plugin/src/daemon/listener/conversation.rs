@@ -14,7 +14,7 @@ use super::channel::{Channel, Fault};
 use crate::api::HostError;
 use crate::model::problem::{Code, Problem, chain};
 
-type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCall<'de>;
+pub(super) type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCall<'de>;
 
 /// Answers calls until the other end has no more.
 pub(super) async fn converse(channel: &mut Channel, service: &mut Service) -> Result<(), Fault> {

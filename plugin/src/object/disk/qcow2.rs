@@ -18,7 +18,7 @@ pub(crate) const MAGIC: &[u8; 4] = b"QFI\xfb";
 pub(crate) const HEADER_LEN: usize = 112;
 pub(crate) const LUKS: u32 = 2;
 /// QEMU's limit for the bytes of an L1 table.
-pub(crate) const MOST_L1_BYTES: u64 = 32 << 20;
+pub(crate) const MAX_L1_BYTES: u64 = 32 << 20;
 const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 const MAX_BACKING_NAME: u32 = 1023;
 const MAX_BACKING_FORMAT: usize = 15;
@@ -301,7 +301,7 @@ impl<'a> Fields<'a> {
             offset: self.u64(40)?,
             len: u64::from(self.u32(36)?) * 8,
         };
-        if span.len > MOST_L1_BYTES {
+        if span.len > MAX_L1_BYTES {
             return Err(flaw(
                 36,
                 format!("an L1 table of {} entries is more than QEMU allows", span.len / 8),

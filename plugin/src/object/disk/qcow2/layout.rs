@@ -6,7 +6,7 @@
 
 use super::extension::{self, Place, ROOM_BEHIND_LUKS};
 use super::{
-    BACKING_FORMAT_EXTENSION, BackingName, HEADER_LEN, LUKS, LUKS_EXTENSION, MAGIC, MOST_L1_BYTES, Span,
+    BACKING_FORMAT_EXTENSION, BackingName, HEADER_LEN, LUKS, LUKS_EXTENSION, MAGIC, MAX_L1_BYTES, Span,
 };
 use crate::object::disk::luks1::Fresh;
 use crate::object::disk::size::{Bytes, ClusterSize};
@@ -52,9 +52,9 @@ impl Layout {
     fn plan(size: Bytes, cluster: ClusterSize, luks_len: u64) -> Result<Self, LayoutError> {
         let bytes_per_l2 = cluster.bytes() / 8 * cluster.bytes();
         let l1_entries = size.0.div_ceil(bytes_per_l2);
-        if l1_entries * 8 > MOST_L1_BYTES {
+        if l1_entries * 8 > MAX_L1_BYTES {
             return Err(LayoutError::TooLarge {
-                most: Bytes(MOST_L1_BYTES / 8 * bytes_per_l2),
+                most: Bytes(MAX_L1_BYTES / 8 * bytes_per_l2),
             });
         }
         let mut layout = Self {
