@@ -1,4 +1,5 @@
 //! Cryptography that more than one room needs, each once: over OpenSSL and age, and nothing else.
 
+pub(crate) mod aead;
 pub(crate) mod age_file;
-mod mac_key;
+pub(crate) mod kdf;

@@ -18,7 +18,7 @@ use tar::{Archive, Builder, EntryType, Header};
 use thiserror::Error;
 
 use crate::audit::AuditLog;
-use crate::crypto::age_file::{SealingError, decrypting, encrypting};
+use crate::crypto::age_file::{self, AgeError};
 use crate::host::local_time::rfc3339;
 use crate::secret::SecretBytes;
 use crate::store::{Keystore, KeystoreError};
@@ -64,7 +64,7 @@ pub enum StateError {
     Output(#[source] io::Error),
     /// The passphrase is wrong, or age fails.
     #[error("the backup does not open")]
-    Sealing(#[source] SealingError),
+    Age(#[source] AgeError),
     /// It is not whole, or not one.
     #[error("the backup is damaged")]
     Damaged(#[source] io::Error),
@@ -185,7 +185,7 @@ fn write_once(
     files: &BTreeMap<PathBuf, Kind>,
     passphrase: &SecretBytes,
 ) -> Result<[u8; 32], StateError> {
-    let encrypted = encrypting(BufWriter::new(output), passphrase).map_err(StateError::Sealing)?;
+    let encrypted = age_file::writer(BufWriter::new(output), passphrase).map_err(StateError::Age)?;
     let mut archive = Builder::new(Digesting::new(encrypted));
     let manifest = Manifest {
         format: FORMAT.to_owned(),
@@ -249,7 +249,7 @@ fn append<W: Write>(
 /// All of it, as anyone else would read it.
 fn read_back(output: &mut File, passphrase: &SecretBytes) -> Result<[u8; 32], StateError> {
     output.rewind().map_err(StateError::Output)?;
-    let mut plain = decrypting(BufReader::new(&*output), passphrase).map_err(StateError::Sealing)?;
+    let mut plain = age_file::reader(BufReader::new(&*output), passphrase).map_err(StateError::Age)?;
     let mut digesting = Digesting::new(io::sink());
     io::copy(&mut plain, &mut digesting).map_err(StateError::Damaged)?;
     Ok(digesting.digest.finish())

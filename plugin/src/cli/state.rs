@@ -13,7 +13,7 @@ use super::passphrase::{self, NewPassphraseArgs, PassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
 use crate::config::Config;
-use crate::crypto::age_file::SealingError;
+use crate::crypto::age_file::AgeError;
 use crate::model::problem::{Code, Problem, chain};
 use crate::secret::SecretBytes;
 use crate::state_backup::{self, Replace, StateError};
@@ -174,7 +174,7 @@ fn failure(error: &StateError, args: &RestoreArgs, dir: &Path) -> Problem {
         StateError::Keystore(KeystoreError::InUse { .. }) => {
             said(Code::Busy).next("systemctl stop virtseald.socket virtseald, then try again")
         }
-        StateError::Sealing(SealingError::WrongPassphrase) => {
+        StateError::Age(AgeError::WrongPassphrase) => {
             said(Code::Locked).next("try again with its passphrase")
         }
         StateError::MountPoint(_) => said(Code::WouldLoseKey).next(format!(

@@ -1,4 +1,4 @@
-//! Texts sealed by a passphrase, as age files (<https://c2sp.org/age>, the scrypt recipient).
+//! Texts encrypted by a passphrase, as age files (<https://c2sp.org/age>, the scrypt recipient).
 //!
 //! scrypt takes 256 MiB for about a second, so one runs at a time; the memory is one mapping that goes back to
 //! the kernel. A passphrase is UTF-8 text of one line, as `age` reads it from a terminal; a trailing newline is
@@ -22,14 +22,14 @@ use crate::secret::{SecretBytes, Transient};
 /// small recovery machine has not the memory for.
 const WORK: u8 = 18;
 
-/// What [`seal`] uses: tests make many files.
+/// What [`encrypt`] uses: tests make many files.
 const WORK_HERE: u8 = if cfg!(test) { 10 } else { WORK };
 
 /// The most that is accepted from a file, 1 GiB and some seconds: it may be hostile, or made by a program that
 /// calibrates.
 const MAX_WORK: u8 = 20;
 
-/// The most bytes that a sealed text, or the text itself, may have.
+/// The most bytes that an age file, or the text in it, may have.
 pub(crate) const MAX_BYTES: usize = 64 * 1024;
 
 static ONE_SCRYPT_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -43,9 +43,9 @@ pub(crate) enum Form {
     Armored,
 }
 
-/// Why a text can't be sealed or opened.
+/// Why a text can't be encrypted or decrypted.
 #[derive(Debug, Error)]
-pub enum SealingError {
+pub enum AgeError {
     /// No passphrase.
     #[error("the passphrase is empty")]
     EmptyPassphrase,
@@ -64,8 +64,8 @@ pub enum SealingError {
         /// The work factor.
         required: u8,
     },
-    /// Sealed to keys.
-    #[error("the age file is not sealed by a passphrase: decrypt it with age -d and restore the result")]
+    /// Encrypted to keys.
+    #[error("the age file is not encrypted by a passphrase: decrypt it with age -d and restore the result")]
     NotByPassphrase,
     /// Too long.
     #[error("it has more than {MAX_BYTES} bytes, no virtseal backup is that long")]
@@ -76,27 +76,27 @@ pub enum SealingError {
     /// age can't encrypt.
     #[error("encrypting with age failed")]
     Encrypt(#[source] EncryptError),
-    /// What was sealed does not open.
-    #[error("what was sealed does not open again")]
+    /// It does not open.
+    #[error("what was encrypted does not open again")]
     NotVerified,
 }
 
-/// Seals `text` and opens the result again before it is returned.
-pub(crate) fn seal(text: &[u8], passphrase: &SecretBytes, form: Form) -> Result<Vec<u8>, SealingError> {
-    let sealed = encrypt(text, passphrase, form, WORK_HERE)?;
-    let opened = open(&sealed, passphrase)?;
+/// Encrypts `text` and opens the result again before it is returned.
+pub(crate) fn encrypt(text: &[u8], passphrase: &SecretBytes, form: Form) -> Result<Vec<u8>, AgeError> {
+    let file = encrypt_with(text, passphrase, form, WORK_HERE)?;
+    let opened = decrypt(&file, passphrase)?;
     if opened.len() == text.len() && openssl::memcmp::eq(&opened, text) {
-        Ok(sealed)
+        Ok(file)
     } else {
-        Err(SealingError::NotVerified)
+        Err(AgeError::NotVerified)
     }
 }
 
-fn encrypt(text: &[u8], passphrase: &SecretBytes, form: Form, work: u8) -> Result<Vec<u8>, SealingError> {
+fn encrypt_with(text: &[u8], passphrase: &SecretBytes, form: Form, work: u8) -> Result<Vec<u8>, AgeError> {
     let mut recipient = scrypt::Recipient::new(typed(passphrase)?);
     recipient.set_work_factor(work);
     let encryptor = one_at_a_time(|| Encryptor::with_recipients(iter::once(&recipient as _)))
-        .map_err(SealingError::Encrypt)?;
+        .map_err(AgeError::Encrypt)?;
     let format = match form {
         Form::Binary => Format::Binary,
         Form::Armored => Format::AsciiArmor,
@@ -106,79 +106,73 @@ fn encrypt(text: &[u8], passphrase: &SecretBytes, form: Form, work: u8) -> Resul
         writer.write_all(text)?;
         writer.finish()?.finish()
     };
-    let sealed = write().map_err(|error| SealingError::Encrypt(error.into()));
+    let file = write().map_err(|error| AgeError::Encrypt(error.into()));
     scrub_stack();
-    sealed
+    file
 }
 
 /// Whether `bytes` look like an age file, binary or armored.
-pub(crate) fn is_sealed(bytes: &[u8]) -> bool {
+pub(crate) fn is_age_file(bytes: &[u8]) -> bool {
     let bytes = bytes.trim_ascii_start();
     bytes.starts_with(b"age-encryption.org/") || bytes.starts_with(b"-----BEGIN AGE ENCRYPTED FILE-----")
 }
 
 /// Opens an age file, binary or armored.
-pub(crate) fn open(sealed: &[u8], passphrase: &SecretBytes) -> Result<Transient, SealingError> {
-    if sealed.len() > MAX_BYTES {
-        return Err(SealingError::TooLong);
+pub(crate) fn decrypt(file: &[u8], passphrase: &SecretBytes) -> Result<Transient, AgeError> {
+    if file.len() > MAX_BYTES {
+        return Err(AgeError::TooLong);
     }
     let mut identity = scrypt::Identity::new(typed(passphrase)?);
     identity.set_max_work_factor(MAX_WORK);
-    let opened = decrypt(sealed, &identity);
+    let text = decrypt_by(file, &identity);
     scrub_stack();
-    opened
+    text
 }
 
 /// A writer that encrypts with `passphrase` what is too long for memory, as a binary age file. It must be finished.
-pub(crate) fn encrypting<W: Write>(
-    output: W,
-    passphrase: &SecretBytes,
-) -> Result<StreamWriter<W>, SealingError> {
+pub(crate) fn writer<W: Write>(output: W, passphrase: &SecretBytes) -> Result<StreamWriter<W>, AgeError> {
     let mut recipient = scrypt::Recipient::new(typed(passphrase)?);
     recipient.set_work_factor(WORK_HERE);
     let encryptor = one_at_a_time(|| Encryptor::with_recipients(iter::once(&recipient as _)))
-        .map_err(SealingError::Encrypt)?;
+        .map_err(AgeError::Encrypt)?;
     let writer = encryptor.wrap_output(output);
     scrub_stack();
-    writer.map_err(|error| SealingError::Encrypt(error.into()))
+    writer.map_err(|error| AgeError::Encrypt(error.into()))
 }
 
-/// A reader of what [`encrypting`] wrote; it ends with an error unless all of it is there.
-pub(crate) fn decrypting<R: BufRead>(
-    input: R,
-    passphrase: &SecretBytes,
-) -> Result<StreamReader<R>, SealingError> {
+/// A reader of what [`writer`] wrote; it ends with an error unless all of it is there.
+pub(crate) fn reader<R: BufRead>(input: R, passphrase: &SecretBytes) -> Result<StreamReader<R>, AgeError> {
     let mut identity = scrypt::Identity::new(typed(passphrase)?);
     identity.set_max_work_factor(MAX_WORK);
-    let decryptor = Decryptor::new_buffered(input).map_err(SealingError::Damaged)?;
+    let decryptor = Decryptor::new_buffered(input).map_err(AgeError::Damaged)?;
     if !decryptor.is_scrypt() {
-        return Err(SealingError::NotByPassphrase);
+        return Err(AgeError::NotByPassphrase);
     }
     let reader = one_at_a_time(|| decryptor.decrypt(iter::once(&identity as _))).map_err(refused);
     scrub_stack();
     reader
 }
 
-fn refused(error: DecryptError) -> SealingError {
+fn refused(error: DecryptError) -> AgeError {
     match error {
-        DecryptError::DecryptionFailed | DecryptError::KeyDecryptionFailed => SealingError::WrongPassphrase,
-        DecryptError::ExcessiveWork { required, .. } => SealingError::TooMuchWork { required },
-        error => SealingError::Damaged(error),
+        DecryptError::DecryptionFailed | DecryptError::KeyDecryptionFailed => AgeError::WrongPassphrase,
+        DecryptError::ExcessiveWork { required, .. } => AgeError::TooMuchWork { required },
+        error => AgeError::Damaged(error),
     }
 }
 
-fn decrypt(sealed: &[u8], identity: &scrypt::Identity) -> Result<Transient, SealingError> {
-    let decryptor = Decryptor::new_buffered(ArmoredReader::new(sealed)).map_err(SealingError::Damaged)?;
+fn decrypt_by(file: &[u8], identity: &scrypt::Identity) -> Result<Transient, AgeError> {
+    let decryptor = Decryptor::new_buffered(ArmoredReader::new(file)).map_err(AgeError::Damaged)?;
     if !decryptor.is_scrypt() {
-        return Err(SealingError::NotByPassphrase);
+        return Err(AgeError::NotByPassphrase);
     }
     let reader = one_at_a_time(|| decryptor.decrypt(iter::once(identity as _))).map_err(refused)?;
     // The plaintext is shorter than the file: no growing buffer leaves a copy behind.
-    let mut text = Transient::new(Vec::with_capacity(sealed.len() + 1));
+    let mut text = Transient::new(Vec::with_capacity(file.len() + 1));
     reader
         .take(MAX_BYTES as u64)
         .read_to_end(&mut text)
-        .map_err(|error| SealingError::Damaged(error.into()))?;
+        .map_err(|error| AgeError::Damaged(error.into()))?;
     Ok(text)
 }
 
@@ -190,13 +184,13 @@ fn one_at_a_time<T>(scrypt: impl FnOnce() -> T) -> T {
 }
 
 /// The passphrase as age takes it; zeroed when dropped.
-fn typed(passphrase: &SecretBytes) -> Result<SecretString, SealingError> {
-    let text = std::str::from_utf8(passphrase.expose()).map_err(|_| SealingError::PassphraseText)?;
+fn typed(passphrase: &SecretBytes) -> Result<SecretString, AgeError> {
+    let text = std::str::from_utf8(passphrase.expose()).map_err(|_| AgeError::PassphraseText)?;
     if text.is_empty() {
-        return Err(SealingError::EmptyPassphrase);
+        return Err(AgeError::EmptyPassphrase);
     }
     if text.contains(char::is_control) {
-        return Err(SealingError::PassphraseText);
+        return Err(AgeError::PassphraseText);
     }
     Ok(SecretString::from(text))
 }
@@ -220,15 +214,15 @@ mod tests {
     #[test]
     fn both_forms_open_again_and_only_with_the_passphrase() {
         for form in [Form::Binary, Form::Armored] {
-            let sealed = seal(b"root", &secret("correct horse"), form).unwrap();
-            assert!(is_sealed(&sealed));
+            let file = encrypt(b"root", &secret("correct horse"), form).unwrap();
+            assert!(is_age_file(&file));
             assert_eq!(
-                open(&sealed, &secret("correct horse")).unwrap().as_slice(),
+                decrypt(&file, &secret("correct horse")).unwrap().as_slice(),
                 b"root"
             );
             assert!(matches!(
-                open(&sealed, &secret("correct horse ")),
-                Err(SealingError::WrongPassphrase)
+                decrypt(&file, &secret("correct horse ")),
+                Err(AgeError::WrongPassphrase)
             ));
         }
     }
@@ -236,38 +230,38 @@ mod tests {
     #[test]
     fn passphrases_that_no_terminal_could_enter_are_refused() {
         assert!(matches!(
-            seal(b"", &secret(""), Form::Binary),
-            Err(SealingError::EmptyPassphrase)
+            encrypt(b"", &secret(""), Form::Binary),
+            Err(AgeError::EmptyPassphrase)
         ));
         for bytes in [&b"two\nlines"[..], b"\0", b"\xff\xfe", b"tab\t"] {
             let passphrase = SecretBytes::take(&mut bytes.to_vec()).unwrap();
             assert!(matches!(
-                seal(b"", &passphrase, Form::Binary),
-                Err(SealingError::PassphraseText)
+                encrypt(b"", &passphrase, Form::Binary),
+                Err(AgeError::PassphraseText)
             ));
         }
-        seal(b"", &secret("größer 🔑"), Form::Binary).unwrap();
+        encrypt(b"", &secret("größer 🔑"), Form::Binary).unwrap();
     }
 
     #[test]
     fn every_damaged_byte_is_an_error() {
-        let sealed = seal(b"root", &secret("p"), Form::Binary).unwrap();
-        for at in 0..sealed.len() {
-            let mut bytes = sealed.clone();
+        let file = encrypt(b"root", &secret("p"), Form::Binary).unwrap();
+        for at in 0..file.len() {
+            let mut bytes = file.clone();
             bytes[at] ^= 1;
-            assert!(open(&bytes, &secret("p")).is_err(), "byte {at}");
-            assert!(open(&sealed[..at], &secret("p")).is_err(), "{at} bytes");
+            assert!(decrypt(&bytes, &secret("p")).is_err(), "byte {at}");
+            assert!(decrypt(&file[..at], &secret("p")).is_err(), "{at} bytes");
         }
     }
 
     #[test]
     fn excessive_work_is_refused_before_it_is_done() {
-        let mut greedy = seal(b"root", &secret("p"), Form::Binary).unwrap();
+        let mut greedy = encrypt(b"root", &secret("p"), Form::Binary).unwrap();
         let factor = greedy.windows(4).position(|bytes| bytes == b" 10\n").unwrap() + 1;
         greedy[factor] = b'3';
         assert!(matches!(
-            open(&greedy, &secret("p")),
-            Err(SealingError::TooMuchWork { required: 30 })
+            decrypt(&greedy, &secret("p")),
+            Err(AgeError::TooMuchWork { required: 30 })
         ));
     }
 
@@ -279,23 +273,23 @@ mod tests {
             line.split_whitespace().nth(1).unwrap().parse().unwrap()
         };
         crate::host::own_process::run(|| {
-            let sealed = encrypt(b"root", &secret("p"), Form::Armored, WORK).unwrap();
+            let file = encrypt_with(b"root", &secret("p"), Form::Armored, WORK).unwrap();
             let before = resident_kib();
-            assert_eq!(open(&sealed, &secret("p")).unwrap().as_slice(), b"root");
+            assert_eq!(decrypt(&file, &secret("p")).unwrap().as_slice(), b"root");
             let grown = resident_kib().saturating_sub(before);
             assert!(grown < 64 * 1024, "{grown} KiB more than before");
         });
     }
 
     #[test]
-    fn file_sealed_to_a_key_says_what_to_do() {
+    fn file_for_a_key_says_what_to_do() {
         let key = age::x25519::Identity::generate();
-        let sealed = age::encrypt(&key.to_public(), b"root").unwrap();
+        let file = age::encrypt(&key.to_public(), b"root").unwrap();
         assert!(matches!(
-            open(&sealed, &secret("p")),
-            Err(SealingError::NotByPassphrase)
+            decrypt(&file, &secret("p")),
+            Err(AgeError::NotByPassphrase)
         ));
         let long = vec![b'a'; MAX_BYTES + 1];
-        assert!(matches!(open(&long, &secret("p")), Err(SealingError::TooLong)));
+        assert!(matches!(decrypt(&long, &secret("p")), Err(AgeError::TooLong)));
     }
 }

@@ -15,9 +15,9 @@ use super::providers::passphrase_from;
 use crate::api::{TpmEnrolled, TpmRequest, TpmView};
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
-use crate::host::tpm::{PcrList, SealPolicy, SigningKey, TpmError};
+use crate::host::tpm::{BindPolicy, PcrList, SigningKey, TpmError};
 use crate::model::problem::{Code, Problem, chain};
-use crate::provider::native::{NativeError, NativeProvider, TpmEnrollment, WhyLocked};
+use crate::provider::native::{LocksNoted, NativeError, NativeProvider, TpmEnrollment, WhyLocked};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
 use crate::secret::SecretBytes;
@@ -30,7 +30,7 @@ pub const CREDENTIAL: &str = "virtseal.passphrase.";
 pub struct TpmUnlock {
     provider: Arc<NativeProvider>,
     /// How often it was locked before.
-    locks: u64,
+    locks: LocksNoted,
 }
 
 /// What came of a [`TpmUnlock`].
@@ -308,7 +308,7 @@ fn enrollment(native: &NativeProvider) -> Result<Option<TpmEnrollment>, Problem>
 }
 
 /// What `request` asks for but for the PIN.
-fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<SealPolicy, Problem> {
+fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<BindPolicy, Problem> {
     let usage = |error: &dyn std::error::Error| Problem::new(Code::Usage, chain(error)).next(enroll(native));
     let pcrs = match &request.pcrs {
         Some(given) => given.parse::<PcrList>().map_err(|error| usage(&error))?,
@@ -319,7 +319,7 @@ fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<SealPolicy, P
         None if pcrs.has_kernel() => enrollment(native)?.and_then(|before| before.signed_by),
         None => None,
     };
-    SealPolicy::new(pcrs, key).map_err(|error| {
+    BindPolicy::new(pcrs, key).map_err(|error| {
         let name = native.name();
         Problem::new(Code::Usage, format!("provider '{name}' is not enrolled: {error}")).next(format!(
             "virtseal provider tpm {name} --enroll --pcrs 7,11 --pcr-public-key FILE, or --pcrs 7"

@@ -290,7 +290,7 @@ pub(super) fn native_failure(name: &str, error: &NativeError) -> Problem {
             Code::Locked,
             Some(NextCommand::Unlock(name.to_owned()).to_string()),
         ),
-        NativeError::BackupIsSealed | NativeError::Backup(_) => (
+        NativeError::BackupIsEncrypted | NativeError::Backup(_) => (
             Code::Failed,
             Some(format!(
                 "virtseal provider restore {name}, with the passphrase of the backup"
@@ -299,7 +299,9 @@ pub(super) fn native_failure(name: &str, error: &NativeError) -> Problem {
         _ => (Code::Failed, None),
     };
     let joint = match error {
-        NativeError::Locked | NativeError::Seal(_) | NativeError::Backup(_) | NativeError::Document(_) => "",
+        NativeError::Locked | NativeError::Encrypt(_) | NativeError::Backup(_) | NativeError::Document(_) => {
+            ""
+        }
         _ => ":",
     };
     let failure = Problem::new(code, format!("provider '{name}'{joint} {}", chain(error)));

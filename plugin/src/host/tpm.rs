@@ -1,7 +1,7 @@
-//! The host's TPM 2.0: seals up to 128 bytes so that only this machine, in the state it is in now, opens them.
+//! The host's TPM 2.0: binds up to 128 bytes so that only this machine, in the state it is in now, opens them.
 //!
-//! What is sealed is a keyed-hash object (TPM 2.0 Library, Part 1, "Sealed Data") under the storage root key of the
-//! owner hierarchy, with a policy over PCRs of the SHA-256 bank (see [`SealPolicy`]) and no other way to authorize. On the way to the chip
+//! What is bound is a keyed-hash object (TPM 2.0 Library, Part 1, "Sealed Data") under the storage root key of the
+//! owner hierarchy, with a policy over PCRs of the SHA-256 bank (see [`BindPolicy`]) and no other way to authorize. On the way to the chip
 //! and back it is encrypted (a session salted with that storage key, AES-128-CFB), and the key's name is remembered, so
 //! that neither a listener on the bus nor a chip put in its place learns it.
 //!
@@ -35,7 +35,7 @@ use crate::secret::SecretBytes;
 use session::Session;
 use signed::Signatures;
 
-pub use policy::{PolicyError, SealPolicy};
+pub use policy::{BindPolicy, PolicyError};
 pub use signed::{NotASigningKey, SigningKey, Unsigned};
 
 /// How to reach a TPM, as the TCG's TSS names it: `device:/dev/tpmrm0`, `tabrmd`, `swtpm:host=…,port=…`,
@@ -182,9 +182,9 @@ impl FromStr for PcrList {
     }
 }
 
-/// What was sealed, with everything but the TPM that it takes to open it. Not secret.
+/// What was bound, with everything but the TPM that it takes to open it. Not secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SealedByTpm {
+pub struct BoundToTpm {
     version: u32,
     parent: Parent,
     /// The name (TPM 2.0 Library, Part 1, "Names") of the storage key: it tells one TPM from another.
@@ -234,7 +234,7 @@ enum Parent {
     FromSeed,
 }
 
-impl SealedByTpm {
+impl BoundToTpm {
     /// The latest form, and the one of a policy of PCRs alone, which earlier releases open too.
     const VERSION: u32 = 2;
     const FIRST_VERSION: u32 = 1;
@@ -247,7 +247,7 @@ impl SealedByTpm {
         serde_json::to_vec(self).expect("a struct of numbers and texts has a JSON form")
     }
 
-    /// Reads what [`SealedByTpm::to_bytes`] wrote.
+    /// Reads what [`BoundToTpm::to_bytes`] wrote.
     ///
     /// # Errors
     /// [`TpmError::Damaged`].
@@ -255,16 +255,16 @@ impl SealedByTpm {
         if bytes.len() > Self::MAX_BYTES {
             return Err(TpmError::Damaged);
         }
-        let sealed: Self = serde_json::from_slice(bytes).map_err(|_| TpmError::Damaged)?;
-        let of_pcrs_alone = sealed.signed_by.is_none() && sealed.pin_salt.is_none();
-        let fits = match sealed.version {
+        let bound: Self = serde_json::from_slice(bytes).map_err(|_| TpmError::Damaged)?;
+        let of_pcrs_alone = bound.signed_by.is_none() && bound.pin_salt.is_none();
+        let fits = match bound.version {
             Self::FIRST_VERSION => of_pcrs_alone,
-            Self::VERSION => sealed.signing_key().is_ok(),
+            Self::VERSION => bound.signing_key().is_ok(),
             _ => false,
         };
-        let pcrs_exist = sealed.pcrs.keys().all(|pcr| *pcr < PcrList::COUNT);
-        if fits && pcrs_exist && !sealed.pcrs().0.is_empty() {
-            Ok(sealed)
+        let pcrs_exist = bound.pcrs.keys().all(|pcr| *pcr < PcrList::COUNT);
+        if fits && pcrs_exist && !bound.pcrs().0.is_empty() {
+            Ok(bound)
         } else {
             Err(TpmError::Damaged)
         }
@@ -307,11 +307,11 @@ impl SealedByTpm {
         self.pin_salt.is_some()
     }
 
-    /// The same policy, for something else to be sealed; with `pin` where it needs one.
+    /// The same policy, for something else to be bound; with `pin` where it needs one.
     #[must_use]
-    pub fn policy(&self, pin: Option<&Arc<SecretBytes>>) -> SealPolicy {
+    pub fn policy(&self, pin: Option<&Arc<SecretBytes>>) -> BindPolicy {
         let pin = pin.filter(|_| self.needs_pin()).cloned();
-        SealPolicy::of_record(self.pcrs(), self.signed_by()).with_pin(pin)
+        BindPolicy::of_record(self.pcrs(), self.signed_by()).with_pin(pin)
     }
 }
 
@@ -393,8 +393,8 @@ pub enum TpmError {
     /// What is stored is not what the TPM returned.
     #[error("what the TPM has sealed is damaged")]
     Damaged,
-    /// More than a TPM seals.
-    #[error("a TPM seals at most {} bytes", Tpm::MAX_BYTES)]
+    /// More than a TPM takes.
+    #[error("a TPM binds at most {} bytes", Tpm::MAX_BYTES)]
     TooLong,
     /// Anything else.
     #[error("the TPM failed: {doing}")]
@@ -484,7 +484,7 @@ enum Running {
 }
 
 impl Tpm {
-    /// The most bytes that can be sealed (TPM 2.0 Library, MAX_SYM_DATA).
+    /// The most bytes that can be bound (TPM 2.0 Library, MAX_SYM_DATA).
     pub const MAX_BYTES: usize = 128;
 
     /// The most time for one call. A slow chip takes a second for its storage key, and may have others to serve.
@@ -516,24 +516,12 @@ impl Tpm {
         &self.tcti
     }
 
-    /// Seals `secret` to this TPM and to what `pcrs` are now. The caller verifies it by [`Tpm::unseal`] before it relies
-    /// on it.
+    /// Binds `secret` to this TPM by `policy`. Only [`Tpm::open`] tells whether that can be satisfied, and the caller has it do
+    /// so before it relies on it.
     ///
     /// # Errors
     /// [`TpmError::TooLong`], or why the TPM does not.
-    pub fn seal(&self, secret: &Arc<SecretBytes>, pcrs: &PcrList) -> Result<SealedByTpm, TpmError> {
-        self.seal_under(secret, &SealPolicy::exactly(pcrs.clone()))
-    }
-
-    /// The same under a policy. Only [`Tpm::unseal_with`] tells whether it can be satisfied.
-    ///
-    /// # Errors
-    /// As [`Tpm::seal`].
-    pub fn seal_under(
-        &self,
-        secret: &Arc<SecretBytes>,
-        policy: &SealPolicy,
-    ) -> Result<SealedByTpm, TpmError> {
+    pub fn bind(&self, secret: &Arc<SecretBytes>, policy: &BindPolicy) -> Result<BoundToTpm, TpmError> {
         if secret.expose().len() > Self::MAX_BYTES {
             return Err(TpmError::TooLong);
         }
@@ -541,35 +529,23 @@ impl Tpm {
         self.call(move |session| session.seal(&secret, &policy))
     }
 
-    /// Opens what [`Tpm::seal`] sealed.
+    /// Opens what [`Tpm::bind`] returned, with `pin` if it needs one. Without one the TPM is not asked.
     ///
     /// # Errors
-    /// [`TpmError::PcrsDiffer`], [`TpmError::AnotherTpm`], or why else the TPM does not.
-    pub fn unseal(&self, sealed: &SealedByTpm) -> Result<SecretBytes, TpmError> {
-        self.unseal_with(sealed, None)
-    }
-
-    /// Opens what [`Tpm::seal_under`] sealed, with `pin` if it needs one. Without one the TPM is not asked.
-    ///
-    /// # Errors
-    /// [`TpmError::NeedsPin`], [`TpmError::WrongPin`], [`TpmError::LockedOut`], [`TpmError::NotSigned`], or as
-    /// [`Tpm::unseal`].
-    pub fn unseal_with(
-        &self,
-        sealed: &SealedByTpm,
-        pin: Option<&Arc<SecretBytes>>,
-    ) -> Result<SecretBytes, TpmError> {
-        let pin = pin.filter(|_| sealed.needs_pin()).cloned();
-        if sealed.needs_pin() && pin.is_none() {
+    /// [`TpmError::PcrsDiffer`], [`TpmError::AnotherTpm`], [`TpmError::NeedsPin`], [`TpmError::WrongPin`],
+    /// [`TpmError::LockedOut`], [`TpmError::NotSigned`], or why else the TPM does not.
+    pub fn open(&self, bound: &BoundToTpm, pin: Option<&Arc<SecretBytes>>) -> Result<SecretBytes, TpmError> {
+        let pin = pin.filter(|_| bound.needs_pin()).cloned();
+        if bound.needs_pin() && pin.is_none() {
             return Err(TpmError::NeedsPin);
         }
-        let (sealed, root) = (sealed.clone(), self.root.clone());
+        let (bound, root) = (bound.clone(), self.root.clone());
         self.call(move |session| {
-            let signatures = match sealed.signed_by {
+            let signatures = match bound.signed_by {
                 Some(_) => Signatures::read(&root),
                 None => Signatures::default(),
             };
-            session.unseal(&sealed, pin.as_deref(), &signatures)
+            session.unseal(&bound, pin.as_deref(), &signatures)
         })
     }
 

@@ -53,10 +53,11 @@ use self::store::Store;
 use self::tls::Tls;
 use super::cache::{CachePolicy, KekCache, NothingToCache, PersistError};
 use super::toolbox::kek_name::KekBook;
+use super::toolbox::locks::Locks;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
-use crate::crypto::age_file::SealingError;
+use crate::crypto::age_file::AgeError;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::chain;
 use crate::secret::SecretBytes;
@@ -172,8 +173,7 @@ pub struct KmipProvider {
 #[derive(Default)]
 struct Held {
     locked: bool,
-    /// How often it was locked: an unlock that took its second meanwhile must not undo that.
-    locks: u64,
+    locks: Locks,
     /// Counts the changes of `access`.
     epoch: u64,
     identity: Option<Arc<Identity>>,
@@ -203,7 +203,7 @@ impl KmipProvider {
         Self::open(keystore, &record)
     }
 
-    /// The recorded provider: locked if its private key is sealed, else ready to ask its servers. Waits for nothing.
+    /// The recorded provider: locked if its private key is encrypted, else ready to ask its servers. Waits for nothing.
     ///
     /// # Errors
     /// When the settings can't be read.
@@ -244,7 +244,7 @@ impl KmipProvider {
     fn forget_access(&self) {
         let mut held = self.held_mut();
         held.locked = true;
-        held.locks += 1;
+        held.locks.count();
         held.identity = None;
         self.renew_access(&mut held);
     }
@@ -270,7 +270,7 @@ impl KmipProvider {
             Err(error) => faults.push(chain(&error)),
         }
         match stored {
-            Ok(Some(stored)) if stored.is_sealed() => held.locked = true,
+            Ok(Some(stored)) if stored.is_encrypted() => held.locked = true,
             Ok(Some(stored)) => match stored.open(None) {
                 Ok(identity) => held.identity = Some(Arc::new(identity)),
                 Err(error) => faults.push(chain(&error)),
@@ -438,16 +438,16 @@ impl KeyProvider for KmipProvider {
         }
     }
 
-    /// Takes the private key from disk again. Where it is not sealed there, any credential does.
+    /// Takes the private key from disk again. Where it is not encrypted there, any credential does.
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
-        let locks = self.held().locks;
+        let since = self.held().locks.noted();
         let identity = self.stored_identity(credential)?;
         let trust = self
             .store
             .trust()
             .map_err(|error| ProviderError::Unusable(chain(&error)))?;
         let mut held = self.held_mut();
-        if held.locks != locks {
+        if !held.locks.are(since) {
             return Err(ProviderError::Locked);
         }
         held.locked = false;
@@ -480,8 +480,8 @@ impl KmipProvider {
         };
         match stored.open(Some(credential)) {
             Ok(identity) => Ok(Some(identity)),
-            Err(IdentityError::Seal(
-                SealingError::WrongPassphrase | SealingError::EmptyPassphrase | SealingError::PassphraseText,
+            Err(IdentityError::Age(
+                AgeError::WrongPassphrase | AgeError::EmptyPassphrase | AgeError::PassphraseText,
             )) => Err(ProviderError::WrongCredential),
             Err(error) => Err(ProviderError::Unusable(chain(&error))),
         }

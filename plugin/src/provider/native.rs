@@ -1,4 +1,4 @@
-//! The native provider: a root key on this host, sealed by a passphrase.
+//! The native provider: a root key on this host, encrypted by a passphrase.
 //!
 //! ```text
 //!   create ──► NotBackedUp ──backup, confirm_backup──► Ready ◄── restore
@@ -9,7 +9,7 @@
 //! ```
 //!
 //! [`rotate`](NativeProvider::rotate) adds a root key and leads back to NotBackedUp: the new one wraps once it is backed
-//! up, all of them unwrap for ever, and the newest sealed text and every backup from then on hold them all.
+//! up, all of them unwrap for ever, and the newest encrypted text and every backup from then on hold them all.
 //!
 //! KEKs are derived from the root key, so one backup covers every VM to come; until it exists nothing is
 //! wrapped. The root key is in memory only while unlocked: [`lock`](KeyProvider::lock) takes it away at once, a
@@ -31,13 +31,15 @@ use thiserror::Error;
 use self::document::RootKeys;
 use self::kek::{Kek, KekName};
 use super::toolbox::gcm::MECHANISM;
+use super::toolbox::locks::Locks;
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
-use crate::crypto::age_file::{self as sealing, Form, SealingError};
+use crate::crypto::age_file::{self, AgeError, Form};
 use crate::host::tpm::{Tpm, TpmError};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::{SecretBytes, Transient};
 use crate::store::{Change, Keystore, KeystoreError, NativeRoot, ProviderRecord};
 
+pub use super::toolbox::locks::LocksNoted;
 pub use by_tpm::TpmEnrollment;
 pub use document::DocumentError;
 
@@ -54,7 +56,7 @@ pub struct NativeProvider {
 #[derive(Clone)]
 struct Newest {
     generation: u32,
-    sealed: Arc<[u8]>,
+    encrypted: Arc<[u8]>,
     backed_up: bool,
 }
 
@@ -62,7 +64,7 @@ impl From<NativeRoot> for Newest {
     fn from(row: NativeRoot) -> Self {
         Self {
             generation: row.generation,
-            sealed: row.sealed.into(),
+            encrypted: row.sealed.into(),
             backed_up: row.backed_up_at.is_some(),
         }
     }
@@ -71,8 +73,7 @@ impl From<NativeRoot> for Newest {
 #[derive(Default)]
 struct Held {
     roots: Option<Arc<RootKeys>>,
-    /// How often it was locked: an unlock that took its second meanwhile must not undo that.
-    locks: u64,
+    locks: Locks,
     /// Why it did not unlock by itself.
     why: Option<WhyLocked>,
 }
@@ -121,9 +122,9 @@ impl NativeProvider {
     pub const KIND: &'static str = "native";
 
     /// The most bytes that a backup can have.
-    pub const MAX_BACKUP_BYTES: usize = sealing::MAX_BYTES;
+    pub const MAX_BACKUP_BYTES: usize = age_file::MAX_BYTES;
 
-    /// Makes a root key, seals it by `passphrase` and records it. The new provider is `NotBackedUp`.
+    /// Makes a root key, encrypts it by `passphrase` and records it. The new provider is `NotBackedUp`.
     ///
     /// # Errors
     /// When the name is taken, the passphrase is empty, or the keystore can't be written.
@@ -137,7 +138,7 @@ impl NativeProvider {
         Self::record(keystore, name, roots, passphrase, None)
     }
 
-    /// Brings a backed-up provider to this host, sealed by `passphrase`. It counts as backed up.
+    /// Brings a backed-up provider to this host, encrypted by `passphrase`. It counts as backed up.
     ///
     /// # Errors
     /// When the name or the provider is on this host already, or `backup` does not open.
@@ -161,10 +162,12 @@ impl NativeProvider {
         passphrase: &SecretBytes,
         backed_up_at: Option<i64>,
     ) -> Result<Self, NativeError> {
-        let row = seal_row(&roots, name.as_str(), passphrase, backed_up_at)?;
+        let row = encrypted_row(&roots, name.as_str(), passphrase, backed_up_at)?;
         let record = keystore.insert_native_root(roots.provider, name.as_str(), &row)?;
         let provider = Self::from_rows(keystore, &record, row);
-        provider.hold(roots, 0).map_err(|_| NativeError::Locked)?;
+        provider
+            .hold(roots, provider.locks())
+            .map_err(|_| NativeError::Locked)?;
         Ok(provider)
     }
 
@@ -209,7 +212,7 @@ impl NativeProvider {
         self.newest.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Adds a root key, sealed together with all earlier ones by the same `passphrase`. From then on nothing is wrapped
+    /// Adds a root key, encrypted together with all earlier ones by the same `passphrase`. From then on nothing is wrapped
     /// until a backup of it is confirmed; what was wrapped before still opens. Returns the new generation; where the
     /// newest one was never backed up there is nothing to retire, and it stays.
     ///
@@ -264,10 +267,10 @@ impl NativeProvider {
         let began = self.newest();
         let locks = self.locks();
         let mut roots = self
-            .unseal(&began.sealed, passphrase)
+            .decrypted(&began.encrypted, passphrase)
             .map_err(|error| match error {
                 ProviderError::WrongCredential => NativeError::WrongPassphrase,
-                error => NativeError::Unseal(error),
+                error => NativeError::Decrypt(error),
             })?;
         if !began.backed_up {
             return Ok(None);
@@ -276,7 +279,7 @@ impl NativeProvider {
             return Err(NativeError::TooManyGenerations);
         }
         roots.grow().map_err(NativeError::Memory)?;
-        let row = seal_row(&roots, &self.name, passphrase, None)?;
+        let row = encrypted_row(&roots, &self.name, passphrase, None)?;
         // Two at once: the second finds its row taken, and nothing has changed.
         let committed = commit(&row, &roots)?;
         *self.newest.write().unwrap_or_else(PoisonError::into_inner) = row.into();
@@ -298,12 +301,12 @@ impl NativeProvider {
         let text = roots.to_text(&self.name)?;
         let bytes = match passphrase {
             None => text,
-            Some(passphrase) => {
-                Transient::new(sealing::seal(&text, passphrase, Form::Armored).map_err(NativeError::Seal)?)
-            }
+            Some(passphrase) => Transient::new(
+                age_file::encrypt(&text, passphrase, Form::Armored).map_err(NativeError::Encrypt)?,
+            ),
         };
         if !read_backup(&bytes, passphrase)?.are(&roots) {
-            return Err(NativeError::Seal(SealingError::NotVerified));
+            return Err(NativeError::Encrypt(AgeError::NotVerified));
         }
         Ok(Backup {
             generation: roots.newest(),
@@ -335,22 +338,24 @@ impl NativeProvider {
         held.why.clone().filter(|_| held.roots.is_none())
     }
 
-    /// Remembers the reason of an attempt that began after so many locks.
-    fn explain_lock(&self, why: Option<(u64, WhyLocked)>) {
+    /// Remembers the reason of an attempt that began then, unless there was a lock since.
+    fn explain_lock(&self, why: Option<(LocksNoted, WhyLocked)>) {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
-        held.why = why.filter(|(locks, _)| *locks == held.locks).map(|(_, why)| why);
+        let why = why.filter(|(since, _)| held.locks.are(*since));
+        held.why = why.map(|(_, why)| why);
     }
 
-    /// How often it was locked so far.
+    /// What tells whether it is locked later on.
     #[must_use]
-    pub fn locks(&self) -> u64 {
-        self.held.read().unwrap_or_else(PoisonError::into_inner).locks
+    pub fn locks(&self) -> LocksNoted {
+        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
+        held.locks.noted()
     }
 
-    /// Keeps the root keys, unless the provider was locked since that many locks were counted.
-    fn hold(&self, roots: RootKeys, since: u64) -> Result<(), ProviderError> {
+    /// Keeps the root keys, unless the provider was locked since.
+    fn hold(&self, roots: RootKeys, since: LocksNoted) -> Result<(), ProviderError> {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
-        if held.locks != since {
+        if !held.locks.are(since) {
             return Err(ProviderError::Locked);
         }
         // An unlock that began before a rotation ended knows less than what is held.
@@ -395,12 +400,12 @@ impl NativeProvider {
         Ok(())
     }
 
-    fn unseal(&self, sealed: &[u8], passphrase: &SecretBytes) -> Result<RootKeys, ProviderError> {
-        let text = sealing::open(sealed, passphrase).map_err(|error| match error {
-            SealingError::WrongPassphrase | SealingError::EmptyPassphrase | SealingError::PassphraseText => {
+    fn decrypted(&self, file: &[u8], passphrase: &SecretBytes) -> Result<RootKeys, ProviderError> {
+        let text = age_file::decrypt(file, passphrase).map_err(|error| match error {
+            AgeError::WrongPassphrase | AgeError::EmptyPassphrase | AgeError::PassphraseText => {
                 ProviderError::WrongCredential
             }
-            error => ProviderError::internal("opening the sealed root key")(error),
+            error => ProviderError::internal("opening the encrypted root key")(error),
         })?;
         let roots = RootKeys::from_text(&text).map_err(ProviderError::internal("reading the root key"))?;
         if roots.provider == self.id {
@@ -500,7 +505,7 @@ impl KeyProvider for NativeProvider {
 
     fn lock(&self) {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
-        held.locks += 1;
+        held.locks.count();
         held.roots = None;
         held.why = None;
     }
@@ -508,8 +513,8 @@ impl KeyProvider for NativeProvider {
     /// Also tells a wrong passphrase while unlocked. A lock during the second that this takes wins.
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
         let locks = self.locks();
-        let sealed = self.newest().sealed;
-        self.hold(self.unseal(&sealed, credential)?, locks)
+        let file = self.newest().encrypted;
+        self.hold(self.decrypted(&file, credential)?, locks)
     }
 }
 
@@ -532,7 +537,7 @@ fn refuse_taken(
     Ok(())
 }
 
-fn seal_row(
+fn encrypted_row(
     roots: &RootKeys,
     name: &str,
     passphrase: &SecretBytes,
@@ -541,20 +546,20 @@ fn seal_row(
     let text = roots.to_text(name)?;
     Ok(NativeRoot {
         generation: roots.newest(),
-        sealed: sealing::seal(&text, passphrase, Form::Binary).map_err(NativeError::Seal)?,
+        sealed: age_file::encrypt(&text, passphrase, Form::Binary).map_err(NativeError::Encrypt)?,
         backed_up_at,
     })
 }
 
 fn read_backup(backup: &[u8], passphrase: Option<&SecretBytes>) -> Result<RootKeys, NativeError> {
-    if backup.len() > sealing::MAX_BYTES {
-        return Err(NativeError::Backup(SealingError::TooLong));
+    if backup.len() > age_file::MAX_BYTES {
+        return Err(NativeError::Backup(AgeError::TooLong));
     }
-    if !sealing::is_sealed(backup) {
+    if !age_file::is_age_file(backup) {
         return Ok(RootKeys::from_text(backup)?);
     }
-    let passphrase = passphrase.ok_or(NativeError::BackupIsSealed)?;
-    let text = sealing::open(backup, passphrase).map_err(NativeError::Backup)?;
+    let passphrase = passphrase.ok_or(NativeError::BackupIsEncrypted)?;
+    let text = age_file::decrypt(backup, passphrase).map_err(NativeError::Backup)?;
     Ok(RootKeys::from_text(&text)?)
 }
 
@@ -576,25 +581,25 @@ pub enum NativeError {
     /// No secret memory.
     #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
     Memory(#[source] io::Error),
-    /// Sealing a root key failed.
-    #[error("can't seal the root key")]
-    Seal(#[source] SealingError),
+    /// Encrypting a root key by its passphrase failed.
+    #[error("can't encrypt the root key")]
+    Encrypt(#[source] AgeError),
     /// The backup does not open.
     #[error("can't open the backup")]
-    Backup(#[source] SealingError),
+    Backup(#[source] AgeError),
     /// The backup needs its passphrase.
-    #[error("the backup is sealed: give the passphrase that it was made with")]
-    BackupIsSealed,
+    #[error("the backup is encrypted: give the passphrase that it was made with")]
+    BackupIsEncrypted,
     /// What was opened is no root key.
     #[error("can't read the root key")]
     Document(#[from] DocumentError),
-    /// Another passphrase than the one that seals it.
+    /// Another passphrase than the one that encrypts it.
     #[error("does not accept this passphrase")]
     WrongPassphrase,
-    /// The sealed root keys can't be opened.
+    /// The root keys can't be decrypted.
     #[error("can't open its root keys")]
-    Unseal(#[source] ProviderError),
-    /// As many as one sealed text may hold.
+    Decrypt(#[source] ProviderError),
+    /// As many as one encrypted text may hold.
     #[error(
         "has had {} root keys, which is as many as there can be: move its VMs to a new provider",
         RootKeys::MOST

@@ -13,7 +13,7 @@ use tar::EntryType;
 
 use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
 use crate::audit::{AuditLog, Event, Outcome, Position};
-use crate::crypto::age_file::decrypting;
+use crate::crypto::age_file;
 use crate::host::local_time::rfc3339;
 use crate::secret::SecretBytes;
 use crate::store::{AuditAnchor, Keystore, KeystoreError};
@@ -52,7 +52,7 @@ pub fn restore(
     place.refuse_unless(replace)?;
     // Held until both have changed places.
     let _lock = place.lock()?;
-    let plain = decrypting(BufReader::new(backup), passphrase).map_err(StateError::Sealing)?;
+    let plain = age_file::reader(BufReader::new(backup), passphrase).map_err(StateError::Age)?;
     let staged = place.staging()?;
     let restored = unpack(plain, &staged).and_then(|(manifest, files)| {
         check(&staged, &manifest)?;

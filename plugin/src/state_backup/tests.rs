@@ -125,10 +125,7 @@ fn a_backup_that_is_not_whole_changes_nothing() {
         &dir,
         Replace::Nothing,
     );
-    assert!(matches!(
-        wrong,
-        Err(StateError::Sealing(SealingError::WrongPassphrase))
-    ));
+    assert!(matches!(wrong, Err(StateError::Age(AgeError::WrongPassphrase))));
     assert_eq!(
         fs::read_dir(parent.path()).unwrap().count(),
         2,
@@ -142,7 +139,7 @@ fn a_backup_writes_nowhere_else() {
     let parent = tempfile::tempdir().unwrap();
     let manifest = format!(r#"{{"format":"{FORMAT}","version":1,"host":"h","made":"m"}}"#);
     let make = |name: &str, kind: EntryType| {
-        let mut builder = Builder::new(encrypting(Vec::new(), &secret("pass")).unwrap());
+        let mut builder = Builder::new(age_file::writer(Vec::new(), &secret("pass")).unwrap());
         append(
             &mut builder,
             Path::new(MANIFEST),

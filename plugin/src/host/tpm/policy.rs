@@ -27,7 +27,7 @@ pub(super) const KERNEL: u8 = 11;
 
 /// What the TPM is to ask for.
 #[derive(Clone, Debug)]
-pub struct SealPolicy {
+pub struct BindPolicy {
     pcrs: PcrList,
     signed_by: Option<SigningKey>,
     pin: Option<Arc<SecretBytes>>,
@@ -47,7 +47,7 @@ pub enum PolicyError {
     NothingToSign(PcrList),
 }
 
-impl SealPolicy {
+impl BindPolicy {
     /// `pcrs`, of which 11 is whatever `signed_by` has signed.
     ///
     /// # Errors

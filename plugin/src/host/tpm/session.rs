@@ -23,9 +23,9 @@ use tss_esapi::structures::{
 use tss_esapi::traits::{Marshall, UnMarshall};
 use tss_esapi::{Context, Error};
 
-use super::policy::{PinSalt, PolicyDigest, SealPolicy};
+use super::policy::{BindPolicy, PinSalt, PolicyDigest};
 use super::signed::{Signature, Signatures, SigningKey};
-use super::{Hex, Parent, PcrList, SealedByTpm, Tcti, TpmError};
+use super::{BoundToTpm, Hex, Parent, PcrList, Tcti, TpmError};
 use crate::secret::SecretBytes;
 
 /// Where the TCG wants an operating system to keep the storage root key.
@@ -53,11 +53,7 @@ impl Session {
         })
     }
 
-    pub(super) fn seal(
-        &mut self,
-        secret: &SecretBytes,
-        policy: &SealPolicy,
-    ) -> Result<SealedByTpm, TpmError> {
+    pub(super) fn seal(&mut self, secret: &SecretBytes, policy: &BindPolicy) -> Result<BoundToTpm, TpmError> {
         let values = self.pcr_values(&policy.exact())?;
         let digest = self.policy_digest(policy, &values)?;
         let salt = policy.pin().map(|_| PinSalt::random()).transpose();
@@ -79,10 +75,10 @@ impl Session {
             })
             .map_err(failed("sealing"))?;
         let of_pcrs_alone = policy.signed_by().is_none() && salt.is_none();
-        Ok(SealedByTpm {
+        Ok(BoundToTpm {
             version: match of_pcrs_alone {
-                true => SealedByTpm::FIRST_VERSION,
-                false => SealedByTpm::VERSION,
+                true => BoundToTpm::FIRST_VERSION,
+                false => BoundToTpm::VERSION,
             },
             signed_by: policy.signed_by().map(|key| Hex(key.to_der())),
             pin_salt: salt.map(|salt| Hex(salt.0)),
@@ -103,7 +99,7 @@ impl Session {
     /// `pin` is there if `sealed` needs one.
     pub(super) fn unseal(
         &mut self,
-        sealed: &SealedByTpm,
+        sealed: &BoundToTpm,
         pin: Option<&SecretBytes>,
         signatures: &Signatures,
     ) -> Result<SecretBytes, TpmError> {
@@ -143,7 +139,7 @@ impl Session {
         }
     }
 
-    fn load(&mut self, key: KeyHandle, sealed: &SealedByTpm) -> Result<KeyHandle, TpmError> {
+    fn load(&mut self, key: KeyHandle, sealed: &BoundToTpm) -> Result<KeyHandle, TpmError> {
         let public = Public::unmarshall(&sealed.public).map_err(|_| TpmError::Damaged)?;
         let private = Private::try_from(&sealed.private[..]).map_err(|_| TpmError::Damaged)?;
         let encrypted = self.encrypted_session(key, true)?;
@@ -237,7 +233,7 @@ impl Session {
     /// The digest of the policy that wants `values`, and what else `policy` asks for.
     fn policy_digest(
         &mut self,
-        policy: &SealPolicy,
+        policy: &BindPolicy,
         values: &BTreeMap<u8, Vec<u8>>,
     ) -> Result<Digest, TpmError> {
         let mut digest = PolicyDigest::EMPTY;
@@ -274,7 +270,7 @@ impl Session {
     fn satisfy(
         &mut self,
         session: PolicySession,
-        sealed: &SealedByTpm,
+        sealed: &BoundToTpm,
         approval: Option<Approval>,
     ) -> Result<(), TpmError> {
         if let Some(approval) = approval {
@@ -313,7 +309,7 @@ impl Session {
     /// The signature that covers what PCR 11 is now, verified by the TPM; `None` if none is asked for.
     fn approval(
         &mut self,
-        sealed: &SealedByTpm,
+        sealed: &BoundToTpm,
         signatures: &Signatures,
     ) -> Result<Option<Approval>, TpmError> {
         let Some(key) = sealed.signing_key().map_err(|_| TpmError::Damaged)? else {
@@ -413,7 +409,7 @@ impl Session {
     }
 
     /// Which PCRs made the policy fail.
-    fn difference(&mut self, sealed: &SealedByTpm) -> Result<TpmError, TpmError> {
+    fn difference(&mut self, sealed: &BoundToTpm) -> Result<TpmError, TpmError> {
         let now = self.pcr_values(&sealed.exact())?;
         let differs = |(pcr, value): (&u8, &String)| (hex::encode(&now[pcr]) != *value).then_some(*pcr);
         let differing: std::collections::BTreeSet<u8> = sealed.pcrs.iter().filter_map(differs).collect();

@@ -22,18 +22,20 @@ fn opens_what_it_sealed_also_after_a_reboot() {
     let tpm = stand.tpm();
     for length in [1, 32, Tpm::MAX_BYTES] {
         let secret = secret(&vec![0xa5; length]);
-        let sealed = tpm.seal(&secret, &PcrList::default()).unwrap();
-        let stored = SealedByTpm::from_bytes(&sealed.to_bytes()).unwrap();
+        let sealed = tpm
+            .bind(&secret, &BindPolicy::exactly(PcrList::default()))
+            .unwrap();
+        let stored = BoundToTpm::from_bytes(&sealed.to_bytes()).unwrap();
         assert_eq!(stored, sealed);
-        assert_eq!(tpm.unseal(&stored).unwrap().expose(), secret.expose());
+        assert_eq!(tpm.open(&stored, None).unwrap().expose(), secret.expose());
         if length == 32 {
             stand.reboot();
-            assert_eq!(tpm.unseal(&stored).unwrap().expose(), secret.expose());
+            assert_eq!(tpm.open(&stored, None).unwrap().expose(), secret.expose());
         }
     }
     let long = secret(&[0; Tpm::MAX_BYTES + 1]);
     assert!(matches!(
-        tpm.seal(&long, &PcrList::default()),
+        tpm.bind(&long, &BindPolicy::exactly(PcrList::default())),
         Err(TpmError::TooLong)
     ));
 }
@@ -42,39 +44,47 @@ fn opens_what_it_sealed_also_after_a_reboot() {
 fn says_which_pcrs_differ_and_opens_again_when_they_are_as_they_were() {
     let mut stand = Stand::start();
     let tpm = stand.tpm();
-    let seven = tpm.seal(&secret(b"seven"), &PcrList::default()).unwrap();
-    let both = tpm.seal(&secret(b"both"), &pcrs("7, 11")).unwrap();
+    let seven = tpm
+        .bind(&secret(b"seven"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
+    let both = tpm
+        .bind(&secret(b"both"), &BindPolicy::exactly(pcrs("7, 11")))
+        .unwrap();
     stand.extend(11);
-    assert_eq!(tpm.unseal(&seven).unwrap().expose(), b"seven");
-    let error = tpm.unseal(&both).unwrap_err();
+    assert_eq!(tpm.open(&seven, None).unwrap().expose(), b"seven");
+    let error = tpm.open(&both, None).unwrap_err();
     assert_eq!(error.to_string(), "PCR 11 differs from when it was enrolled");
     stand.extend(7);
-    let error = tpm.unseal(&both).unwrap_err();
+    let error = tpm.open(&both, None).unwrap_err();
     assert_eq!(error.to_string(), "PCRs 7,11 differ from when it was enrolled");
     assert!(!error.may_pass());
     // Sealed to what they are now, and then they change back.
-    let now = tpm.seal(&secret(b"now"), &pcrs("7,11")).unwrap();
-    assert_eq!(tpm.unseal(&now).unwrap().expose(), b"now");
+    let now = tpm
+        .bind(&secret(b"now"), &BindPolicy::exactly(pcrs("7,11")))
+        .unwrap();
+    assert_eq!(tpm.open(&now, None).unwrap().expose(), b"now");
     stand.reboot();
-    assert_eq!(tpm.unseal(&both).unwrap().expose(), b"both");
-    assert!(matches!(tpm.unseal(&now), Err(TpmError::PcrsDiffer(_))));
+    assert_eq!(tpm.open(&both, None).unwrap().expose(), b"both");
+    assert!(matches!(tpm.open(&now, None), Err(TpmError::PcrsDiffer(_))));
 }
 
 #[test]
 fn what_was_tampered_with_does_not_open() {
     let stand = Stand::start();
     let tpm = stand.tpm();
-    let sealed = tpm.seal(&secret(b"secret"), &PcrList::default()).unwrap();
+    let sealed = tpm
+        .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     for at in [0, 2, 20, sealed.private.len() / 2, sealed.private.len() - 1] {
         let mut other = sealed.clone();
         other.private[at] ^= 1;
-        let error = tpm.unseal(&other).unwrap_err();
+        let error = tpm.open(&other, None).unwrap_err();
         assert!(matches!(error, TpmError::Damaged), "private {at}: {error:?}");
     }
     for at in 0..sealed.public.len() {
         let mut other = sealed.clone();
         other.public[at] ^= 1;
-        let error = tpm.unseal(&other).unwrap_err();
+        let error = tpm.open(&other, None).unwrap_err();
         assert!(
             matches!(error, TpmError::Damaged | TpmError::Failed { .. }),
             "public {at}: {error:?}"
@@ -82,13 +92,15 @@ fn what_was_tampered_with_does_not_open() {
     }
     // A policy that another PCR value would satisfy can't be put in the place of the first.
     stand.extend(7);
-    let weaker = tpm.seal(&secret(b"other"), &PcrList::default()).unwrap();
-    let swapped = SealedByTpm {
+    let weaker = tpm
+        .bind(&secret(b"other"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
+    let swapped = BoundToTpm {
         public: weaker.public.clone(),
         pcrs: weaker.pcrs.clone(),
         ..sealed.clone()
     };
-    assert!(matches!(tpm.unseal(&swapped), Err(TpmError::Damaged)));
+    assert!(matches!(tpm.open(&swapped, None), Err(TpmError::Damaged)));
     let json = String::from_utf8(sealed.to_bytes()).unwrap();
     for bad in [
         json.replace("\"version\":1", "\"version\":3"),
@@ -100,34 +112,47 @@ fn what_was_tampered_with_does_not_open() {
         json[..json.len() / 2].to_owned(),
         "x".repeat(20_000),
     ] {
-        assert!(SealedByTpm::from_bytes(bad.as_bytes()).is_err(), "{bad}");
+        assert!(BoundToTpm::from_bytes(bad.as_bytes()).is_err(), "{bad}");
     }
 }
 
 #[test]
 fn another_tpm_and_a_cleared_one_are_told_apart_from_damage() {
     let (stand, other) = (Stand::start(), Stand::start());
-    let sealed = stand.tpm().seal(&secret(b"secret"), &PcrList::default()).unwrap();
-    assert!(matches!(other.tpm().unseal(&sealed), Err(TpmError::AnotherTpm)));
+    let sealed = stand
+        .tpm()
+        .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
+    assert!(matches!(
+        other.tpm().open(&sealed, None),
+        Err(TpmError::AnotherTpm)
+    ));
     stand
         .session()
         .context()
         .execute_with_nullauth_session(|context| context.clear(AuthHandle::Platform))
         .unwrap();
-    assert!(matches!(stand.tpm().unseal(&sealed), Err(TpmError::AnotherTpm)));
+    assert!(matches!(
+        stand.tpm().open(&sealed, None),
+        Err(TpmError::AnotherTpm)
+    ));
 }
 
 #[test]
 fn the_persistent_storage_key_is_used_where_there_is_one() {
     let stand = Stand::start();
     let tpm = stand.tpm();
-    let before = tpm.seal(&secret(b"before"), &PcrList::default()).unwrap();
+    let before = tpm
+        .bind(&secret(b"before"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert_eq!(before.parent, Parent::FromSeed);
     stand.session().keep_storage_key();
-    let after = tpm.seal(&secret(b"after"), &PcrList::default()).unwrap();
+    let after = tpm
+        .bind(&secret(b"after"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert_eq!(after.parent, Parent::Persistent);
-    assert_eq!(tpm.unseal(&before).unwrap().expose(), b"before");
-    assert_eq!(tpm.unseal(&after).unwrap().expose(), b"after");
+    assert_eq!(tpm.open(&before, None).unwrap().expose(), b"before");
+    assert_eq!(tpm.open(&after, None).unwrap().expose(), b"after");
 }
 
 /// As the message says it; the owner's password is PASSWORD.
@@ -137,31 +162,40 @@ const MAKE_STORAGE_KEY: &str = "tpm2_createprimary -C o -P PASSWORD -c srk.ctx &
 fn an_owner_password_is_named_and_what_the_message_says_helps() {
     let stand = Stand::start();
     let tpm = stand.tpm();
-    let before = tpm.seal(&secret(b"before"), &PcrList::default()).unwrap();
+    let before = tpm
+        .bind(&secret(b"before"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert!(stand.shell("tpm2_changeauth -c o PASSWORD"));
     for error in [
-        tpm.seal(&secret(b"x"), &PcrList::default()).unwrap_err(),
-        tpm.unseal(&before).unwrap_err(),
+        tpm.bind(&secret(b"x"), &BindPolicy::exactly(PcrList::default()))
+            .unwrap_err(),
+        tpm.open(&before, None).unwrap_err(),
     ] {
         assert!(matches!(error, TpmError::OwnerPassword), "{error:?}");
         assert!(error.to_string().contains(MAKE_STORAGE_KEY), "{error}");
         assert!(!error.may_pass());
     }
     assert!(stand.shell(MAKE_STORAGE_KEY));
-    let after = tpm.seal(&secret(b"after"), &PcrList::default()).unwrap();
+    let after = tpm
+        .bind(&secret(b"after"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert_eq!(after.parent, Parent::Persistent);
-    assert_eq!(tpm.unseal(&after).unwrap().expose(), b"after");
+    assert_eq!(tpm.open(&after, None).unwrap().expose(), b"after");
     // The one from before is for the passphrase and another enrolment.
-    assert!(matches!(tpm.unseal(&before), Err(TpmError::OwnerPassword)));
+    assert!(matches!(tpm.open(&before, None), Err(TpmError::OwnerPassword)));
 }
 
 #[test]
 fn a_lockout_is_named_and_hits_only_storage_keys_of_others() {
     let stand = Stand::start();
     let tpm = stand.tpm();
-    let own = tpm.seal(&secret(b"own"), &PcrList::default()).unwrap();
+    let own = tpm
+        .bind(&secret(b"own"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert!(stand.shell(&MAKE_STORAGE_KEY.replace("-P PASSWORD ", "")));
-    let theirs = tpm.seal(&secret(b"theirs"), &PcrList::default()).unwrap();
+    let theirs = tpm
+        .bind(&secret(b"theirs"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert_eq!(
         (own.parent, theirs.parent),
         (Parent::FromSeed, Parent::Persistent)
@@ -172,37 +206,40 @@ fn a_lockout_is_named_and_hits_only_storage_keys_of_others() {
          tpm2_nvdefine 0x1500001 -C o -p right -s 8 -a 'authread|authwrite'"
     ));
     assert!(!stand.shell("tpm2_nvread 0x1500001 -C 0x1500001 -P wrong -s 8"));
-    assert_eq!(tpm.unseal(&own).unwrap().expose(), b"own");
-    let error = tpm.unseal(&theirs).unwrap_err();
+    assert_eq!(tpm.open(&own, None).unwrap().expose(), b"own");
+    let error = tpm.open(&theirs, None).unwrap_err();
     assert!(matches!(error, TpmError::LockedOut { .. }), "{error:?}");
     let clear = "tpm2_dictionarylockout --clear-lockout";
     assert!(error.to_string().contains(clear), "{error}");
     assert!(stand.shell(clear));
-    assert_eq!(tpm.unseal(&theirs).unwrap().expose(), b"theirs");
+    assert_eq!(tpm.open(&theirs, None).unwrap().expose(), b"theirs");
 }
 
 #[test]
 fn a_hanging_tpm_costs_its_deadline_once() {
     let stand = Stand::start();
-    let sealed = stand.tpm().seal(&secret(b"secret"), &PcrList::default()).unwrap();
+    let sealed = stand
+        .tpm()
+        .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     let deadline = Duration::from_millis(1500);
     let tpm = Tpm::new(stand.tcti(), deadline);
     stand.signal(Signal::SIGSTOP);
     let started = Instant::now();
-    assert!(matches!(tpm.unseal(&sealed), Err(TpmError::Silent(_))));
+    assert!(matches!(tpm.open(&sealed, None), Err(TpmError::Silent(_))));
     assert!(
         started.elapsed() < Duration::from_secs(20),
         "{:?}",
         started.elapsed()
     );
     let started = Instant::now();
-    let error = tpm.unseal(&sealed).unwrap_err();
+    let error = tpm.open(&sealed, None).unwrap_err();
     assert_eq!(error.to_string(), "the TPM did not answer within 1.5 s");
     assert!(error.may_pass());
     assert!(started.elapsed() < deadline, "{:?}", started.elapsed());
     stand.signal(Signal::SIGCONT);
     let started = Instant::now();
-    while tpm.unseal(&sealed).is_err() {
+    while tpm.open(&sealed, None).is_err() {
         assert!(started.elapsed() < Duration::from_secs(20), "it never recovered");
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -212,7 +249,8 @@ fn a_hanging_tpm_costs_its_deadline_once() {
 fn an_absent_tpm_is_named() {
     let absent = |tcti: &str| {
         let tpm = Tpm::new(tcti.parse().unwrap(), Duration::from_secs(10));
-        tpm.seal(&secret(b"x"), &PcrList::default()).unwrap_err()
+        tpm.bind(&secret(b"x"), &BindPolicy::exactly(PcrList::default()))
+            .unwrap_err()
     };
     let error = absent("device:/dev/no-such-tpm");
     assert_eq!(error.to_string(), "this host has no TPM at /dev/no-such-tpm");
@@ -230,12 +268,17 @@ fn an_absent_tpm_is_named() {
 fn nothing_stays_in_the_tpm_after_a_hundred_rounds() {
     let stand = Stand::start();
     let tpm = stand.tpm();
-    let sealed = tpm.seal(&secret(b"secret"), &pcrs("7,11")).unwrap();
+    let sealed = tpm
+        .bind(&secret(b"secret"), &BindPolicy::exactly(pcrs("7,11")))
+        .unwrap();
     let started = Instant::now();
     for round in 0..100 {
         match round % 10 {
-            9 => drop(tpm.seal(&secret(b"secret"), &PcrList::default()).unwrap()),
-            _ => drop(tpm.unseal(&sealed).unwrap()),
+            9 => drop(
+                tpm.bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
+                    .unwrap(),
+            ),
+            _ => drop(tpm.open(&sealed, None).unwrap()),
         }
     }
     println!("100 rounds in {:?}", started.elapsed());
@@ -243,8 +286,8 @@ fn nothing_stays_in_the_tpm_after_a_hundred_rounds() {
     broken.private[30] ^= 1;
     stand.extend(11);
     for _ in 0..5 {
-        assert!(tpm.unseal(&broken).is_err());
-        assert!(tpm.unseal(&sealed).is_err());
+        assert!(tpm.open(&broken, None).is_err());
+        assert!(tpm.open(&sealed, None).is_err());
     }
     // Transient objects, loaded sessions, saved sessions.
     for range in [0x8000_0000, 0x0200_0000, 0x0300_0000] {
@@ -264,10 +307,12 @@ fn nothing_stays_in_the_tpm_after_a_hundred_rounds() {
 fn many_callers_take_turns() {
     let stand = Stand::start();
     let tpm = stand.tpm();
-    let sealed = tpm.seal(&secret(b"secret"), &PcrList::default()).unwrap();
+    let sealed = tpm
+        .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     std::thread::scope(|scope| {
         for _ in 0..8 {
-            scope.spawn(|| assert_eq!(tpm.unseal(&sealed).unwrap().expose(), b"secret"));
+            scope.spawn(|| assert_eq!(tpm.open(&sealed, None).unwrap().expose(), b"secret"));
         }
     });
 }
@@ -291,8 +336,8 @@ fn pin(text: &str) -> Option<Arc<SecretBytes>> {
     Some(secret(text.as_bytes()))
 }
 
-fn with_pin(text: &str) -> SealPolicy {
-    SealPolicy::new(PcrList::default(), None)
+fn with_pin(text: &str) -> BindPolicy {
+    BindPolicy::new(PcrList::default(), None)
         .unwrap()
         .with_pin(pin(text))
 }
@@ -301,11 +346,11 @@ fn with_pin(text: &str) -> SealPolicy {
 fn a_pin_opens_it_and_no_other_does() {
     let mut stand = Stand::start();
     let tpm = stand.tpm();
-    let sealed = tpm.seal_under(&secret(b"secret"), &with_pin("1234 öäü")).unwrap();
-    let sealed = SealedByTpm::from_bytes(&sealed.to_bytes()).unwrap();
+    let sealed = tpm.bind(&secret(b"secret"), &with_pin("1234 öäü")).unwrap();
+    let sealed = BoundToTpm::from_bytes(&sealed.to_bytes()).unwrap();
     assert!(sealed.needs_pin());
-    assert!(matches!(tpm.unseal(&sealed), Err(TpmError::NeedsPin)));
-    let opens = |text: &str| tpm.unseal_with(&sealed, pin(text).as_ref());
+    assert!(matches!(tpm.open(&sealed, None), Err(TpmError::NeedsPin)));
+    let opens = |text: &str| tpm.open(&sealed, pin(text).as_ref());
     assert_eq!(opens("1234 öäü").unwrap().expose(), b"secret");
     let error = opens("1234").unwrap_err();
     assert!(matches!(error, TpmError::WrongPin { left: Some(2) }), "{error:?}");
@@ -321,25 +366,25 @@ fn a_pin_opens_it_and_no_other_does() {
     stand.reboot();
     assert_eq!(opens("1234 öäü").unwrap().expose(), b"secret");
     // What was sealed without a PIN opens with one too, and its policy is taken over.
-    let without = tpm.seal(&secret(b"without"), &PcrList::default()).unwrap();
+    let without = tpm
+        .bind(&secret(b"without"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert_eq!(
-        tpm.unseal_with(&without, pin("x").as_ref()).unwrap().expose(),
+        tpm.open(&without, pin("x").as_ref()).unwrap().expose(),
         b"without"
     );
-    let again = tpm.seal_under(&secret(b"again"), &sealed.policy(pin("other").as_ref()));
+    let again = tpm.bind(&secret(b"again"), &sealed.policy(pin("other").as_ref()));
     let again = again.unwrap();
     assert_eq!(
-        tpm.unseal_with(&again, pin("other").as_ref()).unwrap().expose(),
+        tpm.open(&again, pin("other").as_ref()).unwrap().expose(),
         b"again"
     );
     // The salt of another one makes it another PIN, no damage.
-    let other_salt = SealedByTpm {
+    let other_salt = BoundToTpm {
         pin_salt: again.pin_salt,
         ..sealed.clone()
     };
-    let error = tpm
-        .unseal_with(&other_salt, pin("1234 öäü").as_ref())
-        .unwrap_err();
+    let error = tpm.open(&other_salt, pin("1234 öäü").as_ref()).unwrap_err();
     assert!(matches!(error, TpmError::WrongPin { .. }), "{error:?}");
 }
 
@@ -347,10 +392,12 @@ fn a_pin_opens_it_and_no_other_does() {
 fn too_many_wrong_pins_lock_the_tpm_and_it_says_for_how_long() {
     let stand = Stand::start();
     let tpm = stand.tpm();
-    let sealed = tpm.seal_under(&secret(b"secret"), &with_pin("right")).unwrap();
-    let plain = tpm.seal(&secret(b"plain"), &PcrList::default()).unwrap();
+    let sealed = tpm.bind(&secret(b"secret"), &with_pin("right")).unwrap();
+    let plain = tpm
+        .bind(&secret(b"plain"), &BindPolicy::exactly(PcrList::default()))
+        .unwrap();
     assert!(stand.shell("tpm2_dictionarylockout -s -n 2 -t 600 -l 1000"));
-    let opens = |text: &str| tpm.unseal_with(&sealed, pin(text).as_ref());
+    let opens = |text: &str| tpm.open(&sealed, pin(text).as_ref());
     let left = |error: TpmError| match error {
         TpmError::WrongPin { left } => left,
         other => panic!("{other:?}"),
@@ -366,7 +413,7 @@ fn too_many_wrong_pins_lock_the_tpm_and_it_says_for_how_long() {
         assert!(error.to_string().contains(part), "{error}");
     }
     // Nobody else is hit, and the message helps.
-    assert_eq!(tpm.unseal(&plain).unwrap().expose(), b"plain");
+    assert_eq!(tpm.open(&plain, None).unwrap().expose(), b"plain");
     assert!(stand.shell("tpm2_dictionarylockout --clear-lockout"));
     assert_eq!(opens("right").unwrap().expose(), b"secret");
 }
@@ -378,18 +425,18 @@ fn signed_kernels_open_it_and_no_others_do() {
     let tpm = stand.tpm().with_root(root.path());
     let (key, public) = stand::signing_key();
     let (stranger, _) = stand::signing_key();
-    let policy = SealPolicy::new(pcrs("7,11"), Some(public.clone())).unwrap();
-    let sealed = tpm.seal_under(&secret(b"secret"), &policy).unwrap();
-    let sealed = SealedByTpm::from_bytes(&sealed.to_bytes()).unwrap();
+    let policy = BindPolicy::new(pcrs("7,11"), Some(public.clone())).unwrap();
+    let sealed = tpm.bind(&secret(b"secret"), &policy).unwrap();
+    let sealed = BoundToTpm::from_bytes(&sealed.to_bytes()).unwrap();
     assert_eq!(sealed.pcrs(), pcrs("7,11"));
     assert_eq!(sealed.signed_by().unwrap().fingerprint(), public.fingerprint());
-    let refused = |why: Unsigned| match tpm.unseal(&sealed).unwrap_err() {
+    let refused = |why: Unsigned| match tpm.open(&sealed, None).unwrap_err() {
         TpmError::NotSigned { key, why: found } => {
             assert_eq!((key, found), (public.fingerprint(), why));
         }
         other => panic!("{other:?}"),
     };
-    let opens = || assert_eq!(tpm.unseal(&sealed).unwrap().expose(), b"secret");
+    let opens = || assert_eq!(tpm.open(&sealed, None).unwrap().expose(), b"secret");
     refused(Unsigned::NoFile);
     stand.sign_kernel(root.path(), &key);
     opens();
@@ -406,7 +453,7 @@ fn signed_kernels_open_it_and_no_others_do() {
     std::fs::write(etc.join("tpm2-pcr-signature.json"), "{").unwrap();
     opens();
     stand.extend(11);
-    match tpm.unseal(&sealed).unwrap_err() {
+    match tpm.open(&sealed, None).unwrap_err() {
         TpmError::NotSigned {
             why: Unsigned::Unreadable(why),
             ..
@@ -420,23 +467,26 @@ fn signed_kernels_open_it_and_no_others_do() {
     // The other PCR is not for the key to sign.
     stand.extend(7);
     assert_eq!(
-        tpm.unseal(&sealed).unwrap_err().to_string(),
+        tpm.open(&sealed, None).unwrap_err().to_string(),
         "PCR 7 differs from when it was enrolled"
     );
     stand.reboot();
     stand.sign_kernel(root.path(), &key);
     opens();
     // The key of another can't be put in the place of the first.
-    let swapped = SealedByTpm {
+    let swapped = BoundToTpm {
         signed_by: Some(Hex(stand::signing_key().1.to_der())),
         ..sealed.clone()
     };
-    assert!(matches!(tpm.unseal(&swapped), Err(TpmError::NotSigned { .. })));
-    let stripped = SealedByTpm {
+    assert!(matches!(
+        tpm.open(&swapped, None),
+        Err(TpmError::NotSigned { .. })
+    ));
+    let stripped = BoundToTpm {
         signed_by: None,
         ..sealed.clone()
     };
-    assert!(matches!(tpm.unseal(&stripped), Err(TpmError::Damaged)));
+    assert!(matches!(tpm.open(&stripped, None), Err(TpmError::Damaged)));
 }
 
 #[test]
@@ -445,21 +495,18 @@ fn a_signed_kernel_and_a_pin_go_together() {
     let root = tempfile::tempdir().unwrap();
     let tpm = stand.tpm().with_root(root.path());
     let (key, public) = stand::signing_key();
-    let policy = SealPolicy::new(pcrs("11"), Some(public))
+    let policy = BindPolicy::new(pcrs("11"), Some(public))
         .unwrap()
         .with_pin(pin("p"));
-    let sealed = tpm.seal_under(&secret(b"secret"), &policy).unwrap();
+    let sealed = tpm.bind(&secret(b"secret"), &policy).unwrap();
     // Without the signature no try of the PIN is lost.
     for _ in 0..4 {
-        let error = tpm.unseal_with(&sealed, pin("wrong").as_ref()).unwrap_err();
+        let error = tpm.open(&sealed, pin("wrong").as_ref()).unwrap_err();
         assert!(matches!(error, TpmError::NotSigned { .. }), "{error:?}");
     }
     stand.sign_kernel(root.path(), &key);
-    assert_eq!(
-        tpm.unseal_with(&sealed, pin("p").as_ref()).unwrap().expose(),
-        b"secret"
-    );
-    let error = tpm.unseal_with(&sealed, pin("wrong").as_ref()).unwrap_err();
+    assert_eq!(tpm.open(&sealed, pin("p").as_ref()).unwrap().expose(), b"secret");
+    let error = tpm.open(&sealed, pin("wrong").as_ref()).unwrap_err();
     assert!(matches!(error, TpmError::WrongPin { .. }), "{error:?}");
 }
 
@@ -467,11 +514,11 @@ fn a_signed_kernel_and_a_pin_go_together() {
 fn pcr_11_and_a_key_want_each_other() {
     let (key, public) = stand::signing_key();
     assert!(matches!(
-        SealPolicy::new(pcrs("7,11"), None),
+        BindPolicy::new(pcrs("7,11"), None),
         Err(PolicyError::Unsigned)
     ));
     assert!(matches!(
-        SealPolicy::new(pcrs("7"), Some(public)),
+        BindPolicy::new(pcrs("7"), Some(public)),
         Err(PolicyError::NothingToSign(_))
     ));
     for bad in [

@@ -1,6 +1,7 @@
 //! The MAC of an envelope: what it covers, byte by byte.
 //!
-//! HMAC-SHA256 under a key that is derived from the DEK ([`Dek::envelope_mac_key`]), so whoever can't open the object
+//! HMAC-SHA256 under a key that is derived from the DEK by HKDF-SHA256 without a salt, which a uniformly random key does not
+//! need, so whoever can't open the object
 //! can't change a field, leave a stanza out, or move one to another envelope. The message, all numbers big-endian:
 //!
 //! | bytes | field |
@@ -28,7 +29,11 @@ use openssl::sign::Signer;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 use super::{Envelope, EnvelopeError};
+use crate::crypto::kdf;
 use crate::secret::Dek;
+
+/// Of no other use of a DEK: as a LUKS or swtpm passphrase it goes through PBKDF2.
+const KEY_LABEL: &[u8] = b"virtseal envelope mac v2";
 
 /// HMAC-SHA256 of an envelope, 32 bytes; base64 in JSON.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -40,7 +45,7 @@ impl Mac {
 
     /// That of `envelope`, whatever MAC it has.
     pub(super) fn of(envelope: &Envelope, dek: &Dek) -> Result<Self, EnvelopeError> {
-        let key = dek.envelope_mac_key().map_err(EnvelopeError::Memory)?;
+        let key = kdf::hkdf(dek.expose(), &[], KEY_LABEL).map_err(EnvelopeError::Memory)?;
         hmac(key.expose(), &message(envelope)).map_err(EnvelopeError::Hmac)
     }
 
@@ -114,5 +119,21 @@ impl<'de> Deserialize<'de> for Mac {
             .try_into()
             .map(Self)
             .map_err(|_| D::Error::custom(format!("a MAC has {} bytes, not {found}", Self::LEN)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// HKDF-SHA256 worked out with another implementation, so that neither label nor length ever changes.
+    #[test]
+    fn the_derivation_never_changes() {
+        let bytes: Vec<u8> = (0..32).collect();
+        let key = kdf::hkdf(&bytes, &[], KEY_LABEL).unwrap();
+        assert_eq!(
+            hex::encode(key.expose()),
+            "a4bf7750a862b448884eae6014d79aa18d19c04bea244e554036d1b1d83ef68f"
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! The part of a cache that outlives a reboot: KEKs on disk, which only this host's TPM opens.
 //!
 //! ```text
-//!   enrolled: the TPM seals a secret of its own; it is opened once when virtseald starts, or the provider is unlocked
+//!   enrolled: a secret of its own is bound to the TPM; it is opened once when virtseald starts, or the provider is unlocked
 //!   put ─► waiting ─► a thread encrypts it under a key from that secret and the keystore's salt ─► keystore
 //!   purge ─► another salt, rows gone: what was on disk opens no more, whoever has a copy
 //! ```
@@ -23,10 +23,10 @@ use disk::Owed;
 
 use super::policy::PersistTime;
 use super::row::{RowKey, Span};
-use crate::host::tpm::{PcrList, SealedByTpm, Tpm, TpmError};
+use crate::host::tpm::{BindPolicy, BoundToTpm, PcrList, Tpm, TpmError};
 use crate::model::envelope::{KekId, ProviderId};
 use crate::model::problem::chain;
-use crate::provider::toolbox::gcm::KEY;
+use crate::provider::toolbox::tpm_key;
 use crate::secret::SecretBytes;
 use crate::store::{KekPersistence, Keystore, KeystoreError, PersistedKek, UnixTime};
 
@@ -53,12 +53,9 @@ pub struct Persistence {
 /// Why KEKs of a provider are not kept across a reboot.
 #[derive(Debug, Error)]
 pub enum PersistError {
-    /// The TPM seals nothing.
-    #[error("the TPM does not seal what keeps its keys")]
+    /// The TPM does not do its part.
+    #[error("the TPM does not bind what keeps its keys")]
     Tpm(#[source] TpmError),
-    /// It opened something else.
-    #[error("the TPM opens something else than what it has sealed")]
-    NotVerified,
     /// No memory, or no OpenSSL.
     #[error("no memory for a key")]
     Host(#[source] io::Error),
@@ -107,7 +104,7 @@ struct State {
     fault: Option<String>,
 }
 
-/// What the TPM has sealed.
+/// What is bound to the TPM.
 #[derive(Debug, Default)]
 enum Secret {
     /// Nobody has asked the TPM yet, or it has not answered.
@@ -150,11 +147,11 @@ impl Persisted {
             Secret::Coming | Secret::Held(_) => state.fault.clone(),
         };
         state.enrolled.as_ref().map(|enrolled| {
-            let sealed = SealedByTpm::from_bytes(&enrolled.sealed).ok();
+            let bound = BoundToTpm::from_bytes(&enrolled.sealed).ok();
             Persistence {
                 keep: PersistTime::from_secs(enrolled.seconds),
-                pcrs: sealed.as_ref().map(SealedByTpm::pcrs),
-                unmeasured: sealed.as_ref().and_then(SealedByTpm::unmeasured),
+                pcrs: bound.as_ref().map(BoundToTpm::pcrs),
+                unmeasured: bound.as_ref().and_then(BoundToTpm::unmeasured),
                 enrolled: enrolled.enrolled,
                 keks: state.rows.values().filter(|row| row.span.holds(now)).count(),
                 problem,
@@ -162,7 +159,7 @@ impl Persisted {
         })
     }
 
-    /// Has `tpm` seal what will keep KEKs, and opens it again. Nothing changes before [`Persisted::replace`].
+    /// Binds what will keep KEKs to `tpm`. Nothing changes before [`Persisted::replace`].
     pub(super) fn enroll(
         &self,
         tpm: &Tpm,
@@ -170,23 +167,19 @@ impl Persisted {
         pcrs: &PcrList,
     ) -> Result<NewPersistence, PersistError> {
         let epoch = self.state().epoch;
-        let secret = Arc::new(SecretBytes::random(KEY).map_err(PersistError::Host)?);
-        let sealed = tpm.seal(&secret, pcrs).map_err(PersistError::Tpm)?;
-        let opened = tpm.unseal(&sealed).map_err(PersistError::Tpm)?;
-        if opened.expose().len() != KEY || !openssl::memcmp::eq(opened.expose(), secret.expose()) {
-            return Err(PersistError::NotVerified);
-        }
+        let policy = BindPolicy::exactly(pcrs.clone());
+        let (secret, sealed) = tpm_key::bind(tpm, &policy).map_err(PersistError::Tpm)?;
         let mut salt = vec![0; SALT];
         openssl::rand::rand_bytes(&mut salt).map_err(|error| PersistError::Host(error.into()))?;
         let record = KekPersistence {
-            sealed: sealed.to_bytes(),
+            sealed,
             salt,
             seconds: keep.as_secs(),
             enrolled: now(),
         };
         Ok(NewPersistence {
             record,
-            secret,
+            secret: Arc::new(secret),
             epoch,
         })
     }
@@ -240,12 +233,7 @@ impl Persisted {
                 _ => return Ok(()),
             }
         };
-        let opened = SealedByTpm::from_bytes(&sealed)
-            .and_then(|sealed| tpm.unseal(&sealed))
-            .and_then(|secret| match secret.expose().len() {
-                KEY => Ok(secret),
-                _ => Err(TpmError::Damaged),
-            });
+        let opened = tpm_key::open(tpm, &sealed, None);
         let mut state = self.state();
         if state.epoch != epoch {
             return opened.map(drop);
@@ -268,7 +256,8 @@ impl Persisted {
         let Ok(key) = RowKey::derive(secret, &enrolled.salt, self.provider) else {
             return;
         };
-        let is_damaged = |kek: &KekId, row: &mut Row| matches!(key.open(kek, row.span, &row.body), Ok(None));
+        let is_damaged =
+            |kek: &KekId, row: &mut Row| matches!(key.decrypt(kek, row.span, &row.body), Ok(None));
         for (kek, _) in state.rows.extract_if(is_damaged) {
             tracing::warn!(
                 provider = self.name,
@@ -360,7 +349,7 @@ impl Persisted {
         row: &Row,
     ) -> Result<SecretBytes, NotKept> {
         RowKey::derive(secret, salt, self.provider)
-            .and_then(|key| key.open(kek, row.span, &row.body))
+            .and_then(|key| key.decrypt(kek, row.span, &row.body))
             .map_err(|error| NotKept(Some(format!("its key on disk can't be opened: {error}"))))?
             .ok_or_else(|| NotKept(Some("its key on disk is damaged".to_owned())))
     }

@@ -1,24 +1,16 @@
 //! One KEK as it lies on disk: AES-256-GCM (NIST SP 800-38D) under a key that takes both the TPM and the keystore.
 //!
-//! Key = HKDF-SHA256 (RFC 5869) of 32 bytes that the TPM has sealed, salted with what the keystore holds, with a label and
-//! the provider's UUID as info. A body is nonce (12 bytes) ‖ ciphertext (32) ‖ tag (16). Its additional data names the
+//! Key = HKDF-SHA256 (RFC 5869) of 32 bytes that the TPM gives back, salted with what the keystore holds, with a label and
+//! the provider's UUID as info. Its additional data names the
 //! provider, the KEK and its times, so that no row can stand in for another, live longer, or be younger than it is.
 
 use std::io;
 
-use openssl::cipher::Cipher;
-use openssl::cipher_ctx::CipherCtx;
-use openssl::error::ErrorStack;
-use openssl::md::Md;
-use openssl::pkey::Id;
-use openssl::pkey_ctx::PkeyCtx;
-
+use crate::crypto::aead::{self, KEY};
+use crate::crypto::kdf;
 use crate::model::envelope::{KekId, ProviderId};
-use crate::provider::toolbox::gcm::{KEY, NONCE, TAG};
 use crate::secret::SecretBytes;
 use crate::store::UnixTime;
-
-const BODY: usize = NONCE + KEY + TAG;
 
 /// What opens the rows of one provider until its salt changes.
 pub(super) struct RowKey {
@@ -64,62 +56,31 @@ impl RowKey {
     /// # Errors
     /// No memory, or no OpenSSL.
     pub(super) fn derive(secret: &SecretBytes, salt: &[u8], provider: ProviderId) -> io::Result<Self> {
-        let mut key = SecretBytes::zeroed(KEY)?;
-        hkdf(secret, salt, provider, &mut key).map_err(io::Error::other)?;
+        let mut info = b"virtseal persisted keks v1\0".to_vec();
+        info.extend_from_slice(provider.0.as_bytes());
+        let key = kdf::hkdf(secret.expose(), salt, &info)?;
         Ok(Self { key, provider })
     }
 
     /// # Errors
     /// When `bytes` is no AES-256 key, or there is no OpenSSL.
-    pub(super) fn seal(&self, kek: &KekId, span: Span, bytes: &SecretBytes) -> io::Result<Vec<u8>> {
+    pub(super) fn encrypt(&self, kek: &KekId, span: Span, bytes: &SecretBytes) -> io::Result<Vec<u8>> {
         if bytes.expose().len() != KEY {
             return Err(io::Error::other("a KEK of another length"));
         }
-        self.encrypt(kek, span, bytes).map_err(io::Error::other)
+        let data = self.additional_data(kek, span);
+        aead::encrypt(&self.key, &data, bytes.expose()).map_err(io::Error::other)
     }
 
-    fn encrypt(&self, kek: &KekId, span: Span, bytes: &SecretBytes) -> Result<Vec<u8>, ErrorStack> {
-        let mut body = vec![0; BODY];
-        let (nonce, rest) = body.split_at_mut(NONCE);
-        let (ciphertext, tag) = rest.split_at_mut(KEY);
-        openssl::rand::rand_bytes(nonce)?;
-        let mut cipher = CipherCtx::new()?;
-        cipher.encrypt_init(Some(Cipher::aes_256_gcm()), Some(self.key.expose()), Some(nonce))?;
-        cipher.cipher_update(&self.additional_data(kek, span), None)?;
-        cipher.cipher_update(bytes.expose(), Some(ciphertext))?;
-        cipher.cipher_final(&mut [0; 16])?;
-        cipher.tag(tag)?;
-        Ok(body)
-    }
-
-    /// The KEK; `None` for anything but what [`RowKey::seal`] returned for the same KEK and times.
+    /// The KEK; `None` for anything but what [`RowKey::encrypt`] returned for the same KEK and times.
     ///
     /// # Errors
     /// No memory.
-    pub(super) fn open(&self, kek: &KekId, span: Span, body: &[u8]) -> io::Result<Option<SecretBytes>> {
-        if body.len() != BODY {
-            return Ok(None);
-        }
+    pub(super) fn decrypt(&self, kek: &KekId, span: Span, body: &[u8]) -> io::Result<Option<SecretBytes>> {
         let mut bytes = SecretBytes::zeroed(KEY)?;
-        Ok(self.decrypt(kek, span, body, &mut bytes).ok().map(|()| bytes))
-    }
-
-    fn decrypt(
-        &self,
-        kek: &KekId,
-        span: Span,
-        body: &[u8],
-        bytes: &mut SecretBytes,
-    ) -> Result<(), ErrorStack> {
-        let (nonce, rest) = body.split_at(NONCE);
-        let (ciphertext, tag) = rest.split_at(KEY);
-        let mut cipher = CipherCtx::new()?;
-        cipher.decrypt_init(Some(Cipher::aes_256_gcm()), Some(self.key.expose()), Some(nonce))?;
-        cipher.cipher_update(&self.additional_data(kek, span), None)?;
-        cipher.cipher_update(ciphertext, Some(bytes.expose_mut()))?;
-        cipher.set_tag(tag)?;
-        cipher.cipher_final(&mut [0; 16])?;
-        Ok(())
+        let data = self.additional_data(kek, span);
+        let opened = aead::decrypt(&self.key, &data, body, bytes.expose_mut());
+        Ok(opened.is_ok().then_some(bytes))
     }
 
     /// Label ‖ provider (16 bytes) ‖ fetched, expires (8 bytes each, big-endian) ‖ the KEK's name.
@@ -131,24 +92,6 @@ impl RowKey {
         data.extend_from_slice(kek.0.as_bytes());
         data
     }
-}
-
-fn hkdf(
-    secret: &SecretBytes,
-    salt: &[u8],
-    provider: ProviderId,
-    key: &mut SecretBytes,
-) -> Result<(), ErrorStack> {
-    let mut info = b"virtseal persisted keks v1\0".to_vec();
-    info.extend_from_slice(provider.0.as_bytes());
-    let mut context = PkeyCtx::new_id(Id::HKDF)?;
-    context.derive_init()?;
-    context.set_hkdf_md(Md::sha256())?;
-    context.set_hkdf_salt(salt)?;
-    context.set_hkdf_key(secret.expose())?;
-    context.add_hkdf_info(&info)?;
-    context.derive(Some(key.expose_mut()))?;
-    Ok(())
 }
 
 #[cfg(test)]
@@ -176,14 +119,14 @@ mod tests {
     };
 
     fn opens(key: &RowKey, name: &str, span: Span, body: &[u8]) -> bool {
-        let opened = key.open(&kek(name), span, body).unwrap();
+        let opened = key.decrypt(&kek(name), span, body).unwrap();
         opened.is_some_and(|bytes| bytes.expose() == [7; KEY])
     }
 
     #[test]
     fn row_opens_as_what_it_is_and_as_nothing_else() {
         let key = row_key(1, b"salt", 1);
-        let body = key.seal(&kek("a"), SPAN, &secret(7)).unwrap();
+        let body = key.encrypt(&kek("a"), SPAN, &secret(7)).unwrap();
         assert!(opens(&key, "a", SPAN, &body));
         assert!(opens(&row_key(1, b"salt", 1), "a", SPAN, &body));
         assert!(!opens(&key, "b", SPAN, &body), "moved to another KEK");
@@ -199,10 +142,10 @@ mod tests {
             "from before a purge"
         );
         assert!(!opens(&row_key(2, b"salt", 1), "a", SPAN, &body), "another TPM");
-        let again = key.seal(&kek("a"), SPAN, &secret(7)).unwrap();
+        let again = key.encrypt(&kek("a"), SPAN, &secret(7)).unwrap();
         assert_ne!(body, again, "a nonce of its own");
         assert!(
-            key.seal(&kek("a"), SPAN, &SecretBytes::random(16).unwrap())
+            key.encrypt(&kek("a"), SPAN, &SecretBytes::random(16).unwrap())
                 .is_err()
         );
     }
@@ -210,7 +153,7 @@ mod tests {
     #[test]
     fn every_flipped_bit_and_every_cut_is_noticed() {
         let key = row_key(1, b"salt", 1);
-        let body = key.seal(&kek("a"), SPAN, &secret(7)).unwrap();
+        let body = key.encrypt(&kek("a"), SPAN, &secret(7)).unwrap();
         for bit in 0..body.len() * 8 {
             let mut flipped = body.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
@@ -283,7 +226,7 @@ mod tests {
                 expires in any::<i64>(),
             ) {
                 let key = row_key(1, b"salt", 1);
-    let opened = key.open(&kek(&name), Span { fetched, expires }, &body).unwrap();
+    let opened = key.decrypt(&kek(&name), Span { fetched, expires }, &body).unwrap();
                 prop_assert!(opened.is_none());
             }
 
@@ -291,7 +234,7 @@ mod tests {
             fn names_and_times_round_trip(name in ".{0,40}", fetched in any::<i64>(), expires in any::<i64>()) {
                 let key = row_key(1, b"salt", 1);
                 let span = Span { fetched, expires };
-                let body = key.seal(&kek(&name), span, &secret(7)).unwrap();
+                let body = key.encrypt(&kek(&name), span, &secret(7)).unwrap();
                 prop_assert!(opens(&key, &name, span, &body));
             }
         }

@@ -6,6 +6,7 @@ use super::call::Attribute;
 use super::message::{KmipVersion, ProtocolError};
 use super::tag::{ALGORITHM_AES, KeyState, OBJECT_TYPE_SYMMETRIC_KEY, Operation, Tag, USAGE_MASK};
 use super::ttlv::{Item, Value};
+use crate::crypto::aead;
 use crate::model::envelope::{KekId, Payload};
 use crate::provider::toolbox::gcm;
 use crate::secret::SecretBytes;
@@ -130,7 +131,7 @@ pub(super) fn key(payload: &Item) -> Result<SecretBytes, KeyRefused> {
         .as_bytes()
         .or_else(transparent)
         .ok_or(KeyRefused::Shape)?;
-    if bytes.len() != gcm::KEY {
+    if bytes.len() != aead::KEY {
         return Err(KeyRefused::NotAes256);
     }
     copied(bytes).map_err(KeyRefused::Memory)
@@ -186,8 +187,8 @@ pub(super) fn body(payload: &Item, nonce: &[u8]) -> Result<Vec<u8>, ProtocolErro
     let nonce = bytes(Tag::IV_COUNTER_NONCE).unwrap_or(nonce);
     let tag = bytes(Tag::AUTHENTICATED_ENCRYPTION_TAG).unwrap_or_default();
     let body = [nonce, data, tag].concat();
-    match gcm::Parts::of(&body) {
-        Ok(_) if nonce.len() == gcm::NONCE => Ok(body),
+    match gcm::parts(&body) {
+        Ok(_) if nonce.len() == aead::NONCE => Ok(body),
         _ => Err(ProtocolError::Missing("AES-GCM ciphertext with a 16-byte tag")),
     }
 }

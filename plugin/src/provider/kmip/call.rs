@@ -8,8 +8,8 @@ use super::tag::{
     Operation, QUERY_OPERATIONS, REVOKE_CESSATION_OF_OPERATION, Tag, USAGE_MASK,
 };
 use super::ttlv::Item;
+use crate::crypto::aead;
 use crate::model::envelope::KekId;
-use crate::provider::toolbox::gcm;
 use crate::secret::SecretBytes;
 
 /// How many keys [`Call::Locate`] asks for in one page.
@@ -62,12 +62,12 @@ impl Label {
 #[derive(Debug)]
 pub(super) struct Cryption {
     pub(super) kek: KekId,
-    pub(super) nonce: [u8; gcm::NONCE],
+    pub(super) nonce: [u8; aead::NONCE],
     pub(super) additional_data: Vec<u8>,
     /// Plaintext, or ciphertext.
     pub(super) data: SecretBytes,
     /// Of a ciphertext.
-    pub(super) tag: Option<[u8; gcm::TAG]>,
+    pub(super) tag: Option<[u8; aead::TAG]>,
 }
 
 impl Call {
@@ -137,7 +137,7 @@ impl Call {
 
 impl Cryption {
     fn payload(&self) -> Vec<Item<'_>> {
-        let tag_length = i32::try_from(gcm::TAG).expect("a tag has 16 bytes");
+        let tag_length = i32::try_from(aead::TAG).expect("a tag has 16 bytes");
         let parameters = [
             Item::enumeration(Tag::BLOCK_CIPHER_MODE, BLOCK_CIPHER_MODE_GCM),
             Item::enumeration(Tag::CRYPTOGRAPHIC_ALGORITHM, ALGORITHM_AES),

@@ -20,7 +20,7 @@ use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
 use super::certificate::CertificateFacts;
-use crate::crypto::age_file::{self as sealing, SealingError};
+use crate::crypto::age_file::{self, AgeError, Form};
 use crate::secret::{SecretBytes, Transient};
 use crate::store::Change;
 
@@ -53,7 +53,7 @@ pub struct NewIdentity {
     pub key: Option<SecretBytes>,
     /// A user name and its password.
     pub login: Option<(String, SecretBytes)>,
-    /// Seals the private key on disk.
+    /// Encrypts the private key on disk.
     pub passphrase: Option<SecretBytes>,
 }
 
@@ -71,7 +71,8 @@ pub(super) struct StoredIdentity {
 enum StoredSecret {
     Plain(SecretPart),
     /// An armored age file that holds the JSON of a [`SecretPart`].
-    Sealed(String),
+    #[serde(rename = "sealed")]
+    Encrypted(String),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -153,8 +154,8 @@ impl Identity {
             None => StoredSecret::Plain(secret),
             Some(passphrase) => {
                 let text = Transient::new(serde_json::to_vec(&secret).map_err(IdentityError::Json)?);
-                let sealed = sealing::seal(&text, passphrase, sealing::Form::Armored)?;
-                StoredSecret::Sealed(String::from_utf8_lossy(&sealed).into_owned())
+                let file = age_file::encrypt(&text, passphrase, Form::Armored)?;
+                StoredSecret::Encrypted(String::from_utf8_lossy(&file).into_owned())
             }
         };
         Ok(StoredIdentity {
@@ -177,27 +178,27 @@ impl Identity {
 }
 
 impl StoredIdentity {
-    pub(super) fn is_sealed(&self) -> bool {
-        matches!(self.secret, StoredSecret::Sealed(_))
+    pub(super) fn is_encrypted(&self) -> bool {
+        matches!(self.secret, StoredSecret::Encrypted(_))
     }
 
-    /// Of its certificate, and so of its key, which may be sealed.
+    /// Of its certificate, and so of its key, which may be encrypted.
     pub(super) fn public_key(&self) -> Option<PKey<Public>> {
         let certificates = X509::stack_from_pem(self.certificates.as_bytes()).ok()?;
         certificates.first()?.public_key().ok()
     }
 
     /// # Errors
-    /// [`SealingError::WrongPassphrase`] and its like inside [`IdentityError::Seal`].
+    /// [`AgeError::WrongPassphrase`] and its like inside [`IdentityError::Age`].
     pub(super) fn open(&self, passphrase: Option<&SecretBytes>) -> Result<Identity, IdentityError> {
-        let unsealed;
+        let decrypted;
         let secret = match (&self.secret, passphrase) {
             (StoredSecret::Plain(secret), _) => secret,
-            (StoredSecret::Sealed(_), None) => return Err(IdentityError::Sealed),
-            (StoredSecret::Sealed(sealed), Some(passphrase)) => {
-                let text = sealing::open(sealed.as_bytes(), passphrase)?;
-                unsealed = serde_json::from_slice::<SecretPart>(&text).map_err(IdentityError::Json)?;
-                &unsealed
+            (StoredSecret::Encrypted(_), None) => return Err(IdentityError::Encrypted),
+            (StoredSecret::Encrypted(file), Some(passphrase)) => {
+                let text = age_file::decrypt(file.as_bytes(), passphrase)?;
+                decrypted = serde_json::from_slice::<SecretPart>(&text).map_err(IdentityError::Json)?;
+                &decrypted
             }
         };
         let login = match (&self.user, &secret.password) {
@@ -370,7 +371,7 @@ pub enum IdentityError {
     Key(#[source] ErrorStack),
     /// A key with a passphrase of its own.
     #[error(
-        "the private key is encrypted: decrypt it first (openssl pkey -in KEY), virtseal seals it again with --seal"
+        "the private key is encrypted: decrypt it first (openssl pkey -in KEY), virtseal encrypts it again with --seal"
     )]
     EncryptedKey,
     /// Key and certificate do not belong together.
@@ -385,11 +386,11 @@ pub enum IdentityError {
     #[error("the certificate expired on {0}")]
     Expired(String),
     /// A passphrase is needed.
-    #[error("the private key is sealed: a passphrase opens it")]
-    Sealed,
-    /// Sealing or opening failed.
+    #[error("the private key is encrypted: a passphrase opens it")]
+    Encrypted,
+    /// Encrypting or decrypting failed.
     #[error(transparent)]
-    Seal(#[from] SealingError),
+    Age(#[from] AgeError),
     /// A damaged file.
     #[error("the stored identity is damaged")]
     Json(#[source] serde_json::Error),
@@ -457,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn sealed_on_disk_and_opened_again() {
+    fn encrypted_on_disk_and_opened_again() {
         let client = Authority::new().client("a", 90);
         let mut brought = new(&client.certificate, Some(&client.key));
         brought.login = Some(("vm-host".into(), secret(b"tiger")));
@@ -468,10 +469,10 @@ mod tests {
             assert!(!json.contains(needle));
         }
         let read: StoredIdentity = serde_json::from_str(&json).unwrap();
-        assert!(matches!(read.open(None), Err(IdentityError::Sealed)));
+        assert!(matches!(read.open(None), Err(IdentityError::Encrypted)));
         assert!(matches!(
             read.open(Some(&secret(b"no"))),
-            Err(IdentityError::Seal(SealingError::WrongPassphrase))
+            Err(IdentityError::Age(AgeError::WrongPassphrase))
         ));
         let opened = read.open(Some(&secret(b"pass"))).unwrap();
         assert_eq!(opened.login.unwrap().password.expose(), b"tiger");

@@ -18,6 +18,7 @@ use super::message::{KmipVersion, Outcome, ProtocolError, Refusal};
 use super::node::{Access, Node};
 use super::tag::{KeyState, Operation, Reason};
 use super::ttlv::Item;
+use crate::crypto::aead;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::chain;
 use crate::provider::cache::{KekCache, NotKept, Ticket};
@@ -318,7 +319,7 @@ impl Keys<'_> {
 
     fn wrap_there(&self, kek: &KekId, payload: &Payload) -> Result<Vec<u8>, ProviderError> {
         self.check_server_encrypts()?;
-        let mut nonce = [0; gcm::NONCE];
+        let mut nonce = [0; aead::NONCE];
         openssl::rand::rand_bytes(&mut nonce).map_err(ProviderError::internal("making a nonce"))?;
         let data = copy(payload.expose())?;
         let encrypt = Call::Encrypt(Cryption {
@@ -377,7 +378,7 @@ impl Keys<'_> {
             return Err(ProviderError::UnknownMechanism(stanza.mechanism.clone()));
         }
         known_form(&stanza.kek)?;
-        gcm::Parts::of(&stanza.body).map(drop)
+        gcm::parts(&stanza.body).map(drop)
     }
 
     fn unwrap_here(
@@ -516,7 +517,7 @@ impl Keys<'_> {
     }
 
     fn decrypt(&self, stanza: &Stanza) -> Result<Call, ProviderError> {
-        let parts = gcm::Parts::of(&stanza.body)?;
+        let parts = gcm::parts(&stanza.body)?;
         let lengths = "a body's parts have fixed lengths";
         Ok(Call::Decrypt(Cryption {
             kek: stanza.kek.clone(),

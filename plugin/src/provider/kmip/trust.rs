@@ -128,14 +128,14 @@ impl KmipProvider {
         let _trusting = self.trusting();
         let stored = self.unless_damaged(self.store.identity())?;
         let was_sealed =
-            |stored: &Option<StoredIdentity>| stored.as_ref().is_some_and(StoredIdentity::is_sealed);
+            |stored: &Option<StoredIdentity>| stored.as_ref().is_some_and(StoredIdentity::is_encrypted);
         // What is damaged does not tell, and no unlock opens it any more.
         if stored.as_ref().is_none_or(was_sealed) && new.passphrase.is_none() {
             return Err(TrustError::WouldUnseal);
         }
         let (current, locked, locks) = {
             let held = self.held();
-            (held.identity.clone(), held.locked, held.locks)
+            (held.identity.clone(), held.locked, held.locks.noted())
         };
         if locked && stored.is_some() {
             return Err(TrustError::Locked);
@@ -159,7 +159,7 @@ impl KmipProvider {
             tracing::warn!("provider {}: {}", self.name, chain(&error));
         }
         let mut held = self.held_mut();
-        if held.locks == locks {
+        if held.locks.are(locks) {
             held.identity = Some(Arc::new(identity));
         }
         held.fault = None;

@@ -1,11 +1,11 @@
 //! A second way into a native provider: the host's TPM, so that it unlocks by itself after a reboot.
 //!
-//! The root keys' text is encrypted (AES-256-GCM) under a key of its own, and the TPM seals that key. The passphrase stays:
+//! The root keys' text is encrypted (AES-256-GCM) under a key of its own, which is bound to the TPM. The passphrase stays:
 //! what it opens is another row, which nothing here touches, so the TPM is never the only way in.
 //!
 //! ```text
-//!   enroll: lock taken off ─► text ─► encrypt under a new key ─► TPM seals the key ─► TPM opens it, the text is read
-//!           again and compared ─► one transaction replaces the row
+//!   enroll: lock taken off ─► text ─► a new key is bound to the TPM, which opens it ─► encrypt under that, read again and
+//!           compare ─► one transaction replaces the row
 //! ```
 //!
 //! A kill at any point leaves the old row or the new one. A rotation commits the new row with the new root key. Where the TPM
@@ -13,16 +13,14 @@
 
 use std::sync::Arc;
 
-use openssl::cipher::Cipher;
-use openssl::cipher_ctx::CipherCtx;
-use openssl::error::ErrorStack;
-
 use super::document::RootKeys;
 use super::{NativeError, NativeProvider, WhyLocked};
-use crate::host::tpm::{PcrList, SealPolicy, SealedByTpm, SigningKey, Tpm, TpmError};
+use crate::crypto::aead::{self, Parts};
+use crate::host::tpm::{BindPolicy, BoundToTpm, PcrList, SigningKey, Tpm, TpmError};
 use crate::model::envelope::ProviderId;
 use crate::model::problem::chain;
-use crate::provider::toolbox::gcm::{KEY, NONCE, TAG};
+use crate::provider::toolbox::locks::LocksNoted;
+use crate::provider::toolbox::tpm_key;
 use crate::secret::{SecretBytes, Transient};
 use crate::store::{Change, TpmRenewal, TpmSeal, UnixTime};
 
@@ -45,33 +43,34 @@ pub struct TpmEnrollment {
 
 impl NativeProvider {
     /// Lets `tpm` open the provider by `policy`, in place of what it could before. The provider must be unlocked. What was
-    /// sealed is opened again before anything changes.
+    /// bound is opened again before anything changes.
     ///
     /// # Errors
     /// [`NativeError::Locked`], [`NativeError::Tpm`], or when the keystore can't be written.
-    pub fn enroll_tpm(&self, tpm: &Tpm, policy: &SealPolicy) -> Result<(), NativeError> {
+    pub fn enroll_tpm(&self, tpm: &Tpm, policy: &BindPolicy) -> Result<(), NativeError> {
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
-        let seal = self.sealed_by(tpm, policy, &roots)?;
+        let seal = self.bound_to(tpm, policy, &roots)?;
         Ok(self.keystore.put_tpm_seal(self.id, &seal)?)
     }
 
     /// `roots`, for `tpm` to open; it has done so once.
-    fn sealed_by(&self, tpm: &Tpm, policy: &SealPolicy, roots: &RootKeys) -> Result<TpmSeal, NativeError> {
+    fn bound_to(&self, tpm: &Tpm, policy: &BindPolicy, roots: &RootKeys) -> Result<TpmSeal, NativeError> {
         let text = roots.to_text(&self.name)?;
-        let key = Arc::new(SecretBytes::random(KEY).map_err(NativeError::Memory)?);
+        let (key, sealed_key) = tpm_key::bind(tpm, policy).map_err(NativeError::Tpm)?;
+        let data = additional_data(self.id, roots.newest());
         let seal = TpmSeal {
             generation: roots.newest(),
-            sealed_key: tpm.seal_under(&key, policy).map_err(NativeError::Tpm)?.to_bytes(),
-            roots: encrypt(&key, self.id, roots.newest(), &text).map_err(NativeError::Cipher)?,
+            sealed_key,
+            roots: aead::encrypt(&key, &data, &text).map_err(NativeError::Cipher)?,
             enrolled: 0,
         };
-        if !self.opened_by(tpm, &seal, policy.pin())?.are(roots) {
-            return Err(NativeError::TpmSeal);
+        match self.read(&key, &seal)?.are(roots) {
+            true => Ok(seal),
+            false => Err(NativeError::TpmSeal),
         }
-        Ok(seal)
     }
 
-    /// After a rotation that could not do it: seals the new root keys as the earlier ones were, if `tpm` still opens those;
+    /// After a rotation that could not do it: binds the new root keys as the earlier ones were, if `tpm` still opens those;
     /// else their PCRs have changed, and what they are now is for the admin to accept. Without `pin` one that needs it stays
     /// stale.
     ///
@@ -98,8 +97,8 @@ impl NativeProvider {
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<TpmRenewal, NativeError> {
         self.opened_by(tpm, &before, pin)?;
-        let sealed = SealedByTpm::from_bytes(&before.sealed_key).map_err(NativeError::Tpm)?;
-        let after = self.sealed_by(tpm, &sealed.policy(pin), roots)?;
+        let bound = BoundToTpm::from_bytes(&before.sealed_key).map_err(NativeError::Tpm)?;
+        let after = self.bound_to(tpm, &bound.policy(pin), roots)?;
         Ok(TpmRenewal { before, after })
     }
 
@@ -113,20 +112,20 @@ impl NativeProvider {
     pub fn tpm_enrollment(&self) -> Result<Option<TpmEnrollment>, NativeError> {
         let seal = self.keystore.tpm_seal(self.id)?;
         Ok(seal.map(|seal| {
-            let sealed = SealedByTpm::from_bytes(&seal.sealed_key).ok();
-            let sealed = sealed.as_ref();
+            let bound = BoundToTpm::from_bytes(&seal.sealed_key).ok();
+            let bound = bound.as_ref();
             TpmEnrollment {
-                pcrs: sealed.map(SealedByTpm::pcrs),
+                pcrs: bound.map(BoundToTpm::pcrs),
                 enrolled: seal.enrolled,
                 stale: seal.generation != self.generation(),
-                signed_by: sealed.and_then(SealedByTpm::signed_by),
-                needs_pin: sealed.is_some_and(SealedByTpm::needs_pin),
-                unmeasured: sealed.and_then(SealedByTpm::unmeasured),
+                signed_by: bound.and_then(BoundToTpm::signed_by),
+                needs_pin: bound.is_some_and(BoundToTpm::needs_pin),
+                unmeasured: bound.and_then(BoundToTpm::unmeasured),
             }
         }))
     }
 
-    /// Unlocks by `tpm`, with `pin` where it needs one, unless the provider was locked since `locks` were counted. A failure is
+    /// Unlocks by `tpm`, with `pin` where it needs one, unless the provider was locked since `locks` was noted. A failure is
     /// what a locked provider gives for its reason from now on; that of a PIN changes nothing of it.
     ///
     /// # Errors
@@ -134,7 +133,7 @@ impl NativeProvider {
     pub fn unlock_by_tpm(
         &self,
         tpm: &Tpm,
-        locks: u64,
+        locks: LocksNoted,
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<(), NativeError> {
         let seal = self.keystore.tpm_seal(self.id)?.ok_or(NativeError::NotEnrolled)?;
@@ -164,12 +163,15 @@ impl NativeProvider {
         seal: &TpmSeal,
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<RootKeys, NativeError> {
-        let sealed = SealedByTpm::from_bytes(&seal.sealed_key).map_err(NativeError::Tpm)?;
-        let key = tpm.unseal_with(&sealed, pin).map_err(NativeError::Tpm)?;
-        if key.expose().len() != KEY {
-            return Err(NativeError::Tpm(TpmError::Damaged));
-        }
-        let text = decrypt(&key, self.id, seal.generation, &seal.roots).ok_or(NativeError::TpmSeal)?;
+        let key = tpm_key::open(tpm, &seal.sealed_key, pin).map_err(NativeError::Tpm)?;
+        self.read(&key, seal)
+    }
+
+    fn read(&self, key: &SecretBytes, seal: &TpmSeal) -> Result<RootKeys, NativeError> {
+        let length = Parts::of(&seal.roots).map_or(0, |parts| parts.ciphertext.len());
+        let mut text = Transient::new(vec![0; length]);
+        let data = additional_data(self.id, seal.generation);
+        aead::decrypt(key, &data, &seal.roots, &mut text).map_err(|_| NativeError::TpmSeal)?;
         let roots = RootKeys::from_text(&text)?;
         if roots.provider == self.id && roots.newest() == seal.generation {
             Ok(roots)
@@ -185,44 +187,6 @@ fn additional_data(provider: ProviderId, generation: u32) -> Vec<u8> {
     data.extend_from_slice(provider.0.as_bytes());
     data.extend_from_slice(&generation.to_be_bytes());
     data
-}
-
-/// Nonce (12 bytes) ‖ ciphertext ‖ tag (16).
-fn encrypt(
-    key: &SecretBytes,
-    provider: ProviderId,
-    generation: u32,
-    text: &[u8],
-) -> Result<Vec<u8>, ErrorStack> {
-    let mut body = vec![0; NONCE + text.len() + TAG];
-    let (nonce, rest) = body.split_at_mut(NONCE);
-    let (ciphertext, tag) = rest.split_at_mut(text.len());
-    openssl::rand::rand_bytes(nonce)?;
-    let mut cipher = CipherCtx::new()?;
-    cipher.encrypt_init(Some(Cipher::aes_256_gcm()), Some(key.expose()), Some(nonce))?;
-    cipher.cipher_update(&additional_data(provider, generation), None)?;
-    cipher.cipher_update(text, Some(ciphertext))?;
-    cipher.cipher_final(&mut [0; 16])?;
-    cipher.tag(tag)?;
-    Ok(body)
-}
-
-/// None for anything that [`encrypt`] did not return for the same key, provider and generation.
-fn decrypt(key: &SecretBytes, provider: ProviderId, generation: u32, body: &[u8]) -> Option<Transient> {
-    let (nonce, rest) = body.split_at_checked(NONCE)?;
-    let (ciphertext, tag) = rest.split_at_checked(rest.len().checked_sub(TAG)?)?;
-    let mut text = Transient::new(vec![0; ciphertext.len()]);
-    let mut open = || -> Result<(), ErrorStack> {
-        let mut cipher = CipherCtx::new()?;
-        cipher.decrypt_init(Some(Cipher::aes_256_gcm()), Some(key.expose()), Some(nonce))?;
-        cipher.cipher_update(&additional_data(provider, generation), None)?;
-        cipher.cipher_update(ciphertext, Some(&mut text))?;
-        cipher.set_tag(tag)?;
-        cipher.cipher_final(&mut [0; 16])?;
-        Ok(())
-    };
-    open().ok()?;
-    Some(text)
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The text that holds a provider's root keys: what is sealed in the keystore and in backups.
+//! The text that holds a provider's root keys: what is encrypted in the keystore and in backups.
 //!
 //! JSON, so that a person with nothing but `age` and an editor can read it. The check value is the first 8 bytes
 //! of SHA-256 over a label, the provider's UUID, the generation (4 bytes, big-endian) and the key: a mistyped or

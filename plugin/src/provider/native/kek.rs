@@ -6,11 +6,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use openssl::error::ErrorStack;
-use openssl::md::Md;
-use openssl::pkey::Id;
-use openssl::pkey_ctx::PkeyCtx;
-
+use crate::crypto::kdf;
 use crate::model::envelope::{KekId, Payload, ProviderId, VmId};
 use crate::provider::toolbox::gcm::{self, MECHANISM};
 use crate::provider::{KekScope, ProviderError};
@@ -84,9 +80,10 @@ impl Kek {
         provider: ProviderId,
         name: KekName,
     ) -> Result<Self, ProviderError> {
-        let mut key =
-            SecretBytes::zeroed(gcm::KEY).map_err(ProviderError::internal("getting memory for a KEK"))?;
-        hkdf(root, provider, name, &mut key).map_err(ProviderError::internal("deriving a KEK"))?;
+        let mut info = b"virtseal native kek\0".to_vec();
+        info.extend_from_slice(name.to_string().as_bytes());
+        let key = kdf::hkdf(root.expose(), provider.0.as_bytes(), &info)
+            .map_err(ProviderError::internal("deriving a KEK"))?;
         Ok(Self {
             key,
             additional_data: gcm::additional_data(provider, &name.to_string(), MECHANISM),
@@ -102,24 +99,6 @@ impl Kek {
     pub(super) fn unwrap(&self, body: &[u8]) -> Result<Payload, ProviderError> {
         gcm::unwrap(&self.key, &self.additional_data, body)
     }
-}
-
-fn hkdf(
-    root: &SecretBytes,
-    provider: ProviderId,
-    name: KekName,
-    key: &mut SecretBytes,
-) -> Result<(), ErrorStack> {
-    let mut info = b"virtseal native kek\0".to_vec();
-    info.extend_from_slice(name.to_string().as_bytes());
-    let mut context = PkeyCtx::new_id(Id::HKDF)?;
-    context.derive_init()?;
-    context.set_hkdf_md(Md::sha256())?;
-    context.set_hkdf_salt(provider.0.as_bytes())?;
-    context.set_hkdf_key(root.expose())?;
-    context.add_hkdf_info(&info)?;
-    context.derive(Some(key.expose_mut()))?;
-    Ok(())
 }
 
 #[cfg(test)]

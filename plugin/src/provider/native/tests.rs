@@ -95,8 +95,8 @@ fn a_lock_wins_over_an_unlock_that_began_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let provider = created(dir.path());
     let began = provider.locks();
-    let sealed = provider.newest().sealed;
-    let roots = provider.unseal(&sealed, &secret("sealing")).unwrap();
+    let sealed = provider.newest().encrypted;
+    let roots = provider.decrypted(&sealed, &secret("sealing")).unwrap();
     provider.lock();
     assert!(matches!(provider.hold(roots, began), Err(ProviderError::Locked)));
     assert_eq!(provider.status(), ProviderStatus::Locked);
@@ -160,7 +160,7 @@ fn restore_refuses_what_is_here_or_does_not_open() {
             .err()
             .unwrap()
     };
-    use NativeError::{Backup, BackupIsSealed, Document, Keystore};
+    use NativeError::{Backup, BackupIsEncrypted, Document, Keystore};
     let error = restore("main", &backup, Some("backup"));
     assert!(
         matches!(error, Keystore(KeystoreError::ProviderNameTaken(_))),
@@ -172,15 +172,12 @@ fn restore_refuses_what_is_here_or_does_not_open() {
         "{error:?}"
     );
     let error = restore("new", &backup, Some("wrong"));
-    assert!(
-        matches!(error, Backup(SealingError::WrongPassphrase)),
-        "{error:?}"
-    );
-    assert!(matches!(restore("new", &backup, None), BackupIsSealed));
+    assert!(matches!(error, Backup(AgeError::WrongPassphrase)), "{error:?}");
+    assert!(matches!(restore("new", &backup, None), BackupIsEncrypted));
     assert!(matches!(restore("new", b"{}", None), Document(_)));
     assert!(matches!(
         restore("new", &[b'x'; 70_000], None),
-        Backup(SealingError::TooLong)
+        Backup(AgeError::TooLong)
     ));
     assert_eq!(provider.keystore.providers().unwrap().whole().unwrap().len(), 1);
 }
@@ -274,7 +271,7 @@ fn empty_passphrases_are_refused() {
     let error = NativeProvider::create(Arc::clone(&store), &name("main"), &secret(""))
         .err()
         .unwrap();
-    assert!(matches!(error, NativeError::Seal(SealingError::EmptyPassphrase)));
+    assert!(matches!(error, NativeError::Encrypt(AgeError::EmptyPassphrase)));
     assert!(store.providers().unwrap().whole().unwrap().is_empty());
     let provider = NativeProvider::create(store, &name("main"), &secret("p")).unwrap();
     assert!(provider.backup(Some(&secret(""))).is_err());
@@ -284,7 +281,7 @@ fn empty_passphrases_are_refused() {
 fn root_key_of_another_provider_is_noticed() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (mine, other) = (created(one.path()), created(two.path()));
-    mine.newest.write().unwrap().sealed = other.newest().sealed;
+    mine.newest.write().unwrap().encrypted = other.newest().encrypted;
     let error = mine.unlock(&secret("sealing")).unwrap_err();
     assert!(error.to_string().contains(&other.id().to_string()), "{error}");
 }
@@ -343,7 +340,7 @@ fn stock_age_opens_the_keystores_copy() {
     let dir = tempfile::tempdir().unwrap();
     let provider = created(dir.path());
     let file = dir.path().join("root.age");
-    fs::write(&file, provider.newest().sealed).unwrap();
+    fs::write(&file, provider.newest().encrypted).unwrap();
     let roots = RootKeys::from_text(&stock_age_decrypts(&file, "sealing")).unwrap();
     assert!(roots.are(&provider.roots().unwrap()));
 }

@@ -11,6 +11,7 @@ use super::error::TokenError;
 use super::module::Module;
 use super::settings::Pkcs11Settings;
 use super::token::Token;
+use crate::provider::toolbox::locks::{Locks, LocksNoted};
 use crate::provider::{PinRefusal, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
 
@@ -35,8 +36,7 @@ pub(super) struct Link {
 #[derive(Default)]
 struct State {
     pin: Option<Arc<SecretBytes>>,
-    /// How often it was locked: an unlock that waits for the token meanwhile must not undo that.
-    locks: u64,
+    locks: Locks,
     trouble: Option<String>,
     last_answer: Option<SystemTime>,
 }
@@ -115,7 +115,7 @@ impl Link {
                     .then_some(())
                     .ok_or(ProviderError::WrongPin(PinRefusal::UnlockedByAnother));
             }
-            state.locks
+            state.locks.noted()
         };
         let copy = SecretBytes::take(&mut pin.expose().to_vec()).map_err(TokenError::Memory)?;
         let copy = Arc::new(copy);
@@ -128,7 +128,7 @@ impl Link {
         Ok(done?)
     }
 
-    fn login(self: &Arc<Self>, pin: &Arc<SecretBytes>, since: u64) -> Result<(), TokenError> {
+    fn login(self: &Arc<Self>, pin: &Arc<SecretBytes>, since: LocksNoted) -> Result<(), TokenError> {
         let (link, pin) = (Arc::clone(self), Arc::clone(pin));
         let expires = Instant::now() + self.deadline;
         self.module.call(self.deadline, move |worker| {
@@ -151,7 +151,7 @@ impl Link {
     pub(super) fn lock(&self) {
         {
             let mut state = self.state();
-            state.locks += 1;
+            state.locks.count();
             state.pin = None;
             state.trouble = None;
         }
@@ -173,10 +173,10 @@ impl Link {
         self.state().pin.clone()
     }
 
-    /// Keeps `pin`, unless the provider was locked since that many locks were counted.
-    fn hold(&self, pin: &Arc<SecretBytes>, since: u64) -> bool {
+    /// Keeps `pin`, unless the provider was locked since.
+    fn hold(&self, pin: &Arc<SecretBytes>, since: LocksNoted) -> bool {
         let mut state = self.state();
-        if state.locks != since {
+        if !state.locks.are(since) {
             return false;
         }
         state.pin = Some(Arc::clone(pin));

@@ -13,6 +13,7 @@ use super::kek;
 use super::login::{self, Session};
 use super::settings::{Auth, TransitSettings};
 use crate::model::envelope::ProviderId;
+use crate::provider::toolbox::locks::{Locks, LocksNoted};
 use crate::provider::{ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
 
@@ -41,8 +42,7 @@ pub(super) struct State {
     last_answer: Option<SystemTime>,
     /// What will be wrong soon.
     warning: Option<String>,
-    /// How often it was locked: a login that took its time meanwhile must not undo that.
-    locks: u64,
+    locks: Locks,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -156,8 +156,9 @@ impl Link {
     /// Forgets credential and token.
     pub(super) fn lock(&self) {
         let mut state = self.state();
+        state.locks.count();
         *state = State {
-            locks: state.locks + 1,
+            locks: std::mem::take(&mut state.locks),
             last_answer: state.last_answer,
             ..State::default()
         };
@@ -165,15 +166,15 @@ impl Link {
 
     /// See [`KeyProvider::unlock`](crate::provider::KeyProvider::unlock) of the provider.
     pub(super) fn unlock(&self, credential: &SecretBytes) -> Result<(), Fault> {
-        let locks = self.state().locks;
+        let since = self.state().locks.noted();
         let deadline = Instant::now() + self.settings.timeout();
         let logged_in = Session::login(&self.settings, credential, deadline);
-        self.hold(login::copy(credential)?, logged_in, locks)?;
+        self.hold(login::copy(credential)?, logged_in, since)?;
         let session = self.state().session.clone();
         if let Some(session) = session
             && let Err(fault) = self.check_mount(&session, deadline)
         {
-            self.learn::<()>(&Err(fault), locks);
+            self.learn::<()>(&Err(fault), since);
         }
         Ok(())
     }
@@ -200,11 +201,11 @@ impl Link {
         &self,
         credential: SecretBytes,
         logged_in: Result<Session, Fault>,
-        locks: u64,
+        since: LocksNoted,
     ) -> Result<(), Fault> {
         let health = Health::after(&logged_in);
         let mut state = self.state();
-        if state.locks != locks {
+        if !state.locks.are(since) {
             return Err(Fault::Provider(ProviderError::Locked));
         }
         match logged_in {
@@ -216,7 +217,7 @@ impl Link {
                     health,
                     answered: Some(Instant::now()),
                     last_answer: Some(SystemTime::now()),
-                    locks,
+                    locks: std::mem::take(&mut state.locks),
                 };
                 Ok(())
             }
@@ -247,7 +248,7 @@ impl Link {
         work: impl Fn(&TransitEngine) -> Result<T, Fault>,
     ) -> Result<T, ProviderError> {
         let deadline = Instant::now() + self.settings.timeout();
-        let locks = self.state().locks;
+        let since = self.state().locks.noted();
         let outcome = self
             .session(deadline)
             .and_then(|session| match self.run(&session, deadline, &work) {
@@ -257,11 +258,11 @@ impl Link {
                 }
                 outcome => outcome,
             });
-        self.learn(&outcome, locks);
+        self.learn(&outcome, since);
         match outcome {
             Ok(value) => Ok(value),
             // Whatever it failed of, locking it came first.
-            Err(_) if self.state().locks != locks => Err(ProviderError::Locked),
+            Err(_) if !self.state().locks.are(since) => Err(ProviderError::Locked),
             Err(fault) => Err(fault.into()),
         }
     }
@@ -285,7 +286,7 @@ impl Link {
             return Ok(session);
         }
         let _logging_in = guard(&self.logging_in);
-        let locks = {
+        let since = {
             let state = self.state();
             if let Some(session) = state.session.clone() {
                 return Ok(session);
@@ -294,9 +295,10 @@ impl Link {
                 // Trying again what was refused may lock the account.
                 return Err(Fault::Ended(why.clone()));
             }
-            state.locks
+            state.locks.noted()
         };
-        self.replace(self.login(deadline)?, locks)
+
+        self.replace(self.login(deadline)?, since)
     }
 
     fn login(&self, deadline: Instant) -> Result<Session, Fault> {
@@ -310,10 +312,10 @@ impl Link {
         })
     }
 
-    fn replace(&self, session: Session, locks: u64) -> Result<Arc<Session>, Fault> {
+    fn replace(&self, session: Session, since: LocksNoted) -> Result<Arc<Session>, Fault> {
         let session = Arc::new(session);
         let mut state = self.state();
-        if state.locks != locks {
+        if !state.locks.are(since) {
             return Err(Fault::Provider(ProviderError::Locked));
         }
         state.session = Some(Arc::clone(&session));
@@ -355,9 +357,9 @@ impl Link {
         }
     }
 
-    fn learn<T>(&self, outcome: &Result<T, Fault>, locks: u64) {
+    fn learn<T>(&self, outcome: &Result<T, Fault>, since: LocksNoted) {
         let mut state = self.state();
-        if state.locks == locks && state.credential.is_some() {
+        if state.locks.are(since) && state.credential.is_some() {
             state.health = Health::after(outcome);
             if state.health == Health::Good {
                 state.answered = Some(Instant::now());
@@ -392,11 +394,11 @@ impl Link {
     pub(super) fn look(&self) {
         let _looking = guard(&self.looking);
         let deadline = Instant::now() + self.settings.timeout();
-        let locks = self.state().locks;
+        let since = self.state().locks.noted();
         let looked = self.session(deadline).and_then(|session| {
             let is_due = session.lease().due().is_some_and(|due| due <= Instant::now());
             let looked = if is_due {
-                self.renew(&session, locks, deadline)
+                self.renew(&session, since, deadline)
             } else {
                 session
                     .probe(deadline)
@@ -407,19 +409,19 @@ impl Link {
                 looked => looked,
             }
         });
-        self.learn(&looked, locks);
+        self.learn(&looked, since);
     }
 
-    fn renew(&self, session: &Arc<Session>, locks: u64, deadline: Instant) -> Result<(), Fault> {
+    fn renew(&self, session: &Arc<Session>, since: LocksNoted, deadline: Instant) -> Result<(), Fault> {
         match session.renewed(deadline) {
-            Ok(renewed) => self.replace(renewed, locks).map(drop),
+            Ok(renewed) => self.replace(renewed, since).map(drop),
             Err(Fault::Refused(_)) if !matches!(self.settings.auth, Auth::Token {}) => {
-                self.replace(self.login(deadline)?, locks).map(drop)
+                self.replace(self.login(deadline)?, since).map(drop)
             }
             Err(Fault::Refused(why)) => {
                 session.probe(deadline)?;
                 let left = session.lease().left().unwrap_or_default();
-                self.replace(session.ending()?, locks)?;
+                self.replace(session.ending()?, since)?;
                 self.state().warning = Some(format!("{why}: it ends in {} s", left.as_secs()));
                 Ok(())
             }

@@ -175,10 +175,10 @@ impl Persisted {
         keks: HashMap<KekId, Waiting>,
     ) -> Result<(), TaskError> {
         let key = RowKey::derive(secret, salt, self.provider).map_err(TaskError::Cipher)?;
-        let sealed = |(kek, waiting): (KekId, Waiting)| {
+        let encrypted = |(kek, waiting): (KekId, Waiting)| {
             let Span { fetched, expires } = waiting.span;
             let body = key
-                .seal(&kek, waiting.span, &waiting.key)
+                .encrypt(&kek, waiting.span, &waiting.key)
                 .map_err(TaskError::Cipher)?;
             Ok(PersistedKek {
                 kek,
@@ -189,7 +189,7 @@ impl Persisted {
         };
         let rows = keks
             .into_iter()
-            .map(sealed)
+            .map(encrypted)
             .collect::<Result<Vec<_>, TaskError>>()?;
         let put = self
             .keystore

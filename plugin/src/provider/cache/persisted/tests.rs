@@ -7,6 +7,7 @@ use tempfile::TempDir;
 
 use super::super::{CachePolicy, KekCache};
 use super::*;
+use crate::crypto::aead::KEY;
 use crate::host::tpm::stand::Stand;
 use crate::store::Change;
 
@@ -232,7 +233,7 @@ fn time_ends_it_and_so_does_a_clock_that_was_set_back() {
         fetched: now() - 100,
         expires: now() - 1,
     };
-    let body = key.seal(&kek("b"), span, &super::tests::key("b")).unwrap();
+    let body = key.encrypt(&kek("b"), span, &super::tests::key("b")).unwrap();
     let Span { fetched, expires } = span;
     rig.forge(PersistedKek {
         kek: kek("b"),

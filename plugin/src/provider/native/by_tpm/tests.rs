@@ -19,8 +19,8 @@ fn at_work(dir: &Path) -> (NativeProvider, Payload, Stanza) {
 }
 
 /// While these PCRs are what they are, 11 among them too.
-fn of(pcrs: &str) -> SealPolicy {
-    SealPolicy::exactly(pcrs.parse().unwrap())
+fn of(pcrs: &str) -> BindPolicy {
+    BindPolicy::exactly(pcrs.parse().unwrap())
 }
 
 fn pin(text: &str) -> Option<Arc<SecretBytes>> {
@@ -310,8 +310,8 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
     let (provider, ..) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7")).unwrap();
     let row = provider.keystore.tpm_seal(provider.id).unwrap().unwrap();
-    let sealed = SealedByTpm::from_bytes(&row.sealed_key).unwrap();
-    let key = tpm.unseal(&sealed).unwrap();
+    let sealed = BoundToTpm::from_bytes(&row.sealed_key).unwrap();
+    let key = tpm.open(&sealed, None).unwrap();
     let root = SecretBytes::take(&mut provider.roots().unwrap().key(1).unwrap().expose().to_vec()).unwrap();
     let search = |step: &str| {
         for needle in [&key.expose()[4..28], &root.expose()[4..28]] {
@@ -402,7 +402,7 @@ fn it_follows_the_kernels_that_a_key_signs_also_after_a_rotation() {
     let tpm = stand.tpm().with_root(root.path());
     let (key, public) = signing_key();
     let (provider, payload, stanza) = at_work(dir.path());
-    let policy = SealPolicy::new("7,11".parse().unwrap(), Some(public.clone())).unwrap();
+    let policy = BindPolicy::new("7,11".parse().unwrap(), Some(public.clone())).unwrap();
     // Not before it has been seen to open.
     assert!(matches!(
         provider.enroll_tpm(&tpm, &policy),
