@@ -1,4 +1,5 @@
 //! What virtseal talks about, without I/O.
 
 pub mod envelope;
+pub mod job;
 pub mod problem;

@@ -42,7 +42,7 @@ use crate::model::problem::chain;
 pub use copies::{CopyNews, CopyPlace, NeededKek, RetiredKek, StaleCopy};
 pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
 pub use error::KeystoreError;
-pub use jobs::{JobId, JobRecord, JobState, LeftBehind, Pass, Verdict};
+pub use jobs::{JobRecord, LeftBehind, NewJob, Pass, Verdict};
 pub use kek_names::KekNameRecord;
 pub use persisted_keks::{KekPersistence, PersistedKek};
 pub use proofs::{AuditAnchor, MadeKek, SavedState};

@@ -170,20 +170,19 @@ impl Daemon {
     }
 
     fn refuse_while_a_job_needs(&self, id: ProviderId, name: &str) -> Result<(), Problem> {
-        let Some(job) = self.keystore.running_job()? else {
-            return Ok(());
-        };
-        if !Task::from_json(&job.task)?.names().contains(&id) {
-            return Ok(());
+        for job in self.keystore.running_jobs()? {
+            if Task::from_json(&job.task)?.names().contains(&id) {
+                return Err(Problem::new(
+                    Code::Busy,
+                    format!("'{name}' stays: job {} is about it", job.id.0),
+                )
+                .next(format!(
+                    "virtseal jobs watch {0}, or virtseal jobs abort {0}",
+                    job.id.0
+                )));
+            }
         }
-        Err(Problem::new(
-            Code::Busy,
-            format!("'{name}' stays: job {} is about it", job.id.0),
-        )
-        .next(format!(
-            "virtseal jobs watch {0}, or virtseal jobs abort {0}",
-            job.id.0
-        )))
+        Ok(())
     }
 
     fn is_recipient(&self, id: ProviderId) -> bool {

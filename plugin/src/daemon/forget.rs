@@ -120,7 +120,7 @@ impl Daemon {
     }
 
     fn forget(&self, vm: VmId, name: &str) -> Result<Outcome, Problem> {
-        self.refuse_while_a_job_runs()?;
+        self.refuse_while_a_job_concerns(vm)?;
         let records = self.keystore.envelopes_of(vm)?.whole()?;
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         super::shred::refuse_if_used(&kept, vm, name, &records)?;
@@ -185,8 +185,9 @@ impl Daemon {
         })
     }
 
-    pub(super) fn refuse_while_a_job_runs(&self) -> Result<(), Problem> {
-        match self.keystore.running_job()? {
+    pub(super) fn refuse_while_a_job_concerns(&self, vm: VmId) -> Result<(), Problem> {
+        let running = self.keystore.running_jobs()?;
+        match running.iter().find(|job| job.subject.concerns(vm)) {
             None => Ok(()),
             Some(job) => Err(Problem::new(Code::Busy, format!("job {} runs", job.id.0))
                 .next(format!("virtseal jobs watch {}", job.id.0))),

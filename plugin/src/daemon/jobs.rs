@@ -15,11 +15,12 @@ use crate::api::pages::{self, PAGE};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
 use crate::job::sweep::{self, Step, Task};
 use crate::model::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
+use crate::model::job::{JobId, JobState, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
-use crate::store::{CopyPlace, JobId, JobRecord, JobState, KeystoreError};
+use crate::store::{CopyPlace, JobRecord, KeystoreError};
 use crate::vm::names;
 use crate::vm::names::VmNames;
 use crate::vm::status::damaged;
@@ -47,11 +48,20 @@ pub(super) type Looks = tokio::sync::Mutex<BTreeMap<JobId, Look>>;
 impl Daemon {
     /// Does jobs for ever. For a thread of its own.
     pub fn run_jobs(&self) {
-        let mut patience = PATIENCE.start;
+        let (mut patience, mut turn) = (PATIENCE.start, 0_usize);
         loop {
             let config = self.config();
-            let stepped = sweep::step(&self.keystore, &self.recipients, config.batch_size);
-            self.note_stalled(stepped.as_ref().err());
+            let running = self.keystore.running_jobs().unwrap_or_default();
+            // In turn: one that waits holds up no other.
+            turn = turn.wrapping_add(1);
+            let stepped = match running.get(turn % running.len().max(1)) {
+                None => Ok(None),
+                Some(job) => {
+                    let stepped = sweep::step(&self.keystore, &self.recipients, job.id, config.batch_size);
+                    self.note_stalled(job.id, stepped.as_ref().err());
+                    stepped.map(Some)
+                }
+            };
             let pause = match stepped {
                 Ok(Some(Step::Worked(_))) => {
                     self.copies_bell.ring();
@@ -85,11 +95,8 @@ impl Daemon {
     }
 
     /// A keystore that can't be written can't say so in the job's record either.
-    fn note_stalled(&self, failure: Option<&Problem>) {
-        let running = failure.and_then(|_| self.keystore.running_job().ok().flatten());
-        *lock(&self.stalled) = running
-            .zip(failure)
-            .map(|(job, failure)| (job.id, failure.to_string()));
+    fn note_stalled(&self, id: JobId, failure: Option<&Problem>) {
+        *lock(&self.stalled) = failure.map(|failure| (id, failure.to_string()));
     }
 
     /// What a job waits for, if it does.
@@ -114,7 +121,7 @@ impl Daemon {
         let _sealing = lock(&self.sealing);
         let known = self.recipients.find(name)?;
         // Before anything changes.
-        self.refuse_second_job()?;
+        self.refuse_second_job(&Subject::AllEnvelopes)?;
         let mut tpm_lags = None;
         if let Provider::Native(native) = &known {
             self.check_root_key_complete(native)?;
@@ -187,7 +194,7 @@ impl Daemon {
     }
 
     fn start(&self, task: &Task) -> Result<JobStarted, Problem> {
-        self.refuse_second_job()?;
+        self.refuse_second_job(&task.subject())?;
         let mut rivals = Vec::new();
         let unseen = self.adopt_foreign_envelopes().map(|travelling| {
             if !task.decides_conflicts() {
@@ -198,13 +205,10 @@ impl Daemon {
         if let Task::RemoveRecipient { provider } = task {
             self.refuse_to_close(task, *provider)?;
         }
-        let inserted = self
-            .keystore
-            .insert_job_without(&task.to_json(), &rivals)
-            .map_err(|error| match error {
-                KeystoreError::JobRunning(id) => second_job(id),
-                error => error.into(),
-            });
+        let inserted = task.start(&self.keystore, &rivals).map_err(|error| match error {
+            KeystoreError::JobRunning(id) => second_job(id),
+            error => error.into(),
+        });
         let words = task.words(|id| self.name_of(id));
         self.audit_command("job-start", &words, &inserted);
         let job = inserted?;
@@ -225,8 +229,9 @@ impl Daemon {
         })
     }
 
-    fn refuse_second_job(&self) -> Result<(), Problem> {
-        match self.keystore.running_job()? {
+    fn refuse_second_job(&self, subject: &Subject) -> Result<(), Problem> {
+        let running = self.keystore.running_jobs()?;
+        match running.iter().find(|job| job.subject.excludes(subject)) {
             Some(job) => Err(second_job(job.id.0)),
             None => Ok(()),
         }
@@ -440,7 +445,7 @@ impl Daemon {
     fn job_id(&self, id: Option<i64>) -> Result<JobId, Problem> {
         let found = match id {
             Some(id) => self.keystore.job(JobId(id))?,
-            None => self.keystore.running_job()?,
+            None => self.keystore.running_jobs()?.into_iter().next(),
         };
         found.map(|job| job.id).ok_or_else(|| {
             let what = id.map_or_else(|| "no job runs".to_owned(), |id| format!("there is no job {id}"));

@@ -225,7 +225,7 @@ impl Daemon {
         if doomed.records.is_empty() {
             return Err(Problem::new(Code::NotFound, format!("{name} has no keys here")));
         }
-        self.refuse_while_a_job_runs()?;
+        self.refuse_while_a_job_concerns(doomed.vm)?;
         let kept = self.background.every_xml().map_err(|error| unreachable(&error))?;
         refuse_if_used(&kept, doomed.vm, name, &doomed.records)?;
         doomed.note_files(&kept);

@@ -16,9 +16,10 @@
 use serde::{Deserialize, Serialize};
 
 use crate::model::envelope::{Envelope, ProviderId, VmId};
+use crate::model::job::{JobId, JobState, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::recipients::{Recipients, Rewrap, RewrapTarget, Rewrapped};
-use crate::store::{EnvelopeRecord, JobRecord, JobState, Keystore, LeftBehind, Rows, Verdict};
+use crate::store::{EnvelopeRecord, JobRecord, Keystore, KeystoreError, LeftBehind, NewJob, Rows, Verdict};
 
 /// What a job does to every envelope that it concerns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,6 +74,28 @@ impl Task {
     #[must_use]
     pub fn decides_conflicts(&self) -> bool {
         matches!(self, Self::Rekey { vm: Some(_), .. })
+    }
+
+    /// What it is about.
+    #[must_use]
+    pub fn subject(&self) -> Subject {
+        match self {
+            Self::Rekey { vm: Some(vm), .. } | Self::Move { vm: Some(vm), .. } => Subject::EnvelopesOf(*vm),
+            _ => Subject::AllEnvelopes,
+        }
+    }
+
+    /// Starts it, without these envelopes.
+    ///
+    /// # Errors
+    /// [`KeystoreError::JobRunning`] while another one is about the same envelopes.
+    pub fn start(&self, keystore: &Keystore, left: &[LeftBehind]) -> Result<JobRecord, KeystoreError> {
+        keystore.insert_job(&NewJob {
+            subject: &self.subject(),
+            task: &self.to_json(),
+            total: 0,
+            left,
+        })
     }
 
     /// Its JSON form, for the keystore.
@@ -213,35 +236,41 @@ pub enum Step {
     Ended(JobRecord),
 }
 
-/// Does the next batch of the job that runs, if any.
+/// Does the next batch of a sweep.
 ///
 /// # Errors
 /// When the keystore fails, or the job is one of a later version; the job stays where it is.
-pub fn step(keystore: &Keystore, recipients: &Recipients, batch_size: u32) -> Result<Option<Step>, Problem> {
-    let Some(job) = keystore.running_job()? else {
-        return Ok(None);
-    };
+pub fn step(
+    keystore: &Keystore,
+    recipients: &Recipients,
+    id: JobId,
+    batch_size: u32,
+) -> Result<Step, Problem> {
+    let job = &keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
+    if job.state != JobState::Running {
+        return Ok(Step::Ended(job.clone()));
+    }
     let task = Task::from_json(&job.task)?;
     if let Some(failure) = task.wraps().into_iter().find_map(|id| recipients.cannot_wrap(id)) {
-        return waits(keystore, &job, &failure.to_string()).map(Some);
+        return waits(keystore, job, &failure.to_string());
     }
-    let batch = keystore.next_of_job(&job, batch_size)?;
+    let batch = keystore.next_of_job(job, batch_size)?;
     if batch.sound.is_empty() && batch.damaged.is_empty() {
         let ended = keystore.end_pass(job.id)?;
-        return Ok(Some(match ended.state {
-            JobState::Running => waits(keystore, &ended, &what_is_left(keystore, &ended)?)?,
-            _ => Step::Ended(ended),
-        }));
+        return match ended.state {
+            JobState::Running => waits(keystore, &ended, &what_is_left(keystore, &ended)?),
+            _ => Ok(Step::Ended(ended)),
+        };
     }
     match work(recipients, &task, batch) {
         Ok(verdicts) => {
             let job = keystore.commit_batch(job.id, &verdicts)?;
-            Ok(Some(match job.state {
+            Ok(match job.state {
                 JobState::Running => Step::Worked(job),
                 _ => Step::Ended(job),
-            }))
+            })
         }
-        Err(failure) => waits(keystore, &job, &failure.to_string()).map(Some),
+        Err(failure) => waits(keystore, job, &failure.to_string()),
     }
 }
 

@@ -213,7 +213,7 @@ pub(super) fn take_over(
                     now()
                 ],
             )?;
-            jobs::add_to_running_job(transaction, envelope.id)?;
+            jobs::add_to_running_sweeps(transaction, envelope.id)?;
         }
         Put::Unchanged | Put::Stale => {}
     }
@@ -283,7 +283,7 @@ fn insert(
             now()
         ],
     )?;
-    jobs::add_to_running_job(connection, envelope.id)
+    jobs::add_to_running_sweeps(connection, envelope.id)
 }
 
 fn find(connection: &Connection, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, StoreFault> {

@@ -158,8 +158,8 @@ pub enum KeystoreError {
     /// There is no such provider.
     #[error("key provider {0} is not in the keystore")]
     UnknownProvider(ProviderId),
-    /// A job runs already.
-    #[error("job {0} runs: one runs at a time")]
+    /// A job about the same runs already.
+    #[error("job {0} runs, and is about the same")]
     JobRunning(i64),
     /// There is no such job.
     #[error("there is no job {0}")]

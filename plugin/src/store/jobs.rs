@@ -1,6 +1,6 @@
-//! Rows of jobs: sweeps over the envelopes that survive the daemon.
+//! Rows of jobs, which survive the daemon.
 //!
-//! The envelopes of a batch, where the job is, and what it left behind change in one transaction. So each envelope is
+//! The envelopes of a sweep's batch, where the job is, and what it left behind change in one transaction. So each envelope is
 //! visited once, whenever the daemon dies.
 
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
@@ -10,42 +10,7 @@ use super::envelopes::{self, EnvelopeRecord};
 use super::rows::{self, DamagedRow, Named, Rows};
 use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now, parse_id};
 use crate::model::envelope::{Envelope, EnvelopeId, Stanza, Verified};
-
-/// Names a job on this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct JobId(pub i64);
-
-/// How far a job has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum JobState {
-    /// At work, or waiting until it can be.
-    Running,
-    /// Through, nothing left behind.
-    Done,
-    /// Through, with envelopes left behind.
-    Incomplete,
-    /// Ended by an admin; what it changed until then stays.
-    Aborted,
-}
-
-impl JobState {
-    /// The word in the keystore and in messages.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Done => "done",
-            Self::Incomplete => "incomplete",
-            Self::Aborted => "aborted",
-        }
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        [Self::Running, Self::Done, Self::Incomplete, Self::Aborted]
-            .into_iter()
-            .find(|state| state.as_str() == text)
-    }
-}
+use crate::model::job::{JobId, JobState, Subject, Unit};
 
 /// Which envelopes a job goes through now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,11 +21,26 @@ pub enum Pass {
     Left,
 }
 
+/// A job to be kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewJob<'a> {
+    /// What it is about.
+    pub subject: &'a Subject,
+    /// What it does, as JSON: all that it needs to be done again after a restart, and no key.
+    pub task: &'a str,
+    /// How many units there are to be done; of a sweep, the envelopes are counted here.
+    pub total: u64,
+    /// Envelopes that it leaves behind from the beginning.
+    pub left: &'a [LeftBehind],
+}
+
 /// A job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobRecord {
     /// Its number.
     pub id: JobId,
+    /// What it is about.
+    pub subject: Subject,
     /// What it does, as JSON.
     pub task: String,
     /// How far it is.
@@ -69,9 +49,9 @@ pub struct JobRecord {
     pub pass: Pass,
     /// The row of the last envelope of the pass that it has seen; none yet, if empty.
     pub cursor: String,
-    /// How many envelopes there were when it began.
+    /// How many units there were when it began.
     pub total: u64,
-    /// How many of them it has seen.
+    /// How many of them are done.
     pub seen: u64,
     /// How many of them it has changed.
     pub changed: u64,
@@ -79,6 +59,8 @@ pub struct JobRecord {
     pub left: u64,
     /// What it waits for; empty while it works.
     pub waiting: String,
+    /// Why it was given up, as JSON; empty if it was not.
+    pub failure: String,
     /// When it was started.
     pub created: UnixTime,
     /// When it last changed.
@@ -116,37 +98,53 @@ impl Keystore {
     /// Starts a job.
     ///
     /// # Errors
-    /// [`KeystoreError::JobRunning`]: one runs at a time.
-    pub fn insert_job(&self, task: &str) -> Result<JobRecord, KeystoreError> {
-        self.insert_job_without(task, &[])
-    }
-
-    /// Starts a job that leaves these behind from the beginning.
-    ///
-    /// # Errors
-    /// As [`Keystore::insert_job`].
-    pub fn insert_job_without(&self, task: &str, left: &[LeftBehind]) -> Result<JobRecord, KeystoreError> {
+    /// [`KeystoreError::JobRunning`]: one that excludes it runs.
+    pub fn insert_job(&self, new: &NewJob<'_>) -> Result<JobRecord, KeystoreError> {
         self.write(|transaction| {
-            if let Some(running) = select(transaction, "state = 'running'", [])?.whole()?.pop() {
-                return Err(KeystoreError::JobRunning(running.id.0).into());
-            }
-            let total: i64 = transaction.query_row("SELECT count(*) FROM envelopes", [], |row| row.get(0))?;
+            refuse_excluded(transaction, new.subject)?;
             transaction.execute(
-                "INSERT INTO jobs (task, state, pass, cursor, total, seen, changed, waiting, created, updated)
-                 VALUES (?1, 'running', 'all', '', ?2, 0, 0, '', ?3, ?3)",
-                params![task, total, now()],
+                "INSERT INTO jobs (task, state, pass, cursor, total, seen, changed, waiting, created, updated, vm, path)
+                 VALUES (?1, 'running', 'all', '', ?2, 0, 0, '', ?3, ?3, ?4, ?5)",
+                params![
+                    new.task,
+                    units(transaction, new.subject, new.total)?,
+                    now(),
+                    vm_column(new.subject),
+                    new.subject.path().unwrap_or_default()
+                ],
             )?;
             let id = JobId(transaction.last_insert_rowid());
-            for left in left {
+            for left in new.left {
                 note(transaction, id, left.envelope, Some(left.clone()))?;
             }
             find(transaction, id)
         })
     }
 
-    /// The job that runs, if one does.
-    pub fn running_job(&self) -> Result<Option<JobRecord>, KeystoreError> {
-        self.read(|connection| Ok(select(connection, "state = 'running'", [])?.whole()?.pop()))
+    /// Starts a job that has ended once more, from its beginning.
+    ///
+    /// # Errors
+    /// As [`Keystore::insert_job`]; [`KeystoreError::UnknownJob`].
+    pub fn resume_job(&self, job: JobId, left: &[LeftBehind]) -> Result<JobRecord, KeystoreError> {
+        self.write(|transaction| {
+            let ended = find(transaction, job)?;
+            refuse_excluded(transaction, &ended.subject)?;
+            transaction.execute("DELETE FROM left_behind WHERE job = ?1", [job.0])?;
+            transaction.execute(
+                "UPDATE jobs SET state = 'running', pass = 'all', cursor = '', total = ?2, seen = 0, changed = 0, waiting = '', failure = '',
+                 updated = ?3 WHERE id = ?1",
+                params![job.0, units(transaction, &ended.subject, ended.total)?, now()],
+            )?;
+            for left in left {
+                note(transaction, job, left.envelope, Some(left.clone()))?;
+            }
+            find(transaction, job)
+        })
+    }
+
+    /// The jobs that run, the oldest first.
+    pub fn running_jobs(&self) -> Result<Vec<JobRecord>, KeystoreError> {
+        self.read(|connection| Ok(select(connection, "state = 'running'", [])?.whole()?))
     }
 
     /// The job with this number.
@@ -175,21 +173,16 @@ impl Keystore {
 
     /// The next `most` envelopes of a job's pass.
     pub fn next_of_job(&self, job: &JobRecord, most: u32) -> Result<Rows<EnvelopeRecord>, KeystoreError> {
-        self.read(|connection| match job.pass {
-            Pass::All => envelopes::select(
-                connection,
-                "WHERE rowid > CAST(?1 AS INTEGER)
-                 AND id NOT IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 0)
-                 ORDER BY rowid LIMIT ?2",
-                params![job.cursor, most, job.id.0],
-            ),
-            Pass::Left => envelopes::select(
-                connection,
-                "WHERE rowid > CAST(?1 AS INTEGER)
-                 AND id IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 1)
-                 ORDER BY rowid LIMIT ?2",
-                params![job.cursor, most, job.id.0],
-            ),
+        let chosen = match job.pass {
+            Pass::All => "id NOT IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 0)",
+            Pass::Left => "id IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 1)",
+        };
+        let sql = format!(
+            "WHERE rowid > CAST(?1 AS INTEGER) AND (?4 = '' OR vm = ?4) AND {chosen} ORDER BY rowid LIMIT ?2"
+        );
+        let scope = vm_column(&job.subject);
+        self.read(|connection| {
+            envelopes::select(connection, &sql, params![job.cursor, most, job.id.0, scope])
         })
     }
 
@@ -245,7 +238,7 @@ impl Keystore {
             transaction.execute(
                 "INSERT OR IGNORE INTO left_behind (job, envelope, reason, again)
                  SELECT jobs.id, envelopes.id, ?2, 1 FROM jobs JOIN envelopes
-                 ON envelopes.rowid > CAST(jobs.cursor AS INTEGER)
+                 ON envelopes.rowid > CAST(jobs.cursor AS INTEGER) AND (jobs.vm = '' OR jobs.vm = envelopes.vm)
                  WHERE jobs.id = ?1 AND jobs.state = 'running' AND jobs.pass = 'all'",
                 params![job.0, CAME_MEANWHILE],
             )?;
@@ -279,6 +272,25 @@ impl Keystore {
         })
     }
 
+    /// Notes how a job that is no sweep has ended: with all units done, or given up for a reason, as JSON. What has been done is
+    /// told of one that was aborted at that very moment, too.
+    pub fn end_job(&self, job: JobId, failure: Option<&str>) -> Result<JobRecord, KeystoreError> {
+        self.write(|transaction| {
+            let sql = match failure {
+                None => {
+                    "UPDATE jobs SET state = 'done', seen = total, waiting = '', updated = ?2
+                     WHERE id = ?1 AND state IN ('running', 'aborted') AND ?3 = ''"
+                }
+                Some(_) => {
+                    "UPDATE jobs SET state = 'incomplete', failure = ?3, waiting = '', updated = ?2
+                     WHERE id = ?1 AND state = 'running'"
+                }
+            };
+            transaction.execute(sql, params![job.0, now(), failure.unwrap_or_default()])?;
+            find(transaction, job)
+        })
+    }
+
     /// Ends a job where it is; says how it stands then.
     ///
     /// # Errors
@@ -294,14 +306,37 @@ impl Keystore {
     }
 }
 
-/// The job that runs has a look at an envelope that came, or changed, where it will not pass any more: it may need a KEK that
-/// the job takes out of use.
-pub(super) fn add_to_running_job(connection: &Connection, envelope: EnvelopeId) -> Result<(), StoreFault> {
+/// Whether none runs that excludes a job about `subject`.
+fn refuse_excluded(connection: &Connection, subject: &Subject) -> Result<(), StoreFault> {
+    let running = select(connection, "state = 'running'", [])?.whole()?;
+    match running.iter().find(|running| running.subject.excludes(subject)) {
+        Some(running) => Err(KeystoreError::JobRunning(running.id.0).into()),
+        None => Ok(()),
+    }
+}
+
+/// How many there are to be done: of a sweep as many as there are envelopes.
+fn units(connection: &Connection, subject: &Subject, given: u64) -> Result<i64, StoreFault> {
+    if subject.unit() != Unit::Envelopes {
+        return Ok(i64::try_from(given).unwrap_or(i64::MAX));
+    }
+    let sql = "SELECT count(*) FROM envelopes WHERE ?1 = '' OR vm = ?1";
+    Ok(connection.query_row(sql, [vm_column(subject)], |row| row.get(0))?)
+}
+
+/// Empty for all VMs.
+fn vm_column(subject: &Subject) -> String {
+    subject.vm().map(|vm| vm.to_string()).unwrap_or_default()
+}
+
+/// The sweeps that run have a look at an envelope that came, or changed, where they will not pass any more: it may need a KEK
+/// that they take out of use.
+pub(super) fn add_to_running_sweeps(connection: &Connection, envelope: EnvelopeId) -> Result<(), StoreFault> {
     connection
         .prepare_cached(
             "INSERT OR REPLACE INTO left_behind (job, envelope, reason, again)
              SELECT jobs.id, envelopes.id, ?2, 1 FROM jobs JOIN envelopes ON envelopes.id = ?1
-             WHERE jobs.state = 'running'
+             WHERE jobs.state = 'running' AND jobs.path = '' AND (jobs.vm = '' OR jobs.vm = envelopes.vm)
              AND (jobs.pass = 'left' OR envelopes.rowid <= CAST(jobs.cursor AS INTEGER))",
         )?
         .execute(params![envelope.to_string(), CAME_MEANWHILE])?;
@@ -415,7 +450,7 @@ fn select(
     values: impl rusqlite::Params,
 ) -> Result<Rows<JobRecord>, StoreFault> {
     let sql = format!(
-        "SELECT id, task, state, pass, cursor, total, seen, changed, waiting, created, updated,
+        "SELECT id, task, state, pass, cursor, total, seen, changed, waiting, created, updated, vm, path, failure,
             (SELECT count(*) FROM left_behind WHERE job = jobs.id) AS left
          FROM jobs WHERE {condition} ORDER BY id"
     );
@@ -428,13 +463,31 @@ fn job_of(row: &Row) -> Result<JobRecord, StoreFault> {
     let count = |column: &str| row.get::<_, i64>(column).map_or(0, i64::unsigned_abs);
     let text = |column: &str| rows::text(row, column).unwrap_or_default();
     let time = |column: &str| row.get(column).unwrap_or(0);
-    let state = text("state");
-    let state = JobState::parse(&state).ok_or_else(|| KeystoreError::Inconsistent {
-        row: format!("of job {id}"),
-        why: format!("its state is {state:?}"),
-    })?;
+    let failure = text("failure");
+    // It has the column's word of before: a job is incomplete for a reason of its own.
+    let state = match (text("state").as_str(), failure.is_empty()) {
+        ("running", _) => JobState::Running,
+        ("done", _) => JobState::Done,
+        ("incomplete", true) => JobState::Incomplete,
+        ("incomplete", false) => JobState::Failed,
+        ("aborted", _) => JobState::Aborted,
+        (state, _) => {
+            return Err(KeystoreError::Inconsistent {
+                row: format!("of job {id}"),
+                why: format!("its state is {state:?}"),
+            }
+            .into());
+        }
+    };
+    let subject = match (text("vm").parse(), text("path")) {
+        (Ok(vm), path) if path.is_empty() => Subject::EnvelopesOf(vm),
+        (Ok(vm), path) => Subject::Image { vm, path },
+        // Which excludes most.
+        (Err(_), _) => Subject::AllEnvelopes,
+    };
     Ok(JobRecord {
         id: JobId(id),
+        subject,
         task: text("task"),
         state,
         pass: match text("pass").as_str() {
@@ -447,6 +500,7 @@ fn job_of(row: &Row) -> Result<JobRecord, StoreFault> {
         changed: count("changed"),
         left: count("left"),
         waiting: text("waiting"),
+        failure,
         created: time("created"),
         updated: time("updated"),
     })

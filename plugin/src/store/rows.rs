@@ -211,9 +211,10 @@ mod tests {
 
     use super::*;
     use crate::model::envelope::{Binding, KekId, ObjectKind, ProviderId, Stanza, Verified};
+    use crate::model::job::Subject;
     use crate::secret::Dek;
     use crate::store::{
-        AuditAnchor, CopyPlace, Keystore, LeftBehind, MadeKek, NativeRoot, Pass, Put, Verdict,
+        AuditAnchor, CopyPlace, Keystore, LeftBehind, MadeKek, NativeRoot, NewJob, Pass, Put, Verdict,
     };
 
     fn dek() -> Dek {
@@ -340,6 +341,15 @@ mod tests {
         }
     }
 
+    fn sweep(left: &[LeftBehind]) -> NewJob<'_> {
+        NewJob {
+            subject: &Subject::AllEnvelopes,
+            task: "{}",
+            total: 0,
+            left,
+        }
+    }
+
     #[test]
     fn a_job_passes_a_damaged_envelope_and_says_so() {
         for damage in [DAMAGES[0], "id = 'nothing'", "id = x'ff'"] {
@@ -353,7 +363,7 @@ mod tests {
                 &keystore,
                 &format!("UPDATE envelopes SET {damage} WHERE id = '{}'", all[2].id),
             );
-            let mut job = keystore.insert_job("{}").unwrap();
+            let mut job = keystore.insert_job(&sweep(&[])).unwrap();
             let mut seen = 0;
             while job.pass == Pass::All {
                 let batch = keystore.next_of_job(&job, 2).unwrap();
@@ -390,9 +400,7 @@ mod tests {
             reason: "two versions".to_owned(),
             again: false,
         };
-        let job = keystore
-            .insert_job_without("{}", std::slice::from_ref(&left))
-            .unwrap();
+        let job = keystore.insert_job(&sweep(std::slice::from_ref(&left))).unwrap();
         let batch = keystore.next_of_job(&job, 10).unwrap().whole().unwrap();
         let ids: Vec<_> = batch.iter().map(|record| record.envelope.id).collect();
         assert_eq!(ids, [all[0].id, all[1].id]);
@@ -440,7 +448,7 @@ mod tests {
         }
         keystore.note_saved(vm, &[]).unwrap();
         keystore.journal_header(known.id, "/images/a", b"patch").unwrap();
-        let job = keystore.insert_job("{}").unwrap();
+        let job = keystore.insert_job(&sweep(&[])).unwrap();
         edit(
             &keystore,
             &format!(
@@ -453,7 +461,7 @@ mod tests {
                  INSERT INTO header_journal VALUES ('x', '/images/b', x'00');
                  UPDATE made_keks SET vm = 'x' WHERE kek = 'a';
                  INSERT INTO saved_states VALUES ('x', 1, '[]'), ('{0}', 1, '[\"{{\"]');
-                 INSERT INTO jobs SELECT NULL, task, 'asleep', pass, cursor, total, seen, changed, waiting, created, updated FROM jobs;
+                 INSERT INTO jobs SELECT NULL, task, 'asleep', pass, cursor, total, seen, changed, waiting, created, updated, vm, path, failure FROM jobs;
                  UPDATE jobs SET task = x'ff', total = 'many', cursor = x'00' WHERE state = 'running';
                  INSERT INTO left_behind VALUES (1, 'x', x'ff', 'maybe')",
                 ProviderId::random(),
@@ -494,10 +502,10 @@ mod tests {
         assert!(keystore.vm(vm).unwrap().unwrap().vtpm_seen);
         keystore.forget_saved(vm).unwrap();
         // And the job can be ended.
-        assert!(keystore.running_job().unwrap().is_some());
+        assert_eq!(keystore.running_jobs().unwrap().len(), 1);
         keystore.left_behind(job.id, 10).unwrap();
         keystore.abort_job(job.id).unwrap();
-        assert!(keystore.running_job().unwrap().is_none());
+        assert_eq!(keystore.running_jobs().unwrap(), []);
     }
 
     #[test]

@@ -9,8 +9,8 @@ use rusqlite::{Connection, OpenFlags};
 use super::{KeystoreError, error::StoreFault};
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 8] = [
-    TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS, KEK_NAMES, DAMAGED,
+const STEPS: [&str; 9] = [
+    TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS, KEK_NAMES, DAMAGED, JOBS,
 ];
 
 /// `PRAGMA user_version` after all steps.
@@ -192,6 +192,17 @@ const DAMAGED: &str = "
     CREATE TABLE damaged_envelopes (id, vm, kind, generation, json, state, location, since INTEGER NOT NULL);
 ";
 
+/// `jobs` has jobs about one VM (`vm`; empty: all) or one image of it (`path`), several at once. `failure`: why one was given up,
+/// which `state` calls incomplete. Its rows stay where they are, since one of them may be damaged.
+const JOBS: &str = "
+    ALTER TABLE jobs ADD COLUMN vm TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN path TEXT NOT NULL DEFAULT '';
+    ALTER TABLE jobs ADD COLUMN failure TEXT NOT NULL DEFAULT '';
+    DROP INDEX one_running_job;
+    CREATE UNIQUE INDEX one_running_job_of_a_subject ON jobs (vm, path) WHERE state = 'running';
+    UPDATE OR IGNORE jobs SET vm = coalesce(json_extract(task, '$.vm'), '') WHERE state = 'running' AND json_valid(task);
+";
+
 /// Opens `path`, checks it whole and brings its tables up to date.
 pub(super) fn open(path: &Path) -> Result<Connection, KeystoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -348,6 +359,48 @@ mod tests {
         let sql = statement.query_map([], |row| row.get::<_, String>(0)).unwrap();
         let words = |sql: String| sql.split_whitespace().collect::<Vec<_>>().join(" ");
         sql.map(|sql| words(sql.unwrap())).collect()
+    }
+
+    #[test]
+    fn a_sweep_goes_on_where_a_keystore_of_version_4_has_it() {
+        let vm = "6b2f9b3e-58c3-4fd5-9aa1-0d1f44a3e9b8";
+        let sweeps = [
+            (r#"{"kind":"rekey","to":[],"vm":null}"#, ""),
+            (r#"{"kind":"rotate","provider":"x"}"#, ""),
+            (&format!(r#"{{"kind":"rekey","to":[],"vm":"{vm}"}}"#), vm),
+            ("{", ""),
+        ];
+        for (task, expected) in sweeps {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("v4.db");
+            let old = Connection::open(&path).unwrap();
+            old.execute_batch(RELEASED[3]).unwrap();
+            old.execute(
+                "INSERT INTO jobs VALUES (8, ?1, 'running', 'left', '1', 5, 3, 2, 'locked', 1, 2)",
+                [task],
+            )
+            .unwrap();
+            drop(old);
+            let now = open(&path).unwrap();
+            let sql = "SELECT task, pass, cursor, seen, waiting, vm, path, failure FROM jobs WHERE state = 'running'";
+            let found: [String; 8] = now
+                .query_row(sql, [], |row| {
+                    let mut columns = <[String; 8]>::default();
+                    for (at, column) in columns.iter_mut().enumerate() {
+                        let value: rusqlite::types::Value = row.get(at)?;
+                        *column = match value {
+                            rusqlite::types::Value::Text(text) => text,
+                            other => format!("{other:?}"),
+                        };
+                    }
+                    Ok(columns)
+                })
+                .unwrap();
+            assert_eq!(
+                found.map(|column| column.replace("Integer(3)", "3")),
+                [task, "left", "1", "3", "locked", expected, "", ""]
+            );
+        }
     }
 
     #[test]

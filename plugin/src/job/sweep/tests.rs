@@ -7,7 +7,7 @@ use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Preced
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::secret::SecretBytes;
-use crate::store::{CopyNews, CopyPlace, JobId, Pass};
+use crate::store::{CopyNews, CopyPlace, Pass};
 
 fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
@@ -82,11 +82,12 @@ impl Host {
     }
 
     fn start(&self, task: &Task) -> JobId {
-        self.keystore.insert_job(&task.to_json()).unwrap().id
+        task.start(&self.keystore, &[]).unwrap().id
     }
 
     fn step(&self, batch: u32) -> Option<Step> {
-        step(&self.keystore, &self.recipients, batch).unwrap()
+        let running = self.keystore.running_jobs().unwrap().into_iter().next()?;
+        Some(step(&self.keystore, &self.recipients, running.id, batch).unwrap())
     }
 
     /// Until the job ends or waits.
@@ -409,7 +410,7 @@ fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
         provider: host.spare.id(),
     };
     let job = host.start(&task);
-    assert!(host.keystore.insert_job(&task.to_json()).is_err());
+    assert!(task.start(&host.keystore, &[]).is_err());
     assert!(matches!(host.step(4), Some(Step::Worked(_))));
     let aborted = host.keystore.abort_job(job).unwrap();
     assert_eq!((aborted.state, aborted.changed), (JobState::Aborted, 4));
@@ -418,6 +419,58 @@ fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
     assert_eq!((again.state, again.changed), (JobState::Done, 6));
     host.assert_whole();
     assert_eq!(host.keystore.jobs(10).unwrap().whole().unwrap().len(), 2);
+}
+
+#[test]
+fn sweeps_of_two_vms_go_side_by_side_and_see_their_own_envelopes_alone() {
+    let host = Host::with_envelopes(6);
+    let of = |at: usize| Task::Rekey {
+        to: vec![host.spare.id()],
+        vm: Some(host.envelopes()[at].vm),
+    };
+    let (one, other) = (of(0), of(3));
+    let ids = [host.start(&one), host.start(&other)];
+    assert!(one.start(&host.keystore, &[]).is_err(), "twice the same VM");
+    assert!(host.move_to_spare().start(&host.keystore, &[]).is_err());
+    for id in ids.into_iter().rev() {
+        loop {
+            let stepped = step(&host.keystore, &host.recipients, id, 50).unwrap();
+            if let Step::Ended(job) = stepped {
+                assert_eq!(
+                    (job.state, job.total, job.seen, job.changed),
+                    (JobState::Done, 1, 1, 1)
+                );
+                break;
+            }
+        }
+    }
+    let changed = host
+        .envelopes()
+        .iter()
+        .filter(|envelope| envelope.generation == Generation::of_test(2))
+        .count();
+    assert_eq!(changed, 2);
+    host.assert_whole();
+    assert!(host.move_to_spare().start(&host.keystore, &[]).is_ok());
+}
+
+#[test]
+fn an_aborted_job_can_be_resumed_and_sees_all_of_them_again() {
+    let host = Host::with_envelopes(5);
+    let job = host.start(&host.move_to_spare());
+    host.step(2);
+    host.keystore.abort_job(job).unwrap();
+    let other = host.start(&host.move_to_spare());
+    assert!(host.keystore.resume_job(job, &[]).is_err(), "beside another one");
+    host.keystore.abort_job(other).unwrap();
+    let resumed = host.keystore.resume_job(job, &[]).unwrap();
+    assert_eq!(
+        (resumed.state, resumed.seen, resumed.pass),
+        (JobState::Running, 0, Pass::All)
+    );
+    let ended = host.run();
+    assert_eq!((ended.id, ended.state, ended.changed), (job, JobState::Done, 3));
+    host.assert_providers(&[&host.spare]);
 }
 
 #[test]

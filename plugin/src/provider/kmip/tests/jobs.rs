@@ -59,12 +59,12 @@ impl Host {
     }
 
     fn run(&self, task: &Task) -> JobRecord {
-        self.keystore.insert_job(&task.to_json()).unwrap();
+        let id = task.start(&self.keystore, &[]).unwrap().id;
         for _ in 0..50 {
-            match sweep::step(&self.keystore, &self.recipients, 10).unwrap() {
-                Some(Step::Ended(job)) => return job,
-                Some(Step::Waits(job)) => panic!("waits: {}", job.waiting),
-                Some(Step::Worked(_)) | None => {}
+            match sweep::step(&self.keystore, &self.recipients, id, 10).unwrap() {
+                Step::Ended(job) => return job,
+                Step::Waits(job) => panic!("waits: {}", job.waiting),
+                Step::Worked(_) => {}
             }
         }
         panic!("the job never ends");
@@ -148,7 +148,7 @@ fn a_create_that_is_refused_for_good_ends_the_job() {
     assert_eq!(server.keys(), 4);
     // Trouble is waited for.
     server.has(&[Fault::RefusesCreate(0x100)]);
-    host.keystore.insert_job(&rotate.to_json()).unwrap();
-    let step = sweep::step(&host.keystore, &host.recipients, 10).unwrap();
-    assert!(matches!(step, Some(Step::Waits(_))), "{step:?}");
+    let id = rotate.start(&host.keystore, &[]).unwrap().id;
+    let step = sweep::step(&host.keystore, &host.recipients, id, 10).unwrap();
+    assert!(matches!(step, Step::Waits(_)), "{step:?}");
 }
