@@ -7,8 +7,10 @@
 //!
 //! Everything here is a pure function of the text.
 
+mod arguments;
 mod declared;
 pub mod edit;
+mod error;
 mod firmware;
 pub mod jobs;
 mod metadata;
@@ -18,19 +20,14 @@ mod policy;
 mod read;
 mod side_doors;
 mod splice;
+mod xml;
 
-use std::fmt;
 use std::path::{Path, PathBuf};
 
-use roxmltree::{Document, Node, ParsingOptions};
-use swtpm_state::libvirt_state_dir;
-use thiserror::Error;
-
-use crate::model::envelope::{EnvelopeError, EnvelopeId, VmId};
-use crate::model::problem::{Code, Problem};
-use crate::terminal::word;
+use crate::model::envelope::{EnvelopeId, VmId};
 
 pub use declared::DeclaredFormat;
+pub use error::{DomainError, Position};
 pub use firmware::{FirmwareWish, LaunchSecurity};
 pub use metadata::{Metadata, UnreadableCopy};
 pub use named::named_secrets;
@@ -39,6 +36,7 @@ pub use objects::{
 };
 pub use policy::{Permission, Policy, PolicyKey};
 pub use side_doors::{Rule, SideDoor};
+pub(crate) use xml::parse_document;
 pub use xml_bounds::Beyond;
 
 /// What virtseal needs to know of a libvirt domain (<https://libvirt.org/formatdomain.html>).
@@ -79,23 +77,12 @@ impl Domain {
         read::domain(&parse_document(xml)?)
     }
 
-    /// The directory of the vTPM's state, where `swtpm_dir` has one for each VM. Nobody else tells where that state is.
-    ///
-    /// # Errors
-    /// When the XML puts the state elsewhere.
-    pub fn vtpm_dir(&self, swtpm_dir: &Path) -> Result<PathBuf, VtpmElsewhere> {
-        match &self.tpm {
-            Some(Tpm {
-                backend: TpmBackend::Emulator {
-                    place: Some(place), ..
-                },
-                ..
-            }) => Err(VtpmElsewhere {
-                vm: self.name.clone(),
-                place: place.clone(),
-                usual: libvirt_state_dir(swtpm_dir, &self.uuid),
-            }),
-            _ => Ok(libvirt_state_dir(swtpm_dir, &self.uuid)),
+    /// Where the XML puts the vTPM's state, if not in libvirt's own directory.
+    #[must_use]
+    pub fn tpm_place(&self) -> Option<&Path> {
+        match &self.tpm.as_ref()?.backend {
+            TpmBackend::Emulator { place, .. } => place.as_deref(),
+            TpmBackend::Passthrough | TpmBackend::External | TpmBackend::Other(_) => None,
         }
     }
 
@@ -294,6 +281,12 @@ pub struct Tpm {
     pub backend: TpmBackend,
 }
 
+impl Tpm {
+    /// Why a vTPM whose state is in a place of its own can't be sealed, as a predicate.
+    pub const STATE_ELSEWHERE: &str =
+        "has its state in a place of its own (<source> in its <backend>), which virtseal can't seal yet";
+}
+
 /// The `<backend>` of a `<tpm>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TpmBackend {
@@ -314,179 +307,4 @@ pub enum TpmBackend {
     External,
     /// Another type, by its name.
     Other(String),
-}
-
-/// The state of the vTPM is in a place of its own, which virtseal does not look at.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("its vTPM {}: {}", Self::REASON, place.display())]
-pub struct VtpmElsewhere {
-    vm: String,
-    place: PathBuf,
-    usual: PathBuf,
-}
-
-impl VtpmElsewhere {
-    /// As a predicate.
-    pub const REASON: &str =
-        "has its state in a place of its own (<source> in its <backend>), which virtseal can't seal yet";
-}
-
-impl From<VtpmElsewhere> for Problem {
-    fn from(error: VtpmElsewhere) -> Self {
-        Self::new(Code::Failed, error.to_string()).next(format!(
-            "copy the state to {}, where libvirt has it by itself, and take <source> out of <backend>: virsh edit {}",
-            word(error.usual.display()),
-            word(&error.vm)
-        ))
-    }
-}
-
-/// A place in the XML, both counted from 1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
-    /// The line.
-    pub line: u32,
-    /// The column, in characters.
-    pub column: u32,
-}
-
-impl Position {
-    fn of(node: Node<'_, '_>) -> Self {
-        let at = node.document().text_pos_at(node.range().start);
-        Self {
-            line: at.row,
-            column: at.col,
-        }
-    }
-}
-
-impl fmt::Display for Position {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.line, self.column)
-    }
-}
-
-/// Why domain XML can't be read or changed.
-#[derive(Debug, Error)]
-pub enum DomainError {
-    /// Longer than [`Domain::MAX_XML`].
-    #[error("the domain XML has {found} bytes, more than the {} allowed", Domain::MAX_XML)]
-    TooLong {
-        /// Its length in bytes.
-        found: usize,
-    },
-    /// The parser would take too long.
-    #[error("the domain XML is beyond what is read")]
-    Beyond(#[source] Beyond),
-    /// Not well-formed, or with too many nodes.
-    #[error("the domain XML can't be read")]
-    Xml(#[source] roxmltree::Error),
-    /// The root element is another one.
-    #[error("{at}: <{found}> is no <domain>")]
-    NotADomain {
-        /// Its name.
-        found: String,
-        /// Where.
-        at: Position,
-    },
-    /// A needed element or attribute is missing.
-    #[error("{at}: {what} is missing")]
-    Missing {
-        /// Which.
-        what: &'static str,
-        /// The element that lacks it.
-        at: Position,
-    },
-    /// An element that may be there once is there twice.
-    #[error("{at}: a second {what}")]
-    Twice {
-        /// Which.
-        what: String,
-        /// The second one.
-        at: Position,
-    },
-    /// A value makes no sense.
-    #[error("{at}: {found:?} is no {what}")]
-    Value {
-        /// What it should be.
-        what: &'static str,
-        /// What it is.
-        found: String,
-        /// Where.
-        at: Position,
-    },
-    /// One of the envelopes in the metadata.
-    #[error("{at}: the envelope {which} in the metadata can't be read")]
-    Envelope {
-        /// Its id, or its number if it has none.
-        which: String,
-        /// Where.
-        at: Position,
-        /// Why.
-        #[source]
-        source: EnvelopeError,
-    },
-    /// An element's id and the envelope in it differ.
-    #[error("{at}: the metadata calls an envelope {stated}, but it is {found}")]
-    EnvelopeName {
-        /// The element's.
-        stated: String,
-        /// The envelope's.
-        found: EnvelopeId,
-        /// Where.
-        at: Position,
-    },
-    /// The plan names an object that is not there.
-    #[error("the domain has no {0}")]
-    NoObject(String),
-    /// The object is encrypted with another key already.
-    #[error("{at}: {label} is encrypted already, with another secret")]
-    AlreadyEncrypted {
-        /// The object.
-        label: String,
-        /// Where.
-        at: Position,
-    },
-    /// The object's form can't be changed as planned.
-    #[error("{at}: {label} can't be changed: {reason}")]
-    Unsupported {
-        /// The object.
-        label: String,
-        /// Why.
-        reason: &'static str,
-        /// Where.
-        at: Position,
-    },
-    /// The domain boots no UEFI.
-    #[error("the domain does not boot through UEFI, so it has no variable store")]
-    NotUefi,
-    /// libvirt is still to choose the firmware.
-    #[error(
-        "{at}: libvirt has not chosen the UEFI firmware yet: name the loader, or start the domain once before"
-    )]
-    FirmwareOpen {
-        /// The `<os>`.
-        at: Position,
-    },
-    /// Two changes at one place.
-    #[error("the domain XML has a form in which the changes overlap")]
-    Overlap,
-    /// XML can't hold this text.
-    #[error("{0:?} can't be written in XML")]
-    Unwritable(String),
-}
-
-/// The only way to the parser.
-pub(crate) fn parse_document(xml: &str) -> Result<Document<'_>, DomainError> {
-    if xml.len() > Domain::MAX_XML {
-        return Err(DomainError::TooLong { found: xml.len() });
-    }
-    xml_bounds::bounded(xml.as_bytes()).map_err(DomainError::Beyond)?;
-    let options = ParsingOptions {
-        allow_dtd: false,
-        nodes_limit: Domain::MAX_NODES,
-        ..ParsingOptions::default()
-    };
-    #[expect(clippy::disallowed_methods, reason = "the bounds were checked")]
-    Document::parse_with_options(xml, options).map_err(DomainError::Xml)
 }

@@ -19,6 +19,7 @@ use crate::host::permitted::{PathRule, PermittedPath};
 use crate::model::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Shredded, Shredding, VolumeError};
+use crate::object::vtpm::StateDir;
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
 use crate::store::{EnvelopeRecord, MadeKek};
@@ -468,7 +469,7 @@ fn refuse_state_elsewhere(defined: &DefinedDomain, swtpm_dir: &Path) -> Result<(
         return Ok(());
     };
     let stays = |elsewhere| Problem::from(elsewhere).of(format!("{} stays", defined.name));
-    domain.vtpm_dir(swtpm_dir).map(drop).map_err(stays)
+    StateDir::of_domain(&domain, swtpm_dir).map(drop).map_err(stays)
 }
 
 /// An image of the VM that another one uses, by what libvirt has.

@@ -16,6 +16,7 @@ use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy, VolumeError};
+use crate::object::vtpm::StateDir;
 use crate::store::{EnvelopeRecord, EnvelopeState, VmRecord};
 use crate::terminal::word;
 use crate::vm::names;
@@ -219,7 +220,9 @@ impl Daemon {
         known: &Known,
     ) -> (ObjectView, Standing, Option<String>) {
         let path = match object.kind {
-            ObjectKind::Vtpm => domain.vtpm_dir(&self.config().swtpm_dir).ok(),
+            ObjectKind::Vtpm => StateDir::of_domain(domain, &self.config().swtpm_dir)
+                .ok()
+                .map(|dir| dir.path().to_owned()),
             ObjectKind::Disk | ObjectKind::Nvram => object.path.clone(),
         };
         let (found, copy) = match (look, &path) {

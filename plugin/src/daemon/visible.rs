@@ -7,8 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use swtpm_state::{State, StateKey, libvirt_state_dir};
-
 use super::Daemon;
 use super::paths;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
@@ -16,6 +14,7 @@ use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
+use crate::object::Located;
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
 use crate::store::{CopyPlace, EnvelopeRecord, Keystore, LeftBehind};
@@ -407,26 +406,20 @@ impl Daemon {
         let passphrase = dek
             .passphrase()
             .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
-        if envelope.kind != ObjectKind::Vtpm {
-            let known = paths::locations_of(&self.keystore, envelope.vm)?;
-            let place = paths::rule(self).permit_known(Path::new(location), known.iter())?;
-            return self.opened_headers.open_image(&place, envelope, &passphrase);
+        let known = paths::locations_of(&self.keystore, envelope.vm)?;
+        let permit = |path: &Path| paths::rule(self).permit_known(path, known.iter());
+        let swtpm_dir = self.config().swtpm_dir;
+        let object = Located::of(
+            envelope.kind,
+            envelope.vm,
+            Some(Path::new(location)),
+            &swtpm_dir,
+            permit,
+        )?;
+        if let Some(object) = object {
+            self.opened_headers.open(&object, envelope, &passphrase)?;
         }
-        let dir = libvirt_state_dir(&self.config().swtpm_dir, &envelope.vm);
-        let of_state = |error: &dyn std::error::Error| {
-            Problem::from_error(Code::Failed, format!("its state in {}", dir.display()), error)
-        };
-        match State::read(&dir).map_err(|error| of_state(&error))? {
-            State::Absent => Ok(()),
-            State::Plain(_) => Err(Problem::new(
-                Code::Failed,
-                format!("its state in {} is not encrypted", dir.display()),
-            )),
-            State::Encrypted(state) => {
-                let key = StateKey::derive(passphrase.expose()).map_err(|error| of_state(&error))?;
-                state.authenticate(&key).map_err(|error| of_state(&error))
-            }
-        }
+        Ok(())
     }
 }
 

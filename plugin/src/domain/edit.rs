@@ -11,9 +11,10 @@ use std::path::{Path, PathBuf};
 use roxmltree::Node;
 
 use super::metadata::{ascii_json, envelope, envelope_nodes, stated_id, vm_node};
-use super::read::{self, child, children};
+use super::read;
 use super::splice::{self, Edit, Element, Place};
-use super::{Domain, DomainError, Encryption, Metadata, Position, SecretRef, parse_document};
+use super::xml::{self, child, children, parse_document};
+use super::{Domain, DomainError, Encryption, Metadata, Position, SecretRef};
 use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Precedence};
 
 /// What [`seal`] writes.
@@ -91,7 +92,7 @@ impl LoaderPin {
 pub fn seal(xml: &str, plan: &SealEdit<'_>) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
     let domain = read::domain(&document)?;
-    let root = read::root(&document)?;
+    let root = xml::root(&document)?;
     let mut edits = Vec::new();
     for disk in &plan.disks {
         edits.extend(disk_edits(xml, root, disk)?);
@@ -113,7 +114,7 @@ pub fn seal(xml: &str, plan: &SealEdit<'_>) -> Result<String, DomainError> {
 /// When the XML can't be read.
 pub fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
-    let edits = envelope_edits(xml, read::root(&document)?, envelopes)?;
+    let edits = envelope_edits(xml, xml::root(&document)?, envelopes)?;
     finish(xml, edits)
 }
 
@@ -164,14 +165,14 @@ fn is_of_later_virtseal(error: &DomainError) -> bool {
 /// When the XML can't be read, or a layer below a disk still needs one of the envelopes.
 pub fn unseal(xml: &str) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
-    let root = read::root(&document)?;
+    let root = xml::root(&document)?;
     let Some(metadata) = read::domain(&document)?.metadata else {
         return Ok(xml.to_owned());
     };
     let mut edits = Vec::new();
-    for (target, disk) in read::disk_nodes(root)? {
+    for (target, disk) in xml::disk_nodes(root)? {
         refuse_sealed_layers(target, disk, &metadata)?;
-        edits.extend(ours(read::disk_encryption(disk), &metadata)?.map(|node| collapse(xml, node)));
+        edits.extend(ours(xml::disk_encryption(disk), &metadata)?.map(|node| collapse(xml, node)));
     }
     let nvram = child(root, "os").and_then(|os| child(os, "nvram"));
     let nvram = nvram
@@ -199,7 +200,7 @@ fn finish(xml: &str, edits: Vec<Edit>) -> Result<String, DomainError> {
 
 fn disk_edits(xml: &str, root: Node<'_, '_>, plan: &DiskEdit) -> Result<Vec<Edit>, DomainError> {
     let label = format!("disk {}", plan.target);
-    let (_, disk) = read::disk_nodes(root)?
+    let (_, disk) = xml::disk_nodes(root)?
         .into_iter()
         .find(|(target, _)| *target == plan.target)
         .ok_or_else(|| DomainError::NoObject(label.clone()))?;
@@ -221,7 +222,7 @@ fn disk_edits(xml: &str, root: Node<'_, '_>, plan: &DiskEdit) -> Result<Vec<Edit
         }
         edits.extend(splice::set_attribute(xml, source, "file", writable_path(path)?));
     }
-    if !has_encryption(read::disk_encryption(disk), plan.envelope, &label)? {
+    if !has_encryption(xml::disk_encryption(disk), plan.envelope, &label)? {
         let element = encryption(plan.envelope, None);
         edits.push(splice::insert(xml, source, Place::Last, &element));
     }
@@ -273,7 +274,7 @@ fn has_encryption(node: Option<Node<'_, '_>>, secret: EnvelopeId, label: &str) -
 /// ends or is refused.
 fn tpm_edits(xml: &str, root: Node<'_, '_>, secret: EnvelopeId) -> Result<Vec<Edit>, DomainError> {
     let element = Element::new("encryption").attribute("secret", &secret.to_string());
-    let Some(tpm) = read::tpm_node(root) else {
+    let Some(tpm) = xml::tpm_node(root) else {
         let devices = child(root, "devices").ok_or_else(|| DomainError::NoObject("<devices>".into()))?;
         let backend = Element::new("backend")
             .attribute("type", "emulator")
@@ -379,7 +380,7 @@ fn metadata_insertion(xml: &str, root: Node<'_, '_>, envelopes: &[Envelope]) -> 
         return splice::insert(xml, metadata, Place::Last, &vm);
     }
     let before = ["name", "uuid", "genid", "title", "description"];
-    let is_before = |node: &Node<'_, '_>| before.iter().any(|name| read::is(*node, name));
+    let is_before = |node: &Node<'_, '_>| before.iter().any(|name| xml::is(*node, name));
     let last = root.children().rfind(is_before);
     let place = last.map_or(Place::First, Place::After);
     splice::insert(xml, root, place, &Element::new("metadata").children([vm]))
@@ -407,7 +408,7 @@ fn tpm_encryption<'a, 'i>(
     root: Node<'a, 'i>,
     metadata: &Metadata,
 ) -> Result<Option<Node<'a, 'i>>, DomainError> {
-    let Some(backend) = read::tpm_node(root).and_then(|tpm| child(tpm, "backend")) else {
+    let Some(backend) = xml::tpm_node(root).and_then(|tpm| child(tpm, "backend")) else {
         return Ok(None);
     };
     let ours = read::tpm_secret(backend)?.is_some_and(|id| metadata.names(id));
@@ -417,7 +418,7 @@ fn tpm_encryption<'a, 'i>(
 fn refuse_sealed_layers(target: &str, disk: Node<'_, '_>, metadata: &Metadata) -> Result<(), DomainError> {
     let mut layer = child(disk, "backingStore");
     while let Some(node) = layer {
-        if ours(read::disk_encryption(node), metadata)?.is_some() {
+        if ours(xml::disk_encryption(node), metadata)?.is_some() {
             return Err(DomainError::Unsupported {
                 label: format!("disk {target}"),
                 reason: "a layer below it is still encrypted with a key of this VM",

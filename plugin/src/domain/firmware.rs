@@ -2,7 +2,7 @@
 
 use roxmltree::Node;
 
-use super::read::child;
+use super::xml::child;
 
 /// The parts of the XML that libvirt compares with a firmware descriptor. `None` is what the XML does not say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(super) fn read(root: Node<'_, '_>, os: Node<'_, '_>) -> FirmwareWish {
     let feature = |name: &str| {
         let mut features = features
             .into_iter()
-            .flat_map(|features| super::read::children(features, "feature"));
+            .flat_map(|features| super::xml::children(features, "feature"));
         switch(
             features.find(|feature| feature.attribute("name") == Some(name)),
             "enabled",
@@ -85,7 +85,7 @@ fn launch_security(node: Node<'_, '_>) -> LaunchSecurity {
     if kind != "sev" {
         return LaunchSecurity::Other(kind.to_owned());
     }
-    let policy = child(node, "policy").map(super::read::text).unwrap_or_default();
+    let policy = child(node, "policy").map(super::xml::text).unwrap_or_default();
     let policy = policy.trim();
     let number = match policy.strip_prefix("0x") {
         Some(hex) => u32::from_str_radix(hex, 16),

@@ -4,8 +4,8 @@ use std::fmt;
 
 use roxmltree::Node;
 
-use super::read::{child, children};
-use super::{DomainError, parse_document};
+use super::DomainError;
+use super::xml::{child, children, parse_document};
 
 /// Where a job writes.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,8 +18,8 @@ use std::path::PathBuf;
 
 use roxmltree::Node;
 
-use super::read::{child, text};
-use super::{DomainError, Position, parse_document};
+use super::xml::{child, parse_document, text};
+use super::{DomainError, Position};
 use crate::model::envelope::{Envelope, EnvelopeId};
 use crate::model::problem::chain;
 

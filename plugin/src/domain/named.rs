@@ -3,8 +3,8 @@
 use roxmltree::Node;
 use uuid::Uuid;
 
-use super::read::{root, text};
-use super::{DomainError, parse_document};
+use super::DomainError;
+use super::xml::{parse_document, root, text};
 use crate::model::envelope::EnvelopeId;
 
 /// What virtseal puts before the UUID in the usage of its secrets.

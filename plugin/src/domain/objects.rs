@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::{
     Disk, DiskDevice, Domain, Encryption, Firmware, Policy, PolicyKey, SecretRef, Source, Tpm, TpmBackend,
-    Uefi, VtpmElsewhere,
+    Uefi,
 };
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 
@@ -216,7 +216,7 @@ fn luks_secret(encryption: &Encryption) -> Result<EnvelopeId, &'static str> {
 
 fn tpm_object(tpm: &Tpm) -> Option<Object> {
     let state = match &tpm.backend {
-        TpmBackend::Emulator { place: Some(_), .. } => ObjectState::Unsupported(VtpmElsewhere::REASON),
+        TpmBackend::Emulator { place: Some(_), .. } => ObjectState::Unsupported(Tpm::STATE_ELSEWHERE),
         TpmBackend::Emulator { secret: Some(id), .. } => ObjectState::Sealed(*id),
         TpmBackend::Emulator { secret: None, .. } => ObjectState::Plain,
         // The host's TPM keeps its state inside the chip.

@@ -1,16 +1,17 @@
 //! From XML nodes to the types of [`super`].
 
-use std::collections::HashSet;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use roxmltree::{Document, Node};
 
+use super::xml::{
+    attribute, child, children, disk_encryption, disk_nodes, parsed, required, root, text, tpm_node, value,
+};
 use super::{
     BackingLayer, Disk, DiskDevice, Domain, DomainError, Encryption, Firmware, Layout, Nvram, Position,
     SecretRef, Source, Tpm, TpmBackend, Uefi,
 };
-use super::{metadata, side_doors};
+use super::{firmware as wish, metadata, side_doors};
 use crate::model::envelope::EnvelopeId;
 
 pub(super) fn domain(document: &Document<'_>) -> Result<Domain, DomainError> {
@@ -29,79 +30,15 @@ pub(super) fn domain(document: &Document<'_>) -> Result<Domain, DomainError> {
     })
 }
 
-/// The `<domain>` element.
-pub(super) fn root<'a, 'i>(document: &'a Document<'i>) -> Result<Node<'a, 'i>, DomainError> {
-    let root = document.root_element();
-    if is(root, "domain") {
-        Ok(root)
-    } else {
-        Err(DomainError::NotADomain {
-            found: root.tag_name().name().to_owned(),
-            at: Position::of(root),
-        })
+/// Where `<nvram>` says that the variable store is.
+pub(super) fn nvram_source(node: Node<'_, '_>) -> Result<Source, DomainError> {
+    let path = text(node).trim().to_owned();
+    match node.attribute("type") {
+        None | Some("file") if child(node, "source").is_none() && !path.is_empty() => {
+            Ok(Source::File(path.into()))
+        }
+        kind => source(node, kind.unwrap_or("file")),
     }
-}
-
-/// Whether this is libvirt's element `name`: those have no namespace.
-pub(super) fn is(node: Node<'_, '_>, name: &str) -> bool {
-    node.is_element() && node.tag_name().namespace().is_none() && node.tag_name().name() == name
-}
-
-/// All of libvirt's elements `name` directly below `node`.
-pub(super) fn children<'a, 'i>(node: Node<'a, 'i>, name: &str) -> impl Iterator<Item = Node<'a, 'i>> {
-    node.children().filter(move |child| is(*child, name))
-}
-
-/// libvirt's element `name` directly below `node`; libvirt too looks at the first one only.
-pub(super) fn child<'a, 'i>(node: Node<'a, 'i>, name: &str) -> Option<Node<'a, 'i>> {
-    children(node, name).next()
-}
-
-/// The text directly in `node`, comments left out.
-pub(super) fn text(node: Node<'_, '_>) -> String {
-    node.children()
-        .filter(Node::is_text)
-        .filter_map(|child| child.text())
-        .collect()
-}
-
-/// Every `<disk>` with its `<target dev=…>`.
-pub(super) fn disk_nodes<'a, 'i>(root: Node<'a, 'i>) -> Result<Vec<(&'a str, Node<'a, 'i>)>, DomainError> {
-    let mut seen = HashSet::new();
-    let devices = children(root, "devices").flat_map(|devices| children(devices, "disk"));
-    devices
-        .map(|disk| {
-            let target = attribute(
-                required(disk, "target", "<target>")?,
-                "dev",
-                "the target's attribute dev",
-            )?;
-            if seen.insert(target) {
-                Ok((target, disk))
-            } else {
-                Err(DomainError::Twice {
-                    what: format!("disk {target}"),
-                    at: Position::of(disk),
-                })
-            }
-        })
-        .collect()
-}
-
-/// The `<tpm>` that holds the VM's state: an emulator before any other.
-pub(super) fn tpm_node<'a, 'i>(root: Node<'a, 'i>) -> Option<Node<'a, 'i>> {
-    let tpms = || children(root, "devices").flat_map(|devices| children(devices, "tpm"));
-    let emulated = |tpm: &Node<'_, '_>| {
-        child(*tpm, "backend").is_some_and(|backend| backend.attribute("type") == Some("emulator"))
-    };
-    tpms().find(emulated).or_else(|| tpms().next())
-}
-
-/// The `<encryption>` of a disk: in its `<source>`, or in the `<disk>` itself as older XML has it.
-pub(super) fn disk_encryption<'a, 'i>(disk: Node<'a, 'i>) -> Option<Node<'a, 'i>> {
-    child(disk, "source")
-        .and_then(|source| child(source, "encryption"))
-        .or_else(|| child(disk, "encryption"))
 }
 
 pub(super) fn encryption(node: Node<'_, '_>) -> Result<Encryption, DomainError> {
@@ -118,17 +55,6 @@ pub(super) fn encryption(node: Node<'_, '_>) -> Result<Encryption, DomainError> 
         engine: node.attribute("engine").map(str::to_owned),
         secret: first.map_or(Ok(SecretRef::Missing), secret)?,
     })
-}
-
-/// Where `<nvram>` says that the variable store is.
-pub(super) fn nvram_source(node: Node<'_, '_>) -> Result<Source, DomainError> {
-    let path = text(node).trim().to_owned();
-    match node.attribute("type") {
-        None | Some("file") if child(node, "source").is_none() && !path.is_empty() => {
-            Ok(Source::File(path.into()))
-        }
-        kind => source(node, kind.unwrap_or("file")),
-    }
 }
 
 fn secret(node: Node<'_, '_>) -> Result<SecretRef, DomainError> {
@@ -176,7 +102,7 @@ fn firmware(root: Node<'_, '_>) -> Result<Firmware, DomainError> {
             secure: says("secure", "yes"),
             stateless: says("stateless", "yes"),
             nvram: child(os, "nvram").map(nvram).transpose()?,
-            wish: super::firmware::read(root, os),
+            wish: wish::read(root, os),
         }));
     }
     Ok(path.map_or(Firmware::Bios, Firmware::Rom))
@@ -317,30 +243,4 @@ pub(super) fn tpm_secret(backend: Node<'_, '_>) -> Result<Option<EnvelopeId>, Do
     };
     let uuid = attribute(encryption, "secret", "the encryption's secret")?;
     value(encryption, uuid, "UUID").map(Some)
-}
-
-fn required<'a, 'i>(node: Node<'a, 'i>, name: &str, what: &'static str) -> Result<Node<'a, 'i>, DomainError> {
-    child(node, name).ok_or_else(|| DomainError::Missing {
-        what,
-        at: Position::of(node),
-    })
-}
-
-fn attribute<'a>(node: Node<'a, '_>, name: &str, what: &'static str) -> Result<&'a str, DomainError> {
-    node.attribute(name).ok_or_else(|| DomainError::Missing {
-        what,
-        at: Position::of(node),
-    })
-}
-
-fn parsed<T: FromStr>(node: Node<'_, '_>, what: &'static str) -> Result<T, DomainError> {
-    value(node, text(node).trim(), what)
-}
-
-fn value<T: FromStr>(node: Node<'_, '_>, found: &str, what: &'static str) -> Result<T, DomainError> {
-    found.parse().map_err(|_| DomainError::Value {
-        what,
-        found: found.chars().take(80).collect(),
-        at: Position::of(node),
-    })
 }

@@ -9,8 +9,9 @@ use std::path::PathBuf;
 
 use roxmltree::Node;
 
-use super::jobs::JobTarget;
-use super::read::{child, children};
+use super::arguments::{self, Argument};
+use super::jobs::{self, JobTarget};
+use super::xml::{child, children, text};
 use super::{Firmware, PolicyKey, Source};
 
 /// One way out.
@@ -80,6 +81,14 @@ impl SideDoor {
             | Self::Mirror(_)
             | Self::Dump(_)
             | Self::InternalSnapshots(_) => Rule::Warned,
+        }
+    }
+
+    fn of_argument(argument: Argument) -> Self {
+        match argument {
+            Argument::Storage(shown) => Self::StorageArgument(shown),
+            Argument::Memory(shown) => Self::MemoryArgument(shown),
+            Argument::Other(shown) => Self::Argument(shown),
         }
     }
 
@@ -156,12 +165,12 @@ pub(super) fn read(root: Node<'_, '_>, firmware: &Firmware) -> Vec<SideDoor> {
     let mut found = Vec::new();
     found.extend(has_file_memory(root).then_some(SideDoor::FileMemory));
     found.extend(devices().filter_map(persistent_memory));
-    found.extend(arguments(root));
+    found.extend(arguments::read(root).into_iter().map(SideDoor::of_argument));
     found.extend(devices().filter_map(directory));
     found.extend(
         devices()
             .filter(|node| node.has_tag_name("pstore"))
-            .map(|pstore| SideDoor::Pstore(child(pstore, "path").map(super::read::text).unwrap_or_default())),
+            .map(|pstore| SideDoor::Pstore(child(pstore, "path").map(text).unwrap_or_default())),
     );
     for output in devices().filter_map(output) {
         // libvirt shows the first serial port as a console too.
@@ -209,7 +218,7 @@ fn persistent_memory(node: Node<'_, '_>) -> Option<SideDoor> {
     let path = child(node, "source").and_then(|source| child(source, "path"));
     Some(SideDoor::PersistentMemory {
         model: model.to_owned(),
-        path: path.map(|path| super::read::text(path).trim().into()),
+        path: path.map(|path| text(path).trim().into()),
     })
 }
 
@@ -254,13 +263,11 @@ fn output(node: Node<'_, '_>) -> Option<SideDoor> {
 
 /// Of a running VM: libvirt shows a copy in the making beside the disk.
 fn mirror(disk: Node<'_, '_>) -> Option<SideDoor> {
-    super::jobs::copy(disk)
-        .filter(|copy| !copy.sealed)
-        .map(SideDoor::Mirror)
+    jobs::copy(disk).filter(|copy| !copy.sealed).map(SideDoor::Mirror)
 }
 
 fn dumps(root: Node<'_, '_>) -> impl Iterator<Item = SideDoor> {
-    let crash = child(root, "on_crash").map(super::read::text);
+    let crash = child(root, "on_crash").map(text);
     let crash = crash.filter(|action| action.trim().starts_with("coredump"));
     let mut watchdogs = children(root, "devices").flat_map(|devices| children(devices, "watchdog"));
     let watchdog = watchdogs.any(|watchdog| watchdog.attribute("action") == Some("dump"));
@@ -285,103 +292,10 @@ fn snapshots(firmware: &Firmware) -> Option<&'static str> {
     }
 }
 
-const QEMU_NAMESPACE: &str = "http://libvirt.org/schemas/domain/qemu/1.0";
-
-/// Options of QEMU that add a disk or a directory, or read more options from a file.
-const STORAGE: [&str; 18] = [
-    "drive",
-    "blockdev",
-    "hda",
-    "hdb",
-    "hdc",
-    "hdd",
-    "fda",
-    "fdb",
-    "cdrom",
-    "sd",
-    "mtdblock",
-    "pflash",
-    "snapshot",
-    "fsdev",
-    "virtfs",
-    "readconfig",
-    "loadvm",
-    "set",
-];
-/// Devices that have storage behind them, as a prefix of their names. A controller has none.
-const STORAGE_DEVICES: [&str; 20] = [
-    "virtio-blk",
-    "vhost-user-blk",
-    "scsi-",
-    "ide-hd",
-    "ide-cd",
-    "ide-drive",
-    "ide-cf",
-    "nvme",
-    "usb-storage",
-    "usb-bot",
-    "usb-uas",
-    "usb-mtp",
-    "floppy",
-    "isa-fdc",
-    "sd-card",
-    "emmc",
-    "virtio-9p",
-    "vhost-user-fs",
-    "xen-disk",
-    "vfio-user",
-];
-const MEMORY_DEVICES: [&str; 3] = ["nvdimm", "virtio-pmem", "ivshmem"];
-
-/// The arguments of `<qemu:commandline>`, each option with what belongs to it.
-fn arguments(root: Node<'_, '_>) -> Vec<SideDoor> {
-    let lines = root
-        .children()
-        .filter(|node| node.has_tag_name((QEMU_NAMESPACE, "commandline")));
-    let values: Vec<_> = lines
-        .flat_map(|line| line.children())
-        .filter(|node| node.has_tag_name((QEMU_NAMESPACE, "arg")))
-        .filter_map(|node| node.attribute("value"))
-        .collect();
-    let mut found = Vec::new();
-    let mut at = 0;
-    while at < values.len() {
-        let option = values[at];
-        let value = values.get(at + 1).filter(|next| !next.starts_with('-'));
-        at += 1 + usize::from(value.is_some());
-        found.push(argument(option, value.copied()));
-    }
-    found
-}
-
-fn argument(option: &str, value: Option<&str>) -> SideDoor {
-    let name = option.trim_start_matches('-');
-    let value = value.unwrap_or_default();
-    let shown = format!("{option} {value}").trim_end().to_owned();
-    // `driver=x,…`, `x,…` and `{"driver": "x", …}`
-    let is_one_of = |names: &[&str]| {
-        value
-            .split(|c: char| !c.is_ascii_alphanumeric() && !matches!(c, '-' | '_' | '.'))
-            .any(|word| names.iter().any(|name| word.starts_with(name)))
-    };
-    let has_key = |key: &str| value.contains(&format!("{key}=")) || value.contains(&format!("\"{key}\""));
-    match name {
-        // What does not begin with a dash is a disk image to QEMU.
-        _ if !option.starts_with('-') => SideDoor::StorageArgument(shown),
-        name if STORAGE.contains(&name) => SideDoor::StorageArgument(shown),
-        "device" if is_one_of(&MEMORY_DEVICES) || has_key("memdev") => SideDoor::MemoryArgument(shown),
-        "device" if is_one_of(&STORAGE_DEVICES) || has_key("drive") => SideDoor::StorageArgument(shown),
-        "mem-path" => SideDoor::MemoryArgument(shown),
-        "object" if is_one_of(&["memory-backend-file"]) || has_key("mem-path") => {
-            SideDoor::MemoryArgument(shown)
-        }
-        _ => SideDoor::Argument(shown),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::Domain;
+    use super::super::arguments::QEMU_NAMESPACE;
     use super::*;
 
     fn doors(inside: &str) -> Vec<SideDoor> {

@@ -374,7 +374,7 @@ fn unit_of(indentation: &str) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::super::parse_document;
+    use super::super::xml::parse_document;
     use super::*;
 
     fn edited(xml: &str, edit: impl FnOnce(Node<'_, '_>) -> Option<Edit>) -> String {

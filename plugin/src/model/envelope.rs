@@ -96,9 +96,13 @@ impl ObjectKind {
             Self::Nvram => "nvram",
         }
     }
-}
 
-impl ObjectKind {
+    /// Whether the first start of its VM makes it: until then none has to be there.
+    #[must_use]
+    pub fn is_made_at_first_start(self) -> bool {
+        self == Self::Vtpm
+    }
+
     /// Its byte in what is hashed: never to be changed.
     fn code(self) -> u8 {
         match self {

@@ -22,17 +22,14 @@ mod armed;
 mod deadline;
 mod first_run;
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
-
-use swtpm_state::{State, StateKey};
 
 use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
-use crate::host::permitted::{PathRule, PermittedPath};
-use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Generation, ObjectKind, Precedence, VmId};
+use crate::host::permitted::PathRule;
+use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
-use crate::object::disk::{self, VolumeError};
+use crate::object::disk::VolumeError;
+use crate::object::{Located, ObjectError, OpenedHeaders, Opening};
 use crate::recipients::{OpenError, Recipients};
 use crate::secret::{Dek, Passphrase};
 use crate::store::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, VmRecord};
@@ -119,9 +116,9 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
             .passphrase()
             .map_err(|error| of_object(Problem::from_error(Code::Failed, "no memory for its key", &error)))?;
         match open_object(context, domain, &object, &believed.envelope, &passphrase).map_err(of_object)? {
-            Found::Image => {}
-            Found::State => believed.note_seen(&dek),
-            Found::NoState => first_run = FirstRun::of(&believed.envelope, &dek),
+            Opening::Opened if object.kind.is_made_at_first_start() => believed.note_seen(&dek),
+            Opening::Opened => {}
+            Opening::NotMade => first_run = FirstRun::of(&believed.envelope, &dek),
         }
         opened.push(Opened {
             envelope: believed.envelope.id,
@@ -310,14 +307,6 @@ fn check_place(domain: &Domain, object: &ObjectRef, versions: &[&Envelope]) -> R
     Ok(())
 }
 
-/// What was there to open.
-enum Found {
-    Image,
-    State,
-    /// swtpm will make it, or it comes from elsewhere.
-    NoState,
-}
-
 /// Really opens the object with its key, or says why QEMU or swtpm would fail.
 fn open_object(
     context: &StartContext<'_>,
@@ -325,80 +314,46 @@ fn open_object(
     object: &ObjectRef,
     envelope: &Envelope,
     passphrase: &Passphrase,
-) -> Result<Found, Problem> {
-    match (object.kind, &object.path) {
-        (ObjectKind::Vtpm, _) => open_vtpm(context, domain, envelope, passphrase),
-        (_, Some(path)) => {
-            let place = permit(context, domain, envelope, path)?;
-            context.opened_headers.open_image(&place, envelope, passphrase)?;
-            Ok(Found::Image)
-        }
-        // On the network: QEMU alone can open it.
-        (_, None) => Ok(Found::Image),
-    }
-}
-
-/// Nothing is read where neither this host's settings nor the keystore expect an image of this VM.
-fn permit(
-    context: &StartContext<'_>,
-    domain: &Domain,
-    envelope: &Envelope,
-    path: &Path,
-) -> Result<PermittedPath, Problem> {
-    let own = context.keystore.envelopes_of(domain.uuid)?.sound;
-    // Another VM's, if it is shared.
-    let named = context.keystore.readable_envelope(envelope.id)?;
-    let known = own.iter().chain(&named).map(|record| &record.location);
-    context.paths.permit_known(path, known).map_err(|error| {
-        if error.is_missing() {
-            of_sealed_image(VolumeError::NotFound(path.to_owned()))
-        } else {
-            error.into()
-        }
-    })
-}
-
-/// swtpm answers a missing state file with a new, empty TPM, so a state that was there must not be missing.
-fn open_vtpm(
-    context: &StartContext<'_>,
-    domain: &Domain,
-    envelope: &Envelope,
-    passphrase: &Passphrase,
-) -> Result<Found, Problem> {
-    let dir = domain.vtpm_dir(&context.swtpm_dir)?;
-    let shown = dir.display();
-    let state = State::read(&dir)
-        .map_err(|error| Problem::from_error(Code::Failed, format!("its state in {shown}"), &error))?;
-    match state {
-        State::Absent if context.state_source == StateSource::Stream => {
+) -> Result<Opening, Problem> {
+    let path = object.path.as_deref();
+    let known = known_places(context, domain, envelope)?;
+    let permit = |path: &Path| {
+        // Nothing is read where neither this host's settings nor the keystore expect an image of this VM, or another's that is shared.
+        context.paths.permit_known(path, known.iter())
+    };
+    let located = Located::of(object.kind, domain.uuid, path, &context.swtpm_dir, permit);
+    let located = located.map_err(|error| match (error.is_missing(), path) {
+        (true, Some(path)) => ObjectError::from(VolumeError::NotFound(path.to_owned())).into(),
+        _ => Problem::from(error),
+    })?;
+    // On the network: QEMU alone can open it.
+    let Some(located) = located else {
+        return Ok(Opening::Opened);
+    };
+    let opening = context.opened_headers.open(&located, envelope, passphrase)?;
+    match opening {
+        Opening::NotMade if context.state_source == StateSource::Stream => {
             tracing::info!(
                 domain = domain.name,
-                "its vTPM has no state here: it comes with the VM"
+                "the {} is not here: it comes with the VM",
+                object.label
             );
-            Ok(Found::NoState)
         }
-        State::Absent if has_run(context, domain.uuid, envelope)? => Err(Problem::new(
-            Code::WouldLoseKey,
-            format!("its state is gone from {shown}, and swtpm would silently make a new TPM"),
-        )
-        .next(format!("restore {shown} from a backup"))),
-        State::Absent => Ok(Found::NoState),
-        State::Plain(_) => Err(
-            Problem::new(Code::Failed, format!("its state in {shown} is not encrypted"))
-                .next(format!("virtseal vm status {}", word(&domain.name))),
-        ),
-        State::Encrypted(state) => {
-            StateKey::derive(passphrase.expose())
-                .map_err(|error| Problem::from_error(Code::Failed, "its key", &error))
-                .and_then(|key| {
-                    state.authenticate(&key).map_err(|error| {
-                        Problem::from_error(Code::Failed, format!("its state in {shown}"), &error)
-                            .next(format!("restore {shown} from a backup"))
-                    })
-                })?;
-            Ok(Found::State)
-        }
+        Opening::NotMade if has_run(context, domain.uuid, envelope)? => return Err(located.gone().into()),
+        Opening::NotMade | Opening::Opened => {}
     }
+    Ok(opening)
+}
+
+/// The images of this VM by the keystore, and that of the envelope, which may be another's that is shared.
+fn known_places(
+    context: &StartContext<'_>,
+    domain: &Domain,
+    envelope: &Envelope,
+) -> Result<Vec<String>, Problem> {
+    let own = context.keystore.envelopes_of(domain.uuid)?.sound.into_iter();
+    let named = context.keystore.readable_envelope(envelope.id)?;
+    Ok(own.chain(named).map(|record| record.location).collect())
 }
 
 /// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
@@ -464,62 +419,9 @@ fn keep(
     if state == Some(EnvelopeState::Pending) {
         keystore.activate(believed.envelope.id)?;
     }
-    let seen = believed.envelope.kind == ObjectKind::Vtpm && believed.envelope.seen;
+    let seen = believed.envelope.kind.is_made_at_first_start() && believed.envelope.seen;
     if seen && keystore.vm(domain.uuid)?.is_some_and(|record| !record.vtpm_seen) {
         keystore.set_vtpm_seen(domain.uuid)?;
     }
     Ok(())
-}
-
-/// Which image headers were opened with which envelope, so that a start does not pay for PBKDF2 again.
-///
-/// Holds digests of LUKS headers, no keys. A header that changes in any byte is opened anew.
-#[derive(Debug, Default)]
-pub struct OpenedHeaders(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
-
-impl OpenedHeaders {
-    /// Opens an image with its passphrase, unless this very header was opened before.
-    pub fn open_image(
-        &self,
-        place: &PermittedPath,
-        envelope: &Envelope,
-        passphrase: &Passphrase,
-    ) -> Result<(), Problem> {
-        let digest = disk::header_digest(place).map_err(of_sealed_image)?;
-        let opened = (envelope.generation, digest);
-        if self.lock().get(&envelope.id) == Some(&opened) {
-            return Ok(());
-        }
-        disk::verify(place, passphrase).map_err(of_sealed_image)?;
-        self.lock().insert(envelope.id, opened);
-        Ok(())
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<EnvelopeId, (Generation, [u8; 32])>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Elsewhere a missing image is one to be created; here it had data.
-fn of_sealed_image(error: VolumeError) -> Problem {
-    match error {
-        VolumeError::NotFound(path) => {
-            let path = path.display();
-            Problem::new(Code::NotFound, format!("{path} does not exist")).next(format!(
-                "put {path} back where it was, or restore it from a backup"
-            ))
-        }
-        VolumeError::NoKeyslotOpens(path) => {
-            let shown = path.display();
-            Problem::new(
-                Code::Failed,
-                format!("no keyslot of {shown} opens with its key: it was encrypted under another one"),
-            )
-            .next(format!(
-                "virtseal volume info {}, then put this VM's own image back there, or restore it from a backup",
-                word(shown)
-            ))
-        }
-        other => other.into(),
-    }
 }

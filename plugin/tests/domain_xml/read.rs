@@ -5,6 +5,7 @@ use std::path::Path;
 use uuid::Uuid;
 use virtseal::domain::edit::{SealEdit, seal};
 use virtseal::domain::{Beyond, Domain, DomainError, Firmware, ObjectState, Source, objects};
+use virtseal::object::vtpm::StateDir;
 
 use crate::{fixture, fixtures, id, nvram_edit};
 
@@ -164,7 +165,12 @@ fn what_is_kept_elsewhere_is_seen_and_can_be_vouched_for_by_nobody() {
     };
     let swtpm_dir = Path::new("/swtpm");
     let usual = Domain::parse(&tpm("")).unwrap();
-    assert!(usual.vtpm_dir(swtpm_dir).unwrap().starts_with(swtpm_dir));
+    assert!(
+        StateDir::of_domain(&usual, swtpm_dir)
+            .unwrap()
+            .path()
+            .starts_with(swtpm_dir)
+    );
     assert!(matches!(objects(&usual)[0].state, ObjectState::Sealed(_)));
     for source in [
         "<source type='dir' path='/elsewhere'/>",
@@ -172,7 +178,7 @@ fn what_is_kept_elsewhere_is_seen_and_can_be_vouched_for_by_nobody() {
         "<source/>",
     ] {
         let elsewhere = Domain::parse(&tpm(source)).unwrap();
-        assert!(elsewhere.vtpm_dir(swtpm_dir).is_err(), "{source}");
+        assert!(StateDir::of_domain(&elsewhere, swtpm_dir).is_err(), "{source}");
         let state = objects(&elsewhere).remove(0).state;
         assert!(matches!(state, ObjectState::Unsupported(reason) if reason.contains("place of its own")));
     }

@@ -2,8 +2,8 @@
 
 use roxmltree::Node;
 
-use super::super::read::child;
 use super::super::splice::{self, Edit, Element, Place};
+use super::super::xml::child;
 use super::super::{Domain, DomainError, Firmware, Position};
 use super::{LoaderPin, NvramEdit, encryption, has_encryption, writable, writable_path};
 

@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use swtpm_state::State;
-
 use super::others::{OtherUses, refuse_one_file_twice};
 use super::room::{NewFile, refuse_without_room};
 use super::store::{NvramStep, plan_nvram};
@@ -16,7 +14,9 @@ use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem, chain};
+use crate::object::Present;
 use crate::object::disk::{Data, VolumeInfo};
+use crate::object::vtpm::StateDir;
 use crate::terminal::quoted;
 use crate::terminal::word;
 use crate::vm::side_doors;
@@ -255,10 +255,10 @@ fn refuse_name(domain: &Domain) -> Result<(), Problem> {
 
 /// The directory that lacks the vTPM's state, where there must be one.
 fn state_gone(host: &Host<'_>, domain: &Domain) -> Result<Option<PathBuf>, Problem> {
-    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
-    let absent = matches!(State::read(&dir), Ok(State::Absent));
+    let dir = StateDir::of_domain(domain, &host.swtpm_dir)?;
+    let absent = matches!(dir.inspect(), Ok(Present::Absent));
     let has_run = HasRun::of(host, domain.uuid)? == HasRun::Yes;
-    Ok((absent && has_run).then_some(dir))
+    Ok((absent && has_run).then(|| dir.path().to_owned()))
 }
 
 pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Problem> {
@@ -482,10 +482,9 @@ pub(super) fn named_envelope(
 }
 
 fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Problem> {
-    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
-    let state = State::read(&dir).map_err(|error| {
-        Problem::from_error(Code::Failed, format!("vTPM state in {}", dir.display()), &error)
-    })?;
+    let dir = StateDir::of_domain(domain, &host.swtpm_dir)?;
+    let state = dir.inspect()?;
+    let dir = dir.path();
     let step = match domain.tpm.as_ref().map(|tpm| &tpm.backend) {
         None => VtpmStep::Add,
         Some(TpmBackend::Emulator {
@@ -531,12 +530,12 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Problem> {
     let known = take_back::known(host, domain.uuid, ObjectKind::Vtpm)?;
     let known: Vec<_> = known.into_iter().map(|record| record.envelope).collect();
     match state {
-        State::Absent if HasRun::of(host, domain.uuid)? == HasRun::Yes && !known.is_empty() => {
+        Present::Absent if HasRun::of(host, domain.uuid)? == HasRun::Yes && !known.is_empty() => {
             Ok(VtpmStep::TakeBack(known))
         }
-        State::Absent => Ok(step),
-        State::Encrypted(_) if !known.is_empty() => Ok(VtpmStep::TakeBack(known)),
-        State::Plain(_) => Err(Problem::new(
+        Present::Absent => Ok(step),
+        Present::Encrypted(_) if !known.is_empty() => Ok(VtpmStep::TakeBack(known)),
+        Present::Plain => Err(Problem::new(
             Code::WouldLoseKey,
             format!(
                 "its vTPM has plaintext state in {}, and encrypting that is not possible yet",
@@ -548,7 +547,7 @@ fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Problem> {
             word(dir.display()),
             word(&domain.name)
         ))),
-        State::Encrypted(_) => Err(Problem::new(
+        Present::Encrypted(_) => Err(Problem::new(
             Code::WouldLoseKey,
             format!(
                 "its vTPM has encrypted state in {}, but the domain does not name its key",

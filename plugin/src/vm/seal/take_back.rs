@@ -5,14 +5,13 @@
 
 use std::path::{Path, PathBuf};
 
-use swtpm_state::{State, StateKey, libvirt_state_dir};
-
 use super::Host;
 use crate::domain::{Domain, Metadata};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, Format, VolumeError};
+use crate::object::vtpm::StateDir;
 use crate::secret::Passphrase;
 use crate::store::{EnvelopeRecord, EnvelopeState};
 use crate::terminal::word;
@@ -218,27 +217,13 @@ pub(super) fn open_vtpm(
     envelopes: &[Envelope],
 ) -> Result<Envelope, Problem> {
     // The plan has looked whether it is in libvirt's own place.
-    let dir = libvirt_state_dir(&host.swtpm_dir, &defined.vm);
-    let shown = dir.display();
-    let unreadable = |error: &dyn std::error::Error| {
-        Problem::from_error(Code::Failed, format!("its state in {shown}"), error)
-            .next(format!("restore {shown} from a backup"))
-    };
-    let state = State::read(&dir).map_err(|error| unreadable(&error))?;
-    let open = |passphrase: &Passphrase| match &state {
-        State::Absent => Ok(()),
-        State::Plain(_) => Err(Problem::new(
-            Code::WouldLoseKey,
-            format!("its state in {shown} is plain, and was encrypted when it was sealed"),
-        )
-        .next(format!("restore {shown} from a backup"))),
-        State::Encrypted(state) => {
-            let key = StateKey::derive(passphrase.expose())
-                .map_err(|error| Problem::from_error(Code::Failed, "its key", &error))?;
-            state.authenticate(&key).map_err(|error| unreadable(&error))
-        }
-    };
-    first_that_opens(envelopes, |envelope| adopt(host, defined, envelope, "", open))
+    let dir = StateDir::of(defined.vm, &host.swtpm_dir);
+    first_that_opens(envelopes, |envelope| {
+        adopt(host, defined, envelope, "", |passphrase| {
+            dir.open(passphrase)?;
+            Ok(())
+        })
+    })
 }
 
 /// The first of them with which `open` succeeds; if none does, why the first one failed.

@@ -2,8 +2,6 @@
 
 use std::path::Path;
 
-use swtpm_state::State;
-
 use super::plan::{parse, refuse_unless_off};
 use super::replaced::{Ready, Replaced};
 use super::store::{is_content_of, permit_template};
@@ -15,7 +13,9 @@ use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem, chain};
+use crate::object::Present;
 use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
+use crate::object::vtpm::StateDir;
 use crate::store::EnvelopeRecord;
 use crate::terminal::word;
 
@@ -86,9 +86,7 @@ pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPla
         return Err(Problem::new(Code::NotFound, format!("{name} is not sealed")));
     }
     let of_vm = |failure: Problem| failure.of(name);
-    domain
-        .vtpm_dir(&host.swtpm_dir)
-        .map_err(|elsewhere| of_vm(elsewhere.into()))?;
+    StateDir::of_domain(&domain, &host.swtpm_dir).map_err(|elsewhere| of_vm(elsewhere.into()))?;
     let mut sealed = Vec::new();
     for object in domain::objects(&domain) {
         if let ObjectState::Sealed(id) = object.state {
@@ -197,9 +195,9 @@ fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Problem> {
 
 /// The first start makes the vTPM's state: without one the VM never ran.
 fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Problem> {
-    let dir = domain.vtpm_dir(&host.swtpm_dir)?;
+    let dir = StateDir::of_domain(domain, &host.swtpm_dir)?;
     let seen = HasRun::of(host, domain.uuid)? == HasRun::Yes;
-    let absent = matches!(State::read(&dir), Ok(State::Absent));
+    let absent = matches!(dir.inspect(), Ok(Present::Absent));
     let has_vtpm = domain::objects(domain)
         .iter()
         .any(|object| object.kind == ObjectKind::Vtpm && matches!(object.state, ObjectState::Sealed(_)));
