@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::{ReplyError as IntrospectError, Type};
 use zlink::{ReplyError, proxy};
 
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 
 pub use job::{CopyView, JobReport, JobRequest, JobStarted, JobView, Jobs};
@@ -91,7 +92,7 @@ impl From<Problem> for HostError {
         Self::Failed {
             code: failure.code as i64,
             message: failure.message,
-            next: failure.next,
+            next: failure.advice.map(|advice| advice.to_string()),
         }
     }
 }
@@ -102,7 +103,7 @@ impl From<HostError> for Problem {
         Self {
             code: Code::from_number(code),
             message,
-            next,
+            advice: next.map(Advice::from),
         }
     }
 }

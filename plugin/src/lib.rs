@@ -6,6 +6,7 @@
 // What is printed goes through `terminal::visible`: see there.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod advice;
 pub mod api;
 pub mod audit;
 pub mod cli;

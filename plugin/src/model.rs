@@ -1,5 +1,6 @@
 //! What virtseal talks about, without I/O.
 
+pub(crate) mod advice;
 pub mod envelope;
 pub mod job;
 pub mod problem;

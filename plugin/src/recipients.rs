@@ -4,7 +4,7 @@
 //! does not know stays in the list, with the reason why it can't be used: it may be the only one that opens a
 //! disk. No lock is held while a provider works, and none gets more time than the deadline for one call.
 
-mod advice;
+mod error;
 mod kind;
 mod made_keks;
 mod membership;
@@ -22,7 +22,7 @@ use crate::secret::Dek;
 use crate::store::{Change, Keystore, KeystoreError};
 use watch::{Pace, Watches};
 
-pub use advice::{Absent, NextCommand, SealError, UnknownProvider};
+pub use error::{SealError, UnknownProvider, bring_back};
 pub use kind::{Provider, UnusableProvider};
 pub use opening::{Attempt, OpenError, Refusal};
 pub use rewrapping::{Blocked, Rewrap, RewrapTarget, Rewrapped};

@@ -275,6 +275,7 @@ fn now() -> UnixTime {
 mod tests {
     use super::*;
     use crate::model::envelope::VmId;
+    use crate::model::problem::Problem;
 
     fn mode(path: &Path) -> u32 {
         fs::metadata(path).unwrap().mode() & 0o777
@@ -368,7 +369,8 @@ mod tests {
         assert!(!were[1].is_empty());
         let error = Keystore::open(damaged.path()).unwrap_err();
         assert!(matches!(error, KeystoreError::Damaged { .. }), "{error:?}");
-        assert!(error.to_string().contains("virtseal state restore"), "{error}");
+        let told = Problem::from(error).to_string();
+        assert!(told.contains("virtseal state restore"), "{told}");
         assert_eq!(files.each_ref().map(|file| fs::read(file).unwrap()), were);
     }
 

@@ -13,7 +13,7 @@ use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
 use crate::job::sweep::Task;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
-use crate::recipients::{Absent, Provider};
+use crate::recipients::{Provider, bring_back};
 use crate::store::CopyPlace;
 use crate::terminal::word;
 use crate::vm::forgotten::{self, ForgottenError};
@@ -137,11 +137,7 @@ impl Daemon {
                 "{} had a stanza of it, {} of them with no other: these stay locked until it is back: {}",
                 VmNames::of_keystore(&self.keystore)?.objects_of_vms(&uses.objects),
                 uses.alone,
-                Absent {
-                    id,
-                    name: name.clone(),
-                    kind: Some(known.kind().to_owned())
-                }
+                bring_back(id, name.clone(), Some(known.kind()))
             ));
         }
         Ok(Outcome {

@@ -10,13 +10,14 @@ use super::glance;
 use super::host_tpm::{tpm_view, why_locked};
 use crate::api::{BackupMade, ProviderView, Providers};
 use crate::host::local_time::rfc3339;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::kmip::{KmipProvider, KmipProviderError};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
 use crate::provider::transit::{TransitProvider, TransitSettings};
 use crate::provider::{KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus};
-use crate::recipients::{NextCommand, Provider};
+use crate::recipients::Provider;
 use crate::secret::SecretBytes;
 
 /// The most bytes of a passphrase, or of a client's key and its certificates in PEM.
@@ -75,7 +76,7 @@ impl Daemon {
                     Code::Usage,
                     format!("there is no kind of provider called '{kind}'"),
                 )
-                .next("virtseal provider add --help"));
+                .next(Advice::AddProviderHelp(None)));
             }
         };
         self.audit_provider("provider-add", name, &added);
@@ -95,7 +96,7 @@ impl Daemon {
     fn add_transit(&self, name: &str, settings: &str) -> Result<(), Problem> {
         let settings = TransitSettings::parse(settings).map_err(|error| {
             Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
-                .next("virtseal provider add transit --help")
+                .next(Advice::AddProviderHelp(Some(TransitProvider::KIND)))
         })?;
         self.recipients
             .add_transit(&provider_name(name)?, settings)
@@ -107,7 +108,7 @@ impl Daemon {
         let [pin] = take(fds)?;
         let settings = serde_json::from_str(settings).map_err(|error| {
             Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
-                .next("virtseal provider add pkcs11 --help")
+                .next(Advice::AddProviderHelp(Some(Pkcs11Provider::KIND)))
         })?;
         let pin = passphrase_from(pin)?;
         let added = self.recipients.add_pkcs11(&provider_name(name)?, settings, &pin);
@@ -250,7 +251,7 @@ impl Daemon {
                 Code::Failed,
                 format!("provider '{name}' {}", other.status()),
             )
-            .next(format!("virtseal provider show {name}"))),
+            .next(Advice::ShowProvider(name.to_owned()))),
         }
     }
 }
@@ -272,9 +273,7 @@ fn provider_name(name: &str) -> Result<ProviderName, Problem> {
 fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Problem {
     let name = provider.name();
     let (code, next) = error.advice(name);
-    let failure = Problem::new(code, format!("provider '{name}' {}", chain(error)));
-    next.into_iter()
-        .fold(failure, |failure, next| failure.next(next.to_string()))
+    Problem::new(code, format!("provider '{name}' {}", chain(error))).advised(next)
 }
 
 pub(super) fn native_failure(name: &str, error: &NativeError) -> Problem {
@@ -282,19 +281,12 @@ pub(super) fn native_failure(name: &str, error: &NativeError) -> Problem {
         NativeError::Keystore(error) => return error.into(),
         NativeError::WrongPassphrase => (
             Code::Locked,
-            Some(format!(
-                "virtseal provider rotate {name}, with the passphrase that unlocks it"
-            )),
+            Some(Advice::RotateProvider(name.to_owned()).note("with the passphrase that unlocks it")),
         ),
-        NativeError::Locked => (
-            Code::Locked,
-            Some(NextCommand::Unlock(name.to_owned()).to_string()),
-        ),
+        NativeError::Locked => (Code::Locked, Some(Advice::UnlockProvider(name.to_owned()))),
         NativeError::BackupIsEncrypted | NativeError::Backup(_) => (
             Code::Failed,
-            Some(format!(
-                "virtseal provider restore {name}, with the passphrase of the backup"
-            )),
+            Some(Advice::RestoreProvider(name.to_owned()).note("with the passphrase of the backup")),
         ),
         _ => (Code::Failed, None),
     };
@@ -304,31 +296,27 @@ pub(super) fn native_failure(name: &str, error: &NativeError) -> Problem {
         }
         _ => ":",
     };
-    let failure = Problem::new(code, format!("provider '{name}'{joint} {}", chain(error)));
-    next.into_iter().fold(failure, Problem::next)
+    Problem::new(code, format!("provider '{name}'{joint} {}", chain(error))).advised(next)
 }
 
 fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Problem {
-    let add = "virtseal provider add pkcs11 --help".to_owned();
+    let add = Advice::AddProviderHelp(Some(Pkcs11Provider::KIND));
     let (code, next) = match error {
         Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet)) => (
             Code::Locked,
-            Some(
-                "a new PIN (pkcs11-tool --login --login-type so --init-pin), then the same command"
-                    .to_owned(),
-            ),
+            Some("a new PIN (pkcs11-tool --login --login-type so --init-pin), then the same command".into()),
         ),
         Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::NotTheLastTry)) => (
             Code::Locked,
-            Some("pkcs11-tool --login --list-objects with the right PIN, then the same command".to_owned()),
+            Some("pkcs11-tool --login --list-objects with the right PIN, then the same command".into()),
         ),
         Pkcs11Error::Provider(ProviderError::WrongPin(_)) => (
             Code::Locked,
-            Some(format!("the same command with the right PIN for '{name}'")),
+            Some(format!("the same command with the right PIN for '{name}'").into()),
         ),
         Pkcs11Error::Provider(error) => (error.advice(name).0, Some(add)),
-        Pkcs11Error::ManyProviders(_) => (Code::Usage, Some("the same command with --id UUID".to_owned())),
-        Pkcs11Error::TokenInUse(other) => (Code::Failed, Some(format!("virtseal provider show {other}"))),
+        Pkcs11Error::ManyProviders(_) => (Code::Usage, Some("the same command with --id UUID".into())),
+        Pkcs11Error::TokenInUse(other) => (Code::Failed, Some(Advice::ShowProvider(other.clone()))),
         Pkcs11Error::Settings(_) => (Code::Usage, Some(add)),
         Pkcs11Error::Keystore(_) | Pkcs11Error::Json(_) => (Code::Failed, None),
     };
@@ -337,8 +325,7 @@ fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Problem {
         Pkcs11Error::Provider(error) => format!("provider '{name}' {}", chain(error)),
         error => chain(error),
     };
-    let failure = Problem::new(code, message);
-    next.into_iter().fold(failure, Problem::next)
+    Problem::new(code, message).advised(next)
 }
 
 pub(super) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Problem> {

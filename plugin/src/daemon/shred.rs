@@ -16,6 +16,7 @@ use crate::api::{Receipt, ReceiptLine, ShredPreview};
 use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathRule, PermittedPath};
+use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Shredded, Shredding, VolumeError};
@@ -260,12 +261,10 @@ impl Daemon {
         let mut lines = self.destroy_keks(doomed)?;
         let half_done = |failure: Problem| {
             let failure = failure.of(format!("some keys of {} are destroyed, and not all", doomed.name));
-            match failure.next {
+            let again = || Advice::ShredVm(doomed.name.clone()).within("it goes on from here");
+            match failure.advice {
                 Some(_) => failure,
-                None => failure.next(format!(
-                    "virtseal vm shred {}: it goes on from here",
-                    word(&doomed.name)
-                )),
+                None => failure.next(again()),
             }
         };
         for record in &doomed.records {

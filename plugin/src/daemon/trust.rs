@@ -10,13 +10,14 @@ use crate::api::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ProviderView, Providers, ServerView, Servers,
     SigningRequestMade,
 };
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
 use crate::provider::kmip::{
     CertificateFacts, Fingerprint, KeyKind, KmipProvider, MAX_PEM, NewIdentity, Presented, ServerTrust,
     StoreError, TrustError,
 };
-use crate::recipients::{NextCommand, Provider};
+use crate::recipients::Provider;
 use crate::secret::SecretBytes;
 
 impl Daemon {
@@ -100,14 +101,14 @@ impl Daemon {
             Provider::Kmip(kmip) => Ok(kmip),
             other => {
                 let next = match other {
-                    Provider::Transit(_) => NextCommand::TransitTrust(name.to_owned()),
-                    _ => NextCommand::List,
+                    Provider::Transit(_) => Advice::TransitTrust(name.to_owned()),
+                    _ => Advice::ListProviders,
                 };
                 let message = format!(
                     "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
                     other.kind()
                 );
-                Err(Problem::new(Code::Usage, message).next(next.to_string()))
+                Err(Problem::new(Code::Usage, message).next(next))
             }
         }
     }
@@ -188,32 +189,31 @@ fn certificate_view(facts: &CertificateFacts) -> CertificateView {
     }
 }
 
-fn trust_failure(name: &str, error: &TrustError) -> Problem {
+fn trust_failure(provider: &str, error: &TrustError) -> Problem {
+    let name = || provider.to_owned();
     let (code, next) = match error {
         TrustError::Refused { .. } => (
             Code::NotTrusted,
-            format!("compare fingerprints with the KMS's admin, then virtseal provider trust {name}"),
+            Advice::from("compare fingerprints with the KMS's admin").then(Advice::TrustProvider(name())),
         ),
-        TrustError::Locked => (Code::Locked, NextCommand::Unlock(name.to_owned()).to_string()),
+        TrustError::Locked => (Code::Locked, Advice::UnlockProvider(name())),
         TrustError::NotAccepted(_) => (
             Code::NotTrusted,
-            format!("let the KMS accept it, then the same command again; virtseal provider show {name}"),
+            Advice::from("let the KMS accept it, then the same command again")
+                .also(Advice::ShowProvider(name())),
         ),
-        TrustError::WouldUnseal => (Code::Usage, format!("virtseal provider identity {name} --seal …")),
-        TrustError::Identity(_) => (Code::Usage, format!("virtseal provider csr {name}")),
-        TrustError::Ca(_) | TrustError::NoCertificate => {
-            (Code::Usage, format!("virtseal provider trust {name} --ca FILE"))
-        }
-        TrustError::Empty => (Code::Usage, format!("virtseal provider trust {name}")),
+        TrustError::WouldUnseal => (Code::Usage, Advice::EncryptIdentity(name())),
+        TrustError::Identity(_) => (Code::Usage, Advice::RequestCertificate(name())),
+        TrustError::Ca(_) | TrustError::NoCertificate => (Code::Usage, Advice::TrustCa(name())),
+        TrustError::Empty => (Code::Usage, Advice::TrustProvider(name())),
         TrustError::Store(StoreError::Damaged { .. }) => (
             Code::Failed,
-            format!(
-                "virtseal provider csr {name} --new, then virtseal provider identity {name} with its certificate"
-            ),
+            Advice::RequestNewCertificate(name())
+                .then(Advice::SetIdentity(name()).note("with its certificate")),
         ),
         TrustError::Store(_) => {
-            return Problem::from_error(Code::Failed, format!("provider '{name}'"), error);
+            return Problem::from_error(Code::Failed, format!("provider '{provider}'"), error);
         }
     };
-    Problem::from_error(code, format!("provider '{name}'"), error).next(next)
+    Problem::from_error(code, format!("provider '{provider}'"), error).next(next)
 }

@@ -6,9 +6,7 @@
 use std::error::Error;
 use std::fmt;
 
-use crate::object::disk::VolumeError;
-use crate::store::KeystoreError;
-use crate::terminal::word;
+use super::advice::Advice;
 
 /// Why a command ends, as the exit code of `virtseal`. Stable: scripts rely on the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,24 +50,24 @@ impl Code {
     }
 }
 
-/// A failure in the user's words. Never holds a key.
+/// A problem in the user's words. Never holds a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// The exit code.
     pub code: Code,
     /// What happened, and to which object; without a full stop.
     pub message: String,
-    /// The next command to run, or what to do.
-    pub next: Option<String>,
+    /// What leads out.
+    pub advice: Option<Advice>,
 }
 
 impl Problem {
-    /// A failure without advice.
+    /// A problem without advice.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
             message: message.into(),
-            next: None,
+            advice: None,
         }
     }
 
@@ -78,11 +76,20 @@ impl Problem {
         Self::new(code, format!("{what}: {}", chain(error)))
     }
 
-    /// Adds the next command to run.
+    /// Adds what leads out.
     #[must_use]
-    pub fn next(mut self, next: impl Into<String>) -> Self {
-        self.next = Some(next.into());
+    pub fn next(mut self, advice: impl Into<Advice>) -> Self {
+        self.advice = Some(advice.into());
         self
+    }
+
+    /// Adds what leads out, where anything does.
+    #[must_use]
+    pub fn advised(self, advice: Option<Advice>) -> Self {
+        match advice {
+            Some(advice) => self.next(advice),
+            None => self,
+        }
     }
 
     /// Says to which object it happened.
@@ -96,8 +103,8 @@ impl Problem {
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
-        match &self.next {
-            Some(next) => write!(f, ". Next: {next}"),
+        match &self.advice {
+            Some(advice) => write!(f, ". Next: {advice}"),
             None => Ok(()),
         }
     }
@@ -118,43 +125,6 @@ pub fn chain(error: &dyn Error) -> String {
     text.replace('\n', " ")
 }
 
-impl From<VolumeError> for Problem {
-    fn from(error: VolumeError) -> Self {
-        let error = match error {
-            VolumeError::Place(error) => return error.into(),
-            error => error,
-        };
-        let code = match &error {
-            VolumeError::NotFound(_) => Code::NotFound,
-            VolumeError::InUse(_) => Code::Busy,
-            VolumeError::HoldsData(_) => Code::WouldLoseKey,
-            _ => Code::Failed,
-        };
-        Self::new(code, chain(&error))
-    }
-}
-
-impl From<KeystoreError> for Problem {
-    fn from(error: KeystoreError) -> Self {
-        Self::from(&error)
-    }
-}
-
-impl From<&KeystoreError> for Problem {
-    fn from(error: &KeystoreError) -> Self {
-        let failure = Self::new(Code::Failed, chain(error));
-        match error {
-            KeystoreError::ProviderExists { name, .. } => {
-                failure.next(format!("virtseal provider show {}", word(name)))
-            }
-            error if error.is_of_row() => {
-                failure.next("virtseal status, which names each damaged record and its way out")
-            }
-            _ => failure,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,7 +141,7 @@ mod tests {
     fn display_ends_with_the_next_command() {
         let failure = Problem::new(Code::Locked, "provider 'main' is locked")
             .of("web01 disk vda")
-            .next("virtseal provider unlock main");
+            .next(Advice::UnlockProvider("main".into()));
         assert_eq!(
             failure.to_string(),
             "web01 disk vda: provider 'main' is locked. Next: virtseal provider unlock main"

@@ -9,9 +9,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use super::advice::Absent;
-use super::{NextCommand, Provider};
+use super::Provider;
+use super::error::bring_back;
 use crate::host::local_time::time_of_day;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::toolbox::deadline::within;
@@ -64,7 +65,7 @@ impl OpenError {
 
     /// What to run next.
     #[must_use]
-    pub fn next(&self) -> Option<NextCommand> {
+    pub fn next(&self) -> Option<Advice> {
         self.easiest().1
     }
 
@@ -101,7 +102,7 @@ impl OpenError {
             .any(|attempt| matches!(&attempt.why, Refusal::Provider(error) if may_pass(error)))
     }
 
-    fn easiest(&self) -> (Code, Option<NextCommand>) {
+    fn easiest(&self) -> (Code, Option<Advice>) {
         let effort = |code: Code| match code {
             Code::Locked => 0,
             Code::Unreachable => 1,
@@ -139,27 +140,19 @@ impl From<OpenError> for Problem {
 
 impl From<&OpenError> for Problem {
     fn from(error: &OpenError) -> Self {
-        let failure = Self::new(error.code(), error.to_string());
-        match error.next() {
-            Some(next) => failure.next(next.to_string()),
-            None => failure,
-        }
+        Self::new(error.code(), error.to_string()).advised(error.next())
     }
 }
 
 impl Attempt {
     /// The exit code for this reason alone, and what helps the VM that it keeps off.
     #[must_use]
-    pub fn advice(&self, vm: VmId) -> (Code, Option<NextCommand>) {
-        let damaged = (Code::Failed, Some(NextCommand::RestoreEnvelope(vm)));
+    pub fn advice(&self, vm: VmId) -> (Code, Option<Advice>) {
+        let damaged = (Code::Failed, Some(Advice::RestoreEnvelope(vm.to_string())));
         match &self.why {
             Refusal::NotKnown { kind } => {
-                let absent = Absent {
-                    id: self.provider,
-                    name: self.name_to_type().to_owned(),
-                    kind: kind.clone(),
-                };
-                (Code::NotFound, Some(NextCommand::BringBack(absent)))
+                let back = bring_back(self.provider, self.name_to_type().to_owned(), kind.as_deref());
+                (Code::NotFound, Some(back))
             }
             Refusal::Provider(error) => match **error {
                 ProviderError::Tampered | ProviderError::Payload(_) => damaged,

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use super::{NextCommand, OpenError, Provider, Recipients, made_keks, opening};
+use super::{OpenError, Provider, Recipients, made_keks, opening};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, KekId, Payload, ProviderId, Stanza, Verified};
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::toolbox::deadline::each_within;
@@ -71,10 +72,7 @@ impl fmt::Display for Blocked {
 impl From<Blocked> for Problem {
     fn from(blocked: Blocked) -> Self {
         let (code, next) = blocked.source.advice(&blocked.name);
-        let failure = Self::new(code, blocked.to_string());
-        next.into_iter().fold(failure, |failure, next: NextCommand| {
-            failure.next(next.to_string())
-        })
+        Self::new(code, blocked.to_string()).advised(next)
     }
 }
 
@@ -114,7 +112,7 @@ impl Recipients {
         let Some(known) = self.by_id(provider) else {
             return Some(
                 Problem::new(Code::NotFound, format!("provider {provider} is not on this host"))
-                    .next("virtseal provider list"),
+                    .next(Advice::ListProviders),
             );
         };
         let source = known.provider().refuses()?;

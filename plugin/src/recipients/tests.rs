@@ -1,4 +1,5 @@
 use super::*;
+use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeError, EnvelopeId, KekId, ObjectKind, Stanza, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::provider::native::NativeProvider;
@@ -129,7 +130,7 @@ fn all_or_nothing_and_every_reason_is_told() {
     let error = host.recipients.open_all(&[&good, &bad]).unwrap_err();
     assert_eq!(error.binding, bad.binding());
     assert_eq!(error.code(), Code::Locked);
-    assert_eq!(error.next(), Some(NextCommand::Unlock("main".to_owned())));
+    assert_eq!(error.next(), Some(Advice::UnlockProvider("main".to_owned())));
     let text = Problem::from(error).to_string();
     for part in [
         &bad.id.to_string(),
@@ -155,7 +156,7 @@ fn swapped_envelope_is_refused() {
     ));
     assert_eq!(
         (error.code(), error.next()),
-        (Code::Failed, Some(NextCommand::RestoreEnvelope(one.vm)))
+        (Code::Failed, Some(Advice::RestoreEnvelope(one.vm.to_string())))
     );
 }
 
@@ -183,7 +184,7 @@ fn unknown_provider_is_named_by_its_hint_in_one_line() {
     let error = host.recipients.open_envelope(&envelope).unwrap_err();
     assert!(!error.to_string().contains(char::is_control));
     assert!(error.to_string().len() < 500);
-    assert!(matches!(error.next(), Some(NextCommand::BringBack(absent)) if absent.name == "NAME"));
+    assert!(matches!(error.next(), Some(Advice::BringBack { name, .. }) if name == "NAME"));
 }
 
 #[test]

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use rusqlite::ErrorCode;
 use thiserror::Error;
 
+use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeError, EnvelopeId, Generation, ProviderId, VmId};
-use crate::model::problem::chain;
+use crate::model::problem::{Code, Problem, chain};
 
 /// Why the keystore can't be opened, read or changed.
 #[derive(Debug, Error)]
@@ -21,11 +22,7 @@ pub enum KeystoreError {
         holder: String,
     },
     /// The file is not a keystore, or not a whole one.
-    #[error(
-        "the keystore {} is damaged; it was not changed. Keep a copy of its directory, then bring a backup back: \
-         virtseal state restore -i FILE. Without one, move the file away: sealed VMs are adopted again from their \
-         domain XML once their providers are restored (virtseal provider restore)", .path.display()
-    )]
+    #[error("the keystore {} is damaged; it was not changed", .path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -35,8 +32,7 @@ pub enum KeystoreError {
     },
     /// Written by a later version.
     #[error(
-        "the keystore {} was made by a later virtseal (schema {found}, this one knows up to {known}): \
-         upgrade virtseal", .path.display()
+        "the keystore {} was made by a later virtseal (schema {found}, this one knows up to {known})", .path.display()
     )]
     TooNew {
         /// The file.
@@ -184,6 +180,25 @@ impl KeystoreError {
         matches!(self, Self::DamagedRecord { .. } | Self::Inconsistent { .. })
     }
 
+    /// What leads out, where that is not said by the error itself.
+    #[must_use]
+    pub fn advice(&self) -> Option<Advice> {
+        Some(match self {
+            Self::Damaged { .. } => Advice::from("keep a copy of its directory")
+                .then(Advice::RestoreState)
+                .also(
+                    "without a backup, move the file away: sealed VMs are adopted again from their domain XML once their \
+                     providers are restored",
+                ),
+            Self::TooNew { .. } => Advice::Upgrade,
+            Self::ProviderExists { name, .. } => Advice::ShowProvider(name.clone()),
+            error if error.is_of_row() => {
+                Advice::ShowStatus.note("which names each damaged record and its way out")
+            }
+            _ => return None,
+        })
+    }
+
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io {
             action,
@@ -206,6 +221,18 @@ impl KeystoreError {
             Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy { path, source },
             _ => Self::Sqlite { path, source },
         }
+    }
+}
+
+impl From<KeystoreError> for Problem {
+    fn from(error: KeystoreError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<&KeystoreError> for Problem {
+    fn from(error: &KeystoreError) -> Self {
+        Self::new(Code::Failed, chain(error)).advised(error.advice())
     }
 }
 

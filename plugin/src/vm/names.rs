@@ -224,7 +224,7 @@ mod tests {
             .unwrap_err()
             .refuse(Code::WouldLoseKey, "virtseal vm shred");
         assert!(refused.message.starts_with("2 VMs were called a"), "{refused}");
-        let next = refused.next.unwrap();
+        let next = refused.advice.unwrap().to_string();
         for record in &records {
             assert!(next.contains(&record.vm.to_string()), "{next}");
         }

@@ -23,6 +23,7 @@ use super::size::Bytes;
 use super::staging::{FileId, Staged};
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
+use crate::model::advice::Advice;
 use crate::secret::Passphrase;
 
 /// An image whose data can be copied: raw or qcow2, plain, complete in itself. Opened once; what is read is this file,
@@ -63,8 +64,10 @@ impl Source {
             return Err(VolumeError::unsupported(
                 path,
                 format!("its data is partly in {other}"),
-                "see what it names with `virtseal volume info`; if that belongs to it, flatten it as the owner of both \
-                 files, not as root, who would read whatever it names by then",
+                Advice::ShowVolume(path.to_owned()).also(
+                    "if what it names belongs to it, flatten it as the owner of both files, not as root, who would read \
+                     whatever it names by then",
+                ),
             ));
         }
         let header = first_bytes(&image).attempt("read", path)?;

@@ -11,7 +11,9 @@ use super::luks1::MAX_ITERATIONS_OPENED;
 use super::size::Bytes;
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PathError;
+use crate::model::advice::Advice;
 use crate::model::envelope::EnvelopeError;
+use crate::model::problem::{Code, Problem, chain};
 use crate::terminal::word;
 
 /// The part of an image that a [`Flaw`] was found in.
@@ -34,15 +36,18 @@ impl Part {
         }
     }
 
-    fn advice(self, path: &Path) -> String {
-        let path = path.display();
+    fn advice(self, path: &Path) -> Advice {
+        let path = word(path.display());
         match self {
             Self::Qcow2 => format!(
                 "restore it from a backup, or look closer with `qemu-img check {path}` as its owner, not as root"
-            ),
-            Self::Luks1 => format!("look closer with `qemu-img info {path}`, or restore it from a backup"),
+            )
+            .into(),
+            Self::Luks1 => {
+                format!("look closer with `qemu-img info {path}`, or restore it from a backup").into()
+            }
             Self::Envelope => {
-                "the keystore and the domain XML hold copies, see `virtseal vm status`".to_owned()
+                Advice::ShowVms.within("the keystore and the domain XML hold copies of the envelope")
             }
         }
     }
@@ -118,7 +123,7 @@ pub enum VolumeError {
         found: &'static str,
     },
     /// Its bytes break the format.
-    #[error("{} is damaged or of an unknown kind: {flaw}; {}", path.display(), flaw.part.advice(path))]
+    #[error("{} is damaged or of an unknown kind: {flaw}", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -126,30 +131,23 @@ pub enum VolumeError {
         flaw: Flaw,
     },
     /// A sound image that virtseal does not handle.
-    #[error("{}: {what}; {next}", path.display())]
+    #[error("{}: {what}", path.display())]
     Unsupported {
         /// The file.
         path: PathBuf,
         /// What it has.
         what: String,
         /// What to do.
-        next: &'static str,
+        next: Box<Advice>,
     },
     /// A plain image where an encrypted one was expected.
-    #[error("{} is not encrypted: see `virtseal volume info {}`", .0.display(), word(.0.display()))]
+    #[error("{} is not encrypted", .0.display())]
     NotEncrypted(PathBuf),
     /// The passphrase opens no keyslot.
-    #[error(
-        "no keyslot of {} opens with this key: it was encrypted under another one (see `virtseal volume info {}`)",
-        .0.display(), word(.0.display())
-    )]
+    #[error("no keyslot of {} opens with this key: it was encrypted under another one", .0.display())]
     NoKeyslotOpens(PathBuf),
     /// Trying its keyslots would take seconds of work that somebody else chose.
-    #[error(
-        "{} asks for more than {MAX_ITERATIONS_OPENED} PBKDF2 rounds, which no image of virtseal does: see `virtseal volume info {}`; \
-         restore its header from a backup (a keyslot that qemu-img added needs encrypt.iter-time=10)",
-        .0.display(), word(.0.display())
-    )]
+    #[error("{} asks for more than {MAX_ITERATIONS_OPENED} PBKDF2 rounds, which no image of virtseal does", .0.display())]
     TooManyIterations(PathBuf),
     /// The name is taken.
     #[error("{} exists already, and nothing is ever replaced: choose another path", .0.display())]
@@ -206,7 +204,7 @@ pub enum VolumeError {
         reason: String,
     },
     /// The backing files form a loop, or there are too many.
-    #[error("the backing files of {} {reason}: see `virtseal volume info` of each", path.display())]
+    #[error("the backing files of {} {reason}", path.display())]
     Chain {
         /// The topmost image.
         path: PathBuf,
@@ -268,12 +266,44 @@ impl VolumeError {
         }
     }
 
-    pub(super) fn unsupported(path: &Path, what: impl Into<String>, next: &'static str) -> Self {
+    pub(super) fn unsupported(path: &Path, what: impl Into<String>, next: impl Into<Advice>) -> Self {
         Self::Unsupported {
             path: path.to_owned(),
             what: what.into(),
-            next,
+            next: Box::new(next.into()),
         }
+    }
+
+    /// What leads out, where that is not said by the error itself.
+    #[must_use]
+    pub fn advice(&self) -> Option<Advice> {
+        let show = |path: &PathBuf| Advice::ShowVolume(path.clone());
+        Some(match self {
+            Self::Damaged { path, flaw } => flaw.part.advice(path),
+            Self::Unsupported { next, .. } => next.as_ref().clone(),
+            Self::NotEncrypted(path) | Self::NoKeyslotOpens(path) => show(path),
+            Self::TooManyIterations(path) => show(path).then(
+                "restore its header from a backup (a keyslot that qemu-img added needs encrypt.iter-time=10)",
+            ),
+            Self::Chain { path, .. } => show(path).note("and the same of each file that it names"),
+            _ => return None,
+        })
+    }
+}
+
+impl From<VolumeError> for Problem {
+    fn from(error: VolumeError) -> Self {
+        let error = match error {
+            VolumeError::Place(error) => return error.into(),
+            error => error,
+        };
+        let code = match &error {
+            VolumeError::NotFound(_) => Code::NotFound,
+            VolumeError::InUse(_) => Code::Busy,
+            VolumeError::HoldsData(_) => Code::WouldLoseKey,
+            _ => Code::Failed,
+        };
+        Self::new(code, chain(&error)).advised(error.advice())
     }
 }
 

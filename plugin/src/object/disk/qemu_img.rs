@@ -256,6 +256,7 @@ pub(crate) fn descriptor(fd: BorrowedFd<'_>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::problem::Problem;
 
     #[test]
     fn progress_is_read_as_qemu_img_writes_it() {
@@ -292,9 +293,7 @@ mod tests {
     #[test]
     fn without_landlock_only_what_names_no_files_is_read() {
         let path = Path::new("/images/cloud.qcow2");
-        let refused = refuse_unconfined(Input::Foreign, false, path)
-            .unwrap_err()
-            .to_string();
+        let refused = Problem::from(refuse_unconfined(Input::Foreign, false, path).unwrap_err()).to_string();
         assert!(
             refused.contains("Landlock") && refused.contains("lsm="),
             "{refused}"

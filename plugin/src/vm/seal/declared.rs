@@ -163,7 +163,7 @@ mod tests {
         ] {
             let refused = ConfirmedFormats::parse(bad).unwrap_err();
             assert_eq!(refused.code, Code::Usage, "{bad:?}");
-            assert!(refused.next.unwrap().contains("vda=raw"), "{bad:?}");
+            assert!(refused.advice.unwrap().to_string().contains("vda=raw"), "{bad:?}");
         }
     }
 }
