@@ -52,7 +52,7 @@ use crate::model::problem::{Code, Problem, chain};
 use crate::object::OpenedHeaders;
 use crate::object::disk;
 use crate::recipients::Recipients;
-use crate::store::{CopyPlace, Keystore};
+use crate::store::{CopyPlace, EnvelopeStore, HostStore, Stores};
 use crate::terminal::word;
 use crate::vm::first_runs::{FirstRuns, vtpm_of};
 use crate::vm::seal::{self, ConfirmedFormats, Host};
@@ -82,7 +82,8 @@ pub enum HookPolicy {
 /// Everything that the daemon holds.
 pub struct Daemon {
     config: RwLock<Config>,
-    keystore: Arc<Keystore>,
+    keystore: Arc<dyn EnvelopeStore>,
+    host_store: HostStore,
     recipients: Recipients,
     libvirt: Arc<Libvirt>,
     /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
@@ -135,13 +136,14 @@ impl Daemon {
     /// Opens keystore and audit log; all providers start locked. Waits for nothing.
     pub fn open(config: Config) -> Result<Self, Problem> {
         let dir = &config.state_dir;
-        let keystore = Arc::new(Keystore::open(dir)?);
-        let recipients = Recipients::open(Arc::clone(&keystore), config.provider_deadline)
+        let stores = Stores::open(dir)?;
+        let recipients = Recipients::open(&stores, config.provider_deadline)
             .map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
         recipients.set_recipients(config.recipients.clone());
-        let headers = Headers::interrupted(keystore.journaled_headers()?.sound);
+        let Stores { keystore, host_store } = stores;
+        let headers = Headers::interrupted(host_store.journaled_headers()?.sound);
         recipients.set_probe_interval(config.probe_interval);
-        let audit = Self::open_audit(&keystore, dir)?;
+        let audit = Self::open_audit(&host_store, dir)?;
         Ok(Self {
             libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
             background: Arc::new(Libvirt::new(&config.libvirt_uri)),
@@ -150,6 +152,7 @@ impl Daemon {
             tpm: Arc::new(Tpm::new(config.tpm.clone(), Tpm::DEADLINE)),
             config: RwLock::new(config),
             keystore,
+            host_store,
             recipients,
             audit,
             opened_headers: OpenedHeaders::default(),
@@ -306,7 +309,8 @@ impl Daemon {
         deadline: &Deadline,
     ) -> Result<usize, Problem> {
         let context = StartContext {
-            keystore: &self.keystore,
+            keystore: self.keystore.as_ref(),
+            host_store: &self.host_store,
             recipients: &self.recipients,
             opened_headers: &self.opened_headers,
             swtpm_dir: self.config().swtpm_dir,
@@ -323,7 +327,7 @@ impl Daemon {
         }
         self.refuse_secrets_of_others(domain, xml, &opened)?;
         // Who else may have what is armed is seen by this alone.
-        self.keystore
+        self.host_store
             .ensure_hook_index()
             .map_err(|error| Problem::from(error).of(format!("{} stays off", domain.name)))?;
         let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
@@ -470,9 +474,8 @@ impl Daemon {
     /// Brings what was changed last to where a copy of the files finds it: threads that go on keep all of this open.
     pub fn end(&self) {
         self.end_audit();
-        match self.keystore.checkpoint() {
-            Ok(_) => {}
-            Err(error) => tracing::warn!("changes stay in the write-ahead log: {}", chain(&error)),
+        if let Err(error) = self.host_store.settle() {
+            tracing::warn!("changes stay in the write-ahead log: {}", chain(&error));
         }
     }
 
@@ -528,7 +531,7 @@ impl Daemon {
             let known = self.keystore.readable_envelope(copy.id)?;
             if let Some(record) = known.filter(|record| record.envelope != copy) {
                 // Whoever wrote the copy may have named any KEK in it.
-                self.keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
+                self.host_store.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
             }
         }
         self.copies_bell.ring();
@@ -572,7 +575,7 @@ impl Daemon {
     fn host(&self) -> Host<'_> {
         let config = self.config();
         Host {
-            keystore: &self.keystore,
+            keystore: self.keystore.as_ref(),
             recipients: &self.recipients,
             paths: PathRule::of(&config),
             swtpm_dir: config.swtpm_dir,

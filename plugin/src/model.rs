@@ -3,4 +3,5 @@
 pub(crate) mod advice;
 pub mod envelope;
 pub mod job;
+pub mod kek;
 pub mod problem;

@@ -24,6 +24,7 @@ use thiserror::Error;
 use crate::model::envelope::{EnvelopeError, KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
 
+pub use crate::model::kek::KekScope;
 pub use error::ErrorClass;
 
 /// Wraps payloads under KEKs that stay inside.
@@ -127,16 +128,6 @@ impl FromStr for ProviderName {
             Err(NotAProviderName(text.to_owned()))
         }
     }
-}
-
-/// Whom a KEK serves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KekScope {
-    /// One VM.
-    Vm(VmId),
-    /// All VMs of the provider.
-    Provider,
 }
 
 /// Whom a provider makes its KEKs for, whoever asks: the setting `kek_scope`.

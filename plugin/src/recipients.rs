@@ -19,7 +19,7 @@ use crate::model::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Veri
 use crate::provider::toolbox::deadline;
 use crate::provider::{DestroyReceipt, ProviderError};
 use crate::secret::Dek;
-use crate::store::{Change, Keystore, KeystoreError};
+use crate::store::{Change, EnvelopeStore, ProviderTable, StoreError, Stores};
 use watch::{Pace, Watches};
 
 pub use error::{SealError, UnknownProvider, bring_back};
@@ -30,7 +30,8 @@ pub use watch::Report;
 
 /// All providers of this host.
 pub struct Recipients {
-    keystore: Arc<Keystore>,
+    keystore: Arc<dyn EnvelopeStore>,
+    table: ProviderTable,
     known: RwLock<Known>,
     /// For one call of a provider.
     deadline: RwLock<Duration>,
@@ -49,9 +50,10 @@ impl Recipients {
     /// How often a provider is probed unless told otherwise.
     pub const PROBE_INTERVAL: Duration = Duration::from_secs(60);
 
-    /// The providers that `keystore` records, all locked, and each probed in the background from now on.
-    pub fn open(keystore: Arc<Keystore>, deadline: Duration) -> Result<Self, KeystoreError> {
-        membership::finish_deletions(&keystore)?;
+    /// The providers that `stores` record, all locked, and each probed in the background from now on.
+    pub fn open(stores: &Stores, deadline: Duration) -> Result<Self, StoreError> {
+        let (keystore, table) = (Arc::clone(&stores.keystore), stores.providers());
+        membership::finish_deletions(keystore.as_ref(), &table)?;
         let mut known = Known::default();
         let records = keystore.providers()?;
         for damaged in &records.damaged {
@@ -61,7 +63,7 @@ impl Recipients {
             if record.is_default {
                 known.default = Some(record.id);
             }
-            known.providers.push(Provider::from_record(&keystore, record)?);
+            known.providers.push(Provider::from_record(&table, record)?);
         }
         let watches = Watches::new(Pace {
             interval: Self::PROBE_INTERVAL,
@@ -72,6 +74,7 @@ impl Recipients {
         }
         Ok(Self {
             keystore,
+            table,
             known: RwLock::new(known),
             deadline: RwLock::new(deadline),
             recipients: RwLock::default(),
@@ -172,7 +175,7 @@ impl Recipients {
     }
 
     /// Makes `provider` the default.
-    pub fn set_default(&self, provider: &Provider) -> Result<Change, KeystoreError> {
+    pub fn set_default(&self, provider: &Provider) -> Result<Change, StoreError> {
         let id = provider.provider().id();
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         let change = self.keystore.set_default_provider(id)?;
@@ -239,7 +242,7 @@ impl Recipients {
             let payload = Payload::bind(&dek, binding)?;
             let (asked, binding, keystore) = (provider.clone(), *binding, Arc::clone(&self.keystore));
             let wrapped = deadline::within(self.deadline(), move || {
-                made_keks::wrap(&keystore, &asked, &binding, &payload)
+                made_keks::wrap(keystore.as_ref(), &asked, &binding, &payload)
             });
             stanzas.push(wrapped.map_err(|source| SealError::Refused {
                 name: provider.provider().name().to_owned(),

@@ -21,7 +21,7 @@ use crate::audit::AuditLog;
 use crate::crypto::age_file::{self, AgeError};
 use crate::host::local_time::rfc3339;
 use crate::secret::SecretBytes;
-use crate::store::{Keystore, KeystoreError};
+use crate::store::{HostStore, StoreError};
 
 pub use restore::{Replace, Restored, restore};
 
@@ -78,7 +78,7 @@ pub enum StateError {
     TooNew(u32),
     /// The keystore in it, or here.
     #[error(transparent)]
-    Keystore(#[from] KeystoreError),
+    Keystore(#[from] StoreError),
     /// Something always changes.
     #[error("files in {} came and went all the time", .0.display())]
     Unsteady(PathBuf),
@@ -122,24 +122,28 @@ enum Kind {
     },
 }
 
-/// Writes a backup of `dir`, whose keystore is `keystore`, to `output`, and reads all of it again. Returns how many files it has.
+/// Writes a backup of the directory of `host_store` to `output`, and reads all of it again. Returns how many files it has.
 ///
 /// # Errors
 /// [`StateError`]; `output` holds nothing of use then.
-pub fn write(output: &mut File, keystore: &Keystore, passphrase: &SecretBytes) -> Result<usize, StateError> {
+pub fn write(
+    output: &mut File,
+    host_store: &HostStore,
+    passphrase: &SecretBytes,
+) -> Result<usize, StateError> {
     for _ in 0..TRIES {
         output
             .set_len(0)
             .and_then(|()| output.rewind())
             .map_err(StateError::Output)?;
         // First: the audit log must have all that the keystore has noted of it.
-        let snapshot = keystore.snapshot()?;
-        let files = list(keystore.dir(), output)?;
-        let written = match write_once(output, keystore.dir(), &snapshot, &files, passphrase) {
+        let snapshot = host_store.snapshot()?;
+        let files = list(host_store.dir(), output)?;
+        let written = match write_once(output, host_store.dir(), &snapshot, &files, passphrase) {
             Err(StateError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
             written => written?,
         };
-        if list(keystore.dir(), output)? != files {
+        if list(host_store.dir(), output)? != files {
             continue;
         }
         output.sync_all().map_err(StateError::Output)?;
@@ -148,7 +152,7 @@ pub fn write(output: &mut File, keystore: &Keystore, passphrase: &SecretBytes) -
         }
         return Ok(files.len() + 1);
     }
-    Err(StateError::Unsteady(keystore.dir().to_owned()))
+    Err(StateError::Unsteady(host_store.dir().to_owned()))
 }
 
 /// SHA-256 of everything that goes through.
@@ -202,7 +206,7 @@ fn write_once(
     )?;
     append(
         &mut archive,
-        Path::new(Keystore::FILE),
+        Path::new(HostStore::FILE),
         snapshot.len() as u64,
         snapshot,
     )?;
@@ -293,7 +297,7 @@ fn list(dir: &Path, output: &File) -> Result<BTreeMap<PathBuf, Kind>, StateError
 /// The database is taken as a snapshot; what is beside it is of the process that has it open.
 fn is_of_keystore(name: &Path) -> bool {
     let name = name.as_os_str().as_encoded_bytes();
-    name == Keystore::LOCK.as_bytes() || name.starts_with(Keystore::FILE.as_bytes())
+    name == HostStore::LOCK.as_bytes() || name.starts_with(HostStore::FILE.as_bytes())
 }
 
 /// The first entry of a backup.

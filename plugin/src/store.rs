@@ -1,446 +1,72 @@
-//! The keystore: every envelope, sealed VM and key provider that this host knows, in one SQLite file.
+//! What is kept: what a fleet would share behind [`EnvelopeStore`], what is of this host in [`HostStore`].
 //!
-//! The daemon owns it; nothing else opens it while the daemon runs (an advisory lock on the state directory
-//! sees to that). Losing a row here can mean losing a disk, so no row is ever deleted as a side effect, a
-//! change is on the disk when its call returns, and a file that can't be trusted is refused and left alone.
+//! ```text
+//!   EnvelopeStore (shared.rs)   envelopes, VMs, providers, KEKs made and retired, jobs     sqlite/, memory.rs (tests)
+//!   HostStore (local.rs)        root keys, what the TPM opens, cached KEKs, names of KEKs, stale copies, saved states,
+//!                               header journal, length of the audit log, the hook's index  SQLite only
+//! ```
+//!
+//! Today both are one SQLite file, so what spans them is one transaction (ADR 25). Providers and caches get handles on their own
+//! rows, [`NativeRows`], [`KekCacheRows`] and [`KekNames`], and never a store.
 
-mod checkpoints;
-mod copies;
+#[cfg(test)]
+mod contract;
 #[cfg(test)]
 mod crash;
-mod envelopes;
+mod damage;
 mod error;
-mod forgetting;
-mod hook_index;
-mod jobs;
-mod kek_names;
-mod persisted_keks;
-mod proofs;
-mod providers;
-mod rows;
-mod schema;
-mod tpm_seals;
-mod vms;
+mod host_records;
+mod job_records;
+mod local;
+mod records;
+mod shared;
+mod sqlite;
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::path::Path;
+use std::sync::Arc;
 
-use nix::fcntl::{Flock, FlockArg};
-use rusqlite::{Connection, Transaction, TransactionBehavior};
+use sqlite::database::Database;
 
-use checkpoints::Checkpoints;
-use error::StoreFault;
-use hook_index::HookIndex;
+pub use damage::{DamagedRow, Held, Rows};
+pub use error::StoreError;
+pub use host_records::{
+    AuditAnchor, CopyNews, CopyPlace, KekNameRecord, KekPersistence, NativeRoot, NeededKek, PersistedKek,
+    SavedState, StaleCopy, TpmRenewal, TpmSeal,
+};
+pub use job_records::{JobRecord, LeftBehind, NewJob, Pass, Verdict};
+pub use local::{HostStore, KekCacheRows, KekNames, NativeRows, ProviderTable};
+pub use records::{
+    Change, DeletedProvider, EnvelopeRecord, EnvelopeState, MadeKek, Mark, PageEnd, ProviderRecord, Put,
+    RetiredKek, ShreddedRows, Traces, UnixTime, VmRecord,
+};
+pub use shared::{EnvelopeStore, Envelopes, Jobs, Keks, Providers, Vms};
 
-use crate::model::problem::chain;
-
-pub use copies::{CopyNews, CopyPlace, NeededKek, RetiredKek, StaleCopy};
-pub use envelopes::{EnvelopeRecord, EnvelopeState, Put};
-pub use error::KeystoreError;
-pub use jobs::{JobRecord, LeftBehind, NewJob, Pass, Verdict};
-pub use kek_names::KekNameRecord;
-pub use persisted_keks::{KekPersistence, PersistedKek};
-pub use proofs::{AuditAnchor, MadeKek, SavedState};
-pub use providers::{DeletedProvider, NativeRoot, ProviderRecord};
-pub use rows::{DamagedRow, Held, Rows};
-pub use tpm_seals::{TpmRenewal, TpmSeal};
-pub use vms::{Mark, VmRecord};
-
-/// Seconds since 1970, UTC.
-pub type UnixTime = i64;
-
-/// Whether a call had anything to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// The row is different now.
-    Changed,
-    /// The row was like that before.
-    Unchanged,
+/// Both stores of a state directory.
+#[derive(Clone, Debug)]
+pub struct Stores {
+    /// What a fleet would share.
+    pub keystore: Arc<dyn EnvelopeStore>,
+    /// What is of this host.
+    pub host_store: HostStore,
 }
 
-impl Change {
-    fn of_rows(rows: usize) -> Self {
-        if rows == 0 { Self::Unchanged } else { Self::Changed }
-    }
-}
-
-/// The open keystore of one state directory.
-#[derive(Debug)]
-pub struct Keystore {
-    path: PathBuf,
-    hook_index: HookIndex,
-    // Before the connection: closing the last one is a checkpoint, too.
-    checkpoints: Checkpoints,
-    // Before the lock, so that the connection is closed when the lock goes.
-    connection: Mutex<Connection>,
-    _lock: Flock<File>,
-}
-
-impl Keystore {
-    /// The file's name in the state directory.
-    pub const FILE: &'static str = "keystore.db";
-    /// The file that whoever has the keystore open holds a lock on.
-    pub const LOCK: &'static str = "keystore.lock";
-
-    /// Opens the keystore in `dir`, making both (0700, 0600) where they are missing.
+impl Stores {
+    /// The stores in `dir`, making it (0700) and its files (0600) where they are missing. One process at a time has them open.
     ///
     /// # Errors
-    /// [`KeystoreError::InUse`] when another process has it open, [`KeystoreError::Damaged`] and
-    /// [`KeystoreError::TooNew`] when the file can't be used; in all cases it stays as it was.
-    pub fn open(dir: &Path) -> Result<Self, KeystoreError> {
-        private_directory(dir)?;
-        let lock = lock_directory(dir)?;
-        let path = dir.join(Self::FILE);
-        private_file(dir, &path)?;
-        let connection = schema::open(&path)?;
-        let keystore = Self {
-            hook_index: HookIndex::of(&connection, dir),
-            checkpoints: Checkpoints::of(&path)?,
-            path,
-            connection: Mutex::new(connection),
-            _lock: lock,
-        };
-        keystore.forget_rows_of_the_killed();
-        Ok(keystore)
-    }
-
-    /// A virtseald that was killed after a deletion may have left the rows in the write-ahead log.
-    fn forget_rows_of_the_killed(&self) {
-        match self.forget_deleted_rows() {
-            Ok(true) => {}
-            // The next deletion empties it, and so does the end of virtseald.
-            Ok(false) => {
-                tracing::warn!("another program reads the keystore: its write-ahead log stays for now");
-            }
-            Err(error) => tracing::warn!("the write-ahead log stays for now: {}", chain(&error)),
-        }
-    }
-
-    /// The database file.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The state directory, which holds more than the database.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        self.path
-            .parent()
-            .expect("the database is a file in the directory")
-    }
-
-    /// Takes what was deleted out of the write-ahead log too; the pages themselves are zeroed (`secure_delete`). The deletion
-    /// itself stands already, whatever becomes of this. Says whether the log is empty: another program that reads the file
-    /// may keep it.
-    fn forget_deleted_rows(&self) -> Result<bool, KeystoreError> {
-        self.read(|connection| {
-            let kept: i64 = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))?;
-            Ok(kept == 0)
+    /// [`StoreError::InUse`] when another process has them open, [`StoreError::Damaged`] and
+    /// [`StoreError::TooNew`] when they can't be used; in all cases they stay as they were.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        let database = Arc::new(Database::open(dir)?);
+        Ok(Self {
+            host_store: HostStore::of(Arc::clone(&database)),
+            keystore: database,
         })
     }
 
-    fn connection(&self) -> MutexGuard<'_, Connection> {
-        // A panic elsewhere can't leave the connection half changed: transactions roll back when dropped.
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn read<T>(&self, query: impl FnOnce(&Connection) -> Result<T, StoreFault>) -> Result<T, KeystoreError> {
-        query(&self.connection()).map_err(|fault| fault.at(&self.path))
-    }
-
-    /// Runs `change` in one transaction that takes the write lock first, and commits it unless it fails.
-    fn write<T>(
-        &self,
-        change: impl FnOnce(&Transaction) -> Result<T, StoreFault>,
-    ) -> Result<T, KeystoreError> {
-        let mut connection = self.connection();
-        let run = || {
-            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            let outcome = change(&transaction)?;
-            let index = self.hook_index.before_commit(&transaction)?;
-            transaction.commit()?;
-            self.hook_index.after_commit(index);
-            Ok(outcome)
-        };
-        let outcome = run().map_err(|fault: StoreFault| fault.at(&self.path))?;
-        self.checkpoints.note_change();
-        Ok(outcome)
-    }
-
-    /// The database as it is at one moment, for a backup.
-    pub fn snapshot(&self) -> Result<Vec<u8>, KeystoreError> {
-        self.read(|connection| Ok(connection.serialize(rusqlite::MAIN_DB)?.to_vec()))
-    }
-
-    /// Brings all changes into the database file, as the end of virtseald does. Says whether that file alone is whole now.
-    pub fn checkpoint(&self) -> Result<bool, KeystoreError> {
-        schema::checkpoint(&self.path)
-    }
-}
-
-/// The id in a row of `what`.
-fn parse_id<T: FromStr>(what: &str, id: &str) -> Result<T, KeystoreError> {
-    id.parse().map_err(|_| KeystoreError::Inconsistent {
-        row: format!("of {what} {id:?}"),
-        why: "its id is not a UUID".to_owned(),
-    })
-}
-
-/// Makes `dir` with mode 0700, or takes the group's and others' rights from the one there is.
-fn private_directory(dir: &Path) -> Result<(), KeystoreError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(KeystoreError::io("make the state directory", dir))?;
-    let mode = fs::metadata(dir)
-        .map_err(KeystoreError::io("read the state directory", dir))?
-        .mode();
-    if mode & 0o077 != 0 {
-        fs::set_permissions(dir, Permissions::from_mode(0o700))
-            .map_err(KeystoreError::io("make private the state directory", dir))?;
-    }
-    Ok(())
-}
-
-/// Takes the lock that lasts as long as the file stays open, so it goes with the process whatever happens.
-fn lock_directory(dir: &Path) -> Result<Flock<File>, KeystoreError> {
-    let path = dir.join(Keystore::LOCK);
-    let mut file = open_private(&path).map_err(KeystoreError::io("open the lock file", &path))?;
-    let mut holder = String::new();
-    // Only for the message below: the lock decides, not what the file says.
-    let _ = (&mut file).take(20).read_to_string(&mut holder);
-    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        nix::errno::Errno::EWOULDBLOCK => KeystoreError::InUse {
-            dir: dir.to_owned(),
-            holder: format!(
-                "pid {}",
-                if holder.is_empty() {
-                    "unknown"
-                } else {
-                    holder.trim()
-                }
-            ),
-        },
-        errno => KeystoreError::io("lock", &path)(errno.into()),
-    })?;
-    if let Err(error) = write_pid(&mut lock) {
-        // A full disk: only the message above is the poorer for it.
-        tracing::warn!("can't write {}: {error}", path.display());
-    }
-    Ok(lock)
-}
-
-fn write_pid(file: &mut File) -> io::Result<()> {
-    file.rewind()?;
-    file.set_len(0)?;
-    writeln!(file, "{}", std::process::id())
-}
-
-/// Makes the database file before SQLite does, which would give it the umask's mode; SQLite gives its `-wal`
-/// and `-shm` the mode of the database.
-fn private_file(dir: &Path, path: &Path) -> Result<(), KeystoreError> {
-    let file = open_private(path).map_err(KeystoreError::io("open the keystore", path))?;
-    file.set_permissions(Permissions::from_mode(0o600))
-        .map_err(KeystoreError::io("make private the keystore", path))?;
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(KeystoreError::io("sync the state directory", dir))
-}
-
-fn open_private(path: &Path) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(path)
-}
-
-fn now() -> UnixTime {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::envelope::VmId;
-    use crate::model::problem::Problem;
-
-    fn mode(path: &Path) -> u32 {
-        fs::metadata(path).unwrap().mode() & 0o777
-    }
-
-    #[test]
-    fn directory_and_files_are_private() {
-        let parent = tempfile::tempdir().unwrap();
-        let dir = parent.path().join("a/state");
-        let keystore = Keystore::open(&dir).unwrap();
-        keystore.remember_vm(VmId::random(), "web01").unwrap();
-        assert_eq!(mode(&dir), 0o700);
-        for entry in fs::read_dir(&dir).unwrap() {
-            let path = entry.unwrap().path();
-            assert_eq!(mode(&path), 0o600, "{}", path.display());
-        }
-        drop(keystore);
-        fs::set_permissions(&dir, Permissions::from_mode(0o755)).unwrap();
-        drop(Keystore::open(&dir).unwrap());
-        assert_eq!(mode(&dir), 0o700);
-    }
-
-    #[test]
-    fn second_open_is_refused_and_names_the_holder() {
-        let dir = tempfile::tempdir().unwrap();
-        let first = Keystore::open(dir.path()).unwrap();
-        let message = Keystore::open(dir.path()).unwrap_err().to_string();
-        assert!(
-            message.contains(&format!("pid {}", std::process::id())),
-            "{message}"
-        );
-        drop(first);
-        Keystore::open(dir.path()).unwrap();
-    }
-
-    #[test]
-    fn corrupt_file_is_named_and_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(Keystore::FILE);
-        let garbage = vec![0x41; 9000];
-        fs::write(&path, &garbage).unwrap();
-        let error = Keystore::open(dir.path()).unwrap_err();
-        assert!(matches!(error, KeystoreError::Damaged { .. }), "{error:?}");
-        assert!(error.to_string().contains(path.to_str().unwrap()));
-        assert_eq!(fs::read(&path).unwrap(), garbage);
-    }
-
-    #[test]
-    fn damaged_page_is_noticed_when_opening() {
-        let dir = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(dir.path()).unwrap();
-        for name in 0..200 {
-            keystore
-                .remember_vm(VmId::random(), &format!("vm{name}"))
-                .unwrap();
-        }
-        let path = keystore.path().to_owned();
-        drop(keystore);
-        let mut bytes = fs::read(&path).unwrap();
-        let middle = bytes.len() / 2 / 4096 * 4096;
-        bytes[middle..middle + 4096].fill(0xff);
-        fs::write(&path, bytes).unwrap();
-        let error = Keystore::open(dir.path()).unwrap_err();
-        assert!(matches!(error, KeystoreError::Damaged { .. }), "{error:?}");
-    }
-
-    /// What is in the write-ahead log of a damaged keystore stays there: the next look may find a way to use it.
-    #[test]
-    fn nothing_is_written_before_the_check() {
-        let (dir, damaged) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let keystore = Keystore::open(dir.path()).unwrap();
-        for name in 0..200 {
-            keystore
-                .remember_vm(VmId::random(), &format!("vm{name}"))
-                .unwrap();
-        }
-        keystore.checkpoint().unwrap();
-        keystore.remember_vm(VmId::random(), "later").unwrap();
-        let files = [Keystore::FILE, "keystore.db-wal"].map(|name| damaged.path().join(name));
-        let mut bytes = fs::read(keystore.path()).unwrap();
-        // An index that lacks an entry: whole pages, in which only a full check sees anything.
-        let before = bytes.len();
-        for page in bytes.chunks_mut(4096).skip(1).filter(|page| page[0] == 0x0a) {
-            let cells = u16::from_be_bytes([page[3], page[4]]);
-            page[3..5].copy_from_slice(&cells.saturating_sub(1).to_be_bytes());
-        }
-        assert_eq!(bytes.len(), before);
-        fs::write(&files[0], bytes).unwrap();
-        fs::copy(dir.path().join("keystore.db-wal"), &files[1]).unwrap();
-        let were = files.each_ref().map(|file| fs::read(file).unwrap());
-        assert!(!were[1].is_empty());
-        let error = Keystore::open(damaged.path()).unwrap_err();
-        assert!(matches!(error, KeystoreError::Damaged { .. }), "{error:?}");
-        let told = Problem::from(error).to_string();
-        assert!(told.contains("virtseal state restore"), "{told}");
-        assert_eq!(files.each_ref().map(|file| fs::read(file).unwrap()), were);
-    }
-
-    #[test]
-    fn later_schema_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        drop(Keystore::open(dir.path()).unwrap());
-        let raw = Connection::open(dir.path().join(Keystore::FILE)).unwrap();
-        raw.pragma_update(None, "user_version", 99).unwrap();
-        drop(raw);
-        let error = Keystore::open(dir.path()).unwrap_err();
-        assert!(
-            matches!(error, KeystoreError::TooNew { found: 99, .. }),
-            "{error:?}"
-        );
-        assert!(error.to_string().contains("later virtseal"));
-    }
-
-    #[test]
-    fn foreign_database_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let raw = Connection::open(dir.path().join(Keystore::FILE)).unwrap();
-        raw.execute_batch("CREATE TABLE music (title TEXT)").unwrap();
-        drop(raw);
-        let error = Keystore::open(dir.path()).unwrap_err();
-        assert!(matches!(error, KeystoreError::Damaged { .. }), "{error:?}");
-    }
-
-    #[test]
-    fn full_disk_is_an_error_and_changes_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(dir.path()).unwrap();
-        keystore
-            .connection()
-            .pragma_update(None, "max_page_count", 1)
-            .unwrap();
-        let (mut done, mut failed) = (0, None);
-        while failed.is_none() {
-            match keystore.remember_vm(VmId::random(), &"x".repeat(500)) {
-                Ok(_) => done += 1,
-                Err(error) => failed = Some(error),
-            }
-            assert!(done < 1000);
-        }
-        assert!(
-            matches!(failed, Some(KeystoreError::DiskFull { .. })),
-            "{failed:?}"
-        );
-        assert_eq!(keystore.vms().unwrap().whole().unwrap().len(), done);
-    }
-
-    #[test]
-    fn read_only_keystore_says_so() {
-        let dir = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(dir.path()).unwrap();
-        keystore
-            .connection()
-            .pragma_update(None, "query_only", true)
-            .unwrap();
-        let error = keystore.remember_vm(VmId::random(), "web01").unwrap_err();
-        assert!(matches!(error, KeystoreError::ReadOnly { .. }), "{error:?}");
-    }
-
-    #[test]
-    fn lock_file_that_is_a_link_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        std::os::unix::fs::symlink("/dev/null", dir.path().join(Keystore::LOCK)).unwrap();
-        assert!(matches!(
-            Keystore::open(dir.path()),
-            Err(KeystoreError::Io { .. })
-        ));
+    /// The rows of key providers.
+    #[must_use]
+    pub fn providers(&self) -> ProviderTable {
+        ProviderTable::new(Arc::clone(&self.keystore), self.host_store.clone())
     }
 }

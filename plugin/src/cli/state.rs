@@ -17,7 +17,7 @@ use crate::crypto::age_file::AgeError;
 use crate::model::problem::{Code, Problem, chain};
 use crate::secret::SecretBytes;
 use crate::state_backup::{self, Replace, StateError};
-use crate::store::KeystoreError;
+use crate::store::StoreError;
 use crate::terminal::quoted;
 use crate::terminal::word;
 
@@ -171,7 +171,7 @@ fn failure(error: &StateError, args: &RestoreArgs, dir: &Path) -> Problem {
             quoted(host),
             quoted(args.input.display())
         )),
-        StateError::Keystore(KeystoreError::InUse { .. }) => {
+        StateError::Keystore(StoreError::InUse { .. }) => {
             said(Code::Busy).next("systemctl stop virtseald.socket virtseald, then try again")
         }
         StateError::Age(AgeError::WrongPassphrase) => {

@@ -83,7 +83,7 @@ impl Daemon {
 
     /// By an image that the XML names; of one where root does not look, opening it says so.
     fn carried_by(&self, domain: &Domain, path: &Path) -> Option<Envelope> {
-        let known = paths::locations_of(&self.keystore, domain.uuid).ok()?;
+        let known = paths::locations_of(self.keystore.as_ref(), domain.uuid).ok()?;
         let place = paths::rule(self).permit_known(path, known.iter()).ok()?;
         disk::inspect(&place).ok()?.envelope
     }
@@ -105,7 +105,7 @@ impl Daemon {
         let record = self.keystore.readable_envelope(object.secret)?;
         let mut copies = copies_of(domain, object, |path| self.carried_by(domain, path));
         if record.is_none() {
-            let held = held_copies(&self.keystore, Some(domain.uuid)).into_iter();
+            let held = held_copies(self.keystore.as_ref(), Some(domain.uuid)).into_iter();
             copies.extend(held.filter(|copy| copy.envelope.id == object.secret));
         }
         let location = object

@@ -57,7 +57,7 @@ impl Daemon {
         let persist = persist
             .map(|asked| self.persist(name, policy, asked))
             .transpose()?;
-        kmip.set_cache(&self.keystore, policy, persist.as_ref())
+        kmip.set_cache(policy, persist.as_ref())
             .map_err(|error| cache_failure(name, &error))
     }
 

@@ -20,7 +20,7 @@ use crate::model::envelope::{Envelope, EnvelopeId, Precedence, VmId};
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, Carried, ImageCopy, VolumeError};
 use crate::secret::Passphrase;
-use crate::store::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, KeystoreError, StaleCopy};
+use crate::store::{CopyNews, CopyPlace, EnvelopeRecord, EnvelopeState, StaleCopy, StoreError};
 use crate::vm::start::adoption::{Doubt, Weighed, weigh};
 
 /// How many stale copies are in memory at a time.
@@ -50,12 +50,12 @@ impl Daemon {
     /// Brings up to date what can be.
     fn update_copies(&self) -> Result<(), Problem> {
         let _copying = lock(&self.copying);
-        for envelope in self.keystore.journaled_headers()?.sound {
+        for envelope in self.host_store.journaled_headers()?.sound {
             go_on(envelope, self.finish_header(envelope));
         }
         // Before what is stale: a rewrite writes a journal of its own.
-        let moved = self.keystore.journaled_headers()?.sound;
-        if moved.is_empty() && self.keystore.count_stale_copies()? == 0 {
+        let moved = self.host_store.journaled_headers()?.sound;
+        if moved.is_empty() && self.host_store.count_stale_copies()? == 0 {
             return Ok(());
         }
         let holders = match self.background.every_xml() {
@@ -75,7 +75,7 @@ impl Daemon {
                 news.map(|news| (copy.envelope, news))
             });
             Ok(self
-                .keystore
+                .host_store
                 .note_copies(CopyPlace::Image, &news.collect::<Vec<_>>())?)
         })
     }
@@ -86,7 +86,7 @@ impl Daemon {
         for place in [CopyPlace::Xml, CopyPlace::Image] {
             self.for_each_page(place, |page| {
                 let news: Vec<_> = page.iter().map(stays).collect();
-                Ok(self.keystore.note_copies(place, &news)?)
+                Ok(self.host_store.note_copies(place, &news)?)
             })?;
         }
         Ok(())
@@ -99,7 +99,7 @@ impl Daemon {
     ) -> Result<(), Problem> {
         let mut after = None;
         loop {
-            let page = self.keystore.stale_copies(place, after, PAGE)?;
+            let page = self.host_store.stale_copies(place, after, PAGE)?;
             let Some(last) = page.last() else {
                 return Ok(());
             };
@@ -147,7 +147,7 @@ impl Daemon {
                 Some((id, news))
             })
             .collect();
-        Ok(self.keystore.note_copies(CopyPlace::Xml, &news)?)
+        Ok(self.host_store.note_copies(CopyPlace::Xml, &news)?)
     }
 
     /// Says of which envelopes nobody knows now whether the copy in the XML or the keystore's counts.
@@ -233,7 +233,7 @@ impl Daemon {
         if record.state == EnvelopeState::Pending {
             return stays(MADE_NOW);
         }
-        if let Some((path, _)) = self.keystore.journaled_header(id)? {
+        if let Some((path, _)) = self.host_store.journaled_header(id)? {
             return stays(&format!(
                 "its header may be half written in {path}, which can't be completed now"
             ));
@@ -293,7 +293,7 @@ impl Daemon {
                 // With what permits it.
                 Err(RewriteError::Path(error)) => return stays(&Problem::from(error).to_string()),
                 Err(error) => {
-                    if self.keystore.journaled_header(id)?.is_some() {
+                    if self.host_store.journaled_header(id)?.is_some() {
                         writing.keep();
                     }
                     return stays(&chain(&error));
@@ -318,11 +318,11 @@ impl Daemon {
         let shown = place.shown().display().to_string();
         let gives_way = |found: &Envelope| Ok(giving_way.contains(&found.to_json()));
         let rewritten = disk::rewrite_envelope(place, envelope, passphrase, gives_way, |bytes| {
-            self.keystore
+            self.host_store
                 .journal_header(envelope.id, &shown, bytes)
                 .map_err(RewriteError::Journal)
         })?;
-        self.keystore
+        self.host_store
             .forget_header(envelope.id)
             .map_err(RewriteError::Journal)?;
         Ok(match rewritten {
@@ -333,7 +333,7 @@ impl Daemon {
 
     /// Completes a header that was being rewritten when the daemon died, or a write failed.
     fn finish_header(&self, id: EnvelopeId) -> Result<(), Problem> {
-        let Some((path, patch)) = self.keystore.journaled_header(id)? else {
+        let Some((path, patch)) = self.host_store.journaled_header(id)? else {
             return Ok(());
         };
         let writing = self.headers.take_over(id);
@@ -350,7 +350,7 @@ impl Daemon {
             return Ok(());
         };
         for path in &holders.paths_of(&record.envelope) {
-            let Some((journaled, patch)) = self.keystore.journaled_header(id)? else {
+            let Some((journaled, patch)) = self.host_store.journaled_header(id)? else {
                 return Ok(());
             };
             if *path == Path::new(&journaled) || Path::new(&journaled).exists() {
@@ -377,7 +377,7 @@ impl Daemon {
         match disk::finish_rewrite(place, patch) {
             Ok(()) => {
                 tracing::info!(path = %path.display(), "completed its header");
-                Ok(self.keystore.forget_header(id)?)
+                Ok(self.host_store.forget_header(id)?)
             }
             // Tried again later; a start may see for itself.
             Err(VolumeError::InUse(_) | VolumeError::NotFound(_)) => Ok(()),
@@ -456,7 +456,7 @@ enum RewriteError {
     #[error(transparent)]
     Path(PathError),
     #[error("its header can't be journaled")]
-    Journal(#[source] KeystoreError),
+    Journal(#[source] StoreError),
 }
 
 impl RewriteError {

@@ -135,7 +135,7 @@ impl Daemon {
         if !uses.objects.is_empty() {
             warnings.push(format!(
                 "{} had a stanza of it, {} of them with no other: these stay locked until it is back: {}",
-                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&uses.objects),
+                VmNames::of_keystore(self.keystore.as_ref())?.objects_of_vms(&uses.objects),
                 uses.alone,
                 bring_back(id, name.clone(), Some(known.kind()))
             ));
@@ -152,10 +152,10 @@ impl Daemon {
     /// The root keys of a native provider exist here and in its backups only: they go for good by a typed name alone.
     fn keep_root_aside(&self, known: &Provider) -> Result<Option<PathBuf>, Problem> {
         let (id, name) = (known.provider().id(), known.provider().name());
-        let Some(root) = self.keystore.native_root(id)? else {
+        let Some(root) = self.host_store.native(id).root()? else {
             return Ok(None);
         };
-        let kept = forgotten::keep_bytes(self.keystore.dir(), &format!("-{name}.age"), &root.sealed);
+        let kept = forgotten::keep_bytes(self.host_store.dir(), &format!("-{name}.age"), &root.sealed);
         kept.map(Some).map_err(|error| {
             Problem::from_error(
                 Code::Failed,
@@ -198,7 +198,7 @@ impl Daemon {
                 uses.alone += usize::from(stanzas.iter().all(|stanza| stanza.provider == id));
             }
         }
-        for needed in self.keystore.needed_keks()?.whole()? {
+        for needed in self.host_store.needed_keks()?.whole()? {
             if needed.provider == id {
                 uses.copies.insert(self.copy_name(needed.envelope, needed.place)?);
             }
@@ -211,7 +211,9 @@ impl Daemon {
             return Ok(format!("a copy of envelope {envelope}"));
         };
         let place = match place {
-            CopyPlace::Xml => Place::Xml(VmNames::of_keystore(&self.keystore)?.of(record.envelope.vm)),
+            CopyPlace::Xml => {
+                Place::Xml(VmNames::of_keystore(self.keystore.as_ref())?.of(record.envelope.vm))
+            }
             CopyPlace::Image => Place::Image(record.location.into()),
         };
         Ok(place.to_string())
@@ -260,7 +262,7 @@ impl Daemon {
             .iter()
             .map(|record| record.envelope.id)
             .collect();
-        for (path, kept) in forgotten::kept(self.keystore.dir()).map_err(|error| failed(&error))? {
+        for (path, kept) in forgotten::kept(self.host_store.dir()).map_err(|error| failed(&error))? {
             let kept = kept.map_err(|error| failed(&error).of(path.display()))?;
             let alone = forgotten::only_there(&kept, |id| known.contains(&id));
             if alone.into_iter().any(of_it) {
@@ -269,8 +271,8 @@ impl Daemon {
                 uses.fixed += 1;
             }
         }
-        let names = VmNames::of_keystore(&self.keystore)?;
-        for saved in self.keystore.saved_states()?.whole()? {
+        let names = VmNames::of_keystore(self.keystore.as_ref())?;
+        for saved in self.host_store.saved_states()?.whole()? {
             if saved.envelopes.iter().any(of_it) {
                 uses.copies.insert(format!(
                     "the state of {} that was saved to a file",
@@ -287,7 +289,7 @@ impl Daemon {
         if !uses.objects.is_empty() {
             reasons.push(format!(
                 "{} need it, {} of them have no other",
-                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&uses.objects),
+                VmNames::of_keystore(self.keystore.as_ref())?.objects_of_vms(&uses.objects),
                 uses.alone
             ));
         }
@@ -359,7 +361,7 @@ impl Daemon {
     fn all_orphans(&self) -> Result<Orphans, Problem> {
         let domains = self.background.domains().map_err(|error| unreachable(&error))?;
         let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
-        let names = VmNames::of_keystore(&self.keystore)?;
+        let names = VmNames::of_keystore(self.keystore.as_ref())?;
         let (mut envelopes, mut in_use) = (Vec::new(), BTreeSet::new());
         let mut keks: BTreeMap<(ProviderId, String), OrphanUses> = BTreeMap::new();
         // What destroys a key asks for all of them; here those that can't be read are named.
@@ -385,7 +387,7 @@ impl Daemon {
                 });
             }
         }
-        for needed in self.keystore.needed_keks()?.sound {
+        for needed in self.host_store.needed_keks()?.sound {
             let KekId(kek) = needed.kek;
             keks.entry((needed.provider, kek)).or_default().copies += 1;
         }
@@ -408,7 +410,7 @@ impl Daemon {
         let mut all = Orphans {
             envelopes,
             keks: keks.collect(),
-            damaged: damaged::records(&self.keystore),
+            damaged: damaged::records(self.keystore.as_ref(), &self.host_store),
             next: None,
         };
         pages::sort(&mut all);

@@ -9,7 +9,7 @@ use super::{Daemon, lock, vm_id};
 use crate::domain::Domain;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Code, Problem, chain};
-use crate::store::{CopyPlace, KeystoreError};
+use crate::store::{CopyPlace, StoreError};
 use crate::vm::first_runs::{HeardRun, vtpm_of};
 use crate::vm::start::{FirstRun, KnownRun};
 
@@ -64,7 +64,7 @@ pub(super) fn write(daemon: &Daemon) {
     }
 }
 
-fn write_run(daemon: &Daemon, vm: VmId, name: &str, first: Option<&FirstRun>) -> Result<(), KeystoreError> {
+fn write_run(daemon: &Daemon, vm: VmId, name: &str, first: Option<&FirstRun>) -> Result<(), StoreError> {
     let keystore = &daemon.keystore;
     let known = keystore.envelopes_of(vm)?;
     // A damaged row is one, and is mended below.
@@ -82,7 +82,7 @@ fn write_run(daemon: &Daemon, vm: VmId, name: &str, first: Option<&FirstRun>) ->
     let record = keystore.readable_envelope(after.id)?;
     if record.is_some_and(|record| record.envelope == *before) {
         keystore.put(after, "")?;
-        keystore.copy_is_behind(before, CopyPlace::Xml)?;
+        daemon.host_store.copy_is_behind(before, CopyPlace::Xml)?;
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use crate::api::Outcome;
 use crate::model::envelope::{ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Format, VolumeError};
-use crate::store::{Change, EnvelopeRecord, KeystoreError, Mark, Put, VmRecord};
+use crate::store::{Change, EnvelopeRecord, Mark, Put, StoreError, VmRecord};
 use crate::terminal::word;
 use crate::vm::forgotten::{self, Forgotten};
 use crate::vm::names::{self, unreachable};
@@ -170,7 +170,7 @@ impl Daemon {
             sealed_at: records.iter().map(|record| record.created).min().unwrap_or(0),
             vtpm_seen: false,
         });
-        let mut saved = self.keystore.saved_states()?.whole()?;
+        let mut saved = self.host_store.saved_states()?.whole()?;
         saved.retain(|saved| saved.vm == vm);
         let forgotten = Forgotten {
             vm: known,
@@ -179,7 +179,7 @@ impl Daemon {
             objects: records.to_vec(),
             retired,
         };
-        forgotten::keep(self.keystore.dir(), &forgotten).map_err(|error| {
+        forgotten::keep(self.host_store.dir(), &forgotten).map_err(|error| {
             Problem::from_error(Code::Failed, format!("{name} is not forgotten"), &error)
                 .next(format!("mend that, then virtseal vm forget {}", word(name)))
         })
@@ -286,7 +286,7 @@ impl Daemon {
                 Ok(Put::Stale) => outcome
                     .warnings
                     .push(format!("{what}: the keystore has a later one, which stays")),
-                Err(error @ (KeystoreError::Conflict { .. } | KeystoreError::OtherObject { .. })) => {
+                Err(error @ (StoreError::Conflict { .. } | StoreError::OtherObject { .. })) => {
                     outcome
                         .warnings
                         .push(format!("{what} is left out: {}", chain(&error)));
@@ -294,12 +294,12 @@ impl Daemon {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.keystore.bring_back_vm(
-            &forgotten.vm,
-            forgotten.mark,
-            &forgotten.retired,
-            forgotten.saved.as_ref(),
-        )?;
+        // Of this host first: alone it keeps KEKs that nothing needs, and loses nothing.
+        if let Some(saved) = &forgotten.saved {
+            self.host_store.bring_back_saved(saved)?;
+        }
+        self.keystore
+            .bring_back_vm(&forgotten.vm, forgotten.mark, &forgotten.retired)?;
         self.copies_bell.ring();
         outcome.changed = !outcome.steps.is_empty();
         Ok(outcome)

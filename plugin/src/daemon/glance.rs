@@ -222,7 +222,7 @@ fn look_at_all(daemon: &Daemon) -> Result<Glance, Problem> {
     Ok(Glance {
         libvirt,
         vms: vms.into(),
-        damaged: damaged::records(&daemon.keystore).into(),
+        damaged: damaged::records(daemon.keystore.as_ref(), &daemon.host_store).into(),
     })
 }
 

@@ -20,7 +20,7 @@ use crate::model::problem::{Code, Problem};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
-use crate::store::{CopyPlace, JobRecord, KeystoreError};
+use crate::store::{CopyPlace, JobRecord, StoreError};
 use crate::vm::names;
 use crate::vm::names::VmNames;
 use crate::vm::status::damaged;
@@ -57,7 +57,12 @@ impl Daemon {
             let stepped = match running.get(turn % running.len().max(1)) {
                 None => Ok(None),
                 Some(job) => {
-                    let stepped = sweep::step(&self.keystore, &self.recipients, job.id, config.batch_size);
+                    let stepped = sweep::step(
+                        self.keystore.as_ref(),
+                        &self.recipients,
+                        job.id,
+                        config.batch_size,
+                    );
                     self.note_stalled(job.id, stepped.as_ref().err());
                     stepped.map(Some)
                 }
@@ -184,7 +189,7 @@ impl Daemon {
             format!(
                 "'{name}' is not rotated: it has root key {}, and {} have keys by a later one, which is in a newer backup",
                 native.generation(),
-                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&vms)
+                VmNames::of_keystore(self.keystore.as_ref())?.objects_of_vms(&vms)
             ),
         )
         .next(format!(
@@ -205,16 +210,18 @@ impl Daemon {
         if let Task::RemoveRecipient { provider } = task {
             self.refuse_to_close(task, *provider)?;
         }
-        let inserted = task.start(&self.keystore, &rivals).map_err(|error| match error {
-            KeystoreError::JobRunning(id) => second_job(id),
-            error => error.into(),
-        });
+        let inserted = task
+            .start(self.keystore.as_ref(), &rivals)
+            .map_err(|error| match error {
+                StoreError::JobRunning(id) => second_job(id),
+                error => error.into(),
+            });
         let words = task.words(|id| self.name_of(id));
         self.audit_command("job-start", &words, &inserted);
         let job = inserted?;
         self.jobs_bell.ring();
         let mut warnings = self.warnings_of_task(task);
-        let damaged = damaged::records(&self.keystore).into_iter();
+        let damaged = damaged::records(self.keystore.as_ref(), &self.host_store).into_iter();
         warnings.extend(damaged.map(|damaged| format!("left out: {damaged}")));
         match unseen {
             Ok(unreadable) => warnings.extend(unreadable.iter().map(|what| format!("left out: {what}"))),
@@ -253,7 +260,7 @@ impl Daemon {
             Code::WouldLoseKey,
             format!(
                 "'{name}' stays a recipient: {} can be opened by nobody else",
-                VmNames::of_keystore(&self.keystore)?.objects_of_vms(&closed)
+                VmNames::of_keystore(self.keystore.as_ref())?.objects_of_vms(&closed)
             ),
         )
         .next(format!(
@@ -354,10 +361,10 @@ impl Daemon {
     /// The last jobs, and what is behind.
     pub fn jobs(&self) -> Result<Jobs, Problem> {
         let jobs = self.keystore.jobs(RECENT)?.sound;
-        let names = VmNames::of_keystore(&self.keystore)?;
+        let names = VmNames::of_keystore(self.keystore.as_ref())?;
         let mut copies = Vec::new();
         for place in [CopyPlace::Xml, CopyPlace::Image] {
-            for copy in self.keystore.stale_copies(place, None, 100)? {
+            for copy in self.host_store.stale_copies(place, None, 100)? {
                 copies.push(CopyView {
                     vm: names.of(copy.vm),
                     envelope: copy.envelope.to_string(),
@@ -375,7 +382,7 @@ impl Daemon {
         let room = PAGE.saturating_sub(pages::size_of(&views));
         Ok(Jobs {
             jobs: views,
-            stale_copies: number(self.keystore.count_stale_copies()?),
+            stale_copies: number(self.host_store.count_stale_copies()?),
             copies: pages::cut(copies, room),
         })
     }
@@ -421,7 +428,7 @@ impl Daemon {
         looks.retain(|_, look| look.at.elapsed() < LOOK);
         let daemon = Arc::clone(self);
         let looked = workers.spawn_blocking(move || {
-            let job = daemon.keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
+            let job = daemon.keystore.job(id)?.ok_or(StoreError::UnknownJob(id.0))?;
             Ok::<_, Problem>((daemon.job_view(&job)?, job.state != JobState::Running))
         });
         let (job, ended) = looked.await.map_err(|error| broken(&error))??;

@@ -10,7 +10,7 @@ use crate::host::libvirt::{Libvirt, StoragePool};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::VmId;
 use crate::model::problem::{Problem, chain};
-use crate::store::Keystore;
+use crate::store::EnvelopeStore;
 
 /// How long whoever is no start waits for libvirt's pools.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -41,7 +41,7 @@ pub(super) fn rule_of_settings(daemon: &Daemon) -> PathRule {
 /// another, for a while and on the background connection.
 pub(super) fn rule_of_start(daemon: &Daemon, domain: &Domain) -> Result<PathRule, Problem> {
     let rule = rule_of_settings(daemon);
-    let known = locations_of(&daemon.keystore, domain.uuid)?;
+    let known = locations_of(daemon.keystore.as_ref(), domain.uuid)?;
     if !has_sealed_outside(domain, &rule, &known) {
         return Ok(rule);
     }
@@ -64,7 +64,7 @@ fn has_sealed_outside(domain: &Domain, rule: &PathRule, known: &[String]) -> boo
 }
 
 /// Where the keystore has the objects of a VM.
-pub(super) fn locations_of(keystore: &Keystore, vm: VmId) -> Result<Vec<String>, Problem> {
+pub(super) fn locations_of(keystore: &dyn EnvelopeStore, vm: VmId) -> Result<Vec<String>, Problem> {
     let records = keystore.envelopes_of(vm)?.sound.into_iter();
     Ok(records.map(|record| record.location).collect())
 }

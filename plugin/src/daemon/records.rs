@@ -5,7 +5,6 @@
 
 use std::cell::Cell;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::Daemon;
@@ -15,7 +14,7 @@ use crate::audit::{self, AuditError, AuditLog, Event, Outcome, Position};
 use crate::domain::Domain;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Code, Problem, chain};
-use crate::store::{AuditAnchor, Keystore};
+use crate::store::{AuditAnchor, HostStore};
 
 /// The most time that a record may cost a start.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -120,8 +119,8 @@ impl Daemon {
     }
 
     /// Opens the log, which is as long as the keystore says or longer.
-    pub(super) fn open_audit(keystore: &Arc<Keystore>, dir: &Path) -> Result<AuditLog, Problem> {
-        let (noted, damaged) = match keystore.audit_anchor() {
+    pub(super) fn open_audit(host_store: &HostStore, dir: &Path) -> Result<AuditLog, Problem> {
+        let (noted, damaged) = match host_store.audit_anchor() {
             Err(error) if error.is_of_row() => (None, Some(chain(&error))),
             noted => (noted?, None),
         };
@@ -129,8 +128,8 @@ impl Daemon {
             seq: anchor.seq,
             hash: anchor.hash,
         });
-        let keystore = Arc::clone(keystore);
-        let note = move |at: Position| match keystore.set_audit_anchor(anchor(at)) {
+        let host_store = host_store.clone();
+        let note = move |at: Position| match host_store.set_audit_anchor(anchor(at)) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!("the length of the audit log is not noted: {}", chain(&error));
@@ -150,7 +149,7 @@ impl Daemon {
         let noted = self.audit.flush(PATIENCE).map_err(|error| chain(&error));
         let noted = noted.and_then(|()| match self.audit.position() {
             Some(at) => self
-                .keystore
+                .host_store
                 .set_audit_anchor(anchor(at))
                 .map_err(|error| chain(&error)),
             None => Ok(()),

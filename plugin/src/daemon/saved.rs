@@ -32,11 +32,11 @@ fn note(daemon: &Daemon, vm: VmId) -> Result<(), Problem> {
     }
     let found = daemon.background.whereabouts(vm);
     match found.map_err(|error| names::unreachable(&error))? {
-        Some(Whereabouts::Running) => Ok(daemon.keystore.forget_saved(vm)?),
+        Some(Whereabouts::Running) => Ok(daemon.host_store.forget_saved(vm)?),
         Some(Whereabouts::SavedToAFile(xml)) => {
             let kept = kept.sound.into_iter().map(|record| record.envelope);
             tracing::info!(%vm, "its state was saved to a file");
-            Ok(daemon.keystore.note_saved(vm, &in_file(vm, kept, &xml))?)
+            Ok(daemon.host_store.note_saved(vm, &in_file(vm, kept, &xml))?)
         }
         Some(Whereabouts::Off) | None => Ok(()),
     }

@@ -61,11 +61,11 @@ impl Daemon {
             }
             match self.keystore.put(&next, &record.location) {
                 Ok(Put::Updated | Put::Adopted | Put::Unchanged) => {
-                    self.keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
+                    self.host_store.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
                     return Ok(self.outcome(path, vm, vm_id, sharing, true));
                 }
                 // A job was faster: on top of what it made.
-                Ok(Put::Stale) | Err(crate::store::KeystoreError::Conflict { .. }) => {
+                Ok(Put::Stale) | Err(crate::store::StoreError::Conflict { .. }) => {
                     record = self.record_of(path, record.envelope.id)?;
                 }
                 Err(error) => return Err(error.into()),

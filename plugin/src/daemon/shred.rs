@@ -23,7 +23,7 @@ use crate::object::disk::{self, Shredded, Shredding, VolumeError};
 use crate::object::vtpm::StateDir;
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
-use crate::store::{EnvelopeRecord, MadeKek};
+use crate::store::{EnvelopeRecord, MadeKek, Traces};
 use crate::terminal::quoted;
 use crate::terminal::word;
 use crate::vm::names::{self, unreachable};
@@ -283,15 +283,18 @@ impl Daemon {
             ));
         }
         let removed = self.keystore.shred_vm(doomed.vm);
-        let (removed, emptied) = removed.map_err(|error| half_done(error.into()))?;
-        let log = match emptied {
-            true => "the write-ahead log emptied",
-            false => "but the write-ahead log could not be emptied and has them until virtseald ends",
+        let removed = removed.map_err(|error| half_done(error.into()))?;
+        let log = match removed.traces {
+            Traces::None => "the write-ahead log emptied",
+            Traces::Left => "but the write-ahead log could not be emptied and has them until virtseald ends",
         };
         lines.push(line(
             "the records in the keystore",
             true,
-            &format!("{removed} envelopes removed, their pages zeroed, {log}"),
+            &format!(
+                "{} envelopes removed, their pages zeroed, {log}",
+                removed.envelopes
+            ),
         ));
         Ok(Receipt {
             vm: doomed.name.clone(),
@@ -393,7 +396,7 @@ impl Daemon {
                 note(is_own, stanza.provider, stanza.kek);
             }
         }
-        for needed in self.keystore.needed_keks()?.whole()? {
+        for needed in self.host_store.needed_keks()?.whole()? {
             note(ids.contains(&needed.envelope), needed.provider, needed.kek);
         }
         for retired in self.keystore.retired_keks()?.whole()? {

@@ -31,7 +31,7 @@ impl Daemon {
     ) -> Result<Outcome, Problem> {
         // Nothing is half made in it.
         let _sealing = lock(&self.sealing);
-        let files = state_backup::write(&mut File::from(output), &self.keystore, passphrase)
+        let files = state_backup::write(&mut File::from(output), &self.host_store, passphrase)
             .map_err(|error| Problem::from_error(Code::Failed, "there is no backup of the state", &error))?;
         Ok(Outcome {
             steps: vec![format!("back up {files} files, and read them back")],

@@ -56,7 +56,7 @@ impl Daemon {
             let (vms, next) = pages::of_vms(&glance.vms, after, 0);
             return Ok(Vms { vms, next });
         };
-        let found = names::find_vm(&self.background, &self.keystore, vm)?;
+        let found = names::find_vm(&self.background, self.keystore.as_ref(), vm)?;
         let known = self.known(paths::rule(self))?;
         let view = match found {
             KnownVm::Defined(defined) => {

@@ -14,8 +14,8 @@ use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
 use crate::provider::kmip::{
-    CertificateFacts, Fingerprint, KeyKind, KmipProvider, MAX_PEM, NewIdentity, Presented, ServerTrust,
-    StoreError, TrustError,
+    CertificateFacts, FilesError, Fingerprint, KeyKind, KmipProvider, MAX_PEM, NewIdentity, Presented,
+    ServerTrust, TrustError,
 };
 use crate::recipients::Provider;
 use crate::secret::SecretBytes;
@@ -206,7 +206,7 @@ fn trust_failure(provider: &str, error: &TrustError) -> Problem {
         TrustError::Identity(_) => (Code::Usage, Advice::RequestCertificate(name())),
         TrustError::Ca(_) | TrustError::NoCertificate => (Code::Usage, Advice::TrustCa(name())),
         TrustError::Empty => (Code::Usage, Advice::TrustProvider(name())),
-        TrustError::Store(StoreError::Damaged { .. }) => (
+        TrustError::Store(FilesError::Damaged { .. }) => (
             Code::Failed,
             Advice::RequestNewCertificate(name())
                 .then(Advice::SetIdentity(name()).note("with its certificate")),

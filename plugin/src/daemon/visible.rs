@@ -17,7 +17,7 @@ use crate::model::problem::{Code, Problem, chain};
 use crate::object::Located;
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
-use crate::store::{CopyPlace, EnvelopeRecord, Keystore, LeftBehind};
+use crate::store::{CopyPlace, EnvelopeRecord, EnvelopeStore, LeftBehind};
 use crate::vm::names::unreachable;
 use crate::vm::start::adoption::{Doubt, Weighed, believe, weigh};
 
@@ -93,7 +93,7 @@ impl Place {
 }
 
 /// The envelopes that damaged rows still hold: they count as copies, as those of the XML and the images do.
-pub(super) fn held_copies(keystore: &Keystore, vm: Option<VmId>) -> Vec<VisibleCopy> {
+pub(super) fn held_copies(keystore: &dyn EnvelopeStore, vm: Option<VmId>) -> Vec<VisibleCopy> {
     let rows = match vm {
         Some(vm) => keystore.envelopes_of(vm),
         None => keystore.envelopes(),
@@ -219,7 +219,8 @@ impl Daemon {
         for record in
             records.filter(|record| images.iter().any(|image| *image == Path::new(&record.location)))
         {
-            self.keystore.copy_is_behind(&record.envelope, CopyPlace::Image)?;
+            self.host_store
+                .copy_is_behind(&record.envelope, CopyPlace::Image)?;
         }
         self.copies_bell.ring();
         Ok(())
@@ -232,7 +233,7 @@ impl Daemon {
         };
         let (rule, known) = (
             paths::rule(self),
-            paths::locations_of(&self.keystore, domain.uuid)?,
+            paths::locations_of(self.keystore.as_ref(), domain.uuid)?,
         );
         for (id, path) in encrypted_layers(&domain) {
             let place = rule.permit_known(&path, known.iter());
@@ -243,7 +244,8 @@ impl Daemon {
                 _ => false,
             };
             if let (true, Some(record)) = (is_bad, self.keystore.readable_envelope(id)?) {
-                self.keystore.copy_is_behind(&record.envelope, CopyPlace::Image)?;
+                self.host_store
+                    .copy_is_behind(&record.envelope, CopyPlace::Image)?;
                 self.copies_bell.ring();
             }
         }
@@ -265,7 +267,7 @@ impl Daemon {
             Proof::Authentic => &copy.envelope,
             Proof::Forged | Proof::Unknown => &kept.envelope,
         };
-        self.keystore.copy_is_behind(needs, place)?;
+        self.host_store.copy_is_behind(needs, place)?;
         self.copies_bell.ring();
         Ok(true)
     }
@@ -281,7 +283,7 @@ impl Daemon {
             visible
                 .copies
                 .into_iter()
-                .chain(held_copies(&self.keystore, None)),
+                .chain(held_copies(self.keystore.as_ref(), None)),
         )?;
         Ok(Travelling {
             unreadable: visible.unreadable,
@@ -353,7 +355,7 @@ impl Daemon {
             let images = Metadata::sources_in(&defined.xml).unwrap_or_default();
             let (rule, known) = (
                 paths::rule(self),
-                paths::locations_of(&self.keystore, defined.vm).unwrap_or_default(),
+                paths::locations_of(self.keystore.as_ref(), defined.vm).unwrap_or_default(),
             );
             let places = images
                 .iter()
@@ -361,7 +363,7 @@ impl Daemon {
             visible.copies.extend(places.filter_map(carried));
             visible
                 .copies
-                .extend(held_copies(&self.keystore, Some(defined.vm)));
+                .extend(held_copies(self.keystore.as_ref(), Some(defined.vm)));
         }
         if let Err(failure) = self.take_in_all(visible.copies) {
             tracing::warn!(domain = defined.name, "{failure}");
@@ -406,7 +408,7 @@ impl Daemon {
         let passphrase = dek
             .passphrase()
             .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
-        let known = paths::locations_of(&self.keystore, envelope.vm)?;
+        let known = paths::locations_of(self.keystore.as_ref(), envelope.vm)?;
         let permit = |path: &Path| paths::rule(self).permit_known(path, known.iter());
         let swtpm_dir = self.config().swtpm_dir;
         let object = Located::of(

@@ -19,7 +19,7 @@ use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::job::{JobId, JobState, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::recipients::{Recipients, Rewrap, RewrapTarget, Rewrapped};
-use crate::store::{EnvelopeRecord, JobRecord, Keystore, KeystoreError, LeftBehind, NewJob, Rows, Verdict};
+use crate::store::{EnvelopeRecord, EnvelopeStore, JobRecord, LeftBehind, NewJob, Rows, StoreError, Verdict};
 
 /// What a job does to every envelope that it concerns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,8 +88,8 @@ impl Task {
     /// Starts it, without these envelopes.
     ///
     /// # Errors
-    /// [`KeystoreError::JobRunning`] while another one is about the same envelopes.
-    pub fn start(&self, keystore: &Keystore, left: &[LeftBehind]) -> Result<JobRecord, KeystoreError> {
+    /// [`StoreError::JobRunning`] while another one is about the same envelopes.
+    pub fn start(&self, keystore: &dyn EnvelopeStore, left: &[LeftBehind]) -> Result<JobRecord, StoreError> {
         keystore.insert_job(&NewJob {
             subject: &self.subject(),
             task: &self.to_json(),
@@ -241,12 +241,12 @@ pub enum Step {
 /// # Errors
 /// When the keystore fails, or the job is one of a later version; the job stays where it is.
 pub fn step(
-    keystore: &Keystore,
+    keystore: &dyn EnvelopeStore,
     recipients: &Recipients,
     id: JobId,
     batch_size: u32,
 ) -> Result<Step, Problem> {
-    let job = &keystore.job(id)?.ok_or(KeystoreError::UnknownJob(id.0))?;
+    let job = &keystore.job(id)?.ok_or(StoreError::UnknownJob(id.0))?;
     if job.state != JobState::Running {
         return Ok(Step::Ended(job.clone()));
     }
@@ -274,13 +274,13 @@ pub fn step(
     }
 }
 
-fn waits(keystore: &Keystore, job: &JobRecord, waiting: &str) -> Result<Step, Problem> {
+fn waits(keystore: &dyn EnvelopeStore, job: &JobRecord, waiting: &str) -> Result<Step, Problem> {
     keystore.job_waits(job.id, waiting)?;
     let job = keystore.job(job.id)?.unwrap_or_else(|| job.clone());
     Ok(Step::Waits(job))
 }
 
-fn what_is_left(keystore: &Keystore, job: &JobRecord) -> Result<String, Problem> {
+fn what_is_left(keystore: &dyn EnvelopeStore, job: &JobRecord) -> Result<String, Problem> {
     let left = keystore.left_behind(job.id, 100)?;
     let reason = left
         .iter()

@@ -415,4 +415,6 @@ mod base64_bytes {
 }
 
 #[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
 mod tests;

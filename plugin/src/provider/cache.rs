@@ -20,7 +20,7 @@ use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::model::envelope::{KekId, ProviderId};
 use crate::model::problem::chain;
 use crate::secret::SecretBytes;
-use crate::store::{KekPersistence, Keystore, KeystoreError, UnixTime};
+use crate::store::{KekCacheRows, StoreError, UnixTime};
 use persisted::Persisted;
 
 pub(super) use persisted::{NewPersistence, NotKept};
@@ -88,12 +88,12 @@ impl KekCache {
         }
     }
 
-    /// From now on it has the KEKs of `provider` too that `keystore` keeps.
-    pub(super) fn attach(&self, keystore: Arc<Keystore>, provider: ProviderId, name: &str) {
+    /// From now on it has the KEKs of `provider` too that `rows` keep.
+    pub(super) fn attach(&self, rows: KekCacheRows, provider: ProviderId, name: &str) {
         // Attached already: nothing is lost.
         let _ = self
             .persisted
-            .set(Arc::new(Persisted::open(keystore, provider, name)));
+            .set(Arc::new(Persisted::open(rows, provider, name)));
     }
 
     /// How KEKs are kept across a reboot, if they are.
@@ -138,16 +138,15 @@ impl KekCache {
             .transpose()
     }
 
-    /// As `write` records it, from now on, also for what it has in memory; what was on disk goes.
+    /// From now on, also for what it has in memory, once it is recorded with the `settings` of its provider; what was on disk goes.
     pub(super) fn set(
         &self,
         policy: CachePolicy,
         persistence: Option<NewPersistence>,
-        write: impl FnOnce(Option<&KekPersistence>) -> Result<(), KeystoreError>,
-    ) -> Result<(), KeystoreError> {
-        match self.persisted.get() {
-            Some(persisted) => persisted.replace(persistence, write)?,
-            None => write(None)?,
+        settings: &serde_json::Value,
+    ) -> Result<(), StoreError> {
+        if let Some(persisted) = self.persisted.get() {
+            persisted.replace(persistence, settings)?;
         }
         let mut kept = self.kept();
         kept.policy = policy;
@@ -279,7 +278,7 @@ impl KekCache {
 
     /// # Errors
     /// When the keystore can't be written. It is out of memory, and not opened any more, all the same.
-    pub(super) fn forget(&self, kek: &KekId) -> Result<(), KeystoreError> {
+    pub(super) fn forget(&self, kek: &KekId) -> Result<(), StoreError> {
         self.drop_memory(
             |kept| drop(kept.keks.remove(kek)),
             |persisted| persisted.forget(kek),
@@ -290,7 +289,7 @@ impl KekCache {
     ///
     /// # Errors
     /// As [`KekCache::forget`].
-    pub(super) fn purge(&self) -> Result<(), KeystoreError> {
+    pub(super) fn purge(&self) -> Result<(), StoreError> {
         self.drop_memory(|kept| kept.keks = HashMap::new(), Persisted::revoke)
     }
 
@@ -298,7 +297,7 @@ impl KekCache {
     ///
     /// # Errors
     /// As [`KekCache::forget`].
-    pub(super) fn lock(&self) -> Result<(), KeystoreError> {
+    pub(super) fn lock(&self) -> Result<(), StoreError> {
         self.drop_memory(
             |kept| kept.keks = HashMap::new(),
             |persisted| {
@@ -322,7 +321,7 @@ impl KekCache {
     ///
     /// # Errors
     /// As [`KekCache::forget`].
-    pub(super) fn settle(&self) -> Result<(), KeystoreError> {
+    pub(super) fn settle(&self) -> Result<(), StoreError> {
         self.persisted
             .get()
             .map_or(Ok(()), |persisted| persisted.settle())
@@ -333,7 +332,7 @@ impl KekCache {
         &self,
         from_memory: impl FnOnce(&mut Kept),
         from_disk: impl FnOnce(&Persisted),
-    ) -> Result<(), KeystoreError> {
+    ) -> Result<(), StoreError> {
         let mut kept = self.kept();
         kept.purges += 1;
         from_memory(&mut kept);
@@ -479,7 +478,9 @@ mod tests {
     #[test]
     fn shorter_policy_counts_at_once() {
         let cache = holding("until-lock", &["a"]);
-        cache.set(CachePolicy::None, None, |_| Ok(())).unwrap();
+        cache
+            .set(CachePolicy::None, None, &serde_json::json!({}))
+            .unwrap();
         assert!(cache.is_empty());
     }
 

@@ -39,6 +39,7 @@ mod ttlv;
 #[cfg(test)]
 pub(super) mod fixture;
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -61,7 +62,7 @@ use crate::crypto::age_file::AgeError;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::chain;
 use crate::secret::SecretBytes;
-use crate::store::{Keystore, KeystoreError, ProviderRecord};
+use crate::store::{ProviderRecord, ProviderTable, StoreError};
 
 pub use caching::Persist;
 pub use certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
@@ -69,7 +70,7 @@ pub use endpoint::{Endpoint, NotAnEndpoint};
 pub(crate) use identity::MAX_PEM;
 pub use identity::{IdentityError, KeyKind, NewIdentity};
 pub use message::{KmipVersion, NotAVersion};
-pub use store::{ServerTrust, StoreError};
+pub use store::{FilesError, ServerTrust};
 pub use trust::{Presented, TrustError};
 
 /// Where a KEK does its work.
@@ -192,38 +193,42 @@ impl KmipProvider {
     /// # Errors
     /// When the name is taken, a setting makes no sense, or the keystore can't be written.
     pub fn create(
-        keystore: &Arc<Keystore>,
+        table: &ProviderTable,
         name: &ProviderName,
         settings: KmipSettings,
     ) -> Result<Self, KmipProviderError> {
         let settings = settings.validated()?;
         let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
         let id = settings.id.unwrap_or_else(ProviderId::random);
-        let record = keystore.insert_provider(id, name.as_str(), Self::KIND, &json)?;
-        Self::open(keystore, &record)
+        let record = table.insert(id, name.as_str(), Self::KIND, &json)?;
+        Self::open(table, &record)
     }
 
     /// The recorded provider: locked if its private key is encrypted, else ready to ask its servers. Waits for nothing.
     ///
     /// # Errors
     /// When the settings can't be read.
-    pub fn open(keystore: &Arc<Keystore>, record: &ProviderRecord) -> Result<Self, KmipProviderError> {
+    pub fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, KmipProviderError> {
         let settings: KmipSettings =
             serde_json::from_value(record.settings.clone()).map_err(KmipProviderError::Settings)?;
         let settings = settings.validated()?;
         let provider = Self {
             id: record.id,
             name: record.name.clone(),
-            store: Store::new(keystore.dir(), record.id),
+            store: Store::new(table.dir(), record.id),
             cluster: Cluster::new(&settings.endpoints, settings.kmip_version),
             held: RwLock::default(),
             cache: KekCache::new(settings.cache()),
-            book: KekBook::new(Arc::clone(keystore), record.id),
+            book: KekBook::new(table.kek_names(record.id)),
             changing: Mutex::default(),
             trusting: Mutex::default(),
             settings,
             creating: Mutex::default(),
         };
+        if provider.settings.mode == Mode::Local {
+            let rows = table.kek_cache(record.id);
+            provider.cache.attach(rows, record.id, &record.name);
+        }
         provider.store.settle();
         provider.load();
         Ok(provider)
@@ -250,8 +255,8 @@ impl KmipProvider {
     }
 
     /// Removes the private key and the trust of a provider from the disk, once its record is gone. Of other kinds there are none.
-    pub(crate) fn remove_files(keystore: &Keystore, id: ProviderId) -> Result<(), StoreError> {
-        Store::new(keystore.dir(), id).remove()
+    pub(crate) fn remove_files(state_dir: &Path, id: ProviderId) -> Result<(), FilesError> {
+        Store::new(state_dir, id).remove()
     }
 
     /// Its settings, as they were when it was opened.
@@ -523,7 +528,7 @@ fn host_name() -> String {
 pub enum KmipProviderError {
     /// The keystore refuses.
     #[error(transparent)]
-    Keystore(#[from] KeystoreError),
+    Keystore(#[from] StoreError),
     /// Not the settings of a KMIP provider.
     #[error("its settings can't be used")]
     Settings(#[source] serde_json::Error),

@@ -37,7 +37,7 @@ use crate::crypto::age_file::{self, AgeError, Form};
 use crate::host::tpm::{Tpm, TpmError};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::{SecretBytes, Transient};
-use crate::store::{Change, Keystore, KeystoreError, NativeRoot, ProviderRecord};
+use crate::store::{Change, NativeRoot, NativeRows, ProviderRecord, ProviderTable, StoreError};
 
 pub use super::toolbox::locks::LocksNoted;
 pub use by_tpm::TpmEnrollment;
@@ -47,7 +47,7 @@ pub use document::DocumentError;
 pub struct NativeProvider {
     id: ProviderId,
     name: String,
-    keystore: Arc<Keystore>,
+    rows: NativeRows,
     newest: RwLock<Newest>,
     held: RwLock<Held>,
 }
@@ -129,13 +129,13 @@ impl NativeProvider {
     /// # Errors
     /// When the name is taken, the passphrase is empty, or the keystore can't be written.
     pub fn create(
-        keystore: Arc<Keystore>,
+        table: &ProviderTable,
         name: &ProviderName,
         passphrase: &SecretBytes,
     ) -> Result<Self, NativeError> {
-        refuse_taken(&keystore, None, name)?;
+        table.refuse_taken(name.as_str(), None)?;
         let roots = RootKeys::random(ProviderId::random()).map_err(NativeError::Memory)?;
-        Self::record(keystore, name, roots, passphrase, None)
+        Self::record(table, name, roots, passphrase, None)
     }
 
     /// Brings a backed-up provider to this host, encrypted by `passphrase`. It counts as backed up.
@@ -143,28 +143,28 @@ impl NativeProvider {
     /// # Errors
     /// When the name or the provider is on this host already, or `backup` does not open.
     pub fn restore(
-        keystore: Arc<Keystore>,
+        table: &ProviderTable,
         name: &ProviderName,
         backup: &[u8],
         backup_passphrase: Option<&SecretBytes>,
         passphrase: &SecretBytes,
     ) -> Result<Self, NativeError> {
-        refuse_taken(&keystore, None, name)?;
+        table.refuse_taken(name.as_str(), None)?;
         let roots = read_backup(backup, backup_passphrase)?;
-        refuse_taken(&keystore, Some(roots.provider), name)?;
-        Self::record(keystore, name, roots, passphrase, Some(now()))
+        table.refuse_taken(name.as_str(), Some(roots.provider))?;
+        Self::record(table, name, roots, passphrase, Some(now()))
     }
 
     fn record(
-        keystore: Arc<Keystore>,
+        table: &ProviderTable,
         name: &ProviderName,
         roots: RootKeys,
         passphrase: &SecretBytes,
         backed_up_at: Option<i64>,
     ) -> Result<Self, NativeError> {
         let row = encrypted_row(&roots, name.as_str(), passphrase, backed_up_at)?;
-        let record = keystore.insert_native_root(roots.provider, name.as_str(), &row)?;
-        let provider = Self::from_rows(keystore, &record, row);
+        let record = table.insert_native(roots.provider, name.as_str(), &row)?;
+        let provider = Self::from_rows(table.native(record.id), &record, row);
         provider
             .hold(roots, provider.locks())
             .map_err(|_| NativeError::Locked)?;
@@ -175,16 +175,17 @@ impl NativeProvider {
     ///
     /// # Errors
     /// [`NativeError::NoRoot`] when the keystore has no root key for it.
-    pub fn open(keystore: Arc<Keystore>, record: &ProviderRecord) -> Result<Self, NativeError> {
-        let row = keystore.native_root(record.id)?.ok_or(NativeError::NoRoot)?;
-        Ok(Self::from_rows(keystore, record, row))
+    pub fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, NativeError> {
+        let rows = table.native(record.id);
+        let row = rows.root()?.ok_or(NativeError::NoRoot)?;
+        Ok(Self::from_rows(rows, record, row))
     }
 
-    fn from_rows(keystore: Arc<Keystore>, record: &ProviderRecord, row: NativeRoot) -> Self {
+    fn from_rows(rows: NativeRows, record: &ProviderRecord, row: NativeRoot) -> Self {
         Self {
             id: record.id,
             name: record.name.clone(),
-            keystore,
+            rows,
             newest: RwLock::new(row.into()),
             held: RwLock::default(),
         }
@@ -220,7 +221,7 @@ impl NativeProvider {
     /// When the passphrase is wrong, or the keystore can't be written.
     pub fn rotate(&self, passphrase: &SecretBytes) -> Result<u32, NativeError> {
         self.rotate_and(passphrase, |row, _| {
-            self.keystore.insert_native_generation(self.id, row)?;
+            self.rows.add_root(row, None)?;
             Ok(())
         })?;
         Ok(self.generation())
@@ -239,21 +240,17 @@ impl NativeProvider {
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<Result<Change, NativeError>, NativeError> {
         let rotated = self.rotate_and(passphrase, |row, roots| {
-            let renewal = match self.keystore.tpm_seal(self.id)? {
+            let renewal = match self.rows.tpm_seal()? {
                 None => Ok(None),
                 Some(seal) => self.renewal(tpm, seal, roots, pin).map(Some),
             };
             if let Err(NativeError::Tpm(TpmError::WrongPin { .. })) = &renewal {
                 return Err(renewal.err().expect("it was just seen"));
             }
-            match &renewal {
-                Ok(Some(renewal)) => {
-                    let insert = Keystore::insert_native_generation_for_tpm;
-                    return Ok(Ok(insert(&self.keystore, self.id, row, renewal)?));
-                }
-                Ok(None) | Err(_) => self.keystore.insert_native_generation(self.id, row)?,
-            }
-            Ok(renewal.map(|_| Change::Unchanged))
+            let renewed = self
+                .rows
+                .add_root(row, renewal.as_ref().ok().and_then(Option::as_ref))?;
+            Ok(renewal.map(|_| renewed))
         })?;
         Ok(rotated.unwrap_or_else(|| self.renew_tpm(tpm, pin)))
     }
@@ -316,7 +313,7 @@ impl NativeProvider {
 
     /// Notes that a [`Backup`] was written and synced: from now on the provider wraps, unless it was rotated since.
     pub fn confirm_backup(&self, generation: u32) -> Result<(), NativeError> {
-        self.keystore.mark_backed_up(self.id, generation)?;
+        self.rows.mark_backed_up(generation)?;
         let mut newest = self.newest.write().unwrap_or_else(PoisonError::into_inner);
         newest.backed_up |= newest.generation == generation;
         Ok(())
@@ -518,25 +515,6 @@ impl KeyProvider for NativeProvider {
     }
 }
 
-fn refuse_taken(
-    keystore: &Keystore,
-    id: Option<ProviderId>,
-    name: &ProviderName,
-) -> Result<(), KeystoreError> {
-    for known in keystore.providers()?.sound {
-        if known.name == name.as_str() {
-            return Err(KeystoreError::ProviderNameTaken(known.name));
-        }
-        if Some(known.id) == id {
-            return Err(KeystoreError::ProviderExists {
-                id: known.id,
-                name: known.name,
-            });
-        }
-    }
-    Ok(())
-}
-
 fn encrypted_row(
     roots: &RootKeys,
     name: &str,
@@ -574,7 +552,7 @@ fn now() -> i64 {
 pub enum NativeError {
     /// The keystore refuses.
     #[error(transparent)]
-    Keystore(#[from] KeystoreError),
+    Keystore(#[from] StoreError),
     /// It must be unlocked first.
     #[error("is locked")]
     Locked,

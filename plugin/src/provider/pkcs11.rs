@@ -36,7 +36,7 @@ use super::{
 };
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
-use crate::store::{Keystore, KeystoreError, ProviderRecord};
+use crate::store::{KekNames, ProviderRecord, ProviderTable, StoreError};
 
 pub use settings::{KeyBits, Pkcs11Settings, SettingsError, TokenChoice};
 
@@ -44,7 +44,7 @@ pub use settings::{KeyBits, Pkcs11Settings, SettingsError, TokenChoice};
 pub struct Pkcs11Provider {
     id: ProviderId,
     name: String,
-    keystore: Arc<Keystore>,
+    kek_names: KekNames,
     link: Arc<Link>,
 }
 
@@ -59,31 +59,24 @@ impl Pkcs11Provider {
     /// # Errors
     /// When the name is taken, `others` use the token, the token is not there, refuses the PIN, or can't do what is needed.
     pub fn create(
-        keystore: &Arc<Keystore>,
+        table: &ProviderTable,
         name: &ProviderName,
         settings: Pkcs11Settings,
         pin: &SecretBytes,
         others: &[Arc<Self>],
     ) -> Result<Self, Pkcs11Error> {
-        Self::create_within(DEADLINE, keystore, name, settings, pin, others)
+        Self::create_within(DEADLINE, table, name, settings, pin, others)
     }
 
     fn create_within(
         deadline: Duration,
-        keystore: &Arc<Keystore>,
+        table: &ProviderTable,
         name: &ProviderName,
         mut settings: Pkcs11Settings,
         pin: &SecretBytes,
         others: &[Arc<Self>],
     ) -> Result<Self, Pkcs11Error> {
-        if keystore
-            .providers()?
-            .sound
-            .iter()
-            .any(|known| known.name == name.as_str())
-        {
-            return Err(KeystoreError::ProviderNameTaken(name.to_string()).into());
-        }
+        table.refuse_taken(name.as_str(), None)?;
         settings.check_module()?;
         settings.host = settings::host_name();
         settings.serial = None;
@@ -105,12 +98,12 @@ impl Pkcs11Provider {
         let provider = Self {
             id,
             name: name.to_string(),
-            keystore: Arc::clone(keystore),
+            kek_names: table.kek_names(id),
             link,
         };
         provider.try_out(settings.kek_scope)?;
         let stored = serde_json::to_value(&settings).map_err(Pkcs11Error::Json)?;
-        keystore.insert_provider(id, name.as_str(), Self::KIND, &stored)?;
+        table.insert(id, name.as_str(), Self::KIND, &stored)?;
         Ok(provider)
     }
 
@@ -118,13 +111,13 @@ impl Pkcs11Provider {
     ///
     /// # Errors
     /// When its settings can't be read, or its module is not what may be loaded.
-    pub fn open(keystore: &Arc<Keystore>, record: &ProviderRecord) -> Result<Self, Pkcs11Error> {
-        Self::open_within(DEADLINE, keystore, record)
+    pub fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, Pkcs11Error> {
+        Self::open_within(DEADLINE, table, record)
     }
 
     fn open_within(
         deadline: Duration,
-        keystore: &Arc<Keystore>,
+        table: &ProviderTable,
         record: &ProviderRecord,
     ) -> Result<Self, Pkcs11Error> {
         let settings: Pkcs11Settings =
@@ -133,7 +126,7 @@ impl Pkcs11Provider {
         Ok(Self {
             id: record.id,
             name: record.name.clone(),
-            keystore: Arc::clone(keystore),
+            kek_names: table.kek_names(record.id),
             link: Link::new(settings, deadline).map_err(ProviderError::from)?,
         })
     }
@@ -153,9 +146,9 @@ impl Pkcs11Provider {
     /// have taken it from one VM only.
     fn retired(&self, scope: &KekScope) -> Result<Retired, ProviderError> {
         let unreadable = || ProviderError::internal("reading which KEKs are retired");
-        let mut retired: Retired = self.keystore.retired_of(self.id).map_err(unreadable())?;
+        let mut retired: Retired = self.kek_names.retired().map_err(unreadable())?;
         if *scope == KekScope::Provider && !retired.is_empty() {
-            let used = self.keystore.keks_of_envelopes(self.id, None);
+            let used = self.kek_names.keks_of_envelopes(None);
             for kek in used.map_err(unreadable())? {
                 retired.remove(&kek);
             }
@@ -286,7 +279,7 @@ fn unwrap_one(token: &mut Token, owner: &Owner, stanza: &Stanza) -> Result<Paylo
 pub enum Pkcs11Error {
     /// The keystore refuses.
     #[error(transparent)]
-    Keystore(#[from] KeystoreError),
+    Keystore(#[from] StoreError),
     /// The settings make no sense here.
     #[error(transparent)]
     Settings(#[from] SettingsError),

@@ -36,14 +36,14 @@ use super::toolbox::kek_name::{self, KekBook, KekGeneration};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
-use crate::store::{Keystore, KeystoreError, ProviderRecord};
+use crate::store::{KekNames, ProviderRecord, ProviderTable, StoreError};
 
 pub use settings::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
 
 /// A provider whose KEKs are in a transit engine.
 pub struct TransitProvider {
     link: Arc<Link>,
-    keystore: Arc<Keystore>,
+    kek_names: KekNames,
     keeper: Mutex<Option<Keeper>>,
 }
 
@@ -56,35 +56,30 @@ impl TransitProvider {
     /// # Errors
     /// When the name or the id is taken, or the keystore can't be written.
     pub fn create(
-        keystore: &Arc<Keystore>,
+        table: &ProviderTable,
         name: &ProviderName,
         settings: TransitSettings,
-    ) -> Result<Self, KeystoreError> {
+    ) -> Result<Self, StoreError> {
         let id = settings.id.unwrap_or_else(ProviderId::random);
         let row = serde_json::to_value(&settings).expect("settings hold only strings, numbers and enums");
-        keystore.insert_provider(id, name.as_str(), Self::KIND, &row)?;
-        Ok(Self::new(keystore, id, name.as_str(), settings))
+        table.insert(id, name.as_str(), Self::KIND, &row)?;
+        Ok(Self::new(table, id, name.as_str(), settings))
     }
 
     /// The recorded provider, locked. Waits for nothing.
     ///
     /// # Errors
     /// When its settings make no sense.
-    pub fn open(keystore: &Arc<Keystore>, record: &ProviderRecord) -> Result<Self, SettingsError> {
+    pub fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, SettingsError> {
         let settings: TransitSettings = serde_json::from_value(record.settings.clone())?;
-        Ok(Self::new(
-            keystore,
-            record.id,
-            &record.name,
-            settings.validated()?,
-        ))
+        Ok(Self::new(table, record.id, &record.name, settings.validated()?))
     }
 
-    fn new(keystore: &Arc<Keystore>, id: ProviderId, name: &str, settings: TransitSettings) -> Self {
+    fn new(table: &ProviderTable, id: ProviderId, name: &str, settings: TransitSettings) -> Self {
         let link = Link::new(id, name, settings);
         Self {
             link: Arc::new(link),
-            keystore: Arc::clone(keystore),
+            kek_names: table.kek_names(id),
             keeper: Mutex::default(),
         }
     }
@@ -221,7 +216,7 @@ impl KeyProvider for TransitProvider {
 impl TransitProvider {
     /// The newest version of the newest key of `scope`, or of a new one where there is none any more.
     fn own_kek(&self, scope: &KekScope, stem: &KeyName) -> Result<KekId, ProviderError> {
-        let book = KekBook::new(Arc::clone(&self.keystore), self.link.id);
+        let book = KekBook::new(self.kek_names.clone());
         let known = book.known(scope, stem.as_str())?;
         let mut names: Vec<KeyName> = known
             .keks
@@ -272,7 +267,7 @@ impl TransitProvider {
 
     /// The newest version of the shared key. It is made once, before anything is wrapped under it, and never again.
     fn shared_kek(&self, key: KeyName, context: uuid::Uuid) -> Result<KekId, ProviderError> {
-        let book = KekBook::new(Arc::clone(&self.keystore), self.link.id);
+        let book = KekBook::new(self.kek_names.clone());
         let version = match self.link.with_engine(|engine| engine.newest(&key, true))? {
             Some(version) => version,
             None if self.may_make_shared(&book, &key)? => {

@@ -11,7 +11,7 @@ use crate::provider::pkcs11::Pkcs11Provider;
 use crate::provider::transit::TransitProvider;
 use crate::provider::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
-use crate::store::{Keystore, KeystoreError, ProviderRecord};
+use crate::store::{ProviderRecord, ProviderTable, StoreError};
 
 /// A provider of any kind, where the kind matters.
 #[derive(Clone)]
@@ -82,24 +82,20 @@ impl Provider {
     ///
     /// # Errors
     /// When the keystore can't be read.
-    pub(super) fn from_record(
-        keystore: &Arc<Keystore>,
-        record: ProviderRecord,
-    ) -> Result<Self, KeystoreError> {
+    pub(super) fn from_record(table: &ProviderTable, record: ProviderRecord) -> Result<Self, StoreError> {
         let opened = match record.kind.as_str() {
-            NativeProvider::KIND => match NativeProvider::open(Arc::clone(keystore), &record) {
+            NativeProvider::KIND => match NativeProvider::open(table, &record) {
                 Ok(provider) => Ok(Self::Native(Arc::new(provider))),
                 Err(NativeError::Keystore(error)) if !error.is_of_row() => return Err(error),
                 Err(error) => Err(chain(&error)),
             },
-            TransitProvider::KIND => TransitProvider::open(keystore, &record)
+            TransitProvider::KIND => TransitProvider::open(table, &record)
                 .map(|provider| Self::Transit(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
-            Pkcs11Provider::KIND => Pkcs11Provider::open(keystore, &record)
+            Pkcs11Provider::KIND => Pkcs11Provider::open(table, &record)
                 .map(|provider| Self::Pkcs11(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
-            KmipProvider::KIND => KmipProvider::open(keystore, &record)
-                .inspect(|provider| provider.attach(Arc::clone(keystore)))
+            KmipProvider::KIND => KmipProvider::open(table, &record)
                 .map(|provider| Self::Kmip(Arc::new(provider)))
                 .map_err(|error| chain(&error)),
             kind => Err(format!(

@@ -1,22 +1,20 @@
 //! KEKs that a provider has made and nothing is wrapped with yet: a seal that fails after its KEK was made leaves one at the
 //! server. The keystore knows of each before it is used, so that the next try takes it, and `provider orphans` lists it.
 
-use std::sync::Arc;
-
 use super::Provider;
 use crate::model::envelope::{Binding, KekId, Payload, Stanza, VmId};
 use crate::provider::{KekScope, ProviderError};
-use crate::store::{Keystore, KeystoreError, MadeKek};
+use crate::store::{EnvelopeStore, MadeKek, StoreError};
 
 /// Wraps `payload` by the KEK that an earlier try has left, or by the provider's own choice.
 pub(super) fn wrap(
-    keystore: &Arc<Keystore>,
+    keystore: &dyn EnvelopeStore,
     known: &Provider,
     binding: &Binding,
     payload: &Payload,
 ) -> Result<Stanza, ProviderError> {
     let provider = known.provider();
-    let unrecorded = ProviderError::internal::<KeystoreError>;
+    let unrecorded = ProviderError::internal::<StoreError>;
     if let Some(left) = left_over(keystore, known, binding.vm).map_err(unrecorded("looking for a KEK"))? {
         match provider.wrap(&left, payload) {
             // Somebody has destroyed it, or taken it out of use.
@@ -31,7 +29,7 @@ pub(super) fn wrap(
 
 /// Notes that `known` has made `kek` for `vm`, or has it.
 pub(super) fn note(
-    keystore: &Keystore,
+    keystore: &dyn EnvelopeStore,
     known: &Provider,
     vm: VmId,
     kek: &KekId,
@@ -51,7 +49,7 @@ pub(super) fn note(
 
 /// The newest KEK that was made for `vm` by this provider, if nothing ever was wrapped with it. One that a job has replaced is
 /// not taken up again.
-fn left_over(keystore: &Keystore, known: &Provider, vm: VmId) -> Result<Option<KekId>, KeystoreError> {
+fn left_over(keystore: &dyn EnvelopeStore, known: &Provider, vm: VmId) -> Result<Option<KekId>, StoreError> {
     let provider = known.provider().id();
     let made = keystore.made_keks()?.sound.into_iter();
     let Some(newest) = made

@@ -11,7 +11,7 @@ use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
 use crate::provider::transit::{TransitProvider, TransitSettings};
 use crate::secret::SecretBytes;
-use crate::store::{Keystore, KeystoreError};
+use crate::store::{EnvelopeStore, ProviderTable, StoreError};
 
 impl Recipients {
     /// Makes a native provider; takes seconds, by the nature of its passphrase.
@@ -23,11 +23,7 @@ impl Recipients {
         name: &ProviderName,
         passphrase: &SecretBytes,
     ) -> Result<Arc<NativeProvider>, NativeError> {
-        let made = Arc::new(NativeProvider::create(
-            Arc::clone(&self.keystore),
-            name,
-            passphrase,
-        )?);
+        let made = Arc::new(NativeProvider::create(&self.table, name, passphrase)?);
         self.enter(Provider::Native(Arc::clone(&made)));
         Ok(made)
     }
@@ -43,9 +39,8 @@ impl Recipients {
         backup_passphrase: Option<&SecretBytes>,
         passphrase: &SecretBytes,
     ) -> Result<Arc<NativeProvider>, NativeError> {
-        let keystore = Arc::clone(&self.keystore);
         let made = Arc::new(NativeProvider::restore(
-            keystore,
+            &self.table,
             name,
             backup,
             backup_passphrase,
@@ -63,8 +58,8 @@ impl Recipients {
         &self,
         name: &ProviderName,
         settings: TransitSettings,
-    ) -> Result<Arc<TransitProvider>, KeystoreError> {
-        let made = Arc::new(TransitProvider::create(&self.keystore, name, settings)?);
+    ) -> Result<Arc<TransitProvider>, StoreError> {
+        let made = Arc::new(TransitProvider::create(&self.table, name, settings)?);
         self.enter(Provider::Transit(Arc::clone(&made)));
         Ok(made)
     }
@@ -87,13 +82,7 @@ impl Recipients {
                 _ => None,
             })
             .collect();
-        let made = Arc::new(Pkcs11Provider::create(
-            &self.keystore,
-            name,
-            settings,
-            pin,
-            &others,
-        )?);
+        let made = Arc::new(Pkcs11Provider::create(&self.table, name, settings, pin, &others)?);
         self.enter(Provider::Pkcs11(Arc::clone(&made)));
         Ok(made)
     }
@@ -107,8 +96,7 @@ impl Recipients {
         name: &ProviderName,
         settings: KmipSettings,
     ) -> Result<Arc<KmipProvider>, KmipProviderError> {
-        let made = Arc::new(KmipProvider::create(&self.keystore, name, settings)?);
-        made.attach(Arc::clone(&self.keystore));
+        let made = Arc::new(KmipProvider::create(&self.table, name, settings)?);
         self.enter(Provider::Kmip(Arc::clone(&made)));
         Ok(made)
     }
@@ -129,10 +117,10 @@ impl Recipients {
     ///
     /// # Errors
     /// The keystore's; then it stays.
-    pub fn delete(&self, id: ProviderId) -> Result<(), KeystoreError> {
+    pub fn delete(&self, id: ProviderId) -> Result<(), StoreError> {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         self.keystore.delete_provider(id)?;
-        remove_files(&self.keystore, id);
+        remove_files(&self.table, id);
         known.providers.retain(|provider| provider.provider().id() != id);
         self.watches.remove(id);
         if known.default == Some(id) {
@@ -143,7 +131,10 @@ impl Recipients {
 }
 
 /// What a virtseald that was killed has left of providers that were deleted on request: the keystore names each of them.
-pub(super) fn finish_deletions(keystore: &Keystore) -> Result<(), KeystoreError> {
+pub(super) fn finish_deletions(
+    keystore: &dyn EnvelopeStore,
+    table: &ProviderTable,
+) -> Result<(), StoreError> {
     let there = keystore.providers()?;
     if !there.damaged.is_empty() {
         // It may be the one that the files are of.
@@ -151,14 +142,14 @@ pub(super) fn finish_deletions(keystore: &Keystore) -> Result<(), KeystoreError>
     }
     for deleted in keystore.deleted_providers()?.sound {
         if there.sound.iter().all(|record| record.id != deleted.id) {
-            remove_files(keystore, deleted.id);
+            remove_files(table, deleted.id);
         }
     }
     Ok(())
 }
 
-fn remove_files(keystore: &Keystore, id: ProviderId) {
-    if let Err(error) = KmipProvider::remove_files(keystore, id) {
+fn remove_files(table: &ProviderTable, id: ProviderId) {
+    if let Err(error) = KmipProvider::remove_files(table.dir(), id) {
         tracing::warn!(
             "provider {id} is deleted, but not all of its files: {}",
             chain(&error)

@@ -14,7 +14,7 @@ use crate::model::problem::{Code, Problem, chain};
 use crate::provider::toolbox::deadline::each_within;
 use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
 use crate::secret::Dek;
-use crate::store::{EnvelopeRecord, Keystore};
+use crate::store::{EnvelopeRecord, EnvelopeStore};
 
 /// One stanza of the envelope to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -193,7 +193,7 @@ impl Recipients {
         let places: Vec<_> = orders.iter().map(|order| order.at).collect();
         let (asked, keystore, mut last) = (known.clone(), Arc::clone(&self.keystore), None);
         let answers = each_within(self.deadline(), orders, move |order| {
-            wrap(&keystore, &asked, &order, &mut last)
+            wrap(keystore.as_ref(), &asked, &order, &mut last)
         })
         .map_err(blocked)?;
         let mut filled = Vec::with_capacity(places.len());
@@ -340,7 +340,7 @@ type LastKek = Option<((KekScope, Option<KekId>), KekId)>;
 
 /// `None` if the stanza that is there is what is wanted.
 fn wrap(
-    keystore: &Keystore,
+    keystore: &dyn EnvelopeStore,
     known: &Provider,
     order: &Order,
     last: &mut LastKek,

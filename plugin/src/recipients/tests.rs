@@ -46,7 +46,7 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let recipients = Recipients::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
+        let recipients = Recipients::open(&Stores::open(dir.path()).unwrap(), DEADLINE).unwrap();
         let (main, spare) = (ready(&recipients, "main"), ready(&recipients, "spare"));
         Self {
             dir,
@@ -301,7 +301,7 @@ fn unknown_kek_says_where_to_look() {
 #[test]
 fn refusals_to_seal_say_what_to_run() {
     let dir = tempfile::tempdir().unwrap();
-    let recipients = Recipients::open(Arc::new(Keystore::open(dir.path()).unwrap()), DEADLINE).unwrap();
+    let recipients = Recipients::open(&Stores::open(dir.path()).unwrap(), DEADLINE).unwrap();
     let failure =
         |provider: Option<&str>| Problem::from(recipients.seal_new(provider, &binding()).unwrap_err());
     assert_eq!(failure(None).code, Code::NotFound);
@@ -332,12 +332,13 @@ fn restart_keeps_everything_and_locks_it() {
         spare,
     } = host;
     drop((recipients, main, spare));
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let stores = Stores::open(dir.path()).unwrap();
     let later = ProviderId::random();
-    keystore
+    stores
+        .keystore
         .insert_provider(later, "hsm", "hologram", &serde_json::json!({"slot": 3}))
         .unwrap();
-    let recipients = Recipients::open(Arc::clone(&keystore), DEADLINE).unwrap();
+    let recipients = Recipients::open(&stores, DEADLINE).unwrap();
     let states: Vec<_> = recipients
         .providers()
         .iter()
@@ -379,17 +380,18 @@ fn restart_keeps_everything_and_locks_it() {
             .to_string()
             .contains("does not know the kind \"hologram\"")
     );
-    assert_eq!(keystore.providers().unwrap().whole().unwrap().len(), 3);
+    assert_eq!(stores.keystore.providers().unwrap().whole().unwrap().len(), 3);
 }
 
 #[test]
 fn native_row_without_a_root_key_is_shown() {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-    keystore
+    let stores = Stores::open(dir.path()).unwrap();
+    stores
+        .keystore
         .insert_provider(ProviderId::random(), "main", "native", &serde_json::json!({}))
         .unwrap();
-    let recipients = Recipients::open(keystore, DEADLINE).unwrap();
+    let recipients = Recipients::open(&stores, DEADLINE).unwrap();
     let status = recipients.find("main").unwrap().provider().status();
     assert!(status.to_string().contains("root key is missing"), "{status}");
 }
@@ -399,7 +401,7 @@ fn restored_provider_opens_at_once() {
     let (here, there) = (Host::new(), tempfile::tempdir().unwrap());
     let (envelope, dek) = here.recipients.seal_new(None, &binding()).unwrap();
     let backup = here.main.backup(Some(&secret("b"))).unwrap();
-    let recipients = Recipients::open(Arc::new(Keystore::open(there.path()).unwrap()), DEADLINE).unwrap();
+    let recipients = Recipients::open(&Stores::open(there.path()).unwrap(), DEADLINE).unwrap();
     recipients
         .restore_native(&name("from-a"), &backup.bytes, Some(&secret("b")), &secret("q"))
         .unwrap();
@@ -413,23 +415,24 @@ fn restored_provider_opens_at_once() {
 #[test]
 fn transit_rows_come_back_locked_or_with_what_is_wrong_with_them() {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let stores = Stores::open(dir.path()).unwrap();
     let id = ProviderId::random();
     let settings =
         |address: &str| serde_json::json!({"address": address, "auth": {"method": "token"}, "id": id});
-    let recipients = Recipients::open(Arc::clone(&keystore), DEADLINE).unwrap();
+    let recipients = Recipients::open(&stores, DEADLINE).unwrap();
     let good = TransitSettings::parse(&settings("https://192.0.2.1:8200").to_string()).unwrap();
     recipients.add_transit(&name("vault"), good.clone()).unwrap();
     assert!(matches!(
         recipients.add_transit(&name("other"), good),
-        Err(KeystoreError::ProviderExists { .. })
+        Err(StoreError::ProviderExists { .. })
     ));
     let bad = settings("http://kms.example:8200");
-    keystore
+    stores
+        .keystore
         .insert_provider(ProviderId::random(), "bad", "transit", &bad)
         .unwrap();
     // Nothing listens there: neither the start nor `status` asks.
-    let recipients = Recipients::open(keystore, DEADLINE).unwrap();
+    let recipients = Recipients::open(&stores, DEADLINE).unwrap();
     let vault = recipients.find("vault").unwrap();
     assert_eq!((vault.kind(), vault.provider().id()), ("transit", id));
     assert_eq!(vault.provider().status(), ProviderStatus::Locked);

@@ -16,7 +16,7 @@ use crate::audit::{AuditLog, Event, Outcome, Position};
 use crate::crypto::age_file;
 use crate::host::local_time::rfc3339;
 use crate::secret::SecretBytes;
-use crate::store::{AuditAnchor, Keystore, KeystoreError};
+use crate::store::{AuditAnchor, HostStore, StoreError, Stores};
 
 /// Whether what is there may be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +102,7 @@ impl<'a> Place<'a> {
         for entry in fs::read_dir(dir).map_err(StateError::io("read", dir))? {
             let name = entry.map_err(StateError::io("read", dir))?.file_name();
             // A lock that nobody may hold, and what mkfs makes.
-            is_empty &= name == Keystore::LOCK || name == "lost+found";
+            is_empty &= name == HostStore::LOCK || name == "lost+found";
         }
         match (is_empty, is_mount) {
             (true, false) => Ok(Self::Directory(dir)),
@@ -132,7 +132,7 @@ impl<'a> Place<'a> {
 
     /// What a daemon holds as long as it lives.
     fn lock(&self) -> Result<Option<Flock<File>>, StateError> {
-        let path = self.dir().join(Keystore::LOCK);
+        let path = self.dir().join(HostStore::LOCK);
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -140,7 +140,7 @@ impl<'a> Place<'a> {
         };
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Some(lock)),
-            Err((_, Errno::EWOULDBLOCK)) => Err(KeystoreError::InUse {
+            Err((_, Errno::EWOULDBLOCK)) => Err(StoreError::InUse {
                 dir: self.dir().to_owned(),
                 holder: "see systemctl status virtseald".to_owned(),
             }
@@ -171,7 +171,7 @@ impl<'a> Place<'a> {
         match self {
             // Over an empty directory, too.
             Self::Absent(_) | Self::Directory(_) => {
-                let _ = fs::remove_file(dir.join(Keystore::LOCK));
+                let _ = fs::remove_file(dir.join(HostStore::LOCK));
                 let placed = fs::rename(staged, dir).and_then(|()| File::open(parent)?.sync_all());
                 placed.map(|()| None).map_err(failed)
             }
@@ -206,7 +206,7 @@ fn fill(dir: &Path, staged: &Path) -> io::Result<()> {
     for entry in fs::read_dir(staged)? {
         names.push(entry?.file_name());
     }
-    names.sort_by_key(|name| name == Keystore::FILE);
+    names.sort_by_key(|name| name == HostStore::FILE);
     for name in names {
         fs::rename(staged.join(&name), dir.join(&name))?;
     }
@@ -259,11 +259,11 @@ fn unpack(plain: impl io::Read, staged: &Path) -> Result<(Manifest, usize), Stat
 /// Opens the keystore, which checks it whole, and notes in its audit log what it comes from.
 fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
     const PATIENCE: Duration = Duration::from_secs(10);
-    if !staged.join(Keystore::FILE).is_file() {
+    if !staged.join(HostStore::FILE).is_file() {
         return Err(StateError::NotABackup("it has no keystore".to_owned()));
     }
-    let keystore = Keystore::open(staged)?;
-    let noted = match keystore.audit_anchor() {
+    let Stores { host_store, .. } = Stores::open(staged)?;
+    let noted = match host_store.audit_anchor() {
         Err(error) if error.is_of_row() => None,
         noted => noted?,
     };
@@ -281,7 +281,7 @@ fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
         .and_then(|()| log.flush(PATIENCE))
         .map_err(|error| StateError::NotABackup(error.to_string()))?;
     if let Some(at) = log.position() {
-        keystore.set_audit_anchor(AuditAnchor {
+        host_store.set_audit_anchor(AuditAnchor {
             seq: at.seq,
             hash: at.hash,
         })?;

@@ -1,33 +1,34 @@
 use super::*;
 use crate::model::envelope::VmId;
+use crate::store::Stores;
 
 fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
 }
 
 /// A state directory in `parent`, with a file in a directory, a log and a VM.
-fn state(parent: &Path) -> (Keystore, VmId) {
-    let keystore = Keystore::open(&parent.join("state")).unwrap();
+fn state(parent: &Path) -> (Stores, VmId) {
+    let stores = Stores::open(&parent.join("state")).unwrap();
     let vm = VmId::random();
-    keystore.remember_vm(vm, "web01").unwrap();
-    let providers = keystore.dir().join("providers/one");
+    stores.keystore.remember_vm(vm, "web01").unwrap();
+    let providers = stores.host_store.dir().join("providers/one");
     fs::create_dir_all(&providers).unwrap();
     fs::write(providers.join("identity.json"), "a private key").unwrap();
-    let log = AuditLog::open(&keystore.dir().join(AuditLog::FILE)).unwrap();
+    let log = AuditLog::open(&stores.host_store.dir().join(AuditLog::FILE)).unwrap();
     log.record(crate::audit::Event::new("seal", crate::audit::Outcome::Ok))
         .unwrap();
     drop(log);
-    (keystore, vm)
+    (stores, vm)
 }
 
-fn backup_of(keystore: &Keystore, path: &Path) -> usize {
+fn backup_of(stores: &Stores, path: &Path) -> usize {
     let mut file = File::options()
         .read(true)
         .write(true)
         .create_new(true)
         .open(path)
         .unwrap();
-    write(&mut file, keystore, &secret("pass")).unwrap()
+    write(&mut file, &stores.host_store, &secret("pass")).unwrap()
 }
 
 fn bring_back(backup: &Path, dir: &Path, replace: Replace<'_>) -> Result<Restored, StateError> {
@@ -37,10 +38,10 @@ fn bring_back(backup: &Path, dir: &Path, replace: Replace<'_>) -> Result<Restore
 #[test]
 fn all_of_the_state_comes_back_on_another_host() {
     let parent = tempfile::tempdir().unwrap();
-    let (keystore, vm) = state(parent.path());
+    let (stores, vm) = state(parent.path());
     // Inside of what it is a backup of, and not in itself.
-    let backup = keystore.dir().join("state.age");
-    assert!(backup_of(&keystore, &backup) >= 5);
+    let backup = stores.host_store.dir().join("state.age");
+    assert!(backup_of(&stores, &backup) >= 5);
     let sealed = fs::read(&backup).unwrap();
     let holds = |needle: &[u8]| sealed.windows(needle.len()).any(|window| window == needle);
     assert!(!holds(b"a private key") && !holds(b"web01"));
@@ -52,8 +53,8 @@ fn all_of_the_state_comes_back_on_another_host() {
     assert_eq!(fs::read(&identity).unwrap(), b"a private key");
     assert_eq!(fs::metadata(&identity).unwrap().mode() & 0o777, 0o600);
     assert_eq!(fs::metadata(&elsewhere).unwrap().mode() & 0o777, 0o700);
-    let again = Keystore::open(&elsewhere).unwrap();
-    assert_eq!(again.vm(vm).unwrap().unwrap().name, "web01");
+    let again = Stores::open(&elsewhere).unwrap();
+    assert_eq!(again.keystore.vm(vm).unwrap().unwrap().name, "web01");
     let verified = crate::audit::verify(&elsewhere.join(AuditLog::FILE), None).unwrap();
     assert_eq!(verified.records, 2, "the restoring is recorded");
     assert!(!elsewhere.join("state.age").exists());
@@ -67,46 +68,49 @@ fn all_of_the_state_comes_back_on_another_host() {
 #[test]
 fn what_is_there_is_replaced_by_its_name_only_and_kept() {
     let parent = tempfile::tempdir().unwrap();
-    let (keystore, _) = state(parent.path());
-    let (dir, backup) = (keystore.dir().to_owned(), parent.path().join("state.age"));
-    backup_of(&keystore, &backup);
+    let (stores, _) = state(parent.path());
+    let (dir, backup) = (
+        stores.host_store.dir().to_owned(),
+        parent.path().join("state.age"),
+    );
+    backup_of(&stores, &backup);
     let later = VmId::random();
-    keystore.remember_vm(later, "later").unwrap();
+    stores.keystore.remember_vm(later, "later").unwrap();
     let host = host_name();
     let refused = bring_back(&backup, &dir, Replace::TypedName(&host)).unwrap_err();
     assert!(
-        matches!(refused, StateError::Keystore(KeystoreError::InUse { .. })),
+        matches!(refused, StateError::Keystore(StoreError::InUse { .. })),
         "{refused:?}"
     );
-    drop(keystore);
+    drop(stores);
     for replace in [Replace::Nothing, Replace::TypedName("another")] {
         let refused = bring_back(&backup, &dir, replace).unwrap_err();
         assert!(matches!(refused, StateError::Occupied { .. }), "{refused:?}");
     }
     let restored = bring_back(&backup, &dir, Replace::TypedName(&host)).unwrap();
-    let before = Keystore::open(&restored.before.unwrap()).unwrap();
-    assert!(before.vm(later).unwrap().is_some());
-    assert!(Keystore::open(&dir).unwrap().vm(later).unwrap().is_none());
+    let before = Stores::open(&restored.before.unwrap()).unwrap();
+    assert!(before.keystore.vm(later).unwrap().is_some());
+    assert!(Stores::open(&dir).unwrap().keystore.vm(later).unwrap().is_none());
 }
 
 #[test]
 fn an_empty_directory_is_filled() {
     let parent = tempfile::tempdir().unwrap();
-    let (keystore, vm) = state(parent.path());
+    let (stores, vm) = state(parent.path());
     let (dir, backup) = (parent.path().join("empty"), parent.path().join("state.age"));
-    backup_of(&keystore, &backup);
+    backup_of(&stores, &backup);
     fs::create_dir(&dir).unwrap();
-    fs::write(dir.join(Keystore::LOCK), "").unwrap();
+    fs::write(dir.join(HostStore::LOCK), "").unwrap();
     bring_back(&backup, &dir, Replace::Nothing).unwrap();
-    assert!(Keystore::open(&dir).unwrap().vm(vm).unwrap().is_some());
+    assert!(Stores::open(&dir).unwrap().keystore.vm(vm).unwrap().is_some());
 }
 
 #[test]
 fn a_backup_that_is_not_whole_changes_nothing() {
     let parent = tempfile::tempdir().unwrap();
-    let (keystore, _) = state(parent.path());
+    let (stores, _) = state(parent.path());
     let (dir, backup) = (parent.path().join("restored"), parent.path().join("state.age"));
-    backup_of(&keystore, &backup);
+    backup_of(&stores, &backup);
     let whole = fs::read(&backup).unwrap();
     for length in [0, 10, 100, whole.len() / 2, whole.len() - 1] {
         fs::write(&backup, &whole[..length]).unwrap();

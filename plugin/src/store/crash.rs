@@ -7,27 +7,30 @@ use std::time::Duration;
 
 use super::*;
 use crate::host::own_process;
-use crate::model::envelope::{Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId};
-use crate::secret::Dek;
+use crate::model::envelope::fixture::{dek, envelope};
+use crate::model::envelope::{EnvelopeId, KekId, ProviderId, VmId};
 
 const STATE_DIR: &str = "VIRTSEAL_TEST_STATE_DIR";
 
 /// The child's part: writes for ever, and says what was committed once the call has returned.
 fn write_for_ever(dir: &Path) -> ! {
-    let keystore = Keystore::open(dir).unwrap();
+    let stores = Stores::open(dir).unwrap();
     let vm = VmId::random();
     let say = |word: &str, id: EnvelopeId| {
         let mut out = std::io::stdout().lock();
         writeln!(out, "\n{word} {id}").and_then(|()| out.flush()).unwrap();
     };
     loop {
-        let (envelope, dek) = new_envelope(vm);
-        keystore.insert_pending(&envelope, "/images/disk.qcow2").unwrap();
+        let envelope = envelope(vm);
+        stores
+            .keystore
+            .insert_pending(&envelope, "/images/disk.qcow2")
+            .unwrap();
         say("pending", envelope.id);
-        keystore.activate(envelope.id).unwrap();
+        stores.keystore.activate(envelope.id).unwrap();
         say("active", envelope.id);
-        let envelope = envelope.mark_seen(&dek).unwrap();
-        keystore.put(&envelope, "").unwrap();
+        let envelope = envelope.mark_seen(&dek()).unwrap();
+        stores.keystore.put(&envelope, "").unwrap();
         say("second", envelope.id);
         let provider = ProviderId::random();
         let root = NativeRoot {
@@ -35,28 +38,29 @@ fn write_for_ever(dir: &Path) -> ! {
             sealed: vec![1; 400],
             backed_up_at: None,
         };
-        keystore
-            .insert_native_root(provider, &provider.to_string(), &root)
+        stores
+            .providers()
+            .insert_native(provider, &provider.to_string(), &root)
             .unwrap();
-        keystore.set_default_provider(provider).unwrap();
+        stores.keystore.set_default_provider(provider).unwrap();
         let mut seal = TpmSeal {
             generation: 1,
             sealed_key: vec![2; 900],
             roots: vec![3; 600],
             enrolled: 0,
         };
-        keystore.put_tpm_seal(provider, &seal).unwrap();
+        stores.host_store.native(provider).put_tpm_seal(&seal).unwrap();
         let root = NativeRoot {
             generation: 2,
             ..root
         };
-        keystore.insert_native_generation(provider, &root).unwrap();
+        stores.host_store.native(provider).add_root(&root, None).unwrap();
         seal.generation = 2;
-        keystore.put_tpm_seal(provider, &seal).unwrap();
+        stores.host_store.native(provider).put_tpm_seal(&seal).unwrap();
         say("sealed", EnvelopeId(provider.0));
-        persist(&keystore, provider);
+        persist(&stores, provider);
         say("persisted", EnvelopeId(provider.0));
-        keystore.purge_persisted_keks(provider, PURGED).unwrap();
+        stores.host_store.kek_cache(provider).purge(PURGED).unwrap();
         say("purged", EnvelopeId(provider.0));
     }
 }
@@ -65,7 +69,7 @@ fn write_for_ever(dir: &Path) -> ! {
 const SALT: &[u8] = b"before";
 const PURGED: &[u8] = b"after";
 
-fn persist(keystore: &Keystore, provider: ProviderId) {
+fn persist(stores: &Stores, provider: ProviderId) {
     let persistence = KekPersistence {
         sealed: vec![4; 700],
         salt: SALT.to_vec(),
@@ -79,10 +83,12 @@ fn persist(keystore: &Keystore, provider: ProviderId) {
         body: vec![5; 60],
     };
     let keks: Vec<_> = (0..3).map(kek).collect();
-    keystore
-        .set_kek_cache(provider, &serde_json::json!({}), Some(&persistence))
+    stores
+        .host_store
+        .kek_cache(provider)
+        .set(&serde_json::json!({}), Some(&persistence))
         .unwrap();
-    keystore.put_persisted_keks(provider, SALT, &keks, 9).unwrap();
+    stores.host_store.kek_cache(provider).put(SALT, &keks, 9).unwrap();
 }
 
 #[test]
@@ -119,18 +125,23 @@ fn spawn_writer(dir: &Path) -> Child {
 }
 
 fn check(dir: &Path, reported: &[String]) {
-    let keystore = Keystore::open(dir).unwrap();
+    let stores = Stores::open(dir).unwrap();
     for line in reported {
         let Some((word, id)) = line.split_once(' ') else {
             continue;
         };
         if word == "sealed" {
-            let seal = keystore.tpm_seal(id.parse().unwrap()).unwrap();
+            let seal = stores.host_store.native(id.parse().unwrap()).tpm_seal().unwrap();
             assert!(seal.is_some_and(|seal| seal.generation == 2), "{line}");
         }
         if word == "purged" {
             assert!(
-                keystore.persisted_keks(id.parse().unwrap()).unwrap().is_empty(),
+                stores
+                    .host_store
+                    .kek_cache(id.parse().unwrap())
+                    .all()
+                    .unwrap()
+                    .is_empty(),
                 "{line}"
             );
         }
@@ -140,7 +151,8 @@ fn check(dir: &Path, reported: &[String]) {
             "second" => (Some(EnvelopeState::Active), 2),
             _ => continue,
         };
-        let record = keystore
+        let record = stores
+            .keystore
             .envelope(id.parse().unwrap())
             .unwrap()
             .unwrap_or_else(|| panic!("{line} was lost"));
@@ -150,40 +162,23 @@ fn check(dir: &Path, reported: &[String]) {
             "{line}"
         );
     }
-    let providers = keystore.providers().unwrap().whole().unwrap();
+    let providers = stores.keystore.providers().unwrap().whole().unwrap();
     let defaults = providers.iter().filter(|record| record.is_default).count();
     assert_eq!(defaults, usize::from(!providers.is_empty()));
     for provider in providers {
-        let root = keystore.native_root(provider.id).unwrap();
+        let root = stores.host_store.native(provider.id).root().unwrap();
         let root = root.expect("a provider without its root key");
-        if let Some(seal) = keystore.tpm_seal(provider.id).unwrap() {
+        if let Some(seal) = stores.host_store.native(provider.id).tpm_seal().unwrap() {
             assert!(seal.generation <= root.generation);
             assert_eq!((seal.sealed_key.len(), seal.roots.len()), (900, 600));
         }
         // All of them or none, and none under the salt that ended them.
-        let keks = keystore.persisted_keks(provider.id).unwrap();
-        if let Some(persistence) = keystore.kek_persistence(provider.id).unwrap() {
+        let keks = stores.host_store.kek_cache(provider.id).all().unwrap();
+        if let Some(persistence) = stores.host_store.kek_cache(provider.id).persistence().unwrap() {
             assert!([0, 3].contains(&keks.len()));
             assert!(keks.is_empty() || persistence.salt == SALT);
         } else {
             assert!(keks.is_empty());
         }
     }
-}
-
-fn new_envelope(vm: VmId) -> (Verified, Dek) {
-    let binding = Binding {
-        envelope: EnvelopeId::random(),
-        vm,
-        kind: ObjectKind::Disk,
-    };
-    let stanza = Stanza {
-        provider: ProviderId::random(),
-        provider_name: "main".to_owned(),
-        kek: KekId("v1:provider".to_owned()),
-        mechanism: "A256GCM".to_owned(),
-        body: vec![7; 92],
-    };
-    let dek = Dek::random().unwrap();
-    (Verified::new(&binding, vec![stanza], &dek).unwrap(), dek)
 }

@@ -3,16 +3,18 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rusqlite::ErrorCode;
 use thiserror::Error;
 
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeError, EnvelopeId, Generation, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
 
+/// What a backend says of itself.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why the keystore can't be opened, read or changed.
 #[derive(Debug, Error)]
-pub enum KeystoreError {
+pub enum StoreError {
     /// Another process holds the state directory.
     #[error("another virtseald ({holder}) uses {}: stop it, or choose another state_dir", .dir.display())]
     InUse {
@@ -26,9 +28,9 @@ pub enum KeystoreError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What SQLite says.
+        /// What the backend says.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Cause,
     },
     /// Written by a later version.
     #[error(
@@ -47,9 +49,9 @@ pub enum KeystoreError {
     DiskFull {
         /// The file.
         path: PathBuf,
-        /// What SQLite says.
+        /// What the backend says.
         #[source]
-        source: rusqlite::Error,
+        source: Cause,
     },
     /// Not writable.
     #[error(
@@ -59,9 +61,9 @@ pub enum KeystoreError {
     ReadOnly {
         /// The file.
         path: PathBuf,
-        /// What SQLite says.
+        /// What the backend says.
         #[source]
-        source: rusqlite::Error,
+        source: Cause,
     },
     /// A program other than a daemon holds a lock on the file.
     #[error(
@@ -70,18 +72,18 @@ pub enum KeystoreError {
     Busy {
         /// The file.
         path: PathBuf,
-        /// What SQLite says.
+        /// What the backend says.
         #[source]
-        source: rusqlite::Error,
+        source: Cause,
     },
     /// Any other failure of SQLite.
     #[error("the keystore {} failed", .path.display())]
     Sqlite {
         /// The file.
         path: PathBuf,
-        /// What SQLite says.
+        /// What the backend says.
         #[source]
-        source: rusqlite::Error,
+        source: Cause,
     },
     /// The directory or one of its files can't be used.
     #[error("can't {action} {}", .path.display())]
@@ -173,7 +175,7 @@ pub enum KeystoreError {
     },
 }
 
-impl KeystoreError {
+impl StoreError {
     /// Whether it is about one row, and says nothing of the others.
     #[must_use]
     pub fn is_of_row(&self) -> bool {
@@ -206,78 +208,16 @@ impl KeystoreError {
             source,
         }
     }
-
-    fn from_sqlite(path: &Path, source: rusqlite::Error) -> Self {
-        let path = path.to_owned();
-        match source.sqlite_error_code() {
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Self::Damaged {
-                path,
-                source: source.into(),
-            },
-            Some(ErrorCode::DiskFull) => Self::DiskFull { path, source },
-            Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
-                Self::ReadOnly { path, source }
-            }
-            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Self::Busy { path, source },
-            _ => Self::Sqlite { path, source },
-        }
-    }
 }
 
-impl From<KeystoreError> for Problem {
-    fn from(error: KeystoreError) -> Self {
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
         Self::from(&error)
     }
 }
 
-impl From<&KeystoreError> for Problem {
-    fn from(error: &KeystoreError) -> Self {
+impl From<&StoreError> for Problem {
+    fn from(error: &StoreError) -> Self {
         Self::new(Code::Failed, chain(error)).advised(error.advice())
-    }
-}
-
-/// A failure inside a query, before it is known which file it is about.
-#[derive(Debug)]
-pub(super) enum StoreFault {
-    Sqlite(rusqlite::Error),
-    Refused(KeystoreError),
-}
-
-impl From<rusqlite::Error> for StoreFault {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Sqlite(error)
-    }
-}
-
-impl From<KeystoreError> for StoreFault {
-    fn from(error: KeystoreError) -> Self {
-        Self::Refused(error)
-    }
-}
-
-impl StoreFault {
-    /// What is wrong with the row that was read, if it is the row.
-    ///
-    /// # Errors
-    /// Itself, when it is the file.
-    pub(super) fn of_row(self) -> Result<String, Self> {
-        match &self {
-            Self::Refused(KeystoreError::DamagedRecord { source, .. }) => Ok(chain(source)),
-            Self::Refused(KeystoreError::Inconsistent { why, .. }) => Ok(why.clone()),
-            Self::Sqlite(
-                error @ (rusqlite::Error::FromSqlConversionFailure(..)
-                | rusqlite::Error::IntegralValueOutOfRange(..)
-                | rusqlite::Error::Utf8Error(..)
-                | rusqlite::Error::InvalidColumnType(..)),
-            ) => Ok(error.to_string()),
-            _ => Err(self),
-        }
-    }
-
-    pub(super) fn at(self, path: &Path) -> KeystoreError {
-        match self {
-            Self::Refused(error) => error,
-            Self::Sqlite(error) => KeystoreError::from_sqlite(path, error),
-        }
     }
 }

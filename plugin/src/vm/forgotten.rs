@@ -391,29 +391,19 @@ mod tests {
 
     use super::*;
     use crate::recipients::Recipients;
-    use crate::store::{Change, Keystore};
+    use crate::store::{Change, Stores};
 
     /// A keystore with a VM that has two envelopes, and what would be forgotten of it.
-    fn stage(dir: &Path) -> (Keystore, Forgotten) {
-        let keystore = std::sync::Arc::new(Keystore::open(dir).unwrap());
-        let recipients = Recipients::open(
-            std::sync::Arc::clone(&keystore),
-            std::time::Duration::from_secs(60),
-        )
-        .unwrap();
+    fn stage(dir: &Path) -> (Stores, Forgotten) {
+        let stores = Stores::open(dir).unwrap();
+        let recipients = Recipients::open(&stores, std::time::Duration::from_secs(60)).unwrap();
         let passphrase = crate::secret::SecretBytes::take(&mut b"pass".to_vec()).unwrap();
         let native = recipients
             .add_native(&"main".parse().unwrap(), &passphrase)
             .unwrap();
-        keystore
-            .mark_backed_up(crate::provider::KeyProvider::id(native.as_ref()), 1)
-            .unwrap();
+        native.confirm_backup(1).unwrap();
         drop((recipients, native));
-        let recipients = Recipients::open(
-            std::sync::Arc::clone(&keystore),
-            std::time::Duration::from_secs(60),
-        )
-        .unwrap();
+        let recipients = Recipients::open(&stores, std::time::Duration::from_secs(60)).unwrap();
         recipients.providers()[0].provider().unlock(&passphrase).unwrap();
         let vm = VmId::random();
         for (kind, location) in [
@@ -426,22 +416,24 @@ mod tests {
                 kind,
             };
             let (envelope, _) = recipients.seal_new(None, &binding).unwrap();
-            keystore.insert_pending(&envelope, location).unwrap();
+            stores.keystore.insert_pending(&envelope, location).unwrap();
             if kind == crate::model::envelope::ObjectKind::Disk {
-                keystore.activate(envelope.id).unwrap();
+                stores.keystore.activate(envelope.id).unwrap();
             }
         }
-        keystore.remember_vm(vm, "my vm").unwrap();
-        keystore.set_vtpm_seen(vm).unwrap();
+        stores.keystore.remember_vm(vm, "my vm").unwrap();
+        stores.keystore.set_vtpm_seen(vm).unwrap();
         drop(recipients);
-        let keystore = std::sync::Arc::into_inner(keystore).unwrap();
-        keystore.note_plain(vm).unwrap();
-        let objects = keystore.envelopes_of(vm).unwrap().whole().unwrap();
-        keystore.note_saved(vm, &[objects[0].envelope.clone()]).unwrap();
+        stores.keystore.note_plain(vm).unwrap();
+        let objects = stores.keystore.envelopes_of(vm).unwrap().whole().unwrap();
+        stores
+            .host_store
+            .note_saved(vm, &[objects[0].envelope.clone()])
+            .unwrap();
         let forgotten = Forgotten {
-            vm: keystore.vm(vm).unwrap().unwrap(),
-            mark: keystore.mark(vm).unwrap().unwrap(),
-            saved: keystore.saved_states().unwrap().whole().unwrap().pop(),
+            vm: stores.keystore.vm(vm).unwrap().unwrap(),
+            mark: stores.keystore.mark(vm).unwrap().unwrap(),
+            saved: stores.host_store.saved_states().unwrap().whole().unwrap().pop(),
             objects,
             retired: vec![RetiredKek {
                 vm,
@@ -449,13 +441,13 @@ mod tests {
                 kek: KekId("k".to_owned()),
             }],
         };
-        (keystore, forgotten)
+        (stores, forgotten)
     }
 
     #[test]
     fn what_is_forgotten_comes_back_as_it_was() {
         let dir = tempfile::tempdir().unwrap();
-        let (keystore, forgotten) = stage(dir.path());
+        let (stores, forgotten) = stage(dir.path());
         let vm = forgotten.vm.vm;
         let path = keep(dir.path(), &forgotten).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
@@ -466,19 +458,25 @@ mod tests {
         // One that has changed since it was kept stays.
         let mut other = forgotten.objects.clone();
         other[0].location = "elsewhere".to_owned();
-        assert_eq!(keystore.forget_vm(vm, &other).unwrap(), Change::Unchanged);
+        assert_eq!(stores.keystore.forget_vm(vm, &other).unwrap(), Change::Unchanged);
         assert_eq!(
-            keystore.envelopes_of(vm).unwrap().whole().unwrap(),
+            stores.keystore.envelopes_of(vm).unwrap().whole().unwrap(),
             forgotten.objects
         );
 
         assert_eq!(
-            keystore.forget_vm(vm, &forgotten.objects).unwrap(),
+            stores.keystore.forget_vm(vm, &forgotten.objects).unwrap(),
             Change::Changed
         );
         assert!(
-            keystore.envelopes_of(vm).unwrap().whole().unwrap().is_empty()
-                && keystore.vm(vm).unwrap().is_none()
+            stores
+                .keystore
+                .envelopes_of(vm)
+                .unwrap()
+                .whole()
+                .unwrap()
+                .is_empty()
+                && stores.keystore.vm(vm).unwrap().is_none()
         );
         let (_, read) = kept(dir.path()).unwrap().pop().unwrap();
         let read = read.unwrap();
@@ -486,28 +484,31 @@ mod tests {
         assert_eq!(only_there(&read, |_| false).len(), 3, "the saved state's, too");
         assert!(only_there(&read, |_| true).is_empty());
         for record in &read.objects {
-            keystore.bring_back(record).unwrap();
+            stores.keystore.bring_back(record).unwrap();
         }
         let bring_back = |mark| {
-            keystore
-                .bring_back_vm(&read.vm, mark, &read.retired, read.saved.as_ref())
+            stores
+                .keystore
+                .bring_back_vm(&read.vm, mark, &read.retired)
                 .unwrap();
+            let saved = read.saved.as_ref().unwrap();
+            stores.host_store.bring_back_saved(saved).unwrap();
         };
         bring_back(read.mark);
-        assert_eq!(keystore.vm(vm).unwrap().as_ref(), Some(&forgotten.vm));
-        assert_eq!(keystore.mark(vm).unwrap(), Some(Mark::Plain));
+        assert_eq!(stores.keystore.vm(vm).unwrap().as_ref(), Some(&forgotten.vm));
+        assert_eq!(stores.keystore.mark(vm).unwrap(), Some(Mark::Plain));
         assert_eq!(
-            keystore.saved_states().unwrap().whole().unwrap(),
+            stores.host_store.saved_states().unwrap().whole().unwrap(),
             [forgotten.saved.clone().unwrap()]
         );
         // Who is sealed by now stays so, whatever an old file says; and so does who is plain by now.
-        keystore.remember_vm(vm, "my vm").unwrap();
+        stores.keystore.remember_vm(vm, "my vm").unwrap();
         bring_back(Mark::Plain);
-        assert!(keystore.is_sealed(vm).unwrap());
-        keystore.note_plain(vm).unwrap();
+        assert!(stores.keystore.is_sealed(vm).unwrap());
+        stores.keystore.note_plain(vm).unwrap();
         bring_back(Mark::Sealed);
-        assert!(!keystore.is_sealed(vm).unwrap());
-        let back = keystore.envelopes_of(vm).unwrap().whole().unwrap();
+        assert!(!stores.keystore.is_sealed(vm).unwrap());
+        let back = stores.keystore.envelopes_of(vm).unwrap().whole().unwrap();
         for record in &forgotten.objects {
             let found = back
                 .iter()
@@ -516,12 +517,12 @@ mod tests {
             assert_eq!((found.state, &found.location), (record.state, &record.location));
         }
         assert_eq!(
-            keystore.retired_keks().unwrap().whole().unwrap(),
+            stores.keystore.retired_keks().unwrap().whole().unwrap(),
             forgotten.retired
         );
         // Again: nothing changes.
         for record in &read.objects {
-            keystore.bring_back(record).unwrap();
+            stores.keystore.bring_back(record).unwrap();
         }
     }
 

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::host::libvirt::{DefinedDomain, Libvirt, LibvirtError};
 use crate::model::envelope::VmId;
 use crate::model::problem::{Code, Problem, chain};
-use crate::store::{Keystore, KeystoreError, VmRecord};
+use crate::store::{EnvelopeStore, StoreError, VmRecord};
 
 /// How many names a message has.
 const MAX_NAMED: usize = 8;
@@ -71,7 +71,7 @@ fn is_meant(asked: &str, found: VmId) -> bool {
 ///
 /// # Errors
 /// [`Code::NotFound`] when there is none.
-pub fn find_vm(libvirt: &Libvirt, keystore: &Keystore, asked: &str) -> Result<KnownVm, Problem> {
+pub fn find_vm(libvirt: &Libvirt, keystore: &dyn EnvelopeStore, asked: &str) -> Result<KnownVm, Problem> {
     let absent = match find_domain(libvirt, asked) {
         Ok(defined) => return Ok(KnownVm::Defined(defined)),
         Err(absent) if absent.code == Code::NotFound => absent,
@@ -138,7 +138,7 @@ impl VmNames {
     ///
     /// # Errors
     /// When the keystore can't be read.
-    pub fn of_keystore(keystore: &Keystore) -> Result<Self, KeystoreError> {
+    pub fn of_keystore(keystore: &dyn EnvelopeStore) -> Result<Self, StoreError> {
         Ok(Self::of_records(&keystore.vms()?.sound))
     }
 

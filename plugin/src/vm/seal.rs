@@ -28,7 +28,7 @@ use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
 use crate::recipients::Recipients;
-use crate::store::Keystore;
+use crate::store::EnvelopeStore;
 use crate::terminal::word;
 
 pub use declared::ConfirmedFormats;
@@ -44,7 +44,7 @@ pub use unseal::{UnsealPlan, plan_unseal, unseal};
 /// What sealing works with.
 pub struct Host<'a> {
     /// Where envelopes go.
-    pub keystore: &'a Keystore,
+    pub keystore: &'a dyn EnvelopeStore,
     /// What wraps them.
     pub recipients: &'a Recipients,
     /// Where libvirt keeps vTPM state.

@@ -32,7 +32,9 @@ use crate::object::disk::VolumeError;
 use crate::object::{Located, ObjectError, OpenedHeaders, Opening};
 use crate::recipients::{OpenError, Recipients};
 use crate::secret::{Dek, Passphrase};
-use crate::store::{CopyPlace, EnvelopeRecord, EnvelopeState, Keystore, KeystoreError, VmRecord};
+use crate::store::{
+    CopyPlace, EnvelopeRecord, EnvelopeState, EnvelopeStore, HostStore, StoreError, VmRecord,
+};
 use crate::terminal::quoted;
 use crate::terminal::word;
 use crate::vm::side_doors;
@@ -61,7 +63,9 @@ pub struct Opened {
 /// What a start needs to know besides the domain XML.
 pub struct StartContext<'a> {
     /// Where the envelopes are.
-    pub keystore: &'a Keystore,
+    pub keystore: &'a dyn EnvelopeStore,
+    /// What this host notes of their copies.
+    pub host_store: &'a HostStore,
     /// What opens them.
     pub recipients: &'a Recipients,
     /// What was opened before.
@@ -129,7 +133,7 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
         });
         found.push((versions, believed));
     }
-    note(context.keystore, domain, &found).map_err(stays_off)?;
+    note(context, domain, &found).map_err(stays_off)?;
     Ok(Prepared { opened, first_run })
 }
 
@@ -364,9 +368,9 @@ fn has_run(context: &StartContext<'_>, vm: VmId, envelope: &Envelope) -> Result<
 /// Every envelope here was verified by the key that has opened its object: only now the keystore learns of it. What it knows
 /// already opens the object, now and at the next start, so a full disk stops nothing of that; what it does not know is in no index
 /// that keeps others off.
-fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Problem> {
-    let vm = domain.uuid;
-    let unwritten = |error: &KeystoreError| {
+fn note(context: &StartContext<'_>, domain: &Domain, found: &[(Versions, Believed)]) -> Result<(), Problem> {
+    let (keystore, vm) = (context.keystore, domain.uuid);
+    let unwritten = |error: &StoreError| {
         tracing::error!(
             domain = domain.name,
             "its start goes on, though a note of it can't be written: {}",
@@ -383,7 +387,7 @@ fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) ->
     };
     remember().unwrap_or_else(|error| unwritten(&error));
     for (versions, believed) in found {
-        if let Err(error) = keep(keystore, domain, versions, believed) {
+        if let Err(error) = keep(context, domain, versions, believed) {
             match &versions.record {
                 Some(_) => unwritten(&error),
                 None => return Err(error.into()),
@@ -394,14 +398,15 @@ fn note(keystore: &Keystore, domain: &Domain, found: &[(Versions, Believed)]) ->
 }
 
 fn keep(
-    keystore: &Keystore,
+    context: &StartContext<'_>,
     domain: &Domain,
     versions: &Versions,
     believed: &Believed,
-) -> Result<(), KeystoreError> {
+) -> Result<(), StoreError> {
+    let (keystore, host_store) = (context.keystore, context.host_store);
     if let (Some(reason), Some(record)) = (&versions.unreadable, &versions.record) {
         tracing::warn!(domain = domain.name, "{reason}; the keystore's is used");
-        keystore.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
+        host_store.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
     }
     if believed.is_news {
         keystore.put(&believed.envelope, &versions.location)?;
@@ -412,7 +417,7 @@ fn keep(
             tracing::warn!(domain, "{}", doubt.words(copy, &format!("the XML of {domain}")));
         }
         if !matches!(believed.doubt, Some(Doubt::Conflict)) {
-            keystore.copy_is_behind(believed.needed_by(copy), CopyPlace::Xml)?;
+            host_store.copy_is_behind(believed.needed_by(copy), CopyPlace::Xml)?;
         }
     }
     let state = versions.record.as_ref().map(|record| record.state);

@@ -7,7 +7,7 @@ use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Preced
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::secret::SecretBytes;
-use crate::store::{CopyNews, CopyPlace, Pass};
+use crate::store::{CopyNews, CopyPlace, Pass, Stores};
 
 fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
@@ -29,7 +29,7 @@ fn back_up(provider: &NativeProvider) {
 
 struct Host {
     dir: tempfile::TempDir,
-    keystore: Arc<Keystore>,
+    stores: Stores,
     recipients: Recipients,
     main: Arc<NativeProvider>,
     spare: Arc<NativeProvider>,
@@ -40,12 +40,12 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-        let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let stores = Stores::open(dir.path()).unwrap();
+        let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
         let (main, spare) = (ready(&recipients, "main"), ready(&recipients, "spare"));
         Self {
             dir,
-            keystore,
+            stores,
             recipients,
             main,
             spare,
@@ -68,7 +68,7 @@ impl Host {
             kind: ObjectKind::Disk,
         };
         let (envelope, dek) = self.recipients.seal_new(provider, &binding).unwrap();
-        self.keystore.put(&envelope, "/images/disk.qcow2").unwrap();
+        self.stores.keystore.put(&envelope, "/images/disk.qcow2").unwrap();
         self.deks.insert(envelope.id, openssl::sha::sha256(dek.expose()));
         envelope.id
     }
@@ -82,12 +82,12 @@ impl Host {
     }
 
     fn start(&self, task: &Task) -> JobId {
-        task.start(&self.keystore, &[]).unwrap().id
+        task.start(self.stores.keystore.as_ref(), &[]).unwrap().id
     }
 
     fn step(&self, batch: u32) -> Option<Step> {
-        let running = self.keystore.running_jobs().unwrap().into_iter().next()?;
-        Some(step(&self.keystore, &self.recipients, running.id, batch).unwrap())
+        let running = self.stores.keystore.running_jobs().unwrap().into_iter().next()?;
+        Some(step(self.stores.keystore.as_ref(), &self.recipients, running.id, batch).unwrap())
     }
 
     /// Until the job ends or waits.
@@ -114,7 +114,7 @@ impl Host {
     }
 
     fn envelopes(&self) -> Vec<Envelope> {
-        let records = self.keystore.envelopes().unwrap().whole().unwrap();
+        let records = self.stores.keystore.envelopes().unwrap().whole().unwrap();
         records.into_iter().map(|record| record.envelope).collect()
     }
 
@@ -212,16 +212,17 @@ fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
     }
     host.assert_whole();
     // The copies still need the first generation, and say so.
-    let needed = host.keystore.needed_keks().unwrap().whole().unwrap();
+    let needed = host.stores.host_store.needed_keks().unwrap().whole().unwrap();
     assert_eq!(needed.len(), 2 * 20);
     assert!(needed.iter().all(|needed| needed.kek.0.starts_with("v1:vm:")));
     let envelope = &host.envelopes()[0];
     let first = host.changed(envelope, |envelope| envelope.generation = Generation::of_test(1));
     for (version, left) in [(first.into_envelope(), 2), (envelope.clone(), 1)] {
-        host.keystore
+        host.stores
+            .host_store
             .note_copies(CopyPlace::Xml, &[(envelope.id, CopyNews::Has(Box::new(version)))])
             .unwrap();
-        let needed = host.keystore.needed_keks().unwrap().whole().unwrap();
+        let needed = host.stores.host_store.needed_keks().unwrap().whole().unwrap();
         assert_eq!(
             needed
                 .iter()
@@ -251,7 +252,8 @@ fn rekeyed_they_follow_the_policy() {
     };
     assert_eq!(host.sweep(&task).changed, 1);
     assert_eq!(
-        host.keystore
+        host.stores
+            .keystore
             .envelope(one.id)
             .unwrap()
             .unwrap()
@@ -262,9 +264,9 @@ fn rekeyed_they_follow_the_policy() {
     );
     host.assert_whole();
     // Of one VM: a later generation whatever was there, as it is to outrank another host's.
-    let before = host.keystore.envelope(one.id).unwrap().unwrap().envelope;
+    let before = host.stores.keystore.envelope(one.id).unwrap().unwrap().envelope;
     assert_eq!(host.sweep(&task).changed, 1);
-    let after = host.keystore.envelope(one.id).unwrap().unwrap().envelope;
+    let after = host.stores.keystore.envelope(one.id).unwrap().unwrap().envelope;
     assert!(
         after.supersedes(&before) == Precedence::Newer && after.stanzas[0].body != before.stanzas[0].body
     );
@@ -304,7 +306,7 @@ fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
             envelope.generation = Generation::of_test(3);
             envelope.stanzas[1].body[20] ^= 1;
         });
-        host.keystore.put(&damaged, "").unwrap();
+        host.stores.keystore.put(&damaged, "").unwrap();
     }
     let job = host.sweep(&Task::RemoveRecipient { provider: main });
     assert_eq!((job.state, job.left), (JobState::Incomplete, 3));
@@ -326,15 +328,18 @@ fn an_adopted_generation_leaves_the_image_in_doubt() {
     let travelled = host.changed(&host.envelopes()[0], |envelope| {
         envelope.generation = Generation::of_test(2);
     });
-    let needed = |host: &Host| host.keystore.needed_keks().unwrap().whole().unwrap();
+    let needed = |host: &Host| host.stores.host_store.needed_keks().unwrap().whole().unwrap();
     assert_eq!(needed(&host), []);
-    host.keystore.put(&travelled, "").unwrap();
+    host.stores.keystore.put(&travelled, "").unwrap();
     let places: Vec<_> = needed(&host).iter().map(|needed| needed.place).collect();
     assert_eq!(places, [CopyPlace::Image, CopyPlace::Xml]);
     // What is found counts as long as the envelope is known.
     let mut unknown = travelled.into_envelope();
     unknown.id = EnvelopeId::random();
-    host.keystore.copy_is_behind(&unknown, CopyPlace::Xml).unwrap();
+    host.stores
+        .host_store
+        .copy_is_behind(&unknown, CopyPlace::Xml)
+        .unwrap();
     assert_eq!(needed(&host).len(), 2);
 }
 
@@ -345,13 +350,16 @@ fn a_damaged_envelope_is_left_alone_and_named() {
         envelope.generation = Generation::of_test(2);
         envelope.stanzas[0].body[20] ^= 1;
     });
-    host.keystore.put(&bad, "").unwrap();
+    host.stores.keystore.put(&bad, "").unwrap();
     let job = host.sweep(&host.move_to_spare());
     assert_eq!((job.state, job.changed, job.left), (JobState::Incomplete, 6, 1));
-    let left = host.keystore.left_behind(job.id, 10).unwrap();
+    let left = host.stores.keystore.left_behind(job.id, 10).unwrap();
     assert_eq!((left[0].envelope, left[0].again), (bad.id, false));
     assert!(left[0].reason.contains("tampered"), "{}", left[0].reason);
-    assert_eq!(host.keystore.envelope(bad.id).unwrap().unwrap().envelope, *bad);
+    assert_eq!(
+        host.stores.keystore.envelope(bad.id).unwrap().unwrap().envelope,
+        *bad
+    );
 }
 
 #[test]
@@ -362,7 +370,7 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
         provider: host.spare.id(),
     });
     let work = [Rewrap {
-        record: host.keystore.envelope(before.id).unwrap().unwrap(),
+        record: host.stores.keystore.envelope(before.id).unwrap().unwrap(),
         targets: vec![RewrapTarget::Keep(0), RewrapTarget::Wrap(host.spare.id())],
     }];
     let Rewrapped::Changed(next) = host.recipients.rewrap(&work).unwrap().remove(0) else {
@@ -370,8 +378,9 @@ fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
     };
     // A start has adopted a later generation from the domain's XML.
     let adopted = host.changed(&before, |envelope| envelope.generation = Generation::of_test(7));
-    host.keystore.put(&adopted, "").unwrap();
+    host.stores.keystore.put(&adopted, "").unwrap();
     let record = host
+        .stores
         .keystore
         .commit_batch(job, &[Verdict::Replace(Box::new(before), next)])
         .unwrap();
@@ -410,15 +419,15 @@ fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
         provider: host.spare.id(),
     };
     let job = host.start(&task);
-    assert!(task.start(&host.keystore, &[]).is_err());
+    assert!(task.start(host.stores.keystore.as_ref(), &[]).is_err());
     assert!(matches!(host.step(4), Some(Step::Worked(_))));
-    let aborted = host.keystore.abort_job(job).unwrap();
+    let aborted = host.stores.keystore.abort_job(job).unwrap();
     assert_eq!((aborted.state, aborted.changed), (JobState::Aborted, 4));
     assert!(host.step(4).is_none());
     let again = host.sweep(&task);
     assert_eq!((again.state, again.changed), (JobState::Done, 6));
     host.assert_whole();
-    assert_eq!(host.keystore.jobs(10).unwrap().whole().unwrap().len(), 2);
+    assert_eq!(host.stores.keystore.jobs(10).unwrap().whole().unwrap().len(), 2);
 }
 
 #[test]
@@ -430,11 +439,18 @@ fn sweeps_of_two_vms_go_side_by_side_and_see_their_own_envelopes_alone() {
     };
     let (one, other) = (of(0), of(3));
     let ids = [host.start(&one), host.start(&other)];
-    assert!(one.start(&host.keystore, &[]).is_err(), "twice the same VM");
-    assert!(host.move_to_spare().start(&host.keystore, &[]).is_err());
+    assert!(
+        one.start(host.stores.keystore.as_ref(), &[]).is_err(),
+        "twice the same VM"
+    );
+    assert!(
+        host.move_to_spare()
+            .start(host.stores.keystore.as_ref(), &[])
+            .is_err()
+    );
     for id in ids.into_iter().rev() {
         loop {
-            let stepped = step(&host.keystore, &host.recipients, id, 50).unwrap();
+            let stepped = step(host.stores.keystore.as_ref(), &host.recipients, id, 50).unwrap();
             if let Step::Ended(job) = stepped {
                 assert_eq!(
                     (job.state, job.total, job.seen, job.changed),
@@ -451,7 +467,11 @@ fn sweeps_of_two_vms_go_side_by_side_and_see_their_own_envelopes_alone() {
         .count();
     assert_eq!(changed, 2);
     host.assert_whole();
-    assert!(host.move_to_spare().start(&host.keystore, &[]).is_ok());
+    assert!(
+        host.move_to_spare()
+            .start(host.stores.keystore.as_ref(), &[])
+            .is_ok()
+    );
 }
 
 #[test]
@@ -459,11 +479,14 @@ fn an_aborted_job_can_be_resumed_and_sees_all_of_them_again() {
     let host = Host::with_envelopes(5);
     let job = host.start(&host.move_to_spare());
     host.step(2);
-    host.keystore.abort_job(job).unwrap();
+    host.stores.keystore.abort_job(job).unwrap();
     let other = host.start(&host.move_to_spare());
-    assert!(host.keystore.resume_job(job, &[]).is_err(), "beside another one");
-    host.keystore.abort_job(other).unwrap();
-    let resumed = host.keystore.resume_job(job, &[]).unwrap();
+    assert!(
+        host.stores.keystore.resume_job(job, &[]).is_err(),
+        "beside another one"
+    );
+    host.stores.keystore.abort_job(other).unwrap();
+    let resumed = host.stores.keystore.resume_job(job, &[]).unwrap();
     assert_eq!(
         (resumed.state, resumed.seen, resumed.pass),
         (JobState::Running, 0, Pass::All)
@@ -480,15 +503,15 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     assert!(matches!(host.step(11), Some(Step::Worked(_))));
     let Host {
         dir,
-        keystore,
+        stores,
         recipients,
         main,
         spare,
         deks,
     } = host;
-    drop((recipients, main, spare, keystore));
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-    let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+    drop((recipients, main, spare, stores));
+    let stores = Stores::open(dir.path()).unwrap();
+    let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
     let native = |name: &str| match recipients.find(name).unwrap() {
         crate::recipients::Provider::Native(native) => native,
         _ => panic!("{name} is not native"),
@@ -496,7 +519,7 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     let (main, spare) = (native("main"), native("spare"));
     let host = Host {
         dir,
-        keystore,
+        stores,
         recipients,
         main,
         spare,
@@ -527,7 +550,7 @@ fn what_comes_while_a_job_waits_is_taken_along() {
     assert_eq!((job.pass, job.left), (Pass::Left, 3));
     host.main.unlock(&secret("p")).unwrap();
     let sealed = host.seal(Some("main"));
-    let left = host.keystore.left_behind(job.id, 10).unwrap();
+    let left = host.stores.keystore.left_behind(job.id, 10).unwrap();
     assert!(left.iter().any(|left| left.envelope == sealed && left.again));
     let job = host.run();
     assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
@@ -546,11 +569,12 @@ fn what_comes_back_behind_a_job_is_taken_along() {
     });
     assert!(matches!(host.step(2), Some(Step::Worked(job)) if job.changed == 2));
     // From a host that did not take part, by the XML of the VM that comes from there.
-    let gone = |known: &&Envelope| host.keystore.envelope(known.id).unwrap().unwrap().envelope != **known;
+    let gone =
+        |known: &&Envelope| host.stores.keystore.envelope(known.id).unwrap().unwrap().envelope != **known;
     let travelled = host.changed(before.iter().find(gone).unwrap(), |envelope| {
         envelope.generation = Generation::of_test(7);
     });
-    host.keystore.put(&travelled, "").unwrap();
+    host.stores.keystore.put(&travelled, "").unwrap();
     let job = host.run();
     assert_eq!((job.state, job.changed), (JobState::Running, 3));
     let job = host.run();
@@ -570,7 +594,7 @@ fn what_is_sealed_at_the_very_end_is_not_forgotten() {
     host.step(1);
     // Nothing is left to be read, and the job has not ended yet.
     host.seal(Some("main"));
-    let ended = host.keystore.end_pass(job).unwrap();
+    let ended = host.stores.keystore.end_pass(job).unwrap();
     assert_eq!((ended.state, ended.left), (JobState::Running, 1));
     assert_eq!(host.run().state, JobState::Done);
     host.assert_providers(&[&host.spare]);

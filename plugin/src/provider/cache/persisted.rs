@@ -28,7 +28,7 @@ use crate::model::envelope::{KekId, ProviderId};
 use crate::model::problem::chain;
 use crate::provider::toolbox::tpm_key;
 use crate::secret::SecretBytes;
-use crate::store::{KekPersistence, Keystore, KeystoreError, PersistedKek, UnixTime};
+use crate::store::{KekCacheRows, KekPersistence, PersistedKek, StoreError, UnixTime};
 
 /// How long the salt is; it is SHA-256 of the one before it.
 const SALT: usize = 32;
@@ -76,7 +76,7 @@ pub(in crate::provider) struct NewPersistence {
 /// The KEKs of one provider that are on disk.
 #[derive(Debug)]
 pub(super) struct Persisted {
-    keystore: Arc<Keystore>,
+    disk: KekCacheRows,
     provider: ProviderId,
     name: String,
     state: Mutex<State>,
@@ -127,11 +127,11 @@ struct Waiting {
 }
 
 impl Persisted {
-    /// What `keystore` has. The secret comes with [`Persisted::load`].
-    pub(super) fn open(keystore: Arc<Keystore>, provider: ProviderId, name: &str) -> Self {
+    /// What `disk` has. The secret comes with [`Persisted::load`].
+    pub(super) fn open(disk: KekCacheRows, provider: ProviderId, name: &str) -> Self {
         Self {
-            state: Mutex::new(State::read(&keystore, provider)),
-            keystore,
+            state: Mutex::new(State::read(&disk, provider)),
+            disk,
             provider,
             name: name.to_owned(),
             settled: Condvar::new(),
@@ -184,20 +184,20 @@ impl Persisted {
         })
     }
 
-    /// Takes over what `write` makes the keystore have, in which nothing is kept yet.
+    /// Has the keystore keep KEKs as `new` says, with the `settings` of their provider; nothing is kept yet.
     pub(super) fn replace(
         &self,
         new: Option<NewPersistence>,
-        write: impl FnOnce(Option<&KekPersistence>) -> Result<(), KeystoreError>,
-    ) -> Result<(), KeystoreError> {
+        settings: &serde_json::Value,
+    ) -> Result<(), StoreError> {
         let _writing = lock(&self.writing);
-        let written = write(new.as_ref().map(|new| &new.record));
+        let written = self.disk.set(settings, new.as_ref().map(|new| &new.record));
         if written.is_err() && self.state().owed.is_something() {
             // What is on disk must not come back into memory.
             return written;
         }
         // Also where it failed: perhaps after the commit.
-        let read = State::read(&self.keystore, self.provider);
+        let read = State::read(&self.disk, self.provider);
         let mut state = self.state();
         let before = std::mem::replace(&mut *state, read);
         state.epoch = before.epoch + 1;
@@ -390,11 +390,11 @@ impl Persisted {
 }
 
 impl State {
-    fn read(keystore: &Keystore, provider: ProviderId) -> Self {
+    fn read(disk: &KekCacheRows, provider: ProviderId) -> Self {
         let mut state = Self::default();
-        let rows = keystore.kek_persistence(provider).and_then(|enrolled| {
+        let rows = disk.persistence().and_then(|enrolled| {
             state.enrolled = enrolled;
-            keystore.persisted_keks(provider)
+            disk.all()
         });
         match rows {
             Ok(rows) => state.rows = rows.into_iter().map(row).collect(),

@@ -15,7 +15,7 @@ use crate::provider::transit::TransitProvider;
 use crate::provider::transit::bao::{Bao, Proxy, secret};
 use crate::provider::transit::tls_tests::Identity;
 use crate::secret::SecretBytes;
-use crate::store::Keystore;
+use crate::store::Stores;
 
 pub(super) struct Native {
     dir: tempfile::TempDir,
@@ -23,8 +23,8 @@ pub(super) struct Native {
 }
 
 impl Native {
-    fn keystore(dir: &tempfile::TempDir) -> Arc<Keystore> {
-        Arc::new(Keystore::open(dir.path()).unwrap())
+    fn stores(dir: &tempfile::TempDir) -> Stores {
+        Stores::open(dir.path()).unwrap()
     }
 }
 
@@ -33,7 +33,7 @@ impl Fixture for Native {
         let dir = tempfile::tempdir().unwrap();
         let name = "main".parse().unwrap();
         let passphrase = SecretBytes::take(&mut b"credential".to_vec()).unwrap();
-        let provider = NativeProvider::create(Self::keystore(&dir), &name, &passphrase).unwrap();
+        let provider = NativeProvider::create(&Self::stores(&dir).providers(), &name, &passphrase).unwrap();
         let backup = provider.backup(None).unwrap();
         provider.confirm_backup(backup.generation).unwrap();
         Self {
@@ -52,9 +52,9 @@ impl Fixture for Native {
 
     fn restart(&mut self) {
         self.provider = None;
-        let keystore = Self::keystore(&self.dir);
-        let record = keystore.providers().unwrap().whole().unwrap().remove(0);
-        self.provider = Some(NativeProvider::open(keystore, &record).unwrap());
+        let stores = Self::stores(&self.dir);
+        let record = stores.keystore.providers().unwrap().whole().unwrap().remove(0);
+        self.provider = Some(NativeProvider::open(&stores.providers(), &record).unwrap());
     }
 
     fn retire(&mut self) {
@@ -81,7 +81,7 @@ pub(super) struct Transit {
     /// Ends with the last fixture.
     bao: Arc<Bao>,
     proxy: Option<Proxy>,
-    keystore: Arc<Keystore>,
+    stores: Stores,
     credential: String,
     /// Of a client that the server does not know.
     stranger: Option<String>,
@@ -121,7 +121,7 @@ impl Transit {
 
     fn on(bao: Arc<Bao>, login: Login, change: impl FnOnce(&mut Value)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Native::keystore(&dir);
+        let stores = Native::stores(&dir);
         let mount = bao.engine();
         let policy = bao.policy(&mount);
         let (auth, credential, stranger) = match login {
@@ -147,12 +147,13 @@ impl Transit {
         }
         change(&mut settings);
         let settings = serde_json::from_value(settings).unwrap();
-        let provider = TransitProvider::create(&keystore, &"vault".parse().unwrap(), settings).unwrap();
+        let provider =
+            TransitProvider::create(&stores.providers(), &"vault".parse().unwrap(), settings).unwrap();
         provider.unlock(&secret(&credential)).unwrap();
         Self {
             bao,
             proxy: None,
-            keystore,
+            stores,
             credential,
             stranger,
             provider: Some(provider),
@@ -195,8 +196,8 @@ macro_rules! transit {
 
             fn restart(&mut self) {
                 self.0.provider = None;
-                let record = self.0.keystore.providers().unwrap().whole().unwrap().remove(0);
-                self.0.provider = Some(TransitProvider::open(&self.0.keystore, &record).unwrap());
+                let record = self.0.stores.keystore.providers().unwrap().whole().unwrap().remove(0);
+                self.0.provider = Some(TransitProvider::open(&self.0.stores.providers(), &record).unwrap());
             }
 
             fn unknown_kek(&self) -> KekId {

@@ -1,11 +1,11 @@
 //! How long a KMIP provider keeps KEKs, in memory and, sealed by the host's TPM, across a reboot.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 
-use super::{KmipProvider, KmipProviderError, KmipSettings, Mode};
+use super::{KmipProvider, KmipProviderError, KmipSettings};
 use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::provider::cache::{CachePolicy, PersistTime};
-use crate::store::{Keystore, KeystoreError};
+use crate::store::StoreError;
 
 /// How to keep KEKs across a reboot.
 #[derive(Debug)]
@@ -19,24 +19,12 @@ pub struct Persist<'a> {
 }
 
 impl KmipProvider {
-    /// From now on its cache can keep KEKs across a reboot, in `keystore`.
-    pub fn attach(&self, keystore: Arc<Keystore>) {
-        if self.settings.mode == Mode::Local {
-            self.cache.attach(keystore, self.id, &self.name);
-        }
-    }
-
     /// Keeps KEKs as `policy` says, once that is recorded, and across a reboot where there is a `persist`. What was kept on
     /// disk is gone.
     ///
     /// # Errors
     /// When there is nothing to keep, the TPM does not seal, or the keystore can't be written; then nothing changes.
-    pub fn set_cache(
-        &self,
-        keystore: &Keystore,
-        policy: CachePolicy,
-        persist: Option<&Persist>,
-    ) -> Result<(), KmipProviderError> {
+    pub fn set_cache(&self, policy: CachePolicy, persist: Option<&Persist>) -> Result<(), KmipProviderError> {
         self.settings.check_cache(policy)?;
         let settings = KmipSettings {
             cache: Some(policy),
@@ -56,9 +44,7 @@ impl KmipProvider {
                 Ok(self.cache.enroll(tpm, *keep, pcrs)?)
             })
             .transpose()?;
-        self.cache.set(policy, new.flatten(), |record| {
-            keystore.set_kek_cache(self.id, &json, record)
-        })?;
+        self.cache.set(policy, new.flatten(), &json)?;
         Ok(())
     }
 
@@ -77,7 +63,7 @@ impl KmipProvider {
     }
 
     /// After a lock: whether the disk has let go of what the cache kept there. Tries again where it did not.
-    pub fn settle_cache(&self) -> Result<(), KeystoreError> {
+    pub fn settle_cache(&self) -> Result<(), StoreError> {
         self.cache.settle()
     }
 

@@ -51,36 +51,36 @@ impl Store {
         Self { dir }
     }
 
-    pub(super) fn identity(&self) -> Result<Option<StoredIdentity>, StoreError> {
+    pub(super) fn identity(&self) -> Result<Option<StoredIdentity>, FilesError> {
         self.read(Self::IDENTITY)
     }
 
     /// The last one that waits for its certificate, with those before it.
-    pub(super) fn request(&self) -> Result<Option<SigningRequest>, StoreError> {
+    pub(super) fn request(&self) -> Result<Option<SigningRequest>, FilesError> {
         self.read(Self::REQUEST)
     }
 
-    pub(super) fn trust(&self) -> Result<Option<ServerTrust>, StoreError> {
+    pub(super) fn trust(&self) -> Result<Option<ServerTrust>, FilesError> {
         self.read(Self::TRUST)
     }
 
-    pub(super) fn put_identity(&self, identity: &StoredIdentity) -> Result<(), StoreError> {
+    pub(super) fn put_identity(&self, identity: &StoredIdentity) -> Result<(), FilesError> {
         self.write(Self::IDENTITY, identity)
     }
 
-    pub(super) fn put_request(&self, request: &SigningRequest) -> Result<(), StoreError> {
+    pub(super) fn put_request(&self, request: &SigningRequest) -> Result<(), FilesError> {
         self.write(Self::REQUEST, request)
     }
 
     /// Its key has its certificate: no second copy of it stays here, nor of those before it.
-    pub(super) fn remove_answered<T: HasPublic>(&self, key: &PKey<T>) -> Result<(), StoreError> {
+    pub(super) fn remove_answered<T: HasPublic>(&self, key: &PKey<T>) -> Result<(), FilesError> {
         let Some(mut request) = self.request()? else {
             return Ok(());
         };
         if request.is_for(key) {
             let path = self.dir.join(Self::REQUEST);
             let removed = fs::remove_file(&path).and_then(|()| File::open(&self.dir)?.sync_all());
-            return removed.map_err(StoreError::io("remove", &path));
+            return removed.map_err(FilesError::io("remove", &path));
         }
         match request.forget_from(key) {
             Change::Changed => self.put_request(&request),
@@ -112,7 +112,7 @@ impl Store {
     }
 
     /// All of them, and the directory.
-    pub(super) fn remove(&self) -> Result<(), StoreError> {
+    pub(super) fn remove(&self) -> Result<(), FilesError> {
         let removed = match fs::remove_dir_all(&self.dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             removed => removed,
@@ -121,33 +121,33 @@ impl Store {
             Some(parent) => File::open(parent)?.sync_all(),
             None => Ok(()),
         });
-        synced.map_err(StoreError::io("remove", &self.dir))
+        synced.map_err(FilesError::io("remove", &self.dir))
     }
 
-    pub(super) fn put_trust(&self, trust: &ServerTrust) -> Result<(), StoreError> {
+    pub(super) fn put_trust(&self, trust: &ServerTrust) -> Result<(), FilesError> {
         self.write(Self::TRUST, trust)
     }
 
-    fn read<T: DeserializeOwned>(&self, file: &str) -> Result<Option<T>, StoreError> {
+    fn read<T: DeserializeOwned>(&self, file: &str) -> Result<Option<T>, FilesError> {
         let path = self.dir.join(file);
         let opened = match File::open(&path) {
             Ok(opened) => opened,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StoreError::io("read", &path)(error)),
+            Err(error) => return Err(FilesError::io("read", &path)(error)),
         };
         // Sized by the file, for secret memory is scarce.
-        let length = opened.metadata().map_err(StoreError::io("read", &path))?.len();
+        let length = opened.metadata().map_err(FilesError::io("read", &path))?.len();
         let limit = usize::try_from(length).unwrap_or(usize::MAX).min(MAX_BYTES);
-        let bytes = SecretBytes::read_from(opened, limit).map_err(StoreError::io("read", &path))?;
+        let bytes = SecretBytes::read_from(opened, limit).map_err(FilesError::io("read", &path))?;
         serde_json::from_slice(bytes.expose())
             .map(Some)
-            .map_err(|source| StoreError::Damaged { path, source })
+            .map_err(|source| FilesError::Damaged { path, source })
     }
 
-    fn write(&self, file: &str, value: &impl Serialize) -> Result<(), StoreError> {
+    fn write(&self, file: &str, value: &impl Serialize) -> Result<(), FilesError> {
         let path = self.dir.join(file);
         let text = serde_json::to_vec_pretty(value).map(Transient::new);
-        let text = text.map_err(|source| StoreError::Damaged {
+        let text = text.map_err(|source| FilesError::Damaged {
             path: path.clone(),
             source,
         })?;
@@ -156,7 +156,7 @@ impl Store {
             // Half a file, with a key in it. Gone, if it has its name already.
             let _ = fs::remove_file(staged(&path));
         }
-        replaced.map_err(StoreError::io("write", &path))
+        replaced.map_err(FilesError::io("write", &path))
     }
 
     fn replace(&self, path: &Path, text: &[u8]) -> io::Result<()> {
@@ -186,7 +186,7 @@ fn staged(path: &Path) -> PathBuf {
 
 /// Why a file can't be read or written.
 #[derive(Debug, Error)]
-pub enum StoreError {
+pub enum FilesError {
     /// The system refuses.
     #[error("can't {doing} {}", path.display())]
     Io {
@@ -209,7 +209,7 @@ pub enum StoreError {
     },
 }
 
-impl StoreError {
+impl FilesError {
     fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { doing, path, source }
@@ -249,7 +249,7 @@ mod tests {
         let path = store.dir.join(Store::TRUST);
         for text in ["", "{}", "{\"pins\":[\"AB\"]}", "[[[["] {
             fs::write(&path, text).unwrap();
-            assert!(matches!(store.trust(), Err(StoreError::Damaged { .. })), "{text}");
+            assert!(matches!(store.trust(), Err(FilesError::Damaged { .. })), "{text}");
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
     }

@@ -14,6 +14,7 @@ use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::provider::toolbox::kek_name::KekGeneration;
 use crate::secret::Dek;
+use crate::store::Stores;
 
 /// A payload, wrapped under the KEK of its VM.
 pub(super) struct Wrapped {
@@ -310,11 +311,11 @@ fn provider_with_the_same_id_opens_what_another_host_sealed() {
 #[test]
 fn settings_are_checked() {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let stores = Stores::open(dir.path()).unwrap();
     let create = |change: &dyn Fn(&mut KmipSettings)| {
         let mut settings = settings(&[1]);
         change(&mut settings);
-        KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings).err()
+        KmipProvider::create(&stores.providers(), &"kms".parse().unwrap(), settings).err()
     };
     assert!(matches!(
         create(&|settings| settings.endpoints.clear()),
@@ -324,7 +325,7 @@ fn settings_are_checked() {
         create(&|settings| settings.timeout_ms = 0),
         Some(KmipProviderError::Timeout)
     ));
-    assert!(keystore.providers().unwrap().whole().unwrap().is_empty());
+    assert!(stores.keystore.providers().unwrap().whole().unwrap().is_empty());
     for json in [
         r#"{"endpoints":["a"],"pin":"x"}"#,
         r#"{"endpoints":["https://a"]}"#,

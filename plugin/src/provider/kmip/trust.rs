@@ -13,7 +13,7 @@ use super::cluster::{Cluster, ClusterStatus};
 use super::error::KmipError;
 use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest, StoredIdentity};
 use super::node::Access;
-use super::store::{ServerTrust, StoreError};
+use super::store::{FilesError, ServerTrust};
 use super::tls::{self, Tls};
 use crate::model::envelope::Stanza;
 use crate::model::problem::chain;
@@ -170,9 +170,9 @@ impl KmipProvider {
     }
 
     /// `None` for a file that is damaged: what is written in its place now is the way out.
-    fn unless_damaged<T>(&self, found: Result<T, StoreError>) -> Result<Option<T>, StoreError> {
+    fn unless_damaged<T>(&self, found: Result<T, FilesError>) -> Result<Option<T>, FilesError> {
         match found {
-            Err(error @ StoreError::Damaged { .. }) => {
+            Err(error @ FilesError::Damaged { .. }) => {
                 tracing::warn!("provider {}: {}", self.name, chain(&error));
                 Ok(None)
             }
@@ -310,5 +310,5 @@ pub enum TrustError {
     Identity(#[from] IdentityError),
     /// The disk.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] FilesError),
 }

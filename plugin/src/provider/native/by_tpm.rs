@@ -50,7 +50,7 @@ impl NativeProvider {
     pub fn enroll_tpm(&self, tpm: &Tpm, policy: &BindPolicy) -> Result<(), NativeError> {
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
         let seal = self.bound_to(tpm, policy, &roots)?;
-        Ok(self.keystore.put_tpm_seal(self.id, &seal)?)
+        Ok(self.rows.put_tpm_seal(&seal)?)
     }
 
     /// `roots`, for `tpm` to open; it has done so once.
@@ -77,7 +77,7 @@ impl NativeProvider {
     /// # Errors
     /// As [`NativeProvider::enroll_tpm`]; the row stays stale then.
     pub fn renew_tpm(&self, tpm: &Tpm, pin: Option<&Arc<SecretBytes>>) -> Result<Change, NativeError> {
-        let Some(seal) = self.keystore.tpm_seal(self.id)? else {
+        let Some(seal) = self.rows.tpm_seal()? else {
             return Ok(Change::Unchanged);
         };
         if seal.generation == self.generation() {
@@ -85,7 +85,7 @@ impl NativeProvider {
         }
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
         let renewal = self.renewal(tpm, seal, &roots, pin)?;
-        Ok(self.keystore.renew_tpm_seal(self.id, &renewal)?)
+        Ok(self.rows.renew_tpm_seal(&renewal)?)
     }
 
     /// What is to be in the place of `before`, if `tpm` still opens that.
@@ -105,12 +105,12 @@ impl NativeProvider {
     /// Takes this way in away again.
     pub fn remove_tpm(&self) -> Result<Change, NativeError> {
         self.explain_lock(None);
-        Ok(self.keystore.delete_tpm_seal(self.id)?)
+        Ok(self.rows.delete_tpm_seal()?)
     }
 
     /// Whether there is this way in.
     pub fn tpm_enrollment(&self) -> Result<Option<TpmEnrollment>, NativeError> {
-        let seal = self.keystore.tpm_seal(self.id)?;
+        let seal = self.rows.tpm_seal()?;
         Ok(seal.map(|seal| {
             let bound = BoundToTpm::from_bytes(&seal.sealed_key).ok();
             let bound = bound.as_ref();
@@ -136,7 +136,7 @@ impl NativeProvider {
         locks: LocksNoted,
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<(), NativeError> {
-        let seal = self.keystore.tpm_seal(self.id)?.ok_or(NativeError::NotEnrolled)?;
+        let seal = self.rows.tpm_seal()?.ok_or(NativeError::NotEnrolled)?;
         let opened = match seal.generation == self.generation() {
             true => self.opened_by(tpm, &seal, pin),
             false => Err(NativeError::TpmStale),

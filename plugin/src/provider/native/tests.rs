@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::secret::Dek;
+use crate::store::Stores;
 
 pub(super) fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
@@ -16,12 +17,12 @@ fn name(text: &str) -> ProviderName {
     text.parse().unwrap()
 }
 
-pub(super) fn keystore(dir: &Path) -> Arc<Keystore> {
-    Arc::new(Keystore::open(dir).unwrap())
+pub(super) fn created(dir: &Path) -> NativeProvider {
+    created_in(&Stores::open(dir).unwrap())
 }
 
-pub(super) fn created(dir: &Path) -> NativeProvider {
-    NativeProvider::create(keystore(dir), &name("main"), &secret("sealing")).unwrap()
+fn created_in(stores: &Stores) -> NativeProvider {
+    NativeProvider::create(&stores.providers(), &name("main"), &secret("sealing")).unwrap()
 }
 
 pub(super) fn payload() -> (Payload, Binding) {
@@ -129,7 +130,7 @@ fn restored_elsewhere_it_opens_what_was_wrapped() {
     for (bytes, passphrase) in [(&sealed.bytes, Some(secret("backup"))), (&bare.bytes, None)] {
         let dir = there.path().join(passphrase.is_some().to_string());
         let restored = NativeProvider::restore(
-            keystore(&dir),
+            &Stores::open(&dir).unwrap().providers(),
             &name("moved"),
             bytes,
             passphrase.as_ref(),
@@ -151,24 +152,30 @@ fn restored_elsewhere_it_opens_what_was_wrapped() {
 #[test]
 fn restore_refuses_what_is_here_or_does_not_open() {
     let dir = tempfile::tempdir().unwrap();
-    let provider = created(dir.path());
+    let stores = Stores::open(dir.path()).unwrap();
+    let provider = created_in(&stores);
     let backup = provider.backup(Some(&secret("backup"))).unwrap().bytes;
     let restore = |as_name: &str, bytes: &[u8], passphrase: Option<&str>| {
         let passphrase = passphrase.map(secret);
-        let store = Arc::clone(&provider.keystore);
-        NativeProvider::restore(store, &name(as_name), bytes, passphrase.as_ref(), &secret("x"))
-            .err()
-            .unwrap()
+        NativeProvider::restore(
+            &stores.providers(),
+            &name(as_name),
+            bytes,
+            passphrase.as_ref(),
+            &secret("x"),
+        )
+        .err()
+        .unwrap()
     };
     use NativeError::{Backup, BackupIsEncrypted, Document, Keystore};
     let error = restore("main", &backup, Some("backup"));
     assert!(
-        matches!(error, Keystore(KeystoreError::ProviderNameTaken(_))),
+        matches!(error, Keystore(StoreError::ProviderNameTaken(_))),
         "{error:?}"
     );
     let error = restore("again", &backup, Some("backup"));
     assert!(
-        matches!(error, Keystore(KeystoreError::ProviderExists { .. })),
+        matches!(error, Keystore(StoreError::ProviderExists { .. })),
         "{error:?}"
     );
     let error = restore("new", &backup, Some("wrong"));
@@ -179,13 +186,14 @@ fn restore_refuses_what_is_here_or_does_not_open() {
         restore("new", &[b'x'; 70_000], None),
         Backup(AgeError::TooLong)
     ));
-    assert_eq!(provider.keystore.providers().unwrap().whole().unwrap().len(), 1);
+    assert_eq!(stores.keystore.providers().unwrap().whole().unwrap().len(), 1);
 }
 
 #[test]
 fn rotated_it_wraps_nothing_until_backed_up_and_still_opens_everything() {
     let dir = tempfile::tempdir().unwrap();
-    let provider = created(dir.path());
+    let stores = Stores::open(dir.path()).unwrap();
+    let provider = created_in(&stores);
     assert_eq!(
         provider.rotate(&secret("sealing")).unwrap(),
         1,
@@ -228,13 +236,13 @@ fn rotated_it_wraps_nothing_until_backed_up_and_still_opens_everything() {
     let new = provider.wrap(&kek, &payload).unwrap();
 
     // After a restart, and on another host, both generations open.
-    let record = provider.keystore.providers().unwrap().whole().unwrap().remove(0);
-    let again = NativeProvider::open(Arc::clone(&provider.keystore), &record).unwrap();
+    let record = stores.keystore.providers().unwrap().whole().unwrap().remove(0);
+    let again = NativeProvider::open(&stores.providers(), &record).unwrap();
     again.unlock(&secret("sealing")).unwrap();
     assert_eq!(again.status(), ProviderStatus::Ready);
     let elsewhere = dir.path().join("elsewhere");
     let moved = NativeProvider::restore(
-        keystore(&elsewhere),
+        &Stores::open(&elsewhere).unwrap().providers(),
         &name("moved"),
         &second.bytes,
         Some(&secret("backup")),
@@ -267,13 +275,13 @@ fn rotating_while_locked_leaves_it_locked() {
 #[test]
 fn empty_passphrases_are_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let store = keystore(dir.path());
-    let error = NativeProvider::create(Arc::clone(&store), &name("main"), &secret(""))
+    let stores = Stores::open(dir.path()).unwrap();
+    let error = NativeProvider::create(&stores.providers(), &name("main"), &secret(""))
         .err()
         .unwrap();
     assert!(matches!(error, NativeError::Encrypt(AgeError::EmptyPassphrase)));
-    assert!(store.providers().unwrap().whole().unwrap().is_empty());
-    let provider = NativeProvider::create(store, &name("main"), &secret("p")).unwrap();
+    assert!(stores.keystore.providers().unwrap().whole().unwrap().is_empty());
+    let provider = NativeProvider::create(&stores.providers(), &name("main"), &secret("p")).unwrap();
     assert!(provider.backup(Some(&secret(""))).is_err());
 }
 
@@ -329,8 +337,14 @@ fn stock_age_opens_a_backup_and_its_text_restores() {
     let file = there.path().join("main.age");
     File::create(&file).unwrap().write_all(&backup.bytes).unwrap();
     let text = stock_age_decrypts(&file, "correct horse");
-    let restored =
-        NativeProvider::restore(keystore(there.path()), &name("main"), &text, None, &secret("x")).unwrap();
+    let restored = NativeProvider::restore(
+        &Stores::open(there.path()).unwrap().providers(),
+        &name("main"),
+        &text,
+        None,
+        &secret("x"),
+    )
+    .unwrap();
     assert!(restored.roots().unwrap().are(&provider.roots().unwrap()));
 }
 
@@ -416,10 +430,10 @@ fn root_key_is_nowhere_in_ordinary_memory() {
     search("unlock");
     provider.unwrap_many(&[&stanza]).unwrap();
     search("unwrap");
-    let elsewhere = keystore(&dir.path().join("elsewhere"));
+    let elsewhere = Stores::open(&dir.path().join("elsewhere")).unwrap();
     let passphrase = Some(secret("backup"));
     NativeProvider::restore(
-        elsewhere,
+        &elsewhere.providers(),
         &name("moved"),
         &backup.bytes,
         passphrase.as_ref(),

@@ -19,6 +19,7 @@ use super::stand::{
 use super::tests::{assert_opens, refusal, wrapped};
 use super::*;
 use crate::provider::ErrorClass;
+use crate::store::Stores;
 
 const CLIENT: &str = "/usr/lib/x86_64-linux-gnu/pkcs11/p11-kit-client.so";
 
@@ -286,12 +287,12 @@ fn token_that_does_not_describe_itself_is_named_by_its_slot() {
         let sealed = wrapped(named.pkcs11());
         answers(&[GET_TOKEN_INFO], 0x6);
         let state = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
+        let stores = Stores::open(state.path()).unwrap();
         let add = |token: TokenChoice| {
             let mut settings = through(&wrapper(), &label);
             settings.token = token;
             let name = "odd".parse().unwrap();
-            Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &secret(PIN), &[])
+            Pkcs11Provider::create_within(PATIENCE, &stores.providers(), &name, settings, &secret(PIN), &[])
         };
         for choice in [
             TokenChoice::Label(label.clone()),

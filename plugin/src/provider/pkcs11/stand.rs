@@ -7,7 +7,6 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -17,7 +16,7 @@ use crate::model::envelope::{KekId, VmId};
 use crate::provider::KeyProvider;
 use crate::provider::conformance::Fixture;
 use crate::secret::SecretBytes;
-use crate::store::{Keystore, Mark, RetiredKek, VmRecord};
+use crate::store::{Mark, RetiredKek, Stores, VmRecord};
 
 pub(in crate::provider) const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
 const NSS: &str = "/usr/lib/x86_64-linux-gnu/libsoftokn3.so";
@@ -165,7 +164,7 @@ fn nss_settings(label: &str) -> Pkcs11Settings {
 
 /// A host with one pkcs11 provider.
 pub(in crate::provider) struct Host {
-    keystore: Arc<Keystore>,
+    stores: Stores,
     _state: tempfile::TempDir,
     provider: Option<Pkcs11Provider>,
 }
@@ -173,13 +172,13 @@ pub(in crate::provider) struct Host {
 impl Host {
     pub(in crate::provider) fn with(settings: Pkcs11Settings) -> Self {
         let state = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
+        let stores = Stores::open(state.path()).unwrap();
         let name = "hsm".parse().unwrap();
         let pin = secret(PIN);
         let provider =
-            Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &pin, &[]).unwrap();
+            Pkcs11Provider::create_within(PATIENCE, &stores.providers(), &name, settings, &pin, &[]).unwrap();
         Self {
-            keystore,
+            stores,
             _state: state,
             provider: Some(provider),
         }
@@ -202,13 +201,21 @@ impl Host {
             provider: self.pkcs11().id(),
             kek: kek.clone(),
         };
-        self.keystore
-            .bring_back_vm(&record, Mark::Sealed, &[retired], None)
+        self.stores
+            .keystore
+            .bring_back_vm(&record, Mark::Sealed, &[retired])
             .unwrap();
     }
 
     pub(in crate::provider) fn reopen(&mut self, deadline: Duration) {
-        let record = self.keystore.providers().unwrap().whole().unwrap().remove(0);
+        let record = self
+            .stores
+            .keystore
+            .providers()
+            .unwrap()
+            .whole()
+            .unwrap()
+            .remove(0);
         let module = PathBuf::from(record.settings["module"].as_str().unwrap());
         self.reopen_by(&module, deadline);
     }
@@ -216,9 +223,17 @@ impl Host {
     /// As if its module had been another one.
     pub(super) fn reopen_by(&mut self, module: &Path, deadline: Duration) {
         self.provider = None;
-        let mut record = self.keystore.providers().unwrap().whole().unwrap().remove(0);
+        let mut record = self
+            .stores
+            .keystore
+            .providers()
+            .unwrap()
+            .whole()
+            .unwrap()
+            .remove(0);
         record.settings["module"] = serde_json::json!(module);
-        self.provider = Some(Pkcs11Provider::open_within(deadline, &self.keystore, &record).unwrap());
+        self.provider =
+            Some(Pkcs11Provider::open_within(deadline, &self.stores.providers(), &record).unwrap());
     }
 }
 

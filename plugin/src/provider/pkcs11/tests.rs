@@ -13,6 +13,7 @@ use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::provider::PinRefusal;
 use crate::secret::Dek;
+use crate::store::Stores;
 
 fn payload() -> Payload {
     let binding = Binding {
@@ -445,20 +446,21 @@ fn token_brings_its_provider_to_another_host() {
 fn token_that_can_do_nothing_is_refused_by_what_it_lacks() {
     with_softhsm("CKM_AES_KEY_GEN,CKM_AES_CBC_PAD,CKM_SHA256", || {
         let state = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
+        let stores = Stores::open(state.path()).unwrap();
         for scope in [ScopeSetting::Vm, ScopeSetting::Provider] {
             let mut settings = softhsm_settings("kek-0");
             settings.kek_scope = scope;
             let name = "hsm".parse().unwrap();
             let pin = secret(PIN);
-            let made = Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &pin, &[]);
+            let made =
+                Pkcs11Provider::create_within(PATIENCE, &stores.providers(), &name, settings, &pin, &[]);
             let text = crate::model::problem::chain(&made.err().unwrap());
             for part in ["AES-256", "CKM_AES_GCM", "CKM_AES_KEY_WRAP", "CKM_SHA256_HMAC"] {
                 assert!(text.contains(part), "{text}");
             }
             assert!(!text.contains("CKM_AES_CBC_PAD"), "{text}");
         }
-        assert!(keystore.providers().unwrap().whole().unwrap().is_empty());
+        assert!(stores.keystore.providers().unwrap().whole().unwrap().is_empty());
     });
 }
 
@@ -466,10 +468,17 @@ fn token_that_can_do_nothing_is_refused_by_what_it_lacks() {
 fn adding_says_what_is_wrong_and_leaves_nothing() {
     with_softhsm("ALL", || {
         let state = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
+        let stores = Stores::open(state.path()).unwrap();
         let add = |settings: Pkcs11Settings, pin: &str| {
             let name = "hsm".parse().unwrap();
-            let made = Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &secret(pin), &[]);
+            let made = Pkcs11Provider::create_within(
+                PATIENCE,
+                &stores.providers(),
+                &name,
+                settings,
+                &secret(pin),
+                &[],
+            );
             crate::model::problem::chain(&made.err().unwrap())
         };
         let no_token = add(softhsm_settings("nobody"), PIN);
@@ -482,7 +491,7 @@ fn adding_says_what_is_wrong_and_leaves_nothing() {
         let mut no_slot = softhsm_settings("kek-0");
         no_slot.token = TokenChoice::Slot(7);
         assert!(add(no_slot, PIN).contains("no token in slot 7"));
-        assert!(keystore.providers().unwrap().whole().unwrap().is_empty());
+        assert!(stores.keystore.providers().unwrap().whole().unwrap().is_empty());
     });
 }
 
@@ -509,10 +518,10 @@ fn tokens_are_found_by_serial_and_slot() {
 fn token_serves_one_provider_per_host() {
     with_softhsm("ALL", || {
         let state = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(state.path()).unwrap());
+        let stores = Stores::open(state.path()).unwrap();
         let add = |name: &str, label: &str, others: &[Arc<Pkcs11Provider>]| {
             let (name, settings, pin) = (name.parse().unwrap(), softhsm_settings(label), secret(PIN));
-            Pkcs11Provider::create_within(PATIENCE, &keystore, &name, settings, &pin, others)
+            Pkcs11Provider::create_within(PATIENCE, &stores.providers(), &name, settings, &pin, others)
         };
         let one = [Arc::new(add("one", "kek-0", &[]).unwrap())];
         assert!(matches!(add("two", "kek-0", &one), Err(Pkcs11Error::TokenInUse(name)) if name == "one"));

@@ -4,11 +4,9 @@
 //! clock of a server, and no order of its lists, says which KEK is the newest. Before a server is asked for a KEK its name is
 //! in the keystore, so none is ever used twice, and one that was made without an answer is found by its exact name.
 
-use std::sync::Arc;
-
-use crate::model::envelope::{KekId, ProviderId};
+use crate::model::envelope::KekId;
 use crate::provider::{KekScope, ProviderError};
-use crate::store::{KekNameRecord, Keystore, KeystoreError};
+use crate::store::{KekNameRecord, KekNames, StoreError};
 
 /// Which KEK of a scope it is: they rise by one. 0 is one from a virtseal that did not count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,8 +51,7 @@ pub(in crate::provider) fn generation(stem: &str, name: &str) -> Option<KekGener
 
 /// What this host knows of the KEKs of one provider.
 pub(in crate::provider) struct KekBook {
-    keystore: Arc<Keystore>,
-    provider: ProviderId,
+    rows: KekNames,
 }
 
 /// What it knows of those for one scope.
@@ -78,20 +75,17 @@ impl Known {
 }
 
 impl KekBook {
-    pub(in crate::provider) fn new(keystore: Arc<Keystore>, provider: ProviderId) -> Self {
-        Self { keystore, provider }
+    pub(in crate::provider) fn new(rows: KekNames) -> Self {
+        Self { rows }
     }
 
     /// What is known of the KEKs for `scope`, whose names begin with `stem`.
     pub(in crate::provider) fn known(&self, scope: &KekScope, stem: &str) -> Result<Known, ProviderError> {
-        let records = self
-            .keystore
-            .kek_names(self.provider, scope)
-            .map_err(unreadable())?;
+        let records = self.rows.of_scope(scope).map_err(unreadable())?;
         let of_envelopes = match scope {
-            KekScope::Vm(vm) => self.keystore.keks_of_envelopes(self.provider, Some(*vm)),
+            KekScope::Vm(vm) => self.rows.keks_of_envelopes(Some(*vm)),
             // All envelopes are read only where nothing else is known.
-            KekScope::Provider if records.is_empty() => self.keystore.keks_of_envelopes(self.provider, None),
+            KekScope::Provider if records.is_empty() => self.rows.keks_of_envelopes(None),
             KekScope::Provider => Ok(Vec::new()),
         };
         let generation = |record: &KekNameRecord| generation(stem, &record.name);
@@ -119,17 +113,8 @@ impl KekBook {
 
     /// Those that no job has taken out of use: they never come back.
     pub(in crate::provider) fn without_retired(&self, keks: Vec<KekId>) -> Result<Vec<KekId>, ProviderError> {
-        let mut kept = Vec::with_capacity(keks.len());
-        for kek in keks {
-            if !self
-                .keystore
-                .is_retired(self.provider, &kek)
-                .map_err(unreadable())?
-            {
-                kept.push(kek);
-            }
-        }
-        Ok(kept)
+        let retired = self.rows.retired().map_err(unreadable())?;
+        Ok(keks.into_iter().filter(|kek| !retired.contains(kek)).collect())
     }
 
     /// A name for the KEK of generation `next`; it is on disk when this returns.
@@ -140,16 +125,16 @@ impl KekBook {
         next: KekGeneration,
     ) -> Result<String, ProviderError> {
         let name = new_name(stem, next)?;
-        self.keystore
-            .plan_kek_name(self.provider, scope, &name)
+        self.rows
+            .plan(scope, &name)
             .map_err(ProviderError::internal("noting the name of a KEK"))?;
         Ok(name)
     }
 
     /// No server has made a KEK called `name`, nor will one.
     pub(in crate::provider) fn refused(&self, name: &str) -> Result<(), ProviderError> {
-        self.keystore
-            .forget_kek_name(self.provider, name)
+        self.rows
+            .forget(name)
             .map_err(ProviderError::internal("forgetting the name of a KEK"))
     }
 
@@ -159,27 +144,29 @@ impl KekBook {
         scope: &KekScope,
         name: &str,
     ) -> Result<(), ProviderError> {
-        self.keystore
-            .plan_kek_name(self.provider, scope, name)
+        self.rows
+            .plan(scope, name)
             .map_err(ProviderError::internal("noting the name of a KEK"))
     }
 
     /// `kek` bears `name`.
     pub(in crate::provider) fn made(&self, name: &str, kek: &KekId) -> Result<(), ProviderError> {
-        self.keystore
-            .note_kek_of_name(self.provider, name, kek)
+        self.rows
+            .note_kek(name, kek)
             .map_err(ProviderError::internal("noting which KEK was made"))
     }
 }
 
-fn unreadable() -> impl FnOnce(KeystoreError) -> ProviderError {
+fn unreadable() -> impl FnOnce(StoreError) -> ProviderError {
     ProviderError::internal("reading which KEKs are known")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::envelope::ProviderId;
     use crate::model::envelope::VmId;
+    use crate::store::Stores;
 
     #[test]
     fn names_say_their_generation_and_are_never_the_same() {
@@ -206,8 +193,8 @@ mod tests {
     #[test]
     fn what_was_planned_is_known_and_what_is_retired_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-        let book = KekBook::new(keystore, ProviderId::random());
+        let stores = Stores::open(dir.path()).unwrap();
+        let book = KekBook::new(stores.providers().kek_names(ProviderId::random()));
         let scope = KekScope::Vm(VmId::random());
         assert!(book.known(&scope, "s").unwrap().is_empty());
         let first = book.plan(&scope, "s", KekGeneration(1)).unwrap();

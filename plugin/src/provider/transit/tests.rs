@@ -8,6 +8,7 @@ use super::bao::{Bao, Proxy, secret};
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::secret::Dek;
+use crate::store::Stores;
 
 /// Unlocked, with the manual's policy.
 struct Host {
@@ -25,9 +26,10 @@ pub(super) struct Tested {
 impl Tested {
     pub(super) fn new(settings: TransitSettings) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+        let stores = Stores::open(dir.path()).unwrap();
         Self {
-            provider: TransitProvider::create(&keystore, &"vault".parse().unwrap(), settings).unwrap(),
+            provider: TransitProvider::create(&stores.providers(), &"vault".parse().unwrap(), settings)
+                .unwrap(),
             _dir: dir,
         }
     }

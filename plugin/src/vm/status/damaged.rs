@@ -3,7 +3,7 @@
 //! What destroys a key, or drops a record, must know all of them and refuses. Everything else goes on with the others.
 
 use crate::model::problem::chain;
-use crate::store::{DamagedRow, Keystore, KeystoreError};
+use crate::store::{DamagedRow, EnvelopeStore, HostStore, StoreError};
 use crate::terminal::word;
 use crate::vm::names::VmNames;
 
@@ -13,11 +13,11 @@ const BACKUP: &str =
 
 /// One line for each.
 #[must_use]
-pub fn records(keystore: &Keystore) -> Vec<String> {
-    damaged_rows(keystore).unwrap_or_else(|error| vec![chain(&error)])
+pub fn records(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Vec<String> {
+    damaged_rows(keystore, host_store).unwrap_or_else(|error| vec![chain(&error)])
 }
 
-fn damaged_rows(keystore: &Keystore) -> Result<Vec<String>, KeystoreError> {
+fn damaged_rows(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Result<Vec<String>, StoreError> {
     let vms = keystore.vms()?;
     let names = VmNames::of_records(&vms.sound);
     let of_vms = vms.damaged.into_iter().chain(keystore.envelopes()?.damaged);
@@ -25,11 +25,11 @@ fn damaged_rows(keystore: &Keystore) -> Result<Vec<String>, KeystoreError> {
     let others = [
         keystore.providers()?.damaged,
         keystore.deleted_providers()?.damaged,
-        keystore.needed_keks()?.damaged,
+        host_store.needed_keks()?.damaged,
         keystore.retired_keks()?.damaged,
         keystore.made_keks()?.damaged,
-        keystore.saved_states()?.damaged,
-        keystore.journaled_headers()?.damaged,
+        host_store.saved_states()?.damaged,
+        host_store.journaled_headers()?.damaged,
         keystore.jobs(u32::MAX)?.damaged,
     ];
     lines.extend(others.iter().flatten().map(|row| finding(row, &names)));

@@ -8,7 +8,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslStream};
@@ -22,7 +21,7 @@ use virtseal::provider::pkcs11::Pkcs11Provider;
 use virtseal::provider::transit::TransitProvider;
 use virtseal::provider::{KekScope, KeyProvider};
 use virtseal::secret::{Dek, SecretBytes};
-use virtseal::store::Keystore;
+use virtseal::store::Stores;
 use virtseal_testkit::SealedHost;
 use virtseal_testkit::servers::{OpenBao, PyKmip, SoftHsm};
 
@@ -155,9 +154,9 @@ fn time(
 
 fn native() -> Result<Times> {
     let dir = tempfile::tempdir()?;
-    let keystore = Arc::new(Keystore::open(dir.path())?);
+    let stores = Stores::open(dir.path())?;
     let passphrase = secret(b"bench")?;
-    let provider = NativeProvider::create(keystore, &"main".parse()?, &passphrase)?;
+    let provider = NativeProvider::create(&stores.providers(), &"main".parse()?, &passphrase)?;
     let backup = provider.backup(None)?;
     provider.confirm_backup(backup.generation)?;
     let stanzas = wrapped(&provider)?;
@@ -181,24 +180,24 @@ fn native() -> Result<Times> {
 
 fn softhsm() -> Result<Times> {
     let dir = tempfile::tempdir()?;
-    let keystore = Arc::new(Keystore::open(dir.path())?);
+    let stores = Stores::open(dir.path())?;
     let settings = json!({"module": SoftHsm::MODULE, "token": {"label": "bench"}});
     let pin = secret(SoftHsm::PIN.as_bytes())?;
     let settings = serde_json::from_value(settings)?;
-    let provider = Pkcs11Provider::create(&keystore, &"hsm".parse()?, settings, &pin, &[])?;
+    let provider = Pkcs11Provider::create(&stores.providers(), &"hsm".parse()?, settings, &pin, &[])?;
     let stanzas = wrapped(&provider)?;
     time("pkcs11 (SoftHSM)", &provider, &stanzas, &pin, None)
 }
 
 fn transit() -> Result<Times> {
     let (bao, dir) = (OpenBao::start()?, tempfile::tempdir()?);
-    let keystore = Arc::new(Keystore::open(dir.path())?);
+    let stores = Stores::open(dir.path())?;
     let settings = json!({
         "address": format!("http://127.0.0.1:{}", bao.port()),
         "auth": {"method": "approle", "role_id": bao.role_id()}
     });
     let settings = serde_json::from_value(settings)?;
-    let provider = TransitProvider::create(&keystore, &"vault".parse()?, settings)?;
+    let provider = TransitProvider::create(&stores.providers(), &"vault".parse()?, settings)?;
     let credential = secret(std::fs::read_to_string(bao.secret_id())?.trim().as_bytes())?;
     provider.unlock(&credential)?;
     let stanzas = wrapped(&provider)?;
@@ -257,10 +256,10 @@ impl BareHttp {
 
 fn kmip() -> Result<Times> {
     let (kms, dir) = (PyKmip::start()?, tempfile::tempdir()?);
-    let keystore = Arc::new(Keystore::open(dir.path())?);
+    let stores = Stores::open(dir.path())?;
     let settings = json!({"endpoints": [format!("127.0.0.1:{}", kms.port())]});
     let settings = serde_json::from_value(settings)?;
-    let provider = KmipProvider::create(&keystore, &"kms".parse()?, settings)?;
+    let provider = KmipProvider::create(&stores.providers(), &"kms".parse()?, settings)?;
     let (pem, key) = kms.client("bench")?;
     provider.set_identity(&NewIdentity {
         certificate: secret(&std::fs::read(&pem)?)?,

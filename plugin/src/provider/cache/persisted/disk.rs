@@ -14,7 +14,7 @@ use crate::model::problem::chain;
 use crate::provider::cache::MOST;
 use crate::provider::cache::row::{RowKey, Span};
 use crate::secret::SecretBytes;
-use crate::store::{Change, KeystoreError, PersistedKek};
+use crate::store::{Change, PersistedKek, StoreError};
 
 /// What is to be removed.
 #[derive(Debug, Default)]
@@ -44,7 +44,7 @@ enum Task {
 #[derive(Debug, Error)]
 enum TaskError {
     #[error(transparent)]
-    Keystore(#[from] KeystoreError),
+    Keystore(#[from] StoreError),
     #[error("a key can't be encrypted")]
     Cipher(#[source] io::Error),
 }
@@ -54,7 +54,7 @@ impl Persisted {
     ///
     /// # Errors
     /// The keystore's; it is tried again later, and nothing of it is opened until virtseald ends.
-    pub(in crate::provider::cache) fn settle(&self) -> Result<(), KeystoreError> {
+    pub(in crate::provider::cache) fn settle(&self) -> Result<(), StoreError> {
         let _writing = lock(&self.writing);
         loop {
             let Some(task) = self.state().removal() else {
@@ -147,7 +147,7 @@ impl Persisted {
     }
 
     fn purge(&self, salt: &[u8]) -> Result<(), TaskError> {
-        self.keystore.purge_persisted_keks(self.provider, salt)?;
+        self.disk.purge(salt)?;
         let mut state = self.state();
         // Purged once more meanwhile, which is to be done as well.
         let again = state
@@ -159,7 +159,7 @@ impl Persisted {
     }
 
     fn remove(&self, keks: &[KekId]) -> Result<(), TaskError> {
-        self.keystore.delete_persisted_keks(self.provider, keks)?;
+        self.disk.delete(keks)?;
         let mut state = self.state();
         for kek in keks {
             state.owed.keks.remove(kek);
@@ -191,9 +191,7 @@ impl Persisted {
             .into_iter()
             .map(encrypted)
             .collect::<Result<Vec<_>, TaskError>>()?;
-        let put = self
-            .keystore
-            .put_persisted_keks(self.provider, salt, &rows, MOST)?;
+        let put = self.disk.put(salt, &rows, MOST)?;
         let mut state = self.state();
         let current = state
             .enrolled

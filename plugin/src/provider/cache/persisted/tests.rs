@@ -10,13 +10,14 @@ use super::*;
 use crate::crypto::aead::KEY;
 use crate::host::tpm::stand::Stand;
 use crate::store::Change;
+use crate::store::{HostStore, Stores};
 
 const DAY: UnixTime = 86_400;
 
-/// A cache with its keystore, as a daemon holds it.
+/// A cache with its stores, as a daemon holds it.
 struct Rig {
     dir: TempDir,
-    keystore: Arc<Keystore>,
+    stores: Stores,
     provider: ProviderId,
     cache: KekCache,
 }
@@ -24,15 +25,16 @@ struct Rig {
 impl Rig {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+        let stores = Stores::open(dir.path()).unwrap();
         let provider = ProviderId::random();
-        keystore
+        stores
+            .keystore
             .insert_provider(provider, "kms", "kmip", &serde_json::json!({}))
             .unwrap();
-        let cache = attached(&keystore, provider);
+        let cache = attached(&stores, provider);
         Self {
             dir,
-            keystore,
+            stores,
             provider,
             cache,
         }
@@ -55,10 +57,7 @@ impl Rig {
 
     fn record(&self, new: Option<NewPersistence>) {
         self.cache
-            .set(CachePolicy::UntilLock, new, |record| {
-                self.keystore
-                    .set_kek_cache(self.provider, &serde_json::json!({}), record)
-            })
+            .set(CachePolicy::UntilLock, new, &serde_json::json!({}))
             .unwrap();
     }
 
@@ -84,7 +83,7 @@ impl Rig {
     fn restart(&mut self) {
         self.cache.end();
         self.wait();
-        self.cache = attached(&self.keystore, self.provider);
+        self.cache = attached(&self.stores, self.provider);
     }
 
     fn persisted(&self) -> &Persisted {
@@ -105,23 +104,21 @@ impl Rig {
         self.cache.persistence().unwrap().keks
     }
 
+    fn on_disk(&self) -> KekCacheRows {
+        self.stores.host_store.kek_cache(self.provider)
+    }
+
     fn rows(&self) -> Vec<PersistedKek> {
-        self.keystore.persisted_keks(self.provider).unwrap()
+        self.on_disk().all().unwrap()
     }
 
     fn salt(&self) -> Vec<u8> {
-        self.keystore
-            .kek_persistence(self.provider)
-            .unwrap()
-            .unwrap()
-            .salt
+        self.on_disk().persistence().unwrap().unwrap().salt
     }
 
-    /// By somebody who can write the keystore.
+    /// By somebody who can write the stores.
     fn forge(&self, row: PersistedKek) {
-        let put = self
-            .keystore
-            .put_persisted_keks(self.provider, &self.salt(), &[row], 99);
+        let put = self.on_disk().put(&self.salt(), &[row], 99);
         assert_eq!(put.unwrap(), Change::Changed);
     }
 
@@ -131,9 +128,9 @@ impl Rig {
     }
 }
 
-fn attached(keystore: &Arc<Keystore>, provider: ProviderId) -> KekCache {
+fn attached(stores: &Stores, provider: ProviderId) -> KekCache {
     let cache = KekCache::new(CachePolicy::UntilLock);
-    cache.attach(Arc::clone(keystore), provider, "kms");
+    cache.attach(stores.host_store.kek_cache(provider), provider, "kms");
     cache
 }
 
@@ -146,7 +143,7 @@ fn kek(name: &str) -> KekId {
 }
 
 fn holds_the_write_lock(dir: &Path) -> Connection {
-    let other = Connection::open(dir.join(Keystore::FILE)).unwrap();
+    let other = Connection::open(dir.join(HostStore::FILE)).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     other
 }
@@ -403,12 +400,11 @@ fn disk_that_refuses_fails_no_put_and_is_asked_again_to_forget() {
     assert_eq!(rig.cache.persistence().unwrap().problem, None);
 
     let other = holds_the_write_lock(rig.dir.path());
-    assert!(matches!(rig.cache.lock(), Err(KeystoreError::Busy { .. })));
+    assert!(matches!(rig.cache.lock(), Err(StoreError::Busy { .. })));
     assert!(!rig.opens("a"), "nothing is opened all the same");
-    let set = rig.cache.set(CachePolicy::UntilLock, None, |record| {
-        rig.keystore
-            .set_kek_cache(rig.provider, &serde_json::json!({}), record)
-    });
+    let set = rig
+        .cache
+        .set(CachePolicy::UntilLock, None, &serde_json::json!({}));
     assert!(set.is_err() && rig.persisted().state().rows.is_empty());
     assert_eq!(rig.rows().len(), 2);
     drop(other);

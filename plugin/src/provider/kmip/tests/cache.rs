@@ -1,6 +1,5 @@
 //! What still opens while the KMS does not answer, and what does not.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Kmip, Manner, Proxy, identity, secret, settings};
@@ -11,7 +10,7 @@ use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
 use crate::recipients::{Provider, Recipients};
-use crate::store::Keystore;
+use crate::store::Stores;
 
 const COMPROMISED: u32 = 4;
 const PRE_ACTIVE: u32 = 1;
@@ -156,20 +155,18 @@ fn silent_kms_costs_a_start_two_seconds() {
 #[test]
 fn policy_is_kept_and_can_be_changed() {
     let mut kmip = Kmip::with(false, |set| set.cache = Some("until-lock".parse().unwrap()));
-    let keystore = kmip.keystore();
+    let stores = kmip.stores();
     let policy = |kmip: &Kmip| kmip.provider().cache().unwrap().policy();
     assert_eq!(policy(&kmip), CachePolicy::UntilLock);
     let wrapped = Wrapped::by(kmip.provider());
     wrapped.assert_opened_by(kmip.provider());
-    kmip.provider()
-        .set_cache(&keystore, CachePolicy::None, None)
-        .unwrap();
+    kmip.provider().set_cache(CachePolicy::None, None).unwrap();
     assert_eq!(kept(kmip.provider()), 0);
     wrapped.assert_opened_by(kmip.provider());
     assert_eq!(kept(kmip.provider()), 0);
     kill(&mut kmip);
     assert!(is_unreachable(kmip.provider(), &wrapped));
-    drop(keystore);
+    drop(stores);
     kmip.restart();
     assert_eq!(policy(&kmip), CachePolicy::None);
     let (standard, _dir) = kmip.another(by_default);
@@ -179,23 +176,21 @@ fn policy_is_kept_and_can_be_changed() {
 #[test]
 fn server_mode_has_no_cache() {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let stores = Stores::open(dir.path()).unwrap();
     let create = |name: &str, cache: Option<&str>| {
         let mut settings = settings(&[1]);
         settings.mode = Mode::Server;
         settings.cache = cache.map(|policy| policy.parse().unwrap());
-        KmipProvider::create(&keystore, &name.parse().unwrap(), settings)
+        KmipProvider::create(&stores.providers(), &name.parse().unwrap(), settings)
     };
     assert!(matches!(
         create("a", Some("4h")),
         Err(KmipProviderError::Cache(_))
     ));
-    assert!(keystore.providers().unwrap().whole().unwrap().is_empty());
+    assert!(stores.keystore.providers().unwrap().whole().unwrap().is_empty());
     let provider = create("b", None).unwrap();
     assert!(provider.cache().is_none());
-    let error = provider
-        .set_cache(&keystore, CachePolicy::UntilLock, None)
-        .unwrap_err();
+    let error = provider.set_cache(CachePolicy::UntilLock, None).unwrap_err();
     assert!(error.to_string().contains("never leave its server"), "{error}");
     create("c", Some("none")).unwrap();
 }
@@ -205,8 +200,8 @@ fn server_mode_has_no_cache() {
 fn new_seal_without_its_kms_fails_and_leaves_nothing() {
     let mut kmip = Kmip::with(false, by_default);
     let (dir, vm) = (tempfile::tempdir().unwrap(), VmId::random());
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-    let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+    let stores = Stores::open(dir.path()).unwrap();
+    let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
     let mut cached = settings(&[kmip.server.port]);
     by_default(&mut cached);
     let provider = recipients.add_kmip(&"kms".parse().unwrap(), cached).unwrap();

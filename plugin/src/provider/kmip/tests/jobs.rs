@@ -11,11 +11,11 @@ use crate::provider::kmip::ServerTrust;
 use crate::provider::native::NativeProvider;
 use crate::provider::{KekScope, KeyProvider};
 use crate::recipients::Recipients;
-use crate::store::{JobRecord, Keystore};
+use crate::store::{JobRecord, Stores};
 
 /// A host with a KMIP provider and a native one.
 struct Host {
-    keystore: Arc<Keystore>,
+    stores: Stores,
     recipients: Recipients,
     kmip: Arc<KmipProvider>,
     native: Arc<NativeProvider>,
@@ -25,8 +25,8 @@ struct Host {
 impl Host {
     fn at(authority: &Authority, port: u16) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-        let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let stores = Stores::open(dir.path()).unwrap();
+        let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
         let provider = recipients
             .add_kmip(&"kms".parse().unwrap(), settings(&[port]))
             .unwrap();
@@ -39,7 +39,7 @@ impl Host {
             .confirm_backup(native.backup(None).unwrap().generation)
             .unwrap();
         Self {
-            keystore,
+            stores,
             recipients,
             kmip: provider,
             native,
@@ -54,14 +54,14 @@ impl Host {
             kind: ObjectKind::Disk,
         };
         let (envelope, _) = self.recipients.seal_new(Some("kms"), &binding).unwrap();
-        self.keystore.insert_pending(&envelope, "/x").unwrap();
+        self.stores.keystore.insert_pending(&envelope, "/x").unwrap();
         (*envelope).clone()
     }
 
     fn run(&self, task: &Task) -> JobRecord {
-        let id = task.start(&self.keystore, &[]).unwrap().id;
+        let id = task.start(self.stores.keystore.as_ref(), &[]).unwrap().id;
         for _ in 0..50 {
-            match sweep::step(&self.keystore, &self.recipients, id, 10).unwrap() {
+            match sweep::step(self.stores.keystore.as_ref(), &self.recipients, id, 10).unwrap() {
                 Step::Ended(job) => return job,
                 Step::Waits(job) => panic!("waits: {}", job.waiting),
                 Step::Worked(_) => {}
@@ -71,7 +71,13 @@ impl Host {
     }
 
     fn kek_of(&self, envelope: &Envelope) -> String {
-        let records = self.keystore.envelopes_of(envelope.vm).unwrap().whole().unwrap();
+        let records = self
+            .stores
+            .keystore
+            .envelopes_of(envelope.vm)
+            .unwrap()
+            .whole()
+            .unwrap();
         let record = records
             .into_iter()
             .find(|record| record.envelope.id == envelope.id);
@@ -136,7 +142,7 @@ fn a_create_that_is_refused_for_good_ends_the_job() {
         server.has(&[Fault::RefusesCreate(reason)]);
         let job = host.run(&rotate);
         assert_eq!((job.state.as_str(), job.changed, job.left), ("incomplete", 0, 2));
-        let left = host.keystore.left_behind(job.id, 10).unwrap();
+        let left = host.stores.keystore.left_behind(job.id, 10).unwrap();
         assert!(left[0].reason.contains("Create refused"), "{left:?}");
     }
     server.has(&[]);
@@ -148,7 +154,7 @@ fn a_create_that_is_refused_for_good_ends_the_job() {
     assert_eq!(server.keys(), 4);
     // Trouble is waited for.
     server.has(&[Fault::RefusesCreate(0x100)]);
-    let id = rotate.start(&host.keystore, &[]).unwrap().id;
-    let step = sweep::step(&host.keystore, &host.recipients, id, 10).unwrap();
+    let id = rotate.start(host.stores.keystore.as_ref(), &[]).unwrap().id;
+    let step = sweep::step(host.stores.keystore.as_ref(), &host.recipients, id, 10).unwrap();
     assert!(matches!(step, Step::Waits(_)), "{step:?}");
 }

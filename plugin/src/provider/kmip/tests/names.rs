@@ -11,19 +11,19 @@ use super::super::{Endpoint, ServerTrust};
 use super::{KmipProvider, Wrapped};
 use crate::host::own_process;
 use crate::provider::{KeyProvider, ProviderStatus};
-use crate::store::Keystore;
+use crate::store::Stores;
 
 const HANGING: &str = "kms.example:5696";
 
 fn at(endpoints: &[String], authority: &Authority) -> (KmipProvider, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let stores = Stores::open(dir.path()).unwrap();
     let mut settings = settings(&[]);
     settings.endpoints = endpoints
         .iter()
         .map(|endpoint| endpoint.parse::<Endpoint>().unwrap())
         .collect();
-    let provider = KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings).unwrap();
+    let provider = KmipProvider::create(&stores.providers(), &"kms".parse().unwrap(), settings).unwrap();
     provider.set_identity(&identity(authority, false)).unwrap();
     (provider, dir)
 }

@@ -1,6 +1,5 @@
 //! Other makers' servers, and clusters whose nodes do not agree: which "no" counts, and what is believed.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Fake, Fault, Manner, Proxy, free_port, identity, settings};
@@ -9,7 +8,7 @@ use crate::model::envelope::VmId;
 use crate::model::problem::Code;
 use crate::provider::kmip::ServerTrust;
 use crate::provider::{ErrorClass, KekScope, KeyProvider, ProviderError, ProviderStatus};
-use crate::store::Keystore;
+use crate::store::Stores;
 
 const GENERAL_FAILURE: u32 = 0x100;
 const NOT_FOUND: u32 = 0x1;
@@ -17,11 +16,11 @@ const NOT_FOUND: u32 = 0x1;
 /// A host that trusts the servers at these ports, and caches keys.
 fn at(authority: &Authority, ports: &[u16]) -> (KmipProvider, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let stores = Stores::open(dir.path()).unwrap();
     let mut settings = settings(ports);
     settings.cache = None;
     settings.timeout_ms = 8_000;
-    let provider = KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings).unwrap();
+    let provider = KmipProvider::create(&stores.providers(), &"kms".parse().unwrap(), settings).unwrap();
     provider.set_identity(&identity(authority, false)).unwrap();
     provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
     (provider, dir)

@@ -1,7 +1,6 @@
 //! What still opens after a restart while the KMS does not answer: what the host's TPM keeps, as long as the KMS has said
 //! nothing against it.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::super::fixture::{Authority, Kmip, secret};
@@ -11,14 +10,14 @@ use crate::host::tpm::{PcrList, Tpm};
 use crate::provider::cache::{CachePolicy, PersistTime};
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, Persist};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
-use crate::store::Keystore;
+use crate::store::Stores;
 
 const PRE_ACTIVE: u32 = 1;
 
 /// A provider at a real KMS, with the TPM of its host.
 struct Rig {
     kmip: Kmip,
-    keystore: Arc<Keystore>,
+    stores: Stores,
     stand: Stand,
     tpm: Tpm,
 }
@@ -27,14 +26,12 @@ impl Rig {
     fn new() -> Self {
         let kmip = Kmip::with(false, |settings| settings.cache = None);
         let stand = Stand::start();
-        let rig = Self {
-            keystore: kmip.keystore(),
+        Self {
+            stores: kmip.stores(),
             tpm: stand.tpm(),
             stand,
             kmip,
-        };
-        rig.provider().attach(Arc::clone(&rig.keystore));
-        rig
+        }
     }
 
     fn persisting() -> Self {
@@ -49,7 +46,7 @@ impl Rig {
             keep: PersistTime::default(),
             pcrs: PcrList::default(),
         };
-        self.provider().set_cache(&self.keystore, policy, Some(&persist))
+        self.provider().set_cache(policy, Some(&persist))
     }
 
     fn provider(&self) -> &KmipProvider {
@@ -86,9 +83,15 @@ impl Rig {
     /// As the end of the daemon and the start of the next one.
     fn restart(&mut self) {
         self.provider().end();
-        let record = self.keystore.providers().unwrap().whole().unwrap().remove(0);
-        let provider = KmipProvider::open(&self.keystore, &record).unwrap();
-        provider.attach(Arc::clone(&self.keystore));
+        let record = self
+            .stores
+            .keystore
+            .providers()
+            .unwrap()
+            .whole()
+            .unwrap()
+            .remove(0);
+        let provider = KmipProvider::open(&self.stores.providers(), &record).unwrap();
         self.kmip.replace(provider);
         self.provider().probe();
     }
@@ -178,8 +181,10 @@ fn what_the_kms_has_said_counts_after_a_restart() {
     let asked = rig.provider().unwrap_many(&[&left.stanza]);
     assert!(matches!(asked, Err(ProviderError::RefusesUs(_))), "{asked:?}");
     assert!(
-        rig.keystore
-            .persisted_keks(rig.provider().id())
+        rig.stores
+            .host_store
+            .kek_cache(rig.provider().id())
+            .all()
             .unwrap()
             .is_empty()
     );
@@ -221,12 +226,12 @@ fn every_other_policy_ends_it() {
     for policy in ["none", "until-lock", "24h"] {
         rig.persist(CachePolicy::default()).unwrap();
         rig.fetched();
-        rig.provider()
-            .set_cache(&rig.keystore, policy.parse().unwrap(), None)
-            .unwrap();
+        rig.provider().set_cache(policy.parse().unwrap(), None).unwrap();
         assert!(
-            rig.keystore
-                .persisted_keks(rig.provider().id())
+            rig.stores
+                .host_store
+                .kek_cache(rig.provider().id())
+                .all()
                 .unwrap()
                 .is_empty()
         );
@@ -246,17 +251,19 @@ fn every_other_policy_ends_it() {
 #[test]
 fn it_can_only_be_chosen_where_there_is_something_to_keep() {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+    let stores = Stores::open(dir.path()).unwrap();
     let mut settings: KmipSettings = super::super::fixture::settings(&[1]);
     (settings.mode, settings.cache) = (Mode::Server, None);
-    let provider = KmipProvider::create(&keystore, &"b".parse().unwrap(), settings).unwrap();
-    provider.attach(Arc::clone(&keystore));
+    let provider = KmipProvider::create(&stores.providers(), &"b".parse().unwrap(), settings).unwrap();
     let persist = Persist {
         tpm: &Tpm::new("device:/nowhere".parse().unwrap(), Duration::from_secs(1)),
         keep: PersistTime::default(),
         pcrs: PcrList::default(),
     };
-    let refused = provider.set_cache(&keystore, CachePolicy::UntilLock, Some(&persist));
+    let refused = provider.set_cache(CachePolicy::UntilLock, Some(&persist));
     assert!(matches!(refused, Err(KmipProviderError::Cache(_))), "{refused:?}");
-    assert_eq!(keystore.kek_persistence(provider.id()).unwrap(), None);
+    assert_eq!(
+        stores.host_store.kek_cache(provider.id()).persistence().unwrap(),
+        None
+    );
 }

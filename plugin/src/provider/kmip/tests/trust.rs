@@ -1,7 +1,6 @@
 //! Trust both ways: what is refused until it is there, and what ends it.
 
 use std::fs;
-use std::sync::Arc;
 
 use openssl::x509::X509Req;
 
@@ -11,7 +10,7 @@ use crate::provider::conformance::Fixture;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
-use crate::store::Keystore;
+use crate::store::Stores;
 
 fn not_trusted(provider: &KmipProvider) -> String {
     match provider.status() {
@@ -22,8 +21,9 @@ fn not_trusted(provider: &KmipProvider) -> String {
 
 fn untrusting(port: u16) -> (KmipProvider, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
-    let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-    let provider = KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings(&[port])).unwrap();
+    let stores = Stores::open(dir.path()).unwrap();
+    let provider =
+        KmipProvider::create(&stores.providers(), &"kms".parse().unwrap(), settings(&[port])).unwrap();
     (provider, dir)
 }
 
@@ -237,11 +237,11 @@ fn certificate_for_another_name_or_use_is_refused() {
         let server = TlsServer::showing(certified, host, &authority, &list, "-tls1_2");
         let (provider, _dir) = {
             let dir = tempfile::tempdir().unwrap();
-            let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
+            let stores = Stores::open(dir.path()).unwrap();
             let mut settings = settings(&[server.port]);
             settings.endpoints = vec![format!("{host}:{}", server.port).parse().unwrap()];
             (
-                KmipProvider::create(&keystore, &"kms".parse().unwrap(), settings).unwrap(),
+                KmipProvider::create(&stores.providers(), &"kms".parse().unwrap(), settings).unwrap(),
                 dir,
             )
         };

@@ -1,11 +1,12 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::super::tests::{created, find_in_memory, keystore, payload, secret};
+use super::super::tests::{created, find_in_memory, payload, secret};
 use super::*;
 use crate::host::tpm::stand::{Stand, signing_key};
 use crate::model::envelope::{Payload, Stanza};
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
+use crate::store::Stores;
 
 /// A provider that is backed up, with something that it wrapped.
 fn at_work(dir: &Path) -> (NativeProvider, Payload, Stanza) {
@@ -30,9 +31,9 @@ fn pin(text: &str) -> Option<Arc<SecretBytes>> {
 /// As the next daemon finds it.
 fn reopened(provider: NativeProvider, dir: &Path) -> NativeProvider {
     drop(provider);
-    let keystore = keystore(dir);
-    let record = keystore.providers().unwrap().whole().unwrap().remove(0);
-    NativeProvider::open(keystore, &record).unwrap()
+    let stores = Stores::open(dir).unwrap();
+    let record = stores.keystore.providers().unwrap().whole().unwrap().remove(0);
+    NativeProvider::open(&stores.providers(), &record).unwrap()
 }
 
 fn unlock(provider: &NativeProvider, tpm: &Tpm) -> Result<(), NativeError> {
@@ -241,12 +242,12 @@ fn an_enrolment_that_was_removed_meanwhile_is_not_renewed() {
     let tpm = stand.tpm();
     let (provider, ..) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7")).unwrap();
-    let before = provider.keystore.tpm_seal(provider.id).unwrap().unwrap();
+    let before = provider.rows.tpm_seal().unwrap().unwrap();
     let renewal = provider
         .renewal(&tpm, before, &provider.roots().unwrap(), None)
         .unwrap();
     provider.remove_tpm().unwrap();
-    let renewed = provider.keystore.renew_tpm_seal(provider.id, &renewal).unwrap();
+    let renewed = provider.rows.renew_tpm_seal(&renewal).unwrap();
     assert_eq!(renewed, Change::Unchanged);
     assert_eq!(provider.tpm_enrollment().unwrap(), None);
 }
@@ -261,12 +262,12 @@ fn a_row_that_was_changed_opens_nothing() {
         each.enroll_tpm(&tpm, &of("7")).unwrap();
         each.lock();
     }
-    let row = |of: &NativeProvider| of.keystore.tpm_seal(of.id).unwrap().unwrap();
+    let row = |of: &NativeProvider| of.rows.tpm_seal().unwrap().unwrap();
     let (mine, foreign) = (row(&provider), row(&other));
     let changed = |change: fn(&mut TpmSeal, &TpmSeal)| {
         let mut row = mine.clone();
         change(&mut row, &foreign);
-        provider.keystore.put_tpm_seal(provider.id, &row).unwrap();
+        provider.rows.put_tpm_seal(&row).unwrap();
         unlock(&provider, &tpm).unwrap_err()
     };
     for (what, error) in [
@@ -293,7 +294,7 @@ fn a_row_that_was_changed_opens_nothing() {
     assert!(matches!(error, NativeError::Tpm(TpmError::Damaged)), "{error:?}");
     assert_eq!(provider.tpm_enrollment().unwrap().unwrap().pcrs, None);
     provider.unlock(&secret("sealing")).unwrap();
-    provider.keystore.put_tpm_seal(provider.id, &mine).unwrap();
+    provider.rows.put_tpm_seal(&mine).unwrap();
     provider.lock();
     unlock(&provider, &tpm).unwrap();
 }
@@ -309,7 +310,7 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
     let tpm = stand.tpm();
     let (provider, ..) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7")).unwrap();
-    let row = provider.keystore.tpm_seal(provider.id).unwrap().unwrap();
+    let row = provider.rows.tpm_seal().unwrap().unwrap();
     let sealed = BoundToTpm::from_bytes(&row.sealed_key).unwrap();
     let key = tpm.open(&sealed, None).unwrap();
     let root = SecretBytes::take(&mut provider.roots().unwrap().key(1).unwrap().expose().to_vec()).unwrap();

@@ -6,7 +6,7 @@ use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Stanza
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::secret::SecretBytes;
-use crate::store::{EnvelopeState, Keystore};
+use crate::store::{EnvelopeState, Stores};
 
 struct Host {
     _dir: tempfile::TempDir,
@@ -20,8 +20,8 @@ impl Host {
     /// One envelope, which `main` and `spare` open.
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Arc::new(Keystore::open(dir.path()).unwrap());
-        let recipients = Recipients::open(Arc::clone(&keystore), Duration::from_secs(30)).unwrap();
+        let stores = Stores::open(dir.path()).unwrap();
+        let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
         let add = |name: &str| {
             let secret = SecretBytes::take(&mut b"p".to_vec()).unwrap();
             let provider = recipients.add_native(&name.parse().unwrap(), &secret).unwrap();
@@ -37,8 +37,8 @@ impl Host {
             kind: ObjectKind::Disk,
         };
         let (envelope, dek) = recipients.seal_new(None, &binding).unwrap();
-        keystore.put(&envelope, "/images/disk.qcow2").unwrap();
-        let record = keystore.envelope(envelope.id).unwrap().unwrap();
+        stores.keystore.put(&envelope, "/images/disk.qcow2").unwrap();
+        let record = stores.keystore.envelope(envelope.id).unwrap().unwrap();
         assert_eq!(record.state, EnvelopeState::Active);
         Self {
             _dir: dir,

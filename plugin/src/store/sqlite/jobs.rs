@@ -5,101 +5,22 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-use super::copies::{self, CopyPlace};
-use super::envelopes::{self, EnvelopeRecord};
-use super::rows::{self, DamagedRow, Named, Rows};
-use super::{Keystore, KeystoreError, UnixTime, error::StoreFault, now, parse_id};
+use super::database::{Database, now, parse_id};
+use super::fault::StoreFault;
+use super::left_behind::CAME_MEANWHILE;
+use super::rows::{self, Named};
+use super::{copies, envelopes};
 use crate::model::envelope::{Envelope, EnvelopeId, Stanza, Verified};
 use crate::model::job::{JobId, JobState, Subject, Unit};
+use crate::store::damage::{DamagedRow, Rows};
+use crate::store::error::StoreError;
+use crate::store::host_records::CopyPlace;
+use crate::store::job_records::{JobRecord, LeftBehind, NewJob, Pass, Verdict};
+use crate::store::records::EnvelopeRecord;
+use crate::store::shared::Jobs;
 
-/// Which envelopes a job goes through now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pass {
-    /// All of them, in the order in which they came here: one that is made meanwhile comes last.
-    All,
-    /// Those that it left behind and that may open by now.
-    Left,
-}
-
-/// A job to be kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NewJob<'a> {
-    /// What it is about.
-    pub subject: &'a Subject,
-    /// What it does, as JSON: all that it needs to be done again after a restart, and no key.
-    pub task: &'a str,
-    /// How many units there are to be done; of a sweep, the envelopes are counted here.
-    pub total: u64,
-    /// Envelopes that it leaves behind from the beginning.
-    pub left: &'a [LeftBehind],
-}
-
-/// A job.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JobRecord {
-    /// Its number.
-    pub id: JobId,
-    /// What it is about.
-    pub subject: Subject,
-    /// What it does, as JSON.
-    pub task: String,
-    /// How far it is.
-    pub state: JobState,
-    /// Which envelopes it goes through.
-    pub pass: Pass,
-    /// The row of the last envelope of the pass that it has seen; none yet, if empty.
-    pub cursor: String,
-    /// How many units there were when it began.
-    pub total: u64,
-    /// How many of them are done.
-    pub seen: u64,
-    /// How many of them it has changed.
-    pub changed: u64,
-    /// How many of them it could not change.
-    pub left: u64,
-    /// What it waits for; empty while it works.
-    pub waiting: String,
-    /// Why it was given up, as JSON; empty if it was not.
-    pub failure: String,
-    /// When it was started.
-    pub created: UnixTime,
-    /// When it last changed.
-    pub updated: UnixTime,
-}
-
-/// An envelope that a job could not change.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LeftBehind {
-    /// The envelope.
-    pub envelope: EnvelopeId,
-    /// Why.
-    pub reason: String,
-    /// Whether it may work later, as with a locked provider.
-    pub again: bool,
-}
-
-/// What a batch has come to, envelope by envelope.
-#[derive(Debug)]
-pub enum Verdict {
-    /// It is as the job wants it.
-    Unchanged(EnvelopeId),
-    /// The second, of the next generation, takes the place of the first.
-    Replace(Box<Envelope>, Box<Verified>),
-    /// It stays as it was.
-    Left(LeftBehind),
-    /// Its row can't be read.
-    Damaged(DamagedRow),
-}
-
-/// Why a job has an envelope still before it that it never had in hand.
-const CAME_MEANWHILE: &str = "it came here meanwhile";
-
-impl Keystore {
-    /// Starts a job.
-    ///
-    /// # Errors
-    /// [`KeystoreError::JobRunning`]: one that excludes it runs.
-    pub fn insert_job(&self, new: &NewJob<'_>) -> Result<JobRecord, KeystoreError> {
+impl Jobs for Database {
+    fn insert_job(&self, new: &NewJob<'_>) -> Result<JobRecord, StoreError> {
         self.write(|transaction| {
             refuse_excluded(transaction, new.subject)?;
             transaction.execute(
@@ -121,11 +42,7 @@ impl Keystore {
         })
     }
 
-    /// Starts a job that has ended once more, from its beginning.
-    ///
-    /// # Errors
-    /// As [`Keystore::insert_job`]; [`KeystoreError::UnknownJob`].
-    pub fn resume_job(&self, job: JobId, left: &[LeftBehind]) -> Result<JobRecord, KeystoreError> {
+    fn resume_job(&self, job: JobId, left: &[LeftBehind]) -> Result<JobRecord, StoreError> {
         self.write(|transaction| {
             let ended = find(transaction, job)?;
             refuse_excluded(transaction, &ended.subject)?;
@@ -142,26 +59,22 @@ impl Keystore {
         })
     }
 
-    /// The jobs that run, the oldest first.
-    pub fn running_jobs(&self) -> Result<Vec<JobRecord>, KeystoreError> {
+    fn running_jobs(&self) -> Result<Vec<JobRecord>, StoreError> {
         self.read(|connection| Ok(select(connection, "state = 'running'", [])?.whole()?))
     }
 
-    /// The job with this number.
-    pub fn job(&self, id: JobId) -> Result<Option<JobRecord>, KeystoreError> {
+    fn job(&self, id: JobId) -> Result<Option<JobRecord>, StoreError> {
         self.read(|connection| Ok(select(connection, "id = ?1", [id.0])?.whole()?.pop()))
     }
 
-    /// The last `most` jobs, oldest first.
-    pub fn jobs(&self, most: u32) -> Result<Rows<JobRecord>, KeystoreError> {
+    fn jobs(&self, most: u32) -> Result<Rows<JobRecord>, StoreError> {
         self.read(|connection| {
             let recent = "id IN (SELECT id FROM jobs ORDER BY id DESC LIMIT ?1)";
             select(connection, recent, [most])
         })
     }
 
-    /// The first `most` envelopes that a job left behind.
-    pub fn left_behind(&self, job: JobId, most: u32) -> Result<Vec<LeftBehind>, KeystoreError> {
+    fn left_behind(&self, job: JobId, most: u32) -> Result<Vec<LeftBehind>, StoreError> {
         self.read(|connection| {
             let sql =
                 "SELECT envelope, reason, again FROM left_behind WHERE job = ?1 ORDER BY envelope LIMIT ?2";
@@ -171,8 +84,7 @@ impl Keystore {
         })
     }
 
-    /// The next `most` envelopes of a job's pass.
-    pub fn next_of_job(&self, job: &JobRecord, most: u32) -> Result<Rows<EnvelopeRecord>, KeystoreError> {
+    fn next_of_job(&self, job: &JobRecord, most: u32) -> Result<Rows<EnvelopeRecord>, StoreError> {
         let chosen = match job.pass {
             Pass::All => "id NOT IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 0)",
             Pass::Left => "id IN (SELECT envelope FROM left_behind WHERE job = ?3 AND again = 1)",
@@ -186,10 +98,7 @@ impl Keystore {
         })
     }
 
-    /// Writes down what became of a batch and that the job is behind its last envelope, in one transaction. An envelope
-    /// that was changed by someone else meanwhile is left for the next pass. Each copy of a replaced envelope that
-    /// travels is stale from here on.
-    pub fn commit_batch(&self, job: JobId, verdicts: &[Verdict]) -> Result<JobRecord, KeystoreError> {
+    fn commit_batch(&self, job: JobId, verdicts: &[Verdict]) -> Result<JobRecord, StoreError> {
         self.write(|transaction| {
             let before = find(transaction, job)?;
             if before.state != JobState::Running {
@@ -226,9 +135,7 @@ impl Keystore {
         })
     }
 
-    /// Ends a pass: with envelopes left that may open later, another one follows once something has changed; else the
-    /// job is through.
-    pub fn end_pass(&self, job: JobId) -> Result<JobRecord, KeystoreError> {
+    fn end_pass(&self, job: JobId) -> Result<JobRecord, StoreError> {
         self.write(|transaction| {
             let count = |condition: &str| -> Result<i64, rusqlite::Error> {
                 let sql = format!("SELECT count(*) FROM left_behind WHERE job = ?1{condition}");
@@ -261,8 +168,7 @@ impl Keystore {
         })
     }
 
-    /// Notes what a job waits for.
-    pub fn job_waits(&self, job: JobId, waiting: &str) -> Result<(), KeystoreError> {
+    fn job_waits(&self, job: JobId, waiting: &str) -> Result<(), StoreError> {
         self.write(|transaction| {
             transaction.execute(
                 "UPDATE jobs SET waiting = ?2, updated = ?3 WHERE id = ?1 AND state = 'running' AND waiting <> ?2",
@@ -272,9 +178,7 @@ impl Keystore {
         })
     }
 
-    /// Notes how a job that is no sweep has ended: with all units done, or given up for a reason, as JSON. What has been done is
-    /// told of one that was aborted at that very moment, too.
-    pub fn end_job(&self, job: JobId, failure: Option<&str>) -> Result<JobRecord, KeystoreError> {
+    fn end_job(&self, job: JobId, failure: Option<&str>) -> Result<JobRecord, StoreError> {
         self.write(|transaction| {
             let sql = match failure {
                 None => {
@@ -291,11 +195,7 @@ impl Keystore {
         })
     }
 
-    /// Ends a job where it is; says how it stands then.
-    ///
-    /// # Errors
-    /// [`KeystoreError::UnknownJob`].
-    pub fn abort_job(&self, job: JobId) -> Result<JobRecord, KeystoreError> {
+    fn abort_job(&self, job: JobId) -> Result<JobRecord, StoreError> {
         self.write(|transaction| {
             transaction.execute(
                 "UPDATE jobs SET state = 'aborted', waiting = '', updated = ?2 WHERE id = ?1 AND state = 'running'",
@@ -310,7 +210,7 @@ impl Keystore {
 fn refuse_excluded(connection: &Connection, subject: &Subject) -> Result<(), StoreFault> {
     let running = select(connection, "state = 'running'", [])?.whole()?;
     match running.iter().find(|running| running.subject.excludes(subject)) {
-        Some(running) => Err(KeystoreError::JobRunning(running.id.0).into()),
+        Some(running) => Err(StoreError::JobRunning(running.id.0).into()),
         None => Ok(()),
     }
 }
@@ -327,20 +227,6 @@ fn units(connection: &Connection, subject: &Subject, given: u64) -> Result<i64, 
 /// Empty for all VMs.
 fn vm_column(subject: &Subject) -> String {
     subject.vm().map(|vm| vm.to_string()).unwrap_or_default()
-}
-
-/// The sweeps that run have a look at an envelope that came, or changed, where they will not pass any more: it may need a KEK
-/// that they take out of use.
-pub(super) fn add_to_running_sweeps(connection: &Connection, envelope: EnvelopeId) -> Result<(), StoreFault> {
-    connection
-        .prepare_cached(
-            "INSERT OR REPLACE INTO left_behind (job, envelope, reason, again)
-             SELECT jobs.id, envelopes.id, ?2, 1 FROM jobs JOIN envelopes ON envelopes.id = ?1
-             WHERE jobs.state = 'running' AND jobs.path = '' AND (jobs.vm = '' OR jobs.vm = envelopes.vm)
-             AND (jobs.pass = 'left' OR envelopes.rowid <= CAST(jobs.cursor AS INTEGER))",
-        )?
-        .execute(params![envelope.to_string(), CAME_MEANWHILE])?;
-    Ok(())
 }
 
 /// Where an envelope is in the order in which they came; 0 for one that is gone.
@@ -441,7 +327,7 @@ fn note_damaged(transaction: &Transaction, job: JobId, row: &DamagedRow) -> Resu
 
 fn find(connection: &Connection, id: JobId) -> Result<JobRecord, StoreFault> {
     let found = select(connection, "id = ?1", [id.0])?.whole()?.pop();
-    found.ok_or_else(|| KeystoreError::UnknownJob(id.0).into())
+    found.ok_or_else(|| StoreError::UnknownJob(id.0).into())
 }
 
 fn select(
@@ -472,7 +358,7 @@ fn job_of(row: &Row) -> Result<JobRecord, StoreFault> {
         ("incomplete", false) => JobState::Failed,
         ("aborted", _) => JobState::Aborted,
         (state, _) => {
-            return Err(KeystoreError::Inconsistent {
+            return Err(StoreError::Inconsistent {
                 row: format!("of job {id}"),
                 why: format!("its state is {state:?}"),
             }

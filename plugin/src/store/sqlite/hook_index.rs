@@ -1,7 +1,7 @@
 //! The file from which the hook knows, without any daemon, what is sealed on this host.
 //!
 //! Behind the one place where the keystore commits, so that no change of envelopes or VMs can forget it: SQLite tells of
-//! each such row (`Self::of`). What is new is in the file before it is committed, what is gone leaves it after; so the
+//! each such row (`changes.rs`). What is new is in the file before it is committed, what is gone leaves it after; so the
 //! file always names at least what the keystore has, whenever the process dies. ADR 11 says why it is a file and not the
 //! database, the hook's `index` module has its form, which both have tests for.
 
@@ -11,26 +11,26 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rusqlite::hooks::Action;
 use rusqlite::{Connection, Row};
 use uuid::Uuid;
 
-use super::error::StoreFault;
+use super::changes::Changes;
+use super::fault::StoreFault;
 use super::rows::{self, Named};
-use super::{Keystore, KeystoreError};
 use crate::model::envelope::Envelope;
 use crate::model::problem::chain;
+use crate::store::error::StoreError;
 
 /// The file, and what it says.
 #[derive(Debug)]
-pub(super) struct HookIndex {
+pub(crate) struct HookIndex {
     directory: PathBuf,
     path: PathBuf,
     /// Whether rows have changed since it was written.
-    is_due: Arc<AtomicBool>,
+    changes: Arc<Changes>,
     written: Mutex<Option<Written>>,
 }
 
@@ -51,45 +51,19 @@ struct Entries {
 }
 
 /// What remains to be done once the change is committed.
-pub(super) struct AfterCommit(Option<Entries>);
-
-impl Keystore {
-    /// The file that the hook reads, in the state directory.
-    pub const HOOK_INDEX: &'static str = "hook.index";
-
-    /// Makes sure that the hook's index is what was last written, and as the keystore is: without it nothing may be armed,
-    /// because who may not have it could not be told.
-    ///
-    /// # Errors
-    /// When it is not, and can't be written.
-    pub fn ensure_hook_index(&self) -> Result<(), KeystoreError> {
-        if self.hook_index.is_current() {
-            return Ok(());
-        }
-        self.read(|connection| self.hook_index.rewrite(connection))
-    }
-}
+pub(crate) struct AfterCommit(Option<Entries>);
 
 impl HookIndex {
-    /// For the keystore behind `connection`, of whose changes it hears from now on.
-    pub(super) fn of(connection: &Connection, directory: &Path) -> Self {
-        let is_due = Arc::new(AtomicBool::new(true));
-        let due = Arc::clone(&is_due);
-        connection.update_hook(Some(move |action: Action, _: &str, table: &str, _: i64| {
-            // An envelope never changes its id or VM.
-            let matters = match table {
-                "envelopes" => action != Action::SQLITE_UPDATE,
-                "vms" | "plain_vms" => true,
-                _ => false,
-            };
-            if matters {
-                due.store(true, Ordering::SeqCst);
-            }
-        }));
+    /// The file's name in the state directory.
+    pub(crate) const FILE: &'static str = "hook.index";
+
+    /// For the database behind `connection`, whose changes `changes` hears of.
+    pub(crate) fn of(connection: &Connection, directory: &Path, changes: Arc<Changes>) -> Self {
+        changes.index_is_due.store(true, Ordering::SeqCst);
         let index = Self {
             directory: directory.to_owned(),
-            path: directory.join(Keystore::HOOK_INDEX),
-            is_due,
+            path: directory.join(Self::FILE),
+            changes,
             written: Mutex::default(),
         };
         if let Err(fault) = index.rewrite(connection) {
@@ -100,8 +74,8 @@ impl HookIndex {
     }
 
     /// Puts what `transaction` adds into the file.
-    pub(super) fn before_commit(&self, transaction: &Connection) -> Result<AfterCommit, StoreFault> {
-        if !self.is_due.load(Ordering::SeqCst) {
+    pub(crate) fn before_commit(&self, transaction: &Connection) -> Result<AfterCommit, StoreFault> {
+        if !self.changes.index_is_due.load(Ordering::SeqCst) {
             return Ok(AfterCommit(None));
         }
         let entries = Entries::read(transaction)?;
@@ -124,22 +98,30 @@ impl HookIndex {
     }
 
     /// Takes out of the file what the commit has removed.
-    pub(super) fn after_commit(&self, AfterCommit(left): AfterCommit) {
-        self.is_due.store(false, Ordering::SeqCst);
+    pub(crate) fn after_commit(&self, AfterCommit(left): AfterCommit) {
+        self.changes.index_is_due.store(false, Ordering::SeqCst);
         let Some(entries) = left else { return };
         match self.replace(&entries) {
             Ok(new) => *self.lock() = Some(new),
             Err(error) => {
                 // It says too much, which refuses only who names what is gone.
-                self.is_due.store(true, Ordering::SeqCst);
+                self.changes.index_is_due.store(true, Ordering::SeqCst);
                 tracing::warn!("{}", chain(&error));
             }
         }
     }
 
+    /// Makes sure that it is what was last written, and as the rows are that `connection` shows.
+    pub(crate) fn ensure(&self, connection: &Connection) -> Result<(), StoreFault> {
+        if self.is_current() {
+            return Ok(());
+        }
+        self.rewrite(connection)
+    }
+
     fn is_current(&self) -> bool {
         let known = self.lock().as_ref().map(|written| written.file);
-        known.is_some_and(|file| self.is_there(file)) && !self.is_due.load(Ordering::SeqCst)
+        known.is_some_and(|file| self.is_there(file)) && !self.changes.index_is_due.load(Ordering::SeqCst)
     }
 
     fn rewrite(&self, connection: &Connection) -> Result<(), StoreFault> {
@@ -155,7 +137,7 @@ impl HookIndex {
                 return Ok(());
             }
         }
-        self.is_due.store(false, Ordering::SeqCst);
+        self.changes.index_is_due.store(false, Ordering::SeqCst);
         Ok(())
     }
 
@@ -164,7 +146,7 @@ impl HookIndex {
     }
 
     /// Temporary file, fsync, rename, fsync of the directory; nothing where it says that already.
-    fn replace(&self, entries: &Entries) -> Result<Written, KeystoreError> {
+    fn replace(&self, entries: &Entries) -> Result<Written, StoreError> {
         let text = entries.text();
         let known = fs::symlink_metadata(&self.path).ok();
         let is_ours = |known: &fs::Metadata| {
@@ -177,7 +159,7 @@ impl HookIndex {
             Some(known) => identity(&known),
             None => self
                 .write(&text)
-                .map_err(KeystoreError::io("write the hook's index", &self.path))?,
+                .map_err(StoreError::io("write the hook's index", &self.path))?,
         };
         Ok(Written {
             entries: entries.clone(),
@@ -288,6 +270,7 @@ mod tests {
         Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
     };
     use crate::secret::Dek;
+    use crate::store::{HostStore, Stores};
 
     fn envelope(vm: VmId) -> Verified {
         let binding = Binding {
@@ -307,7 +290,7 @@ mod tests {
 
     /// What the file names: envelopes, VMs.
     fn named(dir: &Path) -> (Vec<String>, Vec<String>) {
-        let text = fs::read_to_string(dir.join(Keystore::HOOK_INDEX)).unwrap();
+        let text = fs::read_to_string(dir.join(HostStore::HOOK_INDEX)).unwrap();
         let lines = || text.lines().skip(2).filter(|line| line.len() >= 32);
         let envelopes = lines().filter_map(|line| Some(line.split_once(' ')?.0.to_owned()));
         let vms = lines().filter(|line| !line.contains(' ')).map(str::to_owned);
@@ -342,74 +325,77 @@ mod tests {
     #[test]
     fn it_follows_every_change() {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(dir.path()).unwrap();
+        let stores = Stores::open(dir.path()).unwrap();
         assert_eq!(named(dir.path()), (vec![], vec![]));
         let vm = VmId::random();
         let (pending, adopted) = (envelope(vm), envelope(vm));
-        keystore.insert_pending(&pending, "/images/web01.qcow2").unwrap();
+        stores
+            .keystore
+            .insert_pending(&pending, "/images/web01.qcow2")
+            .unwrap();
         assert_eq!(named(dir.path()), (vec![hex(pending.id)], vec![]));
-        keystore.put(&adopted, "").unwrap();
-        keystore.remember_vm(vm, "web01").unwrap();
+        stores.keystore.put(&adopted, "").unwrap();
+        stores.keystore.remember_vm(vm, "web01").unwrap();
         let both = BTreeSet::from([hex(pending.id), hex(adopted.id)]);
         let (envelopes, vms) = named(dir.path());
         assert_eq!((BTreeSet::from_iter(envelopes), vms), (both, vec![hex(vm)]));
-        keystore.note_plain(vm).unwrap();
+        stores.keystore.note_plain(vm).unwrap();
         assert_eq!(named(dir.path()).1, Vec::<String>::new());
-        keystore.remember_vm(vm, "web01").unwrap();
+        stores.keystore.remember_vm(vm, "web01").unwrap();
         assert_eq!(named(dir.path()).1, vec![hex(vm)]);
-        keystore.withdraw(pending.id).unwrap();
+        stores.keystore.withdraw(pending.id).unwrap();
         assert_eq!(named(dir.path()).0, vec![hex(adopted.id)]);
-        keystore.shred_vm(vm).unwrap();
+        stores.keystore.shred_vm(vm).unwrap();
         assert_eq!(named(dir.path()), (vec![], vec![]));
     }
 
     #[test]
     fn what_the_index_does_not_name_is_not_committed() {
         let dir = tempfile::tempdir().unwrap();
-        let keystore = Keystore::open(dir.path()).unwrap();
+        let stores = Stores::open(dir.path()).unwrap();
         let (vm, other) = (VmId::random(), VmId::random());
-        keystore.put(&envelope(vm), "").unwrap();
+        stores.keystore.put(&envelope(vm), "").unwrap();
         // Nothing can be written beside it now.
         let blocked = dir.path().join(".hook.index.new");
         fs::create_dir(&blocked).unwrap();
         let new = envelope(other);
-        let error = keystore.insert_pending(&new, "").unwrap_err();
+        let error = stores.keystore.insert_pending(&new, "").unwrap_err();
         assert!(error.to_string().contains("write the hook's index"), "{error}");
-        assert!(keystore.remember_vm(other, "web02").is_err());
+        assert!(stores.keystore.remember_vm(other, "web02").is_err());
         assert!(
-            keystore.envelope(new.id).unwrap().is_none()
-                && keystore.vms().unwrap().whole().unwrap().is_empty()
+            stores.keystore.envelope(new.id).unwrap().is_none()
+                && stores.keystore.vms().unwrap().whole().unwrap().is_empty()
         );
-        // What is gone from the keystore may stay in the index for a while.
-        assert_eq!(keystore.shred_vm(vm).unwrap().0, 1);
+        // What is gone from the stores may stay in the index for a while.
+        assert_eq!(stores.keystore.shred_vm(vm).unwrap().envelopes, 1);
         assert_eq!(named(dir.path()).0.len(), 1);
         // It keeps off all that it should, so starts go on; as long as it is what was written.
-        keystore.ensure_hook_index().unwrap();
+        stores.host_store.ensure_hook_index().unwrap();
         assert_eq!(named(dir.path()).0.len(), 1);
-        let index = dir.path().join(Keystore::HOOK_INDEX);
+        let index = dir.path().join(HostStore::HOOK_INDEX);
         fs::copy(&index, dir.path().join("kept")).unwrap();
         fs::remove_file(&index).unwrap();
-        assert!(keystore.ensure_hook_index().is_err());
+        assert!(stores.host_store.ensure_hook_index().is_err());
         fs::rename(dir.path().join("kept"), &index).unwrap();
-        assert!(keystore.ensure_hook_index().is_err());
+        assert!(stores.host_store.ensure_hook_index().is_err());
         fs::remove_dir(&blocked).unwrap();
-        keystore.ensure_hook_index().unwrap();
+        stores.host_store.ensure_hook_index().unwrap();
         assert_eq!(named(dir.path()), (vec![], vec![]));
-        keystore.insert_pending(&new, "").unwrap();
+        stores.keystore.insert_pending(&new, "").unwrap();
         assert_eq!(named(dir.path()).0, vec![hex(new.id)]);
     }
 
     #[test]
     fn whatever_happens_to_the_file_it_comes_back() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(Keystore::HOOK_INDEX);
+        let path = dir.path().join(HostStore::HOOK_INDEX);
         let vm = VmId::random();
         let known = envelope(vm);
-        let keystore = Keystore::open(dir.path()).unwrap();
-        keystore.put(&known, "").unwrap();
+        let stores = Stores::open(dir.path()).unwrap();
+        stores.keystore.put(&known, "").unwrap();
         let good = fs::read(&path).unwrap();
         let before = identity(&fs::metadata(&path).unwrap());
-        keystore.ensure_hook_index().unwrap();
+        stores.host_store.ensure_hook_index().unwrap();
         assert_eq!(
             identity(&fs::metadata(&path).unwrap()),
             before,
@@ -426,16 +412,16 @@ mod tests {
         ];
         for damage in damages {
             damage(&path);
-            keystore.ensure_hook_index().unwrap();
+            stores.host_store.ensure_hook_index().unwrap();
             let found = fs::symlink_metadata(&path).unwrap();
             assert!(found.is_file() && found.mode() & 0o777 == 0o600);
             assert_eq!(fs::read(&path).unwrap(), good);
         }
-        drop(keystore);
+        drop(stores);
         fs::remove_file(&path).unwrap();
         // Another program has changed the database, such as a restore.
-        let keystore = Keystore::open(dir.path()).unwrap();
+        let stores = Stores::open(dir.path()).unwrap();
         assert_eq!(fs::read(&path).unwrap(), good);
-        drop(keystore);
+        drop(stores);
     }
 }

@@ -3,59 +3,45 @@
 //!
 //! The salt is new with each purge, so that what was there before opens no more, wherever a copy of it may be.
 
+use std::sync::Arc;
+
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::rows::{Named, collect};
-use super::{Change, Keystore, KeystoreError, UnixTime, error::StoreFault};
 use crate::model::envelope::{KekId, ProviderId};
+use crate::store::error::StoreError;
+use crate::store::host_records::{KekPersistence, PersistedKek};
+use crate::store::records::Change;
+use crate::store::sqlite::database::Database;
+use crate::store::sqlite::fault::StoreFault;
+use crate::store::sqlite::rows::{Named, collect};
 
-/// That a provider's KEKs are kept across a reboot.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KekPersistence {
-    /// What the TPM opens.
-    pub sealed: Vec<u8>,
-    /// The other half of what the rows' key is derived from.
-    pub salt: Vec<u8>,
-    /// For how long each, from when it was last fetched.
-    pub seconds: u64,
-    /// Since when.
-    pub enrolled: UnixTime,
+/// The rows of one provider's cache.
+#[derive(Clone, Debug)]
+pub struct KekCacheRows {
+    pub(super) database: Arc<Database>,
+    pub(super) provider: ProviderId,
 }
 
-/// A KEK, encrypted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PersistedKek {
-    /// Which one.
-    pub kek: KekId,
-    /// When the provider's server gave it out.
-    pub fetched: UnixTime,
-    /// When it ends.
-    pub expires: UnixTime,
-    /// The ciphertext, which is bound to all of these.
-    pub body: Vec<u8>,
-}
-
-impl Keystore {
-    /// Changes the settings of `provider`, and how its KEKs are kept across a reboot: not at all, if `None`. Those that were
+impl KekCacheRows {
+    /// Changes the settings of the provider, and how its KEKs are kept across a reboot: not at all, if `None`. Those that were
     /// kept are gone.
     ///
     /// # Errors
-    /// [`KeystoreError::UnknownProvider`].
-    pub fn set_kek_cache(
+    /// [`StoreError::UnknownProvider`].
+    pub fn set(
         &self,
-        provider: ProviderId,
         settings: &serde_json::Value,
         persistence: Option<&KekPersistence>,
-    ) -> Result<(), KeystoreError> {
-        let id = provider.to_string();
-        self.write(|transaction| {
-            delete(transaction, provider)?;
+    ) -> Result<(), StoreError> {
+        let id = self.provider.to_string();
+        self.database.write(|transaction| {
+            delete_all(transaction, self.provider)?;
             let rows = transaction.execute(
                 "UPDATE providers SET settings = ?2 WHERE id = ?1",
                 params![id, settings.to_string()],
             )?;
             if rows == 0 {
-                return Err(KeystoreError::UnknownProvider(provider).into());
+                return Err(StoreError::UnknownProvider(self.provider).into());
             }
             if let Some(KekPersistence {
                 sealed,
@@ -73,15 +59,15 @@ impl Keystore {
             }
             Ok(())
         })?;
-        self.forget_deleted_rows().map(drop)
+        self.database.forget_deleted_rows().map(drop)
     }
 
-    /// How the KEKs of `provider` are kept.
-    pub fn kek_persistence(&self, provider: ProviderId) -> Result<Option<KekPersistence>, KeystoreError> {
-        self.read(|connection| {
+    /// How the KEKs of the provider are kept.
+    pub fn persistence(&self) -> Result<Option<KekPersistence>, StoreError> {
+        self.database.read(|connection| {
             let found = connection
                 .prepare("SELECT sealed, salt, seconds, enrolled FROM kek_persistence WHERE provider = ?1")?
-                .query_row([provider.to_string()], |row| {
+                .query_row([self.provider.to_string()], |row| {
                     Ok(KekPersistence {
                         sealed: row.get(0)?,
                         salt: row.get(1)?,
@@ -96,15 +82,9 @@ impl Keystore {
 
     /// Keeps `keks` in the place of what is kept of them, and no more than `most` of the provider, the latest. Nothing
     /// happens unless `salt` is still the one: a purge came first then.
-    pub fn put_persisted_keks(
-        &self,
-        provider: ProviderId,
-        salt: &[u8],
-        keks: &[PersistedKek],
-        most: usize,
-    ) -> Result<Change, KeystoreError> {
-        let id = provider.to_string();
-        self.write(|transaction| {
+    pub fn put(&self, salt: &[u8], keks: &[PersistedKek], most: usize) -> Result<Change, StoreError> {
+        let id = self.provider.to_string();
+        self.database.write(|transaction| {
             let current: Option<Vec<u8>> = transaction
                 .query_row(
                     "SELECT salt FROM kek_persistence WHERE provider = ?1",
@@ -137,13 +117,13 @@ impl Keystore {
         })
     }
 
-    /// All that are kept of `provider`, also those that have expired.
-    pub fn persisted_keks(&self, provider: ProviderId) -> Result<Vec<PersistedKek>, KeystoreError> {
-        self.read(|connection| {
+    /// All that are kept of the provider, also those that have expired.
+    pub fn all(&self) -> Result<Vec<PersistedKek>, StoreError> {
+        self.database.read(|connection| {
             let sql =
                 "SELECT kek, fetched, expires, body FROM persisted_keks WHERE provider = ?1 ORDER BY kek";
             let named = Named("a cached KEK", "kek");
-            let rows = collect(connection, sql, [provider.to_string()], named, |row| {
+            let rows = collect(connection, sql, [self.provider.to_string()], named, |row| {
                 Ok(PersistedKek {
                     kek: KekId(row.get(0)?),
                     fetched: row.get(1)?,
@@ -157,23 +137,23 @@ impl Keystore {
     }
 
     /// Removes these, from old pages of the file too.
-    pub fn delete_persisted_keks(&self, provider: ProviderId, keks: &[KekId]) -> Result<(), KeystoreError> {
-        self.write(|transaction| {
+    pub fn delete(&self, keks: &[KekId]) -> Result<(), StoreError> {
+        self.database.write(|transaction| {
             for kek in keks {
                 transaction.execute(
                     "DELETE FROM persisted_keks WHERE provider = ?1 AND kek = ?2",
-                    params![provider.to_string(), kek.0],
+                    params![self.provider.to_string(), kek.0],
                 )?;
             }
             Ok(())
         })?;
-        self.forget_deleted_rows().map(drop)
+        self.database.forget_deleted_rows().map(drop)
     }
 
     /// Removes all of them, and has those that come later encrypted otherwise.
-    pub fn purge_persisted_keks(&self, provider: ProviderId, salt: &[u8]) -> Result<(), KeystoreError> {
-        let id = provider.to_string();
-        self.write(|transaction| {
+    pub fn purge(&self, salt: &[u8]) -> Result<(), StoreError> {
+        let id = self.provider.to_string();
+        self.database.write(|transaction| {
             transaction.execute("DELETE FROM persisted_keks WHERE provider = ?1", [&id])?;
             transaction.execute(
                 "UPDATE kek_persistence SET salt = ?2 WHERE provider = ?1",
@@ -181,12 +161,12 @@ impl Keystore {
             )?;
             Ok(())
         })?;
-        self.forget_deleted_rows().map(drop)
+        self.database.forget_deleted_rows().map(drop)
     }
 }
 
-/// Everything of `provider` here.
-pub(super) fn delete(connection: &Connection, provider: ProviderId) -> Result<(), StoreFault> {
+/// Everything of `provider`.
+fn delete_all(connection: &Connection, provider: ProviderId) -> Result<(), StoreFault> {
     for table in ["persisted_keks", "kek_persistence"] {
         connection.execute(
             &format!("DELETE FROM {table} WHERE provider = ?1"),
@@ -201,6 +181,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::store::{Stores, UnixTime};
 
     fn persistence(salt: &[u8]) -> KekPersistence {
         KekPersistence {
@@ -220,17 +201,18 @@ mod tests {
         }
     }
 
-    fn with_provider(dir: &Path) -> (Keystore, ProviderId) {
-        let keystore = Keystore::open(dir).unwrap();
+    fn with_provider(dir: &Path) -> (Stores, ProviderId) {
+        let stores = Stores::open(dir).unwrap();
         let id = ProviderId::random();
-        keystore
+        stores
+            .keystore
             .insert_provider(id, "kms", "kmip", &serde_json::json!({}))
             .unwrap();
-        (keystore, id)
+        (stores, id)
     }
 
-    fn names(keystore: &Keystore, id: ProviderId) -> Vec<String> {
-        let rows = keystore.persisted_keks(id).unwrap();
+    fn names(stores: &Stores, id: ProviderId) -> Vec<String> {
+        let rows = stores.host_store.kek_cache(id).all().unwrap();
         rows.into_iter().map(|row| row.kek.0).collect()
     }
 
@@ -244,60 +226,84 @@ mod tests {
     #[test]
     fn rows_come_and_go_with_their_salt() {
         let dir = tempfile::tempdir().unwrap();
-        let (keystore, id) = with_provider(dir.path());
+        let (stores, id) = with_provider(dir.path());
         let settings = serde_json::json!({"cache": "24h"});
         let put =
-            |salt: &[u8], rows: &[PersistedKek]| keystore.put_persisted_keks(id, salt, rows, 3).unwrap();
+            |salt: &[u8], rows: &[PersistedKek]| stores.host_store.kek_cache(id).put(salt, rows, 3).unwrap();
         assert_eq!(
             put(b"one", &[row("a", 1)]),
             Change::Unchanged,
             "nobody asked for it"
         );
-        keystore
-            .set_kek_cache(id, &settings, Some(&persistence(b"one")))
+        stores
+            .host_store
+            .kek_cache(id)
+            .set(&settings, Some(&persistence(b"one")))
             .unwrap();
-        assert_eq!(keystore.kek_persistence(id).unwrap(), Some(persistence(b"one")));
         assert_eq!(
-            keystore.providers().unwrap().whole().unwrap()[0].settings,
+            stores.host_store.kek_cache(id).persistence().unwrap(),
+            Some(persistence(b"one"))
+        );
+        assert_eq!(
+            stores.keystore.providers().unwrap().whole().unwrap()[0].settings,
             settings
         );
 
         let rows = [row("a", 1), row("b", 3), row("c", 2), row("d", 4)];
         assert_eq!(put(b"one", &rows), Change::Changed);
-        assert_eq!(names(&keystore, id), ["b", "c", "d"], "the oldest goes");
+        assert_eq!(names(&stores, id), ["b", "c", "d"], "the oldest goes");
         assert_eq!(put(b"one", &[row("b", 9)]), Change::Changed);
-        assert!(keystore.persisted_keks(id).unwrap().contains(&row("b", 9)));
-        keystore
-            .delete_persisted_keks(id, &[KekId("c".to_owned()), KekId("none".to_owned())])
+        assert!(
+            stores
+                .host_store
+                .kek_cache(id)
+                .all()
+                .unwrap()
+                .contains(&row("b", 9))
+        );
+        stores
+            .host_store
+            .kek_cache(id)
+            .delete(&[KekId("c".to_owned()), KekId("none".to_owned())])
             .unwrap();
-        assert_eq!(names(&keystore, id), ["b", "d"]);
+        assert_eq!(names(&stores, id), ["b", "d"]);
         assert!(!is_on_disk(dir.path(), b"ciphertext of c"));
 
-        keystore.purge_persisted_keks(id, b"two").unwrap();
-        assert!(names(&keystore, id).is_empty() && !is_on_disk(dir.path(), b"ciphertext"));
+        stores.host_store.kek_cache(id).purge(b"two").unwrap();
+        assert!(names(&stores, id).is_empty() && !is_on_disk(dir.path(), b"ciphertext"));
         assert_eq!(put(b"one", &rows), Change::Unchanged, "a purge came first");
         assert_eq!(put(b"two", &rows), Change::Changed);
-        keystore.set_kek_cache(id, &settings, None).unwrap();
-        assert!(names(&keystore, id).is_empty() && keystore.kek_persistence(id).unwrap().is_none());
+        stores.host_store.kek_cache(id).set(&settings, None).unwrap();
+        assert!(
+            names(&stores, id).is_empty() && stores.host_store.kek_cache(id).persistence().unwrap().is_none()
+        );
         assert!(!is_on_disk(dir.path(), b"ciphertext") && !is_on_disk(dir.path(), b"sealed by"));
     }
 
     #[test]
     fn they_go_with_their_provider() {
         let dir = tempfile::tempdir().unwrap();
-        let (keystore, id) = with_provider(dir.path());
+        let (stores, id) = with_provider(dir.path());
         let settings = serde_json::json!({});
-        keystore
-            .set_kek_cache(id, &settings, Some(&persistence(b"one")))
+        stores
+            .host_store
+            .kek_cache(id)
+            .set(&settings, Some(&persistence(b"one")))
             .unwrap();
-        keystore
-            .put_persisted_keks(id, b"one", &[row("a", 1)], 9)
+        stores
+            .host_store
+            .kek_cache(id)
+            .put(b"one", &[row("a", 1)], 9)
             .unwrap();
-        keystore.delete_provider(id).unwrap();
-        assert!(names(&keystore, id).is_empty() && keystore.kek_persistence(id).unwrap().is_none());
+        stores.keystore.delete_provider(id).unwrap();
         assert!(
-            keystore
-                .set_kek_cache(id, &settings, Some(&persistence(b"one")))
+            names(&stores, id).is_empty() && stores.host_store.kek_cache(id).persistence().unwrap().is_none()
+        );
+        assert!(
+            stores
+                .host_store
+                .kek_cache(id)
+                .set(&settings, Some(&persistence(b"one")))
                 .is_err()
         );
     }

@@ -8,8 +8,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::{KeystoreError, schema};
+use super::schema;
 use crate::model::problem::chain;
+use crate::store::error::StoreError;
 
 /// Changes that follow each other share one.
 const GATHER: Duration = Duration::from_secs(2);
@@ -18,7 +19,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// The thread, until this is dropped.
 #[derive(Debug)]
-pub(super) struct Checkpoints {
+pub(crate) struct Checkpoints {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -36,7 +37,7 @@ struct State {
 }
 
 impl Checkpoints {
-    pub(super) fn of(path: &Path) -> Result<Self, KeystoreError> {
+    pub(crate) fn of(path: &Path) -> Result<Self, StoreError> {
         let shared = Arc::new(Shared::default());
         // What a daemon that was killed has left, and a new schema.
         shared.lock().is_due = true;
@@ -44,14 +45,14 @@ impl Checkpoints {
         let thread = std::thread::Builder::new()
             .name("checkpoints".to_owned())
             .spawn(move || of_thread.run(&owned))
-            .map_err(KeystoreError::io("start the checkpoints of", path))?;
+            .map_err(StoreError::io("start the checkpoints of", path))?;
         Ok(Self {
             shared,
             thread: Some(thread),
         })
     }
 
-    pub(super) fn note_change(&self) {
+    pub(crate) fn note_change(&self) {
         self.shared.lock().is_due = true;
         self.shared.changed.notify_all();
     }
@@ -110,17 +111,18 @@ impl Shared {
 mod tests {
     use std::time::Instant;
 
-    use super::super::Keystore;
     use super::*;
     use crate::model::envelope::VmId;
+    use crate::store::shared::Vms;
+    use crate::store::sqlite::database::Database;
 
     /// The most time from a change to its place in the database.
     const LATEST: Duration = Duration::from_secs(5);
 
     /// How many VMs a copy of the database alone has.
-    fn copied(keystore: &Keystore, into: &Path) -> Option<usize> {
-        let copy = into.join(Keystore::FILE);
-        std::fs::copy(keystore.path(), &copy).unwrap();
+    fn copied(database: &Database, into: &Path) -> Option<usize> {
+        let copy = into.join(Database::FILE);
+        std::fs::copy(database.dir().join(Database::FILE), &copy).unwrap();
         let connection = rusqlite::Connection::open(&copy).unwrap();
         let count = connection.query_row("SELECT count(*) FROM vms", [], |row| row.get(0));
         count.ok()
@@ -129,34 +131,34 @@ mod tests {
     #[test]
     fn the_database_alone_is_whole_soon_after_a_change() {
         let (dir, aside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        drop(Keystore::open(dir.path()).unwrap());
-        let keystore = Keystore::open(dir.path()).unwrap();
-        keystore.remember_vm(VmId::random(), "web01").unwrap();
-        assert_ne!(copied(&keystore, aside.path()), Some(1), "it was there at once");
+        drop(Database::open(dir.path()).unwrap());
+        let database = Database::open(dir.path()).unwrap();
+        database.remember_vm(VmId::random(), "web01").unwrap();
+        assert_ne!(copied(&database, aside.path()), Some(1), "it was there at once");
         let began = Instant::now();
-        while copied(&keystore, aside.path()) != Some(1) {
+        while copied(&database, aside.path()) != Some(1) {
             assert!(began.elapsed() < LATEST, "not within {LATEST:?}");
             std::thread::sleep(Duration::from_millis(50));
         }
-        keystore.remember_vm(VmId::random(), "web02").unwrap();
-        assert!(keystore.checkpoint().unwrap());
-        assert_eq!(copied(&keystore, aside.path()), Some(2));
+        database.remember_vm(VmId::random(), "web02").unwrap();
+        assert!(database.checkpoint().unwrap());
+        assert_eq!(copied(&database, aside.path()), Some(2));
     }
 
     /// A reader of another process pins the log: what could not be done then is done when it is gone.
     #[test]
     fn a_reader_delays_it_and_does_not_lose_it() {
         let (dir, aside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let keystore = Keystore::open(dir.path()).unwrap();
-        let reader = rusqlite::Connection::open(keystore.path()).unwrap();
+        let database = Database::open(dir.path()).unwrap();
+        let reader = rusqlite::Connection::open(database.dir().join(Database::FILE)).unwrap();
         reader.execute_batch("BEGIN; SELECT * FROM vms").unwrap();
-        keystore.remember_vm(VmId::random(), "web01").unwrap();
-        assert!(!keystore.checkpoint().unwrap(), "the reader does not pin the log");
+        database.remember_vm(VmId::random(), "web01").unwrap();
+        assert!(!database.checkpoint().unwrap(), "the reader does not pin the log");
         std::thread::sleep(GATHER + AGAIN / 2);
         reader.execute_batch("COMMIT").unwrap();
         drop(reader);
         let began = Instant::now();
-        while copied(&keystore, aside.path()) != Some(1) {
+        while copied(&database, aside.path()) != Some(1) {
             assert!(began.elapsed() < LATEST, "not within {LATEST:?}");
             std::thread::sleep(Duration::from_millis(50));
         }

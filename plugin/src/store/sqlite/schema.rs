@@ -6,7 +6,8 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
-use super::{KeystoreError, error::StoreFault};
+use super::fault::StoreFault;
+use crate::store::error::StoreError;
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
 const STEPS: [&str; 9] = [
@@ -204,7 +205,7 @@ const JOBS: &str = "
 ";
 
 /// Opens `path`, checks it whole and brings its tables up to date.
-pub(super) fn open(path: &Path) -> Result<Connection, KeystoreError> {
+pub(crate) fn open(path: &Path) -> Result<Connection, StoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     Connection::open_with_flags(path, flags)
         .map_err(StoreFault::from)
@@ -225,7 +226,7 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreFault> {
 
 /// Brings what waits in the write-ahead log into the database, over a connection of its own so that nobody waits for it. Says
 /// whether the database alone is whole now.
-pub(super) fn checkpoint(path: &Path) -> Result<bool, KeystoreError> {
+pub(crate) fn checkpoint(path: &Path) -> Result<bool, StoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let work = || -> Result<bool, StoreFault> {
         let connection = Connection::open_with_flags(path, flags)?;
@@ -244,7 +245,7 @@ pub(super) fn checkpoint(path: &Path) -> Result<bool, KeystoreError> {
 fn check_owner(connection: &Connection, path: &Path) -> Result<(), StoreFault> {
     let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
     if found > VERSION {
-        return Err(KeystoreError::TooNew {
+        return Err(StoreError::TooNew {
             path: path.to_owned(),
             found,
             known: VERSION,
@@ -307,7 +308,7 @@ fn migrate(connection: &mut Connection) -> Result<(), StoreFault> {
 }
 
 fn damaged(path: &Path, why: &str) -> StoreFault {
-    KeystoreError::Damaged {
+    StoreError::Damaged {
         path: path.to_owned(),
         source: why.into(),
     }
