@@ -5,29 +5,27 @@
 
 mod adopt;
 mod bell;
-mod cache;
+mod caller;
 mod copies;
 mod deletion;
 mod first_runs;
 mod forget;
+mod gate;
 pub mod glance;
 mod headers;
-mod host_tpm;
 mod jobs;
 pub mod listener;
 pub mod overdue;
 mod paths;
 pub mod pools;
-mod providers;
 mod records;
 mod running;
 mod saved;
+mod service;
 mod sharing;
 mod shred;
 pub mod sockets;
-mod state;
 mod status;
-mod trust;
 mod visible;
 mod volumes;
 
@@ -63,8 +61,8 @@ use bell::Bell;
 use headers::Headers;
 
 pub use adopt::Formats;
-pub use host_tpm::{CREDENTIAL, TpmUnlock, Tried};
 pub use records::on_behalf_of;
+pub use service::tpm::{CREDENTIAL, TpmUnlock, Tried};
 pub use sharing::Sharing;
 
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.

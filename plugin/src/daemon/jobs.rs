@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::host_tpm::{pin_from, tpm_failure};
-use super::providers::{native_failure, passphrase_from, wrong_fds};
+use super::service::provider::{native_failure, passphrase_from, wrong_fds};
+use super::service::tpm::{pin_from, tpm_failure};
 use super::visible::VisibleCopy;
 use super::{Daemon, lock};
 use crate::api::pages::{self, PAGE};

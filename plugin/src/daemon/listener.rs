@@ -6,13 +6,11 @@
 
 #![expect(missing_docs, reason = "the service macro makes public items without any")]
 
-mod caller;
 mod channel;
 mod closer;
 mod conversation;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
-mod gate;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -30,6 +28,8 @@ use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 use zlink::{Reply, service};
 
+use super::caller::{self, Caller};
+use super::gate::{Gate, Pass};
 use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
     IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
@@ -44,10 +44,8 @@ use crate::daemon::{Daemon, Formats, HookPolicy, Sharing, on_behalf_of};
 use crate::domain::Domain;
 use crate::model::problem::{Code, Problem};
 use crate::vm::start::Deadline;
-use caller::Caller;
 use channel::{Channel, Sender};
 use closer::Closer;
-use gate::{Gate, Pass};
 
 /// What every connection is served with.
 #[derive(Clone)]

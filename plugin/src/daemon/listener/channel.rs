@@ -18,7 +18,7 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::closer::Closer;
-use super::gate::Pass;
+use crate::daemon::gate::Pass;
 
 /// How much is read at a time.
 const CHUNK: usize = 16 * 1024;
@@ -268,8 +268,8 @@ mod tests {
 
     use nix::sys::socket::{ControlMessage, sendmsg};
 
-    use super::super::gate::Gate;
     use super::*;
+    use crate::daemon::gate::Gate;
 
     type Other = std::os::unix::net::UnixStream;
 

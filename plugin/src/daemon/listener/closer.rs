@@ -12,7 +12,7 @@ use std::{io, thread};
 
 use nix::sched::{CloneFlags, unshare};
 
-use super::gate::Pass;
+use crate::daemon::gate::Pass;
 
 /// How long to wait where there is no thread to be had.
 const NO_THREAD: Duration = Duration::from_millis(100);

@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use super::providers::{passphrase_from, take};
-use super::{Daemon, lock};
+use super::provider::{passphrase_from, take};
 use crate::api::Outcome;
+use crate::daemon::{Daemon, lock};
 use crate::model::problem::{Code, Problem};
 use crate::state_backup;
 

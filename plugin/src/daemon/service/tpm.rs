@@ -10,9 +10,9 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 
-use super::Daemon;
-use super::providers::passphrase_from;
+use super::provider::passphrase_from;
 use crate::api::{TpmEnrolled, TpmRequest, TpmView};
+use crate::daemon::Daemon;
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{BindPolicy, PcrList, SigningKey, TpmError};
@@ -138,12 +138,12 @@ impl Daemon {
     }
 
     /// At an unlock that follows a rotation: the TPM gets the new root keys too. Says why it does not.
-    pub(super) fn renew_tpm(&self, native: &NativeProvider) -> Option<String> {
+    pub(in crate::daemon) fn renew_tpm(&self, native: &NativeProvider) -> Option<String> {
         self.tpm_lags(native, native.renew_tpm(&self.tpm, None))
     }
 
     /// Why the TPM has not got the new root keys, if it has not.
-    pub(super) fn tpm_lags(
+    pub(in crate::daemon) fn tpm_lags(
         &self,
         native: &NativeProvider,
         renewed: Result<Change, NativeError>,
@@ -172,7 +172,7 @@ impl Daemon {
 
     /// What unlocks a provider here: `passphrase`, `TPM (PCR 7, since 2026-11-22)`, `systemd credential`. Only what is told
     /// without asking anybody.
-    pub(super) fn openable_by(&self, known: &Provider) -> Vec<String> {
+    pub(in crate::daemon) fn openable_by(&self, known: &Provider) -> Vec<String> {
         let mut ways = Vec::new();
         if let Provider::Native(native) = known {
             ways.push("passphrase".to_owned());
@@ -202,7 +202,7 @@ impl Daemon {
 }
 
 /// Why a native provider is locked that the TPM should have unlocked, with what to do.
-pub(super) fn why_locked(known: &Provider) -> Option<String> {
+pub(in crate::daemon) fn why_locked(known: &Provider) -> Option<String> {
     let Provider::Native(native) = known else {
         return None;
     };
@@ -224,7 +224,7 @@ fn unlock_with_pin(name: &str) -> String {
 }
 
 /// What the TPM asks for before it unlocks a provider.
-pub(super) fn tpm_view(known: &Provider) -> Option<TpmView> {
+pub(in crate::daemon) fn tpm_view(known: &Provider) -> Option<TpmView> {
     let Provider::Native(native) = known else {
         return None;
     };
@@ -278,7 +278,7 @@ fn warnings(enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<String>
 }
 
 /// The same of anything that is bound to `pcrs`; `after_update` is what a changed one costs.
-pub(super) fn warnings_of_pcrs(
+pub(in crate::daemon) fn warnings_of_pcrs(
     pcrs: &PcrList,
     unmeasured: Option<&PcrList>,
     secure_boot: &SecureBoot,
@@ -376,7 +376,7 @@ fn enroll(native: &NativeProvider) -> String {
     }
 }
 
-pub(super) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Problem {
+pub(in crate::daemon) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Problem {
     let name = native.name();
     let message = format!("provider '{name}' {}", chain(error));
     let enroll_again = || {
@@ -415,7 +415,7 @@ pub(super) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Probl
     }
 }
 
-pub(super) fn pin_from(fd: OwnedFd) -> Result<Arc<SecretBytes>, Problem> {
+pub(in crate::daemon) fn pin_from(fd: OwnedFd) -> Result<Arc<SecretBytes>, Problem> {
     passphrase_from(fd).map(Arc::new)
 }
 

@@ -4,11 +4,10 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 
-use super::Daemon;
 use super::cache::persist_view;
-use super::glance;
-use super::host_tpm::{tpm_view, why_locked};
+use super::tpm::{tpm_view, why_locked};
 use crate::api::{BackupMade, ProviderView, Providers};
+use crate::daemon::{Daemon, glance};
 use crate::host::local_time::rfc3339;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
@@ -276,7 +275,7 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Problem {
     Problem::new(code, format!("provider '{name}' {}", chain(error))).advised(next)
 }
 
-pub(super) fn native_failure(name: &str, error: &NativeError) -> Problem {
+pub(in crate::daemon) fn native_failure(name: &str, error: &NativeError) -> Problem {
     let (code, next) = match error {
         NativeError::Keystore(error) => return error.into(),
         NativeError::WrongPassphrase => (
@@ -328,11 +327,11 @@ fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Problem {
     Problem::new(code, message).advised(next)
 }
 
-pub(super) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Problem> {
+pub(in crate::daemon) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Problem> {
     fds.try_into().map_err(|_| wrong_fds())
 }
 
-pub(super) fn wrong_fds() -> Problem {
+pub(in crate::daemon) fn wrong_fds() -> Problem {
     Problem::new(
         Code::Usage,
         "the call came without the file descriptors that it needs",
@@ -340,7 +339,7 @@ pub(super) fn wrong_fds() -> Problem {
     .next("use the virtseal of the same version as virtseald")
 }
 
-pub(super) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
+pub(in crate::daemon) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
     let mut passphrase = SecretBytes::read_from(File::from(fd), MAX_PASSPHRASE)
         .map_err(|error| Problem::from_error(Code::Usage, "can't read the passphrase", &error))?;
     passphrase.trim_newline();

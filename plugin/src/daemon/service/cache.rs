@@ -6,9 +6,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use super::Daemon;
-use super::host_tpm::warnings_of_pcrs;
+use super::tpm::warnings_of_pcrs;
 use crate::api::{PersistRequest, PersistView, Providers};
+use crate::daemon::Daemon;
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
@@ -121,7 +121,7 @@ impl Daemon {
     }
 
     /// The same for one of them, once it is unlocked.
-    pub(super) fn load_in_background(&self, known: &Provider) {
+    pub(in crate::daemon) fn load_in_background(&self, known: &Provider) {
         let Provider::Kmip(provider) = known else {
             return;
         };
@@ -138,7 +138,7 @@ impl Daemon {
     }
 
     /// After a lock: an error where the disk has not let go of the keys that a cache kept there.
-    pub(super) fn check_disk_after_lock(&self, known: &Provider) -> Result<(), Problem> {
+    pub(in crate::daemon) fn check_disk_after_lock(&self, known: &Provider) -> Result<(), Problem> {
         let Provider::Kmip(provider) = known else {
             return Ok(());
         };
@@ -185,7 +185,7 @@ fn load(provider: &KmipProvider, tpm: &Tpm) {
 }
 
 /// How the cache of `known` is kept across a reboot.
-pub(super) fn persist_view(known: &Provider) -> Option<PersistView> {
+pub(in crate::daemon) fn persist_view(known: &Provider) -> Option<PersistView> {
     let persistence = known.cache()?.persistence()?;
     let since = Duration::from_secs(persistence.enrolled.max(0).unsigned_abs());
     Some(PersistView {

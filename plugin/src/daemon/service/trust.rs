@@ -4,12 +4,12 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::Daemon;
-use super::providers::{passphrase_from, wrong_fds};
+use super::provider::{passphrase_from, wrong_fds};
 use crate::api::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ProviderView, Providers, ServerView, Servers,
     SigningRequestMade,
 };
+use crate::daemon::Daemon;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
@@ -113,7 +113,7 @@ impl Daemon {
         }
     }
 
-    pub(super) fn view_of(&self, name: &str) -> Result<ProviderView, Problem> {
+    pub(in crate::daemon) fn view_of(&self, name: &str) -> Result<ProviderView, Problem> {
         let id = self.recipients.find(name)?.provider().id().to_string();
         let mut views = self.providers()?.providers.into_iter();
         views
