@@ -46,6 +46,15 @@ pub enum Outcome {
     Failed,
 }
 
+/// Who had something done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Actor {
+    /// The daemon, on its own.
+    Virtseald,
+    /// A process of the user with this id.
+    User(u32),
+}
+
 /// What is worth a record. Never holds a key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Event {
@@ -89,10 +98,13 @@ impl Event {
         }
     }
 
-    /// The user id of the process that asked.
+    /// Who asked.
     #[must_use]
-    pub fn actor(mut self, uid: u32) -> Self {
-        self.actor = Some(uid);
+    pub fn by(mut self, actor: Actor) -> Self {
+        self.actor = match actor {
+            Actor::Virtseald => None,
+            Actor::User(uid) => Some(uid),
+        };
         self
     }
 

@@ -11,7 +11,7 @@ const SOON: Duration = Duration::from_secs(20);
 
 fn event(nth: usize) -> Event {
     Event::new("prepare", Outcome::Ok)
-        .actor(0)
+        .by(Actor::User(0))
         .vm(VmId::random(), "web01")
         .envelope(EnvelopeId::random())
         .object("disk vda")

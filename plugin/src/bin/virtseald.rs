@@ -15,12 +15,14 @@ use tokio::task::{LocalSet, spawn_blocking, spawn_local};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
+use virtseal::audit::Actor;
 use virtseal::config::{Config, ConfigError, LogFilter};
 use virtseal::daemon::listener::Server;
 use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
+use virtseal::daemon::service::tpm::{CREDENTIAL, TpmUnlock, Tried};
+use virtseal::daemon::service::{cache, provider, tpm};
 use virtseal::daemon::sockets::Sockets;
-use virtseal::daemon::{CREDENTIAL, Daemon, TpmUnlock, Tried};
-use virtseal::daemon::{glance, overdue};
+use virtseal::daemon::{Daemon, glance, leftovers, overdue};
 use virtseal::host::process::{self, LinkedCode};
 use virtseal::model::problem::chain;
 use virtseal::terminal::visible;
@@ -97,18 +99,18 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     unlock_from_credentials(&daemon);
-    for unlock in daemon.to_unlock_by_tpm() {
+    for unlock in tpm::to_unlock(&daemon) {
         spawn_local(unlock_by_tpm(
             Arc::clone(&daemon),
             Arc::new(unlock),
             Arc::clone(&code),
         ));
     }
-    daemon.load_caches();
+    cache::load_all(&daemon);
     spawn_local(connections);
     spawn_local(watch_libvirt(Arc::clone(&daemon), code));
     let sweeping = Arc::clone(&daemon);
-    spawn_blocking(move || sweeping.sweep_temporaries());
+    spawn_blocking(move || leftovers::sweep_temporaries(&sweeping));
     work_in_background(&daemon)?;
     ping_watchdog()?;
     notify(&[NotifyState::Ready]);
@@ -214,8 +216,7 @@ fn unlock_from_credentials(daemon: &Arc<Daemon>) {
             let unlocked = fs::File::open(entry.path())
                 .map_err(|error| error.to_string())
                 .and_then(|file| {
-                    daemon
-                        .unlock_provider(&name, vec![file.into()])
+                    provider::unlock(&daemon, Actor::Virtseald, &name, vec![file.into()])
                         .map_err(|failure| failure.to_string())
                 });
             match unlocked {
@@ -232,7 +233,11 @@ async fn unlock_by_tpm(daemon: Arc<Daemon>, unlock: Arc<TpmUnlock>, code: Arc<Li
     let mut wait = Duration::from_millis(500);
     while wait < PATIENCE {
         let (daemon, unlock) = (Arc::clone(&daemon), Arc::clone(&unlock));
-        if spawn_blocking(move || daemon.try_to_unlock(&unlock)).await.ok() != Some(Tried::Again) {
+        if spawn_blocking(move || tpm::try_to_unlock(&daemon, &unlock))
+            .await
+            .ok()
+            != Some(Tried::Again)
+        {
             // The library of the TPM is not needed again before long.
             code.release();
             return;

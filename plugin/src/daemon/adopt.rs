@@ -8,8 +8,9 @@ use std::path::Path;
 use super::paths;
 use super::visible::held_copies;
 use super::visible::{Place, Proof, VisibleCopy};
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::api::Outcome;
+use crate::audit::Actor;
 use crate::domain::{self, Domain, ObjectRef, ObjectState, encrypted_layers};
 use crate::model::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
 use crate::model::problem::{Code, Problem, chain};
@@ -30,14 +31,14 @@ pub enum Formats {
 
 impl Daemon {
     /// Takes over the envelopes of a VM that came from another host, as its first start would.
-    pub fn adopt_vm(&self, vm: &str, formats: Formats) -> Result<Outcome, Problem> {
+    pub fn adopt_vm(&self, by: Actor, vm: &str, formats: Formats) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let defined = names::find_domain(&self.background, vm)?;
         let domain = Domain::parse(&defined.xml)
             .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
         let adopted = self.adopt_all(&domain, formats);
         self.note_bad_images_of(&defined.xml)?;
-        self.audit_vm("adopt", domain.uuid, &domain.name, &adopted);
+        records::note_vm(self, by, "adopt", domain.uuid, &domain.name, &adopted);
         adopted
     }
 

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 
 use super::glance::Age;
 use super::visible::{Place, Proof};
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::api::pages;
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
+use crate::audit::Actor;
 use crate::job::sweep::Task;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
@@ -63,10 +64,10 @@ impl OrphanUses {
 
 impl Daemon {
     /// Deletes a provider. One that is needed goes only when its name was `typed`; the default one only as the last.
-    pub fn delete_provider(&self, name: &str, typed: Option<&str>) -> Result<Outcome, Problem> {
+    pub fn delete_provider(&self, by: Actor, name: &str, typed: Option<&str>) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let deleted = self.delete(name, typed);
-        self.audit_provider("provider-delete", name, &deleted);
+        records::note_provider(self, by, "provider-delete", name, &deleted);
         deleted
     }
 

@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 use swtpm_state::{State, libvirt_state_dir};
 
 use super::paths;
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::api::Outcome;
+use crate::audit::Actor;
 use crate::model::envelope::{ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Format, VolumeError};
@@ -83,12 +84,12 @@ fn decide(seen: &Whereabouts) -> Verdict {
 
 impl Daemon {
     /// Drops what this host knows of a VM that is not defined here, after it was kept in a file.
-    pub fn forget_vm(&self, vm: &str) -> Result<Outcome, Problem> {
+    pub fn forget_vm(&self, by: Actor, vm: &str) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let _copying = lock(&self.copying);
         let (id, name) = self.undefined_vm(vm)?;
         let forgotten = self.forget(id, &name);
-        self.audit_vm("forget", id, &name, &forgotten);
+        records::note_vm(self, by, "forget", id, &name, &forgotten);
         forgotten
     }
 
@@ -249,12 +250,12 @@ impl Daemon {
     }
 
     /// Takes back what `vm forget` has kept in the file in `fds`, after each envelope was opened.
-    pub fn adopt_forgotten(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
+    pub fn adopt_forgotten(&self, by: Actor, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
         let _sealing = lock(&self.sealing);
         let forgotten = read_forgotten(fds)?;
         let (vm, name) = (forgotten.vm.vm, forgotten.vm.name.clone());
         let adopted = self.adopt(&forgotten);
-        self.audit_vm("adopt", vm, &name, &adopted);
+        records::note_vm(self, by, "adopt", vm, &name, &adopted);
         adopted
     }
 

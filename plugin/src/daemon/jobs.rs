@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 
-use super::service::provider::{native_failure, passphrase_from, wrong_fds};
-use super::service::tpm::{pin_from, tpm_failure};
+use super::service::descriptors::{passphrase_from, pin_from, wrong_fds};
+use super::service::provider::native_failure;
+use super::service::tpm::{self, tpm_failure};
 use super::visible::VisibleCopy;
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::api::pages::{self, PAGE};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs};
+use crate::audit::Actor;
 use crate::job::sweep::{self, Step, Task};
 use crate::model::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::model::job::{JobId, JobState, Subject};
@@ -80,7 +82,7 @@ impl Daemon {
                         changed = job.changed,
                         "ended"
                     );
-                    self.audit_command("job-end", &self.words(&job), &Ok(()));
+                    records::note_command(self, Actor::Virtseald, "job-end", &self.words(&job), &Ok(()));
                     crate::host::process::trim();
                     Duration::ZERO
                 }
@@ -113,16 +115,16 @@ impl Daemon {
     }
 
     /// Starts a job.
-    pub fn start_job(&self, request: &JobRequest) -> Result<JobStarted, Problem> {
+    pub fn start_job(&self, by: Actor, request: &JobRequest) -> Result<JobStarted, Problem> {
         // Nobody deletes a provider, shreds a VM or redefines one in between.
         let _sealing = lock(&self.sealing);
         let task = self.task(request)?;
-        self.start(&task)
+        self.start(by, &task)
     }
 
     /// Retires the keys in use of a provider: a native one gets a new root key, sealed by the passphrase in `fds`; any other
     /// makes new KEKs during the job that follows.
-    pub fn rotate_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<JobStarted, Problem> {
+    pub fn rotate_provider(&self, by: Actor, name: &str, fds: Vec<OwnedFd>) -> Result<JobStarted, Problem> {
         let _sealing = lock(&self.sealing);
         let known = self.recipients.find(name)?;
         // Before anything changes.
@@ -140,11 +142,11 @@ impl Daemon {
                     error => native_failure(name, &error),
                 });
             crate::host::process::trim();
-            self.audit_provider("provider-rotate", name, &rotated);
-            tpm_lags = self.tpm_lags(native, rotated?);
+            records::note_provider(self, by, "provider-rotate", name, &rotated);
+            tpm_lags = tpm::tpm_lags(self, by, native, rotated?);
         }
         let provider = known.provider().id();
-        let mut started = self.start(&Task::Rotate { provider })?;
+        let mut started = self.start(by, &Task::Rotate { provider })?;
         if let Provider::Native(native) = &known {
             started.warnings.extend(tpm_lags);
             if native.status() != ProviderStatus::Ready {
@@ -198,7 +200,7 @@ impl Daemon {
         )))
     }
 
-    fn start(&self, task: &Task) -> Result<JobStarted, Problem> {
+    fn start(&self, by: Actor, task: &Task) -> Result<JobStarted, Problem> {
         self.refuse_second_job(&task.subject())?;
         let mut rivals = Vec::new();
         let unseen = self.adopt_foreign_envelopes().map(|travelling| {
@@ -217,7 +219,7 @@ impl Daemon {
                 error => error.into(),
             });
         let words = task.words(|id| self.name_of(id));
-        self.audit_command("job-start", &words, &inserted);
+        records::note_command(self, by, "job-start", &words, &inserted);
         let job = inserted?;
         self.jobs_bell.ring();
         let mut warnings = self.warnings_of_task(task);
@@ -442,9 +444,9 @@ impl Daemon {
     }
 
     /// Ends a job, or the one that runs, where it is.
-    pub fn abort_job(&self, id: Option<i64>) -> Result<JobView, Problem> {
+    pub fn abort_job(&self, by: Actor, id: Option<i64>) -> Result<JobView, Problem> {
         let aborted = self.keystore.abort_job(self.job_id(id)?)?;
-        self.audit_command("job-abort", &self.words(&aborted), &Ok(()));
+        records::note_command(self, by, "job-abort", &self.words(&aborted), &Ok(()));
         self.jobs_bell.ring();
         self.job_view(&aborted)
     }

@@ -14,7 +14,7 @@ use openssl::sha::sha256;
 use super::bell::Bell;
 use super::glance;
 use super::paths;
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::domain::jobs::{self, JobTarget};
 use crate::domain::{Domain, DomainError, objects};
 use crate::host::libvirt::events::{self, Change, Heard, Listener, Listening, MemoryFile};
@@ -420,7 +420,7 @@ impl Daemon {
         };
         for (name, words) in &new {
             tracing::warn!(domain = name, "{words}");
-            self.audit_finding(vm, name, words);
+            records::note_finding(self, vm, name, words);
         }
         if !new.is_empty() {
             glance::expire(self);

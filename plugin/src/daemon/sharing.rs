@@ -5,8 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use super::paths;
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::api::Outcome;
+use crate::audit::Actor;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
 use crate::model::problem::{Code, Problem, chain};
@@ -30,13 +31,19 @@ const TRIES: usize = 5;
 
 impl Daemon {
     /// Lets a VM have the volume at `path`, or no longer. It needs not be defined.
-    pub fn share_volume(&self, path: &str, vm: &str, sharing: Sharing) -> Result<Outcome, Problem> {
+    pub fn share_volume(
+        &self,
+        by: Actor,
+        path: &str,
+        vm: &str,
+        sharing: Sharing,
+    ) -> Result<Outcome, Problem> {
         let shared = self.share(Path::new(path), vm, sharing);
         let op = match sharing {
             Sharing::With => "volume-share",
             Sharing::Without => "volume-unshare",
         };
-        self.audit_command(op, &format!("{path} {vm}"), &shared);
+        records::note_command(self, by, op, &format!("{path} {vm}"), &shared);
         self.copies_bell.ring();
         shared
     }

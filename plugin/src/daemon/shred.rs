@@ -11,8 +11,9 @@ use swtpm_state::{State, libvirt_state_dir};
 
 use super::headers::Writing;
 use super::paths;
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::api::{Receipt, ReceiptLine, ShredPreview};
+use crate::audit::Actor;
 use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathRule, PermittedPath};
@@ -145,6 +146,7 @@ impl Daemon {
     /// stay unless it was typed again for them.
     pub fn shred_vm(
         &self,
+        by: Actor,
         vm: &str,
         typed: Option<&str>,
         typed_for_keks: Option<&str>,
@@ -179,7 +181,7 @@ impl Daemon {
             .refuse_to_shred(&mut doomed)
             .and_then(|()| self.keep_off(&doomed))
             .and_then(|_kept_off| self.shred(&doomed));
-        self.audit_vm("shred", doomed.vm, &name, &shredded);
+        records::note_vm(self, by, "shred", doomed.vm, &name, &shredded);
         shredded
     }
 

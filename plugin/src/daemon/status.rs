@@ -7,6 +7,7 @@ use swtpm_state::State;
 
 use super::glance::Age;
 use super::paths;
+use super::service::provider_view;
 use super::{Daemon, lock};
 use crate::api::pages;
 use crate::api::{HostStatus, ObjectView, VmView, Vms};
@@ -29,7 +30,7 @@ impl Daemon {
     /// Everything at a glance; never waits for a provider.
     pub fn status(&self, age: Age, after: Option<&str>) -> Result<HostStatus, Problem> {
         let glance = self.glances.take(age)?;
-        let providers = self.providers()?.providers;
+        let providers = provider_view::list(self)?.providers;
         let damaged = pages::cut(glance.damaged.to_vec(), pages::PAGE / 8);
         let others = pages::size_of(&providers) + pages::size_of(&damaged);
         let (vms, next_vms) = pages::of_vms(&glance.vms, after, others);

@@ -5,8 +5,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use super::{Daemon, lock};
+use super::{Daemon, lock, records};
 use crate::api::{VolumeProgress, VolumeRequest};
+use crate::audit::Actor;
 use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::ObjectKind;
@@ -21,6 +22,7 @@ impl Daemon {
     /// Makes an encrypted volume and, with `from`, fills it. `report` says whether anybody still listens.
     pub fn create_volume(
         &self,
+        by: Actor,
         request: &VolumeRequest,
         report: impl Fn(VolumeProgress) -> bool,
     ) -> Result<(), Problem> {
@@ -32,7 +34,7 @@ impl Daemon {
         // Each is a sync of its own: made side by side, they cost one.
         let activated = std::thread::scope(|scope| {
             let activating = envelope.map(|id| scope.spawn(move || self.keystore.activate(id)));
-            self.audit_command("volume-create", &request.path, &made);
+            records::note_command(self, by, "volume-create", &request.path, &made);
             activating.map(std::thread::ScopedJoinHandle::join)
         });
         let step = made?;

@@ -12,7 +12,7 @@ use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use tar::EntryType;
 
 use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
-use crate::audit::{AuditLog, Event, Outcome, Position};
+use crate::audit::{Actor, AuditLog, Event, Outcome, Position};
 use crate::crypto::age_file;
 use crate::host::local_time::rfc3339;
 use crate::secret::SecretBytes;
@@ -275,7 +275,7 @@ fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
     let log = log.map_err(|error| StateError::NotABackup(error.to_string()))?;
     let detail = format!("from a backup of {}, made {}", manifest.host, manifest.made);
     let event = Event::new("state-restore", Outcome::Ok)
-        .actor(nix::unistd::getuid().as_raw())
+        .by(Actor::User(nix::unistd::getuid().as_raw()))
         .detail(&detail);
     log.record(event)
         .and_then(|()| log.flush(PATIENCE))

@@ -9,9 +9,9 @@ use zlink::connection::{PassedCredentials, socket};
 use zlink::service::MethodReply;
 use zlink::{Call, Connection, Reply};
 
-use super::Service;
 use super::channel::{Channel, Fault};
 use crate::api::HostError;
+use crate::daemon::service::Service;
 use crate::model::problem::{Code, Problem, chain};
 
 pub(super) type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCall<'de>;

@@ -4,263 +4,225 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 
-use super::cache::persist_view;
-use super::tpm::{tpm_view, why_locked};
-use crate::api::{BackupMade, ProviderView, Providers};
-use crate::daemon::{Daemon, glance};
-use crate::host::local_time::rfc3339;
+use super::descriptors::{passphrase_from, take, wrong_fds};
+use super::{cache, provider_view, tpm};
+use crate::api::{BackupMade, Providers};
+use crate::audit::Actor;
+use crate::daemon::{Daemon, records};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::kmip::{KmipProvider, KmipProviderError};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
 use crate::provider::transit::{TransitProvider, TransitSettings};
-use crate::provider::{KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus};
+use crate::provider::{KeyProvider, PinRefusal, ProviderError, ProviderName};
 use crate::recipients::Provider;
 use crate::secret::SecretBytes;
 
-/// The most bytes of a passphrase, or of a client's key and its certificates in PEM.
-const MAX_PASSPHRASE: usize = 32 * 1024;
-
-impl Daemon {
-    /// All providers, by name.
-    pub fn providers(&self) -> Result<Providers, Problem> {
-        let uses = glance::provider_uses(self)?;
-        let default = self
-            .recipients
-            .default_provider()
-            .map(|known| known.provider().id());
-        let view = |known: &Provider| {
-            let provider = known.provider();
-            let report = self.recipients.report(known);
-            let cache = known.cache();
-            ProviderView {
-                name: provider.name().to_owned(),
-                id: provider.id().to_string(),
-                kind: known.kind().to_owned(),
-                state: report.status.as_str().to_owned(),
-                reason: reason(report.status).or_else(|| why_locked(known)),
-                unlocked_by: self.openable_by(known),
-                tpm: tpm_view(known),
-                since: rfc3339(report.since),
-                last_answer: report.last_answer.map(rfc3339),
-                warnings: report.warnings,
-                cache: cache.map(|cache| cache.policy().to_string()),
-                cached_keks: cache.map_or(0, |cache| cache.len() as i64),
-                persist: persist_view(known),
-                is_default: Some(provider.id()) == default,
-                envelopes: uses.get(&provider.id()).map_or(0, |count| *count as i64),
-            }
-        };
-        let mut providers: Vec<_> = self.recipients.providers().iter().map(view).collect();
-        providers.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Providers { providers })
-    }
-
-    /// Adds a provider of `kind`; `settings` is the JSON of what the kind needs to know.
-    pub fn add_provider(
-        &self,
-        name: &str,
-        kind: &str,
-        settings: &str,
-        fds: Vec<OwnedFd>,
-    ) -> Result<Providers, Problem> {
-        let added = match kind {
-            NativeProvider::KIND => self.add_native(name, fds),
-            Pkcs11Provider::KIND => self.add_pkcs11(name, settings, fds),
-            KmipProvider::KIND => self.add_kmip(name, settings),
-            TransitProvider::KIND => self.add_transit(name, settings),
-            _ => {
-                return Err(Problem::new(
-                    Code::Usage,
-                    format!("there is no kind of provider called '{kind}'"),
-                )
-                .next(Advice::AddProviderHelp(None)));
-            }
-        };
-        self.audit_provider("provider-add", name, &added);
-        added?;
-        self.providers()
-    }
-
-    fn add_native(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
-        let [passphrase] = take(fds)?;
-        let passphrase = passphrase_from(passphrase)?;
-        self.recipients
-            .add_native(&provider_name(name)?, &passphrase)
-            .map(drop)
-            .map_err(|error| native_failure(name, &error))
-    }
-
-    fn add_transit(&self, name: &str, settings: &str) -> Result<(), Problem> {
-        let settings = TransitSettings::parse(settings).map_err(|error| {
-            Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
-                .next(Advice::AddProviderHelp(Some(TransitProvider::KIND)))
-        })?;
-        self.recipients
-            .add_transit(&provider_name(name)?, settings)
-            .map(drop)
-            .map_err(Problem::from)
-    }
-
-    fn add_pkcs11(&self, name: &str, settings: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
-        let [pin] = take(fds)?;
-        let settings = serde_json::from_str(settings).map_err(|error| {
-            Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
-                .next(Advice::AddProviderHelp(Some(Pkcs11Provider::KIND)))
-        })?;
-        let pin = passphrase_from(pin)?;
-        let added = self.recipients.add_pkcs11(&provider_name(name)?, settings, &pin);
-        crate::host::process::trim();
-        added.map(drop).map_err(|error| pkcs11_failure(name, &error))
-    }
-
-    fn add_kmip(&self, name: &str, settings: &str) -> Result<(), Problem> {
-        let valid = provider_name(name)?;
-        let settings = serde_json::from_str(settings)
-            .map_err(|error| Problem::from_error(Code::Usage, "the settings can't be used", &error))?;
-        self.recipients
-            .add_kmip(&valid, settings)
-            .map(drop)
-            .map_err(|error| {
-                let code = match &error {
-                    KmipProviderError::Keystore(_) => Code::Failed,
-                    _ => Code::Usage,
-                };
-                Problem::from_error(code, format!("provider '{name}' is not added"), &error)
-            })
-    }
-
-    /// Makes new envelopes go to `name`.
-    pub fn set_default_provider(&self, name: &str) -> Result<(), Problem> {
-        let provider = self.recipients.find(name)?;
-        let set = self
-            .recipients
-            .set_default(&provider)
-            .map(drop)
-            .map_err(Problem::from);
-        self.audit_provider("provider-default", name, &set);
-        set
-    }
-
-    /// Purges the keys of `name` from memory, and those that its cache keeps on disk.
-    pub fn lock_provider(&self, name: &str) -> Result<(), Problem> {
-        let provider = self.recipients.find(name)?;
-        provider.provider().lock();
-        // Notes the time.
-        let _ = self.recipients.report(&provider);
-        crate::host::process::trim();
-        let locked = self.check_disk_after_lock(&provider);
-        self.audit_provider("provider-lock", name, &locked);
-        locked
-    }
-
-    /// Unlocks `name` with the passphrase in `fds`.
-    pub fn unlock_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
-        let [passphrase] = take(fds)?;
-        let passphrase = passphrase_from(passphrase)?;
-        let provider = self.recipients.find(name)?;
-        let unlocked = provider
-            .provider()
-            .unlock(&passphrase)
-            .map_err(|error| refused(provider.provider(), &error));
-        let _ = self.recipients.report(&provider);
-        crate::host::process::trim();
-        self.audit_provider("provider-unlock", name, &unlocked);
-        if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {
-            self.renew_tpm(native);
-        }
-        self.load_in_background(&provider);
-        // A job may have waited for this.
-        self.jobs_bell.ring();
-        unlocked
-    }
-
-    /// Writes a backup of `name` to the first of `fds`.
-    pub fn backup_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<BackupMade, Problem> {
-        let mut fds = fds.into_iter();
-        let output = fds.next().ok_or_else(wrong_fds)?;
-        let passphrase = fds.next().map(passphrase_from).transpose()?;
-        let backup = self
-            .native(name)?
-            .backup(passphrase.as_ref())
-            .map_err(|error| native_failure(name, &error))?;
-        let mut output = File::from(output);
-        output
-            .write_all(&backup.bytes)
-            .and_then(|()| output.sync_all())
-            .map_err(|error| Problem::from_error(Code::Failed, "can't write the backup", &error))?;
-        Ok(BackupMade {
-            generation: backup.generation.into(),
-        })
-    }
-
-    /// Notes that the backup of `name` is on disk.
-    pub fn confirm_backup(&self, name: &str, generation: i64) -> Result<(), Problem> {
-        let generation = u32::try_from(generation).map_err(|_| {
-            Problem::new(
+/// Adds a provider of `kind`; `settings` is the JSON of what the kind needs to know.
+pub(crate) fn add(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    kind: &str,
+    settings: &str,
+    fds: Vec<OwnedFd>,
+) -> Result<Providers, Problem> {
+    let added = match kind {
+        NativeProvider::KIND => add_native(daemon, name, fds),
+        Pkcs11Provider::KIND => add_pkcs11(daemon, name, settings, fds),
+        KmipProvider::KIND => add_kmip(daemon, name, settings),
+        TransitProvider::KIND => add_transit(daemon, name, settings),
+        _ => {
+            return Err(Problem::new(
                 Code::Usage,
-                format!("{generation} is no generation of a root key"),
+                format!("there is no kind of provider called '{kind}'"),
             )
-        })?;
-        let confirmed = self
-            .native(name)?
-            .confirm_backup(generation)
-            .map_err(|error| native_failure(name, &error));
-        self.audit_provider("provider-backup", name, &confirmed);
-        // A rotation waits for this.
-        self.jobs_bell.ring();
-        confirmed
-    }
-
-    /// Restores a provider as `name`; `fds` holds the backup, the new passphrase, and the backup's own if any.
-    pub fn restore_provider(&self, name: &str, fds: Vec<OwnedFd>) -> Result<Providers, Problem> {
-        let mut fds = fds.into_iter();
-        let (Some(backup), Some(passphrase)) = (fds.next(), fds.next()) else {
-            return Err(wrong_fds());
-        };
-        let backup = SecretBytes::read_from(File::from(backup), NativeProvider::MAX_BACKUP_BYTES)
-            .map_err(|error| Problem::from_error(Code::Failed, "can't read the backup", &error))?;
-        let passphrase = passphrase_from(passphrase)?;
-        let of_backup = fds.next().map(passphrase_from).transpose()?;
-        let restored = provider_name(name).and_then(|valid| {
-            self.recipients
-                .restore_native(&valid, backup.expose(), of_backup.as_ref(), &passphrase)
-                .map_err(|error| native_failure(name, &error))
-        });
-        self.audit_provider("provider-restore", name, &restored);
-        self.jobs_bell.ring();
-        restored?;
-        self.providers()
-    }
-
-    fn native(&self, name: &str) -> Result<std::sync::Arc<NativeProvider>, Problem> {
-        match self.recipients.find(name)? {
-            Provider::Native(native) => Ok(native),
-            Provider::Kmip(_) | Provider::Transit(_) => Err(Problem::new(
-                Code::Failed,
-                format!("provider '{name}' keeps its keys at its server, which is backed up there"),
-            )),
-            Provider::Pkcs11(_) => Err(Problem::new(
-                Code::Failed,
-                format!("provider '{name}' keeps its keys in a token, which gives none out"),
-            )
-            .next("back the token up with its vendor's tools")),
-            Provider::Unusable(other) => Err(Problem::new(
-                Code::Failed,
-                format!("provider '{name}' {}", other.status()),
-            )
-            .next(Advice::ShowProvider(name.to_owned()))),
+            .next(Advice::AddProviderHelp(None)));
         }
-    }
+    };
+    records::note_provider(daemon, by, "provider-add", name, &added);
+    added?;
+    provider_view::list(daemon)
 }
 
-fn reason(status: ProviderStatus) -> Option<String> {
-    match status {
-        ProviderStatus::NotTrusted(reason)
-        | ProviderStatus::Unreachable(reason)
-        | ProviderStatus::Degraded(reason) => Some(reason),
-        ProviderStatus::NotBackedUp | ProviderStatus::Locked | ProviderStatus::Ready => None,
+fn add_native(daemon: &Daemon, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
+    let [passphrase] = take(fds)?;
+    let passphrase = passphrase_from(passphrase)?;
+    daemon
+        .recipients
+        .add_native(&provider_name(name)?, &passphrase)
+        .map(drop)
+        .map_err(|error| native_failure(name, &error))
+}
+
+fn add_transit(daemon: &Daemon, name: &str, settings: &str) -> Result<(), Problem> {
+    let settings = TransitSettings::parse(settings).map_err(|error| {
+        Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
+            .next(Advice::AddProviderHelp(Some(TransitProvider::KIND)))
+    })?;
+    daemon
+        .recipients
+        .add_transit(&provider_name(name)?, settings)
+        .map(drop)
+        .map_err(Problem::from)
+}
+
+fn add_pkcs11(daemon: &Daemon, name: &str, settings: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
+    let [pin] = take(fds)?;
+    let settings = serde_json::from_str(settings).map_err(|error| {
+        Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
+            .next(Advice::AddProviderHelp(Some(Pkcs11Provider::KIND)))
+    })?;
+    let pin = passphrase_from(pin)?;
+    let added = daemon
+        .recipients
+        .add_pkcs11(&provider_name(name)?, settings, &pin);
+    crate::host::process::trim();
+    added.map(drop).map_err(|error| pkcs11_failure(name, &error))
+}
+
+fn add_kmip(daemon: &Daemon, name: &str, settings: &str) -> Result<(), Problem> {
+    let valid = provider_name(name)?;
+    let settings = serde_json::from_str(settings)
+        .map_err(|error| Problem::from_error(Code::Usage, "the settings can't be used", &error))?;
+    daemon
+        .recipients
+        .add_kmip(&valid, settings)
+        .map(drop)
+        .map_err(|error| {
+            let code = match &error {
+                KmipProviderError::Keystore(_) => Code::Failed,
+                _ => Code::Usage,
+            };
+            Problem::from_error(code, format!("provider '{name}' is not added"), &error)
+        })
+}
+
+/// Makes new envelopes go to `name`.
+pub(crate) fn set_default(daemon: &Daemon, by: Actor, name: &str) -> Result<(), Problem> {
+    let provider = daemon.recipients.find(name)?;
+    let set = daemon
+        .recipients
+        .set_default(&provider)
+        .map(drop)
+        .map_err(Problem::from);
+    records::note_provider(daemon, by, "provider-default", name, &set);
+    set
+}
+
+/// Purges the keys of `name` from memory, and those that its cache keeps on disk.
+pub(crate) fn lock(daemon: &Daemon, by: Actor, name: &str) -> Result<(), Problem> {
+    let provider = daemon.recipients.find(name)?;
+    provider.provider().lock();
+    // Notes the time.
+    let _ = daemon.recipients.report(&provider);
+    crate::host::process::trim();
+    let locked = cache::check_disk_after_lock(&provider);
+    records::note_provider(daemon, by, "provider-lock", name, &locked);
+    locked
+}
+
+/// Unlocks `name` with the passphrase in `fds`.
+pub fn unlock(daemon: &Daemon, by: Actor, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
+    let [passphrase] = take(fds)?;
+    let passphrase = passphrase_from(passphrase)?;
+    let provider = daemon.recipients.find(name)?;
+    let unlocked = provider
+        .provider()
+        .unlock(&passphrase)
+        .map_err(|error| refused(provider.provider(), &error));
+    let _ = daemon.recipients.report(&provider);
+    crate::host::process::trim();
+    records::note_provider(daemon, by, "provider-unlock", name, &unlocked);
+    if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {
+        tpm::renew(daemon, by, native);
+    }
+    cache::load_in_background(daemon, &provider);
+    // A job may have waited for this.
+    daemon.jobs_bell.ring();
+    unlocked
+}
+
+/// Writes a backup of `name` to the first of `fds`.
+pub(crate) fn backup(daemon: &Daemon, name: &str, fds: Vec<OwnedFd>) -> Result<BackupMade, Problem> {
+    let mut fds = fds.into_iter();
+    let output = fds.next().ok_or_else(wrong_fds)?;
+    let passphrase = fds.next().map(passphrase_from).transpose()?;
+    let backup = native(daemon, name)?
+        .backup(passphrase.as_ref())
+        .map_err(|error| native_failure(name, &error))?;
+    let mut output = File::from(output);
+    output
+        .write_all(&backup.bytes)
+        .and_then(|()| output.sync_all())
+        .map_err(|error| Problem::from_error(Code::Failed, "can't write the backup", &error))?;
+    Ok(BackupMade {
+        generation: backup.generation.into(),
+    })
+}
+
+/// Notes that the backup of `name` is on disk.
+pub(crate) fn confirm_backup(daemon: &Daemon, by: Actor, name: &str, generation: i64) -> Result<(), Problem> {
+    let generation = u32::try_from(generation).map_err(|_| {
+        Problem::new(
+            Code::Usage,
+            format!("{generation} is no generation of a root key"),
+        )
+    })?;
+    let confirmed = native(daemon, name)?
+        .confirm_backup(generation)
+        .map_err(|error| native_failure(name, &error));
+    records::note_provider(daemon, by, "provider-backup", name, &confirmed);
+    // A rotation waits for this.
+    daemon.jobs_bell.ring();
+    confirmed
+}
+
+/// Restores a provider as `name`; `fds` holds the backup, the new passphrase, and the backup's own if any.
+pub(crate) fn restore(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    fds: Vec<OwnedFd>,
+) -> Result<Providers, Problem> {
+    let mut fds = fds.into_iter();
+    let (Some(backup), Some(passphrase)) = (fds.next(), fds.next()) else {
+        return Err(wrong_fds());
+    };
+    let backup = SecretBytes::read_from(File::from(backup), NativeProvider::MAX_BACKUP_BYTES)
+        .map_err(|error| Problem::from_error(Code::Failed, "can't read the backup", &error))?;
+    let passphrase = passphrase_from(passphrase)?;
+    let of_backup = fds.next().map(passphrase_from).transpose()?;
+    let restored = provider_name(name).and_then(|valid| {
+        daemon
+            .recipients
+            .restore_native(&valid, backup.expose(), of_backup.as_ref(), &passphrase)
+            .map_err(|error| native_failure(name, &error))
+    });
+    records::note_provider(daemon, by, "provider-restore", name, &restored);
+    daemon.jobs_bell.ring();
+    restored?;
+    provider_view::list(daemon)
+}
+
+fn native(daemon: &Daemon, name: &str) -> Result<std::sync::Arc<NativeProvider>, Problem> {
+    match daemon.recipients.find(name)? {
+        Provider::Native(native) => Ok(native),
+        Provider::Kmip(_) | Provider::Transit(_) => Err(Problem::new(
+            Code::Failed,
+            format!("provider '{name}' keeps its keys at its server, which is backed up there"),
+        )),
+        Provider::Pkcs11(_) => Err(Problem::new(
+            Code::Failed,
+            format!("provider '{name}' keeps its keys in a token, which gives none out"),
+        )
+        .next("back the token up with its vendor's tools")),
+        Provider::Unusable(other) => Err(Problem::new(
+            Code::Failed,
+            format!("provider '{name}' {}", other.status()),
+        )
+        .next(Advice::ShowProvider(name.to_owned()))),
     }
 }
 
@@ -275,7 +237,7 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Problem {
     Problem::new(code, format!("provider '{name}' {}", chain(error))).advised(next)
 }
 
-pub(in crate::daemon) fn native_failure(name: &str, error: &NativeError) -> Problem {
+pub(crate) fn native_failure(name: &str, error: &NativeError) -> Problem {
     let (code, next) = match error {
         NativeError::Keystore(error) => return error.into(),
         NativeError::WrongPassphrase => (
@@ -325,26 +287,4 @@ fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Problem {
         error => chain(error),
     };
     Problem::new(code, message).advised(next)
-}
-
-pub(in crate::daemon) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Problem> {
-    fds.try_into().map_err(|_| wrong_fds())
-}
-
-pub(in crate::daemon) fn wrong_fds() -> Problem {
-    Problem::new(
-        Code::Usage,
-        "the call came without the file descriptors that it needs",
-    )
-    .next("use the virtseal of the same version as virtseald")
-}
-
-pub(in crate::daemon) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
-    let mut passphrase = SecretBytes::read_from(File::from(fd), MAX_PASSPHRASE)
-        .map_err(|error| Problem::from_error(Code::Usage, "can't read the passphrase", &error))?;
-    passphrase.trim_newline();
-    if passphrase.expose().is_empty() {
-        return Err(Problem::new(Code::Usage, "the passphrase is empty").next("choose one"));
-    }
-    Ok(passphrase)
 }

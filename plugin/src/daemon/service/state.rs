@@ -3,40 +3,41 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use super::provider::{passphrase_from, take};
+use super::descriptors::{passphrase_from, take};
 use crate::api::Outcome;
-use crate::daemon::{Daemon, lock};
+use crate::audit::Actor;
+use crate::daemon::{Daemon, lock, records};
 use crate::model::problem::{Code, Problem};
 use crate::state_backup;
 
-impl Daemon {
-    /// Writes a backup of the whole state to the first of `fds`, encrypted by the passphrase in the second.
-    pub fn backup_state(&self, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
-        let [output, passphrase] = take(fds)?;
-        let passphrase = passphrase_from(passphrase)?;
-        let made = self.write_state(output, &passphrase);
-        self.audit_command(
-            "state-backup",
-            &self.config().state_dir.display().to_string(),
-            &made,
-        );
-        crate::host::process::trim();
-        made
-    }
+/// Writes a backup of the whole state to the first of `fds`, encrypted by the passphrase in the second.
+pub(crate) fn backup(daemon: &Daemon, by: Actor, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
+    let [output, passphrase] = take(fds)?;
+    let passphrase = passphrase_from(passphrase)?;
+    let made = write_state(daemon, output, &passphrase);
+    records::note_command(
+        daemon,
+        by,
+        "state-backup",
+        &daemon.config().state_dir.display().to_string(),
+        &made,
+    );
+    crate::host::process::trim();
+    made
+}
 
-    fn write_state(
-        &self,
-        output: OwnedFd,
-        passphrase: &crate::secret::SecretBytes,
-    ) -> Result<Outcome, Problem> {
-        // Nothing is half made in it.
-        let _sealing = lock(&self.sealing);
-        let files = state_backup::write(&mut File::from(output), &self.host_store, passphrase)
-            .map_err(|error| Problem::from_error(Code::Failed, "there is no backup of the state", &error))?;
-        Ok(Outcome {
-            steps: vec![format!("back up {files} files, and read them back")],
-            warnings: Vec::new(),
-            changed: false,
-        })
-    }
+fn write_state(
+    daemon: &Daemon,
+    output: OwnedFd,
+    passphrase: &crate::secret::SecretBytes,
+) -> Result<Outcome, Problem> {
+    // Nothing is half made in it.
+    let _sealing = lock(&daemon.sealing);
+    let files = state_backup::write(&mut File::from(output), &daemon.host_store, passphrase)
+        .map_err(|error| Problem::from_error(Code::Failed, "there is no backup of the state", &error))?;
+    Ok(Outcome {
+        steps: vec![format!("back up {files} files, and read them back")],
+        warnings: Vec::new(),
+        changed: false,
+    })
 }

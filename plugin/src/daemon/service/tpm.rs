@@ -8,20 +8,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use time::OffsetDateTime;
-
-use super::provider::passphrase_from;
+use super::descriptors::pin_from;
 use crate::api::{TpmEnrolled, TpmRequest, TpmView};
-use crate::daemon::Daemon;
+use crate::audit::Actor;
+use crate::daemon::{Daemon, records};
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{BindPolicy, PcrList, SigningKey, TpmError};
 use crate::model::problem::{Code, Problem, chain};
-use crate::provider::native::{LocksNoted, NativeError, NativeProvider, TpmEnrollment, WhyLocked};
+use crate::provider::native::{LocksNoted, NativeError, NativeProvider, TpmEnrollment};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
-use crate::secret::SecretBytes;
-use crate::store::{Change, UnixTime};
+use crate::store::Change;
 
 /// A systemd credential of this name, followed by a provider's, unlocks that provider.
 pub const CREDENTIAL: &str = "virtseal.passphrase.";
@@ -42,196 +40,154 @@ pub enum Tried {
     Again,
 }
 
-impl Daemon {
-    /// Lets the TPM open `name` as `request` says, and by the PIN in `fds` if there is one. What it does not say is as in the
-    /// enrolment that this one replaces: who repeats a command without thinking of it must not end up with less.
-    pub fn enroll_tpm(
-        &self,
-        name: &str,
-        request: &TpmRequest,
-        fds: Vec<OwnedFd>,
-    ) -> Result<TpmEnrolled, Problem> {
-        let native = self.native_for_tpm(name)?;
-        let pin = fds.into_iter().next().map(pin_from).transpose()?;
-        let policy = policy(&native, request)?;
-        refuse_to_drop_pin(&native, request, pin.is_some())?;
-        let enrolled = native
-            .enroll_tpm(&self.tpm, &policy.with_pin(pin))
-            .map_err(|error| tpm_failure(&native, &error));
-        crate::host::process::trim();
-        self.audit_provider("provider-tpm-enroll", name, &enrolled);
-        enrolled?;
-        let enrollment =
-            enrollment(&native)?.ok_or_else(|| tpm_failure(&native, &NativeError::NotEnrolled))?;
-        Ok(TpmEnrolled {
-            warnings: warnings(&enrollment, &SecureBoot::of_host(Path::new("/"))),
-            tpm: view(&enrollment),
-        })
-    }
-
-    /// Takes that away. Says whether there was anything to take.
-    pub fn remove_tpm(&self, name: &str) -> Result<bool, Problem> {
-        let native = self.native_for_tpm(name)?;
-        let removed = native.remove_tpm().map_err(|error| tpm_failure(&native, &error));
-        self.audit_provider("provider-tpm-remove", name, &removed);
-        removed.map(|change| change == Change::Changed)
-    }
-
-    /// Unlocks `name` by the TPM, and the PIN in `fds` if there is one.
-    pub fn unlock_by_tpm(&self, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
-        let native = self.native_for_tpm(name)?;
-        let pin = fds.into_iter().next().map(pin_from).transpose()?;
-        let unlocked = native
-            .unlock_by_tpm(&self.tpm, native.locks(), pin.as_ref())
-            .map_err(|error| tpm_failure(&native, &error));
-        crate::host::process::trim();
-        self.audit_provider("provider-unlock", name, &unlocked);
-        self.jobs_bell.ring();
-        unlocked
-    }
-
-    /// The providers that the TPM is to unlock now that the daemon starts.
-    #[must_use]
-    pub fn to_unlock_by_tpm(&self) -> Vec<TpmUnlock> {
-        self.recipients
-            .providers()
-            .into_iter()
-            .filter_map(|known| match known {
-                Provider::Native(provider) => Some(provider),
-                _ => None,
-            })
-            .filter(|native| matches!(native.tpm_enrollment(), Ok(Some(_))))
-            .map(|provider| TpmUnlock {
-                locks: provider.locks(),
-                provider,
-            })
-            .collect()
-    }
-
-    /// Tries it once, and logs what came of it.
-    pub fn try_to_unlock(&self, unlock: &TpmUnlock) -> Tried {
-        let TpmUnlock { provider, locks } = unlock;
-        let name = provider.name();
-        if provider.locks() != *locks || provider.status() != ProviderStatus::Locked {
-            return Tried::Over;
-        }
-        let unlocked = provider.unlock_by_tpm(&self.tpm, *locks, None);
-        crate::host::process::trim();
-        if let Err(NativeError::Tpm(TpmError::NeedsPin)) = &unlocked {
-            tracing::info!(provider = name, "it waits for its PIN: {}", unlock_with_pin(name));
-            return Tried::Over;
-        }
-        if let Err(NativeError::Tpm(error)) = &unlocked
-            && error.may_pass()
-        {
-            tracing::warn!(provider = name, "not unlocked by the TPM yet: {}", chain(error));
-            return Tried::Again;
-        }
-        let unlocked = unlocked.map_err(|error| tpm_failure(provider, &error));
-        self.audit_provider("provider-unlock", name, &unlocked);
-        match &unlocked {
-            Ok(()) => tracing::info!(provider = name, "unlocked by the TPM"),
-            Err(failure) => tracing::error!(provider = name, "{failure}"),
-        }
-        self.jobs_bell.ring();
-        Tried::Over
-    }
-
-    /// At an unlock that follows a rotation: the TPM gets the new root keys too. Says why it does not.
-    pub(in crate::daemon) fn renew_tpm(&self, native: &NativeProvider) -> Option<String> {
-        self.tpm_lags(native, native.renew_tpm(&self.tpm, None))
-    }
-
-    /// Why the TPM has not got the new root keys, if it has not.
-    pub(in crate::daemon) fn tpm_lags(
-        &self,
-        native: &NativeProvider,
-        renewed: Result<Change, NativeError>,
-    ) -> Option<String> {
-        let name = native.name();
-        match renewed {
-            Ok(Change::Unchanged) => None,
-            Ok(Change::Changed) => {
-                self.audit_provider("provider-tpm-enroll", name, &Ok(()));
-                None
-            }
-            Err(error) => {
-                let failure = tpm_failure(native, &error);
-                tracing::warn!(
-                    provider = name,
-                    "the TPM does not get its new root key: {failure}"
-                );
-                Some(format!(
-                    "the TPM does not unlock '{name}' any more ({}): {}",
-                    chain(&error),
-                    enroll(native)
-                ))
-            }
-        }
-    }
-
-    /// What unlocks a provider here: `passphrase`, `TPM (PCR 7, since 2026-11-22)`, `systemd credential`. Only what is told
-    /// without asking anybody.
-    pub(in crate::daemon) fn openable_by(&self, known: &Provider) -> Vec<String> {
-        let mut ways = Vec::new();
-        if let Provider::Native(native) = known {
-            ways.push("passphrase".to_owned());
-            if let Ok(Some(enrollment)) = native.tpm_enrollment() {
-                ways.push(way_in(&enrollment));
-            }
-        }
-        if has_credential(known.provider().name()) {
-            ways.push("systemd credential".to_owned());
-        }
-        ways
-    }
-
-    fn native_for_tpm(&self, name: &str) -> Result<Arc<NativeProvider>, Problem> {
-        match self.recipients.find(name)? {
-            Provider::Native(native) => Ok(native),
-            other => Err(Problem::new(
-                Code::Usage,
-                format!(
-                    "the TPM unlocks native providers, and provider '{name}' is of kind {}",
-                    other.kind()
-                ),
-            )
-            .next("to unlock it at start, use a systemd credential: see unlock-at-boot.conf")),
-        }
-    }
-}
-
-/// Why a native provider is locked that the TPM should have unlocked, with what to do.
-pub(in crate::daemon) fn why_locked(known: &Provider) -> Option<String> {
-    let Provider::Native(native) = known else {
-        return None;
-    };
-    let name = native.name();
-    native.why_locked().map(|why| match why {
-        WhyLocked::NeedsPin => format!("{why}: {}", unlock_with_pin(name)),
-        WhyLocked::NotSigned(_) => format!(
-            "{why}; unlock it with its passphrase, and have that key sign this kernel: see systemd-measure(1)"
-        ),
-        WhyLocked::NotOpened(_) => format!(
-            "{why}; unlock it with its passphrase, then enroll it again: {}",
-            enroll(native)
-        ),
+/// Lets the TPM open `name` as `request` says, and by the PIN in `fds` if there is one. What it does not say is as in the
+/// enrolment that this one replaces: who repeats a command without thinking of it must not end up with less.
+pub(crate) fn enroll(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    request: &TpmRequest,
+    fds: Vec<OwnedFd>,
+) -> Result<TpmEnrolled, Problem> {
+    let native = native_for_tpm(daemon, name)?;
+    let pin = fds.into_iter().next().map(pin_from).transpose()?;
+    let policy = policy(&native, request)?;
+    refuse_to_drop_pin(&native, request, pin.is_some())?;
+    let enrolled = native
+        .enroll_tpm(&daemon.tpm, &policy.with_pin(pin))
+        .map_err(|error| tpm_failure(&native, &error));
+    crate::host::process::trim();
+    records::note_provider(daemon, by, "provider-tpm-enroll", name, &enrolled);
+    enrolled?;
+    let enrollment = enrollment(&native)?.ok_or_else(|| tpm_failure(&native, &NativeError::NotEnrolled))?;
+    Ok(TpmEnrolled {
+        warnings: warnings(&enrollment, &SecureBoot::of_host(Path::new("/"))),
+        tpm: view(&enrollment),
     })
 }
 
-fn unlock_with_pin(name: &str) -> String {
+/// Takes that away. Says whether there was anything to take.
+pub(crate) fn remove(daemon: &Daemon, by: Actor, name: &str) -> Result<bool, Problem> {
+    let native = native_for_tpm(daemon, name)?;
+    let removed = native.remove_tpm().map_err(|error| tpm_failure(&native, &error));
+    records::note_provider(daemon, by, "provider-tpm-remove", name, &removed);
+    removed.map(|change| change == Change::Changed)
+}
+
+/// Unlocks `name` by the TPM, and the PIN in `fds` if there is one.
+pub(crate) fn unlock(daemon: &Daemon, by: Actor, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
+    let native = native_for_tpm(daemon, name)?;
+    let pin = fds.into_iter().next().map(pin_from).transpose()?;
+    let unlocked = native
+        .unlock_by_tpm(&daemon.tpm, native.locks(), pin.as_ref())
+        .map_err(|error| tpm_failure(&native, &error));
+    crate::host::process::trim();
+    records::note_provider(daemon, by, "provider-unlock", name, &unlocked);
+    daemon.jobs_bell.ring();
+    unlocked
+}
+
+/// The providers that the TPM is to unlock now that the daemon starts.
+#[must_use]
+pub fn to_unlock(daemon: &Daemon) -> Vec<TpmUnlock> {
+    daemon
+        .recipients
+        .providers()
+        .into_iter()
+        .filter_map(|known| match known {
+            Provider::Native(provider) => Some(provider),
+            _ => None,
+        })
+        .filter(|native| matches!(native.tpm_enrollment(), Ok(Some(_))))
+        .map(|provider| TpmUnlock {
+            locks: provider.locks(),
+            provider,
+        })
+        .collect()
+}
+
+/// Tries it once, and logs what came of it.
+pub fn try_to_unlock(daemon: &Daemon, unlock: &TpmUnlock) -> Tried {
+    let TpmUnlock { provider, locks } = unlock;
+    let name = provider.name();
+    if provider.locks() != *locks || provider.status() != ProviderStatus::Locked {
+        return Tried::Over;
+    }
+    let unlocked = provider.unlock_by_tpm(&daemon.tpm, *locks, None);
+    crate::host::process::trim();
+    if let Err(NativeError::Tpm(TpmError::NeedsPin)) = &unlocked {
+        tracing::info!(provider = name, "it waits for its PIN: {}", unlock_with_pin(name));
+        return Tried::Over;
+    }
+    if let Err(NativeError::Tpm(error)) = &unlocked
+        && error.may_pass()
+    {
+        tracing::warn!(provider = name, "not unlocked by the TPM yet: {}", chain(error));
+        return Tried::Again;
+    }
+    let unlocked = unlocked.map_err(|error| tpm_failure(provider, &error));
+    records::note_provider(daemon, Actor::Virtseald, "provider-unlock", name, &unlocked);
+    match &unlocked {
+        Ok(()) => tracing::info!(provider = name, "unlocked by the TPM"),
+        Err(failure) => tracing::error!(provider = name, "{failure}"),
+    }
+    daemon.jobs_bell.ring();
+    Tried::Over
+}
+
+/// At an unlock that follows a rotation: the TPM gets the new root keys too. Says why it does not.
+pub(crate) fn renew(daemon: &Daemon, by: Actor, native: &NativeProvider) -> Option<String> {
+    tpm_lags(daemon, by, native, native.renew_tpm(&daemon.tpm, None))
+}
+
+/// Why the TPM has not got the new root keys, if it has not.
+pub(crate) fn tpm_lags(
+    daemon: &Daemon,
+    by: Actor,
+    native: &NativeProvider,
+    renewed: Result<Change, NativeError>,
+) -> Option<String> {
+    let name = native.name();
+    match renewed {
+        Ok(Change::Unchanged) => None,
+        Ok(Change::Changed) => {
+            records::note_provider(daemon, by, "provider-tpm-enroll", name, &Ok(()));
+            None
+        }
+        Err(error) => {
+            let failure = tpm_failure(native, &error);
+            tracing::warn!(
+                provider = name,
+                "the TPM does not get its new root key: {failure}"
+            );
+            Some(format!(
+                "the TPM does not unlock '{name}' any more ({}): {}",
+                chain(&error),
+                enroll_command(native)
+            ))
+        }
+    }
+}
+
+fn native_for_tpm(daemon: &Daemon, name: &str) -> Result<Arc<NativeProvider>, Problem> {
+    match daemon.recipients.find(name)? {
+        Provider::Native(native) => Ok(native),
+        other => Err(Problem::new(
+            Code::Usage,
+            format!(
+                "the TPM unlocks native providers, and provider '{name}' is of kind {}",
+                other.kind()
+            ),
+        )
+        .next("to unlock it at start, use a systemd credential: see unlock-at-boot.conf")),
+    }
+}
+
+pub(super) fn unlock_with_pin(name: &str) -> String {
     format!("virtseal provider unlock {name} --tpm")
 }
 
-/// What the TPM asks for before it unlocks a provider.
-pub(in crate::daemon) fn tpm_view(known: &Provider) -> Option<TpmView> {
-    let Provider::Native(native) = known else {
-        return None;
-    };
-    native.tpm_enrollment().ok().flatten().as_ref().map(view)
-}
-
-fn view(enrollment: &TpmEnrollment) -> TpmView {
+pub(super) fn view(enrollment: &TpmEnrollment) -> TpmView {
     let since = Duration::from_secs(enrollment.enrolled.max(0).unsigned_abs());
     TpmView {
         pcrs: enrollment.pcrs.as_ref().map(PcrList::to_string),
@@ -240,24 +196,6 @@ fn view(enrollment: &TpmEnrollment) -> TpmView {
         since: rfc3339(UNIX_EPOCH + since),
         stale: enrollment.stale,
     }
-}
-
-/// Such as `TPM (PCR 7,11, 11 signed by 5f7a0c3be8d1f2aa, with its PIN, since 2026-11-28)`.
-fn way_in(enrollment: &TpmEnrollment) -> String {
-    let pcrs = enrollment.pcrs.as_ref();
-    let mut parts = vec![pcrs.map_or("damaged".to_owned(), |pcrs| format!("PCR {pcrs}"))];
-    if let Some(key) = &enrollment.signed_by {
-        let fingerprint = key.fingerprint();
-        parts.push(format!("11 signed by {}", &fingerprint[..16]));
-    }
-    if enrollment.needs_pin {
-        parts.push("with its PIN".to_owned());
-    }
-    parts.push(format!("since {}", date(enrollment.enrolled)));
-    if enrollment.stale {
-        parts.push("stale: enroll again".to_owned());
-    }
-    format!("TPM ({})", parts.join(", "))
 }
 
 /// Why an enrolment is worth less than it seems.
@@ -278,7 +216,7 @@ fn warnings(enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<String>
 }
 
 /// The same of anything that is bound to `pcrs`; `after_update` is what a changed one costs.
-pub(in crate::daemon) fn warnings_of_pcrs(
+pub(crate) fn warnings_of_pcrs(
     pcrs: &PcrList,
     unmeasured: Option<&PcrList>,
     secure_boot: &SecureBoot,
@@ -309,7 +247,8 @@ fn enrollment(native: &NativeProvider) -> Result<Option<TpmEnrollment>, Problem>
 
 /// What `request` asks for but for the PIN.
 fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<BindPolicy, Problem> {
-    let usage = |error: &dyn std::error::Error| Problem::new(Code::Usage, chain(error)).next(enroll(native));
+    let usage =
+        |error: &dyn std::error::Error| Problem::new(Code::Usage, chain(error)).next(enroll_command(native));
     let pcrs = match &request.pcrs {
         Some(given) => given.parse::<PcrList>().map_err(|error| usage(&error))?,
         None => pcrs_of_before(native)?,
@@ -342,7 +281,7 @@ fn refuse_to_drop_pin(native: &NativeProvider, request: &TpmRequest, has_pin: bo
         Code::Usage,
         format!("provider '{name}' may be enrolled with a PIN, and this would take it away"),
     )
-    .next(format!("{}, with --pin or --no-pin", enroll(native))))
+    .next(format!("{}, with --pin or --no-pin", enroll_command(native))))
 }
 
 /// The PCRs that the TPM looks at now, or the usual ones when it looks at none.
@@ -363,7 +302,7 @@ fn pcrs_of_before(native: &NativeProvider) -> Result<PcrList, Problem> {
 }
 
 /// The command that enrolls it for the PCRs that it is enrolled for.
-fn enroll(native: &NativeProvider) -> String {
+pub(super) fn enroll_command(native: &NativeProvider) -> String {
     let command = format!("virtseal provider tpm {} --enroll", native.name());
     let enrollment = native.tpm_enrollment().ok().flatten();
     match enrollment.map(|before| before.pcrs.zip(Some(before.signed_by))) {
@@ -376,13 +315,13 @@ fn enroll(native: &NativeProvider) -> String {
     }
 }
 
-pub(in crate::daemon) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Problem {
+pub(crate) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Problem {
     let name = native.name();
     let message = format!("provider '{name}' {}", chain(error));
     let enroll_again = || {
         format!(
             "virtseal provider unlock {name}, with its passphrase, then {}",
-            enroll(native)
+            enroll_command(native)
         )
     };
     match error {
@@ -413,18 +352,4 @@ pub(in crate::daemon) fn tpm_failure(native: &NativeProvider, error: &NativeErro
         }
         _ => Problem::new(Code::Failed, message),
     }
-}
-
-pub(in crate::daemon) fn pin_from(fd: OwnedFd) -> Result<Arc<SecretBytes>, Problem> {
-    passphrase_from(fd).map(Arc::new)
-}
-
-fn has_credential(name: &str) -> bool {
-    std::env::var_os("CREDENTIALS_DIRECTORY")
-        .is_some_and(|directory| Path::new(&directory).join(format!("{CREDENTIAL}{name}")).exists())
-}
-
-/// Such as 2026-11-22.
-fn date(time: UnixTime) -> String {
-    OffsetDateTime::from_unix_timestamp(time).map_or_else(|_| "?".to_owned(), |time| time.date().to_string())
 }

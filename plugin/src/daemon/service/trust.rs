@@ -4,12 +4,13 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::provider::{passphrase_from, wrong_fds};
+use super::descriptors::{passphrase_from, wrong_fds};
+use super::provider_view::view_of;
 use crate::api::{
-    CertificateView, IdentityParts, IdentitySet, NewKey, ProviderView, Providers, ServerView, Servers,
-    SigningRequestMade,
+    CertificateView, IdentityParts, IdentitySet, NewKey, Providers, ServerView, Servers, SigningRequestMade,
 };
-use crate::daemon::Daemon;
+use crate::audit::Actor;
+use crate::daemon::{Daemon, records};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
@@ -20,105 +21,98 @@ use crate::provider::kmip::{
 use crate::recipients::Provider;
 use crate::secret::SecretBytes;
 
-impl Daemon {
-    /// Shows itself to the servers of `name` by what `fds` holds, as `parts` says.
-    pub fn set_provider_identity(
-        &self,
-        name: &str,
-        parts: &IdentityParts,
-        fds: Vec<OwnedFd>,
-    ) -> Result<IdentitySet, Problem> {
-        let provider = self.kmip(name)?;
-        let set = new_identity(parts, fds).and_then(|new| {
-            provider
-                .set_identity(&new)
-                .map_err(|error| trust_failure(name, &error))
-        });
-        crate::host::process::trim();
-        self.audit_provider("provider-identity", name, &set);
-        let certificate = certificate_view(&set?);
-        let id = provider.id();
-        let stanzas = self.keystore.envelopes()?.sound.into_iter().flat_map(|record| {
-            let stanzas = record.envelope.stanzas.clone();
-            stanzas.into_iter().filter(move |stanza| stanza.provider == id)
-        });
-        Ok(IdentitySet {
-            certificate,
-            warnings: provider.keys_that_stay_shut(stanzas.collect()),
-            provider: self.view_of(name)?,
-        })
-    }
+/// Shows itself to the servers of `name` by what `fds` holds, as `parts` says.
+pub(crate) fn set_identity(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    parts: &IdentityParts,
+    fds: Vec<OwnedFd>,
+) -> Result<IdentitySet, Problem> {
+    let provider = kmip(daemon, name)?;
+    let set = new_identity(parts, fds).and_then(|new| {
+        provider
+            .set_identity(&new)
+            .map_err(|error| trust_failure(name, &error))
+    });
+    crate::host::process::trim();
+    records::note_provider(daemon, by, "provider-identity", name, &set);
+    let certificate = certificate_view(&set?);
+    let id = provider.id();
+    let stanzas = daemon.keystore.envelopes()?.sound.into_iter().flat_map(|record| {
+        let stanzas = record.envelope.stanzas.clone();
+        stanzas.into_iter().filter(move |stanza| stanza.provider == id)
+    });
+    Ok(IdentitySet {
+        certificate,
+        warnings: provider.keys_that_stay_shut(stanzas.collect()),
+        provider: view_of(daemon, name)?,
+    })
+}
 
-    /// The signing request of `name`.
-    pub fn provider_signing_request(
-        &self,
-        name: &str,
-        new: Option<&NewKey>,
-    ) -> Result<SigningRequestMade, Problem> {
-        let provider = self.kmip(name)?;
-        let new = new.map(|new| {
-            let kind = if new.rsa {
-                KeyKind::Rsa3072
-            } else {
-                KeyKind::EcP256
+/// The signing request of `name`.
+pub(crate) fn signing_request(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    new: Option<&NewKey>,
+) -> Result<SigningRequestMade, Problem> {
+    let provider = kmip(daemon, name)?;
+    let new = new.map(|new| {
+        let kind = if new.rsa {
+            KeyKind::Rsa3072
+        } else {
+            KeyKind::EcP256
+        };
+        (kind, new.common_name.as_deref())
+    });
+    let made = provider
+        .signing_request(new)
+        .map_err(|error| trust_failure(name, &error));
+    records::note_provider(daemon, by, "provider-csr", name, &made);
+    Ok(SigningRequestMade { pem: made? })
+}
+
+/// What the servers of `name` show.
+pub(crate) fn servers(daemon: &Daemon, name: &str) -> Result<Servers, Problem> {
+    let shown = kmip(daemon, name)?.presented();
+    Ok(Servers {
+        servers: shown.into_iter().map(server_view).collect(),
+    })
+}
+
+/// Trusts the servers of `name` by their fingerprints or by the CA in `fds`, with a revocation list after it.
+pub(crate) fn trust(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    fingerprints: &[String],
+    fds: Vec<OwnedFd>,
+) -> Result<Providers, Problem> {
+    let provider = kmip(daemon, name)?;
+    let trusted = server_trust(fingerprints, fds)
+        .and_then(|trust| provider.trust(trust).map_err(|error| trust_failure(name, &error)));
+    records::note_provider(daemon, by, "provider-trust", name, &trusted);
+    trusted?;
+    Ok(Providers {
+        providers: vec![view_of(daemon, name)?],
+    })
+}
+
+fn kmip(daemon: &Daemon, name: &str) -> Result<Arc<KmipProvider>, Problem> {
+    match daemon.recipients.find(name)? {
+        Provider::Kmip(kmip) => Ok(kmip),
+        other => {
+            let next = match other {
+                Provider::Transit(_) => Advice::TransitTrust(name.to_owned()),
+                _ => Advice::ListProviders,
             };
-            (kind, new.common_name.as_deref())
-        });
-        let made = provider
-            .signing_request(new)
-            .map_err(|error| trust_failure(name, &error));
-        self.audit_provider("provider-csr", name, &made);
-        Ok(SigningRequestMade { pem: made? })
-    }
-
-    /// What the servers of `name` show.
-    pub fn provider_servers(&self, name: &str) -> Result<Servers, Problem> {
-        let shown = self.kmip(name)?.presented();
-        Ok(Servers {
-            servers: shown.into_iter().map(server_view).collect(),
-        })
-    }
-
-    /// Trusts the servers of `name` by their fingerprints or by the CA in `fds`, with a revocation list after it.
-    pub fn trust_provider(
-        &self,
-        name: &str,
-        fingerprints: &[String],
-        fds: Vec<OwnedFd>,
-    ) -> Result<Providers, Problem> {
-        let provider = self.kmip(name)?;
-        let trusted = server_trust(fingerprints, fds)
-            .and_then(|trust| provider.trust(trust).map_err(|error| trust_failure(name, &error)));
-        self.audit_provider("provider-trust", name, &trusted);
-        trusted?;
-        Ok(Providers {
-            providers: vec![self.view_of(name)?],
-        })
-    }
-
-    fn kmip(&self, name: &str) -> Result<Arc<KmipProvider>, Problem> {
-        match self.recipients.find(name)? {
-            Provider::Kmip(kmip) => Ok(kmip),
-            other => {
-                let next = match other {
-                    Provider::Transit(_) => Advice::TransitTrust(name.to_owned()),
-                    _ => Advice::ListProviders,
-                };
-                let message = format!(
-                    "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
-                    other.kind()
-                );
-                Err(Problem::new(Code::Usage, message).next(next))
-            }
+            let message = format!(
+                "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
+                other.kind()
+            );
+            Err(Problem::new(Code::Usage, message).next(next))
         }
-    }
-
-    pub(in crate::daemon) fn view_of(&self, name: &str) -> Result<ProviderView, Problem> {
-        let id = self.recipients.find(name)?.provider().id().to_string();
-        let mut views = self.providers()?.providers.into_iter();
-        views
-            .find(|view| view.id == id)
-            .ok_or_else(|| Problem::new(Code::NotFound, format!("provider '{name}' is gone")))
     }
 }
 

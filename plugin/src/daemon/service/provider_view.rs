@@ -1,0 +1,151 @@
+//! How providers are shown.
+
+use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
+
+use time::OffsetDateTime;
+
+use super::tpm::{CREDENTIAL, enroll_command, unlock_with_pin, view};
+use crate::api::{PersistView, ProviderView, Providers, TpmView};
+use crate::daemon::{Daemon, glance};
+use crate::host::local_time::rfc3339;
+use crate::model::problem::{Code, Problem};
+use crate::provider::native::{TpmEnrollment, WhyLocked};
+use crate::provider::{KeyProvider, ProviderStatus};
+use crate::recipients::Provider;
+use crate::store::UnixTime;
+
+/// All providers, by name.
+pub(crate) fn list(daemon: &Daemon) -> Result<Providers, Problem> {
+    let uses = glance::provider_uses(daemon)?;
+    let default = daemon
+        .recipients
+        .default_provider()
+        .map(|known| known.provider().id());
+    let view = |known: &Provider| {
+        let provider = known.provider();
+        let report = daemon.recipients.report(known);
+        let cache = known.cache();
+        ProviderView {
+            name: provider.name().to_owned(),
+            id: provider.id().to_string(),
+            kind: known.kind().to_owned(),
+            state: report.status.as_str().to_owned(),
+            reason: reason(report.status).or_else(|| why_locked(known)),
+            unlocked_by: openable_by(known),
+            tpm: tpm_view(known),
+            since: rfc3339(report.since),
+            last_answer: report.last_answer.map(rfc3339),
+            warnings: report.warnings,
+            cache: cache.map(|cache| cache.policy().to_string()),
+            cached_keks: cache.map_or(0, |cache| cache.len() as i64),
+            persist: persist_view(known),
+            is_default: Some(provider.id()) == default,
+            envelopes: uses.get(&provider.id()).map_or(0, |count| *count as i64),
+        }
+    };
+    let mut providers: Vec<_> = daemon.recipients.providers().iter().map(view).collect();
+    providers.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(Providers { providers })
+}
+
+pub(crate) fn view_of(daemon: &Daemon, name: &str) -> Result<ProviderView, Problem> {
+    let id = daemon.recipients.find(name)?.provider().id().to_string();
+    let mut views = list(daemon)?.providers.into_iter();
+    views
+        .find(|view| view.id == id)
+        .ok_or_else(|| Problem::new(Code::NotFound, format!("provider '{name}' is gone")))
+}
+
+fn reason(status: ProviderStatus) -> Option<String> {
+    match status {
+        ProviderStatus::NotTrusted(reason)
+        | ProviderStatus::Unreachable(reason)
+        | ProviderStatus::Degraded(reason) => Some(reason),
+        ProviderStatus::NotBackedUp | ProviderStatus::Locked | ProviderStatus::Ready => None,
+    }
+}
+
+/// What unlocks a provider here: `passphrase`, `TPM (PCR 7, since 2026-11-22)`, `systemd credential`. Only what is told
+/// without asking anybody.
+fn openable_by(known: &Provider) -> Vec<String> {
+    let mut ways = Vec::new();
+    if let Provider::Native(native) = known {
+        ways.push("passphrase".to_owned());
+        if let Ok(Some(enrollment)) = native.tpm_enrollment() {
+            ways.push(way_in(&enrollment));
+        }
+    }
+    if has_credential(known.provider().name()) {
+        ways.push("systemd credential".to_owned());
+    }
+    ways
+}
+
+/// Why a native provider is locked that the TPM should have unlocked, with what to do.
+fn why_locked(known: &Provider) -> Option<String> {
+    let Provider::Native(native) = known else {
+        return None;
+    };
+    let name = native.name();
+    native.why_locked().map(|why| match why {
+        WhyLocked::NeedsPin => format!("{why}: {}", unlock_with_pin(name)),
+        WhyLocked::NotSigned(_) => format!(
+            "{why}; unlock it with its passphrase, and have that key sign this kernel: see systemd-measure(1)"
+        ),
+        WhyLocked::NotOpened(_) => format!(
+            "{why}; unlock it with its passphrase, then enroll it again: {}",
+            enroll_command(native)
+        ),
+    })
+}
+
+/// What the TPM asks for before it unlocks a provider.
+fn tpm_view(known: &Provider) -> Option<TpmView> {
+    let Provider::Native(native) = known else {
+        return None;
+    };
+    native.tpm_enrollment().ok().flatten().as_ref().map(view)
+}
+
+/// Such as `TPM (PCR 7,11, 11 signed by 5f7a0c3be8d1f2aa, with its PIN, since 2026-11-28)`.
+fn way_in(enrollment: &TpmEnrollment) -> String {
+    let pcrs = enrollment.pcrs.as_ref();
+    let mut parts = vec![pcrs.map_or("damaged".to_owned(), |pcrs| format!("PCR {pcrs}"))];
+    if let Some(key) = &enrollment.signed_by {
+        let fingerprint = key.fingerprint();
+        parts.push(format!("11 signed by {}", &fingerprint[..16]));
+    }
+    if enrollment.needs_pin {
+        parts.push("with its PIN".to_owned());
+    }
+    parts.push(format!("since {}", date(enrollment.enrolled)));
+    if enrollment.stale {
+        parts.push("stale: enroll again".to_owned());
+    }
+    format!("TPM ({})", parts.join(", "))
+}
+
+fn has_credential(name: &str) -> bool {
+    std::env::var_os("CREDENTIALS_DIRECTORY")
+        .is_some_and(|directory| Path::new(&directory).join(format!("{CREDENTIAL}{name}")).exists())
+}
+
+/// Such as 2026-11-22.
+fn date(time: UnixTime) -> String {
+    OffsetDateTime::from_unix_timestamp(time).map_or_else(|_| "?".to_owned(), |time| time.date().to_string())
+}
+
+/// How the cache of `known` is kept across a reboot.
+fn persist_view(known: &Provider) -> Option<PersistView> {
+    let persistence = known.cache()?.persistence()?;
+    let since = Duration::from_secs(persistence.enrolled.max(0).unsigned_abs());
+    Some(PersistView {
+        by: "tpm".to_owned(),
+        keep: persistence.keep.to_string(),
+        pcrs: persistence.pcrs.map(|pcrs| pcrs.to_string()),
+        since: rfc3339(UNIX_EPOCH + since),
+        keks: persistence.keks as i64,
+        problem: persistence.problem,
+    })
+}
