@@ -1,4 +1,4 @@
-//! What is sealed of a VM, each kind in a module of its own: disks ([`disk`]), the UEFI variable store (`disk::nvram`) and the state
+//! What is sealed of a VM, each kind in a module of its own: disks ([`disk`]), the UEFI variable store ([`nvram`]) and the state
 //! of the vTPM ([`vtpm`]).
 //!
 //! [`Located`] is an object where it is on this host: what is done with any of them in the same words is done through it, so
@@ -6,6 +6,7 @@
 
 pub mod disk;
 mod error;
+pub mod nvram;
 mod opened_headers;
 pub mod vtpm;
 

@@ -11,10 +11,7 @@ use super::print::Printer;
 use crate::api::{HostProxy, VolumeProgress, VolumeRequest};
 use crate::host::permitted::PermittedPath;
 use crate::model::problem::{Code, Problem};
-use crate::object::disk::{
-    self, Bytes,
-    luks1::{KeyslotInfo, LuksInfo},
-};
+use crate::object::disk::{self, Bytes, KeyslotInfo, LuksInfo};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum VolumeCommand {

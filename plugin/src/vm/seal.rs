@@ -27,6 +27,7 @@ use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
+use crate::object::nvram;
 use crate::recipients::Recipients;
 use crate::store::EnvelopeStore;
 use crate::terminal::word;
@@ -241,7 +242,7 @@ fn make_store(
     };
     ready.push(Ready {
         words: store.words(),
-        file: disk::prepare_nvram(&store.template, &store.place, replaced, &passphrase)?,
+        file: nvram::prepare(&store.template, &store.place, replaced, &passphrase)?,
         envelope: Some(object.envelope.id),
     });
     Ok(object.envelope.into_envelope())

@@ -1,5 +1,7 @@
 //! A process that dies while it makes an image.
 
+use virtseal::object::nvram;
+
 use super::*;
 use crate::filling::cloud_image;
 
@@ -65,7 +67,9 @@ fn carry_out(order: &str) -> ! {
     let (source, target) = (directory.join("source"), directory.join("target"));
     let request = CreateRequest::new(&target, Bytes(64 << 20));
     let failed = match job {
-        "nvram" => disk::create_nvram_watched(&place(&source), &place(&target), &passphrase, die_there).err(),
+        "nvram" => nvram::prepare_watched(&place(&source), &place(&target), None, &passphrase, die_there)
+            .and_then(|prepared| prepared.publish_watched(die_there))
+            .err(),
         "converting" => disk::create_from(&request, &source, &envelope, &passphrase, die_converting).err(),
         "from" => {
             disk::create_from_watched(&request, &source, &envelope, &passphrase, go_on, die_there).err()

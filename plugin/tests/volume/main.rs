@@ -25,7 +25,7 @@ use virtseal::model::envelope::{
 };
 use virtseal::object::disk::{
     self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Data, Declaration, Format, ImageLock,
-    Step, VolumeError, luks1,
+    Step, VolumeError,
 };
 use virtseal::secret::{Dek, Passphrase};
 
@@ -73,7 +73,7 @@ impl Bench {
     }
 
     fn create_over(&self, held: &ImageLock, request: &CreateRequest) -> Result<disk::Created, VolumeError> {
-        disk::create_over(held, request, &self.envelope, &self.passphrase)
+        disk::create_over_watched(Some(held), request, &self.envelope, &self.passphrase, |_| {})
     }
 
     fn create_from(&self, request: &CreateRequest, source: &str) -> Result<disk::Created, VolumeError> {
@@ -329,7 +329,7 @@ fn with_header(bench: &Bench, edit: impl FnOnce(&mut [u8])) {
     let mut bytes = fs::read(bench.path("disk")).unwrap();
     let magic = b"LUKS\xba\xbe\x00\x01";
     let start = bytes.windows(8).position(|window| window == magic).unwrap();
-    edit(&mut bytes[start..start + luks1::Header::LEN]);
+    edit(&mut bytes[start..start + 592]);
     fs::write(bench.path("disk"), bytes).unwrap();
 }
 
@@ -346,7 +346,10 @@ fn a_header_that_asks_for_much_work_is_refused_at_once() {
         bench.create(&bench.request("disk", 1 << 20)).unwrap();
         with_header(&bench, edit);
         let refused = bench.verify("disk").unwrap_err();
-        assert!(matches!(refused, VolumeError::TooManyIterations(_)), "{refused}");
+        assert!(
+            matches!(refused, VolumeError::TooManyIterations { .. }),
+            "{refused}"
+        );
         // Nothing is derived to say what it is.
         assert!(bench.inspect("disk").luks.is_some());
         fs::remove_file(bench.path("disk")).unwrap();

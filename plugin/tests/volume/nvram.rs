@@ -1,5 +1,7 @@
 //! Encrypted variable stores.
 
+use virtseal::object::nvram;
+
 use super::*;
 
 #[test]
@@ -21,8 +23,8 @@ fn a_variable_store_holds_its_template() {
     for source in ["VARS.fd", "VARS.qcow2"] {
         let target = format!("{source}.nvram");
         let (from, to) = (bench.place(source), bench.place(&target));
-        let digest = disk::create_nvram(&from, &to, &bench.passphrase).unwrap();
-        assert_eq!(digest, disk::header_digest(&bench.place(&target)).unwrap());
+        let make = || nvram::prepare(&from, &to, None, &bench.passphrase);
+        make().unwrap().publish().unwrap();
         bench.verify(&target).unwrap();
         assert_eq!(bench.info(&target)["format"], "luks");
         bench.must("cryptsetup", &["luksDump", &target]);
@@ -42,8 +44,7 @@ fn a_variable_store_holds_its_template() {
             &[&secret[..], &[&image, "-O", "raw", "opened"]].concat(),
         );
         assert!(fs::read(bench.path("opened")).unwrap() == template, "{source}");
-        let again = disk::create_nvram(&from, &to, &bench.passphrase);
-        assert!(matches!(again, Err(VolumeError::Exists(_))));
+        assert!(matches!(make(), Err(VolumeError::Exists(_))));
     }
 }
 
@@ -54,7 +55,7 @@ fn a_template_that_is_none_is_refused() {
     let huge = fs::File::create(bench.path("huge")).unwrap();
     huge.set_len(1 << 30).unwrap();
     for name in ["odd", "huge"] {
-        let refused = disk::create_nvram(&bench.place(name), &bench.place("x"), &bench.passphrase);
+        let refused = nvram::prepare(&bench.place(name), &bench.place("x"), None, &bench.passphrase);
         assert!(matches!(refused, Err(VolumeError::Unsupported { .. })));
         assert!(!bench.path("x").exists());
     }

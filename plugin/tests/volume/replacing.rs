@@ -1,5 +1,7 @@
 //! An encrypted image in the place of an empty one.
 
+use virtseal::object::nvram;
+
 use super::*;
 
 #[test]
@@ -33,7 +35,8 @@ fn a_held_image_gives_way_to_a_plain_one() {
     let bench = Bench::new();
     bench.create(&bench.request("disk", 1 << 30)).unwrap();
     let held = ImageLock::open(&bench.place("disk")).unwrap();
-    disk::empty_over(held, Bytes(1 << 30)).unwrap();
+    let plain = disk::prepare_empty(held, Bytes(1 << 30)).unwrap();
+    plain.publish().unwrap();
     let found = bench.inspect("disk");
     assert_eq!(
         (found.format, found.virtual_size),
@@ -42,7 +45,8 @@ fn a_held_image_gives_way_to_a_plain_one() {
 
     fs::write(bench.path("variables"), [7; 1024]).unwrap();
     let held = ImageLock::open(&bench.place("disk")).unwrap();
-    disk::copy_over(held, &bench.place("variables")).unwrap();
+    let plain = nvram::prepare_plain(held, &bench.place("variables")).unwrap();
+    plain.publish().unwrap();
     assert_eq!(fs::read(bench.path("disk")).unwrap(), [7; 1024]);
     assert_eq!(bench.leftovers(), [""; 0]);
 }

@@ -6,7 +6,8 @@ use std::path::{Component, Path, PathBuf};
 use serde::Serialize;
 
 use super::error::VolumeError;
-use super::open::{Format, Image};
+use super::format::Format;
+use super::open::Image;
 use crate::host::permitted::PermittedPath;
 
 /// libvirt's own limit.

@@ -16,11 +16,13 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::declared::open_declared;
 use super::error::{Attempt, VolumeError};
-use super::luks1::sector::SECTOR;
-use super::open::{Format, Image};
+use super::file_id::FileId;
+use super::format::Format;
+use super::luks::sector::SECTOR;
+use super::open::Image;
 use super::qemu_img::{Percent, QemuImg, descriptor};
 use super::size::Bytes;
-use super::staging::{FileId, Staged};
+use super::staging::Staged;
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;

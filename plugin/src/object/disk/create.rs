@@ -12,16 +12,17 @@ use serde::{Deserialize, Serialize};
 use super::chain::local_file_name;
 use super::convert::{self, Source};
 use super::error::{Attempt, VolumeError};
+use super::format::Format;
 use super::lock::ImageLock;
-use super::luks1;
-use super::open::{Format, Image};
+use super::luks;
+use super::open::Image;
 use super::prepared::Prepared;
 use super::qcow2::BackingName;
 use super::qcow2::allocation::Data;
 use super::qcow2::layout::{Blueprint, LayoutError, Parts};
 use super::qemu_img::Percent;
 use super::size::{Bytes, ClusterSize};
-use super::staging::Staged;
+use super::staging::{Staged, Step};
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::Envelope;
@@ -95,25 +96,6 @@ pub struct Created {
     pub header_digest: [u8; 32],
 }
 
-/// A step of the making that is done. Dying right after any of them must be harmless.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Step {
-    /// There is an empty file without a name.
-    Staged,
-    /// The headers are written.
-    Written,
-    /// The source's data is written.
-    Filled,
-    /// All of it is on stable storage.
-    Synced,
-    /// It was opened with the passphrase.
-    Verified,
-    /// It has its name.
-    Published,
-    /// The name is on stable storage.
-    Durable,
-}
-
 /// Makes an empty image that `passphrase` opens and that carries `envelope`.
 ///
 /// # Errors
@@ -126,24 +108,11 @@ pub fn create(
     create_over_watched(None, request, envelope, passphrase, |_| {})
 }
 
-/// As [`create`], in the place of the empty image `replaced`, whose owner and mode the new one gets. Keep hold of it for as
-/// long as anyone may still open the old one.
+/// As [`create`], in the place of the empty image `replaced`, whose owner and mode the new one gets; up to the moment before the
+/// old image goes.
 ///
 /// # Errors
-/// Those of [`create`], and [`VolumeError::HoldsData`].
-pub fn create_over(
-    replaced: &ImageLock,
-    request: &CreateRequest,
-    envelope: &Envelope,
-    passphrase: &Passphrase,
-) -> Result<Created, VolumeError> {
-    create_over_watched(Some(replaced), request, envelope, passphrase, |_| {})
-}
-
-/// As [`create_over`], up to the moment before the old image goes.
-///
-/// # Errors
-/// Those of [`create_over`]; nothing was replaced.
+/// Those of [`create`], and [`VolumeError::HoldsData`]; nothing was replaced.
 pub fn prepare_over(
     replaced: ImageLock,
     request: &CreateRequest,
@@ -159,10 +128,10 @@ pub fn prepare_over(
     Ok(Prepared::new(staged, Some(replaced)))
 }
 
-/// [`create`] or [`create_over`], telling `watch` of every step: for tests that stop there.
+/// [`create`], or what [`prepare_over`] prepares with its name, telling `watch` of every step: for tests that stop there.
 ///
 /// # Errors
-/// Those of [`create_over`].
+/// Those of [`prepare_over`].
 pub fn create_over_watched(
     replaced: Option<&ImageLock>,
     request: &CreateRequest,
@@ -259,7 +228,7 @@ impl<'a> Making<'a> {
             size,
             cluster_size: request.cluster_size,
             backing: backing.as_ref(),
-            luks: luks1::Header::create(passphrase)?,
+            luks: luks::create(passphrase)?,
             envelope: &json,
         };
         let blueprint = parts

@@ -4,7 +4,8 @@
 //! be replaced, or one whose backing file is any file of the host.
 
 use super::error::VolumeError;
-use super::open::{Image, VolumeInfo};
+use super::info::VolumeInfo;
+use super::open::Image;
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
 

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use openssl::error::ErrorStack;
 use thiserror::Error;
 
-use super::luks1::MAX_ITERATIONS_OPENED;
 use super::size::Bytes;
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PathError;
@@ -65,7 +64,7 @@ pub struct Flaw {
 }
 
 impl Flaw {
-    pub(super) fn new(part: Part, offset: u64, what: impl Into<String>) -> Self {
+    pub(in crate::object) fn new(part: Part, offset: u64, what: impl Into<String>) -> Self {
         Self {
             offset,
             part,
@@ -74,7 +73,7 @@ impl Flaw {
     }
 
     /// The flaw of a structure that begins at `base` of the file.
-    pub(super) fn within(self, base: u64) -> Self {
+    pub(in crate::object) fn within(self, base: u64) -> Self {
         Self {
             offset: self.offset.saturating_add(base),
             ..self
@@ -147,8 +146,13 @@ pub enum VolumeError {
     #[error("no keyslot of {} opens with this key: it was encrypted under another one", .0.display())]
     NoKeyslotOpens(PathBuf),
     /// Trying its keyslots would take seconds of work that somebody else chose.
-    #[error("{} asks for more than {MAX_ITERATIONS_OPENED} PBKDF2 rounds, which no image of virtseal does", .0.display())]
-    TooManyIterations(PathBuf),
+    #[error("{} asks for more than {allowed} PBKDF2 rounds, which no image of virtseal does", path.display())]
+    TooManyIterations {
+        /// The image.
+        path: PathBuf,
+        /// What one of ours may ask for at the most.
+        allowed: u32,
+    },
     /// The name is taken.
     #[error("{} exists already, and nothing is ever replaced: choose another path", .0.display())]
     Exists(PathBuf),
@@ -259,14 +263,18 @@ impl VolumeError {
         }
     }
 
-    pub(super) fn damaged(path: &Path, flaw: Flaw) -> Self {
+    pub(in crate::object) fn damaged(path: &Path, flaw: Flaw) -> Self {
         Self::Damaged {
             path: path.to_owned(),
             flaw,
         }
     }
 
-    pub(super) fn unsupported(path: &Path, what: impl Into<String>, next: impl Into<Advice>) -> Self {
+    pub(in crate::object) fn unsupported(
+        path: &Path,
+        what: impl Into<String>,
+        next: impl Into<Advice>,
+    ) -> Self {
         Self::Unsupported {
             path: path.to_owned(),
             what: what.into(),
@@ -282,7 +290,7 @@ impl VolumeError {
             Self::Damaged { path, flaw } => flaw.part.advice(path),
             Self::Unsupported { next, .. } => next.as_ref().clone(),
             Self::NotEncrypted(path) | Self::NoKeyslotOpens(path) => show(path),
-            Self::TooManyIterations(path) => show(path).then(
+            Self::TooManyIterations { path, .. } => show(path).then(
                 "restore its header from a backup (a keyslot that qemu-img added needs encrypt.iter-time=10)",
             ),
             Self::Chain { path, .. } => show(path).note("and the same of each file that it names"),
@@ -308,7 +316,7 @@ impl From<VolumeError> for Problem {
 }
 
 /// Names the file and the action of a failed system call.
-pub(super) trait Attempt<T> {
+pub(in crate::object) trait Attempt<T> {
     fn attempt(self, action: &'static str, path: &Path) -> Result<T, VolumeError>;
 }
 

@@ -1,6 +1,6 @@
 //! Targets: headers of images that others wrote.
 
-use super::luks1;
+use super::luks::{self, luks1};
 use super::qcow2::{self, Header};
 use super::size::{Bytes, ClusterSize};
 use crate::fuzz::Target;
@@ -27,7 +27,7 @@ pub(crate) const TARGETS: [Target; 2] = [
     },
     Target {
         name: "luks1_header",
-        seeds: || vec![luks().header.to_bytes().to_vec()],
+        seeds: || vec![luks().regions[0].1.clone()],
         read: |bytes| {
             let space = 4 << 20;
             let Ok(header) = luks1::Header::parse(bytes, space) else {
@@ -41,9 +41,9 @@ pub(crate) const TARGETS: [Target; 2] = [
     },
 ];
 
-fn luks() -> luks1::Fresh {
+fn luks() -> luks::Fresh {
     let passphrase = Dek::from_bytes(&[3; 32]).and_then(|dek| dek.passphrase());
-    luks1::Header::create(&passphrase.expect("memory for a passphrase")).expect("a LUKS header")
+    luks::create(&passphrase.expect("memory for a passphrase")).expect("a LUKS header")
 }
 
 /// An image of ours, its clusters of 2^`bits` bytes.

@@ -5,13 +5,15 @@
 //! name: a QEMU that opened it before it was replaced is refused as well.
 
 use std::fs::{File, OpenOptions};
+use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::error::{Attempt, VolumeError};
+use super::file_id::FileId;
 use super::open::Image;
-use super::staging::{FileId, is_in_use};
 use crate::host::permitted::PermittedPath;
 use crate::secret::Passphrase;
 
@@ -108,4 +110,32 @@ impl ImageLock {
     pub(crate) fn id(&self) -> FileId {
         self.id
     }
+}
+
+/// Whether another process has the image open the way QEMU does: it holds OFD locks on these bytes.
+///
+/// A child that was forked while we had it open ourselves holds our lock until it becomes its program, so a lock counts only if it
+/// stays.
+fn is_in_use(file: &File) -> io::Result<bool> {
+    const LOOKS: u32 = 25;
+    const PAUSE: Duration = Duration::from_millis(10);
+    for _ in 1..LOOKS {
+        if !is_locked(file)? {
+            return Ok(false);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    is_locked(file)
+}
+
+fn is_locked(file: &File) -> io::Result<bool> {
+    let mut lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 100,
+        l_len: 200,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
+    Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }

@@ -6,96 +6,17 @@ use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use openssl::sha::sha256;
-use serde::Serialize;
 
 use super::error::{Attempt, VolumeError};
-use super::luks1::{self, LuksInfo, VolumeKey};
+use super::file_id::FileId;
+use super::format::{Format, Sniffed, foreign, name_of, sniff};
+use super::info::{BackingEntry, ImageCopy, VolumeInfo};
+use super::luks::{Luks, VolumeKey};
 use super::qcow2::allocation::{self, Data};
 use super::qcow2::{self, Encryption, Span, extension};
-use super::size::{Bytes, ClusterSize};
-use super::staging::FileId;
+use super::size::Bytes;
 use crate::host::permitted::PermittedPath;
-use crate::model::envelope::Envelope;
 use crate::secret::Passphrase;
-
-/// What kind of image a file is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Format {
-    /// qcow2 without encryption.
-    #[serde(rename = "qcow2")]
-    Qcow2,
-    /// qcow2 with LUKS1 inside: what virtseal makes for disks.
-    #[serde(rename = "qcow2+luks1")]
-    Qcow2Luks1,
-    /// A LUKS1 header and its payload: what virtseal makes for UEFI variable stores.
-    #[serde(rename = "luks1")]
-    Luks1,
-    /// A LUKS2 header and its payload.
-    #[serde(rename = "luks2")]
-    Luks2,
-    /// No format that shows.
-    #[serde(rename = "raw")]
-    Raw,
-}
-
-impl Format {
-    /// The name in messages and in JSON.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Qcow2Luks1 => "qcow2+luks1",
-            Self::Luks1 => "luks1",
-            Self::Luks2 => "luks2",
-            Self::Raw => "raw",
-        }
-    }
-
-    /// Whether its data is encrypted.
-    #[must_use]
-    pub fn is_encrypted(self) -> bool {
-        matches!(self, Self::Qcow2Luks1 | Self::Luks1 | Self::Luks2)
-    }
-}
-
-/// The backing file as an image names it; a relative name counts from the image's directory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BackingEntry {
-    /// Its name.
-    pub path: String,
-    /// Its format, if the image says.
-    pub format: Option<String>,
-}
-
-/// What an image says without any key.
-#[derive(Clone, Debug, Serialize)]
-pub struct VolumeInfo {
-    /// The file.
-    pub path: PathBuf,
-    /// What it is.
-    pub format: Format,
-    /// Size of the disk that a guest sees, in bytes.
-    pub virtual_size: Bytes,
-    /// Only for qcow2, in bytes.
-    pub cluster_size: Option<ClusterSize>,
-    /// Only for qcow2.
-    pub backing: Option<BackingEntry>,
-    /// Only for LUKS1: cipher, keyslots, payload.
-    pub luks: Option<LuksInfo>,
-    /// The copy that the image carries.
-    pub envelope: Option<Envelope>,
-    /// What is wrong with a copy that can't be read: it says nothing of the image.
-    pub unreadable_envelope: Option<String>,
-    /// Only for qcow2: how many snapshots are in it.
-    #[serde(skip)]
-    pub snapshots: u32,
-    /// Whether anything would be lost with it. An image with a backing file, and any LUKS file that is not qcow2,
-    /// count as holding data.
-    pub data: Data,
-    /// To be given to `create` by a caller that wants to replace this very file.
-    #[serde(skip)]
-    pub file_id: FileId,
-}
 
 /// Reads what an image says about itself, without a key and without looking at its backing file.
 ///
@@ -103,38 +24,6 @@ pub struct VolumeInfo {
 /// When it is missing, no regular file or block device, damaged, or of a kind that virtseal does not handle.
 pub fn inspect(place: &PermittedPath) -> Result<VolumeInfo, VolumeError> {
     Image::open(place)?.info()
-}
-
-/// The copy of an envelope in an image. Anybody who writes the image has written it: one that can't be read is a bad copy, and
-/// no reason to do without the image.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ImageCopy {
-    /// The image carries none.
-    None,
-    /// It is one in form.
-    Envelope(Box<Envelope>),
-    /// What is wrong with it.
-    Unreadable(String),
-}
-
-impl ImageCopy {
-    /// The one that can be read.
-    #[must_use]
-    pub fn envelope(self) -> Option<Envelope> {
-        match self {
-            Self::Envelope(envelope) => Some(*envelope),
-            Self::None | Self::Unreadable(_) => None,
-        }
-    }
-
-    /// What is wrong with it.
-    #[must_use]
-    pub fn flaw(&self) -> Option<String> {
-        match self {
-            Self::Unreadable(why) => Some(why.clone()),
-            Self::None | Self::Envelope(_) => None,
-        }
-    }
 }
 
 /// What kind of image it is, and the envelope that it carries, without a look at its data.
@@ -155,7 +44,7 @@ pub fn verify(place: &PermittedPath, passphrase: &Passphrase) -> Result<(), Volu
     Image::open(place)?.unlock(passphrase).map(drop)
 }
 
-/// SHA-256 of the 592 bytes of its LUKS1 header: changes with any keyslot, and with the volume key.
+/// SHA-256 of its LUKS header: changes with any keyslot, and with the volume key.
 ///
 /// # Errors
 /// [`VolumeError::NotEncrypted`] for a plain image, and those of [`inspect`].
@@ -165,7 +54,7 @@ pub fn header_digest(place: &PermittedPath) -> Result<[u8; 32], VolumeError> {
 
 enum Kind {
     Qcow2(Box<qcow2::Header>),
-    Luks1(Box<luks1::Header>),
+    Luks(Luks),
     Luks2,
     Raw,
 }
@@ -208,9 +97,9 @@ impl Image {
         let start = read(&file, 0, len.min(4096) as usize).attempt("read", path)?;
         let kind = match declared.map_or_else(|| sniff(&start), name_of) {
             Some(Sniffed::Qcow2) => Kind::Qcow2(Box::new(qcow2_header(&file, &start, len, path)?)),
-            Some(Sniffed::Luks1) => Kind::Luks1(Box::new(
-                luks1::Header::parse(&start, len).map_err(|flaw| VolumeError::damaged(path, flaw))?,
-            )),
+            Some(Sniffed::Luks1) => {
+                Kind::Luks(Luks::parse(&start, len).map_err(|flaw| VolumeError::damaged(path, flaw))?)
+            }
             Some(Sniffed::Luks2) => Kind::Luks2,
             Some(Sniffed::Raw) => Kind::Raw,
             Some(Sniffed::Foreign(name)) => return Err(foreign(path, name)),
@@ -227,11 +116,11 @@ impl Image {
     }
 
     /// The format that its first bytes are those of, whatever it was opened as: a guest may have written them.
-    pub(super) fn looks_like(&self) -> &'static str {
+    pub(in crate::object) fn looks_like(&self) -> &'static str {
         self.looks_like
     }
 
-    pub(super) fn into_file(self) -> File {
+    pub(in crate::object) fn into_file(self) -> File {
         self.file
     }
 
@@ -250,7 +139,7 @@ impl Image {
     pub(crate) fn virtual_size(&self) -> Bytes {
         match &self.kind {
             Kind::Qcow2(header) => header.virtual_size,
-            Kind::Luks1(header) => Bytes(self.len - header.payload_offset()),
+            Kind::Luks(header) => Bytes(self.len - header.payload_offset()),
             Kind::Luks2 | Kind::Raw => Bytes(self.len),
         }
     }
@@ -259,7 +148,7 @@ impl Image {
         Ok(match &self.kind {
             Kind::Qcow2(header) => match header.encryption {
                 Encryption::None => Format::Qcow2,
-                Encryption::Luks1(_) => Format::Qcow2Luks1,
+                Encryption::Luks(_) => Format::Qcow2Luks1,
                 Encryption::Legacy => {
                     return Err(VolumeError::unsupported(
                         &self.path,
@@ -268,7 +157,7 @@ impl Image {
                     ));
                 }
             },
-            Kind::Luks1(_) => Format::Luks1,
+            Kind::Luks(Luks::V1(_)) => Format::Luks1,
             Kind::Luks2 => Format::Luks2,
             Kind::Raw => Format::Raw,
         })
@@ -318,7 +207,7 @@ impl Image {
         match &self.kind {
             Kind::Qcow2(header) => allocation::of_qcow2(&self.file, self.len, header),
             Kind::Raw => allocation::of_raw(&self.file, self.len),
-            Kind::Luks1(_) | Kind::Luks2 => Ok(Data::HasData),
+            Kind::Luks(_) | Kind::Luks2 => Ok(Data::HasData),
         }
         .attempt("read", &self.path)
     }
@@ -347,8 +236,9 @@ impl Image {
     /// The volume key, if `passphrase` opens a keyslot.
     pub(crate) fn unlock(&self, passphrase: &Passphrase) -> Result<VolumeKey, VolumeError> {
         let (header, base) = self.encrypted()?;
-        if !header.is_cheap_to_open() {
-            return Err(VolumeError::TooManyIterations(self.path.clone()));
+        if let Some(allowed) = header.excess() {
+            let path = self.path.clone();
+            return Err(VolumeError::TooManyIterations { path, allowed });
         }
         header
             .unlock(passphrase, |offset, out| {
@@ -360,13 +250,13 @@ impl Image {
     }
 
     pub(crate) fn header_digest(&self) -> Result<[u8; 32], VolumeError> {
-        let (_, base) = self.encrypted()?;
-        let bytes = read(&self.file, base, luks1::Header::LEN).attempt("read", &self.path)?;
+        let (header, base) = self.encrypted()?;
+        let bytes = read(&self.file, base, header.header_len()).attempt("read", &self.path)?;
         Ok(sha256(&bytes))
     }
 
-    /// The LUKS1 header, and where in the file it begins.
-    pub(crate) fn encrypted(&self) -> Result<(luks1::Header, u64), VolumeError> {
+    /// The LUKS header, and where in the file it begins.
+    pub(crate) fn encrypted(&self) -> Result<(Luks, u64), VolumeError> {
         if let Kind::Luks2 = self.kind {
             return Err(VolumeError::unsupported(
                 &self.path,
@@ -379,24 +269,24 @@ impl Image {
             .ok_or_else(|| VolumeError::NotEncrypted(self.path.clone()))
     }
 
-    /// The LUKS1 header, and where in the file it begins.
-    fn luks_header(&self) -> Result<Option<(luks1::Header, u64)>, VolumeError> {
-        if let Kind::Luks1(header) = &self.kind {
-            return Ok(Some((header.as_ref().clone(), 0)));
+    /// The LUKS header, and where in the file it begins.
+    fn luks_header(&self) -> Result<Option<(Luks, u64)>, VolumeError> {
+        if let Kind::Luks(header) = &self.kind {
+            return Ok(Some((header.clone(), 0)));
         }
         let Some(Span { offset, len }) = self.luks_span() else {
             return Ok(None);
         };
-        let want = len.min(luks1::Header::LEN as u64) as usize;
+        let want = len.min(Luks::LEN as u64) as usize;
         let bytes = read(&self.file, offset, want).attempt("read", &self.path)?;
-        luks1::Header::parse(&bytes, len)
+        Luks::parse(&bytes, len)
             .map(|header| Some((header, offset)))
             .map_err(|flaw| VolumeError::damaged(&self.path, flaw.within(offset)))
     }
 
     pub(crate) fn luks_span(&self) -> Option<Span> {
         match self.qcow2()?.encryption {
-            Encryption::Luks1(span) => Some(span),
+            Encryption::Luks(span) => Some(span),
             Encryption::None | Encryption::Legacy => None,
         }
     }
@@ -417,69 +307,6 @@ impl Image {
             _ => None,
         }
     }
-}
-
-enum Sniffed {
-    Qcow2,
-    Luks1,
-    Luks2,
-    Raw,
-    Foreign(&'static str),
-}
-
-impl Sniffed {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Luks1 => "LUKS1",
-            Self::Luks2 => "LUKS2",
-            Self::Raw => "raw",
-            Self::Foreign(name) => name,
-        }
-    }
-}
-
-fn name_of(declared: &str) -> Option<Sniffed> {
-    match declared {
-        "qcow2" => Some(Sniffed::Qcow2),
-        "raw" => Some(Sniffed::Raw),
-        "luks" => Some(Sniffed::Luks1),
-        _ => None,
-    }
-}
-
-fn sniff(start: &[u8]) -> Option<Sniffed> {
-    const FOREIGN: [(usize, &[u8], &str); 8] = [
-        (0, b"KDMV", "VMDK"),
-        (0, b"COWD", "VMDK"),
-        (0, b"# Disk DescriptorFile", "VMDK"),
-        (0, b"vhdxfile", "VHDX"),
-        (0, b"conectix", "VHD"),
-        (0, b"QED\0", "QED"),
-        (0, b"WithouFreSpacExt", "Parallels"),
-        (64, b"\x7f\x10\xda\xbe", "VDI"),
-    ];
-    let has = |at: usize, magic: &[u8]| start.get(at..).is_some_and(|rest| rest.starts_with(magic));
-    if let Some((_, _, name)) = FOREIGN.iter().find(|(at, magic, _)| has(*at, magic)) {
-        return Some(Sniffed::Foreign(name));
-    }
-    Some(if has(0, qcow2::MAGIC) {
-        Sniffed::Qcow2
-    } else if has(0, b"LUKS\xba\xbe\x00\x02") {
-        Sniffed::Luks2
-    } else if has(0, b"LUKS\xba\xbe") {
-        Sniffed::Luks1
-    } else {
-        Sniffed::Raw
-    })
-}
-
-fn foreign(path: &Path, name: &str) -> VolumeError {
-    VolumeError::unsupported(
-        path,
-        format!("it is a {name} image"),
-        "convert it to qcow2 or raw with `qemu-img convert` first, as its owner and not as root: an image can name other files",
-    )
 }
 
 fn qcow2_header(file: &File, start: &[u8], len: u64, path: &Path) -> Result<qcow2::Header, VolumeError> {
@@ -532,8 +359,6 @@ fn refuse_what_is_no_image(metadata: &Metadata, path: &Path) -> Result<(), Volum
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     fn by_root(path: &Path) -> PermittedPath {
@@ -557,13 +382,5 @@ mod tests {
             inspect(&by_root(&directory.path().join("none"))),
             Err(VolumeError::NotFound(_))
         ));
-    }
-
-    #[test]
-    fn other_formats_are_named() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("disk");
-        fs::write(&path, b"KDMV and the rest").unwrap();
-        assert!(inspect(&by_root(&path)).unwrap_err().to_string().contains("VMDK"));
     }
 }

@@ -2,7 +2,7 @@
 
 use super::error::VolumeError;
 use super::lock::ImageLock;
-use super::staging::Staged;
+use super::staging::{Staged, Step};
 
 /// A file that is on stable storage without a name, and what it will replace.
 #[derive(Debug)]
@@ -13,8 +13,20 @@ pub struct Prepared {
 
 impl Prepared {
     /// `staged` is written and synced.
-    pub(super) fn new(staged: Staged, replaced: Option<ImageLock>) -> Self {
+    pub(in crate::object) fn new(staged: Staged, replaced: Option<ImageLock>) -> Self {
         Self { staged, replaced }
+    }
+
+    /// A file that `write` fills, to take the place of `replaced` with its owner and mode.
+    pub(in crate::object) fn over(
+        replaced: ImageLock,
+        write: impl FnOnce(&Staged, &ImageLock) -> Result<(), VolumeError>,
+    ) -> Result<Self, VolumeError> {
+        let staged = Staged::beside(replaced.place())?;
+        write(&staged, &replaced)?;
+        staged.take_after(&replaced)?;
+        staged.sync()?;
+        Ok(Self::new(staged, Some(replaced)))
     }
 
     /// Gives it its name. What it replaces is given back: keep hold of it for as long as anyone may still open it.
@@ -23,8 +35,19 @@ impl Prepared {
     /// [`VolumeError::Exists`], or [`VolumeError::Changed`] when the file to be replaced is another by now. That is still there then,
     /// except when only the last fsync of the directory failed.
     pub fn publish(self) -> Result<Option<ImageLock>, VolumeError> {
+        self.publish_watched(|_| {})
+    }
+
+    /// [`Self::publish`], telling `watch` of every step: for tests that stop there.
+    ///
+    /// # Errors
+    /// Those of [`Self::publish`].
+    pub fn publish_watched(self, mut watch: impl FnMut(Step)) -> Result<Option<ImageLock>, VolumeError> {
         let expected = self.replaced.as_ref().map(ImageLock::id);
-        self.staged.publish(expected)?.sync()?;
+        let published = self.staged.publish(expected)?;
+        watch(Step::Published);
+        published.sync()?;
+        watch(Step::Durable);
         Ok(self.replaced)
     }
 }

@@ -45,8 +45,8 @@ pub(crate) enum Encryption {
     None,
     /// QEMU's AES-CBC of old, long withdrawn.
     Legacy,
-    /// The span is the LUKS1 header's, with its key material.
-    Luks1(Span),
+    /// The span is the LUKS header's, with its key material.
+    Luks(Span),
 }
 
 /// The image that shows through where this one has no data.
@@ -149,7 +149,7 @@ impl Header {
                     }
                 }
                 LUKS_EXTENSION => {
-                    self.encryption = Encryption::Luks1(extension.luks_span(self.cluster_size, file_len)?);
+                    self.encryption = Encryption::Luks(extension.luks_span(self.cluster_size, file_len)?);
                 }
                 extension::KIND => {
                     self.envelope = Some((extension.offset as u64, extension.payload.to_vec()));
@@ -164,7 +164,7 @@ impl Header {
         self.encryption = match (fields.u32(32)?, self.encryption) {
             (0, Encryption::None) => Encryption::None,
             (1, Encryption::None) => Encryption::Legacy,
-            (LUKS, found @ Encryption::Luks1(_)) => found,
+            (LUKS, found @ Encryption::Luks(_)) => found,
             (LUKS, _) => return Err(flaw(32, "it says LUKS, and has no encryption header")),
             (0 | 1, _) => return Err(flaw(32, "it has an encryption header, and does not say LUKS")),
             (other, _) => return Err(flaw(32, format!("the encryption method {other} does not exist"))),

@@ -10,8 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::error::{Attempt, Flaw, Part, VolumeError};
+use super::info::ImageCopy;
 use super::lock::ImageLock;
-use super::open::{Image, ImageCopy};
+use super::open::Image;
 use super::qcow2::{extension, extension::Place, rewrite};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{Envelope, EnvelopeId, Generation};
@@ -127,7 +128,8 @@ pub fn shred_keys(
         _ => {}
     }
     let mut material = 0;
-    for range in header.all_material() {
+    let (ranges, without_keys) = header.erasure();
+    for range in ranges {
         let mut noise = vec![0; (range.end - range.start) as usize];
         openssl::rand::rand_bytes(&mut noise)?;
         file.write_all_at(&noise, base + range.start)
@@ -135,7 +137,7 @@ pub fn shred_keys(
         material += range.end - range.start;
     }
     file.sync_data().attempt("write", path)?;
-    file.write_all_at(&header.without_keys().to_bytes(), base)
+    file.write_all_at(&without_keys, base)
         .attempt("overwrite the LUKS header of", path)?;
     file.sync_data().attempt("write", path)?;
     let envelope = image.copy() != ImageCopy::None;

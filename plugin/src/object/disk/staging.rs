@@ -7,52 +7,41 @@
 //! caller has inspected and named by its [`FileId`].
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File, Metadata, OpenOptions, Permissions, TryLockError};
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, FcntlArg, RenameFlags, fcntl, renameat2};
+use nix::fcntl::{AT_FDCWD, AtFlags, RenameFlags, renameat2};
 use nix::unistd::linkat;
 
 use super::error::{Attempt, VolumeError};
+use super::file_id::FileId;
 use super::lock::ImageLock;
 use crate::host::permitted::PermittedPath;
 
 const PREFIX: &str = ".virtseal-";
 const SUFFIX: &str = ".tmp";
 
-/// Which file, and which state of it, was inspected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileId {
-    device: u64,
-    inode: u64,
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl From<&Metadata> for FileId {
-    fn from(metadata: &Metadata) -> Self {
-        Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-            size: metadata.size(),
-            modified: (metadata.mtime(), metadata.mtime_nsec()),
-            changed: (metadata.ctime(), metadata.ctime_nsec()),
-        }
-    }
-}
-
-impl FileId {
-    /// The file itself, whatever state it is in.
-    #[must_use]
-    pub fn inode(&self) -> (u64, u64) {
-        (self.device, self.inode)
-    }
+/// A step of the making that is done. Dying right after any of them must be harmless.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// There is an empty file without a name.
+    Staged,
+    /// The headers are written.
+    Written,
+    /// The source's data is written.
+    Filled,
+    /// All of it is on stable storage.
+    Synced,
+    /// It was opened with the passphrase.
+    Verified,
+    /// It has its name.
+    Published,
+    /// The name is on stable storage.
+    Durable,
 }
 
 /// A file in the making.
@@ -233,34 +222,6 @@ pub fn sweep_temporaries(image: &PermittedPath) -> Result<Vec<PathBuf>, VolumeEr
         }
     }
     Ok(removed)
-}
-
-/// Whether another process has the image open the way QEMU does: it holds OFD locks on these bytes.
-///
-/// A child that was forked while we had it open ourselves holds our lock until it becomes its program, so a lock counts only if it
-/// stays.
-pub(crate) fn is_in_use(file: &File) -> io::Result<bool> {
-    const LOOKS: u32 = 25;
-    const PAUSE: Duration = Duration::from_millis(10);
-    for _ in 1..LOOKS {
-        if !is_locked(file)? {
-            return Ok(false);
-        }
-        std::thread::sleep(PAUSE);
-    }
-    is_locked(file)
-}
-
-fn is_locked(file: &File) -> io::Result<bool> {
-    let mut lock = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 100,
-        l_len: 200,
-        l_pid: 0,
-    };
-    fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock))?;
-    Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
 }
 
 fn is_temporary(name: &OsStr) -> bool {

@@ -12,7 +12,8 @@ use crate::domain::{self, Domain, Firmware, Nvram, Source, Uefi};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem};
-use crate::object::disk::{self, FileId, Format};
+use crate::object::disk::{self, FileId};
+use crate::object::nvram;
 use crate::terminal::word;
 
 #[derive(Debug)]
@@ -215,15 +216,15 @@ fn sealed_store(
         return Ok(NvramStep::Sealed(envelope));
     };
     let place = host.permit_known(domain.uuid, path)?;
-    Ok(match disk::inspect(&place)?.format {
-        Format::Luks1 => NvramStep::Reformat(envelope, path.to_owned()),
-        _ => NvramStep::Sealed(envelope),
+    Ok(match disk::inspect(&place)?.format.is_bare_luks() {
+        true => NvramStep::Reformat(envelope, path.to_owned()),
+        false => NvramStep::Sealed(envelope),
     })
 }
 
 /// What is there now, if nothing would be lost with it.
 fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> Result<Present, Problem> {
-    let variables = disk::read_variables(template)?;
+    let variables = nvram::read_variables(template)?;
     if !place.exists() {
         return Ok(Present::Nothing);
     }
@@ -252,7 +253,7 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
             word(path)
         )));
     }
-    if disk::read_variables(place)? == variables {
+    if nvram::read_variables(place)? == variables {
         return Ok(Present::Pristine(info.file_id));
     }
     Err(Problem::new(
@@ -293,5 +294,5 @@ pub(super) fn permit_template(
 }
 
 pub(super) fn is_content_of(store: &PermittedPath, template: &PermittedPath) -> Result<bool, Problem> {
-    Ok(disk::read_variables(store)? == disk::read_variables(template)?)
+    Ok(nvram::read_variables(store)? == nvram::read_variables(template)?)
 }

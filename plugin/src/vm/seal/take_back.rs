@@ -10,7 +10,7 @@ use crate::domain::{Domain, Metadata};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
-use crate::object::disk::{self, Format, VolumeError};
+use crate::object::disk::{self, VolumeError};
 use crate::object::vtpm::StateDir;
 use crate::secret::Passphrase;
 use crate::store::{EnvelopeRecord, EnvelopeState};
@@ -198,7 +198,7 @@ pub(super) fn open_store(
     envelopes: &[Envelope],
 ) -> Result<Envelope, Problem> {
     let place = host.permit_known(defined.vm, path)?;
-    if disk::inspect(&place)?.format != Format::Luks1 {
+    if !disk::inspect(&place)?.format.is_bare_luks() {
         return Err(VolumeError::NotEncrypted(path.to_owned()).into());
     }
     let location = path.display().to_string();

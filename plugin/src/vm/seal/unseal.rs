@@ -13,9 +13,9 @@ use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem, chain};
-use crate::object::Present;
 use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
 use crate::object::vtpm::StateDir;
+use crate::object::{Present, nvram};
 use crate::store::EnvelopeRecord;
 use crate::terminal::word;
 
@@ -189,7 +189,7 @@ fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Problem> {
     held.verify(&passphrase)?;
     Ok(match &step.by {
         Replacement::Empty(size) => disk::prepare_empty(held, *size)?,
-        Replacement::CopyOf(template) => disk::prepare_copy(held, template)?,
+        Replacement::CopyOf(template) => nvram::prepare_plain(held, template)?,
     })
 }
 

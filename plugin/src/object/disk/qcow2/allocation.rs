@@ -86,7 +86,7 @@ fn metadata_of(zeros: &mut Zeros<'_>, header: &Header, l1: &[u8]) -> io::Result<
         header.l1,
         header.refcount_table,
     ];
-    if let Encryption::Luks1(luks) = header.encryption {
+    if let Encryption::Luks(luks) = header.encryption {
         spans.push(luks);
     }
     let tables = entries(l1).chain(entries(&refcounts)).filter(|entry| *entry != 0);

@@ -8,7 +8,7 @@ use super::extension::{self, Place, ROOM_BEHIND_LUKS};
 use super::{
     BACKING_FORMAT_EXTENSION, BackingName, HEADER_LEN, LUKS, LUKS_EXTENSION, MAGIC, MAX_L1_BYTES, Span,
 };
-use crate::object::disk::luks1::Fresh;
+use crate::object::disk::luks::Fresh;
 use crate::object::disk::size::{Bytes, ClusterSize};
 
 const REFCOUNT_ORDER: u32 = 4;
@@ -116,7 +116,7 @@ pub(crate) struct Parts<'a> {
 impl Parts<'_> {
     /// Lays the image out.
     pub(crate) fn blueprint(self) -> Result<Blueprint, LayoutError> {
-        let luks_header_len = self.luks.header.payload_offset();
+        let luks_header_len = self.luks.payload_offset;
         let place = Place::choose(self.envelope, self.cluster_size, luks_header_len);
         let luks_len = match place {
             Place::Inline => luks_header_len,
@@ -127,8 +127,8 @@ impl Parts<'_> {
         let mut regions = vec![region(0, header)];
         regions.extend(refcounts(&layout));
         let luks = layout.luks_offset();
-        regions.push(region(luks, self.luks.header.to_bytes().to_vec()));
-        regions.push(region(luks + self.luks.material_offset(), self.luks.material));
+        let at = |(offset, bytes)| region(luks + offset, bytes);
+        regions.extend(self.luks.regions.into_iter().map(at));
         if let Place::BehindLuks(start) = place {
             regions.push(region(luks + start, self.envelope.as_bytes().to_vec()));
         }
@@ -217,7 +217,7 @@ mod tests {
 
     use super::super::{Encryption, Header};
     use super::*;
-    use crate::object::disk::luks1;
+    use crate::object::disk::luks;
     use crate::secret::Dek;
 
     fn parts<'a>(
@@ -231,7 +231,7 @@ mod tests {
             size: Bytes(size),
             cluster_size: ClusterSize::from_bits(bits).unwrap(),
             backing,
-            luks: luks1::Header::create(&passphrase).unwrap(),
+            luks: luks::create(&passphrase).unwrap(),
             envelope,
         }
         .blueprint()
@@ -291,7 +291,7 @@ mod tests {
             prop_assert_eq!(header.virtual_size, Bytes(sectors * 512));
             prop_assert_eq!(header.backing, Some(backing));
             prop_assert!(header.envelope.is_some());
-            prop_assert!(matches!(header.encryption, Encryption::Luks1(_)));
+            prop_assert!(matches!(header.encryption, Encryption::Luks(_)));
         }
     }
 

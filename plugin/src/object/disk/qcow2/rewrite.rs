@@ -56,7 +56,7 @@ mod tests {
     use super::super::layout::Parts;
     use super::super::{BackingName, Encryption};
     use super::*;
-    use crate::object::disk::luks1;
+    use crate::object::disk::luks;
     use crate::object::disk::size::{Bytes, ClusterSize};
     use crate::secret::Dek;
     use extension::Place;
@@ -67,7 +67,7 @@ mod tests {
             size: Bytes(1 << 20),
             cluster_size,
             backing,
-            luks: luks1::Header::create(&Dek::random().unwrap().passphrase().unwrap()).unwrap(),
+            luks: luks::create(&Dek::random().unwrap().passphrase().unwrap()).unwrap(),
             envelope: "{}",
         }
         .blueprint()
@@ -92,7 +92,7 @@ mod tests {
                 let read = Header::parse(&out, file_len).unwrap();
                 assert_eq!(read.backing.as_ref(), backing);
                 assert_eq!(read.envelope.unwrap().1, payload);
-                assert!(matches!(read.encryption, Encryption::Luks1(_)));
+                assert!(matches!(read.encryption, Encryption::Luks(_)));
                 let back = with_payload(&out, file_len, Some(&extension::payload("{}", Place::Inline)));
                 assert_eq!(back.unwrap(), first);
                 let gone = with_payload(&out, file_len, None).unwrap();

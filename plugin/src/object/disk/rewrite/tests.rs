@@ -9,6 +9,7 @@ use crate::model::envelope::{
     Binding, EnvelopeId, KekId, ObjectKind, Precedence, ProviderId, Stanza, Verified, VmId,
 };
 use crate::object::disk::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
+use crate::object::nvram;
 use crate::secret::{Dek, Passphrase};
 
 fn stanza(body: u8) -> Stanza {
@@ -344,7 +345,7 @@ fn shredded_images_open_for_nobody() {
         let image = Image::open(&by_root(&path)).unwrap();
         let (header, base) = image.encrypted().unwrap();
         let now = fs::read(&path).unwrap();
-        for range in header.all_material() {
+        for range in header.erasure().0 {
             let range = (base + range.start) as usize..(base + range.end) as usize;
             assert_ne!(now[range.clone()], before[range]);
         }
@@ -361,7 +362,8 @@ fn shredded_images_open_for_nobody() {
     let store = bench.dir.path().join("store.fd");
     let template = bench.dir.path().join("template.fd");
     fs::write(&template, vec![7; 1 << 16]).unwrap();
-    disk::create_nvram(&by_root(&template), &by_root(&store), &bench.passphrase).unwrap();
+    let made = nvram::prepare(&by_root(&template), &by_root(&store), None, &bench.passphrase);
+    made.unwrap().publish().unwrap();
     let shred = |passphrase| shred_keys(&by_root(&store), bench.next(1).id, passphrase).unwrap();
     let stranger = Dek::random().unwrap().passphrase().unwrap();
     assert_eq!(shred(None), Shredding::NotShown(1));

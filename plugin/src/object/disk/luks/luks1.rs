@@ -9,22 +9,19 @@
 //! it a key derivation. Keyslots 6 and 7 stay unused, since the record of number 6 straddles a sector.
 
 mod fields;
-pub(crate) mod keymaterial;
-pub(crate) mod sector;
+mod keymaterial;
+mod keys;
 
 use std::ops::Range;
 
-use openssl::hash::MessageDigest;
-use openssl::pkcs5::pbkdf2_hmac;
-use serde::Serialize;
 use uuid::Uuid;
 
 use self::fields::Fields;
 use self::keymaterial::STRIPES;
-use self::sector::{SECTOR, SectorCipher};
-use super::VolumeError;
-use super::error::{Flaw, Part};
-use crate::secret::{Passphrase, SecretBytes};
+pub(crate) use self::keys::MAX_ITERATIONS_OPENED;
+use super::info::{KeyslotInfo, LuksInfo};
+use super::sector::SECTOR;
+use crate::object::disk::error::{Flaw, Part};
 
 const MAGIC: &[u8; 6] = b"LUKS\xba\xbe";
 const ACTIVE: u32 = 0x00ac_71f3;
@@ -32,22 +29,16 @@ const DEAD: u32 = 0x0000_dead;
 const KEYSLOTS: usize = 8;
 const DIGEST_LEN: usize = 20;
 const SALT_LEN: usize = 32;
-/// QEMU's floor. The passphrase has 256 random bits: more rounds add time and no strength.
-const ITERATIONS: u32 = 1000;
 /// The most rounds that any one derivation, and all those of one header together, may ask for.
 const MAX_ITERATIONS: u32 = 10_000_000;
 const MAX_ITERATIONS_TOGETHER: u64 = 20_000_000;
-/// The most rounds that opening asks for, of one derivation and of all those of a header: keys of ours have 1000. A header
-/// that others wrote costs a start no more than a fraction of a second.
-pub(super) const MAX_ITERATIONS_OPENED: u32 = 100_000;
-const MAX_ITERATIONS_OPENED_TOGETHER: u64 = 400_000;
 /// Key material begins at multiples of 4 KiB, as QEMU and cryptsetup lay it out.
 const ALIGNMENT_SECTORS: u32 = 8;
 const VOLUME_KEY_LEN: usize = 64;
 
 /// A LUKS1 header whose bounds have been checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub(crate) struct Header {
     payload_sector: u32,
     key_len: usize,
     key_digest: [u8; DIGEST_LEN],
@@ -65,108 +56,16 @@ struct Keyslot {
     first_sector: u32,
 }
 
-/// What a header says without any key.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct LuksInfo {
-    /// Always `aes-xts-plain64`.
-    pub cipher: &'static str,
-    /// Length of the volume key; XTS uses half of it for the data and half for the IVs.
-    pub key_bits: u32,
-    /// Where the payload begins, in bytes from the header.
-    pub payload_offset: u64,
-    /// The volume's UUID.
-    pub uuid: Uuid,
-    /// PBKDF2 rounds of the volume key's digest.
-    pub digest_iterations: u32,
-    /// All eight, in the order in which they are tried.
-    pub keyslots: Vec<KeyslotInfo>,
-}
-
-/// One keyslot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "state", rename_all = "lowercase")]
-pub enum KeyslotInfo {
-    /// Some passphrase opens it.
-    Active {
-        /// PBKDF2 rounds of that passphrase.
-        iterations: u32,
-    },
-    /// Unused.
-    Dead,
-}
-
-/// The key that encrypts the payload.
-#[derive(Debug)]
-pub struct VolumeKey(SecretBytes);
-
-impl VolumeKey {
-    pub(super) fn encryptor(&self) -> Result<SectorCipher, VolumeError> {
-        Ok(SectorCipher::encryptor(self.0.expose())?)
-    }
-}
-
-/// A header that has just been made, with what belongs beside it.
-#[derive(Debug)]
-pub struct Fresh {
-    /// The header: the first [`Header::LEN`] bytes.
-    pub header: Header,
-    /// The encrypted key material of the first keyslot, [`Fresh::material_offset`] bytes from the header.
-    pub material: Vec<u8>,
-    /// The volume key.
-    pub key: VolumeKey,
-}
-
-impl Fresh {
-    /// Where [`Self::material`] goes, in bytes from the header.
-    #[must_use]
-    pub fn material_offset(&self) -> u64 {
-        self.header.material(0).start
-    }
-}
-
 impl Header {
     /// Length of the header proper in bytes; key material follows after a gap.
-    pub const LEN: usize = 592;
-
-    /// A new volume key under `passphrase`: aes-256-xts-plain64, SHA-256, 1000 rounds, keyslot 0.
-    ///
-    /// # Errors
-    /// When OpenSSL fails or there is no memory for keys.
-    pub fn create(passphrase: &Passphrase) -> Result<Fresh, VolumeError> {
-        let key = SecretBytes::random(VOLUME_KEY_LEN).map_err(VolumeError::Memory)?;
-        let mut header = Self {
-            payload_sector: first_sector_of(KEYSLOTS as u32),
-            key_len: VOLUME_KEY_LEN,
-            key_digest: [0; DIGEST_LEN],
-            key_digest_salt: random_salt()?,
-            key_digest_iterations: ITERATIONS,
-            uuid: Uuid::new_v4(),
-            keyslots: std::array::from_fn(|number| Keyslot {
-                active: false,
-                iterations: 0,
-                salt: [0; SALT_LEN],
-                first_sector: first_sector_of(number as u32),
-            }),
-        };
-        header.key_digest = header.digest_of(&key)?;
-        header.keyslots[0].active = true;
-        header.keyslots[0].iterations = ITERATIONS;
-        header.keyslots[0].salt = random_salt()?;
-        let slot_key = header.slot_key(&header.keyslots[0], passphrase)?;
-        let material = keymaterial::seal(&key, &slot_key)?;
-        Ok(Fresh {
-            header,
-            material,
-            key: VolumeKey(key),
-        })
-    }
+    pub(crate) const LEN: usize = 592;
 
     /// Reads a header from its first bytes. `space` is how many bytes there are from the header to the end of
     /// what it may use: the file, or the area that qcow2 gives it.
     ///
     /// # Errors
     /// The first [`Flaw`], its offset counted from the header.
-    pub fn parse(bytes: &[u8], space: u64) -> Result<Self, Flaw> {
+    pub(crate) fn parse(bytes: &[u8], space: u64) -> Result<Self, Flaw> {
         let mut fields = Fields::new(bytes)?;
         fields.expect(MAGIC, "the LUKS magic is missing")?;
         fields.expect(&1_u16.to_be_bytes(), "the LUKS version is not 1")?;
@@ -190,8 +89,7 @@ impl Header {
     }
 
     /// The header's bytes.
-    #[must_use]
-    pub fn to_bytes(&self) -> [u8; Self::LEN] {
+    pub(crate) fn to_bytes(&self) -> [u8; Self::LEN] {
         let mut out = Vec::with_capacity(Self::LEN);
         out.extend_from_slice(MAGIC);
         out.extend_from_slice(&1_u16.to_be_bytes());
@@ -215,14 +113,12 @@ impl Header {
     }
 
     /// Where the payload begins, in bytes from the header.
-    #[must_use]
-    pub fn payload_offset(&self) -> u64 {
+    pub(crate) fn payload_offset(&self) -> u64 {
         u64::from(self.payload_sector) * SECTOR as u64
     }
 
     /// What it says without a key.
-    #[must_use]
-    pub fn info(&self) -> LuksInfo {
+    pub(crate) fn info(&self) -> LuksInfo {
         LuksInfo {
             cipher: "aes-xts-plain64",
             key_bits: self.key_len as u32 * 8,
@@ -233,74 +129,18 @@ impl Header {
         }
     }
 
-    /// The volume key, from the first active keyslot that `passphrase` opens; `None` if there is none. `read`
-    /// fills a buffer with the bytes at an offset from the header.
-    ///
-    /// # Errors
-    /// Those of `read`, and when OpenSSL fails or there is no memory for keys.
-    pub fn unlock(
-        &self,
-        passphrase: &Passphrase,
-        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), VolumeError>,
-    ) -> Result<Option<VolumeKey>, VolumeError> {
-        let mut material = vec![0; keymaterial::len(self.key_len)];
-        for (number, keyslot) in self.keyslots.iter().enumerate().filter(|(_, k)| k.active) {
-            read(self.material(number).start, &mut material)?;
-            let slot_key = self.slot_key(keyslot, passphrase)?;
-            let key = keymaterial::open(&material, &slot_key)?;
-            if openssl::memcmp::eq(&self.digest_of(&key)?, &self.key_digest) {
-                return Ok(Some(VolumeKey(key)));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Whether looking for the right keyslot takes bounded work.
-    pub(super) fn is_cheap_to_open(&self) -> bool {
-        let active = || self.keyslots.iter().filter(|keyslot| keyslot.active);
-        let digest = self.key_digest_iterations;
-        let total: u64 = active()
-            .map(|keyslot| u64::from(keyslot.iterations) + u64::from(digest))
-            .sum();
-        digest <= MAX_ITERATIONS_OPENED
-            && active().all(|keyslot| keyslot.iterations <= MAX_ITERATIONS_OPENED)
-            && total <= MAX_ITERATIONS_OPENED_TOGETHER
-    }
-
-    fn slot_key(&self, keyslot: &Keyslot, passphrase: &Passphrase) -> Result<SecretBytes, VolumeError> {
-        let mut key = SecretBytes::zeroed(self.key_len).map_err(VolumeError::Memory)?;
-        derive(
-            passphrase.expose(),
-            &keyslot.salt,
-            keyslot.iterations,
-            key.expose_mut(),
-        )?;
-        Ok(key)
-    }
-
-    fn digest_of(&self, key: &SecretBytes) -> Result<[u8; DIGEST_LEN], VolumeError> {
-        let mut digest = [0; DIGEST_LEN];
-        derive(
-            key.expose(),
-            &self.key_digest_salt,
-            self.key_digest_iterations,
-            &mut digest,
-        )?;
-        Ok(digest)
-    }
-
     /// How many keyslots some passphrase opens.
-    pub(super) fn active_keyslots(&self) -> usize {
+    pub(crate) fn active_keyslots(&self) -> usize {
         self.keyslots.iter().filter(|keyslot| keyslot.active).count()
     }
 
     /// Where the key material of every keyslot lies, in bytes from the header.
-    pub(super) fn all_material(&self) -> impl Iterator<Item = Range<u64>> {
+    pub(crate) fn all_material(&self) -> impl Iterator<Item = Range<u64>> {
         (0..KEYSLOTS).map(|number| self.material(number))
     }
 
     /// The header with all keyslots dead, and without the volume key's digest.
-    pub(super) fn without_keys(&self) -> Self {
+    pub(crate) fn without_keys(&self) -> Self {
         let mut header = self.clone();
         header.key_digest = [0; DIGEST_LEN];
         header.key_digest_salt = [0; SALT_LEN];
@@ -312,7 +152,7 @@ impl Header {
     }
 
     /// Where the key material of a keyslot lies, in bytes from the header.
-    fn material(&self, number: usize) -> Range<u64> {
+    pub(crate) fn material(&self, number: usize) -> Range<u64> {
         let start = u64::from(self.keyslots[number].first_sector) * SECTOR as u64;
         start..start + keymaterial::len(self.key_len) as u64
     }
@@ -384,17 +224,6 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-fn random_salt() -> Result<[u8; SALT_LEN], VolumeError> {
-    let mut salt = [0; SALT_LEN];
-    openssl::rand::rand_bytes(&mut salt)?;
-    Ok(salt)
-}
-
-fn derive(secret: &[u8], salt: &[u8], iterations: u32, out: &mut [u8]) -> Result<(), VolumeError> {
-    pbkdf2_hmac(secret, salt, iterations as usize, MessageDigest::sha256(), out)?;
-    Ok(())
-}
-
 fn push_padded(out: &mut Vec<u8>, name: &str, width: usize) {
     out.extend_from_slice(name.as_bytes());
     out.resize(out.len() + width - name.len(), 0);
@@ -407,28 +236,10 @@ mod tests {
     use super::*;
     use crate::secret::Dek;
 
-    fn reader(fresh: &Fresh) -> impl FnMut(u64, &mut [u8]) -> Result<(), VolumeError> + '_ {
-        |offset, out| {
-            assert_eq!(offset, fresh.material_offset());
-            out.copy_from_slice(&fresh.material);
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn opens_with_its_passphrase_and_no_other() {
-        let passphrase = Dek::random().unwrap().passphrase().unwrap();
-        let other = Dek::random().unwrap().passphrase().unwrap();
-        let fresh = Header::create(&passphrase).unwrap();
-        let key = fresh.header.unlock(&passphrase, reader(&fresh)).unwrap().unwrap();
-        assert_eq!(key.0.expose(), fresh.key.0.expose());
-        assert!(fresh.header.unlock(&other, reader(&fresh)).unwrap().is_none());
-    }
-
     #[test]
     fn lays_out_what_qemu_lays_out() {
         let passphrase = Dek::random().unwrap().passphrase().unwrap();
-        let header = Header::create(&passphrase).unwrap().header;
+        let header = Header::create(&passphrase).unwrap().0;
         let offsets: Vec<u64> = (0..8).map(|number| header.material(number).start).collect();
         assert_eq!(
             offsets,
@@ -441,7 +252,7 @@ mod tests {
 
     fn sample() -> ([u8; Header::LEN], u64) {
         let passphrase = Dek::from_bytes(&[7; 32]).unwrap().passphrase().unwrap();
-        let header = Header::create(&passphrase).unwrap().header;
+        let header = Header::create(&passphrase).unwrap().0;
         (header.to_bytes(), header.payload_offset())
     }
 

@@ -1,31 +1,31 @@
-//! The anti-forensic split of a volume key (LUKS On-Disk Format 1.2.3, section 2.4), sealed sector by sector.
+//! The anti-forensic split of a volume key (LUKS On-Disk Format 1.2.3, section 2.4), encrypted sector by sector.
 //!
 //! A split key is 4000 stripes as long as the key; losing any one loses the key. It is made and merged one sector
 //! at a time, so that no more than 512 bytes of it are ever in the clear, and those in secret memory.
 
 use openssl::sha::Sha256;
 
-use super::sector::{SECTOR, SectorCipher};
+use super::super::sector::{SECTOR, SectorCipher};
 use crate::object::disk::VolumeError;
 use crate::secret::SecretBytes;
 
 /// The number of stripes; QEMU takes no other.
-pub(crate) const STRIPES: u32 = 4000;
+pub(super) const STRIPES: u32 = 4000;
 
 /// The length of the key material of a key of `key_len` bytes: whole sectors for the two lengths allowed.
-pub(crate) fn len(key_len: usize) -> usize {
+pub(super) fn len(key_len: usize) -> usize {
     key_len * STRIPES as usize
 }
 
 /// Splits `key` and encrypts the stripes under `slot_key`.
-pub(crate) fn seal(key: &SecretBytes, slot_key: &SecretBytes) -> Result<Vec<u8>, VolumeError> {
+pub(super) fn split(key: &SecretBytes, slot_key: &SecretBytes) -> Result<Vec<u8>, VolumeError> {
     let key_len = key.expose().len();
     let mut material = vec![0; len(key_len)];
     let mut cipher = SectorCipher::encryptor(slot_key.expose())?;
     let mut mixer = Mixer::new(key_len)?;
     let mut clear = SecretBytes::zeroed(SECTOR).map_err(VolumeError::Memory)?;
     let last = material.len() / SECTOR - 1;
-    for (number, sealed) in material.chunks_exact_mut(SECTOR).enumerate() {
+    for (number, encrypted) in material.chunks_exact_mut(SECTOR).enumerate() {
         openssl::rand::rand_priv_bytes(clear.expose_mut())?;
         let random = if number == last { SECTOR - key_len } else { SECTOR };
         let (stripes, closing) = clear.expose_mut().split_at_mut(random);
@@ -33,21 +33,21 @@ pub(crate) fn seal(key: &SecretBytes, slot_key: &SecretBytes) -> Result<Vec<u8>,
         if number == last {
             mixer.mask(key.expose(), closing);
         }
-        cipher.apply(number as u64, clear.expose(), sealed)?;
+        cipher.apply(number as u64, clear.expose(), encrypted)?;
     }
     Ok(material)
 }
 
 /// Decrypts `material` under `slot_key` and merges its stripes. A wrong key gives other bytes, not an error.
-pub(crate) fn open(material: &[u8], slot_key: &SecretBytes) -> Result<SecretBytes, VolumeError> {
+pub(super) fn merge(material: &[u8], slot_key: &SecretBytes) -> Result<SecretBytes, VolumeError> {
     let key_len = material.len() / STRIPES as usize;
     let mut cipher = SectorCipher::decryptor(slot_key.expose())?;
     let mut mixer = Mixer::new(key_len)?;
     let mut clear = SecretBytes::zeroed(SECTOR).map_err(VolumeError::Memory)?;
     let mut key = SecretBytes::zeroed(key_len).map_err(VolumeError::Memory)?;
     let last = material.len() / SECTOR - 1;
-    for (number, sealed) in material.chunks_exact(SECTOR).enumerate() {
-        cipher.apply(number as u64, sealed, clear.expose_mut())?;
+    for (number, encrypted) in material.chunks_exact(SECTOR).enumerate() {
+        cipher.apply(number as u64, encrypted, clear.expose_mut())?;
         let random = if number == last { SECTOR - key_len } else { SECTOR };
         let (stripes, closing) = clear.expose().split_at(random);
         mixer.absorb(stripes);
@@ -107,11 +107,11 @@ mod tests {
             let key = SecretBytes::random(key_len).unwrap();
             let slot_key = SecretBytes::random(key_len).unwrap();
             let other = SecretBytes::random(key_len).unwrap();
-            let mut material = seal(&key, &slot_key).unwrap();
-            assert_eq!(open(&material, &slot_key).unwrap().expose(), key.expose());
-            assert_ne!(open(&material, &other).unwrap().expose(), key.expose());
+            let mut material = split(&key, &slot_key).unwrap();
+            assert_eq!(merge(&material, &slot_key).unwrap().expose(), key.expose());
+            assert_ne!(merge(&material, &other).unwrap().expose(), key.expose());
             material[100_000] ^= 1;
-            assert_ne!(open(&material, &slot_key).unwrap().expose(), key.expose());
+            assert_ne!(merge(&material, &slot_key).unwrap().expose(), key.expose());
         }
     }
 }
