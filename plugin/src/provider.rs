@@ -16,7 +16,7 @@ mod conformance;
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -41,6 +41,11 @@ pub trait KeyProvider: Send + Sync {
     /// Asks its server or token how it is; returns when `status` has the answer, or when time is up. A kind whose keys are
     /// on this host has nobody to ask.
     fn probe(&self) {}
+
+    /// When it wants to be probed again at the latest, whatever the pace of the others: a token is renewed in time.
+    fn probe_within(&self) -> Option<Duration> {
+        None
+    }
 
     /// Whether a call may wait for something outside of this process: then it gets a thread of its own and a deadline.
     fn may_hang(&self) -> bool {

@@ -15,11 +15,9 @@
 //! answers, as the cache policy says; `mode: server` leaves it there and has the server encrypt. `probe` asks every server
 //! how it is, so `status` answers from memory.
 
-mod address;
 mod answer;
 mod caching;
 mod call;
-mod certificate;
 mod cluster;
 mod endpoint;
 mod error;
@@ -51,10 +49,11 @@ use self::identity::Identity;
 use self::keys::Keys;
 use self::node::Access;
 use self::store::Store;
-use self::tls::Tls;
 use super::cache::{CachePolicy, KekCache, NothingToCache, PersistError};
 use super::toolbox::kek_name::KekBook;
 use super::toolbox::locks::Locks;
+use super::toolbox::printable;
+use super::toolbox::tls::Tls;
 use super::{
     DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
 };
@@ -64,8 +63,8 @@ use crate::model::problem::chain;
 use crate::secret::SecretBytes;
 use crate::store::{ProviderRecord, ProviderTable, StoreError};
 
+pub use super::toolbox::certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
 pub use caching::Persist;
-pub use certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
 pub use endpoint::{Endpoint, NotAnEndpoint};
 pub(crate) use identity::MAX_PEM;
 pub use identity::{IdentityError, KeyKind, NewIdentity};
@@ -292,7 +291,8 @@ impl KmipProvider {
         held.epoch += 1;
         held.access = None;
         if let (false, Some(trust)) = (held.locked, &held.trust) {
-            match Tls::new(trust, held.identity.as_deref()) {
+            let client = held.identity.as_ref().map(|identity| &identity.client);
+            match Tls::new(trust.into(), client) {
                 Ok(tls) => {
                     let login = held.identity.as_ref().and_then(|identity| identity.login.clone());
                     let epoch = held.epoch;
@@ -494,8 +494,10 @@ impl KmipProvider {
 
     /// What is about to go wrong though everything works.
     fn warnings_of(&self, held: &Held) -> Vec<String> {
-        let leaf = held.identity.as_ref().and_then(|identity| identity.leaf());
-        let client = leaf.and_then(|leaf| CertificateFacts::of(leaf).ok()?.warning("the client"));
+        let client = held
+            .identity
+            .as_ref()
+            .and_then(|identity| identity.client.warning());
         let servers = self.cluster.certificates().into_iter();
         let mut warnings: Vec<_> = servers
             .filter_map(|(endpoint, facts)| facts.warning(&format!("{endpoint}'s")))
@@ -517,7 +519,7 @@ impl KmipProvider {
 /// What this host calls itself: a hint for people, not an identity.
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    match message::printable(&name) {
+    match printable(&name) {
         empty if empty.is_empty() => "unknown".to_owned(),
         name => name,
     }

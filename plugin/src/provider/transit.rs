@@ -11,27 +11,25 @@
 //! credential and goes on trying: a host that boots before its network does comes up by itself.
 //!
 //! Payloads travel as base64 inside of TLS; what holds them is wiped (`wire`, `secret`). No associated data: the
-//! payload binds itself, and the server can rewrap it only without (docs/adr/0004-transit-without-associated-data.md).
+//! payload binds itself (docs/adr/0004-transit-without-associated-data.md).
 
 mod destroy;
 mod engine;
 mod http;
-mod keeper;
 mod kek;
 mod link;
 mod login;
+mod pace;
 mod settings;
 mod wire;
 
-use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use self::destroy::destroy;
 use self::engine::Wrapped;
 use self::http::Fault;
-use self::keeper::Keeper;
 use self::kek::{KekName, MECHANISM, Serving};
-use self::link::{Link, guard};
+use self::link::Link;
 use super::toolbox::kek_name::{self, KekBook, KekGeneration};
 use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
@@ -42,9 +40,8 @@ pub use settings::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, Tra
 
 /// A provider whose KEKs are in a transit engine.
 pub struct TransitProvider {
-    link: Arc<Link>,
+    link: Link,
     kek_names: KekNames,
-    keeper: Mutex<Option<Keeper>>,
 }
 
 impl TransitProvider {
@@ -78,9 +75,8 @@ impl TransitProvider {
     fn new(table: &ProviderTable, id: ProviderId, name: &str, settings: TransitSettings) -> Self {
         let link = Link::new(id, name, settings);
         Self {
-            link: Arc::new(link),
+            link,
             kek_names: table.kek_names(id),
-            keeper: Mutex::default(),
         }
     }
 
@@ -88,24 +84,6 @@ impl TransitProvider {
     #[must_use]
     pub fn settings(&self) -> &TransitSettings {
         &self.link.settings
-    }
-
-    /// Looks whether the server answers and takes the token, and renews the token when it is time. What was found is
-    /// in [`KeyProvider::status`].
-    pub fn probe(&self) {
-        self.link.look();
-    }
-
-    /// The same payloads under the newest version of their keys, made by the server: no payload leaves it. Which KEK
-    /// is the newest [`KeyProvider::create_kek`] tells. The caller verifies them before the old ones go.
-    ///
-    /// # Errors
-    /// As [`KeyProvider::unwrap_many`].
-    pub fn rewrap(&self, stanzas: &[&Stanza]) -> Result<Vec<Stanza>, ProviderError> {
-        let wrapped = self.wrapped(stanzas)?;
-        let rewrapped = self.link.with_engine(|engine| engine.rewrap(&wrapped))?;
-        let stanza = |(kek, body): (KekName, Vec<u8>)| self.stanza(kek.id(), body);
-        Ok(rewrapped.into_iter().map(stanza).collect())
     }
 
     /// Makes a new version of the key that `kek` is a version of, and names it. What the old ones wrapped still opens.
@@ -139,11 +117,16 @@ impl KeyProvider for TransitProvider {
         self.link.refuses()
     }
 
-    /// Unless a call has just shown how it is.
+    /// Looks whether the server answers and takes the token, unless a call has just shown how it is, and renews the token when
+    /// it is time.
     fn probe(&self) {
-        if self.link.is_unlocked() && !self.link.is_fresh() {
+        if self.link.is_unlocked() && (self.link.is_due() || !self.link.is_fresh()) {
             self.link.look();
         }
+    }
+
+    fn probe_within(&self) -> Option<Duration> {
+        self.link.is_unlocked().then(|| self.link.next_look())
     }
 
     fn last_answer(&self) -> Option<SystemTime> {
@@ -194,20 +177,13 @@ impl KeyProvider for TransitProvider {
     }
 
     fn lock(&self) {
-        let mut keeper = guard(&self.keeper);
         self.link.lock();
-        *keeper = None;
     }
 
     /// Logs in. What is wrong with the credential leaves everything as it was; a server that is away or sealed is an
     /// error too, but the credential of a locked provider is kept then, and tried again.
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
-        let held = self.link.unlock(credential);
-        let mut keeper = guard(&self.keeper);
-        if keeper.is_none() && self.link.is_unlocked() {
-            *keeper = Keeper::start(Arc::downgrade(&self.link));
-        }
-        Ok(held?)
+        Ok(self.link.unlock(credential)?)
     }
 }
 

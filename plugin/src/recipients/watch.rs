@@ -1,7 +1,7 @@
-//! How each provider has been doing: its state, since when, when it last answered; and the threads that keep asking.
+//! How each provider has been doing: its state, since when, when it last answered; and what keeps asking.
 //!
-//! One thread per provider probes it, so one that hangs holds up no other, and nobody who wants to know waits for any:
-//! [`Watches::report`] reads memory. A thread ends with its provider.
+//! One thread waits until a provider is due, or is woken by a change. A probe that may hang has a thread while it runs, so one
+//! that hangs holds up no other, and nobody who wants to know waits for any: [`Watches::report`] reads memory.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,6 +12,8 @@ use crate::provider::{KeyProvider, ProviderStatus};
 
 /// The first pause after a probe that went wrong; each further one doubles it, up to the interval.
 const SOONEST: Duration = Duration::from_secs(5);
+/// How long the watch sleeps while nobody is due.
+const IDLE: Duration = Duration::from_secs(3600);
 
 /// How a provider is, and has been.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +29,7 @@ pub struct Report {
 }
 
 /// How often providers are probed, and how long an answer may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Pace {
     pub(super) interval: Duration,
     pub(super) patience: Duration,
@@ -43,185 +45,244 @@ impl Pace {
     }
 }
 
-/// The watches of all providers.
+/// The watches of all providers; their thread ends with them.
 pub(super) struct Watches {
-    pace: Arc<Mutex<Pace>>,
-    of: Mutex<HashMap<ProviderId, Watched>>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    pace: Pace,
+    of: HashMap<ProviderId, Watch>,
+    ended: bool,
+}
+
+/// One provider's.
+struct Watch {
+    provider: Weak<dyn KeyProvider>,
+    state: &'static str,
+    since: SystemTime,
+    warnings: Vec<String>,
+    /// When to probe it next.
+    due: Instant,
+    /// How many probes in a row went wrong.
+    failures: u32,
+    /// The probe that is under way.
+    probing: Option<(Instant, SystemTime)>,
 }
 
 impl Watches {
     pub(super) fn new(pace: Pace) -> Self {
-        Self {
-            pace: Arc::new(Mutex::new(pace)),
-            of: Mutex::default(),
+        let shared = Arc::new(Shared::default());
+        shared.state().pace = pace;
+        let working = Arc::clone(&shared);
+        let started = std::thread::Builder::new()
+            .name("watch".to_owned())
+            .spawn(move || working.run());
+        if let Err(error) = started {
+            // Calls still show how they are.
+            tracing::warn!(%error, "can't start the thread that probes the providers");
         }
+        Self { shared }
     }
 
     /// Changes the pace, and probes all at once if it did change.
     pub(super) fn set_pace(&self, change: impl FnOnce(&mut Pace)) {
-        let mut pace = lock(&self.pace);
-        let before = *pace;
-        change(&mut pace);
-        let changed = pace.interval != before.interval;
-        drop(pace);
-        if changed {
-            lock(&self.of).values().for_each(|watched| watched.0.nudge());
+        let mut state = self.shared.state();
+        let before = state.pace.interval;
+        change(&mut state.pace);
+        if state.pace.interval != before {
+            state.of.values_mut().for_each(|watch| watch.due = Instant::now());
+            self.shared.wake.notify_all();
         }
     }
 
     /// Probes `provider` from now on, for as long as it is there.
     pub(super) fn add(&self, provider: &Arc<dyn KeyProvider>) {
-        let watch = Arc::new(Watch::new(provider.as_ref(), Arc::clone(&self.pace)));
-        let (working, weak) = (Arc::clone(&watch), Arc::downgrade(provider));
-        let started = std::thread::Builder::new()
-            .name("probe".to_owned())
-            .spawn(move || working.run(&weak));
-        if let Err(error) = started {
-            // Calls still show how it is.
-            tracing::warn!(provider = provider.name(), %error, "can't start the thread that probes it");
-        }
-        lock(&self.of).insert(provider.id(), Watched(watch));
+        let watch = Watch {
+            provider: Arc::downgrade(provider),
+            state: provider.status().as_str(),
+            since: SystemTime::now(),
+            warnings: Vec::new(),
+            due: Instant::now(),
+            failures: 0,
+            probing: None,
+        };
+        self.shared.state().of.insert(provider.id(), watch);
+        self.shared.wake.notify_all();
     }
 
     /// Lets go of a provider that was deleted.
     pub(super) fn remove(&self, id: ProviderId) {
-        lock(&self.of).remove(&id);
+        self.shared.state().of.remove(&id);
     }
 
-    /// How `provider` is. Waits for nothing.
+    /// How `provider` is. Waits for nothing; a change that this sees wakes the watch.
     pub(super) fn report(&self, provider: &dyn KeyProvider) -> Report {
-        let watch = lock(&self.of)
-            .get(&provider.id())
-            .map(|watched| Arc::clone(&watched.0));
-        match watch {
-            Some(watch) => watch.note(provider),
-            None => Report {
-                status: provider.status(),
-                since: SystemTime::now(),
-                last_answer: provider.last_answer(),
-                warnings: provider.warnings(),
-            },
+        let (report, changed) = self.shared.note(provider);
+        if changed && let Some(watch) = self.shared.state().of.get_mut(&provider.id()) {
+            watch.due = Instant::now();
+            self.shared.wake.notify_all();
         }
+        report
     }
 }
 
-/// Ends its thread when dropped.
-struct Watched(Arc<Watch>);
-
-impl Drop for Watched {
+impl Drop for Watches {
     fn drop(&mut self) {
-        lock(&self.0.call).ended = true;
-        self.0.wake.notify_all();
+        let mut state = self.shared.state();
+        state.ended = true;
+        state.of.clear();
+        self.shared.wake.notify_all();
     }
 }
 
-/// One provider's.
-struct Watch {
-    pace: Arc<Mutex<Pace>>,
-    noted: Mutex<Noted>,
-    /// What its thread is told.
-    call: Mutex<Call>,
-    wake: Condvar,
-}
-
-struct Noted {
-    state: &'static str,
-    since: SystemTime,
-    warnings: Vec<String>,
-    /// The probe that is under way.
-    probing: Option<(Instant, SystemTime)>,
-}
-
-#[derive(Default)]
-struct Call {
-    ended: bool,
-    now: bool,
-}
-
-impl Watch {
-    fn new(provider: &dyn KeyProvider, pace: Arc<Mutex<Pace>>) -> Self {
-        Self {
-            pace,
-            noted: Mutex::new(Noted {
-                state: provider.status().as_str(),
-                since: SystemTime::now(),
-                warnings: Vec::new(),
-                probing: None,
-            }),
-            call: Mutex::default(),
-            wake: Condvar::new(),
+impl Shared {
+    fn run(self: &Arc<Self>) {
+        let mut state = self.state();
+        while !state.ended {
+            let due = state.take_due();
+            if due.is_empty() {
+                let next = state.of.values().filter(|watch| watch.probing.is_none());
+                let next = next.map(|watch| watch.due).min();
+                let pause = next.map_or(IDLE, |next| next.saturating_duration_since(Instant::now()));
+                (state, _) = self
+                    .wake
+                    .wait_timeout(state, pause)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            drop(state);
+            for provider in due {
+                self.start(provider);
+            }
+            state = self.state();
         }
     }
 
-    fn run(&self, provider: &Weak<dyn KeyProvider>) {
-        let mut failures = 0;
-        while let Some(provider) = provider.upgrade() {
-            lock(&self.noted).probing = Some((Instant::now(), SystemTime::now()));
-            provider.probe();
-            lock(&self.noted).probing = None;
-            failures = match self.note(provider.as_ref()).status {
+    fn start(self: &Arc<Self>, provider: Arc<dyn KeyProvider>) {
+        if !provider.may_hang() {
+            return self.probe(&provider);
+        }
+        let this = Arc::clone(self);
+        let asked = Arc::clone(&provider);
+        let started = std::thread::Builder::new()
+            .name("probe".to_owned())
+            .spawn(move || this.probe(&asked));
+        if let Err(error) = started {
+            tracing::warn!(provider = provider.name(), %error, "can't start a thread to probe it");
+            self.probed(&provider, Outcome::Bad);
+        }
+    }
+
+    fn probe(&self, provider: &Arc<dyn KeyProvider>) {
+        provider.probe();
+        if let Some(watch) = self.state().of.get_mut(&provider.id()) {
+            watch.probing = None;
+        }
+        let (report, _) = self.note(provider.as_ref());
+        self.probed(
+            provider,
+            match report.status {
                 ProviderStatus::Unreachable(_)
                 | ProviderStatus::NotTrusted(_)
-                | ProviderStatus::Degraded(_) => failures + 1,
-                ProviderStatus::NotBackedUp | ProviderStatus::Locked | ProviderStatus::Ready => 0,
+                | ProviderStatus::Degraded(_) => Outcome::Bad,
+                ProviderStatus::NotBackedUp | ProviderStatus::Locked | ProviderStatus::Ready => Outcome::Good,
+            },
+        );
+    }
+
+    /// When to ask again.
+    fn probed(&self, provider: &Arc<dyn KeyProvider>, outcome: Outcome) {
+        let wanted = provider.probe_within().unwrap_or(IDLE);
+        let mut state = self.state();
+        let pace = state.pace;
+        if let Some(watch) = state.of.get_mut(&provider.id()) {
+            watch.probing = None;
+            watch.failures = match outcome {
+                Outcome::Good => 0,
+                Outcome::Bad => watch.failures + 1,
             };
-            // Not kept while this waits: the provider may be going.
-            drop(provider);
-            let pause = lock(&self.pace).pause(failures);
-            if !self.wait(pause) {
-                return;
-            }
+            watch.due = Instant::now() + pace.pause(watch.failures).min(wanted);
+            self.wake.notify_all();
         }
     }
 
-    /// Returns false if it is to end.
-    fn wait(&self, pause: Duration) -> bool {
-        let call = lock(&self.call);
-        let idle = |call: &mut Call| !call.ended && !call.now;
-        let (mut call, _) = self
-            .wake
-            .wait_timeout_while(call, pause, idle)
-            .unwrap_or_else(PoisonError::into_inner);
-        call.now = false;
-        !call.ended
-    }
-
-    fn nudge(&self) {
-        lock(&self.call).now = true;
-        self.wake.notify_all();
-    }
-
-    /// Looks at `provider`, and notes what has changed.
-    fn note(&self, provider: &dyn KeyProvider) -> Report {
+    /// Looks at `provider`, and notes what has changed: also whether its state has.
+    fn note(&self, provider: &dyn KeyProvider) -> (Report, bool) {
         let (found, last_answer, warnings) = (provider.status(), provider.last_answer(), provider.warnings());
-        let patience = lock(&self.pace).patience;
-        let mut noted = lock(&self.noted);
-        let status = match noted.silence(last_answer).filter(|silence| *silence > patience) {
+        let mut state = self.state();
+        let patience = state.pace.patience;
+        let Some(watch) = state.of.get_mut(&provider.id()) else {
+            let since = SystemTime::now();
+            let report = Report {
+                status: found,
+                since,
+                last_answer,
+                warnings,
+            };
+            return (report, false);
+        };
+        let status = match watch.silence(last_answer).filter(|silence| *silence > patience) {
             Some(silence) => unless_it_says_more(found, silence),
             None => found,
         };
-        if status.as_str() != noted.state {
-            tell_change(provider.name(), noted.state, &status);
-            noted.state = status.as_str();
-            noted.since = SystemTime::now();
+        let changed = status.as_str() != watch.state;
+        if changed {
+            tell_change(provider.name(), watch.state, &status);
+            watch.state = status.as_str();
+            watch.since = SystemTime::now();
         }
         for warning in warnings
             .iter()
-            .filter(|warning| !noted.warnings.contains(warning))
+            .filter(|warning| !watch.warnings.contains(warning))
         {
             tracing::warn!(provider = provider.name(), "{warning}");
         }
-        noted.warnings.clone_from(&warnings);
-        Report {
+        watch.warnings.clone_from(&warnings);
+        let report = Report {
             status,
-            since: noted.since,
+            since: watch.since,
             last_answer,
             warnings,
-        }
+        };
+        (report, changed)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Plain values that are replaced whole are behind this.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Noted {
+impl State {
+    /// Those whose probes begin now.
+    fn take_due(&mut self) -> Vec<Arc<dyn KeyProvider>> {
+        self.of.retain(|_, watch| watch.provider.strong_count() > 0);
+        let now = Instant::now();
+        let idle = self.of.values_mut().filter(|watch| watch.probing.is_none());
+        idle.filter(|watch| watch.due <= now)
+            .filter_map(|watch| {
+                watch.probing = Some((now, SystemTime::now()));
+                watch.provider.upgrade()
+            })
+            .collect()
+    }
+}
+
+/// How a probe went.
+enum Outcome {
+    Good,
+    Bad,
+}
+
+impl Watch {
     /// For how long a probe has been under way without anything having come from the provider since.
     fn silence(&self, last_answer: Option<SystemTime>) -> Option<Duration> {
         let (began, at) = self.probing?;
@@ -248,11 +309,6 @@ fn tell_change(provider: &str, before: &str, now: &ProviderStatus) {
             tracing::info!(provider, "was {before}, is {now}");
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Plain values that are replaced whole are behind these.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -10,7 +10,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::call::Call;
-use super::certificate::CertificateFacts;
 use super::endpoint::Endpoint;
 use super::error::KmipError;
 use super::health::{self, PATIENCE};
@@ -18,6 +17,7 @@ use super::message::{self, KmipVersion, Outcome, ProtocolError};
 use super::node::{Access, Node, lock};
 use super::ttlv::Item;
 use crate::provider::ProviderError;
+use crate::provider::toolbox::certificate::CertificateFacts;
 use crate::secret::SecretBytes;
 
 /// How often a request is sent that can be repeated, and how long to wait before the second time; then twice that.

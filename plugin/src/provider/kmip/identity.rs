@@ -19,8 +19,8 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use zeroize::{Zeroize, Zeroizing};
 
-use super::certificate::CertificateFacts;
 use crate::crypto::age_file::{self, AgeError, Form};
+use crate::provider::toolbox::identity::{ClientIdentity, NoIdentity, private_key};
 use crate::secret::{SecretBytes, Transient};
 use crate::store::Change;
 
@@ -32,9 +32,7 @@ const MAX_WAITING: usize = 16;
 
 /// An identity, ready for use.
 pub(super) struct Identity {
-    /// The client's own certificate first.
-    pub(super) certificates: Vec<X509>,
-    pub(super) key: PKey<Private>,
+    pub(super) client: ClientIdentity,
     pub(super) login: Option<Arc<Login>>,
 }
 
@@ -99,29 +97,17 @@ impl Identity {
         new: &NewIdentity,
         waiting: impl IntoIterator<Item = PKey<Private>>,
     ) -> Result<Self, IdentityError> {
-        let certificates =
-            X509::stack_from_pem(new.certificate.expose()).map_err(IdentityError::Certificate)?;
-        let leaf = certificates.first().ok_or(IdentityError::NoCertificate)?;
         let given = match &new.key {
             Some(pem) => Some(private_key(pem.expose())?),
             None => private_key(new.certificate.expose()).ok(),
         };
-        let public = leaf.public_key().map_err(IdentityError::Certificate)?;
-        let explicit = given.is_some();
-        let mut candidates: Vec<_> = given.into_iter().collect();
-        if !explicit {
-            candidates.extend(waiting);
-        }
-        let key = candidates.into_iter().find(|key| key.public_eq(&public));
-        let key = key.ok_or(if explicit {
-            IdentityError::AnotherKey
-        } else {
-            IdentityError::NoKey
-        })?;
-        let facts = CertificateFacts::of(leaf).map_err(IdentityError::Certificate)?;
-        if facts.has_expired() {
-            return Err(IdentityError::Expired(facts.not_after));
-        }
+        let client = match given {
+            Some(key) => ClientIdentity::of(new.certificate.expose(), [key])?,
+            None => match ClientIdentity::of(new.certificate.expose(), waiting) {
+                Err(NoIdentity::AnotherKey) => return Err(IdentityError::NoKey),
+                client => client?,
+            },
+        };
         let login = match &new.login {
             Some((user, password)) => Some(Arc::new(Login {
                 user: user.clone(),
@@ -129,20 +115,16 @@ impl Identity {
             })),
             None => None,
         };
-        Ok(Self {
-            certificates,
-            key,
-            login,
-        })
+        Ok(Self { client, login })
     }
 
     /// Its form on disk.
     pub(super) fn stored(&self, passphrase: Option<&SecretBytes>) -> Result<StoredIdentity, IdentityError> {
         let mut certificates = Vec::new();
-        for certificate in &self.certificates {
-            certificates.extend(certificate.to_pem().map_err(IdentityError::Certificate)?);
+        for certificate in &self.client.certificates {
+            certificates.extend(certificate.to_pem().map_err(NoIdentity::Certificate)?);
         }
-        let key = key_to_pem(&self.key)?;
+        let key = key_to_pem(&self.client.key)?;
         let secret = SecretPart {
             key: String::from_utf8_lossy(&key).into_owned(),
             password: self
@@ -167,13 +149,13 @@ impl Identity {
 
     /// Asks for another certificate of the same key and subject, in PEM.
     pub(super) fn signing_request(&self) -> Result<String, IdentityError> {
-        let leaf = self.leaf().ok_or(IdentityError::NoCertificate)?;
-        let pem = request(&self.key, leaf.subject_name()).map_err(IdentityError::Key)?;
+        let subject = self.leaf()?.subject_name();
+        let pem = request(&self.client.key, subject).map_err(NoIdentity::Key)?;
         Ok(String::from_utf8_lossy(&pem).into_owned())
     }
 
-    pub(super) fn leaf(&self) -> Option<&X509> {
-        self.certificates.first()
+    pub(super) fn leaf(&self) -> Result<&X509, NoIdentity> {
+        self.client.certificates.first().ok_or(NoIdentity::NoCertificate)
     }
 }
 
@@ -211,12 +193,12 @@ impl StoredIdentity {
             }
             _ => None,
         };
-        Ok(Identity {
+        let client = ClientIdentity {
             certificates: X509::stack_from_pem(self.certificates.as_bytes())
-                .map_err(IdentityError::Certificate)?,
+                .map_err(NoIdentity::Certificate)?,
             key: private_key(secret.key.as_bytes())?,
-            login,
-        })
+        };
+        Ok(Identity { client, login })
     }
 }
 
@@ -249,17 +231,17 @@ pub enum KeyKind {
 
 impl SigningRequest {
     /// A new key, and a request for a TLS client certificate with the common name `cn`.
-    pub(super) fn new(kind: KeyKind, cn: &str) -> Result<Self, IdentityError> {
+    pub(super) fn new(kind: KeyKind, cn: &str) -> Result<Self, NoIdentity> {
         let key = match kind {
             KeyKind::EcP256 => EcGroup::from_curve_name(Nid::X9_62_PRIME256V1)
                 .and_then(|group| EcKey::generate(&group))
                 .and_then(PKey::from_ec_key),
             KeyKind::Rsa3072 => Rsa::generate(3072).and_then(PKey::from_rsa),
         };
-        let key = key.map_err(IdentityError::Key)?;
+        let key = key.map_err(NoIdentity::Key)?;
         let csr = common_name(cn)
             .and_then(|name| request(&key, &name))
-            .map_err(IdentityError::Key)?;
+            .map_err(NoIdentity::Key)?;
         Ok(Self {
             key: String::from_utf8_lossy(&key_to_pem(&key)?).into_owned(),
             csr: String::from_utf8_lossy(&csr).into_owned(),
@@ -281,7 +263,7 @@ impl SigningRequest {
     }
 
     /// The keys of all that wait, the newest first.
-    pub(super) fn keys(&self) -> Result<Vec<PKey<Private>>, IdentityError> {
+    pub(super) fn keys(&self) -> Result<Vec<PKey<Private>>, NoIdentity> {
         let all = std::iter::successors(Some(self), |request| request.before.as_deref());
         all.map(SigningRequest::key).collect()
     }
@@ -306,7 +288,7 @@ impl SigningRequest {
         Change::Unchanged
     }
 
-    fn key(&self) -> Result<PKey<Private>, IdentityError> {
+    fn key(&self) -> Result<PKey<Private>, NoIdentity> {
         private_key(self.key.as_bytes())
     }
 }
@@ -334,21 +316,10 @@ fn request(key: &PKey<Private>, subject: &X509NameRef) -> Result<Vec<u8>, ErrorS
     request.build().to_pem()
 }
 
-fn private_key(pem: &[u8]) -> Result<PKey<Private>, IdentityError> {
-    // The callback answers "no passphrase": without it OpenSSL would ask on the terminal.
-    PKey::private_key_from_pem_callback(pem, |_| Ok(0)).map_err(|error| {
-        if pem.windows(9).any(|text| text == b"ENCRYPTED") {
-            IdentityError::EncryptedKey
-        } else {
-            IdentityError::Key(error)
-        }
-    })
-}
-
-fn key_to_pem(key: &PKey<Private>) -> Result<Transient, IdentityError> {
+fn key_to_pem(key: &PKey<Private>) -> Result<Transient, NoIdentity> {
     key.private_key_to_pem_pkcs8()
         .map(Transient::new)
-        .map_err(IdentityError::Key)
+        .map_err(NoIdentity::Key)
 }
 
 fn duplicate(secret: &SecretBytes) -> std::io::Result<SecretBytes> {
@@ -360,31 +331,14 @@ fn duplicate(secret: &SecretBytes) -> std::io::Result<SecretBytes> {
 /// Why an identity can't be used.
 #[derive(Debug, Error)]
 pub enum IdentityError {
-    /// Not PEM, or not X.509.
-    #[error("can't read the certificate: PEM is expected")]
-    Certificate(#[source] ErrorStack),
-    /// The file holds none.
-    #[error("there is no certificate in the file: PEM is expected")]
-    NoCertificate,
-    /// Not PEM, or no key.
-    #[error("can't read the private key: PEM is expected")]
-    Key(#[source] ErrorStack),
-    /// A key with a passphrase of its own.
-    #[error(
-        "the private key is encrypted: decrypt it first (openssl pkey -in KEY), virtseal encrypts it again with --seal"
-    )]
-    EncryptedKey,
-    /// Key and certificate do not belong together.
-    #[error("the private key is not the one of the certificate")]
-    AnotherKey,
+    /// Certificate and key, or one of them.
+    #[error(transparent)]
+    Client(#[from] NoIdentity),
     /// No key at all.
     #[error(
         "no private key fits the certificate: neither the one of the last signing request nor the one in use"
     )]
     NoKey,
-    /// Out of date.
-    #[error("the certificate expired on {0}")]
-    Expired(String),
     /// A passphrase is needed.
     #[error("the private key is encrypted: a passphrase opens it")]
     Encrypted,
@@ -403,6 +357,7 @@ pub enum IdentityError {
 mod tests {
     use super::*;
     use crate::provider::kmip::fixture::Authority;
+    use crate::provider::toolbox::certificate::CertificateFacts;
 
     fn secret(bytes: &[u8]) -> SecretBytes {
         SecretBytes::take(&mut bytes.to_vec()).unwrap()
@@ -427,7 +382,7 @@ mod tests {
         let error = Identity::assemble(&new(&one.certificate, Some(&other.key)), [])
             .err()
             .unwrap();
-        assert!(matches!(error, IdentityError::AnotherKey));
+        assert!(matches!(error, IdentityError::Client(NoIdentity::AnotherKey)));
         let error = Identity::assemble(&new(&one.certificate, None), [])
             .err()
             .unwrap();
@@ -443,7 +398,7 @@ mod tests {
         let error = Identity::assemble(&new(&old.certificate, Some(&old.key)), [])
             .err()
             .unwrap();
-        assert!(matches!(error, IdentityError::Expired(_)));
+        assert!(matches!(error, IdentityError::Client(NoIdentity::Expired(_))));
     }
 
     #[test]
@@ -476,6 +431,6 @@ mod tests {
         ));
         let opened = read.open(Some(&secret(b"pass"))).unwrap();
         assert_eq!(opened.login.unwrap().password.expose(), b"tiger");
-        assert!(opened.key.public_eq(&identity.key));
+        assert!(opened.client.key.public_eq(&identity.client.key));
     }
 }

@@ -10,6 +10,7 @@ use super::call::Call;
 use super::identity::Login;
 use super::tag::{BATCH_CONTINUE, CREDENTIAL_USERNAME_AND_PASSWORD, RESULT_SUCCESS, Reason, Tag};
 use super::ttlv::{Item, MAX_BYTES, TtlvError};
+use crate::provider::toolbox::printable;
 use crate::secret::Transient;
 
 /// A version of the protocol.
@@ -271,20 +272,6 @@ fn outcome<'m, 'b>(item: &'m Item<'b>) -> Result<Outcome<'m, 'b>, ProtocolError>
         reason: Reason(number(Tag::RESULT_REASON).unwrap_or(0)),
         message: printable(message.unwrap_or_default()),
     }))
-}
-
-/// What a server says, on one line of bounded length and without anything that a terminal would act on.
-pub(super) fn printable(text: &str) -> String {
-    text.trim()
-        .chars()
-        .take(200)
-        .map(|c| if c.is_control() || turns_text(c) { ' ' } else { c })
-        .collect()
-}
-
-/// Unicode's marks, embeddings, overrides and isolates of direction: with them a terminal shows another text.
-fn turns_text(c: char) -> bool {
-    matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Why an answer can't be read.

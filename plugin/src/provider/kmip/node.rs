@@ -7,15 +7,16 @@ use std::time::Instant;
 
 use super::answer;
 use super::call::Call;
-use super::certificate::CertificateFacts;
 use super::endpoint::Endpoint;
 use super::error::{About, KmipError};
 use super::health::Health;
 use super::identity::Login;
 use super::message::{self, KmipVersion};
 use super::tag::Operation;
-use super::tls::{Tls, TlsStream};
+use super::tls::Connection;
 use super::ttlv::{self, Item};
+use crate::provider::toolbox::certificate::CertificateFacts;
+use crate::provider::toolbox::tls::Tls;
 use crate::secret::SecretBytes;
 
 /// How many quiet connections are kept.
@@ -43,7 +44,7 @@ pub(super) struct Node {
 #[derive(Default)]
 struct Idle {
     epoch: u64,
-    connections: Vec<TlsStream>,
+    connections: Vec<Connection>,
 }
 
 /// What is known of the server.
@@ -123,16 +124,16 @@ impl Node {
         Ok(answer)
     }
 
-    fn connect(&self, access: &Access, deadline: Instant) -> Result<TlsStream, KmipError> {
+    fn connect(&self, access: &Access, deadline: Instant) -> Result<Connection, KmipError> {
         let good = lock(&self.facts).address;
-        let fresh = access.tls.connect(&self.endpoint, good, deadline)?;
-        lock(&self.facts).certificate.clone_from(&fresh.server);
+        let fresh = Connection::open(&access.tls, &self.endpoint, good, deadline)?;
+        lock(&self.facts).certificate = fresh.server().cloned();
         Ok(fresh)
     }
 
     fn ask(
         &self,
-        stream: &mut TlsStream,
+        stream: &mut Connection,
         access: &Access,
         version: KmipVersion,
         calls: &[Call],
@@ -253,7 +254,7 @@ impl Node {
     /// On `stream`, or on a new one where there is none or the server has closed it.
     fn one_call(
         &self,
-        stream: &mut Option<TlsStream>,
+        stream: &mut Option<Connection>,
         access: &Access,
         version: KmipVersion,
         call: &[Call],
@@ -275,7 +276,7 @@ impl Node {
         answer
     }
 
-    fn take(&self, epoch: u64) -> Option<TlsStream> {
+    fn take(&self, epoch: u64) -> Option<Connection> {
         let mut idle = lock(&self.idle);
         if idle.epoch != epoch {
             return None;
@@ -284,7 +285,7 @@ impl Node {
     }
 
     /// Puts a connection back unless the provider was locked meanwhile.
-    fn keep(&self, stream: TlsStream, epoch: u64) {
+    fn keep(&self, stream: Connection, epoch: u64) {
         let mut idle = lock(&self.idle);
         if idle.epoch == epoch && idle.connections.len() < MAX_IDLE {
             idle.connections.push(stream);
@@ -317,7 +318,7 @@ fn no_common_version(why: &str) -> KmipError {
 }
 
 fn round_trip(
-    stream: &mut TlsStream,
+    stream: &mut Connection,
     version: KmipVersion,
     login: Option<&Login>,
     calls: &[Call],

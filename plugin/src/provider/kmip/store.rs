@@ -14,10 +14,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use super::certificate::Fingerprint;
 use super::identity::{SigningRequest, StoredIdentity};
 use crate::model::envelope::ProviderId;
 use crate::model::problem::chain;
+use crate::provider::toolbox::certificate::Fingerprint;
+use crate::provider::toolbox::tls::Trust;
 use crate::secret::{SecretBytes, Transient};
 use crate::store::Change;
 
@@ -33,6 +34,15 @@ pub enum ServerTrust {
     Ca(String),
     /// Its certificate is one of these.
     Pins(Vec<Fingerprint>),
+}
+
+impl From<&ServerTrust> for Trust {
+    fn from(trust: &ServerTrust) -> Self {
+        match trust {
+            ServerTrust::Ca(pem) => Self::Authorities(pem.as_bytes().to_vec()),
+            ServerTrust::Pins(pins) => Self::Pins(pins.clone()),
+        }
+    }
 }
 
 /// The files of one provider.

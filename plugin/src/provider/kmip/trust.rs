@@ -8,16 +8,18 @@ use openssl::x509::X509;
 use thiserror::Error;
 
 use super::KmipProvider;
-use super::certificate::CertificateFacts;
 use super::cluster::{Cluster, ClusterStatus};
 use super::error::KmipError;
 use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest, StoredIdentity};
 use super::node::Access;
 use super::store::{FilesError, ServerTrust};
-use super::tls::{self, Tls};
+use super::tls::{self, Connection};
 use crate::model::envelope::Stanza;
 use crate::model::problem::chain;
 use crate::provider::KeyProvider;
+use crate::provider::toolbox::certificate::CertificateFacts;
+use crate::provider::toolbox::identity::NoIdentity;
+use crate::provider::toolbox::tls::Tls;
 
 /// What a look at a server's certificate may take.
 const LOOK: Duration = Duration::from_millis(3500);
@@ -97,14 +99,14 @@ impl KmipProvider {
     }
 
     fn try_out(&self, trust: &ServerTrust, deadline: Instant) -> Result<(), TrustError> {
-        let tls = &Tls::new(trust, None).map_err(TrustError::Ca)?;
+        let tls = &Tls::new(trust.into(), None).map_err(TrustError::Ca)?;
         std::thread::scope(|scope| {
             let endpoints = self.settings.endpoints.iter();
             let trials: Vec<_> = endpoints
                 .map(|endpoint| {
                     (
                         endpoint,
-                        scope.spawn(move || tls.connect(endpoint, None, deadline).map(drop)),
+                        scope.spawn(move || Connection::open(tls, endpoint, None, deadline).map(drop)),
                     )
                 })
                 .collect();
@@ -142,7 +144,7 @@ impl KmipProvider {
         }
         let request = self.unless_damaged(self.store.request())?.flatten();
         let mut waiting = request.map_or(Ok(Vec::new()), |request| request.keys())?;
-        waiting.extend(current.as_ref().map(|identity| identity.key.clone()));
+        waiting.extend(current.as_ref().map(|identity| identity.client.key.clone()));
         let mut identity = Identity::assemble(new, waiting)?;
         if let (None, Some(current)) = (&identity.login, &current) {
             identity.login.clone_from(&current.login);
@@ -150,11 +152,10 @@ impl KmipProvider {
         if current.is_some() {
             self.try_identity(&identity)?;
         }
-        let facts = CertificateFacts::of(identity.leaf().ok_or(IdentityError::NoCertificate)?)
-            .map_err(IdentityError::Certificate)?;
+        let facts = CertificateFacts::of(identity.leaf()?).map_err(NoIdentity::Certificate)?;
         self.store
             .put_identity(&identity.stored(new.passphrase.as_ref())?)?;
-        if let Err(error) = self.store.remove_answered(&identity.key) {
+        if let Err(error) = self.store.remove_answered(&identity.client.key) {
             // The new identity stands, and the next start tries it again.
             tracing::warn!("provider {}: {}", self.name, chain(&error));
         }
@@ -192,7 +193,7 @@ impl KmipProvider {
             return Ok(());
         };
         let access = Access {
-            tls: Tls::new(&trust, Some(new)).map_err(IdentityError::Key)?,
+            tls: Tls::new((&trust).into(), Some(&new.client)).map_err(NoIdentity::Key)?,
             login: new.login.clone(),
             epoch: 0,
         };
@@ -270,6 +271,12 @@ impl KmipProvider {
         let request = SigningRequest::new(kind, &name)?.after(before);
         self.store.put_request(&request)?;
         Ok(request.csr.clone())
+    }
+}
+
+impl From<NoIdentity> for TrustError {
+    fn from(error: NoIdentity) -> Self {
+        Self::Identity(error.into())
     }
 }
 

@@ -1,4 +1,4 @@
-//! The five things asked of a transit engine: look at a key, make one, encrypt, decrypt, rewrap; and destroy.
+//! The four things asked of a transit engine: look at a key, make one, encrypt, decrypt; and destroy.
 //!
 //! Stanzas under one key go in one request, whatever VM they belong to. Nothing is encrypted under a key that was not
 //! looked at before: a server whose policy is too generous would make one up.
@@ -11,12 +11,13 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
-use super::http::{Ask, Fault, printable};
+use super::http::{Ask, Fault};
 use super::kek::KekName;
 use super::login::{Session, json};
 use super::settings::{ApiPath, KeyName};
 use crate::model::envelope::Payload;
 use crate::provider::ProviderError;
+use crate::provider::toolbox::printable;
 use crate::secret::SecretBytes;
 
 /// The most items of one request.
@@ -208,21 +209,6 @@ impl TransitEngine<'_> {
             Ok(())
         })?;
         Ok(payloads.into_iter().flatten().collect())
-    }
-
-    /// KEK and body of each of `wrapped` under the newest version of its key. No payload leaves the server.
-    pub(super) fn rewrap(&self, wrapped: &[Wrapped]) -> Result<Vec<(KekName, Vec<u8>)>, Fault> {
-        let mut rewrapped: Vec<_> = wrapped.iter().map(|_| None).collect();
-        self.in_batches("rewrap", wrapped, |at, item| {
-            let (version, body) = item.ciphertext()?;
-            let kek = KekName {
-                version,
-                ..wrapped[at].kek.clone()
-            };
-            rewrapped[at] = Some((kek, body));
-            Ok(())
-        })?;
-        Ok(rewrapped.into_iter().flatten().collect())
     }
 
     fn in_batches(

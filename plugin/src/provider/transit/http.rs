@@ -13,9 +13,11 @@ use ureq::Agent;
 use ureq::http::{HeaderValue, Method, Request, Response};
 
 use super::settings::TransitSettings;
-use super::wire::{LaterResolver, NoTrust, TurnedAway, Wire, is_broken};
+use super::wire::{LaterResolver, Wire, is_broken};
 use crate::model::envelope::KekId;
 use crate::provider::ProviderError;
+use crate::provider::toolbox::printable;
+use crate::provider::toolbox::tls::TlsFailure;
 use crate::secret::SecretBytes;
 
 /// The most bytes of an answer, without those for each item of a batch.
@@ -244,8 +246,8 @@ impl Client {
     /// A client that shows the certificate in `identity`; nothing is sent yet.
     pub(super) fn new(settings: &TransitSettings, identity: Option<&SecretBytes>) -> Result<Self, Fault> {
         let server_name = settings.server_name.as_ref().map(|name| name.as_str().to_owned());
-        let wire = Wire::new(settings.ca.as_deref(), server_name, identity, CONNECT)
-            .map_err(|error| Fault::NotTrusted(error.0))?;
+        let wire =
+            Wire::new(settings.ca.as_deref(), server_name, identity, CONNECT).map_err(Fault::NotTrusted)?;
         let config = Agent::config_builder()
             .proxy(None)
             .max_redirects(0)
@@ -375,11 +377,14 @@ impl Client {
     fn fault(&self, error: ureq::Error, deadline: Instant) -> Fault {
         let address = self.base.trim_end_matches("/v1/");
         let why = match error {
-            ureq::Error::Other(error) => match error.downcast::<NoTrust>() {
-                Ok(error) => return Fault::NotTrusted(error.0),
-                Err(error) if error.is::<TurnedAway>() => {
-                    return self.turned_away(format!("{address}: {error}"));
-                }
+            ureq::Error::Other(error) => match error.downcast::<TlsFailure>() {
+                Ok(error) => match *error {
+                    TlsFailure::NotTrusted(why) | TlsFailure::Protocol(why) => return Fault::NotTrusted(why),
+                    error @ (TlsFailure::TurnedAway(_) | TlsFailure::RefusesUs(_)) => {
+                        return self.turned_away(format!("{address}: {error}"));
+                    }
+                    error => error.to_string(),
+                },
                 Err(error) => error.to_string(),
             },
             ureq::Error::Http(_) => return Fault::WrongCredential,
@@ -408,12 +413,6 @@ fn title(body: &[u8]) -> String {
         Some((title, _)) => format!(" ({})", printable(title)),
         None => String::new(),
     }
-}
-
-/// One line, of bounded length, without anything a terminal would act on.
-pub(super) fn printable(text: &str) -> String {
-    let harmless = |c: char| if c.is_control() { ' ' } else { c };
-    text.trim().chars().take(300).map(harmless).collect()
 }
 
 #[cfg(test)]

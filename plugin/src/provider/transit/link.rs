@@ -4,13 +4,13 @@
 //! A lock takes effect at once, whatever is under way: a login that ends after it is dropped.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use super::engine::TransitEngine;
 use super::http::Fault;
-use super::keeper;
 use super::kek;
 use super::login::{self, Session};
+use super::pace::{self, HEALTHY, ILL};
 use super::settings::{Auth, TransitSettings};
 use crate::model::envelope::ProviderId;
 use crate::provider::toolbox::locks::{Locks, LocksNoted};
@@ -371,23 +371,31 @@ impl Link {
     /// Whether a call has shown lately that all is well.
     pub(super) fn is_fresh(&self) -> bool {
         let state = self.state();
-        let lately = |answered: Instant| answered.elapsed() < keeper::HEALTHY;
+        let lately = |answered: Instant| answered.elapsed() < HEALTHY;
         state.health == Health::Good && state.answered.is_some_and(lately)
     }
 
-    /// Whether all is well, and when the token must be renewed.
-    pub(super) fn outlook(&self) -> (bool, Option<Instant>) {
-        let state = self.state();
-        let due = state.session.as_ref().and_then(|session| session.lease().due());
-        (state.health == Health::Good, due)
-    }
-
-    /// How long its token was good for when it was made or renewed.
-    pub(super) fn lease_time(&self) -> Option<std::time::Duration> {
-        self.state()
+    /// Whether the token must be renewed.
+    pub(super) fn is_due(&self) -> bool {
+        let due = self
+            .state()
             .session
             .as_ref()
-            .and_then(|session| session.lease().time())
+            .and_then(|session| session.lease().due());
+        due.is_some_and(|due| due <= Instant::now())
+    }
+
+    /// How long it may be until the next look.
+    pub(super) fn next_look(&self) -> Duration {
+        let state = self.state();
+        let usual = if state.health == Health::Good {
+            HEALTHY
+        } else {
+            ILL
+        };
+        let lease = state.session.as_ref().map(|session| session.lease());
+        let until_due = lease.and_then(|lease| Some(lease.due()?.saturating_duration_since(Instant::now())));
+        pace::pause(usual, until_due, lease.and_then(|lease| lease.time()))
     }
 
     /// Renews the token when it is time, else looks whether the server still takes it.

@@ -1,5 +1,6 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::model::envelope::{KekId, Payload, Stanza, VmId};
@@ -16,6 +17,7 @@ struct Moody {
     id: ProviderId,
     status: Mutex<ProviderStatus>,
     probes: AtomicU32,
+    within: Option<Duration>,
     /// A probe takes one from here, where there is one.
     release: Option<Mutex<Receiver<()>>>,
 }
@@ -31,12 +33,17 @@ impl Moody {
     }
 
     fn made(release: Option<Mutex<Receiver<()>>>) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::new(release))
+    }
+
+    fn new(release: Option<Mutex<Receiver<()>>>) -> Self {
+        Self {
             id: ProviderId::random(),
             status: Mutex::new(ProviderStatus::Ready),
             probes: AtomicU32::new(0),
+            within: None,
             release,
-        })
+        }
     }
 
     fn probes(&self) -> u32 {
@@ -54,15 +61,19 @@ impl KeyProvider for Moody {
     }
 
     fn status(&self) -> ProviderStatus {
-        lock(&self.status).clone()
+        self.status.lock().unwrap().clone()
     }
 
     fn probe(&self) {
         if let Some(release) = &self.release {
             // Ends when the test does.
-            let _ = lock(release).recv();
+            let _ = release.lock().unwrap().recv();
         }
         self.probes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn probe_within(&self) -> Option<Duration> {
+        self.within
     }
 
     fn create_kek(&self, _: &KekScope) -> Result<KekId, ProviderError> {
@@ -134,10 +145,10 @@ fn change_has_its_time_and_the_same_state_keeps_it() {
     let provider = Moody::ready();
     added(&watches, &provider);
     let first = watches.report(provider.as_ref());
-    *lock(&provider.status) = ProviderStatus::Unreachable("a".into());
+    *provider.status.lock().unwrap() = ProviderStatus::Unreachable("a".into());
     let (before, changed) = (SystemTime::now(), watches.report(provider.as_ref()));
     assert!(changed.since >= before && changed.since >= first.since);
-    *lock(&provider.status) = ProviderStatus::Unreachable("b".into());
+    *provider.status.lock().unwrap() = ProviderStatus::Unreachable("b".into());
     let same = watches.report(provider.as_ref());
     assert_eq!((same.since, same.status.as_str()), (changed.since, "Unreachable"));
 }
@@ -153,6 +164,28 @@ fn new_interval_counts_at_once() {
     until("the first probe", || provider.probes() == 1);
     watches.set_pace(|pace| pace.interval = PACE.interval);
     until("more probes", || provider.probes() >= 3);
+}
+
+/// As after an unlock: nobody waits for the next round, and a token that ends soon has its own pace.
+#[test]
+fn a_change_wakes_the_watch_and_a_provider_may_want_more() {
+    let watches = Watches::new(Pace {
+        interval: Duration::from_secs(3600),
+        ..PACE
+    });
+    let provider = Moody::ready();
+    added(&watches, &provider);
+    until("the first probe", || provider.probes() == 1);
+    *provider.status.lock().unwrap() = ProviderStatus::Locked;
+    watches.report(provider.as_ref());
+    until("the one after the change", || provider.probes() == 2);
+    let eager = Arc::new(Moody {
+        within: Some(Duration::from_millis(5)),
+        ..Moody::new(None)
+    });
+    added(&watches, &eager);
+    until("its own pace", || eager.probes() >= 4);
+    assert_eq!(provider.probes(), 2);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use openssl::x509::{X509NameRef, X509Ref};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::message::printable;
+use super::printable;
 
 /// From this many days before its end on, a certificate is warned about.
 const WARN_DAYS: i32 = 30;
@@ -21,7 +21,7 @@ const WARN_DAYS: i32 = 30;
 pub struct Fingerprint([u8; 32]);
 
 impl Fingerprint {
-    pub(super) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
+    pub(in crate::provider) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
         let digest = certificate.digest(MessageDigest::sha256())?;
         let mut bytes = [0; 32];
         bytes.copy_from_slice(&digest);
@@ -92,7 +92,7 @@ pub struct CertificateFacts {
 }
 
 impl CertificateFacts {
-    pub(super) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
+    pub(in crate::provider) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
         let now = Asn1Time::days_from_now(0)?;
         let left = now.diff(certificate.not_after())?;
         Ok(Self {
@@ -109,12 +109,12 @@ impl CertificateFacts {
         })
     }
 
-    pub(super) fn has_expired(&self) -> bool {
+    pub(in crate::provider) fn has_expired(&self) -> bool {
         self.days_left < 0
     }
 
     /// What to tell about `whose` certificate as its end draws near.
-    pub(super) fn warning(&self, whose: &str) -> Option<String> {
+    pub(in crate::provider) fn warning(&self, whose: &str) -> Option<String> {
         match self.days_left {
             ..0 => Some(format!("{whose} certificate expired on {}", self.not_after)),
             left @ 0..=WARN_DAYS => Some(format!(

@@ -1,11 +1,11 @@
 //! The addresses of a server: found within a deadline, and raced, for one of them may swallow what is sent.
 
+use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use super::endpoint::Endpoint;
-use super::error::KmipError;
+use super::tls::TlsFailure;
 
 /// How long the next address is not tried while one may still answer (RFC 8305, section 5).
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -14,46 +14,46 @@ const RESOLVER: Duration = Duration::from_secs(1);
 /// More of them are of no use.
 const MAX_ADDRESSES: usize = 8;
 
-/// The addresses of `endpoint`, `good` first: that one alone where the resolver does not say in time. Who answers there must
+/// The addresses of `host`, `good` first: that one alone where the resolver does not say in time. Who answers there must
 /// show the trusted certificate all the same.
 ///
 /// # Errors
 /// When there are none before `deadline`.
-pub(super) fn of(
-    endpoint: &Endpoint,
+pub(in crate::provider) fn of(
+    host: &str,
+    port: u16,
     good: Option<SocketAddr>,
     deadline: Instant,
-) -> Result<Vec<SocketAddr>, KmipError> {
+) -> Result<Vec<SocketAddr>, TlsFailure> {
     let left = deadline.saturating_duration_since(Instant::now());
     let patience = match good {
         Some(_) => RESOLVER.min(left / 2),
         None => left,
     };
-    let mut found = match (resolve(endpoint, patience), good) {
+    let mut found = match (resolve(host, port, patience), good) {
         (Ok(found), _) => found,
         (Err(_), Some(good)) => vec![good],
-        (Err(why), None) => return Err(KmipError::NoConnection(why)),
+        (Err(why), None) => return Err(TlsFailure::Io(io::ErrorKind::HostUnreachable, why)),
     };
     found.sort_by_key(|address| Some(*address) != good);
     found.dedup();
     found.truncate(MAX_ADDRESSES);
     match found.is_empty() {
-        true => Err(KmipError::NoConnection(format!(
-            "'{}' has no address",
-            endpoint.host()
-        ))),
+        true => Err(TlsFailure::Io(
+            io::ErrorKind::HostUnreachable,
+            format!("'{host}' has no address"),
+        )),
         false => Ok(found),
     }
 }
 
 /// On a thread of its own where it may hang: nothing ends a resolver that waits for its servers.
-fn resolve(endpoint: &Endpoint, patience: Duration) -> Result<Vec<SocketAddr>, String> {
-    let host = endpoint.host().to_owned();
+fn resolve(host: &str, port: u16, patience: Duration) -> Result<Vec<SocketAddr>, String> {
     if let Ok(address) = host.parse() {
-        return Ok(vec![SocketAddr::new(address, endpoint.port())]);
+        return Ok(vec![SocketAddr::new(address, port)]);
     }
     let (sender, answer) = channel();
-    let (name, port) = (host.clone(), endpoint.port());
+    let name = host.to_owned();
     let look = move || {
         let found = (name.as_str(), port).to_socket_addrs();
         // Nobody waits any more when this fails.
@@ -75,11 +75,11 @@ fn resolve(endpoint: &Endpoint, patience: Duration) -> Result<Vec<SocketAddr>, S
 ///
 /// # Errors
 /// What is wrong with the one that an admin has to look at first.
-pub(super) fn race<T: Send + 'static>(
+pub(in crate::provider) fn race<T: Send + 'static>(
     addresses: Vec<SocketAddr>,
     deadline: Instant,
-    connect: impl Fn(SocketAddr) -> Result<T, KmipError> + Clone + Send + 'static,
-) -> Result<T, KmipError> {
+    connect: impl Fn(SocketAddr) -> Result<T, TlsFailure> + Clone + Send + 'static,
+) -> Result<T, TlsFailure> {
     if let [only] = addresses[..] {
         return connect(only);
     }
@@ -93,8 +93,9 @@ pub(super) fn race<T: Send + 'static>(
                 // Nobody waits any more when this fails; the connection is closed then.
                 let _ = sender.send(connect(address));
             };
-            let started = std::thread::Builder::new().name("kmip".to_owned()).spawn(work);
-            started.map_err(|error| KmipError::NoConnection(format!("can't start a thread: {error}")))?;
+            let started = std::thread::Builder::new().name("connect".to_owned()).spawn(work);
+            started
+                .map_err(|error| TlsFailure::Io(error.kind(), format!("can't start a thread: {error}")))?;
             running += 1;
         }
         let left = deadline.saturating_duration_since(Instant::now());
@@ -109,7 +110,7 @@ pub(super) fn race<T: Send + 'static>(
                 running -= 1;
             }
             Err(RecvTimeoutError::Timeout) if waiting.peek().is_some() && !left.is_zero() => {}
-            Err(_) => failures.push(KmipError::NoConnection("connect timed out".into())),
+            Err(_) => failures.push(timed_out()),
         }
         let timed_out = deadline <= Instant::now();
         if timed_out || (running == 0 && waiting.peek().is_none()) {
@@ -118,14 +119,18 @@ pub(super) fn race<T: Send + 'static>(
     }
 }
 
-fn first_to_look_at(failures: Vec<KmipError>) -> KmipError {
-    let rank = |failure: &KmipError| match failure {
-        KmipError::NotTrusted(_) => 0,
-        KmipError::RefusesUs(_) | KmipError::TurnedAway(_) => 1,
+fn first_to_look_at(failures: Vec<TlsFailure>) -> TlsFailure {
+    let rank = |failure: &TlsFailure| match failure {
+        TlsFailure::NotTrusted(_) => 0,
+        TlsFailure::RefusesUs(_) | TlsFailure::TurnedAway(_) => 1,
         _ => 2,
     };
     let first = failures.into_iter().min_by_key(rank);
-    first.unwrap_or_else(|| KmipError::NoConnection("connect timed out".into()))
+    first.unwrap_or_else(timed_out)
+}
+
+fn timed_out() -> TlsFailure {
+    TlsFailure::Io(io::ErrorKind::TimedOut, "connect timed out".to_owned())
 }
 
 #[cfg(test)]
@@ -149,11 +154,11 @@ mod tests {
         (address, listener, waiting)
     }
 
-    fn connect(deadline: Instant) -> impl Fn(SocketAddr) -> Result<SocketAddr, KmipError> + Clone {
+    fn connect(deadline: Instant) -> impl Fn(SocketAddr) -> Result<SocketAddr, TlsFailure> + Clone {
         move |address| {
             let left = deadline.saturating_duration_since(Instant::now());
             let stream = TcpStream::connect_timeout(&address, left.max(Duration::from_millis(1)));
-            let stream = stream.map_err(|error| KmipError::NoConnection(error.to_string()))?;
+            let stream = stream.map_err(|error| TlsFailure::Io(error.kind(), error.to_string()))?;
             Ok(stream.peer_addr().unwrap())
         }
     }
@@ -170,11 +175,11 @@ mod tests {
         // One that fails costs nothing, and one that is known to be good comes first.
         let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         assert!(race(vec![closed, good.0], began + time, connect(began + time)).is_ok());
-        let endpoint: Endpoint = format!("127.0.0.1:{}", good.0.port()).parse().unwrap();
-        assert_eq!(of(&endpoint, Some(good.0), began + time).unwrap()[0], good.0);
+        let found = of("127.0.0.1", good.0.port(), Some(good.0), began + time).unwrap();
+        assert_eq!(found[0], good.0);
         let deadline = Instant::now() + Duration::from_millis(400);
         let error = race(vec![silent, silent], deadline, connect(deadline)).unwrap_err();
-        assert!(matches!(error, KmipError::NoConnection(_)), "{error:?}");
+        assert!(matches!(error, TlsFailure::Io(..)), "{error:?}");
     }
 
     #[test]
@@ -186,11 +191,11 @@ mod tests {
             deadline,
             move |address| {
                 Err::<(), _>(match address == any() {
-                    true => KmipError::NotTrusted("impostor".into()),
-                    false => KmipError::NoConnection("connection refused".into()),
+                    true => TlsFailure::NotTrusted("impostor".into()),
+                    false => TlsFailure::Io(io::ErrorKind::ConnectionRefused, "connection refused".into()),
                 })
             },
         );
-        assert!(matches!(error, Err(KmipError::NotTrusted(_))));
+        assert!(matches!(error, Err(TlsFailure::NotTrusted(_))));
     }
 }
