@@ -19,6 +19,7 @@ use zlink::{ReplyError, proxy};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 
+pub use crate::model::finding::Severity;
 pub use job::{CopyView, JobReport, JobRequest, JobStarted, JobView, Jobs};
 pub use provider::{
     BackupMade, OrphanEnvelope, OrphanKek, Orphans, PersistRequest, PersistView, ProviderView, Providers,
@@ -28,7 +29,8 @@ pub use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
 };
 pub use vm::{
-    ObjectView, Outcome, Receipt, ReceiptLine, ShredPreview, VmView, Vms, VolumeProgress, VolumeRequest,
+    FindingView, ObjectStanding, ObjectView, Outcome, Receipt, ReceiptLine, ShredPreview, VmPower, VmState,
+    VmView, Vms, VolumeProgress, VolumeRequest,
 };
 
 /// Reply of `virtseal status`.
@@ -50,8 +52,8 @@ pub struct HostStatus {
     pub armed: i64,
     /// What was found wrong with the audit log since virtseald started.
     pub audit: Option<String>,
-    /// Records of the keystore that can't be read, with what to do.
-    pub damaged: Vec<String>,
+    /// What the admin should know of this host: records of the keystore that can't be read, settings that name what is not here.
+    pub warnings: Vec<FindingView>,
 }
 
 /// Reply of `audit show`.

@@ -2,6 +2,7 @@
 
 pub(crate) mod advice;
 pub mod envelope;
+pub mod finding;
 pub mod job;
 pub mod kek;
 pub mod problem;

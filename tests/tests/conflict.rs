@@ -246,9 +246,10 @@ fn status(sealed: &SealedHost, vm: &str) -> Result<String> {
 fn findings(sealed: &SealedHost, vm: &str) -> Result<Vec<String>> {
     let status = sealed.json(&["vm", "status", vm])?;
     let warnings = status[0]["warnings"].as_array().context("no warnings")?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let lines = warnings
         .iter()
-        .map(|line| line.as_str().unwrap_or_default().to_owned());
+        .map(|found| format!("{}. Next: {}", text(&found["what"]), text(&found["next"])));
     // Of the console of every such VM.
     Ok(lines.filter(|line| !line.contains("serial port")).collect())
 }

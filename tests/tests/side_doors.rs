@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use serde_json::Value;
 use virtseal_testkit::{DomainSpec, SealedHost, expect_names, wait_until};
 
 const TO_ITSELF: &str = "qemu+unix:///system?socket=/run/libvirt/libvirt-sock";
@@ -56,7 +55,10 @@ fn warnings(sealed: &SealedHost, vm: &str) -> Result<Vec<String>> {
     let vms = status["vms"].as_array().context("no VMs")?;
     let found = vms.iter().find(|found| found["name"] == vm);
     let warnings = found.and_then(|found| found["warnings"].as_array());
-    let texts = warnings.into_iter().flatten().filter_map(Value::as_str);
+    let texts = warnings
+        .into_iter()
+        .flatten()
+        .filter_map(|found| found["what"].as_str());
     let found = texts.filter(|text| text.contains("seen first at"));
     Ok(found.map(str::to_owned).collect())
 }

@@ -113,7 +113,7 @@ fn another_host_misses_a_vtpm_that_it_has_never_seen() -> Result<()> {
     let old = SealedHost::start()?;
     let spec = old.seal_new("web01")?;
     let status = old.json(&["vm", "status", "web01"])?.to_string();
-    expect_names(&status, &["sealed, not used yet"])?;
+    expect_names(&status, &["not_used_yet"])?;
     let unused = old.dumpxml("web01")?;
     old.start_paused("web01")?;
     old.wait_for_copies(0)?;

@@ -6,7 +6,9 @@
 use serde::Serialize;
 
 use super::provider::{OrphanEnvelope, OrphanKek, Orphans};
-use super::vm::VmView;
+use super::vm::{FindingView, VmView};
+use crate::model::advice::Advice;
+use crate::model::finding::{Finding, Subject};
 
 /// The most bytes of a page, as JSON. What is around it in a reply has room beside it.
 pub(crate) const PAGE: usize = 48 * 1024;
@@ -79,14 +81,15 @@ fn shortened(vm: &VmView, room: usize) -> VmView {
     }
     shown.objects = cut(std::mem::take(&mut shown.objects), room / 2);
     shown.warnings = cut(std::mem::take(&mut shown.warnings), room / 4);
-    shown.warnings.push(format!(
-        "only {} of its {} objects and {} of {} warnings are listed here. Next: virtseal vm status {}",
+    let cut = format!(
+        "only {} of its {} objects and {} of {} warnings are listed here",
         shown.objects.len(),
         vm.objects.len(),
         shown.warnings.len(),
         vm.warnings.len(),
-        vm.uuid
-    ));
+    );
+    let cut = Finding::warning(Subject::Vm(vm.name.clone()), cut).next(Advice::ShowVm(vm.uuid.clone()));
+    shown.warnings.push(FindingView::from(&cut));
     shown
 }
 
@@ -156,18 +159,10 @@ mod tests {
     /// What a reader may get in one message.
     const MESSAGE: usize = 64 * 1024;
 
-    fn vm(name: &str, uuid: u128) -> VmView {
-        let text = format!(
-            r#"{{"name":"{name}","uuid":"{}","power":"off","state":"sealed","depends_on":null,"objects":[],"warnings":[]}}"#,
-            uuid::Uuid::from_u128(uuid)
-        );
-        serde_json::from_str(&text).unwrap()
-    }
-
     #[test]
     fn pages_show_each_vm_once_also_when_one_goes_meanwhile() {
         let mut vms: Vec<_> = (0..3000)
-            .map(|n| vm(&format!("web {:05}", n / 2), n as u128))
+            .map(|n| VmView::fixture(&format!("web {:05}", n / 2), n as u128))
             .collect();
         let (mut found, mut after, mut pages) = (Vec::new(), None, 0);
         loop {
@@ -195,18 +190,23 @@ mod tests {
 
     #[test]
     fn a_vm_that_fills_more_than_a_page_is_shown_in_part() {
-        let mut huge = vm("huge", 1);
+        let mut huge = VmView::fixture("huge", 1);
         huge.warnings = (0..3000)
-            .map(|n| format!("warning {n} {}", "x".repeat(50)))
+            .map(|n| Finding::warning(Subject::Host, format!("warning {n} {}", "x".repeat(50))))
+            .map(|finding| FindingView::from(&finding))
             .collect();
-        let (page, next) = of_vms(&[huge, vm("next", 2)], None, 30 * 1024);
+        let (page, next) = of_vms(&[huge, VmView::fixture("next", 2)], None, 30 * 1024);
         assert!(size_of(&page) + 30 * 1024 <= MESSAGE, "{}", size_of(&page));
-        let last = page[0].warnings.last().unwrap();
+        let last = page[0].warnings.last().unwrap().to_string();
         assert!(
             last.contains("of 3000 warnings") && last.contains("virtseal vm status"),
             "{last}"
         );
-        let (page, next) = of_vms(&[vm("huge", 1), vm("next", 2)], next.as_deref(), 0);
+        let (page, next) = of_vms(
+            &[VmView::fixture("huge", 1), VmView::fixture("next", 2)],
+            next.as_deref(),
+            0,
+        );
         assert_eq!((page[0].name.as_str(), next), ("next", None));
     }
 

@@ -22,7 +22,7 @@ use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
 use virtseal::daemon::service::tpm::{CREDENTIAL, TpmUnlock, Tried};
 use virtseal::daemon::service::{cache, provider, tpm};
 use virtseal::daemon::sockets::Sockets;
-use virtseal::daemon::{Daemon, glance, leftovers, overdue};
+use virtseal::daemon::{Daemon, leftovers, look, overdue, running};
 use virtseal::host::process::{self, LinkedCode};
 use virtseal::model::problem::chain;
 use virtseal::terminal::visible;
@@ -162,8 +162,8 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     for (name, run) in [
         ("jobs", Daemon::run_jobs as Work),
         ("copies", Daemon::run_copies),
-        ("status", glance::run),
-        ("running", Daemon::watch_running),
+        ("status", look::run),
+        ("running", running::watch),
     ] {
         let daemon = Arc::clone(daemon);
         std::thread::Builder::new()

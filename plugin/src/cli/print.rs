@@ -45,8 +45,8 @@ impl Printer {
         line("")?;
         self.vms(&status.vms)?;
         let of_vms: Vec<_> = status.vms.iter().flat_map(|vm| &vm.warnings).collect();
-        let others = status.damaged.iter().filter(|damaged| !of_vms.contains(damaged));
-        others.for_each(|damaged| self.warn(damaged));
+        let others = status.warnings.iter().filter(|warning| !of_vms.contains(warning));
+        others.for_each(|warning| note(&warning.to_string()));
         Ok(())
     }
 
@@ -173,7 +173,7 @@ impl Printer {
         hanging(vms).iter().try_for_each(|text| line(text))?;
         vms.iter()
             .flat_map(|vm| &vm.warnings)
-            .for_each(|warning| self.warn(warning));
+            .for_each(|warning| note(&warning.to_string()));
         Ok(())
     }
 
@@ -412,7 +412,7 @@ fn local(time: Option<&str>) -> String {
 fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {
     vec![
         vm.name.clone(),
-        vm.power.clone(),
+        vm.power.as_str().to_owned(),
         object.object.clone(),
         state(object),
         generation(object),
@@ -423,8 +423,8 @@ fn object_row(vm: &VmView, object: &ObjectView) -> Vec<String> {
 
 fn state(object: &ObjectView) -> String {
     match &object.shared_with[..] {
-        [] => object.state.clone(),
-        others => format!("{}, shared with {}", object.state, others.join(", ")),
+        [] => object.words(),
+        others => format!("{}, shared with {}", object.words(), others.join(", ")),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk;
 use crate::secret::Dek;
 use crate::terminal::word;
-use crate::vm::names;
+use crate::vm::names::{self, ProviderNames};
 use crate::vm::start::adoption::not_believed;
 
 /// Which copies root answers for.
@@ -193,7 +193,9 @@ impl Daemon {
             "adopt envelope {} of {} (opened by {})",
             envelope.id,
             object.label,
-            self.names(envelope).join(", ")
+            ProviderNames::of_host(&self.recipients, self.keystore.as_ref())
+                .of(envelope)
+                .join(", ")
         )
     }
 }

@@ -18,7 +18,7 @@ use crate::recipients::{Provider, bring_back};
 use crate::store::CopyPlace;
 use crate::terminal::word;
 use crate::vm::forgotten::{self, ForgottenError};
-use crate::vm::names::VmNames;
+use crate::vm::names::{ProviderNames, VmNames};
 use crate::vm::names::{some_of, unreachable};
 use crate::vm::status::damaged;
 
@@ -363,6 +363,7 @@ impl Daemon {
         let domains = self.background.domains().map_err(|error| unreachable(&error))?;
         let defined: BTreeSet<VmId> = domains.iter().map(|domain| domain.vm).collect();
         let names = VmNames::of_keystore(self.keystore.as_ref())?;
+        let providers = ProviderNames::of_host(&self.recipients, self.keystore.as_ref());
         let (mut envelopes, mut in_use) = (Vec::new(), BTreeSet::new());
         let mut keks: BTreeMap<(ProviderId, String), OrphanUses> = BTreeMap::new();
         // What destroys a key asks for all of them; here those that can't be read are named.
@@ -384,7 +385,7 @@ impl Daemon {
                     kind: envelope.kind.to_string(),
                     path: (!record.location.is_empty()).then(|| record.location.clone()),
                     present: !record.location.is_empty() && Path::new(&record.location).exists(),
-                    providers: self.names(envelope),
+                    providers: providers.of(envelope),
                 });
             }
         }
@@ -411,7 +412,10 @@ impl Daemon {
         let mut all = Orphans {
             envelopes,
             keks: keks.collect(),
-            damaged: damaged::records(self.keystore.as_ref(), &self.host_store),
+            damaged: damaged::records(self.keystore.as_ref(), &self.host_store)
+                .iter()
+                .map(ToString::to_string)
+                .collect(),
             next: None,
         };
         pages::sort(&mut all);

@@ -3,12 +3,12 @@
 
 use std::time::Instant;
 
-use swtpm_state::{State, libvirt_state_dir};
-
 use super::{Daemon, lock, vm_id};
 use crate::domain::Domain;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Code, Problem, chain};
+use crate::object::Present;
+use crate::object::vtpm::StateDir;
 use crate::store::{CopyPlace, StoreError};
 use crate::vm::first_runs::{HeardRun, vtpm_of};
 use crate::vm::start::{FirstRun, KnownRun};
@@ -93,6 +93,6 @@ fn is_unnoted(daemon: &Daemon, vm: VmId) -> bool {
 }
 
 fn has_state(daemon: &Daemon, vm: VmId) -> bool {
-    let dir = libvirt_state_dir(&daemon.config().swtpm_dir, &vm);
-    matches!(State::read(&dir), Ok(State::Encrypted(_)))
+    let dir = StateDir::of(vm, &daemon.config().swtpm_dir);
+    matches!(dir.inspect(), Ok(Present::Encrypted(_)))
 }

@@ -3,15 +3,14 @@
 //! It looks while somebody asks, and for a while after that. What root has changed is looked at anew, and where a look costs
 //! little, root is shown what is there now.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::Daemon;
 use crate::api::VmView;
 use crate::model::envelope::ProviderId;
-use crate::model::problem::{Problem, chain};
-use crate::vm::status::damaged;
+use crate::model::finding::Finding;
+use crate::model::problem::Problem;
 
 /// No answer is older than this.
 const MAX_AGE: Duration = Duration::from_secs(2);
@@ -43,11 +42,11 @@ pub(super) struct Glance {
     /// The VMs, sorted by name and UUID.
     pub(super) vms: Arc<[VmView]>,
     /// Records of the keystore that can't be read.
-    pub(super) damaged: Arc<[String]>,
+    pub(super) damaged: Arc<[Finding]>,
 }
 
 /// How many envelopes have a stanza of each provider.
-type Uses = Arc<BTreeMap<ProviderId, usize>>;
+pub(super) type Uses = Arc<BTreeMap<ProviderId, usize>>;
 
 /// The last look, and who waits for another.
 #[derive(Debug, Default)]
@@ -130,7 +129,7 @@ impl Glances {
     }
 
     /// Looks whenever that is needed, for ever.
-    fn run(&self, look: impl Fn() -> Result<Glance, Problem>) {
+    pub(super) fn run(&self, look: impl Fn() -> Result<Glance, Problem>) {
         let mut state = self.state();
         loop {
             state = match state.rest() {
@@ -158,7 +157,7 @@ impl Glances {
     }
 
     /// What `count` has counted, at most [`MAX_AGE`] ago.
-    fn uses(&self, count: impl FnOnce() -> Result<Uses, Problem>) -> Result<Uses, Problem> {
+    pub(super) fn uses(&self, count: impl FnOnce() -> Result<Uses, Problem>) -> Result<Uses, Problem> {
         let mut counted = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
         let outdated = self.state().outdated;
         match &*counted {
@@ -186,64 +185,19 @@ fn silent() -> String {
     )
 }
 
-/// Looks for those who ask, for ever. For a thread of its own.
-pub fn run(daemon: &Daemon) {
-    super::pools::step_back();
-    daemon.glances.run(|| look_at_all(daemon));
-}
-
-/// Something that `status` shows may have changed.
-pub(super) fn expire(daemon: &Daemon) {
-    daemon.glances.expire();
-}
-
-/// How many envelopes have a stanza of each provider, at most two seconds ago.
-pub(super) fn provider_uses(daemon: &Daemon) -> Result<Uses, Problem> {
-    daemon.glances.uses(|| {
-        let mut uses = BTreeMap::new();
-        daemon.keystore.each_envelope(|record| {
-            let stanzas = record.envelope.stanzas.iter();
-            for provider in stanzas.map(|stanza| stanza.provider).collect::<BTreeSet<_>>() {
-                *uses.entry(provider).or_default() += 1;
-            }
-        })?;
-        Ok(Arc::new(uses))
-    })
-}
-
-fn look_at_all(daemon: &Daemon) -> Result<Glance, Problem> {
-    let domains = daemon.background.domains_at_a_glance();
-    let libvirt = match &domains {
-        Ok(_) => Ok(()),
-        Err(error) => Err(chain(error)),
-    };
-    let mut vms = daemon.sealed_vms(domains.unwrap_or_default())?;
-    vms.sort_by(|a, b| (&a.name, &a.uuid).cmp(&(&b.name, &b.uuid)));
-    Ok(Glance {
-        libvirt,
-        vms: vms.into(),
-        damaged: damaged::records(daemon.keystore.as_ref(), &daemon.host_store).into(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
 
-    fn vm(name: &str, uuid: u128) -> VmView {
-        let text = format!(
-            r#"{{"name":"{name}","uuid":"{}","power":"off","state":"sealed","depends_on":null,"objects":[],"warnings":[]}}"#,
-            uuid::Uuid::from_u128(uuid)
-        );
-        serde_json::from_str(&text).unwrap()
-    }
-
     fn seen(count: usize) -> Glance {
         Glance {
             libvirt: Ok(()),
-            vms: (0..count).map(|n| vm("a", n as u128)).collect::<Vec<_>>().into(),
+            vms: (0..count)
+                .map(|n| VmView::fixture("a", n as u128))
+                .collect::<Vec<_>>()
+                .into(),
             damaged: Arc::default(),
         }
     }

@@ -10,6 +10,7 @@ pub(super) mod descriptors;
 pub mod provider;
 pub(super) mod provider_view;
 mod state;
+mod status;
 pub mod tpm;
 mod trust;
 mod vm;
@@ -27,16 +28,17 @@ use zlink::{Reply, service};
 
 use super::caller::Caller;
 use super::gate::Pass;
-use super::glance::{self, Age};
+use super::glance::Age;
 use super::pools::Pools;
 use super::state::Daemon;
 use super::{Formats, HookPolicy, Sharing, first_runs, records};
 use crate::api::{
-    AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, HostError, HostStatus, IdentityParts,
-    IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey, ObjectView,
-    OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView, ProviderView, Providers,
-    Receipt, ReceiptLine, ServerView, Servers, ShredPreview, SigningRequestMade, TpmEnrolled, TpmRemoved,
-    TpmRequest, TpmView, VmView, Vms, VolumeProgress, VolumeRequest,
+    AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, FindingView, HostError, HostStatus,
+    IdentityParts, IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey,
+    ObjectStanding, ObjectView, OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView,
+    ProviderView, Providers, Receipt, ReceiptLine, ServerView, Servers, Severity, ShredPreview,
+    SigningRequestMade, TpmEnrolled, TpmRemoved, TpmRequest, TpmView, VmPower, VmState, VmView, Vms,
+    VolumeProgress, VolumeRequest,
 };
 use crate::audit::Actor;
 use crate::domain::Domain;
@@ -84,7 +86,7 @@ impl Service {
         let by = self.actor;
         let work = move |daemon: &Daemon| {
             let done = work(daemon, by);
-            glance::expire(daemon);
+            daemon.glances.expire();
             done
         };
         self.run(workers, Caller::Admin, work).await
@@ -199,19 +201,19 @@ impl Service {
     #[zlink(
         interface = "io.virtseal.Host",
         types = [
-            ProviderView, PersistView, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectView, VmView, VolumeRequest,
+            ProviderView, PersistView, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, FindingView, VmPower, VmState, VmView, VolumeRequest,
             JobRequest, JobView, CopyView, OrphanEnvelope, OrphanKek, ReceiptLine
         ]
     )]
     async fn status(&self, after: Option<String>) -> Result<HostStatus, HostError> {
         let age = self.age(after.as_deref());
-        self.show(move |daemon| daemon.status(age, after.as_deref()))
+        self.show(move |daemon| status::status(daemon, age, after.as_deref()))
             .await
     }
 
     async fn vm_status(&self, vm: Option<String>, after: Option<String>) -> Result<Vms, HostError> {
         let age = self.age(after.as_deref());
-        let work = move |daemon: &Daemon| daemon.vm_status(vm.as_deref(), age, after.as_deref());
+        let work = move |daemon: &Daemon| status::vm_status(daemon, vm.as_deref(), age, after.as_deref());
         self.show(work).await
     }
 
@@ -278,7 +280,7 @@ impl Service {
                 !wanted || sender.blocking_send(Ok(reply)).is_ok()
             };
             let created = allowed.and_then(|()| daemon.create_volume(by, &request, report));
-            glance::expire(&daemon);
+            daemon.glances.expire();
             if let Err(failure) = created {
                 // Nobody is left to be told when this fails.
                 let _ = sender.blocking_send(Err(failure.into()));

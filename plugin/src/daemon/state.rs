@@ -15,6 +15,7 @@ use crate::host::libvirt::{Libvirt, LibvirtError};
 use crate::host::permitted::PathRule;
 use crate::host::tpm::Tpm;
 use crate::model::envelope::VmId;
+use crate::model::finding::Finding;
 use crate::model::job::JobId;
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::OpenedHeaders;
@@ -180,9 +181,9 @@ impl Daemon {
             .map(|group| group.gid)
     }
 
-    /// What the settings name and this host does not have, one line for each.
+    /// What the settings name and this host does not have.
     #[must_use]
-    pub fn warnings(&self) -> Vec<String> {
+    pub fn warnings(&self) -> Vec<Finding> {
         let group = match self.reader_group() {
             Some(_) => ReaderGroup::Exists,
             None => ReaderGroup::Missing,

@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::host::libvirt::{DefinedDomain, Libvirt, LibvirtError};
-use crate::model::envelope::VmId;
+use crate::model::envelope::{Envelope, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem, chain};
+use crate::recipients::{Provider, Recipients};
 use crate::store::{EnvelopeStore, StoreError, VmRecord};
 
 /// How many names a message has.
@@ -154,6 +155,63 @@ impl VmNames {
         let vms: BTreeSet<String> = objects.iter().map(|vm| self.of(*vm)).collect();
         let (objects, count) = (objects.len(), vms.len());
         format!("{objects} objects of {count} VMs ({})", some_of(&vms))
+    }
+}
+
+/// The names of key providers: of those here, and of those that were deleted here.
+#[derive(Clone, Debug, Default)]
+pub struct ProviderNames {
+    here: BTreeMap<ProviderId, String>,
+    deleted: BTreeMap<ProviderId, String>,
+}
+
+impl ProviderNames {
+    /// Those of this host.
+    #[must_use]
+    pub fn of_host(recipients: &Recipients, keystore: &dyn EnvelopeStore) -> Self {
+        let here = recipients.providers();
+        let here = here.iter().map(Provider::provider);
+        // What can't be read is a finding of its own.
+        let deleted = keystore.deleted_providers().map(|rows| rows.sound);
+        let deleted = deleted.unwrap_or_default().into_iter();
+        Self {
+            here: here
+                .map(|provider| (provider.id(), provider.name().to_owned()))
+                .collect(),
+            deleted: deleted.map(|deleted| (deleted.id, deleted.name)).collect(),
+        }
+    }
+
+    /// Of those that have a stanza: the name here, else the one that it had where the stanza was made.
+    #[must_use]
+    pub fn of(&self, envelope: &Envelope) -> Vec<String> {
+        let stanzas = envelope.stanzas.iter();
+        let name = |stanza: &Stanza| {
+            self.here
+                .get(&stanza.provider)
+                .unwrap_or(&stanza.provider_name)
+                .clone()
+        };
+        stanzas.map(name).collect()
+    }
+
+    /// Why nobody on this host can ever open it, if that is so.
+    #[must_use]
+    pub fn gone(&self, envelope: &Envelope) -> Option<String> {
+        let mut why = Vec::with_capacity(envelope.stanzas.len());
+        for Stanza {
+            provider,
+            provider_name,
+            ..
+        } in &envelope.stanzas
+        {
+            why.push(match (self.here.get(provider), self.deleted.get(provider)) {
+                (Some(_), _) => return None,
+                (None, Some(deleted)) => format!("provider '{deleted}' was deleted"),
+                (None, None) => format!("provider '{provider_name}' is not on this host"),
+            });
+        }
+        Some(why.join(", "))
     }
 }
 

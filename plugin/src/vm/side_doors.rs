@@ -13,6 +13,7 @@ use crate::domain::{
 use crate::host::libvirt::qemu_conf::QemuConf;
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::envelope::ObjectKind;
+use crate::model::finding::{Finding, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, VolumeError};
 use crate::terminal::{quoted, visible, word};
@@ -179,14 +180,14 @@ pub fn warnings(domain: &Domain, policy: Policy) -> Vec<String> {
 
 /// [`warnings`], and why the next start of a sealed VM is refused.
 #[must_use]
-pub fn findings(domain: &Domain, policy: Policy) -> Vec<String> {
+pub fn findings(domain: &Domain, policy: Policy) -> Vec<Finding> {
+    let subject = || Subject::Vm(domain.name.clone());
     let refused = refuse(domain, policy).err();
-    let refused = refused.map(|failure| {
-        failure
-            .of(format!("{} stays off at its next start", domain.name))
-            .to_string()
-    });
-    refused.into_iter().chain(warnings(domain, policy)).collect()
+    let refused = refused.map(|problem| problem.of(format!("{} stays off at its next start", domain.name)));
+    let warned = warnings(domain, policy).into_iter();
+    let warned = warned.map(|words| Finding::warning(subject(), words));
+    let refused = refused.map(|problem| Finding::of(subject(), problem));
+    refused.into_iter().chain(warned).collect()
 }
 
 /// What a running sealed VM has that a start would have refused, or its next start would not have: copies and a backup in the

@@ -1,6 +1,10 @@
-//! How a VM and its objects stand, as `virtseal status` shows them. Decides without I/O; the daemon looks.
+//! How a VM and its objects stand, as `virtseal status` shows them: what the keystore has ([`known`]), what is at the places that the
+//! XML names ([`look`]), and what follows from both ([`standing`], [`view`], `rivals`). Only [`look`] reads anything.
 
 pub mod damaged;
-pub(crate) mod rivals;
+pub mod known;
+pub mod look;
+mod rivals;
 pub mod settings;
-pub(crate) mod standing;
+mod standing;
+pub mod view;

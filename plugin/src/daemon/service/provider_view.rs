@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 
 use super::tpm::{CREDENTIAL, enroll_command, unlock_with_pin, view};
 use crate::api::{PersistView, ProviderView, Providers, TpmView};
-use crate::daemon::{Daemon, glance};
+use crate::daemon::{Daemon, look};
 use crate::host::local_time::rfc3339;
 use crate::model::problem::{Code, Problem};
 use crate::provider::native::{TpmEnrollment, WhyLocked};
@@ -17,7 +17,7 @@ use crate::store::UnixTime;
 
 /// All providers, by name.
 pub(crate) fn list(daemon: &Daemon) -> Result<Providers, Problem> {
-    let uses = glance::provider_uses(daemon)?;
+    let uses = look::provider_uses(daemon)?;
     let default = daemon
         .recipients
         .default_provider()

@@ -2,22 +2,25 @@
 //!
 //! What destroys a key, or drops a record, must know all of them and refuses. Everything else goes on with the others.
 
+use crate::model::advice::Advice;
+use crate::model::finding::{Finding, Subject};
 use crate::model::problem::chain;
 use crate::store::{DamagedRow, EnvelopeStore, HostStore, StoreError};
-use crate::terminal::word;
 use crate::vm::names::VmNames;
 
 /// Where a backup is the only way: there is no copy of these elsewhere.
-const BACKUP: &str =
-    "keep a copy of the state directory, then bring a backup back: virtseal state restore -i FILE";
-
-/// One line for each.
-#[must_use]
-pub fn records(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Vec<String> {
-    damaged_rows(keystore, host_store).unwrap_or_else(|error| vec![chain(&error)])
+fn from_backup() -> Advice {
+    Advice::from("keep a copy of the state directory, then bring a backup back").within(Advice::RestoreState)
 }
 
-fn damaged_rows(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Result<Vec<String>, StoreError> {
+/// All of them.
+#[must_use]
+pub fn records(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Vec<Finding> {
+    damaged_rows(keystore, host_store)
+        .unwrap_or_else(|error| vec![Finding::critical(Subject::Host, chain(&error))])
+}
+
+fn damaged_rows(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Result<Vec<Finding>, StoreError> {
     let vms = keystore.vms()?;
     let names = VmNames::of_records(&vms.sound);
     let of_vms = vms.damaged.into_iter().chain(keystore.envelopes()?.damaged);
@@ -37,15 +40,18 @@ fn damaged_rows(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Result<
 }
 
 /// What is wrong, and what leads out.
-pub(crate) fn finding(row: &DamagedRow, names: &VmNames) -> String {
+pub(super) fn finding(row: &DamagedRow, names: &VmNames) -> Finding {
     let name = row.vm.map(|vm| names.of(vm));
-    match (name, row.is_elsewhere) {
-        (Some(name), true) => format!(
-            "{row} (VM {name}). Next: virtseal vm adopt {}, which takes it from the XML or the image; if neither has it, \
-             virtseal vm adopt --from FILE with what vm forget has kept, or {BACKUP}",
-            word(&name)
-        ),
-        (Some(name), false) => format!("{row} (VM {name}). Next: {BACKUP}"),
-        (None, _) => format!("{row}. Next: {BACKUP}"),
-    }
+    let Some(name) = name else {
+        return Finding::critical(Subject::Host, row.to_string()).next(from_backup());
+    };
+    let what = format!("{row} (VM {name})");
+    let advice = if row.is_elsewhere {
+        let kept = Advice::AdoptFrom("FILE".into()).note("with what forget has kept");
+        let adopt = Advice::AdoptVm(name.clone()).note("which takes it from the XML or the image");
+        adopt.also("if neither has it").within(kept.or(from_backup()))
+    } else {
+        from_backup()
+    };
+    Finding::critical(Subject::Vm(name), what).next(advice)
 }

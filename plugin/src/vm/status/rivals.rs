@@ -2,95 +2,125 @@
 //!
 //! Status has no key, so it tells only what they claim. One that is behind follows by itself, and is not worth a word.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::domain::Domain;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, Precedence};
+use crate::model::finding::{Finding, Subject};
 use crate::object::disk::ImageCopy;
-use crate::store::EnvelopeRecord;
-use crate::terminal::word;
 
-pub(crate) fn of(domain: &Domain, records: &BTreeMap<EnvelopeId, EnvelopeRecord>) -> Vec<String> {
+/// Of the copies in the XML, given what the keystore has.
+pub(super) fn of<'k>(domain: &Domain, kept: impl Fn(EnvelopeId) -> Option<&'k Envelope>) -> Vec<Finding> {
     let Some(metadata) = &domain.metadata else {
         return Vec::new();
     };
     let name = &domain.name;
-    let mut warnings: Vec<_> = metadata
-        .envelopes
-        .iter()
-        .filter_map(|copy| match records.get(&copy.id) {
-            Some(record) => rival(name, &format!("the XML of {name}"), copy, &record.envelope),
-            None => unknown(name, copy),
-        })
-        .collect();
-    warnings.extend(metadata.unreadable.iter().map(|copy| {
-        let known = copy.id.is_some_and(|id| records.contains_key(&id));
-        let used = if known { "; the keystore's is used" } else { "" };
-        format!("{name}: {}{used}", copy.reason)
-    }));
-    warnings
+    let copies = metadata.envelopes.iter();
+    let of_copies = copies.filter_map(|copy| match kept(copy.id) {
+        Some(kept) => rival(
+            name,
+            Subject::Vm(name.clone()),
+            &format!("the XML of {name}"),
+            copy,
+            kept,
+        ),
+        None => unknown(name, copy),
+    });
+    let unreadable = metadata.unreadable.iter().map(|copy| {
+        let used = match copy.id.and_then(&kept) {
+            Some(_) => "; the keystore's is used",
+            None => "",
+        };
+        Finding::warning(
+            Subject::Vm(name.clone()),
+            format!("{name}: {}{used}", copy.reason),
+        )
+    });
+    of_copies.chain(unreadable).collect()
 }
 
 /// Of the copy in the image at `path`, whose envelope the keystore has as `kept`.
-pub(crate) fn in_image(name: &str, path: &Path, copy: &ImageCopy, kept: Option<&Envelope>) -> Option<String> {
+pub(super) fn in_image(
+    name: &str,
+    object: &str,
+    path: &Path,
+    copy: &ImageCopy,
+    kept: Option<&Envelope>,
+) -> Option<Finding> {
     let shown = path.display();
-    match (copy, kept) {
+    let subject = Subject::Object {
+        vm: name.to_owned(),
+        object: object.to_owned(),
+    };
+    let seal = || Advice::SealVm(name.to_owned());
+    let (what, advice) = match (copy, kept) {
         (ImageCopy::Envelope(copy), Some(kept)) if copy.id == kept.id => {
-            rival(name, &shown.to_string(), copy, kept)
+            return rival(name, subject, &shown.to_string(), copy, kept);
         }
-        (ImageCopy::Envelope(copy), Some(kept)) => Some(format!(
-            "{name}: {shown} carries envelope {}, which is not the one of this disk ({}); the keystore's is used, and virtseal vm seal {} \
-             has it written over that if it opens the image",
-            copy.id,
-            kept.id,
-            word(name)
-        )),
-        (ImageCopy::Unreadable(why), Some(kept)) => Some(format!(
-            "{name}: the copy of envelope {} in {shown} can't be read: {why}; the keystore's is used, and virtseal vm seal {} has it \
-             written over that once the image has opened",
-            kept.id,
-            word(name)
-        )),
-        (ImageCopy::Unreadable(why), None) => Some(format!(
-            "{name}: the copy of an envelope in {shown} can't be read: {why}"
-        )),
-        (ImageCopy::None, _) | (ImageCopy::Envelope(_), None) => None,
-    }
+        (ImageCopy::Envelope(copy), Some(kept)) => (
+            format!(
+                "{name}: {shown} carries envelope {}, which is not the one of this disk ({}); the keystore's is used",
+                copy.id, kept.id
+            ),
+            Some(seal().note("which has it written over that if it opens the image")),
+        ),
+        (ImageCopy::Unreadable(why), Some(kept)) => (
+            format!(
+                "{name}: the copy of envelope {} in {shown} can't be read: {why}; the keystore's is used",
+                kept.id
+            ),
+            Some(seal().note("which has it written over that once the image has opened")),
+        ),
+        (ImageCopy::Unreadable(why), None) => (
+            format!("{name}: the copy of an envelope in {shown} can't be read: {why}"),
+            None,
+        ),
+        (ImageCopy::None, _) | (ImageCopy::Envelope(_), None) => return None,
+    };
+    Some(Finding {
+        advice,
+        ..Finding::warning(subject, what)
+    })
 }
 
-fn rival(name: &str, place: &str, copy: &Envelope, kept: &Envelope) -> Option<String> {
+fn rival(name: &str, subject: Subject, place: &str, copy: &Envelope, kept: &Envelope) -> Option<Finding> {
     let id = kept.id;
     match copy.supersedes(kept) {
         Precedence::Same | Precedence::Older => None,
-        Precedence::Conflict => Some(format!(
-            "the keystore and {place} have different versions of generation {} of envelope {id}. The keystore's, opened by \
-             {}, is used; that of {place} names {}. Next: virtseal vm rekey {}, which makes a later generation of the keystore's for both; \
-             for the other one, do that on the host where it was made, and bring its dumpxml here",
-            kept.generation,
-            providers(kept),
-            providers(copy),
-            word(name)
-        )),
-        Precedence::Newer => Some(format!(
-            "{place} claims generation {} of envelope {id}, and the keystore has {}: virtseal vm adopt {} takes it over if \
-             it verifies",
-            copy.generation,
-            kept.generation,
-            word(name)
-        )),
+        Precedence::Conflict => {
+            let what = format!(
+                "the keystore and {place} have different versions of generation {} of envelope {id}. The keystore's, opened by \
+                 {}, is used; that of {place} names {}",
+                kept.generation,
+                providers(kept),
+                providers(copy),
+            );
+            let rekey = Advice::RekeyVm(name.to_owned())
+                .note("which makes a later generation of the keystore's for both")
+                .also("for the other one, do that on the host where it was made, and bring its dumpxml here");
+            Some(Finding::critical(subject, what).next(rekey))
+        }
+        Precedence::Newer => {
+            let what = format!(
+                "{place} claims generation {} of envelope {id}, and the keystore has {}",
+                copy.generation, kept.generation
+            );
+            let adopt = Advice::AdoptVm(name.to_owned()).note("which takes it over if it verifies");
+            Some(Finding::warning(subject, what).next(adopt))
+        }
     }
 }
 
-fn unknown(name: &str, copy: &Envelope) -> Option<String> {
+fn unknown(name: &str, copy: &Envelope) -> Option<Finding> {
     let is_old = copy.format() != Envelope::FORMAT;
     is_old.then(|| {
-        format!(
-            "the XML of {name} has envelope {} in format 1, which this host does not know: virtseal vm adopt --format-1 {}, if you \
-             know where that XML comes from",
-            copy.id,
-            word(name)
-        )
+        let what = format!(
+            "the XML of {name} has envelope {} in format 1, which this host does not know",
+            copy.id
+        );
+        let adopt = Advice::AdoptFormat1(name.to_owned()).note("if you know where that XML comes from");
+        Finding::warning(Subject::Vm(name.to_owned()), what).next(adopt)
     })
 }
 
@@ -128,9 +158,16 @@ mod tests {
         let ours = made.with_stanzas(vec![stanza("ours")], &dek).unwrap();
         let theirs = made.with_stanzas(vec![stanza("theirs")], &dek).unwrap();
         let newer = theirs.mark_seen(&dek).unwrap();
-        assert_eq!(rival("web01", "/images/a", &made, &ours), None);
-        assert_eq!(rival("web01", "/images/a", &ours, &ours), None);
-        let conflict = rival("web01", "/images/a", &theirs, &ours).unwrap();
+        assert_eq!(
+            rival("web01", Subject::Vm("web01".into()), "/images/a", &made, &ours),
+            None
+        );
+        assert_eq!(
+            rival("web01", Subject::Vm("web01".into()), "/images/a", &ours, &ours),
+            None
+        );
+        let found = rival("web01", Subject::Vm("web01".into()), "/images/a", &theirs, &ours).unwrap();
+        let conflict = found.to_string();
         for part in [
             "/images/a",
             "virtseal vm rekey web01",
@@ -141,7 +178,9 @@ mod tests {
         ] {
             assert!(conflict.contains(part), "{conflict}");
         }
-        let claim = rival("web01", "/images/a", &newer, &ours).unwrap();
+        let claim = rival("web01", Subject::Vm("web01".into()), "/images/a", &newer, &ours)
+            .unwrap()
+            .to_string();
         assert!(
             claim.contains("claims generation 3") && claim.contains("vm adopt web01"),
             "{claim}"
@@ -151,23 +190,33 @@ mod tests {
         let path = Path::new("/images/a");
         let copy = |envelope: &Verified| ImageCopy::Envelope(Box::new(envelope.clone().into_envelope()));
         assert_eq!(
-            in_image("web01", path, &copy(&theirs), Some(&ours)),
+            in_image("web01", "disk vda", path, &copy(&theirs), Some(&ours)).map(|found| found.to_string()),
             Some(conflict)
         );
-        assert_eq!(in_image("web01", path, &copy(&ours), Some(&ours)), None);
-        assert_eq!(in_image("web01", path, &ImageCopy::None, Some(&ours)), None);
+        assert_eq!(
+            in_image("web01", "disk vda", path, &copy(&ours), Some(&ours)),
+            None
+        );
+        assert_eq!(
+            in_image("web01", "disk vda", path, &ImageCopy::None, Some(&ours)),
+            None
+        );
         let other = Binding {
             envelope: EnvelopeId::random(),
             ..binding
         };
         let other = Verified::new(&other, vec![stanza("main")], &dek).unwrap();
-        let foreign = in_image("web01", path, &copy(&other), Some(&ours)).unwrap();
+        let foreign = in_image("web01", "disk vda", path, &copy(&other), Some(&ours))
+            .unwrap()
+            .to_string();
         assert!(
             foreign.contains("/images/a") && foreign.contains(&other.id.to_string()),
             "{foreign}"
         );
         let bad = ImageCopy::Unreadable("it is not text".to_owned());
-        let bad = in_image("web01", path, &bad, Some(&ours)).unwrap();
+        let bad = in_image("web01", "disk vda", path, &bad, Some(&ours))
+            .unwrap()
+            .to_string();
         assert!(bad.contains("/images/a") && bad.contains("not text"), "{bad}");
     }
 }

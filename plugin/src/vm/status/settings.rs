@@ -1,6 +1,8 @@
 //! What the settings name and this host does not have: nobody would notice before a seal, or a reader, is refused.
 
 use crate::config::Config;
+use crate::model::advice::Advice;
+use crate::model::finding::{Finding, Subject};
 
 /// Whether this host has the group of the settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,24 +13,28 @@ pub enum ReaderGroup {
     Missing,
 }
 
-/// One line for each, on a host with the providers that `is_provider` knows.
+/// What is found on a host with the providers that `is_provider` knows.
 #[must_use]
-pub fn warnings(config: &Config, is_provider: impl Fn(&str) -> bool, group: ReaderGroup) -> Vec<String> {
+pub fn warnings(config: &Config, is_provider: impl Fn(&str) -> bool, group: ReaderGroup) -> Vec<Finding> {
     let unknown = config.recipients.iter().filter(|name| !is_provider(name));
     let mut warnings: Vec<_> = unknown
         .map(|name| {
-            format!(
+            let what = format!(
                 "recipients in virtseald.yaml names '{name}', and there is no such key provider on this host: \
-                 nothing new is sealed until there is. Next: virtseal provider list"
-            )
+                 nothing new is sealed until there is"
+            );
+            Finding::warning(Subject::Host, what).next(Advice::ListProviders)
         })
         .collect();
     if group == ReaderGroup::Missing {
         let group = &config.socket_group;
-        warnings.push(format!(
-            "socket_group in virtseald.yaml is '{group}', and there is no such group on this host: only root may \
-             connect. Next: groupadd --system {group}, then systemctl restart virtseald"
-        ));
+        let what = format!(
+            "socket_group in virtseald.yaml is '{group}', and there is no such group on this host: only root may connect"
+        );
+        warnings.push(
+            Finding::warning(Subject::Host, what)
+                .next(Advice::from(format!("groupadd --system {group}")).then(Advice::RestartDaemon)),
+        );
     }
     warnings
 }
@@ -47,12 +53,12 @@ mod tests {
         let has = |name: &str| name == "main";
         let warned = warnings(&config, has, ReaderGroup::Exists);
         assert!(
-            matches!(&warned[..], [one] if one.contains("'nosuch'")),
+            matches!(&warned[..], [one] if one.what.contains("'nosuch'")),
             "{warned:?}"
         );
         let warned = warnings(&config, |_| true, ReaderGroup::Missing);
         assert!(
-            matches!(&warned[..], [one] if one.contains("'no-such-group'")),
+            matches!(&warned[..], [one] if one.what.contains("'no-such-group'")),
             "{warned:?}"
         );
     }

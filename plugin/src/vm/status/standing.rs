@@ -1,14 +1,13 @@
 //! How an object of a VM stands: by what the XML says, by what is at its place, and by what the keystore knows. Decides without
 //! I/O; the daemon looks.
 
-use std::fmt;
-
+use crate::api::ObjectStanding;
 use crate::domain::ObjectState;
 use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
 
 /// What is at an object's place.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Found {
+pub(super) enum Found {
     Nothing,
     Plain,
     /// With the envelope that it carries: its id and its VM.
@@ -21,7 +20,7 @@ pub(crate) enum Found {
 
 /// Whether a vTPM's guest has used it since it was sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Used {
+pub(super) enum Used {
     Yes,
     No,
     NotKnown,
@@ -29,7 +28,7 @@ pub(crate) enum Used {
 
 /// Whose an envelope is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
+pub(super) enum Owner {
     /// This VM's, or shared with it.
     This,
     /// Another VM's.
@@ -38,19 +37,19 @@ pub(crate) enum Owner {
 
 /// What is known of an object.
 #[derive(Clone, Debug)]
-pub(crate) struct Facts<'a> {
-    pub(crate) kind: ObjectKind,
-    pub(crate) xml: &'a ObjectState,
-    pub(crate) found: Found,
+pub(super) struct Facts<'a> {
+    pub(super) kind: ObjectKind,
+    pub(super) xml: &'a ObjectState,
+    pub(super) found: Found,
     /// Of the envelope that the XML names; else of the one that is at its place, in the file or by the keystore.
-    pub(crate) owner: Option<Owner>,
+    pub(super) owner: Option<Owner>,
     /// Only for a vTPM.
-    pub(crate) used: Used,
+    pub(super) used: Used,
 }
 
 /// How an object stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Standing {
+pub(super) enum Standing {
     Sealed,
     /// Sealed, and swtpm will make the state at the first start.
     NotUsedYet,
@@ -76,7 +75,7 @@ pub(crate) enum Standing {
 }
 
 impl Facts<'_> {
-    pub(crate) fn standing(self) -> Standing {
+    pub(super) fn standing(self) -> Standing {
         match self.xml {
             ObjectState::Unsupported(reason) => Standing::Unsupported(reason),
             ObjectState::Plain => self.in_plain_xml(),
@@ -119,35 +118,85 @@ impl Facts<'_> {
 
 impl Standing {
     /// Encrypted with a key that this VM gets.
-    pub(crate) fn is_sealed(&self) -> bool {
+    pub(super) fn is_sealed(&self) -> bool {
         matches!(self, Self::Sealed | Self::NotUsedYet | Self::NotInXml)
     }
-}
 
-impl fmt::Display for Standing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    /// As it travels, with what there is to say of it.
+    pub(super) fn view(&self) -> (ObjectStanding, Option<String>) {
         match self {
-            Self::Sealed => f.write_str("sealed"),
-            Self::NotUsedYet => f.write_str("sealed, not used yet"),
-            Self::NotInXml => f.write_str("sealed, but the XML does not say so"),
-            Self::Plain => f.write_str("plain"),
-            Self::OfAnotherVm(vm) => write!(f, "of another VM ({vm})"),
-            Self::StateGone => f.write_str("state gone"),
-            Self::NoState => f.write_str("no state here, and not known whether there was one"),
-            Self::FileMissing => f.write_str("file missing"),
-            Self::PlainInside => f.write_str("not encrypted, though the XML says so"),
-            Self::OtherEnvelope(id) => write!(f, "not the object that the XML names: it has envelope {id}"),
-            Self::EnvelopeMissing => f.write_str("envelope missing"),
-            Self::NotOurs => f.write_str("encrypted, but not by virtseal"),
-            Self::Unsupported(reason) => f.write_str(reason),
-            Self::Unreadable(why) => f.write_str(why),
+            Self::Sealed => (ObjectStanding::Sealed, None),
+            Self::NotUsedYet => (ObjectStanding::NotUsedYet, None),
+            Self::NotInXml => (ObjectStanding::NotInXml, None),
+            Self::Plain => (ObjectStanding::Plain, None),
+            Self::OfAnotherVm(vm) => (ObjectStanding::OfAnotherVm, Some(vm.to_string())),
+            Self::StateGone => (ObjectStanding::StateGone, None),
+            Self::NoState => (ObjectStanding::NoState, None),
+            Self::FileMissing => (ObjectStanding::FileMissing, None),
+            Self::PlainInside => (ObjectStanding::PlainInside, None),
+            Self::OtherEnvelope(id) => (ObjectStanding::OtherEnvelope, Some(id.to_string())),
+            Self::EnvelopeMissing => (ObjectStanding::EnvelopeMissing, None),
+            Self::NotOurs => (ObjectStanding::NotOurs, None),
+            Self::Unsupported(reason) => (ObjectStanding::Unsupported, Some((*reason).to_owned())),
+            Self::Unreadable(why) => (ObjectStanding::Unreadable, Some(why.clone())),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn any_facts() -> impl Strategy<Value = (ObjectKind, ObjectState, Found, Option<Owner>, Used)> {
+        let id = || (0..3u128).prop_map(|n| EnvelopeId(uuid::Uuid::from_u128(n)));
+        let vm = || (0..3u128).prop_map(|n| VmId(uuid::Uuid::from_u128(n)));
+        let xml = prop_oneof![
+            Just(ObjectState::Plain),
+            Just(ObjectState::Unsupported("odd")),
+            id().prop_map(ObjectState::Sealed)
+        ];
+        let found = prop_oneof![
+            Just(Found::Nothing),
+            Just(Found::Plain),
+            Just(Found::OutOfSight),
+            Just(Found::Unreadable("odd".into())),
+            prop::option::of((id(), vm())).prop_map(Found::Encrypted)
+        ];
+        let owner = prop_oneof![Just(Owner::This), vm().prop_map(Owner::Other)];
+        (
+            prop::sample::select(vec![ObjectKind::Disk, ObjectKind::Nvram, ObjectKind::Vtpm]),
+            xml,
+            found,
+            prop::option::of(owner),
+            prop::sample::select(vec![Used::Yes, Used::No, Used::NotKnown]),
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_plain_or_gone_is_never_called_sealed((kind, xml, found, owner, used) in any_facts()) {
+            let standing = Facts { kind, xml: &xml, found: found.clone(), owner, used }.standing();
+            let (view, _) = standing.view();
+            if standing.is_sealed() {
+                // Not even a vTPM that swtpm will make is called sealed where a plain one lies, or where there was one.
+                let will_be_made = kind == ObjectKind::Vtpm && found == Found::Nothing && used == Used::No;
+                prop_assert!(will_be_made || matches!(found, Found::Encrypted(_) | Found::OutOfSight));
+                prop_assert_eq!(owner, Some(Owner::This));
+            } else {
+                prop_assert!(!matches!(
+                    view,
+                    ObjectStanding::Sealed | ObjectStanding::NotUsedYet | ObjectStanding::NotInXml
+                ));
+            }
+            if let (ObjectState::Sealed(named), Found::Encrypted(Some((carried, _)))) = (&xml, &found)
+                && named != carried
+            {
+                prop_assert!(!standing.is_sealed());
+            }
+        }
+    }
 
     fn facts(kind: ObjectKind, xml: &ObjectState, found: Found, owner: Option<Owner>) -> Facts<'_> {
         Facts {

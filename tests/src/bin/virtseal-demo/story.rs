@@ -170,12 +170,8 @@ impl<'a> Story<'a> {
         let objects = status[0]["objects"].as_array().context("no objects")?;
         let sealed: Vec<_> = objects
             .iter()
-            // A vTPM is "sealed, not used yet".
-            .filter(|object| {
-                object["state"]
-                    .as_str()
-                    .is_some_and(|state| state.starts_with("sealed"))
-            })
+            // swtpm makes the state of a vTPM at its first start.
+            .filter(|object| object["state"] == "sealed" || object["state"] == "not_used_yet")
             .filter_map(|object| object["object"].as_str())
             .collect();
         ensure!(sealed.len() == 3 && objects.len() == 3, "{status}");
