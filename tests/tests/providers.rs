@@ -211,18 +211,18 @@ fn kmip_trust_comes_about_by_the_manuals_commands() -> Result<()> {
     .succeeded()?;
 
     let server = std::fs::read(file("server.pem"))?;
-    let other = kms.authority.server(90)?.certificate;
+    let other = kms.authority.server(90).certificate;
     let (ca, list) = (file("ca.pem"), file("ca.crl"));
     let by_ca = format!("provider trust manual --ca {ca} --crl {list} --yes");
-    std::fs::write(&list, kms.authority.revocation_list(&[&server])?)?;
+    std::fs::write(&list, kms.authority.revocation_list(&[&server]))?;
     expect_names(&virtseal(&by_ca)?.refused()?, &["revoked"])?;
-    std::fs::write(&list, kms.authority.revocation_list(&[&other])?)?;
+    std::fs::write(&list, kms.authority.revocation_list(&[&other]))?;
     virtseal(&by_ca)?.succeeded()?;
     shown("not trusted by KMS")?;
 
     let (request, signed) = (file("host.csr"), file("host.pem"));
     virtseal(&format!("provider csr manual -o {request}"))?.succeeded()?;
-    std::fs::write(&signed, kms.authority.sign(&std::fs::read(&request)?, 90)?)?;
+    std::fs::write(&signed, kms.authority.sign(&std::fs::read(&request)?, 90))?;
     virtseal(&format!("provider identity manual --cert {signed}"))?.succeeded()?;
     shown("Ready")
 }

@@ -49,7 +49,7 @@ fn new_request(provider: &str) -> [&str; 6] {
 fn sign(rig: &Rig, kms: &PyKmip, request: &str) -> Result<String> {
     let signed = request.replace(".csr", ".pem");
     let request = fs::read(rig.host().path(request))?;
-    fs::write(rig.host().path(&signed), kms.authority.sign(&request, 90)?)?;
+    fs::write(rig.host().path(&signed), kms.authority.sign(&request, 90))?;
     Ok(signed)
 }
 

@@ -46,7 +46,10 @@ pub fn free_port() -> Result<u16> {
 }
 
 /// A program that `make deps` puts under `target/test-tools`.
-fn test_tool(path: &str, package: &str) -> Result<PathBuf> {
+///
+/// # Errors
+/// It is not there.
+pub fn test_tool(path: &str, package: &str) -> Result<PathBuf> {
     let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/test-tools");
     let program = tools.join(path);
     ensure!(
@@ -59,14 +62,17 @@ fn test_tool(path: &str, package: &str) -> Result<PathBuf> {
 
 /// A server with all its children.
 #[derive(Debug)]
-struct Running {
+pub struct Running {
     shell: Child,
     port: u16,
 }
 
 impl Running {
-    /// Starts it, and waits until it listens on `port`. What it prints is in `output` of `directory`.
-    fn start<S: AsRef<OsStr>>(
+    /// Starts it, and waits until it listens on `port` of 127.0.0.1. What it prints is in `output` of `directory`.
+    ///
+    /// # Errors
+    /// It is not there, or ends instead.
+    pub fn start<S: AsRef<OsStr>>(
         program: &Path,
         arguments: impl IntoIterator<Item = S>,
         directory: &Path,

@@ -8,14 +8,14 @@ use serde_json::{Value, json};
 use super::{Faulty, Fixture};
 use crate::model::envelope::{KekId, VmId};
 use crate::provider::KeyProvider;
-use crate::provider::kmip::fixture::{Kmip, Manner};
+use crate::provider::kmip::fixture::Kmip;
 use crate::provider::kmip::{self, KmipProvider, Mode};
 use crate::provider::native::NativeProvider;
 use crate::provider::transit::TransitProvider;
 use crate::provider::transit::bao::{Bao, Proxy, secret};
-use crate::provider::transit::tls_tests::Identity;
 use crate::secret::SecretBytes;
 use crate::store::Stores;
+use virtseal_testkit::servers::{Authority, Manner, Relay};
 
 pub(super) struct Native {
     dir: tempfile::TempDir,
@@ -134,9 +134,9 @@ impl Transit {
                 (json!({"method": "approle", "role_id": role_id}), secret_id, None)
             }
             Login::Certificate => {
-                let hosts = Identity::authority("hosts");
-                let role = bao.certificate_role(&policy, &hosts.certificate_pem());
-                let stranger = Identity::authority("strangers").client("host1", 50).pem();
+                let hosts = Authority::named("hosts");
+                let role = bao.certificate_role(&policy, &hosts.pem());
+                let stranger = Authority::named("strangers").client("host1", 50).pem();
                 let auth = json!({"method": "cert", "role": role});
                 (auth, hosts.client("host1", 50).pem(), Some(stranger))
             }
@@ -324,7 +324,7 @@ impl Fixture for KmipServer {
 /// A provider that reaches its server through a proxy.
 struct BehindProxy {
     provider: KmipProvider,
-    proxy: kmip::fixture::Proxy,
+    proxy: Relay,
     kmip: Kmip,
     _dir: tempfile::TempDir,
 }
@@ -334,10 +334,10 @@ impl BehindProxy {
 
     fn with(mode: Mode) -> Self {
         let kmip = Kmip::with(false, |_| {});
-        let proxy = kmip::fixture::Proxy::to(kmip.server.port);
+        let proxy = Relay::to(kmip.server.port()).unwrap();
         let (provider, dir) = kmip.another(|settings| {
             settings.mode = mode;
-            settings.endpoints = kmip::fixture::settings(&[proxy.port]).endpoints;
+            settings.endpoints = kmip::fixture::settings(&[proxy.port()]).endpoints;
             settings.timeout_ms = Self::TIMEOUT.as_millis().try_into().unwrap();
         });
         Self {
@@ -374,7 +374,7 @@ macro_rules! faulty_kmip {
             }
 
             fn start_server(&mut self) {
-                self.0.kmip.server.run();
+                self.0.kmip.server.run().unwrap();
             }
 
             fn cut(&self) {
@@ -382,10 +382,13 @@ macro_rules! faulty_kmip {
             }
 
             fn stall(&self, stalls: bool) {
-                self.0.proxy.be(match stalls {
-                    true => Manner::Stall,
-                    false => Manner::Forward,
-                });
+                self.0
+                    .proxy
+                    .be(match stalls {
+                        true => Manner::Stalled,
+                        false => Manner::Forward,
+                    })
+                    .unwrap();
             }
         }
     };

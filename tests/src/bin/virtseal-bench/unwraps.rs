@@ -267,7 +267,7 @@ fn kmip() -> Result<Times> {
         login: None,
         passphrase: None,
     })?;
-    provider.trust(ServerTrust::Ca(String::from_utf8(kms.authority.pem()?)?))?;
+    provider.trust(ServerTrust::Ca(kms.authority.pem()))?;
     let stanzas = wrapped(&provider)?;
     let uid = stanzas.first().context("no stanza")?.kek.0.clone();
     let mut bare = BareKmip::getting(&kms, &pem, &key, &uid)?;

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
 use tempfile::TempDir;
@@ -24,20 +25,62 @@ impl PyKmip {
     /// # Errors
     /// It is not installed, or ends instead.
     pub fn start() -> Result<Self> {
+        Self::certified_by(&Authority::new(), 90)
+    }
+
+    /// The same with a certificate by `authority` that ends in `days` days; it accepts clients of the same authority.
+    ///
+    /// # Errors
+    /// It is not installed, or ends instead.
+    pub fn certified_by(authority: &Authority, days: i64) -> Result<Self> {
         let mut server = Self {
-            authority: Authority::new()?,
+            authority: authority.clone(),
             port: free_port()?,
             running: None,
             dir: directory()?,
         };
         fs::create_dir(server.path("policy"))?;
-        fs::write(server.ca(), server.authority.pem()?)?;
-        let certified = server.authority.server(90)?;
-        fs::write(server.path("server.pem"), certified.certificate)?;
-        fs::write(server.path("server.key"), certified.key)?;
+        server.accept(authority)?;
+        server.certify(authority, days)?;
         fs::write(server.path("server.conf"), server.configuration())?;
         server.run()?;
         Ok(server)
+    }
+
+    /// Gives it another certificate, from its next start on.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn certify(&self, authority: &Authority, days: i64) -> Result<()> {
+        let certified = authority.server(days);
+        fs::write(self.path("server.pem"), certified.certificate)?;
+        Ok(fs::write(self.path("server.key"), certified.key)?)
+    }
+
+    /// Lets it accept clients of another authority instead, from its next start on.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn accept(&self, authority: &Authority) -> Result<()> {
+        Ok(fs::write(self.ca(), authority.pem())?)
+    }
+
+    /// The certificate that it shows.
+    ///
+    /// # Errors
+    /// It can't be read.
+    pub fn certificate(&self) -> Result<Vec<u8>> {
+        Ok(fs::read(self.path("server.pem"))?)
+    }
+
+    /// Its database: for what no client can ask for.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn database(&self) -> Result<rusqlite::Connection> {
+        let database = rusqlite::Connection::open(self.path("keys.db"))?;
+        database.busy_timeout(Duration::from_secs(30))?;
+        Ok(database)
     }
 
     fn configuration(&self) -> String {
@@ -95,7 +138,7 @@ impl PyKmip {
     /// They can't be written.
     pub fn client(&self, cn: &str) -> Result<(PathBuf, PathBuf)> {
         let (pem, key) = (self.path(&format!("{cn}.pem")), self.path(&format!("{cn}.key")));
-        let certified = self.authority.client(cn, 90)?;
+        let certified = self.authority.client(cn, 90);
         fs::write(&pem, certified.certificate)?;
         fs::write(&key, certified.key)?;
         Ok((pem, key))

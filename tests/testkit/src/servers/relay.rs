@@ -15,6 +15,10 @@ pub enum Manner {
     Forward,
     /// A black hole: takes connections, and never answers on these and on older ones.
     Silent,
+    /// Late: what comes is passed on when it is in another manner again.
+    Stalled,
+    /// Closes every connection, old and new.
+    Refusing,
     /// Nobody listens: connections are refused, and older ones are cut.
     Dead,
 }
@@ -37,6 +41,8 @@ struct State {
     manner: Manner,
     /// Counts the listeners there have been: the one that waits for clients ends when it is no more the last.
     listener: usize,
+    /// Connections up to this one get nothing through any more.
+    forgotten: usize,
     open: Vec<TcpStream>,
 }
 
@@ -53,6 +59,7 @@ impl Relay {
             state: Mutex::new(State {
                 manner: Manner::Forward,
                 listener: 0,
+                forgotten: 0,
                 open: Vec::new(),
             }),
             changed: Condvar::new(),
@@ -89,11 +96,21 @@ impl Relay {
                 accept(listener, state.listener, Arc::clone(&self.shared));
             }
             // Bytes that were swallowed would be missed: such connections are over.
-            (Manner::Silent, Manner::Forward) => state.cut(),
+            (Manner::Silent, _) | (_, Manner::Refusing) => state.cut(),
             _ => {}
         }
         self.shared.changed.notify_all();
         Ok(())
+    }
+
+    /// Cuts every connection that is open, as a restart of the server would.
+    pub fn cut(&self) {
+        self.shared.state().cut();
+    }
+
+    /// Swallows what comes by the connections that there are, as a firewall does that has forgotten them.
+    pub fn forget(&self) {
+        self.shared.state().forgotten = self.connections();
     }
 
     /// How many connections there have been.
@@ -128,13 +145,17 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while nothing may pass; whether anything ever may.
-    fn may_pass(&self) -> bool {
+    /// Waits while nothing of the connection `number` may pass; whether anything ever may.
+    fn may_pass(&self, number: usize) -> bool {
         let state = self.state();
-        let silent = |state: &mut State| state.manner == Manner::Silent;
+        let waits = |state: &mut State| match state.manner {
+            Manner::Silent | Manner::Stalled => true,
+            Manner::Forward => number <= state.forgotten,
+            Manner::Refusing | Manner::Dead => false,
+        };
         let state = self
             .changed
-            .wait_while(state, silent)
+            .wait_while(state, waits)
             .unwrap_or_else(PoisonError::into_inner);
         state.manner == Manner::Forward
     }
@@ -156,7 +177,10 @@ fn accept(listener: TcpListener, number: usize, shared: Arc<Shared>) {
             if state.listener != number {
                 return;
             }
-            shared.connections.fetch_add(1, Ordering::SeqCst);
+            let connection = 1 + shared.connections.fetch_add(1, Ordering::SeqCst);
+            if state.manner == Manner::Refusing {
+                continue;
+            }
             let server = TcpStream::connect(("127.0.0.1", shared.server));
             let copies = server.and_then(|server| {
                 state.open.extend([client.try_clone()?, server.try_clone()?]);
@@ -164,14 +188,26 @@ fn accept(listener: TcpListener, number: usize, shared: Arc<Shared>) {
             });
             // Whose server has gone sees its connection end.
             if let Ok((reading, writing, server)) = copies {
-                pump(reading, writing, Some(Counter::default()), Arc::clone(&shared));
-                pump(server, client, None, Arc::clone(&shared));
+                pump(
+                    reading,
+                    writing,
+                    connection,
+                    Some(Counter::default()),
+                    Arc::clone(&shared),
+                );
+                pump(server, client, connection, None, Arc::clone(&shared));
             }
         }
     });
 }
 
-fn pump(mut from: TcpStream, mut to: TcpStream, mut counter: Option<Counter>, shared: Arc<Shared>) {
+fn pump(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    number: usize,
+    mut counter: Option<Counter>,
+    shared: Arc<Shared>,
+) {
     thread::spawn(move || {
         let mut buffer = [0; 64 * 1024];
         while let Ok(read @ 1..) = from.read(&mut buffer) {
@@ -179,7 +215,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, mut counter: Option<Counter>, sh
                 let requests = counter.requests(&buffer[..read]);
                 shared.requests.fetch_add(requests, Ordering::SeqCst);
             }
-            if !shared.may_pass() || to.write_all(&buffer[..read]).is_err() {
+            if !shared.may_pass(number) || to.write_all(&buffer[..read]).is_err() {
                 break;
             }
         }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::fixture::{Authority, Kmip, Manner, Proxy, identity, secret, settings};
+use super::super::fixture::{Kept, Kmip, identity, secret, settings};
 use super::{KmipProvider, Wrapped};
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
@@ -11,6 +11,7 @@ use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
 use crate::recipients::{Provider, Recipients};
 use crate::store::Stores;
+use virtseal_testkit::servers::{Authority, Manner, Relay};
 
 const COMPROMISED: u32 = 4;
 const PRE_ACTIVE: u32 = 1;
@@ -27,7 +28,7 @@ fn kill(kmip: &mut Kmip) {
 }
 
 fn bring_back(kmip: &mut Kmip) {
-    kmip.server.run();
+    kmip.server.run().unwrap();
     kmip.provider().probe();
 }
 
@@ -108,7 +109,7 @@ fn kms_that_turns_this_host_away_ends_the_cache() {
     let wrapped = Wrapped::by(kmip.provider());
     wrapped.assert_opened_by(kmip.provider());
     kmip.server.kill();
-    kmip.server.accept(&Authority::new());
+    kmip.server.accept(&Authority::new()).unwrap();
     bring_back(&mut kmip);
     let asked = kmip.provider().unwrap_many(&[&wrapped.stanza]);
     assert!(matches!(asked, Err(ProviderError::RefusesUs(_))), "{asked:?}");
@@ -125,7 +126,7 @@ fn impostor_gets_nothing_out_of_the_cache() {
     let wrapped = Wrapped::by(kmip.provider());
     wrapped.assert_opened_by(kmip.provider());
     kmip.server.kill();
-    kmip.server.certify(&Authority::new(), 90);
+    kmip.server.certify(&Authority::new(), 90).unwrap();
     bring_back(&mut kmip);
     let asked = kmip.provider().unwrap_many(&[&wrapped.stanza]);
     assert!(matches!(asked, Err(ProviderError::NotTrusted(_))), "{asked:?}");
@@ -134,14 +135,14 @@ fn impostor_gets_nothing_out_of_the_cache() {
 #[test]
 fn silent_kms_costs_a_start_two_seconds() {
     let kmip = Kmip::new();
-    let proxy = Proxy::to(kmip.server.port);
+    let proxy = Relay::to(kmip.server.port()).unwrap();
     let (provider, _dir) = kmip.another(|set| {
-        set.endpoints = settings(&[proxy.port]).endpoints;
+        set.endpoints = settings(&[proxy.port()]).endpoints;
         by_default(set);
     });
     let wrapped = Wrapped::by(&provider);
     wrapped.assert_opened_by(&provider);
-    proxy.be(Manner::Stall);
+    proxy.be(Manner::Stalled).unwrap();
     let began = Instant::now();
     wrapped.assert_opened_by(&provider);
     let took = began.elapsed();
@@ -202,7 +203,7 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
     let (dir, vm) = (tempfile::tempdir().unwrap(), VmId::random());
     let stores = Stores::open(dir.path()).unwrap();
     let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
-    let mut cached = settings(&[kmip.server.port]);
+    let mut cached = settings(&[kmip.server.port()]);
     by_default(&mut cached);
     let provider = recipients.add_kmip(&"kms".parse().unwrap(), cached).unwrap();
     provider.set_identity(&identity(&kmip.authority, false)).unwrap();
@@ -247,7 +248,7 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
         "{reasons}"
     );
 
-    kmip.server.run();
+    kmip.server.run().unwrap();
     assert_eq!(kmip.server.keys(), keys);
     assert!(recipients.open_envelope(&envelope).is_ok());
     let report = recipients.report(&recipients.find("kms").unwrap());

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::fixture::{Kmip, Manner, Proxy, free_port, settings};
+use super::super::fixture::{Kmip, settings};
 use super::{KmipProvider, Wrapped};
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
+use virtseal_testkit::servers::{Manner, Relay, free_port};
 
 #[test]
 fn killed_server_is_named_and_a_restarted_one_works_again() {
@@ -23,7 +24,7 @@ fn killed_server_is_named_and_a_restarted_one_works_again() {
     assert!(why.contains("127.0.0.1"), "{why}");
     assert!(hasty.last_answer().is_some());
     assert!(matches!(hasty.status(), ProviderStatus::Unreachable(_)));
-    kmip.server.run();
+    kmip.server.run().unwrap();
     for provider in [&hasty, kmip.provider()] {
         provider.probe();
         assert_eq!(provider.status(), ProviderStatus::Ready);
@@ -35,11 +36,11 @@ fn killed_server_is_named_and_a_restarted_one_works_again() {
 #[test]
 fn outage_shorter_than_the_retries_costs_time_only() {
     let kmip = Kmip::new();
-    let proxy = Proxy::to(kmip.server.port);
-    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&[proxy.port]).endpoints);
+    let proxy = Relay::to(kmip.server.port()).unwrap();
+    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&[proxy.port()]).endpoints);
     let wrapped = Wrapped::by(&provider);
     let before = proxy.connections();
-    proxy.be(Manner::Refuse);
+    proxy.be(Manner::Refusing).unwrap();
     std::thread::scope(|scope| {
         let mending = scope.spawn(|| {
             // Once it was turned away.
@@ -48,7 +49,7 @@ fn outage_shorter_than_the_retries_costs_time_only() {
                 assert!(began.elapsed() < Duration::from_secs(60), "nobody asks");
                 std::thread::sleep(Duration::from_millis(1));
             }
-            proxy.be(Manner::Forward);
+            proxy.be(Manner::Forward).unwrap();
         });
         wrapped.assert_opened_by(&provider);
         mending.join().unwrap();
@@ -59,8 +60,8 @@ fn outage_shorter_than_the_retries_costs_time_only() {
 #[test]
 fn cut_connections_are_replaced_at_once() {
     let kmip = Kmip::new();
-    let proxy = Proxy::to(kmip.server.port);
-    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&[proxy.port]).endpoints);
+    let proxy = Relay::to(kmip.server.port()).unwrap();
+    let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&[proxy.port()]).endpoints);
     let wrapped = Wrapped::by(&provider);
     for _ in 0..3 {
         proxy.cut();
@@ -74,9 +75,9 @@ fn cut_connections_are_replaced_at_once() {
 #[test]
 fn connection_that_a_firewall_forgot_does_not_cost_the_call() {
     let kmip = Kmip::new();
-    let proxy = Proxy::to(kmip.server.port);
+    let proxy = Relay::to(kmip.server.port()).unwrap();
     let (provider, _dir) = kmip.another(|set| {
-        set.endpoints = settings(&[proxy.port]).endpoints;
+        set.endpoints = settings(&[proxy.port()]).endpoints;
         set.timeout_ms = 6_000;
     });
     let wrapped = Wrapped::by(&provider);
@@ -90,12 +91,12 @@ fn connection_that_a_firewall_forgot_does_not_cost_the_call() {
 #[test]
 fn stalled_server_ends_at_the_timeout() {
     let kmip = Kmip::new();
-    let proxy = Proxy::to(kmip.server.port);
+    let proxy = Relay::to(kmip.server.port()).unwrap();
     let (provider, _dir) = kmip.another(|set| {
-        set.endpoints = settings(&[proxy.port]).endpoints;
+        set.endpoints = settings(&[proxy.port()]).endpoints;
         set.timeout_ms = 700;
     });
-    proxy.be(Manner::Stall);
+    proxy.be(Manner::Stalled).unwrap();
     let began = Instant::now();
     let error = provider.create_kek(&KekScope::Provider).unwrap_err();
     assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
@@ -109,13 +110,13 @@ fn stalled_server_ends_at_the_timeout() {
 #[test]
 fn dead_first_node_costs_its_patience_once() {
     let kmip = Kmip::new();
-    let first = Proxy::to(kmip.server.port);
-    let ports = [first.port, kmip.server.port];
+    let first = Relay::to(kmip.server.port()).unwrap();
+    let ports = [first.port(), kmip.server.port()];
     let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&ports).endpoints);
     let wrapped = Wrapped::by(&provider);
     // A busy machine may have made it look slow.
     recovered(&provider);
-    first.be(Manner::Stall);
+    first.be(Manner::Stalled).unwrap();
     let asked = first.requests();
     let began = Instant::now();
     wrapped.assert_opened_by(&provider);
@@ -130,7 +131,7 @@ fn dead_first_node_costs_its_patience_once() {
     let began = Instant::now();
     wrapped.assert_opened_by(&provider);
     println!("first start {with_dead_node:?}, second {:?}", began.elapsed());
-    first.be(Manner::Forward);
+    first.be(Manner::Forward).unwrap();
     recovered(&provider);
     let asked = first.requests();
     wrapped.assert_opened_by(&provider);
@@ -149,7 +150,7 @@ fn recovered(provider: &KmipProvider) {
 #[test]
 fn dead_nodes_are_counted_and_the_living_one_serves() {
     let kmip = Kmip::new();
-    let ports = [free_port(), free_port(), kmip.server.port];
+    let ports = [free_port().unwrap(), free_port().unwrap(), kmip.server.port()];
     let (provider, _dir) = kmip.another(|set| set.endpoints = settings(&ports).endpoints);
     Wrapped::by(&provider).assert_opened_by(&provider);
     let ProviderStatus::Degraded(why) = provider.status() else {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::super::fixture::{Authority, Fake, Fault, Kmip, identity, secret, settings};
+use super::super::fixture::{Fake, Fault, Kept, Kmip, identity, secret, settings};
 use super::KmipProvider;
 use crate::job::sweep::{self, Step, Task};
 use crate::model::envelope::{Binding, Envelope, EnvelopeId, ObjectKind, VmId};
@@ -12,6 +12,7 @@ use crate::provider::native::NativeProvider;
 use crate::provider::{KekScope, KeyProvider};
 use crate::recipients::Recipients;
 use crate::store::{JobRecord, Stores};
+use virtseal_testkit::servers::Authority;
 
 /// A host with a KMIP provider and a native one.
 struct Host {
@@ -88,7 +89,7 @@ impl Host {
 #[test]
 fn a_kek_that_a_job_has_retired_never_comes_back() {
     let kmip = Kmip::with(false, |_| {});
-    let host = Host::at(&kmip.authority, kmip.server.port);
+    let host = Host::at(&kmip.authority, kmip.server.port());
     let envelope = host.sealed(VmId::random());
     let first = host.kek_of(&envelope);
     let (from, to) = (host.kmip.id(), host.native.id());
@@ -111,7 +112,7 @@ fn a_kek_that_a_job_has_retired_never_comes_back() {
 #[test]
 fn a_rotation_makes_one_kek_for_a_vm_whatever_the_clock_says() {
     let kmip = Kmip::with(false, |_| {});
-    let host = Host::at(&kmip.authority, kmip.server.port);
+    let host = Host::at(&kmip.authority, kmip.server.port());
     let vm = VmId::random();
     let objects = [host.sealed(vm), host.sealed(vm)];
     assert_eq!(kmip.server.keys(), 1);
@@ -132,7 +133,7 @@ fn a_rotation_makes_one_kek_for_a_vm_whatever_the_clock_says() {
 fn a_create_that_is_refused_for_good_ends_the_job() {
     let authority = Authority::new();
     let server = Fake::start(&authority);
-    let host = Host::at(&authority, server.port);
+    let host = Host::at(&authority, server.port());
     let envelopes = [host.sealed(VmId::random()), host.sealed(VmId::random())];
     let rotate = Task::Rotate {
         provider: host.kmip.id(),

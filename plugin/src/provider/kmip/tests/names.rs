@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::super::fixture::{Authority, Fake, Fault, free_port, identity, settings};
+use super::super::fixture::{Fake, Fault, identity, settings};
 use super::super::{Endpoint, ServerTrust};
 use super::{KmipProvider, Wrapped};
 use crate::host::own_process;
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::store::Stores;
+use virtseal_testkit::servers::{Authority, free_port};
 
 const HANGING: &str = "kms.example:5696";
 
@@ -61,7 +62,7 @@ fn trust_with_a_hanging_resolver_ends_in_five_seconds() {
         let authority = Authority::new();
         let server = Fake::start(&authority);
         let (provider, _dir) = at(
-            &[HANGING.to_owned(), format!("localhost:{}", server.port)],
+            &[HANGING.to_owned(), format!("localhost:{}", server.port())],
             &authority,
         );
         let began = Instant::now();
@@ -157,7 +158,7 @@ fn addresses_of_a_name_are_raced_and_the_good_one_is_remembered() {
             let server = Fake::start(&authority);
             // So each call needs a connection of its own.
             server.has(&[Fault::ClosesAfterEachAnswer]);
-            let port = free_port();
+            let port = free_port().unwrap();
             let mut addresses: Vec<_> = ("localhost", port).to_socket_addrs().unwrap().collect();
             addresses.dedup();
             // Where the machine has no IPv6, that address fails at once.
@@ -165,7 +166,7 @@ fn addresses_of_a_name_are_raced_and_the_good_one_is_remembered() {
             assert!(addresses.len() >= 2, "{addresses:?}");
             let (last, others) = addresses.split_last().unwrap();
             let mut silent: Vec<_> = others.iter().map(|address| silent_at(*address)).collect();
-            let passage = Passage::to(server.port, *last);
+            let passage = Passage::to(server.port(), *last);
 
             let (provider, _dir) = at(&[format!("localhost:{port}")], &authority);
             provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
@@ -184,7 +185,7 @@ fn addresses_of_a_name_are_raced_and_the_good_one_is_remembered() {
             // It goes, and another one is the good one.
             drop(passage);
             silent.remove(0);
-            let _passage = Passage::to(server.port, others[0]);
+            let _passage = Passage::to(server.port(), others[0]);
             Wrapped::by(&provider).assert_opened_by(&provider);
             assert_eq!(provider.status(), ProviderStatus::Ready);
         },

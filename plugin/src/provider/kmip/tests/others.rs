@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::fixture::{Authority, Fake, Fault, Manner, Proxy, free_port, identity, settings};
+use super::super::fixture::{Fake, Fault, identity, settings};
 use super::{KmipProvider, Wrapped};
 use crate::model::envelope::VmId;
 use crate::model::problem::Code;
@@ -10,6 +10,7 @@ use crate::provider::kmip::ServerTrust;
 use crate::provider::toolbox::address;
 use crate::provider::{ErrorClass, KekScope, KeyProvider, ProviderError, ProviderStatus};
 use crate::store::Stores;
+use virtseal_testkit::servers::{Authority, Manner, Relay, free_port};
 
 const GENERAL_FAILURE: u32 = 0x100;
 const NOT_FOUND: u32 = 0x1;
@@ -44,7 +45,7 @@ fn a_server_that_ignores_the_filter_gives_no_vm_the_kek_of_another() {
     let authority = Authority::new();
     let server = Fake::start(&authority);
     server.has(&[Fault::IgnoresTheFilter]);
-    let (provider, _dir) = at(&authority, &[server.port]);
+    let (provider, _dir) = at(&authority, &[server.port()]);
     let vms: Vec<_> = (0..3).map(|_| Wrapped::by(&provider)).collect();
     assert_eq!(server.keys(), 3);
     assert!(
@@ -72,7 +73,7 @@ fn a_server_that_ignores_the_filter_gives_no_vm_the_kek_of_another() {
 fn locate_asks_for_one_name_in_pages() {
     let authority = Authority::new();
     let server = Fake::start(&authority);
-    let (provider, _dir) = at(&authority, &[server.port]);
+    let (provider, _dir) = at(&authority, &[server.port()]);
     let vm = VmId::random();
     let kek = provider.create_kek(&KekScope::Vm(vm)).unwrap();
     assert_eq!(provider.create_kek(&KekScope::Vm(vm)).unwrap(), kek);
@@ -89,7 +90,7 @@ fn locate_asks_for_one_name_in_pages() {
 #[test]
 fn one_lagging_node_s_not_found_counts_for_nothing() {
     let (authority, first, second) = cluster();
-    let (provider, _dir) = at(&authority, &[first.port, second.port]);
+    let (provider, _dir) = at(&authority, &[first.port(), second.port()]);
     let wrapped = Wrapped::by(&provider);
     wrapped.assert_opened_by(&provider);
     for reason in [NOT_FOUND, GENERAL_FAILURE, 0xC, 0x43] {
@@ -108,7 +109,7 @@ fn one_lagging_node_s_not_found_counts_for_nothing() {
 #[test]
 fn trouble_of_the_servers_opens_from_the_cache_and_is_shown() {
     let (authority, first, second) = cluster();
-    let (provider, _dir) = at(&authority, &[first.port, second.port]);
+    let (provider, _dir) = at(&authority, &[first.port(), second.port()]);
     let (opened, other) = (Wrapped::by(&provider), Wrapped::by(&provider));
     opened.assert_opened_by(&provider);
     // General Failure, Internal Server Error, Server Limit Exceeded, none at all, and a maker's own.
@@ -133,7 +134,7 @@ fn trouble_of_the_servers_opens_from_the_cache_and_is_shown() {
 fn an_answer_beside_the_question_neither_empties_the_cache_nor_opens_it() {
     let authority = Authority::new();
     let server = Fake::start(&authority);
-    let (provider, _dir) = at(&authority, &[server.port]);
+    let (provider, _dir) = at(&authority, &[server.port()]);
     let wrapped = Wrapped::by(&provider);
     wrapped.assert_opened_by(&provider);
     for fault in [Fault::HidesTheState, Fault::MixesUp("fake-9")] {
@@ -150,7 +151,7 @@ fn an_answer_beside_the_question_neither_empties_the_cache_nor_opens_it() {
 #[test]
 fn a_host_that_is_turned_away_opens_nothing_from_the_cache() {
     let (authority, first, second) = cluster();
-    let (provider, _dir) = at(&authority, &[first.port, second.port]);
+    let (provider, _dir) = at(&authority, &[first.port(), second.port()]);
     let wrapped = Wrapped::by(&provider);
     wrapped.assert_opened_by(&provider);
     first.has(&[Fault::TurnsAway]);
@@ -179,13 +180,13 @@ fn a_server_that_grants_no_queries_is_tried_in_each_version() {
     let authority = Authority::new();
     let server = Fake::start(&authority);
     server.has(&[Fault::GrantsNoQueries]);
-    let (provider, _dir) = at(&authority, &[server.port]);
+    let (provider, _dir) = at(&authority, &[server.port()]);
     assert_eq!(provider.status(), ProviderStatus::Ready);
     Wrapped::by(&provider).assert_opened_by(&provider);
     assert_eq!(provider.cluster.nodes()[0].version().unwrap().to_string(), "1.4");
     // So is one that closes the connection each time.
     server.has(&[Fault::GrantsNoQueries, Fault::ClosesAfterEachAnswer]);
-    let (provider, _dir) = at(&authority, &[server.port]);
+    let (provider, _dir) = at(&authority, &[server.port()]);
     Wrapped::by(&provider).assert_opened_by(&provider);
 }
 
@@ -194,7 +195,7 @@ fn a_server_that_closes_after_each_answer_does_the_whole_job() {
     let authority = Authority::new();
     let server = Fake::start(&authority);
     server.has(&[Fault::ClosesAfterEachAnswer]);
-    let (provider, _dir) = at(&authority, &[server.port]);
+    let (provider, _dir) = at(&authority, &[server.port()]);
     for _ in 0..3 {
         let wrapped = Wrapped::by(&provider);
         wrapped.assert_opened_by(&provider);
@@ -211,7 +212,7 @@ fn a_server_that_closes_after_each_answer_does_the_whole_job() {
 #[test]
 fn a_create_that_a_clone_refuses_goes_to_the_next_node() {
     let (authority, first, second) = cluster();
-    let (provider, _dir) = at(&authority, &[first.port, second.port]);
+    let (provider, _dir) = at(&authority, &[first.port(), second.port()]);
     // Permission Denied, Operation Not Supported, General Failure.
     for reason in [0xC, 0x5, GENERAL_FAILURE] {
         first.has(&[Fault::RefusesCreate(reason)]);
@@ -219,16 +220,16 @@ fn a_create_that_a_clone_refuses_goes_to_the_next_node() {
     }
     assert_eq!(second.creates(), 3);
     // Of nodes that are not there, nobody waits.
-    let (provider, _dir) = at(&authority, &[free_port(), second.port]);
+    let (provider, _dir) = at(&authority, &[free_port().unwrap(), second.port()]);
     Wrapped::by(&provider).assert_opened_by(&provider);
 }
 
 #[test]
 fn a_slow_first_node_does_not_block_a_create() {
     let (authority, first, second) = cluster();
-    let proxy = Proxy::to(first.port);
-    let (provider, _dir) = at(&authority, &[proxy.port, second.port]);
-    proxy.be(Manner::Stall);
+    let proxy = Relay::to(first.port()).unwrap();
+    let (provider, _dir) = at(&authority, &[proxy.port(), second.port()]);
+    proxy.be(Manner::Stalled).unwrap();
     let began = Instant::now();
     Wrapped::by(&provider).assert_opened_by(&provider);
     assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::super::fixture::{Authority, Kmip, secret};
+use super::super::fixture::{Kept, Kmip, secret};
 use super::{KmipProvider, Wrapped};
 use crate::host::tpm::stand::Stand;
 use crate::host::tpm::{PcrList, Tpm};
@@ -11,6 +11,7 @@ use crate::provider::cache::{CachePolicy, PersistTime};
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, Persist};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::store::Stores;
+use virtseal_testkit::servers::Authority;
 
 const PRE_ACTIVE: u32 = 1;
 
@@ -76,7 +77,7 @@ impl Rig {
     }
 
     fn bring_back(&mut self) {
-        self.kmip.server.run();
+        self.kmip.server.run().unwrap();
         self.provider().probe();
     }
 
@@ -176,7 +177,7 @@ fn what_the_kms_has_said_counts_after_a_restart() {
     // Turned away, it keeps nothing at all.
     rig.bring_back();
     rig.kill();
-    rig.kmip.server.accept(&Authority::new());
+    rig.kmip.server.accept(&Authority::new()).unwrap();
     rig.bring_back();
     let asked = rig.provider().unwrap_many(&[&left.stanza]);
     assert!(matches!(asked, Err(ProviderError::RefusesUs(_))), "{asked:?}");

@@ -4,13 +4,14 @@ use std::fs;
 
 use openssl::x509::X509Req;
 
-use super::super::fixture::{Authority, Certified, Kmip, Server, TlsServer, identity, secret, settings};
+use super::super::fixture::{Kmip, TlsServer, identity, secret, settings};
 use super::Wrapped;
 use crate::provider::conformance::Fixture;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
 use crate::store::Stores;
+use virtseal_testkit::servers::{Authority, Certified, PyKmip, free_port};
 
 fn not_trusted(provider: &KmipProvider) -> String {
     match provider.status() {
@@ -34,8 +35,8 @@ fn shown(provider: &KmipProvider) -> Fingerprint {
 #[test]
 fn nothing_works_until_both_sides_trust() {
     let authority = Authority::new();
-    let server = Server::start(&authority, 90);
-    let (provider, _dir) = untrusting(server.port);
+    let server = PyKmip::certified_by(&authority, 90).unwrap();
+    let (provider, _dir) = untrusting(server.port());
     assert!(not_trusted(&provider).starts_with("Not trusted: "));
     assert!(matches!(
         provider.create_kek(&crate::provider::KekScope::Provider),
@@ -64,7 +65,7 @@ fn servers_are_shown_with_what_there_is_to_compare() {
     assert_eq!(chain[0].subject, "CN=kms");
     assert_eq!(chain[0].names, ["localhost", "127.0.0.1"]);
     assert!((89..=90).contains(&chain[0].days_left));
-    let (provider, _dir) = untrusting(super::super::fixture::free_port());
+    let (provider, _dir) = untrusting(free_port().unwrap());
     assert!(
         provider.presented()[0]
             .chain
@@ -82,8 +83,8 @@ fn changed_server_certificate_is_refused_with_both_fingerprints() {
     provider.trust(ServerTrust::Pins(vec![old])).unwrap();
     let wrapped = Wrapped::by(provider);
     kmip.server.kill();
-    kmip.server.certify(&kmip.authority, 90);
-    kmip.server.run();
+    kmip.server.certify(&kmip.authority, 90).unwrap();
+    kmip.server.run().unwrap();
     let provider = kmip.provider();
     let new = shown(provider);
     assert_ne!(old, new);
@@ -139,8 +140,8 @@ fn expired_server() {
     let mut kmip = Kmip::new();
     let wrapped = Wrapped::by(kmip.provider());
     kmip.server.kill();
-    kmip.server.certify(&kmip.authority, -2);
-    kmip.server.run();
+    kmip.server.certify(&kmip.authority, -2).unwrap();
+    kmip.server.run().unwrap();
     let error = kmip.provider().unwrap_many(&[&wrapped.stanza]).unwrap_err();
     assert!(matches!(error, ProviderError::NotTrusted(_)), "{error:?}");
     assert!(error.to_string().contains("expired"), "{error}");
@@ -175,13 +176,14 @@ fn revoked_server() {
     let wrapped = Wrapped::by(kmip.provider());
     let ca = kmip.authority.pem();
     let other = kmip.authority.server(90).certificate;
-    let with_list = |revoked: &[u8]| ServerTrust::Ca(ca.clone() + &kmip.authority.revocation_list(revoked));
+    let with_list =
+        |revoked: &[u8]| ServerTrust::Ca(ca.clone() + &kmip.authority.revocation_list(&[revoked]));
     // A list with others on it does no harm.
     kmip.provider().trust(with_list(&other)).unwrap();
     wrapped.assert_opened_by(kmip.provider());
     let error = kmip
         .provider()
-        .trust(with_list(&kmip.server.certificate()))
+        .trust(with_list(&kmip.server.certificate().unwrap()))
         .unwrap_err();
     let TrustError::Refused { why, .. } = &error else {
         panic!("{error:?}");
@@ -190,7 +192,7 @@ fn revoked_server() {
     // Nothing has changed by that.
     wrapped.assert_opened_by(kmip.provider());
     // A list by somebody else says nothing about this CA.
-    let foreign = Authority::new().revocation_list(&other);
+    let foreign = Authority::new().revocation_list(&[&other]);
     assert!(matches!(
         kmip.provider().trust(ServerTrust::Ca(ca.clone() + &foreign)),
         Err(TrustError::Refused { .. })
@@ -206,10 +208,10 @@ fn revoked_client(version: &str) {
     let (good, revoked) = (authority.client("good", 90), authority.client("bad", 90));
     let server = TlsServer::start(
         &authority,
-        &authority.revocation_list(&revoked.certificate),
+        &authority.revocation_list(&[&revoked.certificate]),
         version,
     );
-    let (provider, _dir) = untrusting(server.port);
+    let (provider, _dir) = untrusting(server.port());
     provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
     provider.set_identity(&identity_of(&revoked)).unwrap();
     let why = not_trusted(&provider);
@@ -229,7 +231,7 @@ fn revoked_client(version: &str) {
 fn certificate_for_another_name_or_use_is_refused() {
     let authority = Authority::new();
     let client = authority.client("127.0.0.1", 90);
-    let list = authority.revocation_list(&authority.server(90).certificate);
+    let list = authority.revocation_list(&[&authority.server(90).certificate]);
     for (certified, host, wanted) in [
         (&client, "127.0.0.1", "unsuitable certificate purpose"),
         (&authority.server(90), "127.0.0.2", "mismatch"),
@@ -238,8 +240,8 @@ fn certificate_for_another_name_or_use_is_refused() {
         let (provider, _dir) = {
             let dir = tempfile::tempdir().unwrap();
             let stores = Stores::open(dir.path()).unwrap();
-            let mut settings = settings(&[server.port]);
-            settings.endpoints = vec![format!("{host}:{}", server.port).parse().unwrap()];
+            let mut settings = settings(&[server.port()]);
+            settings.endpoints = vec![format!("{host}:{}", server.port()).parse().unwrap()];
             (
                 KmipProvider::create(&stores.providers(), &"kms".parse().unwrap(), settings).unwrap(),
                 dir,
@@ -259,8 +261,8 @@ fn certificate_for_another_name_or_use_is_refused() {
 fn end_of_a_certificate_is_announced() {
     let mut kmip = Kmip::with(false, |_| {});
     kmip.server.kill();
-    kmip.server.certify(&kmip.authority, 12);
-    kmip.server.run();
+    kmip.server.certify(&kmip.authority, 12).unwrap();
+    kmip.server.run().unwrap();
     let client = kmip.authority.client("vm-host", 20);
     kmip.provider().set_identity(&identity_of(&client)).unwrap();
     let ProviderStatus::Degraded(why) = kmip.provider().status() else {
@@ -403,7 +405,7 @@ fn identity_in_use_stays_until_the_kms_has_accepted_the_new_one() {
     let refused = kmip.provider().set_identity(&another);
     assert!(matches!(refused, Err(TrustError::NotAccepted(_))), "{refused:?}");
     assert_eq!(file(&kmip), before);
-    kmip.server.run();
+    kmip.server.run().unwrap();
     kmip.provider().set_identity(&another).unwrap();
     assert_ne!(file(&kmip), before);
     let provider = kmip.provider();
@@ -418,8 +420,8 @@ fn identity_in_use_stays_until_the_kms_has_accepted_the_new_one() {
     assert!(shut.len() == 1 && shut[0].contains("4711"), "{shut:?}");
     // One that is refused itself holds nobody up: the KMS may need minutes to let the new one in.
     kmip.server.kill();
-    kmip.server.accept(&Authority::new());
-    kmip.server.run();
+    kmip.server.accept(&Authority::new()).unwrap();
+    kmip.server.run().unwrap();
     kmip.provider().set_identity(&another).unwrap();
 }
 
@@ -486,7 +488,7 @@ fn server_that_asks_for_no_client_certificate_has_not_refused_it() {
     let authority = Authority::new();
     for version in ["-tls1_2", "-tls1_3"] {
         let server = TlsServer::asking_nothing(&authority, version);
-        let (provider, _dir) = untrusting(server.port);
+        let (provider, _dir) = untrusting(server.port());
         provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
         let is_unreachable = || matches!(provider.status(), ProviderStatus::Unreachable(_));
         assert!(is_unreachable(), "{version}: {}", provider.status());
@@ -502,7 +504,7 @@ fn server_that_asks_for_no_client_certificate_has_not_refused_it() {
 #[test]
 fn what_is_damaged_on_disk_is_replaced_by_a_new_identity() {
     let authority = Authority::new();
-    let (provider, dir) = untrusting(super::super::fixture::free_port());
+    let (provider, dir) = untrusting(free_port().unwrap());
     provider.signing_request(None).unwrap();
     provider.set_identity(&identity(&authority, false)).unwrap();
     let files = walk(dir.path());
