@@ -10,6 +10,7 @@ mod made_keks;
 mod membership;
 mod opening;
 mod rewrapping;
+mod roster;
 mod watch;
 
 use std::sync::{Arc, PoisonError, RwLock};
@@ -20,6 +21,7 @@ use crate::provider::toolbox::deadline;
 use crate::provider::{DestroyReceipt, ProviderError};
 use crate::secret::Dek;
 use crate::store::{Change, EnvelopeStore, ProviderTable, StoreError, Stores};
+use roster::Roster;
 use watch::{Pace, Watches};
 
 pub use error::{SealError, UnknownProvider, bring_back};
@@ -32,18 +34,11 @@ pub use watch::Report;
 pub struct Recipients {
     keystore: Arc<dyn EnvelopeStore>,
     table: ProviderTable,
-    known: RwLock<Known>,
+    roster: Roster,
     /// For one call of a provider.
     deadline: RwLock<Duration>,
     /// Whose stanzas a new envelope gets; the default provider's alone, if empty.
     recipients: RwLock<Vec<String>>,
-    watches: Watches,
-}
-
-#[derive(Default)]
-struct Known {
-    providers: Vec<Provider>,
-    default: Option<ProviderId>,
 }
 
 impl Recipients {
@@ -54,49 +49,34 @@ impl Recipients {
     pub fn open(stores: &Stores, deadline: Duration) -> Result<Self, StoreError> {
         let (keystore, table) = (Arc::clone(&stores.keystore), stores.providers());
         membership::finish_deletions(keystore.as_ref(), &table)?;
-        let mut known = Known::default();
-        let records = keystore.providers()?;
-        for damaged in &records.damaged {
-            tracing::error!("it opens nothing until that is mended: {damaged}");
-        }
-        for record in records.sound {
-            if record.is_default {
-                known.default = Some(record.id);
-            }
-            known.providers.push(Provider::from_record(&table, record)?);
-        }
         let watches = Watches::new(Pace {
             interval: Self::PROBE_INTERVAL,
             patience: deadline,
         });
-        for provider in &known.providers {
-            watches.add(&provider.shared());
-        }
         Ok(Self {
+            roster: Roster::open(Arc::clone(&keystore), table.clone(), watches)?,
             keystore,
             table,
-            known: RwLock::new(known),
             deadline: RwLock::new(deadline),
             recipients: RwLock::default(),
-            watches,
         })
     }
 
     /// How often each provider is probed from now on; more often while it does not answer.
     pub fn set_probe_interval(&self, interval: Duration) {
-        self.watches.set_pace(|pace| pace.interval = interval);
+        self.roster.watches.set_pace(|pace| pace.interval = interval);
     }
 
     /// How `provider` is, and since when. Waits for nothing.
     #[must_use]
     pub fn report(&self, provider: &Provider) -> Report {
-        self.watches.report(provider.provider())
+        self.roster.watches.report(provider.provider())
     }
 
     /// The most time that a provider gets for one call from now on.
     pub fn set_deadline(&self, deadline: Duration) {
         *self.deadline.write().unwrap_or_else(PoisonError::into_inner) = deadline;
-        self.watches.set_pace(|pace| pace.patience = deadline);
+        self.roster.watches.set_pace(|pace| pace.patience = deadline);
     }
 
     /// Gives each new envelope a stanza of each of these providers (names or ids), or of the default one if there are none.
@@ -139,8 +119,7 @@ impl Recipients {
     /// All of them, by name.
     #[must_use]
     pub fn providers(&self) -> Vec<Provider> {
-        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
-        known.providers.clone()
+        self.roster.now().providers.clone()
     }
 
     /// The one with this id.
@@ -166,21 +145,13 @@ impl Recipients {
     /// The one that wraps new envelopes unless told otherwise; none only while there are no providers.
     #[must_use]
     pub fn default_provider(&self) -> Option<Provider> {
-        let id = self
-            .known
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .default?;
+        let id = self.roster.now().default?;
         self.by_id(id)
     }
 
     /// Makes `provider` the default.
     pub fn set_default(&self, provider: &Provider) -> Result<Change, StoreError> {
-        let id = provider.provider().id();
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        let change = self.keystore.set_default_provider(id)?;
-        known.default = Some(id);
-        Ok(change)
+        self.keystore.set_default_provider(provider.provider().id())
     }
 
     /// Locks all providers, as the end of virtseald does: what is on disk for the next one stays.

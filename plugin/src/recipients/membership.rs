@@ -1,6 +1,6 @@
 //! How providers come to a host, and how they go.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use super::{Provider, Recipients};
 use crate::model::envelope::ProviderId;
@@ -24,7 +24,7 @@ impl Recipients {
         passphrase: &SecretBytes,
     ) -> Result<Arc<NativeProvider>, NativeError> {
         let made = Arc::new(NativeProvider::create(&self.table, name, passphrase)?);
-        self.enter(Provider::Native(Arc::clone(&made)));
+        self.roster.enter(Provider::Native(Arc::clone(&made)));
         Ok(made)
     }
 
@@ -46,7 +46,7 @@ impl Recipients {
             backup_passphrase,
             passphrase,
         )?);
-        self.enter(Provider::Native(Arc::clone(&made)));
+        self.roster.enter(Provider::Native(Arc::clone(&made)));
         Ok(made)
     }
 
@@ -60,7 +60,7 @@ impl Recipients {
         settings: TransitSettings,
     ) -> Result<Arc<TransitProvider>, StoreError> {
         let made = Arc::new(TransitProvider::create(&self.table, name, settings)?);
-        self.enter(Provider::Transit(Arc::clone(&made)));
+        self.roster.enter(Provider::Transit(Arc::clone(&made)));
         Ok(made)
     }
 
@@ -83,7 +83,7 @@ impl Recipients {
             })
             .collect();
         let made = Arc::new(Pkcs11Provider::create(&self.table, name, settings, pin, &others)?);
-        self.enter(Provider::Pkcs11(Arc::clone(&made)));
+        self.roster.enter(Provider::Pkcs11(Arc::clone(&made)));
         Ok(made)
     }
 
@@ -97,35 +97,17 @@ impl Recipients {
         settings: KmipSettings,
     ) -> Result<Arc<KmipProvider>, KmipProviderError> {
         let made = Arc::new(KmipProvider::create(&self.table, name, settings)?);
-        self.enter(Provider::Kmip(Arc::clone(&made)));
+        self.roster.enter(Provider::Kmip(Arc::clone(&made)));
         Ok(made)
     }
 
-    fn enter(&self, made: Provider) {
-        let id = made.provider().id();
-        self.watches.add(&made.shared());
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        known.providers.push(made);
-        known
-            .providers
-            .sort_by(|a, b| a.provider().name().cmp(b.provider().name()));
-        // As the keystore does.
-        known.default.get_or_insert(id);
-    }
-
-    /// Removes a provider from the list, the keystore, which keeps its name, and the disk.
+    /// Removes a provider from the keystore, which keeps its name, and from the disk.
     ///
     /// # Errors
     /// The keystore's; then it stays.
     pub fn delete(&self, id: ProviderId) -> Result<(), StoreError> {
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         self.keystore.delete_provider(id)?;
         remove_files(&self.table, id);
-        known.providers.retain(|provider| provider.provider().id() != id);
-        self.watches.remove(id);
-        if known.default == Some(id) {
-            known.default = None;
-        }
         Ok(())
     }
 }

@@ -8,7 +8,7 @@ use crate::provider::{
     ErrorClass, KekScope, KeyProvider, PinRefusal, ProviderError, ProviderName, ProviderStatus,
 };
 use crate::secret::SecretBytes;
-use crate::store::DeletedProvider;
+use crate::store::{DeletedProvider, HostStore, Stores};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -444,4 +444,43 @@ fn transit_rows_come_back_locked_or_with_what_is_wrong_with_them() {
 fn wrapped_by(provider: &dyn KeyProvider, binding: &Binding, payload: &Payload) -> Stanza {
     let kek = provider.create_kek(&KekScope::Vm(binding.vm)).unwrap();
     provider.wrap(&kek, payload).unwrap()
+}
+
+#[test]
+fn whoever_changes_the_providers_the_roster_follows() {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = Stores::open(dir.path()).unwrap();
+    let recipients = Recipients::open(&stores, DEADLINE).unwrap();
+    let main = recipients.add_native(&name("main"), &secret("p")).unwrap();
+    main.confirm_backup(1).unwrap();
+    let names = || -> Vec<String> {
+        let providers = recipients.providers();
+        let names = providers.iter().map(|known| known.provider().name().to_owned());
+        names.collect()
+    };
+    // As another host of a fleet would, or another part of this daemon.
+    let other = ProviderId::random();
+    stores
+        .keystore
+        .insert_provider(other, "hsm", "hologram", &serde_json::json!({}))
+        .unwrap();
+    assert_eq!(names(), ["hsm", "main"]);
+    assert_eq!(recipients.default_provider().unwrap().provider().name(), "main");
+    stores.keystore.set_default_provider(other).unwrap();
+    assert_eq!(recipients.default_provider().unwrap().provider().name(), "hsm");
+    // Who was there stays what it was: unlocked.
+    let known = recipients.find("main").unwrap();
+    assert_eq!(known.provider().status(), ProviderStatus::Ready);
+    stores.keystore.delete_provider(other).unwrap();
+    assert_eq!(names(), ["main"]);
+    assert!(recipients.default_provider().is_none());
+    // A row that can't be read takes nobody away.
+    let raw = rusqlite::Connection::open(dir.path().join(HostStore::FILE)).unwrap();
+    raw.execute("UPDATE providers SET settings = '{'", []).unwrap();
+    stores
+        .keystore
+        .insert_provider(ProviderId::random(), "kms", "hologram", &serde_json::json!({}))
+        .unwrap();
+    assert_eq!(names(), ["kms", "main"]);
+    assert_eq!(known.provider().status(), ProviderStatus::Ready);
 }

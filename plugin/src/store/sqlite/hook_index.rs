@@ -266,27 +266,9 @@ fn checksum(bytes: &[u8]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::envelope::{
-        Binding, EnvelopeId, KekId, ObjectKind, ProviderId, Stanza, Verified, VmId,
-    };
-    use crate::secret::Dek;
+    use crate::model::envelope::VmId;
+    use crate::model::envelope::fixture::envelope;
     use crate::store::{HostStore, Stores};
-
-    fn envelope(vm: VmId) -> Verified {
-        let binding = Binding {
-            envelope: EnvelopeId::random(),
-            vm,
-            kind: ObjectKind::Disk,
-        };
-        let stanza = Stanza {
-            provider: ProviderId::random(),
-            provider_name: "main".to_owned(),
-            kek: KekId("v1:provider".to_owned()),
-            mechanism: "A256GCM".to_owned(),
-            body: vec![7; 92],
-        };
-        Verified::new(&binding, vec![stanza], &Dek::random().unwrap()).unwrap()
-    }
 
     /// What the file names: envelopes, VMs.
     fn named(dir: &Path) -> (Vec<String>, Vec<String>) {
