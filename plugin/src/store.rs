@@ -18,6 +18,8 @@ mod error;
 mod host_records;
 mod job_records;
 mod local;
+#[cfg(test)]
+mod memory;
 mod records;
 mod shared;
 mod sqlite;

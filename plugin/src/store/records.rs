@@ -1,6 +1,9 @@
 //! What the rows of the store say, whichever backend keeps them.
 
-use crate::model::envelope::{Envelope, EnvelopeError, Format1, KekId, ProviderId, Verified, VmId};
+use super::error::StoreError;
+use crate::model::envelope::{
+    Envelope, EnvelopeError, Format1, KekId, Precedence, ProviderId, Stanza, Verified, VmId,
+};
 use crate::secret::Dek;
 
 /// Seconds since 1970, UTC.
@@ -79,6 +82,31 @@ pub enum Put {
     Stale,
 }
 
+impl Put {
+    /// What becomes of `offered` beside what is known under its id.
+    pub(super) fn of(known: Option<&Envelope>, offered: &Envelope) -> Result<Self, StoreError> {
+        let Some(known) = known else {
+            return Ok(Self::Adopted);
+        };
+        if (known.vm, known.kind) != (offered.vm, offered.kind) {
+            return Err(StoreError::OtherObject {
+                id: known.id,
+                known: format!("{} of VM {}", known.kind, known.vm),
+                offered: format!("{} of VM {}", offered.kind, offered.vm),
+            });
+        }
+        match offered.supersedes(known) {
+            Precedence::Older => Ok(Self::Stale),
+            Precedence::Newer => Ok(Self::Updated),
+            Precedence::Same => Ok(Self::Unchanged),
+            Precedence::Conflict => Err(StoreError::Conflict {
+                id: known.id,
+                generation: known.generation,
+            }),
+        }
+    }
+}
+
 /// A VM that has, or had, sealed objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmRecord {
@@ -141,6 +169,23 @@ pub struct RetiredKek {
     pub provider: ProviderId,
     /// The KEK.
     pub kek: KekId,
+}
+
+impl RetiredKek {
+    /// The KEKs of `old` that `new`, which takes its place, has no stanza of any more.
+    pub(super) fn between(old: &Envelope, new: &Envelope) -> Vec<Self> {
+        let stays = |gone: &Stanza| {
+            let mut stanzas = new.stanzas.iter();
+            stanzas.any(|stanza| (stanza.provider, &stanza.kek) == (gone.provider, &gone.kek))
+        };
+        let gone = old.stanzas.iter().filter(|stanza| !stays(stanza));
+        gone.map(|gone| Self {
+            vm: old.vm,
+            provider: gone.provider,
+            kek: gone.kek.clone(),
+        })
+        .collect()
+    }
 }
 
 /// A KEK that was made for a VM here, whether or not anything was wrapped with it.

@@ -451,8 +451,8 @@ const OPEN_PATHS_OF_ROOT: [&str; 30] = [
     "provider/transit/wire.rs",
     "state_backup.rs",
     "state_backup/restore.rs",
-    "store.rs",
-    "store/hook_index.rs",
+    "store/sqlite/database.rs",
+    "store/sqlite/hook_index.rs",
     "vm/forgotten.rs",
     "vm/seal/firmware.rs",
 ];

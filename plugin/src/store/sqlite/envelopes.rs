@@ -6,7 +6,7 @@ use super::database::{Database, now};
 use super::fault::StoreFault;
 use super::rows::{self, Named};
 use super::{copies, left_behind};
-use crate::model::envelope::{Envelope, EnvelopeId, Precedence, Verified, VmId};
+use crate::model::envelope::{Envelope, EnvelopeId, Verified, VmId};
 use crate::store::damage::Rows;
 use crate::store::error::StoreError;
 use crate::store::host_records::CopyPlace;
@@ -146,7 +146,7 @@ pub(crate) fn take_over(
         StoreFault::Refused(error) if error.is_of_row() => set_aside(transaction, envelope.id).map(|()| None),
         fault => Err(fault),
     })?;
-    let verdict = compare(known.as_ref().map(|record| &record.envelope), envelope)?;
+    let verdict = Put::of(known.as_ref().map(|record| &record.envelope), envelope)?;
     match verdict {
         Put::Adopted => insert(transaction, envelope, state, location)?,
         Put::Updated => {
@@ -182,29 +182,6 @@ fn set_aside(transaction: &Transaction, id: EnvelopeId) -> Result<(), StoreFault
     )?;
     transaction.execute("DELETE FROM envelopes WHERE id = ?1", [&id])?;
     Ok(())
-}
-
-/// What becomes of `offered` beside what the keystore knows under its id.
-fn compare(known: Option<&Envelope>, offered: &Envelope) -> Result<Put, StoreError> {
-    let Some(known) = known else {
-        return Ok(Put::Adopted);
-    };
-    if (known.vm, known.kind) != (offered.vm, offered.kind) {
-        return Err(StoreError::OtherObject {
-            id: known.id,
-            known: format!("{} of VM {}", known.kind, known.vm),
-            offered: format!("{} of VM {}", offered.kind, offered.vm),
-        });
-    }
-    match offered.supersedes(known) {
-        Precedence::Older => Ok(Put::Stale),
-        Precedence::Newer => Ok(Put::Updated),
-        Precedence::Same => Ok(Put::Unchanged),
-        Precedence::Conflict => Err(StoreError::Conflict {
-            id: known.id,
-            generation: known.generation,
-        }),
-    }
 }
 
 /// SQLite's integers end at 2^63-1, as those of format 2 do.

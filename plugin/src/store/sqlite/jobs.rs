@@ -9,14 +9,14 @@ use super::database::{Database, now, parse_id};
 use super::fault::StoreFault;
 use super::left_behind::CAME_MEANWHILE;
 use super::rows::{self, Named};
-use super::{copies, envelopes};
-use crate::model::envelope::{Envelope, EnvelopeId, Stanza, Verified};
+use super::{copies, envelopes, keks};
+use crate::model::envelope::{Envelope, EnvelopeId, Verified};
 use crate::model::job::{JobId, JobState, Subject, Unit};
 use crate::store::damage::{DamagedRow, Rows};
 use crate::store::error::StoreError;
 use crate::store::host_records::CopyPlace;
 use crate::store::job_records::{JobRecord, LeftBehind, NewJob, Pass, Verdict};
-use crate::store::records::EnvelopeRecord;
+use crate::store::records::{EnvelopeRecord, RetiredKek};
 use crate::store::shared::Jobs;
 
 impl Jobs for Database {
@@ -265,30 +265,8 @@ fn replace(
     for place in [CopyPlace::Xml, CopyPlace::Image] {
         copies::note_stale(transaction, old, place)?;
     }
-    retire(transaction, old, new)?;
+    keks::retire(transaction, &RetiredKek::between(old, new))?;
     Ok(None)
-}
-
-/// Remembers the KEKs that `new` has no stanza of any more.
-fn retire(transaction: &Transaction, old: &Envelope, new: &Envelope) -> Result<(), StoreFault> {
-    let mut insert = transaction.prepare_cached(
-        "INSERT OR IGNORE INTO retired_keks (provider, kek, vm, since) VALUES (?1, ?2, ?3, ?4)",
-    )?;
-    let stays = |gone: &&Stanza| {
-        let kek = (gone.provider, &gone.kek);
-        new.stanzas
-            .iter()
-            .any(|stanza| (stanza.provider, &stanza.kek) == kek)
-    };
-    for gone in old.stanzas.iter().filter(|stanza| !stays(stanza)) {
-        insert.execute(params![
-            gone.provider.to_string(),
-            gone.kek.0,
-            old.vm.to_string(),
-            now()
-        ])?;
-    }
-    Ok(())
 }
 
 fn note(

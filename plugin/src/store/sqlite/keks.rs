@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 
-use rusqlite::params;
+use rusqlite::{Transaction, params};
 
 use super::database::{Database, now, parse_id};
+use super::fault::StoreFault;
 use super::rows::{self, Named, collect};
 use crate::model::envelope::{KekId, ProviderId};
 use crate::store::damage::Rows;
@@ -78,4 +79,15 @@ impl Keks for Database {
             Ok(rows.sound.into_iter().flatten().collect())
         })
     }
+}
+
+/// Those that are known to be retired stay so since when they are.
+pub(crate) fn retire(transaction: &Transaction, retired: &[RetiredKek]) -> Result<(), StoreFault> {
+    let mut insert = transaction.prepare_cached(
+        "INSERT OR IGNORE INTO retired_keks (provider, kek, vm, since) VALUES (?1, ?2, ?3, ?4)",
+    )?;
+    for RetiredKek { vm, provider, kek } in retired {
+        insert.execute(params![provider.to_string(), kek.0, vm.to_string(), now()])?;
+    }
+    Ok(())
 }

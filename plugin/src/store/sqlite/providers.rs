@@ -180,39 +180,6 @@ mod tests {
         }
     }
 
-    fn defaults(stores: &Stores) -> Vec<String> {
-        let providers = stores.keystore.providers().unwrap().whole().unwrap();
-        let defaults = providers.into_iter().filter(|record| record.is_default);
-        defaults.map(|record| record.name).collect()
-    }
-
-    #[test]
-    fn there_is_exactly_one_default_from_the_first_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let stores = Stores::open(dir.path()).unwrap();
-        assert!(defaults(&stores).is_empty());
-        let (one, two) = (ProviderId::random(), ProviderId::random());
-        stores.providers().insert_native(one, "one", &root()).unwrap();
-        stores.providers().insert_native(two, "two", &root()).unwrap();
-        assert_eq!(defaults(&stores), ["one"]);
-        assert_eq!(
-            stores.keystore.set_default_provider(two).unwrap(),
-            Change::Changed
-        );
-        assert_eq!(
-            stores.keystore.set_default_provider(two).unwrap(),
-            Change::Unchanged
-        );
-        assert_eq!(defaults(&stores), ["two"]);
-        assert!(
-            stores
-                .keystore
-                .set_default_provider(ProviderId::random())
-                .is_err()
-        );
-        assert_eq!(defaults(&stores), ["two"]);
-    }
-
     /// The log is as a virtseald leaves it that is killed once the deletion is committed.
     #[test]
     fn what_was_deleted_goes_from_the_log_of_a_killed_virtseald() {
@@ -247,26 +214,6 @@ mod tests {
     }
 
     #[test]
-    fn names_and_ids_are_taken_once() {
-        let dir = tempfile::tempdir().unwrap();
-        let stores = Stores::open(dir.path()).unwrap();
-        let id = ProviderId::random();
-        stores.providers().insert_native(id, "main", &root()).unwrap();
-        assert!(matches!(
-            stores
-                .providers()
-                .insert_native(ProviderId::random(), "main", &root()),
-            Err(StoreError::ProviderNameTaken(_))
-        ));
-        let error = stores
-            .providers()
-            .insert_native(id, "other", &root())
-            .unwrap_err();
-        assert!(matches!(&error, StoreError::ProviderExists { name, .. } if name == "main"));
-        assert_eq!(stores.keystore.providers().unwrap().whole().unwrap().len(), 1);
-    }
-
-    #[test]
     fn unknown_kinds_and_their_settings_survive() {
         let dir = tempfile::tempdir().unwrap();
         let settings = serde_json::json!({"endpoint": "kms.example:5696"});
@@ -288,26 +235,5 @@ mod tests {
             changed
         );
         assert_eq!(stores.host_store.native(id).root().unwrap(), None);
-    }
-
-    #[test]
-    fn backup_is_remembered() {
-        let dir = tempfile::tempdir().unwrap();
-        let stores = Stores::open(dir.path()).unwrap();
-        let id = ProviderId::random();
-        stores.providers().insert_native(id, "main", &root()).unwrap();
-        assert_eq!(stores.host_store.native(id).root().unwrap(), Some(root()));
-        assert!(stores.host_store.native(id).mark_backed_up(2).is_err());
-        stores.host_store.native(id).mark_backed_up(1).unwrap();
-        assert!(
-            stores
-                .host_store
-                .native(id)
-                .root()
-                .unwrap()
-                .unwrap()
-                .backed_up_at
-                .is_some()
-        );
     }
 }

@@ -173,42 +173,6 @@ fn a_job_passes_a_damaged_envelope_and_says_so() {
 }
 
 #[test]
-fn a_job_leaves_what_is_to_be_decided_and_goes_through_the_rest() {
-    let dir = tempfile::tempdir().unwrap();
-    let stores = Stores::open(dir.path()).unwrap();
-    let all = [0; 3].map(|_| envelope(VmId::random()));
-    for envelope in &all {
-        stores.keystore.put(envelope, "").unwrap();
-    }
-    let left = LeftBehind {
-        envelope: all[2].id,
-        reason: "two versions".to_owned(),
-        again: false,
-    };
-    let job = stores
-        .keystore
-        .insert_job(&sweep(std::slice::from_ref(&left)))
-        .unwrap();
-    let batch = stores.keystore.next_of_job(&job, 10).unwrap().whole().unwrap();
-    let ids: Vec<_> = batch.iter().map(|record| record.envelope.id).collect();
-    assert_eq!(ids, [all[0].id, all[1].id]);
-    let verdicts: Vec<_> = ids.into_iter().map(Verdict::Unchanged).collect();
-    let job = stores.keystore.commit_batch(job.id, &verdicts).unwrap();
-    assert!(
-        stores
-            .keystore
-            .next_of_job(&job, 10)
-            .unwrap()
-            .whole()
-            .unwrap()
-            .is_empty()
-    );
-    let ended = stores.keystore.end_pass(job.id).unwrap();
-    assert_eq!((ended.state.as_str(), ended.left), ("incomplete", 1));
-    assert_eq!(stores.keystore.left_behind(job.id, 10).unwrap(), [left]);
-}
-
-#[test]
 fn a_damaged_row_of_any_table_is_named_and_hides_no_other() {
     let dir = tempfile::tempdir().unwrap();
     let stores = Stores::open(dir.path()).unwrap();

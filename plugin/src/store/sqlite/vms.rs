@@ -3,9 +3,9 @@
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::database::{Database, now, parse_id};
-use super::envelopes;
 use super::fault::StoreFault;
 use super::rows::{self, Named, collect};
+use super::{envelopes, keks};
 use crate::model::envelope::VmId;
 use crate::model::problem::chain;
 use crate::store::damage::Rows;
@@ -128,13 +128,7 @@ impl Vms for Database {
                  ON CONFLICT (uuid) DO UPDATE SET vtpm_seen = max(vtpm_seen, excluded.vtpm_seen)",
                 params![id, vm.name, vm.sealed_at, vm.vtpm_seen],
             )?;
-            for kek in retired {
-                transaction.execute(
-                    "INSERT OR IGNORE INTO retired_keks (provider, kek, vm, since) VALUES (?1, ?2, ?3, ?4)",
-                    params![kek.provider.to_string(), kek.kek.0, kek.vm.to_string(), now()],
-                )?;
-            }
-            Ok(())
+            keks::retire(transaction, retired)
         })
     }
 }
@@ -171,32 +165,4 @@ fn remove(transaction: &Transaction, vm: VmId) -> Result<usize, StoreFault> {
     transaction.execute("DELETE FROM plain_vms WHERE uuid = ?1", [&id])?;
     transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
     Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::Stores;
-
-    #[test]
-    fn vm_keeps_its_seal_date_and_follows_its_name() {
-        let dir = tempfile::tempdir().unwrap();
-        let stores = Stores::open(dir.path()).unwrap();
-        let vm = VmId::random();
-        assert!(matches!(
-            stores.keystore.set_vtpm_seen(vm),
-            Err(StoreError::UnknownVm(_))
-        ));
-        assert_eq!(stores.keystore.remember_vm(vm, "web01").unwrap(), Change::Changed);
-        assert_eq!(
-            stores.keystore.remember_vm(vm, "web01").unwrap(),
-            Change::Unchanged
-        );
-        stores.keystore.set_vtpm_seen(vm).unwrap();
-        assert_eq!(stores.keystore.set_vtpm_seen(vm).unwrap(), Change::Unchanged);
-        assert_eq!(stores.keystore.remember_vm(vm, "web02").unwrap(), Change::Changed);
-        let vms = stores.keystore.vms().unwrap().whole().unwrap();
-        assert_eq!(vms.len(), 1);
-        assert!(vms[0].vtpm_seen && vms[0].name == "web02");
-    }
 }
