@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::{Daemon, lock, vm_id};
+use super::{Daemon, lock};
 use crate::domain::Domain;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Code, Problem, chain};
@@ -11,11 +11,12 @@ use crate::object::Present;
 use crate::object::vtpm::StateDir;
 use crate::store::{CopyPlace, StoreError};
 use crate::vm::first_runs::{HeardRun, vtpm_of};
+use crate::vm::names;
 use crate::vm::start::{FirstRun, KnownRun};
 
 /// `migrate begin` or `restore begin`: the state of the vTPM comes in the stream.
 pub(super) fn arriving(daemon: &Daemon, vm: &str, xml: &str) -> Result<(), Problem> {
-    let vm = vm_id(vm)?;
+    let vm = names::uuid_of_hook(vm)?;
     let domain = Domain::parse(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
     if let Some(vtpm) = vtpm_of(&domain).filter(|_| domain.uuid == vm) {
         lock(&daemon.first_runs).arrives(vm, vtpm, Instant::now());

@@ -4,13 +4,11 @@
 //! connection, because the domain API waits for the very VM whose start is slow. Each question has a thread of its own, so that
 //! one that hangs keeps no other's keys armed.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Daemon, first_runs, lock};
 use crate::host::libvirt::{LibvirtError, Power};
-use crate::model::envelope::VmId;
 use crate::model::problem::chain;
 use crate::vm::start::Overdue;
 
@@ -20,9 +18,6 @@ const MAX_LOOKS: usize = 2;
 const AGAIN: Duration = Duration::from_secs(2);
 /// Without any start; a new one rings.
 const IDLE: Duration = Duration::from_secs(3600);
-
-/// The VMs that libvirt is being asked about.
-pub(super) type Looks = Mutex<BTreeSet<VmId>>;
 
 /// Disarms starts whose end is not told, for ever.
 pub fn watch(daemon: &Arc<Daemon>) {

@@ -1,15 +1,13 @@
 //! Where root acts and reads at paths that domain XML names, on this host and now.
 
 use std::path::Path;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::{Daemon, LIBVIRT_SHARE, lock};
+use super::Daemon;
 use crate::domain::{self, Domain, ObjectState};
-use crate::host::libvirt::{Libvirt, StoragePool};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::VmId;
-use crate::model::problem::{Problem, chain};
+use crate::model::problem::Problem;
 use crate::store::EnvelopeStore;
 
 /// How long whoever is no start waits for libvirt's pools.
@@ -38,14 +36,17 @@ pub(super) fn rule_of_settings(daemon: &Daemon) -> PathRule {
 }
 
 /// As [`rule`], for a start: the settings and the keystore permit most images, and libvirt is asked for its pools only about
-/// another, for a while and on the background connection.
-pub(super) fn rule_of_start(daemon: &Daemon, domain: &Domain) -> Result<PathRule, Problem> {
+/// another, for so long and on the background connection.
+pub(super) fn rule_of_start(
+    daemon: &Daemon,
+    domain: &Domain,
+    patience: Duration,
+) -> Result<PathRule, Problem> {
     let rule = rule_of_settings(daemon);
     let known = locations_of(daemon.keystore.as_ref(), domain.uuid)?;
     if !has_sealed_outside(domain, &rule, &known) {
         return Ok(rule);
     }
-    let patience = daemon.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
     Ok(with_pools(daemon, rule, patience))
 }
 
@@ -72,63 +73,4 @@ pub(super) fn locations_of(keystore: &dyn EnvelopeStore, vm: VmId) -> Result<Vec
 /// The place of an object that the keystore has, as long as no link of others leads elsewhere.
 pub(super) fn known_place(daemon: &Daemon, path: &Path) -> Result<PermittedPath, PathError> {
     rule_of_settings(daemon).permit_known(path, std::iter::once(path))
-}
-
-/// Asks for the storage pools on a thread of its own, of which there is one: nothing can interrupt a call that hangs.
-#[derive(Debug, Default)]
-pub(super) struct StoragePools {
-    looks: Mutex<Looks>,
-    told: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct Looks {
-    is_asking: bool,
-    /// How many answers there were.
-    count: u64,
-    last: Option<Vec<StoragePool>>,
-}
-
-impl StoragePools {
-    /// What libvirt tells from now on, if it does within `patience`.
-    fn ask(self: &Arc<Self>, libvirt: &Arc<Libvirt>, patience: Duration) -> Option<Vec<StoragePool>> {
-        let mut looks = lock(&self.looks);
-        // An answer that is under way may be older than the question.
-        let enough = looks.count + 1 + u64::from(looks.is_asking);
-        self.ask_once(libvirt, &mut looks);
-        let deadline = Instant::now() + patience;
-        loop {
-            if looks.count >= enough {
-                return looks.last.clone();
-            }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            let waited = self.told.wait_timeout(looks, left);
-            looks = waited.unwrap_or_else(PoisonError::into_inner).0;
-            self.ask_once(libvirt, &mut looks);
-        }
-    }
-
-    fn ask_once(self: &Arc<Self>, libvirt: &Arc<Libvirt>, looks: &mut Looks) {
-        if looks.is_asking {
-            return;
-        }
-        let (pools, libvirt) = (Arc::clone(self), Arc::clone(libvirt));
-        let asking = move || {
-            let told = libvirt
-                .active_pools()
-                .inspect_err(|error| tracing::warn!("storage pools can't be told: {}", chain(error)))
-                .ok();
-            let mut looks = lock(&pools.looks);
-            *looks = Looks {
-                is_asking: false,
-                count: looks.count + 1,
-                last: told,
-            };
-            pools.told.notify_all();
-        };
-        looks.is_asking = std::thread::Builder::new()
-            .name("pools".into())
-            .spawn(asking)
-            .is_ok();
-    }
 }

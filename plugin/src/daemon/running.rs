@@ -5,21 +5,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::bell::Bell;
 use super::{Daemon, lock, paths, records};
 use crate::host::libvirt::Libvirt;
-use crate::host::libvirt::events::{self, Heard, Listener, Listening};
+use crate::host::libvirt::events::{self, Listener, Listening};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::VmId;
-use crate::model::finding::Finding;
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::ImageCopy;
 use crate::object::{Located, Present};
 use crate::store::EnvelopeRecord;
-use crate::vm::running::{Acquaintance, Look, NewFinding, News, Now, Watched};
+use crate::vm::running::{Acquaintance, Look, NewFinding, News, Now};
 use crate::vm::{names, side_doors};
 
 /// What has no event is seen after this.
@@ -28,42 +26,6 @@ const ROUND: Duration = Duration::from_secs(30);
 const AGAIN: Duration = Duration::from_millis(300);
 /// How often the connection is checked.
 const CHECK: Duration = Duration::from_secs(5);
-
-/// What was heard of VMs, and what was seen of them.
-#[derive(Debug, Default)]
-pub(super) struct Running {
-    news: Mutex<BTreeMap<VmId, News>>,
-    bell: Bell,
-    seen: Mutex<Watched>,
-}
-
-impl Running {
-    /// On libvirt's thread: waits for nobody.
-    fn hear(&self, heard: Heard) {
-        lock(&self.news)
-            .entry(heard.vm)
-            .or_default()
-            .add(heard.name, heard.change);
-        self.bell.ring();
-    }
-
-    fn look_at(&self, vms: impl IntoIterator<Item = VmId>) {
-        let mut news = lock(&self.news);
-        for vm in vms {
-            news.entry(vm).or_default();
-        }
-    }
-
-    /// What was found of a VM since the daemon began.
-    pub(super) fn findings(&self, vm: VmId) -> Vec<Finding> {
-        lock(&self.seen).findings(vm)
-    }
-
-    /// Every VM with findings, with its name.
-    pub(super) fn with_findings(&self) -> Vec<(VmId, String)> {
-        lock(&self.seen).with_findings()
-    }
-}
 
 /// Looks at VMs whenever libvirt says that something was done to them, for ever. For a thread of its own.
 pub fn watch(daemon: &Daemon) {

@@ -9,14 +9,15 @@ use super::{first_runs, lock, paths, records, saved};
 use crate::audit::Actor;
 use crate::domain::{self, Domain, ObjectState};
 use crate::host::libvirt::{Arming, LibvirtError};
-use crate::model::envelope::{EnvelopeId, VmId};
+use crate::model::envelope::EnvelopeId;
 use crate::model::problem::{Code, Problem, chain};
 use crate::terminal::word;
 use crate::vm::first_runs::vtpm_of;
+use crate::vm::names;
 use crate::vm::start::{self, Deadline, Opened, Prepared, StartContext};
 
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
-pub(super) const LIBVIRT_SHARE: f64 = 0.3;
+const LIBVIRT_SHARE: f64 = 0.3;
 
 /// What hook.conf wants of every VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,13 +100,14 @@ impl Daemon {
         policy: HookPolicy,
         deadline: &Deadline,
     ) -> Result<usize, Problem> {
+        let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
         let context = StartContext {
             keystore: self.keystore.as_ref(),
             host_store: &self.host_store,
             recipients: &self.recipients,
             opened_headers: &self.opened_headers,
             swtpm_dir: self.config().swtpm_dir,
-            paths: paths::rule_of_start(self, domain)?,
+            paths: paths::rule_of_start(self, domain, patience)?,
             policy: self.config().policy.of(domain),
             run: first_runs::known_run(self, domain.uuid),
             state_source: lock(&self.first_runs).state_source(domain.uuid, vtpm_of(domain), Instant::now()),
@@ -121,7 +123,6 @@ impl Daemon {
         self.host_store
             .ensure_hook_index()
             .map_err(|error| Problem::from(error).of(format!("{} stays off", domain.name)))?;
-        let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
         self.libvirt
             .reach(patience)
             .map_err(|error| unreachable_libvirt(domain, &error))?;
@@ -179,7 +180,7 @@ impl Daemon {
     pub fn started(&self, vm: &str, name: &str) -> Result<(), Problem> {
         saved::look_later(self, vm);
         let disarmed = self.disarm(vm, name);
-        if let Ok(vm) = vm_id(vm) {
+        if let Ok(vm) = names::uuid_of_hook(vm) {
             first_runs::note_running(self, vm, name);
         }
         disarmed
@@ -189,7 +190,7 @@ impl Daemon {
     pub fn released(&self, vm: &str, name: &str) -> Result<(), Problem> {
         let disarmed = self.disarm(vm, name);
         saved::look_later(self, vm);
-        if let Ok(vm) = vm_id(vm) {
+        if let Ok(vm) = names::uuid_of_hook(vm) {
             first_runs::note_ended(self, vm, name);
         }
         // Its images can follow what was rewrapped while it ran.
@@ -198,7 +199,7 @@ impl Daemon {
     }
 
     fn disarm(&self, vm: &str, name: &str) -> Result<(), Problem> {
-        let vm = vm_id(vm)?;
+        let vm = names::uuid_of_hook(vm)?;
         let _shared = lock(&self.shared);
         let unused = lock(&self.armed).disarm(vm);
         self.libvirt.disarm(&unused).map_err(|error| {
@@ -228,12 +229,6 @@ impl Daemon {
         self.libvirt.disarm(&left)?;
         Ok(left.len())
     }
-}
-
-/// As the hook names a VM.
-pub(super) fn vm_id(uuid: &str) -> Result<VmId, Problem> {
-    uuid.parse()
-        .map_err(|error| Problem::from_error(Code::Usage, format!("'{uuid}' is not a VM's UUID"), &error))
 }
 
 fn envelopes_of(domain: &Domain) -> Vec<EnvelopeId> {

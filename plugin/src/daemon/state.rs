@@ -8,7 +8,9 @@ use nix::unistd::{Gid, Group};
 
 use super::bell::Bell;
 use super::headers::Headers;
-use super::{deletion, glance, jobs, overdue, paths, records, running};
+use super::heard::Running;
+use super::storage_pools::StoragePools;
+use super::{deletion, glance, jobs, paths, records};
 use crate::audit::AuditLog;
 use crate::config::Config;
 use crate::host::libvirt::{Libvirt, LibvirtError};
@@ -39,7 +41,7 @@ pub struct Daemon {
     /// And one on which libvirt tells what is done to running VMs.
     pub(super) events: Libvirt,
     /// The storage pools, for starts that need them.
-    pub(super) storage_pools: Arc<paths::StoragePools>,
+    pub(super) storage_pools: Arc<StoragePools>,
     /// Of this host, for providers that it unlocks, and caches that it keeps.
     pub(super) tpm: Arc<Tpm>,
     pub(super) audit: AuditLog,
@@ -69,13 +71,14 @@ pub struct Daemon {
     pub(super) copies_bell: Bell,
     /// Rung when a start was armed.
     pub(super) arms_bell: Bell,
-    pub(super) looks: overdue::Looks,
+    /// The VMs that libvirt is being asked about.
+    pub(super) looks: Mutex<BTreeSet<VmId>>,
     /// VMs that have started or ended, and that nobody has looked at since.
     pub(super) changed_vms: Mutex<BTreeSet<VmId>>,
     /// What is to be noted of starts.
     pub(super) first_runs: Mutex<FirstRuns>,
     /// What is done to VMs while they run.
-    pub(super) running: Arc<running::Running>,
+    pub(super) running: Arc<Running>,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
     pub(super) copying: Mutex<()>,
 }
@@ -117,7 +120,7 @@ impl Daemon {
             watched: jobs::Looks::default(),
             copies_bell: Bell::default(),
             arms_bell: Bell::default(),
-            looks: overdue::Looks::default(),
+            looks: Mutex::default(),
             changed_vms: Mutex::default(),
             first_runs: Mutex::default(),
             running: Arc::default(),

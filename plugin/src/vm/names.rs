@@ -109,6 +109,15 @@ pub fn vm_id(libvirt: &Libvirt, asked: &str) -> Result<VmId, Problem> {
     id.ok_or_else(|| absent(asked).next("define it first, or give the UUID that it will have"))
 }
 
+/// As the hook names a VM.
+///
+/// # Errors
+/// When it is no UUID.
+pub fn uuid_of_hook(uuid: &str) -> Result<VmId, Problem> {
+    uuid.parse()
+        .map_err(|error| Problem::from_error(Code::Usage, format!("'{uuid}' is not a VM's UUID"), &error))
+}
+
 fn absent(asked: &str) -> Problem {
     Problem::new(Code::NotFound, format!("there is no VM '{asked}'"))
 }
