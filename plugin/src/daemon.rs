@@ -19,6 +19,7 @@ pub mod leftovers;
 pub mod listener;
 mod locks;
 pub mod look;
+mod moved;
 pub mod overdue;
 mod paths;
 pub mod pools;

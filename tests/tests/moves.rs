@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use virtseal_testkit::{HostBuilder, SealedHost, expect_names, wait_until};
+use virtseal_testkit::{HostBuilder, SealedHost, edited, expect_names, wait_until};
 
 const COPIES_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -66,6 +66,27 @@ fn sealed_vm_can_be_renamed() -> Result<()> {
     sealed.lock()?;
     sealed.destroy("www")?;
     expect_names(&sealed.refused_start("www")?, &["www stays off", "is locked"])
+}
+
+#[test]
+fn keystore_learns_where_a_disk_has_moved() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let spec = sealed.seal_new("web01")?;
+    let moved = spec.disk.with_file_name("moved.qcow2");
+    fs::rename(sealed.host().path(&spec.disk), sealed.host().path(&moved))?;
+    let (from, to) = (spec.disk.display().to_string(), moved.display().to_string());
+    let xml = edited(&sealed.dumpxml("web01")?, &from, &to)?;
+    sealed.host().define_xml(&xml)?;
+    sealed.start_paused("web01")?;
+    sealed.destroy("web01")?;
+
+    // Without XML the keystore alone tells where its disk is.
+    sealed.host().undefine("web01")?;
+    wait_until(COPIES_DEADLINE, "the disk's new place", || {
+        let status = sealed.json(&["vm", "status", "web01"])?;
+        let objects = status[0]["objects"].as_array().context("no objects")?;
+        Ok(objects.iter().any(|object| object["path"] == to).then_some(()))
+    })
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::first_runs;
 use super::headers::Writing;
+use super::moved;
 use super::paths;
 use super::saved;
 use super::{Daemon, lock};
@@ -39,6 +40,7 @@ impl Daemon {
         loop {
             saved::note_all(self);
             first_runs::write(self);
+            moved::settle(self);
             if let Err(failure) = self.update_copies() {
                 tracing::warn!("copies of envelopes: {failure}");
             }

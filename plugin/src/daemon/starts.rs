@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::state::Daemon;
-use super::{first_runs, lock, paths, records, saved};
+use super::{first_runs, lock, moved, paths, records, saved};
 use crate::audit::Actor;
 use crate::domain::{self, Domain, ObjectState};
 use crate::host::libvirt::{Arming, LibvirtError};
@@ -114,7 +114,11 @@ impl Daemon {
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
         let _held = self.headers.hold(envelopes_of(domain), deadline);
-        let Prepared { opened, first_run } = start::prepare(&context, domain)?;
+        let Prepared {
+            opened,
+            first_run,
+            moved,
+        } = start::prepare(&context, domain)?;
         if opened.is_empty() && policy == HookPolicy::RequireSealed {
             return Err(nothing_sealed(domain));
         }
@@ -130,6 +134,7 @@ impl Daemon {
         lock(&self.first_runs).expect(domain.uuid, first_run);
         self.arm(domain, opened, deadline)
             .inspect_err(|_| lock(&self.first_runs).expect(domain.uuid, None))?;
+        moved::note(self, moved);
         Ok(count)
     }
 

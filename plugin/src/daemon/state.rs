@@ -26,7 +26,7 @@ use crate::store::{EnvelopeStore, HostStore, Stores};
 use crate::vm::first_runs::FirstRuns;
 use crate::vm::names;
 use crate::vm::seal::{ConfirmedFormats, Host};
-use crate::vm::start::ArmedSecrets;
+use crate::vm::start::{ArmedSecrets, Moved};
 use crate::vm::status::settings::{self, ReaderGroup};
 
 /// Everything that the daemon holds.
@@ -77,6 +77,8 @@ pub struct Daemon {
     pub(super) changed_vms: Mutex<BTreeSet<VmId>>,
     /// What is to be noted of starts.
     pub(super) first_runs: Mutex<FirstRuns>,
+    /// What starts have opened elsewhere than the keystore has it.
+    pub(super) moved: Mutex<Vec<Moved>>,
     /// What is done to VMs while they run.
     pub(super) running: Arc<Running>,
     /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
@@ -123,6 +125,7 @@ impl Daemon {
             looks: Mutex::default(),
             changed_vms: Mutex::default(),
             first_runs: Mutex::default(),
+            moved: Mutex::default(),
             running: Arc::default(),
             copying: Mutex::default(),
         })

@@ -21,6 +21,7 @@ pub mod adoption;
 mod armed;
 mod deadline;
 mod first_run;
+mod moved;
 
 use std::path::{Path, PathBuf};
 
@@ -44,6 +45,7 @@ use adoption::{Believed, Doubt, believe, believe_without_row, not_believed};
 pub use armed::{ArmedSecrets, Overdue};
 pub use deadline::Deadline;
 pub use first_run::{FirstRun, KnownRun, StateSource};
+pub use moved::Moved;
 
 /// An object whose key was unwrapped and has really opened it.
 #[derive(Debug)]
@@ -89,6 +91,8 @@ pub struct Prepared {
     pub opened: Vec<Opened>,
     /// What is to be noted once the VM runs, if this is the first time.
     pub first_run: Option<FirstRun>,
+    /// What was opened elsewhere than the keystore has it.
+    pub moved: Vec<Moved>,
 }
 
 /// Decides whether the VM of `xml` may start, and with which keys.
@@ -109,7 +113,7 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
     let deks = open_versions(context, &versions).map_err(|error| stays_off(closed(&objects, &error)))?;
     let mut opened = Vec::with_capacity(objects.len());
     let mut found = Vec::with_capacity(objects.len());
-    let mut first_run = None;
+    let (mut first_run, mut moved) = (None, Vec::new());
     for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
         let of_object = |failure: Problem| stays_off(failure.of(&object.label));
         let mut believed = versions
@@ -124,6 +128,7 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
             Opening::Opened => {}
             Opening::NotMade => first_run = FirstRun::of(&believed.envelope, &dek),
         }
+        moved.extend(versions.moved(domain, &object));
         opened.push(Opened {
             envelope: believed.envelope.id,
             kind: object.kind,
@@ -134,7 +139,11 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
         found.push((versions, believed));
     }
     note(context, domain, &found).map_err(stays_off)?;
-    Ok(Prepared { opened, first_run })
+    Ok(Prepared {
+        opened,
+        first_run,
+        moved,
+    })
 }
 
 /// Names the object whose envelope does not open, by its label: its ids are of no use to who reads the line.
@@ -181,6 +190,17 @@ impl Versions {
         let have_macs = record.envelope.format() == Envelope::FORMAT && copy.format() == Envelope::FORMAT;
         let is_newer = copy.supersedes(&record.envelope) == Precedence::Newer;
         (have_macs && is_newer).then_some(copy)
+    }
+
+    /// An image of this VM that was opened elsewhere than the keystore has it: another VM's, which is shared, is where its own says.
+    fn moved(&self, domain: &Domain, object: &ObjectRef) -> Option<Moved> {
+        let (record, to) = (self.record.as_ref()?, object.path.clone()?);
+        let is_elsewhere = record.envelope.vm == domain.uuid && record.location != self.location;
+        is_elsewhere.then(|| Moved {
+            envelope: record.envelope.id,
+            from: record.location.clone(),
+            to,
+        })
     }
 
     /// The one that counts, once one of them has opened to `dek`.
