@@ -11,8 +11,9 @@ mod opened_headers;
 pub mod vtpm;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use crate::domain::{Domain, Object};
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::envelope::{ObjectKind, VmId};
 use crate::secret::Passphrase;
@@ -115,6 +116,17 @@ impl Located {
             Self::Image(place) => VolumeError::NotFound(place.shown().to_owned()).into(),
             Self::State(dir) => StateError::Gone(dir.clone()).into(),
         }
+    }
+}
+
+/// Where the XML has an object, or libvirt by itself.
+#[must_use]
+pub fn path_in(domain: &Domain, object: &Object, swtpm_dir: &Path) -> Option<PathBuf> {
+    match object.kind {
+        ObjectKind::Vtpm => StateDir::of_domain(domain, swtpm_dir)
+            .ok()
+            .map(|dir| dir.path().to_owned()),
+        ObjectKind::Disk | ObjectKind::Nvram => object.path.clone(),
     }
 }
 

@@ -9,15 +9,14 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use swtpm_state::{State, libvirt_state_dir};
-
 use super::paths;
 use super::{Daemon, lock, records};
 use crate::api::Outcome;
 use crate::audit::Actor;
-use crate::model::envelope::{ObjectKind, Precedence, VmId};
+use crate::host::permitted::PathError;
+use crate::model::envelope::{Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
-use crate::object::disk::{self, Format, VolumeError};
+use crate::object::{Located, Present};
 use crate::store::{Change, EnvelopeRecord, Mark, Put, StoreError, VmRecord};
 use crate::terminal::word;
 use crate::vm::forgotten::{self, Forgotten};
@@ -195,46 +194,35 @@ impl Daemon {
         }
     }
 
+    fn located(&self, record: &EnvelopeRecord) -> Result<Option<Located>, PathError> {
+        let (kind, vm) = (record.envelope.kind, record.envelope.vm);
+        let path = (!record.location.is_empty()).then(|| Path::new(&record.location));
+        let permit = |path: &Path| paths::known_place(self, path);
+        Located::of(kind, vm, path, &self.config().swtpm_dir, permit)
+    }
+
     fn object_name(&self, record: &EnvelopeRecord) -> String {
-        match record.envelope.kind {
-            ObjectKind::Vtpm => {
-                let dir = libvirt_state_dir(&self.config().swtpm_dir, &record.envelope.vm);
-                format!("vtpm {}", dir.display())
-            }
-            kind => format!("{kind} {}", record.location),
+        let kind = record.envelope.kind;
+        match self.located(record) {
+            Ok(Some(object)) => format!("{kind} {object}"),
+            Ok(None) | Err(_) => format!("{kind} {}", record.location),
         }
     }
 
     fn whereabouts(&self, record: &EnvelopeRecord) -> Whereabouts {
-        match record.envelope.kind {
-            ObjectKind::Vtpm => {
-                let dir = libvirt_state_dir(&self.config().swtpm_dir, &record.envelope.vm);
-                match State::read(&dir) {
-                    Ok(State::Absent) => Whereabouts::Absent,
-                    Ok(State::Plain(_)) => Whereabouts::Another,
-                    Ok(State::Encrypted(_)) => Whereabouts::Unmarked,
-                    Err(error) => Whereabouts::Unreadable(chain(&error)),
-                }
-            }
-            ObjectKind::Disk | ObjectKind::Nvram => self.image_at(Path::new(&record.location), record),
-        }
-    }
-
-    fn image_at(&self, path: &Path, record: &EnvelopeRecord) -> Whereabouts {
-        if path.as_os_str().is_empty() {
-            return Whereabouts::Absent;
-        }
-        let place = match paths::known_place(self, path) {
-            Ok(place) => place,
+        let object = match self.located(record) {
+            Ok(Some(object)) => object,
+            Ok(None) => return Whereabouts::Absent,
             Err(error) if error.is_missing() => return Whereabouts::Absent,
             Err(error) => return Whereabouts::Unreadable(chain(&error)),
         };
-        let info = match disk::inspect(&place) {
-            Ok(info) => info,
-            Err(VolumeError::NotFound(_)) => return Whereabouts::Absent,
+        let copy = match object.inspect() {
+            Ok(Present::Absent) => return Whereabouts::Absent,
+            Ok(Present::Plain) => return Whereabouts::Another,
+            Ok(Present::Encrypted(copy)) => copy,
             Err(error) => return Whereabouts::Unreadable(chain(&error)),
         };
-        match info.envelope {
+        match copy.envelope() {
             Some(found) if found == record.envelope => Whereabouts::Carries(Copy::Same),
             Some(found) if found.id == record.envelope.id => {
                 let dek = self.recipients.open_envelope(&found).ok();
@@ -244,8 +232,7 @@ impl Daemon {
                 })
             }
             Some(_) => Whereabouts::Another,
-            None if info.luks.is_some() || info.format == Format::Luks2 => Whereabouts::Unmarked,
-            None => Whereabouts::Another,
+            None => Whereabouts::Unmarked,
         }
     }
 

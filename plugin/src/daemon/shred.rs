@@ -7,8 +7,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use swtpm_state::{State, libvirt_state_dir};
-
 use super::headers::Writing;
 use super::paths;
 use super::{Daemon, lock, records};
@@ -18,8 +16,9 @@ use crate::domain::{Domain, Metadata, encrypted_layers};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathRule, PermittedPath};
 use crate::model::advice::Advice;
-use crate::model::envelope::{EnvelopeId, KekId, ObjectKind, ProviderId, VmId};
+use crate::model::envelope::{EnvelopeId, KekId, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
+use crate::object::Present;
 use crate::object::disk::{self, Shredded, Shredding, VolumeError};
 use crate::object::vtpm::StateDir;
 use crate::provider::ProviderError;
@@ -445,10 +444,10 @@ impl Daemon {
         record: &EnvelopeRecord,
         passphrase: &Result<Passphrase, String>,
     ) -> Result<Vec<ReceiptLine>, Problem> {
-        if record.envelope.kind == ObjectKind::Vtpm {
-            let dir = libvirt_state_dir(&self.config().swtpm_dir, &doomed.vm);
-            let what = format!("the state of the vTPM in {}", dir.display());
-            return Ok(vec![line(&what, false, &vtpm_state(&dir))]);
+        if !record.envelope.kind.is_kept_by_path() {
+            let dir = StateDir::of(doomed.vm, &self.config().swtpm_dir);
+            let what = format!("the state of the vTPM in {}", dir.path().display());
+            return Ok(vec![line(&what, false, &left_as_it_is(&dir))]);
         }
         let files = doomed.files_of(record).into_iter();
         files
@@ -566,13 +565,13 @@ fn destroyed(shredded: Shredded) -> String {
 }
 
 /// What is there, by its header alone.
-fn vtpm_state(dir: &Path) -> String {
-    match State::read(dir) {
-        Ok(State::Absent) => "there is none".to_owned(),
-        Ok(State::Encrypted(_)) => {
+fn left_as_it_is(dir: &StateDir) -> String {
+    match dir.inspect() {
+        Ok(Present::Absent) => "there is none".to_owned(),
+        Ok(Present::Encrypted(_)) => {
             "left as it is: encrypted with a key that is gone with its stanzas".to_owned()
         }
-        Ok(State::Plain(_)) => "left as it is: NOT encrypted, whoever has the file can read it".to_owned(),
+        Ok(Present::Plain) => "left as it is: NOT encrypted, whoever has the file can read it".to_owned(),
         Err(error) => format!("left as it is, and it can't be read: {}", chain(&error)),
     }
 }

@@ -436,7 +436,7 @@ fn to_take_in(copy: &VisibleCopy, known: Option<&EnvelopeRecord>) -> Option<Stri
             let is_newer = copy.envelope.supersedes(&known.envelope) == Precedence::Newer;
             is_newer.then(|| known.location.clone())
         }
-        None if copy.envelope.kind == ObjectKind::Vtpm => Some(String::new()),
+        None if !copy.envelope.kind.is_kept_by_path() => Some(String::new()),
         None => Some(copy.location.as_ref()?.display().to_string()),
     }
 }

@@ -103,6 +103,12 @@ impl ObjectKind {
         self == Self::Vtpm
     }
 
+    /// Whether its place is a path that is written down; the others are where libvirt has them, by the VM's UUID.
+    #[must_use]
+    pub fn is_kept_by_path(self) -> bool {
+        self != Self::Vtpm
+    }
+
     /// Its byte in what is hashed: never to be changed.
     fn code(self) -> u8 {
         match self {

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use crate::domain::{self, Domain, ObjectState};
-use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{EnvelopeId, VmId};
 use crate::vm::start::{FirstRun, KnownRun, StateSource};
 
 /// How long after `migrate` or `restore` its `prepare` may come: libvirt waits 30 s for another job on the VM between the two.
@@ -124,7 +124,7 @@ impl FirstRuns {
 #[must_use]
 pub fn vtpm_of(domain: &Domain) -> Option<EnvelopeId> {
     let mut objects = domain::objects(domain).into_iter();
-    let vtpm = objects.find(|object| object.kind == ObjectKind::Vtpm)?;
+    let vtpm = objects.find(|object| object.kind.is_made_at_first_start())?;
     match vtpm.state {
         ObjectState::Sealed(envelope) => Some(envelope),
         ObjectState::Plain | ObjectState::Unsupported(_) => None,

@@ -8,6 +8,7 @@
 
 mod declared;
 mod firmware;
+mod known;
 mod object;
 mod others;
 mod plan;
@@ -16,6 +17,7 @@ mod room;
 mod store;
 mod take_back;
 mod unseal;
+mod vtpm;
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +37,7 @@ use crate::terminal::word;
 pub use declared::ConfirmedFormats;
 pub use firmware::firmware_of;
 pub use object::NewObject;
-use plan::{DiskStep, DiskWork, VtpmStep};
+use plan::{DiskStep, DiskWork};
 pub use plan::{Plan, plan};
 use replaced::Ready;
 pub use replaced::Replaced;
@@ -118,19 +120,8 @@ pub fn seal(
             Some(made.map_err(|failure| failure.of(of("nvram")))?)
         }
     };
-    let vtpm = match &plan.vtpm {
-        VtpmStep::Passthrough => None,
-        VtpmStep::Sealed(envelope) | VtpmStep::Keep(envelope) => Some(envelope.clone()),
-        VtpmStep::TakeBack(known) => {
-            let opened = take_back::open_vtpm(host, defined, known);
-            Some(opened.map_err(|failure| failure.of(of("vtpm")))?)
-        }
-        VtpmStep::Add | VtpmStep::Encrypt => {
-            let made = NewObject::find_or_make(host, defined.vm, ObjectKind::Vtpm, "", provider);
-            let made = made.map_err(|failure| failure.of(of("vtpm")))?;
-            Some(made.envelope.into_envelope())
-        }
-    };
+    let vtpm = plan.vtpm.envelope(host, defined, provider);
+    let vtpm = vtpm.map_err(|failure| failure.of(of("vtpm")))?;
     let mut disks = Vec::new();
     for step in &plan.disks {
         let made = make_disk(host, defined, step, provider, &mut ready);

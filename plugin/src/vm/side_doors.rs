@@ -155,7 +155,7 @@ pub fn not_sealed(refusal: &Refusal) -> Problem {
             });
             let or_allow = match kind {
                 ObjectKind::Disk => format!("; {}", or_allow(PolicyKey::MixedDisks)),
-                ObjectKind::Vtpm | ObjectKind::Nvram => String::new(),
+                _ => String::new(),
             };
             format!(
                 "{}virtseal vm status {}, then detach or seal it{or_allow}",

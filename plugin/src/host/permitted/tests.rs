@@ -454,7 +454,7 @@ const OPEN_PATHS_OF_ROOT: [&str; 30] = [
     "store/sqlite/database.rs",
     "store/sqlite/hook_index.rs",
     "vm/forgotten.rs",
-    "vm/seal/firmware.rs",
+    "vm/seal/firmware/descriptor.rs",
 ];
 
 #[test]

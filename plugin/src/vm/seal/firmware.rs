@@ -4,12 +4,13 @@
 //! pairs in libvirt's qemu.conf. libvirt takes the first that fits everything the domain asks for, and so does this; where
 //! versions of libvirt would take different ones, nothing is chosen: a VM with Secure Boot must not lose it on the way.
 
-use std::collections::BTreeMap;
-use std::fs;
+mod descriptor;
+mod fits;
+
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-
+use self::descriptor::{DESCRIPTORS, Descriptor, descriptors};
+use self::fits::{Rules, Wish};
 use crate::domain::{Domain, Firmware, LaunchSecurity, Nvram, Uefi, edit::LoaderPin};
 use crate::host::libvirt::qemu_conf::QemuConf;
 use crate::model::problem::{Code, Problem, chain};
@@ -21,8 +22,6 @@ pub(super) struct Chosen {
     /// Set where libvirt would still be choosing at the start.
     pub(super) loader: Option<LoaderPin>,
 }
-
-const DESCRIPTORS: [&str; 2] = ["/usr/share/qemu/firmware", "/etc/qemu/firmware"];
 
 /// The templates that the host's descriptors and its qemu.conf name; none of a place that can't be read.
 pub(super) fn templates() -> Vec<PathBuf> {
@@ -176,202 +175,11 @@ fn uncertain(uefi: &Uefi, why: String) -> Problem {
     ))
 }
 
-/// Which libvirt's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Rules {
-    /// The loader and the template of the XML count for nothing where libvirt chooses, and neither does what would fail later.
-    Before9_2,
-    /// Everything that the XML says must fit.
-    Since9_2,
-}
-
-/// What the domain asks for.
-struct Wish<'a> {
-    uefi: &'a Uefi,
-    template: Option<&'a Path>,
-}
-
-impl Wish<'_> {
-    fn fits(&self, firmware: &Descriptor, rules: Rules) -> bool {
-        firmware.interface_types.iter().any(|kind| kind == "uefi")
-            && self.fits_paths(firmware, rules)
-            && self.fits_machine(firmware)
-            && self.fits_features(firmware)
-            && self.fits_smm(firmware, rules)
-            && self.fits_flash(firmware, rules)
-    }
-
-    fn fits_paths(&self, firmware: &Descriptor, rules: Rules) -> bool {
-        let is = |file: Option<&FirmwareFile>, path: &Path| file.is_some_and(|file| file.filename == path);
-        let mapping = &firmware.mapping;
-        let loader = self.uefi.loader.as_deref();
-        let loader_fits =
-            loader.is_none_or(|path| mapping.device == "flash" && is(mapping.executable.as_ref(), path));
-        let template_fits = rules == Rules::Before9_2
-            || mapping.device != "flash"
-            || self
-                .template
-                .is_none_or(|path| is(mapping.template.as_ref(), path));
-        loader_fits && template_fits
-    }
-
-    fn fits_machine(&self, firmware: &Descriptor) -> bool {
-        let wish = &self.uefi.wish;
-        let arch = wish.arch.as_deref().unwrap_or(std::env::consts::ARCH);
-        let machine = wish.machine.as_deref().unwrap_or_default();
-        firmware.targets.iter().any(|target| {
-            target.architecture == arch && target.machines.iter().any(|pattern| glob(pattern, machine))
-        })
-    }
-
-    fn fits_features(&self, firmware: &Descriptor) -> bool {
-        let wish = &self.uefi.wish;
-        let as_wished = |wish: Option<bool>, feature| wish.is_none_or(|wish| wish == firmware.has(feature));
-        let launch_security = match &wish.launch_security {
-            None | Some(LaunchSecurity::Other(_)) => true,
-            Some(LaunchSecurity::Sev) => firmware.has("amd-sev"),
-            Some(LaunchSecurity::SevEs) => firmware.has("amd-sev") && firmware.has("amd-sev-es"),
-        };
-        as_wished(wish.secure_boot, "secure-boot")
-            && as_wished(wish.enrolled_keys, "enrolled-keys")
-            && (!wish.suspend_to_mem || firmware.has("acpi-s3"))
-            && (!wish.suspend_to_disk || firmware.has("acpi-s4"))
-            && launch_security
-    }
-
-    fn fits_smm(&self, firmware: &Descriptor, rules: Rules) -> bool {
-        let wish = &self.uefi.wish;
-        if !firmware.has("requires-smm") {
-            return wish.secure != Some(true);
-        }
-        rules == Rules::Before9_2 || (wish.smm != Some(false) && wish.secure != Some(false))
-    }
-
-    fn fits_flash(&self, firmware: &Descriptor, rules: Rules) -> bool {
-        let (mapping, wish) = (&firmware.mapping, &self.uefi.wish);
-        if mapping.device != "flash" {
-            return true;
-        }
-        let mode = if self.uefi.stateless { "stateless" } else { "split" };
-        if mapping.mode.as_deref().unwrap_or("split") != mode {
-            return false;
-        }
-        let format = mapping.executable.as_ref().map(|file| file.format.as_str());
-        rules == Rules::Before9_2
-            || (wish.readonly != Some(false)
-                && matches!(format, Some("raw" | "qcow2"))
-                && wish
-                    .loader_format
-                    .as_deref()
-                    .is_none_or(|wish| Some(wish) == format))
-    }
-}
-
-/// `*` is any text and `?` any character, as in GLib's patterns.
-fn glob(pattern: &str, text: &str) -> bool {
-    match pattern.chars().next() {
-        None => text.is_empty(),
-        Some('*') => {
-            let rest = &pattern[1..];
-            text.char_indices()
-                .map(|(at, _)| at)
-                .chain([text.len()])
-                .any(|at| glob(rest, &text[at..]))
-        }
-        Some(wanted) => {
-            let mut rest = text.chars();
-            let fits = rest.next().is_some_and(|found| wanted == '?' || wanted == found);
-            fits && glob(&pattern[wanted.len_utf8()..], rest.as_str())
-        }
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Descriptor {
-    #[serde(skip)]
-    path: PathBuf,
-    interface_types: Vec<String>,
-    mapping: Mapping,
-    #[serde(default)]
-    targets: Vec<Target>,
-    #[serde(default)]
-    features: Vec<String>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Mapping {
-    device: String,
-    mode: Option<String>,
-    executable: Option<FirmwareFile>,
-    #[serde(rename = "nvram-template")]
-    template: Option<FirmwareFile>,
-}
-
-#[derive(Debug, Deserialize)]
-struct FirmwareFile {
-    filename: PathBuf,
-    #[serde(default)]
-    format: String,
-}
-
-#[derive(Debug, Deserialize)]
-struct Target {
-    architecture: String,
-    #[serde(default)]
-    machines: Vec<String>,
-}
-
-impl Descriptor {
-    fn has(&self, feature: &str) -> bool {
-        self.features.iter().any(|found| found == feature)
-    }
-}
-
-/// By file name; a later directory replaces a file of the same name, and an empty file or a link to /dev/null masks it.
-/// libvirt starts nothing by itself while it can't read one of them, and neither does this choose.
-fn descriptors(dirs: &[&Path]) -> Result<Vec<Descriptor>, Problem> {
-    let mut by_name = BTreeMap::new();
-    for entry in dirs
-        .iter()
-        .filter_map(|dir| fs::read_dir(dir).ok())
-        .flatten()
-        .flatten()
-    {
-        let is_hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
-        if !is_hidden && !entry.path().is_dir() {
-            by_name.insert(entry.file_name(), entry.path());
-        }
-    }
-    let mut found = Vec::new();
-    for path in by_name.into_values() {
-        let unreadable = |why: String| {
-            Problem::new(
-                Code::Failed,
-                format!(
-                    "the firmware descriptor {} can't be read ({why}), so that libvirt's choice is not known",
-                    path.display()
-                ),
-            )
-            .next(format!(
-                "mend it, or put an empty file of that name into {}",
-                DESCRIPTORS[1]
-            ))
-        };
-        let is_mask = fs::metadata(&path).is_ok_and(|found| found.len() == 0);
-        if is_mask {
-            continue;
-        }
-        let text = fs::read(&path).map_err(|error| unreadable(chain(&error)))?;
-        let descriptor: Descriptor =
-            serde_json::from_slice(&text).map_err(|error| unreadable(chain(&error)))?;
-        found.push(Descriptor { path, ..descriptor });
-    }
-    Ok(found)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use super::fits::glob;
     use super::*;
     use crate::domain::FirmwareWish;
 

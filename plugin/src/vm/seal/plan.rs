@@ -1,22 +1,21 @@
 //! What sealing a domain takes, or why it can't be sealed as it is. Looks only; nothing is changed here.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use super::known::{known_disk, named_envelope};
 use super::others::{OtherUses, refuse_one_file_twice};
 use super::room::{NewFile, refuse_without_room};
 use super::store::{NvramStep, plan_nvram};
-use super::take_back::{self, HasRun};
+use super::vtpm::{VtpmStep, plan_vtpm, state_gone};
 use super::{Host, declared};
 use crate::api::Outcome;
 use crate::domain::edit::{DiskEdit, SealEdit};
-use crate::domain::{self, Disk, DiskDevice, Domain, Source, TpmBackend};
+use crate::domain::{self, Disk, DiskDevice, Domain, Source};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem, chain};
-use crate::object::Present;
 use crate::object::disk::{Data, VolumeInfo};
-use crate::object::vtpm::StateDir;
 use crate::terminal::quoted;
 use crate::terminal::word;
 use crate::vm::side_doors;
@@ -47,33 +46,12 @@ pub(super) enum DiskWork {
     Replace(Box<VolumeInfo>),
 }
 
-#[derive(Debug)]
-pub(super) enum VtpmStep {
-    Sealed(Envelope),
-    /// Sealed by an earlier virtseal: libvirt deletes the state when a transient domain ends.
-    Keep(Envelope),
-    /// It was sealed, and the XML does not say so.
-    TakeBack(Vec<Envelope>),
-    Add,
-    Encrypt,
-    /// The host's TPM, which keeps its state inside the chip.
-    Passthrough,
-}
-
 impl Plan {
     /// In words.
     #[must_use]
     pub fn outcome(&self, changed: bool) -> Outcome {
         let mut steps: Vec<_> = self.nvram.words().into_iter().collect();
-        match &self.vtpm {
-            VtpmStep::Add => steps.push("add a TPM 2.0 with encrypted state".into()),
-            VtpmStep::Encrypt => steps.push("encrypt the state of the TPM".into()),
-            VtpmStep::TakeBack(_) => steps.push("take the encrypted TPM back".into()),
-            VtpmStep::Keep(_) => {
-                steps.push("have libvirt keep the state of the TPM (persistent_state='yes')".into());
-            }
-            VtpmStep::Sealed(_) | VtpmStep::Passthrough => {}
-        }
+        steps.extend(self.vtpm.words());
         steps.extend(self.disks.iter().filter_map(DiskStep::words));
         if !steps.is_empty() {
             steps.push("redefine the domain".into());
@@ -133,21 +111,6 @@ impl Plan {
 const STORE_BYTES: u64 = 8 << 20;
 /// Larger than the headers and key material of an empty image.
 const IMAGE_BYTES: u64 = 4 << 20;
-
-impl VtpmStep {
-    /// Whether the XML gets anything for it.
-    pub(super) fn changes_xml(&self) -> bool {
-        !matches!(self, Self::Sealed(_) | Self::Passthrough)
-    }
-
-    fn known(&self) -> Option<&Envelope> {
-        match self {
-            Self::Sealed(envelope) | Self::Keep(envelope) => Some(envelope),
-            Self::TakeBack(envelopes) => envelopes.first(),
-            Self::Add | Self::Encrypt | Self::Passthrough => None,
-        }
-    }
-}
 
 impl DiskWork {
     fn known(&self) -> Option<&Envelope> {
@@ -253,14 +216,6 @@ fn refuse_name(domain: &Domain) -> Result<(), Problem> {
     .next(format!("virsh domrename {} NEW", word(name))))
 }
 
-/// The directory that lacks the vTPM's state, where there must be one.
-fn state_gone(host: &Host<'_>, domain: &Domain) -> Result<Option<PathBuf>, Problem> {
-    let dir = StateDir::of_domain(domain, &host.swtpm_dir)?;
-    let absent = matches!(dir.inspect(), Ok(Present::Absent));
-    let has_run = HasRun::of(host, domain.uuid)? == HasRun::Yes;
-    Ok((absent && has_run).then(|| dir.path().to_owned()))
-}
-
 pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Problem> {
     let name = &defined.name;
     if defined.active {
@@ -312,7 +267,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
     }
     let place = host.permit_known(domain.uuid, path)?;
     if !place.exists() {
-        if take_back::known_disk(host, domain.uuid, path)?.is_some() {
+        if known_disk(host, domain.uuid, path)?.is_some() {
             let shown = path.display();
             return Err(Problem::new(
                 Code::NotFound,
@@ -334,7 +289,7 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
     let work =
         match (&info.envelope, info.format.is_encrypted()) {
             (Some(envelope), true) => ours(host, domain, disk, envelope)?,
-            (None, true) => match take_back::known_disk(host, domain.uuid, path)? {
+            (None, true) => match known_disk(host, domain.uuid, path)? {
                 Some(envelope) => DiskWork::Adopt(envelope),
                 None => DiskWork::Adopt(named_by_xml(host, domain, disk, path, info.unreadable_envelope)?),
             },
@@ -452,108 +407,4 @@ fn carries(domain: &Domain, envelope: &Envelope) -> bool {
         .as_ref()
         .and_then(|metadata| metadata.envelope(envelope.id))
         == Some(envelope)
-}
-
-/// The envelope that the XML names for an object, if it is one of this VM: the keystore's, where it has one.
-pub(super) fn named_envelope(
-    host: &Host<'_>,
-    domain: &Domain,
-    kind: ObjectKind,
-    id: EnvelopeId,
-) -> Result<Envelope, Problem> {
-    let known = host.keystore.readable_envelope(id)?.map(|record| record.envelope);
-    let carried = domain
-        .metadata
-        .as_ref()
-        .and_then(|metadata| metadata.envelope(id).cloned());
-    known
-        .or(carried)
-        .filter(|envelope| envelope.kind == kind && envelope.vm == domain.uuid)
-        .ok_or_else(|| {
-            Problem::new(
-                Code::NotFound,
-                format!("the {kind} is encrypted with secret {id}, which is no envelope of this VM"),
-            )
-            .next(format!(
-                "virsh edit {}: remove its <encryption>, if nothing is kept there",
-                word(&domain.name)
-            ))
-        })
-}
-
-fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Problem> {
-    let dir = StateDir::of_domain(domain, &host.swtpm_dir)?;
-    let state = dir.inspect()?;
-    let dir = dir.path();
-    let step = match domain.tpm.as_ref().map(|tpm| &tpm.backend) {
-        None => VtpmStep::Add,
-        Some(TpmBackend::Emulator {
-            secret: Some(id),
-            persistent_state,
-            ..
-        }) => {
-            let envelope = named_envelope(host, domain, ObjectKind::Vtpm, *id)?;
-            return Ok(if !take_back::is_settled(host, domain, *id)? {
-                VtpmStep::TakeBack(vec![envelope])
-            } else if *persistent_state {
-                VtpmStep::Sealed(envelope)
-            } else {
-                VtpmStep::Keep(envelope)
-            });
-        }
-        Some(TpmBackend::Emulator {
-            version: Some(version),
-            ..
-        }) if version != "2.0" => {
-            return Err(Problem::new(
-                Code::Failed,
-                format!("its TPM is version {version}: only 2.0 can be sealed"),
-            )
-            .next(format!(
-                "virsh edit {}: <backend type='emulator' version='2.0'/>",
-                word(&domain.name)
-            )));
-        }
-        Some(TpmBackend::Emulator { .. }) => VtpmStep::Encrypt,
-        Some(TpmBackend::Passthrough) => return Ok(VtpmStep::Passthrough),
-        Some(TpmBackend::External | TpmBackend::Other(_)) => {
-            return Err(Problem::new(
-                Code::Failed,
-                "its TPM is run by somebody else, who may keep it in plaintext",
-            )
-            .next(format!(
-                "virsh edit {}: <backend type='emulator' version='2.0'/>",
-                word(&domain.name)
-            )));
-        }
-    };
-    let known = take_back::known(host, domain.uuid, ObjectKind::Vtpm)?;
-    let known: Vec<_> = known.into_iter().map(|record| record.envelope).collect();
-    match state {
-        Present::Absent if HasRun::of(host, domain.uuid)? == HasRun::Yes && !known.is_empty() => {
-            Ok(VtpmStep::TakeBack(known))
-        }
-        Present::Absent => Ok(step),
-        Present::Encrypted(_) if !known.is_empty() => Ok(VtpmStep::TakeBack(known)),
-        Present::Plain => Err(Problem::new(
-            Code::WouldLoseKey,
-            format!(
-                "its vTPM has plaintext state in {}, and encrypting that is not possible yet",
-                dir.display()
-            ),
-        )
-        .next(format!(
-            "if the VM may get a new TPM, set the state aside: mv {0} {0}.plain, then virtseal vm seal {1}",
-            word(dir.display()),
-            word(&domain.name)
-        ))),
-        Present::Encrypted(_) => Err(Problem::new(
-            Code::WouldLoseKey,
-            format!(
-                "its vTPM has encrypted state in {}, but the domain does not name its key",
-                dir.display()
-            ),
-        )
-        .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata")),
-    }
 }

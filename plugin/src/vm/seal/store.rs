@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::Host;
 use super::firmware;
+use super::known::{HasRun, is_settled, named_envelope};
 use super::others::OtherUses;
-use super::plan::named_envelope;
-use super::take_back::{self, HasRun, StoreDecision, StoreFile};
+use super::take_back::{self, StoreDecision, StoreFile};
 use crate::domain::edit::{LoaderPin, NvramEdit};
 use crate::domain::{self, Domain, Firmware, Nvram, Source, Uefi};
 use crate::host::permitted::PermittedPath;
@@ -141,9 +141,7 @@ pub(super) fn plan_nvram(host: &Host<'_>, domain: &Domain, others: &OtherUses) -
         };
         let envelope = named_envelope(host, domain, ObjectKind::Nvram, id)?;
         return match nvram.and_then(|nvram| nvram.source.path()) {
-            Some(path) if !take_back::is_settled(host, domain, id)? => {
-                taken_back(uefi, path.to_owned(), vec![envelope])
-            }
+            Some(path) if !is_settled(host, domain, id)? => taken_back(uefi, path.to_owned(), vec![envelope]),
             _ => sealed_store(host, domain, nvram, envelope),
         };
     }

@@ -6,14 +6,13 @@
 use std::path::{Path, PathBuf};
 
 use super::Host;
-use crate::domain::{Domain, Metadata};
+use super::known::{HasRun, known};
 use crate::host::libvirt::DefinedDomain;
-use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{Envelope, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, VolumeError};
-use crate::object::vtpm::StateDir;
 use crate::secret::Passphrase;
-use crate::store::{EnvelopeRecord, EnvelopeState};
+use crate::store::EnvelopeState;
 use crate::terminal::word;
 use crate::vm::start::adoption::{believe, not_believed};
 
@@ -93,41 +92,6 @@ pub(super) fn decide_store(
     }
 }
 
-/// Whether a VM is known to have run since it was sealed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum HasRun {
-    Yes,
-    NotKnown,
-}
-
-impl HasRun {
-    pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Problem> {
-        let seen = host.keystore.vtpm_was_seen(vm)?
-            || known(host, vm, ObjectKind::Vtpm)?
-                .iter()
-                .any(|record| record.envelope.seen);
-        Ok(if seen { Self::Yes } else { Self::NotKnown })
-    }
-}
-
-/// What the keystore has of this kind for the VM: what is known to open something first, then the newest.
-pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<EnvelopeRecord>, Problem> {
-    // What can't be read may be what is looked for: nothing is made anew in its place.
-    let mut records = host.keystore.envelopes_of(vm)?.whole()?;
-    records.retain(|record| record.envelope.kind == kind);
-    records.reverse();
-    records.sort_by_key(|record| record.state == EnvelopeState::Pending);
-    Ok(records)
-}
-
-/// The disk image's envelope by what the keystore knows, for one that carries none.
-pub(super) fn known_disk(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Option<Envelope>, Problem> {
-    let location = path.display().to_string();
-    let records = known(host, vm, ObjectKind::Disk)?.into_iter();
-    let mut here = records.filter(|record| record.location == location);
-    Ok(here.next().map(|record| record.envelope))
-}
-
 pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>, Vec<Envelope>), Problem> {
     let records = known(host, vm, ObjectKind::Nvram)?;
     let mut stores = Vec::with_capacity(records.len());
@@ -143,12 +107,6 @@ pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>
         stores,
         records.into_iter().map(|record| record.envelope).collect(),
     ))
-}
-
-/// Whether keystore and metadata both have this envelope: otherwise its object is opened first.
-pub(super) fn is_settled(host: &Host<'_>, domain: &Domain, id: EnvelopeId) -> Result<bool, Problem> {
-    let is_named = |metadata: &Metadata| metadata.envelope(id).is_some();
-    Ok(domain.metadata.as_ref().is_some_and(is_named) && host.keystore.readable_envelope(id)?.is_some())
 }
 
 pub(super) fn store_lost(name: &str, path: &Path) -> Problem {
@@ -209,25 +167,8 @@ pub(super) fn open_store(
     })
 }
 
-/// Opens the vTPM's state with one of `envelopes`. Without a state there is nothing to open but the envelope itself: a start
-/// decides whether one must be there.
-pub(super) fn open_vtpm(
-    host: &Host<'_>,
-    defined: &DefinedDomain,
-    envelopes: &[Envelope],
-) -> Result<Envelope, Problem> {
-    // The plan has looked whether it is in libvirt's own place.
-    let dir = StateDir::of(defined.vm, &host.swtpm_dir);
-    first_that_opens(envelopes, |envelope| {
-        adopt(host, defined, envelope, "", |passphrase| {
-            dir.open(passphrase)?;
-            Ok(())
-        })
-    })
-}
-
 /// The first of them with which `open` succeeds; if none does, why the first one failed.
-fn first_that_opens(
+pub(super) fn first_that_opens(
     envelopes: &[Envelope],
     open: impl Fn(&Envelope) -> Result<Envelope, Problem>,
 ) -> Result<Envelope, Problem> {

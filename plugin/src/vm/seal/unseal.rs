@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use super::known::HasRun;
 use super::plan::{parse, refuse_unless_off};
 use super::replaced::{Ready, Replaced};
 use super::store::{is_content_of, permit_template};
-use super::take_back::HasRun;
-use super::{Host, NewObject};
+use super::{Host, NewObject, vtpm};
 use crate::api::Outcome;
 use crate::domain::{self, Domain, Firmware, Object, ObjectState};
 use crate::host::libvirt::DefinedDomain;
@@ -14,8 +14,8 @@ use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
+use crate::object::nvram;
 use crate::object::vtpm::StateDir;
-use crate::object::{Present, nvram};
 use crate::store::EnvelopeRecord;
 use crate::terminal::word;
 
@@ -139,7 +139,7 @@ fn plan_object(
     object: Object,
     record: EnvelopeRecord,
 ) -> Result<Option<Step>, Problem> {
-    let Some(path) = object.path.filter(|_| object.kind != ObjectKind::Vtpm) else {
+    let Some(path) = object.path else {
         return Ok(None);
     };
     let place = host.permit_known(domain.uuid, &path)?;
@@ -195,13 +195,8 @@ fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Problem> {
 
 /// The first start makes the vTPM's state: without one the VM never ran.
 fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Problem> {
-    let dir = StateDir::of_domain(domain, &host.swtpm_dir)?;
-    let seen = HasRun::of(host, domain.uuid)? == HasRun::Yes;
-    let absent = matches!(dir.inspect(), Ok(Present::Absent));
-    let has_vtpm = domain::objects(domain)
-        .iter()
-        .any(|object| object.kind == ObjectKind::Vtpm && matches!(object.state, ObjectState::Sealed(_)));
-    if has_vtpm && absent && !seen {
+    let never_made = vtpm::was_never_made(host, domain)?;
+    if HasRun::of(host, domain.uuid)? == HasRun::NotKnown && never_made {
         return Ok(());
     }
     Err(would_lose(&domain.name, "it has run since it was sealed"))

@@ -136,7 +136,7 @@ impl Known {
         };
         let record = match object.kind {
             ObjectKind::Disk => at_place,
-            ObjectKind::Nvram | ObjectKind::Vtpm => at_place.or_else(of_kind),
+            _ => at_place.or_else(of_kind),
         };
         record.map(|record| &record.envelope)
     }
@@ -146,7 +146,7 @@ impl Known {
         let noted = self.vms.get(&vm).is_some_and(|record| record.vtpm_seen);
         let vtpms = || {
             let envelopes = self.records_of(vm).map(|record| &record.envelope);
-            envelopes.filter(|envelope| envelope.kind == ObjectKind::Vtpm)
+            envelopes.filter(|envelope| envelope.kind.is_made_at_first_start())
         };
         if noted || vtpms().any(|envelope| envelope.seen) {
             return Used::Yes;

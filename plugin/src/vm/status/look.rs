@@ -5,11 +5,9 @@ use std::path::{Path, PathBuf};
 use super::known::Known;
 use super::standing::Found;
 use crate::domain::{self, Domain, Object};
-use crate::model::envelope::ObjectKind;
 use crate::model::problem::chain;
 use crate::object::disk::ImageCopy;
-use crate::object::vtpm::StateDir;
-use crate::object::{Located, Present};
+use crate::object::{Located, Present, path_in};
 
 /// How far to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,11 +33,7 @@ pub struct SeenObject {
 pub fn at_objects(domain: &Domain, look: Look, known: &Known) -> Vec<SeenObject> {
     let objects = domain::objects(domain).into_iter();
     let seen = objects.map(|object| {
-        let state = || StateDir::of_domain(domain, &known.swtpm_dir).ok();
-        let path = match object.kind {
-            ObjectKind::Vtpm => state().map(|dir| dir.path().to_owned()),
-            ObjectKind::Disk | ObjectKind::Nvram => object.path.clone(),
-        };
+        let path = path_in(domain, &object, &known.swtpm_dir);
         let (found, copy) = match (look, &path) {
             (Look::AtXml, _) | (Look::Closely, None) => (Found::OutOfSight, ImageCopy::None),
             (Look::Closely, Some(path)) => at(domain, &object, path, known),

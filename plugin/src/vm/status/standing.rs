@@ -88,7 +88,9 @@ impl Facts<'_> {
             (Found::Encrypted(_) | Found::OutOfSight, Some(Owner::Other(vm))) => Standing::OfAnotherVm(vm),
             (Found::Encrypted(_), Some(Owner::This)) => Standing::NotInXml,
             (Found::Encrypted(_), None) => Standing::NotOurs,
-            (Found::Nothing, Some(Owner::This)) if self.kind != ObjectKind::Vtpm => Standing::FileMissing,
+            (Found::Nothing, Some(Owner::This)) if !self.kind.is_made_at_first_start() => {
+                Standing::FileMissing
+            }
             (Found::Nothing, Some(Owner::This)) if self.used == Used::Yes => Standing::StateGone,
             (Found::Unreadable(why), Some(_)) => Standing::Unreadable(why),
             _ => Standing::Plain,
@@ -102,7 +104,7 @@ impl Facts<'_> {
             Some(Owner::This) => {}
         }
         match (self.found, self.kind) {
-            (Found::Nothing, ObjectKind::Vtpm) => match self.used {
+            (Found::Nothing, kind) if kind.is_made_at_first_start() => match self.used {
                 Used::Yes => Standing::StateGone,
                 Used::No => Standing::NotUsedYet,
                 Used::NotKnown => Standing::NoState,
