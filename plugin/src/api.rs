@@ -20,7 +20,10 @@ use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 
 pub use crate::model::finding::Severity;
-pub use job::{CopyView, JobReport, JobRequest, JobStarted, JobView, Jobs};
+pub use job::{
+    CopyView, JobKind, JobProblem, JobReport, JobRequest, JobStarted, JobState, JobView, Jobs, SweepKind,
+    Unit, VolumeCreated, VolumeRequest,
+};
 pub use provider::{
     BackupMade, OrphanEnvelope, OrphanKek, Orphans, PersistRequest, PersistView, ProviderView, Providers,
     TpmEnrolled, TpmRemoved, TpmRequest, TpmView,
@@ -30,7 +33,7 @@ pub use trust::{
 };
 pub use vm::{
     FindingView, ObjectStanding, ObjectView, Outcome, Receipt, ReceiptLine, ShredPreview, VmPower, VmState,
-    VmView, Vms, VolumeProgress, VolumeRequest,
+    VmView, Vms,
 };
 
 /// Reply of `virtseal status`.
@@ -148,12 +151,11 @@ pub trait HostProxy {
     async fn share_volume(&mut self, path: &str, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
     /// Takes that back.
     async fn unshare_volume(&mut self, path: &str, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
-    /// Makes an encrypted volume, and fills it.
-    #[zlink(more)]
+    /// Makes an encrypted volume, or starts the job that makes one with the data of another image.
     async fn create_volume(
         &mut self,
         request: &VolumeRequest,
-    ) -> zlink::Result<impl Stream<Item = zlink::Result<Result<VolumeProgress, HostError>>>>;
+    ) -> zlink::Result<Result<VolumeCreated, HostError>>;
     /// All providers.
     async fn list_providers(&mut self) -> zlink::Result<Result<Providers, HostError>>;
     /// Adds a provider; `settings` is the JSON of what its kind needs to know, never a secret; `fds` holds its
@@ -234,7 +236,7 @@ pub trait HostProxy {
         fingerprints: &[String],
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<Providers, HostError>>;
-    /// Starts a job.
+    /// Starts a sweep.
     async fn start_job(&mut self, request: &JobRequest) -> zlink::Result<Result<JobStarted, HostError>>;
     /// Retires the keys in use of a provider and starts the job that leaves them; `fds` holds the passphrase of a native one.
     async fn rotate_provider(
@@ -244,14 +246,16 @@ pub trait HostProxy {
     ) -> zlink::Result<Result<JobStarted, HostError>>;
     /// The last jobs, and the copies that are behind.
     async fn list_jobs(&mut self) -> zlink::Result<Result<Jobs, HostError>>;
-    /// Follows a job, or the one that runs, until it ends.
+    /// Follows a job, or the only one that runs, until it ends.
     #[zlink(more)]
     async fn watch_job(
         &mut self,
         id: Option<i64>,
     ) -> zlink::Result<impl Stream<Item = zlink::Result<Result<JobReport, HostError>>>>;
-    /// Ends a job, or the one that runs, where it is.
+    /// Ends a job, or the only one that runs, where it is.
     async fn abort_job(&mut self, id: Option<i64>) -> zlink::Result<Result<JobReport, HostError>>;
+    /// Starts a job that has ended once more.
+    async fn resume_job(&mut self, id: i64) -> zlink::Result<Result<JobStarted, HostError>>;
     /// Deletes a provider that nothing needs, or one whose name was typed.
     async fn delete_provider(
         &mut self,

@@ -14,7 +14,7 @@ mod gate;
 pub mod glance;
 mod headers;
 mod heard;
-mod jobs;
+pub mod jobs;
 pub mod leftovers;
 pub mod listener;
 mod locks;
@@ -34,7 +34,6 @@ mod starts;
 mod state;
 mod storage_pools;
 mod visible;
-mod volumes;
 
 pub use adopt::Formats;
 use locks::lock;

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::libc::O_NONBLOCK;
 use nix::sys::signal::Signal;
+use serde_json::Value;
 use uuid::Uuid;
 use virtseal_testkit::rig::{IMAGES, LEAST_STEPS, MAX_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
 use virtseal_testkit::{
@@ -76,6 +77,24 @@ fn volume_create_from_an_image_can_be_killed_at_every_step() -> Result<()> {
         |rig, nth, command| {
             rig.expect_openable(&vm_of(nth))?;
             rig.sealed.unlock()?;
+            // What was a job by then is done without being asked again.
+            let jobs = rig.sealed.json(&["jobs"])?["jobs"].clone();
+            let is_this = |job: &&Value| job["path"] == path_of(nth);
+            let job = jobs.as_array().and_then(|jobs| jobs.iter().find(is_this));
+            if let Some(job) = job {
+                done_or(
+                    rig.sealed.virtseal(&["jobs", "watch", &job["id"].to_string()])?,
+                    "is done",
+                )?;
+                ensure!(
+                    rig.host().path(path_of(nth)).exists(),
+                    "the job ended without it: {job}"
+                );
+            }
+            println!(
+                "step {nth}: {}",
+                if job.is_some() { "resumed" } else { "repeated" }
+            );
             let again = rig.sealed.virtseal(command)?;
             done_or(again, "exists")?;
             let envelopes = rig.envelopes(&vm_of(nth))?;

@@ -1,13 +1,30 @@
-//! Sweeps over the envelopes, and the copies that follow them.
+//! Work that outlives a request, and the copies that follow sweeps.
 
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
-/// A job to start.
+pub use crate::model::job::{JobKind, JobState, Unit};
+
+/// What a sweep over envelopes is to do. A rotation is asked for by a method of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
+pub enum SweepKind {
+    /// Replace all stanzas by ones of the recipients.
+    Rekey,
+    /// Replace the stanzas of `provider` by ones of `to`.
+    Move,
+    /// Add a stanza of `provider`.
+    AddRecipient,
+    /// Remove the stanzas of `provider`.
+    RemoveRecipient,
+}
+
+/// A sweep to start.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
 pub struct JobRequest {
-    /// rotate, rekey, move, add-recipient or remove-recipient.
-    pub kind: String,
+    /// What it is to do.
+    pub kind: SweepKind,
     /// The provider that it is about; for a move, the one to move from.
     pub provider: Option<String>,
     /// For a move, the provider to move to.
@@ -16,27 +33,54 @@ pub struct JobRequest {
     pub vm: Option<String>,
 }
 
-/// A sweep over the envelopes, as `virtseal jobs` prints it.
+/// Why a job was given up.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+pub struct JobProblem {
+    /// The exit code that the CLI should end with.
+    pub code: i64,
+    /// What happened, and to which object.
+    pub message: String,
+    /// The next command to run.
+    pub next: Option<String>,
+}
+
+/// A job, as `virtseal jobs` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 pub struct JobView {
     /// Its number.
     pub id: i64,
-    /// What it does, in words.
+    /// What it does; none if another version has started it.
+    pub kind: Option<JobKind>,
+    /// That in words.
     pub task: String,
-    /// running, done, incomplete or aborted.
-    pub state: String,
-    /// How many envelopes there were when it began.
+    /// The only VM that it is about, if there is one: UUID.
+    pub vm: Option<String>,
+    /// The image that it is about, if it is about one.
+    pub path: Option<String>,
+    /// How far it is.
+    pub state: JobState,
+    /// What the following are counted in.
+    pub unit: Unit,
+    /// How many there were when it began.
     pub total: i64,
-    /// How many of them it has seen.
+    /// How many of them are done.
     pub seen: i64,
-    /// How many of them it has changed.
+    /// How many envelopes it has changed.
     pub changed: i64,
-    /// How many of them it could not change.
+    /// How many envelopes it could not change.
     pub left: i64,
+    /// How many are done in a second, while that can be told.
+    pub per_second: Option<i64>,
+    /// How long the rest takes at this pace, in seconds.
+    pub seconds_left: Option<i64>,
     /// What it waits for, while it does.
     pub waiting: Option<String>,
-    /// Why it could not change some of them, an envelope a line.
+    /// Why it could not change some envelopes, an envelope a line.
     pub reasons: Vec<String>,
+    /// Why it was given up, if it was.
+    pub problem: Option<JobProblem>,
+    /// The envelope of the image that it has made.
+    pub envelope: Option<String>,
     /// When it was started, in seconds since 1970.
     pub started: i64,
     /// When it last changed, in seconds since 1970.
@@ -81,4 +125,38 @@ pub struct Jobs {
     pub stale_copies: i64,
     /// The first hundred of each place, or as many as fit into a reply.
     pub copies: Vec<CopyView>,
+}
+
+/// What a new volume should be.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub struct VolumeRequest {
+    /// Where; absolute.
+    pub path: String,
+    /// Its virtual size in bytes; may be left out where `from` or `backing` has one.
+    pub size: Option<u64>,
+    /// The VM that it is for: name or UUID.
+    pub vm: String,
+    /// qcow2 cluster size in bytes.
+    pub cluster_size: Option<u64>,
+    /// The image below it; absolute.
+    pub backing: Option<String>,
+    /// That image's format.
+    pub backing_format: Option<String>,
+    /// The image to fill it from; absolute. A job does that.
+    pub from: Option<String>,
+    /// That image's format: what libvirt has for it, else what it shows, if left out.
+    pub from_format: Option<String>,
+    /// Another provider than the default one.
+    pub provider: Option<String>,
+}
+
+/// Reply of `volume create`: a volume, or the job that makes it.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub struct VolumeCreated {
+    /// The job that fills it.
+    pub job: Option<JobView>,
+    /// The envelope's UUID, once it is active.
+    pub envelope: Option<String>,
+    /// The virtual size in bytes, once it is there.
+    pub size: Option<u64>,
 }

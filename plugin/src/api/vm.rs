@@ -261,40 +261,6 @@ pub struct Receipt {
     pub survives: Vec<String>,
 }
 
-/// What a new volume should be.
-#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct VolumeRequest {
-    /// Where; absolute.
-    pub path: String,
-    /// Its virtual size in bytes; may be left out where `from` or `backing` has one.
-    pub size: Option<u64>,
-    /// The VM that it is for: name or UUID.
-    pub vm: String,
-    /// qcow2 cluster size in bytes.
-    pub cluster_size: Option<u64>,
-    /// The image below it; absolute.
-    pub backing: Option<String>,
-    /// That image's format.
-    pub backing_format: Option<String>,
-    /// The image to fill it from; absolute.
-    pub from: Option<String>,
-    /// That image's format: what libvirt has for it, else what it shows, if left out.
-    pub from_format: Option<String>,
-    /// Another provider than the default one.
-    pub provider: Option<String>,
-}
-
-/// A step towards a volume; the last one has the envelope.
-#[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct VolumeProgress {
-    /// 0 to 100.
-    pub percent: f64,
-    /// The envelope's UUID, once it is active.
-    pub envelope: Option<String>,
-    /// The virtual size in bytes.
-    pub size: Option<u64>,
-}
-
 #[cfg(test)]
 impl VmView {
     /// A sealed VM that is off.

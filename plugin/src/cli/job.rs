@@ -7,8 +7,8 @@ use futures_util::{StreamExt, pin_mut};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::client::Client;
-use super::print::Printer;
-use crate::api::{HostProxy, JobRequest, JobStarted, JobView};
+use super::print::{Printer, progress};
+use crate::api::{HostProxy, JobRequest, JobStarted, JobState, JobView, SweepKind};
 use crate::model::problem::{Code, Problem};
 use crate::terminal::visible;
 
@@ -16,15 +16,23 @@ use crate::terminal::visible;
 pub(super) enum JobsCommand {
     /// List the last jobs, and the copies of envelopes that are behind.
     List,
-    /// Follow a job, or the one that runs, until it ends.
+    /// Follow a job, or the only one that runs, until it ends.
     Watch {
         /// Its number.
         id: Option<i64>,
     },
-    /// End a job, or the one that runs, where it is. What it changed stays.
+    /// End a job, or the only one that runs, where it is. The envelopes that it changed stay so; a volume that it has not finished
+    /// goes.
     Abort {
         /// Its number.
         id: Option<i64>,
+    },
+    /// Start a job once more that was aborted, has failed or has left something behind.
+    Resume {
+        /// Its number.
+        id: i64,
+        #[command(flatten)]
+        watch: WatchArgs,
     },
 }
 
@@ -48,17 +56,21 @@ pub(super) async fn run(
         Some(JobsCommand::Abort { id }) => {
             printer.job(&client.call(async |host| host.abort_job(id).await).await?.job)
         }
+        Some(JobsCommand::Resume { id, watch }) => {
+            let resumed = client.call(async |host| host.resume_job(id).await).await?;
+            started(&resumed, &watch, client, printer).await
+        }
     }
 }
 
 pub(super) fn request(
-    kind: &str,
+    kind: SweepKind,
     provider: Option<String>,
     to: Option<String>,
     vm: Option<String>,
 ) -> JobRequest {
     JobRequest {
-        kind: kind.to_owned(),
+        kind,
         provider,
         to,
         vm,
@@ -91,77 +103,103 @@ pub(super) async fn started(
     printer.advise(&format!("Follow it with virtseal jobs watch {}", job.job.id))
 }
 
-/// Ends like the job: whatever it left behind is a failure.
 async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
+    let last = follow(id, client, printer).await?;
+    printer.job(&last)?;
+    judge(&last)
+}
+
+/// Ends like the job: whatever it left behind, or undone, is a failure.
+pub(super) fn judge(job: &JobView) -> Result<(), Problem> {
+    let resume = format!("mend what it says, then virtseal jobs resume {}", job.id);
+    match job.state {
+        JobState::Done => Ok(()),
+        JobState::Incomplete => Err(Problem::new(
+            Code::Failed,
+            format!(
+                "job {} left {} envelopes behind: {}",
+                job.id,
+                job.left,
+                job.reasons.join("; ")
+            ),
+        )
+        .next(resume)),
+        JobState::Failed => match &job.problem {
+            Some(problem) => Err(
+                Problem::new(Code::from_number(problem.code), problem.message.clone())
+                    .next(problem.next.clone().unwrap_or(resume)),
+            ),
+            None => {
+                Err(Problem::new(Code::Failed, format!("job {} has failed", job.id)).next("virtseal jobs"))
+            }
+        },
+        JobState::Running | JobState::Aborted => Err(Problem::new(
+            Code::Failed,
+            format!("job {} is {}", job.id, job.state.as_str()),
+        )
+        .next("virtseal jobs")),
+    }
+}
+
+/// Follows a job, or the only one that runs, until it ends. Whoever stops following stops nothing.
+pub(super) async fn follow(
+    id: Option<i64>,
+    client: &mut Client,
+    printer: &Printer,
+) -> Result<JobView, Problem> {
     let bar = match printer.shows_progress() {
         true => ProgressBar::new(0),
         false => ProgressBar::hidden(),
     };
-    bar.set_style(
-        ProgressStyle::with_template("{msg} {bar:40} {pos}/{len} {eta}").expect("the template is valid"),
-    );
-    let last = follow(id, &bar, client, printer).await;
+    bar.set_style(ProgressStyle::with_template("{prefix} {bar:40} {msg}").expect("the template is valid"));
+    let last = follow_with(id, &bar, client, printer).await;
     bar.finish_and_clear();
-    let last = last?;
-    printer.job(&last)?;
-    match last.state.as_str() {
-        "done" => Ok(()),
-        "incomplete" => Err(Problem::new(
-            Code::Failed,
-            format!(
-                "job {} left {} envelopes behind: {}",
-                last.id,
-                last.left,
-                last.reasons.join("; ")
-            ),
-        )
-        .next("mend what it says, then start the same job again")),
-        state => Err(Problem::new(Code::Failed, format!("job {} is {state}", last.id)).next("virtseal jobs")),
-    }
+    last
 }
 
-async fn follow(
+async fn follow_with(
     id: Option<i64>,
     bar: &ProgressBar,
     client: &mut Client,
     printer: &Printer,
 ) -> Result<JobView, Problem> {
     let (mut last, mut broken): (Option<JobView>, _) = (None, None);
-    {
-        match client.connection().watch_job(id).await {
-            Ok(replies) => {
-                pin_mut!(replies);
-                while let Some(reply) = replies.next().await {
-                    match reply {
-                        Ok(view) => {
-                            let view = view.map_err(Problem::from)?.job;
-                            show(&view, last.as_ref(), bar, printer);
-                            last = Some(view);
-                        }
-                        Err(error) => {
-                            broken = Some(error);
-                            break;
-                        }
+    match client.connection().watch_job(id).await {
+        Ok(replies) => {
+            pin_mut!(replies);
+            while let Some(reply) = replies.next().await {
+                match reply {
+                    Ok(view) => {
+                        let view = view.map_err(Problem::from)?.job;
+                        show(&view, last.as_ref(), bar, printer);
+                        last = Some(view);
+                    }
+                    Err(error) => {
+                        broken = Some(error);
+                        break;
                     }
                 }
             }
-            Err(error) => broken = Some(error),
         }
+        Err(error) => broken = Some(error),
     }
     match (broken, last) {
-        (Some(error), _) => Err(client.broken(&error)),
-        (None, Some(view)) if view.state != "running" => Ok(view),
-        (None, _) => Err(
-            Problem::new(Code::Unreachable, "virtseald ended before the job did")
-                .next("start virtseald again: the job goes on, virtseal jobs watch follows it"),
+        (None, Some(view)) if view.state != JobState::Running => Ok(view),
+        (Some(error), None) => Err(client.broken(&error)),
+        (_, last) => Err(
+            Problem::new(Code::Unreachable, "virtseald ended before the job did").next(format!(
+                "start virtseald again: the job goes on, virtseal jobs watch{} follows it",
+                last.map_or_else(String::new, |job| format!(" {}", job.id))
+            )),
         ),
     }
 }
 
 fn show(view: &JobView, before: Option<&JobView>, bar: &ProgressBar, printer: &Printer) {
-    bar.set_message(visible(&view.task).into_owned());
+    bar.set_prefix(visible(&view.task).into_owned());
     bar.set_length(view.total.max(view.seen).unsigned_abs());
     bar.set_position(view.seen.unsigned_abs());
+    bar.set_message(progress(view));
     if let Some(waiting) = &view.waiting
         && before.is_none_or(|before| before.waiting.as_ref() != Some(waiting))
     {

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
+use std::time::Duration;
 
 use comfy_table::{Table, presets};
+use indicatif::{HumanBytes, HumanDuration};
 use serde::Serialize;
 
 use crate::api::{
     AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome, PersistView,
-    ProviderView, Receipt, ServerView, VmView, VolumeProgress,
+    ProviderView, Receipt, ServerView, Unit, VmView,
 };
 use crate::host::local_time::{parse_rfc3339, time_of_day};
 use crate::model::problem::{Code, Problem};
@@ -185,13 +187,13 @@ impl Printer {
             vec![
                 job.id.to_string(),
                 job.task.clone(),
-                job.state.clone(),
-                format!("{} of {}", job.seen, job.total),
+                job.state.as_str().to_owned(),
+                progress(job),
                 job.changed.to_string(),
                 job.left.to_string(),
             ]
         });
-        table(&["JOB", "TASK", "STATE", "SEEN", "CHANGED", "LEFT"], rows)?;
+        table(&["JOB", "TASK", "STATE", "DONE", "CHANGED", "LEFT"], rows)?;
         for job in &jobs.jobs {
             if let Some(waiting) = &job.waiting {
                 line(&format!("job {} waits: {waiting}", job.id))?;
@@ -218,9 +220,16 @@ impl Printer {
         if self.json {
             return json(job);
         }
+        let changed = match job.unit {
+            Unit::Envelopes => format!(" envelopes seen, {} changed, {} left", job.changed, job.left),
+            Unit::Bytes => String::new(),
+        };
         line(&format!(
-            "Job {} ({}): {}, {} of {} envelopes seen, {} changed, {} left",
-            job.id, job.task, job.state, job.seen, job.total, job.changed, job.left
+            "Job {} ({}): {}, {}{changed}",
+            job.id,
+            job.task,
+            job.state.as_str(),
+            progress(job)
         ))
     }
 
@@ -298,10 +307,14 @@ impl Printer {
         Ok(())
     }
 
-    pub(super) fn volume_created(&self, path: &str, created: &VolumeProgress) -> Result<(), Problem> {
-        let envelope = created.envelope.as_deref().unwrap_or_default();
+    pub(super) fn volume_created(
+        &self,
+        path: &str,
+        envelope: &str,
+        size: Option<u64>,
+    ) -> Result<(), Problem> {
         if self.json {
-            return json(&serde_json::json!({ "path": path, "envelope": envelope, "size": created.size }));
+            return json(&serde_json::json!({ "path": path, "envelope": envelope, "size": size }));
         }
         line(&format!("{path} is ready, envelope {envelope}"))
     }
@@ -352,6 +365,26 @@ impl Printer {
     pub(super) fn warn(&self, what: &str) {
         note(&format!("warning: {what}"));
     }
+}
+
+/// How far a job is, how fast it goes and how long it will take, as far as that can be told.
+pub(super) fn progress(job: &JobView) -> String {
+    let amount = |count: i64| match job.unit {
+        Unit::Envelopes => count.to_string(),
+        Unit::Bytes => HumanBytes(count.unsigned_abs()).to_string(),
+    };
+    let pace = job.per_second.map(|rate| format!(", {}/s", amount(rate)));
+    let time = |seconds: i64| HumanDuration(Duration::from_secs(seconds.unsigned_abs()));
+    let left = job
+        .seconds_left
+        .map(|seconds| format!(", {} left", time(seconds)));
+    format!(
+        "{} of {}{}{}",
+        amount(job.seen),
+        amount(job.total),
+        pace.unwrap_or_default(),
+        left.unwrap_or_default()
+    )
 }
 
 /// Which VMs a single provider can stop.

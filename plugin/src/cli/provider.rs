@@ -16,7 +16,7 @@ use super::provider_add::AddCommand;
 use super::tpm::TpmArgs;
 use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
 use super::{backup, cache, job, provider_add, tpm, trust, warn_of_providers};
-use crate::api::{HostProxy, Orphans, ProviderView};
+use crate::api::{HostProxy, Orphans, ProviderView, SweepKind};
 use crate::model::problem::{Code, Problem};
 
 #[derive(Debug, Subcommand)]
@@ -180,18 +180,24 @@ pub(super) async fn run(
             job::started(&started, &watch, client, printer).await
         }
         ProviderCommand::Rekey { watch } => {
-            job::start(&job::request("rekey", None, None, None), &watch, client, printer).await
+            job::start(
+                &job::request(SweepKind::Rekey, None, None, None),
+                &watch,
+                client,
+                printer,
+            )
+            .await
         }
         ProviderCommand::Move { from, to, vm, watch } => {
-            let request = job::request("move", Some(from), Some(to), vm);
+            let request = job::request(SweepKind::Move, Some(from), Some(to), vm);
             job::start(&request, &watch, client, printer).await
         }
         ProviderCommand::Recipients(RecipientsCommand::Add { name, watch }) => {
-            let request = job::request("add-recipient", Some(name), None, None);
+            let request = job::request(SweepKind::AddRecipient, Some(name), None, None);
             job::start(&request, &watch, client, printer).await
         }
         ProviderCommand::Recipients(RecipientsCommand::Remove { name, watch }) => {
-            let request = job::request("remove-recipient", Some(name), None, None);
+            let request = job::request(SweepKind::RemoveRecipient, Some(name), None, None);
             job::start(&request, &watch, client, printer).await
         }
         ProviderCommand::Delete {

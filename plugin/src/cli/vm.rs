@@ -8,7 +8,7 @@ use super::client::Client;
 use super::job::{self, WatchArgs};
 use super::print::Printer;
 use super::{passphrase, warn_of_providers};
-use crate::api::HostProxy;
+use crate::api::{HostProxy, SweepKind};
 use crate::model::problem::Problem;
 
 #[derive(Debug, Subcommand)]
@@ -103,7 +103,7 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             printer.outcome(&outcome, dry_run)
         }
         VmCommand::Rekey { vm, watch } => {
-            let request = job::request("rekey", None, None, Some(vm));
+            let request = job::request(SweepKind::Rekey, None, None, Some(vm));
             job::start(&request, &watch, client, printer).await
         }
         VmCommand::Shred {

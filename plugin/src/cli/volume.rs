@@ -3,12 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use futures_util::{StreamExt, pin_mut};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use super::client::Client;
+use super::job;
 use super::print::Printer;
-use crate::api::{HostProxy, VolumeProgress, VolumeRequest};
+use crate::api::{HostProxy, VolumeRequest};
 use crate::host::permitted::PermittedPath;
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, Bytes, KeyslotInfo, LuksInfo};
@@ -99,54 +98,24 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
         from_format: args.from_format.clone(),
         provider: args.provider.clone(),
     };
-    let created = follow(&request, client, printer.shows_progress() && args.from.is_some()).await?;
-    printer.volume_created(&request.path, &created)
-}
-
-async fn follow(request: &VolumeRequest, client: &mut Client, show: bool) -> Result<VolumeProgress, Problem> {
-    let bar = if show {
-        ProgressBar::new(100)
-    } else {
-        ProgressBar::hidden()
+    let created = client
+        .call(async |host| host.create_volume(&request).await)
+        .await?;
+    let Some(job) = created.job else {
+        return printer.volume_created(&request.path, &created.envelope.unwrap_or_default(), created.size);
     };
-    bar.set_style(
-        ProgressStyle::with_template("{msg} {bar:40} {percent:>3}% {eta}").expect("the template is valid"),
-    );
-    bar.set_message("filling");
-    let mut last = None;
-    let mut broken = None;
-    {
-        let replies = client.connection().create_volume(request).await;
-        match replies {
-            Ok(replies) => {
-                pin_mut!(replies);
-                while let Some(reply) = replies.next().await {
-                    match reply {
-                        Ok(step) => {
-                            let step = step.map_err(Problem::from)?;
-                            bar.set_position(step.percent as u64);
-                            last = Some(step);
-                        }
-                        Err(error) => {
-                            broken = Some(error);
-                            break;
-                        }
-                    }
-                }
-            }
-            Err(error) => broken = Some(error),
-        }
-    }
-    bar.finish_and_clear();
-    match (broken, last) {
-        (Some(error), _) => Err(client.broken(&error)),
-        (None, Some(step)) if step.envelope.is_some() => Ok(step),
-        (None, _) => Err(Problem::new(
-            Code::Failed,
-            format!("virtseald ended before {} was done", request.path),
-        )
-        .next("run the same command again")),
-    }
+    printer.advise(&format!(
+        "Job {} fills it, and goes on without this command: virtseal jobs watch {0}",
+        job.id
+    ))?;
+    let ended = job::follow(Some(job.id), client, printer).await?;
+    job::judge(&ended)?;
+    let size = Bytes(request.size.unwrap_or(ended.total.unsigned_abs())).whole_sectors();
+    printer.volume_created(
+        &request.path,
+        &ended.envelope.unwrap_or_default(),
+        size.map(|size| size.0),
+    )
 }
 
 pub(super) fn info(path: &Path, printer: &Printer) -> Result<(), Problem> {

@@ -70,7 +70,7 @@ impl Daemon {
         if !steps.is_empty() {
             self.keystore.remember_vm(domain.uuid, &domain.name)?;
             self.copies_bell.ring();
-            self.jobs_bell.ring();
+            self.jobs.ring();
         }
         match failed {
             Some(failure) => Err(failure),

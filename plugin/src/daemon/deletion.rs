@@ -11,7 +11,7 @@ use super::{Daemon, lock, records};
 use crate::api::pages;
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
 use crate::audit::Actor;
-use crate::job::sweep::Task;
+use crate::job::record::Work;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{Provider, bring_back};
@@ -168,7 +168,7 @@ impl Daemon {
 
     fn refuse_while_a_job_needs(&self, id: ProviderId, name: &str) -> Result<(), Problem> {
         for job in self.keystore.running_jobs()? {
-            if Task::from_json(&job.task)?.names().contains(&id) {
+            if Work::from_json(&job.task)?.providers().contains(&id) {
                 return Err(Problem::new(
                     Code::Busy,
                     format!("'{name}' stays: job {} is about it", job.id.0),

@@ -14,6 +14,7 @@ use super::{Daemon, lock, records};
 use crate::api::Outcome;
 use crate::audit::Actor;
 use crate::host::permitted::PathError;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::{Located, Present};
@@ -190,7 +191,7 @@ impl Daemon {
         match running.iter().find(|job| job.subject.concerns(vm)) {
             None => Ok(()),
             Some(job) => Err(Problem::new(Code::Busy, format!("job {} runs", job.id.0))
-                .next(format!("virtseal jobs watch {}", job.id.0))),
+                .next(Advice::WatchJob(job.id.0).or(Advice::AbortJob(job.id.0)))),
         }
     }
 

@@ -7,13 +7,16 @@
 
 pub mod cache;
 pub(super) mod descriptors;
+pub(super) mod job;
 pub mod provider;
 pub(super) mod provider_view;
+mod rotate;
 mod state;
 mod status;
 pub mod tpm;
 mod trust;
 mod vm;
+pub(super) mod volume;
 
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
@@ -34,11 +37,11 @@ use super::state::Daemon;
 use super::{Formats, HookPolicy, Sharing, first_runs, records};
 use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, FindingView, HostError, HostStatus,
-    IdentityParts, IdentitySet, JobReport, JobRequest, JobStarted, JobView, Jobs, LifecycleError, NewKey,
-    ObjectStanding, ObjectView, OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView,
-    ProviderView, Providers, Receipt, ReceiptLine, ServerView, Servers, Severity, ShredPreview,
-    SigningRequestMade, TpmEnrolled, TpmRemoved, TpmRequest, TpmView, VmPower, VmState, VmView, Vms,
-    VolumeProgress, VolumeRequest,
+    IdentityParts, IdentitySet, JobKind, JobProblem, JobReport, JobRequest, JobStarted, JobState, JobView,
+    Jobs, LifecycleError, NewKey, ObjectStanding, ObjectView, OrphanEnvelope, OrphanKek, Orphans, Outcome,
+    PersistRequest, PersistView, ProviderView, Providers, Receipt, ReceiptLine, ServerView, Servers,
+    Severity, ShredPreview, SigningRequestMade, SweepKind, TpmEnrolled, TpmRemoved, TpmRequest, TpmView,
+    Unit, VmPower, VmState, VmView, Vms, VolumeCreated, VolumeRequest,
 };
 use crate::audit::Actor;
 use crate::domain::Domain;
@@ -202,7 +205,7 @@ impl Service {
         interface = "io.virtseal.Host",
         types = [
             ProviderView, PersistView, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, FindingView, VmPower, VmState, VmView, VolumeRequest,
-            JobRequest, JobView, CopyView, OrphanEnvelope, OrphanKek, ReceiptLine
+            JobRequest, SweepKind, JobView, JobKind, JobState, JobProblem, Unit, CopyView, OrphanEnvelope, OrphanKek, ReceiptLine
         ]
     )]
     async fn status(&self, after: Option<String>) -> Result<HostStatus, HostError> {
@@ -262,31 +265,9 @@ impl Service {
             .await
     }
 
-    #[zlink(more)]
-    async fn create_volume(
-        &self,
-        more: bool,
-        request: VolumeRequest,
-    ) -> impl Stream<Item = Result<Reply<VolumeProgress>, HostError>> + Unpin + use<> {
-        let (sender, receiver) = mpsc::channel(8);
-        let (daemon, by) = (Arc::clone(&self.daemon), self.actor);
-        let allowed = self.caller.may(Caller::Admin);
-        self.pools.admin.spawn_blocking(move || {
-            // A client that went away ends the work: `report` says so.
-            let report = |step: VolumeProgress| {
-                let last = step.envelope.is_some();
-                let reply = Reply::new(Some(step)).set_continues(Some(!last));
-                let wanted = more || last;
-                !wanted || sender.blocking_send(Ok(reply)).is_ok()
-            };
-            let created = allowed.and_then(|()| daemon.create_volume(by, &request, report));
-            daemon.glances.expire();
-            if let Err(failure) = created {
-                // Nobody is left to be told when this fails.
-                let _ = sender.blocking_send(Err(failure.into()));
-            }
-        });
-        Replies(receiver)
+    async fn create_volume(&self, request: VolumeRequest) -> Result<VolumeCreated, HostError> {
+        self.change(move |daemon, by| volume::create(daemon, by, &request))
+            .await
     }
 
     async fn list_providers(&self) -> Result<Providers, HostError> {
@@ -410,7 +391,7 @@ impl Service {
     }
 
     async fn start_job(&self, request: JobRequest) -> Result<JobStarted, HostError> {
-        self.change(move |daemon, by| daemon.start_job(by, &request))
+        self.change(move |daemon, by| job::start(daemon, by, &request))
             .await
     }
 
@@ -419,12 +400,12 @@ impl Service {
         name: String,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> Result<JobStarted, HostError> {
-        self.change(move |daemon, by| daemon.rotate_provider(by, &name, fds))
+        self.change(move |daemon, by| rotate::rotate(daemon, by, &name, fds))
             .await
     }
 
     async fn list_jobs(&self) -> Result<Jobs, HostError> {
-        self.show(Daemon::jobs).await
+        self.show(job::list).await
     }
 
     #[zlink(more)]
@@ -445,7 +426,7 @@ impl Service {
                 !sender.is_closed() && (!wanted || sender.send(Ok(reply)).await.is_ok())
             };
             let watched = match allowed {
-                Ok(()) => daemon.watch_job(id, &workers, report).await,
+                Ok(()) => job::watch(daemon, id, &workers, report).await,
                 Err(denied) => Err(denied),
             };
             if let Err(failure) = watched {
@@ -457,8 +438,12 @@ impl Service {
     }
 
     async fn abort_job(&self, id: Option<i64>) -> Result<JobReport, HostError> {
-        self.change(move |daemon, by| daemon.abort_job(by, id).map(|job| JobReport { job }))
+        self.change(move |daemon, by| job::abort(daemon, by, id).map(|job| JobReport { job }))
             .await
+    }
+
+    async fn resume_job(&self, id: i64) -> Result<JobStarted, HostError> {
+        self.change(move |daemon, by| job::resume(daemon, by, id)).await
     }
 
     async fn delete_provider(&self, name: String, typed: Option<String>) -> Result<Outcome, HostError> {

@@ -9,16 +9,17 @@ use nix::unistd::{Gid, Group};
 use super::bell::Bell;
 use super::headers::Headers;
 use super::heard::Running;
+use super::service::job;
 use super::storage_pools::StoragePools;
-use super::{deletion, glance, jobs, paths, records};
+use super::{deletion, glance, paths, records};
 use crate::audit::AuditLog;
 use crate::config::Config;
 use crate::host::libvirt::{Libvirt, LibvirtError};
 use crate::host::permitted::PathRule;
 use crate::host::tpm::Tpm;
-use crate::model::envelope::VmId;
+use crate::job::live::Live;
+use crate::model::envelope::{ProviderId, VmId};
 use crate::model::finding::Finding;
-use crate::model::job::JobId;
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::OpenedHeaders;
 use crate::recipients::Recipients;
@@ -53,20 +54,18 @@ pub struct Daemon {
     pub(super) calls: AtomicU64,
     /// Held while a VM is sealed or a volume made: two at once would make two envelopes for one object.
     pub(super) sealing: Mutex<()>,
-    /// The images that `volume create` makes now.
+    /// The images that are made now, for `volume create`.
     pub(super) making: Mutex<BTreeSet<String>>,
     /// Which image headers are being rewritten, and which must not be.
     pub(super) headers: Headers,
-    /// Rung when a job may have something to do.
-    pub(super) jobs_bell: Bell,
-    /// Why the job that runs stands still, where its own record can't be written.
-    pub(super) stalled: Mutex<Option<(JobId, String)>>,
+    /// The jobs that run; rung when one may have something to do.
+    pub(super) jobs: Live,
     /// What those who ask for the status are shown.
     pub(super) glances: glance::Glances,
     /// What those who page through the orphans are shown.
     pub(super) orphans: deletion::Seen,
     /// What those who watch jobs have seen.
-    pub(super) watched: jobs::Looks,
+    pub(super) watched: job::Looks,
     /// Rung when a copy of an envelope may have to follow, or can.
     pub(super) copies_bell: Bell,
     /// Rung when a start was armed.
@@ -115,11 +114,10 @@ impl Daemon {
             making: Mutex::default(),
             calls: AtomicU64::default(),
             headers,
-            jobs_bell: Bell::default(),
-            stalled: Mutex::default(),
+            jobs: Live::default(),
             glances: glance::Glances::default(),
             orphans: deletion::Seen::default(),
-            watched: jobs::Looks::default(),
+            watched: job::Looks::default(),
             copies_bell: Bell::default(),
             arms_bell: Bell::default(),
             looks: Mutex::default(),
@@ -213,6 +211,16 @@ impl Daemon {
         if let Err(error) = self.host_store.settle() {
             tracing::warn!("changes stay in the write-ahead log: {}", chain(&error));
         }
+    }
+
+    /// A provider's name, also after it was deleted.
+    pub(super) fn name_of(&self, id: ProviderId) -> String {
+        if let Some(provider) = self.recipients.by_id(id) {
+            return provider.provider().name().to_owned();
+        }
+        let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
+        let found = deleted.into_iter().flatten().find(|deleted| deleted.id == id);
+        found.map_or_else(|| id.to_string(), |deleted| deleted.name)
     }
 
     pub(super) fn host(&self) -> Host<'_> {

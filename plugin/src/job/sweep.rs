@@ -16,8 +16,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::model::envelope::{Envelope, ProviderId, VmId};
-use crate::model::job::{JobId, JobState, Subject};
-use crate::model::problem::{Code, Problem};
+use crate::model::job::{JobId, JobKind, JobState, Subject};
+use crate::model::problem::Problem;
 use crate::recipients::{Recipients, Rewrap, RewrapTarget, Rewrapped};
 use crate::store::{EnvelopeRecord, EnvelopeStore, JobRecord, LeftBehind, NewJob, Rows, StoreError, Verdict};
 
@@ -76,6 +76,18 @@ impl Task {
         matches!(self, Self::Rekey { vm: Some(_), .. })
     }
 
+    /// Which kind it is.
+    #[must_use]
+    pub fn kind(&self) -> JobKind {
+        match self {
+            Self::Rotate { .. } => JobKind::Rotate,
+            Self::Rekey { .. } => JobKind::Rekey,
+            Self::Move { .. } => JobKind::Move,
+            Self::AddRecipient { .. } => JobKind::AddRecipient,
+            Self::RemoveRecipient { .. } => JobKind::RemoveRecipient,
+        }
+    }
+
     /// What it is about.
     #[must_use]
     pub fn subject(&self) -> Subject {
@@ -102,17 +114,6 @@ impl Task {
     #[must_use]
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("a task holds only ids")
-    }
-
-    /// Reads what [`Task::to_json`] wrote.
-    ///
-    /// # Errors
-    /// When a later virtseal wrote it.
-    pub fn from_json(json: &str) -> Result<Self, Problem> {
-        serde_json::from_str(json).map_err(|error| {
-            Problem::from_error(Code::Failed, "the job was started by another version", &error)
-                .next("upgrade virtseal, or virtseal jobs abort")
-        })
     }
 
     /// The providers that wrap for it.
@@ -154,6 +155,28 @@ impl Task {
             Self::AddRecipient { provider } => format!("add recipient '{}'", name(*provider)),
             Self::RemoveRecipient { provider } => format!("remove recipient '{}'", name(*provider)),
         }
+    }
+
+    /// What to tell where new envelopes, which go to the providers of `policy`, do not ask what it does to the others.
+    #[must_use]
+    pub fn warning(&self, policy: &[ProviderId], name: impl Fn(ProviderId) -> String) -> Option<String> {
+        let leaves = match self {
+            Self::Move { from, .. } => *from,
+            Self::RemoveRecipient { provider } => *provider,
+            Self::AddRecipient { provider } if !policy.contains(provider) => {
+                return Some(format!(
+                    "new VMs do not get a stanza of '{}': add it to recipients in virtseald.yaml, then reload virtseald",
+                    name(*provider)
+                ));
+            }
+            Self::Rotate { .. } | Self::Rekey { .. } | Self::AddRecipient { .. } => return None,
+        };
+        policy.contains(&leaves).then(|| {
+            format!(
+                "new VMs still go to '{}': virtseal provider default OTHER, or change recipients in virtseald.yaml",
+                name(leaves)
+            )
+        })
     }
 
     fn decide(&self, envelope: &Envelope) -> Decision {
@@ -239,10 +262,11 @@ pub enum Step {
 /// Does the next batch of a sweep.
 ///
 /// # Errors
-/// When the keystore fails, or the job is one of a later version; the job stays where it is.
+/// When the keystore fails; the job stays where it is.
 pub fn step(
     keystore: &dyn EnvelopeStore,
     recipients: &Recipients,
+    task: &Task,
     id: JobId,
     batch_size: u32,
 ) -> Result<Step, Problem> {
@@ -250,7 +274,6 @@ pub fn step(
     if job.state != JobState::Running {
         return Ok(Step::Ended(job.clone()));
     }
-    let task = Task::from_json(&job.task)?;
     if let Some(failure) = task.wraps().into_iter().find_map(|id| recipients.cannot_wrap(id)) {
         return waits(keystore, job, &failure.to_string());
     }
@@ -262,7 +285,7 @@ pub fn step(
             _ => Ok(Step::Ended(ended)),
         };
     }
-    match work(recipients, &task, batch) {
+    match work(recipients, task, batch) {
         Ok(verdicts) => {
             let job = keystore.commit_batch(job.id, &verdicts)?;
             Ok(match job.state {

@@ -1,6 +1,7 @@
 //! What a job is called, how it stands, and what it is about: that decides which others may run beside it.
 
 use serde::{Deserialize, Serialize};
+use zlink::introspect::CustomType;
 
 use super::envelope::VmId;
 
@@ -8,9 +9,29 @@ use super::envelope::VmId;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct JobId(pub i64);
 
-/// How far a job has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a job does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
+pub enum JobKind {
+    /// A provider's stanzas are replaced by ones of a newer KEK.
+    Rotate,
+    /// All stanzas are replaced.
+    Rekey,
+    /// The stanzas of one provider are replaced by those of another.
+    Move,
+    /// A provider gets stanzas besides.
+    AddRecipient,
+    /// A provider loses its stanzas.
+    RemoveRecipient,
+    /// An image is made out of another one.
+    CreateVolume,
+}
+
+/// How far a job has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
 pub enum JobState {
     /// At work, or waiting until it can be.
     Running,
@@ -39,8 +60,9 @@ impl JobState {
 }
 
 /// What a job counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
 pub enum Unit {
     /// Envelopes that it has looked at.
     Envelopes,

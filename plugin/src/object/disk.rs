@@ -42,7 +42,7 @@ pub(super) mod staging;
 pub use chain::{Layer, backing_chain, known_layers};
 pub use create::{
     Backing, BackingFormat, CreateRequest, Created, create, create_from, create_from_watched,
-    create_over_watched, prepare_over,
+    create_over_watched, prepare_over, source_size,
 };
 pub use declared::{Declaration, inspect_declared};
 pub use error::{Flaw, Part, VolumeError};

@@ -140,7 +140,7 @@ pub fn unlock(daemon: &Daemon, by: Actor, name: &str, fds: Vec<OwnedFd>) -> Resu
     }
     cache::load_in_background(daemon, &provider);
     // A job may have waited for this.
-    daemon.jobs_bell.ring();
+    daemon.jobs.ring();
     unlocked
 }
 
@@ -175,7 +175,7 @@ pub(crate) fn confirm_backup(daemon: &Daemon, by: Actor, name: &str, generation:
         .map_err(|error| native_failure(name, &error));
     records::note_provider(daemon, by, "provider-backup", name, &confirmed);
     // A rotation waits for this.
-    daemon.jobs_bell.ring();
+    daemon.jobs.ring();
     confirmed
 }
 
@@ -201,7 +201,7 @@ pub(crate) fn restore(
             .map_err(|error| native_failure(name, &error))
     });
     records::note_provider(daemon, by, "provider-restore", name, &restored);
-    daemon.jobs_bell.ring();
+    daemon.jobs.ring();
     restored?;
     provider_view::list(daemon)
 }

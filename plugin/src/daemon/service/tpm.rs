@@ -83,7 +83,7 @@ pub(crate) fn unlock(daemon: &Daemon, by: Actor, name: &str, fds: Vec<OwnedFd>) 
         .map_err(|error| tpm_failure(&native, &error));
     crate::host::process::trim();
     records::note_provider(daemon, by, "provider-unlock", name, &unlocked);
-    daemon.jobs_bell.ring();
+    daemon.jobs.ring();
     unlocked
 }
 
@@ -131,7 +131,7 @@ pub fn try_to_unlock(daemon: &Daemon, unlock: &TpmUnlock) -> Tried {
         Ok(()) => tracing::info!(provider = name, "unlocked by the TPM"),
         Err(failure) => tracing::error!(provider = name, "{failure}"),
     }
-    daemon.jobs_bell.ring();
+    daemon.jobs.ring();
     Tried::Over
 }
 

@@ -87,7 +87,17 @@ impl Host {
 
     fn step(&self, batch: u32) -> Option<Step> {
         let running = self.stores.keystore.running_jobs().unwrap().into_iter().next()?;
-        Some(step(self.stores.keystore.as_ref(), &self.recipients, running.id, batch).unwrap())
+        let task = serde_json::from_str(&running.task).unwrap();
+        Some(
+            step(
+                self.stores.keystore.as_ref(),
+                &self.recipients,
+                &task,
+                running.id,
+                batch,
+            )
+            .unwrap(),
+        )
     }
 
     /// Until the job ends or waits.
@@ -448,9 +458,9 @@ fn sweeps_of_two_vms_go_side_by_side_and_see_their_own_envelopes_alone() {
             .start(host.stores.keystore.as_ref(), &[])
             .is_err()
     );
-    for id in ids.into_iter().rev() {
+    for (id, task) in ids.into_iter().zip([&one, &other]).rev() {
         loop {
-            let stepped = step(host.stores.keystore.as_ref(), &host.recipients, id, 50).unwrap();
+            let stepped = step(host.stores.keystore.as_ref(), &host.recipients, task, id, 50).unwrap();
             if let Step::Ended(job) = stepped {
                 assert_eq!(
                     (job.state, job.total, job.seen, job.changed),

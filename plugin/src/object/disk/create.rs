@@ -175,6 +175,24 @@ pub fn create_from_watched(
     progress: impl FnMut(Percent) -> ControlFlow<()>,
     mut watch: impl FnMut(Step),
 ) -> Result<Created, VolumeError> {
+    let (source, size) = open_source(request, source)?;
+    let making = Making::new(None, request, size, envelope, passphrase)?;
+    making.run(
+        |staged| convert::fill(&source, staged, passphrase, &request.path, progress),
+        &mut watch,
+    )
+}
+
+/// How much [`create_from`] would copy.
+///
+/// # Errors
+/// Those of [`create_from`] that can be told without writing.
+pub fn source_size(request: &CreateRequest, source: &Path) -> Result<Bytes, VolumeError> {
+    open_source(request, source).map(|(source, _)| source.virtual_size())
+}
+
+/// With the size that the new image is to have.
+fn open_source(request: &CreateRequest, source: &Path) -> Result<(Source, Bytes), VolumeError> {
     if let Some(backing) = &request.backing {
         return Err(VolumeError::BackingName {
             path: request.path.clone(),
@@ -193,11 +211,7 @@ pub fn create_from_watched(
             reason: format!("{} has {}", source.path().display(), source.virtual_size()),
         });
     }
-    let making = Making::new(None, request, size, envelope, passphrase)?;
-    making.run(
-        |staged| convert::fill(&source, staged, passphrase, &request.path, progress),
-        &mut watch,
-    )
+    Ok((source, size))
 }
 
 /// An image in the making.

@@ -1,0 +1,122 @@
+//! What `provider rotate` asks for: a new root key or new KEKs, and the sweep that takes the old ones out of use.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use super::descriptors::{passphrase_from, pin_from, wrong_fds};
+use super::job;
+use super::provider::native_failure;
+use super::tpm::{self, tpm_failure};
+use crate::api::JobStarted;
+use crate::audit::Actor;
+use crate::daemon::visible::VisibleCopy;
+use crate::daemon::{Daemon, lock, records};
+use crate::job::sweep::Task;
+use crate::model::envelope::{Envelope, EnvelopeId, VmId};
+use crate::model::job::Subject;
+use crate::model::problem::{Code, Problem};
+use crate::provider::native::{NativeError, NativeProvider};
+use crate::provider::{KeyProvider, ProviderStatus};
+use crate::recipients::Provider;
+use crate::vm::names::VmNames;
+
+/// Retires the keys in use of a provider: a native one gets a new root key, sealed by the passphrase in `fds`; any other
+/// makes new KEKs during the job that follows.
+pub(super) fn rotate(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    fds: Vec<OwnedFd>,
+) -> Result<JobStarted, Problem> {
+    let _sealing = lock(&daemon.sealing);
+    let provider = daemon.recipients.find(name)?;
+    // Before anything changes.
+    job::refuse_beside_another(daemon, &Subject::AllEnvelopes)?;
+    let mut tpm_lags = None;
+    if let Provider::Native(native) = &provider {
+        check_root_key_complete(daemon, native)?;
+        let mut fds = fds.into_iter();
+        let passphrase = passphrase_from(fds.next().ok_or_else(wrong_fds)?)?;
+        let pin = fds.next().map(pin_from).transpose()?;
+        let rotated = native
+            .rotate_with_tpm(&passphrase, &daemon.tpm, pin.as_ref())
+            .map_err(|error| match error {
+                NativeError::Tpm(_) => tpm_failure(native, &error),
+                error => native_failure(name, &error),
+            });
+        crate::host::process::trim();
+        records::note_provider(daemon, by, "provider-rotate", name, &rotated);
+        tpm_lags = tpm::tpm_lags(daemon, by, native, rotated?);
+    }
+    let id = provider.provider().id();
+    let mut started = job::sweep(daemon, by, &Task::Rotate { provider: id })?;
+    if let Provider::Native(native) = &provider {
+        started.warnings.extend(tpm_lags);
+        if native.status() != ProviderStatus::Ready {
+            started.warnings.push(format!(
+                "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} \
+                 --output FILE. The job goes on then",
+                native.generation()
+            ));
+        }
+    }
+    Ok(started)
+}
+
+/// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
+fn check_root_key_complete(daemon: &Daemon, native: &NativeProvider) -> Result<(), Problem> {
+    let name = native.name();
+    // A row that tells nothing may have what a later root key has made.
+    let records = daemon.keystore.envelopes()?.claims()?;
+    let lacks = |envelope: &Envelope| {
+        let mut own = envelope
+            .stanzas
+            .iter()
+            .filter(|stanza| stanza.provider == native.id());
+        own.any(|stanza| native.lacks(&stanza.kek))
+    };
+    let lacking: BTreeMap<EnvelopeId, VmId> = records
+        .into_iter()
+        .filter(lacks)
+        .map(|envelope| (envelope.id, envelope.vm))
+        .collect();
+    if lacking.is_empty() {
+        // Without libvirt, at least what is known here.
+        let visible = daemon.visible_copies().unwrap_or_default().copies;
+        let claim = visible
+            .into_iter()
+            .find(|copy| lacks(&copy.envelope) && daemon.may_be_true(copy));
+        return claim.map_or(Ok(()), |claim| Err(claimed(native, &claim)));
+    }
+    let vms: Vec<VmId> = lacking.into_values().collect();
+    Err(Problem::new(
+        Code::WouldLoseKey,
+        format!(
+            "'{name}' is not rotated: it has root key {}, and {} have keys by a later one, which is in a newer backup",
+            native.generation(),
+            VmNames::of_keystore(daemon.keystore.as_ref())?.objects_of_vms(&vms)
+        ),
+    )
+    .next(format!(
+        "find the newest backup; then virtseal state backup -o FILE, virtseal provider delete {name} --force and virtseal \
+         provider restore {name} -i with that backup"
+    )))
+}
+
+/// Deleting and restoring the provider would be the way out of a true claim, and a trap if anybody made it up.
+fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Problem {
+    let name = native.name();
+    Problem::new(
+        Code::WouldLoseKey,
+        format!(
+            "'{name}' is not rotated: it has root key {}, and {} claims a key by a later one, which nothing here can verify",
+            native.generation(),
+            claim.place
+        ),
+    )
+    .next(format!(
+        "if you have a newer backup of '{name}' than this host was given, restore that on a fresh state directory; else rotate it \
+         on the host that the VM came from. If it came from none of yours, keep its virsh dumpxml, and take its <virtseal:vm> \
+         metadata out (virsh edit)"
+    ))
+}
