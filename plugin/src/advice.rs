@@ -283,6 +283,54 @@ mod tests {
         }
     }
 
+    /// What somebody did, not what to do.
+    const NO_ADVICE: [&str; 2] = ["MemoryFile::Save =>", "MemoryFile::Dump =>"];
+
+    fn names_a_command(line: &str) -> bool {
+        let code = line.trim_start();
+        let verbs = ["provider", "volume", "vm", "status", "jobs", "state", "audit"];
+        let of_virtseal = code.split("virtseal ").skip(1).any(|rest| {
+            let verb = rest.split(|c: char| !c.is_ascii_lowercase()).next();
+            verb.is_some_and(|verb| verbs.contains(&verb))
+        });
+        let is_command = of_virtseal
+            || ["virsh ", "systemctl ", "journalctl "]
+                .iter()
+                .any(|program| code.contains(program));
+        is_command && !code.starts_with("//") && !NO_ADVICE.iter().any(|known| code.starts_with(known))
+    }
+
+    #[test]
+    fn no_other_file_names_a_command() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+        let (mut open, mut read, mut found) = (vec![root.clone()], 0, Vec::new());
+        while let Some(directory) = open.pop() {
+            for entry in std::fs::read_dir(&directory).unwrap() {
+                let path = entry.unwrap().path();
+                let name = path.strip_prefix(&root).unwrap().display().to_string();
+                let may = ["cli", "bin", "advice.rs"]
+                    .iter()
+                    .any(|may| name.starts_with(may));
+                if may || name.contains("test") || name.contains("fixture") {
+                    continue;
+                }
+                if path.is_dir() {
+                    open.push(path);
+                    continue;
+                }
+                read += 1;
+                let text = std::fs::read_to_string(&path).unwrap();
+                let (code, _) = text
+                    .split_once("#[cfg(test)]\nmod tests {")
+                    .unwrap_or((&text, ""));
+                let lines = code.lines().zip(1..).filter(|(line, _)| names_a_command(line));
+                found.extend(lines.map(|(line, number)| format!("{name}:{number}: {line}")));
+            }
+        }
+        assert!(read > 150, "{read} files");
+        assert!(found.is_empty(), "{}", found.join("\n"));
+    }
+
     #[test]
     fn steps_are_joined() {
         let advice = Advice::EditXml("web".into())

@@ -12,11 +12,11 @@ use super::{Daemon, lock, records};
 use crate::api::Outcome;
 use crate::audit::Actor;
 use crate::domain::{self, Domain, ObjectRef, ObjectState, encrypted_layers};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk;
 use crate::secret::Dek;
-use crate::terminal::word;
 use crate::vm::names::{self, ProviderNames};
 use crate::vm::start::adoption::not_believed;
 
@@ -148,10 +148,7 @@ impl Daemon {
                     object.secret
                 ),
             )
-            .next(format!(
-                "virsh define FILE, where FILE is a dumpxml of {} with its <virtseal:vm> metadata",
-                word(&domain.name)
-            ))
+            .next(Advice::DefineSealedXml(Some(domain.name.clone())))
         }))
     }
 
@@ -251,10 +248,8 @@ fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(
         .iter()
         .map(|stanza| stanza.provider_name.as_str())
         .collect();
-    Err(Problem::new(Code::WouldLoseKey, reason).next(format!(
-        "virtseal provider list: that version is opened by {}",
-        providers.join(", ")
-    )))
+    Err(Problem::new(Code::WouldLoseKey, reason)
+        .next(Advice::ListProviders.within(format!("that version is opened by {}", providers.join(", ")))))
 }
 
 /// Those in the XML and in the image, of this object's envelope.

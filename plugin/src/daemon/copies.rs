@@ -31,8 +31,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// After this time a copy that could not follow is tried again, whatever has happened.
 const AGAIN: Duration = Duration::from_secs(60);
 /// Whoever makes an object writes the copies that it began with.
-const MADE_NOW: &str =
-    "its object is being made; if that was interrupted, repeat it, or end it with virtseal vm shred";
+const MADE_NOW: &str = "its object is being made; if that was interrupted, repeat it, or shred the VM";
 
 impl Daemon {
     /// Brings copies up to date for ever. For a thread of its own.

@@ -12,6 +12,7 @@ use crate::api::pages;
 use crate::api::{OrphanEnvelope, OrphanKek, Orphans, Outcome};
 use crate::audit::Actor;
 use crate::job::record::Work;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{Provider, bring_back};
@@ -84,7 +85,7 @@ impl Daemon {
                 Code::WouldLoseKey,
                 format!("'{name}' stays: it is the default provider, and there are others"),
             )
-            .next("virtseal provider default OTHER"));
+            .next(Advice::MakeDefault("OTHER".into())));
         }
         self.refuse_while_a_job_needs(id, &name)?;
         let mut uses = self.uses(id)?;
@@ -110,9 +111,8 @@ impl Daemon {
                     typed => format!("'{typed}' was typed, which is not its name"),
                 };
                 return Err(
-                    Problem::new(Code::WouldLoseKey, format!("'{name}' stays: {what}")).next(format!(
-                        "virtseal provider delete {name}, which says who needs it"
-                    )),
+                    Problem::new(Code::WouldLoseKey, format!("'{name}' stays: {what}"))
+                        .next(Advice::DeleteProvider(name.to_owned()).note("which says who needs it")),
                 );
             }
             None if needed => return Err(self.in_use(id, &name, &uses, in_policy)?),
@@ -123,10 +123,7 @@ impl Daemon {
             && let Some(path) = self.keep_root_aside(&known)?
         {
             warnings.push(format!(
-                "what is unused here may be needed elsewhere: its sealed root keys are kept in {0}, and virtseal provider restore \
-                 {1} -i {0} brings it back by its passphrase",
-                word(path.display()),
-                word(&name)
+                "what is unused here may be needed elsewhere: its sealed root keys are kept in {}, and {} brings it back by its passphrase", word(path.display()), Advice::RestoreProviderFrom(name.clone(), path.clone())
             ));
         }
         // In this order: where it can't be deleted it goes on working.
@@ -173,10 +170,7 @@ impl Daemon {
                     Code::Busy,
                     format!("'{name}' stays: job {} is about it", job.id.0),
                 )
-                .next(format!(
-                    "virtseal jobs watch {0}, or virtseal jobs abort {0}",
-                    job.id.0
-                )));
+                .next(Advice::WatchJob(job.id.0).or(Advice::AbortJob(job.id.0))));
             }
         }
         Ok(())
@@ -306,16 +300,22 @@ impl Daemon {
         }
         let other = self.where_to_move(id);
         let next = match (uses.objects.len(), uses.alone) {
-            (0, _) if uses.fixed > 0 => format!(
-                "start what was saved, and virtseal vm adopt --from what was forgotten, then virtseal provider move {name} {other}; \
-                 copies in snapshots go with these, and with --force the provider goes without"
-            ),
+            (0, _) if uses.fixed > 0 => Advice::from("start what was saved")
+                .also(Advice::AdoptFrom("FILE".into()).note("with what was forgotten"))
+                .then(Advice::MoveProvider {
+                    from: name.to_owned(),
+                    to: other,
+                })
+                .also("copies in snapshots go with these, and with --force the provider goes without"),
             (0, _) if !uses.copies.is_empty() => {
-                "virtseal jobs: it shows the copies and what they wait for".to_owned()
+                Advice::ListJobs.within("it shows the copies and what they wait for")
             }
-            (0, _) => "take it out of recipients in virtseald.yaml, then reload virtseald".to_owned(),
-            (_, 0) => format!("virtseal provider recipients remove {name}"),
-            _ => format!("virtseal provider move {name} {other}"),
+            (0, _) => Advice::from("take it out of recipients in virtseald.yaml").then(Advice::ReloadDaemon),
+            (_, 0) => Advice::RemoveRecipient(name.to_owned()),
+            _ => Advice::MoveProvider {
+                from: name.to_owned(),
+                to: other,
+            },
         };
         Ok(Problem::new(
             Code::WouldLoseKey,

@@ -19,7 +19,6 @@ use crate::model::envelope::{Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::{Located, Present};
 use crate::store::{Change, EnvelopeRecord, Mark, Put, StoreError, VmRecord};
-use crate::terminal::word;
 use crate::vm::forgotten::{self, Forgotten};
 use crate::vm::names::{self, unreachable};
 
@@ -102,19 +101,16 @@ impl Daemon {
                     defined.name
                 ),
             )
-            .next(format!(
-                "virsh undefine --keep-nvram --keep-tpm {}, if it is on another host now",
-                word(&defined.name)
-            ))),
+            .next(Advice::UndefineVm(defined.name.clone()).note("if it is on another host now"))),
             Err(absent) if absent.code == Code::NotFound => self
-                .known_as(vm, "forget")?
+                .known_as(vm, Advice::ForgetVm)?
                 .filter(|(id, _)| {
                     let known = self.keystore.envelopes_of(*id);
                     known.is_ok_and(|known| !known.is_empty()) || !matches!(self.keystore.vm(*id), Ok(None))
                 })
                 .ok_or_else(|| {
                     Problem::new(Code::NotFound, format!("virtseal knows no VM '{vm}'"))
-                        .next("virtseal provider orphans")
+                        .next(Advice::ListOrphans)
                 }),
             Err(failure) => Err(failure),
         }
@@ -139,11 +135,11 @@ impl Daemon {
                 Code::WouldLoseKey,
                 format!("{name} is not forgotten: {}", stays.join("; ")),
             )
-            .next(format!(
-                "move that to where {0} is now, or to its backup, then virtseal vm forget {0}; or, to keep {0} here, virsh define \
-                 its dumpxml",
-                word(name)
-            )));
+            .next(
+                Advice::from(format!("move that to where {name} is now, or to its backup"))
+                    .then(Advice::ForgetVm(name.to_owned()))
+                    .or_else(Advice::DefineXml.note(format!("its dumpxml, to keep {name} here"))),
+            ));
         }
         let path = self.keep_aside(vm, name, &records)?;
         if self.keystore.forget_vm(vm, &records)? == Change::Unchanged {
@@ -151,7 +147,7 @@ impl Daemon {
                 Code::Busy,
                 format!("the keys of {name} have changed just now: none was forgotten"),
             )
-            .next(format!("virtseal vm forget {}", word(name))));
+            .next(Advice::ForgetVm(name.to_owned())));
         }
         Ok(forgotten_outcome(name, records.len(), &path, &alone))
     }
@@ -182,7 +178,7 @@ impl Daemon {
         };
         forgotten::keep(self.host_store.dir(), &forgotten).map_err(|error| {
             Problem::from_error(Code::Failed, format!("{name} is not forgotten"), &error)
-                .next(format!("mend that, then virtseal vm forget {}", word(name)))
+                .next(Advice::from("mend that").then(Advice::ForgetVm(name.to_owned())))
         })
     }
 
@@ -259,7 +255,7 @@ impl Daemon {
             record.verify(&dek).map_err(|error| {
                 let what = format!("envelope {}", record.envelope.id);
                 not_adopted(Problem::from_error(Code::Failed, what, &error))
-                    .next("give the file as virtseal vm forget has written it")
+                    .next("give the file as it was written when the VM was forgotten")
             })?;
         }
         let mut outcome = Outcome {
@@ -299,9 +295,9 @@ fn forgotten_outcome(name: &str, envelopes: usize, path: &Path, alone: &[String]
     let mut warnings = Vec::new();
     if !alone.is_empty() {
         warnings.push(format!(
-            "nothing is there of {}. If it only is not mounted now, virtseal vm adopt --from {} brings its keys back",
+            "nothing is there of {}. If it only is not mounted now, {} brings its keys back",
             alone.join(", "),
-            word(path.display())
+            Advice::AdoptFrom(path.to_owned())
         ));
     }
     Outcome {
@@ -320,7 +316,7 @@ fn read_forgotten(fds: Vec<OwnedFd>) -> Result<Forgotten, Problem> {
     })?;
     let unusable = |error: &dyn std::error::Error| {
         Problem::from_error(Code::Failed, "the file can't be adopted", error).next(format!(
-            "give a file that virtseal vm forget has written, in {} of the state directory",
+            "give a file that was written when a VM was forgotten, in {} of the state directory",
             forgotten::DIRECTORY
         ))
     };

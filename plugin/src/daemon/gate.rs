@@ -81,7 +81,7 @@ fn too_many_of_user(uid: Uid) -> Problem {
             Gate::OF_A_USER
         ),
     )
-    .next("end programs of this user that are connected, such as virtseal jobs watch: ss -xp shows them")
+    .next("end programs of this user that are connected, as ss -xp shows them")
 }
 
 fn too_many_of_all() -> Problem {

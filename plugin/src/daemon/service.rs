@@ -45,6 +45,7 @@ use crate::api::{
 };
 use crate::audit::Actor;
 use crate::domain::Domain;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 use crate::vm::start::Deadline;
 
@@ -508,5 +509,5 @@ impl<T> Stream for Replies<T> {
 
 fn broken(error: &JoinError) -> Problem {
     Problem::new(Code::Failed, format!("virtseald failed: {error}"))
-        .next("see its log: journalctl -u virtseald")
+        .next(Advice::from("see its log").within(Advice::Journal))
 }

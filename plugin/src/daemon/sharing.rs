@@ -9,12 +9,11 @@ use super::{Daemon, lock, records};
 use crate::api::Outcome;
 use crate::audit::Actor;
 use crate::host::permitted::PermittedPath;
+use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::store::{CopyPlace, EnvelopeRecord, Put};
-use crate::terminal::quoted;
-use crate::terminal::word;
 use crate::vm::names;
 
 /// What root wants of a VM's right to a volume that is another's.
@@ -55,7 +54,7 @@ impl Daemon {
         if record.envelope.vm == vm_id {
             return Err(
                 Problem::new(Code::Usage, format!("{} is {vm}'s own", path.display()))
-                    .next("name another VM, or look: virtseal vm status"),
+                    .next(Advice::from("name another VM").or(Advice::ShowVms)),
             );
         }
         if sharing == Sharing::With {
@@ -82,7 +81,7 @@ impl Daemon {
             Code::Busy,
             format!("the envelope of {} is being changed by a job", path.display()),
         )
-        .next("virtseal jobs, and the same command again"))
+        .next(Advice::ListJobs.then("the same command again")))
     }
 
     /// The next version of the envelope, after its key has opened the image. To take a right back, the image need not be there.
@@ -126,11 +125,13 @@ impl Daemon {
                         record.envelope.vm
                     ),
                 )
-                .next(format!(
-                    "virtseal volume share {} --with={}, if it may have that volume",
-                    word(kept_at.display()),
-                    quoted(vm)
-                )))
+                .next(
+                    Advice::ShareVolume {
+                        path: kept_at.to_owned(),
+                        vm: vm.to_owned(),
+                    }
+                    .note("if it may have that volume"),
+                ))
             }
             // It was moved.
             Ok(_) | Err(_) => Ok(()),
@@ -143,8 +144,9 @@ impl Daemon {
         match names::vm_id(&self.background, vm) {
             Ok(id) => Ok(id),
             Err(problem) => {
-                let known = names::undefined(&known, vm)
-                    .map_err(|several| several.refuse(Code::Usage, "the same command with its"))?;
+                let known = names::undefined(&known, vm).map_err(|several| {
+                    several.refuse(Code::Usage, |id| format!("the same command with its {id}").into())
+                })?;
                 known.map(|known| known.vm).ok_or(problem)
             }
         }
@@ -181,7 +183,7 @@ impl Daemon {
                     path.display()
                 ),
             )
-            .next("virtseal vm status"));
+            .next(Advice::ShowVms));
         }
         Ok(record)
     }
@@ -198,8 +200,8 @@ impl Daemon {
             let runs = self.libvirt.domain(&id.to_string());
             if runs.is_ok_and(|found| found.is_some_and(|domain| domain.active)) {
                 warnings.push(format!(
-                    "{vm} runs, and has it until it ends: virsh shutdown {}",
-                    word(vm)
+                    "{vm} runs, and has it until it ends: {}",
+                    Advice::ShutDownVm(vm.to_owned())
                 ));
             }
             warnings.push(
@@ -225,8 +227,8 @@ fn not_known(path: &Path) -> Problem {
         Code::NotFound,
         format!("{} is no volume that this host knows", path.display()),
     )
-    .next(format!(
-        "virtseal volume info {}, and virtseal vm seal with the VM that it was made for",
-        word(path.display())
-    ))
+    .next(
+        Advice::ShowVolume(path.to_owned())
+            .then(Advice::SealVm("VM".into()).note("the one that it was made for")),
+    )
 }

@@ -24,8 +24,6 @@ use crate::object::vtpm::StateDir;
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
 use crate::store::{EnvelopeRecord, MadeKek, Traces};
-use crate::terminal::quoted;
-use crate::terminal::word;
 use crate::vm::names::{self, unreachable};
 
 /// A VM to be shredded.
@@ -160,13 +158,12 @@ impl Daemon {
                 said => format!(", and '{said}' was typed"),
             };
             let stays = format!("{name} stays: what is on its disks would be lost for ever{said}");
-            let shred = format!("virtseal vm shred --yes-shred={} {}", quoted(&name), word(&name));
+            let shred = Advice::ShredAsTyped(name.clone());
             Problem::new(Code::WouldLoseKey, stays).next(match doomed.is_defined {
                 true => shred,
-                false => format!(
-                    "virtseal vm forget {}, if it is on another host; {shred}, if it is not",
-                    word(&name)
-                ),
+                false => Advice::ForgetVm(name.clone())
+                    .note("if it is on another host")
+                    .also(shred.note("if it is not")),
             })
         };
         match (typed, typed_for_keks) {
@@ -188,14 +185,14 @@ impl Daemon {
         let (id, name, is_defined) = match names::find_domain(&self.background, vm) {
             Ok(defined) if defined.active => {
                 return Err(Problem::new(Code::Busy, format!("{} is running", defined.name))
-                    .next(format!("virsh shutdown {}", word(&defined.name))));
+                    .next(Advice::ShutDownVm(defined.name.clone())));
             }
             Ok(defined) => {
                 refuse_state_elsewhere(&defined, &self.config().swtpm_dir)?;
                 (defined.vm, defined.name, true)
             }
             Err(absent) if absent.code == Code::NotFound => {
-                let (id, name) = self.known_as(vm, "shred")?.ok_or(absent)?;
+                let (id, name) = self.known_as(vm, Advice::ShredVm)?.ok_or(absent)?;
                 (id, name, false)
             }
             Err(failure) => return Err(failure),
@@ -213,10 +210,14 @@ impl Daemon {
 
     /// A VM that only the keystore knows, if only by the UUID in its envelopes. Of several that had this name, which one is
     /// meant can't be guessed.
-    pub(super) fn known_as(&self, vm: &str, verb: &str) -> Result<Option<(VmId, String)>, Problem> {
+    pub(super) fn known_as(
+        &self,
+        vm: &str,
+        again: fn(String) -> Advice,
+    ) -> Result<Option<(VmId, String)>, Problem> {
         let known = self.keystore.vms()?.whole()?;
-        let found = names::undefined(&known, vm)
-            .map_err(|several| several.refuse(Code::WouldLoseKey, &format!("virtseal vm {verb}")))?;
+        let found =
+            names::undefined(&known, vm).map_err(|several| several.refuse(Code::WouldLoseKey, again))?;
         let never_defined = || vm.parse::<VmId>().ok().map(|id| (id, id.to_string()));
         Ok(found
             .map(|known| (known.vm, known.name.clone()))
@@ -374,11 +375,11 @@ impl Daemon {
                 "the provider knows no such key for this client: not proven that it is destroyed",
             )),
             Err(error) => Err(
-                Problem::new(Code::Failed, format!("{what}: {}", chain(&error))).next(format!(
-                    "virtseal provider show {}, and mend what is wrong with it; then virtseal vm shred {}: it goes on from here",
-                    word(self.name_of(provider)),
-                    word(&doomed.name)
-                )),
+                Problem::new(Code::Failed, format!("{what}: {}", chain(&error))).next(
+                    Advice::ShowProvider(self.name_of(provider))
+                        .note("and mend what is wrong with it")
+                        .then(Advice::ShredVm(doomed.name.clone()).within("it goes on from here")),
+                ),
             ),
         }
     }
@@ -497,7 +498,7 @@ pub(super) fn refuse_if_used(
             Code::WouldLoseKey,
             format!("{name} stays: {} uses one of its disks", other.name),
         )
-        .next(format!("virsh edit {}: remove that disk", word(&other.name)))),
+        .next(Advice::EditXml(other.name.clone()).within("remove that disk"))),
     }
 }
 
@@ -588,7 +589,7 @@ fn survivors() -> Vec<String> {
     [
         "backups and snapshots of the images, of the domain XML, of the keystore and of the providers",
         "copies of the VM on other hosts, as far as their KEKs were not destroyed",
-        "saved states (virsh managedsave): they hold the guest's memory in plaintext",
+        "saved states: they hold the guest's memory in plaintext",
         "blocks that an SSD, a copy-on-write file system or storage below it has remapped and not erased",
     ]
     .map(str::to_owned)

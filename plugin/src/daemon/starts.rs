@@ -9,9 +9,9 @@ use super::{first_runs, lock, moved, paths, records, saved};
 use crate::audit::Actor;
 use crate::domain::{self, Domain, ObjectState};
 use crate::host::libvirt::{Arming, LibvirtError};
+use crate::model::advice::Advice;
 use crate::model::envelope::EnvelopeId;
 use crate::model::problem::{Code, Problem, chain};
-use crate::terminal::word;
 use crate::vm::first_runs::vtpm_of;
 use crate::vm::names;
 use crate::vm::start::{self, Deadline, Opened, Prepared, StartContext};
@@ -47,7 +47,7 @@ impl Daemon {
             Code::Unreachable,
             format!("no decision within {:.1} s{libvirt}", waited.as_secs_f64()),
         )
-        .next("virtseal status")
+        .next(Advice::ShowStatus)
     }
 
     /// `prepare begin`: arms all keys of the VM, or none.
@@ -84,10 +84,7 @@ impl Daemon {
                 let why = format!("it names secret {id}, which is that of VM {owner}");
                 return Err(Problem::new(Code::Denied, why)
                     .of(format!("{} stays off", domain.name))
-                    .next(format!(
-                        "virsh edit {}: a VM has secrets of its own",
-                        word(&domain.name)
-                    )));
+                    .next(Advice::EditXml(domain.name.clone()).within("a VM has secrets of its own")));
             }
         }
         Ok(())
@@ -145,7 +142,7 @@ impl Daemon {
                 Code::Unreachable,
                 format!("{} stays off: nobody waits for its start any more", domain.name),
             )
-            .next("virtseal status")
+            .next(Advice::ShowStatus)
         };
         if deadline.has_passed() {
             return Err(too_late());
@@ -260,23 +257,21 @@ fn nothing_sealed(domain: &Domain) -> Problem {
     let why = "it is marked as sealed, nothing of it is, and hook.conf has require_sealed = true";
     Problem::new(Code::Denied, why)
         .of(format!("{name} stays off"))
-        .next(format!(
-            "virtseal vm status {0}, then give it a disk or a TPM and virtseal vm seal {0}",
-            word(name)
-        ))
+        .next(
+            Advice::ShowVm(name.clone())
+                .then("give it a disk or a TPM")
+                .then(Advice::SealVm(name.clone())),
+        )
 }
 
 fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Problem {
     let name = &domain.name;
     let failure = Problem::new(Code::Unreachable, format!("{name} stays off: {}", chain(error)));
     match error {
-        LibvirtError::Silent { .. } => failure.next(format!(
-            "virsh autostart --disable {0}, then virsh start {0}",
-            word(name)
-        )),
+        LibvirtError::Silent { .. } => failure.next(Advice::NoAutostart(name.clone()).then(Advice::StartVm(name.clone()))),
         LibvirtError::Usurped { .. } => failure.next(
             "keep others from defining secrets: SECURITY.md, \"Write access to secrets\"; then copy the data to a new disk in the guest",
         ),
-        _ => failure.next("virtseal status"),
+        _ => failure.next(Advice::ShowStatus),
     }
 }

@@ -12,6 +12,7 @@ use super::paths;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PermittedPath};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::Located;
@@ -182,8 +183,10 @@ impl Daemon {
         let left = |copy: &VisibleCopy, why: &str| LeftBehind {
             envelope: id,
             reason: format!(
-                "{} has another version of generation {}; {why}: virtseal vm status {}",
-                copy.place, copy.envelope.generation, record.envelope.vm
+                "{} has another version of generation {}; {why}: {}",
+                copy.place,
+                copy.envelope.generation,
+                Advice::ShowVm(record.envelope.vm.to_string())
             ),
             again: false,
         };

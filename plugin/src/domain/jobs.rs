@@ -6,6 +6,7 @@ use roxmltree::Node;
 
 use super::DomainError;
 use super::xml::{child, children, parse_document};
+use crate::model::advice::Advice;
 
 /// Where a job writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,16 +55,15 @@ impl fmt::Display for JobTarget {
 impl JobTarget {
     /// What to do about it.
     #[must_use]
-    pub fn way_out(&self) -> &'static str {
+    pub fn way_out(&self) -> Advice {
         match self.role {
-            Role::Copy => "virsh blockjob --abort, and remove the copy",
-            Role::Backup => {
-                "virsh domjobabort, and remove the file; <encryption format='luks' engine='qemu'> in <target> keeps a backup sealed"
-            }
-            Role::Scratch => {
-                "virsh domjobabort; <encryption format='luks' engine='qemu'> in <scratch> keeps that file sealed"
-            }
-            Role::Export => "virsh domjobabort; tls='yes' in <server>, or a unix socket",
+            Role::Copy => Advice::AbortBlockJob.then("remove the copy"),
+            Role::Backup => Advice::AbortDomainJob
+                .then("remove the file")
+                .also("<encryption format='luks' engine='qemu'> in <target> keeps a backup sealed"),
+            Role::Scratch => Advice::AbortDomainJob
+                .also("<encryption format='luks' engine='qemu'> in <scratch> keeps that file sealed"),
+            Role::Export => Advice::AbortDomainJob.also("tls='yes' in <server>, or a unix socket"),
         }
     }
 }

@@ -13,6 +13,7 @@ use super::arguments::{self, Argument};
 use super::jobs::{self, JobTarget};
 use super::xml::{child, children, text};
 use super::{Firmware, PolicyKey, Source};
+use crate::model::advice::Advice;
 
 /// One way out.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,8 +95,8 @@ impl SideDoor {
 
     /// What to change in the XML.
     #[must_use]
-    pub fn way_out(&self) -> &'static str {
-        match self {
+    pub fn way_out(&self) -> Advice {
+        let change = match self {
             Self::FileMemory => "<memoryBacking> with <source type='memfd'/>",
             Self::PersistentMemory { .. } => "remove that <memory>",
             Self::StorageArgument(_) | Self::MemoryArgument(_) | Self::Argument(_) => {
@@ -104,10 +105,11 @@ impl SideDoor {
             Self::Directory { .. } => "remove that <filesystem>, or add <readonly/>",
             Self::Pstore(_) => "remove <pstore>",
             Self::Output { .. } => "type='pty' without <log>",
-            Self::Mirror(copy) => copy.way_out(),
+            Self::Mirror(copy) => return copy.way_out(),
             Self::Dump(_) => "destroy or restart instead",
             Self::InternalSnapshots(_) => "have UEFI variables in a raw <nvram>",
-        }
+        };
+        change.into()
     }
 }
 
@@ -152,7 +154,7 @@ impl fmt::Display for SideDoor {
             Self::Dump(when) => write!(f, "its memory is dumped to a file in plaintext {when}"),
             Self::InternalSnapshots(why) => write!(
                 f,
-                "{why}, so that libvirt does not refuse an internal snapshot while it runs (the default of virsh snapshot-create-as \
+                "{why}, so that libvirt does not refuse an internal snapshot while it runs (the default of snapshot-create-as \
                  and of virt-manager), and that kills a QEMU with a sealed qcow2 disk: use --disk-only and an encrypted overlay"
             ),
         }

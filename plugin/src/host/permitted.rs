@@ -31,6 +31,7 @@ use thiserror::Error;
 
 use crate::config::Config;
 use crate::host::libvirt::StoragePool;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::terminal::word;
 use pool::QemuIds;
@@ -374,30 +375,37 @@ impl PathError {
 impl From<PathError> for Problem {
     fn from(error: PathError) -> Self {
         let said = chain(&error);
+        let edit = |what: String| Advice::EditXml("VM".into()).within(what);
         match error {
             PathError::Outside {
-                directory, image_dirs, ..
+                directory,
+                image_dirs,
+                ..
             } => Self::new(Code::Denied, said).next(line_to_add(image_dirs, directory)),
             PathError::Private { path, image_dirs } => {
                 let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
                 Self::new(Code::Denied, said).next(line_to_add(image_dirs, directory))
             }
-            PathError::Link { path, target, .. } => Self::new(Code::Denied, said).next(format!(
-                "virsh edit the VM: name the file itself instead of {} (the link says {}), or have root make the link where root \
-                 alone can write",
-                word(path.display()),
-                word(target.display())
-            )),
-            PathError::HardLink(path) => Self::new(Code::Denied, said).next(format!(
-                "cp --sparse=always {0} {1}, and name {1} in the XML: virsh edit the VM",
-                word(path.display()),
-                word(format!("{}.copy", path.display()))
-            )),
+            PathError::Link { path, target, .. } => Self::new(Code::Denied, said).next(
+                edit(format!(
+                    "name the file itself instead of {} (the link says {})",
+                    word(path.display()),
+                    word(target.display())
+                ))
+                .or("have root make the link where root alone can write"),
+            ),
+            PathError::HardLink(path) => {
+                let copy = word(format!("{}.copy", path.display()));
+                Self::new(Code::Denied, said).next(
+                    Advice::from(format!("cp --sparse=always {} {copy}", word(path.display())))
+                        .then(edit(format!("name {copy}"))),
+                )
+            }
             PathError::Odd(_) | PathError::Loop(_) => {
-                Self::new(Code::Denied, said).next("virsh edit the VM: name the file by its absolute path")
+                Self::new(Code::Denied, said).next(edit("name the file by its absolute path".into()))
             }
             PathError::OfVirtseal(_) => {
-                Self::new(Code::Denied, said).next("virsh edit the VM: name a file of its own")
+                Self::new(Code::Denied, said).next(edit("name a file of its own".into()))
             }
             PathError::Io { ref at, ref source } if source.kind() == io::ErrorKind::NotFound => {
                 let next = format!("ls -ld {}, and mount or make what is missing", word(at.display()));
@@ -408,14 +416,15 @@ impl From<PathError> for Problem {
     }
 }
 
-fn line_to_add(mut image_dirs: Vec<PathBuf>, directory: PathBuf) -> String {
+fn line_to_add(mut image_dirs: Vec<PathBuf>, directory: PathBuf) -> Advice {
     image_dirs.push(directory);
     let dirs: Vec<_> = image_dirs.iter().map(|dir| yaml_word(dir)).collect();
-    format!(
-        "if that directory is for files of VMs, put the line `image_dirs: [{}]` into {}, then systemctl reload virtseald",
+    Advice::from(format!(
+        "if that directory is for files of VMs, put the line `image_dirs: [{}]` into {}",
         dirs.join(", "),
         Config::DEFAULT_PATH
-    )
+    ))
+    .then(Advice::ReloadDaemon)
 }
 
 /// A path in a flow sequence of YAML.

@@ -15,6 +15,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::job::{JobId, JobKind, JobState, Subject};
 use crate::model::problem::Problem;
@@ -173,8 +174,9 @@ impl Task {
         };
         policy.contains(&leaves).then(|| {
             format!(
-                "new VMs still go to '{}': virtseal provider default OTHER, or change recipients in virtseald.yaml",
-                name(leaves)
+                "new VMs still go to '{}': {}",
+                name(leaves),
+                Advice::MakeDefault("OTHER".into()).or("change recipients in virtseald.yaml")
             )
         })
     }

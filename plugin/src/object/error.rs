@@ -4,8 +4,8 @@ use thiserror::Error;
 
 use super::disk::VolumeError;
 use super::vtpm::StateError;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
-use crate::terminal::word;
 
 /// Of any kind of object.
 #[derive(Debug, Error)]
@@ -35,10 +35,10 @@ impl From<ObjectError> for Problem {
                     Code::Failed,
                     format!("no keyslot of {shown} opens with its key: it was encrypted under another one"),
                 )
-                .next(format!(
-                    "virtseal volume info {}, then put this VM's own image back there, or restore it from a backup",
-                    word(shown)
-                ))
+                .next(
+                    Advice::ShowVolume(path.clone())
+                        .then("put this VM's own image back there, or restore it from a backup"),
+                )
             }
             ObjectError::Image(error) => error.into(),
         }

@@ -12,6 +12,7 @@ use thiserror::Error;
 use super::disk::ImageCopy;
 use super::{Opening, Present};
 use crate::domain::{Domain, Tpm};
+use crate::model::advice::Advice;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Code, Problem, chain};
 use crate::secret::Passphrase;
@@ -151,10 +152,12 @@ pub struct Elsewhere {
 
 impl From<Elsewhere> for Problem {
     fn from(error: Elsewhere) -> Self {
-        Self::new(Code::Failed, error.to_string()).next(format!(
-            "copy the state to {}, where libvirt has it by itself, and take <source> out of <backend>: virsh edit {}",
-            word(error.usual.0.display()),
-            word(&error.vm)
-        ))
+        Self::new(Code::Failed, error.to_string()).next(
+            Advice::from(format!(
+                "copy the state to {}, where libvirt has it by itself",
+                word(error.usual.0.display())
+            ))
+            .then(Advice::EditXml(error.vm.clone()).within("take <source> out of <backend>")),
+        )
     }
 }

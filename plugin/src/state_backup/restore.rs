@@ -15,6 +15,7 @@ use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
 use crate::audit::{Actor, AuditLog, Event, Outcome, Position};
 use crate::crypto::age_file;
 use crate::host::local_time::rfc3339;
+use crate::model::advice::Advice;
 use crate::secret::SecretBytes;
 use crate::store::{AuditAnchor, HostStore, StoreError, Stores};
 
@@ -142,7 +143,7 @@ impl<'a> Place<'a> {
             Ok(lock) => Ok(Some(lock)),
             Err((_, Errno::EWOULDBLOCK)) => Err(StoreError::InUse {
                 dir: self.dir().to_owned(),
-                holder: "see systemctl status virtseald".to_owned(),
+                holder: format!("see {}", Advice::ShowDaemon),
             }
             .into()),
             Err((_, errno)) => Err(StateError::io("lock", &path)(errno.into())),

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::host::libvirt::{DefinedDomain, Libvirt, LibvirtError};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{Provider, Recipients};
@@ -33,14 +34,14 @@ pub struct Ambiguous {
 impl Ambiguous {
     /// `command` takes a UUID too.
     #[must_use]
-    pub fn refuse(&self, code: Code, command: &str) -> Problem {
+    pub fn refuse(&self, code: Code, advice: fn(String) -> Advice) -> Problem {
         let (count, name) = (self.vms.len(), &self.name);
         let ids: Vec<_> = self.vms.iter().map(ToString::to_string).collect();
         Problem::new(
             code,
             format!("{count} VMs were called {name}, and none of them is defined"),
         )
-        .next(format!("{command} UUID, one of {}", ids.join(", ")))
+        .next(advice("UUID".into()).note(format!("one of {}", ids.join(", "))))
     }
 }
 
@@ -79,8 +80,7 @@ pub fn find_vm(libvirt: &Libvirt, keystore: &dyn EnvelopeStore, asked: &str) -> 
         Err(failure) => return Err(failure),
     };
     let records = keystore.vms()?.sound;
-    let found =
-        undefined(&records, asked).map_err(|several| several.refuse(Code::Usage, "virtseal vm status"))?;
+    let found = undefined(&records, asked).map_err(|several| several.refuse(Code::Usage, Advice::ShowVm))?;
     found.cloned().map(KnownVm::Undefined).ok_or(absent)
 }
 
@@ -91,7 +91,7 @@ pub fn find_vm(libvirt: &Libvirt, keystore: &dyn EnvelopeStore, asked: &str) -> 
 pub fn find_domain(libvirt: &Libvirt, asked: &str) -> Result<DefinedDomain, Problem> {
     let found = libvirt.domain(asked).map_err(|error| unreachable(&error))?;
     let found = found.filter(|found| is_meant(asked, found.vm));
-    found.ok_or_else(|| absent(asked).next("virsh list --all"))
+    found.ok_or_else(|| absent(asked).next(Advice::ListDomains))
 }
 
 /// A UUID needs no libvirt: the VM may be defined later.
@@ -104,7 +104,7 @@ pub fn vm_id(libvirt: &Libvirt, asked: &str) -> Result<VmId, Problem> {
     }
     let found = libvirt
         .domain(asked)
-        .map_err(|error| unreachable(&error).next("virtseal status, or give its UUID"))?;
+        .map_err(|error| unreachable(&error).next(Advice::ShowStatus.or("give its UUID")))?;
     let id = found.map(|domain| domain.vm);
     id.ok_or_else(|| absent(asked).next("define it first, or give the UUID that it will have"))
 }
@@ -125,7 +125,7 @@ fn absent(asked: &str) -> Problem {
 /// For a command that can't do without libvirt.
 #[must_use]
 pub fn unreachable(error: &LibvirtError) -> Problem {
-    Problem::new(Code::Unreachable, chain(error)).next("virtseal status")
+    Problem::new(Code::Unreachable, chain(error)).next(Advice::ShowStatus)
 }
 
 /// The names of the VMs that the keystore knows.
@@ -289,7 +289,7 @@ mod tests {
         let records = [(1, "a".to_owned()), (2, "a".to_owned())].each_ref().map(record);
         let refused = undefined(&records, "a")
             .unwrap_err()
-            .refuse(Code::WouldLoseKey, "virtseal vm shred");
+            .refuse(Code::WouldLoseKey, Advice::ShredVm);
         assert!(refused.message.starts_with("2 VMs were called a"), "{refused}");
         let next = refused.advice.unwrap().to_string();
         for record in &records {

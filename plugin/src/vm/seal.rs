@@ -26,13 +26,13 @@ use crate::domain::Metadata;
 use crate::domain::edit::{self, SealEdit};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
 use crate::object::nvram;
 use crate::recipients::Recipients;
 use crate::store::EnvelopeStore;
-use crate::terminal::word;
 
 pub use declared::ConfirmedFormats;
 pub use firmware::firmware_of;
@@ -148,7 +148,7 @@ pub fn seal(
     };
     let xml = edit::seal(&defined.xml, &changes)
         .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
-    let again = format!("virtseal vm seal {}", word(&defined.name));
+    let again = Advice::SealVm(defined.name.clone());
     let replaced = Replaced::publish(host, ready, &again).map_err(|failure| failure.of(&defined.name))?;
     if let Some(envelope) = vtpm.filter(|_| plan.vtpm.changes_xml()) {
         // There is no state yet to open; the envelope itself was opened again when it was made.

@@ -12,11 +12,12 @@ use crate::domain::{
 };
 use crate::host::libvirt::qemu_conf::QemuConf;
 use crate::host::permitted::{PathError, PermittedPath};
+use crate::model::advice::Advice;
 use crate::model::envelope::ObjectKind;
 use crate::model::finding::{Finding, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, VolumeError};
-use crate::terminal::{quoted, visible, word};
+use crate::terminal::{quoted, visible};
 
 /// Not in libc for every target.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -106,12 +107,15 @@ fn refuse_without_tls(policy: Policy, conf: impl Fn() -> io::Result<QemuConf>) -
         Code::Failed,
         format!("its policy demands TLS of a migration, and libvirt here would let it leave without{why}"),
     )
-    .next(format!(
-        "set migrate_tls_force = 1 in {}, then systemctl restart libvirtd; or `policy: {{migration_tls: no}}` in {}, then \
-         systemctl reload virtseald",
-        QemuConf::PATH,
-        Config::DEFAULT_PATH
-    )))
+    .next(
+        Advice::from(format!("set migrate_tls_force = 1 in {}", QemuConf::PATH))
+            .then(Advice::RestartLibvirtd)
+            .or_else(format!(
+                "`policy: {{migration_tls: no}}` in {}",
+                Config::DEFAULT_PATH
+            ))
+            .then(Advice::ReloadDaemon),
+    ))
 }
 
 fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles) -> Result<(), Problem> {
@@ -123,47 +127,45 @@ fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles
     let Some((words, door, key)) = refused else {
         return Ok(());
     };
-    Err(Problem::new(Code::Failed, words.clone()).next(format!(
-        "virsh edit {}: {}; {}",
-        quoted(&domain.name),
-        door.way_out(),
-        or_allow(*key)
-    )))
+    Err(Problem::new(Code::Failed, words.clone()).next(
+        Advice::EditXml(domain.name.clone())
+            .within(door.way_out())
+            .or_else(allow(*key)),
+    ))
 }
 
-fn or_allow(key: PolicyKey) -> String {
-    format!(
-        "or allow it with `policy: {{{}: yes}}` in {}, then systemctl reload virtseald",
+fn allow(key: PolicyKey) -> Advice {
+    Advice::from(format!(
+        "allow it with `policy: {{{}: yes}}` in {}",
         key.as_str(),
         Config::DEFAULT_PATH
-    )
+    ))
+    .then(Advice::ReloadDaemon)
 }
 
 /// Why a VM stays off of which something is not sealed, with what leads out of that.
 #[must_use]
 pub fn not_sealed(refusal: &Refusal) -> Problem {
     let next = match refusal {
-        Refusal::NotSealed { vm } => format!("virtseal vm seal {}", word(vm)),
+        Refusal::NotSealed { vm } => Advice::SealVm(vm.clone()),
         Refusal::Plain { vm, kind, path, .. } => {
             // A snapshot of the disk alone puts a plain file on top of the sealed one, and that can't be sealed.
-            let if_overlay = path.as_ref().map(|path| {
-                format!(
-                    "virsh snapshot-list {}: commit or delete the snapshot if {} is its overlay; else ",
-                    word(vm),
-                    path.display()
-                )
-            });
-            let or_allow = match kind {
-                ObjectKind::Disk => format!("; {}", or_allow(PolicyKey::MixedDisks)),
-                _ => String::new(),
+            let seal = Advice::ShowVm(vm.clone()).then("detach or seal it");
+            let seal = match path {
+                Some(path) => Advice::ListSnapshots(vm.clone())
+                    .within(format!(
+                        "commit or delete the snapshot if {} is its overlay",
+                        path.display()
+                    ))
+                    .or_else(seal),
+                None => seal,
             };
-            format!(
-                "{}virtseal vm status {}, then detach or seal it{or_allow}",
-                if_overlay.unwrap_or_default(),
-                word(vm)
-            )
+            match kind {
+                ObjectKind::Disk => seal.or_else(allow(PolicyKey::MixedDisks)),
+                _ => seal,
+            }
         }
-        Refusal::Unsupported { vm, .. } => format!("virsh edit {}", word(vm)),
+        Refusal::Unsupported { vm, .. } => Advice::EditXml(vm.clone()),
     };
     Problem::new(Code::Failed, refusal.to_string()).next(next)
 }
@@ -239,7 +241,7 @@ pub fn plain_disks(domain: &Domain) -> Vec<Object> {
 pub fn sealed_as_raw(vm: &str, disk: &str, path: &Path, owner: &str) -> String {
     format!(
         "{}: {} is the sealed image {} of {}, opened as raw: the guest sees ciphertext, and what it writes there destroys the image \
-         (virsh detach-disk, then virtseal volume info {})",
+         ({})",
         visible(vm),
         visible(disk),
         visible(&path.display().to_string()),
@@ -360,7 +362,7 @@ mod tests {
         assert_eq!(
             said(ObjectKind::Disk, "disk vdx", Some("/a")),
             "disk vdx (/a) of sealed VM my vm is not encrypted. Next: virsh snapshot-list 'my vm': commit or delete the \
-             snapshot if /a is its overlay; else virtseal vm status 'my vm', then detach or seal it; or allow it with \
+             snapshot if /a is its overlay; or virtseal vm status 'my vm', then detach or seal it; or allow it with \
              `policy: {mixed_disks: yes}` in /etc/virtseal/virtseald.yaml, then systemctl reload virtseald"
         );
         assert!(said(ObjectKind::Disk, "disk vdx", None).contains("mixed_disks: yes"));

@@ -13,6 +13,7 @@ use crate::audit::Actor;
 use crate::daemon::{Daemon, records};
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
 use crate::provider::cache::{CachePolicy, KekCache, NothingToCache, PersistError, PersistTime};
@@ -57,7 +58,7 @@ fn set_cache(
                 Code::Failed,
                 format!("provider '{name}' {}", known.provider().status()),
             )
-            .next(format!("virtseal provider show {name}"))),
+            .next(Advice::ShowProvider(name.to_owned()))),
         };
     };
     let persist = persist
@@ -107,9 +108,7 @@ fn persistence<'a>(
                  lost each time; a cache takes no key that signs it"
             ),
         )
-        .next(format!(
-            "virtseal provider cache {name} {policy} --persist tpm --pcrs {others}"
-        )));
+        .next(Advice::CacheOnDisk { name: name.to_owned(), policy: policy.to_string(), options: format!("--pcrs {others}") }));
     }
     Ok(Persist {
         tpm: &daemon.tpm,
@@ -157,7 +156,7 @@ pub(crate) fn check_disk_after_lock(known: &Provider) -> Result<(), Problem> {
             ),
             &error,
         )
-        .next(format!("virtseal provider lock {name}"))
+        .next(Advice::LockProvider(name.to_owned()))
     })
 }
 
@@ -200,15 +199,15 @@ fn cache_failure(name: &str, error: &KmipProviderError) -> Problem {
         KmipProviderError::Cache(_) | KmipProviderError::PersistNothing => {
             Problem::new(code, format!("provider '{name}': {}", chain(error)))
         }
-        KmipProviderError::Locked => failure.next(format!("virtseal provider unlock {name}")),
+        KmipProviderError::Locked => failure.next(Advice::UnlockProvider(name.to_owned())),
         KmipProviderError::Persist(PersistError::Tpm(
             TpmError::NoSuchPcr(_) | TpmError::OwnerPassword | TpmError::LockedOut { .. },
         )) => Problem::new(code, format!("provider '{name}': {}", chain(error))),
-        KmipProviderError::Persist(_) => {
-            Problem::new(code, format!("provider '{name}': {}", chain(error))).next(format!(
-                "look at the setting 'tpm' in virtseald.yaml, or virtseal provider cache {name} without --persist"
-            ))
-        }
+        KmipProviderError::Persist(_) => Problem::new(code, format!("provider '{name}': {}", chain(error)))
+            .next(
+                Advice::from("look at the setting 'tpm' in virtseald.yaml")
+                    .or(Advice::CacheInMemory(name.to_owned())),
+            ),
         _ => failure,
     }
 }

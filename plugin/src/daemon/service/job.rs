@@ -179,9 +179,13 @@ fn refuse_to_close(daemon: &Daemon, task: &Task, provider: ProviderId) -> Result
             VmNames::of_keystore(daemon.keystore.as_ref())?.objects_of_vms(&closed)
         ),
     )
-    .next(format!(
-        "virtseal provider move {name} OTHER, or virtseal provider recipients add OTHER"
-    )))
+    .next(
+        Advice::MoveProvider {
+            from: name.to_owned(),
+            to: "OTHER".into(),
+        }
+        .or(Advice::AddRecipient("OTHER".into())),
+    ))
 }
 
 fn task(daemon: &Daemon, request: &JobRequest) -> Result<Task, Problem> {

@@ -5,10 +5,11 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 
-use super::tpm::{CREDENTIAL, enroll_command, unlock_with_pin, view};
+use super::tpm::{CREDENTIAL, enroll_command, view};
 use crate::api::{PersistView, ProviderView, Providers, TpmView};
 use crate::daemon::{Daemon, look};
 use crate::host::local_time::rfc3339;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 use crate::provider::native::{TpmEnrollment, WhyLocked};
 use crate::provider::{KeyProvider, ProviderStatus};
@@ -89,7 +90,7 @@ fn why_locked(known: &Provider) -> Option<String> {
     };
     let name = native.name();
     native.why_locked().map(|why| match why {
-        WhyLocked::NeedsPin => format!("{why}: {}", unlock_with_pin(name)),
+        WhyLocked::NeedsPin => format!("{why}: {}", Advice::UnlockByTpm(name.to_owned())),
         WhyLocked::NotSigned(_) => format!(
             "{why}; unlock it with its passphrase, and have that key sign this kernel: see systemd-measure(1)"
         ),

@@ -12,6 +12,7 @@ use crate::audit::Actor;
 use crate::daemon::visible::VisibleCopy;
 use crate::daemon::{Daemon, lock, records};
 use crate::job::sweep::Task;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, VmId};
 use crate::model::job::Subject;
 use crate::model::problem::{Code, Problem};
@@ -54,9 +55,7 @@ pub(super) fn rotate(
         started.warnings.extend(tpm_lags);
         if native.status() != ProviderStatus::Ready {
             started.warnings.push(format!(
-                "'{name}' has root key {} and wraps nothing until that is backed up: virtseal provider backup {name} \
-                 --output FILE. The job goes on then",
-                native.generation()
+                "'{name}' has root key {} and wraps nothing until that is backed up: {}. The job goes on then", native.generation(), Advice::BackUpProvider(name.to_owned())
             ));
         }
     }
@@ -97,10 +96,7 @@ fn check_root_key_complete(daemon: &Daemon, native: &NativeProvider) -> Result<(
             VmNames::of_keystore(daemon.keystore.as_ref())?.objects_of_vms(&vms)
         ),
     )
-    .next(format!(
-        "find the newest backup; then virtseal state backup -o FILE, virtseal provider delete {name} --force and virtseal \
-         provider restore {name} -i with that backup"
-    )))
+    .next(Advice::from("find the newest backup").then(Advice::BackUpState).then(Advice::ForceDelete(name.to_owned())).then(Advice::RestoreProvider(name.to_owned()).note("with that backup"))))
 }
 
 /// Deleting and restoring the provider would be the way out of a true claim, and a trap if anybody made it up.
@@ -116,7 +112,7 @@ fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Problem {
     )
     .next(format!(
         "if you have a newer backup of '{name}' than this host was given, restore that on a fresh state directory; else rotate it \
-         on the host that the VM came from. If it came from none of yours, keep its virsh dumpxml, and take its <virtseal:vm> \
-         metadata out (virsh edit)"
+         on the host that the VM came from. If it came from none of yours, keep its dumpxml, and take its <virtseal:vm> \
+            metadata out of its XML"
     ))
 }

@@ -5,6 +5,7 @@ use crate::api::pages;
 use crate::api::{FindingView, HostStatus, Vms};
 use crate::daemon::glance::Age;
 use crate::daemon::{Daemon, lock, look, paths};
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 use crate::vm::names::{self, KnownVm};
 use crate::vm::status::view;
@@ -41,7 +42,7 @@ pub(super) fn vm_status(
     let Some(vm) = vm else {
         let glance = daemon.glances.take(age)?;
         if let Err(why) = glance.libvirt {
-            return Err(Problem::new(Code::Unreachable, why).next("virtseal status"));
+            return Err(Problem::new(Code::Unreachable, why).next(Advice::ShowStatus));
         }
         let (vms, next) = pages::of_vms(&glance.vms, after, 0);
         return Ok(Vms { vms, next });

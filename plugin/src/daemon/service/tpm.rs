@@ -15,6 +15,7 @@ use crate::daemon::{Daemon, records};
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{BindPolicy, PcrList, SigningKey, TpmError};
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::native::{LocksNoted, NativeError, NativeProvider, TpmEnrollment};
 use crate::provider::{KeyProvider, ProviderStatus};
@@ -116,7 +117,11 @@ pub fn try_to_unlock(daemon: &Daemon, unlock: &TpmUnlock) -> Tried {
     let unlocked = provider.unlock_by_tpm(&daemon.tpm, *locks, None);
     crate::host::process::trim();
     if let Err(NativeError::Tpm(TpmError::NeedsPin)) = &unlocked {
-        tracing::info!(provider = name, "it waits for its PIN: {}", unlock_with_pin(name));
+        tracing::info!(
+            provider = name,
+            "it waits for its PIN: {}",
+            Advice::UnlockByTpm(name.to_owned())
+        );
         return Tried::Over;
     }
     if let Err(NativeError::Tpm(error)) = &unlocked
@@ -181,10 +186,6 @@ fn native_for_tpm(daemon: &Daemon, name: &str) -> Result<Arc<NativeProvider>, Pr
         )
         .next("to unlock it at start, use a systemd credential: see unlock-at-boot.conf")),
     }
-}
-
-pub(super) fn unlock_with_pin(name: &str) -> String {
-    format!("virtseal provider unlock {name} --tpm")
 }
 
 pub(super) fn view(enrollment: &TpmEnrollment) -> TpmView {
@@ -260,9 +261,13 @@ fn policy(native: &NativeProvider, request: &TpmRequest) -> Result<BindPolicy, P
     };
     BindPolicy::new(pcrs, key).map_err(|error| {
         let name = native.name();
-        Problem::new(Code::Usage, format!("provider '{name}' is not enrolled: {error}")).next(format!(
-            "virtseal provider tpm {name} --enroll --pcrs 7,11 --pcr-public-key FILE, or --pcrs 7"
-        ))
+        Problem::new(Code::Usage, format!("provider '{name}' is not enrolled: {error}")).next(
+            Advice::EnrollTpm {
+                name: name.to_owned(),
+                options: "--pcrs 7,11 --pcr-public-key FILE".into(),
+            }
+            .or("--pcrs 7"),
+        )
     })
 }
 
@@ -281,7 +286,7 @@ fn refuse_to_drop_pin(native: &NativeProvider, request: &TpmRequest, has_pin: bo
         Code::Usage,
         format!("provider '{name}' may be enrolled with a PIN, and this would take it away"),
     )
-    .next(format!("{}, with --pin or --no-pin", enroll_command(native))))
+    .next(enroll_command(native).note("with --pin or --no-pin")))
 }
 
 /// The PCRs that the TPM looks at now, or the usual ones when it looks at none.
@@ -296,56 +301,57 @@ fn pcrs_of_before(native: &NativeProvider) -> Result<PcrList, Problem> {
                     "provider '{name}': its enrolment is damaged, and does not say which PCRs it was for"
                 ),
             )
-            .next(format!("virtseal provider tpm {name} --enroll --pcrs LIST"))
+            .next(Advice::EnrollTpm {
+                name: name.to_owned(),
+                options: "--pcrs LIST".into(),
+            })
         }),
     }
 }
 
 /// The command that enrolls it for the PCRs that it is enrolled for.
-pub(super) fn enroll_command(native: &NativeProvider) -> String {
-    let command = format!("virtseal provider tpm {} --enroll", native.name());
+pub(super) fn enroll_command(native: &NativeProvider) -> Advice {
+    let with = |options: String| Advice::EnrollTpm {
+        name: native.name().to_owned(),
+        options: options.into(),
+    };
     let enrollment = native.tpm_enrollment().ok().flatten();
     match enrollment.map(|before| before.pcrs.zip(Some(before.signed_by))) {
-        Some(None) => format!("{command} --pcrs LIST"),
+        Some(None) => with("--pcrs LIST".into()),
         Some(Some((pcrs, None))) if pcrs.has_kernel() => {
-            format!("{command} --pcrs {pcrs} --pcr-public-key FILE, or --pcrs 7")
+            with(format!("--pcrs {pcrs} --pcr-public-key FILE")).or("--pcrs 7")
         }
-        Some(Some((pcrs, _))) if pcrs != PcrList::default() => format!("{command} --pcrs {pcrs}"),
-        Some(Some(_)) | None => command,
+        Some(Some((pcrs, _))) if pcrs != PcrList::default() => with(format!("--pcrs {pcrs}")),
+        Some(Some(_)) | None => with(String::new()),
     }
 }
 
 pub(crate) fn tpm_failure(native: &NativeProvider, error: &NativeError) -> Problem {
     let name = native.name();
     let message = format!("provider '{name}' {}", chain(error));
-    let enroll_again = || {
-        format!(
-            "virtseal provider unlock {name}, with its passphrase, then {}",
-            enroll_command(native)
-        )
-    };
+    let unlock = || Advice::UnlockProvider(name.to_owned()).note("with its passphrase");
+    let enroll_again = || unlock().then(enroll_command(native));
     match error {
         NativeError::Keystore(error) => error.into(),
         NativeError::Locked => {
-            Problem::new(Code::Locked, message).next(format!("virtseal provider unlock {name}"))
+            Problem::new(Code::Locked, message).next(Advice::UnlockProvider(name.to_owned()))
         }
         NativeError::NotEnrolled => Problem::new(Code::NotFound, message).next(enroll_again()),
         NativeError::Tpm(TpmError::NeedsPin | TpmError::WrongPin { .. }) => {
-            Problem::new(Code::Locked, message).next(format!(
-                "{}, with its PIN, or without --tpm, with its passphrase",
-                unlock_with_pin(name)
-            ))
+            Problem::new(Code::Locked, message).next(Advice::UnlockByPin(name.to_owned()))
         }
-        NativeError::Tpm(TpmError::NotSigned { .. }) => Problem::new(Code::Locked, message).next(format!(
-            "have that key sign this kernel (systemd-measure(1)), or virtseal provider unlock {name}, with its passphrase"
-        )),
-        NativeError::Tpm(TpmError::NoSuchPcr(_) | TpmError::OwnerPassword) => Problem::new(Code::Failed, message),
-        NativeError::Tpm(error) if error.may_pass() => Problem::new(Code::Unreachable, message).next(format!(
-            "virtseal provider unlock {name}, with its passphrase, or set 'tpm' in virtseald.yaml and restart virtseald"
-        )),
-        NativeError::Tpm(TpmError::LockedOut { .. } | TpmError::OutOfOrder | TpmError::Failed { .. }) => {
+        NativeError::Tpm(TpmError::NotSigned { .. }) => Problem::new(Code::Locked, message)
+            .next(Advice::from("have that key sign this kernel (systemd-measure(1))").or(unlock())),
+        NativeError::Tpm(TpmError::NoSuchPcr(_) | TpmError::OwnerPassword) => {
             Problem::new(Code::Failed, message)
-                .next(format!("virtseal provider unlock {name}, with its passphrase"))
+        }
+        NativeError::Tpm(error) if error.may_pass() => Problem::new(Code::Unreachable, message).next(
+            unlock()
+                .or("set 'tpm' in virtseald.yaml")
+                .then(Advice::RestartDaemon),
+        ),
+        NativeError::Tpm(TpmError::LockedOut { .. } | TpmError::OutOfOrder | TpmError::Failed { .. }) => {
+            Problem::new(Code::Failed, message).next(unlock())
         }
         NativeError::Tpm(_) | NativeError::TpmStale | NativeError::TpmSeal => {
             Problem::new(Code::Locked, message).next(enroll_again())

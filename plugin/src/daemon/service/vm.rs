@@ -4,9 +4,9 @@ use crate::api::Outcome;
 use crate::audit::Actor;
 use crate::daemon::{Daemon, lock, records};
 use crate::domain;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::store::CopyPlace;
-use crate::terminal::word;
 use crate::vm::seal::{self, ConfirmedFormats, Host};
 use crate::vm::{marks, names};
 
@@ -44,10 +44,7 @@ pub(crate) fn seal(
                     Code::Failed,
                     format!("{} is not redefined: {}", domain.name, chain(&error)),
                 ))
-                .next(format!(
-                    "virtseal vm seal {}: it goes on from here, nothing is lost",
-                    word(vm)
-                ))
+                .next(Advice::SealVm(vm.to_owned()).within("it goes on from here, nothing is lost"))
         })?;
         catch_up(daemon, &made.xml)?;
     }
@@ -95,7 +92,7 @@ pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, dry_run: bool) -> Res
                         Code::Failed,
                         format!("{} is not redefined: {}", domain.name, chain(&error)),
                     ))
-                    .next(format!("virtseal vm unseal {}: it goes on from here", word(vm)))
+                    .next(Advice::UnsealVm(vm.to_owned()).within("it goes on from here"))
             })
         });
         records::note_vm(daemon, by, "unseal", domain.vm, &domain.name, &unsealed);

@@ -17,6 +17,7 @@ use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::host::permitted::PermittedPath;
 use crate::job::live::{AtWork, Stint};
 use crate::job::record::{self, NewVolume, Work};
+use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
 use crate::model::job::Subject;
 use crate::model::problem::{Code, Problem, chain};
@@ -24,7 +25,6 @@ use crate::object::disk::{
     self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration, VolumeError,
 };
 use crate::store::{EnvelopeState, JobRecord, NewJob};
-use crate::terminal::word;
 use crate::vm::names;
 use crate::vm::seal::NewObject;
 
@@ -343,10 +343,9 @@ fn declared_format(daemon: &Daemon, image: &Path) -> Result<Option<DeclaredForma
             Code::Failed,
             format!("{contradiction}: VM {vm} has it as {format}"),
         )
-        .next(format!(
-            "virtseal volume info {}; if {vm} is right, repeat this with --from-format {format}",
-            word(image.display())
-        )),
+        .next(Advice::ShowVolume(image.to_owned()).also(format!(
+            "if {vm} is right, repeat this with --from-format {format}"
+        ))),
         error => error.into(),
     })?;
     Ok(Some(format))
@@ -368,7 +367,7 @@ impl Drop for Claim<'_> {
 fn claim<'a>(daemon: &'a Daemon, path: &str) -> Result<Claim<'a>, Problem> {
     if !lock(&daemon.making).insert(path.to_owned()) {
         return Err(Problem::new(Code::Busy, format!("{path} is being made"))
-            .next(format!("virtseal volume info {}, when that is done", word(path))));
+            .next(Advice::ShowVolume(path.into()).note("when that is done")));
     }
     Ok(Claim {
         making: &daemon.making,

@@ -4,6 +4,7 @@ use std::sync::PoisonError;
 
 use super::{KmipProvider, KmipProviderError, KmipSettings};
 use crate::host::tpm::{PcrList, Tpm, TpmError};
+use crate::model::advice::Advice;
 use crate::provider::cache::{CachePolicy, PersistTime};
 use crate::store::StoreError;
 
@@ -77,10 +78,13 @@ impl KmipProvider {
             .pcrs
             .and_then(|pcrs| pcrs.without_kernel())
             .map_or_else(String::new, |pcrs| format!(" --pcrs {pcrs}"));
+        let again = Advice::CacheOnDisk {
+            name: name.clone(),
+            policy: policy.to_string(),
+            options: format!("--persist-for {}{pcrs}", persistence.keep),
+        };
         Some(format!(
-            "no key is kept for a reboot ({problem}): virtseal provider cache {name} {policy} --persist tpm --persist-for \
-             {}{pcrs} begins anew",
-            persistence.keep
+            "no key is kept for a reboot ({problem}): {again} begins anew"
         ))
     }
 }

@@ -17,6 +17,7 @@ use thiserror::Error;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
+use crate::model::advice::Advice;
 use crate::model::envelope::ProviderId;
 use crate::secret::{SecretBytes, Transient};
 
@@ -151,8 +152,9 @@ impl RootKeys {
         );
         let tail = format!(
             ",\n  \"note\": \"Whoever reads root_key can open every disk that provider {} ever sealed. Keep it secret and \
-             keep it safe. To use it: virtseal provider restore\"\n}}\n",
-            self.provider
+             keep it safe. To use it: {}\"\n}}\n",
+            self.provider,
+            Advice::RestoreProvider("NAME".into())
         );
         // Never grows: a buffer that moves leaves a copy behind.
         let capacity = head.len() + tail.len() + 160 * self.len() + 40;

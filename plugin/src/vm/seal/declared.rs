@@ -8,10 +8,10 @@ use std::path::Path;
 use super::Host;
 use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::host::permitted::PermittedPath;
+use crate::model::advice::Advice;
 use crate::model::envelope::ObjectKind;
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, Declaration, VolumeError, VolumeInfo};
-use crate::terminal::{quoted, word};
 
 /// The declarations that an admin has confirmed: `--from-format vda=raw`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl ConfirmedFormats {
                 Code::Usage,
                 format!("the XML declares it {stated}, and --from-format says {other}"),
             )
-            .next("change <driver type=…> in the XML first (virsh edit), if that is wrong")),
+            .next("change <driver type=…> in the XML first, if that is wrong")),
         }
     }
 }
@@ -78,7 +78,10 @@ pub(super) fn inspect(
             Code::Failed,
             format!("the XML declares it {other:?}: only raw and qcow2 disks can be sealed"),
         )
-        .next("convert it to qcow2 as its owner, not as root, and name that in the XML (virsh edit)")
+        .next(
+            Advice::from("convert it to qcow2 as its owner, not as root")
+                .then(Advice::EditXml(domain.name.clone()).within("name that")),
+        )
     })?;
     let declaration = host.confirmed.declaration(disk, stated)?;
     match disk::inspect_declared(place, declaration) {
@@ -128,20 +131,19 @@ fn contradiction(
         declared,
         found,
     };
+    let edit = Advice::EditXml(domain.name.clone());
     let next = match declared {
-        DeclaredFormat::Raw => format!(
-            "virtseal volume info {}; if the XML is wrong: virsh edit {1}; if the guest has written that to its raw disk: \
-             virtseal vm seal --from-format={2}=raw {1}",
-            word(path.display()),
-            word(&domain.name),
-            quoted(&disk.target)
+        DeclaredFormat::Raw => Advice::from("if the XML is wrong").within(edit).also(
+            Advice::from("if the guest has written that to its raw disk").within(Advice::SealDeclared {
+                vm: domain.name.clone(),
+                disk: disk.target.clone(),
+            }),
         ),
-        DeclaredFormat::Qcow2 => format!(
-            "virtseal volume info {}; if the XML is wrong: virsh edit {}, <driver type='raw'>; else restore the image from a backup",
-            word(path.display()),
-            word(&domain.name)
-        ),
+        DeclaredFormat::Qcow2 => Advice::from("if the XML is wrong")
+            .within(edit.note("<driver type='raw'>"))
+            .also("else restore the image from a backup"),
     };
+    let next = Advice::ShowVolume(path.to_owned()).also(next);
     Problem::new(Code::WouldLoseKey, error.to_string()).next(next)
 }
 

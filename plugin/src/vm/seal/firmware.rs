@@ -13,6 +13,7 @@ use self::descriptor::{DESCRIPTORS, Descriptor, descriptors};
 use self::fits::{Rules, Wish};
 use crate::domain::{Domain, Firmware, LaunchSecurity, Nvram, Uefi, edit::LoaderPin};
 use crate::host::libvirt::qemu_conf::QemuConf;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 
 /// What the variable store is made from.
@@ -170,9 +171,10 @@ fn uncertain(uefi: &Uefi, why: String) -> Problem {
         Some(_) => "<nvram template='…'/> in its <os>",
         None => "both in its <os>: <loader readonly='yes' type='pflash'>…</loader> and <nvram template='…'/>",
     };
-    Problem::new(Code::Failed, why).next(format!(
-        "name {missing} (virsh edit); or install {package}, if that is missing ({arch})"
-    ))
+    Problem::new(Code::Failed, why).next(
+        Advice::from(format!("name {missing} in the XML of the VM"))
+            .or_else(format!("install {package}, if that is missing ({arch})")),
+    )
 }
 
 #[cfg(test)]

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use super::Host;
 use crate::domain::{Domain, Metadata};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::store::{EnvelopeRecord, EnvelopeState};
-use crate::terminal::word;
 
 /// Whether a VM is known to have run since it was sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,9 +73,9 @@ pub(super) fn named_envelope(
                 Code::NotFound,
                 format!("the {kind} is encrypted with secret {id}, which is no envelope of this VM"),
             )
-            .next(format!(
-                "virsh edit {}: remove its <encryption>, if nothing is kept there",
-                word(&domain.name)
-            ))
+            .next(
+                Advice::EditXml(domain.name.clone())
+                    .within("remove its <encryption>, if nothing is kept there"),
+            )
         })
 }

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use crate::domain::{Domain, Firmware};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
+use crate::model::advice::Advice;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::FileId;
-use crate::terminal::word;
 
 type Inode = (u64, u64);
 
@@ -61,11 +61,11 @@ impl OtherUses {
             Code::Denied,
             format!("{} is a file of VM {other} as well", place.shown().display()),
         )
-        .next(format!(
-            "virsh edit {}, or virsh edit {}: name another file",
-            word(&domain.name),
-            word(other)
-        )))
+        .next(
+            Advice::EditXml(domain.name.clone())
+                .or(Advice::EditXml(other.to_owned()))
+                .within("name another file"),
+        ))
     }
 }
 
@@ -85,10 +85,7 @@ pub(super) fn refuse_one_file_twice(domain: &Domain) -> Result<(), Problem> {
                     Code::Failed,
                     format!("{} is both {other} and {label}", path.display()),
                 )
-                .next(format!(
-                    "virsh edit {}: give each a file of its own",
-                    word(&domain.name)
-                )));
+                .next(Advice::EditXml(domain.name.clone()).within("give each a file of its own")));
             }
             _ => {
                 seen.insert(inode, (label, is_read_only));

@@ -13,10 +13,10 @@ use crate::domain::edit::{DiskEdit, SealEdit};
 use crate::domain::{self, Disk, DiskDevice, Domain, Source};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{Data, VolumeInfo};
-use crate::terminal::quoted;
 use crate::terminal::word;
 use crate::vm::side_doors;
 
@@ -102,7 +102,7 @@ impl Plan {
             .map(drop)
             .map_err(|error| {
                 Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error)))
-                    .next(format!("virsh edit {}", word(&defined.name)))
+                    .next(Advice::EditXml(defined.name.clone()))
             })
     }
 }
@@ -173,8 +173,8 @@ pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Problem> {
     refuse_one_file_twice(&domain).map_err(of_vm)?;
     let autostart = defined.autostart.then(|| {
         format!(
-            "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: virsh autostart --disable {}",
-            word(name)
+            "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: {}",
+            Advice::NoAutostart(name.clone())
         )
     });
     let gone = state_gone(host, &domain)?.map(|dir| {
@@ -213,24 +213,26 @@ fn refuse_name(domain: &Domain) -> Result<(), Problem> {
         Code::Failed,
         format!("the name {name:?} has a character that swtpm_setup or libvirt's files can't have"),
     )
-    .next(format!("virsh domrename {} NEW", word(name))))
+    .next(Advice::RenameVm(name.to_owned())))
 }
 
 pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Problem> {
     let name = &defined.name;
     if defined.active {
-        return Err(Problem::new(Code::Busy, format!("{name} is running"))
-            .next(format!("virsh shutdown {}", word(name))));
+        return Err(
+            Problem::new(Code::Busy, format!("{name} is running")).next(Advice::ShutDownVm(name.clone()))
+        );
     }
     if defined.managed_save {
         return Err(Problem::new(
             Code::Busy,
             format!("{name} has a saved state, made from the VM as it is now"),
         )
-        .next(format!(
-            "virsh start {0} and shut it down, or virsh managedsave-remove {0}",
-            word(name)
-        )));
+        .next(
+            Advice::StartVm(name.clone())
+                .then("shut it down")
+                .or(Advice::DropSavedState(name.clone())),
+        ));
     }
     Ok(())
 }
@@ -243,11 +245,12 @@ pub(super) fn parse(defined: &DefinedDomain) -> Result<Domain, Problem> {
 fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) -> Result<DiskStep, Problem> {
     let (Source::File(path), DiskDevice::Disk) = (&disk.source, disk.device) else {
         return Err(
-            Problem::new(Code::Failed, "only disks that are image files can be sealed").next(format!(
-                "move it to a file, or detach it: virsh detach-disk --config {} {}",
-                word(&domain.name),
-                disk.target
-            )),
+            Problem::new(Code::Failed, "only disks that are image files can be sealed").next(
+                Advice::from("move it to a file").or(Advice::DetachDisk {
+                    vm: domain.name.clone(),
+                    disk: disk.target.clone(),
+                }),
+            ),
         );
     };
     if disk.transient {
@@ -255,15 +258,11 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
             Code::Failed,
             "it is transient: libvirt would put a plaintext overlay on it",
         )
-        .next(format!("virsh edit {}: remove <transient/>", word(&domain.name))));
+        .next(Advice::EditXml(domain.name.clone()).within("remove <transient/>")));
     }
     if let Some(objection) = disk.layout.objection() {
-        return Err(Problem::new(Code::Failed, format!("it {objection}")).next(format!(
-            "copy the disk into an image of its own (qemu-img convert --image-opts driver=raw,offset=O,size=S,file.filename={} NEW \
-             for a slice), name that in its <source> instead (virsh edit {}), then seal",
-            word(path.display()),
-            word(&domain.name)
-        )));
+        return Err(Problem::new(Code::Failed, format!("it {objection}")).next(Advice::from(format!( "copy the disk into an image of its own (qemu-img convert --image-opts driver=raw,offset=O,size=S,file.filename={} NEW \
+            for a slice)", word(path.display()) )).then(Advice::EditXml(domain.name.clone()).within("name that in its <source> instead")).then("seal")));
     }
     let place = host.permit_known(domain.uuid, path)?;
     if !place.exists() {
@@ -278,41 +277,48 @@ fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) 
             )));
         }
         return Err(
-            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
-                "virtseal volume create --vm={} --size SIZE {}",
-                quoted(&domain.name),
-                word(path.display())
-            )),
+            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(
+                Advice::CreateVolumeOfSize {
+                    path: path.clone(),
+                    vm: domain.name.clone(),
+                },
+            ),
         );
     }
     let info = declared::inspect(host, domain, disk, &place)?;
-    let work =
-        match (&info.envelope, info.format.is_encrypted()) {
-            (Some(envelope), true) => ours(host, domain, disk, envelope)?,
-            (None, true) => match known_disk(host, domain.uuid, path)? {
-                Some(envelope) => DiskWork::Adopt(envelope),
-                None => DiskWork::Adopt(named_by_xml(host, domain, disk, path, info.unreadable_envelope)?),
-            },
-            (_, false) if disk.encryption.is_some() => return Err(encrypted_by_others(path)),
-            (_, false) if info.virtual_size.0 == 0 => return Err(without_size(path)),
-            (_, false) if info.data == Data::Empty => {
-                // The keystore's word is not enough for a file that no key opens.
-                host.paths.permit(path)?;
-                others.refuse_users_of(&place, domain)?;
-                DiskWork::Replace(Box::new(info))
-            }
-            (_, false) => {
-                return Err(Problem::new(
+    let work = match (&info.envelope, info.format.is_encrypted()) {
+        (Some(envelope), true) => ours(host, domain, disk, envelope)?,
+        (None, true) => match known_disk(host, domain.uuid, path)? {
+            Some(envelope) => DiskWork::Adopt(envelope),
+            None => DiskWork::Adopt(named_by_xml(host, domain, disk, path, info.unreadable_envelope)?),
+        },
+        (_, false) if disk.encryption.is_some() => return Err(encrypted_by_others(path)),
+        (_, false) if info.virtual_size.0 == 0 => return Err(without_size(path)),
+        (_, false) if info.data == Data::Empty => {
+            // The keystore's word is not enough for a file that no key opens.
+            host.paths.permit(path)?;
+            others.refuse_users_of(&place, domain)?;
+            DiskWork::Replace(Box::new(info))
+        }
+        (_, false) => {
+            return Err(Problem::new(
                 Code::WouldLoseKey,
-                format!("{} holds data, and converting a disk in place is not possible yet", path.display()),
+                format!(
+                    "{} holds data, and converting a disk in place is not possible yet",
+                    path.display()
+                ),
             )
-            .next(format!(
-                "virtseal volume create NEW --from={} --vm={}, point the disk to it (virsh edit), then seal",
-                quoted(path.display()),
-                quoted(&domain.name)
-            )));
-            }
-        };
+            .next(
+                Advice::CreateVolumeFrom {
+                    path: "NEW".into(),
+                    from: path.clone(),
+                    vm: Some(domain.name.clone()),
+                }
+                .then(Advice::EditXml(domain.name.clone()).within("point the disk to it"))
+                .then("seal"),
+            ));
+        }
+    };
     Ok(DiskStep {
         target: disk.target.clone(),
         place,
@@ -336,10 +342,12 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
     let envelope = known.unwrap_or_else(|| carried.clone());
     if !envelope.serves(domain.uuid) {
         return Err(
-            Problem::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(format!(
-                "virtseal volume create NEW --vm={}",
-                quoted(&domain.name)
-            )),
+            Problem::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(
+                Advice::CreateVolume {
+                    path: "NEW".into(),
+                    vm: domain.name.clone(),
+                },
+            ),
         );
     }
     let named = disk.encryption.as_ref().map(|encryption| &encryption.secret);
@@ -354,10 +362,7 @@ fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Re
                 envelope.id
             ),
         )
-        .next(format!(
-            "virsh edit {}: remove that disk's <encryption>, then seal",
-            word(&domain.name)
-        ))),
+        .next(Advice::EditXml(domain.name.clone()).within("remove that disk's <encryption>, then seal"))),
         _ => Ok(DiskWork::Adopt(carried.clone())),
     }
 }
@@ -367,10 +372,15 @@ fn encrypted_by_others(path: &Path) -> Problem {
         Code::Failed,
         format!("{} is encrypted, but not by virtseal", path.display()),
     )
-    .next(format!(
-        "convert it to a plain image, then virtseal volume create NEW --from it: {} itself can't be adopted",
-        path.display()
-    ))
+    .next(
+        Advice::from("convert it to a plain image")
+            .then(Advice::CreateVolumeFrom {
+                path: "NEW".into(),
+                from: "PLAIN".into(),
+                vm: None,
+            })
+            .within(format!("{} itself can't be adopted", path.display())),
+    )
 }
 
 /// The envelope of an image that carries none that can be read, at a place that the keystore does not know.
@@ -393,10 +403,7 @@ fn named_by_xml(
                 path.display()
             ),
         )
-        .next(format!(
-            "virsh define FILE, where FILE is a dumpxml of {} with its <virtseal:vm> metadata, then seal",
-            word(&domain.name)
-        ))),
+        .next(Advice::DefineSealedXml(Some(domain.name.clone())).then("seal"))),
         (_, None) => Err(encrypted_by_others(path)),
     }
 }

@@ -1,6 +1,7 @@
 //! The second half of an act: files that are complete get their names, and what can't be undone begins.
 
 use super::Host;
+use crate::model::advice::Advice;
 use crate::model::envelope::EnvelopeId;
 use crate::model::problem::Problem;
 use crate::object::disk::{ImageLock, Prepared};
@@ -29,9 +30,12 @@ impl Replaced {
     ///
     /// # Errors
     /// The first that fails, with what was done before it.
-    pub(super) fn publish(host: &Host<'_>, ready: Vec<Ready>, again: &str) -> Result<Self, Problem> {
+    pub(super) fn publish(host: &Host<'_>, ready: Vec<Ready>, again: &Advice) -> Result<Self, Problem> {
         let mut replaced = Self::default();
-        let again = |failure: Problem| failure.next(format!("mend that, then {again}: it goes on from here"));
+        let again = |failure: Problem| {
+            let goes_on = again.clone().within("it goes on from here");
+            failure.next(Advice::from("mend that").then(goes_on))
+        };
         for Ready {
             words,
             file,

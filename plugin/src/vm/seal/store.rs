@@ -10,6 +10,7 @@ use super::take_back::{self, StoreDecision, StoreFile};
 use crate::domain::edit::{LoaderPin, NvramEdit};
 use crate::domain::{self, Domain, Firmware, Nvram, Source, Uefi};
 use crate::host::permitted::PermittedPath;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, FileId};
@@ -234,22 +235,27 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
             Code::Failed,
             format!("{path} is its UEFI variable store and the template for that as well"),
         )
-        .next(format!(
-            "virsh edit {}: give <nvram> a file of its own, with {path} as the template",
-            word(&domain.name)
-        )));
+        .next(Advice::EditXml(domain.name.clone()).within(format!(
+            "give <nvram> a file of its own, with {path} as the template"
+        ))));
     }
     if info.snapshots > 0 {
         return Err(Problem::new(
             Code::WouldLoseKey,
-            format!("{path} has {} internal snapshots, which a sealed store can't have", info.snapshots),
+            format!(
+                "{path} has {} internal snapshots, which a sealed store can't have",
+                info.snapshots
+            ),
         )
-        .next(format!(
-            "virsh snapshot-list {}: delete them once they are not needed any more, or seal a copy of the store: \
-             qemu-img convert -O raw {} NEW, and virsh edit {0}: <nvram template='NEW'>",
-            word(&domain.name),
-            word(path)
-        )));
+        .next(
+            Advice::ListSnapshots(domain.name.clone())
+                .within("delete them once they are not needed any more")
+                .or_else(format!(
+                    "seal a copy of the store: qemu-img convert -O raw {} NEW",
+                    word(path)
+                ))
+                .then(Advice::EditXml(domain.name.clone()).within("<nvram template='NEW'>")),
+        ));
     }
     if nvram::read_variables(place)? == variables {
         return Ok(Present::Pristine(info.file_id));
@@ -258,11 +264,15 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
         Code::WouldLoseKey,
         format!("it has run before: {path} holds UEFI variables in plaintext"),
     )
-    .next(format!(
-        "virsh edit {0}: make it the template of a new store, <nvram template='{path}'>{path}.sealed</nvram>, then virtseal vm \
-         seal {0} takes the variables over ({path} stays, in plaintext)",
-        word(&domain.name)
-    )))
+    .next(
+        Advice::EditXml(domain.name.clone())
+            .within(format!(
+                "make it the template of a new store, <nvram template='{path}'>{path}.sealed</nvram>"
+            ))
+            .then(Advice::SealVm(domain.name.clone()).note(format!(
+                "which takes the variables over ({path} stays, in plaintext)"
+            ))),
+    ))
 }
 
 /// Root reads it and puts it into the VM, so it must be something that whoever wrote the XML may have.
@@ -280,10 +290,11 @@ pub(super) fn permit_template(
     let place = permitted.map_err(|error| of_template(error.into()))?;
     if !place.exists() {
         return Err(of_template(
-            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(format!(
-                "virsh edit {}: name one of this host, such as <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>",
-                word(&domain.name)
-            )),
+            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(
+                Advice::EditXml(domain.name.clone()).within(
+                    "name one of this host, such as <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>",
+                ),
+            ),
         ));
     }
     let others = OtherUses::among(&host.kept, domain.uuid);

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use super::Host;
 use super::known::{HasRun, known};
 use crate::host::libvirt::DefinedDomain;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, VolumeError};
 use crate::secret::Passphrase;
 use crate::store::EnvelopeState;
-use crate::terminal::word;
 use crate::vm::start::adoption::{believe, not_believed};
 
 /// What is at the path of a variable store.
@@ -115,10 +115,7 @@ pub(super) fn store_lost(name: &str, path: &Path) -> Problem {
         Code::WouldLoseKey,
         format!("its UEFI variable store {shown} was sealed and has been used, and is not there any more"),
     )
-    .next(format!(
-        "restore {shown} from a backup, then virtseal vm seal {}",
-        word(name)
-    ))
+    .next(Advice::from(format!("restore {shown} from a backup")).then(Advice::SealVm(name.to_owned())))
 }
 
 pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Problem {
@@ -130,11 +127,11 @@ pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Proble
             sealed.display()
         ),
     )
-    .next(format!(
-        "virsh edit {0}: name {1} in <nvram>, then virtseal vm seal {0}",
-        word(name),
-        sealed.display()
-    ))
+    .next(
+        Advice::EditXml(name.to_owned())
+            .within(format!("name {} in <nvram>", sealed.display()))
+            .then(Advice::SealVm(name.to_owned())),
+    )
 }
 
 pub(super) fn store_not_known(path: &Path) -> Problem {
@@ -145,7 +142,7 @@ pub(super) fn store_not_known(path: &Path) -> Problem {
             path.display()
         ),
     )
-    .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata, then seal")
+    .next(Advice::DefineSealedXml(None).then("seal"))
 }
 
 /// Opens the variable store with one of `envelopes`.
@@ -207,7 +204,7 @@ pub(super) fn adopt(
                 believed.envelope.vm
             ),
         )
-        .next(format!("virtseal vm status {}", word(&defined.name))));
+        .next(Advice::ShowVm(defined.name.clone())));
     }
     if believed.is_news {
         host.keystore.put(&believed.envelope, location)?;

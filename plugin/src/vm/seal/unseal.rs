@@ -11,13 +11,13 @@ use crate::api::Outcome;
 use crate::domain::{self, Domain, Firmware, Object, ObjectState};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
+use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
 use crate::object::nvram;
 use crate::object::vtpm::StateDir;
 use crate::store::EnvelopeRecord;
-use crate::terminal::word;
 
 /// What unsealing takes.
 #[derive(Debug)]
@@ -66,7 +66,10 @@ impl UnsealPlan {
             steps,
             warnings: vec![
                 // Only a VM with a sealed one that never ran gets here.
-                "the TPM stays in the domain, and its state will be plain: virsh edit removes it".into(),
+                format!(
+                    "the TPM stays in the domain, and its state will be plain: {}",
+                    Advice::EditXml(self.name.clone()).within("remove it")
+                ),
                 "the keys stay in the keystore".into(),
             ],
             changed,
@@ -128,7 +131,7 @@ fn own_record(
                     object.label
                 ),
             )
-            .next("virsh define FILE, where FILE is its own dumpxml with its <virtseal:vm> metadata")
+            .next(Advice::DefineSealedXml(None))
         })
 }
 
@@ -179,7 +182,7 @@ pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Problem> {
             envelope: None,
         });
     }
-    let again = format!("virtseal vm unseal {}", word(&plan.name));
+    let again = Advice::UnsealVm(plan.name.clone());
     Replaced::publish(host, ready, &again)
 }
 
@@ -223,10 +226,8 @@ fn nvram_template(
     };
     let Some(template) = nvram.and_then(|nvram| nvram.template.as_deref()) else {
         return Err(
-            Problem::new(Code::Failed, "no template for its UEFI variables is named").next(format!(
-                "virsh edit {}: add template= to <nvram>",
-                word(&domain.name)
-            )),
+            Problem::new(Code::Failed, "no template for its UEFI variables is named")
+                .next(Advice::EditXml(domain.name.clone()).within("add template= to <nvram>")),
         );
     };
     let template = permit_template(host, domain, template)?;

@@ -7,6 +7,7 @@ use super::take_back::{adopt, first_that_opens};
 use super::{Host, NewObject};
 use crate::domain::{self, Domain, ObjectState, TpmBackend};
 use crate::host::libvirt::DefinedDomain;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind};
 use crate::model::problem::{Code, Problem};
 use crate::object::Present;
@@ -99,10 +100,7 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Pr
                 Code::Failed,
                 format!("its TPM is version {version}: only 2.0 can be sealed"),
             )
-            .next(format!(
-                "virsh edit {}: <backend type='emulator' version='2.0'/>",
-                word(&domain.name)
-            )));
+            .next(Advice::EditXml(domain.name.clone()).within("<backend type='emulator' version='2.0'/>")));
         }
         Some(TpmBackend::Emulator { .. }) => VtpmStep::Encrypt,
         Some(TpmBackend::Passthrough) => return Ok(VtpmStep::Passthrough),
@@ -111,10 +109,7 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Pr
                 Code::Failed,
                 "its TPM is run by somebody else, who may keep it in plaintext",
             )
-            .next(format!(
-                "virsh edit {}: <backend type='emulator' version='2.0'/>",
-                word(&domain.name)
-            )));
+            .next(Advice::EditXml(domain.name.clone()).within("<backend type='emulator' version='2.0'/>")));
         }
     };
     let known = known::known(host, domain.uuid, ObjectKind::Vtpm)?;
@@ -132,11 +127,13 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Pr
                 dir.display()
             ),
         )
-        .next(format!(
-            "if the VM may get a new TPM, set the state aside: mv {0} {0}.plain, then virtseal vm seal {1}",
-            word(dir.display()),
-            word(&domain.name)
-        ))),
+        .next(
+            Advice::from(format!(
+                "if the VM may get a new TPM, set the state aside: mv {0} {0}.plain",
+                word(dir.display())
+            ))
+            .then(Advice::SealVm(domain.name.clone())),
+        )),
         Present::Encrypted(_) => Err(Problem::new(
             Code::WouldLoseKey,
             format!(
@@ -144,7 +141,7 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<VtpmStep, Pr
                 dir.display()
             ),
         )
-        .next("define the VM again from a dumpxml that has its <virtseal:vm> metadata")),
+        .next(Advice::DefineSealedXml(None))),
     }
 }
 

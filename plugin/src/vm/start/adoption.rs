@@ -4,12 +4,12 @@
 //! opened the object, and takes the keystore's place only if it also opens by itself. One that does not counts for nothing:
 //! it replaces nothing, and it stops nothing that the keystore's version opens.
 
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeError, Precedence, Verified};
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::Recipients;
 use crate::secret::Dek;
 use crate::store::EnvelopeRecord;
-use crate::terminal::word;
 
 /// The version that counts.
 #[derive(Debug)]
@@ -172,14 +172,10 @@ fn opens_alone(recipients: &Recipients, copy: &Verified, dek: &Dek) -> bool {
 pub fn not_believed(name: &str, error: &EnvelopeError) -> Problem {
     let failure = Problem::new(Code::Failed, chain(error));
     match error {
-        EnvelopeError::Format1 => failure.next(format!(
-            "virtseal vm adopt --format-1 {}, if you know where its XML and images come from",
-            word(name)
-        )),
-        _ => failure.next(format!(
-            "virsh define FILE, where FILE is a dumpxml of {} with its own <virtseal:vm> metadata",
-            word(name)
-        )),
+        EnvelopeError::Format1 => failure.next(
+            Advice::AdoptFormat1(name.to_owned()).note("if you know where its XML and images come from"),
+        ),
+        _ => failure.next(Advice::DefineSealedXml(Some(name.to_owned()))),
     }
 }
 

@@ -4,12 +4,12 @@
 use super::adoption::{Believed, believe, believe_without_row};
 use super::{Moved, StartContext};
 use crate::domain::{Domain, ObjectRef};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeError, Precedence};
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{OpenError, Recipients};
 use crate::secret::Dek;
 use crate::store::EnvelopeRecord;
-use crate::terminal::{quoted, word};
 
 /// What there is of an object's envelope: one of the three at least.
 pub(super) struct Versions {
@@ -133,11 +133,16 @@ pub(super) fn open_versions(
 /// The XML has no copy that can be read; the image, or a backup, may have one.
 fn lost(domain: &Domain, object: &ObjectRef, damaged: &str) -> Problem {
     let id = object.secret;
-    Problem::new(Code::Failed, format!("{damaged}; the domain XML has no copy of envelope {id} either")).next(format!(
-        "virtseal vm adopt {}, which looks at the image too; else virsh define FILE with a dumpxml of the VM that has its \
-         <virtseal:vm> metadata, or virtseal state restore -i FILE",
-        word(&domain.name)
-    ))
+    Problem::new(
+        Code::Failed,
+        format!("{damaged}; the domain XML has no copy of envelope {id} either"),
+    )
+    .next(
+        Advice::AdoptVm(domain.name.clone())
+            .note("which looks at the image too")
+            .or_else(Advice::DefineSealedXml(None))
+            .or(Advice::RestoreState),
+    )
 }
 
 fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Problem {
@@ -146,8 +151,7 @@ fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Problem {
         Some(reason) => format!("its envelope {id} is not in the keystore; in the domain XML, {reason}"),
         None => format!("its envelope {id} is neither in the keystore nor in the domain XML"),
     };
-    Problem::new(Code::NotFound, reason)
-        .next("virsh define FILE, where FILE is a dumpxml with its <virtseal:vm> metadata")
+    Problem::new(Code::NotFound, reason).next(Advice::DefineSealedXml(None))
 }
 
 /// An envelope serves the object that it was made for, in its own VM and in those that root has shared the object with. One of
@@ -167,10 +171,7 @@ pub(super) fn check_place(
                 envelope.id
             ),
         )
-        .next(format!(
-            "virsh edit {}: give each object its own secret UUID",
-            word(&domain.name)
-        )));
+        .next(Advice::EditXml(domain.name.clone()).within("give each object its own secret UUID")));
     }
     if !versions.iter().any(|envelope| envelope.serves(domain.uuid)) {
         return Err(Problem::new(
@@ -180,12 +181,18 @@ pub(super) fn check_place(
                 envelope.id, envelope.vm
             ),
         )
-        .next(format!(
-            "virsh edit {0}, or virsh define FILE with its own dumpxml: it needs its own disks and <virtseal:vm> metadata; \
-             new ones are made by virtseal volume create FILE --vm={1}",
-            word(&domain.name),
-            quoted(&domain.name)
-        )));
+        .next(
+            Advice::EditXml(domain.name.clone())
+                .or(Advice::DefineXml.note("its own dumpxml"))
+                .within("it needs its own disks and <virtseal:vm> metadata")
+                .also(
+                    Advice::CreateVolume {
+                        path: "FILE".into(),
+                        vm: domain.name.clone(),
+                    }
+                    .note("which makes new ones"),
+                ),
+        ));
     }
     Ok(())
 }
