@@ -47,102 +47,65 @@ pub(super) struct Facts<'a> {
     pub(super) used: Used,
 }
 
-/// How an object stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
-    Sealed,
-    /// Sealed, and swtpm will make the state at the first start.
-    NotUsedYet,
-    /// Sealed, and the XML does not say so.
-    NotInXml,
-    Plain,
-    OfAnotherVm(VmId),
-    /// The vTPM was used, and has no state.
-    StateGone,
-    /// The vTPM has no state, and nobody here knows whether it had one.
-    NoState,
-    FileMissing,
-    /// The XML says that it is encrypted, and it is not.
-    PlainInside,
-    /// The image was made with another envelope than the XML names.
-    OtherEnvelope(EnvelopeId),
-    /// Neither the keystore nor the XML has it.
-    EnvelopeMissing,
-    /// Encrypted, with a key that nobody here knows.
-    NotOurs,
-    Unsupported(&'static str),
-    Unreadable(String),
+/// How an object stands, and what there is to say of that.
+pub(super) type Standing = (ObjectStanding, Option<String>);
+
+fn of_another(vm: VmId) -> Standing {
+    (ObjectStanding::OfAnotherVm, Some(vm.to_string()))
 }
 
 impl Facts<'_> {
     pub(super) fn standing(self) -> Standing {
         match self.xml {
-            ObjectState::Unsupported(reason) => Standing::Unsupported(reason),
+            ObjectState::Unsupported(reason) => (ObjectStanding::Unsupported, Some((*reason).to_owned())),
             ObjectState::Plain => self.in_plain_xml(),
             ObjectState::Sealed(id) => self.in_sealed_xml(*id),
         }
     }
 
     fn in_plain_xml(self) -> Standing {
-        match (self.found, self.owner) {
-            (Found::Encrypted(_) | Found::OutOfSight, Some(Owner::Other(vm))) => Standing::OfAnotherVm(vm),
-            (Found::Encrypted(_), Some(Owner::This)) => Standing::NotInXml,
-            (Found::Encrypted(_), None) => Standing::NotOurs,
+        let state = match (self.found, self.owner) {
+            (Found::Encrypted(_) | Found::OutOfSight, Some(Owner::Other(vm))) => return of_another(vm),
+            (Found::Unreadable(why), Some(_)) => return (ObjectStanding::Unreadable, Some(why)),
+            (Found::Encrypted(_), Some(Owner::This)) => ObjectStanding::NotInXml,
+            (Found::Encrypted(_), None) => ObjectStanding::NotOurs,
             (Found::Nothing, Some(Owner::This)) if !self.kind.is_made_at_first_start() => {
-                Standing::FileMissing
+                ObjectStanding::FileMissing
             }
-            (Found::Nothing, Some(Owner::This)) if self.used == Used::Yes => Standing::StateGone,
-            (Found::Unreadable(why), Some(_)) => Standing::Unreadable(why),
-            _ => Standing::Plain,
-        }
+            (Found::Nothing, Some(Owner::This)) if self.used == Used::Yes => ObjectStanding::StateGone,
+            _ => ObjectStanding::Plain,
+        };
+        (state, None)
     }
 
     fn in_sealed_xml(self, named: EnvelopeId) -> Standing {
         match self.owner {
-            None => return Standing::EnvelopeMissing,
-            Some(Owner::Other(vm)) => return Standing::OfAnotherVm(vm),
+            None => return (ObjectStanding::EnvelopeMissing, None),
+            Some(Owner::Other(vm)) => return of_another(vm),
             Some(Owner::This) => {}
         }
-        match (self.found, self.kind) {
+        let state = match (self.found, self.kind) {
             (Found::Nothing, kind) if kind.is_made_at_first_start() => match self.used {
-                Used::Yes => Standing::StateGone,
-                Used::No => Standing::NotUsedYet,
-                Used::NotKnown => Standing::NoState,
+                Used::Yes => ObjectStanding::StateGone,
+                Used::No => ObjectStanding::NotUsedYet,
+                Used::NotKnown => ObjectStanding::NoState,
             },
-            (Found::Nothing, _) => Standing::FileMissing,
-            (Found::Plain, _) => Standing::PlainInside,
-            (Found::Encrypted(Some((carried, _))), _) if carried != named => Standing::OtherEnvelope(carried),
-            (Found::Encrypted(_) | Found::OutOfSight, _) => Standing::Sealed,
-            (Found::Unreadable(why), _) => Standing::Unreadable(why),
-        }
+            (Found::Nothing, _) => ObjectStanding::FileMissing,
+            (Found::Plain, _) => ObjectStanding::PlainInside,
+            (Found::Encrypted(Some((carried, _))), _) if carried != named => {
+                return (ObjectStanding::OtherEnvelope, Some(carried.to_string()));
+            }
+            (Found::Encrypted(_) | Found::OutOfSight, _) => ObjectStanding::Sealed,
+            (Found::Unreadable(why), _) => return (ObjectStanding::Unreadable, Some(why)),
+        };
+        (state, None)
     }
 }
 
-impl Standing {
-    /// Encrypted with a key that this VM gets.
-    pub(super) fn is_sealed(&self) -> bool {
-        matches!(self, Self::Sealed | Self::NotUsedYet | Self::NotInXml)
-    }
-
-    /// As it travels, with what there is to say of it.
-    pub(super) fn view(&self) -> (ObjectStanding, Option<String>) {
-        match self {
-            Self::Sealed => (ObjectStanding::Sealed, None),
-            Self::NotUsedYet => (ObjectStanding::NotUsedYet, None),
-            Self::NotInXml => (ObjectStanding::NotInXml, None),
-            Self::Plain => (ObjectStanding::Plain, None),
-            Self::OfAnotherVm(vm) => (ObjectStanding::OfAnotherVm, Some(vm.to_string())),
-            Self::StateGone => (ObjectStanding::StateGone, None),
-            Self::NoState => (ObjectStanding::NoState, None),
-            Self::FileMissing => (ObjectStanding::FileMissing, None),
-            Self::PlainInside => (ObjectStanding::PlainInside, None),
-            Self::OtherEnvelope(id) => (ObjectStanding::OtherEnvelope, Some(id.to_string())),
-            Self::EnvelopeMissing => (ObjectStanding::EnvelopeMissing, None),
-            Self::NotOurs => (ObjectStanding::NotOurs, None),
-            Self::Unsupported(reason) => (ObjectStanding::Unsupported, Some((*reason).to_owned())),
-            Self::Unreadable(why) => (ObjectStanding::Unreadable, Some(why.clone())),
-        }
-    }
+/// Encrypted with a key that this VM gets.
+pub(super) fn is_sealed(standing: ObjectStanding) -> bool {
+    use ObjectStanding::{NotInXml, NotUsedYet, Sealed};
+    matches!(standing, Sealed | NotUsedYet | NotInXml)
 }
 
 #[cfg(test)]
@@ -179,23 +142,17 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_plain_or_gone_is_never_called_sealed((kind, xml, found, owner, used) in any_facts()) {
-            let standing = Facts { kind, xml: &xml, found: found.clone(), owner, used }.standing();
-            let (view, _) = standing.view();
-            if standing.is_sealed() {
+            let (standing, _) = Facts { kind, xml: &xml, found: found.clone(), owner, used }.standing();
+            if is_sealed(standing) {
                 // Not even a vTPM that swtpm will make is called sealed where a plain one lies, or where there was one.
                 let will_be_made = kind == ObjectKind::Vtpm && found == Found::Nothing && used == Used::No;
                 prop_assert!(will_be_made || matches!(found, Found::Encrypted(_) | Found::OutOfSight));
                 prop_assert_eq!(owner, Some(Owner::This));
-            } else {
-                prop_assert!(!matches!(
-                    view,
-                    ObjectStanding::Sealed | ObjectStanding::NotUsedYet | ObjectStanding::NotInXml
-                ));
             }
             if let (ObjectState::Sealed(named), Found::Encrypted(Some((carried, _)))) = (&xml, &found)
                 && named != carried
             {
-                prop_assert!(!standing.is_sealed());
+                prop_assert!(!is_sealed(standing));
             }
         }
     }
@@ -214,33 +171,34 @@ mod tests {
     fn what_is_at_its_place_counts_and_not_what_the_xml_says() {
         let (id, other) = (EnvelopeId::random(), VmId::random());
         let named = ObjectState::Sealed(id);
-        let disk = |xml, found, owner| facts(ObjectKind::Disk, xml, found, owner).standing();
+        let told = |xml, found, owner| facts(ObjectKind::Disk, xml, found, owner).standing();
+        let disk = |xml, found, owner| told(xml, found, owner).0;
         let this = Some(Owner::This);
         let carried = || Found::Encrypted(Some((id, other)));
 
-        assert_eq!(disk(&named, carried(), this), Standing::Sealed);
-        assert_eq!(disk(&named, Found::OutOfSight, this), Standing::Sealed);
-        assert_eq!(disk(&named, Found::Nothing, this), Standing::FileMissing);
-        assert_eq!(disk(&named, Found::Plain, this), Standing::PlainInside);
-        assert_eq!(disk(&named, carried(), None), Standing::EnvelopeMissing);
+        assert_eq!(disk(&named, carried(), this), ObjectStanding::Sealed);
+        assert_eq!(disk(&named, Found::OutOfSight, this), ObjectStanding::Sealed);
+        assert_eq!(disk(&named, Found::Nothing, this), ObjectStanding::FileMissing);
+        assert_eq!(disk(&named, Found::Plain, this), ObjectStanding::PlainInside);
+        assert_eq!(disk(&named, carried(), None), ObjectStanding::EnvelopeMissing);
         let swapped = EnvelopeId::random();
         assert_eq!(
-            disk(&named, Found::Encrypted(Some((swapped, other))), this),
-            Standing::OtherEnvelope(swapped)
+            told(&named, Found::Encrypted(Some((swapped, other))), this),
+            (ObjectStanding::OtherEnvelope, Some(swapped.to_string()))
         );
 
         let plain = ObjectState::Plain;
-        assert_eq!(disk(&plain, carried(), this), Standing::NotInXml);
-        assert_eq!(disk(&plain, Found::Encrypted(None), None), Standing::NotOurs);
-        assert_eq!(disk(&plain, Found::Plain, None), Standing::Plain);
-        assert_eq!(disk(&plain, Found::Nothing, None), Standing::Plain);
-        assert_eq!(disk(&plain, Found::Nothing, this), Standing::FileMissing);
+        assert_eq!(disk(&plain, carried(), this), ObjectStanding::NotInXml);
+        assert_eq!(
+            disk(&plain, Found::Encrypted(None), None),
+            ObjectStanding::NotOurs
+        );
+        assert_eq!(disk(&plain, Found::Plain, None), ObjectStanding::Plain);
+        assert_eq!(disk(&plain, Found::Nothing, None), ObjectStanding::Plain);
+        assert_eq!(disk(&plain, Found::Nothing, this), ObjectStanding::FileMissing);
         for xml in [&plain, &named] {
             for found in [carried(), Found::OutOfSight] {
-                assert_eq!(
-                    disk(xml, found, Some(Owner::Other(other))),
-                    Standing::OfAnotherVm(other)
-                );
+                assert_eq!(told(xml, found, Some(Owner::Other(other))), of_another(other));
             }
         }
     }
@@ -250,13 +208,13 @@ mod tests {
         let named = ObjectState::Sealed(EnvelopeId::random());
         let vtpm = |xml, used| {
             let found = facts(ObjectKind::Vtpm, xml, Found::Nothing, Some(Owner::This));
-            Facts { used, ..found }.standing()
+            Facts { used, ..found }.standing().0
         };
-        assert_eq!(vtpm(&named, Used::No), Standing::NotUsedYet);
-        assert_eq!(vtpm(&named, Used::Yes), Standing::StateGone);
-        assert_eq!(vtpm(&named, Used::NotKnown), Standing::NoState);
-        assert_eq!(vtpm(&ObjectState::Plain, Used::Yes), Standing::StateGone);
-        assert_eq!(vtpm(&ObjectState::Plain, Used::NotKnown), Standing::Plain);
+        assert_eq!(vtpm(&named, Used::No), ObjectStanding::NotUsedYet);
+        assert_eq!(vtpm(&named, Used::Yes), ObjectStanding::StateGone);
+        assert_eq!(vtpm(&named, Used::NotKnown), ObjectStanding::NoState);
+        assert_eq!(vtpm(&ObjectState::Plain, Used::Yes), ObjectStanding::StateGone);
+        assert_eq!(vtpm(&ObjectState::Plain, Used::NotKnown), ObjectStanding::Plain);
         assert_eq!(
             facts(
                 ObjectKind::Vtpm,
@@ -264,8 +222,9 @@ mod tests {
                 Found::Encrypted(None),
                 Some(Owner::This)
             )
-            .standing(),
-            Standing::NotInXml
+            .standing()
+            .0,
+            ObjectStanding::NotInXml
         );
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::known::{self, Known};
 use super::look::SeenObject;
 use super::rivals;
-use super::standing::{Facts, Found, Owner, Standing};
+use super::standing::{Facts, Found, Owner, Standing, is_sealed};
 use crate::api::{FindingView, ObjectStanding, ObjectView, VmPower, VmState, VmView};
 use crate::domain::{self, Domain, DomainError, ObjectState, TpmBackend};
 use crate::host::libvirt::DefinedDomain;
@@ -42,7 +42,7 @@ pub fn defined(
     let objects: Vec<_> = seen.iter().map(|seen| object(domain, seen, known)).collect();
     let state = vm_state(domain, &objects);
     let damaged = known.damaged_of(defined.vm);
-    let of_another = |object: &OneObject| matches!(object.standing, Standing::OfAnotherVm(_));
+    let of_another = |object: &OneObject| object.standing == ObjectStanding::OfAnotherVm;
     let is_ours =
         state != VmState::Plain || !damaged.is_empty() || !found.is_empty() || objects.iter().any(of_another);
     let mut findings = of_xml(domain, state);
@@ -124,7 +124,7 @@ pub fn xml_unreadable(defined: &DefinedDomain, error: &DomainError) -> Problem {
 
 struct OneObject {
     view: ObjectView,
-    standing: Standing,
+    standing: ObjectStanding,
     /// Whether the XML says that it is sealed.
     says_so: bool,
     rival: Option<Finding>,
@@ -141,13 +141,13 @@ fn object(domain: &Domain, seen: &SeenObject, known: &Known) -> OneObject {
         ObjectState::Plain | ObjectState::Unsupported(_) => None,
     };
     let envelope = kept.or(in_xml);
-    let standing = standing(domain, seen, kept, in_xml, known);
+    let (standing, detail) = standing(domain, seen, kept, in_xml, known);
     let gone = envelope
-        .filter(|_| standing.is_sealed())
+        .filter(|_| is_sealed(standing))
         .and_then(|envelope| known.providers.gone(envelope));
     let (state, detail) = match gone {
         Some(gone) => (ObjectStanding::Locked, Some(gone)),
-        None => standing.view(),
+        None => (standing, detail),
     };
     let view = ObjectView {
         object: object.label.clone(),
@@ -204,7 +204,7 @@ fn standing(
         used: known.used(domain.uuid),
     };
     match facts.standing() {
-        Standing::EnvelopeMissing if domain.metadata.is_none() => Standing::NotOurs,
+        (ObjectStanding::EnvelopeMissing, _) if domain.metadata.is_none() => (ObjectStanding::NotOurs, None),
         standing => standing,
     }
 }
@@ -265,9 +265,9 @@ fn power(defined: &DefinedDomain) -> VmPower {
 }
 
 fn vm_state(domain: &Domain, objects: &[OneObject]) -> VmState {
-    let is_taken_out = |object: &OneObject| object.standing == Standing::NotInXml;
+    let is_taken_out = |object: &OneObject| object.standing == ObjectStanding::NotInXml;
     let says_so = domain.metadata.is_some() && !objects.iter().any(is_taken_out);
-    if !says_so && objects.iter().any(|object| object.standing.is_sealed()) {
+    if !says_so && objects.iter().any(|object| is_sealed(object.standing)) {
         VmState::NotInXml
     } else if domain.metadata.is_none() {
         VmState::Plain
