@@ -20,6 +20,7 @@ pub mod listener;
 mod locks;
 pub mod look;
 mod moved;
+mod ordered;
 pub mod overdue;
 mod paths;
 pub mod pools;

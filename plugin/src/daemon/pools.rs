@@ -1,7 +1,13 @@
 //! Threads that nobody else's calls can occupy: `hook` for starts, `admin` for what root asks for, `watch` for readers.
 //!
-//! Each has a thread that serves connections, and workers for what blocks. A start waits for hooks alone, whatever
-//! readers do; locking a provider waits for nobody, so it has workers that do nothing else.
+//! | pool | who is served | workers | more |
+//! | --- | --- | --- | --- |
+//! | `hook` | starts and ends of VMs, at the hook's socket or root's | 64 | the deadline of the hook passes |
+//! | `lock` | `provider lock` | 8 | wait for each other |
+//! | `admin` | root, and the one look for all who watch a job | 32 | wait for each other |
+//! | `watch` | everybody else | 4, of lower priority | wait; [`super::gate`] bounds what one user may have |
+//!
+//! Each but `lock` has a thread that serves its connections. Who watches has no worker: a task sleeps until something is to be told.
 
 use std::future::Future;
 use std::io;
@@ -130,5 +136,44 @@ impl Serving {
         // It has ended by itself if nobody listens.
         let _ = self.stop.send(());
         self.thread
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Barrier};
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Occupies each worker and leaves as many calls waiting, until the barrier is passed.
+    fn flood(pool: &Handle, workers: usize, until: &Arc<Barrier>) {
+        for call in 0..2 * workers {
+            let until = Arc::clone(until);
+            pool.spawn_blocking(move || {
+                if call < workers {
+                    until.wait();
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn a_start_and_a_lock_wait_for_no_call_that_hangs_and_no_flood_of_watchers() {
+        let runtimes = Runtimes::new().unwrap();
+        let pools = runtimes.pools();
+        let until = Arc::new(Barrier::new(Runtimes::ADMINS + Runtimes::WATCHERS + 1));
+        flood(&pools.admin, Runtimes::ADMINS, &until);
+        flood(&pools.watch, Runtimes::WATCHERS, &until);
+        let stuck = pools.admin.spawn_blocking(|| ());
+        for pool in [&pools.hook, &pools.lock] {
+            let began = Instant::now();
+            let done = pool.spawn_blocking(|| ());
+            runtimes.hook.block_on(done).unwrap();
+            assert!(began.elapsed() < LAST_CALLS, "it waited");
+        }
+        assert!(!stuck.is_finished(), "nothing was occupied");
+        until.wait();
+        runtimes.hook.block_on(stuck).unwrap();
     }
 }

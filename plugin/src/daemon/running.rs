@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use super::{Daemon, lock, paths, records};
-use crate::host::libvirt::Libvirt;
+use crate::host::libvirt::Background;
 use crate::host::libvirt::events::{self, Listener, Listening};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::VmId;
@@ -31,10 +31,7 @@ const CHECK: Duration = Duration::from_secs(5);
 pub fn watch(daemon: &Daemon) {
     let running = Arc::clone(&daemon.running);
     let listener: Listener = Arc::new(move |heard| running.hear(heard));
-    while [&daemon.libvirt, &daemon.background]
-        .iter()
-        .any(|libvirt| libvirt.reach(CHECK).is_err())
-    {
+    while daemon.libvirt.reach(CHECK).is_err() || daemon.background.connect().is_err() {
         daemon.running.bell.wait(CHECK);
     }
     if let Err(error) = events::start_loop() {
@@ -116,7 +113,7 @@ pub(super) fn look_now(daemon: &Daemon, vm: VmId) -> Result<(), Problem> {
     look_at(daemon, vm, &daemon.background, News::default())
 }
 
-fn look_at(daemon: &Daemon, vm: VmId, libvirt: &Libvirt, news: News) -> Result<(), Problem> {
+fn look_at(daemon: &Daemon, vm: VmId, libvirt: &Background, news: News) -> Result<(), Problem> {
     let running = libvirt.as_it_runs(vm);
     let running = running.map_err(|error| names::unreachable(&error))?;
     let record = daemon.keystore.vm(vm)?;

@@ -197,7 +197,7 @@ impl Daemon {
         };
         let mut warnings = Vec::new();
         if sharing == Sharing::Without {
-            let runs = self.libvirt.domain(&id.to_string());
+            let runs = self.background.domain(&id.to_string());
             if runs.is_ok_and(|found| found.is_some_and(|domain| domain.active)) {
                 warnings.push(format!(
                     "{vm} runs, and has it until it ends: {}",

@@ -9,12 +9,14 @@ use nix::unistd::{Gid, Group};
 use super::bell::Bell;
 use super::headers::Headers;
 use super::heard::Running;
+use super::locks::{self, Sealing};
+use super::ordered::Ordered;
 use super::service::job;
 use super::storage_pools::StoragePools;
 use super::{deletion, glance, paths, records};
 use crate::audit::AuditLog;
 use crate::config::Config;
-use crate::host::libvirt::{Libvirt, LibvirtError};
+use crate::host::libvirt::{Background, LibvirtError, StartConnection};
 use crate::host::permitted::PathRule;
 use crate::host::tpm::Tpm;
 use crate::job::live::Live;
@@ -36,24 +38,21 @@ pub struct Daemon {
     pub(super) keystore: Arc<dyn EnvelopeStore>,
     pub(super) host_store: HostStore,
     pub(super) recipients: Recipients,
-    pub(super) libvirt: Arc<Libvirt>,
-    /// A connection of its own for what no hook waits for: a call that hangs there holds up no start.
-    pub(super) background: Arc<Libvirt>,
+    pub(super) libvirt: Arc<StartConnection>,
+    pub(super) background: Arc<Background>,
     /// And one on which libvirt tells what is done to running VMs.
-    pub(super) events: Libvirt,
+    pub(super) events: Background,
     /// The storage pools, for starts that need them.
     pub(super) storage_pools: Arc<StoragePools>,
     /// Of this host, for providers that it unlocks, and caches that it keeps.
     pub(super) tpm: Arc<Tpm>,
     pub(super) audit: AuditLog,
     pub(super) opened_headers: OpenedHeaders,
-    pub(super) armed: Mutex<ArmedSecrets>,
-    /// Held while a secret that other VMs may need too is defined or undefined.
-    pub(super) shared: Mutex<()>,
+    pub(super) armed: Ordered<ArmedSecrets>,
+    pub(super) shared: Ordered<()>,
     /// How many calls there were.
     pub(super) calls: AtomicU64,
-    /// Held while a VM is sealed or a volume made: two at once would make two envelopes for one object.
-    pub(super) sealing: Mutex<()>,
+    pub(super) sealing: Sealing,
     /// The images that are made now, for `volume create`.
     pub(super) making: Mutex<BTreeSet<String>>,
     /// Which image headers are being rewritten, and which must not be.
@@ -73,15 +72,14 @@ pub struct Daemon {
     /// The VMs that libvirt is being asked about.
     pub(super) looks: Mutex<BTreeSet<VmId>>,
     /// VMs that have started or ended, and that nobody has looked at since.
-    pub(super) changed_vms: Mutex<BTreeSet<VmId>>,
+    pub(super) changed_vms: Ordered<BTreeSet<VmId>>,
     /// What is to be noted of starts.
-    pub(super) first_runs: Mutex<FirstRuns>,
+    pub(super) first_runs: Ordered<FirstRuns>,
     /// What starts have opened elsewhere than the keystore has it.
     pub(super) moved: Mutex<Vec<Moved>>,
     /// What is done to VMs while they run.
     pub(super) running: Arc<Running>,
-    /// Held while copies are brought up to date, and while all of a VM go: one that was read before must not be put back.
-    pub(super) copying: Mutex<()>,
+    pub(super) copying: Ordered<()>,
 }
 
 impl Daemon {
@@ -97,9 +95,9 @@ impl Daemon {
         recipients.set_probe_interval(config.probe_interval);
         let audit = records::open(&host_store, dir)?;
         Ok(Self {
-            libvirt: Arc::new(Libvirt::new(&config.libvirt_uri)),
-            background: Arc::new(Libvirt::new(&config.libvirt_uri)),
-            events: Libvirt::new(&config.libvirt_uri),
+            libvirt: Arc::new(StartConnection::new(&config.libvirt_uri)),
+            background: Arc::new(Background::new(&config.libvirt_uri)),
+            events: Background::new(&config.libvirt_uri),
             storage_pools: Arc::default(),
             tpm: Arc::new(Tpm::new(config.tpm.clone(), Tpm::DEADLINE)),
             config: RwLock::new(config),
@@ -108,9 +106,9 @@ impl Daemon {
             recipients,
             audit,
             opened_headers: OpenedHeaders::default(),
-            armed: Mutex::default(),
-            shared: Mutex::default(),
-            sealing: Mutex::default(),
+            armed: Ordered::new(locks::ARMED, ArmedSecrets::default()),
+            shared: Ordered::new(locks::SHARED, ()),
+            sealing: Sealing::default(),
             making: Mutex::default(),
             calls: AtomicU64::default(),
             headers,
@@ -121,11 +119,11 @@ impl Daemon {
             copies_bell: Bell::default(),
             arms_bell: Bell::default(),
             looks: Mutex::default(),
-            changed_vms: Mutex::default(),
-            first_runs: Mutex::default(),
+            changed_vms: locks::value("changed VMs"),
+            first_runs: locks::value("first runs"),
             moved: Mutex::default(),
             running: Arc::default(),
-            copying: Mutex::default(),
+            copying: Ordered::new(locks::COPYING, ()),
         })
     }
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::locks::lock;
-use crate::host::libvirt::{Libvirt, StoragePool};
+use crate::host::libvirt::{Background, StoragePool};
 use crate::model::problem::chain;
 
 /// Asks for the storage pools on a thread of its own, of which there is one: nothing can interrupt a call that hangs.
@@ -26,7 +26,7 @@ impl StoragePools {
     /// What libvirt tells from now on, if it does within `patience`.
     pub(super) fn ask(
         self: &Arc<Self>,
-        libvirt: &Arc<Libvirt>,
+        libvirt: &Arc<Background>,
         patience: Duration,
     ) -> Option<Vec<StoragePool>> {
         let mut looks = lock(&self.looks);
@@ -45,7 +45,7 @@ impl StoragePools {
         }
     }
 
-    fn ask_once(self: &Arc<Self>, libvirt: &Arc<Libvirt>, looks: &mut Looks) {
+    fn ask_once(self: &Arc<Self>, libvirt: &Arc<Background>, looks: &mut Looks) {
         if looks.is_asking {
             return;
         }

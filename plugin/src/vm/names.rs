@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::host::libvirt::{DefinedDomain, Libvirt, LibvirtError};
+use crate::host::libvirt::{Background, DefinedDomain, LibvirtError};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem, chain};
@@ -73,7 +73,7 @@ fn is_meant(asked: &str, found: VmId) -> bool {
 ///
 /// # Errors
 /// [`Code::NotFound`] when there is none.
-pub fn find_vm(libvirt: &Libvirt, keystore: &dyn EnvelopeStore, asked: &str) -> Result<KnownVm, Problem> {
+pub fn find_vm(libvirt: &Background, keystore: &dyn EnvelopeStore, asked: &str) -> Result<KnownVm, Problem> {
     let absent = match find_domain(libvirt, asked) {
         Ok(defined) => return Ok(KnownVm::Defined(defined)),
         Err(absent) if absent.code == Code::NotFound => absent,
@@ -88,7 +88,7 @@ pub fn find_vm(libvirt: &Libvirt, keystore: &dyn EnvelopeStore, asked: &str) -> 
 ///
 /// # Errors
 /// [`Code::NotFound`] when there is none.
-pub fn find_domain(libvirt: &Libvirt, asked: &str) -> Result<DefinedDomain, Problem> {
+pub fn find_domain(libvirt: &Background, asked: &str) -> Result<DefinedDomain, Problem> {
     let found = libvirt.domain(asked).map_err(|error| unreachable(&error))?;
     let found = found.filter(|found| is_meant(asked, found.vm));
     found.ok_or_else(|| absent(asked).next(Advice::ListDomains))
@@ -98,7 +98,7 @@ pub fn find_domain(libvirt: &Libvirt, asked: &str) -> Result<DefinedDomain, Prob
 ///
 /// # Errors
 /// [`Code::NotFound`] when libvirt has none with this name.
-pub fn vm_id(libvirt: &Libvirt, asked: &str) -> Result<VmId, Problem> {
+pub fn vm_id(libvirt: &Background, asked: &str) -> Result<VmId, Problem> {
     if let Ok(id) = asked.parse() {
         return Ok(id);
     }

@@ -2,8 +2,10 @@
 
 use crate::api::Outcome;
 use crate::audit::Actor;
-use crate::daemon::{Daemon, lock, records};
+use crate::daemon::locks::Sealed;
+use crate::daemon::{Daemon, records};
 use crate::domain;
+use crate::host::libvirt::DefinedDomain;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::store::CopyPlace;
@@ -20,8 +22,7 @@ pub(crate) fn seal(
     dry_run: bool,
 ) -> Result<Outcome, Problem> {
     let confirmed = ConfirmedFormats::parse(formats)?;
-    let _sealing = lock(&daemon.sealing);
-    let domain = names::find_domain(&daemon.background, vm)?;
+    let (_sealing, domain) = take(daemon, vm)?;
     if !dry_run {
         daemon.take_in_copies_of(&domain);
     }
@@ -52,6 +53,14 @@ pub(crate) fn seal(
     Ok(plan.outcome(changed))
 }
 
+/// The VM, as it is once nobody else seals it.
+fn take<'a>(daemon: &'a Daemon, vm: &str) -> Result<(Sealed<'a>, DefinedDomain), Problem> {
+    let id = names::find_domain(&daemon.background, vm)?.vm;
+    let sealing = daemon.sealing.of(id);
+    let domain = names::find_domain(&daemon.background, &id.to_string())?;
+    Ok((sealing, domain))
+}
+
 /// A job may have changed an envelope between the reading of an XML and its definition: then what was defined is behind.
 fn catch_up(daemon: &Daemon, xml: &str) -> Result<(), Problem> {
     let (copies, _) =
@@ -71,8 +80,7 @@ fn catch_up(daemon: &Daemon, xml: &str) -> Result<(), Problem> {
 
 /// Makes a VM plain again, if nothing was ever written under seal.
 pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, dry_run: bool) -> Result<Outcome, Problem> {
-    let _sealing = lock(&daemon.sealing);
-    let domain = names::find_domain(&daemon.background, vm)?;
+    let (_sealing, domain) = take(daemon, vm)?;
     let host = daemon.host_of_vms()?;
     if marks::is_marked_in_vain(&host, &domain)? {
         if !dry_run {

@@ -254,7 +254,7 @@ fn fill(
 /// The pending envelope for an image: that of an earlier try, or a new one. Filling takes minutes, this does not: only this
 /// excludes others.
 fn envelope(daemon: &Daemon, vm: VmId, path: &str, provider: Option<&str>) -> Result<NewObject, Problem> {
-    let _sealing = lock(&daemon.sealing);
+    let _sealing = daemon.sealing.of(vm);
     NewObject::find_or_make(&daemon.host(), vm, ObjectKind::Disk, path, provider)
 }
 

@@ -6,7 +6,7 @@ use virt::domain::Domain;
 use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
-use super::{Libvirt, LibvirtError, absent_is};
+use super::{Background, LibvirtError, absent_is};
 use crate::host::libvirt::events::{Listener, Listening};
 use crate::model::envelope::VmId;
 
@@ -21,17 +21,17 @@ pub struct RunningVm {
     pub backup: Option<String>,
 }
 
-impl Libvirt {
+impl Background {
     /// Tells `listener` from now on, until what is returned is dropped.
     pub fn listen(&self, listener: &Listener) -> Result<Listening, LibvirtError> {
-        self.with("tell what happens", |connection| {
+        self.link.with("tell what happens", |connection| {
             Listening::begin(connection.clone(), listener)
         })
     }
 
     /// What runs.
     pub fn running(&self) -> Result<Vec<VmId>, LibvirtError> {
-        self.with("list the domains", |connection| {
+        self.link.with("list the domains", |connection| {
             let running = connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)?;
             running.iter().map(|domain| domain.uuid().map(VmId)).collect()
         })
@@ -39,7 +39,7 @@ impl Libvirt {
 
     /// The VM as it is now, if it runs.
     pub fn as_it_runs(&self, vm: VmId) -> Result<Option<RunningVm>, LibvirtError> {
-        self.with("read the domain", |connection| {
+        self.link.with("read the domain", |connection| {
             let found = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?;
             // One that was undefined meanwhile does not run.
             found.map_or(Ok(None), |domain| absent_is(None, read(&domain)))

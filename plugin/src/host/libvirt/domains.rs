@@ -1,0 +1,333 @@
+//! Domains and storage pools, for what no hook waits for.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use virt::domain::{Domain, DomainState};
+use virt::error::ErrorNumber;
+use virt::sys;
+
+use super::link::Link;
+use super::{LibvirtError, absent_is, saved};
+use crate::domain::parse_document;
+use crate::model::envelope::VmId;
+
+/// A defined domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DefinedDomain {
+    /// Its UUID.
+    pub vm: VmId,
+    /// Its name.
+    pub name: String,
+    /// Whether it runs now.
+    pub active: bool,
+    /// Whether libvirt itself starts it with the host.
+    pub autostart: bool,
+    /// Whether it has a saved state that the next start restores.
+    pub managed_save: bool,
+    /// The XML of its next start.
+    pub xml: String,
+}
+
+/// Whether a VM runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Power {
+    /// It does not, or there is no such VM.
+    Off,
+    /// libvirt is about to run it: it may yet need its secrets.
+    Starting,
+    /// QEMU is there.
+    On,
+}
+
+impl std::fmt::Display for Power {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Off => "off",
+            Self::Starting => "starting",
+            Self::On => "on",
+        })
+    }
+}
+
+/// What became of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// It runs.
+    Running,
+    /// It is off.
+    Off,
+    /// It is off, and `virsh save` has written its state somewhere; this is the XML of its definition.
+    SavedToAFile(String),
+}
+
+/// An XML that libvirt keeps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeptXml {
+    /// The VM.
+    pub vm: VmId,
+    /// Its name.
+    pub name: String,
+    /// Where it is kept besides the VM itself: `snapshot NAME`, `managed save`. Nobody changes it there.
+    pub snapshot: Option<String>,
+    /// The text; that of a snapshot has the domain inside.
+    pub xml: String,
+}
+
+/// A storage pool, as one of libvirt's users has defined it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoragePool {
+    /// `dir`, `logical`, …
+    pub kind: String,
+    /// Where its volumes are.
+    pub path: PathBuf,
+}
+
+/// A connection that no start waits for.
+#[derive(Debug)]
+pub struct Background {
+    pub(super) link: Link,
+}
+
+impl Background {
+    /// For the libvirt at `uri`; does not connect yet.
+    #[must_use]
+    pub fn new(uri: &str) -> Self {
+        Self { link: Link::new(uri) }
+    }
+
+    /// Connects unless the connection stands.
+    pub fn connect(&self) -> Result<(), LibvirtError> {
+        self.link.connect().map(drop)
+    }
+
+    /// The domain with this name or UUID, or `None`.
+    pub fn domain(&self, name_or_uuid: &str) -> Result<Option<DefinedDomain>, LibvirtError> {
+        self.link.with("read the domain", |connection| {
+            let found = match name_or_uuid.parse::<VmId>() {
+                Ok(vm) => absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?,
+                Err(_) => None,
+            };
+            let found = match found {
+                Some(domain) => Some(domain),
+                None => absent_is(None, connection.lookup_domain_by_name(name_or_uuid).map(Some))?,
+            };
+            found.as_ref().map(read).transpose()
+        })
+    }
+
+    /// Whether the VM runs. Waits for libvirt to have done what it does with that VM.
+    pub fn power(&self, vm: VmId) -> Result<Power, LibvirtError> {
+        self.link.with("see whether the domain runs", |connection| {
+            let found = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?;
+            found.map_or(Ok(Power::Off), |domain| absent_is(Power::Off, power_of(&domain)))
+        })
+    }
+
+    /// All domains, those too that libvirt forgets when they end.
+    pub fn domains(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
+        self.link.with("list the domains", |connection| {
+            let domains = connection.list_all_domains(0)?;
+            // One that was undefined meanwhile is simply no longer there.
+            domains
+                .iter()
+                .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())
+                .collect()
+        })
+    }
+
+    /// The same, with one call for each domain and a few for all: a host may have thousands.
+    pub fn domains_at_a_glance(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
+        self.link.with("list the domains", |connection| {
+            let persistent = sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT;
+            let those = |flag| -> Result<BTreeSet<uuid::Uuid>, virt::error::Error> {
+                let found = connection.list_all_domains(persistent | flag)?;
+                found.iter().map(Domain::uuid).collect()
+            };
+            let active = those(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)?;
+            let autostart = those(sys::VIR_CONNECT_LIST_DOMAINS_AUTOSTART)?;
+            let managed_save = those(sys::VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)?;
+            let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
+            let read = |domain: &Domain| {
+                let vm = domain.uuid()?;
+                Ok(DefinedDomain {
+                    vm: VmId(vm),
+                    name: domain.name()?,
+                    active: active.contains(&vm),
+                    autostart: autostart.contains(&vm),
+                    managed_save: managed_save.contains(&vm),
+                    xml: domain.xml_desc(flags)?,
+                })
+            };
+            let domains = connection.list_all_domains(persistent)?;
+            domains
+                .iter()
+                .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())
+                .collect()
+        })
+    }
+
+    /// Every XML with which libvirt could start or revert a VM: of the next start and of now, and of its snapshots.
+    pub fn every_xml(&self) -> Result<Vec<KeptXml>, LibvirtError> {
+        self.link.with("read every domain", |connection| {
+            let mut found = Vec::new();
+            for domain in connection.list_all_domains(0)? {
+                // One that was undefined meanwhile has none.
+                found.extend(absent_is(Vec::new(), xml_of(&domain))?);
+            }
+            Ok(found)
+        })
+    }
+
+    /// The active storage pools that are at a path; none where libvirt has no storage driver.
+    pub fn active_pools(&self) -> Result<Vec<StoragePool>, LibvirtError> {
+        self.link.with("list the storage pools", |connection| {
+            let listed = connection.list_all_storage_pools(sys::VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE);
+            let pools = match listed {
+                Err(error) if error.code() == ErrorNumber::NoSupport.into() => Vec::new(),
+                listed => listed?,
+            };
+            // One that is gone meanwhile is not active.
+            let xml = pools.iter().filter_map(|pool| pool.xml_desc(0).ok());
+            Ok(xml.filter_map(|xml| storage_pool(&xml)).collect())
+        })
+    }
+
+    /// What became of a VM that has ended or started; `None` if it is not defined.
+    pub fn whereabouts(&self, vm: VmId) -> Result<Option<Whereabouts>, LibvirtError> {
+        self.link.with("look at the domain", |connection| {
+            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+                return Ok(None);
+            };
+            let found = if domain.is_active()? {
+                Whereabouts::Running
+            } else if saved::is_in_a_file(&domain)? {
+                Whereabouts::SavedToAFile(domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?)
+            } else {
+                Whereabouts::Off
+            };
+            Ok(Some(found))
+        })
+    }
+
+    /// Redefines a domain.
+    pub fn define(&self, xml: &str) -> Result<(), LibvirtError> {
+        self.link.with("define the domain", |connection| {
+            connection.define_domain_xml(xml).map(drop)
+        })
+    }
+
+    /// Changes the metadata element of a domain in the namespace `uri`, in the XML of its next start and, while it runs, in
+    /// that of now; nothing else in the XML is touched. `edit` gets the element without its namespace and returns the new
+    /// one, or `None` to leave it. Says whether the domain is defined.
+    pub fn edit_metadata(
+        &self,
+        vm: VmId,
+        (prefix, uri): (&str, &str),
+        edit: impl Fn(&str) -> Option<String>,
+    ) -> Result<bool, LibvirtError> {
+        self.link.with("change the metadata of the domain", |connection| {
+            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+                return Ok(false);
+            };
+            for impact in impacts(&domain)? {
+                let found = domain.metadata(ELEMENT, Some(uri), impact).map(Some);
+                if let Some(new) = absent_is(None, found)?.as_deref().and_then(&edit) {
+                    domain.set_metadata(ELEMENT, Some(&new), Some(prefix), Some(uri), impact)?;
+                }
+            }
+            Ok(true)
+        })
+    }
+
+    /// Removes the metadata element of a domain in the namespace `uri`. Says whether there was one.
+    pub fn remove_metadata(&self, vm: VmId, uri: &str) -> Result<bool, LibvirtError> {
+        self.link.with("change the metadata of the domain", |connection| {
+            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+                return Ok(false);
+            };
+            let config = sys::VIR_DOMAIN_AFFECT_CONFIG;
+            if absent_is(None, domain.metadata(ELEMENT, Some(uri), config).map(Some))?.is_none() {
+                return Ok(false);
+            }
+            absent_is((), domain.set_metadata(ELEMENT, None, None, Some(uri), config))?;
+            Ok(true)
+        })
+    }
+}
+
+const ELEMENT: i32 = sys::VIR_DOMAIN_METADATA_ELEMENT as i32;
+
+/// Which of a domain's XMLs there are to change.
+fn impacts(domain: &Domain) -> Result<Vec<u32>, virt::error::Error> {
+    let mut impacts = Vec::new();
+    if domain.is_persistent()? {
+        impacts.push(sys::VIR_DOMAIN_AFFECT_CONFIG);
+    }
+    if domain.is_active()? {
+        impacts.push(sys::VIR_DOMAIN_AFFECT_LIVE);
+    }
+    Ok(impacts)
+}
+
+/// `<pool type=…>` and its `<target><path>`.
+fn storage_pool(xml: &str) -> Option<StoragePool> {
+    let document = parse_document(xml).ok()?;
+    let mut parts = document.root_element().descendants();
+    let path = parts.find(|node| {
+        node.has_tag_name("path") && node.parent().is_some_and(|parent| parent.has_tag_name("target"))
+    })?;
+    Some(StoragePool {
+        kind: document.root_element().attribute("type")?.to_owned(),
+        path: PathBuf::from(path.text()?.trim()),
+    })
+}
+
+fn read(domain: &Domain) -> Result<DefinedDomain, virt::error::Error> {
+    Ok(DefinedDomain {
+        vm: VmId(domain.uuid()?),
+        name: domain.name()?,
+        active: domain.is_active()?,
+        autostart: domain.autostart()?,
+        managed_save: domain.has_managed_save(0)?,
+        xml: domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE)?,
+    })
+}
+
+/// A domain that has its id and not yet QEMU counts as active, and as shut off.
+fn power_of(domain: &Domain) -> Result<Power, virt::error::Error> {
+    if !domain.is_active()? {
+        return Ok(Power::Off);
+    }
+    let (state, _) = domain.state()?;
+    let is_without_qemu = [DomainState::Shutoff, DomainState::NoState]
+        .into_iter()
+        .any(|known| state == virt::enumutil::Enum::Known(known));
+    Ok(if is_without_qemu {
+        Power::Starting
+    } else {
+        Power::On
+    })
+}
+
+fn xml_of(domain: &Domain) -> Result<Vec<KeptXml>, virt::error::Error> {
+    let (vm, name) = (VmId(domain.uuid()?), domain.name()?);
+    let kept = |snapshot, xml| KeptXml {
+        vm,
+        name: name.clone(),
+        snapshot,
+        xml,
+    };
+    let mut found = vec![kept(None, domain.xml_desc(sys::VIR_DOMAIN_XML_SECURE)?)];
+    if domain.is_persistent()? && domain.is_active()? {
+        let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
+        found.push(kept(None, domain.xml_desc(flags)?));
+    }
+    for snapshot in domain.list_all_snapshots(0)? {
+        let name = format!("snapshot {}", snapshot.name()?);
+        found.push(kept(Some(name), snapshot.xml_desc(0)?));
+    }
+    let managed = saved::managed_xml(domain)?;
+    found.extend(managed.map(|xml| kept(Some("managed save".to_owned()), xml)));
+    Ok(found)
+}
