@@ -5,6 +5,7 @@
 
 pub mod cache;
 mod error;
+pub mod kind;
 pub mod kmip;
 pub mod native;
 pub mod pkcs11;
@@ -13,22 +14,31 @@ pub mod transit;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod dummy;
 
+use std::any::Any;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::model::envelope::{EnvelopeError, KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
+use crate::store::ProviderTable;
+use cache::KekCache;
 
 pub use crate::model::kek::KekScope;
-pub use error::ErrorClass;
+pub use error::{ErrorClass, PinRefusal, ProviderError};
 
 /// Wraps payloads under KEKs that stay inside.
-pub trait KeyProvider: Send + Sync {
+pub trait KeyProvider: Any + Send + Sync {
+    /// Its kind, as the keystore has it.
+    fn kind(&self) -> &str;
+
     /// Who it is, on every host.
     fn id(&self) -> ProviderId;
 
@@ -87,8 +97,39 @@ pub trait KeyProvider: Send + Sync {
     /// Forgets every key in memory: refuses until unlocked.
     fn lock(&self);
 
+    /// The same for the end of this process: what is on disk for the next one stays.
+    fn end(&self) {
+        self.lock();
+    }
+
+    /// The KEKs that it keeps for when its servers don't answer; none for a kind, or a mode, whose KEKs stay where they are.
+    fn cache(&self) -> Option<&KekCache> {
+        None
+    }
+
     /// Becomes able to unwrap, with the passphrase or PIN in `credential`.
     fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError>;
+}
+
+/// What a new provider is made of.
+pub struct Addition<'a> {
+    /// Where its row goes.
+    pub table: &'a ProviderTable,
+    /// What it is to be called.
+    pub name: &'a ProviderName,
+    /// The JSON of what its kind needs to know.
+    pub settings: &'a str,
+    /// A passphrase or PIN, where its kind wants one.
+    pub credential: Option<&'a SecretBytes>,
+    /// Those that are on this host.
+    pub others: Vec<Arc<dyn KeyProvider>>,
+}
+
+/// `provider` as what it is; `None` if it is of another kind.
+#[must_use]
+pub fn of_kind<T: KeyProvider>(provider: Arc<dyn KeyProvider>) -> Option<Arc<T>> {
+    let any: Arc<dyn Any + Send + Sync> = provider;
+    any.downcast().ok()
 }
 
 /// What an admin calls a provider: 1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit, and
@@ -238,146 +279,6 @@ impl DestroyReceipt {
             destroyed: false,
             observed: format!("left as it is: {why}, so other VMs may need it, on other hosts too"),
         }
-    }
-}
-
-/// Why a provider did not do as asked. The caller adds the provider's and the object's name.
-#[derive(Debug, Error)]
-pub enum ProviderError {
-    /// It must be unlocked first.
-    #[error("is locked")]
-    Locked,
-    /// It must be unlocked first, and what would have done that by itself did not.
-    #[error("is locked: {0}")]
-    LockedBecause(String),
-    /// Its TPM waits for somebody to type the PIN.
-    #[error("is locked: it needs its PIN for the TPM")]
-    LockedByPin,
-    /// It must be backed up first.
-    #[error("has not been backed up")]
-    NotBackedUp,
-    /// The passphrase, PIN or token is wrong.
-    #[error("does not accept this passphrase, PIN or token")]
-    WrongCredential,
-    /// A token refuses the PIN.
-    #[error("{0}")]
-    WrongPin(PinRefusal),
-    /// It has no such KEK.
-    #[error("does not know KEK {0}")]
-    UnknownKek(KekId),
-    /// The stanza is not what this provider wrapped.
-    #[error("can't open the wrapped key: it is damaged, tampered with, or from another provider")]
-    Tampered,
-    /// The stanza's mechanism is unknown here.
-    #[error("does not know the mechanism {0:?}: upgrade virtseal")]
-    UnknownMechanism(String),
-    /// It does not answer.
-    #[error("unreachable ({0})")]
-    Unreachable(String),
-    /// Trust is not established both ways.
-    #[error("is not trusted: {0}")]
-    NotTrusted(String),
-    /// The same of one that trusts whom the CAs of a file, or of this host, have signed.
-    #[error("is not trusted: {0}")]
-    NotSignedByOurs(String),
-    /// Its server must be unsealed first.
-    #[error("is locked: its server is sealed")]
-    ServerSealed,
-    /// Its server ended what it was unlocked with, or does not let that do enough.
-    #[error("is not trusted by its server: {0}")]
-    CredentialRefused(String),
-    /// It answers, and says that something is wrong with it rather than with what it was asked.
-    #[error("is in trouble: {0}")]
-    Trouble(String),
-    /// Its answer is not one to the question: about another key, or without what was asked for.
-    #[error("does not answer what it is asked: {0}")]
-    BesideTheQuestion(String),
-    /// It does not trust this host.
-    #[error("does not trust this host: {0}")]
-    RefusesUs(String),
-    /// It let this host in no further than the handshake, or some of its nodes did: what may be a refusal.
-    #[error("turned this host away: {0}")]
-    TurnedAway(String),
-    /// The same where a client certificate was shown that came with an unlock.
-    #[error("turned this host away: {0}")]
-    CertificateRefused(String),
-    /// It, or what stands before it, wants a client certificate, and none belongs to how this host logs in.
-    #[error("turned this host away: {0}")]
-    CertificateWanted(String),
-    /// It has the KEK, and the KEK may not be used for this.
-    #[error("can't use KEK {kek}: {why}")]
-    KekUnusable {
-        /// The KEK.
-        kek: KekId,
-        /// Why.
-        why: String,
-    },
-    /// It understands what it is asked, and does not do it.
-    #[error("does not do it: {0}")]
-    Refused(String),
-    /// This host has a record of it that can't be used.
-    #[error("can't be used: {0}")]
-    Unusable(String),
-    /// A payload of the wrong shape.
-    #[error("returned a wrong payload")]
-    Payload(#[source] EnvelopeError),
-    /// A failure of this host: memory, disk, OpenSSL.
-    #[error("failed: {context}")]
-    Internal {
-        /// What was being done.
-        context: &'static str,
-        /// Why it failed.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-}
-
-impl ProviderError {
-    /// Wraps a failure of this host, for `map_err`.
-    pub fn internal<E>(context: &'static str) -> impl FnOnce(E) -> Self
-    where
-        E: Into<Box<dyn std::error::Error + Send + Sync>>,
-    {
-        move |source| Self::Internal {
-            context,
-            source: source.into(),
-        }
-    }
-}
-
-/// What a token says of a PIN that it does not accept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PinRefusal {
-    /// It is wrong.
-    Wrong,
-    /// It is wrong, and so were others before.
-    FewTries,
-    /// It is wrong, and the next wrong one blocks the token.
-    LastTry,
-    /// The next wrong PIN blocks the token; it was not asked.
-    NotTheLastTry,
-    /// The token accepts no PIN any more.
-    Blocked,
-    /// The PIN has come to its end, or none was ever set.
-    NoneIsSet,
-    /// It was wrong before; the token was not asked.
-    KnownToBeWrong,
-    /// Another one unlocked the provider; the token was not asked.
-    UnlockedByAnother,
-}
-
-impl fmt::Display for PinRefusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Wrong => "does not accept this PIN",
-            Self::FewTries => "does not accept this PIN, and counts wrong ones: few tries are left",
-            Self::LastTry => "does not accept this PIN: one try is left before the token blocks itself",
-            Self::NotTheLastTry => "has one try left before it blocks itself, so the PIN was not sent",
-            Self::Blocked => "accepts no PIN any more",
-            Self::NoneIsSet => "wants a new PIN before it accepts any: it has none, or that has expired",
-            Self::KnownToBeWrong => "has refused this PIN before, so it was not sent to the token again",
-            Self::UnlockedByAnother => "is unlocked with another PIN; to check this one, lock it first",
-        })
     }
 }
 

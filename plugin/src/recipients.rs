@@ -5,7 +5,6 @@
 //! disk. No lock is held while a provider works, and none gets more time than the deadline for one call.
 
 mod error;
-mod kind;
 mod made_keks;
 mod membership;
 mod opening;
@@ -24,8 +23,8 @@ use crate::store::{Change, EnvelopeStore, ProviderTable, StoreError, Stores};
 use roster::Roster;
 use watch::{Pace, Watches};
 
+pub use crate::provider::kind::Provider;
 pub use error::{SealError, UnknownProvider, bring_back};
-pub use kind::{Provider, UnusableProvider};
 pub use opening::{Attempt, OpenError, Refusal};
 pub use rewrapping::{Blocked, Rewrap, RewrapTarget, Rewrapped};
 pub use watch::Report;
@@ -156,11 +155,8 @@ impl Recipients {
 
     /// Locks all providers, as the end of virtseald does: what is on disk for the next one stays.
     pub fn lock_all(&self) {
-        for known in self.providers() {
-            match known {
-                Provider::Kmip(provider) => provider.end(),
-                other => other.provider().lock(),
-            }
+        for provider in self.providers() {
+            provider.provider().end();
         }
     }
 

@@ -13,7 +13,8 @@ use super::{kmip, pkcs11, transit};
 use crate::api::HostProxy;
 use crate::model::problem::{Code, Problem};
 use crate::provider::ScopeSetting;
-use crate::provider::cache::{CachePolicy, NothingToCache};
+use crate::provider::cache::CachePolicy;
+use crate::provider::kind::Kind;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AddCommand {
@@ -43,7 +44,10 @@ pub(super) struct NoCacheArgs {
 
 impl NoCacheArgs {
     pub(super) fn refuse(&self, kind: &str) -> Result<(), Problem> {
-        match (self.cache, NothingToCache::of_kind(kind)) {
+        match (
+            self.cache,
+            Kind::named(kind).and_then(|kind| kind.nothing_to_cache),
+        ) {
             (Some(CachePolicy::For(_) | CachePolicy::UntilLock), Some(why)) => {
                 Err(Problem::new(Code::Usage, why.to_string()).next("the same command without --cache"))
             }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::{ErrorClass, ProviderError};
+use super::error::{ErrorClass, ProviderError};
 use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::model::envelope::{KekId, ProviderId};
 use crate::model::problem::chain;

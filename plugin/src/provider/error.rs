@@ -1,4 +1,4 @@
-//! What a refusal is about: the recipients, the cache and the jobs decide by this alone, whatever the protocol said.
+//! Why a provider does not do as asked, and what that is about: the recipients, the cache and the jobs decide by this alone, whatever the protocol said.
 //!
 //! | class | the cached KEK | a start | a job |
 //! | --- | --- | --- | --- |
@@ -9,7 +9,153 @@
 //!
 //! Each protocol has one table of its own that leads here: KMIP's is `kmip/error.rs`.
 
-use super::ProviderError;
+use std::fmt;
+
+use thiserror::Error;
+
+use crate::model::advice::Advice;
+use crate::model::envelope::{EnvelopeError, KekId};
+use crate::model::problem::Code;
+
+/// Why a provider did not do as asked. The caller adds the provider's and the object's name.
+#[derive(Debug, Error)]
+pub enum ProviderError {
+    /// It must be unlocked first.
+    #[error("is locked")]
+    Locked,
+    /// It must be unlocked first, and what would have done that by itself did not.
+    #[error("is locked: {0}")]
+    LockedBecause(String),
+    /// Its TPM waits for somebody to type the PIN.
+    #[error("is locked: it needs its PIN for the TPM")]
+    LockedByPin,
+    /// It must be backed up first.
+    #[error("has not been backed up")]
+    NotBackedUp,
+    /// The passphrase, PIN or token is wrong.
+    #[error("does not accept this passphrase, PIN or token")]
+    WrongCredential,
+    /// A token refuses the PIN.
+    #[error("{0}")]
+    WrongPin(PinRefusal),
+    /// It has no such KEK.
+    #[error("does not know KEK {0}")]
+    UnknownKek(KekId),
+    /// The stanza is not what this provider wrapped.
+    #[error("can't open the wrapped key: it is damaged, tampered with, or from another provider")]
+    Tampered,
+    /// The stanza's mechanism is unknown here.
+    #[error("does not know the mechanism {0:?}: upgrade virtseal")]
+    UnknownMechanism(String),
+    /// It does not answer.
+    #[error("unreachable ({0})")]
+    Unreachable(String),
+    /// Trust is not established both ways.
+    #[error("is not trusted: {0}")]
+    NotTrusted(String),
+    /// The same of one that trusts whom the CAs of a file, or of this host, have signed.
+    #[error("is not trusted: {0}")]
+    NotSignedByOurs(String),
+    /// Its server must be unsealed first.
+    #[error("is locked: its server is sealed")]
+    ServerSealed,
+    /// Its server ended what it was unlocked with, or does not let that do enough.
+    #[error("is not trusted by its server: {0}")]
+    CredentialRefused(String),
+    /// It answers, and says that something is wrong with it rather than with what it was asked.
+    #[error("is in trouble: {0}")]
+    Trouble(String),
+    /// Its answer is not one to the question: about another key, or without what was asked for.
+    #[error("does not answer what it is asked: {0}")]
+    BesideTheQuestion(String),
+    /// It does not trust this host.
+    #[error("does not trust this host: {0}")]
+    RefusesUs(String),
+    /// It let this host in no further than the handshake, or some of its nodes did: what may be a refusal.
+    #[error("turned this host away: {0}")]
+    TurnedAway(String),
+    /// The same where a client certificate was shown that came with an unlock.
+    #[error("turned this host away: {0}")]
+    CertificateRefused(String),
+    /// It, or what stands before it, wants a client certificate, and none belongs to how this host logs in.
+    #[error("turned this host away: {0}")]
+    CertificateWanted(String),
+    /// It has the KEK, and the KEK may not be used for this.
+    #[error("can't use KEK {kek}: {why}")]
+    KekUnusable {
+        /// The KEK.
+        kek: KekId,
+        /// Why.
+        why: String,
+    },
+    /// It understands what it is asked, and does not do it.
+    #[error("does not do it: {0}")]
+    Refused(String),
+    /// This host has a record of it that can't be used.
+    #[error("can't be used: {0}")]
+    Unusable(String),
+    /// A payload of the wrong shape.
+    #[error("returned a wrong payload")]
+    Payload(#[source] EnvelopeError),
+    /// A failure of this host: memory, disk, OpenSSL.
+    #[error("failed: {context}")]
+    Internal {
+        /// What was being done.
+        context: &'static str,
+        /// Why it failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl ProviderError {
+    /// Wraps a failure of this host, for `map_err`.
+    pub fn internal<E>(context: &'static str) -> impl FnOnce(E) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        move |source| Self::Internal {
+            context,
+            source: source.into(),
+        }
+    }
+}
+
+/// What a token says of a PIN that it does not accept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PinRefusal {
+    /// It is wrong.
+    Wrong,
+    /// It is wrong, and so were others before.
+    FewTries,
+    /// It is wrong, and the next wrong one blocks the token.
+    LastTry,
+    /// The next wrong PIN blocks the token; it was not asked.
+    NotTheLastTry,
+    /// The token accepts no PIN any more.
+    Blocked,
+    /// The PIN has come to its end, or none was ever set.
+    NoneIsSet,
+    /// It was wrong before; the token was not asked.
+    KnownToBeWrong,
+    /// Another one unlocked the provider; the token was not asked.
+    UnlockedByAnother,
+}
+
+impl fmt::Display for PinRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Wrong => "does not accept this PIN",
+            Self::FewTries => "does not accept this PIN, and counts wrong ones: few tries are left",
+            Self::LastTry => "does not accept this PIN: one try is left before the token blocks itself",
+            Self::NotTheLastTry => "has one try left before it blocks itself, so the PIN was not sent",
+            Self::Blocked => "accepts no PIN any more",
+            Self::NoneIsSet => "wants a new PIN before it accepts any: it has none, or that has expired",
+            Self::KnownToBeWrong => "has refused this PIN before, so it was not sent to the token again",
+            Self::UnlockedByAnother => "is unlocked with another PIN; to check this one, lock it first",
+        })
+    }
+}
 
 /// What a refusal is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,10 +228,45 @@ impl ProviderError {
     }
 }
 
+impl ProviderError {
+    /// The exit code for this refusal of the provider called `name`, and what helps.
+    #[must_use]
+    pub fn advice(&self, name: &str) -> (Code, Option<Advice>) {
+        let name = name.to_owned();
+        match self {
+            Self::LockedByPin => (Code::Locked, Some(Advice::UnlockByPin(name))),
+            Self::Locked | Self::LockedBecause(_) => (Code::Locked, Some(Advice::UnlockProvider(name))),
+            Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(Advice::LockProvider(name))),
+            Self::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet) => {
+                (Code::Locked, Some(Advice::NewPin(name)))
+            }
+            Self::WrongPin(PinRefusal::NotTheLastTry) => (Code::Locked, Some(Advice::LogInElsewhere(name))),
+            Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(Advice::UnlockProvider(name))),
+            Self::NotBackedUp => (Code::WouldLoseKey, Some(Advice::BackUpProvider(name))),
+            Self::Unreachable(_) | Self::Trouble(_) => (Code::Unreachable, Some(Advice::ShowProvider(name))),
+            Self::NotTrusted(_) => (Code::NotTrusted, Some(Advice::TrustProvider(name))),
+            Self::NotSignedByOurs(_) => (Code::NotTrusted, Some(Advice::TrustSigner(name))),
+            Self::CertificateRefused(_) => (Code::NotTrusted, Some(Advice::OtherCertificate(name))),
+            Self::CertificateWanted(_) => (Code::NotTrusted, Some(Advice::LogInByCertificate(name))),
+            Self::CredentialRefused(_) => (Code::NotTrusted, Some(Advice::UnlockProvider(name))),
+            Self::ServerSealed => (Code::Locked, Some(Advice::UnsealServer)),
+            Self::RefusesUs(_) | Self::TurnedAway(_) => (Code::NotTrusted, Some(Advice::SetIdentity(name))),
+            Self::Unusable(_) | Self::Refused(_) | Self::BesideTheQuestion(_) => {
+                (Code::Failed, Some(Advice::ShowProvider(name)))
+            }
+            Self::UnknownMechanism(_) => (Code::Failed, Some(Advice::Upgrade)),
+            Self::UnknownKek(_) => (Code::Failed, Some(Advice::RestoreKek(name))),
+            Self::KekUnusable { .. } => (Code::Failed, Some(Advice::ShowProvider(name))),
+            Self::Internal { .. } => (Code::Failed, Some(Advice::Journal)),
+            // About an envelope: what helps is told where that is known.
+            Self::Tampered | Self::Payload(_) => (Code::Failed, None),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::envelope::KekId;
 
     fn unknown() -> ProviderError {
         ProviderError::UnknownKek(KekId("7".into()))

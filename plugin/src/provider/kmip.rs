@@ -55,11 +55,12 @@ use super::toolbox::locks::Locks;
 use super::toolbox::printable;
 use super::toolbox::tls::Tls;
 use super::{
-    DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus, ScopeSetting,
+    Addition, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus,
+    ScopeSetting,
 };
 use crate::crypto::age_file::AgeError;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
-use crate::model::problem::chain;
+use crate::model::problem::{Code, Problem, chain};
 use crate::secret::SecretBytes;
 use crate::store::{ProviderRecord, ProviderTable, StoreError};
 
@@ -203,6 +204,19 @@ impl KmipProvider {
         Self::open(table, &record)
     }
 
+    /// The same by the JSON of settings.
+    pub(super) fn add(new: &Addition<'_>) -> Result<Self, Problem> {
+        let settings = serde_json::from_str(new.settings)
+            .map_err(|error| Problem::from_error(Code::Usage, "the settings can't be used", &error))?;
+        Self::create(new.table, new.name, settings).map_err(|error| {
+            let code = match &error {
+                KmipProviderError::Keystore(_) => Code::Failed,
+                _ => Code::Usage,
+            };
+            Problem::from_error(code, format!("provider '{}' is not added", new.name), &error)
+        })
+    }
+
     /// The recorded provider: locked if its private key is encrypted, else ready to ask its servers. Waits for nothing.
     ///
     /// # Errors
@@ -231,18 +245,6 @@ impl KmipProvider {
         provider.store.settle();
         provider.load();
         Ok(provider)
-    }
-
-    /// The KEKs that it keeps; none in mode server, where they never come here.
-    #[must_use]
-    pub fn cache(&self) -> Option<&KekCache> {
-        (self.settings.mode == Mode::Local).then_some(&self.cache)
-    }
-
-    /// As a lock, for the end of this process: what the cache keeps on disk stays.
-    pub fn end(&self) {
-        self.forget_access();
-        self.cache.end();
     }
 
     fn forget_access(&self) {
@@ -335,6 +337,10 @@ impl KmipProvider {
 const NO_TRUST: &str = "the server's certificate has not been accepted yet";
 
 impl KeyProvider for KmipProvider {
+    fn kind(&self) -> &str {
+        Self::KIND
+    }
+
     fn id(&self) -> ProviderId {
         self.id
     }
@@ -441,6 +447,16 @@ impl KeyProvider for KmipProvider {
                 chain(&error)
             );
         }
+    }
+
+    fn end(&self) {
+        self.forget_access();
+        self.cache.end();
+    }
+
+    /// None in mode server, where KEKs never come here.
+    fn cache(&self) -> Option<&KekCache> {
+        (self.settings.mode == Mode::Local).then_some(&self.cache)
     }
 
     /// Takes the private key from disk again. Where it is not encrypted there, any credential does.

@@ -20,6 +20,7 @@ mod document;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
 mod kek;
+mod problem;
 
 use std::fmt;
 use std::io;
@@ -417,6 +418,10 @@ impl NativeProvider {
 }
 
 impl KeyProvider for NativeProvider {
+    fn kind(&self) -> &str {
+        Self::KIND
+    }
+
     fn id(&self) -> ProviderId {
         self.id
     }

@@ -18,6 +18,7 @@ mod kek;
 mod link;
 mod mechanism;
 mod module;
+mod problem;
 mod settings;
 mod token;
 
@@ -166,6 +167,10 @@ impl Pkcs11Provider {
 }
 
 impl KeyProvider for Pkcs11Provider {
+    fn kind(&self) -> &str {
+        Self::KIND
+    }
+
     fn id(&self) -> ProviderId {
         self.id
     }

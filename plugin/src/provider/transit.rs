@@ -31,8 +31,10 @@ use self::http::Fault;
 use self::kek::{KekName, MECHANISM, Serving};
 use self::link::Link;
 use super::toolbox::kek_name::{self, KekBook, KekGeneration};
-use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use super::{Addition, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use crate::model::advice::Advice;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::problem::{Code, Problem};
 use crate::secret::SecretBytes;
 use crate::store::{KekNames, ProviderRecord, ProviderTable, StoreError};
 
@@ -61,6 +63,15 @@ impl TransitProvider {
         let row = serde_json::to_value(&settings).expect("settings hold only strings, numbers and enums");
         table.insert(id, name.as_str(), Self::KIND, &row)?;
         Ok(Self::new(table, id, name.as_str(), settings))
+    }
+
+    /// The same by the JSON of settings.
+    pub(super) fn add(new: &Addition<'_>) -> Result<Self, Problem> {
+        let settings = TransitSettings::parse(new.settings).map_err(|error| {
+            Problem::from_error(Code::Usage, format!("can't add provider '{}'", new.name), &error)
+                .next(Advice::AddProviderHelp(Some(Self::KIND)))
+        })?;
+        Ok(Self::create(new.table, new.name, settings)?)
     }
 
     /// The recorded provider, locked. Waits for nothing.
@@ -101,6 +112,10 @@ impl TransitProvider {
 }
 
 impl KeyProvider for TransitProvider {
+    fn kind(&self) -> &str {
+        Self::KIND
+    }
+
     fn id(&self) -> ProviderId {
         self.link.id
     }

@@ -6,8 +6,8 @@ use super::OpenError;
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeError, ProviderId};
 use crate::model::problem::{Code, Problem, chain};
+use crate::provider::ProviderError;
 use crate::provider::native::NativeProvider;
-use crate::provider::{PinRefusal, ProviderError};
 
 /// No provider has this name or id.
 #[derive(Debug, Error)]
@@ -95,41 +95,5 @@ pub fn bring_back(id: ProviderId, name: String, kind: Option<&str>) -> Advice {
             id,
         },
         None => Advice::BringBack { name, id },
-    }
-}
-
-impl ProviderError {
-    /// The exit code for this refusal of the provider called `name`, and what helps.
-    #[must_use]
-    pub fn advice(&self, name: &str) -> (Code, Option<Advice>) {
-        let name = name.to_owned();
-        match self {
-            Self::LockedByPin => (Code::Locked, Some(Advice::UnlockByPin(name))),
-            Self::Locked | Self::LockedBecause(_) => (Code::Locked, Some(Advice::UnlockProvider(name))),
-            Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(Advice::LockProvider(name))),
-            Self::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet) => {
-                (Code::Locked, Some(Advice::NewPin(name)))
-            }
-            Self::WrongPin(PinRefusal::NotTheLastTry) => (Code::Locked, Some(Advice::LogInElsewhere(name))),
-            Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(Advice::UnlockProvider(name))),
-            Self::NotBackedUp => (Code::WouldLoseKey, Some(Advice::BackUpProvider(name))),
-            Self::Unreachable(_) | Self::Trouble(_) => (Code::Unreachable, Some(Advice::ShowProvider(name))),
-            Self::NotTrusted(_) => (Code::NotTrusted, Some(Advice::TrustProvider(name))),
-            Self::NotSignedByOurs(_) => (Code::NotTrusted, Some(Advice::TrustSigner(name))),
-            Self::CertificateRefused(_) => (Code::NotTrusted, Some(Advice::OtherCertificate(name))),
-            Self::CertificateWanted(_) => (Code::NotTrusted, Some(Advice::LogInByCertificate(name))),
-            Self::CredentialRefused(_) => (Code::NotTrusted, Some(Advice::UnlockProvider(name))),
-            Self::ServerSealed => (Code::Locked, Some(Advice::UnsealServer)),
-            Self::RefusesUs(_) | Self::TurnedAway(_) => (Code::NotTrusted, Some(Advice::SetIdentity(name))),
-            Self::Unusable(_) | Self::Refused(_) | Self::BesideTheQuestion(_) => {
-                (Code::Failed, Some(Advice::ShowProvider(name)))
-            }
-            Self::UnknownMechanism(_) => (Code::Failed, Some(Advice::Upgrade)),
-            Self::UnknownKek(_) => (Code::Failed, Some(Advice::RestoreKek(name))),
-            Self::KekUnusable { .. } => (Code::Failed, Some(Advice::ShowProvider(name))),
-            Self::Internal { .. } => (Code::Failed, Some(Advice::Journal)),
-            // About an envelope: what helps is told where that is known.
-            Self::Tampered | Self::Payload(_) => (Code::Failed, None),
-        }
     }
 }

@@ -4,100 +4,46 @@ use std::sync::Arc;
 
 use super::{Provider, Recipients};
 use crate::model::envelope::ProviderId;
-use crate::model::problem::chain;
-use crate::provider::ProviderName;
-use crate::provider::kmip::{KmipProvider, KmipProviderError, KmipSettings};
-use crate::provider::native::{NativeError, NativeProvider};
-use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider, Pkcs11Settings};
-use crate::provider::transit::{TransitProvider, TransitSettings};
+use crate::model::problem::Problem;
+use crate::provider::kind::Kind;
+use crate::provider::{Addition, KeyProvider, ProviderName};
 use crate::secret::SecretBytes;
 use crate::store::{EnvelopeStore, ProviderTable, StoreError};
 
 impl Recipients {
-    /// Makes a native provider; takes seconds, by the nature of its passphrase.
+    /// Makes a provider of `kind` by the JSON of its settings, and by a passphrase or PIN where it wants one.
     ///
     /// # Errors
-    /// As [`NativeProvider::create`].
-    pub fn add_native(
+    /// What the kind says.
+    pub fn add(
         &self,
+        kind: &Kind,
         name: &ProviderName,
-        passphrase: &SecretBytes,
-    ) -> Result<Arc<NativeProvider>, NativeError> {
-        let made = Arc::new(NativeProvider::create(&self.table, name, passphrase)?);
-        self.roster.enter(Provider::Native(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    /// Brings a native provider back from `backup`.
-    ///
-    /// # Errors
-    /// As [`NativeProvider::restore`].
-    pub fn restore_native(
-        &self,
-        name: &ProviderName,
-        backup: &[u8],
-        backup_passphrase: Option<&SecretBytes>,
-        passphrase: &SecretBytes,
-    ) -> Result<Arc<NativeProvider>, NativeError> {
-        let made = Arc::new(NativeProvider::restore(
-            &self.table,
+        settings: &str,
+        credential: Option<&SecretBytes>,
+    ) -> Result<(), Problem> {
+        let others = self.providers().iter().map(Provider::shared).collect();
+        let made = (kind.add)(&Addition {
+            table: &self.table,
             name,
-            backup,
-            backup_passphrase,
-            passphrase,
-        )?);
-        self.roster.enter(Provider::Native(Arc::clone(&made)));
-        Ok(made)
+            settings,
+            credential,
+            others,
+        })?;
+        self.roster.enter(Provider::new(made));
+        Ok(())
     }
 
-    /// Adds a transit provider, locked.
+    /// Takes the provider in that `make` records.
     ///
     /// # Errors
-    /// As [`TransitProvider::create`].
-    pub fn add_transit(
+    /// What `make` says.
+    pub fn add_by<T: KeyProvider, E>(
         &self,
-        name: &ProviderName,
-        settings: TransitSettings,
-    ) -> Result<Arc<TransitProvider>, StoreError> {
-        let made = Arc::new(TransitProvider::create(&self.table, name, settings)?);
-        self.roster.enter(Provider::Transit(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    /// Adds the token of `settings`, and unlocks it with `pin`.
-    ///
-    /// # Errors
-    /// As [`Pkcs11Provider::create`].
-    pub fn add_pkcs11(
-        &self,
-        name: &ProviderName,
-        settings: Pkcs11Settings,
-        pin: &SecretBytes,
-    ) -> Result<Arc<Pkcs11Provider>, Pkcs11Error> {
-        let others: Vec<_> = self
-            .providers()
-            .into_iter()
-            .filter_map(|known| match known {
-                Provider::Pkcs11(provider) => Some(provider),
-                _ => None,
-            })
-            .collect();
-        let made = Arc::new(Pkcs11Provider::create(&self.table, name, settings, pin, &others)?);
-        self.roster.enter(Provider::Pkcs11(Arc::clone(&made)));
-        Ok(made)
-    }
-
-    /// Records a KMIP provider, which has trust to establish before it does anything.
-    ///
-    /// # Errors
-    /// As [`KmipProvider::create`].
-    pub fn add_kmip(
-        &self,
-        name: &ProviderName,
-        settings: KmipSettings,
-    ) -> Result<Arc<KmipProvider>, KmipProviderError> {
-        let made = Arc::new(KmipProvider::create(&self.table, name, settings)?);
-        self.roster.enter(Provider::Kmip(Arc::clone(&made)));
+        make: impl FnOnce(&ProviderTable) -> Result<T, E>,
+    ) -> Result<Arc<T>, E> {
+        let made = Arc::new(make(&self.table)?);
+        self.roster.enter(Provider::new(Arc::<T>::clone(&made)));
         Ok(made)
     }
 
@@ -107,7 +53,7 @@ impl Recipients {
     /// The keystore's; then it stays.
     pub fn delete(&self, id: ProviderId) -> Result<(), StoreError> {
         self.keystore.delete_provider(id)?;
-        remove_files(&self.table, id);
+        Kind::remove_files(self.table.dir(), id);
         Ok(())
     }
 }
@@ -124,17 +70,8 @@ pub(super) fn finish_deletions(
     }
     for deleted in keystore.deleted_providers()?.sound {
         if there.sound.iter().all(|record| record.id != deleted.id) {
-            remove_files(table, deleted.id);
+            Kind::remove_files(table.dir(), deleted.id);
         }
     }
     Ok(())
-}
-
-fn remove_files(table: &ProviderTable, id: ProviderId) {
-    if let Err(error) = KmipProvider::remove_files(table.dir(), id) {
-        tracing::warn!(
-            "provider {id} is deleted, but not all of its files: {}",
-            chain(&error)
-        );
-    }
 }

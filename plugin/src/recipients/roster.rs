@@ -5,10 +5,10 @@
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::kind::Provider;
 use super::watch::Watches;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::chain;
+use crate::provider::kind::Provider;
 use crate::store::{EnvelopeStore, ProviderTable, StoreError};
 
 pub(super) struct Roster {

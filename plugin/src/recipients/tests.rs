@@ -2,6 +2,7 @@ use super::*;
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeError, EnvelopeId, KekId, ObjectKind, Stanza, VmId};
 use crate::model::problem::{Code, Problem};
+use crate::provider::kind::Kind;
 use crate::provider::native::NativeProvider;
 use crate::provider::transit::TransitSettings;
 use crate::provider::{
@@ -29,7 +30,9 @@ fn binding() -> Binding {
 }
 
 fn ready(recipients: &Recipients, as_name: &str) -> Arc<NativeProvider> {
-    let provider = recipients.add_native(&name(as_name), &secret("p")).unwrap();
+    let provider = recipients
+        .add_by(|table| NativeProvider::create(table, &name(as_name), &secret("p")))
+        .unwrap();
     provider
         .confirm_backup(provider.backup(None).unwrap().generation)
         .unwrap();
@@ -305,7 +308,9 @@ fn refusals_to_seal_say_what_to_run() {
     let failure =
         |provider: Option<&str>| Problem::from(recipients.seal_new(provider, &binding()).unwrap_err());
     assert_eq!(failure(None).code, Code::NotFound);
-    let provider = recipients.add_native(&name("main"), &secret("p")).unwrap();
+    let provider = recipients
+        .add_by(|table| NativeProvider::create(table, &name("main"), &secret("p")))
+        .unwrap();
     assert_eq!(
         failure(None).to_string(),
         "provider 'main' has not been backed up. Next: virtseal provider backup main --output FILE"
@@ -403,7 +408,15 @@ fn restored_provider_opens_at_once() {
     let backup = here.main.backup(Some(&secret("b"))).unwrap();
     let recipients = Recipients::open(&Stores::open(there.path()).unwrap(), DEADLINE).unwrap();
     recipients
-        .restore_native(&name("from-a"), &backup.bytes, Some(&secret("b")), &secret("q"))
+        .add_by(|table| {
+            NativeProvider::restore(
+                table,
+                &name("from-a"),
+                &backup.bytes,
+                Some(&secret("b")),
+                &secret("q"),
+            )
+        })
         .unwrap();
     assert_eq!(
         recipients.open_envelope(&envelope).unwrap().expose(),
@@ -421,9 +434,17 @@ fn transit_rows_come_back_locked_or_with_what_is_wrong_with_them() {
         |address: &str| serde_json::json!({"address": address, "auth": {"method": "token"}, "id": id});
     let recipients = Recipients::open(&stores, DEADLINE).unwrap();
     let good = TransitSettings::parse(&settings("https://192.0.2.1:8200").to_string()).unwrap();
-    recipients.add_transit(&name("vault"), good.clone()).unwrap();
+    recipients
+        .add_by(|table| {
+            crate::provider::transit::TransitProvider::create(table, &name("vault"), good.clone())
+        })
+        .unwrap();
     assert!(matches!(
-        recipients.add_transit(&name("other"), good),
+        recipients.add_by(|table| crate::provider::transit::TransitProvider::create(
+            table,
+            &name("other"),
+            good
+        )),
         Err(StoreError::ProviderExists { .. })
     ));
     let bad = settings("http://kms.example:8200");
@@ -451,7 +472,9 @@ fn whoever_changes_the_providers_the_roster_follows() {
     let dir = tempfile::tempdir().unwrap();
     let stores = Stores::open(dir.path()).unwrap();
     let recipients = Recipients::open(&stores, DEADLINE).unwrap();
-    let main = recipients.add_native(&name("main"), &secret("p")).unwrap();
+    let main = recipients
+        .add_by(|table| NativeProvider::create(table, &name("main"), &secret("p")))
+        .unwrap();
     main.confirm_backup(1).unwrap();
     let names = || -> Vec<String> {
         let providers = recipients.providers();
@@ -483,4 +506,22 @@ fn whoever_changes_the_providers_the_roster_follows() {
         .unwrap();
     assert_eq!(names(), ["kms", "main"]);
     assert_eq!(known.provider().status(), ProviderStatus::Ready);
+}
+
+/// What a new kind takes is a folder and a row: nothing here, and nothing in the daemon, has its name.
+#[test]
+fn a_kind_is_a_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = Stores::open(dir.path()).unwrap();
+    let recipients = Recipients::open(&stores, DEADLINE).unwrap();
+    let kind = Kind::named("dummy").unwrap();
+    recipients.add(kind, &name("new"), "{}", None).unwrap();
+    let (envelope, dek) = recipients.seal_new(Some("new"), &binding()).unwrap();
+    drop(recipients);
+    let again = Recipients::open(&stores, DEADLINE).unwrap();
+    let provider = again.find("new").unwrap();
+    assert!(provider.kind() == "dummy" && provider.keeps_keks());
+    assert_eq!(again.open_envelope(&envelope).unwrap().expose(), dek.expose());
+    again.delete(provider.provider().id()).unwrap();
+    assert!(again.find("new").is_err() && Kind::named("another").is_none());
 }

@@ -399,7 +399,9 @@ mod tests {
         let recipients = Recipients::open(&stores, std::time::Duration::from_secs(60)).unwrap();
         let passphrase = crate::secret::SecretBytes::take(&mut b"pass".to_vec()).unwrap();
         let native = recipients
-            .add_native(&"main".parse().unwrap(), &passphrase)
+            .add_by(|table| {
+                crate::provider::native::NativeProvider::create(table, &"main".parse().unwrap(), &passphrase)
+            })
             .unwrap();
         native.confirm_backup(1).unwrap();
         drop((recipients, native));

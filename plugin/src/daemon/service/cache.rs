@@ -16,7 +16,7 @@ use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
-use crate::provider::cache::{CachePolicy, KekCache, NothingToCache, PersistError, PersistTime};
+use crate::provider::cache::{CachePolicy, KekCache, PersistError, PersistTime};
 use crate::provider::kmip::{KmipProvider, KmipProviderError, Persist};
 use crate::recipients::Provider;
 
@@ -51,8 +51,8 @@ fn set_cache(
         .parse()
         .map_err(|error| Problem::new(Code::Usage, chain(&error)))?;
     let known = daemon.recipients.find(name)?;
-    let Provider::Kmip(kmip) = &known else {
-        return match NothingToCache::of_kind(known.kind()) {
+    let Some(kmip) = known.of_kind::<KmipProvider>() else {
+        return match known.row().and_then(|kind| kind.nothing_to_cache) {
             Some(why) => Err(Problem::new(Code::Usage, format!("provider '{name}': {why}"))),
             None => Err(Problem::new(
                 Code::Failed,
@@ -126,13 +126,13 @@ pub fn load_all(daemon: &Daemon) {
 
 /// The same for one of them, once it is unlocked.
 pub(crate) fn load_in_background(daemon: &Daemon, known: &Provider) {
-    let Provider::Kmip(provider) = known else {
+    let Some(provider) = known.of_kind::<KmipProvider>() else {
         return;
     };
     if !provider.wants_tpm() {
         return;
     }
-    let (tpm, provider) = (Arc::clone(&daemon.tpm), Arc::clone(provider));
+    let (tpm, provider) = (Arc::clone(&daemon.tpm), provider);
     let started = std::thread::Builder::new()
         .name("kek-cache".to_owned())
         .spawn(move || load(&provider, &tpm));
@@ -143,7 +143,7 @@ pub(crate) fn load_in_background(daemon: &Daemon, known: &Provider) {
 
 /// After a lock: an error where the disk has not let go of the keys that a cache kept there.
 pub(crate) fn check_disk_after_lock(known: &Provider) -> Result<(), Problem> {
-    let Provider::Kmip(provider) = known else {
+    let Some(provider) = known.of_kind::<KmipProvider>() else {
         return Ok(());
     };
     let name = provider.name();

@@ -11,12 +11,9 @@ use crate::audit::Actor;
 use crate::daemon::{Daemon, records};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
-use crate::provider::kmip::{KmipProvider, KmipProviderError};
-use crate::provider::native::{NativeError, NativeProvider};
-use crate::provider::pkcs11::{Pkcs11Error, Pkcs11Provider};
-use crate::provider::transit::{TransitProvider, TransitSettings};
-use crate::provider::{KeyProvider, PinRefusal, ProviderError, ProviderName};
-use crate::recipients::Provider;
+use crate::provider::kind::{Credential, KeysAt, Kind};
+use crate::provider::native::NativeProvider;
+use crate::provider::{KeyProvider, ProviderError, ProviderName};
 use crate::secret::SecretBytes;
 
 /// Adds a provider of `kind`; `settings` is the JSON of what the kind needs to know.
@@ -28,75 +25,36 @@ pub(crate) fn add(
     settings: &str,
     fds: Vec<OwnedFd>,
 ) -> Result<Providers, Problem> {
-    let added = match kind {
-        NativeProvider::KIND => add_native(daemon, name, fds),
-        Pkcs11Provider::KIND => add_pkcs11(daemon, name, settings, fds),
-        KmipProvider::KIND => add_kmip(daemon, name, settings),
-        TransitProvider::KIND => add_transit(daemon, name, settings),
-        _ => {
-            return Err(Problem::new(
-                Code::Usage,
-                format!("there is no kind of provider called '{kind}'"),
-            )
-            .next(Advice::AddProviderHelp(None)));
-        }
+    let Some(kind) = Kind::named(kind) else {
+        return Err(Problem::new(
+            Code::Usage,
+            format!("there is no kind of provider called '{kind}'"),
+        )
+        .next(Advice::AddProviderHelp(None)));
     };
+    let added = add_of(daemon, kind, name, settings, fds);
+    crate::host::process::trim();
     records::note_provider(daemon, by, "provider-add", name, &added);
     added?;
     provider_view::list(daemon)
 }
 
-fn add_native(daemon: &Daemon, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
-    let [passphrase] = take(fds)?;
-    let passphrase = passphrase_from(passphrase)?;
-    daemon
-        .recipients
-        .add_native(&provider_name(name)?, &passphrase)
-        .map(drop)
-        .map_err(|error| native_failure(name, &error))
-}
-
-fn add_transit(daemon: &Daemon, name: &str, settings: &str) -> Result<(), Problem> {
-    let settings = TransitSettings::parse(settings).map_err(|error| {
-        Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
-            .next(Advice::AddProviderHelp(Some(TransitProvider::KIND)))
-    })?;
-    daemon
-        .recipients
-        .add_transit(&provider_name(name)?, settings)
-        .map(drop)
-        .map_err(Problem::from)
-}
-
-fn add_pkcs11(daemon: &Daemon, name: &str, settings: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
-    let [pin] = take(fds)?;
-    let settings = serde_json::from_str(settings).map_err(|error| {
-        Problem::from_error(Code::Usage, format!("can't add provider '{name}'"), &error)
-            .next(Advice::AddProviderHelp(Some(Pkcs11Provider::KIND)))
-    })?;
-    let pin = passphrase_from(pin)?;
-    let added = daemon
-        .recipients
-        .add_pkcs11(&provider_name(name)?, settings, &pin);
-    crate::host::process::trim();
-    added.map(drop).map_err(|error| pkcs11_failure(name, &error))
-}
-
-fn add_kmip(daemon: &Daemon, name: &str, settings: &str) -> Result<(), Problem> {
-    let valid = provider_name(name)?;
-    let settings = serde_json::from_str(settings)
-        .map_err(|error| Problem::from_error(Code::Usage, "the settings can't be used", &error))?;
-    daemon
-        .recipients
-        .add_kmip(&valid, settings)
-        .map(drop)
-        .map_err(|error| {
-            let code = match &error {
-                KmipProviderError::Keystore(_) => Code::Failed,
-                _ => Code::Usage,
-            };
-            Problem::from_error(code, format!("provider '{name}' is not added"), &error)
-        })
+fn add_of(
+    daemon: &Daemon,
+    kind: &Kind,
+    name: &str,
+    settings: &str,
+    fds: Vec<OwnedFd>,
+) -> Result<(), Problem> {
+    let credential = match kind.credential {
+        Credential::Wanted => {
+            let [credential] = take(fds)?;
+            Some(passphrase_from(credential)?)
+        }
+        Credential::Later => None,
+    };
+    let name = provider_name(name)?;
+    daemon.recipients.add(kind, &name, settings, credential.as_ref())
 }
 
 /// Makes new envelopes go to `name`.
@@ -135,8 +93,8 @@ pub fn unlock(daemon: &Daemon, by: Actor, name: &str, fds: Vec<OwnedFd>) -> Resu
     let _ = daemon.recipients.report(&provider);
     crate::host::process::trim();
     records::note_provider(daemon, by, "provider-unlock", name, &unlocked);
-    if let (Provider::Native(native), Ok(())) = (&provider, &unlocked) {
-        tpm::renew(daemon, by, native);
+    if let (Some(native), Ok(())) = (provider.of_kind::<NativeProvider>(), &unlocked) {
+        tpm::renew(daemon, by, &native);
     }
     cache::load_in_background(daemon, &provider);
     // A job may have waited for this.
@@ -151,7 +109,7 @@ pub(crate) fn backup(daemon: &Daemon, name: &str, fds: Vec<OwnedFd>) -> Result<B
     let passphrase = fds.next().map(passphrase_from).transpose()?;
     let backup = native(daemon, name)?
         .backup(passphrase.as_ref())
-        .map_err(|error| native_failure(name, &error))?;
+        .map_err(|error| error.problem(name))?;
     let mut output = File::from(output);
     output
         .write_all(&backup.bytes)
@@ -172,7 +130,7 @@ pub(crate) fn confirm_backup(daemon: &Daemon, by: Actor, name: &str, generation:
     })?;
     let confirmed = native(daemon, name)?
         .confirm_backup(generation)
-        .map_err(|error| native_failure(name, &error));
+        .map_err(|error| error.problem(name));
     records::note_provider(daemon, by, "provider-backup", name, &confirmed);
     // A rotation waits for this.
     daemon.jobs.ring();
@@ -197,8 +155,10 @@ pub(crate) fn restore(
     let restored = provider_name(name).and_then(|valid| {
         daemon
             .recipients
-            .restore_native(&valid, backup.expose(), of_backup.as_ref(), &passphrase)
-            .map_err(|error| native_failure(name, &error))
+            .add_by(|table| {
+                NativeProvider::restore(table, &valid, backup.expose(), of_backup.as_ref(), &passphrase)
+            })
+            .map_err(|error| error.problem(name))
     });
     records::note_provider(daemon, by, "provider-restore", name, &restored);
     daemon.jobs.ring();
@@ -207,23 +167,21 @@ pub(crate) fn restore(
 }
 
 fn native(daemon: &Daemon, name: &str) -> Result<std::sync::Arc<NativeProvider>, Problem> {
-    match daemon.recipients.find(name)? {
-        Provider::Native(native) => Ok(native),
-        Provider::Kmip(_) | Provider::Transit(_) => Err(Problem::new(
-            Code::Failed,
-            format!("provider '{name}' keeps its keys at its server, which is backed up there"),
-        )),
-        Provider::Pkcs11(_) => Err(Problem::new(
-            Code::Failed,
-            format!("provider '{name}' keeps its keys in a token, which gives none out"),
-        )
-        .next("back the token up with its vendor's tools")),
-        Provider::Unusable(other) => Err(Problem::new(
-            Code::Failed,
-            format!("provider '{name}' {}", other.status()),
-        )
-        .next(Advice::ShowProvider(name.to_owned()))),
+    let provider = daemon.recipients.find(name)?;
+    if let Some(native) = provider.of_kind() {
+        return Ok(native);
     }
+    let why = match provider.row().map(|kind| kind.keys) {
+        Some(KeysAt::Server) => "keeps its keys at its server, which is backed up there".to_owned(),
+        Some(KeysAt::Token) => "keeps its keys in a token, which gives none out".to_owned(),
+        Some(KeysAt::Host) | None => provider.provider().status().to_string(),
+    };
+    let problem = Problem::new(Code::Failed, format!("provider '{name}' {why}"));
+    Err(match provider.row().map(|kind| kind.keys) {
+        Some(KeysAt::Server) => problem,
+        Some(KeysAt::Token) => problem.next("back the token up with its vendor's tools"),
+        Some(KeysAt::Host) | None => problem.next(Advice::ShowProvider(name.to_owned())),
+    })
 }
 
 fn provider_name(name: &str) -> Result<ProviderName, Problem> {
@@ -235,56 +193,4 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Problem {
     let name = provider.name();
     let (code, next) = error.advice(name);
     Problem::new(code, format!("provider '{name}' {}", chain(error))).advised(next)
-}
-
-pub(crate) fn native_failure(name: &str, error: &NativeError) -> Problem {
-    let (code, next) = match error {
-        NativeError::Keystore(error) => return error.into(),
-        NativeError::WrongPassphrase => (
-            Code::Locked,
-            Some(Advice::RotateProvider(name.to_owned()).note("with the passphrase that unlocks it")),
-        ),
-        NativeError::Locked => (Code::Locked, Some(Advice::UnlockProvider(name.to_owned()))),
-        NativeError::BackupIsEncrypted | NativeError::Backup(_) => (
-            Code::Failed,
-            Some(Advice::RestoreProvider(name.to_owned()).note("with the passphrase of the backup")),
-        ),
-        _ => (Code::Failed, None),
-    };
-    let joint = match error {
-        NativeError::Locked | NativeError::Encrypt(_) | NativeError::Backup(_) | NativeError::Document(_) => {
-            ""
-        }
-        _ => ":",
-    };
-    Problem::new(code, format!("provider '{name}'{joint} {}", chain(error))).advised(next)
-}
-
-fn pkcs11_failure(name: &str, error: &Pkcs11Error) -> Problem {
-    let add = Advice::AddProviderHelp(Some(Pkcs11Provider::KIND));
-    let (code, next) = match error {
-        Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet)) => (
-            Code::Locked,
-            Some("a new PIN (pkcs11-tool --login --login-type so --init-pin), then the same command".into()),
-        ),
-        Pkcs11Error::Provider(ProviderError::WrongPin(PinRefusal::NotTheLastTry)) => (
-            Code::Locked,
-            Some("pkcs11-tool --login --list-objects with the right PIN, then the same command".into()),
-        ),
-        Pkcs11Error::Provider(ProviderError::WrongPin(_)) => (
-            Code::Locked,
-            Some(format!("the same command with the right PIN for '{name}'").into()),
-        ),
-        Pkcs11Error::Provider(error) => (error.advice(name).0, Some(add)),
-        Pkcs11Error::ManyProviders(_) => (Code::Usage, Some("the same command with --id UUID".into())),
-        Pkcs11Error::TokenInUse(other) => (Code::Failed, Some(Advice::ShowProvider(other.clone()))),
-        Pkcs11Error::Settings(_) => (Code::Usage, Some(add)),
-        Pkcs11Error::Keystore(_) | Pkcs11Error::Json(_) => (Code::Failed, None),
-    };
-    let message = match error {
-        Pkcs11Error::Provider(ProviderError::WrongPin(_)) => format!("the token {}", chain(error)),
-        Pkcs11Error::Provider(error) => format!("provider '{name}' {}", chain(error)),
-        error => chain(error),
-    };
-    Problem::new(code, message).advised(next)
 }

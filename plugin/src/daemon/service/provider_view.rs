@@ -11,7 +11,7 @@ use crate::daemon::{Daemon, look};
 use crate::host::local_time::rfc3339;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
-use crate::provider::native::{TpmEnrollment, WhyLocked};
+use crate::provider::native::{NativeProvider, TpmEnrollment, WhyLocked};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
 use crate::store::UnixTime;
@@ -71,7 +71,7 @@ fn reason(status: ProviderStatus) -> Option<String> {
 /// without asking anybody.
 fn openable_by(known: &Provider) -> Vec<String> {
     let mut ways = Vec::new();
-    if let Provider::Native(native) = known {
+    if let Some(native) = known.of_kind::<NativeProvider>() {
         ways.push("passphrase".to_owned());
         if let Ok(Some(enrollment)) = native.tpm_enrollment() {
             ways.push(way_in(&enrollment));
@@ -85,9 +85,7 @@ fn openable_by(known: &Provider) -> Vec<String> {
 
 /// Why a native provider is locked that the TPM should have unlocked, with what to do.
 fn why_locked(known: &Provider) -> Option<String> {
-    let Provider::Native(native) = known else {
-        return None;
-    };
+    let native = known.of_kind::<NativeProvider>()?;
     let name = native.name();
     native.why_locked().map(|why| match why {
         WhyLocked::NeedsPin => format!("{why}: {}", Advice::UnlockByTpm(name.to_owned())),
@@ -96,16 +94,14 @@ fn why_locked(known: &Provider) -> Option<String> {
         ),
         WhyLocked::NotOpened(_) => format!(
             "{why}; unlock it with its passphrase, then enroll it again: {}",
-            enroll_command(native)
+            enroll_command(&native)
         ),
     })
 }
 
 /// What the TPM asks for before it unlocks a provider.
 fn tpm_view(known: &Provider) -> Option<TpmView> {
-    let Provider::Native(native) = known else {
-        return None;
-    };
+    let native = known.of_kind::<NativeProvider>()?;
     native.tpm_enrollment().ok().flatten().as_ref().map(view)
 }
 

@@ -5,7 +5,6 @@ use std::os::fd::OwnedFd;
 
 use super::descriptors::{passphrase_from, pin_from, wrong_fds};
 use super::job;
-use super::provider::native_failure;
 use super::tpm::{self, tpm_failure};
 use crate::api::JobStarted;
 use crate::audit::Actor;
@@ -18,7 +17,6 @@ use crate::model::job::Subject;
 use crate::model::problem::{Code, Problem};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
-use crate::recipients::Provider;
 use crate::vm::names::VmNames;
 
 /// Retires the keys in use of a provider: a native one gets a new root key, sealed by the passphrase in `fds`; any other
@@ -34,7 +32,7 @@ pub(super) fn rotate(
     // Before anything changes.
     job::refuse_beside_another(daemon, &Subject::AllEnvelopes)?;
     let mut tpm_lags = None;
-    if let Provider::Native(native) = &provider {
+    if let Some(native) = provider.of_kind::<NativeProvider>().as_deref() {
         check_root_key_complete(daemon, native)?;
         let mut fds = fds.into_iter();
         let passphrase = passphrase_from(fds.next().ok_or_else(wrong_fds)?)?;
@@ -43,7 +41,7 @@ pub(super) fn rotate(
             .rotate_with_tpm(&passphrase, &daemon.tpm, pin.as_ref())
             .map_err(|error| match error {
                 NativeError::Tpm(_) => tpm_failure(native, &error),
-                error => native_failure(name, &error),
+                error => error.problem(name),
             });
         crate::host::process::trim();
         records::note_provider(daemon, by, "provider-rotate", name, &rotated);
@@ -51,7 +49,7 @@ pub(super) fn rotate(
     }
     let id = provider.provider().id();
     let mut started = job::sweep(daemon, by, &Task::Rotate { provider: id })?;
-    if let Provider::Native(native) = &provider {
+    if let Some(native) = provider.of_kind::<NativeProvider>().as_deref() {
         started.warnings.extend(tpm_lags);
         if native.status() != ProviderStatus::Ready {
             started.warnings.push(format!(

@@ -19,7 +19,6 @@ use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::native::{LocksNoted, NativeError, NativeProvider, TpmEnrollment};
 use crate::provider::{KeyProvider, ProviderStatus};
-use crate::recipients::Provider;
 use crate::store::Change;
 
 /// A systemd credential of this name, followed by a provider's, unlocks that provider.
@@ -95,10 +94,7 @@ pub fn to_unlock(daemon: &Daemon) -> Vec<TpmUnlock> {
         .recipients
         .providers()
         .into_iter()
-        .filter_map(|known| match known {
-            Provider::Native(provider) => Some(provider),
-            _ => None,
-        })
+        .filter_map(|provider| provider.of_kind::<NativeProvider>())
         .filter(|native| matches!(native.tpm_enrollment(), Ok(Some(_))))
         .map(|provider| TpmUnlock {
             locks: provider.locks(),
@@ -175,17 +171,17 @@ pub(crate) fn tpm_lags(
 }
 
 fn native_for_tpm(daemon: &Daemon, name: &str) -> Result<Arc<NativeProvider>, Problem> {
-    match daemon.recipients.find(name)? {
-        Provider::Native(native) => Ok(native),
-        other => Err(Problem::new(
+    let provider = daemon.recipients.find(name)?;
+    provider.of_kind().ok_or_else(|| {
+        Problem::new(
             Code::Usage,
             format!(
                 "the TPM unlocks native providers, and provider '{name}' is of kind {}",
-                other.kind()
+                provider.kind()
             ),
         )
-        .next("to unlock it at start, use a systemd credential: see unlock-at-boot.conf")),
-    }
+        .next("to unlock it at start, use a systemd credential: see unlock-at-boot.conf")
+    })
 }
 
 pub(super) fn view(enrollment: &TpmEnrollment) -> TpmView {

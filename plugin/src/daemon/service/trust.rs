@@ -14,11 +14,11 @@ use crate::daemon::{Daemon, records};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
+use crate::provider::kind::TrustBy;
 use crate::provider::kmip::{
     CertificateFacts, FilesError, Fingerprint, KeyKind, KmipProvider, MAX_PEM, NewIdentity, Presented,
     ServerTrust, TrustError,
 };
-use crate::recipients::Provider;
 use crate::secret::SecretBytes;
 
 /// Shows itself to the servers of `name` by what `fds` holds, as `parts` says.
@@ -100,20 +100,18 @@ pub(crate) fn trust(
 }
 
 fn kmip(daemon: &Daemon, name: &str) -> Result<Arc<KmipProvider>, Problem> {
-    match daemon.recipients.find(name)? {
-        Provider::Kmip(kmip) => Ok(kmip),
-        other => {
-            let next = match other {
-                Provider::Transit(_) => Advice::TransitTrust(name.to_owned()),
-                _ => Advice::ListProviders,
-            };
-            let message = format!(
-                "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
-                other.kind()
-            );
-            Err(Problem::new(Code::Usage, message).next(next))
-        }
-    }
+    let provider = daemon.recipients.find(name)?;
+    provider.of_kind().ok_or_else(|| {
+        let next = match provider.row().map(|kind| kind.trust) {
+            Some(TrustBy::Settings) => Advice::TransitTrust(name.to_owned()),
+            _ => Advice::ListProviders,
+        };
+        let message = format!(
+            "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
+            provider.kind()
+        );
+        Problem::new(Code::Usage, message).next(next)
+    })
 }
 
 fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity, Problem> {

@@ -15,7 +15,7 @@ fn secret(text: &str) -> SecretBytes {
 
 fn ready(recipients: &Recipients, name: &str) -> Arc<NativeProvider> {
     let provider = recipients
-        .add_native(&name.parse().unwrap(), &secret("p"))
+        .add_by(|table| NativeProvider::create(table, &name.parse().unwrap(), &secret("p")))
         .unwrap();
     back_up(&provider);
     provider
@@ -522,9 +522,12 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     drop((recipients, main, spare, stores));
     let stores = Stores::open(dir.path()).unwrap();
     let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
-    let native = |name: &str| match recipients.find(name).unwrap() {
-        crate::recipients::Provider::Native(native) => native,
-        _ => panic!("{name} is not native"),
+    let native = |name: &str| {
+        recipients
+            .find(name)
+            .unwrap()
+            .of_kind::<NativeProvider>()
+            .unwrap()
     };
     let (main, spare) = (native("main"), native("spare"));
     let host = Host {

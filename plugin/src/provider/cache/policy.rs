@@ -170,19 +170,6 @@ pub enum NothingToCache {
     ModeServer,
 }
 
-impl NothingToCache {
-    /// Of a kind of provider; `None` if it can have a cache, or is not known.
-    #[must_use]
-    pub fn of_kind(kind: &str) -> Option<Self> {
-        match kind {
-            "native" => Some(Self::Native),
-            "transit" => Some(Self::Transit),
-            "pkcs11" => Some(Self::Pkcs11),
-            _ => None,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

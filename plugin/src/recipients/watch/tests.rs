@@ -52,6 +52,10 @@ impl Moody {
 }
 
 impl KeyProvider for Moody {
+    fn kind(&self) -> &str {
+        "moody"
+    }
+
     fn id(&self) -> ProviderId {
         self.id
     }

@@ -9,7 +9,7 @@ use crate::model::problem::{Code, Problem};
 use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
-use crate::recipients::{Provider, Recipients};
+use crate::recipients::Recipients;
 use crate::store::Stores;
 use virtseal_testkit::servers::{Authority, Manner, Relay};
 
@@ -205,7 +205,9 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
     let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
     let mut cached = settings(&[kmip.server.port()]);
     by_default(&mut cached);
-    let provider = recipients.add_kmip(&"kms".parse().unwrap(), cached).unwrap();
+    let provider = recipients
+        .add_by(|table| KmipProvider::create(table, &"kms".parse().unwrap(), cached))
+        .unwrap();
     provider.set_identity(&identity(&kmip.authority, false)).unwrap();
     provider.trust(ServerTrust::Ca(kmip.authority.pem())).unwrap();
     let binding = |kind| Binding {
@@ -253,7 +255,13 @@ fn new_seal_without_its_kms_fails_and_leaves_nothing() {
     assert!(recipients.open_envelope(&envelope).is_ok());
     let report = recipients.report(&recipients.find("kms").unwrap());
     assert!(report.last_answer.is_some());
-    assert!(matches!(recipients.find("kms").unwrap(), Provider::Kmip(_)));
+    assert!(
+        recipients
+            .find("kms")
+            .unwrap()
+            .of_kind::<KmipProvider>()
+            .is_some()
+    );
     provider.create_kek(&KekScope::Vm(vm)).unwrap();
     assert_eq!(kmip.server.keys(), keys, "no key was left half-made");
 }

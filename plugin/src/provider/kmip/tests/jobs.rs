@@ -29,12 +29,12 @@ impl Host {
         let stores = Stores::open(dir.path()).unwrap();
         let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
         let provider = recipients
-            .add_kmip(&"kms".parse().unwrap(), settings(&[port]))
+            .add_by(|table| KmipProvider::create(table, &"kms".parse().unwrap(), settings(&[port])))
             .unwrap();
         provider.set_identity(&identity(authority, false)).unwrap();
         provider.trust(ServerTrust::Ca(authority.pem())).unwrap();
         let native = recipients
-            .add_native(&"main".parse().unwrap(), &secret("p"))
+            .add_by(|table| NativeProvider::create(table, &"main".parse().unwrap(), &secret("p")))
             .unwrap();
         native
             .confirm_backup(native.backup(None).unwrap().generation)

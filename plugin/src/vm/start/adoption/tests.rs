@@ -24,7 +24,9 @@ impl Host {
         let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
         let add = |name: &str| {
             let secret = SecretBytes::take(&mut b"p".to_vec()).unwrap();
-            let provider = recipients.add_native(&name.parse().unwrap(), &secret).unwrap();
+            let provider = recipients
+                .add_by(|table| NativeProvider::create(table, &name.parse().unwrap(), &secret))
+                .unwrap();
             let generation = provider.backup(None).unwrap().generation;
             provider.confirm_backup(generation).unwrap();
             provider

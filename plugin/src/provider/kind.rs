@@ -1,0 +1,301 @@
+//! The kinds of providers: each is a folder and a row of [`KINDS`]. Where a kind matters, the row says why.
+
+use std::error::Error;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::cache::NothingToCache;
+use super::kmip::KmipProvider;
+use super::native::{NativeError, NativeProvider};
+use super::pkcs11::Pkcs11Provider;
+use super::transit::TransitProvider;
+use super::{Addition, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderStatus};
+use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::problem::{Problem, chain};
+use crate::secret::SecretBytes;
+use crate::store::{ProviderRecord, ProviderTable, StoreError};
+
+/// One kind of provider.
+pub struct Kind {
+    /// In the keystore, and on the command line.
+    pub name: &'static str,
+    /// The recorded provider, locked; nothing is waited for.
+    open: fn(&ProviderTable, &ProviderRecord) -> Opened,
+    /// Makes one, and records it.
+    pub(crate) add: fn(&Addition<'_>) -> Result<Arc<dyn KeyProvider>, Problem>,
+    /// Whether `add` wants a passphrase or PIN.
+    pub credential: Credential,
+    /// Where its keys are, and who backs them up.
+    pub keys: KeysAt,
+    /// By what it trusts its servers.
+    pub trust: TrustBy,
+    /// Why it has no cache, if it has none.
+    pub nothing_to_cache: Option<NothingToCache>,
+    /// Removes what a deleted one has left in the state directory beside its rows.
+    remove_files: fn(&Path, ProviderId) -> Result<(), Failure>,
+}
+
+/// Whether a new provider needs something secret.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credential {
+    /// A passphrase or PIN.
+    Wanted,
+    /// It comes with an unlock, if at all.
+    Later,
+}
+
+/// Where keys are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeysAt {
+    /// Derived on this host whenever they are needed: there is nothing to destroy, and one backup covers all.
+    Host,
+    /// At a server.
+    Server,
+    /// In a token.
+    Token,
+}
+
+/// By what servers are trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TrustBy {
+    /// `provider trust` and `provider identity`.
+    Command,
+    /// A file that its settings name, and what it is unlocked with.
+    Settings,
+    /// There are no servers.
+    Nobody,
+}
+
+/// All of them.
+pub static KINDS: &[Kind] = &[
+    Kind {
+        name: NativeProvider::KIND,
+        open: |table, record| match NativeProvider::open(table, record) {
+            Err(NativeError::Keystore(error)) if !error.is_of_row() => Err(NotOpened::Store(error)),
+            opened => as_any(opened),
+        },
+        add: |new| Ok(Arc::new(NativeProvider::add(new)?)),
+        credential: Credential::Wanted,
+        keys: KeysAt::Host,
+        trust: TrustBy::Nobody,
+        nothing_to_cache: Some(NothingToCache::Native),
+        remove_files: |_, _| Ok(()),
+    },
+    Kind {
+        name: KmipProvider::KIND,
+        open: |table, record| as_any(KmipProvider::open(table, record)),
+        add: |new| Ok(Arc::new(KmipProvider::add(new)?)),
+        credential: Credential::Later,
+        keys: KeysAt::Server,
+        trust: TrustBy::Command,
+        nothing_to_cache: None,
+        remove_files: |dir, id| Ok(KmipProvider::remove_files(dir, id)?),
+    },
+    Kind {
+        name: Pkcs11Provider::KIND,
+        open: |table, record| as_any(Pkcs11Provider::open(table, record)),
+        add: |new| Ok(Arc::new(Pkcs11Provider::add(new)?)),
+        credential: Credential::Wanted,
+        keys: KeysAt::Token,
+        trust: TrustBy::Nobody,
+        nothing_to_cache: Some(NothingToCache::Pkcs11),
+        remove_files: |_, _| Ok(()),
+    },
+    Kind {
+        name: TransitProvider::KIND,
+        open: |table, record| as_any(TransitProvider::open(table, record)),
+        add: |new| Ok(Arc::new(TransitProvider::add(new)?)),
+        credential: Credential::Later,
+        keys: KeysAt::Server,
+        trust: TrustBy::Settings,
+        nothing_to_cache: Some(NothingToCache::Transit),
+        remove_files: |_, _| Ok(()),
+    },
+    #[cfg(test)]
+    Kind {
+        name: super::dummy::DummyProvider::KIND,
+        open: |_, record| Ok(Arc::new(super::dummy::DummyProvider::open(record))),
+        add: |new| Ok(Arc::new(super::dummy::DummyProvider::add(new)?)),
+        credential: Credential::Later,
+        keys: KeysAt::Server,
+        trust: TrustBy::Nobody,
+        nothing_to_cache: None,
+        remove_files: |_, _| Ok(()),
+    },
+];
+
+type Opened = Result<Arc<dyn KeyProvider>, NotOpened>;
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// Why a recorded provider is not there.
+enum NotOpened {
+    /// The keystore can't be read.
+    Store(StoreError),
+    /// This one can't be used.
+    Unusable(String),
+}
+
+fn as_any<T: KeyProvider, E: Error>(opened: Result<T, E>) -> Opened {
+    match opened {
+        Ok(provider) => Ok(Arc::new(provider)),
+        Err(error) => Err(NotOpened::Unusable(chain(&error))),
+    }
+}
+
+impl Kind {
+    /// The one that is called so.
+    #[must_use]
+    pub fn named(name: &str) -> Option<&'static Self> {
+        KINDS.iter().find(|kind| kind.name == name)
+    }
+
+    /// Removes what a deleted provider, whose kind may not be known any more, has left in the state directory.
+    pub(crate) fn remove_files(dir: &Path, id: ProviderId) {
+        for kind in KINDS {
+            if let Err(error) = (kind.remove_files)(dir, id) {
+                tracing::warn!(
+                    "provider {id} is deleted, but not all of its files: {}",
+                    chain(error.as_ref())
+                );
+            }
+        }
+    }
+}
+
+/// A provider of this host.
+#[derive(Clone)]
+pub struct Provider {
+    row: Option<&'static Kind>,
+    provider: Arc<dyn KeyProvider>,
+}
+
+impl Provider {
+    /// One of a kind that there is.
+    #[must_use]
+    pub fn new(provider: Arc<dyn KeyProvider>) -> Self {
+        Self {
+            row: Kind::named(provider.kind()),
+            provider,
+        }
+    }
+
+    /// The recorded one. One that can't be used refuses everything, with the reason.
+    ///
+    /// # Errors
+    /// When the keystore can't be read.
+    pub(crate) fn from_record(table: &ProviderTable, record: ProviderRecord) -> Result<Self, StoreError> {
+        let opened = match Kind::named(&record.kind) {
+            Some(kind) => (kind.open)(table, &record),
+            None => Err(NotOpened::Unusable(format!(
+                "this virtseal does not know the kind {:?}: upgrade virtseal",
+                record.kind
+            ))),
+        };
+        match opened {
+            Ok(provider) => Ok(Self::new(provider)),
+            Err(NotOpened::Store(error)) => Err(error),
+            Err(NotOpened::Unusable(reason)) => Ok(Self {
+                row: None,
+                provider: Arc::new(UnusableProvider { record, reason }),
+            }),
+        }
+    }
+
+    /// What every kind can do.
+    #[must_use]
+    pub fn provider(&self) -> &dyn KeyProvider {
+        self.provider.as_ref()
+    }
+
+    /// The same, to keep.
+    #[must_use]
+    pub fn shared(&self) -> Arc<dyn KeyProvider> {
+        Arc::clone(&self.provider)
+    }
+
+    /// As what it is; `None` if it is of another kind, or can't be used.
+    #[must_use]
+    pub fn of_kind<T: KeyProvider>(&self) -> Option<Arc<T>> {
+        super::of_kind(self.shared())
+    }
+
+    /// Its kind, as the keystore has it.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        self.provider.kind()
+    }
+
+    /// What is so of its kind; none if it can't be used.
+    #[must_use]
+    pub fn row(&self) -> Option<&'static Kind> {
+        self.row
+    }
+
+    /// Whether there is anything to destroy of a KEK.
+    #[must_use]
+    pub fn keeps_keks(&self) -> bool {
+        self.row.is_none_or(|row| row.keys != KeysAt::Host)
+    }
+
+    /// See [`KeyProvider::cache`].
+    #[must_use]
+    pub fn cache(&self) -> Option<&super::cache::KekCache> {
+        self.provider.cache()
+    }
+}
+
+/// A recorded provider that can't be used; it refuses everything with the reason.
+struct UnusableProvider {
+    record: ProviderRecord,
+    reason: String,
+}
+
+impl UnusableProvider {
+    fn refusal<T>(&self) -> Result<T, ProviderError> {
+        Err(ProviderError::Unusable(self.reason.clone()))
+    }
+}
+
+impl KeyProvider for UnusableProvider {
+    fn kind(&self) -> &str {
+        &self.record.kind
+    }
+
+    fn id(&self) -> ProviderId {
+        self.record.id
+    }
+
+    fn name(&self) -> &str {
+        &self.record.name
+    }
+
+    fn status(&self) -> ProviderStatus {
+        ProviderStatus::Degraded(self.reason.clone())
+    }
+
+    fn create_kek(&self, _: &KekScope) -> Result<KekId, ProviderError> {
+        self.refusal()
+    }
+
+    fn rotate_kek(&self, _: &KekScope, _: &KekId) -> Result<KekId, ProviderError> {
+        self.refusal()
+    }
+
+    fn wrap(&self, _: &KekId, _: &Payload) -> Result<Stanza, ProviderError> {
+        self.refusal()
+    }
+
+    fn unwrap_many(&self, _: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
+        self.refusal()
+    }
+
+    fn destroy_kek(&self, _: &KekId, _: VmId) -> Result<DestroyReceipt, ProviderError> {
+        self.refusal()
+    }
+
+    fn lock(&self) {}
+
+    fn unlock(&self, _: &SecretBytes) -> Result<(), ProviderError> {
+        self.refusal()
+    }
+}
