@@ -9,7 +9,10 @@ pub(super) fn note(daemon: &Daemon, moved: Vec<Moved>) {
     if moved.is_empty() {
         return;
     }
-    lock(&daemon.moved).extend(moved);
+    let mut noted = lock(&daemon.moved);
+    noted.retain(|old| moved.iter().all(|new| new.envelope != old.envelope));
+    noted.extend(moved);
+    drop(noted);
     daemon.copies_bell.ring();
 }
 

@@ -113,8 +113,7 @@ impl Luks {
     /// with the bytes at an offset from the header.
     ///
     /// # Errors
-    /// [`VolumeError::TooManyIterations`] where looking for it would take seconds, those of `read`, and when OpenSSL fails or
-    /// there is no memory for keys.
+    /// Those of `read`, and when OpenSSL fails or there is no memory for keys. Look at [`Self::excess`] before.
     pub(crate) fn unlock(
         &self,
         passphrase: &Passphrase,
