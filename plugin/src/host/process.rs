@@ -114,6 +114,13 @@ fn read_only_file(line: &str) -> Option<Range<usize>> {
         .then_some(address(start)?..address(end)?)
 }
 
+/// The id of this machine, see machine-id(5); none where it has none.
+#[must_use]
+pub fn machine_id() -> Option<String> {
+    let id = fs::read_to_string("/etc/machine-id").ok()?;
+    Some(id.trim().to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,6 +40,8 @@ pub struct NewVolume {
     pub provider: Option<ProviderId>,
     /// The user who has asked for it.
     pub asked_by: Option<u32>,
+    /// The machine-id of the host that it is to be made on: a keystore may come back elsewhere, where these paths are others'.
+    pub host: Option<String>,
 }
 
 impl Work {
@@ -146,6 +148,7 @@ mod tests {
             cluster_size: None,
             provider: Some(ProviderId::random()),
             asked_by: Some(0),
+            host: Some("4c3f".to_owned()),
         }
     }
 

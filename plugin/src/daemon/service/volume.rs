@@ -15,6 +15,7 @@ use crate::audit::Actor;
 use crate::daemon::{Daemon, jobs, lock, records};
 use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::host::permitted::PermittedPath;
+use crate::host::process::machine_id;
 use crate::job::live::{AtWork, Stint};
 use crate::job::record::{self, NewVolume, Work};
 use crate::model::advice::Advice;
@@ -115,6 +116,7 @@ fn start(daemon: &Daemon, by: Actor, request: &VolumeRequest, from: &str) -> Res
             Actor::User(uid) => Some(uid),
             Actor::Virtseald => None,
         },
+        host: machine_id(),
     };
     let total = check_again(&volume)?;
     let work = Work::CreateVolume(volume);
@@ -180,6 +182,17 @@ pub(in crate::daemon) fn make(
     // Whoever aborts a job that is not at work takes back what it had, so none may begin after that.
     let state = daemon.keystore.job(job.id)?.map(|job| job.state);
     if state != Some(JobState::Running) {
+        return Ok(Stint::Ended);
+    }
+    if volume.host != machine_id() {
+        // Its envelope stays: the other host may have the image.
+        let problem = Problem::new(
+            Code::Failed,
+            format!("{} was to be made on another host", volume.path),
+        )
+        .next("virtseal volume create, with the same options, if it is to be made here");
+        let why = record::problem_to_json(&problem);
+        jobs::note_end(&daemon.keystore.end_job(job.id, Some(&why))?);
         return Ok(Stint::Ended);
     }
     daemon.keystore.job_waits(job.id, "")?;
