@@ -1,5 +1,6 @@
 //! This machine: libvirt, the TPM, processes, clocks, and the paths that root may touch.
 
+pub mod file_error;
 pub mod libvirt;
 pub mod local_time;
 #[cfg(test)]

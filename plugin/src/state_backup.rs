@@ -19,6 +19,7 @@ use thiserror::Error;
 
 use crate::audit::AuditLog;
 use crate::crypto::age_file::{self, AgeError};
+use crate::host::file_error::FileError;
 use crate::host::local_time::rfc3339;
 use crate::secret::SecretBytes;
 use crate::store::{HostStore, StoreError};
@@ -48,17 +49,9 @@ pub struct Manifest {
 /// Why there is no backup, or nothing was restored.
 #[derive(Debug, Error)]
 pub enum StateError {
-    /// A file can't be used.
-    #[error("can't {action} {}", .path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    /// A file or a directory can't be used.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The backup can't be written.
     #[error("can't write the backup")]
     Output(#[source] io::Error),
@@ -98,16 +91,6 @@ pub enum StateError {
     MountPoint(PathBuf),
 }
 
-impl StateError {
-    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            action,
-            path: path.to_owned(),
-            source,
-        }
-    }
-}
-
 /// Which file, and which state of it, is in a backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
@@ -140,7 +123,7 @@ pub fn write(
         let snapshot = host_store.snapshot()?;
         let files = list(host_store.dir(), output)?;
         let written = match write_once(output, host_store.dir(), &snapshot, &files, passphrase) {
-            Err(StateError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
+            Err(StateError::File(error)) if error.source.kind() == io::ErrorKind::NotFound => continue,
             written => written?,
         };
         if list(host_store.dir(), output)? != files {
@@ -222,8 +205,8 @@ fn write_once(
                 .map_err(StateError::Output)?;
             continue;
         }
-        let file = File::open(&path).map_err(StateError::io("read", &path))?;
-        let length = file.metadata().map_err(StateError::io("read", &path))?.len();
+        let file = File::open(&path).map_err(FileError::of("read", &path))?;
+        let length = file.metadata().map_err(FileError::of("read", &path))?.len();
         append(&mut archive, name, length, file.take(length))?;
     }
     let finish = || -> io::Result<[u8; 32]> {
@@ -267,13 +250,13 @@ fn list(dir: &Path, output: &File) -> Result<BTreeMap<PathBuf, Kind>, StateError
     let (mut found, mut open) = (BTreeMap::new(), vec![PathBuf::new()]);
     while let Some(below) = open.pop() {
         let at = dir.join(&below);
-        for entry in fs::read_dir(&at).map_err(StateError::io("read", &at))? {
-            let entry = entry.map_err(StateError::io("read", &at))?;
+        for entry in fs::read_dir(&at).map_err(FileError::of("read", &at))? {
+            let entry = entry.map_err(FileError::of("read", &at))?;
             let name = below.join(entry.file_name());
             let metadata = match entry.metadata() {
                 Ok(metadata) => metadata,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(StateError::io("look at", &entry.path())(error)),
+                Err(error) => return Err(FileError::of("look at", &entry.path())(error).into()),
             };
             let inode = (metadata.dev(), metadata.ino());
             if metadata.is_dir() {

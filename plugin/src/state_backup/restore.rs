@@ -14,6 +14,7 @@ use tar::EntryType;
 use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
 use crate::audit::{Actor, AuditLog, Event, Outcome, Position};
 use crate::crypto::age_file;
+use crate::host::file_error::FileError;
 use crate::host::local_time::rfc3339;
 use crate::model::advice::Advice;
 use crate::secret::SecretBytes;
@@ -89,19 +90,17 @@ impl<'a> Place<'a> {
         let found = match fs::symlink_metadata(dir) {
             Ok(found) => found,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::Absent(dir)),
-            Err(error) => return Err(StateError::io("look at", dir)(error)),
+            Err(error) => return Err(FileError::of("look at", dir)(error).into()),
         };
         if !found.is_dir() {
-            return Err(StateError::io("restore to", dir)(
-                io::ErrorKind::NotADirectory.into(),
-            ));
+            return Err(FileError::of("restore to", dir)(io::ErrorKind::NotADirectory.into()).into());
         }
         let parent = parent_of(dir);
-        let of_parent = fs::metadata(parent).map_err(StateError::io("look at", parent))?;
+        let of_parent = fs::metadata(parent).map_err(FileError::of("look at", parent))?;
         let is_mount = of_parent.dev() != found.dev();
         let mut is_empty = true;
-        for entry in fs::read_dir(dir).map_err(StateError::io("read", dir))? {
-            let name = entry.map_err(StateError::io("read", dir))?.file_name();
+        for entry in fs::read_dir(dir).map_err(FileError::of("read", dir))? {
+            let name = entry.map_err(FileError::of("read", dir))?.file_name();
             // A lock that nobody may hold, and what mkfs makes.
             is_empty &= name == HostStore::LOCK || name == "lost+found";
         }
@@ -137,7 +136,7 @@ impl<'a> Place<'a> {
         let file = match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(StateError::io("open", &path)(error)),
+            Err(error) => return Err(FileError::of("open", &path)(error).into()),
         };
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Some(lock)),
@@ -146,7 +145,7 @@ impl<'a> Place<'a> {
                 holder: format!("see {}", Advice::ShowDaemon),
             }
             .into()),
-            Err((_, errno)) => Err(StateError::io("lock", &path)(errno.into())),
+            Err((_, errno)) => Err(FileError::of("lock", &path)(errno.into()).into()),
         }
     }
 
@@ -161,14 +160,14 @@ impl<'a> Place<'a> {
         DirBuilder::new()
             .mode(0o700)
             .create(&staged)
-            .map_err(StateError::io("make", &staged))?;
+            .map_err(FileError::of("make", &staged))?;
         Ok(staged)
     }
 
     /// Says where what was there is now.
     fn take(&self, staged: &Path) -> Result<Option<PathBuf>, StateError> {
         let (dir, parent) = (self.dir(), parent_of(self.dir()));
-        let failed = StateError::io("put the restored state into", dir);
+        let failed = |error| FileError::of("put the restored state into", dir)(error).into();
         match self {
             // Over an empty directory, too.
             Self::Absent(_) | Self::Directory(_) => {
@@ -235,16 +234,16 @@ fn unpack(plain: impl io::Read, staged: &Path) -> Result<(Manifest, usize), Stat
             EntryType::Directory => DirBuilder::new()
                 .mode(0o700)
                 .create(&path)
-                .map_err(StateError::io("make", &path))?,
+                .map_err(FileError::of("make", &path))?,
             EntryType::Regular => {
                 let mut file = OpenOptions::new()
                     .write(true)
                     .create_new(true)
                     .mode(0o600)
                     .open(&path)
-                    .map_err(StateError::io("make", &path))?;
-                io::copy(&mut entry, &mut file).map_err(StateError::io("write", &path))?;
-                file.sync_all().map_err(StateError::io("write", &path))?;
+                    .map_err(FileError::of("make", &path))?;
+                io::copy(&mut entry, &mut file).map_err(FileError::of("write", &path))?;
+                file.sync_all().map_err(FileError::of("write", &path))?;
                 files += 1;
             }
             _ => return Err(strange()),
@@ -291,19 +290,18 @@ fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
 }
 
 fn sync_tree(dir: &Path) -> Result<(), StateError> {
-    for entry in fs::read_dir(dir).map_err(StateError::io("read", dir))? {
-        let path = entry.map_err(StateError::io("read", dir))?.path();
+    for entry in fs::read_dir(dir).map_err(FileError::of("read", dir))? {
+        let path = entry.map_err(FileError::of("read", dir))?.path();
         if path.is_dir() {
             sync_tree(&path)?;
         } else {
             File::open(&path)
                 .and_then(|file| file.sync_all())
-                .map_err(StateError::io("write", &path))?;
+                .map_err(FileError::of("write", &path))?;
         }
     }
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(StateError::io("sync", dir))
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    Ok(synced.map_err(FileError::of("sync", dir))?)
 }
 
 fn parent_of(dir: &Path) -> &Path {

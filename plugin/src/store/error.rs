@@ -1,10 +1,10 @@
 //! Why the keystore refuses, and what to do next.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::host::file_error::FileError;
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeError, EnvelopeId, Generation, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
@@ -85,17 +85,9 @@ pub enum StoreError {
         #[source]
         source: Cause,
     },
-    /// The directory or one of its files can't be used.
-    #[error("can't {action} {}", .path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    /// A file or a directory can't be used.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A row holds something that no virtseal wrote.
     #[error("the keystore's record of envelope {id} is damaged")]
     DamagedRecord {
@@ -199,14 +191,6 @@ impl StoreError {
             }
             _ => return None,
         })
-    }
-
-    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            action,
-            path: path.to_owned(),
-            source,
-        }
     }
 }
 

@@ -15,6 +15,7 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::host::file_error::FileError;
 use crate::host::local_time::rfc3339;
 use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, KekId, ProviderId, VmId};
 use crate::store::{EnvelopeRecord, EnvelopeState, Mark, RetiredKek, SavedState, VmRecord};
@@ -44,17 +45,9 @@ pub struct Forgotten {
 /// Why records can't be kept or read.
 #[derive(Debug, Error)]
 pub enum ForgottenError {
-    /// The file can't be used.
-    #[error("can't {action} {}", .path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
+    /// A file or a directory can't be used.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// It does not read back as it was written.
     #[error("{} does not read back as it was written", .0.display())]
     NotVerified(PathBuf),
@@ -264,14 +257,16 @@ pub fn keep(state_dir: &Path, forgotten: &Forgotten) -> Result<PathBuf, Forgotte
 /// As [`keep`].
 pub fn keep_bytes(state_dir: &Path, suffix: &str, bytes: &[u8]) -> Result<PathBuf, ForgottenError> {
     let dir = state_dir.join(DIRECTORY);
-    make_directory(state_dir, &dir).map_err(io_error("make", &dir))?;
+    make_directory(state_dir, &dir).map_err(FileError::of("make", &dir))?;
     let date = rfc3339(SystemTime::now()).replace(':', "-");
     let staged = dir.join(format!(".{date}{suffix}.{}.new", std::process::id()));
     // Of this process and this second: nobody writes it now.
     let _ = fs::remove_file(&staged);
-    let written = write_and_read_back(&staged, bytes).map_err(io_error("write", &staged));
+    let written = write_and_read_back(&staged, bytes);
+    let written = written.map_err(|error| FileError::of("write", &staged)(error).into());
     let kept = written.and_then(|is_whole| match is_whole {
-        true => give_name(&staged, &dir, &date, suffix).map_err(io_error("write into", &dir)),
+        true => give_name(&staged, &dir, &date, suffix)
+            .map_err(|error| FileError::of("write into", &dir)(error).into()),
         false => Err(ForgottenError::NotVerified(staged.clone())),
     });
     // The bytes have another name now, or are not wanted.
@@ -279,7 +274,7 @@ pub fn keep_bytes(state_dir: &Path, suffix: &str, bytes: &[u8]) -> Result<PathBu
     let path = kept?;
     File::open(&dir)
         .and_then(|dir| dir.sync_all())
-        .map_err(io_error("sync", &dir))?;
+        .map_err(FileError::of("sync", &dir))?;
     Ok(path)
 }
 
@@ -291,7 +286,7 @@ pub fn read(path: &Path) -> Result<Forgotten, ForgottenError> {
     let mut text = Vec::new();
     File::open(path)
         .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut text))
-        .map_err(io_error("read", path))?;
+        .map_err(FileError::of("read", path))?;
     Forgotten::from_json(&text)
 }
 
@@ -307,11 +302,11 @@ pub fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
     let entries = match fs::read_dir(&dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(io_error("read", &dir)(error)),
+        Err(error) => return Err(FileError::of("read", &dir)(error).into()),
     };
     let mut paths = Vec::new();
     for entry in entries {
-        let path = entry.map_err(io_error("read", &dir))?.path();
+        let path = entry.map_err(FileError::of("read", &dir))?.path();
         let is_hidden = path
             .file_name()
             .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
@@ -375,14 +370,6 @@ fn give_name(staged: &Path, dir: &Path, date: &str, suffix: &str) -> io::Result<
         }
     }
     unreachable!("the loop ends with a free name")
-}
-
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ForgottenError {
-    move |source| ForgottenError::Io {
-        action,
-        path: path.to_owned(),
-        source,
-    }
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use super::identity::{SigningRequest, StoredIdentity};
+use crate::host::file_error::FileError;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::chain;
 use crate::provider::toolbox::certificate::Fingerprint;
@@ -90,7 +91,7 @@ impl Store {
         if request.is_for(key) {
             let path = self.dir.join(Self::REQUEST);
             let removed = fs::remove_file(&path).and_then(|()| File::open(&self.dir)?.sync_all());
-            return removed.map_err(FilesError::io("remove", &path));
+            return Ok(removed.map_err(FileError::of("remove", &path))?);
         }
         match request.forget_from(key) {
             Change::Changed => self.put_request(&request),
@@ -131,7 +132,7 @@ impl Store {
             Some(parent) => File::open(parent)?.sync_all(),
             None => Ok(()),
         });
-        synced.map_err(FilesError::io("remove", &self.dir))
+        Ok(synced.map_err(FileError::of("remove", &self.dir))?)
     }
 
     pub(super) fn put_trust(&self, trust: &ServerTrust) -> Result<(), FilesError> {
@@ -143,12 +144,12 @@ impl Store {
         let opened = match File::open(&path) {
             Ok(opened) => opened,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(FilesError::io("read", &path)(error)),
+            Err(error) => return Err(FileError::of("read", &path)(error).into()),
         };
         // Sized by the file, for secret memory is scarce.
-        let length = opened.metadata().map_err(FilesError::io("read", &path))?.len();
+        let length = opened.metadata().map_err(FileError::of("read", &path))?.len();
         let limit = usize::try_from(length).unwrap_or(usize::MAX).min(MAX_BYTES);
-        let bytes = SecretBytes::read_from(opened, limit).map_err(FilesError::io("read", &path))?;
+        let bytes = SecretBytes::read_from(opened, limit).map_err(FileError::of("read", &path))?;
         serde_json::from_slice(bytes.expose())
             .map(Some)
             .map_err(|source| FilesError::Damaged { path, source })
@@ -166,7 +167,7 @@ impl Store {
             // Half a file, with a key in it. Gone, if it has its name already.
             let _ = fs::remove_file(staged(&path));
         }
-        replaced.map_err(FilesError::io("write", &path))
+        Ok(replaced.map_err(FileError::of("write", &path))?)
     }
 
     fn replace(&self, path: &Path, text: &[u8]) -> io::Result<()> {
@@ -197,17 +198,9 @@ fn staged(path: &Path) -> PathBuf {
 /// Why a file can't be read or written.
 #[derive(Debug, Error)]
 pub enum FilesError {
-    /// The system refuses.
-    #[error("can't {doing} {}", path.display())]
-    Io {
-        /// read, write or remove.
-        doing: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// A file or a directory can't be used.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Not what this version writes.
     #[error("{} is damaged", path.display())]
     Damaged {
@@ -217,13 +210,6 @@ pub enum FilesError {
         #[source]
         source: serde_json::Error,
     },
-}
-
-impl FilesError {
-    fn io(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io { doing, path, source }
-    }
 }
 
 #[cfg(test)]

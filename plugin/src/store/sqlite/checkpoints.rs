@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::schema;
+use crate::host::file_error::FileError;
 use crate::model::problem::chain;
 use crate::store::error::StoreError;
 
@@ -45,7 +46,7 @@ impl Checkpoints {
         let thread = std::thread::Builder::new()
             .name("checkpoints".to_owned())
             .spawn(move || of_thread.run(&owned))
-            .map_err(StoreError::io("start the checkpoints of", path))?;
+            .map_err(FileError::of("start the checkpoints of", path))?;
         Ok(Self {
             shared,
             thread: Some(thread),

@@ -20,6 +20,7 @@ use super::checkpoints::Checkpoints;
 use super::fault::StoreFault;
 use super::hook_index::HookIndex;
 use super::schema;
+use crate::host::file_error::FileError;
 use crate::model::problem::chain;
 use crate::store::error::StoreError;
 use crate::store::records::{Traces, UnixTime};
@@ -165,13 +166,13 @@ fn private_directory(dir: &Path) -> Result<(), StoreError> {
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .map_err(StoreError::io("make the state directory", dir))?;
+        .map_err(FileError::of("make the state directory", dir))?;
     let mode = fs::metadata(dir)
-        .map_err(StoreError::io("read the state directory", dir))?
+        .map_err(FileError::of("read the state directory", dir))?
         .mode();
     if mode & 0o077 != 0 {
         fs::set_permissions(dir, Permissions::from_mode(0o700))
-            .map_err(StoreError::io("make private the state directory", dir))?;
+            .map_err(FileError::of("make private the state directory", dir))?;
     }
     Ok(())
 }
@@ -179,7 +180,7 @@ fn private_directory(dir: &Path) -> Result<(), StoreError> {
 /// Takes the lock that lasts as long as the file stays open, so it goes with the process whatever happens.
 fn lock_directory(dir: &Path) -> Result<Flock<File>, StoreError> {
     let path = dir.join(Database::LOCK);
-    let mut file = open_private(&path).map_err(StoreError::io("open the lock file", &path))?;
+    let mut file = open_private(&path).map_err(FileError::of("open the lock file", &path))?;
     let mut holder = String::new();
     // Only for the message below: the lock decides, not what the file says.
     let _ = (&mut file).take(20).read_to_string(&mut holder);
@@ -195,7 +196,7 @@ fn lock_directory(dir: &Path) -> Result<Flock<File>, StoreError> {
                 }
             ),
         },
-        errno => StoreError::io("lock", &path)(errno.into()),
+        errno => FileError::of("lock", &path)(errno.into()).into(),
     })?;
     if let Err(error) = write_pid(&mut lock) {
         // A full disk: only the message above is the poorer for it.
@@ -213,12 +214,11 @@ fn write_pid(file: &mut File) -> io::Result<()> {
 /// Makes the database file before SQLite does, which would give it the umask's mode; SQLite gives its `-wal`
 /// and `-shm` the mode of the database.
 fn private_file(dir: &Path, path: &Path) -> Result<(), StoreError> {
-    let file = open_private(path).map_err(StoreError::io("open the keystore", path))?;
+    let file = open_private(path).map_err(FileError::of("open the keystore", path))?;
     file.set_permissions(Permissions::from_mode(0o600))
-        .map_err(StoreError::io("make private the keystore", path))?;
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(StoreError::io("sync the state directory", dir))
+        .map_err(FileError::of("make private the keystore", path))?;
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    Ok(synced.map_err(FileError::of("sync the state directory", dir))?)
 }
 
 fn open_private(path: &Path) -> io::Result<File> {
@@ -400,6 +400,6 @@ mod tests {
     fn lock_file_that_is_a_link_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/dev/null", dir.path().join(Database::LOCK)).unwrap();
-        assert!(matches!(Database::open(dir.path()), Err(StoreError::Io { .. })));
+        assert!(matches!(Database::open(dir.path()), Err(StoreError::File(_))));
     }
 }

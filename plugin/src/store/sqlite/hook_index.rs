@@ -20,6 +20,7 @@ use uuid::Uuid;
 use super::changes::Changes;
 use super::fault::StoreFault;
 use super::rows::{self, Named};
+use crate::host::file_error::FileError;
 use crate::model::envelope::Envelope;
 use crate::model::problem::chain;
 use crate::store::error::StoreError;
@@ -159,7 +160,7 @@ impl HookIndex {
             Some(known) => identity(&known),
             None => self
                 .write(&text)
-                .map_err(StoreError::io("write the hook's index", &self.path))?,
+                .map_err(FileError::of("write the hook's index", &self.path))?,
         };
         Ok(Written {
             entries: entries.clone(),
