@@ -19,7 +19,7 @@ use crate::host::process::machine_id;
 use crate::job::live::{AtWork, Stint};
 use crate::job::record::{self, NewVolume, Work};
 use crate::model::advice::Advice;
-use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::job::Subject;
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{
@@ -87,7 +87,7 @@ fn make_empty(daemon: &Daemon, request: &VolumeRequest) -> Result<(EnvelopeId, B
         .passphrase()
         .and_then(|passphrase| Ok(disk::create(&create, &object.envelope, &passphrase)?));
     if made.is_err() {
-        take_back(daemon, object.envelope.id, &create.path, left_by(object.is_new));
+        take_back(daemon, &object.envelope, &create.path, left_by(object.is_new));
     }
     Ok((object.envelope.id, made?.size))
 }
@@ -135,7 +135,7 @@ fn start(daemon: &Daemon, by: Actor, request: &VolumeRequest, from: &str) -> Res
         .map_err(|error| job::excluded(error, &subject));
     if inserted.is_err() {
         let path = Path::new(&request.path);
-        take_back(daemon, object.envelope.id, path, left_by(object.is_new));
+        take_back(daemon, &object.envelope, path, left_by(object.is_new));
     }
     records::note_command(
         daemon,
@@ -215,7 +215,7 @@ pub(in crate::daemon) fn make(
         }
         Err(problem) => {
             let path = Path::new(&volume.path);
-            take_back(daemon, object.envelope.id, path, left_by(is_first));
+            take_back(daemon, &object.envelope, path, left_by(is_first));
             let why = record::problem_to_json(&problem);
             daemon.keystore.end_job(job.id, Some(&why))?
         }
@@ -287,29 +287,23 @@ fn left_by(is_new: bool) -> LeftBy {
 
 /// Takes an envelope back whose image was not made, so that no job and no provider has to count with it; where an earlier try
 /// has left it, it is kept aside first. What can't be known for sure leaves it: a key too many is better than one too few.
-fn take_back(daemon: &Daemon, envelope: EnvelopeId, path: &Path, left_by: LeftBy) {
-    let _sealing = lock(&daemon.sealing);
+fn take_back(daemon: &Daemon, envelope: &Envelope, path: &Path, left_by: LeftBy) {
+    let (id, vm) = (envelope.id, envelope.vm);
+    let _sealing = daemon.sealing.of(vm);
     let is_absent = path
         .symlink_metadata()
         .is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound);
-    let Ok(Some(record)) = daemon.keystore.envelope(envelope) else {
+    let Ok(Some(record)) = daemon.keystore.envelope(id) else {
         return;
     };
     if !is_absent || record.state != EnvelopeState::Pending {
         return;
     }
     let taken = match left_by {
-        LeftBy::This => daemon
-            .keystore
-            .withdraw(envelope)
-            .map(drop)
-            .map_err(Problem::from),
-        LeftBy::Another => {
-            let vm = record.envelope.vm;
-            daemon
-                .keep_aside(vm, &vm.to_string(), std::slice::from_ref(&record))
-                .and_then(|_kept| Ok(daemon.keystore.forget_envelope(&record).map(drop)?))
-        }
+        LeftBy::This => daemon.keystore.withdraw(id).map(drop).map_err(Problem::from),
+        LeftBy::Another => daemon
+            .keep_aside(vm, &vm.to_string(), std::slice::from_ref(&record))
+            .and_then(|_kept| Ok(daemon.keystore.forget_envelope(&record).map(drop)?)),
     };
     if let Err(problem) = taken {
         tracing::warn!(path = %path.display(), "its envelope stays pending: {problem}");
@@ -332,7 +326,7 @@ pub(super) fn take_back_unmade(daemon: &Daemon, subject: &Subject) {
             && record.state == EnvelopeState::Pending
     });
     if let Some(record) = pending {
-        take_back(daemon, record.envelope.id, Path::new(path), LeftBy::Another);
+        take_back(daemon, &record.envelope, Path::new(path), LeftBy::Another);
     }
 }
 
