@@ -99,7 +99,21 @@ enum AuditCommand {
     Verify,
 }
 
+/// A problem for scripts: `{"error": {"code": 3, "message": "…", "next": "…"}}`.
+#[must_use]
+pub fn problem_document(problem: &Problem) -> String {
+    let next = problem.advice.as_ref().map(ToString::to_string);
+    let error = serde_json::json!({ "code": problem.code as u8, "message": problem.message, "next": next });
+    serde_json::json!({ "error": error }).to_string()
+}
+
 impl Cli {
+    /// Whether a script reads what is printed.
+    #[must_use]
+    pub fn prints_json(&self) -> bool {
+        self.json
+    }
+
     /// Does what was asked.
     ///
     /// # Errors

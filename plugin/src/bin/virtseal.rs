@@ -3,16 +3,21 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use virtseal::cli::Cli;
-use virtseal::terminal::visible;
+use virtseal::cli::{Cli, problem_document};
+use virtseal::terminal::{visible, visible_json};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    match Cli::parse().run().await {
+    let cli = Cli::parse();
+    let as_json = cli.prints_json();
+    match cli.run().await {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            eprintln!("virtseal: {}", visible(&failure.to_string()));
-            ExitCode::from(failure.code as u8)
+        Err(problem) => {
+            match as_json {
+                true => eprintln!("{}", visible_json(&problem_document(&problem))),
+                false => eprintln!("virtseal: {}", visible(&problem.to_string())),
+            }
+            ExitCode::from(problem.code as u8)
         }
     }
 }

@@ -63,7 +63,7 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
     for warning in &enrolled.warnings {
         printer.warn(warning);
     }
-    printer.done(&said(name, &enrolled.tpm))
+    printer.show(&enrolled, std::iter::once(said(name, &enrolled.tpm).as_str()))
 }
 
 /// What it does from now on, and what it does not look at.

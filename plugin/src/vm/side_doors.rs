@@ -17,7 +17,7 @@ use crate::model::envelope::ObjectKind;
 use crate::model::finding::{Finding, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, VolumeError};
-use crate::terminal::{quoted, visible};
+use crate::terminal::visible;
 
 /// Not in libc for every target.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
@@ -246,7 +246,7 @@ pub fn sealed_as_raw(vm: &str, disk: &str, path: &Path, owner: &str) -> String {
         visible(disk),
         visible(&path.display().to_string()),
         visible(owner),
-        quoted(path.display().to_string())
+        Advice::from("detach it").then(Advice::ShowVolume(path.to_owned()))
     )
 }
 
