@@ -10,6 +10,7 @@
 //! what it holds itself (`SensitiveData`); the buffers of the C library are overwritten when they are freed
 //! (`M_PERTURB`, see [`crate::host::process`]), those of the thread's own cache when it ends, and its stack is scrubbed here.
 
+mod digest;
 mod policy;
 mod session;
 mod signed;
@@ -136,7 +137,7 @@ impl PcrList {
     /// Whether 11 is among them, which a kernel's signature may cover.
     #[must_use]
     pub fn has_kernel(&self) -> bool {
-        self.0.contains(&policy::KERNEL)
+        self.0.contains(&digest::KERNEL)
     }
 
     /// The others than 11, if there are any.
@@ -146,7 +147,7 @@ impl PcrList {
             .0
             .iter()
             .copied()
-            .filter(|pcr| *pcr != policy::KERNEL)
+            .filter(|pcr| *pcr != digest::KERNEL)
             .collect();
         Some(Self(others)).filter(|list| !list.0.is_empty())
     }
@@ -273,7 +274,7 @@ impl BoundToTpm {
     /// The PCRs that its policy looks at.
     #[must_use]
     pub fn pcrs(&self) -> PcrList {
-        let signed = self.signed_by.as_ref().map(|_| policy::KERNEL);
+        let signed = self.signed_by.as_ref().map(|_| digest::KERNEL);
         PcrList(self.exact().0.into_iter().chain(signed).collect())
     }
 

@@ -33,6 +33,7 @@ mod tag;
 mod tls;
 mod trust;
 mod ttlv;
+mod version;
 
 #[cfg(test)]
 pub(super) mod fixture;
@@ -69,9 +70,9 @@ pub use caching::Persist;
 pub use endpoint::{Endpoint, NotAnEndpoint};
 pub(crate) use identity::MAX_PEM;
 pub use identity::{IdentityError, KeyKind, NewIdentity};
-pub use message::{KmipVersion, NotAVersion};
 pub use store::{FilesError, ServerTrust};
 pub use trust::{Presented, TrustError};
+pub use version::{KmipVersion, NotAVersion};
 
 /// Where a KEK does its work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

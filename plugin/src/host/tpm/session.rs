@@ -23,7 +23,8 @@ use tss_esapi::structures::{
 use tss_esapi::traits::{Marshall, UnMarshall};
 use tss_esapi::{Context, Error};
 
-use super::policy::{BindPolicy, PinSalt, PolicyDigest};
+use super::digest::PolicyDigest;
+use super::policy::{BindPolicy, PinSalt};
 use super::signed::{Signature, Signatures, SigningKey};
 use super::{BoundToTpm, Hex, Parent, PcrList, Tcti, TpmError};
 use crate::secret::SecretBytes;

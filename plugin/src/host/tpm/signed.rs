@@ -19,7 +19,7 @@ use openssl::sign::Verifier;
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::policy::{KERNEL, PolicyDigest};
+use super::digest::{KERNEL, PolicyDigest};
 
 /// The public key that signs what PCR 11 may be.
 #[derive(Clone)]

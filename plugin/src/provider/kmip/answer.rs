@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::call::Attribute;
-use super::message::{KmipVersion, ProtocolError};
+use super::message::ProtocolError;
 use super::tag::{ALGORITHM_AES, KeyState, OBJECT_TYPE_SYMMETRIC_KEY, Operation, Tag, USAGE_MASK};
 use super::ttlv::{Item, Value};
+use super::version::KmipVersion;
 use crate::crypto::aead;
 use crate::model::envelope::{KekId, Payload};
 use crate::provider::toolbox::gcm;

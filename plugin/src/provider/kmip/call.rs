@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 
-use super::message::KmipVersion;
 use super::tag::{
     ALGORITHM_AES, BLOCK_CIPHER_MODE_GCM, KEY_FORMAT_RAW, NAME_TYPE_TEXT, OBJECT_TYPE_SYMMETRIC_KEY,
     Operation, QUERY_OPERATIONS, REVOKE_CESSATION_OF_OPERATION, Tag, USAGE_MASK,
 };
 use super::ttlv::Item;
+use super::version::KmipVersion;
 use crate::crypto::aead;
 use crate::model::envelope::KekId;
 use crate::secret::SecretBytes;

@@ -1,110 +1,16 @@
 //! Messages: a batch of calls in, an outcome for each out (KMIP 1.4 section 7, KMIP 2.1 section 8).
 
 use std::fmt;
-use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::call::Call;
 use super::identity::Login;
 use super::tag::{BATCH_CONTINUE, CREDENTIAL_USERNAME_AND_PASSWORD, RESULT_SUCCESS, Reason, Tag};
 use super::ttlv::{Item, MAX_BYTES, TtlvError};
+use super::version::KmipVersion;
 use crate::provider::toolbox::printable;
 use crate::secret::Transient;
-
-/// A version of the protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct KmipVersion {
-    major: u8,
-    minor: u8,
-}
-
-impl KmipVersion {
-    const fn new(major: u8, minor: u8) -> Self {
-        Self { major, minor }
-    }
-
-    /// What this client speaks, the best first.
-    pub(super) const SPOKEN: [Self; 6] = [
-        Self::new(2, 1),
-        Self::new(2, 0),
-        Self::new(1, 4),
-        Self::new(1, 3),
-        Self::new(1, 2),
-        Self::new(1, 1),
-    ];
-    /// The first version with DiscoverVersions.
-    pub(super) const FIRST: Self = Self::new(1, 1);
-    pub(super) const V2_0: Self = Self::new(2, 0);
-    /// The first version whose Encrypt can authenticate.
-    pub(super) const WITH_GCM: Self = Self::new(1, 4);
-
-    /// Attributes are structures of their own from 2.0 on, and name-value pairs in a template before.
-    pub(super) fn has_attributes(self) -> bool {
-        self.major >= 2
-    }
-
-    /// Whether a list can be asked for from a place in it on.
-    pub(super) fn has_offsets(self) -> bool {
-        self >= Self::new(1, 3)
-    }
-
-    pub(super) fn item(self) -> Item<'static> {
-        Item::structure(
-            Tag::PROTOCOL_VERSION,
-            [
-                Item::integer(Tag::PROTOCOL_VERSION_MAJOR, self.major.into()),
-                Item::integer(Tag::PROTOCOL_VERSION_MINOR, self.minor.into()),
-            ],
-        )
-    }
-
-    /// `None` for what no version of this client can be.
-    pub(super) fn of_item(item: &Item) -> Option<Self> {
-        let number = |tag| u8::try_from(item.find(tag)?.as_integer()?).ok();
-        Some(Self::new(
-            number(Tag::PROTOCOL_VERSION_MAJOR)?,
-            number(Tag::PROTOCOL_VERSION_MINOR)?,
-        ))
-    }
-}
-
-impl fmt::Display for KmipVersion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}", self.major, self.minor)
-    }
-}
-
-/// The text names no version that this client speaks.
-#[derive(Debug, Error)]
-#[error("{0:?} is no KMIP version that virtseal speaks: use 1.1, 1.2, 1.3, 1.4, 2.0 or 2.1")]
-pub struct NotAVersion(String);
-
-impl FromStr for KmipVersion {
-    type Err = NotAVersion;
-
-    fn from_str(text: &str) -> Result<Self, NotAVersion> {
-        let known = Self::SPOKEN.into_iter();
-        let mut found = known.filter(|version| version.to_string() == text);
-        found.next().ok_or_else(|| NotAVersion(text.to_owned()))
-    }
-}
-
-impl TryFrom<String> for KmipVersion {
-    type Error = NotAVersion;
-
-    fn try_from(text: String) -> Result<Self, NotAVersion> {
-        text.parse()
-    }
-}
-
-impl From<KmipVersion> for String {
-    fn from(version: KmipVersion) -> Self {
-        version.to_string()
-    }
-}
 
 /// Why a server did not do what a call asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
