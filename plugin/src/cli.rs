@@ -3,6 +3,7 @@
 //! Every step that touches a key runs in the daemon. What happens here is parsing, asking for passphrases,
 //! opening files as the caller, and printing.
 
+mod add_args;
 mod backup;
 mod cache;
 mod client;

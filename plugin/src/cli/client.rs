@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use zlink::Connection;
 use zlink::tokio::unix;
 
-use crate::api::HostError;
+use crate::api::{HostError, HostProxy, ProviderView};
 use crate::config::Config;
 use crate::model::problem::{Code, Problem, chain};
 
@@ -44,6 +44,12 @@ impl Client {
             Ok(result) => result.map_err(Problem::from),
             Err(error) => Err(self.broken(&error)),
         }
+    }
+
+    /// `None` if there is no provider of this name.
+    pub(super) async fn provider(&mut self, name: &str) -> Result<Option<ProviderView>, Problem> {
+        let all = self.call(async |host| host.list_providers().await).await?;
+        Ok(all.providers.into_iter().find(|provider| provider.name == name))
     }
 
     pub(super) fn connection(&mut self) -> &mut Connection<unix::Stream> {

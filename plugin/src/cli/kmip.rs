@@ -2,9 +2,9 @@
 
 use clap::Args;
 
+use super::add_args::kek_scope;
 use super::client::Client;
 use super::print::Printer;
-use super::provider_add::kek_scope;
 use crate::api::HostProxy;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::Problem;

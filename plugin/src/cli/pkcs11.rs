@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::add_args::{NoCacheArgs, kek_scope};
 use super::client::Client;
 use super::passphrase::PassphraseArgs;
 use super::print::Printer;
-use super::provider_add::{NoCacheArgs, kek_scope};
 use crate::api::HostProxy;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::{Code, Problem};

@@ -13,10 +13,10 @@ use super::job::WatchArgs;
 use super::passphrase::{PassphraseArgs, ask, open_file, to_pipe};
 use super::print::Printer;
 use super::provider_add::AddCommand;
-use super::tpm::TpmArgs;
+use super::tpm::{TpmArgs, needs_pin};
 use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
 use super::{backup, cache, job, provider_add, tpm, trust, warn_of_providers};
-use crate::api::{HostProxy, Orphans, ProviderView, SweepKind};
+use crate::api::{HostProxy, Orphans, SweepKind};
 use crate::model::problem::{Code, Problem};
 
 #[derive(Debug, Subcommand)]
@@ -271,20 +271,8 @@ async fn for_rotation(
     Ok(fds)
 }
 
-/// Whether the TPM asks for a PIN before it unlocks it.
-pub(super) async fn needs_pin(name: &str, client: &mut Client) -> Result<bool, Problem> {
-    let tpm = view(name, client).await?.and_then(|view| view.tpm);
-    Ok(tpm.is_some_and(|tpm| tpm.pin))
-}
-
-/// `None` if there is no such provider.
-async fn view(name: &str, client: &mut Client) -> Result<Option<ProviderView>, Problem> {
-    let all = client.call(async |host| host.list_providers().await).await?;
-    Ok(all.providers.into_iter().find(|provider| provider.name == name))
-}
-
 async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Problem> {
-    Ok(view(name, client).await?.map(|provider| provider.kind))
+    Ok(client.provider(name).await?.map(|provider| provider.kind))
 }
 
 /// What to ask for depends on the provider's kind.

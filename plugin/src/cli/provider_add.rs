@@ -1,8 +1,8 @@
-//! `virtseal provider add …`, and what its kinds have in common.
+//! `virtseal provider add …`.
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 
+use super::add_args::NoCacheArgs;
 use super::client::Client;
 use super::kmip::KmipArgs;
 use super::passphrase::NewPassphraseArgs;
@@ -11,10 +11,7 @@ use super::print::Printer;
 use super::transit::TransitArgs;
 use super::{kmip, pkcs11, transit};
 use crate::api::HostProxy;
-use crate::model::problem::{Code, Problem};
-use crate::provider::ScopeSetting;
-use crate::provider::cache::CachePolicy;
-use crate::provider::kind::Kind;
+use crate::model::problem::Problem;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AddCommand {
@@ -33,35 +30,6 @@ pub(super) enum AddCommand {
     Pkcs11(Pkcs11Args),
     /// Keys at a key management server that speaks KMIP.
     Kmip(KmipArgs),
-}
-
-/// For kinds without a cache, so that who asks for one learns why there is none.
-#[derive(Debug, Args)]
-pub(super) struct NoCacheArgs {
-    #[arg(long, value_name = "POLICY", hide = true)]
-    cache: Option<CachePolicy>,
-}
-
-impl NoCacheArgs {
-    pub(super) fn refuse(&self, kind: &str) -> Result<(), Problem> {
-        match (
-            self.cache,
-            Kind::named(kind).and_then(|kind| kind.nothing_to_cache),
-        ) {
-            (Some(CachePolicy::For(_) | CachePolicy::UntilLock), Some(why)) => {
-                Err(Problem::new(Code::Usage, why.to_string()).next("the same command without --cache"))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Parses whom KEKs serve.
-pub(super) fn kek_scope() -> impl TypedValueParser<Value = ScopeSetting> {
-    PossibleValuesParser::new(["vm", "provider"]).map(|word| match word.as_str() {
-        "provider" => ScopeSetting::Provider,
-        _ => ScopeSetting::Vm,
-    })
 }
 
 pub(super) async fn run(command: AddCommand, client: &mut Client, printer: &Printer) -> Result<(), Problem> {

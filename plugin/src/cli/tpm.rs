@@ -7,7 +7,6 @@ use clap::Args;
 use super::client::Client;
 use super::passphrase::NewPassphraseArgs;
 use super::print::Printer;
-use super::provider::needs_pin;
 use crate::api::{HostProxy, TpmRequest, TpmView};
 use crate::model::problem::{Code, Problem};
 
@@ -64,6 +63,12 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
         printer.warn(warning);
     }
     printer.show(&enrolled, std::iter::once(said(name, &enrolled.tpm).as_str()))
+}
+
+/// Whether the TPM asks for a PIN before it unlocks it.
+pub(super) async fn needs_pin(name: &str, client: &mut Client) -> Result<bool, Problem> {
+    let tpm = client.provider(name).await?.and_then(|provider| provider.tpm);
+    Ok(tpm.is_some_and(|tpm| tpm.pin))
 }
 
 /// What it does from now on, and what it does not look at.
