@@ -25,96 +25,104 @@ pub use policy::Policies;
 /// The most envelopes that a job may have in memory.
 const MAX_BATCH: u32 = 1000;
 
-/// The daemon's settings. Every key has a default.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Config {
-    /// Where the daemon listens.
-    pub socket: PathBuf,
-    /// Where the daemon listens for the hook: see [`Config::hook_socket`].
-    pub hook_socket: Option<PathBuf>,
-    /// The group that may connect, and read.
-    pub socket_group: String,
-    /// Keystore, sealed root keys, audit log.
-    pub state_dir: PathBuf,
-    /// The libvirt that starts the VMs.
-    pub libvirt_uri: String,
-    /// The most time that a start may wait for this daemon.
-    #[serde(deserialize_with = "duration")]
-    pub hook_deadline: Duration,
-    /// The most time that a provider gets for one call.
-    #[serde(deserialize_with = "duration")]
-    pub provider_deadline: Duration,
-    /// How often each provider is asked how it is.
-    #[serde(deserialize_with = "duration")]
-    pub probe_interval: Duration,
-    /// Where libvirt keeps vTPM state, a directory per VM UUID.
-    pub swtpm_dir: PathBuf,
-    /// Where new UEFI variable stores go when the domain names none.
-    pub nvram_dir: PathBuf,
-    /// Directories besides libvirt's own and its storage pools whose files domain XML may name for virtseal to change.
-    pub image_dirs: Vec<PathBuf>,
-    /// The providers (names or UUIDs) that each new envelope gets a stanza of; the default provider alone, if empty.
-    pub recipients: Vec<String>,
-    /// What sealed VMs may do beside their sealed objects.
-    pub policy: Policies,
-    /// How many envelopes a job changes in one transaction.
-    pub batch_size: u32,
-    /// How long a job rests between two batches.
-    #[serde(deserialize_with = "pause")]
-    pub interval: Duration,
-    /// How the TPM of this host is reached.
-    pub tpm: Tcti,
-    /// What to log.
-    pub log: LogFilter,
+/// Each setting once: its type, what it is without a line in the file, what it takes, and whether a running daemon takes
+/// another value (`live`) or only a restart does (`fixed`).
+macro_rules! settings {
+    ($($(#[$attribute:meta])* $reload:ident $key:ident: $type:ty = $default:expr, $takes:expr;)*) => {
+        /// The daemon's settings. Every key has a default.
+        #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct Config {
+            $($(#[$attribute])* pub $key: $type,)*
+        }
+
+        impl Default for Config {
+            fn default() -> Self {
+                Self { $($key: $default,)* }
+            }
+        }
+
+        impl Config {
+            const KEYS: &[&str] = &[$(stringify!($key)),*];
+
+            /// What the key takes, in words.
+            fn expected(key: &str) -> String {
+                match key {
+                    $(stringify!($key) => $takes.into(),)*
+                    _ => "a path".into(),
+                }
+            }
+
+            /// Becomes `new` as far as a running daemon can, and says which keys it can't change.
+            pub fn reload(&mut self, mut new: Self) -> Vec<&'static str> {
+                let mut kept = Vec::new();
+                $(settings!(@$reload $key self new kept);)*
+                *self = new;
+                kept
+            }
+        }
+    };
+    (@live $key:ident $old:ident $new:ident $kept:ident) => {};
+    (@fixed $key:ident $old:ident $new:ident $kept:ident) => {
+        if $old.$key != $new.$key {
+            $new.$key = $old.$key.clone();
+            $kept.push(stringify!($key));
+        }
+    };
 }
 
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            socket: "/run/virtseal/virtseald.sock".into(),
-            hook_socket: None,
-            socket_group: "virtseal".into(),
-            state_dir: "/var/lib/virtseal".into(),
-            libvirt_uri: "qemu:///system".into(),
-            hook_deadline: Duration::from_secs(10),
-            provider_deadline: Duration::from_secs(5),
-            probe_interval: Recipients::PROBE_INTERVAL,
-            swtpm_dir: "/var/lib/libvirt/swtpm".into(),
-            nvram_dir: "/var/lib/libvirt/qemu/nvram".into(),
-            image_dirs: Vec::new(),
-            recipients: Vec::new(),
-            policy: Policies::default(),
-            batch_size: 50,
-            interval: Duration::ZERO,
-            tpm: Tcti::default(),
-            log: LogFilter::default(),
-        }
-    }
+const SOME_TIME: &str =
+    "a duration of more than 0: '10s', '500ms', '2m' or a number of seconds, at most an hour";
+const PERHAPS_NO_TIME: &str = "a duration: 0, '500ms', '10s', '2m' or a number of seconds, at most an hour";
+
+settings! {
+    /// Where the daemon listens.
+    fixed socket: PathBuf = "/run/virtseal/virtseald.sock".into(), "a path";
+    /// Where the daemon listens for the hook: see [`Config::hook_socket`].
+    fixed hook_socket: Option<PathBuf> = None, "a path";
+    /// The group that may connect, and read.
+    fixed socket_group: String = "virtseal".into(), "the name of a group";
+    /// Keystore, sealed root keys, audit log.
+    fixed state_dir: PathBuf = "/var/lib/virtseal".into(), "a path";
+    /// The libvirt that starts the VMs.
+    fixed libvirt_uri: String = "qemu:///system".into(), "a URI, such as qemu:///system";
+    /// The most time that a start may wait for this daemon.
+    #[serde(deserialize_with = "duration")]
+    live hook_deadline: Duration = Duration::from_secs(10), SOME_TIME;
+    /// The most time that a provider gets for one call.
+    #[serde(deserialize_with = "duration")]
+    live provider_deadline: Duration = Duration::from_secs(5), SOME_TIME;
+    /// How often each provider is asked how it is.
+    #[serde(deserialize_with = "duration")]
+    live probe_interval: Duration = Recipients::PROBE_INTERVAL, SOME_TIME;
+    /// Where libvirt keeps vTPM state, a directory per VM UUID.
+    live swtpm_dir: PathBuf = "/var/lib/libvirt/swtpm".into(), "a path";
+    /// Where new UEFI variable stores go when the domain names none.
+    live nvram_dir: PathBuf = "/var/lib/libvirt/qemu/nvram".into(), "a path";
+    /// Directories besides libvirt's own and its storage pools whose files domain XML may name for virtseal to change.
+    live image_dirs: Vec<PathBuf> = Vec::new(), "a list of directories, such as [/srv/images]";
+    /// The providers (names or UUIDs) that each new envelope gets a stanza of; the default provider alone, if empty.
+    live recipients: Vec<String> = Vec::new(), "a list of names of providers, such as [kmip-prod, breakglass]";
+    /// What sealed VMs may do beside their sealed objects.
+    live policy: Policies = Policies::default(), format!(
+            "a section with yes or no for {}, and below {} the same for single VMs",
+            Policies::KEYS.join(", "),
+            Policies::VMS
+        );
+    /// How many envelopes a job changes in one transaction.
+    live batch_size: u32 = 50, format!("a whole number from 1 to {MAX_BATCH}");
+    /// How long a job rests between two batches.
+    #[serde(deserialize_with = "pause")]
+    live interval: Duration = Duration::ZERO, PERHAPS_NO_TIME;
+    /// How the TPM of this host is reached.
+    fixed tpm: Tcti = Tcti::default(), "device:/dev/tpmrm0, tabrmd, swtpm:host=HOST,port=PORT or mssim:host=HOST,port=PORT";
+    /// What to log.
+    fixed log: LogFilter = LogFilter::default(), "one of error, warn, info, debug, trace, perhaps by module: info,virtseal=debug";
 }
 
 impl Config {
     /// Where the package puts it.
     pub const DEFAULT_PATH: &str = "/etc/virtseal/virtseald.yaml";
-    const KEYS: [&str; 17] = [
-        "socket",
-        "hook_socket",
-        "socket_group",
-        "state_dir",
-        "libvirt_uri",
-        "hook_deadline",
-        "provider_deadline",
-        "probe_interval",
-        "swtpm_dir",
-        "nvram_dir",
-        "image_dirs",
-        "recipients",
-        "policy",
-        "batch_size",
-        "interval",
-        "tpm",
-        "log",
-    ];
 
     /// Where the daemon listens for the hook, and for root alone: a path of its own, or the one beside `socket`.
     #[must_use]
@@ -353,7 +361,7 @@ fn bad_value(text: &str, path: &Path) -> Option<ConfigError> {
             line,
             key: key.into(),
             found: shown(value),
-            expected: expected(key),
+            expected: Config::expected(key),
         })
     })
 }
@@ -368,34 +376,12 @@ fn shown(value: &serde_yaml::Value) -> String {
     }
 }
 
-fn expected(key: &str) -> String {
-    match key {
-        "hook_deadline" | "provider_deadline" | "probe_interval" => {
-            "a duration of more than 0: '10s', '500ms', '2m' or a number of seconds, at most an hour".into()
-        }
-        "interval" => "a duration: 0, '500ms', '10s', '2m' or a number of seconds, at most an hour".into(),
-        "image_dirs" => "a list of directories, such as [/srv/images]".into(),
-        "recipients" => "a list of names of providers, such as [kmip-prod, breakglass]".into(),
-        "policy" => format!(
-            "a section with yes or no for {}, and below {} the same for single VMs",
-            Policies::KEYS.join(", "),
-            Policies::VMS
-        ),
-        "batch_size" => format!("a whole number from 1 to {MAX_BATCH}"),
-        "tpm" => "device:/dev/tpmrm0, tabrmd, swtpm:host=HOST,port=PORT or mssim:host=HOST,port=PORT".into(),
-        "log" => "one of error, warn, info, debug, trace, perhaps by module: info,virtseal=debug".into(),
-        "socket_group" => "the name of a group".into(),
-        "libvirt_uri" => "a URI, such as qemu:///system".into(),
-        _ => "a path".into(),
-    }
-}
-
 fn hint_for(key: &str) -> String {
     if key == "require_sealed" {
         return "it is the hook's, which works with this daemon down: set it in /etc/virtseal/hook.conf"
             .into();
     }
-    nearest(key, &Config::KEYS).unwrap_or_else(|| format!("valid keys are {}", Config::KEYS.join(", ")))
+    nearest(key, Config::KEYS).unwrap_or_else(|| format!("valid keys are {}", Config::KEYS.join(", ")))
 }
 
 fn nearest(key: &str, valid: &[&str]) -> Option<String> {
@@ -606,6 +592,15 @@ mod tests {
             let error = parse(&format!("{key}: {{a: 1}}")).unwrap_err();
             assert!(!error.contains(&format!("unknown key '{key}'")), "{key}: {error}");
         }
+    }
+
+    #[test]
+    fn a_running_daemon_takes_over_what_it_can_and_says_what_it_keeps() {
+        let mut config = parse("socket: /x\nhook_deadline: 20s").unwrap();
+        let new = parse("socket: /y\nhook_deadline: 30s\nlog: debug").unwrap();
+        assert_eq!(config.reload(new), ["socket", "log"]);
+        assert_eq!(config, parse("socket: /x\nhook_deadline: 30s").unwrap());
+        assert!(config.reload(config.clone()).is_empty());
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! back, and so is every block of the ordinary heap, for what libraries copy. Nothing here is `Clone`,
 //! `Serialize` or `PartialEq`, and `Debug` shows the length only.
 
-mod heap;
+pub mod heap;
 pub(crate) mod pages;
 
 use std::fmt;

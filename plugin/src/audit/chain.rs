@@ -11,9 +11,6 @@ use time::format_description::well_known::Rfc3339;
 
 use super::{AuditError, Event, segments};
 
-/// The most bytes that a line has: every text of an [`Event`] at its limit, escaped, and room to spare.
-pub(super) const MAX_LINE: usize = 128 * 1024;
-
 /// The end of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
@@ -171,13 +168,15 @@ impl Walk {
         let (mut log, mut line, mut number) = (BufReader::new(file), Vec::new(), 0);
         loop {
             line.clear();
-            let mut rest = log.by_ref().take(MAX_LINE as u64 + 1);
+            let mut rest = log.by_ref().take(segments::MAX_LINE as u64 + 1);
             rest.read_until(b'\n', &mut line)
                 .map_err(AuditError::io("read", path))?;
             number += 1;
             let followed = match line.split_last() {
                 Some((b'\n', line)) => self.follow(line),
-                Some(_) if line.len() > MAX_LINE => Err("is too long for an audit record".to_owned()),
+                Some(_) if line.len() > segments::MAX_LINE => {
+                    Err("is too long for an audit record".to_owned())
+                }
                 _ => {
                     self.unfinished = line.len();
                     return Ok(());

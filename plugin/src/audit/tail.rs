@@ -16,7 +16,8 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
 use super::AuditError;
-use super::chain::{Head, MAX_LINE};
+use super::chain::Head;
+use super::segments::MAX_LINE;
 use super::segments::{self, sync_directory};
 
 /// How far back the last record is looked for; many times more than one batch.

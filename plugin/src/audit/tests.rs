@@ -124,7 +124,7 @@ fn endless_line_is_an_error_and_not_an_allocation() {
     let dir = tempfile::tempdir().unwrap();
     let path = log_of(&dir, 1);
     let mut bytes = fs::read(&path).unwrap();
-    bytes.resize(bytes.len() + 3 * chain::MAX_LINE, b'x');
+    bytes.resize(bytes.len() + 3 * segments::MAX_LINE, b'x');
     fs::write(&path, bytes).unwrap();
     assert_eq!(broken_line(&path), 2);
 }

@@ -4,7 +4,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use virtseal::cli::{Cli, problem_document};
+use virtseal::secret::heap::WipingHeap;
 use virtseal::terminal::{visible, visible_json};
+
+#[global_allocator]
+static HEAP: WipingHeap = WipingHeap;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {

@@ -25,7 +25,11 @@ use virtseal::daemon::sockets::Sockets;
 use virtseal::daemon::{Daemon, jobs, leftovers, look, overdue, running};
 use virtseal::host::process::{self, LinkedCode};
 use virtseal::model::problem::chain;
+use virtseal::secret::heap::WipingHeap;
 use virtseal::terminal::visible;
+
+#[global_allocator]
+static HEAP: WipingHeap = WipingHeap;
 
 /// The daemon of virtseal: hands VMs their keys when libvirt starts them.
 #[derive(Debug, Parser)]

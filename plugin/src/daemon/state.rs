@@ -129,34 +129,11 @@ impl Daemon {
 
     /// Takes a new configuration over, as far as a running daemon can. Says what it can't.
     pub fn reload(&self, new: Config) -> Vec<&'static str> {
-        let mut config = self.config.write().unwrap_or_else(PoisonError::into_inner);
-        let fixed = [
-            ("socket", config.socket != new.socket),
-            ("hook_socket", config.hook_socket != new.hook_socket),
-            ("socket_group", config.socket_group != new.socket_group),
-            ("state_dir", config.state_dir != new.state_dir),
-            ("libvirt_uri", config.libvirt_uri != new.libvirt_uri),
-            ("tpm", config.tpm != new.tpm),
-            ("log", config.log != new.log),
-        ];
         self.recipients.set_deadline(new.provider_deadline);
         self.recipients.set_recipients(new.recipients.clone());
         self.recipients.set_probe_interval(new.probe_interval);
-        *config = Config {
-            socket: config.socket.clone(),
-            hook_socket: config.hook_socket.clone(),
-            socket_group: config.socket_group.clone(),
-            state_dir: config.state_dir.clone(),
-            libvirt_uri: config.libvirt_uri.clone(),
-            tpm: config.tpm.clone(),
-            log: config.log.clone(),
-            ..new
-        };
-        fixed
-            .into_iter()
-            .filter(|(_, differs)| *differs)
-            .map(|(key, _)| key)
-            .collect()
+        let mut config = self.config.write().unwrap_or_else(PoisonError::into_inner);
+        config.reload(new)
     }
 
     pub(super) fn config(&self) -> Config {

@@ -6,8 +6,11 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
-struct WipingHeap;
+/// For `#[global_allocator]`: a program sets it, and a library leaves that to its program.
+#[derive(Debug)]
+pub struct WipingHeap;
 
+#[cfg(test)]
 #[global_allocator]
 static HEAP: WipingHeap = WipingHeap;
 
