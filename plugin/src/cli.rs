@@ -11,6 +11,7 @@ mod client;
 mod documented;
 mod job;
 mod kmip;
+mod out;
 mod passphrase;
 mod pkcs11;
 mod print;

@@ -217,7 +217,7 @@ pub(super) fn typed(given: Option<String>, question: &str) -> Result<String, Pro
     }
     let failed = |error: std::io::Error| Problem::from_error(Code::Failed, "can't ask", &error);
     let mut line = String::new();
-    super::print::question(question).map_err(failed)?;
+    super::out::question(question).map_err(failed)?;
     std::io::stdin().read_line(&mut line).map_err(failed)?;
     Ok(line.trim().to_owned())
 }

@@ -1,21 +1,21 @@
 //! What the user sees: tables for people, one JSON document for scripts.
 
 use std::collections::BTreeMap;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::Duration;
 
-use comfy_table::{Table, presets};
 use indicatif::{HumanBytes, HumanDuration};
 use serde::Serialize;
 
+use super::out::{json, line, note, table, write};
 use crate::api::{
     AuditVerified, CertificateView, HostStatus, JobView, Jobs, ObjectView, Orphans, Outcome, PersistView,
     ProviderView, Receipt, ServerView, Unit, VmView,
 };
 use crate::host::local_time::{parse_rfc3339, time_of_day};
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
+use crate::terminal::visible_json;
 use crate::terminal::word;
-use crate::terminal::{visible, visible_json};
 
 /// Prints to standard output, as tables or as JSON; hints and warnings go to standard error.
 pub(super) struct Printer {
@@ -495,54 +495,4 @@ fn audit_row(record: &str) -> Vec<String> {
         subject.join(" "),
         text("detail"),
     ]
-}
-
-fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> Result<(), Problem> {
-    let mut table = Table::new();
-    // Before the table does: a line break in a cell would make a row of its own.
-    let cells = |row: Vec<String>| {
-        row.iter()
-            .map(|cell| visible(cell).into_owned())
-            .collect::<Vec<_>>()
-    };
-    table
-        .load_style(presets::NOTHING)
-        .set_header(header)
-        .add_rows(rows.map(cells));
-    table.lines().try_for_each(|text| line(text.trim()))
-}
-
-fn json(value: &impl Serialize) -> Result<(), Problem> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Problem::from_error(Code::Failed, "can't print JSON", &error))?;
-    write(&visible_json(&text))
-}
-
-/// To standard output, as one line.
-fn line(text: &str) -> Result<(), Problem> {
-    write(&visible(text))
-}
-
-/// A question to whoever sits at the terminal.
-///
-/// # Errors
-/// When standard error can't be written.
-pub(super) fn question(text: &str) -> std::io::Result<()> {
-    write!(std::io::stderr(), "{} ", visible(text.trim_end()))?;
-    std::io::stderr().flush()
-}
-
-/// To standard error, as one line.
-pub(super) fn note(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", visible(text));
-}
-
-/// A reader that went away (`| head`) is no failure.
-fn write(text: &str) -> Result<(), Problem> {
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Problem::from_error(Code::Failed, "can't print", &error))
-        }
-        _ => Ok(()),
-    }
 }

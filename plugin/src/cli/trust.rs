@@ -206,7 +206,7 @@ fn confirm(name: &str, args: &TrustArgs) -> Result<(), Problem> {
         (None, true) => "Are these the fingerprints that the KMS's admin has? Trust them?".to_owned(),
     };
     let mut answer = String::new();
-    let read = super::print::question(&format!("{question} [y/N]"))
+    let read = super::out::question(&format!("{question} [y/N]"))
         .and_then(|()| std::io::stdin().read_line(&mut answer));
     if read.is_ok() && ["y", "yes"].contains(&answer.trim().to_lowercase().as_str()) {
         return Ok(());
