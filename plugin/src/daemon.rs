@@ -3,16 +3,12 @@
 //! [`listener`] is the asynchronous edge, [`service`] has a file for each group of methods, [`state`] what they share. Everything
 //! but the edge blocks and runs on worker threads.
 
-mod adopt;
 mod bell;
 mod caller;
-mod copies;
-mod deletion;
+pub mod copies;
 mod first_runs;
-mod forget;
 mod gate;
 pub mod glance;
-mod headers;
 mod heard;
 pub mod jobs;
 pub mod leftovers;
@@ -28,16 +24,11 @@ mod records;
 pub mod running;
 mod saved;
 pub mod service;
-mod sharing;
-mod shred;
 pub mod sockets;
 mod starts;
 mod state;
 mod storage_pools;
-mod visible;
 
-pub use adopt::Formats;
 use locks::lock;
-pub use sharing::Sharing;
 pub use starts::HookPolicy;
 pub use state::Daemon;

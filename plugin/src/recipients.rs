@@ -228,6 +228,17 @@ impl Recipients {
         Ok((envelope, dek))
     }
 
+    /// The name of a provider, here or as it was when it was deleted here; else its UUID.
+    #[must_use]
+    pub fn name_of(&self, id: ProviderId) -> String {
+        if let Some(provider) = self.by_id(id) {
+            return provider.provider().name().to_owned();
+        }
+        let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
+        let found = deleted.into_iter().flatten().find(|deleted| deleted.id == id);
+        found.map_or_else(|| id.to_string(), |deleted| deleted.name)
+    }
+
     /// Destroys a KEK that serves `vm` alone, within the deadline.
     ///
     /// # Errors

@@ -22,7 +22,7 @@ use virtseal::daemon::pools::{self, LAST_CALLS, Runtimes, Serving};
 use virtseal::daemon::service::tpm::{CREDENTIAL, TpmUnlock, Tried};
 use virtseal::daemon::service::{cache, provider, tpm};
 use virtseal::daemon::sockets::Sockets;
-use virtseal::daemon::{Daemon, jobs, leftovers, look, overdue, running};
+use virtseal::daemon::{Daemon, copies, jobs, leftovers, look, overdue, running};
 use virtseal::host::process::{self, LinkedCode};
 use virtseal::model::problem::chain;
 use virtseal::secret::heap::WipingHeap;
@@ -165,7 +165,7 @@ fn work_in_background(daemon: &Arc<Daemon>) -> anyhow::Result<()> {
     type Work = fn(&Daemon);
     for (name, run) in [
         ("jobs", jobs::run as Work),
-        ("copies", Daemon::run_copies),
+        ("copies", copies::run),
         ("status", look::run),
         ("running", running::watch),
     ] {

@@ -111,7 +111,7 @@ pub(super) fn note_end(job: &JobRecord) {
 /// What a job does.
 pub(super) fn words(daemon: &Daemon, job: &JobRecord) -> String {
     match Work::from_json(&job.task) {
-        Ok(work) => work.words(|id| daemon.name_of(id)),
+        Ok(work) => work.words(|id| daemon.recipients.name_of(id)),
         Err(_) => "of another version".to_owned(),
     }
 }

@@ -34,7 +34,7 @@ use super::gate::Pass;
 use super::glance::Age;
 use super::pools::Pools;
 use super::state::Daemon;
-use super::{Formats, HookPolicy, Sharing, first_runs, records};
+use super::{HookPolicy, first_runs, records};
 use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, CopyView, FindingView, HostError, HostStatus,
     IdentityParts, IdentitySet, JobKind, JobProblem, JobReport, JobRequest, JobStarted, JobState, JobView,
@@ -47,6 +47,8 @@ use crate::audit::Actor;
 use crate::domain::Domain;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
+use crate::vm::adopt::Formats;
+use crate::vm::share::Sharing;
 use crate::vm::start::Deadline;
 
 /// The other end of one connection, and what serves it.
@@ -247,7 +249,7 @@ impl Service {
         } else {
             Formats::WithMac
         };
-        self.change(move |daemon, by| daemon.adopt_vm(by, &vm, formats))
+        self.change(move |daemon, by| vm::adopt(daemon, by, &vm, formats))
             .await
     }
 
@@ -257,12 +259,12 @@ impl Service {
     }
 
     async fn share_volume(&self, path: String, vm: String) -> Result<Outcome, HostError> {
-        self.change(move |daemon, by| daemon.share_volume(by, &path, &vm, Sharing::With))
+        self.change(move |daemon, by| volume::share(daemon, by, &path, &vm, Sharing::With))
             .await
     }
 
     async fn unshare_volume(&self, path: String, vm: String) -> Result<Outcome, HostError> {
-        self.change(move |daemon, by| daemon.share_volume(by, &path, &vm, Sharing::Without))
+        self.change(move |daemon, by| volume::share(daemon, by, &path, &vm, Sharing::Without))
             .await
     }
 
@@ -448,18 +450,18 @@ impl Service {
     }
 
     async fn delete_provider(&self, name: String, typed: Option<String>) -> Result<Outcome, HostError> {
-        self.change(move |daemon, by| daemon.delete_provider(by, &name, typed.as_deref()))
+        self.change(move |daemon, by| provider::delete(daemon, by, &name, typed.as_deref()))
             .await
     }
 
     async fn orphans(&self, after: Option<String>) -> Result<Orphans, HostError> {
         let age = self.age(after.as_deref());
-        self.show(move |daemon| daemon.orphans(age, after.as_deref()))
+        self.show(move |daemon| provider::orphans(daemon, age, after.as_deref()))
             .await
     }
 
     async fn preview_shred(&self, vm: String) -> Result<ShredPreview, HostError> {
-        self.change(move |daemon, _| daemon.preview_shred(&vm)).await
+        self.change(move |daemon, _| vm::preview_shred(daemon, &vm)).await
     }
 
     async fn shred_vm(
@@ -468,7 +470,7 @@ impl Service {
         typed: Option<String>,
         typed_for_keks: Option<String>,
     ) -> Result<Receipt, HostError> {
-        self.change(move |daemon, by| daemon.shred_vm(by, &vm, typed.as_deref(), typed_for_keks.as_deref()))
+        self.change(move |daemon, by| vm::shred(daemon, by, &vm, typed.as_deref(), typed_for_keks.as_deref()))
             .await
     }
 
@@ -478,11 +480,11 @@ impl Service {
     }
 
     async fn forget_vm(&self, vm: String) -> Result<Outcome, HostError> {
-        self.change(move |daemon, by| daemon.forget_vm(by, &vm)).await
+        self.change(move |daemon, by| vm::forget(daemon, by, &vm)).await
     }
 
     async fn adopt_forgotten(&self, #[zlink(fds)] fds: Vec<OwnedFd>) -> Result<Outcome, HostError> {
-        self.change(move |daemon, by| daemon.adopt_forgotten(by, fds))
+        self.change(move |daemon, by| vm::adopt_forgotten(daemon, by, fds))
             .await
     }
 

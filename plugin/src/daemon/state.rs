@@ -3,32 +3,35 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
 
 use nix::unistd::{Gid, Group};
 
 use super::bell::Bell;
-use super::headers::Headers;
 use super::heard::Running;
 use super::locks::{self, Sealing};
 use super::ordered::Ordered;
 use super::service::job;
 use super::storage_pools::StoragePools;
-use super::{deletion, glance, paths, records};
+use super::{glance, paths, records};
+use crate::api::Orphans;
 use crate::audit::AuditLog;
 use crate::config::Config;
 use crate::host::libvirt::{Background, LibvirtError, StartConnection};
 use crate::host::permitted::PathRule;
 use crate::host::tpm::Tpm;
 use crate::job::live::Live;
-use crate::model::envelope::{ProviderId, VmId};
+use crate::model::envelope::VmId;
 use crate::model::finding::Finding;
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::OpenedHeaders;
 use crate::recipients::Recipients;
 use crate::store::{EnvelopeStore, HostStore, Stores};
+use crate::vm::confirmed_formats::ConfirmedFormats;
 use crate::vm::first_runs::FirstRuns;
+use crate::vm::headers::Headers;
+use crate::vm::host::Host;
 use crate::vm::names;
-use crate::vm::seal::{ConfirmedFormats, Host};
 use crate::vm::start::{ArmedSecrets, Moved};
 use crate::vm::status::settings::{self, ReaderGroup};
 
@@ -62,7 +65,7 @@ pub struct Daemon {
     /// What those who ask for the status are shown.
     pub(super) glances: glance::Glances,
     /// What those who page through the orphans are shown.
-    pub(super) orphans: deletion::Seen,
+    pub(super) orphans: Mutex<Option<(Instant, Arc<Orphans>)>>,
     /// What those who watch jobs have seen.
     pub(super) watched: job::Looks,
     /// Rung when a copy of an envelope may have to follow, or can.
@@ -114,7 +117,7 @@ impl Daemon {
             headers,
             jobs: Live::default(),
             glances: glance::Glances::default(),
-            orphans: deletion::Seen::default(),
+            orphans: Mutex::default(),
             watched: job::Looks::default(),
             copies_bell: Bell::default(),
             arms_bell: Bell::default(),
@@ -188,16 +191,6 @@ impl Daemon {
         }
     }
 
-    /// A provider's name, also after it was deleted.
-    pub(super) fn name_of(&self, id: ProviderId) -> String {
-        if let Some(provider) = self.recipients.by_id(id) {
-            return provider.provider().name().to_owned();
-        }
-        let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
-        let found = deleted.into_iter().flatten().find(|deleted| deleted.id == id);
-        found.map_or_else(|| id.to_string(), |deleted| deleted.name)
-    }
-
     pub(super) fn host(&self) -> Host<'_> {
         let config = self.config();
         Host {
@@ -208,6 +201,9 @@ impl Daemon {
             nvram_dir: config.nvram_dir,
             confirmed: ConfirmedFormats::default(),
             policies: config.policy,
+            host_store: &self.host_store,
+            libvirt: &self.background,
+            opened_headers: &self.opened_headers,
             kept: Vec::new(),
         }
     }

@@ -11,7 +11,7 @@
 //! The DEK stays, so running VMs do not notice and images keep their data. A batch, the generation of each envelope in it
 //! and the place of the job change in one transaction of the keystore: a daemon that is killed goes on from there. An old
 //! stanza leaves the keystore only in the transaction that brings the verified new one; copies that travel follow
-//! (`daemon/copies.rs`), and no KEK is destroyed here.
+//! (`job/copies.rs`), and no KEK is destroyed here.
 
 use serde::{Deserialize, Serialize};
 

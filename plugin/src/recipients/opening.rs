@@ -102,6 +102,16 @@ impl OpenError {
             .any(|attempt| matches!(&attempt.why, Refusal::Provider(error) if may_pass(error)))
     }
 
+    /// Whether every one of its providers has said that it did not wrap this: nobody opens it, here or elsewhere.
+    #[must_use]
+    pub fn is_of_stanzas(&self) -> bool {
+        self.attempts.iter().all(|attempt| match &attempt.why {
+            Refusal::Binding(_) => true,
+            Refusal::Provider(error) => matches!(**error, ProviderError::Tampered),
+            Refusal::NotKnown { .. } => false,
+        })
+    }
+
     fn easiest(&self) -> (Code, Option<Advice>) {
         let effort = |code: Code| match code {
             Code::Locked => 0,

@@ -95,7 +95,7 @@ pub trait Envelopes {
     fn bring_back(&self, record: &EnvelopeRecord) -> Result<Put, StoreError>;
 }
 
-impl dyn EnvelopeStore {
+impl dyn EnvelopeStore + '_ {
     /// Shows `visit` every envelope whose row can be read. One that changes meanwhile is seen as it was or as it is.
     pub fn each_envelope(&self, mut visit: impl FnMut(EnvelopeRecord)) -> Result<(), StoreError> {
         let mut after = None;

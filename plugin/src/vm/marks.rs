@@ -9,7 +9,7 @@ use crate::host::libvirt::DefinedDomain;
 use crate::model::envelope::ObjectKind;
 use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError};
-use crate::vm::seal::Host;
+use crate::vm::host::Host;
 
 /// Runs `seal` with the VM marked; a VM of which nothing was sealed starts as before.
 ///

@@ -64,6 +64,24 @@ pub fn undefined<'a>(records: &'a [VmRecord], asked: &str) -> Result<Option<&'a 
     }
 }
 
+/// A VM that only the keystore knows, if only by the UUID in its envelopes, for what is destroyed or dropped of it: so every row must be
+/// readable. `again` is the command, which takes a UUID too.
+///
+/// # Errors
+/// When several had that name, or the keystore is damaged.
+pub fn find_undefined(
+    keystore: &dyn EnvelopeStore,
+    asked: &str,
+    again: fn(String) -> Advice,
+) -> Result<Option<(VmId, String)>, Problem> {
+    let records = keystore.vms()?.whole()?;
+    let found = undefined(&records, asked).map_err(|several| several.refuse(Code::WouldLoseKey, again))?;
+    let never_defined = || asked.parse::<VmId>().ok().map(|id| (id, id.to_string()));
+    Ok(found
+        .map(|record| (record.vm, record.name.clone()))
+        .or_else(never_defined))
+}
+
 /// Whether what libvirt has found is what was asked for: it takes a UUID for a name where no VM has that UUID.
 fn is_meant(asked: &str, found: VmId) -> bool {
     asked.parse().map_or(true, |id: VmId| id == found)

@@ -19,22 +19,19 @@ mod take_back;
 mod unseal;
 mod vtpm;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::config::Policies;
 use crate::domain::Metadata;
 use crate::domain::edit::{self, SealEdit};
-use crate::host::libvirt::{DefinedDomain, KeptXml};
-use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::host::libvirt::DefinedDomain;
+use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, ObjectKind, Precedence, VmId};
+use crate::model::envelope::{Envelope, ObjectKind, Precedence};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
 use crate::object::nvram;
-use crate::recipients::Recipients;
-use crate::store::EnvelopeStore;
+use crate::vm::host::Host;
 
-pub use declared::ConfirmedFormats;
 pub use firmware::firmware_of;
 pub use object::NewObject;
 use plan::{DiskStep, DiskWork};
@@ -43,49 +40,6 @@ use replaced::Ready;
 pub use replaced::Replaced;
 use store::{NewStore, NvramStep, Present};
 pub use unseal::{UnsealPlan, plan_unseal, unseal};
-
-/// What sealing works with.
-pub struct Host<'a> {
-    /// Where envelopes go.
-    pub keystore: &'a dyn EnvelopeStore,
-    /// What wraps them.
-    pub recipients: &'a Recipients,
-    /// Where libvirt keeps vTPM state.
-    pub swtpm_dir: PathBuf,
-    /// Where libvirt keeps variable stores.
-    pub nvram_dir: PathBuf,
-    /// What an admin says of the formats of the disks.
-    pub confirmed: ConfirmedFormats,
-    /// What the host lets VMs do beside their sealed objects.
-    pub policies: Policies,
-    /// Where files may be that the XML names.
-    pub paths: PathRule,
-    /// What libvirt has of this and all other VMs.
-    pub kept: Vec<KeptXml>,
-}
-
-impl Host<'_> {
-    /// A path that the XML of `vm` names, and that the keystore may know.
-    fn permit_known(&self, vm: VmId, path: &Path) -> Result<PermittedPath, Problem> {
-        Ok(self.place_of(vm, path)??)
-    }
-
-    /// The same, for who has something else to say of a path that is not permitted.
-    pub(super) fn place_of(
-        &self,
-        vm: VmId,
-        path: &Path,
-    ) -> Result<Result<PermittedPath, PathError>, Problem> {
-        let records = self.keystore.envelopes_of(vm)?.sound;
-        let known = records.iter().map(|record| &record.location);
-        Ok(self.paths.permit_known(path, known))
-    }
-
-    /// Where libvirt has the variable store of the VM `name`, unless its XML says otherwise.
-    fn own_store(&self, name: &str) -> PathBuf {
-        self.nvram_dir.join(format!("{name}_VARS.fd"))
-    }
-}
 
 /// A domain whose objects are made, to be defined.
 #[derive(Debug)]

@@ -20,6 +20,7 @@ use crate::model::envelope::{ProviderId, VmId};
 use crate::model::job::{JobId, JobState, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::store::{CopyPlace, JobRecord, LeftBehind, StoreError};
+use crate::vm::foreign;
 use crate::vm::names::{self, VmNames};
 use crate::vm::status::damaged;
 
@@ -101,7 +102,11 @@ fn begin(
 ) -> Result<JobStarted, Problem> {
     refuse_beside_another(daemon, &task.subject())?;
     let mut rivals = Vec::new();
-    let unseen = daemon.adopt_foreign_envelopes().map(|travelling| {
+    let foreign = daemon
+        .host_of_vms()
+        .and_then(|host| foreign::adopt_foreign_envelopes(&host));
+    daemon.copies_bell.ring();
+    let unseen = foreign.map(|travelling| {
         if !task.decides_conflicts() {
             rivals = travelling.rivals;
         }
@@ -111,14 +116,14 @@ fn begin(
         refuse_to_close(daemon, task, *provider)?;
     }
     let inserted = insert(&rivals).map_err(|error| excluded(error, &task.subject()));
-    let words = task.words(|id| daemon.name_of(id));
+    let words = task.words(|id| daemon.recipients.name_of(id));
     records::note_command(daemon, by, "job-start", &words, &inserted);
     let job = inserted?;
     daemon.jobs.ring();
     let policy = daemon.recipients.policy().ok();
     let warning = policy.and_then(|policy| {
         let policy: Vec<_> = policy.iter().map(|provider| provider.provider().id()).collect();
-        task.warning(&policy, |id| daemon.name_of(id))
+        task.warning(&policy, |id| daemon.recipients.name_of(id))
     });
     let mut warnings: Vec<_> = warning.into_iter().collect();
     let damaged = damaged::records(daemon.keystore.as_ref(), &daemon.host_store).into_iter();
@@ -171,7 +176,7 @@ fn refuse_to_close(daemon: &Daemon, task: &Task, provider: ProviderId) -> Result
     if closed.is_empty() {
         return Ok(());
     }
-    let name = daemon.name_of(provider);
+    let name = daemon.recipients.name_of(provider);
     Err(Problem::new(
         Code::WouldLoseKey,
         format!(

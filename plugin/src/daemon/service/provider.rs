@@ -3,18 +3,32 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::descriptors::{passphrase_from, take, wrong_fds};
 use super::{cache, provider_view, tpm};
-use crate::api::{BackupMade, Providers};
+use crate::api::{BackupMade, OrphanEnvelope, OrphanKek, Orphans, Outcome, Providers, pages};
 use crate::audit::Actor;
-use crate::daemon::{Daemon, records};
+use crate::daemon::glance::Age;
+use crate::daemon::{Daemon, lock as held, records};
+use crate::job::record::Work;
 use crate::model::advice::Advice;
+use crate::model::envelope::ProviderId;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::kind::{Credential, KeysAt, Kind};
 use crate::provider::native::NativeProvider;
 use crate::provider::{KeyProvider, ProviderError, ProviderName};
 use crate::secret::SecretBytes;
+use crate::vm::names::{ProviderNames, VmNames, unreachable};
+use crate::vm::status::damaged;
+use crate::vm::{deletion, orphans};
+
+/// Readers share a look that is not older than this.
+const FRESH: Duration = Duration::from_secs(2);
+/// For how long the pages after the first one are of the same look.
+const PAGES: Duration = Duration::from_secs(60);
 
 /// Adds a provider of `kind`; `settings` is the JSON of what the kind needs to know.
 pub(crate) fn add(
@@ -193,4 +207,105 @@ fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Problem {
     let name = provider.name();
     let (code, next) = error.advice(name);
     Problem::new(code, format!("provider '{name}' {}", chain(error))).advised(next)
+}
+
+/// Deletes a provider. One that is needed goes only when its name was `typed`; the default one only as the last.
+pub(crate) fn delete(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    typed: Option<&str>,
+) -> Result<Outcome, Problem> {
+    let _sealing = held(&daemon.sealing);
+    let deleted = delete_if_free(daemon, name, typed);
+    records::note_provider(daemon, by, "provider-delete", name, &deleted);
+    deleted
+}
+
+fn delete_if_free(daemon: &Daemon, name: &str, typed: Option<&str>) -> Result<Outcome, Problem> {
+    let provider = daemon.recipients.find(name)?;
+    refuse_while_a_job_needs(daemon, provider.provider().id(), provider.provider().name())?;
+    // Whoever types the name need not see who else needs it.
+    let (host, seen) = match daemon.host_of_vms() {
+        Ok(host) => (host, Ok(())),
+        Err(blind) => (daemon.host(), Err(blind)),
+    };
+    deletion::delete(&host, &provider, &daemon.config().recipients, seen, typed)
+}
+
+fn refuse_while_a_job_needs(daemon: &Daemon, id: ProviderId, name: &str) -> Result<(), Problem> {
+    for job in daemon.keystore.running_jobs()? {
+        if Work::from_json(&job.task)?.providers().contains(&id) {
+            return Err(Problem::new(
+                Code::Busy,
+                format!("'{name}' stays: job {} is about it", job.id.0),
+            )
+            .next(Advice::WatchJob(job.id.0).or(Advice::AbortJob(job.id.0))));
+        }
+    }
+    Ok(())
+}
+
+/// Envelopes whose VM is not defined, and KEKs that no defined VM's envelope needs.
+pub(crate) fn orphans(daemon: &Daemon, age: Age, after: Option<&str>) -> Result<Orphans, Problem> {
+    let most = match (age, after) {
+        (_, Some(_)) => PAGES,
+        (Age::Lately, None) => FRESH,
+        (Age::Now, None) => Duration::ZERO,
+    };
+    // One look at a time, however many ask.
+    let mut seen = held(&daemon.orphans);
+    let all = match seen.take().filter(|(at, _)| at.elapsed() < most) {
+        Some((at, all)) => (at, all),
+        None => (Instant::now(), Arc::new(all_orphans(daemon)?)),
+    };
+    let page = pages::of_orphans(&all.1, after);
+    // What had to be read in pages is kept until the last one.
+    *seen = Some(all).filter(|_| after.is_none() || page.next.is_some());
+    Ok(page)
+}
+
+fn all_orphans(daemon: &Daemon) -> Result<Orphans, Problem> {
+    let domains = daemon.background.domains().map_err(|error| unreachable(&error))?;
+    let names = VmNames::of_keystore(daemon.keystore.as_ref())?;
+    // What destroys a key asks for all of them; here those that can't be read are named.
+    let records = daemon.keystore.envelopes()?.sound;
+    let facts = orphans::Facts {
+        defined: domains.iter().map(|domain| domain.vm).collect(),
+        known: records.iter().map(|record| record.envelope.clone()).collect(),
+        behind: daemon.host_store.needed_keks()?.sound,
+        retired: daemon.keystore.retired_keks()?.sound,
+        made: daemon.keystore.made_keks()?.sound,
+    };
+    let providers = ProviderNames::of_host(&daemon.recipients, daemon.keystore.as_ref());
+    let envelopes = records.iter().filter(|record| facts.is_orphan(&record.envelope));
+    let keks = facts.keks().into_iter();
+    let mut all = Orphans {
+        envelopes: envelopes
+            .map(|record| OrphanEnvelope {
+                envelope: record.envelope.id.to_string(),
+                vm: names.of(record.envelope.vm),
+                kind: record.envelope.kind.to_string(),
+                path: (!record.location.is_empty()).then(|| record.location.clone()),
+                present: !record.location.is_empty() && Path::new(&record.location).exists(),
+                providers: providers.of(&record.envelope),
+            })
+            .collect(),
+        keks: keks
+            .map(|((provider, kek), uses)| OrphanKek {
+                provider: daemon.recipients.name_of(provider),
+                kek,
+                envelopes: uses.envelopes,
+                copies: uses.copies,
+                origin: uses.origin().to_owned(),
+            })
+            .collect(),
+        damaged: damaged::records(daemon.keystore.as_ref(), &daemon.host_store)
+            .iter()
+            .map(ToString::to_string)
+            .collect(),
+        next: None,
+    };
+    pages::sort(&mut all);
+    Ok(all)
 }

@@ -8,7 +8,6 @@ use super::job;
 use super::tpm::{self, tpm_failure};
 use crate::api::JobStarted;
 use crate::audit::Actor;
-use crate::daemon::visible::VisibleCopy;
 use crate::daemon::{Daemon, lock, records};
 use crate::job::sweep::Task;
 use crate::model::advice::Advice;
@@ -17,7 +16,9 @@ use crate::model::job::Subject;
 use crate::model::problem::{Code, Problem};
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
+use crate::vm::foreign;
 use crate::vm::names::VmNames;
+use crate::vm::visible::{Visible, VisibleCopy};
 
 /// Retires the keys in use of a provider: a native one gets a new root key, sealed by the passphrase in `fds`; any other
 /// makes new KEKs during the job that follows.
@@ -79,10 +80,11 @@ fn check_root_key_complete(daemon: &Daemon, native: &NativeProvider) -> Result<(
         .collect();
     if lacking.is_empty() {
         // Without libvirt, at least what is known here.
-        let visible = daemon.visible_copies().unwrap_or_default().copies;
+        let host = daemon.host_of_vms().unwrap_or_else(|_| daemon.host());
+        let visible = Visible::of_host(&host).unwrap_or_default().copies;
         let claim = visible
             .into_iter()
-            .find(|copy| lacks(&copy.envelope) && daemon.may_be_true(copy));
+            .find(|copy| lacks(&copy.envelope) && foreign::may_be_true(&host, copy));
         return claim.map_or(Ok(()), |claim| Err(claimed(native, &claim)));
     }
     let vms: Vec<VmId> = lacking.into_values().collect();

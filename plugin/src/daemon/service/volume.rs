@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::job;
-use crate::api::{JobState, VolumeCreated, VolumeRequest};
+use crate::api::{JobState, Outcome, VolumeCreated, VolumeRequest};
 use crate::audit::Actor;
 use crate::daemon::{Daemon, jobs, lock, records};
 use crate::domain::{DeclaredFormat, Disk, Domain};
@@ -26,8 +26,9 @@ use crate::object::disk::{
     self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest, Declaration, VolumeError,
 };
 use crate::store::{EnvelopeState, JobRecord, NewJob};
-use crate::vm::names;
 use crate::vm::seal::NewObject;
+use crate::vm::share::{self, Sharing};
+use crate::vm::{forget, names};
 
 /// Makes an encrypted volume; with `from`, starts the job that does.
 pub(super) fn create(daemon: &Daemon, by: Actor, request: &VolumeRequest) -> Result<VolumeCreated, Problem> {
@@ -39,6 +40,26 @@ pub(super) fn create(daemon: &Daemon, by: Actor, request: &VolumeRequest) -> Res
         records::note_command(daemon, by, "volume-create", &request.path, &created);
     }
     created
+}
+
+/// Lets a VM have the volume at `path`, or no longer. It needs not be defined.
+pub(super) fn share(
+    daemon: &Daemon,
+    by: Actor,
+    path: &str,
+    vm: &str,
+    sharing: Sharing,
+) -> Result<Outcome, Problem> {
+    let sealing = lock(&daemon.sealing);
+    let shared = share::share(&daemon.host(), Path::new(path), vm, sharing);
+    drop(sealing);
+    let op = match sharing {
+        Sharing::With => "volume-share",
+        Sharing::Without => "volume-unshare",
+    };
+    records::note_command(daemon, by, op, &format!("{path} {vm}"), &shared);
+    daemon.copies_bell.ring();
+    shared
 }
 
 fn create_empty(daemon: &Daemon, by: Actor, request: &VolumeRequest) -> Result<VolumeCreated, Problem> {
@@ -141,7 +162,7 @@ fn start(daemon: &Daemon, by: Actor, request: &VolumeRequest, from: &str) -> Res
         daemon,
         by,
         "job-start",
-        &work.words(|id| daemon.name_of(id)),
+        &work.words(|id| daemon.recipients.name_of(id)),
         &inserted,
     );
     let job = inserted?;
@@ -301,9 +322,11 @@ fn take_back(daemon: &Daemon, envelope: &Envelope, path: &Path, left_by: LeftBy)
     }
     let taken = match left_by {
         LeftBy::This => daemon.keystore.withdraw(id).map(drop).map_err(Problem::from),
-        LeftBy::Another => daemon
-            .keep_aside(vm, &vm.to_string(), std::slice::from_ref(&record))
-            .and_then(|_kept| Ok(daemon.keystore.forget_envelope(&record).map(drop)?)),
+        LeftBy::Another => {
+            let (name, records) = (vm.to_string(), std::slice::from_ref(&record));
+            forget::keep_aside(daemon.keystore.as_ref(), &daemon.host_store, vm, &name, records)
+                .and_then(|_kept| Ok(daemon.keystore.forget_envelope(&record).map(drop)?))
+        }
     };
     if let Err(problem) = taken {
         tracing::warn!(path = %path.display(), "its envelope stays pending: {problem}");

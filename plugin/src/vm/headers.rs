@@ -15,7 +15,7 @@ use crate::vm::start::Deadline;
 const TICK: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Default)]
-pub(super) struct Headers {
+pub(crate) struct Headers {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -27,27 +27,27 @@ struct State {
 }
 
 /// A start that needs its headers as they are.
-pub(super) struct Held<'a> {
+pub(crate) struct Held<'a> {
     headers: &'a Headers,
     envelopes: Vec<EnvelopeId>,
 }
 
 /// A header that is being rewritten.
-pub(super) struct Writing<'a> {
+pub(crate) struct Writing<'a> {
     headers: &'a Headers,
     envelope: EnvelopeId,
 }
 
 impl Headers {
     /// With the headers that a killed daemon was rewriting: they stay taken until they are finished.
-    pub(super) fn interrupted(envelopes: Vec<EnvelopeId>) -> Self {
+    pub(crate) fn interrupted(envelopes: Vec<EnvelopeId>) -> Self {
         let headers = Self::default();
         headers.lock().writing.extend(envelopes);
         headers
     }
 
     /// Keeps these headers as they are, once no rewrite of them is under way; waits no longer than anybody waits for it.
-    pub(super) fn hold(&self, envelopes: Vec<EnvelopeId>, deadline: &Deadline) -> Held<'_> {
+    pub(crate) fn hold(&self, envelopes: Vec<EnvelopeId>, deadline: &Deadline) -> Held<'_> {
         let mut state = self.lock();
         for envelope in &envelopes {
             *state.held.entry(*envelope).or_default() += 1;
@@ -67,7 +67,7 @@ impl Headers {
     }
 
     /// Takes a header to rewrite it, unless a start holds it.
-    pub(super) fn write(&self, envelope: EnvelopeId) -> Option<Writing<'_>> {
+    pub(crate) fn write(&self, envelope: EnvelopeId) -> Option<Writing<'_>> {
         let mut state = self.lock();
         if state.held.contains_key(&envelope) || !state.writing.insert(envelope) {
             return None;
@@ -80,7 +80,7 @@ impl Headers {
     }
 
     /// Takes over a header that a killed daemon was rewriting.
-    pub(super) fn take_over(&self, envelope: EnvelopeId) -> Writing<'_> {
+    pub(crate) fn take_over(&self, envelope: EnvelopeId) -> Writing<'_> {
         self.lock().writing.insert(envelope);
         Writing {
             headers: self,
@@ -95,7 +95,7 @@ impl Headers {
 
 impl Writing<'_> {
     /// It is not finished: starts go on waiting for it.
-    pub(super) fn keep(self) {
+    pub(crate) fn keep(self) {
         std::mem::forget(self);
     }
 }

@@ -1,0 +1,291 @@
+//! What to believe of copies that travelled: the keystore learns of those that are true, and notes those that are behind.
+//!
+//! Anybody who writes XML or images can write any number of copies. One whose MAC does not verify replaces nothing and stops
+//! nothing; which of two that verify and differ in one generation counts is root's to decide, so it is named.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::host::Host;
+use super::start::adoption::{Doubt, Weighed, believe, weigh};
+use super::visible::{Place, Visible, VisibleCopy, held_copies};
+use crate::domain::{Domain, encrypted_layers};
+use crate::host::libvirt::DefinedDomain;
+use crate::model::advice::Advice;
+use crate::model::envelope::{Envelope, EnvelopeId, Precedence};
+use crate::model::problem::{Code, Problem, chain};
+use crate::object::disk::{self, ImageCopy};
+use crate::secret::Dek;
+use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
+
+/// What came to this host with VMs and images, and is not taken in.
+#[derive(Debug)]
+pub struct Travelling {
+    /// What could not be read, and where.
+    pub unreadable: Vec<String>,
+    /// What a job leaves as it is, and why.
+    pub rivals: Vec<LeftBehind>,
+}
+
+/// Whether somebody who had the key wrote a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// Its MAC verifies.
+    Authentic,
+    /// It does not.
+    Forged,
+    /// The key is out of reach now, or it has no MAC.
+    Unknown,
+}
+
+/// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
+/// know, or in an earlier generation, that verify and open. A job that did not know them would leave them behind. What
+/// can't be believed is passed over; what can't be read is named.
+///
+/// # Errors
+/// When the keystore fails.
+pub fn adopt_foreign_envelopes(host: &Host<'_>) -> Result<Travelling, Problem> {
+    let visible = Visible::of_host(host)?;
+    note_bad_images(host, &visible.bad_images)?;
+    let rivals = rivals(host, &visible.copies);
+    let held = held_copies(host.keystore, None);
+    take_in_all(host, visible.copies.into_iter().chain(held))?;
+    Ok(Travelling {
+        unreadable: visible.unreadable,
+        rivals,
+    })
+}
+
+/// The same for what came with this VM, as far as it can be believed now.
+pub fn take_in_copies_of(host: &Host<'_>, defined: &DefinedDomain) {
+    if let Err(problem) = take_in_all(host, Visible::of_domain(host, defined).copies) {
+        tracing::warn!(domain = defined.name, "{problem}");
+    }
+}
+
+/// Envelopes of which somebody who had the key made another version of the same generation: which of them counts is root's to
+/// decide, and a job would hide the other. One that was forged follows the keystore.
+fn rivals(host: &Host<'_>, copies: &[VisibleCopy]) -> Vec<LeftBehind> {
+    let mut claims: BTreeMap<EnvelopeId, Vec<&VisibleCopy>> = BTreeMap::new();
+    for copy in copies.iter().filter(|copy| copy.place.kept().is_some()) {
+        claims.entry(copy.envelope.id).or_default().push(copy);
+    }
+    // Anybody can write any number of copies: each envelope is opened once.
+    let of_one = |(id, copies)| rivals_of(host, id, copies).unwrap_or_default();
+    claims.into_iter().flat_map(of_one).collect()
+}
+
+fn rivals_of(host: &Host<'_>, id: EnvelopeId, mut copies: Vec<&VisibleCopy>) -> Option<Vec<LeftBehind>> {
+    let record = host.keystore.readable_envelope(id).ok()??;
+    copies.retain(|copy| copy.envelope.supersedes(&record.envelope) == Precedence::Conflict);
+    copies.first()?;
+    let left = |copy: &VisibleCopy, why: &str| LeftBehind {
+        envelope: id,
+        reason: format!(
+            "{} has another version of generation {}; {why}: {}",
+            copy.place,
+            copy.envelope.generation,
+            Advice::ShowVm(record.envelope.vm.to_string())
+        ),
+        again: false,
+    };
+    let dek = match host.recipients.open_envelope(&record.envelope) {
+        Ok(dek) => dek,
+        // The job would write over it without having seen whether it is true.
+        Err(error) => {
+            let why = format!("whether it is true can't be told now ({})", error.reasons());
+            return Some(copies.into_iter().map(|copy| left(copy, &why)).collect());
+        }
+    };
+    let own = record.verify(&dek).ok()?;
+    copies.retain(|copy| match weigh(&own, &copy.envelope, &dek) {
+        Weighed::Doubtful(Doubt::Conflict) => true,
+        Weighed::Doubtful(Doubt::Unverified(_)) => {
+            // Where that fails it is tried at the next job.
+            let _ = note_behind(host, copy, &record, Proof::Forged);
+            false
+        }
+        _ => false,
+    });
+    let is_open = |copy: &VisibleCopy| left(copy, "which one counts is to be decided");
+    Some(copies.into_iter().map(is_open).collect())
+}
+
+/// The keystore's copy is written over one that can't be read or is of another object, once that has opened the image.
+fn note_bad_images(host: &Host<'_>, images: &[PathBuf]) -> Result<(), Problem> {
+    if images.is_empty() {
+        return Ok(());
+    }
+    let is_bad = |record: &EnvelopeRecord| images.iter().any(|image| *image == Path::new(&record.location));
+    for record in host
+        .keystore
+        .envelopes()?
+        .sound
+        .iter()
+        .filter(|record| is_bad(record))
+    {
+        host.host_store
+            .copy_is_behind(&record.envelope, CopyPlace::Image)?;
+    }
+    Ok(())
+}
+
+/// The same for the images of one VM, by what its XML names now.
+///
+/// # Errors
+/// When the keystore fails.
+pub fn note_bad_images_of(host: &Host<'_>, xml: &str) -> Result<(), Problem> {
+    let Ok(domain) = Domain::parse(xml) else {
+        return Ok(());
+    };
+    for (id, path) in encrypted_layers(&domain) {
+        let place = host.place_of(domain.uuid, &path)?;
+        let copy = place.map(|place| disk::identify(&place).map(|(_, copy)| copy));
+        let is_bad = match copy {
+            Ok(Ok(ImageCopy::Unreadable(_))) => true,
+            Ok(Ok(ImageCopy::Envelope(found))) => found.id != id,
+            _ => false,
+        };
+        if let (true, Some(record)) = (is_bad, host.keystore.readable_envelope(id)?) {
+            host.host_store
+                .copy_is_behind(&record.envelope, CopyPlace::Image)?;
+        }
+    }
+    Ok(())
+}
+
+/// Notes that a copy which differs from what the keystore has is behind. Says whether it can follow. The KEKs that it names are
+/// kept for it if it was verified.
+///
+/// # Errors
+/// When the keystore fails.
+pub fn note_behind(
+    host: &Host<'_>,
+    copy: &VisibleCopy,
+    kept: &EnvelopeRecord,
+    proof: Proof,
+) -> Result<bool, Problem> {
+    let Some(place) = copy.place.kept() else {
+        return Ok(false);
+    };
+    let needs = match proof {
+        Proof::Authentic => &copy.envelope,
+        Proof::Forged | Proof::Unknown => &kept.envelope,
+    };
+    host.host_store.copy_is_behind(needs, place)?;
+    Ok(true)
+}
+
+fn take_in_all(host: &Host<'_>, copies: impl IntoIterator<Item = VisibleCopy>) -> Result<(), Problem> {
+    let mut candidates = Vec::new();
+    for copy in copies {
+        let record = host.keystore.readable_envelope(copy.envelope.id)?;
+        if let Some(location) = to_take_in(&copy, record.as_ref()) {
+            candidates.push((copy, record, location));
+        }
+    }
+    let first: Vec<_> = candidates
+        .iter()
+        .map(|(copy, record, _)| record.as_ref().map_or(&copy.envelope, |record| &record.envelope))
+        .collect();
+    let opened = host.recipients.open_each(&first);
+    for ((copy, record, location), dek) in candidates.iter().zip(opened) {
+        let Ok(dek) = dek else { continue };
+        if let Err(problem) = take_in(host, copy, record.as_ref(), location, &dek) {
+            tracing::warn!(envelope = %copy.envelope.id, place = %copy.place, "not taken in: {problem}");
+        }
+    }
+    Ok(())
+}
+
+/// Takes in a copy that counts, by the key that the keystore's version, or it where there is none, opens to. Says what there is to
+/// say of one that does not.
+///
+/// # Errors
+/// When neither verifies, its object does not open, or the keystore fails.
+pub fn take_in(
+    host: &Host<'_>,
+    copy: &VisibleCopy,
+    record: Option<&EnvelopeRecord>,
+    location: &str,
+    dek: &Dek,
+) -> Result<Option<String>, Problem> {
+    let refused = |error| Problem::new(Code::Failed, chain(&error));
+    let believed = believe(host.recipients, record, Some(&copy.envelope), dek).map_err(refused)?;
+    let doubt = believed.doubt.as_ref();
+    let doubt = doubt.map(|doubt| doubt.words(&copy.envelope, &copy.place.to_string()));
+    if let Some(doubt) = &doubt {
+        tracing::warn!("{doubt}");
+    }
+    if record.is_none() {
+        open_its_object(host, &believed.envelope, location, dek)?;
+    }
+    if believed.is_news {
+        host.keystore.put(&believed.envelope, location)?;
+        tracing::info!(envelope = %copy.envelope.id, place = %copy.place, "taken in");
+    }
+    Ok(doubt)
+}
+
+/// The location to keep it with, if the keystore should learn of it. A snapshot is the past, and who wrote a format 1 can't
+/// be told.
+fn to_take_in(copy: &VisibleCopy, known: Option<&EnvelopeRecord>) -> Option<String> {
+    if matches!(copy.place, Place::Snapshot(..)) || copy.envelope.format() != Envelope::FORMAT {
+        return None;
+    }
+    match known {
+        Some(known) => {
+            let is_newer = copy.envelope.supersedes(&known.envelope) == Precedence::Newer;
+            is_newer.then(|| known.location.clone())
+        }
+        None if !copy.envelope.kind.is_kept_by_path() => Some(String::new()),
+        None => Some(copy.location.as_ref()?.display().to_string()),
+    }
+}
+
+/// Whether a copy may say the truth, as far as this host can tell: what its keystore knows shows whether it was forged.
+#[must_use]
+pub fn may_be_true(host: &Host<'_>, copy: &VisibleCopy) -> bool {
+    let Ok(Some(record)) = host.keystore.readable_envelope(copy.envelope.id) else {
+        return true;
+    };
+    match host.recipients.open_envelope(&record.envelope) {
+        Ok(dek) => copy.envelope.verify(&dek).is_ok(),
+        Err(_) => true,
+    }
+}
+
+/// What the key of `known`, the keystore's version, says of a copy.
+#[must_use]
+pub fn proof_of(host: &Host<'_>, copy: &Envelope, known: &Envelope) -> Proof {
+    if copy.format() != Envelope::FORMAT {
+        return Proof::Unknown;
+    }
+    match host.recipients.open_envelope(known) {
+        Ok(dek) if copy.verify(&dek).is_ok() => Proof::Authentic,
+        Ok(_) => Proof::Forged,
+        Err(_) => Proof::Unknown,
+    }
+}
+
+/// Really opens what is at `location`, or a vTPM's state if there is any.
+///
+/// # Errors
+/// When it does not open.
+pub fn open_its_object(
+    host: &Host<'_>,
+    envelope: &Envelope,
+    location: &str,
+    dek: &Dek,
+) -> Result<(), Problem> {
+    let passphrase = dek
+        .passphrase()
+        .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
+    if let Some(object) = host.located(envelope, Path::new(location))? {
+        host.opened_headers.open(&object, envelope, &passphrase)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,246 @@
+//! What `vm shred` asks for: the end of all keys of one VM, and a receipt of what was seen.
+//!
+//! Here is what is looked at: [`plan`] decides which keys go, [`apply`] destroys them.
+
+mod apply;
+mod plan;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use super::foreign::{Proof, proof_of};
+use super::forgotten::{self, ForgottenError};
+use super::host::Host;
+use super::names;
+use super::visible::Visible;
+use crate::api::ShredPreview;
+use crate::domain::{Domain, encrypted_layers};
+use crate::host::libvirt::DefinedDomain;
+use crate::model::advice::Advice;
+use crate::model::envelope::{Envelope, EnvelopeId, VmId};
+use crate::model::problem::{Code, Problem, chain};
+use crate::object::vtpm::StateDir;
+use crate::store::EnvelopeRecord;
+use plan::{Facts, KekFacts, KekFate, Needs};
+
+pub use apply::shred;
+pub use plan::{Consent, Kek, Presence, consent};
+
+/// A VM to be shredded.
+#[derive(Debug)]
+pub struct Doomed {
+    /// It, whatever it is called.
+    pub vm: VmId,
+    /// What it is called now.
+    pub name: String,
+    /// Whether libvirt has it here.
+    pub presence: Presence,
+    records: Vec<EnvelopeRecord>,
+    /// The files that its own XML has for its envelopes: the keystore learns of a moved image only at a start.
+    files: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
+}
+
+impl Doomed {
+    /// The VM that is meant by `asked`, a name or a UUID, with its envelopes and files.
+    ///
+    /// # Errors
+    /// While it runs, and when nobody knows it.
+    pub fn find(host: &Host<'_>, asked: &str) -> Result<Self, Problem> {
+        let (vm, name, presence) = match names::find_domain(host.libvirt, asked) {
+            Ok(defined) if defined.active => {
+                return Err(Problem::new(Code::Busy, format!("{} is running", defined.name))
+                    .next(Advice::ShutDownVm(defined.name.clone())));
+            }
+            Ok(defined) => {
+                refuse_state_elsewhere(&defined, &host.swtpm_dir)?;
+                (defined.vm, defined.name, Presence::Defined)
+            }
+            Err(absent) if absent.code == Code::NotFound => {
+                let known = names::find_undefined(host.keystore, asked, Advice::ShredVm)?;
+                let (vm, name) = known.ok_or(absent)?;
+                (vm, name, Presence::NotDefined)
+            }
+            Err(problem) => return Err(problem),
+        };
+        let mut files: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+        let own = host.kept.iter().filter(|kept| kept.vm == vm);
+        for domain in own.filter_map(|kept| Domain::parse(&kept.xml).ok()) {
+            for (id, path) in encrypted_layers(&domain) {
+                files.entry(id).or_default().insert(path);
+            }
+        }
+        Ok(Self {
+            vm,
+            name,
+            presence,
+            records: host.keystore.envelopes_of(vm)?.whole()?,
+            files,
+        })
+    }
+
+    /// Its envelopes.
+    pub fn ids(&self) -> impl Iterator<Item = EnvelopeId> {
+        self.records.iter().map(|record| record.envelope.id)
+    }
+
+    /// Where the object of `record` may be.
+    fn files_of(&self, record: &EnvelopeRecord) -> BTreeSet<PathBuf> {
+        let mut files = self.files.get(&record.envelope.id).cloned().unwrap_or_default();
+        if !record.location.is_empty() {
+            files.insert(PathBuf::from(&record.location));
+        }
+        files
+    }
+
+    /// Another host may have the file open, and the VM may be there.
+    fn leaves_alone(&self, file: &Path, consent: Consent) -> bool {
+        self.presence == Presence::NotDefined && consent == Consent::NotGiven && is_shared(file)
+    }
+
+    /// Which KEKs it needs, and which others do.
+    fn needs(&self, host: &Host<'_>) -> Result<Needs, Problem> {
+        let ids: BTreeSet<_> = self.ids().collect();
+        let mut facts = Facts {
+            known: host
+                .keystore
+                .envelopes()?
+                .whole()?
+                .into_iter()
+                .map(|record| record.envelope)
+                .collect(),
+            behind: host.host_store.needed_keks()?.whole()?,
+            retired: host.keystore.retired_keks()?.whole()?,
+            elsewhere: Vec::new(),
+        };
+        // Each is asked who wrote it, which may take a provider: first the VM's own, which may name more, then what names one of its KEKs.
+        let (own, others): (Vec<_>, Vec<_>) = elsewhere(host, self)?
+            .into_iter()
+            .partition(|envelope| ids.contains(&envelope.id));
+        facts.elsewhere = own.into_iter().map(|copy| self.weigh(host, copy)).collect();
+        let candidates = facts.needs(self.vm, &ids).own;
+        let named = |copy: &Envelope| {
+            let mut keks = copy
+                .stanzas
+                .iter()
+                .map(|stanza| (stanza.provider, stanza.kek.0.clone()));
+            keks.any(|kek: Kek| candidates.contains(&kek))
+        };
+        let others = others.into_iter().filter(named);
+        facts.elsewhere.extend(others.map(|copy| self.weigh(host, copy)));
+        Ok(facts.needs(self.vm, &ids))
+    }
+
+    /// By the key of the keystore's version; by its own where there is none, which shows at least that it opens.
+    fn weigh(&self, host: &Host<'_>, copy: Envelope) -> (Envelope, Proof) {
+        let known = host.keystore.readable_envelope(copy.id).ok().flatten();
+        let proof = match &known {
+            Some(known) if known.envelope == copy => Proof::Authentic,
+            Some(known) => proof_of(host, &copy, &known.envelope),
+            None => match host.recipients.open_envelope(&copy) {
+                Ok(dek) if copy.format() == Envelope::FORMAT && copy.verify(&dek).is_err() => Proof::Forged,
+                Err(error) if error.is_of_stanzas() => Proof::Forged,
+                // What does not open here and now may open elsewhere.
+                Ok(_) | Err(_) => Proof::Unknown,
+            },
+        };
+        (copy, proof)
+    }
+
+    fn kek_fate(&self, host: &Host<'_>, kek: &Kek, needs: &Needs, consent: Consent) -> KekFate {
+        let provider = host.recipients.by_id(kek.0);
+        KekFate::of(KekFacts {
+            others_need_it: needs.others.contains(kek),
+            provider_is_here: provider.is_some(),
+            is_kept_by_provider: provider.is_none_or(|provider| provider.keeps_keks()),
+            presence: self.presence,
+            consent,
+        })
+    }
+}
+
+/// What a shredding of the VM asks a word for.
+///
+/// # Errors
+/// As [`Doomed::find`].
+pub fn preview(host: &Host<'_>, asked: &str) -> Result<ShredPreview, Problem> {
+    let doomed = Doomed::find(host, asked)?;
+    let needs = doomed.needs(host)?;
+    let mut kept = Vec::new();
+    for kek in &needs.own {
+        if doomed.kek_fate(host, kek, &needs, Consent::NotGiven) == KekFate::Stays(KekFate::ELSEWHERE) {
+            kept.push(format!(
+                "KEK {} of provider '{}'",
+                kek.1,
+                host.recipients.name_of(kek.0)
+            ));
+        }
+    }
+    for record in &doomed.records {
+        let files = doomed.files_of(record).into_iter();
+        kept.extend(
+            files
+                .filter(|file| doomed.leaves_alone(file, Consent::NotGiven))
+                .map(|file| format!("the {} {}", record.envelope.kind, file.display())),
+        );
+    }
+    Ok(ShredPreview {
+        vm: doomed.vm.to_string(),
+        name: doomed.name,
+        kept_for_others: kept,
+    })
+}
+
+/// What there is beside the keystore's records: in XML and images, in the files of what was forgotten, and in saved states. What can't
+/// be read says nothing, and stops nothing.
+fn elsewhere(host: &Host<'_>, doomed: &Doomed) -> Result<Vec<Envelope>, Problem> {
+    let mut found: Vec<_> = Visible::of_host(host)?
+        .copies
+        .into_iter()
+        .map(|copy| copy.envelope)
+        .collect();
+    let failed = |error: &ForgottenError| {
+        Problem::new(Code::Failed, chain(error)).of(format!("{} stays", doomed.name))
+    };
+    for (path, kept) in forgotten::kept(host.host_store.dir()).map_err(|error| failed(&error))? {
+        match kept {
+            Ok(kept) => {
+                found.extend(kept.objects.into_iter().map(|record| record.envelope));
+                found.extend(kept.saved.into_iter().flat_map(|saved| saved.envelopes));
+            }
+            Err(error) => tracing::warn!(path = %path.display(), "{}", chain(&error)),
+        }
+    }
+    let saved = host.host_store.saved_states()?.whole()?;
+    found.extend(saved.into_iter().flat_map(|saved| saved.envelopes));
+    Ok(found)
+}
+
+/// What is there would go on to be readable, and the receipt would not say so. XML that can't be read is shredded all the same.
+fn refuse_state_elsewhere(defined: &DefinedDomain, swtpm_dir: &Path) -> Result<(), Problem> {
+    let Ok(domain) = Domain::parse(&defined.xml) else {
+        return Ok(());
+    };
+    let stays = |elsewhere| Problem::from(elsewhere).of(format!("{} stays", defined.name));
+    StateDir::of_domain(&domain, swtpm_dir).map(drop).map_err(stays)
+}
+
+/// Whether other hosts may have the file open where no lock of theirs is seen here.
+fn is_shared(path: &Path) -> bool {
+    /// `f_type` of NFS, SMB (both), Ceph, GFS2, OCFS2, FUSE (GlusterFS for one), 9p and AFS: statfs(2).
+    const SHARED: [i64; 9] = [
+        0x6969,
+        0xfe53_4d42,
+        0xff53_4d42,
+        0x00c3_6400,
+        0x0116_1970,
+        0x7461_636f,
+        0x6573_5546,
+        0x0102_1997,
+        0x5346_414f,
+    ];
+    let is_device = std::fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+    let on_network = nix::sys::statfs::statfs(path)
+        .is_ok_and(|found| SHARED.contains(&(found.filesystem_type().0 & 0xffff_ffff)));
+    is_device || on_network
+}
