@@ -29,6 +29,9 @@ pub enum ProviderError {
     /// Its TPM waits for somebody to type the PIN.
     #[error("is locked: it needs its PIN for the TPM")]
     LockedByPin,
+    /// No passphrase opens what it shows itself to its server with.
+    #[error("has a damaged identity on disk: {0}")]
+    IdentityDamaged(String),
     /// It must be backed up first.
     #[error("has not been backed up")]
     NotBackedUp,
@@ -192,6 +195,7 @@ impl ProviderError {
             Self::Locked
             | Self::LockedBecause(_)
             | Self::LockedByPin
+            | Self::IdentityDamaged(_)
             | Self::NotBackedUp
             | Self::ServerSealed
             | Self::Unreachable(_)
@@ -250,7 +254,9 @@ impl ProviderError {
             Self::CertificateWanted(_) => (Code::NotTrusted, Some(Advice::LogInByCertificate(name))),
             Self::CredentialRefused(_) => (Code::NotTrusted, Some(Advice::UnlockProvider(name))),
             Self::ServerSealed => (Code::Locked, Some(Advice::UnsealServer)),
-            Self::RefusesUs(_) | Self::TurnedAway(_) => (Code::NotTrusted, Some(Advice::SetIdentity(name))),
+            Self::RefusesUs(_) | Self::TurnedAway(_) | Self::IdentityDamaged(_) => {
+                (Code::NotTrusted, Some(Advice::SetIdentity(name)))
+            }
             Self::Unusable(_) | Self::Refused(_) | Self::BesideTheQuestion(_) => {
                 (Code::Failed, Some(Advice::ShowProvider(name)))
             }

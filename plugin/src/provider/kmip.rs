@@ -183,6 +183,8 @@ struct Held {
     access: Option<Arc<Access>>,
     /// What is on disk and can't be used.
     fault: Option<String>,
+    /// An unlock has found that no passphrase opens the identity: another one is the way out.
+    is_shut: bool,
 }
 
 impl KmipProvider {
@@ -473,6 +475,7 @@ impl KeyProvider for KmipProvider {
             return Err(ProviderError::Locked);
         }
         held.locked = false;
+        held.is_shut = false;
         held.identity = identity.map(Arc::new);
         held.trust = trust;
         held.fault = None;
@@ -505,7 +508,10 @@ impl KmipProvider {
             Err(IdentityError::Age(
                 AgeError::WrongPassphrase | AgeError::EmptyPassphrase | AgeError::PassphraseText,
             )) => Err(ProviderError::WrongCredential),
-            Err(error) => Err(ProviderError::Unusable(chain(&error))),
+            Err(error) => {
+                self.held_mut().is_shut = true;
+                Err(ProviderError::IdentityDamaged(chain(&error)))
+            }
         }
     }
 

@@ -137,7 +137,8 @@ impl KmipProvider {
         }
         let (current, locked, locks) = {
             let held = self.held();
-            (held.identity.clone(), held.locked, held.locks.noted())
+            let locked = held.locked && !held.is_shut;
+            (held.identity.clone(), locked, held.locks.noted())
         };
         if locked && stored.is_some() {
             return Err(TrustError::Locked);
@@ -164,6 +165,7 @@ impl KmipProvider {
             held.identity = Some(Arc::new(identity));
         }
         held.fault = None;
+        held.is_shut = false;
         self.renew_access(&mut held);
         drop(held);
         self.probe();

@@ -532,3 +532,24 @@ fn what_is_damaged_on_disk_is_replaced_by_a_new_identity() {
     provider.signing_request(Some((KeyKind::EcP256, None))).unwrap();
     assert!(!fs::read_to_string(&paths[0]).unwrap().contains("PRIVATE KEY"));
 }
+
+/// The certificate is whole, and what the passphrase is to open is not: an unlock says so, and another identity is the way out.
+#[test]
+fn an_identity_that_no_passphrase_opens_is_replaced() {
+    let authority = Authority::new();
+    let (provider, dir) = untrusting(free_port().unwrap());
+    provider.set_identity(&identity(&authority, true)).unwrap();
+    let files = walk(dir.path());
+    let path = files.iter().find(|file| file.ends_with("identity.json")).unwrap();
+    let text = fs::read_to_string(path).unwrap();
+    fs::write(path, text.replace("-----BEGIN AGE ENCRYPTED FILE-----\\n", "")).unwrap();
+    provider.lock();
+    let refused = provider.set_identity(&identity(&authority, true));
+    assert!(matches!(refused, Err(TrustError::Locked)), "{refused:?}");
+    let error = provider.unlock(&secret(Kmip::CREDENTIAL)).unwrap_err();
+    assert!(matches!(error, ProviderError::IdentityDamaged(_)), "{error:?}");
+    let (_, next) = error.advice("kms");
+    assert!(next.unwrap().to_string().contains("provider identity kms"));
+    provider.set_identity(&identity(&authority, true)).unwrap();
+    provider.unlock(&secret(Kmip::CREDENTIAL)).unwrap();
+}
