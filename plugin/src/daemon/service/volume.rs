@@ -211,7 +211,7 @@ pub(in crate::daemon) fn make(
             Code::Failed,
             format!("{} was to be made on another host", volume.path),
         )
-        .next("virtseal volume create, with the same options, if it is to be made here");
+        .next("create the volume again, with the same options, if it is to be made here");
         let why = record::problem_to_json(&problem);
         jobs::note_end(&daemon.keystore.end_job(job.id, Some(&why))?);
         return Ok(Stint::Ended);
