@@ -26,7 +26,7 @@ pub use authority::{Authority, Certified};
 pub use openbao::OpenBao;
 pub use pykmip::PyKmip;
 pub use relay::{Manner, Relay};
-pub use softhsm::{Removed, SoftHsm};
+pub use softhsm::{Removed, SoftHsm, token_directory};
 
 const START_DEADLINE: Duration = Duration::from_secs(90);
 /// A server may have children, so its whole group ends: when its input closes, also because the test was killed.

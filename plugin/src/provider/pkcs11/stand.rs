@@ -10,6 +10,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use virtseal_testkit::servers::SoftHsm as SoftHsmTokens;
+
 use super::{Pkcs11Provider, Pkcs11Settings};
 use crate::host::own_process;
 use crate::model::envelope::{KekId, VmId};
@@ -18,14 +20,13 @@ use crate::provider::conformance::Fixture;
 use crate::secret::SecretBytes;
 use crate::store::{Mark, RetiredKek, Stores, VmRecord};
 
-pub(in crate::provider) const SOFTHSM: &str = "/usr/lib/softhsm/libsofthsm2.so";
+pub(in crate::provider) const SOFTHSM: &str = SoftHsmTokens::MODULE;
 const NSS: &str = "/usr/lib/x86_64-linux-gnu/libsoftokn3.so";
-pub(in crate::provider) const PIN: &str = "4 digits and more";
+pub(in crate::provider) const PIN: &str = SoftHsmTokens::PIN;
 /// NSS derives a key from the PIN for every use of an object, with this many iterations at the most.
 const NSS_ITERATIONS: &str = "NSS_MAX_MP_PBE_ITERATION_COUNT";
 /// Where SoftHSM finds its configuration.
 const SOFTHSM2_CONF: &str = "SOFTHSM2_CONF";
-const CONFIGURATION: &str = "softhsm2.conf";
 /// Where p11-kit's client looks for its service.
 const SERVICE: &str = "P11_KIT_SERVER_ADDRESS";
 /// Where the tokens of this process are.
@@ -69,24 +70,10 @@ pub(super) fn with_softhsm_and(test: fn(), prepare: impl FnOnce(&Path)) {
 }
 
 fn make_tokens(directory: &Path, mechanisms: &str) {
-    let tokens = directory.join("tokens");
-    fs::create_dir(&tokens).unwrap();
-    let text = format!(
-        "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.mechanisms = {mechanisms}\n",
-        tokens.display()
-    );
-    fs::write(directory.join(CONFIGURATION), text).unwrap();
+    SoftHsmTokens::configure(directory, mechanisms).unwrap();
     for number in 0..TOKENS {
-        make_token(directory, &format!("kek-{number}"));
+        SoftHsmTokens::make_in(directory, &format!("kek-{number}")).unwrap();
     }
-}
-
-/// Makes a SoftHSM token, whose PIN is [`PIN`].
-pub(in crate::provider) fn make_token(directory: &Path, label: &str) {
-    let mut tool = Command::new("softhsm2-util");
-    tool.env(SOFTHSM2_CONF, directory.join(CONFIGURATION));
-    tool.args(["--init-token", "--free", "--label", label]);
-    run(tool.args(["--so-pin", "12345678", "--pin", PIN]), "softhsm2");
 }
 
 /// Runs `test`, which is the current one, in a process that has NSS databases.
@@ -143,7 +130,10 @@ fn with_tokens(test: fn(), prepare: impl FnOnce(&Path)) {
     service.push(socket_in(directory.path()));
     own_process::start([
         (DIRECTORY, directory.path().as_os_str()),
-        (SOFTHSM2_CONF, directory.path().join(CONFIGURATION).as_os_str()),
+        (
+            SOFTHSM2_CONF,
+            directory.path().join(SoftHsmTokens::CONFIGURATION).as_os_str(),
+        ),
         (SERVICE, &service),
         (NSS_ITERATIONS, "1".as_ref()),
     ]);

@@ -5,9 +5,10 @@ use std::process::Command;
 use std::time::Instant;
 
 use cryptoki::object::{Attribute, AttributeType};
+use virtseal_testkit::servers::{Removed, SoftHsm, token_directory};
 
 use super::stand::{
-    Host, PATIENCE, PIN, SOFTHSM, directory, make_token, next_label, secret, softhsm_settings, with_softhsm,
+    Host, PATIENCE, PIN, SOFTHSM, directory, next_label, secret, softhsm_settings, with_softhsm,
 };
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
@@ -44,39 +45,6 @@ fn wrong_pin(result: Result<(), ProviderError>) -> PinRefusal {
     match result {
         Err(ProviderError::WrongPin(refusal)) => refusal,
         other => panic!("{other:?}"),
-    }
-}
-
-/// SoftHSM's directory of the token called `label`.
-fn token_directory(label: &str) -> PathBuf {
-    let tokens = fs::read_dir(directory().join("tokens")).unwrap();
-    tokens
-        .map(|entry| entry.unwrap().path())
-        .find(|path| {
-            let object = fs::read(path.join("token.object")).unwrap_or_default();
-            object.windows(label.len()).any(|part| part == label.as_bytes())
-        })
-        .expect("SoftHSM writes the label into token.object")
-}
-
-/// A token that is taken out of its slot, until [`Removed::put_back`].
-struct Removed {
-    from: PathBuf,
-    to: PathBuf,
-}
-
-impl Removed {
-    fn take(label: &str) -> Self {
-        let removed = Self {
-            from: token_directory(label),
-            to: directory().join(format!("taken-{label}")),
-        };
-        fs::rename(&removed.from, &removed.to).unwrap();
-        removed
-    }
-
-    fn put_back(self) {
-        fs::rename(&self.to, &self.from).unwrap();
     }
 }
 
@@ -146,12 +114,12 @@ pub(in crate::provider) fn token_taken_out_and_put_back(mechanisms: &str) {
         let other = Host::with(softhsm_settings(&next_label()));
         let (sealed, elsewhere) = (wrapped(host.pkcs11()), wrapped(other.pkcs11()));
         for _ in 0..3 {
-            let removed = Removed::take(&label);
+            let removed = Removed::take(&directory(), &label).unwrap();
             let error = refusal(host.pkcs11(), &sealed);
             assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
             assert!(matches!(host.pkcs11().status(), ProviderStatus::Unreachable(_)));
             assert_opens(other.pkcs11(), &elsewhere);
-            removed.put_back();
+            removed.put_back().unwrap();
             host.pkcs11().link.allow_reset();
             assert_opens(host.pkcs11(), &sealed);
             assert_eq!(host.pkcs11().status(), ProviderStatus::Ready);
@@ -170,13 +138,13 @@ fn token_taken_out_before_its_kek_was_used_is_not_an_unknown_kek() {
             host.reopen(PATIENCE);
             let provider = host.pkcs11();
             provider.unlock(&secret(PIN)).unwrap();
-            let removed = Removed::take(&label);
+            let removed = Removed::take(&directory(), &label).unwrap();
             let error = refusal(provider, &sealed);
             assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
             assert!(matches!(provider.status(), ProviderStatus::Unreachable(_)));
             let error = provider.create_kek(&KekScope::Vm(VmId::random())).unwrap_err();
             assert!(matches!(error, ProviderError::Unreachable(_)), "{error:?}");
-            removed.put_back();
+            removed.put_back().unwrap();
             assert_opens(provider, &sealed);
             assert_eq!(provider.status(), ProviderStatus::Ready);
         }
@@ -189,10 +157,10 @@ fn probe_notices_what_nobody_asked_for() {
         let label = next_label();
         let host = Host::with(softhsm_settings(&label));
         let sealed = wrapped(host.pkcs11());
-        let removed = Removed::take(&label);
+        let removed = Removed::take(&directory(), &label).unwrap();
         host.pkcs11().link.probe();
         assert!(matches!(host.pkcs11().status(), ProviderStatus::Unreachable(_)));
-        removed.put_back();
+        removed.put_back().unwrap();
         host.pkcs11().link.probe();
         assert_eq!(host.pkcs11().status(), ProviderStatus::Ready);
         assert_opens(host.pkcs11(), &sealed);
@@ -207,14 +175,14 @@ fn token_that_comes_after_its_pin_is_logged_in_to() {
         let sealed = wrapped(host.pkcs11());
         host.reopen(PATIENCE);
         let provider = host.pkcs11();
-        let removed = Removed::take(&label);
+        let removed = Removed::take(&directory(), &label).unwrap();
         provider.link.allow_reset();
         assert!(matches!(
             provider.unlock(&secret(PIN)),
             Err(ProviderError::Unreachable(_))
         ));
         assert!(matches!(provider.status(), ProviderStatus::Unreachable(_)));
-        removed.put_back();
+        removed.put_back().unwrap();
         provider.link.probe();
         assert_eq!(provider.status(), ProviderStatus::Ready);
         assert_opens(provider, &sealed);
@@ -228,9 +196,9 @@ fn pin_changed_meanwhile_locks_after_one_try() {
         let host = Host::with(softhsm_settings(&label));
         let provider = host.pkcs11();
         let sealed = wrapped(provider);
-        let removed = Removed::take(&label);
+        let removed = Removed::take(&directory(), &label).unwrap();
         refusal(provider, &sealed);
-        removed.put_back();
+        removed.put_back().unwrap();
         change_pin(&label, PIN, "another one");
         assert!(matches!(refusal(provider, &sealed), ProviderError::WrongPin(_)));
         assert_eq!(provider.status(), ProviderStatus::Locked);
@@ -250,8 +218,8 @@ fn another_token_of_that_label_never_sees_the_pin() {
         let label = next_label();
         let host = Host::with(softhsm_settings(&label));
         let sealed = wrapped(host.pkcs11());
-        let _removed = Removed::take(&label);
-        make_token(&directory(), &label);
+        let _removed = Removed::take(&directory(), &label).unwrap();
+        SoftHsm::make_in(&directory(), &label).unwrap();
         let error = refusal(host.pkcs11(), &sealed);
         assert!(error.to_string().contains("is another one"), "{error}");
     });
@@ -266,7 +234,7 @@ struct Hanging {
 
 impl Hanging {
     fn on_keys_of(label: &str) -> Vec<Self> {
-        let files = fs::read_dir(token_directory(label)).unwrap();
+        let files = fs::read_dir(token_directory(&directory(), label).unwrap()).unwrap();
         let files = files.map(|entry| entry.unwrap().path());
         files
             .filter(|path| {

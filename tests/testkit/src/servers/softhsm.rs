@@ -20,6 +20,8 @@ impl SoftHsm {
     pub const PIN: &str = "4 digits and more";
     /// The module.
     pub const MODULE: &str = "/usr/lib/softhsm/libsofthsm2.so";
+    /// What `SOFTHSM2_CONF` names, in the directory of the tokens.
+    pub const CONFIGURATION: &str = "softhsm2.conf";
 
     /// Without any token.
     ///
@@ -32,21 +34,45 @@ impl SoftHsm {
             Self::MODULE
         );
         let dir = directory()?;
-        let tokens = dir.path().join("tokens");
-        fs::create_dir(&tokens)?;
-        let text = format!(
-            "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\n",
-            tokens.display()
-        );
-        fs::write(dir.path().join("softhsm2.conf"), text)?;
+        Self::configure(dir.path(), "ALL")?;
         fs::write(dir.path().join("pin"), Self::PIN)?;
         Ok(Self { dir })
+    }
+
+    /// Makes `directory` one for tokens, which have these `mechanisms`, as SoftHSM writes them.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn configure(directory: &Path, mechanisms: &str) -> Result<()> {
+        let tokens = directory.join("tokens");
+        fs::create_dir(&tokens)?;
+        let text = format!(
+            "directories.tokendir = {}\nobjectstore.backend = file\nlog.level = ERROR\nslots.mechanisms = {mechanisms}\n",
+            tokens.display()
+        );
+        Ok(fs::write(directory.join(Self::CONFIGURATION), text)?)
+    }
+
+    /// Makes a token in such a directory, with [`SoftHsm::PIN`].
+    ///
+    /// # Errors
+    /// The tool is missing, or refuses.
+    pub fn make_in(directory: &Path, label: &str) -> Result<()> {
+        let output = Command::new("softhsm2-util")
+            .args(["--init-token", "--free", "--label", label])
+            .args(["--so-pin", "12345678", "--pin", Self::PIN])
+            .env("SOFTHSM2_CONF", directory.join(Self::CONFIGURATION))
+            .output()
+            .context("softhsm2-util did not start: install softhsm2")?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "softhsm2-util: {complaint}");
+        Ok(())
     }
 
     /// What tells a program started through it where the tokens are: `env NAME=VALUE`.
     #[must_use]
     pub fn launcher(&self) -> [String; 2] {
-        let configuration = self.dir.path().join("softhsm2.conf");
+        let configuration = self.dir.path().join(Self::CONFIGURATION);
         [
             "env".to_owned(),
             format!("SOFTHSM2_CONF={}", configuration.display()),
@@ -72,15 +98,7 @@ impl SoftHsm {
     /// # Errors
     /// The tool is missing, or refuses.
     pub fn make(&self, label: &str) -> Result<()> {
-        let output = Command::new("softhsm2-util")
-            .args(["--init-token", "--free", "--label", label])
-            .args(["--so-pin", "12345678", "--pin", Self::PIN])
-            .env("SOFTHSM2_CONF", self.dir.path().join("softhsm2.conf"))
-            .output()
-            .context("softhsm2-util did not start: install softhsm2")?;
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "softhsm2-util: {complaint}");
-        Ok(())
+        Self::make_in(self.dir.path(), label)
     }
 
     /// Takes a token out of its slot.
@@ -88,16 +106,7 @@ impl SoftHsm {
     /// # Errors
     /// There is none of that label.
     pub fn remove(&self, label: &str) -> Result<Removed> {
-        for entry in fs::read_dir(self.dir.path().join("tokens"))? {
-            let from = entry?.path();
-            let object = fs::read(from.join("token.object")).unwrap_or_default();
-            if memchr::memmem::find(&object, label.as_bytes()).is_some() {
-                let to = self.dir.path().join(format!("removed-{label}"));
-                fs::rename(&from, &to)?;
-                return Ok(Removed { from, to });
-            }
-        }
-        anyhow::bail!("there is no token {label}")
+        Removed::take(self.dir.path(), label)
     }
 
     /// Adds a provider for the token `label`, and leaves it unlocked.
@@ -124,6 +133,22 @@ impl SoftHsm {
     }
 }
 
+/// Where SoftHSM keeps the token `label` of `directory`.
+///
+/// # Errors
+/// There is none of that label.
+pub fn token_directory(directory: &Path, label: &str) -> Result<PathBuf> {
+    for entry in fs::read_dir(directory.join("tokens"))? {
+        let token = entry?.path();
+        // SoftHSM writes the label there.
+        let object = fs::read(token.join("token.object")).unwrap_or_default();
+        if memchr::memmem::find(&object, label.as_bytes()).is_some() {
+            return Ok(token);
+        }
+    }
+    anyhow::bail!("there is no token {label}")
+}
+
 /// A token that is not in its slot.
 #[must_use]
 pub struct Removed {
@@ -132,6 +157,17 @@ pub struct Removed {
 }
 
 impl Removed {
+    /// Takes the token `label` of `directory` out of its slot.
+    ///
+    /// # Errors
+    /// There is none of that label.
+    pub fn take(directory: &Path, label: &str) -> Result<Self> {
+        let from = token_directory(directory, label)?;
+        let to = directory.join(format!("removed-{label}"));
+        fs::rename(&from, &to)?;
+        Ok(Self { from, to })
+    }
+
     /// Puts it back.
     ///
     /// # Errors
