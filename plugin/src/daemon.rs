@@ -1,6 +1,6 @@
 //! The daemon: its state, its threads, and what each method of the Varlink services does.
 //!
-//! [`listener`] is the asynchronous edge, [`service`] has a file for each group of methods, [`state`] what they share. Everything
+//! [`listener`] is the asynchronous edge, [`service`] has a file for each group of methods, `state` what they share. Everything
 //! but the edge blocks and runs on worker threads.
 
 mod bell;

@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// The most bytes that a line has: every text of an [`Event`] at its limit, escaped, and room to spare.
+/// The most bytes that a line has: every text of an `Event` at its limit, escaped, and room to spare.
 pub(super) const MAX_LINE: usize = 128 * 1024;
 
 /// How much is read at a time, going back.

@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | 1 | [`Sealing`] | a VM is sealed or unsealed, or an envelope of it made: that VM alone. While it is decided which keys go, what a job is about, and which copies are believed: all VMs | commands of root. Never a start, a lock, a status |
 //! | 2 | `copying` | copies are brought up to date, and while all of a VM go: one that was read before must not be put back | the same, and the thread of copies |
-//! | 3 | `headers` | one envelope: a start needs the header as it is, or it is being rewritten | a start for its own, within its deadline ([`super::headers`]) |
+//! | 3 | `headers` | one envelope: a start needs the header as it is, or it is being rewritten | a start for its own, within its deadline (`vm::headers`) |
 //! | 4 | `shared` | a secret that other VMs may need too is defined or undefined | starts of VMs with shared disks, and ends |
 //! | 5 | `armed` | it is looked up or noted who is armed; by who undefines what nobody fetched, until that is done | starts |
 //! | 6 | all others | a value is read or changed | whoever reads or changes it |

@@ -5,7 +5,7 @@
 //! | `hook` | starts and ends of VMs, at the hook's socket or root's | 64 | the deadline of the hook passes |
 //! | `lock` | `provider lock` | 8 | wait for each other |
 //! | `admin` | root, and the one look for all who watch a job | 32 | wait for each other |
-//! | `watch` | everybody else | 4, of lower priority | wait; [`super::gate`] bounds what one user may have |
+//! | `watch` | everybody else | 4, of lower priority | wait; `daemon::gate` bounds what one user may have |
 //!
 //! Each but `lock` has a thread that serves its connections. Who watches has no worker: a task sleeps until something is to be told.
 

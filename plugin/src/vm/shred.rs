@@ -1,6 +1,6 @@
 //! What `vm shred` asks for: the end of all keys of one VM, and a receipt of what was seen.
 //!
-//! Here is what is looked at: [`plan`] decides which keys go, [`apply`] destroys them.
+//! Here is what is looked at: `plan` decides which keys go, `apply` destroys them.
 
 mod apply;
 mod plan;

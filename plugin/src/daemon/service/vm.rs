@@ -136,7 +136,7 @@ pub(crate) fn adopt(daemon: &Daemon, by: Actor, vm: &str, formats: Formats) -> R
     adopted
 }
 
-/// Takes back what [`forget`] has kept in the file in `fds`, after each envelope was opened.
+/// Takes back what [`forget()`] has kept in the file in `fds`, after each envelope was opened.
 pub(crate) fn adopt_forgotten(daemon: &Daemon, by: Actor, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
     let _sealing = lock(&daemon.sealing);
     let forgotten = forget::read(fds)?;
