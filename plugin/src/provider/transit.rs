@@ -259,17 +259,19 @@ impl TransitProvider {
     /// The newest version of the shared key. It is made once, before anything is wrapped under it, and never again.
     fn shared_kek(&self, key: KeyName, context: uuid::Uuid) -> Result<KekId, ProviderError> {
         let book = KekBook::new(self.kek_names.clone());
-        let version = match self.link.with_engine(|engine| engine.newest(&key, true))? {
+        let newest = || self.link.with_engine(|engine| engine.newest(&key, true));
+        let version = match newest()? {
             Some(version) => version,
             None if self.may_make_shared(&book, &key)? => {
                 self.link.with_engine(|engine| engine.make_key(&key, true))?
             }
-            None => {
-                return Err(ProviderError::Refused(format!(
+            // Another call may have made it since.
+            None => newest()?.ok_or_else(|| {
+                ProviderError::Refused(format!(
                     "its shared key {key} is not at the server any more: restore it there from a backup of the server or of \
                      the key; virtseal does not make another one under that name, which would keep it from its place"
-                )));
-            }
+                ))
+            })?,
         };
         let kek = self.in_use(&book, &key, Some(context), version)?;
         book.made(key.as_str(), &kek)?;
