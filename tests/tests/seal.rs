@@ -30,7 +30,7 @@ fn what_cannot_be_sealed_is_refused_and_left_alone() -> Result<()> {
         &sealed,
         "data",
         8,
-        &["disk vda", "holds data", "virtseal volume create NEW --from"],
+        &["disk vda", "holds data", "virtseal volume create --from="],
     )?;
 
     let mut foreign = plain(&sealed, "foreign")?;

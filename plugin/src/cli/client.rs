@@ -1,7 +1,9 @@
 //! The connection to virtseald.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use zlink::Connection;
 use zlink::tokio::unix;
 
@@ -42,8 +44,23 @@ impl Client {
     ) -> Result<T, Problem> {
         match call(&mut self.connection).await {
             Ok(result) => result.map_err(Problem::from),
-            Err(error) => Err(self.broken(&error)),
+            Err(error) => Err(self
+                .said_before(&error)
+                .await
+                .unwrap_or_else(|| self.broken(&error))),
         }
+    }
+
+    /// What virtseald has said before it closed the connection, where a call came too late.
+    async fn said_before(&mut self, error: &zlink::Error) -> Option<Problem> {
+        let zlink::Error::Io(error) = error else {
+            return None;
+        };
+        if error.kind() != ErrorKind::BrokenPipe {
+            return None;
+        }
+        let said = self.connection.receive_reply::<IgnoredAny, HostError>().await;
+        Some(said.ok()?.0.err()?.into())
     }
 
     /// `None` if there is no provider of this name.
@@ -84,4 +101,36 @@ fn unreachable(socket: &Path, error: &zlink::Error) -> Problem {
         format!("virtseald does not answer on {}: {reason}", socket.display()),
     )
     .next(next)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_heard_by_a_call_that_comes_after_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let refused = runtime.block_on(async {
+            let mut client = Client::connect(&socket).await.unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            let refusal = Problem::new(Code::Busy, "too many").next("end some");
+            let error = serde_json::to_vec(&HostError::from(refusal)).unwrap();
+            server.write_all(&[&error[..], &[0]].concat()).unwrap();
+            drop(server);
+            client
+                .call(async |host| host.list_providers().await)
+                .await
+                .unwrap_err()
+        });
+        assert_eq!((refused.code, &*refused.message), (Code::Busy, "too many"));
+    }
 }
