@@ -218,6 +218,8 @@ pub(crate) fn delete(
 ) -> Result<Outcome, Problem> {
     let _sealing = held(&daemon.sealing);
     let deleted = delete_if_free(daemon, name, typed);
+    // What it has found behind can follow.
+    daemon.copies_bell.ring();
     records::note_provider(daemon, by, "provider-delete", name, &deleted);
     deleted
 }
