@@ -8,7 +8,7 @@
 # make bench   the figures, as ratios against a peer in the same run (root)
 # make test-programs    whether a fresh Debian root has every program that scripts and tests run (root)
 # make lint    formatting, clippy, documentation
-# make install, make deb, make test-deb: packaging/package.mk
+# make install, deb, test-deb, rpm, test-rpm: packaging/package.mk
 
 .PHONY: demo test test-providers test-programs test-matrix test-systemd fuzz soak bench lint deps
 

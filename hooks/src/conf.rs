@@ -9,19 +9,38 @@ use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::deadline::START;
+
 const PATH: &str = "/etc/virtseal/hook.conf";
 /// For hooks alone.
 const SOCKET: &str = "/run/virtseal/hook.sock";
 /// Where a virtseald without that listens.
 const OLD_SOCKET: &str = "/run/virtseal/virtseald.sock";
-const KEYS: [&str; 6] = [
-    "socket",
-    "index",
-    "deadline",
-    "require_sealed",
-    "master_key_tmpfs",
-    "runtime_dir",
+/// Sets a key to what stands behind the `=`.
+type Set = fn(&mut Conf, &str) -> Result<(), String>;
+const SETTINGS: [(&str, Set); 6] = [
+    ("socket", |conf, value| {
+        absolute(value).map(|path| conf.socket = path)
+    }),
+    ("index", |conf, value| {
+        absolute(value).map(|path| conf.index = path)
+    }),
+    ("deadline", |conf, value| {
+        deadline(value).map(|time| conf.deadline = time)
+    }),
+    (REQUIRE_SEALED, |conf, value| {
+        // Stays so if the value is none.
+        conf.require_sealed = true;
+        boolean(value).map(|required| conf.require_sealed = required)
+    }),
+    ("master_key_tmpfs", |conf, value| {
+        policy(value).map(|policy| conf.master_key_tmpfs = policy)
+    }),
+    ("runtime_dir", |conf, value| {
+        absolute(value).map(|path| conf.runtime_dir = path)
+    }),
 ];
+const REQUIRE_SEALED: &str = "require_sealed";
 const MAX_LENGTH: u64 = 64 * 1024;
 
 /// What to do where QEMU's master key can't be kept off the disks.
@@ -77,7 +96,7 @@ impl Conf {
             path: path.to_owned(),
             socket: SOCKET.into(),
             index: "/var/lib/virtseal/hook.index".into(),
-            deadline: Duration::from_secs(10),
+            deadline: START,
             require_sealed: false,
             master_key_tmpfs: TmpfsPolicy::Required,
             runtime_dir: "/var/lib/libvirt/qemu".into(),
@@ -103,24 +122,12 @@ impl Conf {
     fn set(&mut self, line: &str) -> Result<(), String> {
         let (key, value) = line.split_once('=').unwrap_or((line, ""));
         let (key, value) = (key.trim(), value.trim());
-        match key {
-            "socket" => self.socket = absolute(value)?,
-            "index" => self.index = absolute(value)?,
-            "deadline" => self.deadline = deadline(value)?,
-            "require_sealed" => {
-                // Stays so if the value is none.
-                self.require_sealed = true;
-                self.require_sealed = boolean(value)?;
-            }
-            "master_key_tmpfs" => self.master_key_tmpfs = policy(value)?,
-            "runtime_dir" => self.runtime_dir = absolute(value)?,
-            _ => {
-                let nearest = nearest(key);
-                self.require_sealed |= nearest == "require_sealed";
-                return Err(format!("unknown key {key:?}, perhaps {nearest} is meant"));
-            }
+        if let Some((_, set)) = SETTINGS.iter().find(|(name, _)| *name == key) {
+            return set(self, value);
         }
-        Ok(())
+        let nearest = nearest(key);
+        self.require_sealed |= nearest == REQUIRE_SEALED;
+        Err(format!("unknown key {key:?}, perhaps {nearest} is meant"))
     }
 }
 
@@ -144,7 +151,7 @@ fn absolute(value: &str) -> Result<PathBuf, String> {
     if value.starts_with('/') {
         Ok(value.into())
     } else {
-        Err(format!("{value:?} is no absolute path"))
+        Err(format!("{value:?} is not an absolute path"))
     }
 }
 
@@ -180,14 +187,16 @@ fn deadline(value: &str) -> Result<Duration, String> {
     match millis {
         Some(millis @ 10..=300_000) => Ok(Duration::from_millis(millis)),
         _ => Err(format!(
-            "{value:?} is no time from 10ms to 300s, such as 10s or 500ms"
+            "{value:?} is not a time from 10ms to 300s, such as 10s or 500ms"
         )),
     }
 }
 
 fn nearest(key: &str) -> &'static str {
-    let best = KEYS.into_iter().min_by_key(|known| distance(key, known));
-    best.expect("there are keys")
+    let names = SETTINGS.iter().map(|(name, _)| *name);
+    names
+        .min_by_key(|name| distance(key, name))
+        .expect("there are settings")
 }
 
 /// Levenshtein's, on bytes; of a long key the start is enough.
@@ -234,6 +243,21 @@ mod tests {
             }
         );
         assert_eq!(parse(""), Conf::defaults(Path::new("/c")));
+    }
+
+    #[test]
+    fn the_packaged_file_has_each_setting_with_its_default() {
+        let packaged = include_str!("../../packaging/config/hook.conf");
+        let lines = packaged.lines().filter_map(|line| line.strip_prefix('#'));
+        let settings: Vec<_> = lines
+            .filter(|line| line.contains(" = ") && !line.starts_with(' '))
+            .collect();
+        assert_eq!(parse(&settings.join("\n")), Conf::defaults(Path::new("/c")));
+        for (name, _) in SETTINGS {
+            // For tests: libvirt has no other.
+            let is_there = settings.iter().any(|line| line.split(" = ").next() == Some(name));
+            assert_eq!(is_there, name != "runtime_dir", "{name}");
+        }
     }
 
     #[test]

@@ -6,6 +6,18 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+/// For a start: the default of `deadline` in hook.conf, and what holds until that is read. virtseald has the same for its
+/// `hook_deadline`.
+pub(crate) const START: Duration = Duration::from_secs(10);
+/// For messages that nothing waits for.
+pub(crate) const NOTICE: Duration = Duration::from_secs(2);
+/// For the report of a refusal, which the user waits for.
+pub(crate) const REPORT: Duration = Duration::from_millis(500);
+/// After a deadline: what waits on a descriptor ends by itself, and says more of why.
+pub(crate) const GRACE: Duration = Duration::from_millis(300);
+/// How long to leave a full listen queue alone.
+pub(crate) const QUEUE_PAUSE: Duration = Duration::from_millis(5);
+
 #[derive(Clone, Copy)]
 pub(crate) struct Deadline {
     start: Instant,

@@ -17,7 +17,9 @@ mod conf;
 mod deadline;
 mod evidence;
 mod index;
+mod journal;
 mod runtime_dir;
+mod seen;
 mod terminal;
 mod varlink;
 mod vm;
@@ -26,7 +28,6 @@ mod watchdog;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -40,12 +41,8 @@ use varlink::CallError;
 use vm::{Found, Plain, Vm};
 use watchdog::{Ended, Reins, guarded};
 
-/// For messages that nothing waits for.
-const NOTICE_DEADLINE: Duration = Duration::from_secs(2);
-/// For the report of a refusal, which the user waits for.
-const REPORT_DEADLINE: Duration = Duration::from_millis(500);
-/// While hook.conf is not read yet.
-const FIRST_DEADLINE: Duration = Duration::from_secs(10);
+/// What shows why virtseald does not answer, which works without it.
+const LOOK: &str = "systemctl status virtseald; journalctl -u virtseald";
 
 fn main() -> ExitCode {
     // A panic's own message would be a second line.
@@ -60,32 +57,61 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
-        (Some("started"), Some("begin")) => never_fail(started),
-        (Some("release"), Some("end")) => never_fail(released),
+        (Some("started"), Some("begin")) => never_fail(|vm, conf, deadline| {
+            tell("Started", named(vm), conf, deadline);
+        }),
+        (Some("release"), Some("end")) => never_fail(|vm, conf, deadline| {
+            RuntimeDir::release(vm, conf);
+            tell("Released", named(vm), conf, deadline);
+        }),
         // Before `prepare`: the vTPM's state comes with the stream, and need not be here.
-        (Some("migrate" | "restore"), Some("begin")) => never_fail(arriving),
+        (Some("migrate" | "restore"), Some("begin")) => never_fail(|vm, conf, deadline| {
+            let mut parameters = named(vm);
+            // With what it is: the message counts for this vTPM alone.
+            parameters["xml"] = vm.xml.into();
+            tell("Arriving", parameters, conf, deadline);
+        }),
+        // As `daemon.d/virtseal`, of no VM.
+        (Some("start"), Some("-")) | (Some("reload"), Some("begin")) if name == "-" => {
+            let _ = seen::note();
+            ExitCode::SUCCESS
+        }
         _ => ExitCode::SUCCESS,
     }
 }
 
-/// A notice ends in time too: libvirt waits for it, with the VM running or gone.
-fn never_fail(notice: fn(&Deadline)) -> ExitCode {
-    let deadline = Deadline::started_now().lasting(NOTICE_DEADLINE);
+/// A notice about a sealed VM ends in time too: libvirt waits for it, with the VM running or gone.
+fn never_fail(notice: fn(&Vm, &Conf, &Deadline)) -> ExitCode {
+    let deadline = Deadline::started_now().lasting(deadline::NOTICE);
     let _ = guarded(deadline, move |_: &Reins<()>| {
-        let _ = catch_unwind(AssertUnwindSafe(|| notice(&deadline)));
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            let conf = Conf::load();
+            if let Found::Sealed(vm) = vm::find(&vm::read_stdin(&deadline, |_| {}).xml) {
+                notice(&vm, &conf, &deadline);
+            }
+        }));
     });
     ExitCode::SUCCESS
 }
 
+/// The daemon also finds out by itself what it was not told, so a failure is nobody's business here.
+fn tell(method: &str, parameters: Value, conf: &Conf, deadline: &Deadline) {
+    let _ = varlink::call(&conf.socket, method, parameters, deadline);
+}
+
+fn named(vm: &Vm) -> Value {
+    json!({ "vm": vm.uuid, "name": vm.name })
+}
+
 /// Whether the VM may start; the error is the line for the user.
 fn prepare(name: &str) -> Result<(), String> {
-    let deadline = Deadline::started_now().lasting(FIRST_DEADLINE);
+    let deadline = Deadline::started_now().lasting(deadline::START);
     let vm = name.to_owned();
     match guarded(deadline, move |reins| judge(&vm, deadline, reins)) {
         Ended::Done(decided) => decided,
         Ended::Late { refuse: false, .. } => Ok(()),
         Ended::Late { refuse: true, length } => Err(format!(
-            "virtseal: VM {name} is refused: the hook came to no decision within {length:?}. Next: virtseal status"
+            "{name} stays off: the hook came to no decision within {length:?}. Next: {LOOK}"
         )),
     }
 }
@@ -112,7 +138,7 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     reins.refuse_if_late(true);
     if !input.whole {
         return Err(format!(
-            "virtseal: VM {name} is refused: its XML did not come whole within {:?}. Next: virsh start {}",
+            "{name} stays off: its XML did not come whole within {:?}. Next: virsh start {}",
             deadline.length(),
             word(name)
         ));
@@ -120,11 +146,7 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     let decided = catch_unwind(AssertUnwindSafe(|| {
         decide(name, &input.xml, may_be_ours, &index, &conf, &deadline)
     }));
-    decided.unwrap_or_else(|_| {
-        Err(format!(
-            "virtseal: VM {name} is refused: the hook failed. Next: virtseal status"
-        ))
-    })
+    decided.unwrap_or_else(|_| Err(format!("{name} stays off: the hook failed. Next: {LOOK}")))
 }
 
 fn decide(
@@ -138,62 +160,105 @@ fn decide(
     match vm::find(xml) {
         Found::Sealed(vm) => start(&vm, conf, deadline),
         Found::Unreadable(why) if may_be_ours || conf.require_sealed => {
-            let refusal = format!(
-                "virtseal: VM {name} is refused: {why}. Next: virsh dumpxml --inactive {}",
-                word(name)
-            );
-            Err(report(name, None, refusal, conf, deadline))
+            let refusal = Refusal {
+                why: format!("{name} stays off: {why}"),
+                next: Next::Alone(format!("virsh dumpxml --inactive {}", word(name))),
+            };
+            Err(refusal.report(name, None, conf, deadline))
         }
         Found::Unreadable(_) => Ok(()),
         Found::Unsealed(plain) => {
             let refusal = match claims(name, &plain, index) {
-                None if conf.require_sealed => not_sealed(name, conf),
+                None if conf.require_sealed => not_sealed(name, &plain, conf),
                 None => return Ok(()),
                 Some(refusal) => refusal,
             };
-            Err(report(name, plain.uuids.first(), refusal, conf, deadline))
+            Err(refusal.report(name, plain.uuids.first(), conf, deadline))
         }
     }
 }
 
-/// Lets virtseald note what was refused without it, if it is there to hear of it. The refusal stands either way.
-fn report(name: &str, uuid: Option<&Id>, refusal: String, conf: &Conf, deadline: &Deadline) -> String {
-    if let Ok(left) = deadline.left() {
-        let deadline = Deadline::started_now().lasting(REPORT_DEADLINE.min(left / 2));
-        let parameters = json!({ "vm": uuid.map(Id::dashed), "name": name, "reason": refusal });
-        let _ = varlink::call(
-            &conf.socket,
-            "io.virtseal.Lifecycle.Refused",
-            &parameters,
-            &deadline,
-        );
-    }
-    refusal
+/// What the hook refuses by what it knows itself.
+struct Refusal {
+    why: String,
+    next: Next,
 }
 
-fn not_sealed(name: &str, conf: &Conf) -> String {
+/// What leads out of it.
+enum Next {
+    /// The reason says it.
+    Told,
+    /// Works with virtseald down.
+    Alone(String),
+    /// Needs virtseald.
+    ByVirtseald(String),
+}
+
+impl Refusal {
+    /// The line for the user. Lets virtseald note it, if it is there to hear of it; the refusal stands either way.
+    fn report(self, name: &str, uuid: Option<&Id>, conf: &Conf, deadline: &Deadline) -> String {
+        let line = self.line(true);
+        let Ok(left) = deadline.left() else {
+            return line;
+        };
+        let deadline = Deadline::started_now().lasting(deadline::REPORT.min(left / 2));
+        let parameters = json!({ "vm": uuid.map(Id::dashed), "name": name, "reason": line });
+        let heard = varlink::call(&conf.socket, "Refused", parameters, &deadline);
+        // An older one knows no such method.
+        self.line(matches!(
+            heard,
+            Ok(()) | Err(CallError::Refused(_) | CallError::Error(_))
+        ))
+    }
+
+    fn line(&self, virtseald_is_there: bool) -> String {
+        let next = match &self.next {
+            Next::Told => return self.why.clone(),
+            Next::Alone(next) => next.clone(),
+            Next::ByVirtseald(next) if virtseald_is_there => next.clone(),
+            Next::ByVirtseald(next) => format!("systemctl start virtseald, then {next}"),
+        };
+        format!("{}. Next: {next}", self.why)
+    }
+}
+
+fn not_sealed(name: &str, plain: &Plain, conf: &Conf) -> Refusal {
+    let path = conf.path.display();
     match &conf.problem {
-        Some(problem) => {
-            format!("virtseal: VM {name} is not sealed, and whether it must be is unclear: {problem}")
-        }
-        None => format!(
-            "virtseal: VM {name} is not sealed, and {} has require_sealed = true. Next: virtseal vm seal {}",
-            conf.path.display(),
-            word(name)
-        ),
+        Some(problem) => Refusal {
+            why: format!("{name} stays off: it is not sealed, and whether it must be is unclear: {problem}"),
+            next: Next::Told,
+        },
+        None if !plain.is_uefi => Refusal {
+            why: format!(
+                "{name} stays off: it is not sealed, and can't be as long as it boots by BIOS; {path} has require_sealed = true"
+            ),
+            next: Next::Alone(format!(
+                "virsh edit {}: <os firmware='efi'>, if its guest boots by UEFI too, then virtseal vm seal {}; or run it on a \
+                 host without require_sealed",
+                word(name),
+                word(name)
+            )),
+        },
+        None => Refusal {
+            why: format!("{name} stays off: it is not sealed, and {path} has require_sealed = true"),
+            next: Next::ByVirtseald(format!("virtseal vm seal {}", word(name))),
+        },
     }
 }
 
 /// Why a VM without virtseal's metadata must not start: it is a sealed one whose old XML came back, or it names a secret
 /// with which it could open another VM's objects while those are starting.
-fn claims(name: &str, plain: &Plain, index: &Index) -> Option<String> {
-    let refused =
-        |why: String, next: String| Some(format!("virtseal: VM {name} is refused: {why}. Next: {next}"));
-    let seal = format!("virtseal vm seal {}, which takes it back", word(name));
+fn claims(name: &str, plain: &Plain, index: &Index) -> Option<Refusal> {
+    let refused = |why: String, next: Next| {
+        let why = format!("{name} stays off: {why}");
+        Some(Refusal { why, next })
+    };
+    let seal = || Next::ByVirtseald(format!("virtseal vm seal {}, which takes it back", word(name)));
     if plain.uuids.iter().any(|uuid| index.is_sealed(uuid)) {
         let why =
             "it is sealed, and its domain XML does not say so, as if an older one had been defined again";
-        return refused(why.into(), seal);
+        return refused(why.into(), seal());
     }
     for secret in &plain.named {
         match index.owner(secret) {
@@ -202,19 +267,20 @@ fn claims(name: &str, plain: &Plain, index: &Index) -> Option<String> {
                     "it names its secret {}, and its domain XML has no metadata of virtseal",
                     secret.dashed()
                 );
-                return refused(why, seal);
+                return refused(why, seal());
             }
             Some(owner) => {
                 let why = format!("it names secret {}, which is {}", secret.dashed(), whose(owner));
                 let next = format!("virsh edit {}: a VM has secrets of its own", word(name));
-                return refused(why, next);
+                return refused(why, Next::Alone(next));
             }
             None => {}
         }
     }
     let problem = index.problem().filter(|_| plain.has_secrets)?;
-    let why = format!("it names a secret, and whose that is can't be told: {problem}");
-    refused(why, "systemctl restart virtseald, which writes it anew".into())
+    let why = format!("it names a secret, and it is not known whose: {problem}");
+    let next = "systemctl restart virtseald, which writes it anew";
+    refused(why, Next::Alone(next.into()))
 }
 
 fn whose(owner: Owner) -> String {
@@ -226,42 +292,49 @@ fn whose(owner: Owner) -> String {
 
 fn start(vm: &Vm, conf: &Conf, deadline: &Deadline) -> Result<(), String> {
     if let Some(problem) = &conf.problem {
-        return Err(format!(
-            "virtseal: VM {} is sealed and can't start: {problem}",
-            vm.name
-        ));
+        return Err(format!("{} stays off: {problem}", vm.name));
     }
-    let mounted = match (conf.master_key_tmpfs, RuntimeDir::mount_for(vm, conf)) {
+    let (mounted, exposed) = match (conf.master_key_tmpfs, RuntimeDir::mount_for(vm, conf)) {
         (TmpfsPolicy::Required, Err(why)) => return Err(no_tmpfs(vm, conf, &why)),
-        (_, Err(_)) => None,
-        (_, Ok(mounted)) => mounted,
+        (_, Err(why)) => (None, Some(why)),
+        (_, Ok(mounted)) => (mounted, None),
     };
-    let answer = varlink::call(
-        &conf.socket,
-        "io.virtseal.Lifecycle.Prepare",
-        &request(vm, conf),
-        deadline,
-    );
-    answer.map_err(|error| {
+    let request = request(vm, conf, exposed.as_deref());
+    let answer = varlink::call(&conf.socket, "Prepare", request, deadline);
+    if let Err(error) = answer {
         if let Some(mounted) = mounted {
             mounted.undo();
         }
-        refusal(vm, conf, deadline, error)
-    })
+        return Err(refusal(vm, conf, deadline, error));
+    }
+    if let Some(why) = exposed {
+        journal::warn(&format!(
+            "virtseal: VM {} starts with QEMU's master key on the disk, as {} allows: no tmpfs for it: {why}. \
+             Next: virtseal vm status {}",
+            vm.name,
+            conf.path.display(),
+            word(&vm.name)
+        ));
+    }
+    Ok(())
 }
 
-/// The policy goes along where it is set: whether anything of the VM is sealed is seen only by who opens it.
-fn request(vm: &Vm, conf: &Conf) -> Value {
+/// The policy goes along where it is set: whether anything of the VM is sealed is seen only by who opens it. So does why QEMU's
+/// master key comes to be on a disk, for the status.
+fn request(vm: &Vm, conf: &Conf, exposed: Option<&str>) -> Value {
+    let mut request = json!({ "xml": vm.xml });
     if conf.require_sealed {
-        json!({ "xml": vm.xml, "require_sealed": true })
-    } else {
-        json!({ "xml": vm.xml })
+        request["require_sealed"] = true.into();
     }
+    if let Some(why) = exposed {
+        request["master_key_on_disk"] = why.into();
+    }
+    request
 }
 
 fn no_tmpfs(vm: &Vm, conf: &Conf, why: &str) -> String {
     format!(
-        "virtseal: VM {} is sealed and can't start: no tmpfs for QEMU's master key: {why}. \
+        "{} stays off: no tmpfs for QEMU's master key: {why}. \
          Next: allow it, or set master_key_tmpfs = preferred in {}",
         vm.name,
         conf.path.display()
@@ -286,12 +359,9 @@ fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> Strin
         ),
         CallError::Deadline(stage) => (
             format!("virtseald did not {stage} within {:?}", deadline.length()),
-            "virtseal status",
+            LOOK,
         ),
-        CallError::Closed(detail) => (
-            format!("virtseald hung up before it answered{detail}"),
-            "systemctl status virtseald",
-        ),
+        CallError::Closed(detail) => (format!("virtseald hung up before it answered{detail}"), LOOK),
         CallError::Garbage(what) => (
             format!("what answers at {socket} is not virtseald: {what}"),
             "systemctl restart virtseald",
@@ -300,45 +370,7 @@ fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> Strin
             format!("what listens at {socket} is not root's, but of user id {uid}"),
             "systemctl restart virtseald.socket virtseald",
         ),
-        CallError::Error(name) => (format!("virtseald failed: {name}"), "systemctl status virtseald"),
+        CallError::Error(name) => (format!("virtseald failed: {name}"), LOOK),
     };
-    format!(
-        "virtseal: VM {} is sealed and can't start: {why}. Next: {next}",
-        vm.name
-    )
-}
-
-fn started(deadline: &Deadline) {
-    let conf = Conf::load();
-    if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
-        notify("io.virtseal.Lifecycle.Started", &vm, &conf, deadline);
-    }
-}
-
-fn arriving(deadline: &Deadline) {
-    let conf = Conf::load();
-    if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
-        // With what it is: the message counts for this vTPM alone.
-        let parameters = json!({ "vm": vm.uuid, "name": vm.name, "xml": vm.xml });
-        let _ = varlink::call(
-            &conf.socket,
-            "io.virtseal.Lifecycle.Arriving",
-            &parameters,
-            deadline,
-        );
-    }
-}
-
-fn released(deadline: &Deadline) {
-    let conf = Conf::load();
-    if let Found::Sealed(vm) = vm::find(&vm::read_notice(deadline)) {
-        RuntimeDir::release(&vm, &conf);
-        notify("io.virtseal.Lifecycle.Released", &vm, &conf, deadline);
-    }
-}
-
-/// The daemon also finds out by itself what it was not told, so a failure is nobody's business here.
-fn notify(method: &str, vm: &Vm, conf: &Conf, deadline: &Deadline) {
-    let parameters = json!({ "vm": vm.uuid, "name": vm.name });
-    let _ = varlink::call(&conf.socket, method, &parameters, deadline);
+    format!("{} stays off: {why}. Next: {next}", vm.name)
 }

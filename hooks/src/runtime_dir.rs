@@ -94,7 +94,7 @@ fn mount_one(base: &Path, name: &[u8], source: &str) -> Result<(), String> {
         mount.path == path && mount.source.starts_with("virtseal:")
     });
     let directory = directory(base, OsStr::from_bytes(name)).map_err(|errno| match errno {
-        Errno::ELOOP | Errno::ENOTDIR => "it is there, but no directory".into(),
+        Errno::ELOOP | Errno::ENOTDIR => "it is there, but is not a directory".into(),
         other => other.desc().to_owned(),
     })?;
     // Through the descriptor: the name could stand for something else by now.

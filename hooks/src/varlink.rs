@@ -4,7 +4,6 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::PollFlags;
@@ -13,12 +12,10 @@ use nix::sys::socket::{
 };
 use serde_json::{Value, json};
 
-use crate::deadline::{Deadline, Elapsed};
+use crate::deadline::{Deadline, Elapsed, QUEUE_PAUSE};
 
 /// No reply of the daemon comes near this.
 const MAX_REPLY: usize = 64 * 1024;
-/// How long to leave a full listen queue alone.
-const QUEUE_PAUSE: Duration = Duration::from_millis(5);
 
 /// Why a call was not answered with success.
 #[derive(Debug)]
@@ -41,14 +38,16 @@ pub(crate) enum CallError {
     NotRoot(u32),
 }
 
+/// Calls a method of `io.virtseal.Lifecycle`.
 pub(crate) fn call(
     path: &Path,
     method: &str,
-    parameters: &Value,
+    parameters: Value,
     deadline: &Deadline,
 ) -> Result<(), CallError> {
     let mut stream = open(path, deadline)?;
     only_root_answers(&stream)?;
+    let method = format!("io.virtseal.Lifecycle.{method}");
     let mut request = json!({ "method": method, "parameters": parameters })
         .to_string()
         .into_bytes();
@@ -132,7 +131,7 @@ fn is_temporary(error: &io::Error) -> bool {
 }
 
 fn judge(reply: &[u8]) -> Result<(), CallError> {
-    let garbage = CallError::Garbage("its reply is no Varlink message");
+    let garbage = CallError::Garbage("its reply is not a Varlink message");
     let Ok(Value::Object(reply)) = serde_json::from_slice(reply) else {
         return Err(garbage);
     };

@@ -37,6 +37,8 @@ pub(crate) struct Plain {
     pub(crate) named: Vec<Id>,
     /// Whether it names any secret at all.
     pub(crate) has_secrets: bool,
+    /// Whether it boots by UEFI: others can't be sealed.
+    pub(crate) is_uefi: bool,
 }
 
 /// What the XML is about.
@@ -81,11 +83,6 @@ pub(crate) fn read_stdin(deadline: &Deadline, mut evidence: impl FnMut(&[u8])) -
     input
 }
 
-/// Reads stdin for a notice, which needs no evidence.
-pub(crate) fn read_notice(deadline: &Deadline) -> Vec<u8> {
-    read_stdin(deadline, |_| {}).xml
-}
-
 pub(crate) fn find(xml: &[u8]) -> Found<'_> {
     if xml.len() > MAX_XML {
         return Found::Unreadable(format!("its XML has more than {MAX_XML} bytes"));
@@ -110,7 +107,7 @@ pub(crate) fn find(xml: &[u8]) -> Found<'_> {
 
 fn vm<'x>(xml: &'x str, root: Node<'_, '_>) -> Found<'x> {
     if root.tag_name().name() != "domain" {
-        return Found::Unreadable("its XML is no <domain>".into());
+        return Found::Unreadable("its XML is not a <domain>".into());
     }
     if !children(root, "metadata").any(|metadata| metadata.children().any(is_ours)) {
         return Found::Unsealed(plain(root));
@@ -130,6 +127,16 @@ fn vm<'x>(xml: &'x str, root: Node<'_, '_>) -> Found<'x> {
     }
 }
 
+/// By what virtseald takes for UEFI (`domain/read.rs` there).
+fn is_uefi(root: Node<'_, '_>) -> bool {
+    children(root, "os").any(|os| {
+        let by_pflash = |loader: Node<'_, '_>| loader.attribute("type") == Some("pflash");
+        os.attribute("firmware") == Some("efi")
+            || children(os, "loader").any(by_pflash)
+            || children(os, "nvram").next().is_some()
+    })
+}
+
 /// Does not ask where libvirt looks for secrets, which grows with every version: everywhere but in what is only for people
 /// and other programs.
 fn plain(root: Node<'_, '_>) -> Plain {
@@ -137,6 +144,7 @@ fn plain(root: Node<'_, '_>) -> Plain {
         uuids: children(root, "uuid")
             .filter_map(|uuid| Id::spelled(&text(uuid)))
             .collect(),
+        is_uefi: is_uefi(root),
         ..Plain::default()
     };
     let parts = root.children().filter(|part| {

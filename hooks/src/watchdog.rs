@@ -6,10 +6,8 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-use crate::deadline::Deadline;
+use crate::deadline::{Deadline, GRACE};
 
-/// What waits on a descriptor ends at the deadline by itself, and says more of why.
-const GRACE: Duration = Duration::from_millis(300);
 /// As the main thread's.
 const STACK: usize = 8 * 1024 * 1024;
 

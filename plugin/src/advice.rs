@@ -1,9 +1,10 @@
-//! The command that an [`Advice`] stands for. Outside the command line itself, only this file names commands of virtseal, and
-//! those of virsh and systemctl that lead out of a problem.
+//! The command that an [`Advice`] stands for. Only this file names commands of virtseal, and those of virsh and systemctl that
+//! lead out of a problem.
 
 use std::fmt::{self, Display, Formatter};
 
 use crate::model::advice::{Advice, Link};
+use crate::model::job::SnapshotAct;
 use crate::terminal::{quoted, word};
 
 impl Display for Advice {
@@ -13,17 +14,30 @@ impl Display for Advice {
             Self::Joined(first, link, second) => write!(f, "{first}{link}{second}"),
 
             Self::ShowStatus => f.write_str("virtseal status"),
+            Self::VerifyAudit => f.write_str("virtseal audit verify"),
             Self::ListJobs => f.write_str("virtseal jobs"),
             Self::WatchJob(id) => write!(f, "virtseal jobs watch {id}"),
             Self::AbortJob(id) => write!(f, "virtseal jobs abort {id}"),
+            Self::ResumeJob(id) => write!(f, "virtseal jobs resume {id}"),
             Self::AbortTheJob => f.write_str("virtseal jobs abort"),
             Self::BackUpState => f.write_str("virtseal state backup -o FILE"),
             Self::RestoreState => f.write_str("virtseal state restore -i FILE"),
+            Self::RestoreStateOver { host, from } => write!(
+                f,
+                "virtseal state restore --yes-replace={} -i {}",
+                quoted(host),
+                quoted(from.display())
+            ),
             Self::Journal => f.write_str("journalctl -u virtseald"),
             Self::StartDaemon => f.write_str("systemctl start virtseald"),
+            Self::StartAll => f.write_str("systemctl start virtseald.socket virtseald"),
+            Self::StopAll => f.write_str("systemctl stop virtseald.socket virtseald"),
             Self::RestartDaemon => f.write_str("systemctl restart virtseald"),
             Self::ReloadDaemon => f.write_str("systemctl reload virtseald"),
             Self::ShowDaemon => f.write_str("systemctl status virtseald"),
+            Self::StartAnew => f.write_str("systemctl reset-failed virtseald && systemctl start virtseald"),
+            Self::CheckSettings => write!(f, "virtseald --check {}", Self::SETTINGS),
+            Self::ReloadLibvirtd(name) => write!(f, "systemctl reload {name}"),
             Self::RestartLibvirtd => f.write_str("systemctl restart libvirtd"),
             Self::Upgrade => f.write_str("upgrade virtseal"),
             Self::RunAsRoot => f.write_str("run it as root, with sudo"),
@@ -33,8 +47,12 @@ impl Display for Advice {
             Self::AddProviderHelp(None) => f.write_str("virtseal provider add --help"),
             Self::AddProviderHelp(Some(kind)) => write!(f, "virtseal provider add {kind} --help"),
             Self::ShowProvider(name) => provider(f, "show", name),
+            Self::SetUntried(name) => {
+                write!(f, "virtseal provider set {} KEY=VALUE --no-probe", word(name))
+            }
             Self::UnlockProvider(name) => provider(f, "unlock", name),
             Self::UnlockByTpm(name) => provider(f, "unlock --tpm", name),
+            Self::UnlockByFile(name) => provider(f, "unlock --passphrase-file FILE", name),
             Self::UnlockByPin(name) => {
                 Self::UnlockByTpm(name.clone()).fmt(f)?;
                 f.write_str(", with its PIN, or without --tpm, with its passphrase")
@@ -70,18 +88,23 @@ impl Display for Advice {
             Self::RemoveRecipient(name) => provider(f, "recipients remove", name),
             Self::ListOrphans => f.write_str("virtseal provider orphans"),
             Self::CacheInMemory(name) => {
-                provider(f, "cache", name)?;
-                f.write_str(" without --persist")
+                write!(
+                    f,
+                    "virtseal provider cache {} POLICY, without --persist",
+                    word(name)
+                )
             }
             Self::CacheOnDisk {
                 name,
                 policy,
                 options,
-            } => write!(
-                f,
-                "virtseal provider cache {} {policy} --persist tpm {options}",
-                word(name)
-            ),
+            } => {
+                write!(f, "virtseal provider cache {} {policy} --persist tpm", word(name))?;
+                match options.as_str() {
+                    "" => Ok(()),
+                    options => write!(f, " {options}"),
+                }
+            }
             Self::EnrollTpm { name, options } => {
                 write!(f, "virtseal provider tpm {} --enroll", word(name))?;
                 match options.as_ref() {
@@ -91,14 +114,15 @@ impl Display for Advice {
             }
             Self::TrustProvider(name) => provider(f, "trust", name),
             Self::TrustCa(name) => provider(f, "trust --ca FILE", name),
-            Self::SetIdentity(name) => provider(f, "identity", name),
-            Self::EncryptIdentity(name) => write!(f, "virtseal provider identity {} --seal …", word(name)),
+            Self::SetIdentity(name) => provider(f, "identity --cert FILE", name),
+            Self::EncryptIdentity(name) => provider(f, "identity --cert FILE --encrypt", name),
+            Self::BindIdentity(name) => provider(f, "identity --cert FILE --encrypt tpm", name),
             Self::RequestCertificate(name) => provider(f, "csr", name),
             Self::RequestNewCertificate(name) => provider(f, "csr --new", name),
             Self::TrustSigner(name) => write!(
                 f,
                 "put the certificate of who signed the server's into the file of --ca (without one: among the CAs of this \
-                 host, update-ca-certificates), then virtseal provider unlock {0}; virtseal provider show {0} names the \
+                 host, update-ca-certificates), then virtseal provider unlock {0}; virtseal provider show {0}, which names the \
                  server",
                 word(name)
             ),
@@ -110,13 +134,13 @@ impl Display for Advice {
             ),
             Self::LogInByCertificate(name) => write!(
                 f,
-                "let the server ask this host for no client certificate, then virtseal provider show {}; or log in by \
-                 one (virtseal provider add transit --auth cert)",
+                "let the server ask this host for no client certificate, then virtseal provider show {0}; or log in by \
+                 one (virtseal provider set {0} auth=cert --passphrase-file FILE)",
                 word(name)
             ),
             Self::TransitTrust(name) => write!(
                 f,
-                "virtseal provider unlock {} --passphrase-file FILE for what this host logs in with; the file of --ca for \
+                "virtseal provider unlock {} --passphrase-file FILE, for what this host logs in with; the file of --ca for \
                  whom it trusts",
                 word(name)
             ),
@@ -142,6 +166,11 @@ impl Display for Advice {
             ),
 
             Self::SealVm(vm) => of_vm(f, "seal", vm),
+            Self::SealReplacing { vm, objects } => {
+                let objects = objects.join(",");
+                write!(f, "virtseal vm seal --replace={} {}", quoted(&objects), word(vm))
+            }
+            Self::PlanSeal(vm) => of_vm(f, "seal --dry-run", vm),
             Self::SealDeclared { vm, disk } => {
                 write!(
                     f,
@@ -158,10 +187,38 @@ impl Display for Advice {
             Self::ShowVms => f.write_str("virtseal vm status"),
             Self::RekeyVm(vm) => of_vm(f, "rekey", vm),
             Self::ForgetVm(vm) => of_vm(f, "forget", vm),
+            Self::Autostart(vm) => of_vm(f, "autostart", vm),
             Self::ShredVm(vm) => of_vm(f, "shred", vm),
             Self::ShredAsTyped(vm) => {
                 write!(f, "virtseal vm shred --yes-shred={} {}", quoted(vm), word(vm))
             }
+            Self::CommitSnapshot(vm) => of_vm(f, "snapshot commit", vm),
+            Self::DeleteSnapshot { vm, typed: false } => of_vm(f, "snapshot delete", vm),
+            Self::DeleteSnapshot { vm, typed: true } => write!(
+                f,
+                "virtseal vm snapshot delete --yes-delete={} {}",
+                quoted(vm),
+                word(vm)
+            ),
+            Self::ForceSnapshot { vm, act } => {
+                let verb = match act {
+                    SnapshotAct::Commit => "commit",
+                    SnapshotAct::Delete => "delete",
+                };
+                write!(
+                    f,
+                    "virtseal vm snapshot {verb} --force --yes-{verb}={} {}",
+                    quoted(vm),
+                    word(vm)
+                )
+            }
+            Self::ResetNvram { vm, typed: false } => of_vm(f, "nvram reset", vm),
+            Self::ResetNvram { vm, typed: true } => write!(
+                f,
+                "virtseal vm nvram reset --yes-reset={} {}",
+                quoted(vm),
+                word(vm)
+            ),
             Self::RestoreEnvelope(vm) => write!(
                 f,
                 "virtseal vm status {}, then restore the domain XML (virsh define FILE) and the keystore from a backup",
@@ -169,24 +226,35 @@ impl Display for Advice {
             ),
 
             Self::ShowVolume(path) => write!(f, "virtseal volume info {}", word(path.display())),
+            Self::ForgetVolume(volume) => write!(f, "virtseal volume forget {}", word(volume)),
+            Self::ForceForgetVolume(volume) => write!(f, "virtseal volume forget --force {}", word(volume)),
+            Self::CheckVolume(path) => write!(f, "virtseal volume check {}", word(path.display())),
+            Self::ResizeVolume { path, size } => {
+                write!(f, "virtseal volume resize {} {}", word(path.display()), size)
+            }
+            Self::ShrinkVolume { path, size } => {
+                write!(
+                    f,
+                    "virtseal volume resize --shrink {} {}",
+                    word(path.display()),
+                    size
+                )
+            }
+            Self::AdoptVolume(path) => write!(f, "virtseal volume adopt {}", word(path.display())),
             Self::CreateVolume { path, vm } => write!(
-                f,
-                "virtseal volume create --vm={} {}",
-                quoted(vm),
-                word(path.display())
-            ),
-            Self::CreateVolumeOfSize { path, vm } => write!(
                 f,
                 "virtseal volume create --vm={} --size SIZE {}",
                 quoted(vm),
                 word(path.display())
             ),
             Self::CreateVolumeFrom { path, from, vm } => {
-                write!(f, "virtseal volume create --from={}", quoted(from.display()))?;
-                if let Some(vm) = vm {
-                    write!(f, " --vm={}", quoted(vm))?;
-                }
-                write!(f, " {}", word(path.display()))
+                write!(
+                    f,
+                    "virtseal volume create --from={} --vm={} {}",
+                    quoted(from.display()),
+                    quoted(vm),
+                    word(path.display())
+                )
             }
             Self::ShareVolume { path, vm } => write!(
                 f,
@@ -210,12 +278,16 @@ impl Display for Advice {
             Self::ShutDownVm(vm) => virsh(f, "shutdown", vm),
             Self::UndefineVm(vm) => virsh(f, "undefine --keep-nvram --keep-tpm", vm),
             Self::RenameVm(vm) => write!(f, "virsh domrename {} NEW", word(vm)),
-            Self::NoAutostart(vm) => virsh(f, "autostart --disable", vm),
+            Self::AutostartByLibvirt(vm) => virsh(f, "autostart", vm),
             Self::DropSavedState(vm) => virsh(f, "managedsave-remove", vm),
             Self::DetachDisk { vm, disk } => {
                 write!(f, "virsh detach-disk --config {} {}", word(vm), word(disk))
             }
             Self::ListSnapshots(vm) => virsh(f, "snapshot-list", vm),
+            Self::StartPool(pool) => virsh(f, "pool-start", pool),
+            Self::RefreshPool(pool) => virsh(f, "pool-refresh", pool),
+            Self::RestoreSaved => f.write_str("virsh restore FILE"),
+            Self::ShowLibvirtd => f.write_str("systemctl status libvirtd virtqemud"),
             Self::AbortBlockJob => f.write_str("virsh blockjob --abort"),
             Self::AbortDomainJob => f.write_str("virsh domjobabort"),
         }
@@ -300,34 +372,92 @@ mod tests {
         is_command && !code.starts_with("//") && !NO_ADVICE.iter().any(|known| code.starts_with(known))
     }
 
-    #[test]
-    fn no_other_file_names_a_command() {
+    /// The name and the code of every other file, without its tests.
+    fn sources() -> Vec<(String, String)> {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-        let (mut open, mut read, mut found) = (vec![root.clone()], 0, Vec::new());
+        let (mut open, mut read) = (vec![root.clone()], Vec::new());
         while let Some(directory) = open.pop() {
             for entry in std::fs::read_dir(&directory).unwrap() {
                 let path = entry.unwrap().path();
                 let name = path.strip_prefix(&root).unwrap().display().to_string();
-                let may = ["cli", "bin", "advice.rs"]
+                let is_other = ["cli/documented", "cli/examples.rs", "bin", "advice.rs"]
                     .iter()
-                    .any(|may| name.starts_with(may));
-                if may || name.contains("test") || name.contains("fixture") {
+                    .any(|other| name.starts_with(other));
+                if is_other || name.contains("test") || name.contains("fixture") {
                     continue;
                 }
                 if path.is_dir() {
                     open.push(path);
                     continue;
                 }
-                read += 1;
                 let text = std::fs::read_to_string(&path).unwrap();
-                let (code, _) = text
-                    .split_once("#[cfg(test)]\nmod tests {")
-                    .unwrap_or((&text, ""));
-                let lines = code.lines().zip(1..).filter(|(line, _)| names_a_command(line));
-                found.extend(lines.map(|(line, number)| format!("{name}:{number}: {line}")));
+                let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+                read.push((name, code.to_owned()));
             }
         }
-        assert!(read > 150, "{read} files");
+        assert!(read.len() > 150, "{} files", read.len());
+        read
+    }
+
+    #[test]
+    fn no_other_file_names_a_command() {
+        let mut found = Vec::new();
+        for (name, code) in sources() {
+            let lines = code.lines().zip(1..).filter(|(line, _)| names_a_command(line));
+            found.extend(lines.map(|(line, number)| format!("{name}:{number}: {line}")));
+        }
+        assert!(found.is_empty(), "{}", found.join("\n"));
+    }
+
+    /// The arguments of each constructor of a problem, up to its closing parenthesis.
+    fn messages(code: &str) -> Vec<&str> {
+        let begins = [
+            "new",
+            "failed",
+            "usage",
+            "unreachable",
+            "denied",
+            "not_found",
+            "would_lose_key",
+            "busy",
+            "from_error",
+        ];
+        let of = |name: &str| {
+            let begin = format!("Problem::{name}(");
+            let found = code.match_indices(&begin).map(|(at, _)| at + begin.len());
+            found.collect::<Vec<_>>()
+        };
+        let argument = |at: usize| {
+            let mut depth = 1_usize;
+            let end = code[at..].find(|c: char| {
+                match c {
+                    '(' => depth += 1,
+                    ')' => depth -= 1,
+                    _ => {}
+                }
+                depth == 0
+            });
+            &code[at..end.map_or(code.len(), |end| at + end)]
+        };
+        begins.iter().flat_map(|name| of(name)).map(argument).collect()
+    }
+
+    #[test]
+    fn no_message_holds_what_next_is_for() {
+        assert_eq!(
+            messages(r#"Problem::busy(format!("{name} ({why})")).next(Advice::ListJobs)"#),
+            [r#"format!("{name} ({why})")"#]
+        );
+        let (mut seen, mut found) = (0, Vec::new());
+        for (name, code) in sources() {
+            let messages = messages(&code);
+            seen += messages.len();
+            let with = messages
+                .into_iter()
+                .filter(|message| message.contains("Advice::"));
+            found.extend(with.map(|message| format!("{name}: {message}")));
+        }
+        assert!(seen > 150, "{seen} messages");
         assert!(found.is_empty(), "{}", found.join("\n"));
     }
 

@@ -5,44 +5,61 @@
 
 mod job;
 pub(crate) mod pages;
+mod problem;
 mod provider;
 mod trust;
 mod vm;
+mod volume;
+mod word;
 
 use std::os::fd::OwnedFd;
 
 use futures_util::Stream;
 use serde::{Deserialize, Serialize};
-use zlink::introspect::{ReplyError as IntrospectError, Type};
+use zlink::introspect::{CustomType, ReplyError as IntrospectError, Type};
 use zlink::{ReplyError, proxy};
 
-use crate::model::advice::Advice;
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 
-pub use crate::model::finding::Severity;
-pub use job::{
-    CopyView, JobKind, JobProblem, JobReport, JobRequest, JobStarted, JobState, JobView, Jobs, SweepKind,
+pub(crate) use crate::model::finding::Severity;
+pub(crate) use job::{
+    CopyView, JobKind, JobReport, JobRequest, JobStarted, JobState, JobView, Jobs, SnapshotAct, SweepKind,
     Unit, VolumeCreated, VolumeRequest,
 };
-pub use provider::{
-    BackupMade, OrphanEnvelope, OrphanKek, Orphans, PersistRequest, PersistView, ProviderView, Providers,
-    TpmEnrolled, TpmRemoved, TpmRequest, TpmView,
+pub(crate) use problem::{ProblemView, SubjectKind, SubjectView};
+pub(crate) use provider::{
+    BackupMade, Changed, CredentialKind, DefaultSet, DetailView, KekOrigin, OrphanEnvelope, OrphanKek,
+    Orphans, PersistRequest, PersistView, PersistedBy, ProviderKind, ProviderState, ProviderView, Providers,
+    ProvidersChanged, SettingAssigned, SettingView, SettingsRequest, SettingsSet, TpmEnrolled, TpmRequest,
+    TpmView,
 };
-pub use trust::{
+pub(crate) use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
 };
-pub use vm::{
-    FindingView, ObjectStanding, ObjectView, Outcome, Receipt, ReceiptLine, ShredPreview, VmPower, VmState,
-    VmView, Vms,
+pub(crate) use vm::{
+    FindingView, LossPreview, ObjectStanding, ObjectView, ObstacleView, Outcome, Receipt, ReceiptLine,
+    ShredPreview, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, Vms,
 };
+pub(crate) use volume::{ImageStructure, KeystoreCopy, VolumeChecked};
+pub(crate) use word::{OrNewer, words};
+
+/// Whether virtseald has its connection to libvirt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
+pub(crate) enum LibvirtState {
+    Connected,
+    NotConnected,
+}
 
 /// Reply of `virtseal status`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct HostStatus {
+pub(crate) struct HostStatus {
     /// Of virtseald.
     pub version: String,
-    /// connected, or why not.
-    pub libvirt: String,
+    pub libvirt: OrNewer<LibvirtState>,
+    /// Why it is not connected.
+    pub libvirt_problem: Option<String>,
     /// The URI of that libvirt.
     pub libvirt_uri: String,
     /// All providers.
@@ -61,7 +78,7 @@ pub struct HostStatus {
 
 /// Reply of `audit show`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct AuditLines {
+pub(crate) struct AuditLines {
     /// JSON, a record a line, the oldest first.
     pub lines: Vec<String>,
     /// What to ask for those before these, if there are any.
@@ -70,7 +87,7 @@ pub struct AuditLines {
 
 /// Reply of `audit verify`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct AuditVerified {
+pub(crate) struct AuditVerified {
     /// How many records the chain holds.
     pub records: i64,
     /// SHA-256 of the last one, in hex: kept elsewhere, it shows later that nothing before it was rewritten.
@@ -80,13 +97,15 @@ pub struct AuditVerified {
 /// Why a method of `io.virtseal.Host` failed.
 #[derive(Clone, Debug, PartialEq, ReplyError, IntrospectError)]
 #[zlink(interface = "io.virtseal.Host")]
-pub enum HostError {
+pub(crate) enum HostError {
     /// See [`Problem`].
     Failed {
         /// The exit code that the CLI should end with.
         code: i64,
         /// What happened, and to which object.
         message: String,
+        /// What it is about, where that is one thing.
+        subject: Option<Box<SubjectView>>,
         /// The next command to run.
         next: Option<String>,
     },
@@ -94,29 +113,43 @@ pub enum HostError {
 
 impl From<Problem> for HostError {
     fn from(failure: Problem) -> Self {
+        let ProblemView {
+            code,
+            message,
+            subject,
+            next,
+        } = ProblemView::from(&failure);
         Self::Failed {
-            code: failure.code as i64,
-            message: failure.message,
-            next: failure.advice.map(|advice| advice.to_string()),
+            code,
+            message,
+            subject,
+            next,
         }
     }
 }
 
 impl From<HostError> for Problem {
     fn from(error: HostError) -> Self {
-        let HostError::Failed { code, message, next } = error;
-        Self {
-            code: Code::from_number(code),
+        let HostError::Failed {
+            code,
             message,
-            advice: next.map(Advice::from),
+            subject,
+            next,
+        } = error;
+        ProblemView {
+            code,
+            message,
+            subject,
+            next,
         }
+        .into()
     }
 }
 
 /// Why a start is refused.
 #[derive(Clone, Debug, PartialEq, ReplyError, IntrospectError)]
 #[zlink(interface = "io.virtseal.Lifecycle")]
-pub enum LifecycleError {
+pub(crate) enum LifecycleError {
     /// One line: the VM, the object, the provider, the reason and the next command.
     Refused {
         /// That line.
@@ -126,7 +159,7 @@ pub enum LifecycleError {
 
 /// `io.virtseal.Host`, as the CLI calls it.
 #[proxy("io.virtseal.Host")]
-pub trait HostProxy {
+pub(crate) trait HostProxy {
     /// Everything at a glance, at most two seconds old; `after` is what the page before has in `next_vms`.
     async fn status(&mut self, after: Option<&str>) -> zlink::Result<Result<HostStatus, HostError>>;
     /// The objects of one VM as it is now, or those of all sealed ones as `status` has them.
@@ -135,22 +168,46 @@ pub trait HostProxy {
         vm: Option<&str>,
         after: Option<&str>,
     ) -> zlink::Result<Result<Vms, HostError>>;
-    /// Seals a defined, stopped VM. `formats` confirms what its XML declares of disks: `vda=raw`.
+    /// Seals a defined, stopped VM. `formats` confirms what its XML declares of disks: `vda=raw`. `replace` names what may be made
+    /// anew because it is lost: `nvram`, `vtpm`, the target of a disk.
     async fn seal_vm(
         &mut self,
         vm: &str,
         provider: Option<&str>,
         formats: Option<&[String]>,
+        replace: Option<&[String]>,
         dry_run: bool,
     ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Makes a VM plain again that never ran sealed.
     async fn unseal_vm(&mut self, vm: &str, dry_run: bool) -> zlink::Result<Result<Outcome, HostError>>;
     /// Takes over the envelopes that came with a VM; those of format 1 only if told so.
     async fn adopt_vm(&mut self, vm: &str, format_1: bool) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Starts a sealed VM with the host, in libvirt's place.
+    async fn enable_autostart(&mut self, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Leaves it off then.
+    async fn disable_autostart(&mut self, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
     /// Lets a VM have the volume at `path`, which is another's.
     async fn share_volume(&mut self, path: &str, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
     /// Takes that back.
     async fn unshare_volume(&mut self, path: &str, vm: &str) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Drops the envelope of a volume, named by its path or the envelope's UUID, whose image is gone; of another one only if the
+    /// name of its VM was `typed`. A file brings it back.
+    async fn forget_volume(
+        &mut self,
+        volume: &str,
+        typed: Option<&str>,
+    ) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Takes over the envelope of an image that this host does not know.
+    async fn adopt_volume(&mut self, path: &str) -> zlink::Result<Result<Outcome, HostError>>;
+    /// Whether an image is whole, opens, and carries what the keystore has.
+    async fn check_volume(&mut self, path: &str) -> zlink::Result<Result<VolumeChecked, HostError>>;
+    /// Gives a volume another size in bytes, of a VM that runs too; a smaller one only if the name of its VM was `typed`.
+    async fn resize_volume(
+        &mut self,
+        path: &str,
+        size: u64,
+        typed: Option<&str>,
+    ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Makes an encrypted volume, or starts the job that makes one with the data of another image.
     async fn create_volume(
         &mut self,
@@ -174,23 +231,30 @@ pub trait HostProxy {
         name: &str,
         policy: &str,
         persist: Option<PersistRequest>,
-    ) -> zlink::Result<Result<Providers, HostError>>;
+    ) -> zlink::Result<Result<ProvidersChanged, HostError>>;
+    /// Has it work by other settings, once they were tried; `fds` holds what to log in with then, if that changes.
+    async fn set_provider(
+        &mut self,
+        name: &str,
+        request: &SettingsRequest,
+        #[zlink(fds)] fds: Vec<OwnedFd>,
+    ) -> zlink::Result<Result<SettingsSet, HostError>>;
     /// Makes new envelopes go to this provider.
-    async fn set_default_provider(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;
+    async fn set_default_provider(&mut self, name: &str) -> zlink::Result<Result<DefaultSet, HostError>>;
     /// Purges its keys from memory.
-    async fn lock_provider(&mut self, name: &str) -> zlink::Result<Result<(), HostError>>;
-    /// Unlocks it; `fds` holds its passphrase.
+    async fn lock_provider(&mut self, name: &str) -> zlink::Result<Result<Changed, HostError>>;
+    /// Unlocks it; `fds` holds what it asks for, if anything.
     async fn unlock_provider(
         &mut self,
         name: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> zlink::Result<Result<(), HostError>>;
+    ) -> zlink::Result<Result<Changed, HostError>>;
     /// Unlocks it by the TPM of this host; `fds` holds the PIN, if it needs one.
     async fn unlock_provider_by_tpm(
         &mut self,
         name: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> zlink::Result<Result<(), HostError>>;
+    ) -> zlink::Result<Result<Changed, HostError>>;
     /// Lets the TPM of this host open it; `fds` holds the PIN that it is to ask for, if any.
     async fn enroll_tpm(
         &mut self,
@@ -199,7 +263,7 @@ pub trait HostProxy {
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<TpmEnrolled, HostError>>;
     /// Takes that away again.
-    async fn remove_tpm(&mut self, name: &str) -> zlink::Result<Result<TpmRemoved, HostError>>;
+    async fn remove_tpm(&mut self, name: &str) -> zlink::Result<Result<Changed, HostError>>;
     /// Writes a backup to the first of `fds`, encrypted with the passphrase in the second if there is one.
     async fn backup_provider(
         &mut self,
@@ -235,7 +299,7 @@ pub trait HostProxy {
         name: &str,
         fingerprints: &[String],
         #[zlink(fds)] fds: Vec<OwnedFd>,
-    ) -> zlink::Result<Result<Providers, HostError>>;
+    ) -> zlink::Result<Result<ProvidersChanged, HostError>>;
     /// Starts a sweep.
     async fn start_job(&mut self, request: &JobRequest) -> zlink::Result<Result<JobStarted, HostError>>;
     /// Retires the keys in use of a provider and starts the job that leaves them; `fds` holds the passphrase of a native one.
@@ -265,6 +329,31 @@ pub trait HostProxy {
     /// Envelopes and KEKs that no VM uses; `after` is what the page before has in `next`.
     async fn orphans(&mut self, after: Option<&str>) -> zlink::Result<Result<Orphans, HostError>>;
     /// What `shred_vm` asks a word for. Changes nothing.
+    async fn preview_nvram_reset(&mut self, vm: &str) -> zlink::Result<Result<LossPreview, HostError>>;
+
+    async fn reset_nvram(
+        &mut self,
+        vm: &str,
+        typed: Option<&str>,
+    ) -> zlink::Result<Result<Outcome, HostError>>;
+
+    async fn preview_snapshot(
+        &mut self,
+        vm: &str,
+        act: SnapshotAct,
+        keep: bool,
+        force: Option<bool>,
+    ) -> zlink::Result<Result<LossPreview, HostError>>;
+
+    async fn begin_snapshot(
+        &mut self,
+        vm: &str,
+        act: SnapshotAct,
+        keep: bool,
+        force: Option<bool>,
+        typed: Option<&str>,
+    ) -> zlink::Result<Result<JobStarted, HostError>>;
+
     async fn preview_shred(&mut self, vm: &str) -> zlink::Result<Result<ShredPreview, HostError>>;
     /// Destroys all keys of a VM whose name was typed; those at a provider of one that is not defined here only if it was typed
     /// for them, too.

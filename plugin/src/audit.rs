@@ -6,7 +6,7 @@
 //!
 //! Whoever can write the file can also rewrite all of it, or cut its end. So its length and last record are noted in the
 //! keystore: after they are on disk, so that a crash in between leaves a log that is longer than what was noted, which is no
-//! damage; one that is shorter is. Root can change both: compare [`Verified::head`] with a copy kept elsewhere to notice that.
+//! damage; one that is shorter is. Root can change both: compare [`chain::Verified::head`] with a copy kept elsewhere to notice that.
 //! A damaged log keeps nobody from going on: it is put away, and the next file begins with a record that says so.
 //!
 //! One thread writes. [`AuditLog::record`] returns at once, [`AuditLog::flush`] waits until the disk has all
@@ -27,17 +27,17 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::model::envelope::{EnvelopeId, VmId};
+use crate::model::envelope::VmId;
 use crate::model::problem::chain as chain_of;
 
-pub use chain::{Position, Verified, verify};
-pub use segments::Shown;
+pub(crate) use chain::{Position, verify};
+pub(crate) use segments::Shown;
 use writer::{Note, Queue, Writer};
 
 /// How an operation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// Done.
     Ok,
     /// Not allowed, or not safe.
@@ -48,16 +48,25 @@ pub enum Outcome {
 
 /// Who had something done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Actor {
+pub(crate) enum Actor {
     /// The daemon, on its own.
     Virtseald,
     /// A process of the user with this id.
     User(u32),
 }
 
+impl Actor {
+    pub(crate) fn uid(self) -> Option<u32> {
+        match self {
+            Self::Virtseald => None,
+            Self::User(uid) => Some(uid),
+        }
+    }
+}
+
 /// What is worth a record. Never holds a key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Event {
+pub(crate) struct Event {
     op: String,
     outcome: Outcome,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -66,8 +75,6 @@ pub struct Event {
     vm: Option<VmId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vm_name: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    envelope: Option<EnvelopeId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     object: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,20 +85,18 @@ pub struct Event {
 
 impl Event {
     /// The most bytes that any text of an event has in the log; what is longer is cut.
-    pub const MAX_TEXT: usize = 2048;
+    pub(crate) const MAX_TEXT: usize = 2048;
     /// The operation of a record with which the chain begins anew.
     pub(crate) const BREAK: &str = "audit-break";
 
     /// `op` ended in `outcome`: `prepare`, `provider-unlock`, …
-    #[must_use]
-    pub fn new(op: &str, outcome: Outcome) -> Self {
+    pub(crate) fn new(op: &str, outcome: Outcome) -> Self {
         Self {
             op: cut(op),
             outcome,
             actor: None,
             vm: None,
             vm_name: None,
-            envelope: None,
             object: None,
             provider: None,
             detail: None,
@@ -100,46 +105,35 @@ impl Event {
 
     /// Who asked.
     #[must_use]
-    pub fn by(mut self, actor: Actor) -> Self {
-        self.actor = match actor {
-            Actor::Virtseald => None,
-            Actor::User(uid) => Some(uid),
-        };
+    pub(crate) fn by(mut self, actor: Actor) -> Self {
+        self.actor = actor.uid();
         self
     }
 
     /// The VM, with its name at that time.
     #[must_use]
-    pub fn vm(mut self, vm: VmId, name: &str) -> Self {
+    pub(crate) fn vm(mut self, vm: VmId, name: &str) -> Self {
         self.vm = Some(vm);
         self.vm_name = Some(cut(name));
         self
     }
 
-    /// The envelope.
-    #[must_use]
-    pub fn envelope(mut self, envelope: EnvelopeId) -> Self {
-        self.envelope = Some(envelope);
-        self
-    }
-
     /// The object: `disk vda`, `vtpm`, a path.
     #[must_use]
-    pub fn object(mut self, object: &str) -> Self {
+    pub(crate) fn object(mut self, object: &str) -> Self {
         self.object = Some(cut(object));
         self
     }
 
-    /// The key provider's name.
     #[must_use]
-    pub fn provider(mut self, name: &str) -> Self {
+    pub(crate) fn provider(mut self, name: &str) -> Self {
         self.provider = Some(cut(name));
         self
     }
 
     /// Anything else, such as the reason of a refusal.
     #[must_use]
-    pub fn detail(mut self, detail: &str) -> Self {
+    pub(crate) fn detail(mut self, detail: &str) -> Self {
         self.detail = Some(cut(detail));
         self
     }
@@ -156,15 +150,14 @@ fn cut(text: &str) -> String {
 
 /// The open log of one daemon.
 #[derive(Debug)]
-pub struct AuditLog {
+pub(crate) struct AuditLog {
     queue: Arc<Queue>,
     writer: Option<JoinHandle<()>>,
-    torn: Option<PathBuf>,
 }
 
 impl AuditLog {
     /// The file's name in the state directory.
-    pub const FILE: &'static str = "audit.log";
+    pub(crate) const FILE: &'static str = "audit.log";
 
     /// A file that is longer gets a number, and the next one begins.
     const FULL: u64 = 16 << 20;
@@ -174,16 +167,18 @@ impl AuditLog {
     ///
     /// # Errors
     /// When another process has it open, or no file can be made.
-    pub fn open(path: &Path) -> Result<Self, AuditError> {
+    #[cfg(test)]
+    pub(crate) fn open(path: &Path) -> Result<Self, AuditError> {
         Self::start(path, tail::open(path, None)?, Box::new(|_| true), Self::FULL)
     }
 
-    /// As [`AuditLog::open`], for a log of which `noted` was noted last; `note` notes more, once it is on disk. One that does not
+    /// Opens `path`, or makes it (0600), and goes on from its last record. What a crash left unfinished behind
+    /// it is moved to a file of its own, and a record says so. `noted` was noted last; `note` notes more, once it is on disk. A log that does not
     /// reach that, or that can't be opened now, is no reason to fail: see [`AuditLog::problem`].
     ///
     /// # Errors
     /// When another process has it open.
-    pub fn open_anchored(
+    pub(crate) fn open_anchored(
         path: &Path,
         noted: Option<Position>,
         note: impl FnMut(Position) -> bool + Send + 'static,
@@ -196,7 +191,7 @@ impl AuditLog {
                 let queue = Arc::new(Queue::default());
                 queue.found_problem(Some(format!("{}; virtseald tries again", chain_of(&error))));
                 let writer = Writer::new(Arc::clone(&queue), path, Err(noted), note, Self::FULL);
-                Self::spawn(path, queue, writer, None)
+                Self::spawn(path, queue, writer)
             }
         }
     }
@@ -207,17 +202,11 @@ impl AuditLog {
             queue.push(event)?;
         }
         queue.found_problem(end.broken.clone());
-        let torn = end.torn.clone();
         let writer = Writer::new(Arc::clone(&queue), path, Ok(end), note, full_at);
-        Self::spawn(path, queue, writer, torn)
+        Self::spawn(path, queue, writer)
     }
 
-    fn spawn(
-        path: &Path,
-        queue: Arc<Queue>,
-        writer: Writer,
-        torn: Option<PathBuf>,
-    ) -> Result<Self, AuditError> {
+    fn spawn(path: &Path, queue: Arc<Queue>, writer: Writer) -> Result<Self, AuditError> {
         let thread = std::thread::Builder::new()
             .name("audit".to_owned())
             .spawn(move || writer.run())
@@ -225,33 +214,27 @@ impl AuditLog {
         Ok(Self {
             queue,
             writer: Some(thread),
-            torn,
         })
     }
 
     /// What was found wrong with it since it was opened.
-    #[must_use]
-    pub fn problem(&self) -> Option<String> {
+    pub(crate) fn problem(&self) -> Option<String> {
         self.queue.problem()
     }
 
     /// Something is wrong with it that its files don't tell.
-    pub fn found_problem(&self, problem: String) {
+    pub(crate) fn found_problem(&self, problem: String) {
         self.queue.found_problem(Some(problem));
     }
 
     /// Up to where records are on disk.
-    #[must_use]
-    pub fn position(&self) -> Option<Position> {
+    pub(crate) fn position(&self) -> Option<Position> {
         self.queue.position()
     }
 
     /// The last `count` records before a place that an earlier call has named, or before the end, of at most `max_bytes` together
     /// in a reply.
-    ///
-    /// # Errors
-    /// When a file of it can't be read.
-    pub fn last(
+    pub(crate) fn last(
         path: &Path,
         before: Option<u64>,
         count: usize,
@@ -260,17 +243,11 @@ impl AuditLog {
         segments::last_lines(path, before, count, max_bytes).map_err(AuditError::io("read", path))
     }
 
-    /// Where the torn end of the log went when it was opened, for a warning.
-    #[must_use]
-    pub fn torn(&self) -> Option<&Path> {
-        self.torn.as_deref()
-    }
-
     /// Adds a record, and returns before it is written.
     ///
     /// # Errors
     /// [`AuditError::Backlog`] when the disk has not kept up for a very long time.
-    pub fn record(&self, event: Event) -> Result<(), AuditError> {
+    pub(crate) fn record(&self, event: Event) -> Result<(), AuditError> {
         self.queue.push(event)
     }
 
@@ -279,7 +256,7 @@ impl AuditLog {
     /// # Errors
     /// [`AuditError::Write`] when it can't be written, [`AuditError::Late`] after the deadline. The records are
     /// kept and tried again.
-    pub fn flush(&self, deadline: Duration) -> Result<(), AuditError> {
+    pub(crate) fn flush(&self, deadline: Duration) -> Result<(), AuditError> {
         self.queue.wait(deadline)
     }
 }
@@ -297,41 +274,28 @@ impl Drop for AuditLog {
 
 /// Why the log can't be written or trusted.
 #[derive(Debug, Error)]
-pub enum AuditError {
-    /// The chain is broken.
+pub(crate) enum AuditError {
     #[error("the audit log {} is not whole: line {line} {why}", .path.display())]
     Broken {
-        /// The file.
         path: PathBuf,
         /// The first line that does not fit, from 1.
         line: u64,
         /// What is wrong with it.
         why: String,
     },
-    /// Another process writes it.
     #[error("another virtseald writes the audit log {}", .path.display())]
-    InUse {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The file can't be used.
+    InUse { path: PathBuf },
     #[error("can't {action} the audit log {}", .path.display())]
     Io {
-        /// What was tried.
         action: &'static str,
-        /// The file.
         path: PathBuf,
-        /// Why it failed.
         #[source]
         source: io::Error,
     },
-    /// A record can't be written.
     #[error("can't write the audit log: free space on its file system, or see why it can't be written")]
     Write(#[source] Arc<io::Error>),
-    /// The disk is too slow.
     #[error("the audit log did not reach the disk within {} ms", .0.as_millis())]
     Late(Duration),
-    /// Too many records wait.
     #[error("{0} audit records wait for the disk: no more are taken")]
     Backlog(usize),
 }

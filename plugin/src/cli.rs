@@ -4,37 +4,54 @@
 //! opening files as the caller, and printing.
 
 mod add_args;
+#[cfg(test)]
+mod advised;
 mod backup;
 mod cache;
 mod client;
+mod colour;
+mod credential;
 #[cfg(test)]
 mod documented;
+mod examples;
 mod job;
 mod kmip;
+mod new_backup;
 mod out;
 mod passphrase;
+mod patience;
 mod pkcs11;
 mod print;
 mod provider;
 mod provider_add;
+mod provider_set;
+mod signature;
 mod state;
+mod status;
+pub(crate) mod sums;
 mod tpm;
 mod transit;
 mod trust;
+mod unit;
 mod vm;
 mod volume;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::api::{HostProxy, HostStatus};
-use crate::model::problem::Problem;
+use crate::api::{HostProxy, ProblemView};
+use crate::config::{Config, parse_duration};
+use crate::model::problem::{Code, Problem};
 use client::Client;
 use job::JobsCommand;
+use patience::Patience;
 use print::Printer;
 use provider::ProviderCommand;
 use state::StateCommand;
+use status::WidthArgs;
 use vm::VmCommand;
 use volume::VolumeCommand;
 
@@ -46,27 +63,31 @@ use volume::VolumeCommand;
     propagate_version = true,
     arg_required_else_help = true
 )]
-pub struct Cli {
+pub(crate) struct Cli {
     /// The socket of virtseald.
     #[arg(
         long,
         global = true,
         env = "VIRTSEAL_SOCKET",
-        default_value = "/run/virtseal/virtseald.sock",
+        default_value = Config::DEFAULT_SOCKET,
         value_name = "PATH"
     )]
     socket: PathBuf,
     /// Print JSON instead of tables.
     #[arg(long, global = true)]
     json: bool,
+    /// How long to wait for each answer, whatever virtseald is doing. Without it a command waits while virtseald gives signs of life, and
+    /// ends when there was none for 5 s.
+    #[arg(long, global = true, value_name = "DURATION", value_parser = duration)]
+    timeout: Option<Duration>,
     #[command(subcommand)]
     command: Command,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Providers, sealed VMs and libvirt at a glance.
-    Status,
+    /// What needs attention, and how providers, sealed VMs and libvirt are. Exit status 4 where libvirt does not answer.
+    Status(WidthArgs),
     /// Key providers.
     #[command(subcommand)]
     Provider(ProviderCommand),
@@ -76,7 +97,7 @@ enum Command {
     /// Sealed VMs.
     #[command(subcommand)]
     Vm(VmCommand),
-    /// Sweeps over the envelopes: what runs, what ran, what is behind.
+    /// Work that outlives its command: what runs, what ran, which copies are outdated.
     Jobs {
         #[command(subcommand)]
         command: Option<JobsCommand>,
@@ -101,72 +122,103 @@ enum AuditCommand {
     Verify,
 }
 
-/// A problem for scripts: `{"error": {"code": 3, "message": "…", "next": "…"}}`.
-#[must_use]
-pub fn problem_document(problem: &Problem) -> String {
-    let next = problem.advice.as_ref().map(ToString::to_string);
-    let error = serde_json::json!({ "code": problem.code as u8, "message": problem.message, "next": next });
-    serde_json::json!({ "error": error }).to_string()
+fn duration(text: &str) -> Result<Duration, &'static str> {
+    let given = parse_duration(text).filter(|given| !given.is_zero());
+    given.ok_or("a time of more than 0 and at most an hour, such as 30s, 500ms or 2m")
+}
+
+/// A problem for scripts: `{"error": {"code": 3, "message": "…", "subject": {"kind": "provider", …}, "next": "…"}}`.
+fn problem_document(problem: &Problem) -> String {
+    serde_json::json!({ "error": ProblemView::from(problem) }).to_string()
+}
+
+/// What is wrong with the arguments, without the usage that people are shown.
+fn misused(error: &clap::Error) -> Problem {
+    let text = error.to_string();
+    let told = text.split("\n\n").next().unwrap_or_default();
+    let told: Vec<_> = told.trim_start_matches("error: ").split_whitespace().collect();
+    Problem::usage(told.join(" ")).next("the same command with --help shows what it takes")
+}
+
+/// All commands with their options, for man pages and completions, which are written while the package is built.
+pub fn commands() -> clap::Command {
+    examples::add_to(Cli::command())
+}
+
+/// Of the arguments of this process.
+fn parsed() -> Result<Cli, clap::Error> {
+    let mut matches = commands().try_get_matches()?;
+    Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut commands()))
+}
+
+/// The program virtseal: does what the arguments of this process ask.
+#[tokio::main(flavor = "current_thread")]
+pub async fn main() -> ExitCode {
+    let cli = match parsed() {
+        Ok(cli) => cli,
+        // What the arguments ask for is not known: they may be of no use, but for this one.
+        Err(error) if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") => {
+            out::note_json(&problem_document(&misused(&error)));
+            return ExitCode::from(Code::Usage as u8);
+        }
+        Err(error) => error.exit(),
+    };
+    let as_json = cli.json;
+    let problem = match cli.run().await {
+        Ok(code) => return code,
+        Err(problem) => problem,
+    };
+    match as_json {
+        true => out::note_json(&problem_document(&problem)),
+        false => out::note(&format!("virtseal: {problem}")),
+    }
+    ExitCode::from(problem.code as u8)
 }
 
 impl Cli {
-    /// Whether a script reads what is printed.
-    #[must_use]
-    pub fn prints_json(&self) -> bool {
-        self.json
-    }
-
     /// Does what was asked.
     ///
     /// # Errors
     /// What the user should be told, with the exit code.
-    pub async fn run(self) -> Result<(), Problem> {
+    pub(crate) async fn run(self) -> Result<ExitCode, Problem> {
         let printer = Printer::new(self.json);
+        let patience = Patience::of(self.timeout);
         if let Command::Volume(VolumeCommand::Info { path }) = &self.command {
-            return volume::info(path, &printer);
+            return volume::info(path, patience, &printer).map(|()| ExitCode::SUCCESS);
         }
         if let Command::State(StateCommand::Restore(args)) = self.command {
-            return state::restore(args, &printer);
+            return state::restore(args, &printer).map(|()| ExitCode::SUCCESS);
         }
         let mut client = match &self.command {
             Command::Provider(ProviderCommand::Lock { .. }) => {
-                Client::connect_undisturbed(&self.socket).await?
+                Client::connect_undisturbed(&self.socket, patience).await?
             }
-            _ => Client::connect(&self.socket).await?,
+            _ => Client::connect(&self.socket, patience).await?,
         };
-        match self.command {
-            Command::Status => printer.status(&status(&mut client).await?),
+        let done = match self.command {
+            Command::Status(args) => return status::run(args.width, &mut client, &printer).await,
             Command::Provider(command) => provider::run(command, &mut client, &printer).await,
             Command::Volume(VolumeCommand::Create(args)) => {
                 volume::create(&args, &mut client, &printer).await
             }
             Command::Volume(VolumeCommand::Share(args)) => volume::share(&args, &mut client, &printer).await,
-            Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, &printer),
+            Command::Volume(VolumeCommand::Forget(args)) => volume::forget(args, &mut client, &printer).await,
+            Command::Volume(VolumeCommand::Adopt { path }) => {
+                volume::adopt(&path, &mut client, &printer).await
+            }
+            Command::Volume(VolumeCommand::Check { path }) => {
+                volume::check(&path, &mut client, &printer).await
+            }
+            Command::Volume(VolumeCommand::Resize(args)) => volume::resize(args, &mut client, &printer).await,
+            Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, patience, &printer),
             Command::Vm(command) => vm::run(command, &mut client, &printer).await,
             Command::Jobs { command } => job::run(command, &mut client, &printer).await,
             Command::State(StateCommand::Backup(args)) => state::backup(&args, &mut client, &printer).await,
             Command::State(StateCommand::Restore(args)) => state::restore(args, &printer),
             Command::Audit(command) => audit(command, &mut client, &printer).await,
-        }
+        };
+        done.map(|()| ExitCode::SUCCESS)
     }
-}
-
-/// All of it: a reply has a part of the VMs.
-async fn status(client: &mut Client) -> Result<HostStatus, Problem> {
-    let mut status = client.call(async |host| host.status(None).await).await?;
-    while let Some(after) = status.next_vms.take() {
-        let page = client.call(async |host| host.status(Some(&after)).await).await?;
-        status.vms.extend(page.vms);
-        status.next_vms = page.next_vms;
-    }
-    Ok(status)
-}
-
-/// Says what is about to go wrong with them.
-async fn warn_of_providers(client: &mut Client, printer: &Printer) -> Result<(), Problem> {
-    let known = client.call(async |host| host.list_providers().await).await?;
-    printer.warnings(&known.providers);
-    Ok(())
 }
 
 /// The last ones, the oldest first: a reply has a part of them.

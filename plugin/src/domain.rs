@@ -9,52 +9,45 @@
 
 mod arguments;
 mod declared;
-pub mod edit;
+pub(crate) mod edit;
 mod error;
 mod firmware;
-pub mod jobs;
+pub(crate) mod jobs;
 mod metadata;
 mod named;
 mod objects;
+pub(crate) mod overlays;
 mod policy;
 mod read;
 mod side_doors;
 mod splice;
+#[cfg(test)]
+mod tests;
 mod xml;
 
 use std::path::{Path, PathBuf};
 
 use crate::model::envelope::{EnvelopeId, VmId};
 
-pub use declared::DeclaredFormat;
-pub use error::{DomainError, Position};
-pub use firmware::{FirmwareWish, LaunchSecurity};
-pub use metadata::{Metadata, UnreadableCopy};
-pub use named::named_secrets;
-pub use objects::{
-    Object, ObjectRef, ObjectState, Refusal, encrypted_layers, objects, sealed_objects, sealed_objects_under,
+pub(crate) use declared::DeclaredFormat;
+pub(crate) use error::{DomainError, Position};
+pub(crate) use firmware::{FirmwareWish, LaunchSecurity};
+pub(crate) use metadata::Metadata;
+pub(crate) use named::named_secrets;
+pub(crate) use objects::{
+    Object, ObjectRef, ObjectState, Refusal, encrypted_layers, is_overlay, objects, sealed_objects_under,
 };
-pub use policy::{Permission, Policy, PolicyKey};
-pub use side_doors::{Rule, SideDoor};
+pub(crate) use policy::{Permission, Policy, PolicyKey};
+pub(crate) use side_doors::{Rule, SideDoor};
 pub(crate) use xml::parse_document;
-pub use xml_bounds::Beyond;
 
 /// What virtseal needs to know of a libvirt domain (<https://libvirt.org/formatdomain.html>).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Domain {
-    /// `<uuid>`.
+pub(crate) struct Domain {
     pub uuid: VmId,
-    /// `<name>`.
     pub name: String,
-    /// `<domain type=…>`: `kvm`, `qemu`, …
-    pub domain_type: String,
-    /// `<domain id=…>`: the VM runs, or is about to.
-    pub running_id: Option<i32>,
-    /// What boots it.
     pub firmware: Firmware,
-    /// Every `<disk>`, in the order of the XML.
     pub disks: Vec<Disk>,
-    /// The `<tpm>`, if any.
     pub tpm: Option<Tpm>,
     /// Ways for plaintext beside the objects.
     pub side_doors: Vec<SideDoor>,
@@ -64,22 +57,21 @@ pub struct Domain {
 
 impl Domain {
     /// The most bytes of XML that are read: libvirt's own limit of a string in its protocol.
-    pub const MAX_XML: usize = 4 * 1024 * 1024;
+    pub(crate) const MAX_XML: usize = 4 * 1024 * 1024;
     /// The most nodes of XML that are read.
-    pub const MAX_NODES: u32 = 200_000;
+    pub(crate) const MAX_NODES: u32 = 200_000;
 
     /// Reads `<domain>` XML.
     ///
     /// # Errors
     /// When it is too long, not well-formed, has a DTD, is no domain, or when a part that virtseal needs is
     /// missing or makes no sense.
-    pub fn parse(xml: &str) -> Result<Self, DomainError> {
+    pub(crate) fn parse(xml: &str) -> Result<Self, DomainError> {
         read::domain(&parse_document(xml)?)
     }
 
     /// Where the XML puts the vTPM's state, if not in libvirt's own directory.
-    #[must_use]
-    pub fn tpm_place(&self) -> Option<&Path> {
+    pub(crate) fn tpm_place(&self) -> Option<&Path> {
         match &self.tpm.as_ref()?.backend {
             TpmBackend::Emulator { place, .. } => place.as_deref(),
             TpmBackend::Passthrough | TpmBackend::External | TpmBackend::Other(_) => None,
@@ -87,8 +79,7 @@ impl Domain {
     }
 
     /// The disk with this `<target dev=…>`.
-    #[must_use]
-    pub fn disk(&self, target: &str) -> Option<&Disk> {
+    pub(crate) fn disk(&self, target: &str) -> Option<&Disk> {
         self.disks.iter().find(|disk| disk.target == target)
     }
 }
@@ -96,7 +87,7 @@ impl Domain {
 /// How the guest boots, as far as the XML tells.
 #[expect(clippy::large_enum_variant, reason = "there is one of a domain")]
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Firmware {
+pub(crate) enum Firmware {
     /// The emulator's default BIOS.
     Bios,
     /// A `<loader type='rom'>` at this path, without a variable store.
@@ -110,13 +101,9 @@ pub enum Firmware {
 /// With `<os firmware='efi'>` libvirt chooses loader and variable store itself: libvirt 11 writes them into the
 /// XML when the domain is defined, libvirt 9 only when it starts. Until then they are `None` here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Uefi {
-    /// `<os firmware='efi'>`.
-    pub autoselected: bool,
+pub(crate) struct Uefi {
     /// `<loader>`, if it is there with a path.
     pub loader: Option<PathBuf>,
-    /// `<loader secure='yes'>`.
-    pub secure: bool,
     /// `<loader stateless='yes'>`: there is no variable store.
     pub stateless: bool,
     /// `<nvram>`, if it is there.
@@ -125,22 +112,19 @@ pub struct Uefi {
     pub wish: FirmwareWish,
 }
 
-/// The UEFI variable store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Nvram {
+pub(crate) struct Nvram {
     /// Where it is; [`Source::Empty`] while libvirt is to choose.
     pub source: Source,
     /// The file it is first copied from.
     pub template: Option<PathBuf>,
     /// `format=…`: `raw` if absent.
     pub format: Option<String>,
-    /// How it is encrypted.
     pub encryption: Option<Encryption>,
 }
 
-/// A `<disk>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
+pub(crate) struct Disk {
     /// `<target dev=…>`, such as `vda`; unique in a domain.
     pub target: String,
     /// What the guest sees.
@@ -151,13 +135,10 @@ pub struct Disk {
     pub format: Option<String>,
     /// `<readonly/>`, and always so for a CD.
     pub readonly: bool,
-    /// `<shareable/>`: other VMs may have it too.
-    pub shareable: bool,
     /// `<transient/>`: libvirt puts a throw-away overlay on it.
     pub transient: bool,
     /// What its `<source>` says of where in the file or beside it the data is.
     pub layout: Layout,
-    /// How it is encrypted.
     pub encryption: Option<Encryption>,
     /// The layers below, where the XML names them.
     pub backing: Vec<BackingLayer>,
@@ -165,7 +146,7 @@ pub struct Disk {
 
 /// Where the data of a disk is, as its `<source>` tells besides the file. What is said there is about one image and would outlive it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
+pub(crate) enum Layout {
     /// The file is the image.
     Whole,
     /// `<slices>`: the image is a part of the file.
@@ -176,8 +157,7 @@ pub enum Layout {
 
 impl Layout {
     /// Why such a disk can't be sealed, as a predicate.
-    #[must_use]
-    pub fn objection(self) -> Option<&'static str> {
+    pub(crate) fn objection(self) -> Option<&'static str> {
         match self {
             Self::Whole => None,
             Self::Slices => Some("has <slices>, by which it is only a part of its file"),
@@ -186,9 +166,8 @@ impl Layout {
     }
 }
 
-/// `<disk device=…>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiskDevice {
+pub(crate) enum DiskDevice {
     /// A hard disk.
     Disk,
     /// A CD or DVD.
@@ -201,95 +180,73 @@ pub enum DiskDevice {
 
 /// One `<backingStore>`: read by the guest, never written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BackingLayer {
+pub(crate) struct BackingLayer {
     /// Where the data is.
     pub source: Source,
-    /// `<format type=…>`.
-    pub format: Option<String>,
-    /// How it is encrypted.
     pub encryption: Option<Encryption>,
 }
 
-/// A `<source>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Source {
+pub(crate) enum Source {
     /// None: an empty drive.
     Empty,
-    /// A file.
     File(PathBuf),
-    /// A host block device.
     Block(PathBuf),
     /// A host directory shown as a FAT disk.
     Dir(PathBuf),
-    /// Something on the network.
-    Network {
-        /// `rbd`, `nbd`, `iscsi`, …
-        protocol: String,
-        /// The name at the server.
-        name: Option<String>,
-    },
-    /// A volume of a libvirt storage pool.
+    /// A volume of a storage pool: libvirt finds its path.
     Volume {
-        /// The pool.
         pool: String,
-        /// The volume in it.
         volume: String,
     },
-    /// Another type, by its name.
-    Other(String),
+    /// What has no path here: on the network, or of another type.
+    Elsewhere,
 }
 
 impl Source {
     /// The path on this host, if it has one.
-    #[must_use]
-    pub fn path(&self) -> Option<&Path> {
+    pub(crate) fn path(&self) -> Option<&Path> {
         match self {
             Self::File(path) | Self::Block(path) | Self::Dir(path) => Some(path),
-            _ => None,
+            Self::Empty | Self::Volume { .. } | Self::Elsewhere => None,
         }
     }
 }
 
-/// An `<encryption>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Encryption {
+pub(crate) struct Encryption {
     /// `luks`, `qcow`, …
     pub format: String,
     /// `qemu`, `librbd`, or libvirt's choice.
     pub engine: Option<String>,
-    /// The key.
     pub secret: SecretRef,
 }
 
 /// The `<secret>` in an `<encryption>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SecretRef {
+pub(crate) enum SecretRef {
     /// By UUID: the only form that virtseal writes.
     Uuid(EnvelopeId),
     /// By usage: a secret that somebody else keeps.
-    Usage(String),
+    Usage,
     /// There is none.
     Missing,
 }
 
-/// The `<tpm>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tpm {
-    /// `tpm-crb`, `tpm-tis`, …
-    pub model: Option<String>,
+pub(crate) struct Tpm {
     /// What stands behind it.
     pub backend: TpmBackend,
 }
 
 impl Tpm {
     /// Why a vTPM whose state is in a place of its own can't be sealed, as a predicate.
-    pub const STATE_ELSEWHERE: &str =
+    pub(crate) const STATE_ELSEWHERE: &str =
         "has its state in a place of its own (<source> in its <backend>), which virtseal can't seal yet";
 }
 
-/// The `<backend>` of a `<tpm>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TpmBackend {
+pub(crate) enum TpmBackend {
     /// swtpm, run by libvirt.
     Emulator {
         /// `1.2`, `2.0`, or libvirt's default.

@@ -8,30 +8,26 @@ use std::sync::LazyLock;
 
 use swtpm_state::{State, StateKey};
 
+use crate::cli::sums;
 use crate::daemon::listener;
-use crate::domain::{self, Domain};
+use crate::domain::{self, Domain, Object, ObjectState, Policy};
 use crate::model::envelope::Envelope;
 use crate::object::disk;
 use crate::provider::{kmip, native};
 use crate::vm::forgotten::Forgotten;
 
-/// A reader.
-#[derive(Clone, Copy, Debug)]
-pub struct Target {
-    /// What it reads.
-    pub name: &'static str,
-    /// Inputs that it takes, to begin with.
-    pub seeds: fn() -> Vec<Vec<u8>>,
-    /// Reads an input. Whether it took it.
-    pub read: fn(&[u8]) -> bool,
-}
+pub use crate::fuzz_target::Target;
 
 /// The targets, one for each format.
-#[must_use]
 pub fn targets() -> Vec<Target> {
     let mut targets = vec![ENVELOPE, DOMAIN, SWTPM_STATE, FORGOTTEN];
     targets.extend(disk::fuzz::TARGETS);
-    targets.extend([kmip::fuzz::TTLV, native::fuzz::BACKUP, listener::fuzz::REQUEST]);
+    targets.extend([
+        sums::fuzz::SUMS,
+        kmip::fuzz::TTLV,
+        native::fuzz::BACKUP,
+        listener::fuzz::REQUEST,
+    ]);
     targets
 }
 
@@ -97,9 +93,11 @@ const DOMAIN: Target = Target {
         let Ok(domain) = Domain::parse(&xml) else {
             return false;
         };
-        let objects = domain::objects(&domain);
-        if let Ok(sealed) = domain::sealed_objects(&domain) {
-            assert!(sealed.len() <= objects.len());
+        let sealed = |object: &Object| matches!(object.state, ObjectState::Sealed(_));
+        if let Ok(needed) = domain::sealed_objects_under(&domain, Policy::default()) {
+            let objects = domain::objects(&domain);
+            assert!(objects.iter().all(sealed), "a start with something plain");
+            assert!(objects.len() <= needed.len(), "a start without one of its keys");
         }
         if let Ok(plain) = domain::edit::unseal(&xml) {
             let plain = Domain::parse(&plain).expect("an edit keeps what is read");
@@ -208,6 +206,6 @@ mod tests {
     }
 
     targets! {
-        envelope_json domain_xml swtpm_state forgotten_vm qcow2_header luks1_header ttlv backup_document varlink_request
+        envelope_json domain_xml swtpm_state forgotten_vm qcow2_header luks1_header sums_file ttlv backup_document varlink_request
     }
 }

@@ -1,8 +1,13 @@
 //! What virtseal talks about, without I/O.
 
+pub(crate) mod act;
 pub(crate) mod advice;
-pub mod envelope;
-pub mod finding;
-pub mod job;
-pub mod kek;
-pub mod problem;
+pub(crate) mod deadlines;
+pub(crate) mod digest;
+pub(crate) mod envelope;
+pub(crate) mod finding;
+pub(crate) mod job;
+pub(crate) mod kek;
+pub(crate) mod nearest;
+pub(crate) mod problem;
+pub(crate) mod subject;

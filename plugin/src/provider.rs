@@ -3,14 +3,17 @@
 //! A provider holds KEKs and never gives one out. All calls block and are made on a worker thread with a
 //! deadline; `status` answers from memory and never waits for a network.
 
-pub mod cache;
+mod advice;
+pub(crate) mod cache;
+mod change;
 mod error;
-pub mod kind;
-pub mod kmip;
-pub mod native;
-pub mod pkcs11;
+pub(crate) mod kind;
+pub(crate) mod kmip;
+pub(crate) mod native;
+pub(crate) mod pkcs11;
+pub(crate) mod setting;
 pub(crate) mod toolbox;
-pub mod transit;
+pub(crate) mod transit;
 
 #[cfg(test)]
 mod conformance;
@@ -26,16 +29,19 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::api::{CredentialKind, ProviderState, words};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
 use crate::store::ProviderTable;
 use cache::KekCache;
+use toolbox::locks::LocksNoted;
 
-pub use crate::model::kek::KekScope;
-pub use error::{ErrorClass, PinRefusal, ProviderError};
+pub(crate) use crate::model::kek::KekScope;
+pub(crate) use change::{ChangeError, SettingsChange};
+pub(crate) use error::{ErrorClass, PinRefusal, ProviderError};
 
 /// Wraps payloads under KEKs that stay inside.
-pub trait KeyProvider: Any + Send + Sync {
+pub(crate) trait KeyProvider: Any + Send + Sync {
     /// Its kind, as the keystore has it.
     fn kind(&self) -> &str;
 
@@ -107,15 +113,36 @@ pub trait KeyProvider: Any + Send + Sync {
         None
     }
 
-    /// Becomes able to unwrap, with the passphrase or PIN in `credential`.
-    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError>;
+    /// Works by other settings from now on. What is locked stays so, and what is unlocked too, where the credential still fits.
+    ///
+    /// # Errors
+    /// Why nothing has changed.
+    fn change(&self, change: &SettingsChange<'_>) -> Result<(), ChangeError>;
+
+    /// What is known of its servers or its token, and of how both sides know each other: words, and what they say. Waits for nothing.
+    fn details(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+
+    /// What an unlock needs; `None` where there is nothing to give. Waits for nothing.
+    fn asks_for(&self) -> Option<CredentialKind>;
+
+    /// Becomes able to unwrap, with what it [asks for](Self::asks_for) in `credential`.
+    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
+        self.unlock_since(self.locks(), credential)
+    }
+
+    /// The same unless it was locked since `locks` was noted.
+    fn unlock_since(&self, locks: LocksNoted, credential: &SecretBytes) -> Result<(), ProviderError>;
+
+    /// What tells whether it is locked later on.
+    fn locks(&self) -> LocksNoted;
 }
 
 /// What a new provider is made of.
-pub struct Addition<'a> {
+pub(crate) struct Addition<'a> {
     /// Where its row goes.
     pub table: &'a ProviderTable,
-    /// What it is to be called.
     pub name: &'a ProviderName,
     /// The JSON of what its kind needs to know.
     pub settings: &'a str,
@@ -126,8 +153,7 @@ pub struct Addition<'a> {
 }
 
 /// `provider` as what it is; `None` if it is of another kind.
-#[must_use]
-pub fn of_kind<T: KeyProvider>(provider: Arc<dyn KeyProvider>) -> Option<Arc<T>> {
+pub(crate) fn of_kind<T: KeyProvider>(provider: Arc<dyn KeyProvider>) -> Option<Arc<T>> {
     let any: Arc<dyn Any + Send + Sync> = provider;
     any.downcast().ok()
 }
@@ -135,12 +161,10 @@ pub fn of_kind<T: KeyProvider>(provider: Arc<dyn KeyProvider>) -> Option<Arc<T>>
 /// What an admin calls a provider: 1 to 64 letters, digits, `.`, `_` and `-`, the first a letter or a digit, and
 /// not a UUID, so that a name is never taken for an id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct ProviderName(String);
+pub(crate) struct ProviderName(String);
 
 impl ProviderName {
-    /// The name.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -157,7 +181,7 @@ impl fmt::Display for ProviderName {
     "{0:?} can't be a provider's name: use 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or a \
      digit, and no UUID"
 )]
-pub struct NotAProviderName(pub String);
+pub(crate) struct NotAProviderName(pub String);
 
 impl FromStr for ProviderName {
     type Err = NotAProviderName;
@@ -179,7 +203,7 @@ impl FromStr for ProviderName {
 /// Whom a provider makes its KEKs for, whoever asks: the setting `kek_scope`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ScopeSetting {
+pub(crate) enum ScopeSetting {
     /// One for each VM.
     #[default]
     Vm,
@@ -200,7 +224,7 @@ impl ScopeSetting {
 /// Whether a provider can be used, from worst to best.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", content = "reason")]
-pub enum ProviderStatus {
+pub(crate) enum ProviderStatus {
     /// Trust is not established both ways.
     NotTrusted(String),
     /// Able to unwrap, refuses to wrap until a backup was made.
@@ -217,14 +241,12 @@ pub enum ProviderStatus {
 
 impl ProviderStatus {
     /// Whether it unwraps, as far as that is known.
-    #[must_use]
-    pub fn is_usable(&self) -> bool {
+    pub(crate) fn is_usable(&self) -> bool {
         matches!(self, Self::Ready | Self::NotBackedUp | Self::Degraded(_))
     }
 
     /// What a call comes to that can't wrap in this state.
-    #[must_use]
-    pub fn refusal(self) -> Option<ProviderError> {
+    pub(crate) fn refusal(self) -> Option<ProviderError> {
         match self {
             Self::Ready | Self::Degraded(_) => None,
             Self::NotBackedUp => Some(ProviderError::NotBackedUp),
@@ -234,16 +256,15 @@ impl ProviderStatus {
         }
     }
 
-    /// The state without its reason.
-    #[must_use]
-    pub fn as_str(&self) -> &'static str {
+    /// Without its reason.
+    pub(crate) fn state(&self) -> ProviderState {
         match self {
-            Self::NotTrusted(_) => "NotTrusted",
-            Self::NotBackedUp => "NotBackedUp",
-            Self::Locked => "Locked",
-            Self::Unreachable(_) => "Unreachable",
-            Self::Degraded(_) => "Degraded",
-            Self::Ready => "Ready",
+            Self::NotTrusted(_) => ProviderState::NotTrusted,
+            Self::NotBackedUp => ProviderState::NotBackedUp,
+            Self::Locked => ProviderState::Locked,
+            Self::Unreachable(_) => ProviderState::Unreachable,
+            Self::Degraded(_) => ProviderState::Degraded,
+            Self::Ready => ProviderState::Ready,
         }
     }
 }
@@ -252,17 +273,16 @@ impl fmt::Display for ProviderStatus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotTrusted(reason) | Self::Unreachable(reason) | Self::Degraded(reason) => {
-                write!(f, "{} ({reason})", self.as_str())
+                write!(f, "{} ({reason})", words(&self.state()))
             }
-            Self::NotBackedUp | Self::Locked | Self::Ready => f.write_str(self.as_str()),
+            Self::NotBackedUp | Self::Locked | Self::Ready => f.write_str(&words(&self.state())),
         }
     }
 }
 
 /// What was seen when a KEK was destroyed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DestroyReceipt {
-    /// The KEK.
+pub(crate) struct DestroyReceipt {
     pub kek: KekId,
     /// Whether the provider can't use it any more.
     pub destroyed: bool,
@@ -272,8 +292,7 @@ pub struct DestroyReceipt {
 
 impl DestroyReceipt {
     /// Of a KEK that was left alone because it is not one VM's.
-    #[must_use]
-    pub fn shared(kek: &KekId, why: &str) -> Self {
+    pub(crate) fn shared(kek: &KekId, why: &str) -> Self {
         Self {
             kek: kek.clone(),
             destroyed: false,

@@ -8,6 +8,7 @@ mod error;
 mod made_keks;
 mod membership;
 mod opening;
+mod outlook;
 mod rewrapping;
 mod roster;
 mod watch;
@@ -15,7 +16,9 @@ mod watch;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use crate::model::deadlines::provider::PROBE;
 use crate::model::envelope::{Binding, Envelope, KekId, Payload, ProviderId, Verified, VmId};
+use crate::model::nearest::name_hint;
 use crate::provider::toolbox::deadline;
 use crate::provider::{DestroyReceipt, ProviderError};
 use crate::secret::Dek;
@@ -23,14 +26,17 @@ use crate::store::{Change, EnvelopeStore, ProviderTable, StoreError, Stores};
 use roster::Roster;
 use watch::{Pace, Watches};
 
-pub use crate::provider::kind::Provider;
-pub use error::{SealError, UnknownProvider, bring_back};
-pub use opening::{Attempt, OpenError, Refusal};
-pub use rewrapping::{Blocked, Rewrap, RewrapTarget, Rewrapped};
-pub use watch::Report;
+pub(crate) use crate::provider::kind::Provider;
+pub(crate) use error::{SealError, UnknownProvider};
+#[cfg(test)]
+use opening::{Attempt, Refusal};
+pub(crate) use opening::{OpenError, bring_back};
+pub(crate) use outlook::Outlook;
+pub(crate) use rewrapping::{Rewrap, RewrapTarget, Rewrapped};
+pub(crate) use watch::Report;
 
 /// All providers of this host.
-pub struct Recipients {
+pub(crate) struct Recipients {
     keystore: Arc<dyn EnvelopeStore>,
     table: ProviderTable,
     roster: Roster,
@@ -41,15 +47,12 @@ pub struct Recipients {
 }
 
 impl Recipients {
-    /// How often a provider is probed unless told otherwise.
-    pub const PROBE_INTERVAL: Duration = Duration::from_secs(60);
-
     /// The providers that `stores` record, all locked, and each probed in the background from now on.
-    pub fn open(stores: &Stores, deadline: Duration) -> Result<Self, StoreError> {
+    pub(crate) fn open(stores: &Stores, deadline: Duration) -> Result<Self, StoreError> {
         let (keystore, table) = (Arc::clone(&stores.keystore), stores.providers());
         membership::finish_deletions(keystore.as_ref(), &table)?;
         let watches = Watches::new(Pace {
-            interval: Self::PROBE_INTERVAL,
+            interval: PROBE,
             patience: deadline,
         });
         Ok(Self {
@@ -62,32 +65,28 @@ impl Recipients {
     }
 
     /// How often each provider is probed from now on; more often while it does not answer.
-    pub fn set_probe_interval(&self, interval: Duration) {
+    pub(crate) fn set_probe_interval(&self, interval: Duration) {
         self.roster.watches.set_pace(|pace| pace.interval = interval);
     }
 
     /// How `provider` is, and since when. Waits for nothing.
-    #[must_use]
-    pub fn report(&self, provider: &Provider) -> Report {
+    pub(crate) fn report(&self, provider: &Provider) -> Report {
         self.roster.watches.report(provider.provider())
     }
 
     /// The most time that a provider gets for one call from now on.
-    pub fn set_deadline(&self, deadline: Duration) {
+    pub(crate) fn set_deadline(&self, deadline: Duration) {
         *self.deadline.write().unwrap_or_else(PoisonError::into_inner) = deadline;
         self.roster.watches.set_pace(|pace| pace.patience = deadline);
     }
 
     /// Gives each new envelope a stanza of each of these providers (names or ids), or of the default one if there are none.
-    pub fn set_recipients(&self, recipients: Vec<String>) {
+    pub(crate) fn set_recipients(&self, recipients: Vec<String>) {
         *self.recipients.write().unwrap_or_else(PoisonError::into_inner) = recipients;
     }
 
     /// The providers that new envelopes are for.
-    ///
-    /// # Errors
-    /// When there is none, or the policy names one that is not here.
-    pub fn policy(&self) -> Result<Vec<Provider>, SealError> {
+    pub(crate) fn policy(&self) -> Result<Vec<Provider>, SealError> {
         let names = self
             .recipients
             .read()
@@ -116,62 +115,54 @@ impl Recipients {
     }
 
     /// All of them, by name.
-    #[must_use]
-    pub fn providers(&self) -> Vec<Provider> {
+    pub(crate) fn providers(&self) -> Vec<Provider> {
         self.roster.now().providers.clone()
     }
 
-    /// The one with this id.
-    #[must_use]
-    pub fn by_id(&self, id: ProviderId) -> Option<Provider> {
+    pub(crate) fn by_id(&self, id: ProviderId) -> Option<Provider> {
         self.providers()
             .into_iter()
             .find(|known| known.provider().id() == id)
     }
 
     /// The one with this name or, in text, this id.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn find(&self, name_or_id: &str) -> Result<Provider, UnknownProvider> {
+    pub(crate) fn find(&self, name_or_id: &str) -> Result<Provider, UnknownProvider> {
         let id = name_or_id.parse::<ProviderId>().ok();
-        self.providers()
-            .into_iter()
-            .find(|known| known.provider().name() == name_or_id || Some(known.provider().id()) == id)
-            .ok_or_else(|| UnknownProvider(name_or_id.to_owned()))
+        let all = self.providers();
+        let is_meant =
+            |known: &&Provider| known.provider().name() == name_or_id || Some(known.provider().id()) == id;
+        all.iter().find(is_meant).cloned().ok_or_else(|| UnknownProvider {
+            name: name_or_id.to_owned(),
+            hint: name_hint(name_or_id, all.iter().map(|known| known.provider().name())),
+        })
     }
 
     /// The one that wraps new envelopes unless told otherwise; none only while there are no providers.
-    #[must_use]
-    pub fn default_provider(&self) -> Option<Provider> {
+    pub(crate) fn default_provider(&self) -> Option<Provider> {
         let id = self.roster.now().default?;
         self.by_id(id)
     }
 
     /// Makes `provider` the default.
-    pub fn set_default(&self, provider: &Provider) -> Result<Change, StoreError> {
+    pub(crate) fn set_default(&self, provider: &Provider) -> Result<Change, StoreError> {
         self.keystore.set_default_provider(provider.provider().id())
     }
 
     /// Locks all providers, as the end of virtseald does: what is on disk for the next one stays.
-    pub fn lock_all(&self) {
+    pub(crate) fn lock_all(&self) {
         for provider in self.providers() {
             provider.provider().end();
         }
     }
 
     /// The DEK of one envelope.
-    ///
-    /// # Errors
-    /// As [`Recipients::open_all`].
-    pub fn open_envelope(&self, envelope: &Envelope) -> Result<Dek, OpenError> {
+    pub(crate) fn open_envelope(&self, envelope: &Envelope) -> Result<Dek, OpenError> {
         let mut deks = self.open_all(&[envelope])?;
         Ok(deks.pop().expect("one envelope yields one DEK"))
     }
 
     /// The DEK of an envelope, from those providers alone that are ready; nobody else is asked.
-    #[must_use]
-    pub fn open_usable(&self, envelope: &Envelope) -> Option<Dek> {
+    pub(crate) fn open_usable(&self, envelope: &Envelope) -> Option<Dek> {
         let usable: Vec<_> = self
             .providers()
             .into_iter()
@@ -186,7 +177,7 @@ impl Recipients {
     /// # Errors
     /// For the first envelope that none of its providers opens, why each of them did not. Then there is no DEK
     /// at all.
-    pub fn open_all(&self, envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
+    pub(crate) fn open_all(&self, envelopes: &[&Envelope]) -> Result<Vec<Dek>, OpenError> {
         opening::open_all(&self.providers(), envelopes, self.deadline()).map_err(|error| {
             let deleted = self.keystore.deleted_providers().map(|rows| rows.sound);
             error.with_deleted(&deleted.unwrap_or_default())
@@ -198,7 +189,11 @@ impl Recipients {
     ///
     /// # Errors
     /// When there is no such provider, or one of them does not wrap: then there is no envelope at all.
-    pub fn seal_new(&self, provider: Option<&str>, binding: &Binding) -> Result<(Verified, Dek), SealError> {
+    pub(crate) fn seal_new(
+        &self,
+        provider: Option<&str>,
+        binding: &Binding,
+    ) -> Result<(Verified, Dek), SealError> {
         let providers = match provider {
             Some(name) => vec![self.find(name)?],
             None => self.policy()?,
@@ -213,6 +208,7 @@ impl Recipients {
             });
             stanzas.push(wrapped.map_err(|source| SealError::Refused {
                 name: provider.provider().name().to_owned(),
+                kind: provider.row(),
                 source,
             })?);
         }
@@ -229,8 +225,7 @@ impl Recipients {
     }
 
     /// The name of a provider, here or as it was when it was deleted here; else its UUID.
-    #[must_use]
-    pub fn name_of(&self, id: ProviderId) -> String {
+    pub(crate) fn name_of(&self, id: ProviderId) -> String {
         if let Some(provider) = self.by_id(id) {
             return provider.provider().name().to_owned();
         }
@@ -240,10 +235,7 @@ impl Recipients {
     }
 
     /// Destroys a KEK that serves `vm` alone, within the deadline.
-    ///
-    /// # Errors
-    /// The provider's; [`ProviderError::Unusable`] when it is not on this host.
-    pub fn destroy_kek(
+    pub(crate) fn destroy_kek(
         &self,
         provider: ProviderId,
         kek: &KekId,

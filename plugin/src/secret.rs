@@ -6,7 +6,7 @@
 //! back, and so is every block of the ordinary heap, for what libraries copy. Nothing here is `Clone`,
 //! `Serialize` or `PartialEq`, and `Debug` shows the length only.
 
-pub mod heap;
+pub(crate) mod heap;
 pub(crate) mod pages;
 
 use std::fmt;
@@ -17,7 +17,7 @@ use zeroize::{Zeroize, Zeroizing};
 use pages::Pages;
 
 /// A fixed number of secret bytes in memory that does not leave the process.
-pub struct SecretBytes {
+pub(crate) struct SecretBytes {
     pages: Pages,
     len: usize,
 }
@@ -27,7 +27,7 @@ impl SecretBytes {
     ///
     /// # Errors
     /// The kernel's, when memory can't be mapped or locked (`RLIMIT_MEMLOCK`).
-    pub fn zeroed(len: usize) -> io::Result<Self> {
+    pub(crate) fn zeroed(len: usize) -> io::Result<Self> {
         Ok(Self {
             pages: Pages::zeroed(len)?,
             len,
@@ -35,16 +35,21 @@ impl SecretBytes {
     }
 
     /// `len` bytes from the system's random generator (OpenSSL's, seeded by the kernel).
-    pub fn random(len: usize) -> io::Result<Self> {
+    pub(crate) fn random(len: usize) -> io::Result<Self> {
         let mut secret = Self::zeroed(len)?;
         openssl::rand::rand_priv_bytes(secret.expose_mut()).map_err(io::Error::other)?;
         Ok(secret)
     }
 
+    pub(crate) fn copy_of(bytes: &[u8]) -> io::Result<Self> {
+        let mut secret = Self::zeroed(bytes.len())?;
+        secret.expose_mut().copy_from_slice(bytes);
+        Ok(secret)
+    }
+
     /// Moves the bytes of `source` here; `source` is zeroed.
-    pub fn take(source: &mut [u8]) -> io::Result<Self> {
-        let mut secret = Self::zeroed(source.len())?;
-        secret.expose_mut().copy_from_slice(source);
+    pub(crate) fn take(source: &mut [u8]) -> io::Result<Self> {
+        let secret = Self::copy_of(source)?;
         source.zeroize();
         Ok(secret)
     }
@@ -54,7 +59,7 @@ impl SecretBytes {
     ///
     /// # Errors
     /// `InvalidData` when there are more than `limit` bytes, else what `source` says.
-    pub fn read_from(mut source: impl io::Read, limit: usize) -> io::Result<Self> {
+    pub(crate) fn read_from(mut source: impl io::Read, limit: usize) -> io::Result<Self> {
         let mut secret = Self::zeroed(limit + 1)?;
         let mut filled = 0;
         while filled <= limit {
@@ -76,7 +81,7 @@ impl SecretBytes {
     }
 
     /// Forgets one trailing newline, which editors and `echo` add to passphrase files.
-    pub fn trim_newline(&mut self) {
+    pub(crate) fn trim_newline(&mut self) {
         for end in [b'\n', b'\r'] {
             if self.expose().last() == Some(&end) {
                 self.len -= 1;
@@ -85,13 +90,12 @@ impl SecretBytes {
     }
 
     /// The bytes. For the edge of a cipher, an FFI call or a pipe; never to keep a copy.
-    #[must_use]
-    pub fn expose(&self) -> &[u8] {
+    pub(crate) fn expose(&self) -> &[u8] {
         &self.pages.bytes()[..self.len]
     }
 
     /// The bytes, to be filled in place.
-    pub fn expose_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn expose_mut(&mut self) -> &mut [u8] {
         &mut self.pages.bytes_mut()[..self.len]
     }
 }
@@ -104,14 +108,14 @@ impl fmt::Debug for SecretBytes {
 
 /// A data key: 32 random bytes, one per sealed object.
 #[derive(Debug)]
-pub struct Dek(SecretBytes);
+pub(crate) struct Dek(SecretBytes);
 
 impl Dek {
     /// Length in bytes.
-    pub const LEN: usize = 32;
+    pub(crate) const LEN: usize = 32;
 
     /// A new data key.
-    pub fn random() -> io::Result<Self> {
+    pub(crate) fn random() -> io::Result<Self> {
         SecretBytes::random(Self::LEN).map(Self)
     }
 
@@ -119,23 +123,20 @@ impl Dek {
     ///
     /// # Errors
     /// `InvalidData` for any other length.
-    pub fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> io::Result<Self> {
         if bytes.len() != Self::LEN {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a DEK has 32 bytes"));
         }
-        let mut secret = SecretBytes::zeroed(Self::LEN)?;
-        secret.expose_mut().copy_from_slice(bytes);
-        Ok(Self(secret))
+        SecretBytes::copy_of(bytes).map(Self)
     }
 
     /// The raw 32 bytes: wrapped by a provider, never given to QEMU.
-    #[must_use]
-    pub fn expose(&self) -> &[u8] {
+    pub(crate) fn expose(&self) -> &[u8] {
         self.0.expose()
     }
 
     /// What QEMU, swtpm and cryptsetup get: the key's lowercase hex.
-    pub fn passphrase(&self) -> io::Result<Passphrase> {
+    pub(crate) fn passphrase(&self) -> io::Result<Passphrase> {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let mut hex = SecretBytes::zeroed(2 * Self::LEN)?;
         for (pair, byte) in hex.expose_mut().chunks_exact_mut(2).zip(self.expose()) {
@@ -148,18 +149,17 @@ impl Dek {
 
 /// The 64 ASCII characters of a [`Dek`] in lowercase hex.
 #[derive(Debug)]
-pub struct Passphrase(SecretBytes);
+pub(crate) struct Passphrase(SecretBytes);
 
 impl Passphrase {
     /// The 64 bytes, for a cipher, an FFI call or a pipe.
-    #[must_use]
-    pub fn expose(&self) -> &[u8] {
+    pub(crate) fn expose(&self) -> &[u8] {
         self.0.expose()
     }
 }
 
 /// Heap bytes that are zeroed when dropped, for values that are secret only for a moment.
-pub type Transient = Zeroizing<Vec<u8>>;
+pub(crate) type Transient = Zeroizing<Vec<u8>>;
 
 #[cfg(test)]
 mod tests {

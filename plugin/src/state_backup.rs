@@ -24,7 +24,9 @@ use crate::host::local_time::rfc3339;
 use crate::secret::SecretBytes;
 use crate::store::{HostStore, StoreError};
 
-pub use restore::{Replace, Restored, restore};
+#[cfg(test)]
+use restore::Restored;
+pub(crate) use restore::{Replace, restore};
 
 /// Says what the archive is; its first entry.
 const MANIFEST: &str = "virtseal-state.json";
@@ -37,7 +39,7 @@ const TRIES: usize = 5;
 
 /// Where a backup is from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Manifest {
+pub(crate) struct Manifest {
     format: String,
     version: u32,
     /// The host's name.
@@ -48,45 +50,35 @@ pub struct Manifest {
 
 /// Why there is no backup, or nothing was restored.
 #[derive(Debug, Error)]
-pub enum StateError {
+pub(crate) enum StateError {
     /// A file or a directory can't be used.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The backup can't be written.
     #[error("can't write the backup")]
     Output(#[source] io::Error),
-    /// The passphrase is wrong, or age fails.
     #[error("the backup does not open")]
     Age(#[source] AgeError),
-    /// It is not whole, or not one.
     #[error("the backup is damaged")]
     Damaged(#[source] io::Error),
-    /// Something else in an age file.
     #[error("it is not a backup of virtseal's state: {0}")]
     NotABackup(String),
-    /// By a later version.
     #[error(
         "the backup was made by a later virtseal (format {0}, this one reads {VERSION}): upgrade virtseal"
     )]
     TooNew(u32),
-    /// The keystore in it, or here.
     #[error(transparent)]
     Keystore(#[from] StoreError),
-    /// Something always changes.
     #[error("files in {} came and went all the time", .0.display())]
     Unsteady(PathBuf),
     /// It does not read back as it was written.
     #[error("what was written does not read back as it was")]
     NotVerified,
-    /// There is something already.
     #[error("{} holds the state of {host}: its keys would be replaced", .dir.display())]
     Occupied {
-        /// The directory.
         dir: PathBuf,
         /// The name to be typed.
         host: String,
     },
-    /// It can't be replaced as a whole.
     #[error("{} is a file system of its own and not empty, so it can't be replaced as a whole", .0.display())]
     MountPoint(PathBuf),
 }
@@ -103,13 +95,15 @@ enum Kind {
     Growing {
         inode: (u64, u64),
     },
+    /// What it says is in the keystore: any state of it will do, and each seal makes it anew.
+    Derived,
 }
 
 /// Writes a backup of the directory of `host_store` to `output`, and reads all of it again. Returns how many files it has.
 ///
 /// # Errors
 /// [`StateError`]; `output` holds nothing of use then.
-pub fn write(
+pub(crate) fn write(
     output: &mut File,
     host_store: &HostStore,
     passphrase: &SecretBytes,
@@ -263,9 +257,10 @@ fn list(dir: &Path, output: &File) -> Result<BTreeMap<PathBuf, Kind>, StateError
                 open.push(name.clone());
                 found.insert(name, Kind::Directory);
             } else if metadata.is_file() && inode != of_output && !is_of_keystore(&name) {
-                let kind = match name == Path::new(AuditLog::FILE) {
-                    true => Kind::Growing { inode },
-                    false => Kind::File {
+                let kind = match name.to_str() {
+                    Some(AuditLog::FILE) => Kind::Growing { inode },
+                    Some(HostStore::HOOK_INDEX) => Kind::Derived,
+                    _ => Kind::File {
                         inode,
                         modified: (metadata.mtime(), metadata.mtime_nsec()),
                     },
@@ -280,7 +275,10 @@ fn list(dir: &Path, output: &File) -> Result<BTreeMap<PathBuf, Kind>, StateError
 /// The database is taken as a snapshot; what is beside it is of the process that has it open.
 fn is_of_keystore(name: &Path) -> bool {
     let name = name.as_os_str().as_encoded_bytes();
-    name == HostStore::LOCK.as_bytes() || name.starts_with(HostStore::FILE.as_bytes())
+    [HostStore::LOCK, HostStore::NEW_HOOK_INDEX]
+        .map(str::as_bytes)
+        .contains(&name)
+        || name.starts_with(HostStore::FILE.as_bytes())
 }
 
 /// The first entry of a backup.

@@ -29,26 +29,28 @@ use std::sync::Arc;
 
 use sqlite::database::Database;
 
-pub use damage::{DamagedRow, Held, Rows};
-pub use error::StoreError;
-pub use host_records::{
-    AuditAnchor, CopyNews, CopyPlace, KekNameRecord, KekPersistence, NativeRoot, NeededKek, PersistedKek,
-    SavedState, StaleCopy, TpmRenewal, TpmSeal,
+pub(crate) use damage::{DamagedRow, Held, Rows};
+pub(crate) use error::StoreError;
+pub(crate) use host_records::{
+    AuditAnchor, Autostart, BoundRoots, CachedKek, CopyNews, CopyPlace, KekEnrollment, KekNameRecord,
+    NativeRoot, NeededKek, SavedState, StaleCopy, TpmRenewal,
 };
-pub use job_records::{JobRecord, LeftBehind, NewJob, Pass, Verdict};
-pub use local::{HostStore, KekCacheRows, KekNames, NativeRows, ProviderTable};
-pub use records::{
-    Change, DeletedProvider, EnvelopeRecord, EnvelopeState, MadeKek, Mark, PageEnd, ProviderRecord, Put,
-    RetiredKek, ShreddedRows, Traces, UnixTime, VmRecord,
+#[cfg(test)]
+pub(crate) use job_records::Pass;
+pub(crate) use job_records::{JobRecord, LeftBehind, NewJob, Verdict};
+pub(crate) use local::{HostStore, KekCacheRows, KekNames, NativeRows, ProviderTable};
+pub(crate) use records::{
+    Change, DeletedProvider, EnvelopeRecord, EnvelopeState, IfNeeded, MadeKek, Mark, ProviderRecord, Put,
+    RetiredKek, Traces, UnixTime, VmRecord,
 };
-pub use shared::{EnvelopeStore, Envelopes, Jobs, Keks, Providers, Vms};
+pub(crate) use shared::EnvelopeStore;
+pub(crate) use sqlite::database::now;
 
 /// Both stores of a state directory.
 #[derive(Clone, Debug)]
-pub struct Stores {
+pub(crate) struct Stores {
     /// What a fleet would share.
     pub keystore: Arc<dyn EnvelopeStore>,
-    /// What is of this host.
     pub host_store: HostStore,
 }
 
@@ -58,7 +60,7 @@ impl Stores {
     /// # Errors
     /// [`StoreError::InUse`] when another process has them open, [`StoreError::Damaged`] and
     /// [`StoreError::TooNew`] when they can't be used; in all cases they stay as they were.
-    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+    pub(crate) fn open(dir: &Path) -> Result<Self, StoreError> {
         let database = Arc::new(Database::open(dir)?);
         Ok(Self {
             host_store: HostStore::of(Arc::clone(&database)),
@@ -67,8 +69,7 @@ impl Stores {
     }
 
     /// The rows of key providers.
-    #[must_use]
-    pub fn providers(&self) -> ProviderTable {
+    pub(crate) fn providers(&self) -> ProviderTable {
         ProviderTable::new(Arc::clone(&self.keystore), self.host_store.clone())
     }
 }

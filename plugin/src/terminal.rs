@@ -9,14 +9,12 @@ use std::borrow::Cow;
 use std::fmt::{Display, Write};
 
 /// `text` with every character that a terminal would obey, or that nobody could see, as its escape: `\n`, `\u{1b}`.
-#[must_use]
-pub fn visible(text: &str) -> Cow<'_, str> {
+pub(crate) fn visible(text: &str) -> Cow<'_, str> {
     escaped(text, |out, found| out.extend(found.escape_debug()))
 }
 
 /// The same in a JSON document: such characters stand inside its strings only, but for the line breaks between them.
-#[must_use]
-pub fn visible_json(json: &str) -> Cow<'_, str> {
+pub(crate) fn visible_json(json: &str) -> Cow<'_, str> {
     escaped(json, |out, found| match found {
         '\n' => out.push('\n'),
         other => {
@@ -54,8 +52,7 @@ fn is_visible(found: char) -> bool {
 
 /// A text as one word of a shell command, such as the value in `--vm=…`: quoted where a shell would take it for something
 /// else, as bash and zsh read it.
-#[must_use]
-pub fn quoted(text: impl Display) -> String {
+pub(crate) fn quoted(text: impl Display) -> String {
     let text = text.to_string();
     let is_plain = |c: char| c.is_alphanumeric() || "_./:@%+=,-".contains(c);
     if !text.is_empty() && text.chars().all(is_plain) {
@@ -83,8 +80,7 @@ pub fn quoted(text: impl Display) -> String {
 
 /// A name or a path as the operand of a command of virsh or virtseal, behind all its options: one that begins with a dash is
 /// kept from being read as an option.
-#[must_use]
-pub fn word(text: impl Display) -> String {
+pub(crate) fn word(text: impl Display) -> String {
     let word = quoted(text);
     let is_option = word.trim_start_matches(['$', '\'']).starts_with('-');
     if is_option { format!("-- {word}") } else { word }

@@ -15,11 +15,9 @@
 //!     10         records: tag (2), length (4), that many bytes
 //! ```
 
-use crate::format_error::{FormatError, Tag};
+use crate::format_error::{FormatError, HEADER_BYTES, Tag, VERSION};
 
-pub(crate) const HEADER_BYTES: usize = 10;
 const RECORD_HEADER_BYTES: usize = 6;
-pub(crate) const VERSION: u8 = 2;
 
 const FLAG_ENCRYPTED: u16 = 0x01;
 const FLAG_MIGRATION_ENCRYPTED: u16 = 0x02;

@@ -2,7 +2,9 @@
 
 use thiserror::Error;
 
-use crate::format::{HEADER_BYTES, VERSION};
+/// The only version of the layout that is read.
+pub(crate) const VERSION: u8 = 2;
+pub(crate) const HEADER_BYTES: usize = 10;
 
 /// How a file breaks the format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 use virtseal_testkit::{HostBuilder, SealedHost, built_program, expect_names, wait_until};
 
 const UNLOCK_DEADLINE: Duration = Duration::from_secs(60);
@@ -22,7 +23,6 @@ fn exit_codes_tell_what_happened() -> Result<()> {
         expect_names(&answer.stderr, parts)
     };
     expect(2, &["seal"], &["Usage"])?;
-    expect(2, &["provider", "unlock", "main"], &["--passphrase-file"])?;
     expect(
         2,
         &[
@@ -71,19 +71,50 @@ fn exit_codes_tell_what_happened() -> Result<()> {
         &["'nobody'"],
     )?;
 
+    // A script is told what it is about, and what leads out.
+    for (arguments, kind, next) in [
+        (
+            ["provider", "lock", "nobody"],
+            "provider",
+            "virtseal provider list",
+        ),
+        (["vm", "status", "nobody"], "vm", "virsh list --all"),
+        (
+            ["provider", "show", "nobody"],
+            "provider",
+            "virtseal provider list",
+        ),
+    ] {
+        let said = sealed.refused(7, &[&["--json"], &arguments[..]].concat())?;
+        let error = &serde_json::from_str::<Value>(&said)?["error"];
+        let subject = serde_json::json!({ "kind": kind, "name": "nobody", "object": null });
+        ensure!(
+            error["code"] == 7 && error["next"] == next && error["subject"] == subject,
+            "{said}"
+        );
+    }
+
     // What leads out destroys nothing, and has the words of that command.
     let disk = SealedHost::spec("web01").disk.display().to_string();
     let share = ["volume", "share", &disk, "--with", "nobody"];
     expect(7, &share, &["'nobody'", "or give the UUID that it will have"])?;
     let over = ["volume", "create", &disk, "--size", "1M", "--vm", "web01"];
-    expect(1, &over, &["exists already", "choose another path"])?;
+    expect(10, &over, &["exists already", "choose another path"])?;
+    let nowhere = "/nowhere/x.qcow2 --from /nowhere/y --vm web01";
+    let nowhere: Vec<_> = ["volume", "create"]
+        .into_iter()
+        .chain(nowhere.split(' '))
+        .collect();
+    expect(7, &nowhere, &["/nowhere does not exist"])?;
+    expect(
+        2,
+        &["--json", "provider", "show"],
+        &["{\"error\":{\"code\":2,", "<NAME>"],
+    )?;
     expect(
         8,
         &["provider", "delete", "main", "--force"],
-        &[
-            "its name was not typed",
-            "Next: virtseal provider delete main, which says who needs it",
-        ],
+        &["'main' stays", "3 objects of 1 VMs (web01) need it"],
     )?;
     let file = sealed.passphrase_file()?.display().to_string();
     let again = [
@@ -98,7 +129,7 @@ fn exit_codes_tell_what_happened() -> Result<()> {
         &file,
     ];
     expect(
-        1,
+        10,
         &again,
         &[
             "on this host already, called \"main\"",
@@ -112,6 +143,7 @@ fn exit_codes_tell_what_happened() -> Result<()> {
     expect(8, &["vm", "unseal", "web01"], &["web01 stays sealed"])?;
 
     sealed.lock()?;
+    expect(2, &["provider", "unlock", "main"], &["--passphrase-file"])?;
     let vm = SealedHost::spec("x").uuid.to_string();
     expect(
         3,
@@ -119,6 +151,66 @@ fn exit_codes_tell_what_happened() -> Result<()> {
         &["is locked", "Next: virtseal provider unlock main"],
     )?;
     ensure!(!sealed.host().path("/run/x.qcow2").exists());
+    Ok(())
+}
+
+#[test]
+fn who_has_what_was_asked_for_is_told_so_and_not_refused() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    let spec = SealedHost::spec("plain01");
+    sealed.host().define(&spec)?;
+    let changes = |arguments: &[&str]| -> Result<bool> {
+        let said = sealed.json(arguments)?;
+        said["changed"]
+            .as_bool()
+            .with_context(|| format!("{arguments:?}: {said}"))
+    };
+    let file = sealed.passphrase_file()?.display().to_string();
+    let unlock = ["provider", "unlock", "main", "--passphrase-file", &file];
+    let disk = SealedHost::spec("web01").disk.display().to_string();
+    let other = spec.uuid.to_string();
+    for (arguments, first) in [
+        (&["vm", "seal", "web01"][..], false),
+        (&["vm", "unseal", "plain01"], false),
+        (&["provider", "default", "main"], false),
+        (&unlock, false),
+        (&["provider", "unlock", "main"], false),
+        (&["provider", "lock", "main"], true),
+        (&["provider", "lock", "main"], false),
+        (&unlock, true),
+        (&["volume", "share", &disk, "--with", &other], true),
+        (&["volume", "share", &disk, "--with", &other], false),
+        (&["volume", "share", &disk, "--without", &other], true),
+        (&["volume", "share", &disk, "--without", &other], false),
+        (&["provider", "tpm", "main", "--remove"], false),
+    ] {
+        ensure!(changes(arguments)? == first, "{arguments:?}");
+    }
+    sealed.start_paused("web01")?;
+    ensure!(!changes(&["vm", "seal", "web01"])?, "it is sealed, and runs");
+    ensure!(!changes(&["vm", "seal", "web01", "--dry-run"])?);
+
+    let job = sealed.json(&["vm", "rekey", "web01", "--watch"])?["id"].to_string();
+    let resumed = sealed.json(&["jobs", "resume", &job])?;
+    ensure!(resumed["state"] == "done", "{resumed}");
+
+    // What is there already, and may be another's, is no goal that was reached.
+    for taken in [
+        &["provider", "add", "native", "main", "--passphrase-file", &file][..],
+        &[
+            "provider",
+            "backup",
+            "main",
+            "-o",
+            &file,
+            "--passphrase-file",
+            &file,
+        ],
+        &["volume", "create", &disk, "--vm", "web01", "--size", "1M"],
+    ] {
+        sealed.refused(10, taken)?;
+    }
     Ok(())
 }
 
@@ -159,7 +251,7 @@ fn every_command_answers_in_json() -> Result<()> {
     let providers = sealed.json(&["provider", "list"])?;
     ensure!(providers == status["providers"] && providers == sealed.json(&["provider", "show", "main"])?);
     ensure!(
-        providers[0]["state"] == "Ready" && providers[0]["is_default"] == true,
+        providers[0]["state"] == "ready" && providers[0]["is_default"] == true,
         "{providers}"
     );
     ensure!(providers[0]["envelopes"] == 3, "{providers}");
@@ -279,7 +371,7 @@ fn group_reads_and_root_changes() -> Result<()> {
         expect_names(&answer.stderr, &["Next: "])?;
     }
     ensure!(!sealed.host().path("/tmp/virtseal-e2e-stolen").exists());
-    ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "Ready");
+    ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "ready");
 
     // Whoever is in no group does not even get to the socket.
     let stranger = as_user("12345", &["status"])?;
@@ -294,7 +386,7 @@ fn passphrases_come_from_files_descriptors_and_credentials() -> Result<()> {
     let cli = built_program("virtseal")?.display().to_string();
     let locked = |sealed: &SealedHost| -> Result<()> {
         sealed.lock()?;
-        ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "Locked");
+        ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "locked");
         Ok(())
     };
     let credentials = sealed.host().path("/run/credentials");
@@ -326,7 +418,7 @@ fn passphrases_come_from_files_descriptors_and_credentials() -> Result<()> {
             .run(&["bash", "-o", "pipefail", "-c", &script])?
             .succeeded()?;
         ensure!(
-            sealed.json(&["provider", "show", "main"])?[0]["state"] == "Ready",
+            sealed.json(&["provider", "show", "main"])?[0]["state"] == "ready",
             "{script}"
         );
     }
@@ -343,13 +435,13 @@ fn passphrases_come_from_files_descriptors_and_credentials() -> Result<()> {
     ensure!(nothing.code() == Some(2), "{nothing:?}");
     let no_credential = sealed.virtseal(&["provider", "unlock", "main", "--passphrase-credential", "x"])?;
     ensure!(no_credential.code() == Some(2), "{no_credential:?}");
-    ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "Locked");
+    ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "locked");
 
     // The daemon unlocks itself with a credential of its unit.
     sealed.stop_daemon(Signal::SIGTERM)?;
     sealed.start_daemon_through(&["env", "CREDENTIALS_DIRECTORY=/run/credentials"])?;
     wait_until(UNLOCK_DEADLINE, "the unlocking by a credential", || {
-        Ok((sealed.json(&["provider", "show", "main"])?[0]["state"] == "Ready").then_some(()))
+        Ok((sealed.json(&["provider", "show", "main"])?[0]["state"] == "ready").then_some(()))
     })?;
 
     // A wrong one is no reason not to run.
@@ -379,7 +471,7 @@ fn provider_wraps_nothing_before_its_backup_and_restores_only_where_it_is_missin
     sealed
         .virtseal(&["provider", "add", "native", "main", "--passphrase-file", &file])?
         .succeeded()?;
-    ensure!(sealed.json(&["provider", "list"])?[0]["state"] == "NotBackedUp");
+    ensure!(sealed.json(&["provider", "list"])?[0]["state"] == "not_backed_up");
     let early = sealed.virtseal(&create)?;
     ensure!(early.code() == Some(8), "{early:?}");
     expect_names(
@@ -412,7 +504,7 @@ fn provider_wraps_nothing_before_its_backup_and_restores_only_where_it_is_missin
         &file,
     ];
     let over = sealed.virtseal(&over)?;
-    ensure!(over.code() == Some(1), "{over:?}");
+    ensure!(over.code() == Some(10), "{over:?}");
     expect_names(&over.stderr, &["/run/clear", "never overwritten"])?;
     sealed.virtseal(&create)?.succeeded()?;
 
@@ -428,10 +520,10 @@ fn provider_wraps_nothing_before_its_backup_and_restores_only_where_it_is_missin
     ];
     let again = sealed.virtseal(&restore)?;
     ensure!(again.code() != Some(0), "{again:?}");
-    expect_names(&again.stderr, &["\"main\" already"])?;
+    expect_names(&again.stderr, &["'main' already"])?;
     let state = sealed.json(&["provider", "list"])?;
     ensure!(
-        state.as_array().context("no list")?.len() == 1 && state[0]["state"] == "Ready",
+        state.as_array().context("no list")?.len() == 1 && state[0]["state"] == "ready",
         "{state}"
     );
     Ok(())
@@ -476,7 +568,8 @@ fn what_others_wrote_commands_neither_the_terminal_nor_the_shell() -> Result<()>
         let (_, advised) = said.split_once("Next: ").with_context(|| said.clone())?;
         ensure!(advised.starts_with("virsh shutdown "), "{advised}");
         // As an administrator pastes it.
-        let pasted = advised.trim().replace("virsh shutdown", "virsh destroy");
+        let (first, _) = advised.split_once(", then ").context("no second step")?;
+        let pasted = first.replace("virsh shutdown", "virsh destroy");
         host.run(&["bash", "-c", &pasted])?.succeeded()?;
         ensure!(
             host.virsh(&["list", "--name"])?.succeeded()?.is_empty(),
@@ -514,8 +607,9 @@ fn what_others_wrote_commands_neither_the_terminal_nor_the_shell() -> Result<()>
         let answer = sealed.virtseal(command)?;
         let printed = format!("{}{}", answer.stdout, answer.stderr);
         ensure!(!printed.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{printed:?}");
+        // The status of a host names no provider of a VM that something else keeps off.
         ensure!(
-            printed.contains("owned"),
+            command == ["status"] || printed.contains("owned"),
             "the hint is not there at all: {printed}"
         );
     }

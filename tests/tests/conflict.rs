@@ -358,16 +358,11 @@ fn a_damaged_row_is_named_and_its_way_out_heals() -> Result<()> {
         sealed.seal_new(&other)?;
         sealed.expect_start(&other)?;
         sealed.expect_start("web02")?;
-        let doomed = sealed.refused(1, &["vm", "shred", &other, "--yes-shred", &other])?;
-        expect_names(
-            &doomed,
-            &[
-                "the keystore's record of envelope",
-                "is damaged",
-                "virtseal status",
-            ],
-        )
-        .context(*damage)?;
+        // A record that can't be read may need any KEK, so that stays; the rest of the other VM's keys goes.
+        let receipt = sealed.run(&["vm", "shred", &other, "--yes-shred", &other])?;
+        expect_names(&receipt, &["keyslots made dead"]).context(*damage)?;
+        let stays = receipt.contains("not destroyed: a record of the keystore is damaged");
+        ensure!(stays == (nth == 0), "{damage}: {receipt}");
         let guard = sealed.refused(1, &["provider", "delete", "main"])?;
         expect_names(
             &guard,
@@ -382,7 +377,6 @@ fn a_damaged_row_is_named_and_its_way_out_heals() -> Result<()> {
         sealed.run(&["vm", "adopt", "web01"]).context(*damage)?;
         expect_no_finding(&sealed, "web01").context(*damage)?;
         sealed.expect_start("web01").context(*damage)?;
-        sealed.run(&["vm", "shred", &other, "--yes-shred", &other])?;
         sealed.host().undefine(&other)?;
     }
     // By its start alone, which verifies what the XML has.

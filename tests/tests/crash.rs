@@ -17,7 +17,8 @@ use serde_json::Value;
 use uuid::Uuid;
 use virtseal_testkit::rig::{IMAGES, LEAST_STEPS, MAX_STEPS, NVRAM, Rig, STATE, done_or, root_of, words};
 use virtseal_testkit::{
-    DomainSpec, DomainState, Tracer, built_program, expect_durable, expect_order, wait_until,
+    DomainSpec, DomainState, Tracer, Way, built_program, expect_durable, expect_names, expect_order,
+    wait_until,
 };
 
 const END_DEADLINE: Duration = Duration::from_secs(20);
@@ -57,22 +58,86 @@ fn volume_create_can_be_killed_at_every_step() -> Result<()> {
 
 #[test]
 fn volume_create_from_an_image_can_be_killed_at_every_step() -> Result<()> {
+    let rig = Rig::start()?;
+    filling_can_be_killed(rig, &[])
+}
+
+/// The same with a copy of its own, which has the sum.
+#[test]
+fn volume_create_from_a_checked_image_can_be_killed_at_every_step() -> Result<()> {
+    let rig = Rig::start()?;
+    let sum = sum_of_source(&rig)?;
+    filling_can_be_killed(rig, &["--sha256", &sum])
+}
+
+#[test]
+fn an_image_with_another_sum_leaves_nothing_wherever_virtseald_is_killed() -> Result<()> {
     let mut rig = Rig::start()?;
+    let source = source(&rig)?;
+    let wrong = "0f".repeat(32);
+    let mut steps = (1..MAX_STEPS).step_by(2);
+    let mut kills = 0;
+    loop {
+        let nth = steps.next().context("it does not get through")?;
+        let (path, vm) = (
+            format!("{IMAGES}/wrong-{nth}.qcow2"),
+            Uuid::from_u128(0x2800 + nth as u128),
+        );
+        let uuid = vm.to_string();
+        let create = [
+            "volume", "create", &path, "--from", &source, "--vm", &uuid, "--sha256", &wrong,
+        ];
+        let (output, trace) = rig.kill_at(nth, |sealed| sealed.virtseal(&create))?;
+        let what = || format!("killed at step {nth}, {:?}", trace.steps.last());
+        if trace.killed {
+            kills += 1;
+            rig.sealed.start_daemon().with_context(what)?;
+            rig.sealed.unlock()?;
+            wait_until(END_DEADLINE, "the job to end", || {
+                let jobs = rig.sealed.json(&["jobs"])?;
+                Ok((!jobs.to_string().contains(r#""state":"running""#)).then_some(()))
+            })
+            .with_context(what)?;
+            let said = rig.sealed.refused(1, &create).with_context(what)?;
+            expect_names(&said, &[&wrong, &source])?;
+        } else {
+            ensure!(output.code() == Some(1), "{output:?}");
+        }
+        ensure!(!rig.host().path(&path).exists(), "there is an image, {}", what());
+        ensure!(rig.envelopes(&vm)?.is_empty(), "there is an envelope, {}", what());
+        rig.expect_no_temporaries().with_context(what)?;
+        if !trace.killed {
+            ensure!(kills >= LEAST_STEPS, "{kills} kills");
+            return Ok(());
+        }
+    }
+}
+
+fn source(rig: &Rig) -> Result<String> {
     let source = format!("{IMAGES}/source.raw");
     fs::write(rig.host().path(&source), vec![0x5a; 2 << 20])?;
+    Ok(source)
+}
+
+fn sum_of_source(rig: &Rig) -> Result<String> {
+    let sums = rig.host().run(&["sha256sum", &source(rig)?])?.succeeded()?;
+    Ok(sums.split(' ').next().unwrap_or_default().to_owned())
+}
+
+fn filling_can_be_killed(mut rig: Rig, options: &[&str]) -> Result<()> {
+    let source = source(&rig)?;
     let vm_of = |nth: usize| Uuid::from_u128(0x2000 + nth as u128);
     let path_of = |nth: usize| format!("{IMAGES}/from-{nth}.qcow2");
     let steps = rig.at_each_step(
         |_, nth| {
-            words(&[
-                "volume",
-                "create",
-                &path_of(nth),
-                "--from",
-                &source,
-                "--vm",
-                &vm_of(nth).to_string(),
-            ])
+            let (path, vm) = (path_of(nth), vm_of(nth).to_string());
+            words(
+                &[
+                    &["volume", "create", &path, "--from", &source, "--vm", &vm],
+                    options,
+                ]
+                .concat(),
+            )
         },
         |rig, nth, command| {
             rig.expect_openable(&vm_of(nth))?;
@@ -165,9 +230,18 @@ fn vm_unseal_can_be_killed_at_every_step() -> Result<()> {
         rig.sealed.seal_empty(&spec(nth))?;
         words(&["vm", "unseal", &spec(nth).name])
     };
+    let mut told = 0;
     rig.at_each_change(sealed, |rig, nth, command| {
         let name = spec(nth).name;
         rig.sealed.unlock()?;
+        // Who seals it again is told that half of it is plain, or has it sealed.
+        if told < 2 {
+            let sealed_again = rig.sealed.virtseal(&["vm", "seal", &name])?;
+            if !sealed_again.status.success() {
+                Way::that_begins("virtseal vm unseal", &sealed_again.refused()?)?.take(&rig.sealed)?;
+                told += 1;
+            }
+        }
         let again = rig.sealed.virtseal(command)?;
         done_or(again, "is not sealed")?;
         let xml = rig.sealed.dumpxml(&name)?;
@@ -178,6 +252,7 @@ fn vm_unseal_can_be_killed_at_every_step() -> Result<()> {
         }
         Ok(())
     })?;
+    ensure!(told > 0, "no kill left it half sealed");
     Ok(())
 }
 
@@ -263,7 +338,7 @@ fn provider_add_can_be_killed_at_every_step() -> Result<()> {
             // Whichever of the two runs made it, its passphrase opens it, and it wraps nothing yet.
             rig.restart()?;
             rig.sealed.unlock_provider(&name)?;
-            ensure!(rig.state_of(&name)?.as_deref() == Some("NotBackedUp"));
+            ensure!(rig.state_of(&name)?.as_deref() == Some("not_backed_up"));
             Ok(())
         },
     )?;
@@ -301,7 +376,7 @@ fn provider_backup_can_be_killed_at_every_step() -> Result<()> {
         |rig, nth, command| {
             let (name, file) = (name_of(nth), file_of(nth));
             rig.sealed.unlock_provider(&name)?;
-            if rig.state_of(&name)?.as_deref() == Some("Ready") {
+            if rig.state_of(&name)?.as_deref() == Some("ready") {
                 // It wraps from now on, and relies on this file.
                 rig.root_in(&file)?;
             }
@@ -317,7 +392,7 @@ fn provider_backup_can_be_killed_at_every_step() -> Result<()> {
                 );
             }
             rig.root_in(&file)?;
-            ensure!(rig.state_of(&name)?.as_deref() == Some("Ready"));
+            ensure!(rig.state_of(&name)?.as_deref() == Some("ready"));
             Ok(())
         },
     )?;
@@ -352,11 +427,11 @@ fn provider_unlock_and_lock_can_be_killed_at_every_step() -> Result<()> {
             },
             |rig, _, command| {
                 // A new daemon holds no key, whatever the old one was about.
-                ensure!(rig.state_of("main")?.as_deref() == Some("Locked"));
+                ensure!(rig.state_of("main")?.as_deref() == Some("locked"));
                 rig.expect_active(&vm, &["disk"])?;
                 rig.sealed.virtseal(command)?.succeeded()?;
                 rig.sealed.unlock_provider("main")?;
-                ensure!(rig.state_of("main")?.as_deref() == Some("Ready"));
+                ensure!(rig.state_of("main")?.as_deref() == Some("ready"));
                 Ok(())
             },
         )?;
@@ -401,7 +476,7 @@ fn provider_restore_can_be_killed_at_every_step() -> Result<()> {
             done_or(again, "already")?;
             rig.restart()?;
             rig.sealed.unlock_provider("main")?;
-            ensure!(rig.state_of("main")?.as_deref() == Some("Ready"));
+            ensure!(rig.state_of("main")?.as_deref() == Some("ready"));
             let again = root_of(&rig.sealed, "main", "/run/again.json")?;
             ensure!(again.key == rig.root.key, "another root key");
             Ok(())

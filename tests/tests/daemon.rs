@@ -10,11 +10,35 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use virtseal_testkit::rig::STATE;
 use virtseal_testkit::{
-    DomainState, Host, HostBuilder, Output, Process, SealedHost, built_program, expect_names, wait_until,
+    DomainState, Host, HostBuilder, Output, Process, Readiness, SealedHost, built_program, expect_names,
+    wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is copied or backed up while virtseald is down must be whole, and who cuts the audit log then is found out.
+#[test]
+fn an_end_leaves_all_changes_in_the_keystore_and_notes_the_audit_log() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    let state = sealed.host().path(STATE);
+    let records = fs::read_to_string(state.join("audit.log"))?.lines().count();
+    let alone = tempfile::tempdir()?;
+    fs::copy(state.join("keystore.db"), alone.path().join("keystore.db"))?;
+    let copy = rusqlite::Connection::open(alone.path().join("keystore.db"))?;
+    let sealed_vms: usize = copy.query_row("SELECT count(*) FROM vms WHERE name = 'web01'", [], |row| {
+        row.get(0)
+    })?;
+    let noted: usize = copy.query_row("SELECT seq FROM audit_anchor", [], |row| row.get(0))?;
+    ensure!(
+        sealed_vms == 1 && noted == records,
+        "{noted} of {records} records are noted"
+    );
+    Ok(())
+}
 
 #[test]
 fn daemons_run_side_by_side() -> Result<()> {
@@ -75,13 +99,27 @@ fn mistakes_in_the_configuration_name_file_and_line() -> Result<()> {
         ("require_sealed: true\n", &["bad.yaml:1", "hook.conf"]),
         ("state_dir: here\n", &["bad.yaml", "'here'", "absolute"]),
         (
+            "log: info\nhook_deadline: 3s\n",
+            &["bad.yaml:2", "provider_deadline", "hook_deadline (3s)"],
+        ),
+        (
             "log: 'virtseal=loud'\n",
             &["bad.yaml:1", "log", "virtseal=loud", "warn"],
         ),
     ] {
         let failed = start(&host, "bad", text)?;
-        expect_failure(failed, parts).with_context(|| format!("{text:?}"))?;
+        // systemd tries no more: packaging/systemd/virtseald.service.in.
+        expect_end(failed, 78, parts).with_context(|| format!("{text:?}"))?;
+        let refused = check(&host, "/etc/virtseal/bad.yaml")?;
+        ensure!(refused.code() == Some(1), "{refused:?}");
+        let parts: Vec<_> = parts.iter().filter(|part| **part != "Next: ").copied().collect();
+        expect_names(&refused.stderr, &parts)?;
     }
+    fs::write(
+        host.path("/etc/virtseal/bad.yaml"),
+        "hook_deadline: 3s\nprovider_deadline: 1s\n",
+    )?;
+    check(&host, "/etc/virtseal/bad.yaml")?.succeeded()?;
     let program = built_program("virtseald")?.display().to_string();
     let missing = host.run(&[&program, "--config", "/nonexistent.yaml"])?;
     ensure!(missing.code() == Some(1), "{missing:?}");
@@ -112,21 +150,10 @@ fn sighup_takes_a_new_deadline_over() -> Result<()> {
     );
 
     // A libvirt that does not answer makes the deadline show: a little before the hook's own.
-    sealed.host_mut().libvirtd()?.signal(Signal::SIGSTOP)?;
-    let begin = Instant::now();
-    let reply = prepare(&sealed, &xml)?;
-    let waited = begin.elapsed();
-    sealed.host_mut().libvirtd()?.signal(Signal::SIGCONT)?;
-    // 0.3 of the deadline is libvirt's share of it: with the old one it would be 3 s.
-    expect_names(
-        &reply,
-        &["web01 stays off", "did not answer within 0.9 s", "Next: virsh"],
-    )?;
-    ensure!(waited >= Duration::from_millis(900), "{waited:?}");
-    ensure!(
-        waited < Duration::from_secs(8),
-        "the old deadline of 10 s still counts: {waited:?}"
-    );
+    expect_silence_noticed(&mut sealed, &xml)?;
+    // The same where it does not even let anybody in, as a new one that is starting VMs; and nobody else waits for it.
+    sealed.host_mut().restart_libvirtd()?;
+    expect_silence_noticed(&mut sealed, &xml)?;
 
     // Nobody waits for that start any more, and nothing stays armed of it.
     wait_until(PATIENCE, "the take-back of late secrets", || {
@@ -190,14 +217,12 @@ fn socket_activation_and_readiness_work_as_systemd_does_them() -> Result<()> {
     fs::remove_file(&socket)?;
     // Requests wait in the socket from before the daemon's start: here the CLI's, which asks first.
     let listener = UnixListener::bind(&socket)?;
-    let notify_socket = sealed.host().path("/run/notify");
-    let notify = std::os::unix::net::UnixDatagram::bind(&notify_socket)?;
-    notify.set_read_timeout(Some(PATIENCE))?;
+    let readiness = Readiness::of(&sealed)?;
     let program = built_program("virtseald")?.display().to_string();
     let mut waiting = sealed
         .host()
         .command(built_program("virtseal")?)
-        .arg("status")
+        .args(["--timeout", "1m", "status"])
         .stdout(Stdio::null())
         .spawn()?;
     let log = fs::File::create(sealed.host().path("/var/log/activated.out"))?;
@@ -213,14 +238,7 @@ fn socket_activation_and_readiness_work_as_systemd_does_them() -> Result<()> {
         .stdin(OwnedFd::from(listener))
         .stderr(log)
         .spawn()?;
-    let mut states = String::new();
-    while !states.contains("READY=1") {
-        let mut message = [0; 4096];
-        let length = notify
-            .recv(&mut message)
-            .context("virtseald does not say that it is ready")?;
-        states.push_str(&String::from_utf8_lossy(&message[..length]));
-    }
+    readiness.wait(PATIENCE)?;
     ensure!(waiting.wait()?.success(), "the request that came first was lost");
     sealed.unlock()?;
     sealed.start_paused("web01")?;
@@ -237,20 +255,59 @@ fn socket_activation_and_readiness_work_as_systemd_does_them() -> Result<()> {
 }
 
 #[test]
+fn a_virtseald_that_is_ready_has_tried_its_credentials_and_a_start_waits_for_that() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    let credentials = sealed.host().path("/run/credentials");
+    fs::create_dir(&credentials)?;
+    let credential = credentials.join("virtseal.passphrase.main");
+    fs::write(&credential, SealedHost::PASSPHRASE)?;
+    // How long that takes is not the point.
+    sealed.configure("hook_deadline: 120s\n")?;
+    fs::write(sealed.host().path("/etc/virtseal/hook.conf"), "deadline = 120s\n")?;
+    let readiness = Readiness::of(&sealed)?;
+    let environment = [
+        "env",
+        "CREDENTIALS_DIRECTORY=/run/credentials",
+        Readiness::ENVIRONMENT,
+    ];
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon_through(&environment)?;
+    readiness.wait(PATIENCE)?;
+    ensure!(sealed.provider("main")?["state"] == "ready");
+    sealed.expect_start("web01")?;
+
+    // It listens before it is ready: who starts a VM then gets it.
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon_through(&environment)?;
+    sealed.expect_start("web01")?;
+    readiness.wait(PATIENCE)?;
+
+    // A wrong one is no reason to wait any longer.
+    fs::write(&credential, "wrong")?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon_through(&environment)?;
+    readiness.wait(PATIENCE)?;
+    expect_names(&sealed.refused_start("web01")?, &["'main' is locked"])
+}
+
+#[test]
 fn status_answers_with_libvirt_down() -> Result<()> {
     let mut sealed = SealedHost::start_without_provider(HostBuilder::default())?;
     sealed.host_mut().stop_libvirtd()?;
     // What it shows may be two seconds old.
     wait_until(PATIENCE, "status to say that libvirt is down", || {
-        let status = sealed.json(&["status"])?;
-        let libvirt = status["libvirt"].as_str().context("no libvirt")?;
-        Ok((libvirt != "connected").then(|| libvirt.to_owned()))
+        let answer = sealed.virtseal(&["status", "--json"])?;
+        let status: serde_json::Value = serde_json::from_str(&answer.stdout)?;
+        let why = status["libvirt_problem"].as_str().map(str::to_owned);
+        ensure!(why.is_none() || answer.code() == Some(4), "{answer:?}");
+        Ok(why.filter(|_| status["libvirt"] == "not_connected"))
     })
-    .and_then(|libvirt| expect_names(&libvirt, &["qemu:///system", "connect"]))?;
+    .and_then(|why| expect_names(&why, &["qemu:///system", "connect"]))?;
     // It starts without libvirt as well.
     sealed.stop_daemon(Signal::SIGTERM)?;
     sealed.start_daemon()?;
-    sealed.virtseal(&["status"])?.succeeded()?;
+    sealed.refused(4, &["status"])?;
     Ok(())
 }
 
@@ -274,10 +331,20 @@ fn start(host: &Host, name: &str, config: &str) -> Result<Process> {
     host.spawn(name, &[&program, "--config", &path])
 }
 
-fn expect_failure(mut daemon: Process, parts: &[&str]) -> Result<()> {
+/// Has virtseald check a configuration.
+fn check(host: &Host, path: &str) -> Result<Output> {
+    let program = built_program("virtseald")?.display().to_string();
+    host.run(&[&program, "--check", path])
+}
+
+fn expect_failure(daemon: Process, parts: &[&str]) -> Result<()> {
+    expect_end(daemon, 1, parts)
+}
+
+fn expect_end(mut daemon: Process, code: i32, parts: &[&str]) -> Result<()> {
     let status = daemon.wait(PATIENCE)?;
     ensure!(
-        status.code() == Some(1),
+        status.code() == Some(code),
         "ended with {status}: {}",
         daemon.output()
     );
@@ -290,6 +357,33 @@ fn reload(sealed: &mut SealedHost, logged: &str) -> Result<()> {
     wait_until(PATIENCE, logged, || {
         Ok(daemon.output().contains(logged).then_some(()))
     })
+}
+
+/// libvirtd is stopped: a start is refused in time, and `provider lock` is not kept waiting.
+fn expect_silence_noticed(sealed: &mut SealedHost, xml: &str) -> Result<()> {
+    sealed.host_mut().libvirtd()?.signal(Signal::SIGSTOP)?;
+    let begin = Instant::now();
+    let reply = prepare(sealed, xml)?;
+    let waited = begin.elapsed();
+    sealed.run(&["provider", "lock", "main"])?;
+    let locked = begin.elapsed() - waited;
+    sealed.host_mut().libvirtd()?.signal(Signal::SIGCONT)?;
+    // 0.3 of the deadline is libvirt's share of it: with the old one it would be 3 s.
+    expect_names(
+        &reply,
+        &[
+            "web01 stays off",
+            "did not answer within 0.9 s",
+            "Next: virtseal vm autostart web01, if libvirt autostarts it, then virsh start web01",
+        ],
+    )?;
+    ensure!(waited >= Duration::from_millis(900), "{waited:?}");
+    ensure!(
+        waited < Duration::from_secs(8),
+        "the old deadline of 10 s still counts: {waited:?}"
+    );
+    ensure!(locked < Duration::from_secs(5), "the lock took {locked:?}");
+    sealed.unlock()
 }
 
 /// Runs the hook as libvirt does at `prepare begin`, and returns its refusal.

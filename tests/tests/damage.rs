@@ -4,9 +4,10 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use virtseal_testkit::{SealedHost, edited, expect_names};
+use virtseal_testkit::{SealedHost, edit_keystore, edited, expect_names, wait_until};
 
 /// All on a VM that has started before, so that nothing remembered hides the damage.
 #[test]
@@ -170,6 +171,115 @@ fn lost_and_swapped_envelopes_refuse_start() -> Result<()> {
         .host()
         .define_xml(&format!("{}{}", &good[..begin], &good[end..]))?;
     sealed.start_paused("web01")
+}
+
+/// Of which there is no copy: nothing but its own object is lost by it, and nothing else has to wait for a backup.
+#[test]
+fn a_record_that_nobody_can_read_stops_nothing_else() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    let (web, other) = (sealed.seal_new("web01")?, sealed.seal_new("web02")?);
+    sealed.seal_new("web03")?;
+    let tpms = ["web01", "web02"].map(|vm| envelope_of(&sealed, vm, "vtpm"));
+    sealed.stop_daemon(nix::sys::signal::Signal::SIGTERM)?;
+    edit_keystore(&sealed, |keystore| {
+        for tpm in tpms {
+            let changed = keystore.execute("UPDATE envelopes SET json = x'ff00' WHERE id = ?1", [tpm?])?;
+            ensure!(changed == 1, "{changed} rows");
+        }
+        Ok(())
+    })?;
+    sealed.start_daemon()?;
+    sealed.unlock()?;
+    for vm in ["web01", "web02"] {
+        // What the XML still has would mend it.
+        let xml = sealed.dumpxml(vm)?;
+        let begin = xml.find("<virtseal:envelope").context("no envelope in the XML")?;
+        let end = xml.find("</virtseal:vm>").context("no metadata in the XML")?;
+        sealed
+            .host()
+            .define_xml(&format!("{}{}", &xml[..begin], &xml[end..]))?;
+    }
+    sealed.expect_start("web03")?;
+    let passphrase = sealed.passphrase_file()?.display().to_string();
+
+    // It is left out, and the others go on.
+    let rotated = sealed.virtseal(&["provider", "rotate", "main", "--passphrase-file", &passphrase])?;
+    expect_names(&format!("{rotated:?}"), &["left out", "is damaged"])?;
+    rotated.succeeded()?;
+    sealed.run(&[
+        "provider",
+        "backup",
+        "main",
+        "--output",
+        "/run/main.age",
+        "--passphrase-file",
+        &passphrase,
+    ])?;
+    wait_until(Duration::from_secs(30), "the sweep is through", || {
+        Ok((sealed.last_job()?["state"] == "incomplete").then_some(()))
+    })?;
+    sealed.expect_start("web03")?;
+
+    // Shredded, it says what it could not see.
+    let shred = ["vm", "shred", "web01", "--yes-shred", "web01"];
+    let receipt = sealed.json(&shred)?.to_string();
+    expect_names(
+        &receipt,
+        &[
+            "keyslots made dead",
+            "the damaged record of envelope",
+            "is not known",
+        ],
+    )?;
+    ensure!(sealed.host().path(&web.disk).exists());
+
+    // Forgotten, its bytes are kept.
+    sealed.host().undefine("web02")?;
+    fs::remove_file(sealed.host().path(other.nvram()))?;
+    let said = sealed.virtseal(&["vm", "forget", "web02"])?;
+    expect_names(
+        &format!("{said:?}"),
+        &["is damaged", "what nothing else opens is lost"],
+    )?;
+    said.succeeded()?;
+    let kept: Vec<_> =
+        fs::read_dir(sealed.host().path("/var/lib/virtseal/forgotten"))?.collect::<Result<_, _>>()?;
+    let text = fs::read_to_string(kept[0].path())?;
+    expect_names(&text, &["\"damaged\"", "\"hex\": \"ff00\""])?;
+    let status = sealed.run(&["status"])?;
+    ensure!(!status.contains("damaged"), "{status}");
+    sealed.expect_start("web03")
+}
+
+/// Whose it is says the envelope that is in it: its disk would be shredded with the other VM.
+#[test]
+fn a_record_in_which_another_vm_stands_is_not_shredded_with_that() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    let (web, other) = (sealed.seal_new("web01")?, sealed.seal_new("web02")?);
+    let disk = envelope_of(&sealed, "web02", "disk vda")?;
+    sealed.stop_daemon(nix::sys::signal::Signal::SIGTERM)?;
+    edit_keystore(&sealed, |keystore| {
+        let sql = "UPDATE envelopes SET vm = ?2 WHERE id = ?1";
+        ensure!(keystore.execute(sql, [&disk, &web.uuid.to_string()])? == 1);
+        Ok(())
+    })?;
+    sealed.start_daemon()?;
+    sealed.unlock()?;
+    let shred = ["vm", "shred", "web01", "--yes-shred", "web01"];
+    let owner = other.uuid.to_string();
+    let said = sealed.refused(8, &shred)?;
+    expect_names(
+        &said,
+        &[
+            "web01 stays",
+            &disk,
+            &owner,
+            &format!("virtseal vm adopt {owner}"),
+        ],
+    )?;
+    sealed.run(&["vm", "adopt", &owner])?;
+    sealed.run(&shred)?;
+    sealed.expect_start("web02")
 }
 
 /// Does `harm` to the file `inside`, runs `check`, and puts the file back.

@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal::domain::{Domain, Firmware};
-use virtseal::vm::seal::firmware_of;
+use virtseal::inside::{LoaderAndTemplate, chosen_firmware, declared_firmware};
 use virtseal_testkit::{DomainSpec, Host, HostBuilder, SealedHost, expect_names};
 
 /// A raw disk of 8 MiB that begins as an image that `options` make, with data at 6 MiB.
@@ -181,19 +180,13 @@ fn plaintext_beside_the_objects_is_refused_unless_the_policy_allows_it() -> Resu
 }
 
 /// The loader and the template that libvirt has for a domain: in its definition, or, before libvirt 9.2, once it is started.
-fn of_libvirt(host: &Host, name: &str) -> Result<(Option<PathBuf>, Option<PathBuf>)> {
-    let shown = |xml: &str| -> Result<_> {
-        let Firmware::Uefi(uefi) = Domain::parse(xml)?.firmware else {
-            anyhow::bail!("{xml}");
-        };
-        Ok((uefi.loader, uefi.nvram.and_then(|nvram| nvram.template)))
-    };
-    let defined = shown(&host.virsh(&["dumpxml", name])?.succeeded()?)?;
+fn of_libvirt(host: &Host, name: &str) -> Result<LoaderAndTemplate> {
+    let defined = declared_firmware(&host.virsh(&["dumpxml", name])?.succeeded()?)?;
     if defined.0.is_some() && defined.1.is_some() {
         return Ok(defined);
     }
     host.virsh(&["start", "--paused", name])?.succeeded()?;
-    let started = shown(&host.virsh(&["dumpxml", name])?.succeeded()?);
+    let started = declared_firmware(&host.virsh(&["dumpxml", name])?.succeeded()?);
     host.virsh(&["destroy", name])?.succeeded()?;
     started
 }
@@ -250,14 +243,11 @@ fn firmware_is_chosen_as_libvirt_chooses_it() -> Result<()> {
             &format!("machine='{canonical}'"),
             1,
         );
-        let ours = firmware_of(&Domain::parse(&left_open)?);
+        let ours = chosen_firmware(&left_open);
         let theirs = defined.and_then(|()| of_libvirt(&host, &name));
         match (ours, theirs) {
-            (Ok((loader, template)), Ok(theirs)) => {
-                ensure!(
-                    theirs == (loader, Some(template)),
-                    "{os} {more}: libvirt has {theirs:?}"
-                );
+            (Ok(ours), Ok(theirs)) => {
+                ensure!(theirs == ours, "{os} {more}: libvirt has {theirs:?}");
                 chosen += 1;
             }
             (Err(_), Err(_)) => {}

@@ -190,12 +190,7 @@ fn what_the_keystore_was_not_told_is_found_before_a_provider_goes() -> Result<()
     fs::write(&image, backup)?;
     expect_names(
         &sealed.refused(8, &["provider", "delete", "main"])?,
-        &[
-            "copies that are behind",
-            "the XML of web01",
-            "web01.qcow2",
-            "virtseal jobs",
-        ],
+        &["outdated cop", "the XML of web01", "web01.qcow2", "virtseal jobs"],
     )?;
     sealed.wait_for_copies(0)?;
 

@@ -90,6 +90,43 @@ fn keystore_learns_where_a_disk_has_moved() -> Result<()> {
 }
 
 #[test]
+fn seal_and_adopt_have_the_keystore_follow_a_disk_that_has_moved() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let spec = sealed.seal_new("web01")?;
+    let mut from = spec.disk.clone();
+    for (command, to) in [("seal", "first.qcow2"), ("adopt", "second.qcow2")] {
+        let to = spec.disk.with_file_name(to);
+        fs::rename(sealed.host().path(&from), sealed.host().path(&to))?;
+        let (old, new) = (from.display().to_string(), to.display().to_string());
+        let xml = edited(&sealed.dumpxml("web01")?, &old, &new)?;
+        sealed.host().define_xml(&xml)?;
+        let done = sealed.json(&["vm", command, "web01"])?;
+        ensure!(done["changed"] == true, "{done}");
+        let again = sealed.json(&["vm", command, "web01"])?;
+        ensure!(again["changed"] == false, "{again}");
+        from = to;
+    }
+
+    // A copy moves nothing, as long as the disk is at its old place.
+    let copy = spec.disk.with_file_name("copy.qcow2");
+    fs::copy(sealed.host().path(&from), sealed.host().path(&copy))?;
+    let (old, new) = (from.display().to_string(), copy.display().to_string());
+    sealed
+        .host()
+        .define_xml(&edited(&sealed.dumpxml("web01")?, &old, &new)?)?;
+    for command in ["seal", "adopt"] {
+        let done = sealed.json(&["vm", command, "web01"])?;
+        ensure!(done["changed"] == false, "{done}");
+    }
+
+    sealed.host().undefine("web01")?;
+    let status = sealed.json(&["vm", "status", "web01"])?;
+    let objects = status[0]["objects"].as_array().context("no objects")?;
+    ensure!(objects.iter().any(|object| object["path"] == old), "{status}");
+    Ok(())
+}
+
+#[test]
 fn another_host_adopts_a_vm_from_its_xml() -> Result<()> {
     let old = SealedHost::start()?;
     let spec = old.seal_new("web01")?;

@@ -6,7 +6,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,8 +18,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use virtseal_testkit::{
-    DomainSpec, Host, Needles, Place, RootKey, SealedHost, Strace, built_program, core_image, kept_envelopes,
-    require_programs, sealed_root, wait_until,
+    DomainSpec, Host, Needles, Place, RootKey, SealedHost, Strace, built_program, core_image, expect_names,
+    kept_envelopes, require_programs, sealed_root, wait_until,
 };
 
 const IMAGES: &str = "/var/lib/libvirt/images";
@@ -196,16 +197,100 @@ fn start_without_the_tmpfs_is_refused_unless_the_policy_allows_it() -> Result<()
         "{refused}"
     );
     sealed.expect_no_secrets()?;
+    let told = |command: &[&str]| sealed.virtseal(command).map(|said| said.stdout + &said.stderr);
+    let journal = Journal::listen(host)?;
     for policy in ["preferred", "off"] {
         start_with(policy)?.succeeded()?;
         sealed.expect_no_secrets()?;
         ensure!(mounts_of(host, &vm)? == 0, "a mount with {policy}");
+        let heard = journal.of("virtseal-hook")?;
+        if policy == "preferred" {
+            expect_names(&heard, &["PRIORITY=4", "policy01", "/run/no-directory"])?;
+            wait_until(PATIENCE, "the status to tell of it", || {
+                let told = told(&["status"])?;
+                let words = ["QEMU's master key", "/run/no-directory", "virsh start policy01"];
+                Ok(words.iter().all(|word| told.contains(word)).then_some(()))
+            })?;
+        } else {
+            ensure!(heard.is_empty(), "{heard}");
+            ensure!(
+                !told(&["status"])?.contains("master key"),
+                "a warning with {policy}"
+            );
+        }
         host.virsh(&["destroy", &vm.name])?.succeeded()?;
+        wait_until(PATIENCE, "the end of the warning", || {
+            Ok((!told(&["vm", "status", &vm.name])?.contains("master key")).then_some(()))
+        })?;
     }
     fs::remove_file(host.path("/etc/virtseal/hook.conf"))?;
     host.virsh(&["start", "--paused", &vm.name])?.succeeded()?;
     ensure!(mounts_of(host, &vm)? == 1, "no mount by default");
+    ensure!(
+        journal.of("virtseal-hook")?.is_empty(),
+        "a warning without a reason"
+    );
     Ok(())
+}
+
+/// `journalctl -u virtseald` shows the words alone: they say of which VM they are, and why.
+#[test]
+fn lines_in_the_journal_name_the_vm_and_the_reason() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    let journal = Journal::listen(sealed.host())?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    sealed.start_daemon_through(&["env", "JOURNAL_STREAM=1:1"])?;
+    sealed.refused_start("web01")?;
+    sealed.unlock()?;
+    sealed.start_paused("web01")?;
+    let mut heard = String::new();
+    let wanted = [
+        "MESSAGE=refused: web01 stays off: ",
+        "provider 'main' is locked",
+        "F_DOMAIN=web01\n",
+        "PRIORITY=4\n",
+        "MESSAGE=web01: armed (objects 3)",
+    ];
+    wait_until(PATIENCE, "the lines of two starts", || {
+        heard += &journal.of("virtseald")?;
+        Ok(wanted.iter().all(|part| heard.contains(part)).then_some(()))
+    })
+    .with_context(|| heard.clone())?;
+    sealed.destroy("web01")
+}
+
+/// In the place of systemd's, of which the private host has none.
+struct Journal(UnixDatagram);
+
+impl Journal {
+    fn listen(host: &Host) -> Result<Self> {
+        let socket = host.path("/run/systemd/journal/socket");
+        fs::create_dir_all(socket.parent().context("it is below /run")?)?;
+        let journal =
+            UnixDatagram::bind(&socket).with_context(|| format!("{} can't be bound", socket.display()))?;
+        journal.set_nonblocking(true)?;
+        Ok(Self(journal))
+    }
+
+    /// What this program has written since.
+    fn of(&self, program: &str) -> Result<String> {
+        let mut written = String::new();
+        let identifier = format!("SYSLOG_IDENTIFIER={program}\n");
+        let mut entry = [0; 65536];
+        loop {
+            match self.0.recv(&mut entry) {
+                Ok(length) => {
+                    let entry = String::from_utf8_lossy(&entry[..length]);
+                    if entry.contains(&identifier) {
+                        written += &entry;
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(written),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
 }
 
 /// A host that is searched.

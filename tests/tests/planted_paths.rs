@@ -359,7 +359,30 @@ fn nothing_is_told_of_files_that_are_not_of_vms() -> Result<()> {
     for (other, first) in said[1..].iter().flatten().zip(said[0].iter().cycle()) {
         ensure!(other == first, "{other}\n{first}");
     }
-    expect_names(&said[0][0], &["curious stays off", "image_dirs"])
+    expect_names(&said[0][0], &["curious stays off", "image_dirs"])?;
+
+    // Nor by a link in the place of a directory that the keystore has a disk in.
+    let (volume, home) = ("/run/home/image", host.path("/run/home"));
+    fs::create_dir(&home)?;
+    let vm = uuid::Uuid::new_v4().to_string();
+    sealed.run(&["volume", "create", volume, "--size", "1M", "--vm", &vm])?;
+    let is_present = || -> Result<bool> {
+        let orphans = sealed.json(&["provider", "orphans"])?;
+        let found = orphans["envelopes"].as_array().context("no envelopes")?;
+        let found = found.iter().find(|orphan| orphan["path"] == volume);
+        found
+            .and_then(|orphan| orphan["present"].as_bool())
+            .context("no such orphan")
+    };
+    ensure!(is_present()?);
+    fs::rename(&home, host.path("/run/away"))?;
+    symlink("/run/secrets", &home)?;
+    std::os::unix::fs::lchown(&home, Some(USER), Some(USER))?;
+    ensure!(
+        !is_present()?,
+        "{volume} leads to /run/secrets, and it is told what is there"
+    );
+    Ok(())
 }
 
 /// A storage pool with a directory of its own.

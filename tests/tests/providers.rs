@@ -114,6 +114,10 @@ fn pkcs11_vm_starts_unless_locked_or_its_token_is_gone() -> Result<()> {
     let sealed = stage.take_turn();
     stage.hsm.make("kek")?;
     stage.hsm.add_to(&sealed, "hsm", "kek")?;
+    expect_names(
+        &state(&sealed, "hsm")?,
+        &["token        'kek' (SoftHSM", "firmware"],
+    )?;
     starts_unless_locked(&sealed, "hsm", "onhsm", || stage.hsm.unlock(&sealed, "hsm"))?;
 
     sealed.start_paused("onhsm")?;
@@ -151,7 +155,7 @@ fn kmip_vm_starts_unless_locked_or_all_nodes_are_dead() -> Result<()> {
         let (first, second) = (starts(&sealed, "onkms")?, starts(&sealed, "onkms")?);
         println!("with a first node that is {manner:?}: {first:?}, then {second:?}");
         wait_until(PATIENCE, "the dead node is shown", || {
-            Ok(expect_names(&state(&sealed, "kms")?, &["Degraded", "1 of 2 nodes"]).ok())
+            Ok(expect_names(&state(&sealed, "kms")?, &["degraded", "1 of 2 nodes"]).ok())
         })?;
         nodes[0].be(Manner::Forward)?;
         // As if it had never been away.
@@ -224,7 +228,92 @@ fn kmip_trust_comes_about_by_the_manuals_commands() -> Result<()> {
     virtseal(&format!("provider csr manual -o {request}"))?.succeeded()?;
     std::fs::write(&signed, kms.authority.sign(&std::fs::read(&request)?, 90))?;
     virtseal(&format!("provider identity manual --cert {signed}"))?.succeeded()?;
-    shown("Ready")
+    shown("  ready")
+}
+
+/// `provider show` lists what `provider set` changes: the VM goes on starting through the new node, a node without its keys changes nothing, and
+/// what is refused says how to go on.
+#[test]
+fn settings_are_seen_and_changed_once_they_work() -> Result<()> {
+    let (stage, kms, empty) = (Stage::shared()?, PyKmip::start()?, PyKmip::start()?);
+    let sealed = stage.take_turn();
+    kms.add_to(&sealed, "set", &[kms.port()], false)?;
+    seal_under(&sealed, "set", "onset")?;
+    let value = |key: &str| -> Result<Option<String>> {
+        let provider = sealed.provider("set")?;
+        let settings = provider["settings"].as_array().context("no settings")?.clone();
+        let found = settings.into_iter().find(|setting| setting["key"] == key);
+        Ok(found.context("no such setting")?["value"]
+            .as_str()
+            .map(str::to_owned))
+    };
+    let endpoint = |port: u16| format!("127.0.0.1:{port}");
+    let set = |assigned: &[&str]| sealed.virtseal(&[&["provider", "set", "set"], assigned].concat());
+
+    let relay = Relay::to(kms.port())?;
+    let endpoints = format!("endpoints={}", endpoint(relay.port()));
+    set(&[&endpoints, "timeout-ms=4321", "description=rack 7"])?.succeeded()?;
+    starts(&sealed, "onset")?;
+    ensure!(value("endpoints")? == Some(endpoint(relay.port())));
+    expect_names(
+        &state(&sealed, "set")?,
+        &[
+            "rack 7",
+            "timeout_ms    4321",
+            "KMIP 2.0",
+            "trusts",
+            "identity",
+            "settings",
+            "default",
+        ],
+    )?;
+
+    // Another server of another CA, one that is not there, and a value that makes no sense.
+    let before = value("endpoints")?;
+    let nobody = virtseal_testkit::servers::free_port()?;
+    for (assigned, said) in [
+        (format!("endpoints={}", endpoint(empty.port())), "stays as it was"),
+        (format!("endpoints={}", endpoint(nobody)), "stays as it was"),
+        ("endpoints=https://kms".to_owned(), "is not an endpoint"),
+        ("mode=cloud".to_owned(), "provider show set"),
+        ("colour=red".to_owned(), "there is no setting 'colour'"),
+        ("tpm=7".to_owned(), "nothing that the TPM could keep"),
+        ("recipient=yes".to_owned(), "is not set by this command"),
+    ] {
+        expect_names(&set(&[&assigned])?.refused()?, &[said])?;
+        ensure!(value("endpoints")? == before, "{assigned}");
+    }
+    starts(&sealed, "onset")?;
+
+    // As the advice has it, and back.
+    set(&[&format!("endpoints={}", endpoint(nobody)), "--no-probe"])?.succeeded()?;
+    expect_names(&state(&sealed, "set")?, &["unreachable"])?;
+    let providers = sealed.json(&["provider", "list"])?;
+    let default = providers
+        .as_array()
+        .context("no list")?
+        .iter()
+        .find(|one| one["is_default"] == true);
+    let default = default
+        .and_then(|one| one["name"].as_str())
+        .context("no default provider")?
+        .to_owned();
+    let warned = sealed.virtseal(&["provider", "default", "set"])?;
+    expect_names(&warned.stderr, &["nothing can be sealed", "unreachable"])?;
+    sealed.virtseal(&["provider", "default", &default])?.succeeded()?;
+    set(&[&format!("endpoints={}", endpoint(kms.port()))])?.succeeded()?;
+    starts(&sealed, "onset")?;
+
+    // Its key on disk is in the clear: nobody is asked for anything.
+    sealed.virtseal(&["provider", "lock", "set"])?.succeeded()?;
+    expect_names(
+        &set(&["timeout-ms=4000"])?.refused()?,
+        &["is locked", "virtseal provider unlock set"],
+    )?;
+    sealed.virtseal(&["provider", "unlock", "set"])?.succeeded()?;
+    starts(&sealed, "onset")?;
+    ensure!(sealed.json(&["provider", "set", "set", "timeout-ms=4321"])?["changed"] == false);
+    Ok(())
 }
 
 fn openssl_prints(arguments: &[&str]) -> Result<String> {

@@ -135,7 +135,7 @@ fn vms_move_to_another_provider_while_they_run() -> Result<()> {
     let said = rig.sealed.refused(8, &["provider", "delete", "main"])?;
     expect_names(
         &said,
-        &["'main' stays", "1 copies that are behind", "virtseal jobs"],
+        &["'main' stays", "an outdated copy needs it", "virtseal jobs"],
     )?;
     rig.sealed.destroy("run01")?;
     rig.sealed.wait_for_copies(0)?;
@@ -147,6 +147,49 @@ fn vms_move_to_another_provider_while_they_run() -> Result<()> {
         rig.sealed.expect_start(name)?;
     }
     Ok(())
+}
+
+/// A move to a provider that is locked waits, and holds up nobody who needs another one: it ends with all that is left, and goes on when it is
+/// told to.
+#[test]
+fn a_job_that_waits_gives_way_and_is_taken_up_again() -> Result<()> {
+    let rig = Rig::start()?;
+    rig.sealed.seal_new("web01")?;
+    rig.sealed.run(&["provider", "lock", "spare"])?;
+    rig.sealed.run(&["provider", "move", "main", "spare"])?;
+    let waiting = wait_until(PATIENCE, "the move waits", || {
+        let job = rig.sealed.last_job()?;
+        Ok(job["waiting"].is_string().then_some(job))
+    })?;
+    let id = waiting["id"].to_string();
+    // What could not work either does not end it.
+    rig.sealed
+        .refused(9, &["provider", "recipients", "add", "spare"])?;
+
+    let rekey = rig.sealed.virtseal(&["vm", "rekey", "web01", "--watch"])?;
+    let resume = format!("virtseal jobs resume {id}");
+    expect_names(
+        &rekey.stderr,
+        &[&format!("job {id}, which waited"), "left", &resume],
+    )?;
+    rekey.succeeded()?;
+    rig.sealed.expect_start("web01")?;
+    let jobs = rig.sealed.json(&["jobs"])?;
+    let all = jobs["jobs"].as_array().context("no jobs")?;
+    let ended = all
+        .iter()
+        .find(|job| job["id"] == waiting["id"])
+        .context("the move")?;
+    ensure!(ended["state"] == "incomplete" && ended["left"] != 0, "{ended}");
+    ensure!(
+        ended["reasons"].to_string().contains("'spare' is locked"),
+        "{ended}"
+    );
+
+    rig.sealed.unlock_provider("spare")?;
+    rig.sealed.run(&["jobs", "resume", &id, "--watch"])?;
+    rig.sealed.run(&["provider", "lock", "main"])?;
+    rig.sealed.expect_start("web01")
 }
 
 #[test]
@@ -167,7 +210,7 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
         .virtseal(&["provider", "rotate", "main", "--passphrase-file", &file])?;
     expect_names(&rotated.stderr, &["root key 2", "virtseal provider backup main"])?;
     rotated.succeeded()?;
-    ensure!(rig.sealed.provider("main")?["state"] == "NotBackedUp");
+    ensure!(rig.sealed.provider("main")?["state"] == "not_backed_up");
     let again = ["provider", "rotate", "main", "--passphrase-file", &file];
     expect_names(&rig.sealed.refused(9, &again)?, &["one runs at a time"])?;
 
@@ -325,6 +368,12 @@ fn nothing_that_is_needed_is_deleted_by_accident() -> Result<()> {
         let command = [&["provider", "delete", "main", "--force"], typed].concat();
         rig.sealed.refused(8, &command)?;
     }
+    let force = ["provider", "delete", "main", "--force"];
+    let asked = rig.sealed.virtseal_at_a_terminal(&force, &["mian"])?;
+    ensure!(asked.code() == Some(8), "{asked:?}");
+    let (lost, question) = asked.stdout.split_once("Type its name").context("no question")?;
+    expect_names(lost, &["6 objects of 2 VMs (web01, web02) need it"])?;
+    expect_names(question, &["'mian' was typed"])?;
 
     // A VM that is gone leaves its keys, and they can be found.
     rig.sealed.host().undefine("web02")?;
@@ -498,7 +547,7 @@ fn a_move_can_be_killed_at_every_step() -> Result<()> {
             if rig
                 .sealed
                 .virtseal(&["jobs"])
-                .is_ok_and(|jobs| !jobs.stdout.contains("behind"))
+                .is_ok_and(|jobs| !jobs.stdout.contains("Outdated"))
             {
                 break;
             }

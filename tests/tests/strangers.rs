@@ -46,7 +46,7 @@ fn who_names_anothers_secret_is_refused_while_it_is_armed_and_without_a_daemon()
         sealed.secrets()?
     );
     let refused = sealed.host().virsh(&["start", "--paused", "thief"])?.refused()?;
-    expect_names(&refused, &["VM thief is refused", &secret, "virsh edit thief"])?;
+    expect_names(&refused, &["thief stays off", &secret, "virsh edit thief"])?;
     // No more does a VM that has objects of its own sealed.
     expect_names(
         &sealed_thief(&sealed, &secret)?,
@@ -74,7 +74,7 @@ fn who_names_anothers_secret_is_refused_while_it_is_armed_and_without_a_daemon()
     ] {
         let named = named.replace("SECRET", &secret);
         sealed.host().define_xml(&thief_named(&named)?)?;
-        expect_names(&sealed.refused_start("thief")?, &["VM thief is refused", &secret])?;
+        expect_names(&sealed.refused_start("thief")?, &["thief stays off", &secret])?;
     }
     let in_tpm = edited(
         &thief_named("")?,
@@ -85,7 +85,7 @@ fn who_names_anothers_secret_is_refused_while_it_is_armed_and_without_a_daemon()
         ),
     )?;
     sealed.host().define_xml(&in_tpm)?;
-    expect_names(&sealed.refused_start("thief")?, &["VM thief is refused", &secret])?;
+    expect_names(&sealed.refused_start("thief")?, &["thief stays off", &secret])?;
 
     start_with_a_secret_of_others(&sealed)
 }

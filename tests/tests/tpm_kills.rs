@@ -10,32 +10,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use virtseal_testkit::rig::{Rig, STATE, words};
-use virtseal_testkit::{HostTpm, expect_names, expect_order, newest_root, pin_log, wait_until};
+use virtseal_testkit::servers::PyKmip;
+use virtseal_testkit::{expect_names, expect_order, newest_root, pin_log, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How many kills a story makes; `make soak` asks for more.
 const KILLS: &str = "VIRTSEAL_KILLS";
 const ENROLL: [&str; 4] = ["provider", "tpm", "main", "--enroll"];
 
-/// What came of the daemon's start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Found {
-    Unlocked,
-    Locked,
-}
-
-/// Waits until the daemon, which was just started, has asked the TPM.
-fn found(rig: &Rig) -> Result<Found> {
-    wait_until(PATIENCE, "what the TPM says to the daemon's start", || {
+/// The daemon, which was just started, gets the provider open by the TPM, by a later try where the TPM was still full of what
+/// the daemon before it had in it.
+fn expect_opened(rig: &Rig) -> Result<()> {
+    let mut reason = serde_json::Value::Null;
+    wait_until(PATIENCE, "that the TPM opens the provider", || {
         let main = rig.sealed.provider("main")?;
-        let unlocked = main["state"] != "Locked";
-        let refused = main["reason"].is_string();
-        Ok(match (unlocked, refused) {
-            (true, _) => Some(Found::Unlocked),
-            (false, true) => Some(Found::Locked),
-            (false, false) => None,
-        })
+        reason = main["reason"].clone();
+        Ok((main["state"] != "locked").then_some(()))
     })
+    .with_context(|| format!("the provider is locked: {reason}"))
 }
 
 fn is_enrolled(rig: &Rig) -> Result<bool> {
@@ -48,7 +40,7 @@ fn is_enrolled(rig: &Rig) -> Result<bool> {
 #[test]
 fn tpm_enrolment_can_be_killed_at_every_step() -> Result<()> {
     let mut rig = Rig::start()?;
-    let _tpm = HostTpm::of(&mut rig.sealed)?;
+    rig.give_tpm()?;
     let steps = rig.at_each_change(
         |rig, nth| {
             // One time there is an enrolment to be replaced, the other there is none.
@@ -62,13 +54,13 @@ fn tpm_enrolment_can_be_killed_at_every_step() -> Result<()> {
             let enrolled = is_enrolled(rig)?;
             ensure!(enrolled || nth % 2 == 1, "the enrolment of before is gone");
             match enrolled {
-                true => ensure!(found(rig)? == Found::Unlocked, "the TPM does not open it"),
+                true => expect_opened(rig)?,
                 false => rig.sealed.unlock()?,
             }
             rig.sealed.run(command)?;
             if nth % 4 == 0 {
                 rig.sealed.kill_and_restart()?;
-                ensure!(found(rig)? == Found::Unlocked, "enrolled again, and not opened");
+                expect_opened(rig).context("enrolled again")?;
             }
             Ok(())
         },
@@ -80,7 +72,7 @@ fn tpm_enrolment_can_be_killed_at_every_step() -> Result<()> {
 #[test]
 fn taking_the_tpm_away_can_be_killed_at_every_step() -> Result<()> {
     let mut rig = Rig::start()?;
-    let _tpm = HostTpm::of(&mut rig.sealed)?;
+    rig.give_tpm()?;
     rig.at_each_change(
         |rig, _| {
             rig.sealed.run(&ENROLL)?;
@@ -88,7 +80,7 @@ fn taking_the_tpm_away_can_be_killed_at_every_step() -> Result<()> {
         },
         |rig, _, command| {
             match is_enrolled(rig)? {
-                true => ensure!(found(rig)? == Found::Unlocked, "the TPM does not open it"),
+                true => expect_opened(rig)?,
                 false => rig.sealed.unlock()?,
             }
             rig.sealed.run(command)?;
@@ -97,6 +89,67 @@ fn taking_the_tpm_away_can_be_killed_at_every_step() -> Result<()> {
         },
     )?;
     Ok(())
+}
+
+/// One time the identity gets a passphrase that nobody but the TPM has in the place of one that an admin knows, the other time it
+/// is the reverse: whichever counts, the provider asks for that one.
+#[test]
+fn an_identity_by_the_tpm_can_be_killed_at_every_step() -> Result<()> {
+    const KMS: &str = "kms";
+    let kms = PyKmip::start()?;
+    let mut rig = Rig::start()?;
+    rig.give_tpm()?;
+    kms.add_to(&rig.sealed, KMS, &[kms.port()], true)?;
+    let (pem, key) = kms.client("kvm-host")?;
+    let (pem, key) = (pem.display().to_string(), key.display().to_string());
+    let passphrase = rig.passphrase()?;
+    let identity = ["provider", "identity", KMS, "--cert", &pem, "--key", &key];
+    let by_tpm = [&identity[..], &["--encrypt", "tpm"]].concat();
+    let by_passphrase = [&identity[..], &["--encrypt", "--passphrase-file", &passphrase]].concat();
+    let id = rig.sealed.provider(KMS)?["id"].clone();
+    let directory = rig
+        .host()
+        .path(STATE)
+        .join("providers")
+        .join(id.as_str().context("no id")?);
+    let (mut old, mut new) = (0, 0);
+    let steps = rig.at_each_change(
+        |rig, nth| {
+            let (before, command) = match nth % 2 {
+                0 => (&by_tpm, &by_passphrase),
+                _ => (&by_passphrase, &by_tpm),
+            };
+            rig.sealed.run(before)?;
+            words(command)
+        },
+        |rig, nth, command| {
+            // Once it answers, the TPM was tried.
+            let is_by_tpm = rig.sealed.provider(KMS)?["asks_for"].is_null();
+            *(if is_by_tpm == (nth % 2 == 1) {
+                &mut new
+            } else {
+                &mut old
+            }) += 1;
+            let mut kept = fs::read_dir(&directory)?
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect::<std::io::Result<Vec<_>>>()?;
+            kept.retain(|name| name.starts_with("unlock") || name.ends_with(".new"));
+            ensure!(
+                kept.len() == usize::from(is_by_tpm),
+                "by the TPM: {is_by_tpm}, {kept:?}"
+            );
+            rig.sealed.run(&["provider", "lock", KMS])?;
+            match is_by_tpm {
+                true => drop(rig.sealed.run(&["provider", "unlock", KMS])?),
+                false => rig.sealed.unlock_provider(KMS)?,
+            }
+            ensure!(rig.sealed.provider(KMS)?["state"] == "ready");
+            rig.sealed.run(command).map(drop)
+        },
+    )?;
+    println!("{old} times the old passphrase, {new} times the new one");
+    ensure!(old > 0 && new > 0, "{old} and {new}");
+    expect_order(&steps, "fsync(identity.new)", "rename(identity.new")
 }
 
 #[test]
@@ -108,7 +161,7 @@ fn a_full_disk_keeps_the_enrolment_of_before() -> Result<()> {
                  cp -a /run/state/. /var/lib/virtseal/";
     rig.host().run(&["sh", "-c", small])?.succeeded()?;
     rig.sealed.start_daemon()?;
-    let _tpm = HostTpm::of(&mut rig.sealed)?;
+    rig.give_tpm()?;
     let ballast = rig.host().path(STATE).join("ballast");
     for enrolled in [false, true] {
         let pinned = pin_log(&rig.sealed)?;
@@ -120,7 +173,7 @@ fn a_full_disk_keeps_the_enrolment_of_before() -> Result<()> {
         rig.sealed.kill_and_restart()?;
         ensure!(is_enrolled(&rig)? == enrolled, "{said}");
         if enrolled {
-            ensure!(found(&rig)? == Found::Unlocked, "the TPM does not open it");
+            expect_opened(&rig)?;
         }
         fs::remove_file(&ballast)?;
         drop(pinned);
@@ -128,7 +181,7 @@ fn a_full_disk_keeps_the_enrolment_of_before() -> Result<()> {
         rig.sealed.run(&ENROLL)?;
     }
     rig.sealed.kill_and_restart()?;
-    ensure!(found(&rig)? == Found::Unlocked, "the TPM does not open it");
+    expect_opened(&rig)?;
     Ok(())
 }
 
@@ -138,7 +191,7 @@ fn a_full_disk_keeps_the_enrolment_of_before() -> Result<()> {
 fn no_kill_in_a_rotation_leaves_the_provider_locked() -> Result<()> {
     let kills: u32 = std::env::var(KILLS).map_or(Ok(4), |kills| kills.parse())?;
     let mut rig = Rig::start()?;
-    let _tpm = HostTpm::of(&mut rig.sealed)?;
+    rig.give_tpm()?;
     rig.sealed.run(&ENROLL)?;
     let file = rig.passphrase()?;
     let rotate = ["provider", "rotate", "main", "--passphrase-file", &file];
@@ -164,11 +217,11 @@ fn no_kill_in_a_rotation_leaves_the_provider_locked() -> Result<()> {
             killer.join().expect("it does not panic").context("the kill")?;
             output
         })?;
-        rig.sealed.daemon()?.wait(PATIENCE)?;
+        rig.expect_killed()?;
         rig.sealed.start_daemon()?;
         answered += u32::from(output.status.success());
-        if found(&rig)? == Found::Locked {
-            locked.push((when, rig.sealed.provider("main")?["reason"].clone()));
+        if let Err(why) = expect_opened(&rig) {
+            locked.push((when, why));
             rig.sealed.unlock()?;
         }
         rotated += u32::from(newest_root(&state)? > before);
@@ -182,7 +235,7 @@ fn no_kill_in_a_rotation_leaves_the_provider_locked() -> Result<()> {
     ensure!(rotated > 0, "no kill came late enough");
     back_up(&rig, kills)?;
     rig.sealed.kill_and_restart()?;
-    ensure!(found(&rig)? == Found::Unlocked, "the TPM does not open it");
+    expect_opened(&rig)?;
     Ok(())
 }
 
@@ -237,7 +290,7 @@ fn back_up(rig: &Rig, nth: u32) -> Result<()> {
         let jobs = rig.sealed.json(&["jobs"])?;
         let jobs = jobs["jobs"].as_array().context("no list of jobs")?;
         let runs = jobs.iter().any(|job| job["state"] == "running");
-        Ok((!runs && rig.sealed.provider("main")?["state"] == "Ready").then_some(()))
+        Ok((!runs && rig.sealed.provider("main")?["state"] == "ready").then_some(()))
     })
 }
 

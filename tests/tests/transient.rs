@@ -149,7 +149,21 @@ fn another_host_misses_a_vtpm_that_it_has_never_seen() -> Result<()> {
     // That is no reason to make one either.
     ensure!(!new.host().path(spec.tpm_state()).exists());
     carry(&old, &new, &spec.tpm_state())?;
-    new.start_paused("web01")
+    new.start_paused("web01")?;
+
+    // By an XML from before its first run nothing tells of that, as docs/adr/0012 has it: the state of the first host goes on.
+    let spec = old.seal_new("db01")?;
+    let unused = old.dumpxml("db01")?;
+    old.expect_start("db01")?;
+    for file in [&spec.disk, &spec.nvram()] {
+        carry(&old, &new, file)?;
+    }
+    new.host().define_xml(&unused)?;
+    new.expect_start("db01")?;
+    carry(&old, &new, &spec.tpm_state())?;
+    new.expect_start("db01")?;
+    fs::remove_file(new.host().path(spec.tpm_state()))?;
+    expect_names(&new.refused_start("db01")?, &["vtpm", "its state is gone"])
 }
 
 fn carry(old: &SealedHost, new: &SealedHost, file: &Path) -> Result<()> {

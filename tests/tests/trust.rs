@@ -58,7 +58,7 @@ fn identified(output: Output) -> Result<()> {
     let said = format!("{}{}", output.stdout, output.stderr);
     output.succeeded()?;
     ensure!(!said.contains("Warning"), "{said}");
-    expect_names(&said, &["Ready"])
+    expect_names(&said, &[" ready "])
 }
 
 /// The files of a provider, with their texts.
@@ -115,18 +115,18 @@ fn provider_identity_can_be_killed_at_every_step() -> Result<()> {
             rig.sealed.start_daemon()?;
             ensure!(rig.state_of(KMS)?.is_some());
             let identity = ["provider", "identity", KMS, "--cert", &signed];
-            let seal = ["--seal", "--passphrase-file", &passphrase];
+            let seal = ["--encrypt", "--passphrase-file", &passphrase];
             words(&[&identity[..], &seal].concat())
         },
         |rig, nth, command| {
-            let is_new = rig.state_of(KMS)?.as_deref() == Some("Locked");
+            let is_new = rig.state_of(KMS)?.as_deref() == Some("locked");
             let clear = keys_in_the_clear(rig, &id)?;
             let expected = if is_new { 0 } else { 2 };
             ensure!(clear == expected, "{clear} keys are in the clear, new: {is_new}");
             *(if is_new { &mut new } else { &mut old }) += 1;
             // Asks the server; a key in the clear needs no passphrase.
             rig.sealed.unlock_provider(KMS)?;
-            ensure!(rig.state_of(KMS)?.as_deref() == Some("Ready"));
+            ensure!(rig.state_of(KMS)?.as_deref() == Some("ready"));
             // It opens what was wrapped before, or warns. Sealing takes its second, so not once for each kill that was too late.
             if !is_new || nth % 3 == 0 {
                 identified(rig.sealed.virtseal(command)?)?;
@@ -195,7 +195,7 @@ fn provider_trust_can_be_killed_at_every_step() -> Result<()> {
             // By the CA or by the fingerprint, it is the same server.
             rig.sealed.unlock_provider(KMS)?;
             files_of(rig, &id)?;
-            ensure!(rig.state_of(KMS)?.as_deref() == Some("Ready"));
+            ensure!(rig.state_of(KMS)?.as_deref() == Some("ready"));
             rig.sealed.run(command)?;
             let trust = files_of(rig, &id)?;
             let (_, trust) = trust
@@ -244,7 +244,7 @@ fn forced_delete_can_be_killed_at_every_step() -> Result<()> {
                 if rig.state_of(name)?.is_some() {
                     stayed += 1;
                     rig.sealed.unlock_provider(name)?;
-                    ensure!(rig.state_of(name)?.as_deref() == Some("Ready"));
+                    ensure!(rig.state_of(name)?.as_deref() == Some("ready"));
                     rig.sealed.run(command)?;
                 } else {
                     went += 1;
@@ -323,7 +323,7 @@ fn full_state_directory_leaves_trust_and_providers_as_they_are() -> Result<()> {
         for provider in [KMS, "spare"] {
             // Nobody has to unlock it again.
             ensure!(
-                rig.state_of(provider)?.as_deref() == Some("Ready"),
+                rig.state_of(provider)?.as_deref() == Some("ready"),
                 "{provider} after {command:?}"
             );
         }

@@ -111,7 +111,7 @@ impl Hosts {
             &[
                 "destroyed",
                 seen,
-                "on other hosts need it too, and are dead with it",
+                "on other hosts need it too, and no longer open either",
             ],
         )?;
         expect_names(&self.new.refused_start(vm)?, &["stays off", provider])

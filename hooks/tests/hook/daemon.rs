@@ -90,7 +90,7 @@ fn serve(stream: &mut UnixStream, answer: &Answer) -> bool {
             let _ = stream.write_all(b"{}\0");
         }
         Answer::Trickle => {
-            for _ in 0..40 {
+            for _ in 0..400 {
                 let _ = stream.write_all(b" ");
                 thread::sleep(Duration::from_millis(50));
             }

@@ -12,9 +12,11 @@ use crate::daemon::{Answer, Daemon};
 use tempfile::TempDir;
 
 pub(crate) const METADATA: &str = "<metadata><virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'/></metadata>";
-pub(crate) const DEADLINE: Duration = Duration::from_millis(1500);
+/// Of the tests that wait for it; the others have one that no busy machine comes to.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
+pub(crate) const SHORT: &str = "deadline = 2s\n";
 /// A hook that hangs is far later than this; a busy machine is not.
-pub(crate) const SLACK: Duration = Duration::from_secs(8);
+pub(crate) const SLACK: Duration = Duration::from_secs(30);
 
 /// A directory with a hook.conf and a place for the socket.
 pub(crate) struct Host {
@@ -30,7 +32,7 @@ impl Host {
     pub(crate) fn with(more: &str) -> Self {
         let directory = TempDir::new().unwrap();
         let host = Self { directory };
-        host.configure(&format!("master_key_tmpfs = off\ndeadline = 1500ms\n{more}"));
+        host.configure(&format!("master_key_tmpfs = off\ndeadline = 300s\n{more}"));
         host
     }
 
@@ -196,7 +198,7 @@ fn the_daemons_refusal_is_shown_as_one_line_that_names_the_vm() {
 fn daemon_down_refuses_sealed_and_names_the_next_command() {
     let host = Host::new();
     let line = format!(
-        "virtseal: VM web01 is sealed and can't start: virtseald does not listen at {} \
+        "web01 stays off: virtseald does not listen at {} \
          (No such file or directory (os error 2)). Next: systemctl start virtseald",
         host.socket().display()
     );
@@ -212,9 +214,9 @@ fn daemon_down_refuses_sealed_and_names_the_next_command() {
 fn whatever_is_no_agreement_refuses() {
     let huge = "x".repeat(100_000);
     for (answer, expected) in [
-        (Answer::reply("garbage"), "no Varlink message"),
-        (Answer::reply(""), "no Varlink message"),
-        (Answer::reply("[]"), "no Varlink message"),
+        (Answer::reply("garbage"), "not a Varlink message"),
+        (Answer::reply(""), "not a Varlink message"),
+        (Answer::reply("[]"), "not a Varlink message"),
         (
             Answer::reply(r#"{"error":"org.varlink.service.MethodNotFound"}"#),
             "MethodNotFound",
@@ -228,7 +230,7 @@ fn whatever_is_no_agreement_refuses() {
         let _daemon = host.daemon(answer);
         assert_refused_with(
             &host.prepare(&sealed()),
-            &["VM web01", expected, ". Next: systemctl"],
+            &["web01 stays off", expected, ". Next: systemctl"],
         );
     }
 }
@@ -241,18 +243,18 @@ fn a_daemon_that_takes_too_long_refuses_at_the_deadline() {
         (Answer::NeverReads, "read the request"),
         (Answer::NeverAccepts, "accept a connection"),
     ] {
-        let host = Host::new();
+        let host = Host::with(SHORT);
         let _daemon = host.daemon(answer.clone());
         let xml = domain(&format!(
             "{METADATA}<description>{}</description>",
-            "x".repeat(2_000_000)
+            "x".repeat(500_000)
         ));
         let start = Instant::now();
         let output = host.prepare(&xml);
         let took = start.elapsed();
         let parts = [
             &*format!("virtseald did not {stage} within {DEADLINE:?}"),
-            ". Next: virtseal status",
+            ". Next: systemctl status virtseald",
         ];
         assert_refused_with(&output, &parts);
         assert!(
@@ -265,7 +267,7 @@ fn a_daemon_that_takes_too_long_refuses_at_the_deadline() {
 
 #[test]
 fn a_slow_agreement_before_the_deadline_counts() {
-    let host = Host::with("deadline = 5s\n");
+    let host = Host::new();
     let _daemon = host.daemon(Answer::Late(Duration::from_millis(300)));
     assert_passes(&host.prepare(&sealed()));
 }
@@ -276,7 +278,7 @@ fn a_stdin_that_never_ends_meets_the_deadline() {
         ("<domain>", 0),
         ("<domain><metadata><vm xmlns='urn:virtseal:vm:1'/>", 1),
     ] {
-        let host = Host::new();
+        let host = Host::with(SHORT);
         let mut child = host.spawn(["prepare", "begin"]);
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(xml.as_bytes()).unwrap();
@@ -299,7 +301,7 @@ fn broken_xml_of_a_sealed_vm_refuses() {
     ] {
         assert_refused_with(
             &host.prepare(&broken),
-            &["virtseal: VM web01 is refused: its XML ", ". Next: virsh"],
+            &["web01 stays off: its XML ", ". Next: virsh"],
         );
     }
     let mut latin = sealed().into_bytes();
@@ -312,7 +314,7 @@ fn a_mistake_in_the_configuration_refuses_sealed() {
     let host = Host::with("dead_line = 5s\n");
     let _daemon = host.daemon(Answer::reply("{}"));
     let line = format!(
-        "virtseal: VM web01 is sealed and can't start: {}:5: unknown key \"dead_line\", perhaps deadline is meant. \
+        "web01 stays off: {}:5: unknown key \"dead_line\", perhaps deadline is meant. \
          Next: correct that line",
         host.conf().display()
     );
@@ -323,10 +325,25 @@ fn a_mistake_in_the_configuration_refuses_sealed() {
 fn require_sealed_refuses_every_other_vm() {
     let host = Host::with("require_sealed = true\n");
     let line = format!(
-        "virtseal: VM web01 is not sealed, and {} has require_sealed = true. Next: virtseal vm seal web01",
+        "web01 stays off: it is not sealed, and {} has require_sealed = true. Next: systemctl start virtseald, then virtseal vm seal \
+         web01",
         host.conf().display()
     );
-    assert_refused(&host.prepare(&domain("")), &line);
+    for os in [
+        "<os firmware='efi'/>",
+        "<os><loader type='pflash'>/c</loader></os>",
+        "<os><nvram>/v</nvram></os>",
+    ] {
+        assert_refused(&host.prepare(&domain(os)), &line);
+    }
+    // That one can't be sealed.
+    for os in ["", "<os><loader type='rom'>/c</loader></os>"] {
+        let refused = host.prepare(&domain(os));
+        assert_refused_with(
+            &refused,
+            &["boots by BIOS", "virsh edit web01: <os firmware='efi'>"],
+        );
+    }
     assert_refused_with(&host.prepare("<domain>"), &["web01"]);
     let unclear = Host::with("require_sealed = ja\n");
     assert_refused_with(

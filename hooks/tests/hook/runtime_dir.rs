@@ -4,6 +4,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -15,7 +16,7 @@ const REFUSED: &str = r#"{"error":"io.virtseal.Lifecycle.Refused","parameters":{
 
 struct Host {
     directory: TempDir,
-    _daemon: Daemon,
+    daemon: Daemon,
 }
 
 impl Host {
@@ -27,10 +28,7 @@ impl Host {
         let directory = TempDir::new().unwrap();
         fs::create_dir(directory.path().join("qemu")).unwrap();
         let daemon = Daemon::start(&directory.path().join("sock"), Answer::reply(reply));
-        let host = Self {
-            directory,
-            _daemon: daemon,
-        };
+        let host = Self { directory, daemon };
         host.configure("");
         host
     }
@@ -159,7 +157,10 @@ fn a_symbolic_link_is_never_followed() {
     let before = fs::metadata(&target).unwrap().ino();
     refuses(
         &host.script("prepare 7 web01"),
-        &["domain-7-web01: it is there, but no directory", "VM web01"],
+        &[
+            "domain-7-web01: it is there, but is not a directory",
+            "web01 stays off",
+        ],
     );
     assert_eq!(fs::metadata(&target).unwrap().ino(), before);
 }
@@ -200,7 +201,30 @@ fn without_the_tmpfs_the_policy_decides() {
         "master_key_tmpfs = preferred",
     ];
     refuses(&host.script("prepare 7 web01"), &parts);
+    let journal = host.directory.path().join("journal");
+    let heard = UnixDatagram::bind(&journal).unwrap();
+    heard.set_nonblocking(true).unwrap();
     host.configure(&format!("{missing}master_key_tmpfs = preferred\n"));
+    let with_journal = format!(
+        "mount -t tmpfs none /run; mkdir -p /run/systemd/journal; : >/run/systemd/journal/socket\n\
+         mount --bind {} /run/systemd/journal/socket; prepare 7 web01",
+        journal.display()
+    );
+    prints(&host.script(&with_journal), "");
+    let mut entry = [0; 4096];
+    let length = heard.recv(&mut entry).expect("a warning in the journal");
+    let entry = std::str::from_utf8(&entry[..length]).unwrap();
+    for part in [
+        "PRIORITY=4\n",
+        "SYSLOG_IDENTIFIER=virtseal-hook\n",
+        "web01",
+        "nowhere: No such file",
+    ] {
+        assert!(entry.contains(part), "{part:?} is not in {entry:?}");
+    }
+    assert!(heard.recv(&mut [0]).is_err(), "a second warning");
+    let told = host.daemon.request()["parameters"]["master_key_on_disk"].to_string();
+    assert!(told.contains("nowhere: No such file"), "{told}");
     prints(&host.script("prepare 7 web01"), "");
     host.configure("master_key_tmpfs = off\n");
     prints(&host.script("prepare 7 web01; ls $D"), "");

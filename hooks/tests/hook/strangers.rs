@@ -13,7 +13,9 @@ use serde_json::json;
 
 use crate::UUID;
 use crate::daemon::{Answer, Daemon};
-use crate::protocol::{DEADLINE, Host, METADATA, SLACK, assert_passes, assert_refused_with, domain, sealed};
+use crate::protocol::{
+    DEADLINE, Host, METADATA, SHORT, SLACK, assert_passes, assert_refused_with, domain, sealed,
+};
 
 /// A sealed VM on this host, and the secret of its disk.
 const VICTIM: &str = "0a0a0a0a-58c3-4fd5-9aa1-0d1f44a3e9b7";
@@ -92,7 +94,7 @@ fn who_names_a_secret_of_a_sealed_vm_is_refused_without_a_daemon() {
         assert_refused_with(
             &host.prepare(&xml),
             &[
-                "VM web01",
+                "web01 stays off",
                 SECRET,
                 &format!("of sealed VM {VICTIM}"),
                 ". Next: virsh edit web01",
@@ -130,10 +132,10 @@ fn the_old_xml_of_a_sealed_vm_is_refused() {
         assert_refused_with(
             &host.prepare(&old.replace(UUID, &uuid)),
             &[
-                "VM web01",
+                "web01 stays off",
                 "sealed",
                 "an older one",
-                ". Next: virtseal vm seal web01",
+                "virtseal vm seal web01",
             ],
         );
     }
@@ -142,7 +144,7 @@ fn the_old_xml_of_a_sealed_vm_is_refused() {
     assert_passes(&host.prepare(&old));
     assert_refused_with(
         &host.prepare(&disk(&format!("<secret uuid='{SECRET}'/>"))),
-        &["its secret", SECRET, ". Next: virtseal vm seal web01"],
+        &["its secret", SECRET, "virtseal vm seal web01"],
     );
 }
 
@@ -162,7 +164,7 @@ fn a_damaged_index_refuses_what_may_be_ours() {
             &["hook.index is damaged", ". Next: systemctl restart virtseald"],
         );
         let stranger = host.prepare(&disk(&format!("<secret uuid='{SECRET}'/>")));
-        assert_refused_with(&stranger, &["VM web01"]);
+        assert_refused_with(&stranger, &["web01 stays off"]);
         let old = host.prepare(&domain("").replace(UUID, VICTIM));
         if names {
             assert_refused_with(&stranger, &[SECRET, "that of a sealed VM"]);
@@ -206,10 +208,13 @@ fn xml_beyond_the_bounds_is_judged_by_its_bytes_at_once() {
             let output = host.prepare(&domain(&format!("{part}{ours}")));
             assert_refused_with(
                 &output,
-                &["VM web01", "beyond what is read", ". Next: virsh dumpxml"],
+                &["web01 stays off", "beyond what is read", ". Next: virsh dumpxml"],
             );
         }
-        assert_refused_with(&host.prepare(&domain(&part).replace(UUID, VICTIM)), &["VM web01"]);
+        assert_refused_with(
+            &host.prepare(&domain(&part).replace(UUID, VICTIM)),
+            &["web01 stays off"],
+        );
         // Each took as long as its parsing would have.
         assert!(begin.elapsed() < SLACK, "{:?}", begin.elapsed());
     }
@@ -231,7 +236,7 @@ fn what_is_behind_the_limit_counts() {
         "urn&#x3A;virtseal:".into(),
     ] {
         let output = host.prepare(&domain(&format!("{padding}{ours}")));
-        assert_refused_with(&output, &["VM web01", "more than 4194304 bytes"]);
+        assert_refused_with(&output, &["web01 stays off", "more than 4194304 bytes"]);
     }
 }
 
@@ -252,7 +257,7 @@ fn other_encodings_hide_nothing() {
             if passes {
                 assert_passes(&output);
             } else {
-                assert_refused_with(&output, &["VM web01 is refused: its XML"]);
+                assert_refused_with(&output, &["web01 stays off: its XML"]);
             }
         }
     }
@@ -261,7 +266,7 @@ fn other_encodings_hide_nothing() {
 #[test]
 fn an_input_that_never_ends_is_refused_where_anything_is_sealed() {
     for (index, code) in [(index(&[], &[]), 0), (index(&[(SECRET, VICTIM)], &[]), 1)] {
-        let host = host_with("", &index);
+        let host = host_with(SHORT, &index);
         let mut child = host.spawn(["prepare", "begin"]);
         let mut stdin = child.stdin.take().unwrap();
         stdin.write_all(b"<domain>").unwrap();
@@ -279,10 +284,10 @@ fn the_deadline_covers_what_the_hook_does_itself() {
     let tag = format!("<x{attributes}/>");
     let xml = domain(&(METADATA.to_owned() + &tag.repeat(4_000_000 / tag.len())));
     let host = host_with("deadline = 10ms\n", &index(&[], &[]));
-    let begin = Instant::now();
     let output = host.prepare(&xml);
-    assert_refused_with(&output, &["VM web01", "10ms", ". Next: "]);
-    assert!(begin.elapsed() < SLACK, "{:?}", begin.elapsed());
+    assert_refused_with(&output, &["web01 stays off", "within 10ms", ". Next: "]);
+    // Who came as far as virtseald has read and parsed it all.
+    assert!(!String::from_utf8_lossy(&output.stderr).contains("virtseald"));
 }
 
 #[test]
@@ -302,7 +307,7 @@ fn what_the_hook_refuses_is_reported_and_waits_for_nobody() {
         (
             stranger.replace("<devices>", "<devices"),
             json!(null),
-            "is refused",
+            "stays off",
         ),
     ];
     for (xml, vm, reason) in reports {
@@ -340,7 +345,7 @@ fn only_root_is_believed_on_the_socket() {
     assert_refused_with(
         &host.prepare(&sealed()),
         &[
-            "VM web01",
+            "web01 stays off",
             "not root's, but of user id 65534",
             ". Next: systemctl restart",
         ],

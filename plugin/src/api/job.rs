@@ -3,13 +3,16 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
-pub use crate::model::job::{JobKind, JobState, Unit};
+use super::{OrNewer, ProblemView};
+use crate::model::envelope::CopyPlace;
+
+pub(crate) use crate::model::job::{JobKind, JobState, SnapshotAct, Unit};
 
 /// What a sweep over envelopes is to do. A rotation is asked for by a method of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
-pub enum SweepKind {
+pub(crate) enum SweepKind {
     /// Replace all stanzas by ones of the recipients.
     Rekey,
     /// Replace the stanzas of `provider` by ones of `to`.
@@ -22,7 +25,7 @@ pub enum SweepKind {
 
 /// A sweep to start.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct JobRequest {
+pub(crate) struct JobRequest {
     /// What it is to do.
     pub kind: SweepKind,
     /// The provider that it is about; for a move, the one to move from.
@@ -33,24 +36,13 @@ pub struct JobRequest {
     pub vm: Option<String>,
 }
 
-/// Why a job was given up.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
-pub struct JobProblem {
-    /// The exit code that the CLI should end with.
-    pub code: i64,
-    /// What happened, and to which object.
-    pub message: String,
-    /// The next command to run.
-    pub next: Option<String>,
-}
-
 /// A job, as `virtseal jobs` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
-pub struct JobView {
+pub(crate) struct JobView {
     /// Its number.
     pub id: i64,
     /// What it does; none if another version has started it.
-    pub kind: Option<JobKind>,
+    pub kind: Option<OrNewer<JobKind>>,
     /// That in words.
     pub task: String,
     /// The only VM that it is about, if there is one: UUID.
@@ -58,9 +50,9 @@ pub struct JobView {
     /// The image that it is about, if it is about one.
     pub path: Option<String>,
     /// How far it is.
-    pub state: JobState,
+    pub state: OrNewer<JobState>,
     /// What the following are counted in.
-    pub unit: Unit,
+    pub unit: OrNewer<Unit>,
     /// How many there were when it began.
     pub total: i64,
     /// How many of them are done.
@@ -78,7 +70,7 @@ pub struct JobView {
     /// Why it could not change some envelopes, an envelope a line.
     pub reasons: Vec<String>,
     /// Why it was given up, if it was.
-    pub problem: Option<JobProblem>,
+    pub problem: Option<ProblemView>,
     /// The envelope of the image that it has made.
     pub envelope: Option<String>,
     /// When it was started, in seconds since 1970.
@@ -89,14 +81,14 @@ pub struct JobView {
 
 /// How a job stands.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct JobReport {
+pub(crate) struct JobReport {
     /// The job.
     pub job: JobView,
 }
 
 /// A job that was started.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct JobStarted {
+pub(crate) struct JobStarted {
     /// The job.
     pub job: JobView,
     /// What the admin should know besides.
@@ -105,20 +97,19 @@ pub struct JobStarted {
 
 /// A copy of an envelope that is behind the keystore's.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct CopyView {
+pub(crate) struct CopyView {
     /// The VM.
     pub vm: String,
     /// The envelope's UUID.
     pub envelope: String,
-    /// xml or image.
-    pub place: String,
+    pub place: OrNewer<CopyPlace>,
     /// Why it could not follow yet; empty if nobody has tried.
     pub reason: String,
 }
 
 /// Reply of `virtseal jobs`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Jobs {
+pub(crate) struct Jobs {
     /// The last ones, oldest first.
     pub jobs: Vec<JobView>,
     /// How many copies are behind.
@@ -129,7 +120,7 @@ pub struct Jobs {
 
 /// What a new volume should be.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct VolumeRequest {
+pub(crate) struct VolumeRequest {
     /// Where; absolute.
     pub path: String,
     /// Its virtual size in bytes; may be left out where `from` or `backing` has one.
@@ -146,13 +137,15 @@ pub struct VolumeRequest {
     pub from: Option<String>,
     /// That image's format: what libvirt has for it, else what it shows, if left out.
     pub from_format: Option<String>,
+    /// The sum that it must have, or nothing is made: `sha256:` or `sha512:`, and hex digits.
+    pub digest: Option<String>,
     /// Another provider than the default one.
     pub provider: Option<String>,
 }
 
 /// Reply of `volume create`: a volume, or the job that makes it.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct VolumeCreated {
+pub(crate) struct VolumeCreated {
     /// The job that fills it.
     pub job: Option<JobView>,
     /// The envelope's UUID, once it is active.

@@ -12,6 +12,8 @@ use crate::model::finding::{Finding, Subject};
 
 /// The most bytes of a page, as JSON. What is around it in a reply has room beside it.
 pub(crate) const PAGE: usize = 48 * 1024;
+/// The same for root, who may get any message. A client of zlink takes 256 bytes at a time until its buffer has grown to a page.
+pub(crate) const PAGE_OF_ROOT: usize = 192 * 1024;
 /// A page has as much at least, however much else there is in its reply.
 const LEAST: usize = 8 * 1024;
 
@@ -58,15 +60,15 @@ pub(crate) fn cut<T: Serialize>(mut items: Vec<T>, bytes: usize) -> Vec<T> {
 }
 
 /// The VMs after the one with this UUID and name, or the first ones; and what to ask for next, if there are more. The reply has
-/// `others` bytes beside them.
-pub(crate) fn of_vms(vms: &[VmView], after: Option<&str>, others: usize) -> (Vec<VmView>, Option<String>) {
+/// `room` for them.
+pub(crate) fn of_vms(vms: &[VmView], after: Option<&str>, room: usize) -> (Vec<VmView>, Option<String>) {
     let (uuid, name) = after.and_then(|after| after.split_once(' ')).unwrap_or_default();
     let begin = match after {
         Some(_) => vms.partition_point(|vm| (vm.name.as_str(), vm.uuid.as_str()) <= (name, uuid)),
         None => 0,
     };
     let rest = &vms[begin..];
-    let room = PAGE.saturating_sub(others).max(LEAST);
+    let room = room.max(LEAST);
     let page = &rest[..fitting(rest, room)];
     let next = page.last().filter(|_| page.len() < rest.len());
     let next = next.map(|last| format!("{} {}", last.uuid, last.name));
@@ -155,6 +157,8 @@ fn key_of_kek(orphan: &OrphanKek) -> (&str, &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::KekOrigin;
+    use crate::model::envelope::ObjectKind;
 
     /// What a reader may get in one message.
     const MESSAGE: usize = 64 * 1024;
@@ -166,7 +170,7 @@ mod tests {
             .collect();
         let (mut found, mut after, mut pages) = (Vec::new(), None, 0);
         loop {
-            let (page, next) = of_vms(&vms, after.as_deref(), 0);
+            let (page, next) = of_vms(&vms, after.as_deref(), PAGE);
             assert!(size_of(&page) <= MESSAGE, "{}", size_of(&page));
             let length = page.len();
             found.extend(page.into_iter().map(|vm| vm.uuid));
@@ -184,8 +188,8 @@ mod tests {
         assert_eq!(found.len(), 3000);
         found.dedup();
         assert_eq!(found.len(), 3000);
-        assert!(matches!(of_vms(&[], None, 0), (none, None) if none.is_empty()));
-        assert!(of_vms(&vms, Some("garbage"), 0).1.is_some());
+        assert!(matches!(of_vms(&[], None, PAGE), (none, None) if none.is_empty()));
+        assert!(of_vms(&vms, Some("garbage"), PAGE).1.is_some());
     }
 
     #[test]
@@ -195,7 +199,7 @@ mod tests {
             .map(|n| Finding::warning(Subject::Host, format!("warning {n} {}", "x".repeat(50))))
             .map(|finding| FindingView::from(&finding))
             .collect();
-        let (page, next) = of_vms(&[huge, VmView::fixture("next", 2)], None, 30 * 1024);
+        let (page, next) = of_vms(&[huge, VmView::fixture("next", 2)], None, PAGE - 30 * 1024);
         assert!(size_of(&page) + 30 * 1024 <= MESSAGE, "{}", size_of(&page));
         let last = page[0].warnings.last().unwrap().to_string();
         assert!(
@@ -205,7 +209,7 @@ mod tests {
         let (page, next) = of_vms(
             &[VmView::fixture("huge", 1), VmView::fixture("next", 2)],
             next.as_deref(),
-            0,
+            PAGE,
         );
         assert_eq!((page[0].name.as_str(), next), ("next", None));
     }
@@ -214,9 +218,10 @@ mod tests {
         let envelope = |n: usize| OrphanEnvelope {
             envelope: uuid::Uuid::from_u128(n as u128).to_string(),
             vm: format!("my vm {:03}", n % 700),
-            kind: "disk".to_owned(),
+            kind: ObjectKind::Disk.into(),
             path: Some(format!("/images/{n}.qcow2")),
             present: n.is_multiple_of(2),
+            vm_defined: n.is_multiple_of(3),
             providers: vec!["main".to_owned()],
         };
         let kek = |n: usize| OrphanKek {
@@ -224,7 +229,7 @@ mod tests {
             kek: format!("{n} of many"),
             envelopes: 1,
             copies: 0,
-            origin: "retired".to_owned(),
+            origin: KekOrigin::Retired.into(),
         };
         let mut all = Orphans {
             envelopes: (0..envelopes).map(envelope).collect(),

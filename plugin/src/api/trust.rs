@@ -7,7 +7,7 @@ use super::ProviderView;
 
 /// A certificate, as `virtseal provider trust` shows it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct CertificateView {
+pub(crate) struct CertificateView {
     /// Distinguished name.
     pub subject: String,
     /// Distinguished name of who signed it.
@@ -24,7 +24,7 @@ pub struct CertificateView {
 
 /// What one server of a provider shows.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct ServerView {
+pub(crate) struct ServerView {
     /// `HOST:PORT`.
     pub endpoint: String,
     /// The server's own certificate first; empty if there is a problem.
@@ -35,25 +35,27 @@ pub struct ServerView {
 
 /// Reply with what all servers of a provider show.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Servers {
+pub(crate) struct Servers {
     /// In the order of the provider's endpoints.
     pub servers: Vec<ServerView>,
 }
 
 /// What comes with a new identity; the file descriptors are in the order of these fields, the certificate first.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct IdentityParts {
+pub(crate) struct IdentityParts {
     /// A private key in a file of its own.
     pub key: bool,
     /// The user name, if a password follows.
     pub user: Option<String>,
-    /// A passphrase that seals the private key.
-    pub seal: bool,
+    /// Whether a passphrase follows that encrypts the private key.
+    pub encrypt: bool,
+    /// Whether the TPM of this host is to keep one that nobody knows.
+    pub by_tpm: bool,
 }
 
 /// Reply of `provider identity`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct IdentitySet {
+pub(crate) struct IdentitySet {
     /// The client's certificate.
     pub certificate: CertificateView,
     /// The KEKs that the new identity does not get to open an envelope.
@@ -64,7 +66,7 @@ pub struct IdentitySet {
 
 /// A new private key.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct NewKey {
+pub(crate) struct NewKey {
     /// RSA with 3072 bits instead of NIST P-256.
     pub rsa: bool,
     /// The common name to ask for; the host's name without one.
@@ -73,7 +75,7 @@ pub struct NewKey {
 
 /// Reply of `provider csr`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct SigningRequestMade {
+pub(crate) struct SigningRequestMade {
     /// PKCS #10, in PEM.
     pub pem: String,
 }

@@ -5,26 +5,45 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
+use super::{OrNewer, ProblemView, SubjectView, words};
+use crate::model::advice::Advice;
 use crate::model::finding::{Finding, Severity};
 
 /// Whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
-pub enum VmPower {
+pub(crate) enum VmPower {
     /// It runs.
     Running,
     /// It is defined, and does not run.
     Off,
+    /// It does not run, and its next start goes on from a managed save.
+    Saved,
     /// virtseal alone knows it.
     Undefined,
+    /// libvirt can't be asked.
+    Unknown,
+}
+
+/// Who starts a VM with the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
+pub(crate) enum VmAutostart {
+    /// Nobody.
+    No,
+    /// virtseald, once its providers are ready.
+    Virtseald,
+    /// libvirt.
+    Libvirt,
 }
 
 /// How a VM stands as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
-pub enum VmState {
+pub(crate) enum VmState {
     /// All of it.
     Sealed,
     /// Nothing of it.
@@ -37,13 +56,63 @@ pub enum VmState {
     NotInXml,
     /// Its XML can't be read.
     Unreadable,
+    /// libvirt can't be asked for its XML.
+    Unknown,
+}
+
+/// Whether a VM would start now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
+pub(crate) enum StartOutlook {
+    /// As far as that shows before its objects are opened.
+    Yes,
+    No,
+    /// It can't be told; the reason says why.
+    Unknown,
+}
+
+/// Whether a VM would start now, by what a start decides before it asks for a key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+pub(crate) struct StartView {
+    /// What would come of it.
+    pub outlook: OrNewer<StartOutlook>,
+    /// Why not, or why that is not known.
+    pub why: Option<String>,
+    /// The next command to run.
+    pub next: Option<String>,
+}
+
+impl StartView {
+    pub(crate) fn yes() -> Self {
+        Self {
+            outlook: StartOutlook::Yes.into(),
+            why: None,
+            next: None,
+        }
+    }
+
+    pub(crate) fn no(why: impl Into<String>, next: Option<&Advice>) -> Self {
+        Self {
+            outlook: StartOutlook::No.into(),
+            why: Some(why.into()),
+            next: next.map(ToString::to_string),
+        }
+    }
+
+    pub(crate) fn unknown(why: impl Into<String>) -> Self {
+        Self {
+            outlook: StartOutlook::Unknown.into(),
+            ..Self::no(why, None)
+        }
+    }
 }
 
 /// How an object of a VM stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
-pub enum ObjectStanding {
+pub(crate) enum ObjectStanding {
     /// Encrypted with a key that this VM gets.
     Sealed,
     /// The same, and swtpm will make the state at the first start.
@@ -74,6 +143,8 @@ pub enum ObjectStanding {
     Unsupported,
     /// The detail has why it can't be told.
     Unreadable,
+    /// The detail has why root does not look there.
+    NotLookedAt,
     /// No provider here opens it; the detail has why.
     Locked,
     /// Of a VM that is not defined: its object was made.
@@ -84,11 +155,11 @@ pub enum ObjectStanding {
 
 /// Something that the admin should know of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
-pub struct FindingView {
+pub(crate) struct FindingView {
     /// How much it matters.
-    pub severity: Severity,
-    /// `host`, `provider NAME`, `VM NAME`, or `VM NAME, OBJECT`.
-    pub subject: String,
+    pub severity: OrNewer<Severity>,
+    /// What it is about.
+    pub subject: SubjectView,
     /// What is wrong.
     pub what: String,
     /// The next command to run, if that is a step of its own.
@@ -97,11 +168,11 @@ pub struct FindingView {
 
 /// One object of a VM, as `virtseal vm status` prints it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct ObjectView {
+pub(crate) struct ObjectView {
     /// `disk vda`, `vtpm`, `nvram`.
     pub object: String,
     /// Whether it is sealed, or what is wrong.
-    pub state: ObjectStanding,
+    pub state: OrNewer<ObjectStanding>,
     /// What there is to say of that.
     pub detail: Option<String>,
     /// The image or state file.
@@ -120,7 +191,7 @@ pub struct ObjectView {
 
 /// A VM, as `virtseal vm status` prints it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct VmView {
+pub(crate) struct VmView {
     /// Its name.
     pub name: String,
     /// Its UUID.
@@ -128,52 +199,47 @@ pub struct VmView {
     /// The provider without which one of its objects does not open.
     pub depends_on: Option<String>,
     /// Whether it runs.
-    pub power: VmPower,
+    pub power: OrNewer<VmPower>,
+    /// Who starts it with the host.
+    pub autostart: OrNewer<VmAutostart>,
+    /// Whether it would start now; of one that runs, whether it would start again.
+    pub starts: StartView,
     /// Whether it is sealed, or what is wrong.
-    pub state: VmState,
+    pub state: OrNewer<VmState>,
     /// Its objects.
     pub objects: Vec<ObjectView>,
     /// What the admin should know besides, with what to run next.
     pub warnings: Vec<FindingView>,
 }
 
-impl VmPower {
-    /// In words.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Off => "off",
-            Self::Undefined => "undefined",
-        }
-    }
-}
-
 impl ObjectView {
     /// How it stands, in words.
-    #[must_use]
-    pub fn words(&self) -> String {
+    pub(crate) fn words(&self) -> String {
         let detail = self.detail.as_deref().unwrap_or_default();
-        match self.state {
-            ObjectStanding::Sealed => "sealed",
+        let Some(state) = self.state.known() else {
+            return self.state.to_string();
+        };
+        match state {
             ObjectStanding::NotUsedYet => "sealed, not used yet",
             ObjectStanding::NotInXml => "sealed, but the XML does not say so",
             ObjectStanding::Detached => "sealed, not in the XML",
-            ObjectStanding::Plain => "plain",
             ObjectStanding::OfAnotherVm => return format!("of another VM ({detail})"),
-            ObjectStanding::StateGone => "state gone",
             ObjectStanding::NoState => "no state here, and not known whether there was one",
-            ObjectStanding::FileMissing => "file missing",
             ObjectStanding::PlainInside => "not encrypted, though the XML says so",
             ObjectStanding::OtherEnvelope => {
                 return format!("not the object that the XML names: it has envelope {detail}");
             }
-            ObjectStanding::EnvelopeMissing => "envelope missing",
             ObjectStanding::NotOurs => "encrypted, but not by virtseal",
             ObjectStanding::Unsupported | ObjectStanding::Unreadable => detail,
+            ObjectStanding::NotLookedAt => return format!("not looked at: {detail}"),
             ObjectStanding::Locked => return format!("locked: {detail}"),
-            ObjectStanding::Active => "active",
-            ObjectStanding::Pending => "pending",
+            ObjectStanding::Sealed
+            | ObjectStanding::Plain
+            | ObjectStanding::StateGone
+            | ObjectStanding::FileMissing
+            | ObjectStanding::EnvelopeMissing
+            | ObjectStanding::Active
+            | ObjectStanding::Pending => return words(&state),
         }
         .to_owned()
     }
@@ -181,8 +247,7 @@ impl ObjectView {
 
 impl FindingView {
     /// Of each of these.
-    #[must_use]
-    pub fn all(findings: &[Finding]) -> Vec<Self> {
+    pub(crate) fn all(findings: &[Finding]) -> Vec<Self> {
         findings.iter().map(Self::from).collect()
     }
 }
@@ -190,8 +255,8 @@ impl FindingView {
 impl From<&Finding> for FindingView {
     fn from(finding: &Finding) -> Self {
         Self {
-            severity: finding.severity,
-            subject: finding.subject.to_string(),
+            severity: finding.severity.into(),
+            subject: SubjectView::from(&finding.subject),
             what: finding.what.clone(),
             next: finding.advice.as_ref().map(ToString::to_string),
         }
@@ -200,7 +265,7 @@ impl From<&Finding> for FindingView {
 
 impl fmt::Display for FindingView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.severity.as_str(), self.what)?;
+        write!(f, "{}: {}", self.severity, self.what)?;
         match &self.next {
             Some(next) => write!(f, ". Next: {next}"),
             None => Ok(()),
@@ -210,18 +275,34 @@ impl fmt::Display for FindingView {
 
 /// Reply with VMs.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Vms {
+pub(crate) struct Vms {
     /// In the order of their names.
     pub vms: Vec<VmView>,
     /// What to ask for those after these, if there are more.
     pub next: Option<String>,
 }
 
-/// Reply of `vm seal` and `vm unseal`.
-#[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Outcome {
+/// What stands in the way of a seal.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub(crate) struct ObstacleView {
+    pub problem: ProblemView,
+    /// The object that is lost, where making it anew would clear it.
+    pub replace: Option<String>,
+}
+
+/// Reply of what changes a VM, a volume or a provider.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, Type)]
+pub(crate) struct Outcome {
     /// What was done, or would be.
     pub steps: Vec<String>,
+    /// What holds now, such as "web01 is sealed".
+    pub result: Option<String>,
+    /// The command that comes after this one.
+    pub next: Option<String>,
+    /// Of a dry run: what keys are for, and what stays as it is.
+    pub notes: Vec<String>,
+    /// Of a dry run: all that stands in the way.
+    pub obstacles: Vec<ObstacleView>,
     /// What the admin should know besides.
     pub warnings: Vec<String>,
     /// Whether anything changed.
@@ -230,7 +311,7 @@ pub struct Outcome {
 
 /// One thing that `vm shred` came to.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-pub struct ReceiptLine {
+pub(crate) struct ReceiptLine {
     /// The KEK, image, XML or record.
     pub what: String,
     /// Whether it is gone.
@@ -241,7 +322,7 @@ pub struct ReceiptLine {
 
 /// What `vm shred` of a VM would come to.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct ShredPreview {
+pub(crate) struct ShredPreview {
     /// Its UUID: what is called so when the name was typed may be another VM.
     pub vm: String,
     /// Its name, which is to be typed.
@@ -250,9 +331,22 @@ pub struct ShredPreview {
     pub kept_for_others: Vec<String>,
 }
 
+/// What a command would come to that asks a word for a loss.
+#[derive(Clone, Debug, Serialize, Deserialize, Type)]
+pub(crate) struct LossPreview {
+    /// The VM's UUID: what is called so when the name was typed may be another VM.
+    pub vm: String,
+    /// Its name, which is to be typed.
+    pub name: String,
+    /// What would be done.
+    pub steps: Vec<String>,
+    /// What would be lost.
+    pub lost: Vec<String>,
+}
+
 /// Reply of `vm shred`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
-pub struct Receipt {
+pub(crate) struct Receipt {
     /// The VM.
     pub vm: String,
     /// What was destroyed, and what was not.
@@ -269,8 +363,10 @@ impl VmView {
             name: name.to_owned(),
             uuid: uuid::Uuid::from_u128(uuid).to_string(),
             depends_on: None,
-            power: VmPower::Off,
-            state: VmState::Sealed,
+            power: VmPower::Off.into(),
+            autostart: VmAutostart::No.into(),
+            starts: StartView::yes(),
+            state: VmState::Sealed.into(),
             objects: Vec::new(),
             warnings: Vec::new(),
         }

@@ -13,7 +13,7 @@ use super::{AuditError, Event, segments};
 
 /// The end of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
+pub(crate) struct Position {
     /// Number of the last record; 0 before the first.
     pub seq: u64,
     /// SHA-256 of its line without the newline; zeros before the first.
@@ -97,8 +97,7 @@ impl Head {
 
 /// A log whose chain holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verified {
-    /// How many records it has.
+pub(crate) struct Verified {
     pub records: u64,
     /// SHA-256 of the last line, in hex: kept elsewhere, it proves later that no record was cut off.
     pub head: String,
@@ -111,7 +110,7 @@ pub struct Verified {
 ///
 /// # Errors
 /// [`AuditError::Broken`] names the first line that does not fit.
-pub fn verify(path: &Path, written: Option<Position>) -> Result<Verified, AuditError> {
+pub(crate) fn verify(path: &Path, written: Option<Position>) -> Result<Verified, AuditError> {
     let mut walk = Walk {
         head: Head::START,
         written: written.filter(|written| written.seq > 0),

@@ -67,7 +67,7 @@ fn name_of(path: &Path) -> String {
 
 /// Some records, as they are shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Shown {
+pub(crate) struct Shown {
     /// The oldest first.
     pub lines: Vec<String>,
     /// Where the first of them begins, counted in bytes through all files; `None` at the first record of all. Records that come

@@ -14,6 +14,7 @@ use time::OffsetDateTime;
 use super::chain::Head;
 use super::tail::{self, End};
 use super::{AuditError, Event, Outcome};
+use crate::model::deadlines::store::{AUDIT_NOTE_AFTER, AUDIT_RETRY};
 use crate::model::problem::chain;
 
 /// How many records may wait; some tens of megabytes.
@@ -21,9 +22,6 @@ const MAX_WAITING: usize = 16 * 1024;
 
 /// How many records go into one write.
 const MAX_IN_BATCH: usize = 256;
-
-/// How long a failed write rests when nobody asks for it.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// Records on their way, numbered from 1 since the log was opened.
 #[derive(Debug, Default)]
@@ -120,7 +118,7 @@ impl Queue {
         if failed && !state.wanted && !state.closed {
             state = self
                 .for_writer
-                .wait_timeout(state, RETRY)
+                .wait_timeout(state, AUDIT_RETRY)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
@@ -163,9 +161,6 @@ impl Queue {
 
 /// Notes how long the log is, in a place of its own; says whether that is done.
 pub(super) type Note = Box<dyn FnMut(Head) -> bool + Send>;
-
-/// How long records may be written before that is noted.
-const NOTE_AFTER: Duration = Duration::from_secs(1);
 
 pub(super) struct Writer {
     queue: Arc<Queue>,
@@ -244,7 +239,7 @@ impl Writer {
 
     fn note_is_due_in(&self) -> Option<Duration> {
         self.unnoted
-            .map(|since| NOTE_AFTER.saturating_sub(since.elapsed()))
+            .map(|since| AUDIT_NOTE_AFTER.saturating_sub(since.elapsed()))
     }
 
     /// Only what is on disk: a crash in between leaves a log that is longer than what was noted.

@@ -3,7 +3,7 @@
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::provider::ScopeSetting;
 use crate::provider::cache::CachePolicy;
 use crate::provider::kind::Kind;
@@ -22,7 +22,7 @@ impl NoCacheArgs {
             Kind::named(kind).and_then(|kind| kind.nothing_to_cache),
         ) {
             (Some(CachePolicy::For(_) | CachePolicy::UntilLock), Some(why)) => {
-                Err(Problem::new(Code::Usage, why.to_string()).next("the same command without --cache"))
+                Err(Problem::usage(why.to_string()).next("the same command without --cache"))
             }
             _ => Ok(()),
         }

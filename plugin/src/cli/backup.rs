@@ -1,17 +1,18 @@
 //! `virtseal provider backup` and `restore`.
 
-use std::fs::{self, File, OpenOptions};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 
 use super::client::Client;
+use super::new_backup::NewBackup;
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
+use crate::model::subject::Subject;
 
 #[derive(Debug, Args)]
 pub(super) struct BackupArgs {
@@ -49,25 +50,12 @@ pub(super) struct RestoreArgs {
 
 pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let name = &args.name;
+    NewBackup::check(&args.output)?;
     let passphrase = match args.no_passphrase {
         true => None,
-        false => Some(args.passphrase.open("Passphrase of the backup: ")?),
+        false => Some(args.passphrase.open("Passphrase of the backup: ", printer)?),
     };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&args.output);
-    let file = file.map_err(|error| unwritable(&args.output, &error))?;
-    let generation = match write_backup(name, file, passphrase, args, client).await {
-        Ok(generation) => generation,
-        Err(failure) => {
-            // Only what this command created, and nothing relies on it yet.
-            let _ = fs::remove_file(&args.output);
-            return Err(failure);
-        }
-    };
+    let generation = write_backup(args, passphrase, client).await?;
     client
         .call(async |host| host.confirm_backup(name, generation).await)
         .await
@@ -78,55 +66,40 @@ pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Pri
             args.output.display()
         ));
     }
-    printer.done(&format!("'{name}' is backed up in {}", args.output.display()))
+    printer.done(
+        true,
+        &format!("'{name}' is backed up in {}", args.output.display()),
+    )
 }
 
 /// Returns once the file and its name are on disk, with the generation to confirm: from the confirmation on the provider
 /// wraps keys that this file may be the last way to open.
 async fn write_backup(
-    name: &str,
-    file: File,
-    passphrase: Option<OwnedFd>,
     args: &BackupArgs,
+    passphrase: Option<OwnedFd>,
     client: &mut Client,
 ) -> Result<i64, Problem> {
-    let copy = file
-        .try_clone()
-        .map_err(|error| unwritable(&args.output, &error))?;
-    let fds = std::iter::once(OwnedFd::from(copy)).chain(passphrase).collect();
+    let file = NewBackup::create(&args.output)?;
+    let fds = std::iter::once(file.descriptor()?).chain(passphrase).collect();
     let made = client
-        .call(async |host| host.backup_provider(name, fds).await)
+        .call(async |host| host.backup_provider(&args.name, fds).await)
         .await?;
-    let directory = match args.output.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    file.sync_all()
-        .and_then(|()| File::open(directory)?.sync_all())
-        .map_err(|error| unwritable(&args.output, &error))?;
+    file.keep()?;
     Ok(made.generation)
 }
 
 /// The daemon may have noted the backup before it failed to say so: the file stays.
 fn unconfirmed(failure: Problem, args: &BackupArgs) -> Problem {
-    let (name, output) = (&args.name, args.output.display());
+    let output = args.output.display();
     let said = format!(
         "the backup {output} is complete, but may not be noted: {}",
         failure.message
     );
-    Problem::new(failure.code, said).next(format!(
-        "keep {output}; virtseal provider show {name}: if it is NotBackedUp, back it up again to another file"
-    ))
-}
-
-fn unwritable(path: &Path, error: &std::io::Error) -> Problem {
-    let failure = Problem::from_error(Code::Failed, format!("can't write {}", path.display()), error);
-    match error.kind() {
-        std::io::ErrorKind::AlreadyExists => {
-            failure.next("choose another --output: a backup is never overwritten")
-        }
-        _ => failure,
-    }
+    Problem::new(failure.code, said).next(
+        Advice::from(format!("keep {output}"))
+            .also(Advice::ShowProvider(args.name.clone()))
+            .within("if it is not backed up, back it up again to another file"),
+    )
 }
 
 pub(super) async fn restore(
@@ -135,6 +108,12 @@ pub(super) async fn restore(
     printer: &Printer,
 ) -> Result<(), Problem> {
     let mut fds = vec![passphrase::open_file(&args.input)?];
+    if client.provider(&args.name).await?.is_some() {
+        let message = format!("there is a provider '{}' already", args.name);
+        return Err(Problem::new(Code::Exists, message)
+            .about(Subject::Provider(args.name.clone()))
+            .next("restore it under another name, or under its own on another host"));
+    }
     let of_backup = match (&args.backup_passphrase_file, args.backup_passphrase_fd) {
         (Some(path), _) => Some(passphrase::open_file(path)?),
         (None, Some(fd)) => Some(passphrase::inherited(fd)?),
@@ -145,11 +124,11 @@ pub(super) async fn restore(
     };
     fds.push(
         args.passphrase
-            .open(&format!("New passphrase of '{}': ", args.name))?,
+            .open(&format!("New passphrase of '{}': ", args.name), printer)?,
     );
     fds.extend(of_backup);
     let restored = client
         .call(async |host| host.restore_provider(&args.name, fds).await)
         .await?;
-    printer.providers(&restored.providers)
+    printer.providers_after(&args.name, &restored.providers)
 }

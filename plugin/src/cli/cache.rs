@@ -5,8 +5,8 @@ use clap::{Args, ValueEnum};
 use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, PersistRequest};
-use crate::model::problem::{Code, Problem};
-use crate::provider::cache::{CachePolicy, PersistTime};
+use crate::model::problem::Problem;
+use crate::provider::cache::{CachePolicy, KeepTime};
 
 #[derive(Debug, Args)]
 pub(super) struct CacheArgs {
@@ -19,7 +19,7 @@ pub(super) struct CacheArgs {
     persist: PersistBy,
     /// For how long that is, from when each was last fetched; 24h unless given.
     #[arg(long, value_name = "TIME")]
-    persist_for: Option<PersistTime>,
+    persist_for: Option<KeepTime>,
     /// Only while these PCRs are what they are now: PCR 7, unless given, is Secure Boot's state and keys.
     #[arg(long, value_name = "LIST")]
     pcrs: Option<String>,
@@ -42,8 +42,7 @@ impl CacheArgs {
                 pcrs: self.pcrs.clone(),
             })),
             PersistBy::None if self.persist_for.is_none() && self.pcrs.is_none() => Ok(None),
-            PersistBy::None => Err(Problem::new(
-                Code::Usage,
+            PersistBy::None => Err(Problem::usage(
                 "--persist-for and --pcrs are about --persist tpm, which is missing",
             )),
         }

@@ -7,33 +7,38 @@ use serde::de::IgnoredAny;
 use zlink::Connection;
 use zlink::tokio::unix;
 
+use super::patience::{Patience, Silence, at_work};
+use super::unit::Unit;
 use crate::api::{HostError, HostProxy, ProviderView};
 use crate::config::Config;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 
 /// A connection to one daemon.
 pub(super) struct Client {
     socket: PathBuf,
+    patience: Patience,
     connection: Connection<unix::Stream>,
 }
 
 impl Client {
-    pub(super) async fn connect(socket: &Path) -> Result<Self, Problem> {
-        let connection = unix::connect(socket)
-            .await
-            .map_err(|error| unreachable(socket, &error))?;
-        Ok(Self {
-            socket: socket.into(),
-            connection,
-        })
+    pub(super) async fn connect(socket: &Path, patience: Patience) -> Result<Self, Problem> {
+        match unix::connect(socket).await {
+            Ok(connection) => Ok(Self {
+                socket: socket.into(),
+                patience,
+                connection,
+            }),
+            Err(error) => Err(unreachable(socket, &error, Unit::of(socket).await)),
+        }
     }
 
     /// Connects to the socket beside `socket` that only root reaches, where nobody else's calls are in the way; to `socket`
     /// where that one is not for us, or is elsewhere.
-    pub(super) async fn connect_undisturbed(socket: &Path) -> Result<Self, Problem> {
-        match Self::connect(&Config::hook_socket_beside(socket)).await {
+    pub(super) async fn connect_undisturbed(socket: &Path, patience: Patience) -> Result<Self, Problem> {
+        match Self::connect(&Config::hook_socket_beside(socket), patience).await {
             Ok(client) => Ok(client),
-            Err(_) => Self::connect(socket).await,
+            Err(_) => Self::connect(socket, patience).await,
         }
     }
 
@@ -42,12 +47,14 @@ impl Client {
         &mut self,
         call: impl AsyncFnOnce(&mut Connection<unix::Stream>) -> zlink::Result<Result<T, HostError>>,
     ) -> Result<T, Problem> {
-        match call(&mut self.connection).await {
-            Ok(result) => result.map_err(Problem::from),
-            Err(error) => Err(self
-                .said_before(&error)
-                .await
-                .unwrap_or_else(|| self.broken(&error))),
+        let answer = self.patience.wait(&self.socket, call(&mut self.connection));
+        match at_work(answer).await {
+            Ok(Ok(result)) => result.map_err(Problem::from),
+            Ok(Err(error)) => match self.said_before(&error).await {
+                Some(said) => Err(said),
+                None => Err(self.broken(&error).await),
+            },
+            Err(silence) => Err(silent(&self.socket, silence).await),
         }
     }
 
@@ -59,7 +66,8 @@ impl Client {
         if error.kind() != ErrorKind::BrokenPipe {
             return None;
         }
-        let said = self.connection.receive_reply::<IgnoredAny, HostError>().await;
+        let said = self.connection.receive_reply::<IgnoredAny, HostError>();
+        let said = self.patience.wait(&self.socket, said).await.ok()?;
         Some(said.ok()?.0.err()?.into())
     }
 
@@ -69,38 +77,68 @@ impl Client {
         Ok(all.providers.into_iter().find(|provider| provider.name == name))
     }
 
-    pub(super) fn connection(&mut self) -> &mut Connection<unix::Stream> {
-        &mut self.connection
+    /// For a call with several replies, and what each of them is waited for with.
+    pub(super) fn connection(&mut self) -> (&mut Connection<unix::Stream>, &Path, Patience) {
+        (&mut self.connection, &self.socket, self.patience)
     }
 
     /// The connection failed in the middle of a call.
-    pub(super) fn broken(&self, error: &zlink::Error) -> Problem {
-        Problem::from_error(
-            Code::Unreachable,
-            format!("virtseald on {} did not answer properly", self.socket.display()),
-            error,
-        )
-        .next("see its log (journalctl -u virtseald), then try again: every command can be repeated")
+    pub(super) async fn broken(&self, error: &zlink::Error) -> Problem {
+        let said = format!(
+            "virtseald on {} ended the connection before it had answered",
+            self.socket.display()
+        );
+        let unit = Unit::of(&self.socket).await;
+        let problem = Problem::from_error(Code::Unreachable, with_unit(said, unit.as_ref()), error);
+        problem.next(look(unit.as_ref()).then("try again: every command can be repeated"))
     }
 }
 
-fn unreachable(socket: &Path, error: &zlink::Error) -> Problem {
-    let reason = match error {
-        zlink::Error::Io(io) => io.to_string(),
-        other => chain(other),
+/// What the message says, and what systemd does.
+fn with_unit(said: String, unit: Option<&Unit>) -> String {
+    match unit {
+        Some(unit) => format!("{said}; {}", unit.told()),
+        None => said,
+    }
+}
+
+fn look(unit: Option<&Unit>) -> Advice {
+    let unit = unit.and_then(Unit::advice);
+    unit.unwrap_or_else(|| Advice::ShowDaemon.also(Advice::Journal))
+}
+
+/// Somebody has the socket, and says nothing.
+pub(super) async fn silent(socket: &Path, Silence(time): Silence) -> Problem {
+    let said = format!(
+        "virtseald does not answer on {}: nothing came for {time:?}",
+        socket.display()
+    );
+    let unit = Unit::of(socket).await;
+    let hangs = unit.as_ref().is_some_and(|unit| unit.advice().is_none());
+    let problem = Problem::unreachable(with_unit(said, unit.as_ref()));
+    let next = look(unit.as_ref());
+    match hangs {
+        true => problem.next(next.then(Advice::RestartDaemon.note("if it hangs"))),
+        false => problem.next(next),
+    }
+}
+
+fn unreachable(socket: &Path, error: &zlink::Error, unit: Option<Unit>) -> Problem {
+    let (kind, reason) = match error {
+        zlink::Error::Io(io) => (Some(io.kind()), io.to_string()),
+        other => (None, chain(other)),
     };
-    let denied = reason.contains("ermission denied");
-    let code = if denied { Code::Denied } else { Code::Unreachable };
-    let next = if denied {
-        "run it as root, with sudo"
-    } else {
-        "systemctl start virtseald"
+    let said = format!("virtseald does not answer on {}: {reason}", socket.display());
+    if kind == Some(ErrorKind::PermissionDenied) {
+        return Problem::denied(said).next(Advice::RunAsRoot);
+    }
+    let next = match (&unit, kind) {
+        (Some(unit), _) if unit.advice().is_some() => look(Some(unit)),
+        // Somebody listens, and more wait for it than the kernel lets.
+        (_, Some(ErrorKind::WouldBlock)) => look(None),
+        _ => Advice::StartDaemon.also(look(None).note("if that fails")),
     };
-    Problem::new(
-        code,
-        format!("virtseald does not answer on {}: {reason}", socket.display()),
-    )
-    .next(next)
+    Problem::unreachable(with_unit(said, unit.as_ref())).next(next)
 }
 
 #[cfg(test)]
@@ -120,9 +158,9 @@ mod tests {
             .build()
             .unwrap();
         let refused = runtime.block_on(async {
-            let mut client = Client::connect(&socket).await.unwrap();
+            let mut client = Client::connect(&socket, Patience::WhileItLives).await.unwrap();
             let (mut server, _) = listener.accept().unwrap();
-            let refusal = Problem::new(Code::Busy, "too many").next("end some");
+            let refusal = Problem::busy("too many").next("end some");
             let error = serde_json::to_vec(&HostError::from(refusal)).unwrap();
             server.write_all(&[&error[..], &[0]].concat()).unwrap();
             drop(server);

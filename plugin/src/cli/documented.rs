@@ -1,4 +1,6 @@
-//! That README and docs name every command, and that neither they nor any message name one that is not there.
+//! That README, docs and man pages name every command and setting, and that neither they nor any message name one that is not there.
+
+mod blocks;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -167,6 +169,37 @@ fn every_command_of_a_message_exists() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// The first cell of each row of docs/messages.md has a message in backticks, with … for what differs.
+#[test]
+fn every_message_that_is_explained_can_be_given() {
+    let sources: Vec<_> = [files("plugin/src", "rs"), files("hooks/src", "rs")]
+        .concat()
+        .into_iter()
+        .filter(|file| !file.ends_with("documented.rs"))
+        .map(|file| as_printed(&fs::read_to_string(file).unwrap()))
+        .collect();
+    let page = fs::read_to_string(root().join("docs/messages.md")).unwrap();
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
+    let (mut seen, mut unknown) = (0, Vec::new());
+    for message in rows.filter_map(|row| row.split('`').next()) {
+        seen += 1;
+        let parts = message.replace("NAME", "…").replace(['(', ')'], "…");
+        let mut parts = parts.split('…').map(str::trim).filter(|part| part.len() > 3);
+        if !parts.all(|part| sources.iter().any(|source| source.contains(part))) {
+            unknown.push(message.to_owned());
+        }
+    }
+    assert!(seen > 25, "only {seen} messages were found");
+    assert!(unknown.is_empty(), "{unknown:#?}");
+}
+
+/// Source text with the lines of a string joined, and without escapes.
+fn as_printed(source: &str) -> String {
+    let mut lines = source.split("\\\n");
+    let first = lines.next().unwrap_or_default().to_owned();
+    lines.fold(first, |text, line| text + line.trim_start())
+}
+
 /// The paths of all commands without commands of their own, such as `provider add kmip`.
 fn leaves(command: &Command, path: &str, found: &mut BTreeSet<String>) {
     for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
@@ -208,11 +241,11 @@ fn named_in_row(row: &str, leaves: &BTreeSet<String>) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_readme_names_every_command_and_every_setting() {
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+fn the_reference_names_every_command() {
+    let page = fs::read_to_string(root().join("docs/reference/commands.md")).unwrap();
     let mut all = BTreeSet::new();
     leaves(&built(), "", &mut all);
-    let named: BTreeSet<_> = readme
+    let named: BTreeSet<_> = page
         .lines()
         .filter(|line| line.starts_with("| `virtseal "))
         .flat_map(|row| named_in_row(row, &all))
@@ -223,30 +256,63 @@ fn the_readme_names_every_command_and_every_setting() {
         .filter(|leaf| *leaf != "jobs list")
         .collect();
     assert!(absent.is_empty(), "the table of commands lacks {absent:?}");
+}
 
-    let (_, configure) = readme.split_once("## Configure").unwrap();
-    let (configure, _) = configure.split_once("\n## ").unwrap();
-    for (file, assigned) in [("virtseald.yaml", ':'), ("hook.conf", '=')] {
-        let settings = fs::read_to_string(root().join("packaging/config").join(file)).unwrap();
-        let keys: Vec<_> = settings
-            .lines()
-            .filter_map(|line| line.strip_prefix('#')?.split_once(assigned))
-            .map(|(key, _)| key.trim_end())
-            .filter(|key| {
-                !key.is_empty()
-                    && key
-                        .chars()
-                        .all(|letter| letter.is_ascii_lowercase() || letter == '_')
-            })
-            .collect();
-        assert!(keys.len() > 4, "{file}: {keys:?}");
-        let absent: Vec<_> = keys
-            .iter()
-            .filter(|key| !configure.contains(&format!("`{key}")))
-            .collect();
-        assert!(
-            absent.is_empty(),
-            "README, Configure, lacks of {file}: {absent:?}"
-        );
+#[test]
+fn the_reference_has_every_setting_with_its_default() {
+    let page = fs::read_to_string(root().join("docs/reference/settings.md")).unwrap();
+    for (file, assigned) in SETTINGS {
+        let (_, section) = page.split_once(&format!("\n## {file}\n")).unwrap();
+        let section = section.split("\n## ").next().unwrap_or_default();
+        for (key, default) in settings_in(file, assigned) {
+            let row = section
+                .lines()
+                .find(|line| line.starts_with(&format!("| `{}`", key.trim())))
+                .unwrap_or_else(|| panic!("settings.md, {file}, lacks {key}"));
+            let cell = row.split('|').nth(2).unwrap_or_default();
+            assert_eq!(cell.trim_matches(['`', ' ']), default, "{file}: {row}");
+        }
+    }
+}
+
+/// The files of settings, and what stands between a key and its value.
+const SETTINGS: [(&str, char); 2] = [("virtseald.yaml", ':'), ("hook.conf", '=')];
+
+/// Keys and defaults of a file as installed, where each is a comment. Those of a section are indented by two.
+fn settings_in(file: &str, assigned: char) -> Vec<(String, String)> {
+    let text = fs::read_to_string(root().join("packaging/config").join(file)).unwrap();
+    let is_key = |key: &str| {
+        let word = key.strip_prefix("  ").unwrap_or(key);
+        !word.is_empty()
+            && word
+                .chars()
+                .all(|letter| letter.is_ascii_lowercase() || letter == '_')
+    };
+    let found: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix('#')?.split_once(assigned))
+        .map(|(key, value)| (key.trim_end().to_owned(), value.trim().to_owned()))
+        .filter(|(key, _)| is_key(key))
+        .collect();
+    assert!(found.len() > 4, "{file}: {found:?}");
+    found
+}
+
+#[test]
+fn the_man_pages_have_every_setting_with_its_default() {
+    for (file, assigned) in SETTINGS {
+        let path = root().join("packaging/manual").join(format!("{file}.5"));
+        let page = fs::read_to_string(path).unwrap().replace("\\-", "-");
+        let headings: Vec<_> = page.lines().filter(|line| line.starts_with("\\fB")).collect();
+        for (key, default) in settings_in(file, assigned) {
+            let heading = headings
+                .iter()
+                .find(|line| line.starts_with(&format!("\\fB{}\\fR", key.trim_start())));
+            let heading = heading.unwrap_or_else(|| panic!("{file}(5) lacks {key}"));
+            assert!(
+                default.is_empty() || heading.ends_with(&format!("({default})")),
+                "{file}(5): {heading}, but the default is {default}"
+            );
+        }
     }
 }

@@ -5,24 +5,26 @@ use std::io::IsTerminal;
 use clap::{Args, Subcommand};
 use futures_util::{StreamExt, pin_mut};
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::signal::{SigHandler, Signal, raise, signal};
 
-use super::client::Client;
+use super::client::{Client, silent};
 use super::print::{Printer, progress};
 use crate::api::{HostProxy, JobRequest, JobStarted, JobState, JobView, SweepKind};
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 use crate::terminal::visible;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum JobsCommand {
-    /// List the last jobs, and the copies of envelopes that are behind.
+    /// List the last jobs, and outdated copies of envelopes.
     List,
     /// Follow a job, or the only one that runs, until it ends.
     Watch {
         /// Its number.
         id: Option<i64>,
     },
-    /// End a job, or the only one that runs, where it is. The envelopes that it changed stay so; a volume that it has not finished
-    /// goes.
+    /// Stop a job, or the only one that runs. Envelopes that it has changed stay changed, an unfinished volume is removed, and an
+    /// overlay that is not merged yet still has to be.
     Abort {
         /// Its number.
         id: Option<i64>,
@@ -100,7 +102,7 @@ pub(super) async fn started(
         return watch(Some(job.job.id), client, printer).await;
     }
     printer.job(&job.job)?;
-    printer.advise(&format!("Follow it with virtseal jobs watch {}", job.job.id))
+    printer.next(&Advice::WatchJob(job.job.id))
 }
 
 async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
@@ -111,33 +113,30 @@ async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Resul
 
 /// Ends like the job: whatever it left behind, or undone, is a failure.
 pub(super) fn judge(job: &JobView) -> Result<(), Problem> {
-    let resume = format!("mend what it says, then virtseal jobs resume {}", job.id);
-    match job.state {
-        JobState::Done => Ok(()),
-        JobState::Incomplete => Err(Problem::new(
-            Code::Failed,
-            format!(
-                "job {} left {} envelopes behind: {}",
-                job.id,
-                job.left,
-                job.reasons.join("; ")
-            ),
-        )
+    let resume = Advice::from("fix what it says").then(Advice::ResumeJob(job.id));
+    match job.state.known() {
+        Some(JobState::Done) => Ok(()),
+        Some(JobState::Incomplete) => Err(Problem::failed(format!(
+            "job {} left {} envelopes behind: {}",
+            job.id,
+            job.left,
+            job.reasons.join("; ")
+        ))
         .next(resume)),
-        JobState::Failed => match &job.problem {
-            Some(problem) => Err(
-                Problem::new(Code::from_number(problem.code), problem.message.clone())
-                    .next(problem.next.clone().unwrap_or(resume)),
-            ),
-            None => {
-                Err(Problem::new(Code::Failed, format!("job {} has failed", job.id)).next("virtseal jobs"))
+        Some(JobState::Failed) => match &job.problem {
+            Some(problem) => {
+                let problem = Problem::from(problem.clone());
+                let next = problem.advice.clone().unwrap_or(resume);
+                Err(problem.next(next))
             }
+            None => Err(Problem::failed(format!("job {} has failed", job.id)).next(Advice::ListJobs)),
         },
-        JobState::Running | JobState::Aborted => Err(Problem::new(
-            Code::Failed,
-            format!("job {} is {}", job.id, job.state.as_str()),
-        )
-        .next("virtseal jobs")),
+        Some(JobState::Aborted) => {
+            Err(Problem::failed(format!("job {} was aborted", job.id)).next(Advice::ResumeJob(job.id)))
+        }
+        Some(JobState::Running) | None => {
+            Err(Problem::failed(format!("job {} is {}", job.id, job.state)).next(Advice::ListJobs))
+        }
     }
 }
 
@@ -164,10 +163,25 @@ async fn follow_with(
     printer: &Printer,
 ) -> Result<JobView, Problem> {
     let (mut last, mut broken): (Option<JobView>, _) = (None, None);
-    match client.connection().watch_job(id).await {
+    let (connection, socket, patience) = client.connection();
+    let interrupted = tokio::signal::ctrl_c();
+    pin_mut!(interrupted);
+    match connection.watch_job(id).await {
         Ok(replies) => {
             pin_mut!(replies);
-            while let Some(reply) = replies.next().await {
+            loop {
+                let reply = tokio::select! {
+                    reply = patience.wait(socket, replies.next()) => reply,
+                    _ = &mut interrupted => {
+                        bar.finish_and_clear();
+                        leave(last.as_ref().map(|job| job.id).or(id));
+                    }
+                };
+                let reply = match reply {
+                    Ok(Some(reply)) => reply,
+                    Ok(None) => break,
+                    Err(silence) => return Err(silent(socket, silence).await),
+                };
                 match reply {
                     Ok(view) => {
                         let view = view.map_err(Problem::from)?.job;
@@ -184,15 +198,27 @@ async fn follow_with(
         Err(error) => broken = Some(error),
     }
     match (broken, last) {
-        (None, Some(view)) if view.state != JobState::Running => Ok(view),
-        (Some(error), None) => Err(client.broken(&error)),
-        (_, last) => Err(
-            Problem::new(Code::Unreachable, "virtseald ended before the job did").next(format!(
-                "start virtseald again: the job goes on, virtseal jobs watch{} follows it",
-                last.map_or_else(String::new, |job| format!(" {}", job.id))
-            )),
-        ),
+        (None, Some(view)) if view.state != JobState::Running.into() => Ok(view),
+        (Some(error), None) => Err(client.broken(&error).await),
+        (_, last) => Err(Problem::unreachable("virtseald ended before the job did").next(
+            Advice::StartDaemon
+                .within("the job goes on")
+                .then(last.map_or(Advice::ListJobs, |job| Advice::WatchJob(job.id))),
+        )),
     }
+}
+
+/// At Ctrl-C: says how to come back, and ends by that signal, which the shell of a script looks at.
+fn leave(job: Option<i64>) -> ! {
+    let (what, next) = match job {
+        Some(id) => (format!("job {id} goes on"), Advice::WatchJob(id)),
+        None => ("the job goes on".to_owned(), Advice::ListJobs),
+    };
+    super::out::note(&format!("{what}. Next: {next}"));
+    // SAFETY: the default action is set in the place of tokio's handler, and no other thread of this program relies on that.
+    let _ = unsafe { signal(Signal::SIGINT, SigHandler::SigDfl) };
+    let _ = raise(Signal::SIGINT);
+    std::process::exit(128 + Signal::SIGINT as i32)
 }
 
 fn show(view: &JobView, before: Option<&JobView>, bar: &ProgressBar, printer: &Printer) {

@@ -6,6 +6,8 @@ use super::add_args::kek_scope;
 use super::client::Client;
 use super::print::Printer;
 use crate::api::HostProxy;
+use crate::model::advice::Advice;
+use crate::model::deadlines::kmip::TIMEOUT_MS;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::Problem;
 use crate::provider::ScopeSetting;
@@ -33,7 +35,7 @@ pub(super) struct KmipArgs {
     #[arg(long, value_name = "1.1 … 2.1")]
     kmip_version: Option<KmipVersion>,
     /// The most time for one operation with its retries, in milliseconds.
-    #[arg(long, value_name = "N", default_value_t = 4500)]
+    #[arg(long, value_name = "N", default_value_t = TIMEOUT_MS)]
     timeout_ms: u64,
     /// The provider's UUID on another host: both open what the other sealed.
     #[arg(long, value_name = "UUID")]
@@ -54,9 +56,13 @@ pub(super) async fn add(args: &KmipArgs, client: &mut Client, printer: &Printer)
     let added = client
         .call(async |host| host.add_provider(name, "kmip", &settings, Vec::new()).await)
         .await?;
-    printer.providers(&added.providers)?;
+    printer.providers_after(name, &added.providers)?;
+    let (trust, identity, request) = (
+        Advice::TrustProvider(name.clone()),
+        Advice::SetIdentity(name.clone()),
+        Advice::RequestCertificate(name.clone()),
+    );
     printer.advise(&format!(
-        "Next: virtseal provider trust {name}, and virtseal provider identity {name} --cert FILE --key FILE (or \
-         virtseal provider csr {name})"
+        "Next: {trust}, and {identity} --key FILE (or {request})"
     ))
 }

@@ -11,8 +11,14 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use zeroize::Zeroizing;
 
+use super::print::Printer;
 use crate::model::problem::{Code, Problem};
 use crate::terminal::visible;
+
+/// How often a prompt asks for the same.
+pub(super) const TRIES: usize = 3;
+/// A typed passphrase of fewer characters is warned about.
+const SHORT: usize = 10;
 
 /// For a passphrase that exists.
 #[derive(Debug, Args)]
@@ -79,16 +85,37 @@ impl NewPassphraseArgs {
     }
 
     /// A descriptor to read the passphrase from.
-    pub(super) fn open(&self, prompt: &str) -> Result<OwnedFd, Problem> {
+    pub(super) fn open(&self, prompt: &str, printer: &Printer) -> Result<OwnedFd, Problem> {
         if let Some(source) = self.source.given() {
             return source;
         }
-        let first = ask(prompt)?;
-        if *first != *ask("Once more: ")? {
-            return Err(Problem::new(Code::Usage, "the two passphrases differ").next("try again"));
+        let passphrase = ask_twice(prompt, printer)?;
+        if passphrase.chars().count() < SHORT {
+            printer.warn(&format!(
+                "it has fewer than {SHORT} characters: whoever gets a copy of what it protects can try them all"
+            ));
         }
-        to_pipe(&first)
+        to_pipe(&passphrase)
     }
+
+    /// The same for a PIN, which may be short: who asks for it counts wrong ones.
+    pub(super) fn open_pin(&self, prompt: &str, printer: &Printer) -> Result<OwnedFd, Problem> {
+        match self.source.given() {
+            Some(source) => source,
+            None => to_pipe(&ask_twice(prompt, printer)?),
+        }
+    }
+}
+
+fn ask_twice(prompt: &str, printer: &Printer) -> Result<Zeroizing<String>, Problem> {
+    for _ in 0..TRIES {
+        let first = ask(prompt)?;
+        if *first == *ask("Once more: ")? {
+            return Ok(first);
+        }
+        printer.warn("the two differ");
+    }
+    Err(Problem::usage("the two differ, three times").next("try again"))
 }
 
 /// Opens a file that holds a secret; - is standard input.
@@ -96,9 +123,8 @@ pub(super) fn open_file(path: &Path) -> Result<OwnedFd, Problem> {
     if path == Path::new("-") {
         return inherited(0);
     }
-    let file = File::open(path).map_err(|error| {
-        Problem::from_error(Code::NotFound, format!("can't open {}", path.display()), &error)
-    })?;
+    let file = File::open(path)
+        .map_err(|error| Problem::from_io(format!("can't open {}", path.display()), &error))?;
     Ok(file.into())
 }
 
@@ -120,17 +146,15 @@ pub(super) fn inherited(fd: i32) -> Result<OwnedFd, Problem> {
 
 fn credential(name: &str) -> Result<OwnedFd, Problem> {
     let directory = std::env::var_os("CREDENTIALS_DIRECTORY").ok_or_else(|| {
-        Problem::new(
-            Code::Usage,
-            format!("no systemd credential '{name}': CREDENTIALS_DIRECTORY is not set"),
-        )
+        Problem::usage(format!(
+            "no systemd credential '{name}': CREDENTIALS_DIRECTORY is not set"
+        ))
         .next(format!("run it in a unit with LoadCredential={name}:FILE"))
     })?;
     if name.contains('/') {
-        return Err(Problem::new(
-            Code::Usage,
-            format!("'{name}' is not the name of a credential"),
-        ));
+        return Err(Problem::usage(format!(
+            "'{name}' is not the name of a credential"
+        )));
     }
     open_file(&Path::new(&directory).join(name))
 }
@@ -138,11 +162,10 @@ fn credential(name: &str) -> Result<OwnedFd, Problem> {
 /// Asks on the terminal.
 pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Problem> {
     if !io::stdin().is_terminal() {
-        return Err(Problem::new(
-            Code::Usage,
-            "a passphrase is needed, and there is no terminal to ask on",
-        )
-        .next("give it with --passphrase-file FILE, or --passphrase-file - for standard input"));
+        return Err(
+            Problem::usage("a passphrase is needed, and there is no terminal to ask on")
+                .next("give it with --passphrase-file FILE, or --passphrase-file - for standard input"),
+        );
     }
     rpassword::prompt_password(visible(prompt).as_ref())
         .map(Zeroizing::new)

@@ -10,6 +10,7 @@ use super::client::Client;
 use super::passphrase::PassphraseArgs;
 use super::print::Printer;
 use crate::api::HostProxy;
+use crate::model::advice::Advice;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::{Code, Problem};
 use crate::provider::ScopeSetting;
@@ -64,14 +65,14 @@ pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printe
     let added = client
         .call(async |host| host.add_provider(&args.name, "pkcs11", &settings, fds).await)
         .await?;
-    printer.providers(&added.providers)
+    printer.providers_after(&args.name, &added.providers)
 }
 
 /// The JSON of [`Pkcs11Settings`].
 fn settings(args: &Pkcs11Args) -> Result<String, Problem> {
     let unfit = |error: &dyn Error| {
         Problem::from_error(Code::Usage, format!("can't add provider '{}'", args.name), error)
-            .next("virtseal provider add pkcs11 --help")
+            .next(Advice::AddProviderHelp(Some("pkcs11")))
     };
     let settings = Pkcs11Settings {
         module: std::path::absolute(&args.module).map_err(|error| unfit(&error))?,
@@ -81,6 +82,7 @@ fn settings(args: &Pkcs11Args) -> Result<String, Problem> {
         init_args: args.init_args.clone(),
         serial: None,
         host: String::new(),
+        description: None,
         id: args.id,
     };
     serde_json::to_string(&settings).map_err(|error| unfit(&error))

@@ -9,15 +9,23 @@ use clap::Subcommand;
 use super::backup::{BackupArgs, RestoreArgs};
 use super::cache::CacheArgs;
 use super::client::Client;
+use super::credential::asked_for;
 use super::job::WatchArgs;
-use super::passphrase::{PassphraseArgs, ask, open_file, to_pipe};
+use super::passphrase::{PassphraseArgs, TRIES, ask, open_file, to_pipe};
 use super::print::Printer;
 use super::provider_add::AddCommand;
+use super::provider_set::SetArgs;
 use super::tpm::{TpmArgs, needs_pin};
 use super::trust::{CsrArgs, IdentityArgs, TrustArgs};
-use super::{backup, cache, job, provider_add, tpm, trust, warn_of_providers};
-use crate::api::{HostProxy, Orphans, SweepKind};
+use super::{backup, cache, job, provider_add, provider_set, tpm, trust};
+use crate::api::{
+    CredentialKind, HostProxy, OrNewer, Orphans, Outcome, ProviderState, ProviderView, SweepKind, words,
+};
+use crate::model::advice::Advice;
+use crate::model::nearest::name_hint;
 use crate::model::problem::{Code, Problem};
+use crate::model::subject::Subject;
+use crate::provider::kind::{KeysAt, Kind};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ProviderCommand {
@@ -31,6 +39,8 @@ pub(super) enum ProviderCommand {
         /// Its name.
         name: String,
     },
+    /// Change settings of a provider, once this host has connected with them and what is sealed has opened.
+    Set(SetArgs),
     /// Change how long the KEKs of a provider are kept for when its servers don't answer.
     Cache(CacheArgs),
     /// Make new keys go to this provider.
@@ -55,7 +65,7 @@ pub(super) enum ProviderCommand {
         /// Its name.
         name: String,
     },
-    /// Show this host to a KMS: a client certificate with its private key.
+    /// Set the client certificate and private key by which a KMS knows this host.
     Identity(IdentityArgs),
     /// Print the signing request for a client certificate whose private key stays on this host.
     Csr(CsrArgs),
@@ -147,12 +157,13 @@ pub(super) async fn run(
                 .providers,
         ),
         ProviderCommand::Show { name } => show(&name, client, printer).await,
+        ProviderCommand::Set(args) => provider_set::run(&args, client, printer).await,
         ProviderCommand::Cache(args) => cache::set(&args, client, printer).await,
         ProviderCommand::Default { name } => {
-            client
+            let set = client
                 .call(async |host| host.set_default_provider(&name).await)
                 .await?;
-            printer.done(&format!("New keys go to '{name}'"))
+            printer.done_but(set.changed, &format!("New keys go to '{name}'"), &set.warnings)
         }
         ProviderCommand::Unlock {
             name,
@@ -162,8 +173,11 @@ pub(super) async fn run(
         ProviderCommand::Unlock { name, passphrase, .. } => unlock(&name, &passphrase, client, printer).await,
         ProviderCommand::Tpm(args) => tpm::run(&args, client, printer).await,
         ProviderCommand::Lock { name } => {
-            client.call(async |host| host.lock_provider(&name).await).await?;
-            printer.done(&format!("'{name}' is locked, its keys are out of memory"))
+            let locked = client.call(async |host| host.lock_provider(&name).await).await?;
+            printer.done(
+                locked.changed,
+                &format!("'{name}' is locked, its keys are out of memory"),
+            )
         }
         ProviderCommand::Backup(args) => backup::backup(&args, client, printer).await,
         ProviderCommand::Restore(args) => backup::restore(&args, client, printer).await,
@@ -205,12 +219,8 @@ pub(super) async fn run(
             force,
             yes_delete,
         } => {
-            let question = format!("What only '{name}' opens will be lost. Type its name: ");
-            let typed = force.then(|| job::typed(yes_delete, &question)).transpose()?;
-            let outcome = client
-                .call(async |host| host.delete_provider(&name, typed.as_deref()).await)
-                .await?;
-            printer.outcome(&outcome, false)
+            let outcome = delete(&name, force, yes_delete, client, printer).await?;
+            printer.outcome(&outcome)
         }
         ProviderCommand::Orphans => printer.orphans(&orphans(client).await?),
     }
@@ -222,16 +232,104 @@ async fn unlock(
     client: &mut Client,
     printer: &Printer,
 ) -> Result<(), Problem> {
-    let question = match passphrase.is_given() {
-        true => String::new(),
-        false => prompt(name, client).await?,
+    let known = client.provider(name).await?;
+    if !passphrase.is_given() && known.as_ref().is_some_and(needs_no_credential) {
+        return printer.done(false, &format!("'{name}' is unlocked"));
+    }
+    let mut tries = match passphrase.is_given() {
+        true => 1,
+        false => known.as_ref().map_or(1, tries),
     };
-    let fds = vec![passphrase.open(&question)?];
-    client
-        .call(async |host| host.unlock_provider(name, fds).await)
-        .await?;
-    printer.done(&format!("'{name}' is unlocked"))?;
-    warn_of_providers(client, printer).await
+    let unlocked = loop {
+        let fds = match passphrase.is_given() {
+            true => vec![passphrase.open("")?],
+            false => asked_for(name, known.as_ref())?,
+        };
+        let unlocked = client
+            .call(async |host| host.unlock_provider(name, fds).await)
+            .await;
+        tries -= 1;
+        match unlocked {
+            Err(problem) if tries > 0 && leads_back(&problem, name) => printer.warn(&problem.message),
+            unlocked => break unlocked?,
+        }
+    };
+    printer.done(unlocked.changed, &format!("'{name}' is unlocked"))?;
+    warn_of(name, client, printer).await
+}
+
+/// How often somebody may type what unlocks it. A token or chip counts wrong PINs: there each try is a command.
+fn tries(provider: &ProviderView) -> usize {
+    match provider.asks_for.as_ref().and_then(OrNewer::known) {
+        Some(CredentialKind::Passphrase | CredentialKind::Token | CredentialKind::SecretId) => TRIES,
+        Some(CredentialKind::Pin | CredentialKind::ClientKey) | None => 1,
+    }
+}
+
+/// Whether the way out of it is the command that it ended: something else must be typed.
+fn leads_back(problem: &Problem, name: &str) -> bool {
+    let unlock = Advice::UnlockProvider(name.to_owned()).to_string();
+    problem
+        .advice
+        .as_ref()
+        .is_some_and(|advice| advice.to_string() == unlock)
+}
+
+/// Says what is about to go wrong with it.
+async fn warn_of(name: &str, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
+    if let Some(provider) = client.provider(name).await? {
+        printer.warnings(&[provider]);
+    }
+    Ok(())
+}
+
+/// Whether it is unlocked, and what it would be asked for takes nothing else's place.
+fn needs_no_credential(provider: &ProviderView) -> bool {
+    let is_open = matches!(
+        provider.state.known(),
+        Some(ProviderState::Ready | ProviderState::NotBackedUp)
+    );
+    let is_replaced = provider.asks_for.as_ref().and_then(OrNewer::known);
+    is_open && !is_replaced.is_some_and(CredentialKind::takes_the_place_of_another)
+}
+
+/// With `--force`, who needs it is told before its name is asked for; one that nobody needs goes without.
+async fn delete(
+    name: &str,
+    force: bool,
+    typed: Option<String>,
+    client: &mut Client,
+    printer: &Printer,
+) -> Result<Outcome, Problem> {
+    let mut call = async |typed: Option<String>| {
+        client
+            .call(async |host| host.delete_provider(name, typed.as_deref()).await)
+            .await
+    };
+    let typed = match typed {
+        Some(typed) => typed,
+        None => match call(None).await {
+            Err(problem) if force && printer.asks() && may_be_forced(&problem) => {
+                printer.warn(&problem.message);
+                job::typed(
+                    None,
+                    &format!("What only '{name}' opens will be lost. Type its name: "),
+                )?
+            }
+            outcome => return outcome,
+        },
+    };
+    call(Some(typed)).await
+}
+
+/// Whether a typed name overrules it: it would lose something, or who needs the provider could not be seen.
+fn may_be_forced(problem: &Problem) -> bool {
+    let other_default = Advice::MakeDefault("OTHER".to_owned()).to_string();
+    let is_default = problem
+        .advice
+        .as_ref()
+        .is_some_and(|advice| advice.to_string() == other_default);
+    !is_default && ![Code::Busy, Code::NotFound, Code::Denied].contains(&problem.code)
 }
 
 async fn unlock_by_tpm(
@@ -240,18 +338,22 @@ async fn unlock_by_tpm(
     client: &mut Client,
     printer: &Printer,
 ) -> Result<(), Problem> {
+    let known = client.provider(name).await?;
+    if !pin.is_given() && known.as_ref().is_some_and(needs_no_credential) {
+        return printer.done(false, &format!("'{name}' is unlocked"));
+    }
     let needs_pin = needs_pin(name, client).await?;
     let fds = match needs_pin || pin.is_given() {
         true => vec![pin.open(&format!("PIN of '{name}' for the TPM: "))?],
         false => Vec::new(),
     };
-    client
+    let unlocked = client
         .call(async |host| host.unlock_provider_by_tpm(name, fds).await)
         .await?;
-    printer.done(&format!("'{name}' is unlocked"))
+    printer.done(unlocked.changed, &format!("'{name}' is unlocked"))
 }
 
-/// A native provider's passphrase, and the PIN that its TPM asks for. Without anybody to ask it goes on without the PIN: the
+/// The passphrase that encrypts its root keys, and the PIN that its TPM asks for. Without anybody to ask it goes on without the PIN: the
 /// daemon says what that means.
 async fn for_rotation(
     name: &str,
@@ -260,7 +362,9 @@ async fn for_rotation(
     client: &mut Client,
 ) -> Result<Vec<OwnedFd>, Problem> {
     let mut fds = Vec::new();
-    if kind(name, client).await?.as_deref() == Some("native") {
+    let provider = client.provider(name).await?;
+    let row = provider.and_then(|provider| Kind::named(&words(&provider.kind)));
+    if row.is_some_and(|row| row.keys == KeysAt::Host) {
         fds.push(passphrase.open(&format!("Passphrase of '{name}': "))?);
         if let Some(file) = pin_file {
             fds.push(open_file(file)?);
@@ -271,31 +375,17 @@ async fn for_rotation(
     Ok(fds)
 }
 
-async fn kind(name: &str, client: &mut Client) -> Result<Option<String>, Problem> {
-    Ok(client.provider(name).await?.map(|provider| provider.kind))
-}
-
-/// What to ask for depends on the provider's kind.
-async fn prompt(name: &str, client: &mut Client) -> Result<String, Problem> {
-    let what = match kind(name, client).await?.as_deref() {
-        Some("transit") => "Token or secret id",
-        Some("pkcs11") => "PIN of the token",
-        _ => "Passphrase",
-    };
-    Ok(format!("{what} of '{name}': "))
-}
-
 async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let mut all = client
         .call(async |host| host.list_providers().await)
         .await?
         .providers;
+    let hint = name_hint(name, all.iter().map(|provider| provider.name.as_str()));
     all.retain(|provider| provider.name == name);
     if all.is_empty() {
-        return Err(
-            Problem::new(Code::NotFound, format!("there is no provider '{name}'"))
-                .next("virtseal provider list"),
-        );
+        return Err(Problem::not_found(format!("there is no provider '{name}'{hint}"))
+            .about(Subject::Provider(name.to_owned()))
+            .next(Advice::ListProviders));
     }
     printer.provider(&all)
 }

@@ -11,11 +11,12 @@ use super::print::Printer;
 use super::transit::TransitArgs;
 use super::{kmip, pkcs11, transit};
 use crate::api::HostProxy;
+use crate::model::advice::Advice;
 use crate::model::problem::Problem;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AddCommand {
-    /// The embedded provider: a root key of its own, sealed by a passphrase.
+    /// The embedded provider: a root key of its own, encrypted by a passphrase.
     Native {
         /// Its name.
         name: String,
@@ -40,14 +41,13 @@ pub(super) async fn run(command: AddCommand, client: &mut Client, printer: &Prin
             passphrase,
         } => {
             cache.refuse("native")?;
-            let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "))?];
+            let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "), printer)?];
             let added = client
                 .call(async |host| host.add_provider(&name, "native", "", fds).await)
                 .await?;
-            printer.providers(&added.providers)?;
-            printer.advise(&format!(
-                "It wraps nothing until it is backed up: virtseal provider backup {name} --output FILE"
-            ))
+            printer.providers_after(&name, &added.providers)?;
+            let backup = Advice::BackUpProvider(name);
+            printer.advise(&format!("It wraps nothing until it is backed up. Next: {backup}"))
         }
         AddCommand::Transit(args) => transit::add(&args, client, printer).await,
         AddCommand::Pkcs11(args) => pkcs11::add(&args, client, printer).await,

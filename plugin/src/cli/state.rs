@@ -1,24 +1,23 @@
 //! `virtseal state backup` and `restore`.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
 use super::client::Client;
 use super::job;
+use super::new_backup::NewBackup;
 use super::passphrase::{self, NewPassphraseArgs, PassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
 use crate::config::Config;
 use crate::crypto::age_file::AgeError;
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 use crate::secret::SecretBytes;
 use crate::state_backup::{self, Replace, StateError};
 use crate::store::StoreError;
-use crate::terminal::quoted;
 use crate::terminal::word;
 
 /// The most bytes of a passphrase.
@@ -60,52 +59,19 @@ pub(super) struct RestoreArgs {
 }
 
 pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
-    let passphrase = args.passphrase.open("Passphrase of the backup: ")?;
-    let shown = args.output.display();
-    let unwritable = |error: std::io::Error| {
-        let failure = Problem::from_error(Code::Failed, format!("can't write {shown}"), &error);
-        match error.kind() {
-            std::io::ErrorKind::AlreadyExists => {
-                failure.next("choose another --output: a backup is never overwritten")
-            }
-            _ => failure,
-        }
-    };
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&args.output)
-        .map_err(unwritable)?;
-    let written = write_backup(&file, &args.output, passphrase, client, unwritable).await;
-    if let Err(failure) = written {
-        // Only what this command created, and it is of no use.
-        let _ = fs::remove_file(&args.output);
-        return Err(failure);
-    }
-    printer.done(&format!(
-        "The state is backed up in {shown}. The passphrases of providers are not in it: keep these, too"
-    ))
-}
-
-async fn write_backup(
-    file: &File,
-    path: &Path,
-    passphrase: OwnedFd,
-    client: &mut Client,
-    unwritable: impl Fn(std::io::Error) -> Problem,
-) -> Result<(), Problem> {
-    let copy = file.try_clone().map_err(&unwritable)?;
-    let fds = vec![OwnedFd::from(copy), passphrase];
+    NewBackup::check(&args.output)?;
+    let passphrase = args.passphrase.open("Passphrase of the backup: ", printer)?;
+    let file = NewBackup::create(&args.output)?;
+    let fds = vec![file.descriptor()?, passphrase];
     client.call(async |host| host.backup_state(fds).await).await?;
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    file.sync_all()
-        .and_then(|()| File::open(directory)?.sync_all())
-        .map_err(unwritable)
+    file.keep()?;
+    let shown = args.output.display();
+    printer.done(
+        true,
+        &format!(
+            "The state is backed up in {shown}. The passphrases of providers are not in it: keep these, too"
+        ),
+    )
 }
 
 /// Without a daemon: there is none before this.
@@ -139,11 +105,11 @@ pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Proble
     if let Some(before) = &restored.before {
         said += &format!("; what was there is in {}", before.display());
     }
-    printer.done(&said)?;
-    printer.advise(
-        "Next: systemctl start virtseald.socket virtseald, then virtseal provider unlock NAME. Keys that changed since come back \
-         from domain XML and images when their VMs start",
-    )
+    printer.done(true, &said)?;
+    let next = Advice::StartAll.then(Advice::UnlockProvider("NAME".to_owned()));
+    printer.advise(&format!(
+        "Next: {next}. Keys that changed since come back from domain XML and images when their VMs start"
+    ))
 }
 
 fn state_dir(args: &RestoreArgs) -> Result<PathBuf, Problem> {
@@ -160,19 +126,19 @@ fn state_dir(args: &RestoreArgs) -> Result<PathBuf, Problem> {
     };
     config
         .map(|config| config.state_dir)
-        .map_err(|error| Problem::new(Code::Usage, chain(&error)).next("mend it, or give --state-dir DIR"))
+        .map_err(|error| Problem::usage(chain(&error)).next("fix it, or give --state-dir DIR"))
 }
 
 fn failure(error: &StateError, args: &RestoreArgs, dir: &Path) -> Problem {
     let said = |code| Problem::new(code, format!("nothing was restored: {}", chain(error)));
     match error {
-        StateError::Occupied { host, .. } => said(Code::WouldLoseKey).next(format!(
-            "virtseal state restore --yes-replace={} -i {}: it keeps what is there beside it",
-            quoted(host),
-            quoted(args.input.display())
-        )),
+        StateError::Occupied { host, .. } => {
+            let (host, from) = (host.clone(), args.input.clone());
+            said(Code::WouldLoseKey)
+                .next(Advice::RestoreStateOver { host, from }.within("it keeps what is there beside it"))
+        }
         StateError::Keystore(StoreError::InUse { .. }) => {
-            said(Code::Busy).next("systemctl stop virtseald.socket virtseald, then try again")
+            said(Code::Busy).next(Advice::StopAll.then("try again"))
         }
         StateError::Age(AgeError::WrongPassphrase) => {
             said(Code::Locked).next("try again with its passphrase")

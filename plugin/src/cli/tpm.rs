@@ -1,20 +1,26 @@
 //! `virtseal provider tpm …`.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 
 use super::client::Client;
-use super::passphrase::NewPassphraseArgs;
+use super::credential::asked_for;
+use super::passphrase::{NewPassphraseArgs, open_file};
 use super::print::Printer;
-use crate::api::{HostProxy, TpmRequest, TpmView};
+
+use crate::api::{HostProxy, ProviderView, TpmRequest, TpmView, words};
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
+use crate::provider::kind::{KeysAt, Kind};
 
 #[derive(Debug, Args)]
 pub(super) struct TpmArgs {
     /// The provider's name.
     name: String,
-    /// Seal its root keys to the TPM; it must be unlocked. Its passphrase goes on unlocking it too.
+    /// Bind to the TPM what unlocks it: a native provider's root keys, for which it must be unlocked, or another's passphrase, PIN, token,
+    /// secret id or client key. That goes on unlocking it too.
     #[arg(long, required_unless_present = "remove", conflicts_with = "remove")]
     enroll: bool,
     /// Only while these PCRs are what they are now; unless given, those of the enrolment that this one replaces, or else
@@ -27,12 +33,15 @@ pub(super) struct TpmArgs {
     /// Have the TPM ask for a PIN too: the provider does not unlock by itself then.
     #[arg(long, requires = "enroll")]
     pin: bool,
-    /// No PIN any more.
+    /// Drop the PIN.
     #[arg(long, requires = "enroll", conflicts_with_all = ["pin", "passphrase_source"])]
     no_pin: bool,
     #[command(flatten)]
     new_pin: NewPassphraseArgs,
-    /// Take that way in away again.
+    /// Read what unlocks it, where it is not a native one, from this file; - is standard input.
+    #[arg(long, value_name = "FILE", requires = "enroll")]
+    credential_file: Option<PathBuf>,
+    /// Stop the TPM from unlocking it.
     #[arg(long)]
     remove: bool,
 }
@@ -41,21 +50,27 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
     let name = &args.name;
     if args.remove {
         let gone = client.call(async |host| host.remove_tpm(name).await).await?;
-        return printer.done(&match gone.removed {
-            true => format!("The TPM does not unlock '{name}' any more, its passphrase does"),
-            false => format!("The TPM did not unlock '{name}'"),
-        });
+        return printer.done(
+            gone.changed,
+            &match gone.changed {
+                true => format!("The TPM does not unlock '{name}' any more"),
+                false => format!("The TPM did not unlock '{name}'"),
+            },
+        );
     }
+    let credential = credential(args, client).await?;
     let request = TpmRequest {
+        with_credential: credential.is_some(),
         pcrs: args.pcrs.clone(),
         public_key: args.pcr_public_key.as_deref().map(public_key).transpose()?,
         without_pin: args.no_pin,
     };
     let wants_pin = args.pin || args.new_pin.is_given() || (!args.no_pin && needs_pin(name, client).await?);
-    let fds = match wants_pin {
-        true => vec![args.new_pin.open(&format!("PIN of '{name}' for the TPM: "))?],
-        false => Vec::new(),
-    };
+    let mut fds: Vec<_> = credential.into_iter().collect();
+    if wants_pin {
+        let question = format!("PIN of '{name}' for the TPM: ");
+        fds.push(args.new_pin.open_pin(&question, printer)?);
+    }
     let enrolled = client
         .call(async |host| host.enroll_tpm(name, &request, fds).await)
         .await?;
@@ -63,6 +78,20 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
         printer.warn(warning);
     }
     printer.show(&enrolled, std::iter::once(said(name, &enrolled.tpm).as_str()))
+}
+
+/// What a provider is unlocked with whose root keys are not here. One that is enrolled has the TPM open it.
+async fn credential(args: &TpmArgs, client: &mut Client) -> Result<Option<OwnedFd>, Problem> {
+    if let Some(file) = &args.credential_file {
+        return open_file(file).map(Some);
+    }
+    let known = client.provider(&args.name).await?;
+    let is_native =
+        |known: &ProviderView| Kind::named(&words(&known.kind)).is_none_or(|kind| kind.keys == KeysAt::Host);
+    match known.filter(|known| !is_native(known) && known.tpm.is_none()) {
+        Some(known) => Ok(asked_for(&args.name, Some(&known))?.pop()),
+        None => Ok(None),
+    }
 }
 
 /// Whether the TPM asks for a PIN before it unlocks it.
@@ -74,7 +103,10 @@ pub(super) async fn needs_pin(name: &str, client: &mut Client) -> Result<bool, P
 /// What it does from now on, and what it does not look at.
 fn said(name: &str, tpm: &TpmView) -> String {
     let when = match tpm.pin {
-        true => format!("when somebody types its PIN (virtseal provider unlock {name} --tpm)"),
+        true => format!(
+            "when somebody types its PIN ({})",
+            Advice::UnlockByTpm(name.to_owned())
+        ),
         false => "when virtseald starts".to_owned(),
     };
     let pcrs = tpm.pcrs.as_deref().unwrap_or_default();
@@ -96,7 +128,7 @@ fn said(name: &str, tpm: &TpmView) -> String {
         false => "",
     };
     format!(
-        "The TPM unlocks '{name}' {when}, while {}{uncovered}. Keep the passphrase: it unlocks '{name}' whatever changes",
+        "The TPM unlocks '{name}' {when}, while {}{uncovered}. Keep the passphrase, PIN or secret of '{name}': it opens whatever changes",
         conditions.join(" and ")
     )
 }
@@ -108,13 +140,10 @@ fn public_key(path: &Path) -> Result<String, Problem> {
     let text = std::fs::read(path).map_err(|error| failed(&error))?;
     // Nobody's private key goes to the daemon by mistake.
     if text.windows(12).any(|part| part == b"PRIVATE KEY-") {
-        return Err(Problem::new(
-            Code::Usage,
-            format!(
-                "{} is a private key, and the public one is needed",
-                path.display()
-            ),
-        )
+        return Err(Problem::usage(format!(
+            "{} is a private key, and the public one is needed",
+            path.display()
+        ))
         .next(format!("openssl pkey -in {} -pubout", path.display())));
     }
     String::from_utf8(text).map_err(|error| failed(&error))

@@ -9,6 +9,8 @@ use super::add_args::{NoCacheArgs, kek_scope};
 use super::client::Client;
 use super::print::Printer;
 use crate::api::HostProxy;
+use crate::model::advice::Advice;
+use crate::model::deadlines::transit::TIMEOUT_MS;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::{Code, Problem};
 use crate::provider::ScopeSetting;
@@ -44,7 +46,7 @@ pub(super) struct TransitArgs {
     #[command(flatten)]
     cache: NoCacheArgs,
     /// The most time for one operation, in milliseconds.
-    #[arg(long, value_name = "N", default_value = "4000")]
+    #[arg(long, value_name = "N", default_value_t = TIMEOUT_MS)]
     timeout_ms: u32,
     /// The provider's UUID on another host: both open what the other sealed.
     #[arg(long, value_name = "UUID")]
@@ -84,14 +86,15 @@ pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Print
     let added = client
         .call(async |host| host.add_provider(name, "transit", &settings, vec![]).await)
         .await?;
-    printer.providers(&added.providers)?;
+    printer.providers_after(name, &added.providers)?;
     let secret = match args.login.auth {
         LoginMethod::Token => "its token",
         LoginMethod::Approle => "its secret id",
         LoginMethod::Cert => "a PEM file with its private key and certificate",
     };
     printer.advise(&format!(
-        "It is locked. Give it {secret}: virtseal provider unlock {name}"
+        "It is locked until it gets {secret}. Next: {}",
+        Advice::UnlockProvider(name.clone())
     ))
 }
 
@@ -99,7 +102,7 @@ pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Print
 fn settings(args: &TransitArgs) -> Result<String, Problem> {
     let unfit = |error: &dyn Error| {
         Problem::from_error(Code::Usage, format!("can't add provider '{}'", args.name), error)
-            .next("virtseal provider add transit --help")
+            .next(Advice::AddProviderHelp(Some("transit")))
     };
     let ca = args.ca.as_ref().map(std::path::absolute).transpose();
     let ca = ca.map_err(|error| unfit(&error))?;
@@ -117,6 +120,7 @@ fn parse(args: &TransitArgs, ca: Option<PathBuf>) -> Result<TransitSettings, Set
         key: args.key.clone().map(KeyName::try_from).transpose()?,
         ca,
         server_name: args.server_name.clone().map(HostName::try_from).transpose()?,
+        description: None,
         id: args.id,
         timeout_ms: args.timeout_ms,
     };

@@ -4,13 +4,14 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::client::Client;
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::{HostProxy, IdentityParts, NewKey, ServerView};
-use crate::model::problem::{Code, Problem};
+use crate::model::advice::Advice;
+use crate::model::problem::Problem;
 use crate::provider::kmip::Fingerprint;
 
 #[derive(Debug, Args)]
@@ -29,11 +30,27 @@ pub(super) struct IdentityArgs {
     /// Read that user's password from this file.
     #[arg(long, value_name = "FILE", requires = "user")]
     password_file: Option<PathBuf>,
-    /// Seal the private key by a passphrase: the provider is locked then until it is unlocked.
-    #[arg(long)]
-    seal: bool,
+    /// Encrypt the private key: by a passphrase, and the provider is locked then until it is unlocked; or by the TPM 2.0 of this host,
+    /// which unlocks it when virtseald starts.
+    #[arg(
+        long,
+        alias = "seal",
+        value_name = "BY",
+        value_enum,
+        num_args = 0..=1,
+        default_missing_value = "passphrase"
+    )]
+    encrypt: Option<EncryptBy>,
     #[command(flatten)]
     passphrase: NewPassphraseArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum EncryptBy {
+    /// Somebody types it.
+    Passphrase,
+    /// While PCR 7 is what it is now.
+    Tpm,
 }
 
 #[derive(Debug, Args)]
@@ -78,17 +95,24 @@ pub(super) async fn identity(
     printer: &Printer,
 ) -> Result<(), Problem> {
     let name = &args.name;
+    if args.encrypt == Some(EncryptBy::Tpm) && args.passphrase.is_given() {
+        return Err(Problem::usage("with --encrypt tpm nobody knows the passphrase"));
+    }
     let parts = IdentityParts {
         key: args.key.is_some(),
         user: args.user.clone(),
-        seal: args.seal || args.passphrase.is_given(),
+        encrypt: args.encrypt == Some(EncryptBy::Passphrase) || args.passphrase.is_given(),
+        by_tpm: args.encrypt == Some(EncryptBy::Tpm),
     };
     let mut fds = vec![passphrase::open_file(&args.cert)?];
     for file in args.key.iter().chain(&args.password_file) {
         fds.push(passphrase::open_file(file)?);
     }
-    if parts.seal {
-        fds.push(args.passphrase.open(&format!("New passphrase of '{name}': "))?);
+    if parts.encrypt {
+        fds.push(
+            args.passphrase
+                .open(&format!("New passphrase of '{name}': "), printer)?,
+        );
     }
     let set = client
         .call(async |host| host.set_provider_identity(name, &parts, fds).await)
@@ -96,12 +120,10 @@ pub(super) async fn identity(
     let certificate = &set.certificate;
     printer.providers(&[set.provider])?;
     printer.advise(&format!(
-        "'{name}' shows itself as {}, SHA-256 {}, until {}",
+        "This host presents to '{name}' the certificate {}, SHA-256 {}, until {}",
         certificate.subject, certificate.sha256, certificate.not_after
     ))?;
-    for warning in &set.warnings {
-        printer.advise(&format!("Warning: {warning}"))?;
-    }
+    set.warnings.iter().for_each(|warning| printer.warn(warning));
     Ok(())
 }
 
@@ -117,14 +139,17 @@ pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) 
         return printer.show(&made, made.pem.lines());
     };
     write_request(path, made.pem.as_bytes()).map_err(|error| {
-        Problem::from_error(Code::Failed, format!("can't write {}", path.display()), &error)
+        Problem::from_io(format!("can't write {}", path.display()), &error)
             .next("the same command with another --output: the request waits until it is answered")
     })?;
-    printer.done(&format!(
-        "{} is the request; have it signed, then virtseal provider identity {} --cert FILE",
-        path.display(),
-        args.name
-    ))
+    printer.done(
+        true,
+        &format!(
+            "{} is the request; have it signed, then {}",
+            path.display(),
+            Advice::SetIdentity(args.name.clone())
+        ),
+    )
 }
 
 /// What this command has made goes again where not all of it can be written.
@@ -169,7 +194,7 @@ pub(super) async fn trust(args: &TrustArgs, client: &mut Client, printer: &Print
     let trusted = client
         .call(async |host| host.trust_provider(name, &fingerprints, fds).await)
         .await?;
-    printer.providers(&trusted.providers)
+    printer.providers_after(name, &trusted.providers)
 }
 
 /// Those of the servers' own certificates: what the admin sees is what is trusted, whatever is shown a moment later.
@@ -179,26 +204,20 @@ fn shown_fingerprints(name: &str, shown: &[ServerView]) -> Result<Vec<String>, P
     fingerprints.sort();
     fingerprints.dedup();
     if fingerprints.is_empty() {
-        let failure = Problem::new(
-            Code::Unreachable,
-            format!("provider '{name}': no server shows a certificate"),
-        );
-        return Err(failure.next(format!("virtseal provider show {name}")));
+        let failure = Problem::unreachable(format!("provider '{name}': no server shows a certificate"));
+        return Err(failure.next(Advice::ShowProvider(name.to_owned())));
     }
     Ok(fingerprints)
 }
 
 fn confirm(name: &str, args: &TrustArgs) -> Result<(), Problem> {
     if !std::io::stdin().is_terminal() {
-        let failure = Problem::new(
-            Code::Usage,
-            format!(
-                "provider '{name}': somebody must compare the fingerprints, and there is no terminal to ask on"
-            ),
-        );
-        return Err(failure.next(format!(
-            "virtseal provider trust {name} --ca FILE --yes, or --fingerprint HEX --yes"
-        )));
+        let failure = Problem::usage(format!(
+            "provider '{name}': somebody must compare the fingerprints, and there is no terminal to ask on"
+        ));
+        return Err(failure.next(
+            Advice::TrustProvider(name.to_owned()).note("with --ca FILE --yes or --fingerprint HEX --yes"),
+        ));
     }
     let question = match (&args.ca, args.fingerprints.is_empty()) {
         (Some(ca), _) => format!("Trust servers signed by {}?", ca.display()),
@@ -211,8 +230,7 @@ fn confirm(name: &str, args: &TrustArgs) -> Result<(), Problem> {
     if read.is_ok() && ["y", "yes"].contains(&answer.trim().to_lowercase().as_str()) {
         return Ok(());
     }
-    Err(Problem::new(
-        Code::Failed,
-        format!("provider '{name}' is not trusted: nothing was changed"),
-    ))
+    Err(Problem::failed(format!(
+        "provider '{name}' is not trusted: nothing was changed"
+    )))
 }

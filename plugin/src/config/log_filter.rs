@@ -11,7 +11,7 @@ const LEVELS: [&str; 5] = ["error", "warn", "info", "debug", "trace"];
 /// What to log: a level, or levels by module, such as `info,virtseal=debug`.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
-pub struct LogFilter(String);
+pub(crate) struct LogFilter(String);
 
 impl Default for LogFilter {
     fn default() -> Self {
@@ -27,8 +27,8 @@ impl fmt::Display for LogFilter {
 
 /// The text is not a [`LogFilter`].
 #[derive(Debug, Error)]
-#[error("{0:?} is no level of the log")]
-pub struct NotALogFilter(String);
+#[error("{0:?} is not a log level")]
+pub(crate) struct NotALogFilter(String);
 
 impl FromStr for LogFilter {
     type Err = NotALogFilter;

@@ -6,26 +6,42 @@ use serde::{Deserialize, Deserializer, de};
 
 use crate::domain::{Domain, Permission, Policy};
 
-/// What the host allows, and what it allows to single VMs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Policies {
-    memory_on_disk: Setting,
-    mixed_disks: Setting,
-    plain_backing: Setting,
-    migration_tls: Setting,
-    /// By name or UUID. What is not set there is as for the host.
-    vms: BTreeMap<String, OfVm>,
+macro_rules! permissions {
+    ($($key:ident),*) => {
+        /// What the host allows, and what it allows to single VMs.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub(crate) struct Policies {
+            $($key: Setting,)*
+            /// By name or UUID. What is not set there is as for the host.
+            vms: BTreeMap<String, OfVm>,
+        }
+
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        struct OfVm {
+            $($key: Setting,)*
+        }
+
+        impl Policies {
+            /// The keys, for the host and below each VM.
+            pub(super) const KEYS: &[&str] = &[$(stringify!($key)),*];
+
+            /// What holds for this VM: what is set for its UUID, else for its name, else for the host.
+            pub(crate) fn of(&self, domain: &Domain) -> Policy {
+                let uuid = domain.uuid.to_string();
+                let of_vm = [&uuid, &domain.name].map(|key| self.vms.get(key));
+                let setting = |of: fn(&OfVm) -> Setting, of_host: Setting| {
+                    let set = of_vm.iter().flatten().find_map(|vm| of(vm).0);
+                    set.or(of_host.0).unwrap_or_default()
+                };
+                Policy { $($key: setting(|vm| vm.$key, self.$key),)* }
+            }
+        }
+    };
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct OfVm {
-    memory_on_disk: Setting,
-    mixed_disks: Setting,
-    plain_backing: Setting,
-    migration_tls: Setting,
-}
+permissions!(memory_on_disk, mixed_disks, plain_backing, migration_tls);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Setting(Option<Permission>);
@@ -51,30 +67,8 @@ impl<'de> Deserialize<'de> for Setting {
 }
 
 impl Policies {
-    /// The keys, for the host and below each VM.
-    pub(super) const KEYS: [&str; 4] = ["memory_on_disk", "mixed_disks", "plain_backing", "migration_tls"];
     /// The key that holds those of single VMs.
     pub(super) const VMS: &str = "vms";
-
-    /// What holds for this VM: what is set for its UUID, else for its name, else for the host.
-    #[must_use]
-    pub fn of(&self, domain: &Domain) -> Policy {
-        let by_uuid = self.vms.get(&domain.uuid.to_string());
-        let by_name = self.vms.get(&domain.name);
-        let setting = |of_vm: fn(&OfVm) -> Setting, of_host: Setting| {
-            by_uuid
-                .and_then(|vm| of_vm(vm).0)
-                .or_else(|| by_name.and_then(|vm| of_vm(vm).0))
-                .or(of_host.0)
-                .unwrap_or_default()
-        };
-        Policy {
-            memory_on_disk: setting(|vm| vm.memory_on_disk, self.memory_on_disk),
-            mixed_disks: setting(|vm| vm.mixed_disks, self.mixed_disks),
-            plain_backing: setting(|vm| vm.plain_backing, self.plain_backing),
-            migration_tls: setting(|vm| vm.migration_tls, self.migration_tls),
-        }
-    }
 
     /// The first key in the section that does not exist, if the section is one.
     pub(super) fn unknown_key(section: &serde_yaml::Value) -> Option<String> {

@@ -45,38 +45,26 @@ pub(crate) enum Form {
 
 /// Why a text can't be encrypted or decrypted.
 #[derive(Debug, Error)]
-pub enum AgeError {
-    /// No passphrase.
+pub(crate) enum AgeError {
     #[error("the passphrase is empty")]
     EmptyPassphrase,
-    /// Not text of one line.
     #[error("the passphrase is not one line of UTF-8 text, so no terminal could enter it")]
     PassphraseText,
-    /// Another passphrase, or a damaged file.
     #[error("the passphrase is wrong")]
     WrongPassphrase,
-    /// scrypt would take too much.
     #[error(
         "the age file asks for scrypt work factor {required}, at most {MAX_WORK} is accepted: \
          decrypt it with age -d and restore the result"
     )]
-    TooMuchWork {
-        /// The work factor.
-        required: u8,
-    },
-    /// Encrypted to keys.
+    TooMuchWork { required: u8 },
     #[error("the age file is not encrypted by a passphrase: decrypt it with age -d and restore the result")]
     NotByPassphrase,
-    /// Too long.
     #[error("it has more than {MAX_BYTES} bytes, no virtseal backup is that long")]
     TooLong,
-    /// Not an age file.
     #[error("the age file is damaged")]
     Damaged(#[source] DecryptError),
-    /// age can't encrypt.
     #[error("encrypting with age failed")]
     Encrypt(#[source] EncryptError),
-    /// It does not open.
     #[error("what was encrypted does not open again")]
     NotVerified,
 }
@@ -93,10 +81,7 @@ pub(crate) fn encrypt(text: &[u8], passphrase: &SecretBytes, form: Form) -> Resu
 }
 
 fn encrypt_with(text: &[u8], passphrase: &SecretBytes, form: Form, work: u8) -> Result<Vec<u8>, AgeError> {
-    let mut recipient = scrypt::Recipient::new(typed(passphrase)?);
-    recipient.set_work_factor(work);
-    let encryptor = one_at_a_time(|| Encryptor::with_recipients(iter::once(&recipient as _)))
-        .map_err(AgeError::Encrypt)?;
+    let encryptor = encryptor(passphrase, work)?;
     let format = match form {
         Form::Binary => Format::Binary,
         Form::Armored => Format::AsciiArmor,
@@ -111,6 +96,12 @@ fn encrypt_with(text: &[u8], passphrase: &SecretBytes, form: Form, work: u8) -> 
     file
 }
 
+fn encryptor(passphrase: &SecretBytes, work: u8) -> Result<Encryptor, AgeError> {
+    let mut recipient = scrypt::Recipient::new(typed(passphrase)?);
+    recipient.set_work_factor(work);
+    one_at_a_time(|| Encryptor::with_recipients(iter::once(&recipient as _))).map_err(AgeError::Encrypt)
+}
+
 /// Whether `bytes` look like an age file, binary or armored.
 pub(crate) fn is_age_file(bytes: &[u8]) -> bool {
     let bytes = bytes.trim_ascii_start();
@@ -122,35 +113,39 @@ pub(crate) fn decrypt(file: &[u8], passphrase: &SecretBytes) -> Result<Transient
     if file.len() > MAX_BYTES {
         return Err(AgeError::TooLong);
     }
-    let mut identity = scrypt::Identity::new(typed(passphrase)?);
-    identity.set_max_work_factor(MAX_WORK);
-    let text = decrypt_by(file, &identity);
+    let text = opened(ArmoredReader::new(file), passphrase).and_then(|reader| {
+        // The plaintext is shorter than the file: no growing buffer leaves a copy behind.
+        let mut text = Transient::new(Vec::with_capacity(file.len() + 1));
+        let read = reader.take(MAX_BYTES as u64).read_to_end(&mut text);
+        read.map_err(|error| AgeError::Damaged(error.into()))?;
+        Ok(text)
+    });
     scrub_stack();
     text
 }
 
 /// A writer that encrypts with `passphrase` what is too long for memory, as a binary age file. It must be finished.
 pub(crate) fn writer<W: Write>(output: W, passphrase: &SecretBytes) -> Result<StreamWriter<W>, AgeError> {
-    let mut recipient = scrypt::Recipient::new(typed(passphrase)?);
-    recipient.set_work_factor(WORK_HERE);
-    let encryptor = one_at_a_time(|| Encryptor::with_recipients(iter::once(&recipient as _)))
-        .map_err(AgeError::Encrypt)?;
-    let writer = encryptor.wrap_output(output);
+    let writer = encryptor(passphrase, WORK_HERE)?.wrap_output(output);
     scrub_stack();
     writer.map_err(|error| AgeError::Encrypt(error.into()))
 }
 
 /// A reader of what [`writer`] wrote; it ends with an error unless all of it is there.
 pub(crate) fn reader<R: BufRead>(input: R, passphrase: &SecretBytes) -> Result<StreamReader<R>, AgeError> {
+    let reader = opened(input, passphrase);
+    scrub_stack();
+    reader
+}
+
+fn opened<R: BufRead>(file: R, passphrase: &SecretBytes) -> Result<StreamReader<R>, AgeError> {
     let mut identity = scrypt::Identity::new(typed(passphrase)?);
     identity.set_max_work_factor(MAX_WORK);
-    let decryptor = Decryptor::new_buffered(input).map_err(AgeError::Damaged)?;
+    let decryptor = Decryptor::new_buffered(file).map_err(AgeError::Damaged)?;
     if !decryptor.is_scrypt() {
         return Err(AgeError::NotByPassphrase);
     }
-    let reader = one_at_a_time(|| decryptor.decrypt(iter::once(&identity as _))).map_err(refused);
-    scrub_stack();
-    reader
+    one_at_a_time(|| decryptor.decrypt(iter::once(&identity as _))).map_err(refused)
 }
 
 fn refused(error: DecryptError) -> AgeError {
@@ -159,21 +154,6 @@ fn refused(error: DecryptError) -> AgeError {
         DecryptError::ExcessiveWork { required, .. } => AgeError::TooMuchWork { required },
         error => AgeError::Damaged(error),
     }
-}
-
-fn decrypt_by(file: &[u8], identity: &scrypt::Identity) -> Result<Transient, AgeError> {
-    let decryptor = Decryptor::new_buffered(ArmoredReader::new(file)).map_err(AgeError::Damaged)?;
-    if !decryptor.is_scrypt() {
-        return Err(AgeError::NotByPassphrase);
-    }
-    let reader = one_at_a_time(|| decryptor.decrypt(iter::once(identity as _))).map_err(refused)?;
-    // The plaintext is shorter than the file: no growing buffer leaves a copy behind.
-    let mut text = Transient::new(Vec::with_capacity(file.len() + 1));
-    reader
-        .take(MAX_BYTES as u64)
-        .read_to_end(&mut text)
-        .map_err(|error| AgeError::Damaged(error.into()))?;
-    Ok(text)
 }
 
 fn one_at_a_time<T>(scrypt: impl FnOnce() -> T) -> T {

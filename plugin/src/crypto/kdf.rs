@@ -13,9 +13,6 @@ use openssl::pkey_ctx::PkeyCtx;
 use crate::secret::SecretBytes;
 
 /// The key of `secret`, which is uniformly random; a `salt` may be empty.
-///
-/// # Errors
-/// No memory, or no OpenSSL.
 pub(crate) fn hkdf(secret: &[u8], salt: &[u8], info: &[u8]) -> io::Result<SecretBytes> {
     let mut key = SecretBytes::zeroed(32)?;
     let mut derive = || -> Result<(), ErrorStack> {

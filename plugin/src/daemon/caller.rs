@@ -6,7 +6,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Gid, Uid};
 
-use crate::model::problem::{Code, Problem};
+use crate::model::advice::Advice;
+use crate::model::problem::Problem;
 
 /// What a caller may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ impl Caller {
     pub(super) fn may(self, needed: Self) -> Result<(), Problem> {
         match (self, needed) {
             (Self::Admin, _) | (Self::Reader, Self::Reader) => Ok(()),
-            _ => Err(Problem::new(Code::Denied, "only root may do this").next("run it as root, with sudo")),
+            _ => Err(Problem::denied("only root may do this").next(Advice::RunAsRoot)),
         }
     }
 }
@@ -82,6 +83,7 @@ pub(super) fn peer_groups(socket: &impl AsFd) -> io::Result<Vec<Gid>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::problem::Code;
 
     #[test]
     fn root_changes_the_group_reads_others_nothing() {

@@ -3,10 +3,10 @@
 
 use std::time::Instant;
 
-use super::{Daemon, lock};
+use super::Daemon;
 use crate::domain::Domain;
 use crate::model::envelope::VmId;
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
 use crate::object::Present;
 use crate::object::vtpm::StateDir;
 use crate::store::{CopyPlace, StoreError};
@@ -17,9 +17,9 @@ use crate::vm::start::{FirstRun, KnownRun};
 /// `migrate begin` or `restore begin`: the state of the vTPM comes in the stream.
 pub(super) fn arriving(daemon: &Daemon, vm: &str, xml: &str) -> Result<(), Problem> {
     let vm = names::uuid_of_hook(vm)?;
-    let domain = Domain::parse(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
+    let domain = Domain::parse(xml).map_err(|error| Problem::failed(chain(&error)))?;
     if let Some(vtpm) = vtpm_of(&domain).filter(|_| domain.uuid == vm) {
-        lock(&daemon.first_runs).arrives(vm, vtpm, Instant::now());
+        daemon.first_runs.lock().arrives(vm, vtpm, Instant::now());
     }
     Ok(())
 }
@@ -27,38 +27,39 @@ pub(super) fn arriving(daemon: &Daemon, vm: &str, xml: &str) -> Result<(), Probl
 /// Before a `prepare`.
 pub(super) fn known_run(daemon: &Daemon, vm: VmId) -> KnownRun {
     write(daemon);
-    lock(&daemon.first_runs).known_run(vm)
+    daemon.first_runs.lock().known_run(vm)
 }
 
 /// The VM runs: swtpm has made its state, unless that is still to come from another host.
 pub(super) fn note_running(daemon: &Daemon, vm: VmId, name: &str) {
-    let expected = lock(&daemon.first_runs).take_expected(vm);
+    let expected = daemon.first_runs.lock().take_expected(vm);
     if expected.is_some() && has_state(daemon, vm) {
-        lock(&daemon.first_runs).hear(vm, name, expected);
+        daemon.first_runs.lock().hear(vm, name, expected);
     }
     write(daemon);
     daemon.copies_bell.ring();
+    daemon.notes_bell.ring();
 }
 
 /// The VM has ended. A first start that came no further than `prepare` does not count: libvirt may be about to delete what
 /// swtpm made. Of a start that this daemon knows nothing of, a state that is there tells that there was one.
 pub(super) fn note_ended(daemon: &Daemon, vm: VmId, name: &str) {
-    let expected = lock(&daemon.first_runs).take_expected(vm);
+    let expected = daemon.first_runs.lock().take_expected(vm);
     if expected.is_none() && is_unnoted(daemon, vm) && has_state(daemon, vm) {
-        lock(&daemon.first_runs).hear(vm, name, None);
+        daemon.first_runs.lock().hear(vm, name, None);
     }
     write(daemon);
 }
 
 /// Writes down what was heard. What can't be written stays.
 pub(super) fn write(daemon: &Daemon) {
-    let heard = lock(&daemon.first_runs).heard();
+    let heard = daemon.first_runs.lock().heard();
     for (vm, HeardRun { name, first }) in heard {
         match write_run(daemon, vm, &name, first.as_ref()) {
-            Ok(()) => lock(&daemon.first_runs).forget(vm),
+            Ok(()) => daemon.first_runs.lock().forget(vm),
             Err(error) => tracing::error!(
                 domain = name,
-                "that it has run can't be noted, and is tried again: {}",
+                "can't record that it has run, and will try again: {}",
                 chain(&error)
             ),
         }

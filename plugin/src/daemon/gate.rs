@@ -4,12 +4,12 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use nix::unistd::Uid;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::model::problem::{Code, Problem};
+use crate::model::deadlines::daemon::TURN;
+use crate::model::problem::Problem;
 
 /// Counts the connections and the calls of each user.
 #[derive(Debug, Default)]
@@ -32,8 +32,6 @@ impl Gate {
     pub(super) const OF_ALL: usize = 512;
     /// How many calls of a user are answered at the same time; more wait for their turn.
     const CALLS: usize = 2;
-    /// How long a call waits for its turn.
-    const TURN: Duration = Duration::from_secs(10);
 
     /// Lets a connection of this user in. If there are too many, its first call is told so, or nothing is: there may be no
     /// pass for that either.
@@ -74,25 +72,20 @@ impl Gate {
 }
 
 fn too_many_of_user(uid: Uid) -> Problem {
-    Problem::new(
-        Code::Busy,
-        format!(
-            "user {uid} has {} connections to virtseald already, and may have no more",
-            Gate::OF_A_USER
-        ),
-    )
+    Problem::busy(format!(
+        "user {uid} has {} connections to virtseald already, and may have no more",
+        Gate::OF_A_USER
+    ))
     .next("end programs of this user that are connected, as ss -xp shows them")
 }
 
 fn too_many_of_all() -> Problem {
-    Problem::new(
-        Code::Busy,
-        format!(
+    Problem::busy(format!(
             "the members of the group that may read have {} connections to virtseald already, and may have no more",
             Gate::OF_ALL
         ),
     )
-    .next("try again later, or run it as root, who is not bound by this")
+    .next("try again later, or run it as root, which has no such limit")
 }
 
 /// One connection of a user.
@@ -107,16 +100,13 @@ impl Pass {
     /// Waits until this user may have one more call answered.
     pub(super) async fn turn(&self) -> Result<OwnedSemaphorePermit, Problem> {
         let turn = Arc::clone(&self.calls).acquire_owned();
-        match tokio::time::timeout(Gate::TURN, turn).await {
+        match tokio::time::timeout(TURN, turn).await {
             Ok(Ok(turn)) => Ok(turn),
-            Ok(Err(_)) | Err(_) => Err(Problem::new(
-                Code::Busy,
-                format!(
-                    "{} calls of user {} are being answered, and others wait already",
-                    Gate::CALLS,
-                    self.uid
-                ),
-            )
+            Ok(Err(_)) | Err(_) => Err(Problem::busy(format!(
+                "{} calls of user {} are being answered, and others wait already",
+                Gate::CALLS,
+                self.uid
+            ))
             .next("try again when the other programs of this user are done")),
         }
     }
@@ -136,6 +126,8 @@ impl Drop for Pass {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn user(uid: u32) -> Uid {

@@ -7,27 +7,20 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::unistd::{Pid, gettid};
+
+use super::pools;
 use crate::api::VmView;
+use crate::model::advice::Advice;
+use crate::model::deadlines::status::{ASKED, AT_LEAST, CHEAP, EVERY, MAX_AGE, PATIENCE};
 use crate::model::envelope::ProviderId;
 use crate::model::finding::Finding;
 use crate::model::problem::Problem;
-
-/// No answer is older than this.
-const MAX_AGE: Duration = Duration::from_secs(2);
-/// From one look to the next, while somebody asks.
-const EVERY: Duration = Duration::from_millis(1200);
-/// After what root has changed; a host that starts many VMs is not looked at all the time.
-const AT_LEAST: Duration = Duration::from_millis(200);
-/// For how long after the last question.
-const ASKED: Duration = Duration::from_secs(20);
-/// A look that takes less is made for root each time.
-const CHEAP: Duration = Duration::from_millis(100);
-/// How long a question waits for a look.
-const PATIENCE: Duration = Duration::from_secs(5);
+use crate::vm::status::view;
 
 /// How old an answer may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Age {
+pub(crate) enum Age {
     /// As fresh as can be had for little.
     Now,
     /// At most `MAX_AGE`.
@@ -41,8 +34,9 @@ pub(super) struct Glance {
     pub(super) libvirt: Result<(), String>,
     /// The VMs, sorted by name and UUID.
     pub(super) vms: Arc<[VmView]>,
-    /// Records of the keystore that can't be read.
+    /// Records of the keystore that can't be read, and that are of no VM that is listed.
     pub(super) damaged: Arc<[Finding]>,
+    pub(super) uses: Uses,
 }
 
 /// How many envelopes have a stanza of each provider.
@@ -53,8 +47,7 @@ pub(super) type Uses = Arc<BTreeMap<ProviderId, usize>>;
 pub(super) struct Glances {
     state: Mutex<State>,
     changed: Condvar,
-    /// With when it was counted.
-    uses: Mutex<Option<(Instant, Uses)>>,
+    uses: OneLook<BTreeMap<ProviderId, usize>>,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +57,8 @@ struct State {
     asked: Option<Instant>,
     /// Nothing that was begun before this is shown.
     outdated: Option<Instant>,
+    /// The thread that looks.
+    looker: Option<Pid>,
 }
 
 #[derive(Debug)]
@@ -119,18 +114,24 @@ impl Glances {
                 let old = state.last.as_ref().and_then(|look| look.seen.as_ref().ok());
                 return Ok(Glance {
                     libvirt: Err(silent()),
-                    vms: old.map_or_else(Arc::default, |old| Arc::clone(&old.vms)),
+                    vms: old.map_or_else(Arc::default, |old| old.vms.iter().map(view::not_asked).collect()),
                     damaged: old.map_or_else(Arc::default, |old| Arc::clone(&old.damaged)),
+                    uses: old.map_or_else(Arc::default, |old| Arc::clone(&old.uses)),
                 });
+            }
+            if age == Age::Now {
+                state.looker.into_iter().for_each(pools::bring_forward);
             }
             let waited = self.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Looks whenever that is needed, for ever.
+    /// Looks whenever that is needed, for ever; behind the threads of starts, unless root waits.
     pub(super) fn run(&self, look: impl Fn() -> Result<Glance, Problem>) {
+        pools::step_back();
         let mut state = self.state();
+        state.looker = Some(gettid());
         loop {
             state = match state.rest() {
                 Some(Duration::ZERO) => {
@@ -138,6 +139,7 @@ impl Glances {
                     let begun = Instant::now();
                     let seen = look();
                     let mut state = self.state();
+                    pools::step_back();
                     let took = begun.elapsed();
                     state.last = Some(Look { begun, took, seen });
                     self.changed.notify_all();
@@ -157,24 +159,93 @@ impl Glances {
     }
 
     /// What `count` has counted, at most [`MAX_AGE`] ago.
-    pub(super) fn uses(&self, count: impl FnOnce() -> Result<Uses, Problem>) -> Result<Uses, Problem> {
-        let mut counted = self.uses.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn uses(
+        &self,
+        count: impl FnOnce() -> Result<BTreeMap<ProviderId, usize>, Problem>,
+    ) -> Result<Uses, Problem> {
         let outdated = self.state().outdated;
-        match &*counted {
-            Some((at, uses)) if at.elapsed() < MAX_AGE && outdated.is_none_or(|outdated| *at >= outdated) => {
-                Ok(Arc::clone(uses))
-            }
-            _ => {
-                let begun = Instant::now();
-                let uses = count()?;
-                *counted = Some((begun, Arc::clone(&uses)));
-                Ok(uses)
-            }
-        }
+        let age = outdated.map_or(MAX_AGE, |outdated| outdated.elapsed().min(MAX_AGE));
+        self.uses.take(age, count)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What several ask for, and one of them looks for. Whoever else asks meanwhile waits for that, and not for ever.
+#[derive(Debug)]
+pub(super) struct OneLook<T> {
+    seen: Mutex<Seen<T>>,
+    changed: Condvar,
+}
+
+/// Who looks now, and what was seen last, with when.
+type Seen<T> = (Looking, Option<(Instant, Arc<T>)>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Looking {
+    Somebody,
+    Nobody,
+}
+
+impl<T> Default for OneLook<T> {
+    fn default() -> Self {
+        Self {
+            seen: Mutex::new((Looking::Nobody, None)),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+impl<T> OneLook<T> {
+    /// What was seen at most `age` ago, or `look` sees now.
+    ///
+    /// # Errors
+    /// Those of `look`; when somebody else's look takes too long.
+    pub(super) fn take(
+        &self,
+        age: Duration,
+        look: impl FnOnce() -> Result<T, Problem>,
+    ) -> Result<Arc<T>, Problem> {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.seen(), PATIENCE, |seen| seen.0 == Looking::Somebody);
+        let (mut seen, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if seen.0 == Looking::Somebody {
+            return Err(Problem::unreachable(silent()).next(Advice::ShowStatus));
+        }
+        if let Some((at, last)) = &seen.1
+            && at.elapsed() < age
+        {
+            return Ok(Arc::clone(last));
+        }
+        seen.0 = Looking::Somebody;
+        drop(seen);
+        let _ended = Ended(self);
+        let begun = Instant::now();
+        let new = Arc::new(look()?);
+        self.seen().1 = Some((begun, Arc::clone(&new)));
+        Ok(new)
+    }
+
+    /// Nobody needs the last look any more.
+    pub(super) fn forget(&self) {
+        self.seen().1 = None;
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen<T>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Of a look, also of one that panics.
+struct Ended<'a, T>(&'a OneLook<T>);
+
+impl<T> Drop for Ended<'_, T> {
+    fn drop(&mut self) {
+        self.0.seen().0 = Looking::Nobody;
+        self.0.changed.notify_all();
     }
 }
 
@@ -190,6 +261,7 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
+    use crate::model::problem::Code;
 
     fn seen(count: usize) -> Glance {
         Glance {
@@ -199,6 +271,7 @@ mod tests {
                 .collect::<Vec<_>>()
                 .into(),
             damaged: Arc::default(),
+            uses: Arc::default(),
         }
     }
 
@@ -220,6 +293,59 @@ mod tests {
         assert!(after > before, "{after} is what was seen before");
         let now = glances.take(Age::Now).unwrap().vms.len();
         assert!(now > after, "{now} is what was seen before");
+    }
+
+    /// Of this thread: proc_pid_stat(5).
+    fn nice() -> usize {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        let behind_its_name = stat.rsplit(')').next().unwrap();
+        behind_its_name
+            .split_whitespace()
+            .nth(16)
+            .unwrap()
+            .parse()
+            .unwrap()
+    }
+
+    /// Needs root, or `LimitNICE`.
+    #[test]
+    fn who_looks_steps_back_unless_root_waits() {
+        let glances: &'static Glances = Box::leak(Box::default());
+        std::thread::spawn(|| glances.run(|| Ok(seen(nice()))));
+        let looked_at = |age| glances.take(age).unwrap().vms.len();
+        assert_ne!(looked_at(Age::Lately), 0);
+        assert_eq!(looked_at(Age::Now), 0);
+        glances.expire();
+        assert_ne!(looked_at(Age::Lately), 0);
+    }
+
+    #[test]
+    fn one_looks_and_the_others_see_it_or_are_told_that_it_takes_too_long() {
+        let (orphans, looks) = (OneLook::default(), AtomicUsize::new(0));
+        let look = || Ok(looks.fetch_add(1, Ordering::SeqCst));
+        std::thread::scope(|scope| {
+            let (begin, begun) = std::sync::mpsc::channel();
+            let (end, ended) = std::sync::mpsc::channel::<()>();
+            let orphans = &orphans;
+            scope.spawn(move || {
+                orphans.take(Duration::ZERO, || {
+                    begin.send(()).unwrap();
+                    ended.recv().unwrap();
+                    look()
+                })
+            });
+            begun.recv().unwrap();
+            let late = orphans.take(Duration::ZERO, look).unwrap_err();
+            assert_eq!(late.code, Code::Unreachable);
+            let other = scope.spawn(move || orphans.take(Duration::from_secs(60), look));
+            end.send(()).unwrap();
+            assert_eq!(*other.join().unwrap().unwrap(), 0);
+        });
+        let failed = orphans.take(Duration::ZERO, || Err(Problem::failed("no")));
+        assert!(failed.is_err());
+        assert_eq!(*orphans.take(Duration::from_secs(60), look).unwrap(), 0);
+        orphans.forget();
+        assert_eq!(*orphans.take(Duration::from_secs(60), look).unwrap(), 1);
     }
 
     fn look(begun: Instant) -> Look {

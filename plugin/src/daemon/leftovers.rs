@@ -9,7 +9,7 @@ use crate::model::problem::chain;
 use crate::object::disk;
 
 /// Removes what killed daemons left half-made beside the images that this host knows.
-pub fn sweep_temporaries(daemon: &Daemon) {
+pub(crate) fn sweep_temporaries(daemon: &Daemon) {
     let Ok(records) = daemon.keystore.envelopes() else {
         return;
     };

@@ -8,12 +8,12 @@ mod closer;
 mod conversation;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
+mod understood;
 
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::sync::Arc;
-use std::time::Duration;
 
 use nix::unistd::{Gid, Uid};
 use tokio::net::{UnixListener, UnixStream};
@@ -26,13 +26,14 @@ use super::pools::Pools;
 use super::service::Service;
 use super::state::Daemon;
 use crate::audit::Actor;
+use crate::model::deadlines::daemon::NOT_ACCEPTED;
 use crate::model::problem::{Problem, chain};
 use channel::{Channel, Sender};
 use closer::Closer;
 
 /// What every connection is served with.
 #[derive(Clone)]
-pub struct Server {
+pub(crate) struct Server {
     daemon: Arc<Daemon>,
     pools: Pools,
     gate: Arc<Gate>,
@@ -40,7 +41,7 @@ pub struct Server {
 }
 
 /// A connection of somebody who is not root, on its way to the thread that serves readers.
-pub struct Visitor {
+pub(crate) struct Visitor {
     stream: std::os::unix::net::UnixStream,
     uid: Uid,
     gid: Gid,
@@ -51,10 +52,7 @@ pub struct Visitor {
 
 impl Server {
     /// Serves connections with the workers of these pools.
-    ///
-    /// # Errors
-    /// When there is no thread to be had.
-    pub fn new(daemon: Arc<Daemon>, pools: Pools) -> io::Result<Self> {
+    pub(crate) fn new(daemon: Arc<Daemon>, pools: Pools) -> io::Result<Self> {
         Ok(Self {
             daemon,
             pools,
@@ -64,14 +62,14 @@ impl Server {
     }
 
     /// Accepts root's connections at the hook's socket for ever. Must run inside a `LocalSet`.
-    pub async fn serve_hook(self, listener: StdListener) {
+    pub(crate) async fn serve_hook(self, listener: StdListener) {
         let turn_away = |_, uid: Uid, _| tracing::warn!(%uid, "turned away from the hook's socket");
         self.accept(listener, turn_away).await;
     }
 
     /// Accepts connections at the other socket for ever, and sends those that are not root's to `visitors`. Must run inside
     /// a `LocalSet`.
-    pub async fn serve_main(self, listener: StdListener, visitors: mpsc::UnboundedSender<Visitor>) {
+    pub(crate) async fn serve_main(self, listener: StdListener, visitors: mpsc::UnboundedSender<Visitor>) {
         let server = self.clone();
         let receive = move |stream: UnixStream, uid, gid| {
             let Ok(stream) = stream.into_std() else { return };
@@ -93,7 +91,7 @@ impl Server {
     }
 
     /// Serves those who are not root for ever. Must run inside a `LocalSet`.
-    pub async fn serve_visitors(self, mut visitors: mpsc::UnboundedReceiver<Visitor>) {
+    pub(crate) async fn serve_visitors(self, mut visitors: mpsc::UnboundedReceiver<Visitor>) {
         while let Some(visitor) = visitors.recv().await {
             spawn_local(self.clone().serve_visitor(visitor));
         }
@@ -119,7 +117,7 @@ impl Server {
                 Err(error) => {
                     // Out of descriptors, most likely: give the others time to end.
                     tracing::warn!(%error, "can't accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    tokio::time::sleep(NOT_ACCEPTED).await;
                 }
             }
         }

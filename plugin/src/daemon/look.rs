@@ -6,23 +6,23 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::glance::{Glance, Uses};
-use super::{Daemon, paths, pools, running};
+use super::{Daemon, lock, paths, running};
 use crate::api::VmView;
-use crate::domain::{Domain, Metadata};
-use crate::host::libvirt::DefinedDomain;
+use crate::domain::Domain;
+use crate::host::libvirt::{DefinedDomain, DomainEntry, ReadXml};
 use crate::host::permitted::PathRule;
-use crate::model::envelope::VmId;
+use crate::model::advice::Advice;
+use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::finding::{Finding, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::vm::names::ProviderNames;
-use crate::vm::side_doors;
 use crate::vm::status::known::Known;
 use crate::vm::status::look::{self, Look};
 use crate::vm::status::{damaged, view};
+use crate::vm::{autostart, side_doors};
 
 /// Looks for those who ask, for ever. For a thread of its own.
-pub fn run(daemon: &Daemon) {
-    pools::step_back();
+pub(crate) fn run(daemon: &Daemon) {
     daemon.glances.run(|| at_all(daemon));
 }
 
@@ -30,42 +30,70 @@ pub fn run(daemon: &Daemon) {
 pub(super) fn provider_uses(daemon: &Daemon) -> Result<Uses, Problem> {
     daemon.glances.uses(|| {
         let mut uses = BTreeMap::new();
-        daemon.keystore.each_envelope(|record| {
-            let stanzas = record.envelope.stanzas.iter();
-            for provider in stanzas.map(|stanza| stanza.provider).collect::<BTreeSet<_>>() {
-                *uses.entry(provider).or_default() += 1;
-            }
-        })?;
-        Ok(Arc::new(uses))
+        daemon
+            .keystore
+            .each_envelope(|record| count_uses(&mut uses, &record.envelope))?;
+        Ok(uses)
     })
 }
 
+fn count_uses(uses: &mut BTreeMap<ProviderId, usize>, envelope: &Envelope) {
+    let stanzas = envelope.stanzas.iter();
+    for provider in stanzas.map(|stanza| stanza.provider).collect::<BTreeSet<_>>() {
+        *uses.entry(provider).or_default() += 1;
+    }
+}
+
 fn at_all(daemon: &Daemon) -> Result<Glance, Problem> {
+    let (vms, envelopes) = (daemon.keystore.vms()?, daemon.keystore.envelopes()?);
+    let mut damaged = damaged::records_beside(&vms, &envelopes, daemon.keystore.as_ref(), &daemon.host_store);
+    let mut uses = BTreeMap::new();
+    for record in &envelopes.sound {
+        count_uses(&mut uses, &record.envelope);
+    }
+    daemon.inspected.begin_look();
+    let known = Known::new(vms, envelopes).with_inspected(&daemon.inspected);
     let domains = daemon.background.domains_at_a_glance();
     let libvirt = match &domains {
         Ok(_) => Ok(()),
         Err(error) => Err(chain(error)),
     };
+    let mut vms = listed(daemon, &domains.unwrap_or_default(), known)?;
+    if libvirt.is_err() {
+        vms = vms.iter().map(view::not_asked).collect();
+    }
+    // Of a VM that is listed, they stand there.
+    let told: BTreeSet<_> = vms
+        .iter()
+        .flat_map(|vm| &vm.warnings)
+        .map(|warning| &warning.what)
+        .collect();
+    damaged.retain(|finding| !told.contains(&finding.what));
     Ok(Glance {
         libvirt,
-        vms: listed(daemon, &domains.unwrap_or_default())?.into(),
-        damaged: damaged::records(daemon.keystore.as_ref(), &daemon.host_store).into(),
+        vms: vms.into(),
+        damaged: damaged.into(),
+        uses: Arc::new(uses),
     })
 }
 
 /// The VMs that have to do with virtseal, sorted by name and UUID.
-fn listed(daemon: &Daemon, domains: &[DefinedDomain]) -> Result<Vec<VmView>, Problem> {
+fn listed(
+    daemon: &Daemon,
+    domains: &[(DomainEntry, Arc<ReadXml>)],
+    known: Known,
+) -> Result<Vec<VmView>, Problem> {
     let rule = if domains.is_empty() {
         paths::rule_of_settings(daemon)
     } else {
-        paths::rule(daemon)
+        daemon.path_rule()
     };
-    let known = known(daemon, rule)?;
+    let known = on_this_host(daemon, known, rule)?;
     let mut vms: Vec<_> = domains
         .iter()
-        .filter_map(|defined| at_defined(daemon, defined, &known))
+        .filter_map(|(defined, xml)| at_defined(daemon, defined, xml, &known))
         .collect();
-    let defined: BTreeSet<VmId> = domains.iter().map(|defined| defined.vm).collect();
+    let defined: BTreeSet<VmId> = domains.iter().map(|(defined, _)| defined.vm).collect();
     let mut others: BTreeMap<_, _> = daemon.running.with_findings().into_iter().collect();
     others.extend(known.vms().map(|record| (record.vm, record.name.clone())));
     others.retain(|vm, _| !defined.contains(vm));
@@ -76,57 +104,74 @@ fn listed(daemon: &Daemon, domains: &[DefinedDomain]) -> Result<Vec<VmView>, Pro
 }
 
 /// `None` for a VM that has nothing to do with virtseal. Of those nothing but the XML is looked at.
-fn at_defined(daemon: &Daemon, defined: &DefinedDomain, known: &Known) -> Option<VmView> {
+fn at_defined(daemon: &Daemon, defined: &DomainEntry, xml: &ReadXml, known: &Known) -> Option<VmView> {
     let is_known = known.has(defined.vm);
-    match Domain::parse(&defined.xml) {
+    match &xml.domain {
         Ok(domain) => {
             let look = if is_known || domain.metadata.is_some() {
                 Look::Closely
             } else {
                 Look::AtXml
             };
-            let seen = look::at_objects(&domain, look, known);
-            let found = found(daemon, &domain);
-            view::listed(view::defined(defined, &domain, &seen, found, known))
+            let seen = look::at_objects(domain, look, known);
+            let found = found(daemon, defined, domain, known);
+            view::listed(view::defined(defined, domain, &seen, found, known))
         }
-        Err(_) if !is_known && !defined.xml.contains(Metadata::NAMESPACE) => None,
+        Err(_) if !is_known && !xml.names_us => None,
         Err(error) => {
             let found = daemon.running.findings(defined.vm);
-            Some(view::unreadable(defined, &error, found, known))
+            Some(view::unreadable(defined, error, found, known))
         }
     }
 }
 
 /// One VM, sealed or not, with what takes longer to see.
 pub(super) fn at_one(daemon: &Daemon, defined: &DefinedDomain) -> Result<VmView, Problem> {
-    let domain = Domain::parse(&defined.xml).map_err(|error| view::xml_unreadable(defined, &error))?;
-    let known = known(daemon, paths::rule(daemon))?;
+    let entry = defined.entry();
+    let domain = Domain::parse(&defined.xml).map_err(|error| view::xml_unreadable(&entry, &error))?;
+    let known = known(daemon, daemon.path_rule())?;
     let looked = defined.active.then(|| running::look_now(daemon, defined.vm));
     let seen = look::at_objects(&domain, Look::Closely, &known);
     let policy = daemon.config().policy.of(&domain);
     let permit = |path: &Path| known.permit(domain.uuid, path);
-    let subject = || Subject::Vm(defined.name.clone());
-    let mut found = found(daemon, &domain);
-    let layers = side_doors::plain_layers(&domain, policy, permit).into_iter();
-    found.extend(layers.map(|words| Finding::warning(subject(), words)));
+    let mut found = found(daemon, &entry, &domain, &known);
+    found.extend(side_doors::plain_layers(&domain, policy, permit));
     let unseen = looked.and_then(Result::err);
-    found.extend(unseen.map(|problem| Finding::of(subject(), problem.of(&defined.name))));
-    Ok(view::defined(defined, &domain, &seen, found, &known).0)
+    let subject = Subject::Vm(defined.name.clone());
+    found.extend(unseen.map(|problem| Finding::of(subject, problem.of(&defined.name))));
+    Ok(view::defined(&entry, &domain, &seen, found, &known).0)
 }
 
-/// On a VM's side doors, of which only a sealed one has any, and while it ran.
-fn found(daemon: &Daemon, domain: &Domain) -> Vec<Finding> {
-    let mut found = match &domain.metadata {
-        Some(_) => side_doors::findings(domain, daemon.config().policy.of(domain)),
-        None => Vec::new(),
-    };
+/// On a VM's side doors and on who starts it with the host, which matter of a sealed one alone; and while it ran.
+fn found(daemon: &Daemon, defined: &DomainEntry, domain: &Domain, known: &Known) -> Vec<Finding> {
+    let mut found = Vec::new();
+    if domain.metadata.is_some() {
+        found.extend(side_doors::findings(domain, daemon.config().policy.of(domain)));
+        if defined.autostart {
+            let instead = Advice::Autostart(defined.name.clone());
+            found.push(autostart::by_libvirt(&defined.name, instead));
+        }
+    }
+    found.extend(lock(&daemon.autostarts).finding(defined.vm));
+    found.extend(known.master_key_on_disk(domain));
     found.extend(daemon.running.findings(domain.uuid));
     found
 }
 
 /// What the keystore has of all VMs.
 pub(super) fn known(daemon: &Daemon, rule: PathRule) -> Result<Known, Problem> {
-    let providers = ProviderNames::of_host(&daemon.recipients, daemon.keystore.as_ref());
     let known = Known::new(daemon.keystore.vms()?, daemon.keystore.envelopes()?);
-    Ok(known.on_host(rule, daemon.config().swtpm_dir, providers))
+    on_this_host(daemon, known, rule)
+}
+
+fn on_this_host(daemon: &Daemon, known: Known, rule: PathRule) -> Result<Known, Problem> {
+    let providers = ProviderNames::of_host(&daemon.recipients, daemon.keystore.as_ref());
+    let saved = daemon.host_store.saved_states()?.sound;
+    let config = daemon.config();
+    Ok(known
+        .with_master_keys_on_disk(daemon.host_store.master_keys_on_disk()?.sound)
+        .with_autostarts(&daemon.host_store.autostarts()?.sound)
+        .with_saved_to_a_file(saved.iter().map(|state| state.vm))
+        .with_outlook(config.policy, daemon.recipients.outlook())
+        .on_host(rule, config.swtpm_dir, providers))
 }

@@ -1,34 +1,50 @@
 //! The keystore learns where objects are that a start has opened elsewhere: after the start, when nobody waits.
 
-use super::{Daemon, lock, paths};
-use crate::model::problem::chain;
-use crate::vm::start::Moved;
+use std::thread::{Builder, Scope};
 
-/// Kept until somebody has time.
+use super::{Daemon, lock};
+use crate::model::problem::chain;
+use crate::vm::host::Host;
+use crate::vm::moved::Moved;
+
+/// For later.
 pub(super) fn note(daemon: &Daemon, moved: Vec<Moved>) {
     if moved.is_empty() {
         return;
     }
-    let mut noted = lock(&daemon.moved);
-    noted.retain(|old| moved.iter().all(|new| new.envelope != old.envelope));
-    noted.extend(moved);
-    drop(noted);
-    daemon.copies_bell.ring();
+    lock(&daemon.moved).note(moved);
+    daemon.notes_bell.ring();
 }
 
-/// Looks at the old places, and writes down what is sure.
-pub(super) fn settle(daemon: &Daemon) {
-    let noted = std::mem::take(&mut *lock(&daemon.moved));
-    if noted.is_empty() {
-        return;
-    }
-    let rule = paths::rule(daemon);
-    for moved in noted {
-        let (from, to) = (&moved.from, moved.to.display());
-        match moved.settle(daemon.keystore.as_ref(), &rule) {
-            Ok(true) => tracing::info!(envelope = %moved.envelope, "has moved from {from:?} to {to}"),
-            Ok(false) => {}
-            Err(error) => tracing::warn!(envelope = %moved.envelope, "is in {to} now: {}", chain(&error)),
+/// Has the old places looked at, and written down what is sure.
+pub(super) fn settle<'scope>(daemon: &'scope Daemon, scope: &'scope Scope<'scope, '_>) {
+    let begun = lock(&daemon.moved).begin();
+    for moved in begun {
+        let envelope = moved.envelope;
+        let end = move || lock(&daemon.moved).end(envelope);
+        let look = move || {
+            settle_one(daemon, &moved);
+            if end() {
+                daemon.notes_bell.ring();
+            }
+        };
+        if let Err(error) = Builder::new().name("moved".to_owned()).spawn_scoped(scope, look) {
+            // The next start notes it again.
+            tracing::error!(%envelope, %error, "no thread to see whether it has moved");
+            end();
         }
+    }
+}
+
+fn settle_one(daemon: &Daemon, moved: &Moved) {
+    let host = Host {
+        paths: daemon.path_rule(),
+        ..daemon.host()
+    };
+    let (from, to) = (&moved.from, moved.to.display());
+    match moved.settle(&host) {
+        Ok(true) => tracing::info!(envelope = %moved.envelope, "has moved from {from:?} to {to}"),
+        Ok(false) => {}
+        Err(error) => tracing::warn!(envelope = %moved.envelope, "is in {to} now: {}", chain(&error)),
     }
 }

@@ -29,8 +29,8 @@ impl Holding {
     ///
     /// # Panics
     /// Where debug assertions are on, if this thread holds something that comes later, or the same.
-    #[must_use]
     #[track_caller]
+    #[must_use]
     pub(super) fn begin(rank: Rank) -> Self {
         if cfg!(debug_assertions) {
             let last = HELD.with_borrow(|held| held.iter().copied().max_by_key(|held| held.number));
@@ -80,7 +80,6 @@ impl<T> Ordered<T> {
         }
     }
 
-    /// Waits for it.
     #[track_caller]
     pub(super) fn lock(&self) -> Guard<'_, T> {
         let _holding = Holding::begin(self.rank);

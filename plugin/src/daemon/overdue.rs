@@ -5,25 +5,22 @@
 //! one that hangs keeps no other's keys armed.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::{Daemon, first_runs, lock};
 use crate::host::libvirt::{LibvirtError, Power};
+use crate::model::deadlines::IDLE;
+use crate::model::deadlines::start::OVERDUE_AGAIN;
 use crate::model::problem::chain;
 use crate::vm::start::Overdue;
 
 /// How many questions may hang at once: libvirt takes five of a client, and others use this connection too.
 const MAX_LOOKS: usize = 2;
-/// When to ask again about a start that goes on.
-const AGAIN: Duration = Duration::from_secs(2);
-/// Without any start; a new one rings.
-const IDLE: Duration = Duration::from_secs(3600);
 
 /// Disarms starts whose end is not told, for ever.
-pub fn watch(daemon: &Arc<Daemon>) {
+pub(crate) fn watch(daemon: &Arc<Daemon>) {
     loop {
-        let (overdue, next) = lock(&daemon.armed).overdue(daemon.config().hook_deadline);
-        let wait = if overdue.is_empty() { IDLE } else { AGAIN };
+        let (overdue, next) = daemon.armed.overdue(daemon.config().hook_deadline);
+        let wait = if overdue.is_empty() { IDLE } else { OVERDUE_AGAIN };
         for start in overdue {
             look(daemon, start);
         }
@@ -74,12 +71,8 @@ fn disarm_unless_starting(daemon: &Daemon, start: Overdue) {
 
 /// Returns how many secrets there were.
 fn disarm(daemon: &Daemon, start: Overdue) -> Result<usize, LibvirtError> {
-    let _shared = lock(&daemon.shared);
-    // Held until they are gone: a start that needs one of them again defines it after that.
-    let mut arms = lock(&daemon.armed);
-    let unused = arms.disarm_overdue(start);
-    daemon.libvirt.disarm(&unused).inspect_err(|_| {
-        arms.arm(start.vm, unused.iter().copied());
-    })?;
+    let unused = daemon.armed.disarm_overdue(start);
+    let undefined = daemon.libvirt.disarm(&unused);
+    undefined.inspect_err(|_| unused.stay_armed(start.vm))?;
     Ok(unused.len())
 }

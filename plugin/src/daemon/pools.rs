@@ -12,44 +12,32 @@
 use std::future::Future;
 use std::io;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
+use crate::model::deadlines::daemon::{KEEP_ALIVE, LAST_CALLS};
+use nix::unistd::{Pid, gettid};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
-
-/// How long a worker waits for more to do before it ends.
-const KEEP_ALIVE: Duration = Duration::from_secs(5);
-
-/// How long calls in progress may still take when the daemon is told to end.
-pub const LAST_CALLS: Duration = Duration::from_secs(2);
 
 /// What of the processor readers leave to others, from 0 to 19: see nice(2).
 const NICE_OF_WATCH: libc::c_int = 10;
 
 /// The workers of each pool.
 #[derive(Clone, Debug)]
-pub struct Pools {
-    /// For starts.
+pub(crate) struct Pools {
     pub hook: Handle,
-    /// For `provider lock`.
     pub lock: Handle,
-    /// For root.
     pub admin: Handle,
-    /// For all others.
     pub watch: Handle,
 }
 
 /// What the pools are made of. Their workers end with it.
 #[derive(Debug)]
-pub struct Runtimes {
-    /// See [`Pools`].
+pub(crate) struct Runtimes {
     pub hook: Runtime,
     /// Serves no connections.
     pub lock: Runtime,
-    /// See [`Pools`].
     pub admin: Runtime,
-    /// See [`Pools`].
     pub watch: Runtime,
 }
 
@@ -60,10 +48,7 @@ impl Runtimes {
     const WATCHERS: usize = 4;
 
     /// No thread runs yet.
-    ///
-    /// # Errors
-    /// When the kernel refuses what they need.
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             hook: runtime(Self::HOOKS).build()?,
             lock: runtime(Self::LOCKS).build()?,
@@ -73,8 +58,7 @@ impl Runtimes {
     }
 
     /// To run something on their workers.
-    #[must_use]
-    pub fn pools(&self) -> Pools {
+    pub(crate) fn pools(&self) -> Pools {
         Pools {
             hook: self.hook.handle().clone(),
             lock: self.lock.handle().clone(),
@@ -95,24 +79,30 @@ fn runtime(workers: usize) -> Builder {
 }
 
 /// Leaves the processor to the threads of starts.
-pub fn step_back() {
-    // SAFETY: it changes a number of the calling thread, whose id is 0 here. That it is refused matters little.
-    unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE_OF_WATCH) };
+pub(crate) fn step_back() {
+    set_nice(gettid(), NICE_OF_WATCH);
+}
+
+/// Somebody who comes before others waits for this thread, which had stepped back. The unit's `LimitNICE` lets it.
+pub(crate) fn bring_forward(thread: Pid) {
+    set_nice(thread, 0);
+}
+
+fn set_nice(thread: Pid, nice: libc::c_int) {
+    // SAFETY: it changes a number of a thread. That it is refused matters little.
+    unsafe { libc::setpriority(libc::PRIO_PROCESS, thread.as_raw().cast_unsigned(), nice) };
 }
 
 /// A thread that serves connections.
 #[derive(Debug)]
-pub struct Serving {
+pub(crate) struct Serving {
     stop: oneshot::Sender<()>,
     thread: JoinHandle<()>,
 }
 
 impl Serving {
     /// Starts the thread `name`, which serves what `serve` returns until it is ended; that may spawn local tasks.
-    ///
-    /// # Errors
-    /// When there is no thread to be had.
-    pub fn start<F: Future>(
+    pub(crate) fn start<F: Future>(
         name: &str,
         runtime: Runtime,
         serve: impl FnOnce() -> F + Send + 'static,
@@ -132,7 +122,7 @@ impl Serving {
     }
 
     /// Takes no more calls. The thread ends when those in progress have, or after [`LAST_CALLS`].
-    pub fn stop(self) -> JoinHandle<()> {
+    pub(crate) fn stop(self) -> JoinHandle<()> {
         // It has ended by itself if nobody listens.
         let _ = self.stop.send(());
         self.thread

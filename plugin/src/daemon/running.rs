@@ -6,36 +6,31 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
-use super::{Daemon, lock, paths, records};
+use super::{Daemon, hook_seen, lock, records};
 use crate::host::libvirt::Background;
 use crate::host::libvirt::events::{self, Listener, Listening};
 use crate::host::permitted::PermittedPath;
+use crate::model::deadlines::libvirt::{CHECK, JOB_IN_XML, ROUND};
 use crate::model::envelope::VmId;
+use crate::model::finding::Finding;
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::ImageCopy;
 use crate::object::{Located, Present};
 use crate::store::EnvelopeRecord;
-use crate::vm::running::{Acquaintance, Look, NewFinding, News, Now};
+use crate::vm::running::{Acquaintance, Look, NewFinding, News, Now, not_asked};
 use crate::vm::{names, side_doors};
 
-/// What has no event is seen after this.
-const ROUND: Duration = Duration::from_secs(30);
-/// A job that has just begun may not be in the XML yet.
-const AGAIN: Duration = Duration::from_millis(300);
-/// How often the connection is checked.
-const CHECK: Duration = Duration::from_secs(5);
-
 /// Looks at VMs whenever libvirt says that something was done to them, for ever. For a thread of its own.
-pub fn watch(daemon: &Daemon) {
+pub(crate) fn watch(daemon: &Daemon) {
     let running = Arc::clone(&daemon.running);
     let listener: Listener = Arc::new(move |heard| running.hear(heard));
     while daemon.libvirt.reach(CHECK).is_err() || daemon.background.connect().is_err() {
         daemon.running.bell.wait(CHECK);
     }
     if let Err(error) = events::start_loop() {
-        tracing::error!("what is done to running VMs is not seen: libvirt's events: {error}");
+        tracing::error!("can't see what is done to running VMs: libvirt's events: {error}");
         return;
     }
     let mut listening: Option<Listening> = None;
@@ -52,7 +47,7 @@ pub fn watch(daemon: &Daemon) {
         }
         let news = std::mem::take(&mut *lock(&daemon.running.news));
         for (vm, news) in news {
-            again.insert(vm, Instant::now() + AGAIN);
+            again.insert(vm, Instant::now() + JOB_IN_XML);
             look_and_log(daemon, vm, news);
         }
         let now = Instant::now();
@@ -79,7 +74,7 @@ fn begin_to_listen(daemon: &Daemon, listener: &Listener) -> Option<Listening> {
         .events
         .listen(listener)
         // Who keeps the connections says so too, and louder.
-        .inspect_err(|error| tracing::debug!("libvirt's events are not heard: {}", chain(error)))
+        .inspect_err(|error| tracing::debug!("libvirt's events don't arrive: {}", chain(error)))
         .ok()?;
     if !listening.hears_beginnings() {
         tracing::warn!(
@@ -121,13 +116,17 @@ fn look_at(daemon: &Daemon, vm: VmId, libvirt: &Background, news: News) -> Resul
     let now = now.map_err(|error| chain(&error));
     let runs = now.as_ref().ok().and_then(Option::as_ref);
     let acquaintance = Acquaintance::of(record.as_ref(), runs);
+    let mut found = runs
+        .map(|now| found_now(daemon, now, acquaintance))
+        .unwrap_or_default();
+    if let Some(record) = record.filter(|_| news.started && hook_seen::was_passed_by(daemon, vm)) {
+        found.push(not_asked(&record.name, hook_seen::libvirtd()));
+    }
     let look = Look {
         vm,
         acquaintance,
         news,
-        found: runs
-            .map(|now| found_now(daemon, now, acquaintance))
-            .unwrap_or_default(),
+        found,
         now,
     };
     let new = lock(&daemon.running.seen).take_in(look, SystemTime::now());
@@ -141,7 +140,7 @@ fn look_at(daemon: &Daemon, vm: VmId, libvirt: &Background, news: News) -> Resul
     Ok(())
 }
 
-fn found_now(daemon: &Daemon, now: &Now, acquaintance: Acquaintance) -> Vec<String> {
+fn found_now(daemon: &Daemon, now: &Now, acquaintance: Acquaintance) -> Vec<Finding> {
     let mut found = sealed_as_raw(daemon, now);
     if acquaintance != Acquaintance::Stranger {
         let policy = daemon.config().policy.of(&now.live);
@@ -157,14 +156,14 @@ fn found_now(daemon: &Daemon, now: &Now, acquaintance: Acquaintance) -> Vec<Stri
 }
 
 /// Disks that are sealed images, of whomever, opened without a key.
-fn sealed_as_raw(daemon: &Daemon, now: &Now) -> Vec<String> {
+fn sealed_as_raw(daemon: &Daemon, now: &Now) -> Vec<Finding> {
     let plain = side_doors::plain_disks(&now.live);
     if plain.is_empty() {
         return Vec::new();
     }
     let records = daemon.keystore.envelopes();
     let records = records.map_or_else(|_| Vec::new(), |rows| rows.sound);
-    let rule = paths::rule(daemon);
+    let rule = daemon.path_rule();
     let found = plain.into_iter().filter_map(|disk| {
         let path = disk.path?;
         let kept = records.iter().find(|record| Path::new(&record.location) == path);
@@ -172,12 +171,7 @@ fn sealed_as_raw(daemon: &Daemon, now: &Now) -> Vec<String> {
         let owner = sealed_image(place.ok()?, kept)?;
         let known = daemon.keystore.vm(owner).ok().flatten();
         let owner = known.map_or_else(|| owner.to_string(), |record| record.name);
-        Some(side_doors::sealed_as_raw(
-            &now.live.name,
-            &disk.label,
-            &path,
-            &owner,
-        ))
+        Some(side_doors::sealed_as_raw(&now.live, &disk.label, &path, &owner))
     });
     found.collect()
 }

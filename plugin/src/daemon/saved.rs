@@ -1,7 +1,7 @@
 //! VMs that `virsh save` has written to a file: where that is, libvirt does not say, and the envelopes in it need their
 //! providers all the same. Noted when such a VM has ended, until it runs again.
 
-use super::{Daemon, lock};
+use super::Daemon;
 use crate::domain::Metadata;
 use crate::host::libvirt::Whereabouts;
 use crate::model::envelope::{Envelope, VmId};
@@ -11,13 +11,14 @@ use crate::vm::names;
 /// For a hook, which waits for nothing: libvirt is asked behind it.
 pub(super) fn look_later(daemon: &Daemon, vm: &str) {
     if let Ok(vm) = vm.parse() {
-        lock(&daemon.changed_vms).insert(vm);
+        daemon.changed_vms.lock().insert(vm);
+        daemon.notes_bell.ring();
     }
 }
 
 /// Looks at the VMs that have started or ended since.
 pub(super) fn note_all(daemon: &Daemon) {
-    let changed = std::mem::take(&mut *lock(&daemon.changed_vms));
+    let changed = std::mem::take(&mut *daemon.changed_vms.lock());
     for vm in changed {
         if let Err(failure) = note(daemon, vm) {
             tracing::warn!(%vm, "it is not known whether it was saved to a file: {failure}");

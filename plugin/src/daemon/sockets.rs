@@ -14,13 +14,14 @@ use nix::unistd::Group;
 use thiserror::Error;
 
 use crate::config::Config;
+use crate::host::file_error::FileError;
 
 /// What `FileDescriptorName=` calls the hook's socket.
 const HOOK: &str = "hook";
 
 /// The sockets, listening.
 #[derive(Debug)]
-pub struct Sockets {
+pub(crate) struct Sockets {
     /// For root and the group that may read.
     pub main: UnixListener,
     /// For root: nobody else can get in the way of a start there.
@@ -29,10 +30,7 @@ pub struct Sockets {
 
 impl Sockets {
     /// Takes what systemd has opened, and opens the rest.
-    ///
-    /// # Errors
-    /// When one can't be opened, or is another daemon's.
-    pub fn open(config: &Config) -> Result<Self, SocketError> {
+    pub(crate) fn open(config: &Config) -> Result<Self, SocketError> {
         let inherited: Vec<_> = sd_notify::listen_fds_with_names()
             .map(Iterator::collect)
             .unwrap_or_default();
@@ -61,25 +59,13 @@ impl Sockets {
 
 /// Why there is no socket.
 #[derive(Debug, Error)]
-pub enum SocketError {
-    /// A file system call failed.
-    #[error("can't {action} {}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// With what.
-        path: PathBuf,
-        /// Why it failed.
-        #[source]
-        source: io::Error,
-    },
-    /// Something else is in its place.
+pub(crate) enum SocketError {
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error("{} exists and is not a socket", .0.display())]
     NotASocket(PathBuf),
-    /// Another daemon has it.
     #[error("another virtseald listens on {}: give each its own socket and hook_socket", .0.display())]
     InUse(PathBuf),
-    /// systemd passed the same socket twice.
     #[error(
         "systemd passed more sockets than one for everybody and one called '{HOOK}': see virtseald.socket and \
          virtseald-hook.socket"
@@ -114,28 +100,25 @@ enum Access<'a> {
 }
 
 fn bind(path: &Path, access: Access<'_>) -> Result<UnixListener, SocketError> {
-    let failed = |action, path: &Path| {
-        let path = path.to_owned();
-        move |source| SocketError::Io { action, path, source }
-    };
     if let Some(parent) = path.parent() {
-        make_directory(parent).map_err(failed("make", parent))?;
+        make_directory(parent).map_err(FileError::of("make", parent))?;
     }
     if refuse_taken(path)? == Place::Left {
-        fs::remove_file(path).map_err(failed("remove the old", path))?;
+        fs::remove_file(path).map_err(FileError::of("remove the old", path))?;
     }
     // Under our umask: nobody else gets in before it has its mode.
-    let listener = UnixListener::bind(path).map_err(failed("listen on", path))?;
+    let listener = UnixListener::bind(path).map_err(FileError::of("listen on", path))?;
     let group = match access {
         Access::Root => None,
         Access::Group(name) => Group::from_name(name).ok().flatten(),
     };
     if let Some(group) = &group {
         nix::unistd::chown(path, None, Some(group.gid))
-            .map_err(|errno| failed("set the group of", path)(errno.into()))?;
+            .map_err(|errno| FileError::of("set the group of", path)(errno.into()))?;
     }
     let mode = if group.is_some() { 0o660 } else { 0o600 };
-    fs::set_permissions(path, Permissions::from_mode(mode)).map_err(failed("set the mode of", path))?;
+    fs::set_permissions(path, Permissions::from_mode(mode))
+        .map_err(FileError::of("set the mode of", path))?;
     Ok(listener)
 }
 

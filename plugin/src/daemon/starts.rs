@@ -5,23 +5,27 @@
 use std::time::{Duration, Instant};
 
 use super::state::Daemon;
-use super::{first_runs, lock, moved, paths, records, saved};
+use super::{autostart, first_runs, lock, moved, paths, records, saved};
 use crate::audit::Actor;
-use crate::domain::{self, Domain, ObjectState};
+use crate::domain::{self, Domain, Object};
 use crate::host::libvirt::{Arming, LibvirtError};
 use crate::model::advice::Advice;
 use crate::model::envelope::EnvelopeId;
 use crate::model::problem::{Code, Problem, chain};
+use crate::store::EnvelopeRecord;
 use crate::vm::first_runs::vtpm_of;
 use crate::vm::names;
-use crate::vm::start::{self, Deadline, Opened, Prepared, StartContext};
+use crate::vm::start::{self, Deadline, Opened, Prepared, StartContext, StateSource};
 
 /// The part of a hook's deadline after which a libvirt that says nothing is taken to be autostarting.
 const LIBVIRT_SHARE: f64 = 0.3;
 
+/// The part of it that a start waits for what unlocks providers as virtseald starts.
+const UNLOCKS_SHARE: f64 = 0.4;
+
 /// What hook.conf wants of every VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HookPolicy {
+pub(crate) enum HookPolicy {
     /// Nothing: plain VMs start.
     Any,
     /// `require_sealed`. The mark of a sealed VM is not enough: something of it must be.
@@ -30,48 +34,79 @@ pub enum HookPolicy {
 
 impl Daemon {
     /// How long a hook's call may take: a little less than the hook waits, so that the reason reaches the user.
-    #[must_use]
-    pub fn hook_deadline(&self) -> Duration {
+    pub(crate) fn hook_deadline(&self) -> Duration {
         self.config().hook_deadline.mul_f64(0.9)
     }
 
     /// What a hook is told when time is up.
-    #[must_use]
-    pub fn deadline_passed(&self, waited: Duration) -> Problem {
+    pub(crate) fn deadline_passed(&self, waited: Duration) -> Problem {
         let libvirt = if self.libvirt.is_connected() {
             ""
         } else {
             ": libvirt does not answer"
         };
-        Problem::new(
-            Code::Unreachable,
-            format!("no decision within {:.1} s{libvirt}", waited.as_secs_f64()),
-        )
+        Problem::unreachable(format!(
+            "no decision within {:.1} s{libvirt}",
+            waited.as_secs_f64()
+        ))
         .next(Advice::ShowStatus)
     }
 
     /// `prepare begin`: arms all keys of the VM, or none.
-    pub fn prepare(
+    pub(crate) fn prepare(
         &self,
         by: Actor,
         xml: &str,
         policy: HookPolicy,
+        master_key_on_disk: Option<&str>,
         deadline: &Deadline,
     ) -> Result<(), Problem> {
-        let domain = Domain::parse(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
-        let decided = self.decide(&domain, xml, policy, deadline);
+        let domain = Domain::parse(xml).map_err(|error| Problem::failed(chain(&error)))?;
+        lock(&self.prepared).insert(domain.uuid);
+        // What was said of that counts for one start, whatever it takes to decide.
+        let source = self
+            .first_runs
+            .lock()
+            .state_source(domain.uuid, vtpm_of(&domain), Instant::now());
+        let decide = || self.decide(&domain, xml, policy, source, deadline);
+        let unlocks_go_on = self.first_unlocks.go_on();
+        let mut decided = decide();
+        let waits_for_keys =
+            matches!(&decided, Err(refused) if matches!(refused.code, Code::Locked | Code::Unreachable));
+        let patience = self.config().hook_deadline.mul_f64(UNLOCKS_SHARE);
+        if unlocks_go_on && waits_for_keys && self.first_unlocks.wait(patience) {
+            decided = decide();
+        }
         records::note_start(self, by, &domain, &decided);
         match &decided {
             Ok(objects) => tracing::info!(domain = domain.name, objects, op = "prepare", "armed"),
             Err(failure) => tracing::warn!(domain = domain.name, op = "prepare", "refused: {failure}"),
         }
+        if decided.is_ok() {
+            self.note_master_key(&domain, master_key_on_disk);
+        }
         decided.map(drop)
+    }
+
+    /// For the status. A start does not fail for it: the hook's policy lets it pass, and the journal has it too.
+    fn note_master_key(&self, domain: &Domain, on_disk: Option<&str>) {
+        let noted = match on_disk {
+            Some(why) => self.host_store.note_master_key_on_disk(domain.uuid, why),
+            None => self.host_store.forget_master_key_on_disk(domain.uuid),
+        };
+        if let Err(error) = noted {
+            tracing::error!(
+                domain = domain.name,
+                "can't record where its master key is: {}",
+                chain(&error)
+            );
+        }
     }
 
     /// A sealed VM may name its own secrets, in the places where they are looked for, and those of disks that are shared with
     /// it; libvirt finds any other one in more places than [`crate::vm::start::prepare`] reads.
     fn refuse_secrets_of_others(&self, domain: &Domain, xml: &str, opened: &[Opened]) -> Result<(), Problem> {
-        let named = domain::named_secrets(xml).map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
+        let named = domain::named_secrets(xml).map_err(|error| Problem::failed(chain(&error)))?;
         let others = named
             .into_iter()
             .filter(|id| opened.iter().all(|object| object.envelope != *id));
@@ -82,7 +117,7 @@ impl Daemon {
                 .filter(|vm| *vm != domain.uuid)
             {
                 let why = format!("it names secret {id}, which is that of VM {owner}");
-                return Err(Problem::new(Code::Denied, why)
+                return Err(Problem::denied(why)
                     .of(format!("{} stays off", domain.name))
                     .next(Advice::EditXml(domain.name.clone()).within("a VM has secrets of its own")));
             }
@@ -95,22 +130,28 @@ impl Daemon {
         domain: &Domain,
         xml: &str,
         policy: HookPolicy,
+        state_source: StateSource,
         deadline: &Deadline,
     ) -> Result<usize, Problem> {
         let patience = self.config().hook_deadline.mul_f64(LIBVIRT_SHARE);
+        let own = self.keystore.envelopes_of(domain.uuid)?.sound;
         let context = StartContext {
             keystore: self.keystore.as_ref(),
             host_store: &self.host_store,
             recipients: &self.recipients,
             opened_headers: &self.opened_headers,
             swtpm_dir: self.config().swtpm_dir,
-            paths: paths::rule_of_start(self, domain, patience)?,
+            paths: paths::rule_of_start(self, domain, &own, patience)?,
             policy: self.config().policy.of(domain),
             run: first_runs::known_run(self, domain.uuid),
-            state_source: lock(&self.first_runs).state_source(domain.uuid, vtpm_of(domain), Instant::now()),
+            state_source,
         };
         // Until the VM is armed: from then on that keeps its headers as they are.
-        let _held = self.headers.hold(envelopes_of(domain), deadline);
+        let known = |id| match own.iter().find(|record| record.envelope.id == id) {
+            Some(record) => Some(record.clone()),
+            None => self.keystore.readable_envelope(id).ok().flatten(),
+        };
+        let _held = self.headers.hold(held_by(domain, known), deadline);
         let Prepared {
             opened,
             first_run,
@@ -128,9 +169,10 @@ impl Daemon {
             .reach(patience)
             .map_err(|error| unreachable_libvirt(domain, &error))?;
         let count = opened.len();
-        lock(&self.first_runs).expect(domain.uuid, first_run);
+        autostart::note_start(self, domain.uuid);
+        self.first_runs.lock().expect(domain.uuid, first_run);
         self.arm(domain, opened, deadline)
-            .inspect_err(|_| lock(&self.first_runs).expect(domain.uuid, None))?;
+            .inspect_err(|_| self.first_runs.lock().expect(domain.uuid, None))?;
         moved::note(self, moved);
         Ok(count)
     }
@@ -138,19 +180,19 @@ impl Daemon {
     /// Arms unless nobody waits any more: the hook has given up then, and its `release end` may have passed.
     fn arm(&self, domain: &Domain, opened: Vec<Opened>, deadline: &Deadline) -> Result<(), Problem> {
         let too_late = || {
-            Problem::new(
-                Code::Unreachable,
-                format!("{} stays off: nobody waits for its start any more", domain.name),
-            )
+            Problem::unreachable(format!(
+                "{} stays off: nobody waits for its start any more",
+                domain.name
+            ))
             .next(Advice::ShowStatus)
         };
         if deadline.has_passed() {
             return Err(too_late());
         }
-        let shareable = opened.iter().any(|object| object.shareable);
-        let _shared = shareable.then(|| lock(&self.shared));
         let envelopes: Vec<_> = opened.iter().map(|object| object.envelope).collect();
-        lock(&self.armed).arm(domain.uuid, envelopes.iter().copied());
+        if !self.armed.arm(domain.uuid, &envelopes, deadline) {
+            return Err(too_late());
+        }
         self.arms_bell.ring();
         let secrets: Vec<_> = opened.into_iter().map(|object| arming(domain, object)).collect();
         let armed = self
@@ -168,18 +210,17 @@ impl Daemon {
 
     /// Undefines what no other VM needs, also where `release end` came meanwhile: it may have found less than what
     /// there is now.
-    fn take_back(&self, domain: &Domain, mut envelopes: Vec<EnvelopeId>) {
-        let mut arms = lock(&self.armed);
-        let _ = arms.disarm(domain.uuid);
-        envelopes.retain(|envelope| !arms.needs(*envelope));
-        drop(arms);
-        if let Err(error) = self.libvirt.disarm(&envelopes) {
+    fn take_back(&self, domain: &Domain, envelopes: Vec<EnvelopeId>) {
+        if let Err(error) = self
+            .libvirt
+            .disarm(&self.armed.disarm_with(domain.uuid, envelopes))
+        {
             tracing::error!(domain = domain.name, "{}", chain(&error));
         }
     }
 
     /// `started begin`: QEMU and swtpm have the keys, libvirt needs them no more.
-    pub fn started(&self, vm: &str, name: &str) -> Result<(), Problem> {
+    pub(crate) fn started(&self, vm: &str, name: &str) -> Result<(), Problem> {
         saved::look_later(self, vm);
         let disarmed = self.disarm(vm, name);
         if let Ok(vm) = names::uuid_of_hook(vm) {
@@ -189,11 +230,19 @@ impl Daemon {
     }
 
     /// `release end`: whatever happened, nothing stays armed.
-    pub fn released(&self, vm: &str, name: &str) -> Result<(), Problem> {
+    pub(crate) fn released(&self, vm: &str, name: &str) -> Result<(), Problem> {
         let disarmed = self.disarm(vm, name);
         saved::look_later(self, vm);
         if let Ok(vm) = names::uuid_of_hook(vm) {
+            lock(&self.prepared).remove(&vm);
             first_runs::note_ended(self, vm, name);
+            if let Err(error) = self.host_store.forget_master_key_on_disk(vm) {
+                tracing::error!(
+                    domain = name,
+                    "can't record that its master key is gone: {}",
+                    chain(&error)
+                );
+            }
         }
         // Its images can follow what was rewrapped while it ran.
         self.copies_bell.ring();
@@ -202,45 +251,40 @@ impl Daemon {
 
     fn disarm(&self, vm: &str, name: &str) -> Result<(), Problem> {
         let vm = names::uuid_of_hook(vm)?;
-        let _shared = lock(&self.shared);
-        let unused = lock(&self.armed).disarm(vm);
+        let unused = self.armed.disarm(vm);
         self.libvirt.disarm(&unused).map_err(|error| {
-            // Remembered, so that `release end` or the next start tries again.
-            lock(&self.armed).arm(vm, unused.iter().copied());
+            unused.stay_armed(vm);
             tracing::error!(domain = name, op = "disarm", "{}", chain(&error));
-            Problem::new(Code::Unreachable, chain(&error))
+            Problem::unreachable(chain(&error))
         })
     }
 
     /// Undefines the secrets that a daemon before this one left in libvirt. Connects when it has to.
     ///
     /// Only what this keystore knows: another virtseald may be starting a VM of its own on the same libvirt.
-    pub fn sweep(&self) -> Result<usize, LibvirtError> {
+    pub(crate) fn sweep(&self) -> Result<usize, LibvirtError> {
         let armed = self.libvirt.armed()?;
-        let _shared = lock(&self.shared);
-        // Held until they are gone: a start that needs one of them again defines it after that.
-        let arms = lock(&self.armed);
-        let left: Vec<EnvelopeId> = armed
+        let known = armed
             .into_iter()
             .filter(|envelope| match self.keystore.envelope(*envelope) {
                 Ok(known) => known.is_some(),
                 Err(error) => error.is_of_row(),
             })
-            .filter(|envelope| !arms.needs(*envelope))
             .collect();
+        let left = self.armed.unneeded(known);
         self.libvirt.disarm(&left)?;
         Ok(left.len())
     }
 }
 
-fn envelopes_of(domain: &Domain) -> Vec<EnvelopeId> {
-    let sealed = domain::objects(domain)
-        .into_iter()
-        .filter_map(|object| match object.state {
-            ObjectState::Sealed(envelope) => Some(envelope),
-            ObjectState::Plain | ObjectState::Unsupported(_) => None,
-        });
-    sealed.collect()
+/// The envelopes that nothing may change while the VM starts: not those that the keystore knows not to be for it. Whoever defines
+/// domains can name any in them, and would keep their headers, and who shreds their VM, waiting with starts that are refused.
+fn held_by(domain: &Domain, known: impl Fn(EnvelopeId) -> Option<EnvelopeRecord>) -> Vec<EnvelopeId> {
+    let objects = domain::objects(domain);
+    let sealed = objects.iter().filter_map(Object::envelope);
+    sealed
+        .filter(|id| known(*id).is_none_or(|record| record.envelope.serves(domain.uuid)))
+        .collect()
 }
 
 fn arming(domain: &Domain, object: Opened) -> Arming {
@@ -255,23 +299,73 @@ fn arming(domain: &Domain, object: Opened) -> Arming {
 fn nothing_sealed(domain: &Domain) -> Problem {
     let name = &domain.name;
     let why = "it is marked as sealed, nothing of it is, and hook.conf has require_sealed = true";
-    Problem::new(Code::Denied, why)
-        .of(format!("{name} stays off"))
-        .next(
-            Advice::ShowVm(name.clone())
-                .then("give it a disk or a TPM")
-                .then(Advice::SealVm(name.clone())),
-        )
+    Problem::denied(why).of(format!("{name} stays off")).next(
+        Advice::ShowVm(name.clone())
+            .then("give it a disk or a TPM")
+            .then(Advice::SealVm(name.clone())),
+    )
 }
 
 fn unreachable_libvirt(domain: &Domain, error: &LibvirtError) -> Problem {
     let name = &domain.name;
-    let failure = Problem::new(Code::Unreachable, format!("{name} stays off: {}", chain(error)));
+    let failure = Problem::unreachable(format!("{name} stays off: {}", chain(error)));
     match error {
-        LibvirtError::Silent { .. } => failure.next(Advice::NoAutostart(name.clone()).then(Advice::StartVm(name.clone()))),
+        LibvirtError::Silent { .. } => {
+            let autostart = Advice::Autostart(name.clone()).note("if libvirt autostarts it");
+            failure.next(autostart.then(Advice::StartVm(name.clone())))
+        }
         LibvirtError::Usurped { .. } => failure.next(
             "keep others from defining secrets: SECURITY.md, \"Write access to secrets\"; then copy the data to a new disk in the guest",
         ),
         _ => failure.next(Advice::ShowStatus),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::envelope::{VmId, fixture};
+    use crate::store::EnvelopeState;
+
+    #[test]
+    fn a_start_keeps_nobody_from_what_is_not_for_its_vm() {
+        let [own, another, sharer] = [0; 3].map(|_| VmId::random());
+        let record = |vm, shared_with: &[VmId]| {
+            let mut envelope = fixture::envelope(vm).into_envelope();
+            envelope.shared_with = shared_with.to_vec();
+            EnvelopeRecord {
+                envelope,
+                state: EnvelopeState::Active,
+                location: String::new(),
+                created: 0,
+                updated: 0,
+            }
+        };
+        let records = [record(own, &[]), record(another, &[sharer])];
+        let unknown = EnvelopeId::random();
+        let ids: Vec<_> = records.iter().map(|record| record.envelope.id).collect();
+        let disks: String = ids
+            .iter()
+            .chain([&unknown])
+            .zip(["vda", "vdb", "vdc"])
+            .map(|(id, target)| {
+                format!(
+                    "<disk type='file'><source file='/images/{target}'><encryption format='luks'><secret type='passphrase' \
+                     uuid='{id}'/></encryption></source><target dev='{target}'/></disk>"
+                )
+            })
+            .collect();
+        let held = |vm: VmId| {
+            let xml = format!(
+                "<domain type='kvm'><name>a</name><uuid>{vm}</uuid><devices>{disks}</devices></domain>"
+            );
+            held_by(&Domain::parse(&xml).unwrap(), |id| {
+                records.iter().find(|record| record.envelope.id == id).cloned()
+            })
+        };
+        assert_eq!(held(own), [ids[0], unknown]);
+        assert_eq!(held(another), [ids[1], unknown]);
+        assert_eq!(held(sharer), [ids[1], unknown]);
+        assert_eq!(held(VmId::random()), [unknown]);
     }
 }

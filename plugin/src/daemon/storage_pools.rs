@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::locks::lock;
 use crate::host::libvirt::{Background, StoragePool};
+use crate::host::permitted::PathRule;
 use crate::model::problem::chain;
 
 /// Asks for the storage pools on a thread of its own, of which there is one: nothing can interrupt a call that hangs.
@@ -24,11 +25,7 @@ struct Looks {
 
 impl StoragePools {
     /// What libvirt tells from now on, if it does within `patience`.
-    pub(super) fn ask(
-        self: &Arc<Self>,
-        libvirt: &Arc<Background>,
-        patience: Duration,
-    ) -> Option<Vec<StoragePool>> {
+    fn ask(self: &Arc<Self>, libvirt: &Arc<Background>, patience: Duration) -> Option<Vec<StoragePool>> {
         let mut looks = lock(&self.looks);
         // An answer that is under way may be older than the question.
         let enough = looks.count + 1 + u64::from(looks.is_asking);
@@ -45,6 +42,22 @@ impl StoragePools {
         }
     }
 
+    /// `rule`, with the pools that libvirt tells of within `patience`.
+    pub(super) fn added_to(
+        self: &Arc<Self>,
+        rule: PathRule,
+        libvirt: &Arc<Background>,
+        patience: Duration,
+    ) -> PathRule {
+        match self.ask(libvirt, patience) {
+            Some(pools) => rule.with_pools(pools),
+            None => {
+                tracing::warn!("storage pools allow nothing for now: libvirt does not list them");
+                rule
+            }
+        }
+    }
+
     fn ask_once(self: &Arc<Self>, libvirt: &Arc<Background>, looks: &mut Looks) {
         if looks.is_asking {
             return;
@@ -53,7 +66,7 @@ impl StoragePools {
         let asking = move || {
             let told = libvirt
                 .active_pools()
-                .inspect_err(|error| tracing::warn!("storage pools can't be told: {}", chain(error)))
+                .inspect_err(|error| tracing::warn!("storage pools can't be listed: {}", chain(error)))
                 .ok();
             let mut looks = lock(&pools.looks);
             *looks = Looks {

@@ -10,8 +10,7 @@ use super::Disk;
 /// The format of a plain image, as the domain XML or an admin states it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum DeclaredFormat {
-    /// raw.
+pub(crate) enum DeclaredFormat {
     Raw,
     /// qcow2, encrypted or not.
     Qcow2,
@@ -19,8 +18,7 @@ pub enum DeclaredFormat {
 
 impl DeclaredFormat {
     /// The name in XML, in messages and on the command line.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
@@ -50,7 +48,7 @@ impl Disk {
     ///
     /// # Errors
     /// With the name of another one.
-    pub fn declared_format(&self) -> Result<DeclaredFormat, &str> {
+    pub(crate) fn declared_format(&self) -> Result<DeclaredFormat, &str> {
         let name = self.format.as_deref().unwrap_or("raw");
         name.parse().map_err(|()| name)
     }

@@ -5,6 +5,7 @@
 //! caller's decision, before.
 
 mod firmware;
+mod overlay;
 
 use std::path::{Path, PathBuf};
 
@@ -15,53 +16,66 @@ use super::read;
 use super::splice::{self, Edit, Element, Place};
 use super::xml::{self, child, children, parse_document};
 use super::{Domain, DomainError, Encryption, Metadata, Position, SecretRef};
+use crate::model::act::{Act, Verb};
 use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Precedence};
+
+pub(crate) use overlay::without_overlays;
 
 /// What [`seal`] writes.
 #[derive(Clone, Debug, Default)]
-pub struct SealEdit<'a> {
-    /// The disks.
+pub(crate) struct SealEdit<'a> {
     pub disks: Vec<DiskEdit>,
-    /// The variable store.
     pub nvram: Option<NvramEdit>,
-    /// The vTPM: added as a TPM 2.0 if the domain has none. libvirt is told to keep its state.
-    pub vtpm: Option<EnvelopeId>,
+    pub vtpm: Option<VtpmEdit>,
     /// All envelopes of the VM, for its metadata.
     pub envelopes: &'a [Envelope],
 }
 
-/// A disk to seal.
 #[derive(Clone, Debug)]
-pub struct DiskEdit {
+pub(crate) struct DiskEdit {
     /// Its `<target dev=…>`.
     pub target: String,
-    /// The envelope of its DEK.
     pub envelope: EnvelopeId,
-    /// The format of the sealed image, if it is another than the XML has.
-    pub format: Option<String>,
-    /// The file of the sealed image, if it is another than the XML has.
-    pub source: Option<PathBuf>,
+    /// The secret that the XML may name in its place.
+    pub instead_of: Option<EnvelopeId>,
 }
 
-/// A variable store to seal.
+/// The file of a disk that the XML has as a volume of a storage pool.
 #[derive(Clone, Debug)]
-pub struct NvramEdit {
+pub(crate) struct DiskFile {
+    /// Its `<target dev=…>`.
+    pub target: String,
+    pub path: PathBuf,
+    /// Whether it is a block device.
+    pub is_device: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct NvramEdit {
     /// The sealed file.
     pub path: PathBuf,
     /// The plain template it was made from, if the XML is to name it.
     pub template: Option<PathBuf>,
     /// `raw` or `qcow2`, if the XML is to name it; libvirt 9 does not know the attribute.
     pub format: Option<String>,
-    /// The envelope of its DEK.
     pub envelope: EnvelopeId,
+    /// The secret that the XML may name in its place.
+    pub instead_of: Option<EnvelopeId>,
     /// The loader to write where libvirt is still to choose one (`<os firmware='efi'>`). libvirt 9 takes no
     /// variable store of ours as long as it chooses, so the choice is replaced by this one.
     pub loader: Option<LoaderPin>,
 }
 
-/// A UEFI loader.
+/// Added as a TPM 2.0 if the domain has none. libvirt is told to keep its state.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct VtpmEdit {
+    pub envelope: EnvelopeId,
+    /// The secret that the XML may name in its place.
+    pub instead_of: Option<EnvelopeId>,
+}
+
 #[derive(Clone, Debug)]
-pub struct LoaderPin {
+pub(crate) struct LoaderPin {
     /// Its image, mapped read-only.
     pub path: PathBuf,
     /// Whether it needs SMM, as the ones built for Secure Boot do.
@@ -70,17 +84,16 @@ pub struct LoaderPin {
 
 impl LoaderPin {
     /// As a step of a plan.
-    #[must_use]
-    pub fn words(&self) -> String {
+    pub(crate) fn act(&self) -> Act {
         let secure = if self.secure {
             ", with Secure Boot and SMM"
         } else {
             ""
         };
-        format!(
-            "name the loader {} that libvirt would choose{secure}",
+        Verb::Name.act(format!(
+            "the loader {} in the XML, which libvirt would choose{secure}",
             self.path.display()
-        )
+        ))
     }
 }
 
@@ -89,7 +102,7 @@ impl LoaderPin {
 /// # Errors
 /// When the XML can't be read, has no such object, or has it encrypted with another key or in a form that can't
 /// be changed.
-pub fn seal(xml: &str, plan: &SealEdit<'_>) -> Result<String, DomainError> {
+pub(crate) fn seal(xml: &str, plan: &SealEdit<'_>) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
     let domain = read::domain(&document)?;
     let root = xml::root(&document)?;
@@ -100,19 +113,49 @@ pub fn seal(xml: &str, plan: &SealEdit<'_>) -> Result<String, DomainError> {
     if let Some(nvram) = &plan.nvram {
         edits.extend(firmware::edits(xml, root, &domain, nvram)?);
     }
-    if let Some(envelope) = plan.vtpm {
-        edits.extend(tpm_edits(xml, root, envelope)?);
+    if let Some(vtpm) = plan.vtpm {
+        edits.extend(tpm_edits(xml, root, vtpm)?);
     }
     edits.extend(envelope_edits(xml, root, plan.envelopes)?);
     finish(xml, edits)
 }
 
-/// Writes the metadata to hold just these envelopes. One that claims to be newer than the one given stays, and so does what
-/// can't be read and is none of these.
-///
-/// # Errors
-/// When the XML can't be read.
-pub fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, DomainError> {
+/// Names the files of these disks in place of their storage pools and volumes.
+pub(crate) fn name_files(xml: &str, files: &[DiskFile]) -> Result<String, DomainError> {
+    let document = parse_document(xml)?;
+    let disks = xml::disk_nodes(xml::root(&document)?)?;
+    let mut edits = Vec::new();
+    for DiskFile {
+        target,
+        path,
+        is_device,
+    } in files
+    {
+        let found = disks.iter().find(|(found, _)| found == target);
+        let source = found.and_then(|(_, disk)| Some((*disk, child(*disk, "source")?)));
+        let (disk, source) = source.ok_or_else(|| DomainError::NoObject(format!("disk {target}")))?;
+        let (kind, attribute) = match is_device {
+            true => ("block", "dev"),
+            false => ("file", "file"),
+        };
+        edits.extend(splice::set_attribute(xml, disk, "type", kind));
+        edits.extend(splice::remove_attribute(xml, source, "pool"));
+        edits.extend(splice::remove_attribute(xml, source, "mode"));
+        edits.extend(splice::rename_attribute(
+            xml,
+            source,
+            "volume",
+            attribute,
+            &path.display().to_string(),
+        ));
+    }
+    finish(xml, edits)
+}
+
+/// The metadata with just these envelopes. One that claims to be newer than the one given stays, and so does what can't be read
+/// and is none of these.
+#[cfg(test)]
+pub(crate) fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
     let edits = envelope_edits(xml, xml::root(&document)?, envelopes)?;
     finish(xml, edits)
@@ -120,10 +163,7 @@ pub fn set_envelopes(xml: &str, envelopes: &[Envelope]) -> Result<String, Domain
 
 /// Brings the envelopes in the `<vm>` element that libvirt hands out, without its namespace, up to date: each one that is
 /// there becomes what `newest` says, given its id and what can be read of it. `None` if nothing changes.
-///
-/// # Errors
-/// When the element can't be read.
-pub fn refresh_element(
+pub(crate) fn refresh_element(
     element: &str,
     newest: impl Fn(EnvelopeId, Option<&Envelope>) -> Option<Envelope>,
 ) -> Result<Option<String>, DomainError> {
@@ -149,6 +189,24 @@ pub fn refresh_element(
         .map(Some)
 }
 
+/// The `<vm>` element that libvirt hands out, without its copies of the envelope `id`. `None` if it has none.
+pub(crate) fn element_without(element: &str, id: EnvelopeId) -> Result<Option<String>, DomainError> {
+    let document = parse_document(element)?;
+    let is_it = |node: &Node<'_, '_>| {
+        node.is_element()
+            && node.tag_name().name() == "envelope"
+            && (stated_id(*node) == Some(id) || envelope(*node, 1).is_ok_and(|found| found.id == id))
+    };
+    let found = document.root_element().children().filter(is_it);
+    let edits: Vec<_> = found.map(|node| splice::remove(element, node)).collect();
+    if edits.is_empty() {
+        return Ok(None);
+    }
+    splice::apply(element, edits)
+        .ok_or(DomainError::Overlap)
+        .map(Some)
+}
+
 /// That one can read it.
 fn is_of_later_virtseal(error: &DomainError) -> bool {
     let source = match error {
@@ -163,29 +221,26 @@ fn is_of_later_virtseal(error: &DomainError) -> bool {
 ///
 /// # Errors
 /// When the XML can't be read, or a layer below a disk still needs one of the envelopes.
-pub fn unseal(xml: &str) -> Result<String, DomainError> {
+pub(crate) fn unseal(xml: &str) -> Result<String, DomainError> {
     let document = parse_document(xml)?;
     let root = xml::root(&document)?;
     let Some(metadata) = read::domain(&document)?.metadata else {
         return Ok(xml.to_owned());
     };
+    let collapse = |node| splice::remove_and_collapse(xml, node);
     let mut edits = Vec::new();
     for (target, disk) in xml::disk_nodes(root)? {
         refuse_sealed_layers(target, disk, &metadata)?;
-        edits.extend(ours(xml::disk_encryption(disk), &metadata)?.map(|node| collapse(xml, node)));
+        edits.extend(ours(xml::disk_encryption(disk), &metadata)?.map(collapse));
     }
     let nvram = child(root, "os").and_then(|os| child(os, "nvram"));
     let nvram = nvram
         .and_then(|nvram| child(nvram, "source"))
         .and_then(|source| child(source, "encryption"));
-    edits.extend(ours(nvram, &metadata)?.map(|node| collapse(xml, node)));
-    edits.extend(tpm_encryption(root, &metadata)?.map(|node| collapse(xml, node)));
+    edits.extend(ours(nvram, &metadata)?.map(collapse));
+    edits.extend(tpm_encryption(root, &metadata)?.map(collapse));
     edits.extend(metadata_removal(xml, root)?);
     finish(xml, edits)
-}
-
-fn collapse(xml: &str, node: Node<'_, '_>) -> Edit {
-    splice::remove_and_collapse(xml, node)
 }
 
 /// Applies the edits and reads the result once: nothing leaves here that the daemon would refuse later.
@@ -204,38 +259,30 @@ fn disk_edits(xml: &str, root: Node<'_, '_>, plan: &DiskEdit) -> Result<Vec<Edit
         .into_iter()
         .find(|(target, _)| *target == plan.target)
         .ok_or_else(|| DomainError::NoObject(label.clone()))?;
-    let unsupported = |reason| DomainError::Unsupported {
+    let source = child(disk, "source").ok_or_else(|| DomainError::Unsupported {
         label: label.clone(),
-        reason,
+        reason: "it has no <source>",
         at: Position::of(disk),
-    };
-    let source = child(disk, "source").ok_or_else(|| unsupported("it has no <source>"))?;
-    let mut edits = Vec::new();
-    if let Some(format) = &plan.format {
-        edits.extend(format_edit(xml, disk, writable(format)?));
-    }
-    if let Some(path) = &plan.source {
-        if disk.attribute("type").unwrap_or("file") != "file" {
-            return Err(unsupported(
-                "only the file of a disk of type='file' can be replaced",
-            ));
+    })?;
+    let mut edits: Vec<_> = format_edit(xml, disk).into_iter().collect();
+    match xml::disk_encryption(disk) {
+        Some(found) => edits.extend(secret_edit(xml, found, plan.envelope, plan.instead_of, &label)?),
+        None => {
+            let element = encryption(plan.envelope, None);
+            edits.push(splice::insert(xml, source, Place::Last, &element));
         }
-        edits.extend(splice::set_attribute(xml, source, "file", writable_path(path)?));
-    }
-    if !has_encryption(xml::disk_encryption(disk), plan.envelope, &label)? {
-        let element = encryption(plan.envelope, None);
-        edits.push(splice::insert(xml, source, Place::Last, &element));
     }
     Ok(edits)
 }
 
-fn format_edit(xml: &str, disk: Node<'_, '_>, format: &str) -> Option<Edit> {
+/// A sealed image is qcow2, whatever the XML has.
+fn format_edit(xml: &str, disk: Node<'_, '_>) -> Option<Edit> {
     match child(disk, "driver") {
-        Some(driver) => splice::set_attribute(xml, driver, "type", format),
+        Some(driver) => splice::set_attribute(xml, driver, "type", "qcow2"),
         None => {
             let driver = Element::new("driver")
                 .attribute("name", "qemu")
-                .attribute("type", format);
+                .attribute("type", "qcow2");
             Some(splice::insert(xml, disk, Place::First, &driver))
         }
     }
@@ -254,25 +301,43 @@ fn encryption(secret: EnvelopeId, engine: Option<&str>) -> Element {
     element.children([secret])
 }
 
-/// Whether the object is encrypted with this secret already; with another one is an error.
-fn has_encryption(node: Option<Node<'_, '_>>, secret: EnvelopeId, label: &str) -> Result<bool, DomainError> {
-    let Some(node) = node else { return Ok(false) };
-    match read::encryption(node)? {
-        Encryption {
-            format,
-            secret: SecretRef::Uuid(found),
-            ..
-        } if found == secret && format == "luks" => Ok(true),
-        _ => Err(DomainError::AlreadyEncrypted {
-            label: label.to_owned(),
-            at: Position::of(node),
-        }),
+/// Has an `<encryption>` name this secret, unless it does; where it names any other than `instead_of` is an error.
+fn secret_edit(
+    xml: &str,
+    node: Node<'_, '_>,
+    secret: EnvelopeId,
+    instead_of: Option<EnvelopeId>,
+    label: &str,
+) -> Result<Option<Edit>, DomainError> {
+    let Encryption {
+        format,
+        secret: SecretRef::Uuid(found),
+        ..
+    } = read::encryption(node)?
+    else {
+        return Err(already_encrypted(node, label));
+    };
+    match child(node, "secret") {
+        _ if format != "luks" => Err(already_encrypted(node, label)),
+        _ if found == secret => Ok(None),
+        Some(named) if Some(found) == instead_of => {
+            Ok(splice::set_attribute(xml, named, "uuid", &secret.to_string()))
+        }
+        _ => Err(already_encrypted(node, label)),
+    }
+}
+
+fn already_encrypted(node: Node<'_, '_>, label: &str) -> DomainError {
+    DomainError::AlreadyEncrypted {
+        label: label.to_owned(),
+        at: Position::of(node),
     }
 }
 
 /// Encrypts the state, and keeps libvirt from deleting it: without `persistent_state` it does so whenever a transient domain
 /// ends or is refused.
-fn tpm_edits(xml: &str, root: Node<'_, '_>, secret: EnvelopeId) -> Result<Vec<Edit>, DomainError> {
+fn tpm_edits(xml: &str, root: Node<'_, '_>, plan: VtpmEdit) -> Result<Vec<Edit>, DomainError> {
+    let secret = plan.envelope;
     let element = Element::new("encryption").attribute("secret", &secret.to_string());
     let Some(tpm) = xml::tpm_node(root) else {
         let devices = child(root, "devices").ok_or_else(|| DomainError::NoObject("<devices>".into()))?;
@@ -295,15 +360,13 @@ fn tpm_edits(xml: &str, root: Node<'_, '_>, secret: EnvelopeId) -> Result<Vec<Ed
     let mut edits: Vec<_> = splice::set_attribute(xml, backend, "persistent_state", "yes")
         .into_iter()
         .collect();
-    match read::tpm_secret(backend)? {
-        Some(found) if found == secret => {}
-        Some(_) => {
-            return Err(DomainError::AlreadyEncrypted {
-                label: "vtpm".into(),
-                at: Position::of(backend),
-            });
+    match (read::tpm_secret(backend)?, child(backend, "encryption")) {
+        (Some(found), _) if found == secret => {}
+        (Some(found), Some(named)) if Some(found) == plan.instead_of => {
+            edits.extend(splice::set_attribute(xml, named, "secret", &secret.to_string()));
         }
-        None => edits.push(splice::insert(xml, backend, Place::Last, &element)),
+        (Some(_), _) => return Err(already_encrypted(backend, "vtpm")),
+        (None, _) => edits.push(splice::insert(xml, backend, Place::Last, &element)),
     }
     Ok(edits)
 }

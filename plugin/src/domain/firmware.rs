@@ -6,7 +6,7 @@ use super::xml::child;
 
 /// The parts of the XML that libvirt compares with a firmware descriptor. `None` is what the XML does not say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FirmwareWish {
+pub(crate) struct FirmwareWish {
     /// `<type arch=…>`.
     pub arch: Option<String>,
     /// `<type machine=…>`, which libvirt has made a full name when the domain was defined.
@@ -21,19 +21,17 @@ pub struct FirmwareWish {
     pub secure: Option<bool>,
     /// `<loader readonly=…>`.
     pub readonly: Option<bool>,
-    /// `<loader format=…>`.
     pub loader_format: Option<String>,
     /// `<pm><suspend-to-mem enabled='yes'/>`.
     pub suspend_to_mem: bool,
     /// `<pm><suspend-to-disk enabled='yes'/>`.
     pub suspend_to_disk: bool,
-    /// `<launchSecurity>`.
     pub launch_security: Option<LaunchSecurity>,
 }
 
 /// `<launchSecurity>`, as far as firmware must support it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LaunchSecurity {
+pub(crate) enum LaunchSecurity {
     /// AMD SEV.
     Sev,
     /// AMD SEV-ES: bit 2 of the policy.

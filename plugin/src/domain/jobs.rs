@@ -10,10 +10,9 @@ use crate::model::advice::Advice;
 
 /// Where a job writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JobTarget {
+pub(crate) struct JobTarget {
     /// The disk, by `<target dev=…>`.
     pub disk: String,
-    /// What it is for.
     pub role: Role,
     /// The file, device, name, or address.
     pub to: String,
@@ -23,7 +22,7 @@ pub struct JobTarget {
 
 /// What a job writes there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
+pub(crate) enum Role {
     /// A copy, as `virsh blockcopy` makes one.
     Copy,
     /// The backup itself.
@@ -54,8 +53,7 @@ impl fmt::Display for JobTarget {
 
 impl JobTarget {
     /// What to do about it.
-    #[must_use]
-    pub fn way_out(&self) -> Advice {
+    pub(crate) fn way_out(&self) -> Advice {
         match self.role {
             Role::Copy => Advice::AbortBlockJob.then("remove the copy"),
             Role::Backup => Advice::AbortDomainJob
@@ -69,10 +67,7 @@ impl JobTarget {
 }
 
 /// Every copy in the making, by the VM's XML of now.
-///
-/// # Errors
-/// When it can't be read.
-pub fn copies(live: &str) -> Result<Vec<JobTarget>, DomainError> {
+pub(crate) fn copies(live: &str) -> Result<Vec<JobTarget>, DomainError> {
     let document = parse_document(live)?;
     let devices = children(document.root_element(), "devices").flat_map(|devices| children(devices, "disk"));
     Ok(devices.filter_map(copy).collect())
@@ -93,10 +88,7 @@ pub(super) fn copy(disk: Node<'_, '_>) -> Option<JobTarget> {
 }
 
 /// Where a backup writes, by its `<domainbackup>`.
-///
-/// # Errors
-/// When it can't be read.
-pub fn backup(xml: &str) -> Result<Vec<JobTarget>, DomainError> {
+pub(crate) fn backup(xml: &str) -> Result<Vec<JobTarget>, DomainError> {
     let document = parse_document(xml)?;
     let root = document.root_element();
     let server = child(root, "server");

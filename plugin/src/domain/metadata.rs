@@ -9,7 +9,7 @@
 //! ```
 //!
 //! The namespace counts, not its prefix: others may rewrite that. What a later virtseal added in this namespace is
-//! kept and listed in [`Metadata::unknown`]; a form that this one would misread gets a new namespace, or a new
+//! kept; a form that this one would misread gets a new namespace, or a new
 //! version in the envelope. An envelope that can't be read is listed in [`Metadata::unreadable`] and hides no other: the
 //! keystore may have it.
 
@@ -25,18 +25,16 @@ use crate::model::problem::chain;
 
 /// The contents of `<virtseal:vm>`. Its mere presence makes a VM a sealed one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Metadata {
+pub(crate) struct Metadata {
     /// In the order of the XML, each id once. Nothing in them can be believed before one was verified by its key.
     pub envelopes: Vec<Envelope>,
     /// Those that can't be read, and second ones of an id, for a warning.
     pub unreadable: Vec<UnreadableCopy>,
-    /// Elements and attributes that this version does not know, for a warning.
-    pub unknown: Vec<String>,
 }
 
 /// An `<envelope>` that is none.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnreadableCopy {
+pub(crate) struct UnreadableCopy {
     /// What its element says.
     pub id: Option<EnvelopeId>,
     /// Where it is, and what is wrong with it.
@@ -45,16 +43,13 @@ pub struct UnreadableCopy {
 
 impl Metadata {
     /// The namespace of everything virtseal writes into domain XML.
-    pub const NAMESPACE: &'static str = "urn:virtseal:vm:1";
+    pub(crate) const NAMESPACE: &'static str = "urn:virtseal:vm:1";
 
     /// The prefix that virtseal writes for it.
-    pub const PREFIX: &'static str = "virtseal";
+    pub(crate) const PREFIX: &'static str = "virtseal";
 
     /// The envelopes in any XML that libvirt keeps: that of a snapshot has one domain or two inside.
-    ///
-    /// # Errors
-    /// When the XML can't be read.
-    pub fn envelopes_in(xml: &str) -> Result<(Vec<Envelope>, Vec<UnreadableCopy>), DomainError> {
+    pub(crate) fn envelopes_in(xml: &str) -> Result<(Vec<Envelope>, Vec<UnreadableCopy>), DomainError> {
         let document = parse_document(xml)?;
         let nodes = document.descendants().filter(|node| is_ours(*node, "envelope"));
         let found = nodes
@@ -64,8 +59,7 @@ impl Metadata {
     }
 
     /// The ids of the envelopes in any XML, also of those that can't be read.
-    #[must_use]
-    pub fn ids_in(xml: &str) -> Vec<EnvelopeId> {
+    pub(crate) fn ids_in(xml: &str) -> Vec<EnvelopeId> {
         let Ok(document) = parse_document(xml) else {
             return Vec::new();
         };
@@ -78,10 +72,7 @@ impl Metadata {
     }
 
     /// The files and devices that any XML names as a source, those that a disk is based on too.
-    ///
-    /// # Errors
-    /// When the XML can't be read.
-    pub fn sources_in(xml: &str) -> Result<Vec<PathBuf>, DomainError> {
+    pub(crate) fn sources_in(xml: &str) -> Result<Vec<PathBuf>, DomainError> {
         let document = parse_document(xml)?;
         let sources = document.descendants().filter(|node| node.has_tag_name("source"));
         let paths = sources.filter_map(|node| node.attribute("file").or_else(|| node.attribute("dev")));
@@ -92,8 +83,7 @@ impl Metadata {
     }
 
     /// What is wrong with the copy of this envelope, where none can be read.
-    #[must_use]
-    pub fn unreadable(&self, id: EnvelopeId) -> Option<String> {
+    pub(crate) fn unreadable(&self, id: EnvelopeId) -> Option<String> {
         let mut copies = self.unreadable.iter().filter(|_| self.envelope(id).is_none());
         copies
             .find(|copy| copy.id == Some(id))
@@ -101,14 +91,11 @@ impl Metadata {
     }
 
     /// Whether there is a copy of this envelope, readable or not.
-    #[must_use]
-    pub fn names(&self, id: EnvelopeId) -> bool {
+    pub(crate) fn names(&self, id: EnvelopeId) -> bool {
         self.envelope(id).is_some() || self.unreadable.iter().any(|copy| copy.id == Some(id))
     }
 
-    /// The copy of this envelope.
-    #[must_use]
-    pub fn envelope(&self, id: EnvelopeId) -> Option<&Envelope> {
+    pub(crate) fn envelope(&self, id: EnvelopeId) -> Option<&Envelope> {
         self.envelopes.iter().find(|envelope| envelope.id == id)
     }
 }
@@ -118,28 +105,10 @@ pub(super) fn read(root: Node<'_, '_>) -> Result<Option<Metadata>, DomainError> 
         return Ok(None);
     };
     let (envelopes, unreadable) = sorted_out(envelope_nodes(vm));
-    let mut metadata = Metadata {
+    Ok(Some(Metadata {
         envelopes,
         unreadable,
-        unknown: Vec::new(),
-    };
-    let attributes = vm
-        .attributes()
-        .map(|unknown| format!("attribute {}", unknown.name()));
-    metadata.unknown.extend(attributes);
-    let others = vm
-        .children()
-        .filter(|node| node.is_element() && !is_ours(*node, "envelope"));
-    metadata
-        .unknown
-        .extend(others.map(|node| format!("<{}>", node.tag_name().name())));
-    for envelope in vm.children().filter(|node| is_ours(*node, "envelope")) {
-        let attributes = envelope.attributes().filter(|attribute| attribute.name() != "id");
-        metadata
-            .unknown
-            .extend(attributes.map(|unknown| format!("attribute {} of <envelope>", unknown.name())));
-    }
-    Ok(Some(metadata))
+    }))
 }
 
 /// Our element `name`, under whatever prefix.
@@ -149,7 +118,6 @@ pub(super) fn is_ours(node: Node<'_, '_>, name: &str) -> bool {
         && node.tag_name().name() == name
 }
 
-/// The `<virtseal:vm>` element.
 pub(super) fn vm_node<'a, 'i>(root: Node<'a, 'i>) -> Result<Option<Node<'a, 'i>>, DomainError> {
     let Some(holder) = child(root, "metadata") else {
         return Ok(None);
@@ -187,7 +155,6 @@ pub(super) fn envelope_nodes<'a, 'i>(vm: Node<'a, 'i>) -> Vec<(Node<'a, 'i>, Res
         .collect()
 }
 
-/// The id that an `<envelope>` states.
 pub(super) fn stated_id(node: Node<'_, '_>) -> Option<EnvelopeId> {
     node.attribute("id").and_then(|id| id.parse().ok())
 }

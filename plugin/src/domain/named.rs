@@ -15,10 +15,7 @@ const FREE: [&str; 5] = ["metadata", "title", "description", "name", "uuid"];
 /// The ids in attributes and texts of domain XML that libvirt could take for a secret's UUID, or as the usage of one of ours.
 /// Where it looks for secrets grows with every version, so this asks for no place; the hook has the same rule for VMs without
 /// metadata.
-///
-/// # Errors
-/// When the XML can't be read.
-pub fn named_secrets(xml: &str) -> Result<Vec<EnvelopeId>, DomainError> {
+pub(crate) fn named_secrets(xml: &str) -> Result<Vec<EnvelopeId>, DomainError> {
     let document = parse_document(xml)?;
     let parts = root(&document)?.children();
     let nodes = parts

@@ -14,23 +14,39 @@ use crate::model::envelope::{EnvelopeId, ObjectKind};
 
 /// A disk, TPM or variable store that keeps what the guest writes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Object {
-    /// What it is.
+pub(crate) struct Object {
     pub kind: ObjectKind,
     /// Its name in messages: `disk vda`, `vtpm`, `nvram`.
     pub label: String,
     /// Its file or device, if the XML names one.
     pub path: Option<PathBuf>,
-    /// How it stands.
     pub state: ObjectState,
 }
 
-/// How an [`Object`] stands.
+impl Object {
+    /// The envelope that opens it; none if it is not sealed.
+    pub(crate) fn envelope(&self) -> Option<EnvelopeId> {
+        match self.state {
+            ObjectState::Sealed(id) => Some(id),
+            ObjectState::Plain | ObjectState::Unsupported(_) => None,
+        }
+    }
+
+    /// With the libvirt secret that the XML names for it.
+    pub(crate) fn with(self, secret: EnvelopeId) -> ObjectRef {
+        ObjectRef {
+            kind: self.kind,
+            label: self.label,
+            secret,
+            path: self.path,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ObjectState {
+pub(crate) enum ObjectState {
     /// Encrypted with this envelope's DEK.
     Sealed(EnvelopeId),
-    /// Not encrypted.
     Plain,
     /// In a form that virtseal can't vouch for.
     Unsupported(&'static str),
@@ -38,7 +54,7 @@ pub enum ObjectState {
 
 /// An object that needs its DEK at a start.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ObjectRef {
+pub(crate) struct ObjectRef {
     /// What it is: its envelope must be of the same kind.
     pub kind: ObjectKind,
     /// Its name in messages: `disk vda`, `disk vda (backing layer 1)`, `vtpm`, `nvram`.
@@ -51,33 +67,29 @@ pub struct ObjectRef {
 
 /// Why a sealed VM must not start as it is.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum Refusal {
-    /// It has no virtseal metadata.
+pub(crate) enum Refusal {
     #[error("VM {vm} is not sealed")]
-    NotSealed {
-        /// The VM's name.
-        vm: String,
-    },
-    /// An object would be written in plaintext.
+    NotSealed { vm: String },
     #[error("{label}{} of sealed VM {vm} is not encrypted", in_file(.path.as_ref()))]
     Plain {
-        /// The VM's name.
         vm: String,
-        /// What it is.
         kind: ObjectKind,
-        /// The object.
         label: String,
         /// The file or device of a disk, if the XML names one.
         path: Option<PathBuf>,
     },
+    /// A disk would be written in plaintext, on top of what is sealed.
+    #[error("{label} of sealed VM {vm} has a plain overlay, {}", path.display())]
+    Overlaid {
+        vm: String,
+        label: String,
+        path: PathBuf,
+    },
     /// An object has a form that virtseal can't vouch for.
     #[error("{label} of sealed VM {vm} {reason}")]
     Unsupported {
-        /// The VM's name.
         vm: String,
-        /// The object.
         label: String,
-        /// Why, as a predicate.
         reason: &'static str,
     },
 }
@@ -88,8 +100,7 @@ fn in_file(path: Option<&PathBuf>) -> String {
 }
 
 /// Every object of the domain that keeps what the guest writes, sealed or not.
-#[must_use]
-pub fn objects(domain: &Domain) -> Vec<Object> {
+pub(crate) fn objects(domain: &Domain) -> Vec<Object> {
     let disks = domain
         .disks
         .iter()
@@ -108,51 +119,36 @@ pub fn objects(domain: &Domain) -> Vec<Object> {
 /// What a start of this sealed VM needs a DEK for: its objects, then encrypted layers that a disk is based on.
 ///
 /// # Errors
-/// The first reason why it must not start at all.
-pub fn sealed_objects(domain: &Domain) -> Result<Vec<ObjectRef>, Refusal> {
-    sealed_objects_under(domain, Policy::default())
-}
-
-/// As [`sealed_objects`], where the host's policy may allow more.
-///
-/// # Errors
-/// Those of [`sealed_objects`].
-pub fn sealed_objects_under(domain: &Domain, policy: Policy) -> Result<Vec<ObjectRef>, Refusal> {
-    let vm = || domain.name.clone();
+/// The first reason why it must not start at all under `policy`.
+pub(crate) fn sealed_objects_under(domain: &Domain, policy: Policy) -> Result<Vec<ObjectRef>, Refusal> {
     if domain.metadata.is_none() {
-        return Err(Refusal::NotSealed { vm: vm() });
+        let vm = domain.name.clone();
+        return Err(Refusal::NotSealed { vm });
     }
     let mut needed = Vec::new();
-    for Object {
-        kind,
-        label,
-        path,
-        state,
-    } in objects(domain)
-    {
-        match state {
-            ObjectState::Sealed(secret) => needed.push(ObjectRef {
-                kind,
-                label,
-                secret,
-                path,
-            }),
+    for object in objects(domain) {
+        let (kind, vm) = (object.kind, domain.name.clone());
+        match object.state {
+            ObjectState::Sealed(secret) => needed.push(object.with(secret)),
             // Never the variable store or the vTPM.
             ObjectState::Plain if kind == ObjectKind::Disk && policy.allows(PolicyKey::MixedDisks) => {}
             ObjectState::Plain => {
+                let path = object.path.filter(|_| kind == ObjectKind::Disk);
+                let label = object.label;
+                if let Some(path) = path.as_ref().filter(|path| is_overlay(domain, path)) {
+                    let path = path.clone();
+                    return Err(Refusal::Overlaid { vm, label, path });
+                }
                 return Err(Refusal::Plain {
-                    vm: vm(),
+                    vm,
                     kind,
                     label,
-                    path: path.filter(|_| kind == ObjectKind::Disk),
+                    path,
                 });
             }
             ObjectState::Unsupported(reason) => {
-                return Err(Refusal::Unsupported {
-                    vm: vm(),
-                    label,
-                    reason,
-                });
+                let label = object.label;
+                return Err(Refusal::Unsupported { vm, label, reason });
             }
         }
     }
@@ -160,16 +156,19 @@ pub fn sealed_objects_under(domain: &Domain, policy: Policy) -> Result<Vec<Objec
     Ok(needed)
 }
 
+/// Whether the image of a disk lies over a sealed one, by what the XML names below it.
+pub(crate) fn is_overlay(domain: &Domain, path: &Path) -> bool {
+    let of_path = |disk: &&Disk| disk.source.path() == Some(path);
+    let mut below = domain.disks.iter().filter(of_path).flat_map(|disk| &disk.backing);
+    below.any(|layer| layer.encryption.is_some())
+}
+
 /// The files that are encrypted, with the envelope that opens each: disks, what they are based on, the variable store.
-#[must_use]
-pub fn encrypted_layers(domain: &Domain) -> Vec<(EnvelopeId, PathBuf)> {
+pub(crate) fn encrypted_layers(domain: &Domain) -> Vec<(EnvelopeId, PathBuf)> {
     let below = domain.disks.iter().flat_map(read_only_layers);
     let below = below.filter_map(|layer| Some((layer.secret, layer.path?)));
     let objects = objects(domain).into_iter();
-    let sealed = objects.filter_map(|object| match object.state {
-        ObjectState::Sealed(id) => Some((id, object.path?)),
-        ObjectState::Plain | ObjectState::Unsupported(_) => None,
-    });
+    let sealed = objects.filter_map(|object| Some((object.envelope()?, object.path?)));
     sealed.chain(below).collect()
 }
 

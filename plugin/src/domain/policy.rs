@@ -1,18 +1,14 @@
 //! What the host lets a sealed VM do beside its sealed objects. Nothing, unless virtseald.yaml says otherwise.
 
-/// Whether something is allowed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Permission {
-    /// It is not.
+pub(crate) enum Permission {
     #[default]
     No,
-    /// It is.
     Yes,
 }
 
-/// The policy for one VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Policy {
+pub(crate) struct Policy {
     /// Guest memory in a file of a disk.
     pub memory_on_disk: Permission,
     /// Plain disks beside sealed ones.
@@ -25,17 +21,14 @@ pub struct Policy {
 
 /// What the policy can allow to a start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PolicyKey {
-    /// See [`Policy::memory_on_disk`].
+pub(crate) enum PolicyKey {
     MemoryOnDisk,
-    /// See [`Policy::mixed_disks`].
     MixedDisks,
 }
 
 impl PolicyKey {
     /// The key in `policy:` of virtseald.yaml.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::MemoryOnDisk => "memory_on_disk",
             Self::MixedDisks => "mixed_disks",
@@ -44,9 +37,7 @@ impl PolicyKey {
 }
 
 impl Policy {
-    /// Whether it allows this.
-    #[must_use]
-    pub fn allows(&self, key: PolicyKey) -> bool {
+    pub(crate) fn allows(&self, key: PolicyKey) -> bool {
         let permission = match key {
             PolicyKey::MemoryOnDisk => self.memory_on_disk,
             PolicyKey::MixedDisks => self.mixed_disks,

@@ -20,8 +20,6 @@ pub(super) fn domain(document: &Document<'_>) -> Result<Domain, DomainError> {
     Ok(Domain {
         uuid: parsed(required(root, "uuid", "<uuid>")?, "UUID")?,
         name: name(root)?,
-        domain_type: attribute(root, "type", "<domain type>")?.to_owned(),
-        running_id: running_id(root)?,
         side_doors: side_doors::read(root, &firmware),
         firmware,
         disks: disks(root)?,
@@ -31,11 +29,11 @@ pub(super) fn domain(document: &Document<'_>) -> Result<Domain, DomainError> {
 }
 
 /// Where `<nvram>` says that the variable store is.
-pub(super) fn nvram_source(node: Node<'_, '_>) -> Result<Source, DomainError> {
+fn nvram_source(node: Node<'_, '_>) -> Source {
     let path = text(node).trim().to_owned();
     match node.attribute("type") {
         None | Some("file") if child(node, "source").is_none() && !path.is_empty() => {
-            Ok(Source::File(path.into()))
+            Source::File(path.into())
         }
         kind => source(node, kind.unwrap_or("file")),
     }
@@ -60,7 +58,7 @@ pub(super) fn encryption(node: Node<'_, '_>) -> Result<Encryption, DomainError> 
 fn secret(node: Node<'_, '_>) -> Result<SecretRef, DomainError> {
     match (node.attribute("uuid"), node.attribute("usage")) {
         (Some(uuid), _) => value(node, uuid, "UUID").map(SecretRef::Uuid),
-        (None, Some(usage)) => Ok(SecretRef::Usage(usage.to_owned())),
+        (None, Some(_)) => Ok(SecretRef::Usage),
         (None, None) => Err(DomainError::Missing {
             what: "the secret's uuid",
             at: Position::of(node),
@@ -79,13 +77,6 @@ fn name(root: Node<'_, '_>) -> Result<String, DomainError> {
     Ok(name)
 }
 
-fn running_id(root: Node<'_, '_>) -> Result<Option<i32>, DomainError> {
-    match root.attribute("id") {
-        None | Some("-1") => Ok(None),
-        Some(id) => value(root, id, "domain id").map(Some),
-    }
-}
-
 fn firmware(root: Node<'_, '_>) -> Result<Firmware, DomainError> {
     let Some(os) = child(root, "os") else {
         return Ok(Firmware::Bios);
@@ -94,12 +85,10 @@ fn firmware(root: Node<'_, '_>) -> Result<Firmware, DomainError> {
     let says = |name: &str, value: &str| loader.and_then(|loader| loader.attribute(name)) == Some(value);
     let path = loader.map(text).filter(|path| !path.trim().is_empty());
     let path = path.map(|path| PathBuf::from(path.trim()));
-    let autoselected = os.attribute("firmware") == Some("efi");
-    if autoselected || says("type", "pflash") || child(os, "nvram").is_some() {
+    let is_chosen_by_libvirt = os.attribute("firmware") == Some("efi");
+    if is_chosen_by_libvirt || says("type", "pflash") || child(os, "nvram").is_some() {
         return Ok(Firmware::Uefi(Uefi {
-            autoselected,
             loader: path,
-            secure: says("secure", "yes"),
             stateless: says("stateless", "yes"),
             nvram: child(os, "nvram").map(nvram).transpose()?,
             wish: wish::read(root, os),
@@ -111,7 +100,7 @@ fn firmware(root: Node<'_, '_>) -> Result<Firmware, DomainError> {
 fn nvram(node: Node<'_, '_>) -> Result<Nvram, DomainError> {
     let encrypted = child(node, "source").and_then(|source| child(source, "encryption"));
     Ok(Nvram {
-        source: nvram_source(node)?,
+        source: nvram_source(node),
         template: node.attribute("template").map(PathBuf::from),
         format: node.attribute("format").map(str::to_owned),
         encryption: encrypted.map(encryption).transpose()?,
@@ -128,12 +117,11 @@ fn disk(target: &str, node: Node<'_, '_>) -> Result<Disk, DomainError> {
     Ok(Disk {
         target: target.to_owned(),
         device,
-        source: source(node, node.attribute("type").unwrap_or("file"))?,
+        source: source(node, node.attribute("type").unwrap_or("file")),
         format: child(node, "driver")
             .and_then(|driver| driver.attribute("type"))
             .map(str::to_owned),
         readonly: device == DiskDevice::Cdrom || child(node, "readonly").is_some(),
-        shareable: child(node, "shareable").is_some(),
         transient: child(node, "transient").is_some(),
         layout: layout(node),
         encryption: disk_encryption(node).map(encryption).transpose()?,
@@ -171,10 +159,7 @@ fn backing(disk: Node<'_, '_>) -> Result<Vec<BackingLayer>, DomainError> {
     while let Some(node) = next {
         let Some(kind) = node.attribute("type") else { break };
         layers.push(BackingLayer {
-            source: source(node, kind)?,
-            format: child(node, "format")
-                .and_then(|format| format.attribute("type"))
-                .map(str::to_owned),
+            source: source(node, kind),
             encryption: disk_encryption(node).map(encryption).transpose()?,
         });
         next = child(node, "backingStore");
@@ -182,28 +167,22 @@ fn backing(disk: Node<'_, '_>) -> Result<Vec<BackingLayer>, DomainError> {
     Ok(layers)
 }
 
-fn source(holder: Node<'_, '_>, kind: &str) -> Result<Source, DomainError> {
-    let Some(source) = child(holder, "source") else {
-        return Ok(match kind {
-            "file" | "block" | "dir" | "network" | "volume" => Source::Empty,
-            other => Source::Other(other.to_owned()),
-        });
-    };
-    let path = |name: &str| source.attribute(name).map(PathBuf::from);
-    Ok(match kind {
-        "file" => path("file").map_or(Source::Empty, Source::File),
-        "block" => path("dev").map_or(Source::Empty, Source::Block),
-        "dir" => path("dir").map_or(Source::Empty, Source::Dir),
-        "network" => Source::Network {
-            protocol: attribute(source, "protocol", "the source's protocol")?.to_owned(),
-            name: source.attribute("name").map(str::to_owned),
-        },
-        "volume" => Source::Volume {
-            pool: attribute(source, "pool", "the source's pool")?.to_owned(),
-            volume: attribute(source, "volume", "the source's volume")?.to_owned(),
-        },
-        other => Source::Other(other.to_owned()),
-    })
+fn source(holder: Node<'_, '_>, kind: &str) -> Source {
+    let of = |name: &str| child(holder, "source")?.attribute(name).map(PathBuf::from);
+    match kind {
+        "file" => of("file").map_or(Source::Empty, Source::File),
+        "block" => of("dev").map_or(Source::Empty, Source::Block),
+        "dir" => of("dir").map_or(Source::Empty, Source::Dir),
+        "network" | "volume" if child(holder, "source").is_none() => Source::Empty,
+        "volume" => {
+            let named = |name: &str| child(holder, "source")?.attribute(name).map(str::to_owned);
+            match (named("pool"), named("volume")) {
+                (Some(pool), Some(volume)) => Source::Volume { pool, volume },
+                _ => Source::Elsewhere,
+            }
+        }
+        _ => Source::Elsewhere,
+    }
 }
 
 fn tpm(root: Node<'_, '_>) -> Result<Option<Tpm>, DomainError> {
@@ -212,7 +191,6 @@ fn tpm(root: Node<'_, '_>) -> Result<Option<Tpm>, DomainError> {
     };
     let backend = required(node, "backend", "the tpm's <backend>")?;
     Ok(Some(Tpm {
-        model: node.attribute("model").map(str::to_owned),
         backend: match attribute(backend, "type", "the backend's type")? {
             "emulator" => TpmBackend::Emulator {
                 version: backend.attribute("version").map(str::to_owned),

@@ -4,20 +4,20 @@
 //! allows them, the others are only warned of. What libvirt writes without asking a hook (saves, snapshots, backups) has no
 //! place in this XML.
 
+mod read;
+
 use std::fmt;
 use std::path::PathBuf;
 
-use roxmltree::Node;
-
-use super::arguments::{self, Argument};
-use super::jobs::{self, JobTarget};
-use super::xml::{child, children, text};
-use super::{Firmware, PolicyKey, Source};
+use super::PolicyKey;
+use super::jobs::JobTarget;
 use crate::model::advice::Advice;
+
+pub(super) use read::read;
 
 /// One way out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SideDoor {
+pub(crate) enum SideDoor {
     /// The guest's memory is a file, in the directory that qemu.conf names.
     FileMemory,
     /// `<memory model=…>`: an NVDIMM or virtio-pmem device, which keeps what the guest writes.
@@ -46,7 +46,6 @@ pub enum SideDoor {
     Output {
         /// `serial`, `console`, …
         device: String,
-        /// The file.
         path: String,
     },
     /// While it runs, a disk is being copied to a plain image.
@@ -57,9 +56,8 @@ pub enum SideDoor {
     InternalSnapshots(&'static str),
 }
 
-/// What becomes of a [`SideDoor`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rule {
+pub(crate) enum Rule {
     /// Refused, unless the policy allows it.
     RefusedUnless(PolicyKey),
     /// Said in the plan and in the status.
@@ -67,9 +65,7 @@ pub enum Rule {
 }
 
 impl SideDoor {
-    /// What becomes of it.
-    #[must_use]
-    pub fn rule(&self) -> Rule {
+    pub(crate) fn rule(&self) -> Rule {
         match self {
             Self::FileMemory | Self::PersistentMemory { .. } | Self::MemoryArgument(_) => {
                 Rule::RefusedUnless(PolicyKey::MemoryOnDisk)
@@ -85,17 +81,8 @@ impl SideDoor {
         }
     }
 
-    fn of_argument(argument: Argument) -> Self {
-        match argument {
-            Argument::Storage(shown) => Self::StorageArgument(shown),
-            Argument::Memory(shown) => Self::MemoryArgument(shown),
-            Argument::Other(shown) => Self::Argument(shown),
-        }
-    }
-
     /// What to change in the XML.
-    #[must_use]
-    pub fn way_out(&self) -> Advice {
+    pub(crate) fn way_out(&self) -> Advice {
         let change = match self {
             Self::FileMemory => "<memoryBacking> with <source type='memfd'/>",
             Self::PersistentMemory { .. } => "remove that <memory>",
@@ -157,139 +144,6 @@ impl fmt::Display for SideDoor {
                 "{why}, so that libvirt does not refuse an internal snapshot while it runs (the default of snapshot-create-as \
                  and of virt-manager), and that kills a QEMU with a sealed qcow2 disk: use --disk-only and an encrypted overlay"
             ),
-        }
-    }
-}
-
-/// Every one in the domain, in the order of [`SideDoor`]'s cases.
-pub(super) fn read(root: Node<'_, '_>, firmware: &Firmware) -> Vec<SideDoor> {
-    let devices = || children(root, "devices").flat_map(|devices| devices.children());
-    let mut found = Vec::new();
-    found.extend(has_file_memory(root).then_some(SideDoor::FileMemory));
-    found.extend(devices().filter_map(persistent_memory));
-    found.extend(arguments::read(root).into_iter().map(SideDoor::of_argument));
-    found.extend(devices().filter_map(directory));
-    found.extend(
-        devices()
-            .filter(|node| node.has_tag_name("pstore"))
-            .map(|pstore| SideDoor::Pstore(child(pstore, "path").map(text).unwrap_or_default())),
-    );
-    for output in devices().filter_map(output) {
-        // libvirt shows the first serial port as a console too.
-        let path = |door: &SideDoor| match door {
-            SideDoor::Output { path, .. } => Some(path.clone()),
-            _ => None,
-        };
-        if !found.iter().any(|door| path(door) == path(&output)) {
-            found.push(output);
-        }
-    }
-    found.extend(devices().filter_map(mirror));
-    found.extend(dumps(root));
-    found.extend(snapshots(firmware).map(SideDoor::InternalSnapshots));
-    found
-}
-
-/// libvirt makes a file of all memory whose access is set, unless it is to be memfd or huge pages.
-fn has_file_memory(root: Node<'_, '_>) -> bool {
-    let backing = child(root, "memoryBacking");
-    let of = |name| backing.and_then(|backing| child(backing, name));
-    let source = of("source").and_then(|source| source.attribute("type"));
-    if source == Some("memfd") {
-        return false;
-    }
-    // Pages for some nodes leave the others as they are.
-    let all_huge = of("hugepages")
-        .is_some_and(|huge| children(huge, "page").all(|page| page.attribute("nodeset").is_none()));
-    let cells = child(root, "cpu").and_then(|cpu| child(cpu, "numa"));
-    let cells = cells.into_iter().flat_map(|numa| children(numa, "cell"));
-    let has_access = of("access").is_some()
-        || cells.into_iter().any(|cell| cell.has_attribute("memAccess"))
-        || memories(root).any(|memory| memory.has_attribute("access"));
-    (source == Some("file") || has_access) && !all_huge
-}
-
-fn memories<'a, 'i>(root: Node<'a, 'i>) -> impl Iterator<Item = Node<'a, 'i>> {
-    children(root, "devices").flat_map(|devices| children(devices, "memory"))
-}
-
-fn persistent_memory(node: Node<'_, '_>) -> Option<SideDoor> {
-    let model = node
-        .attribute("model")
-        .filter(|model| node.has_tag_name("memory") && matches!(*model, "nvdimm" | "virtio-pmem"))?;
-    let path = child(node, "source").and_then(|source| child(source, "path"));
-    Some(SideDoor::PersistentMemory {
-        model: model.to_owned(),
-        path: path.map(|path| text(path).trim().into()),
-    })
-}
-
-fn directory(node: Node<'_, '_>) -> Option<SideDoor> {
-    if !node.has_tag_name("filesystem") || child(node, "readonly").is_some() {
-        return None;
-    }
-    let driver = child(node, "driver").and_then(|driver| driver.attribute("type"));
-    let source = child(node, "source");
-    let path = ["dir", "socket", "file", "dev", "name"]
-        .into_iter()
-        .find_map(|name| source?.attribute(name));
-    Some(SideDoor::Directory {
-        driver: match driver {
-            None | Some("path") => "9p".into(),
-            Some(driver) => driver.to_owned(),
-        },
-        path: path.unwrap_or("of the host").to_owned(),
-    })
-}
-
-fn output(node: Node<'_, '_>) -> Option<SideDoor> {
-    let device = [
-        "serial",
-        "console",
-        "parallel",
-        "channel",
-        "smartcard",
-        "redirdev",
-    ]
-    .into_iter()
-    .find(|name| node.has_tag_name(*name))?;
-    let to_file = child(node, "source")
-        .filter(|_| matches!(node.attribute("type"), Some("file")))
-        .and_then(|source| source.attribute("path"));
-    let log = child(node, "log").and_then(|log| log.attribute("file"));
-    to_file.or(log).map(|path| SideDoor::Output {
-        device: device.to_owned(),
-        path: path.to_owned(),
-    })
-}
-
-/// Of a running VM: libvirt shows a copy in the making beside the disk.
-fn mirror(disk: Node<'_, '_>) -> Option<SideDoor> {
-    jobs::copy(disk).filter(|copy| !copy.sealed).map(SideDoor::Mirror)
-}
-
-fn dumps(root: Node<'_, '_>) -> impl Iterator<Item = SideDoor> {
-    let crash = child(root, "on_crash").map(text);
-    let crash = crash.filter(|action| action.trim().starts_with("coredump"));
-    let mut watchdogs = children(root, "devices").flat_map(|devices| children(devices, "watchdog"));
-    let watchdog = watchdogs.any(|watchdog| watchdog.attribute("action") == Some("dump"));
-    [
-        crash.map(|_| SideDoor::Dump("when the guest crashes")),
-        watchdog.then_some(SideDoor::Dump("when its watchdog fires")),
-    ]
-    .into_iter()
-    .flatten()
-}
-
-/// libvirt refuses internal snapshots of a running VM whose variable store is a raw file.
-fn snapshots(firmware: &Firmware) -> Option<&'static str> {
-    match firmware {
-        Firmware::Bios | Firmware::Rom(_) => Some("it has no UEFI variable store"),
-        Firmware::Uefi(uefi) if uefi.stateless => Some("its UEFI is stateless"),
-        Firmware::Uefi(uefi) => {
-            let nvram = uefi.nvram.as_ref()?;
-            let is_qcow2 = nvram.format.as_deref() == Some("qcow2");
-            (is_qcow2 && nvram.source != Source::Empty).then_some("its UEFI variable store is qcow2")
         }
     }
 }

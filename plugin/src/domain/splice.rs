@@ -156,6 +156,23 @@ pub(super) fn set_attribute(xml: &str, node: Node<'_, '_>, name: &str, value: &s
     }
 }
 
+/// Puts another attribute in the place of one, both without a namespace; nothing to do if there is none.
+pub(super) fn rename_attribute(
+    xml: &str,
+    node: Node<'_, '_>,
+    from: &str,
+    to: &str,
+    value: &str,
+) -> Option<Edit> {
+    let tag = StartTag::of(xml, node);
+    let mut attributes = tag.attributes.iter();
+    let (found, old) = attributes.find(|(found, _)| &xml[found.clone()] == from)?;
+    Some(Edit {
+        at: found.start..old.end + 1,
+        with: format!("{to}='{}'", escape_attribute(value)),
+    })
+}
+
 /// Removes an attribute that has no namespace, with the space before it.
 pub(super) fn remove_attribute(xml: &str, node: Node<'_, '_>, name: &str) -> Option<Edit> {
     let tag = StartTag::of(xml, node);
@@ -210,6 +227,14 @@ pub(super) fn remove(xml: &str, node: Node<'_, '_>) -> Edit {
     Edit {
         at: start..node.range().end,
         with: String::new(),
+    }
+}
+
+/// Puts an element where another one was that it is in.
+pub(super) fn put_in_place_of(xml: &str, outer: Node<'_, '_>, inner: Node<'_, '_>) -> Edit {
+    Edit {
+        at: outer.range(),
+        with: xml[inner.range()].to_owned(),
     }
 }
 

@@ -22,7 +22,6 @@ pub(crate) fn parse_document(xml: &str) -> Result<Document<'_>, DomainError> {
     Document::parse_with_options(xml, options).map_err(DomainError::Xml)
 }
 
-/// The `<domain>` element.
 pub(super) fn root<'a, 'i>(document: &'a Document<'i>) -> Result<Node<'a, 'i>, DomainError> {
     let root = document.root_element();
     if is(root, "domain") {

@@ -8,17 +8,16 @@ use thiserror::Error;
 /// What was tried with a file or a directory, and why it failed.
 #[derive(Debug, Error)]
 #[error("can't {action} {}", .path.display())]
-pub struct FileError {
+pub(crate) struct FileError {
     action: &'static str,
     path: PathBuf,
-    /// What the system says.
     #[source]
     pub source: io::Error,
 }
 
 impl FileError {
     /// Of `action`, such as `read`, on `path`.
-    pub fn of(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+    pub(crate) fn of(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self {
             action,
             path: path.to_owned(),

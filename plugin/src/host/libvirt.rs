@@ -6,11 +6,13 @@
 //! call that hangs holds up no start. A start that has to know the storage pools has them asked for there, by another thread, and
 //! waits a part of its deadline.
 
+mod blocks;
 mod domains;
-pub mod events;
+pub(crate) mod events;
+mod glance;
 mod link;
 mod probe;
-pub mod qemu_conf;
+pub(crate) mod qemu_conf;
 mod running;
 mod saved;
 mod secrets;
@@ -18,47 +20,36 @@ mod secrets;
 use std::time::Duration;
 
 use thiserror::Error;
+use virt::connect::Connect;
 use virt::error::ErrorNumber;
 
-use crate::model::envelope::EnvelopeId;
+use crate::model::envelope::{EnvelopeId, VmId};
 
-pub use domains::{Background, DefinedDomain, KeptXml, Power, StoragePool, Whereabouts};
-pub use running::RunningVm;
-pub use secrets::{Arming, StartConnection};
+pub(crate) use blocks::{BlockJob, JobEnd};
+pub(crate) use domains::{Background, ByLibvirt, DefinedDomain, KeptXml, Power, StoragePool, Whereabouts};
+pub(crate) use glance::{DomainEntry, ReadXml};
+pub(crate) use running::RunningVm;
+pub(crate) use secrets::{Arming, StartConnection};
 
 /// Why libvirt did not do as asked.
 #[derive(Clone, Debug, Error)]
-pub enum LibvirtError {
-    /// A call failed.
+pub(crate) enum LibvirtError {
     #[error("libvirt ({uri}) could not {what}: {message}")]
     Call {
-        /// What was asked.
         what: &'static str,
-        /// Of which libvirt.
         uri: String,
-        /// Its message.
         message: String,
     },
-    /// Nothing was heard.
     #[error("libvirt ({uri}) did not answer within {:.1} s; while a libvirtd autostarts VMs it can't", waited.as_secs_f64())]
-    Silent {
-        /// Which libvirt.
-        uri: String,
-        /// For how long.
-        waited: Duration,
-    },
+    Silent { uri: String, waited: Duration },
     /// Another client of libvirt has defined a secret while it was getting its value.
     #[error(
         "somebody else has replaced secret {envelope} in libvirt while it was getting its value: who did may have read the key"
     )]
-    Usurped {
-        /// Whose secret it is.
-        envelope: EnvelopeId,
-    },
+    Usurped { envelope: EnvelopeId },
     /// A call failed, and so did taking back what had been done before it.
     #[error("secrets may be left in libvirt, because undoing failed as well ({rollback})")]
     Rollback {
-        /// The first failure.
         #[source]
         source: Box<LibvirtError>,
         /// The failure of the undoing.
@@ -72,6 +63,11 @@ fn absent_is<T>(default: T, result: Result<T, virt::error::Error>) -> Result<T, 
         Err(error) if is_absence(&error) => Ok(default),
         other => other,
     }
+}
+
+/// The domain, or `None` where libvirt has none.
+fn find(connection: &Connect, vm: VmId) -> Result<Option<virt::domain::Domain>, virt::error::Error> {
+    absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))
 }
 
 fn is_absence(error: &virt::error::Error) -> bool {

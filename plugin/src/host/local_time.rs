@@ -7,14 +7,12 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 /// The local time of day, `14:02`; with the date, `2026-11-21 14:02`, where that is not today's.
-#[must_use]
-pub fn time_of_day(at: SystemTime) -> String {
+pub(crate) fn time_of_day(at: SystemTime) -> String {
     as_of(at, SystemTime::now())
 }
 
 /// RFC 3339 in UTC, to the second: `2026-11-21T13:02:07Z`.
-#[must_use]
-pub fn rfc3339(at: SystemTime) -> String {
+pub(crate) fn rfc3339(at: SystemTime) -> String {
     let at = OffsetDateTime::from(at).replace_nanosecond(0);
     // Fails for years that RFC 3339 can't write.
     at.ok()
@@ -23,8 +21,7 @@ pub fn rfc3339(at: SystemTime) -> String {
 }
 
 /// What [`rfc3339`] has written.
-#[must_use]
-pub fn parse_rfc3339(text: &str) -> Option<SystemTime> {
+pub(crate) fn parse_rfc3339(text: &str) -> Option<SystemTime> {
     OffsetDateTime::parse(text, &Rfc3339).ok().map(SystemTime::from)
 }
 

@@ -20,7 +20,7 @@ const DESCRIPTORS: u64 = 16 * 1024;
 ///
 /// # Errors
 /// When the kernel refuses: then nothing secret may be read.
-pub fn harden() -> io::Result<()> {
+pub(crate) fn harden() -> io::Result<()> {
     umask(Mode::from_bits_truncate(0o077));
     silence_tss();
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
@@ -51,7 +51,7 @@ fn silence_tss() {
 }
 
 /// Gives the memory that a burst of work has left free back to the system.
-pub fn trim() {
+pub(crate) fn trim() {
     crate::secret::pages::release();
     // SAFETY: malloc_trim only touches free memory of the allocator.
     unsafe { libc::malloc_trim(0) };
@@ -60,20 +60,17 @@ pub fn trim() {
 /// The code and constants of this program and of the libraries it is linked with: for libvirt's sake about seventy,
 /// of which the dynamic linker has read the tables once, and most of which are never called.
 #[derive(Debug)]
-pub struct LinkedCode(Vec<Range<usize>>);
+pub(crate) struct LinkedCode(Vec<Range<usize>>);
 
 impl LinkedCode {
     /// What is mapped now. Call it before there are other threads: all of it is linked and relocated then, and stays
     /// mapped as it is until the process ends.
-    ///
-    /// # Errors
-    /// When `/proc` can't be read.
-    pub fn of_this_process() -> io::Result<Self> {
+    pub(crate) fn of_this_process() -> io::Result<Self> {
         fs::read_to_string("/proc/self/smaps").map(|smaps| Self(unwritten(&smaps)))
     }
 
     /// Leaves those pages to the page cache. What is used again comes back from there, a page fault each.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         for range in &self.0 {
             // SAFETY: a file's pages that nobody can write to, and that have no copy of ours, are read anew from the
             // file with the same content.
@@ -115,8 +112,7 @@ fn read_only_file(line: &str) -> Option<Range<usize>> {
 }
 
 /// The id of this machine, see machine-id(5); none where it has none.
-#[must_use]
-pub fn machine_id() -> Option<String> {
+pub(crate) fn machine_id() -> Option<String> {
     let id = fs::read_to_string("/etc/machine-id").ok()?;
     Some(id.trim().to_owned())
 }

@@ -12,7 +12,7 @@ const VARIABLE: &str = "efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 
 /// What the firmware says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SecureBoot {
+pub(crate) enum SecureBoot {
     /// Only what is signed boots.
     On,
     /// Anything boots.
@@ -25,8 +25,7 @@ pub enum SecureBoot {
 
 impl SecureBoot {
     /// What it is for the host whose files are below `root`.
-    #[must_use]
-    pub fn of_host(root: &Path) -> Self {
+    pub(crate) fn of_host(root: &Path) -> Self {
         let firmware = root.join(FIRMWARE);
         if !firmware.is_dir() {
             return Self::NoUefi;
@@ -44,13 +43,12 @@ impl SecureBoot {
     }
 
     /// Why a binding to PCR 7 is worth less than it seems, if so.
-    #[must_use]
-    pub fn doubt(&self) -> Option<String> {
+    pub(crate) fn doubt(&self) -> Option<String> {
         let why = match self {
             Self::On => return None,
             Self::Off => "Secure Boot is off, so PCR 7 is the same whatever boots on this host: switch it on, and repeat this command then".to_owned(),
             Self::NoUefi => "this host was not booted by UEFI, so PCR 7 says nothing of what boots".to_owned(),
-            Self::NotKnown(why) => format!("whether Secure Boot is on can't be told ({why}): without it PCR 7 is the same whatever boots"),
+            Self::NotKnown(why) => format!("whether Secure Boot is on is not known ({why}): without it PCR 7 is the same whatever boots"),
         };
         Some(why)
     }

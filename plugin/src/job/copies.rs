@@ -2,10 +2,13 @@
 //!
 //! The keystore has the list of what is behind, with the KEKs that these copies still need; a copy leaves it once it was
 //! brought up to date, or is known not to exist. Which of two versions counts is decided in `crate::vm::copies`.
+//!
+//! Storage may not answer, nor libvirt for one VM: what goes to either is an [`Errand`], which others need not wait for.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::domain::{Metadata, edit};
 use crate::host::permitted::{PathError, PermittedPath};
@@ -24,26 +27,51 @@ const PAGE: u32 = 100;
 const MADE_NOW: &str = "its object is being made; if that was interrupted, repeat it, or shred the VM";
 
 /// What keeps rewrites and starts out of each other's way.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Guards<'a> {
     /// Which headers are being rewritten, and which must not be.
     pub(crate) headers: &'a Headers,
     /// Whether a start is armed with this envelope: the header is its own until QEMU has it.
-    pub(crate) is_armed: &'a dyn Fn(EnvelopeId) -> bool,
+    pub(crate) is_armed: Arc<dyn Fn(EnvelopeId) -> bool + Send + Sync + 'a>,
+    /// Does this while nothing else is done to the VM that an envelope is of; or says what is.
+    pub(crate) claimed: Arc<Claimed<'a>>,
 }
 
+/// Has what it is given done with a VM, unless somebody else has the VM.
+pub(crate) type Claimed<'a> = dyn Fn(VmId, &mut dyn FnMut()) -> Result<(), String> + Send + Sync + 'a;
+
+/// What became of copies in one place.
+pub(crate) type News = Vec<(StaleCopy, CopyNews)>;
+
+/// Work that may not come to an end.
+pub(crate) struct Errand<'a> {
+    pub(crate) about: EnvelopeId,
+    /// The files that it goes to; none where it is libvirt's to answer.
+    pub(crate) paths: BTreeSet<PathBuf>,
+    pub(crate) place: CopyPlace,
+    pub(crate) work: Box<dyn FnOnce() -> News + Send + 'a>,
+}
+
+/// Has it done, or says why nobody waits for it any more. What it brings then is noted by whoever has it done.
+pub(crate) type Run<'r, 'a> = &'r dyn Fn(Errand<'a>) -> Result<News, String>;
+
 /// Brings up to date what can be. Headers that a killed daemon left half written are completed by `host`, which need not know of
-/// other VMs; `look` gathers that where anything else is behind. Nothing may take all of a VM away meanwhile.
-///
-/// # Errors
-/// When the keystore fails.
+/// other VMs; `look` gathers that where anything else is behind.
 pub(crate) fn update<'a>(
-    host: &Host<'a>,
-    guards: Guards<'_>,
+    host: Host<'a>,
+    guards: &Guards<'a>,
     look: impl FnOnce() -> Result<Host<'a>, Problem>,
+    run: Run<'_, 'a>,
 ) -> Result<(), Problem> {
+    let host = Arc::new(host);
     for envelope in host.host_store.journaled_headers()?.sound {
-        go_on(envelope, finish_header(host, guards, envelope));
+        let Some((path, _)) = host.host_store.journaled_header(envelope)? else {
+            continue;
+        };
+        let (host, guards) = (Arc::clone(&host), guards.clone());
+        go_on(run, envelope, [path.into()].into(), move || {
+            finish_header(&host, &guards, envelope)
+        });
     }
     // Before what is stale: a rewrite writes a journal of its own.
     let moved = host.host_store.journaled_headers()?.sound;
@@ -52,46 +80,40 @@ pub(crate) fn update<'a>(
     }
     let host = match look() {
         Ok(host) => host,
-        Err(problem) => return all_stay(host, &problem.message),
+        Err(problem) => return all_stay(&host, &problem.message),
     };
-    let copies = Copies {
+    let copies = Arc::new(Copies {
         holders: Holders::among(&host.kept),
-        host: &host,
-        guards,
-    };
+        host,
+        guards: guards.clone(),
+    });
     for envelope in moved {
-        go_on(envelope, copies.finish_moved_header(envelope));
+        let paths = copies.paths_of([envelope]);
+        let copies = Arc::clone(&copies);
+        go_on(run, envelope, paths, move || copies.finish_moved_header(envelope));
     }
-    for_each_page(&host, CopyPlace::Xml, |page| copies.update_xml(page))?;
-    for_each_page(&host, CopyPlace::Image, |page| {
-        let news = page.iter().filter_map(|copy| {
-            let updated = copies.update_image(copy.envelope);
-            // What fails with one image says nothing of the others.
-            let news = updated.unwrap_or_else(|problem| Some(CopyNews::Stays(problem.message)));
-            news.map(|news| (copy.envelope, news))
-        });
-        Ok(host
-            .host_store
-            .note_copies(CopyPlace::Image, &news.collect::<Vec<_>>())?)
-    })
+    for place in [CopyPlace::Xml, CopyPlace::Image] {
+        for_each_page(&copies.host, place, |page| copies.by_vm(page, place, run))?;
+    }
+    Ok(())
 }
 
 /// Without libvirt nobody knows which VM has them.
 fn all_stay(host: &Host<'_>, reason: &str) -> Result<(), Problem> {
-    let stays = |copy: &StaleCopy| (copy.envelope, CopyNews::Stays(reason.to_owned()));
     for place in [CopyPlace::Xml, CopyPlace::Image] {
         for_each_page(host, place, |page| {
-            let news: Vec<_> = page.iter().map(stays).collect();
-            Ok(host.host_store.note_copies(place, &news)?)
+            let stays = |copy| (copy, CopyNews::Stays(reason.to_owned()));
+            page.into_iter().map(stays).collect()
         })?;
     }
     Ok(())
 }
 
+/// Notes what `work` says of them.
 fn for_each_page(
     host: &Host<'_>,
     place: CopyPlace,
-    work: impl Fn(&[StaleCopy]) -> Result<(), Problem>,
+    work: impl Fn(Vec<StaleCopy>) -> News,
 ) -> Result<(), Problem> {
     let mut after = None;
     loop {
@@ -100,12 +122,12 @@ fn for_each_page(
             return Ok(());
         };
         after = Some(last.envelope);
-        work(&page)?;
+        host.host_store.note_copies(place, &work(page))?;
     }
 }
 
 /// Completes a header that was being rewritten when the daemon died, or a write failed.
-fn finish_header(host: &Host<'_>, guards: Guards<'_>, id: EnvelopeId) -> Result<(), Problem> {
+fn finish_header(host: &Host<'_>, guards: &Guards<'_>, id: EnvelopeId) -> Result<(), Problem> {
     let Some((path, patch)) = host.host_store.journaled_header(id)? else {
         return Ok(());
     };
@@ -141,15 +163,32 @@ fn finish_header_in(
 }
 
 /// What fails with one header says nothing of the others.
-fn go_on(envelope: EnvelopeId, done: Result<(), Problem>) {
-    if let Err(problem) = done {
-        tracing::warn!(%envelope, "its image's header is not completed: {problem}");
+fn go_on<'a>(
+    run: Run<'_, 'a>,
+    about: EnvelopeId,
+    paths: BTreeSet<PathBuf>,
+    complete: impl FnOnce() -> Result<(), Problem> + Send + 'a,
+) {
+    let work = move || {
+        if let Err(problem) = complete() {
+            tracing::warn!(envelope = %about, "its image's header is not completed: {problem}");
+        }
+        News::new()
+    };
+    let errand = Errand {
+        about,
+        paths,
+        place: CopyPlace::Image,
+        work: Box::new(work),
+    };
+    if let Err(silent) = run(errand) {
+        tracing::warn!(envelope = %about, "its image's header is not completed: {silent}");
     }
 }
 
 /// What is behind, and who has it.
 struct Copies<'a> {
-    host: &'a Host<'a>,
+    host: Host<'a>,
     guards: Guards<'a>,
     holders: Holders,
 }
@@ -163,9 +202,73 @@ struct GivingWay {
     passphrase: Option<Passphrase>,
 }
 
-impl Copies<'_> {
+impl<'a> Copies<'a> {
+    /// Brings those of one VM after the other up to date.
+    fn by_vm(self: &Arc<Self>, page: Vec<StaleCopy>, place: CopyPlace, run: Run<'_, 'a>) -> News {
+        let mut vms: BTreeMap<VmId, Vec<StaleCopy>> = BTreeMap::new();
+        let mut all = News::new();
+        for copy in page {
+            match self.host.keystore.envelope(copy.envelope) {
+                Ok(Some(record)) => vms.entry(record.envelope.vm).or_default().push(copy),
+                // Of an envelope that is gone there is none.
+                Ok(None) => all.push((copy, CopyNews::Follows)),
+                Err(error) => all.push((copy, CopyNews::Stays(chain(&error)))),
+            }
+        }
+        for (vm, copies) in vms {
+            let paths = match place {
+                CopyPlace::Xml => BTreeSet::new(),
+                CopyPlace::Image => self.paths_of(copies.iter().map(|copy| copy.envelope)),
+            };
+            let (this, theirs) = (Arc::clone(self), copies.clone());
+            let errand = Errand {
+                about: copies[0].envelope,
+                paths,
+                place,
+                work: Box::new(move || this.update_vm(vm, place, theirs)),
+            };
+            match run(errand) {
+                Ok(news) => all.extend(news),
+                Err(silent) => {
+                    let stays = |copy| (copy, CopyNews::Stays(silent.clone()));
+                    all.extend(copies.into_iter().map(stays));
+                }
+            }
+        }
+        all
+    }
+
+    /// While nothing else is done to the VM: one that was read before must not be put back after it was shredded.
+    fn update_vm(&self, vm: VmId, place: CopyPlace, copies: Vec<StaleCopy>) -> News {
+        let mut news = Vec::new();
+        let claimed = (self.guards.claimed)(vm, &mut || {
+            news = match place {
+                CopyPlace::Xml => self.update_xml(&copies),
+                CopyPlace::Image => copies.iter().map(|copy| self.update_image(copy)).collect(),
+            }
+        });
+        if let Err(busy) = claimed {
+            news = vec![CopyNews::Stays(busy); copies.len()];
+        }
+        copies.into_iter().zip(news).collect()
+    }
+
+    /// The images of these envelopes, as the keystore and their VMs have them.
+    fn paths_of(&self, envelopes: impl IntoIterator<Item = EnvelopeId>) -> BTreeSet<PathBuf> {
+        let records = envelopes
+            .into_iter()
+            .filter_map(|id| self.host.keystore.envelope(id).ok().flatten());
+        records.flat_map(|record| self.images_of(&record)).collect()
+    }
+
+    fn images_of(&self, record: &EnvelopeRecord) -> BTreeSet<PathBuf> {
+        let mut paths = self.holders.paths_of(&record.envelope);
+        paths.insert(PathBuf::from(&record.location));
+        paths
+    }
+
     /// A copy that no domain has is not behind.
-    fn update_xml(&self, page: &[StaleCopy]) -> Result<(), Problem> {
+    fn update_xml(&self, page: &[StaleCopy]) -> Vec<CopyNews> {
         let mut newest = BTreeMap::new();
         let mut vms: BTreeMap<VmId, Vec<EnvelopeId>> = BTreeMap::new();
         let mut failed: BTreeMap<EnvelopeId, String> = BTreeMap::new();
@@ -192,18 +295,12 @@ impl Copies<'_> {
                 Err(reason) => failed.extend(envelopes.into_iter().map(|id| (id, reason.clone()))),
             }
         }
-        let news: Vec<_> = page
-            .iter()
-            .filter_map(|copy| {
-                let id = copy.envelope;
-                let news = match (failed.remove(&id), newest.get(&id)) {
-                    (Some(reason), _) => CopyNews::Stays(reason),
-                    (None, record) => CopyNews::Has(Box::new(record?.envelope.clone())),
-                };
-                Some((id, news))
+        page.iter()
+            .map(|copy| match failed.remove(&copy.envelope) {
+                Some(reason) => CopyNews::Stays(reason),
+                None => CopyNews::Follows,
             })
-            .collect();
-        Ok(self.host.host_store.note_copies(CopyPlace::Xml, &news)?)
+            .collect()
     }
 
     /// Says of which envelopes nobody knows now whether the copy in the XML or the keystore's counts.
@@ -253,11 +350,17 @@ impl Copies<'_> {
 
     /// In the image that the keystore knows, and in those that a VM has for this envelope: it may have been moved, or be
     /// below an overlay.
-    fn update_image(&self, id: EnvelopeId) -> Result<Option<CopyNews>, Problem> {
+    fn update_image(&self, copy: &StaleCopy) -> CopyNews {
+        let updated = self.try_image(copy.envelope);
+        // What fails with one image says nothing of the others.
+        updated.unwrap_or_else(|problem| CopyNews::Stays(problem.message))
+    }
+
+    fn try_image(&self, id: EnvelopeId) -> Result<CopyNews, Problem> {
         let Some(record) = self.host.keystore.envelope(id)? else {
-            return Ok(None);
+            return Ok(CopyNews::Follows);
         };
-        let stays = |reason: &str| Ok(Some(CopyNews::Stays(reason.to_owned())));
+        let stays = |reason: &str| Ok(CopyNews::Stays(reason.to_owned()));
         if record.state == EnvelopeState::Pending {
             return stays(MADE_NOW);
         }
@@ -266,8 +369,7 @@ impl Copies<'_> {
                 "its header may be half written in {path}, which can't be completed now"
             ));
         }
-        let mut paths = self.holders.paths_of(&record.envelope);
-        paths.insert(PathBuf::from(&record.location));
+        let paths = self.images_of(&record);
         // Before the header is taken: a start waits for that, and a provider may be slow.
         let giving_way = match self.giving_way(&record, &paths) {
             Ok(giving_way) => giving_way,
@@ -298,7 +400,7 @@ impl Copies<'_> {
         }
         match missing {
             Some(reason) if !found => stays(&reason),
-            _ => Ok(Some(CopyNews::Has(Box::new(record.envelope)))),
+            _ => Ok(CopyNews::Follows),
         }
     }
 
@@ -387,7 +489,7 @@ impl Copies<'_> {
                 return Ok(());
             };
             if let Ok(place) = self.host.paths.permit(path) {
-                finish_header_in(self.host, id, &place, &patch, writing)?;
+                finish_header_in(&self.host, id, &place, &patch, writing)?;
             }
         }
         Ok(())

@@ -8,15 +8,13 @@ use tokio::sync::watch;
 
 use super::progress::{Meter, Pace};
 use super::runner::{Decision, PLACES, Standing};
+use crate::model::deadlines::job::RETRY;
 use crate::model::job::JobId;
 use crate::store::JobRecord;
 
-/// A job that waits is tried again after this time, and after twice that, up to the limit.
-const PATIENCE: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(60);
-
 /// What became of a job's time at work.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stint {
+pub(crate) enum Stint {
     /// It goes on after this time.
     Rests(Duration),
     /// It goes on when something has changed; why, where its row can't say so.
@@ -27,7 +25,7 @@ pub enum Stint {
 
 /// All of it.
 #[derive(Debug, Default)]
-pub struct Live {
+pub(crate) struct Live {
     state: Mutex<State>,
     woken: Condvar,
 }
@@ -47,8 +45,11 @@ struct Slot {
     patience: Duration,
     /// Beyond what its row says.
     waits_for: Option<String>,
-    is_stopped: bool,
+    /// When an admin has ended it.
+    stopped: Option<Instant>,
     has_begun: bool,
+    /// When it last came further, or began.
+    moved: Option<Instant>,
     meter: Meter,
     /// Counts changes, for those who watch.
     changes: watch::Sender<u64>,
@@ -60,10 +61,11 @@ impl Default for Slot {
             at_work: false,
             pauses_until: None,
             waits_until: None,
-            patience: PATIENCE.start,
+            patience: RETRY.start,
             waits_for: None,
-            is_stopped: false,
+            stopped: None,
             has_begun: false,
+            moved: None,
             meter: Meter::default(),
             changes: watch::Sender::new(0),
         }
@@ -78,20 +80,22 @@ impl Slot {
 
 /// A job that is at work until this is dropped.
 #[derive(Debug)]
-pub struct AtWork<'a> {
+pub(crate) struct AtWork<'a> {
     live: &'a Live,
     id: JobId,
 }
 
 /// What is known of a job now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub(crate) struct Seen {
     /// Units that are done, where its row does not count them.
     pub done: Option<u64>,
     /// How fast it goes.
     pub pace: Option<Pace>,
     /// What it waits for, beyond what its row says.
     pub waits_for: Option<String>,
+    /// It was ended, and has not come to its end for this long.
+    pub ending: Option<Duration>,
 }
 
 impl Live {
@@ -106,31 +110,29 @@ impl Live {
     }
 
     /// Something has changed that a job may wait for.
-    pub fn ring(&self) {
+    pub(crate) fn ring(&self) {
         let mut state = self.state();
         state.slots.values_mut().for_each(|slot| slot.waits_until = None);
         self.wake(&mut state);
     }
 
     /// A job was started by this daemon: nobody has tried it before.
-    pub fn started(&self, id: JobId) {
+    pub(crate) fn started(&self, id: JobId) {
         self.state().slots.entry(id).or_default();
     }
 
     /// Until there may be something to do; until `limit` at the latest.
-    pub fn wait(&self, limit: Option<Instant>) {
-        let time = limit.map_or(PATIENCE.end, |limit| {
-            limit.saturating_duration_since(Instant::now())
-        });
+    pub(crate) fn wait(&self, limit: Option<Instant>) {
+        let time = limit.map_or(RETRY.end, |limit| limit.saturating_duration_since(Instant::now()));
         let (mut state, _) = self
             .woken
-            .wait_timeout_while(self.state(), time.min(PATIENCE.end), |state| !state.is_woken)
+            .wait_timeout_while(self.state(), time.min(RETRY.end), |state| !state.is_woken)
             .unwrap_or_else(PoisonError::into_inner);
         state.is_woken = false;
     }
 
     /// How the jobs that run stand. What is known of others goes, unless somebody watches.
-    pub fn standing(&self, running: &[JobRecord]) -> Vec<Standing> {
+    pub(crate) fn standing(&self, running: &[JobRecord]) -> Vec<Standing> {
         let mut state = self.state();
         let is_running = |id: &JobId| running.iter().any(|job| job.id == *id);
         state
@@ -152,11 +154,11 @@ impl Live {
     }
 
     /// Tells those in line what they wait for.
-    pub fn note_in_line(&self, decision: &Decision) {
+    pub(crate) fn note_in_line(&self, decision: &Decision) {
         let mut state = self.state();
         for id in &decision.in_line {
             if let Some(slot) = state.slots.get_mut(id) {
-                let why = format!("its turn: {PLACES} others are at work");
+                let why = format!("for its turn: {PLACES} others are running");
                 if slot.waits_for.replace(why.clone()) != Some(why) {
                     slot.changed();
                 }
@@ -164,22 +166,26 @@ impl Live {
         }
     }
 
-    /// A job goes to work.
-    pub fn begin(&self, id: JobId) -> AtWork<'_> {
+    pub(crate) fn begin(&self, id: JobId) -> AtWork<'_> {
         let mut state = self.state();
         let slot = state.slots.entry(id).or_default();
         slot.at_work = true;
+        slot.moved.get_or_insert_with(Instant::now);
         slot.waits_for = None;
         // One that was stopped before runs no more, and its row says so.
-        slot.is_stopped = false;
+        slot.stopped = None;
         AtWork { live: self, id }
     }
 
     /// Makes a job that is at work give up soon. Says whether it is at work: then it takes back what it has begun.
-    pub fn stop(&self, id: JobId) -> bool {
+    pub(crate) fn stop(&self, id: JobId) -> bool {
         let mut state = self.state();
-        let slot = state.slots.entry(id).or_default();
-        slot.is_stopped = true;
+        // One that is not known here is of a daemon before this one.
+        let slot = state.slots.entry(id).or_insert_with(|| Slot {
+            has_begun: true,
+            ..Slot::default()
+        });
+        slot.stopped.get_or_insert_with(Instant::now);
         slot.changed();
         let at_work = slot.at_work;
         self.wake(&mut state);
@@ -187,7 +193,7 @@ impl Live {
     }
 
     /// A receiver that awakes when the job has changed.
-    pub fn subscribe(&self, id: JobId) -> watch::Receiver<u64> {
+    pub(crate) fn subscribe(&self, id: JobId) -> watch::Receiver<u64> {
         let mut state = self.state();
         let slot = state.slots.entry(id).or_insert_with(|| Slot {
             has_begun: true,
@@ -197,7 +203,7 @@ impl Live {
     }
 
     /// What is known of a job that has `total` units.
-    pub fn seen(&self, id: JobId, total: u64) -> Seen {
+    pub(crate) fn seen(&self, id: JobId, total: u64) -> Seen {
         let state = self.state();
         let Some(slot) = state.slots.get(&id) else {
             return Seen::default();
@@ -206,37 +212,60 @@ impl Live {
             done: slot.meter.done(),
             pace: slot.meter.pace(Instant::now(), total),
             waits_for: slot.waits_for.clone(),
+            ending: slot
+                .stopped
+                .filter(|_| slot.at_work)
+                .map(|stopped| stopped.elapsed()),
         }
     }
 }
 
 impl AtWork<'_> {
-    /// `done` units are done.
-    pub fn note(&self, done: u64) {
+    pub(crate) fn note(&self, done: u64) {
         let mut state = self.live.state();
         if let Some(slot) = state.slots.get_mut(&self.id) {
             slot.meter.note(Instant::now(), done);
-            slot.patience = PATIENCE.start;
+            slot.moved = Some(Instant::now());
+            slot.patience = RETRY.start;
+            slot.changed();
+        }
+    }
+
+    /// It waits for this, and may wait for ever.
+    pub(crate) fn note_stuck(&self, what: &str) {
+        let mut state = self.live.state();
+        if let Some(slot) = state.slots.get_mut(&self.id)
+            && slot.waits_for.as_deref() != Some(what)
+        {
+            slot.waits_for = Some(what.to_owned());
             slot.changed();
         }
     }
 
     /// Notes that it begins. Says whether nobody has begun it before: what an earlier try has left is not known.
-    #[must_use]
-    pub fn begins_first(&self) -> bool {
+    pub(crate) fn begins_first(&self) -> bool {
         let mut state = self.live.state();
         let slot = state.slots.entry(self.id).or_default();
         !std::mem::replace(&mut slot.has_begun, true)
     }
 
-    /// Whether an admin has ended it.
-    pub fn is_stopped(&self) -> bool {
+    /// When it last came further, or began: what others began to make before that, it may have passed already.
+    pub(crate) fn moved(&self) -> Instant {
         let state = self.live.state();
-        state.slots.get(&self.id).is_none_or(|slot| slot.is_stopped)
+        let moved = state.slots.get(&self.id).and_then(|slot| slot.moved);
+        moved.unwrap_or_else(Instant::now)
     }
 
-    /// Ends its time at work.
-    pub fn end(self, stint: Stint) {
+    /// Whether an admin has ended it.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let state = self.live.state();
+        state
+            .slots
+            .get(&self.id)
+            .is_none_or(|slot| slot.stopped.is_some())
+    }
+
+    pub(crate) fn end(self, stint: Stint) {
         let mut state = self.live.state();
         let now = Instant::now();
         if let Some(slot) = state.slots.get_mut(&self.id) {
@@ -245,11 +274,11 @@ impl AtWork<'_> {
                 Stint::Rests(time) => slot.pauses_until = Some(now + time),
                 Stint::Waits(why) => {
                     slot.waits_for = why;
-                    slot.patience = (slot.patience * 2).min(PATIENCE.end);
+                    slot.patience = (slot.patience * 2).min(RETRY.end);
                     slot.waits_until = Some(now + slot.patience);
                     slot.meter = Meter::default();
                 }
-                Stint::Ended => {}
+                Stint::Ended => slot.moved = None,
             }
         }
     }
@@ -261,7 +290,7 @@ impl Drop for AtWork<'_> {
         if let Some(slot) = state.slots.get_mut(&self.id) {
             slot.at_work = false;
             if std::thread::panicking() {
-                slot.waits_until = Some(Instant::now() + PATIENCE.end);
+                slot.waits_until = Some(Instant::now() + RETRY.end);
             }
             slot.changed();
         }
@@ -340,11 +369,38 @@ mod tests {
         last.note(4);
         assert!(watched.has_changed().unwrap());
         assert_eq!(live.seen(JobId(5), 10).done, Some(4));
+        assert_eq!(live.seen(JobId(5), 10).ending, None);
         assert!(!last.is_stopped() && live.stop(JobId(5)) && last.is_stopped());
+        last.note_stuck("a disk");
+        let seen = live.seen(JobId(5), 10);
+        assert!(seen.ending.is_some() && seen.waits_for.as_deref() == Some("a disk"));
         last.end(Stint::Ended);
         assert!(!live.stop(JobId(5)));
         drop(watched);
         live.standing(&[]);
         assert_eq!(live.seen(JobId(5), 10), Seen::default());
+    }
+
+    /// A seal that took its KEK before a sweep came by, and ends after it, would keep one that is retired.
+    #[test]
+    fn what_began_before_its_last_batch_may_have_escaped_it_however_often_it_waits() {
+        let live = Live::default();
+        let first = live.begin(JobId(1));
+        let began = first.moved();
+        std::thread::sleep(Duration::from_millis(2));
+        let sealing_since = Instant::now();
+        std::thread::sleep(Duration::from_millis(2));
+        first.note(1);
+        assert!(began < sealing_since && sealing_since < first.moved());
+        let worked = first.moved();
+        first.end(Stint::Waits(None));
+        assert_eq!(live.begin(JobId(1)).moved(), worked);
+    }
+
+    #[test]
+    fn what_was_stopped_unseen_may_have_been_begun_by_a_daemon_before() {
+        let live = Live::default();
+        assert!(!live.stop(JobId(1)));
+        assert!(!live.begin(JobId(1)).begins_first());
     }
 }

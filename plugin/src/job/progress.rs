@@ -3,22 +3,20 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// How far back the pace is measured: long enough to be steady, short enough to follow what changes.
-const WINDOW: Duration = Duration::from_secs(30);
+use crate::model::deadlines::job::{PACE_AFTER, PACE_WINDOW};
+
 /// How many samples there are in it.
 const MAX_SAMPLES: u32 = 30;
-/// Before that, a pace is a guess.
-const LEAST: Duration = Duration::from_secs(1);
 
 /// How many units were done when.
 #[derive(Debug, Default)]
-pub struct Meter {
+pub(crate) struct Meter {
     samples: VecDeque<(Instant, u64)>,
 }
 
 /// How fast it goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pace {
+pub(crate) struct Pace {
     /// Units a second, at least one.
     pub per_second: u64,
     /// How long the rest takes at this pace.
@@ -27,33 +25,31 @@ pub struct Pace {
 
 impl Meter {
     /// `done` units are done by `now`. Fewer than before: it has begun again.
-    pub fn note(&mut self, now: Instant, done: u64) {
+    pub(crate) fn note(&mut self, now: Instant, done: u64) {
         if self.done().is_some_and(|before| done < before) {
             self.samples.clear();
         }
-        let is_close = |(at, _): &(Instant, u64)| now.duration_since(*at) < WINDOW / MAX_SAMPLES;
+        let is_close = |(at, _): &(Instant, u64)| now.duration_since(*at) < PACE_WINDOW / MAX_SAMPLES;
         // The last sample is the one of now; the one before it stays as long as they are close to each other.
         if self.samples.len() > 1 && self.samples.iter().rev().nth(1).is_some_and(is_close) {
             self.samples.pop_back();
         }
         self.samples.push_back((now, done));
-        while self.samples.len() > 2 && now.duration_since(self.samples[0].0) > WINDOW {
+        while self.samples.len() > 2 && now.duration_since(self.samples[0].0) > PACE_WINDOW {
             self.samples.pop_front();
         }
     }
 
     /// How many units are done; none while nothing was noted.
-    #[must_use]
-    pub fn done(&self) -> Option<u64> {
+    pub(crate) fn done(&self) -> Option<u64> {
         self.samples.back().map(|(_, done)| *done)
     }
 
     /// How fast it goes by `now`, which has to do `total` units. None before that can be told, and while nothing goes on.
-    #[must_use]
-    pub fn pace(&self, now: Instant, total: u64) -> Option<Pace> {
+    pub(crate) fn pace(&self, now: Instant, total: u64) -> Option<Pace> {
         let ((since, first), (_, last)) = (self.samples.front()?, self.samples.back()?);
         let took = now.duration_since(*since);
-        if took < LEAST {
+        if took < PACE_AFTER {
             return None;
         }
         let rate = last.saturating_sub(*first) as f64 / took.as_secs_f64();

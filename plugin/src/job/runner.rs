@@ -5,14 +5,13 @@ use std::time::Instant;
 use crate::model::job::{JobId, Subject, Unit};
 
 /// How many jobs of one unit are at work at once: a sweep waits for servers, an image for disks, and neither for the other.
-pub const PLACES: usize = 4;
+pub(crate) const PLACES: usize = 4;
 
 /// How a job stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub(crate) struct Standing {
     /// Its number: the lower, the older.
     pub id: JobId,
-    /// What it is about.
     pub subject: Subject,
     /// Whether a thread has it now.
     pub at_work: bool,
@@ -22,7 +21,7 @@ pub struct Standing {
 
 /// What is to be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Decision {
+pub(crate) struct Decision {
     /// These go to work.
     pub begin: Vec<JobId>,
     /// These would, if there was a place.
@@ -32,8 +31,7 @@ pub struct Decision {
 }
 
 /// Decides it. One that rests has no place, so it holds up nobody.
-#[must_use]
-pub fn decide(jobs: &[Standing], now: Instant) -> Decision {
+pub(crate) fn decide(jobs: &[Standing], now: Instant) -> Decision {
     let mut working: Vec<&Standing> = jobs.iter().filter(|job| job.at_work).collect();
     let mut idle: Vec<&Standing> = jobs.iter().filter(|job| !job.at_work).collect();
     idle.sort_by_key(|job| job.id);

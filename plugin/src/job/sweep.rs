@@ -5,7 +5,7 @@
 //!               ▲  ▲    └───────────────────────────────────────────────────────────────────┘
 //!               │  └── waits: the provider that wraps is locked, not backed up, unreachable
 //!               └───── waits: envelopes were left behind that may open later
-//!             ──► done | incomplete (some can't be opened by anyone) | aborted
+//!             ──► done | incomplete (some can't be opened by anyone, it gave way to another or waited too long) | aborted
 //! ```
 //!
 //! The DEK stays, so running VMs do not notice and images keep their data. A batch, the generation of each envelope in it
@@ -13,9 +13,12 @@
 //! stanza leaves the keystore only in the transaction that brings the verified new one; copies that travel follow
 //! (`job/copies.rs`), and no KEK is destroyed here.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use serde::{Deserialize, Serialize};
 
 use crate::model::advice::Advice;
+use crate::model::deadlines::job::GIVES_UP;
 use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::job::{JobId, JobKind, JobState, Subject};
 use crate::model::problem::Problem;
@@ -25,12 +28,9 @@ use crate::store::{EnvelopeRecord, EnvelopeStore, JobRecord, LeftBehind, NewJob,
 /// What a job does to every envelope that it concerns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Task {
+pub(crate) enum Task {
     /// Replaces the stanzas of a provider by ones of a newer KEK.
-    Rotate {
-        /// The provider.
-        provider: ProviderId,
-    },
+    Rotate { provider: ProviderId },
     /// Replaces all stanzas by ones of these providers.
     Rekey {
         /// The providers, in the order of the new stanzas.
@@ -40,23 +40,15 @@ pub enum Task {
     },
     /// Replaces the stanzas of a provider by those of another.
     Move {
-        /// The one.
         from: ProviderId,
-        /// The other.
         to: ProviderId,
         /// Only the envelopes of this VM.
         vm: Option<VmId>,
     },
     /// Adds a stanza where the provider has none.
-    AddRecipient {
-        /// The provider.
-        provider: ProviderId,
-    },
+    AddRecipient { provider: ProviderId },
     /// Removes the stanzas of a provider where another one opens the envelope.
-    RemoveRecipient {
-        /// The provider.
-        provider: ProviderId,
-    },
+    RemoveRecipient { provider: ProviderId },
 }
 
 /// What a task makes of one envelope.
@@ -72,14 +64,11 @@ enum Decision {
 
 impl Task {
     /// Whether it is how an admin decides which of two versions of an envelope counts: that of the keystore.
-    #[must_use]
-    pub fn decides_conflicts(&self) -> bool {
+    pub(crate) fn decides_conflicts(&self) -> bool {
         matches!(self, Self::Rekey { vm: Some(_), .. })
     }
 
-    /// Which kind it is.
-    #[must_use]
-    pub fn kind(&self) -> JobKind {
+    pub(crate) fn kind(&self) -> JobKind {
         match self {
             Self::Rotate { .. } => JobKind::Rotate,
             Self::Rekey { .. } => JobKind::Rekey,
@@ -89,9 +78,7 @@ impl Task {
         }
     }
 
-    /// What it is about.
-    #[must_use]
-    pub fn subject(&self) -> Subject {
+    pub(crate) fn subject(&self) -> Subject {
         match self {
             Self::Rekey { vm: Some(vm), .. } | Self::Move { vm: Some(vm), .. } => Subject::EnvelopesOf(*vm),
             _ => Subject::AllEnvelopes,
@@ -102,7 +89,11 @@ impl Task {
     ///
     /// # Errors
     /// [`StoreError::JobRunning`] while another one is about the same envelopes.
-    pub fn start(&self, keystore: &dyn EnvelopeStore, left: &[LeftBehind]) -> Result<JobRecord, StoreError> {
+    pub(crate) fn start(
+        &self,
+        keystore: &dyn EnvelopeStore,
+        left: &[LeftBehind],
+    ) -> Result<JobRecord, StoreError> {
         keystore.insert_job(&NewJob {
             subject: &self.subject(),
             task: &self.to_json(),
@@ -112,14 +103,11 @@ impl Task {
     }
 
     /// Its JSON form, for the keystore.
-    #[must_use]
-    pub fn to_json(&self) -> String {
+    pub(crate) fn to_json(&self) -> String {
         serde_json::to_string(self).expect("a task holds only ids")
     }
 
-    /// The providers that wrap for it.
-    #[must_use]
-    pub fn wraps(&self) -> Vec<ProviderId> {
+    pub(crate) fn wraps(&self) -> Vec<ProviderId> {
         match self {
             Self::Rotate { provider } | Self::AddRecipient { provider } => vec![*provider],
             Self::Rekey { to, .. } => to.clone(),
@@ -129,8 +117,7 @@ impl Task {
     }
 
     /// The providers that it is about.
-    #[must_use]
-    pub fn names(&self) -> Vec<ProviderId> {
+    pub(crate) fn names(&self) -> Vec<ProviderId> {
         let mut names = self.wraps();
         match self {
             Self::Move { from, .. } => names.push(*from),
@@ -140,9 +127,7 @@ impl Task {
         names
     }
 
-    /// In words, with the providers' names.
-    #[must_use]
-    pub fn words(&self, name: impl Fn(ProviderId) -> String) -> String {
+    pub(crate) fn words(&self, name: impl Fn(ProviderId) -> String) -> String {
         let of = |vm: &Option<VmId>| vm.map_or_else(String::new, |vm| format!(" (VM {vm})"));
         match self {
             Self::Rotate { provider } => format!("rotate '{}'", name(*provider)),
@@ -159,8 +144,11 @@ impl Task {
     }
 
     /// What to tell where new envelopes, which go to the providers of `policy`, do not ask what it does to the others.
-    #[must_use]
-    pub fn warning(&self, policy: &[ProviderId], name: impl Fn(ProviderId) -> String) -> Option<String> {
+    pub(crate) fn warning(
+        &self,
+        policy: &[ProviderId],
+        name: impl Fn(ProviderId) -> String,
+    ) -> Option<String> {
         let leaves = match self {
             Self::Move { from, .. } => *from,
             Self::RemoveRecipient { provider } => *provider,
@@ -222,8 +210,7 @@ impl Task {
     }
 
     /// Whether it would take away the last stanza of this envelope.
-    #[must_use]
-    pub fn would_close(&self, envelope: &Envelope) -> bool {
+    pub(crate) fn would_close(&self, envelope: &Envelope) -> bool {
         matches!(self.decide(envelope), Decision::Refused(_))
     }
 }
@@ -252,7 +239,7 @@ fn replaced(envelope: &Envelope, provider: ProviderId, target: RewrapTarget) -> 
 
 /// What a step of a job has led to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     /// A batch was done; there may be more.
     Worked(JobRecord),
     /// Nothing can be done until something changes, as the record's `waiting` says.
@@ -261,13 +248,32 @@ pub enum Step {
     Ended(JobRecord),
 }
 
+/// What is done beside a sweep to VMs whose envelopes it goes through.
+#[derive(Clone, Copy)]
+pub(crate) struct Beside<'a> {
+    /// Whether the keys of a VM are going: nothing is made for it. Asked after the job has its row, which whoever takes keys looks
+    /// for after it has the VM: so one of the two sees the other.
+    pub(crate) is_leaving: &'a dyn Fn(VmId) -> bool,
+    /// What was under way when the sweep began, and may still come to an envelope that it must see.
+    pub(crate) unfinished: &'a dyn Fn() -> Option<String>,
+}
+
+#[cfg(test)]
+impl Beside<'static> {
+    pub(crate) const NOTHING: Self = Self {
+        is_leaving: &|_| false,
+        unfinished: &|| None,
+    };
+}
+
 /// Does the next batch of a sweep.
 ///
 /// # Errors
 /// When the keystore fails; the job stays where it is.
-pub fn step(
+pub(crate) fn step(
     keystore: &dyn EnvelopeStore,
     recipients: &Recipients,
+    beside: Beside<'_>,
     task: &Task,
     id: JobId,
     batch_size: u32,
@@ -281,13 +287,16 @@ pub fn step(
     }
     let batch = keystore.next_of_job(job, batch_size)?;
     if batch.sound.is_empty() && batch.damaged.is_empty() {
+        if let Some(unfinished) = (beside.unfinished)() {
+            return waits(keystore, job, &unfinished);
+        }
         let ended = keystore.end_pass(job.id)?;
         return match ended.state {
             JobState::Running => waits(keystore, &ended, &what_is_left(keystore, &ended)?),
             _ => Ok(Step::Ended(ended)),
         };
     }
-    match work(recipients, task, batch) {
+    match work(recipients, beside, task, batch) {
         Ok(verdicts) => {
             let job = keystore.commit_batch(job.id, &verdicts)?;
             Ok(match job.state {
@@ -300,9 +309,27 @@ pub fn step(
 }
 
 fn waits(keystore: &dyn EnvelopeStore, job: &JobRecord, waiting: &str) -> Result<Step, Problem> {
+    waits_at(SystemTime::now(), keystore, job, waiting)
+}
+
+fn waits_at(
+    now: SystemTime,
+    keystore: &dyn EnvelopeStore,
+    job: &JobRecord,
+    waiting: &str,
+) -> Result<Step, Problem> {
     keystore.job_waits(job.id, waiting)?;
     let job = keystore.job(job.id)?.unwrap_or_else(|| job.clone());
-    Ok(Step::Waits(job))
+    match gives_up(&job, now) {
+        true => Ok(Step::Ended(keystore.end_waiting(job.id)?)),
+        false => Ok(Step::Waits(job)),
+    }
+}
+
+/// Whether it has waited for the same for too long.
+fn gives_up(job: &JobRecord, now: SystemTime) -> bool {
+    let since = UNIX_EPOCH + Duration::from_secs(job.updated.max(0).unsigned_abs());
+    now.duration_since(since).is_ok_and(|waited| waited > GIVES_UP)
 }
 
 fn what_is_left(keystore: &dyn EnvelopeStore, job: &JobRecord) -> Result<String, Problem> {
@@ -318,12 +345,24 @@ fn what_is_left(keystore: &dyn EnvelopeStore, job: &JobRecord) -> Result<String,
     ))
 }
 
-fn work(recipients: &Recipients, task: &Task, batch: Rows<EnvelopeRecord>) -> Result<Vec<Verdict>, Problem> {
+fn work(
+    recipients: &Recipients,
+    beside: Beside<'_>,
+    task: &Task,
+    batch: Rows<EnvelopeRecord>,
+) -> Result<Vec<Verdict>, Problem> {
     let mut verdicts: Vec<_> = batch.damaged.into_iter().map(Verdict::Damaged).collect();
     let mut wanted = Vec::with_capacity(batch.sound.len());
     for record in batch.sound {
         let envelope = &record.envelope;
         match task.decide(envelope) {
+            Decision::Targets(_) if (beside.is_leaving)(envelope.vm) => {
+                verdicts.push(Verdict::Left(LeftBehind {
+                    envelope: envelope.id,
+                    reason: "its VM is being shredded or forgotten".to_owned(),
+                    again: true,
+                }));
+            }
             Decision::Nothing => verdicts.push(Verdict::Unchanged(envelope.id)),
             Decision::Refused(reason) => verdicts.push(Verdict::Left(LeftBehind {
                 envelope: envelope.id,

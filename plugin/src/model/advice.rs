@@ -4,10 +4,12 @@ use std::borrow::Cow;
 use std::path::PathBuf;
 
 use super::envelope::ProviderId;
+use super::job::SnapshotAct;
 
 /// What to do next. Names and paths are as they are: they are quoted where the command is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Advice {
+#[must_use]
+pub(crate) enum Advice {
     /// What no command does: restoring a file, say. Names no command of virtseal, virsh or systemctl.
     Words(Cow<'static, str>),
     /// Two steps, or a step and what to know of it.
@@ -16,17 +18,33 @@ pub enum Advice {
     // The host and its jobs.
     ShowStatus,
     ListJobs,
+    VerifyAudit,
     WatchJob(i64),
     AbortJob(i64),
     AbortTheJob,
+    ResumeJob(i64),
     BackUpState,
     RestoreState,
+    /// Over what this host of that name has, from this file.
+    RestoreStateOver {
+        host: String,
+        from: PathBuf,
+    },
     Journal,
     StartDaemon,
+    /// With its sockets, as after a restored state.
+    StartAll,
+    /// Its sockets would start it again.
+    StopAll,
     RestartDaemon,
     ReloadDaemon,
     ShowDaemon,
+    /// After it has failed again and again, when systemd starts it no more by itself.
+    StartAnew,
+    CheckSettings,
     RestartLibvirtd,
+    /// The daemon of that name.
+    ReloadLibvirtd(&'static str),
     Upgrade,
     RunAsRoot,
 
@@ -35,8 +53,11 @@ pub enum Advice {
     AddNative,
     AddProviderHelp(Option<&'static str>),
     ShowProvider(String),
+    /// Other settings that nobody tries first.
+    SetUntried(String),
     UnlockProvider(String),
     UnlockByTpm(String),
+    UnlockByFile(String),
     UnlockByPin(String),
     LockProvider(String),
     BackUpProvider(String),
@@ -77,6 +98,8 @@ pub enum Advice {
     TrustCa(String),
     SetIdentity(String),
     EncryptIdentity(String),
+    /// By the TPM, so that it unlocks by itself.
+    BindIdentity(String),
     RequestCertificate(String),
     RequestNewCertificate(String),
     /// Let this host trust who signed the server's certificate.
@@ -98,6 +121,13 @@ pub enum Advice {
 
     // VMs, by name or UUID.
     SealVm(String),
+    /// Make these anew, which are lost.
+    SealReplacing {
+        vm: String,
+        objects: Vec<String>,
+    },
+    /// Say what sealing it takes, and all that stands in the way.
+    PlanSeal(String),
     SealDeclared {
         vm: String,
         disk: String,
@@ -110,25 +140,54 @@ pub enum Advice {
     ShowVms,
     RekeyVm(String),
     ForgetVm(String),
+    /// Have virtseald start it with the host, and not libvirt.
+    Autostart(String),
     ShredVm(String),
     ShredAsTyped(String),
+    CommitSnapshot(String),
+    /// As [`Advice::ResetNvram`].
+    DeleteSnapshot {
+        vm: String,
+        typed: bool,
+    },
+    /// With its name as the word for what may be lost.
+    ForceSnapshot {
+        vm: String,
+        act: SnapshotAct,
+    },
+    /// With its name as the word for the loss, if it is to be `typed`.
+    ResetNvram {
+        vm: String,
+        typed: bool,
+    },
     /// Get an envelope of this VM back as it was.
     RestoreEnvelope(String),
 
     // Volumes.
     ShowVolume(PathBuf),
-    CreateVolume {
+    /// By its path or the UUID of its envelope.
+    ForgetVolume(String),
+    ForceForgetVolume(String),
+    AdoptVolume(PathBuf),
+    CheckVolume(PathBuf),
+    /// In bytes.
+    ResizeVolume {
         path: PathBuf,
-        vm: String,
+        size: u64,
     },
-    CreateVolumeOfSize {
+    /// The same, with the loss of data.
+    ShrinkVolume {
+        path: PathBuf,
+        size: u64,
+    },
+    CreateVolume {
         path: PathBuf,
         vm: String,
     },
     CreateVolumeFrom {
         path: PathBuf,
         from: PathBuf,
-        vm: Option<String>,
+        vm: String,
     },
     ShareVolume {
         path: PathBuf,
@@ -145,23 +204,27 @@ pub enum Advice {
     ShutDownVm(String),
     UndefineVm(String),
     RenameVm(String),
-    NoAutostart(String),
+    /// Of a VM that is not sealed.
+    AutostartByLibvirt(String),
     DropSavedState(String),
+    /// What `virsh save` has written, whoever knows where.
+    RestoreSaved,
+    ShowLibvirtd,
     DetachDisk {
         vm: String,
         disk: String,
     },
     ListSnapshots(String),
+    StartPool(String),
+    RefreshPool(String),
     AbortBlockJob,
     AbortDomainJob,
 }
 
 /// What stands between two parts of an advice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Link {
-    /// One after the other.
+pub(crate) enum Link {
     Then,
-    /// One of both.
     Or,
     /// One of both, where a comma would mislead.
     OrElse,
@@ -174,39 +237,33 @@ pub enum Link {
 }
 
 impl Advice {
-    /// This, then `next`.
-    #[must_use]
-    pub fn then(self, next: impl Into<Self>) -> Self {
+    /// The daemon's settings, where the package puts them.
+    pub(crate) const SETTINGS: &str = "/etc/virtseal/virtseald.yaml";
+
+    pub(crate) fn then(self, next: impl Into<Self>) -> Self {
         self.joined(Link::Then, next)
     }
 
-    /// This, or `other`.
-    #[must_use]
-    pub fn or(self, other: impl Into<Self>) -> Self {
+    pub(crate) fn or(self, other: impl Into<Self>) -> Self {
         self.joined(Link::Or, other)
     }
 
     /// This; or `other`, which may be several steps.
-    #[must_use]
-    pub fn or_else(self, other: impl Into<Self>) -> Self {
+    pub(crate) fn or_else(self, other: impl Into<Self>) -> Self {
         self.joined(Link::OrElse, other)
     }
 
-    /// This; `more`.
-    #[must_use]
-    pub fn also(self, more: impl Into<Self>) -> Self {
+    pub(crate) fn also(self, more: impl Into<Self>) -> Self {
         self.joined(Link::Also, more)
     }
 
     /// This: `what` to do in there, or what it does.
-    #[must_use]
-    pub fn within(self, what: impl Into<Self>) -> Self {
+    pub(crate) fn within(self, what: impl Into<Self>) -> Self {
         self.joined(Link::Within, what)
     }
 
     /// This, with a note such as "if it is on another host".
-    #[must_use]
-    pub fn note(self, note: impl Into<Self>) -> Self {
+    pub(crate) fn note(self, note: impl Into<Self>) -> Self {
         self.joined(Link::Note, note)
     }
 

@@ -21,24 +21,23 @@ use openssl::hash::{MessageDigest, hash};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
+use zlink::introspect::CustomType;
 
 use crate::secret::{Dek, SecretBytes};
 
-pub use mac::Mac;
-pub use precedence::{Generation, Newest, Precedence, newest};
-pub use verified::{Format1, Verified};
+pub(crate) use mac::Mac;
+pub(crate) use precedence::{Generation, Precedence};
+pub(crate) use verified::{Format1, Verified};
 
 macro_rules! uuid_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(transparent)]
-        pub struct $name(pub Uuid);
+        pub(crate) struct $name(pub Uuid);
 
         impl $name {
-            /// A new random id.
-            #[must_use]
-            pub fn random() -> Self {
+            pub(crate) fn random() -> Self {
                 Self(Uuid::new_v4())
             }
         }
@@ -74,22 +73,41 @@ uuid_id!(
     ProviderId
 );
 
-/// What an envelope's DEK encrypts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+/// Where a copy of an envelope is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "lowercase")]
-pub enum ObjectKind {
-    /// A disk image.
+#[zlink(rename_all = "lowercase")]
+pub(crate) enum CopyPlace {
+    /// In the domain's metadata.
+    Xml,
+    /// In the header of the image.
+    Image,
+}
+
+impl CopyPlace {
+    /// The word in the keystore and in messages.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Xml => "xml",
+            Self::Image => "image",
+        }
+    }
+}
+
+/// What an envelope's DEK encrypts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "lowercase")]
+#[zlink(rename_all = "lowercase")]
+pub(crate) enum ObjectKind {
     Disk,
     /// The state of the VM's TPM.
     Vtpm,
-    /// The UEFI variable store.
     Nvram,
 }
 
 impl ObjectKind {
     /// The name in messages, in JSON and in the keystore.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Disk => "disk",
             Self::Vtpm => "vtpm",
@@ -98,14 +116,12 @@ impl ObjectKind {
     }
 
     /// Whether the first start of its VM makes it: until then none has to be there.
-    #[must_use]
-    pub fn is_made_at_first_start(self) -> bool {
+    pub(crate) fn is_made_at_first_start(self) -> bool {
         self == Self::Vtpm
     }
 
     /// Whether its place is a path that is written down; the others are where libvirt has them, by the VM's UUID.
-    #[must_use]
-    pub fn is_kept_by_path(self) -> bool {
+    pub(crate) fn is_kept_by_path(self) -> bool {
         self != Self::Vtpm
     }
 
@@ -128,7 +144,7 @@ impl fmt::Display for ObjectKind {
 /// Names a KEK inside its provider; opaque outside of it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct KekId(pub String);
+pub(crate) struct KekId(pub String);
 
 impl fmt::Display for KekId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -138,10 +154,8 @@ impl fmt::Display for KekId {
 
 /// What a payload is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Binding {
-    /// The envelope that carries the payload.
+pub(crate) struct Binding {
     pub envelope: EnvelopeId,
-    /// The VM that it belongs to.
     pub vm: VmId,
     /// The kind of object that the DEK encrypts.
     pub kind: ObjectKind,
@@ -154,7 +168,7 @@ impl Binding {
 
     /// SHA-256 over a domain-separation label, the binding's version, the envelope's and the VM's UUID (16 bytes
     /// each, big-endian) and one byte for the kind.
-    pub fn digest(&self) -> Result<[u8; 32], EnvelopeError> {
+    pub(crate) fn digest(&self) -> Result<[u8; 32], EnvelopeError> {
         let mut message = b"virtseal binding\0".to_vec();
         message.push(Self::VERSION);
         message.extend_from_slice(self.envelope.0.as_bytes());
@@ -169,14 +183,13 @@ impl Binding {
 
 /// What a provider wraps: DEK ‖ SHA-256(binding), 64 bytes.
 #[derive(Debug)]
-pub struct Payload(SecretBytes);
+pub(crate) struct Payload(SecretBytes);
 
 impl Payload {
-    /// Length in bytes.
-    pub const LEN: usize = 64;
+    pub(crate) const LEN: usize = 64;
 
     /// The payload of `dek` for the envelope that `binding` names.
-    pub fn bind(dek: &Dek, binding: &Binding) -> Result<Self, EnvelopeError> {
+    pub(crate) fn bind(dek: &Dek, binding: &Binding) -> Result<Self, EnvelopeError> {
         let mut bytes = SecretBytes::zeroed(Self::LEN).map_err(EnvelopeError::Memory)?;
         bytes.expose_mut()[..Dek::LEN].copy_from_slice(dek.expose());
         bytes.expose_mut()[Dek::LEN..].copy_from_slice(&binding.digest()?);
@@ -187,7 +200,7 @@ impl Payload {
     ///
     /// # Errors
     /// [`EnvelopeError::PayloadLength`] unless `bytes` has 64 bytes.
-    pub fn from_unwrapped(bytes: SecretBytes) -> Result<Self, EnvelopeError> {
+    pub(crate) fn from_unwrapped(bytes: SecretBytes) -> Result<Self, EnvelopeError> {
         match bytes.expose().len() {
             Self::LEN => Ok(Self(bytes)),
             found => Err(EnvelopeError::PayloadLength { found }),
@@ -198,7 +211,7 @@ impl Payload {
     ///
     /// # Errors
     /// [`EnvelopeError::BindingMismatch`] when the payload was made for another envelope, VM or kind.
-    pub fn dek(&self, binding: &Binding) -> Result<Dek, EnvelopeError> {
+    pub(crate) fn dek(&self, binding: &Binding) -> Result<Dek, EnvelopeError> {
         let (dek, bound_to) = self.0.expose().split_at(Dek::LEN);
         if !openssl::memcmp::eq(bound_to, &binding.digest()?) {
             return Err(EnvelopeError::BindingMismatch(*binding));
@@ -207,8 +220,7 @@ impl Payload {
     }
 
     /// The 64 bytes, for a provider's wrap.
-    #[must_use]
-    pub fn expose(&self) -> &[u8] {
+    pub(crate) fn expose(&self) -> &[u8] {
         self.0.expose()
     }
 }
@@ -216,12 +228,10 @@ impl Payload {
 /// One provider's copy of the wrapped payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Stanza {
-    /// The provider that can unwrap it.
+pub(crate) struct Stanza {
     pub provider: ProviderId,
     /// The provider's name where it was wrapped: a hint for messages on a host that does not know the id.
     pub provider_name: String,
-    /// The KEK in that provider.
     pub kek: KekId,
     /// How it was wrapped, in the provider's words (`A256GCM`, …).
     pub mechanism: String,
@@ -235,7 +245,7 @@ pub struct Stanza {
 /// What may be believed is a [`Verified`]; only the DEK that a stanza opens to makes one of this.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "json::Wire", try_from = "json::Wire")]
-pub struct Envelope {
+pub(crate) struct Envelope {
     /// Its name, and that of the libvirt secret.
     pub id: EnvelopeId,
     /// The VM that the object belongs to.
@@ -256,17 +266,16 @@ pub struct Envelope {
 
 impl Envelope {
     /// The format that is written. Format 1, which has no MAC, is still read.
-    pub const FORMAT: u8 = 2;
+    pub(crate) const FORMAT: u8 = 2;
     /// The most bytes that the JSON form may have: it must fit an image's header cluster.
-    pub const MAX_JSON: usize = 32 * 1024;
+    pub(crate) const MAX_JSON: usize = 32 * 1024;
     /// The most recipients an envelope may have.
-    pub const MAX_STANZAS: usize = 16;
+    pub(crate) const MAX_STANZAS: usize = 16;
     /// The most other VMs that an object may be shared with.
-    pub const MAX_SHARED: usize = 64;
+    pub(crate) const MAX_SHARED: usize = 64;
 
     /// What its payload must be bound to.
-    #[must_use]
-    pub fn binding(&self) -> Binding {
+    pub(crate) fn binding(&self) -> Binding {
         Binding {
             envelope: self.id,
             vm: self.vm,
@@ -276,14 +285,12 @@ impl Envelope {
 
     /// Whether `vm` may have the object, by what the envelope says: it is its own, or root has shared it with it. To be
     /// believed of a [`Verified`] only.
-    #[must_use]
-    pub fn serves(&self, vm: VmId) -> bool {
+    pub(crate) fn serves(&self, vm: VmId) -> bool {
         self.vm == vm || self.shared_with.binary_search(&vm).is_ok()
     }
 
     /// The format that it was written in: 1 or 2.
-    #[must_use]
-    pub fn format(&self) -> u8 {
+    pub(crate) fn format(&self) -> u8 {
         match self.mac {
             None => 1,
             Some(_) => Self::FORMAT,
@@ -291,8 +298,7 @@ impl Envelope {
     }
 
     /// The compact JSON form: of format 1 as it was, so that a copy of it stays equal byte for byte.
-    #[must_use]
-    pub fn to_json(&self) -> String {
+    pub(crate) fn to_json(&self) -> String {
         serde_json::to_string(self).expect("an envelope holds only strings, numbers and lists")
     }
 
@@ -300,7 +306,7 @@ impl Envelope {
     ///
     /// # Errors
     /// When it is too long, not an envelope, of a later format, or breaks one of the limits.
-    pub fn from_json(json: &str) -> Result<Self, EnvelopeError> {
+    pub(crate) fn from_json(json: &str) -> Result<Self, EnvelopeError> {
         json::read(json)
     }
 
@@ -325,43 +331,27 @@ impl Envelope {
 
 /// Why an envelope or a payload can't be used.
 #[derive(Debug, Error)]
-pub enum EnvelopeError {
-    /// Longer than [`Envelope::MAX_JSON`].
+pub(crate) enum EnvelopeError {
     #[error(
         "the envelope has {found} bytes, more than the {} allowed",
         Envelope::MAX_JSON
     )]
-    TooLong {
-        /// Its length in bytes.
-        found: usize,
-    },
-    /// Not the JSON of an envelope.
+    TooLong { found: usize },
     #[error("the envelope is damaged")]
     Json(#[source] serde_json::Error),
-    /// Written by a later virtseal.
     #[error(
         "the envelope has format {found}, this virtseal reads up to {}: upgrade virtseal",
         Envelope::FORMAT
     )]
-    Version {
-        /// The format found.
-        found: u8,
-    },
-    /// No recipient, or too many.
+    Version { found: u8 },
     #[error(
         "the envelope has {found} stanzas, 1 to {} are allowed",
         Envelope::MAX_STANZAS
     )]
-    StanzaCount {
-        /// How many.
-        found: usize,
-    },
+    StanzaCount { found: usize },
     /// Higher than can be stored, see [`Generation::stored`].
     #[error("the envelope claims generation {found}, which no virtseal made")]
-    Generation {
-        /// What it claims.
-        found: Generation,
-    },
+    Generation { found: Generation },
     /// Too many, not in order, or its own.
     #[error(
         "the envelope's list of VMs to share with is damaged: up to {} others, in order, are allowed",
@@ -370,38 +360,25 @@ pub enum EnvelopeError {
     SharedWith,
     /// The fields of one format under the number of another.
     #[error("the envelope is damaged: its fields are not those of format {version}")]
-    Fields {
-        /// The format that it claims.
-        version: u8,
-    },
+    Fields { version: u8 },
     /// There is no way to tell who made it.
     #[error("the envelope has format 1, which anyone who writes XML or images can have made")]
     Format1,
     /// The MAC is not one by its DEK.
     #[error("the envelope was changed by somebody who does not have its key (generation {generation})")]
-    Mac {
-        /// What it claims.
-        generation: Generation,
-    },
-    /// OpenSSL can't compute a MAC.
+    Mac { generation: Generation },
     #[error("HMAC-SHA256 failed")]
     Hmac(#[source] openssl::error::ErrorStack),
     /// A provider returned something that is not a payload.
     #[error("the unwrapped payload has {found} bytes instead of {}", Payload::LEN)]
-    PayloadLength {
-        /// How many bytes.
-        found: usize,
-    },
-    /// The payload belongs to another envelope.
+    PayloadLength { found: usize },
     #[error(
         "the wrapped key was not made for envelope {} ({} of VM {}): it was swapped or tampered with",
         .0.envelope, .0.kind, .0.vm
     )]
     BindingMismatch(Binding),
-    /// OpenSSL can't hash.
     #[error("SHA-256 failed")]
     Digest(#[source] openssl::error::ErrorStack),
-    /// No secret memory.
     #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
     Memory(#[source] io::Error),
 }

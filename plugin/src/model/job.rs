@@ -7,13 +7,13 @@ use super::envelope::VmId;
 
 /// Names a job on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct JobId(pub i64);
+pub(crate) struct JobId(pub i64);
 
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
-pub enum JobKind {
+pub(crate) enum JobKind {
     /// A provider's stanzas are replaced by ones of a newer KEK.
     Rotate,
     /// All stanzas are replaced.
@@ -26,13 +26,28 @@ pub enum JobKind {
     RemoveRecipient,
     /// An image is made out of another one.
     CreateVolume,
+    /// The plain overlays of a VM are merged into its sealed images.
+    CommitSnapshot,
+    /// They are dropped.
+    DeleteSnapshot,
+}
+
+/// What becomes of the plain overlays of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
+pub(crate) enum SnapshotAct {
+    /// What they have goes down into the sealed images.
+    Commit,
+    /// What they have goes.
+    Delete,
 }
 
 /// How far a job has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
-pub enum JobState {
+pub(crate) enum JobState {
     /// At work, or waiting until it can be.
     Running,
     /// Through, nothing left behind.
@@ -47,8 +62,7 @@ pub enum JobState {
 
 impl JobState {
     /// The word for it in messages.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Running => "running",
             Self::Done => "done",
@@ -63,7 +77,7 @@ impl JobState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
-pub enum Unit {
+pub(crate) enum Unit {
     /// Envelopes that it has looked at.
     Envelopes,
     /// Bytes of a guest's disk.
@@ -72,18 +86,10 @@ pub enum Unit {
 
 /// What a job is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Subject {
-    /// All envelopes of this host.
+pub(crate) enum Subject {
     AllEnvelopes,
-    /// The envelopes of one VM.
     EnvelopesOf(VmId),
-    /// One image.
-    Image {
-        /// The VM that it is for.
-        vm: VmId,
-        /// Where it is, or will be.
-        path: String,
-    },
+    Image { vm: VmId, path: String },
 }
 
 impl Subject {
@@ -91,8 +97,7 @@ impl Subject {
     ///
     /// Two sweeps over one envelope would: of two that each take a recipient out, each may count on the other one's. A sweep and the
     /// making of an image do not: each changes the envelope in a transaction of its own, and the image follows.
-    #[must_use]
-    pub fn excludes(&self, other: &Self) -> bool {
+    pub(crate) fn excludes(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Image { path: one, .. }, Self::Image { path: other, .. }) => one == other,
             (Self::Image { .. }, _) | (_, Self::Image { .. }) => false,
@@ -103,8 +108,7 @@ impl Subject {
 
     /// Whether the keys of `vm` are in a job's hands: they can't be destroyed, nor given away, before it ends. A sweep over all may
     /// make a KEK for any VM at any moment, which a destruction that counts them would not see.
-    #[must_use]
-    pub fn concerns(&self, vm: VmId) -> bool {
+    pub(crate) fn concerns(&self, vm: VmId) -> bool {
         match self {
             Self::AllEnvelopes => true,
             Self::EnvelopesOf(of) | Self::Image { vm: of, .. } => *of == vm,
@@ -112,8 +116,7 @@ impl Subject {
     }
 
     /// The only VM that it is about, if there is one.
-    #[must_use]
-    pub fn vm(&self) -> Option<VmId> {
+    pub(crate) fn vm(&self) -> Option<VmId> {
         match self {
             Self::AllEnvelopes => None,
             Self::EnvelopesOf(vm) | Self::Image { vm, .. } => Some(*vm),
@@ -121,8 +124,7 @@ impl Subject {
     }
 
     /// The image that it is about, if it is about one.
-    #[must_use]
-    pub fn path(&self) -> Option<&str> {
+    pub(crate) fn path(&self) -> Option<&str> {
         match self {
             Self::Image { path, .. } => Some(path),
             Self::AllEnvelopes | Self::EnvelopesOf(_) => None,
@@ -130,8 +132,7 @@ impl Subject {
     }
 
     /// What its progress is counted in.
-    #[must_use]
-    pub fn unit(&self) -> Unit {
+    pub(crate) fn unit(&self) -> Unit {
         match self {
             Self::Image { .. } => Unit::Bytes,
             Self::AllEnvelopes | Self::EnvelopesOf(_) => Unit::Envelopes,

@@ -7,9 +7,7 @@ use crate::model::envelope::VmId;
 /// Whom a KEK serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum KekScope {
-    /// One VM.
+pub(crate) enum KekScope {
     Vm(VmId),
-    /// All VMs of the provider.
     Provider,
 }

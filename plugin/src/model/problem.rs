@@ -4,14 +4,15 @@
 //! into its one line.
 
 use std::error::Error;
-use std::fmt;
+use std::{fmt, io};
 
 use super::advice::Advice;
+use super::subject::Subject;
 
 /// Why a command ends, as the exit code of `virtseal`. Stable: scripts rely on the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Code {
+pub(crate) enum Code {
     /// None of the others.
     Failed = 1,
     /// The command line or the configuration is wrong.
@@ -30,12 +31,13 @@ pub enum Code {
     WouldLoseKey = 8,
     /// The VM or the image is in use.
     Busy = 9,
+    /// What is to be made is there already.
+    Exists = 10,
 }
 
 impl Code {
     /// The code with this number, or `Failed`.
-    #[must_use]
-    pub fn from_number(number: i64) -> Self {
+    pub(crate) fn from_number(number: i64) -> Self {
         match number {
             2 => Self::Usage,
             3 => Self::Locked,
@@ -45,6 +47,7 @@ impl Code {
             7 => Self::NotFound,
             8 => Self::WouldLoseKey,
             9 => Self::Busy,
+            10 => Self::Exists,
             _ => Self::Failed,
         }
     }
@@ -52,49 +55,91 @@ impl Code {
 
 /// A problem in the user's words. Never holds a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// The exit code.
+#[must_use]
+pub(crate) struct Problem {
     pub code: Code,
     /// What happened, and to which object; without a full stop.
     pub message: String,
-    /// What leads out.
+    /// The nearest thing that it is about, where there is one.
+    pub subject: Option<Box<Subject>>,
     pub advice: Option<Advice>,
 }
 
 impl Problem {
-    /// A problem without advice.
-    pub fn new(code: Code, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
             code,
             message: message.into(),
+            subject: None,
             advice: None,
         }
     }
 
+    pub(crate) fn failed(message: impl Into<String>) -> Self {
+        Self::new(Code::Failed, message)
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::new(Code::Usage, message)
+    }
+
+    pub(crate) fn unreachable(message: impl Into<String>) -> Self {
+        Self::new(Code::Unreachable, message)
+    }
+
+    pub(crate) fn denied(message: impl Into<String>) -> Self {
+        Self::new(Code::Denied, message)
+    }
+
+    pub(crate) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(Code::NotFound, message)
+    }
+
+    pub(crate) fn would_lose_key(message: impl Into<String>) -> Self {
+        Self::new(Code::WouldLoseKey, message)
+    }
+
+    pub(crate) fn busy(message: impl Into<String>) -> Self {
+        Self::new(Code::Busy, message)
+    }
+
+    /// The system did not let `what` be done.
+    pub(crate) fn from_io(what: impl fmt::Display, error: &io::Error) -> Self {
+        let code = match error.kind() {
+            io::ErrorKind::AlreadyExists => Code::Exists,
+            io::ErrorKind::NotFound => Code::NotFound,
+            io::ErrorKind::PermissionDenied => Code::Denied,
+            _ => Code::Failed,
+        };
+        Self::from_error(code, what, error)
+    }
+
     /// `what` failed because of `error` and all its sources.
-    pub fn from_error(code: Code, what: impl fmt::Display, error: &dyn Error) -> Self {
+    pub(crate) fn from_error(code: Code, what: impl fmt::Display, error: &dyn Error) -> Self {
         Self::new(code, format!("{what}: {}", chain(error)))
     }
 
-    /// Adds what leads out.
-    #[must_use]
-    pub fn next(mut self, advice: impl Into<Advice>) -> Self {
+    pub(crate) fn next(mut self, advice: impl Into<Advice>) -> Self {
         self.advice = Some(advice.into());
         self
     }
 
     /// Adds what leads out, where anything does.
-    #[must_use]
-    pub fn advised(self, advice: Option<Advice>) -> Self {
+    pub(crate) fn advised(self, advice: Option<Advice>) -> Self {
         match advice {
             Some(advice) => self.next(advice),
             None => self,
         }
     }
 
-    /// Says to which object it happened.
-    #[must_use]
-    pub fn of(mut self, object: impl fmt::Display) -> Self {
+    /// Says what it is about, unless something nearer has been named.
+    pub(crate) fn about(mut self, subject: Subject) -> Self {
+        self.subject.get_or_insert_with(|| Box::new(subject));
+        self
+    }
+
+    /// Says to which object it happened, in the message.
+    pub(crate) fn of(mut self, object: impl fmt::Display) -> Self {
         self.message = format!("{object}: {}", self.message);
         self
     }
@@ -113,8 +158,7 @@ impl fmt::Display for Problem {
 impl Error for Problem {}
 
 /// An error with all its sources, in one line.
-#[must_use]
-pub fn chain(error: &dyn Error) -> String {
+pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -131,10 +175,21 @@ mod tests {
 
     #[test]
     fn codes_survive_the_wire() {
-        for number in 1..=9 {
+        for number in 1..=10 {
             assert_eq!(Code::from_number(number) as i64, number);
         }
         assert_eq!(Code::from_number(77), Code::Failed);
+    }
+
+    #[test]
+    fn the_nearest_subject_stays() {
+        let failure = Problem::new(Code::Locked, "locked")
+            .about(Subject::Provider("main".into()))
+            .about(Subject::Vm("web01".into()));
+        assert_eq!(
+            failure.subject.as_deref(),
+            Some(&Subject::Provider("main".into()))
+        );
     }
 
     #[test]

@@ -9,11 +9,9 @@ use crate::model::problem::{Code, Problem};
 
 /// Of any kind of object.
 #[derive(Debug, Error)]
-pub enum ObjectError {
-    /// Of a disk or a variable store.
+pub(crate) enum ObjectError {
     #[error(transparent)]
     Image(#[from] VolumeError),
-    /// Of a vTPM.
     #[error(transparent)]
     State(#[from] StateError),
 }

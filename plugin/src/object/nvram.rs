@@ -3,8 +3,10 @@
 //! The file is a LUKS1 header and the template's bytes encrypted behind it, without qcow2: the form that every
 //! libvirt with `engine='qemu'` reads, whatever the domain says of its format.
 
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::disk::convert::Source;
 use super::disk::error::{Attempt, VolumeError};
@@ -12,7 +14,7 @@ use super::disk::luks::sector::SECTOR;
 use super::disk::luks::{self, Fresh};
 use super::disk::open::Image;
 use super::disk::staging::{Staged, Step};
-use super::disk::{FileId, ImageLock, Prepared};
+use super::disk::{Bytes, FileId, ImageLock, Prepared};
 use crate::host::permitted::PermittedPath;
 use crate::secret::Passphrase;
 
@@ -25,20 +27,17 @@ const LARGEST: u64 = 64 << 20;
 /// # Errors
 /// [`VolumeError::Exists`] if there is one already, and [`VolumeError::SameFile`] when the store is its own template; nothing was
 /// created or replaced.
-pub fn prepare(
+pub(crate) fn create(
     template: &PermittedPath,
     target: &PermittedPath,
     replaced: Option<ImageLock>,
     passphrase: &Passphrase,
 ) -> Result<Prepared, VolumeError> {
-    prepare_watched(template, target, replaced, passphrase, |_| {})
+    create_watched(template, target, replaced, passphrase, |_| {})
 }
 
-/// [`prepare`], telling `watch` of every step: for tests that stop there.
-///
-/// # Errors
-/// Those of [`prepare`].
-pub fn prepare_watched(
+/// [`create`], telling `watch` of every step: for tests that stop there.
+pub(crate) fn create_watched(
     template: &PermittedPath,
     target: &PermittedPath,
     replaced: Option<ImageLock>,
@@ -67,11 +66,59 @@ pub fn prepare_watched(
     Ok(Prepared::new(staged, replaced))
 }
 
+/// Behind the name of a store comes this and a number where it was made anew.
+pub(crate) const KEPT: &str = ".before-reset-";
+
+/// Keeps a copy of the store beside it, under the first name that is free; where one of these has the same content, that is it: an
+/// earlier try has died after this.
+pub(crate) fn keep(held: &ImageLock) -> Result<PathBuf, VolumeError> {
+    let content = content_of(held.file(), held.path())?;
+    let mut places = kept_names(held.place());
+    let place = loop {
+        let place = places.next().expect("numbers do not end");
+        match place.open(OpenOptions::new().read(true)) {
+            Ok(file) if content_of(&file, place.shown())? == content => return Ok(place.shown().to_owned()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break place,
+            Ok(_) | Err(_) => {}
+        }
+    };
+    let staged = Staged::beside(&place)?;
+    staged
+        .file()
+        .write_all_at(&content, 0)
+        .attempt("write", place.shown())?;
+    staged.take_after(held)?;
+    staged.sync()?;
+    staged.publish(None)?.sync()?;
+    Ok(place.shown().to_owned())
+}
+
+/// The copies that [`keep`] has made of the store at `place`, up to the first number that is free.
+pub(crate) fn kept_of(place: &PermittedPath) -> impl Iterator<Item = PermittedPath> + use<> {
+    kept_names(place).take_while(PermittedPath::exists)
+}
+
+fn kept_names(place: &PermittedPath) -> impl Iterator<Item = PermittedPath> + use<> {
+    let place = place.clone();
+    (1_u32..).map(move |number| place.with_suffix(&format!("{KEPT}{number}")))
+}
+
+fn content_of(file: &File, shown: &Path) -> Result<Vec<u8>, VolumeError> {
+    let len = file.metadata().attempt("look at", shown)?.len();
+    if len > LARGEST {
+        let what = format!("it has {}, more than any UEFI variable store", Bytes(len));
+        return Err(VolumeError::unsupported(shown, what, "put it elsewhere"));
+    }
+    let mut content = vec![0; len as usize];
+    file.read_exact_at(&mut content, 0).attempt("read", shown)?;
+    Ok(content)
+}
+
 /// A plain variable store with the content of `source` for the place of `replaced`, up to the moment before that goes.
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was replaced.
-pub fn prepare_plain(replaced: ImageLock, source: &PermittedPath) -> Result<Prepared, VolumeError> {
+pub(crate) fn prepare_plain(replaced: ImageLock, source: &PermittedPath) -> Result<Prepared, VolumeError> {
     let shown = source.shown();
     let source = Source::open(source, None)?;
     refuse_same(Some(&replaced), source.file_id(), shown)?;
@@ -92,7 +139,7 @@ fn refuse_same(replaced: Option<&ImageLock>, source: FileId, shown: &Path) -> Re
 ///
 /// # Errors
 /// When it can't be read, or has a size or a form that no store has.
-pub fn read_variables(place: &PermittedPath) -> Result<Vec<u8>, VolumeError> {
+pub(crate) fn read_variables(place: &PermittedPath) -> Result<Vec<u8>, VolumeError> {
     variables_in(&Source::open(place, None)?)
 }
 
@@ -101,7 +148,10 @@ fn variables_in(source: &Source) -> Result<Vec<u8>, VolumeError> {
     if variables.is_empty() || !variables.len().is_multiple_of(SECTOR) {
         return Err(VolumeError::unsupported(
             source.path(),
-            format!("it has {} bytes, which are no whole sectors", variables.len()),
+            format!(
+                "it has {} bytes, which is not a whole number of sectors",
+                variables.len()
+            ),
             "give the template that belongs to the firmware, such as OVMF_VARS_4M.fd",
         ));
     }

@@ -9,11 +9,11 @@ use crate::secret::Passphrase;
 
 /// Holds digests of LUKS headers, no keys. A header that changes in any byte is opened anew.
 #[derive(Debug, Default)]
-pub struct OpenedHeaders(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
+pub(crate) struct OpenedHeaders(Mutex<HashMap<EnvelopeId, (Generation, [u8; 32])>>);
 
 impl OpenedHeaders {
     /// Opens an object with its passphrase, unless this very header was opened before.
-    pub fn open(
+    pub(crate) fn open(
         &self,
         object: &Located,
         envelope: &Envelope,

@@ -10,7 +10,7 @@ use swtpm_state::{KeyError, OpenError, ReadError, State, StateKey, libvirt_state
 use thiserror::Error;
 
 use super::disk::ImageCopy;
-use super::{Opening, Present};
+use super::{Opening, Present, Shredding};
 use crate::domain::{Domain, Tpm};
 use crate::model::advice::Advice;
 use crate::model::envelope::VmId;
@@ -20,12 +20,11 @@ use crate::terminal::word;
 
 /// Where libvirt lets swtpm keep the state of one VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StateDir(PathBuf);
+pub(crate) struct StateDir(PathBuf);
 
 impl StateDir {
     /// Libvirt's own place for it.
-    #[must_use]
-    pub fn of(vm: VmId, swtpm_dir: &Path) -> Self {
+    pub(crate) fn of(vm: VmId, swtpm_dir: &Path) -> Self {
         Self(libvirt_state_dir(swtpm_dir, &vm))
     }
 
@@ -33,7 +32,7 @@ impl StateDir {
     ///
     /// # Errors
     /// Where it says so.
-    pub fn of_domain(domain: &Domain, swtpm_dir: &Path) -> Result<Self, Elsewhere> {
+    pub(crate) fn of_domain(domain: &Domain, swtpm_dir: &Path) -> Result<Self, Elsewhere> {
         let usual = Self::of(domain.uuid, swtpm_dir);
         match domain.tpm_place() {
             None => Ok(usual),
@@ -45,17 +44,12 @@ impl StateDir {
         }
     }
 
-    /// The directory.
-    #[must_use]
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
     /// Looks at the state without a key.
-    ///
-    /// # Errors
-    /// When it is there and can't be read.
-    pub fn inspect(&self) -> Result<Present, StateError> {
+    pub(crate) fn inspect(&self) -> Result<Present, StateError> {
         Ok(match self.read()? {
             State::Absent => Present::Absent,
             State::Plain(_) => Present::Plain,
@@ -64,10 +58,7 @@ impl StateDir {
     }
 
     /// Authenticates the state with the key that swtpm derives from `passphrase`.
-    ///
-    /// # Errors
-    /// When it is not encrypted, or not with this key, or can't be read.
-    pub fn open(&self, passphrase: &Passphrase) -> Result<Opening, StateError> {
+    pub(crate) fn open(&self, passphrase: &Passphrase) -> Result<Opening, StateError> {
         match self.read()? {
             State::Absent => Ok(Opening::NotMade),
             State::Plain(_) => Err(StateError::Plain(self.clone())),
@@ -82,6 +73,16 @@ impl StateDir {
         }
     }
 
+    /// Writes nothing: the key is outside of the state.
+    pub(crate) fn shred(&self) -> Shredding {
+        match self.inspect() {
+            Ok(Present::Absent) => Shredding::Absent,
+            Ok(Present::Plain) => Shredding::Plain,
+            Ok(Present::Encrypted(_)) => Shredding::HasNoKey,
+            Err(error) => Shredding::Unreadable(chain(&error)),
+        }
+    }
+
     fn read(&self) -> Result<State, StateError> {
         State::read(&self.0).map_err(|source| StateError::Unreadable {
             dir: self.clone(),
@@ -92,32 +93,25 @@ impl StateDir {
 
 /// Why the state can't be read or opened.
 #[derive(Debug, Error)]
-pub enum StateError {
-    /// There was one, and there is none.
+pub(crate) enum StateError {
     #[error("its state is gone from {}, and swtpm would silently make a new TPM", .0.0.display())]
     Gone(StateDir),
     /// It is there, and is no state of swtpm's or can't be reached.
     #[error("its state in {}", dir.0.display())]
     Unreadable {
-        /// Where.
         dir: StateDir,
-        /// Why.
         #[source]
         source: ReadError,
     },
-    /// It is not encrypted.
     #[error("its state in {} is not encrypted", .0.0.display())]
     Plain(StateDir),
     /// It is encrypted with another key, or was changed.
     #[error("its state in {}", dir.0.display())]
     Closed {
-        /// Where.
         dir: StateDir,
-        /// Why.
         #[source]
         source: OpenError,
     },
-    /// OpenSSL failed.
     #[error("its key")]
     Key(#[from] KeyError),
 }
@@ -144,7 +138,7 @@ impl From<StateError> for Problem {
 /// The state is in a place of its own, which virtseal does not look at.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("its vTPM {}: {}", Tpm::STATE_ELSEWHERE, place.display())]
-pub struct Elsewhere {
+pub(crate) struct Elsewhere {
     vm: String,
     place: PathBuf,
     usual: StateDir,

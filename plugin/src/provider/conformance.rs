@@ -4,7 +4,7 @@
 //! sense for a kind is named with the reason.
 
 mod cases;
-mod fixtures;
+pub(super) mod fixtures;
 
 use std::time::Duration;
 
@@ -198,28 +198,28 @@ conformance! { kmip_server, fixtures::KmipServer;
     not applicable:
         expired_and_revoked_certificate = OF_KMIP,
 }
-conformance! { softhsm, pkcs11::stand::SoftHsm;
+conformance! { softhsm, fixtures::SoftHsm;
     restarted_server = || pkcs11::tests::token_taken_out_and_put_back("ALL"),
     slow_server = || pkcs11::tests::hanging_module("ALL");
     not applicable:
         killed_connection = IN_PROCESS,
         expired_and_revoked_certificate = NO_CERTIFICATE,
 }
-conformance! { softhsm_key_wrap, pkcs11::stand::SoftHsmKeyWrap;
+conformance! { softhsm_key_wrap, fixtures::SoftHsmKeyWrap;
     restarted_server = || pkcs11::tests::token_taken_out_and_put_back(pkcs11::stand::WITHOUT_GCM),
     slow_server = || pkcs11::tests::hanging_module(pkcs11::stand::WITHOUT_GCM);
     not applicable:
         killed_connection = IN_PROCESS,
         expired_and_revoked_certificate = NO_CERTIFICATE,
 }
-conformance! { softhsm_cbc, pkcs11::stand::SoftHsmCbc;
+conformance! { softhsm_cbc, fixtures::SoftHsmCbc;
     restarted_server = || pkcs11::tests::token_taken_out_and_put_back(pkcs11::stand::CBC_ONLY),
     slow_server = || pkcs11::tests::hanging_module(pkcs11::stand::CBC_ONLY);
     not applicable:
         killed_connection = IN_PROCESS,
         expired_and_revoked_certificate = NO_CERTIFICATE,
 }
-conformance! { nss, pkcs11::stand::Nss; ;
+conformance! { nss, fixtures::Nss; ;
     not applicable:
         restarted_server = NSS_IS_A_FILE,
         killed_connection = IN_PROCESS,

@@ -1,7 +1,12 @@
 //! A kind of provider that tests add by one row: KEKs that never leave a server which is only a constant.
 
 use super::toolbox::gcm::{self, MECHANISM};
-use super::{Addition, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderStatus};
+use super::toolbox::locks::{Locks, LocksNoted};
+use super::{
+    Addition, ChangeError, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderStatus,
+    SettingsChange,
+};
+use crate::api::CredentialKind;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::Problem;
 use crate::secret::SecretBytes;
@@ -87,7 +92,19 @@ impl KeyProvider for DummyProvider {
 
     fn lock(&self) {}
 
-    fn unlock(&self, _: &SecretBytes) -> Result<(), ProviderError> {
+    fn change(&self, change: &SettingsChange<'_>) -> Result<(), ChangeError> {
+        Ok((change.record)()?)
+    }
+
+    fn asks_for(&self) -> Option<CredentialKind> {
+        None
+    }
+
+    fn locks(&self) -> LocksNoted {
+        Locks::default().noted()
+    }
+
+    fn unlock_since(&self, _: LocksNoted, _: &SecretBytes) -> Result<(), ProviderError> {
         Ok(())
     }
 }

@@ -13,14 +13,11 @@ use std::fmt;
 
 use thiserror::Error;
 
-use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeError, KekId};
-use crate::model::problem::Code;
 
 /// Why a provider did not do as asked. The caller adds the provider's and the object's name.
 #[derive(Debug, Error)]
-pub enum ProviderError {
-    /// It must be unlocked first.
+pub(crate) enum ProviderError {
     #[error("is locked")]
     Locked,
     /// It must be unlocked first, and what would have done that by itself did not.
@@ -32,46 +29,37 @@ pub enum ProviderError {
     /// No passphrase opens what it shows itself to its server with.
     #[error("has a damaged identity on disk: {0}")]
     IdentityDamaged(String),
-    /// It must be backed up first.
     #[error("has not been backed up")]
     NotBackedUp,
-    /// The passphrase, PIN or token is wrong.
     #[error("does not accept this passphrase, PIN or token")]
     WrongCredential,
-    /// A token refuses the PIN.
     #[error("{0}")]
     WrongPin(PinRefusal),
-    /// It has no such KEK.
     #[error("does not know KEK {0}")]
     UnknownKek(KekId),
     /// The stanza is not what this provider wrapped.
     #[error("can't open the wrapped key: it is damaged, tampered with, or from another provider")]
     Tampered,
-    /// The stanza's mechanism is unknown here.
     #[error("does not know the mechanism {0:?}: upgrade virtseal")]
     UnknownMechanism(String),
-    /// It does not answer.
     #[error("unreachable ({0})")]
     Unreachable(String),
-    /// Trust is not established both ways.
     #[error("is not trusted: {0}")]
     NotTrusted(String),
     /// The same of one that trusts whom the CAs of a file, or of this host, have signed.
     #[error("is not trusted: {0}")]
     NotSignedByOurs(String),
-    /// Its server must be unsealed first.
     #[error("is locked: its server is sealed")]
     ServerSealed,
     /// Its server ended what it was unlocked with, or does not let that do enough.
     #[error("is not trusted by its server: {0}")]
     CredentialRefused(String),
     /// It answers, and says that something is wrong with it rather than with what it was asked.
-    #[error("is in trouble: {0}")]
+    #[error("reports a problem: {0}")]
     Trouble(String),
     /// Its answer is not one to the question: about another key, or without what was asked for.
     #[error("does not answer what it is asked: {0}")]
     BesideTheQuestion(String),
-    /// It does not trust this host.
     #[error("does not trust this host: {0}")]
     RefusesUs(String),
     /// It let this host in no further than the handshake, or some of its nodes did: what may be a refusal.
@@ -85,27 +73,19 @@ pub enum ProviderError {
     CertificateWanted(String),
     /// It has the KEK, and the KEK may not be used for this.
     #[error("can't use KEK {kek}: {why}")]
-    KekUnusable {
-        /// The KEK.
-        kek: KekId,
-        /// Why.
-        why: String,
-    },
+    KekUnusable { kek: KekId, why: String },
     /// It understands what it is asked, and does not do it.
-    #[error("does not do it: {0}")]
+    #[error("refused the operation: {0}")]
     Refused(String),
     /// This host has a record of it that can't be used.
     #[error("can't be used: {0}")]
     Unusable(String),
-    /// A payload of the wrong shape.
     #[error("returned a wrong payload")]
     Payload(#[source] EnvelopeError),
     /// A failure of this host: memory, disk, OpenSSL.
     #[error("failed: {context}")]
     Internal {
-        /// What was being done.
         context: &'static str,
-        /// Why it failed.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -113,7 +93,7 @@ pub enum ProviderError {
 
 impl ProviderError {
     /// Wraps a failure of this host, for `map_err`.
-    pub fn internal<E>(context: &'static str) -> impl FnOnce(E) -> Self
+    pub(crate) fn internal<E>(context: &'static str) -> impl FnOnce(E) -> Self
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
@@ -126,8 +106,7 @@ impl ProviderError {
 
 /// What a token says of a PIN that it does not accept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PinRefusal {
-    /// It is wrong.
+pub(crate) enum PinRefusal {
     Wrong,
     /// It is wrong, and so were others before.
     FewTries,
@@ -162,7 +141,7 @@ impl fmt::Display for PinRefusal {
 
 /// What a refusal is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ErrorClass {
+pub(crate) enum ErrorClass {
     /// One KEK, or one stanza: the others may be all right.
     Key,
     /// The trust between this host and the server, on either side: nothing opens until an admin mends it.
@@ -175,8 +154,7 @@ pub enum ErrorClass {
 
 impl ProviderError {
     /// What it is about.
-    #[must_use]
-    pub fn class(&self) -> ErrorClass {
+    pub(crate) fn class(&self) -> ErrorClass {
         match self {
             Self::UnknownKek(_)
             | Self::KekUnusable { .. }
@@ -210,7 +188,6 @@ impl ProviderError {
     ///
     /// A node may lag behind the others: "unknown" counts only if all of them say so, and so does "not you", which empties
     /// a cache. While one is in trouble, none of them has said anything about the key.
-    #[must_use]
     pub(super) fn of_all(answers: Vec<Self>) -> Option<Self> {
         let all_refuse_us = answers.iter().all(|error| matches!(error, Self::RefusesUs(_)));
         let counts = answers.into_iter().min_by_key(|error| match error {
@@ -233,39 +210,16 @@ impl ProviderError {
 }
 
 impl ProviderError {
-    /// The exit code for this refusal of the provider called `name`, and what helps.
-    #[must_use]
-    pub fn advice(&self, name: &str) -> (Code, Option<Advice>) {
-        let name = name.to_owned();
+    /// The same in other words, where these are of a server or of several.
+    pub(super) fn retold(self, words: impl FnOnce(String) -> String) -> Self {
         match self {
-            Self::LockedByPin => (Code::Locked, Some(Advice::UnlockByPin(name))),
-            Self::Locked | Self::LockedBecause(_) => (Code::Locked, Some(Advice::UnlockProvider(name))),
-            Self::WrongPin(PinRefusal::UnlockedByAnother) => (Code::Failed, Some(Advice::LockProvider(name))),
-            Self::WrongPin(PinRefusal::Blocked | PinRefusal::NoneIsSet) => {
-                (Code::Locked, Some(Advice::NewPin(name)))
-            }
-            Self::WrongPin(PinRefusal::NotTheLastTry) => (Code::Locked, Some(Advice::LogInElsewhere(name))),
-            Self::WrongCredential | Self::WrongPin(_) => (Code::Locked, Some(Advice::UnlockProvider(name))),
-            Self::NotBackedUp => (Code::WouldLoseKey, Some(Advice::BackUpProvider(name))),
-            Self::Unreachable(_) | Self::Trouble(_) => (Code::Unreachable, Some(Advice::ShowProvider(name))),
-            Self::NotTrusted(_) => (Code::NotTrusted, Some(Advice::TrustProvider(name))),
-            Self::NotSignedByOurs(_) => (Code::NotTrusted, Some(Advice::TrustSigner(name))),
-            Self::CertificateRefused(_) => (Code::NotTrusted, Some(Advice::OtherCertificate(name))),
-            Self::CertificateWanted(_) => (Code::NotTrusted, Some(Advice::LogInByCertificate(name))),
-            Self::CredentialRefused(_) => (Code::NotTrusted, Some(Advice::UnlockProvider(name))),
-            Self::ServerSealed => (Code::Locked, Some(Advice::UnsealServer)),
-            Self::RefusesUs(_) | Self::TurnedAway(_) | Self::IdentityDamaged(_) => {
-                (Code::NotTrusted, Some(Advice::SetIdentity(name)))
-            }
-            Self::Unusable(_) | Self::Refused(_) | Self::BesideTheQuestion(_) => {
-                (Code::Failed, Some(Advice::ShowProvider(name)))
-            }
-            Self::UnknownMechanism(_) => (Code::Failed, Some(Advice::Upgrade)),
-            Self::UnknownKek(_) => (Code::Failed, Some(Advice::RestoreKek(name))),
-            Self::KekUnusable { .. } => (Code::Failed, Some(Advice::ShowProvider(name))),
-            Self::Internal { .. } => (Code::Failed, Some(Advice::Journal)),
-            // About an envelope: what helps is told where that is known.
-            Self::Tampered | Self::Payload(_) => (Code::Failed, None),
+            Self::Unreachable(why) => Self::Unreachable(words(why)),
+            Self::NotTrusted(why) => Self::NotTrusted(words(why)),
+            Self::RefusesUs(why) => Self::RefusesUs(words(why)),
+            Self::TurnedAway(why) => Self::TurnedAway(words(why)),
+            Self::Trouble(why) => Self::Trouble(words(why)),
+            Self::BesideTheQuestion(why) => Self::BesideTheQuestion(words(why)),
+            other => other,
         }
     }
 }

@@ -8,15 +8,20 @@ use super::cache::NothingToCache;
 use super::kmip::KmipProvider;
 use super::native::{NativeError, NativeProvider};
 use super::pkcs11::Pkcs11Provider;
+use super::setting::Settings;
+use super::toolbox::locks::{Locks, LocksNoted};
 use super::transit::TransitProvider;
-use super::{Addition, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderStatus};
+use super::{
+    Addition, ChangeError, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderStatus,
+    SettingsChange,
+};
+use crate::api::CredentialKind;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::{Problem, chain};
 use crate::secret::SecretBytes;
 use crate::store::{ProviderRecord, ProviderTable, StoreError};
 
-/// One kind of provider.
-pub struct Kind {
+pub(crate) struct Kind {
     /// In the keystore, and on the command line.
     pub name: &'static str,
     /// The recorded provider, locked; nothing is waited for.
@@ -25,6 +30,8 @@ pub struct Kind {
     pub(crate) add: fn(&Addition<'_>) -> Result<Arc<dyn KeyProvider>, Problem>,
     /// Whether `add` wants a passphrase or PIN.
     pub credential: Credential,
+    /// What can be read and changed of it.
+    pub settings: Settings,
     /// Where its keys are, and who backs them up.
     pub keys: KeysAt,
     /// By what it trusts its servers.
@@ -37,27 +44,24 @@ pub struct Kind {
 
 /// Whether a new provider needs something secret.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Credential {
+pub(crate) enum Credential {
     /// A passphrase or PIN.
     Wanted,
     /// It comes with an unlock, if at all.
     Later,
 }
 
-/// Where keys are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeysAt {
+pub(crate) enum KeysAt {
     /// Derived on this host whenever they are needed: there is nothing to destroy, and one backup covers all.
     Host,
-    /// At a server.
     Server,
-    /// In a token.
     Token,
 }
 
 /// By what servers are trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TrustBy {
+pub(crate) enum TrustBy {
     /// `provider trust` and `provider identity`.
     Command,
     /// A file that its settings name, and what it is unlocked with.
@@ -67,7 +71,7 @@ pub enum TrustBy {
 }
 
 /// All of them.
-pub static KINDS: &[Kind] = &[
+pub(crate) static KINDS: &[Kind] = &[
     Kind {
         name: NativeProvider::KIND,
         open: |table, record| match NativeProvider::open(table, record) {
@@ -76,6 +80,7 @@ pub static KINDS: &[Kind] = &[
         },
         add: |new| Ok(Arc::new(NativeProvider::add(new)?)),
         credential: Credential::Wanted,
+        settings: super::native::SETTINGS,
         keys: KeysAt::Host,
         trust: TrustBy::Nobody,
         nothing_to_cache: Some(NothingToCache::Native),
@@ -86,6 +91,7 @@ pub static KINDS: &[Kind] = &[
         open: |table, record| as_any(KmipProvider::open(table, record)),
         add: |new| Ok(Arc::new(KmipProvider::add(new)?)),
         credential: Credential::Later,
+        settings: super::kmip::SETTINGS,
         keys: KeysAt::Server,
         trust: TrustBy::Command,
         nothing_to_cache: None,
@@ -96,6 +102,7 @@ pub static KINDS: &[Kind] = &[
         open: |table, record| as_any(Pkcs11Provider::open(table, record)),
         add: |new| Ok(Arc::new(Pkcs11Provider::add(new)?)),
         credential: Credential::Wanted,
+        settings: super::pkcs11::SETTINGS,
         keys: KeysAt::Token,
         trust: TrustBy::Nobody,
         nothing_to_cache: Some(NothingToCache::Pkcs11),
@@ -106,6 +113,7 @@ pub static KINDS: &[Kind] = &[
         open: |table, record| as_any(TransitProvider::open(table, record)),
         add: |new| Ok(Arc::new(TransitProvider::add(new)?)),
         credential: Credential::Later,
+        settings: super::transit::SETTINGS,
         keys: KeysAt::Server,
         trust: TrustBy::Settings,
         nothing_to_cache: Some(NothingToCache::Transit),
@@ -117,6 +125,7 @@ pub static KINDS: &[Kind] = &[
         open: |_, record| Ok(Arc::new(super::dummy::DummyProvider::open(record))),
         add: |new| Ok(Arc::new(super::dummy::DummyProvider::add(new)?)),
         credential: Credential::Later,
+        settings: super::native::SETTINGS,
         keys: KeysAt::Server,
         trust: TrustBy::Nobody,
         nothing_to_cache: None,
@@ -142,10 +151,14 @@ fn as_any<T: KeyProvider, E: Error>(opened: Result<T, E>) -> Opened {
     }
 }
 
+impl std::fmt::Debug for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
 impl Kind {
-    /// The one that is called so.
-    #[must_use]
-    pub fn named(name: &str) -> Option<&'static Self> {
+    pub(crate) fn named(name: &str) -> Option<&'static Self> {
         KINDS.iter().find(|kind| kind.name == name)
     }
 
@@ -164,15 +177,14 @@ impl Kind {
 
 /// A provider of this host.
 #[derive(Clone)]
-pub struct Provider {
+pub(crate) struct Provider {
     row: Option<&'static Kind>,
     provider: Arc<dyn KeyProvider>,
 }
 
 impl Provider {
     /// One of a kind that there is.
-    #[must_use]
-    pub fn new(provider: Arc<dyn KeyProvider>) -> Self {
+    pub(crate) fn new(provider: Arc<dyn KeyProvider>) -> Self {
         Self {
             row: Kind::named(provider.kind()),
             provider,
@@ -202,44 +214,35 @@ impl Provider {
     }
 
     /// What every kind can do.
-    #[must_use]
-    pub fn provider(&self) -> &dyn KeyProvider {
+    pub(crate) fn provider(&self) -> &dyn KeyProvider {
         self.provider.as_ref()
     }
 
     /// The same, to keep.
-    #[must_use]
-    pub fn shared(&self) -> Arc<dyn KeyProvider> {
+    pub(crate) fn shared(&self) -> Arc<dyn KeyProvider> {
         Arc::clone(&self.provider)
     }
 
     /// As what it is; `None` if it is of another kind, or can't be used.
-    #[must_use]
-    pub fn of_kind<T: KeyProvider>(&self) -> Option<Arc<T>> {
+    pub(crate) fn of_kind<T: KeyProvider>(&self) -> Option<Arc<T>> {
         super::of_kind(self.shared())
     }
 
-    /// Its kind, as the keystore has it.
-    #[must_use]
-    pub fn kind(&self) -> &str {
+    pub(crate) fn kind(&self) -> &str {
         self.provider.kind()
     }
 
     /// What is so of its kind; none if it can't be used.
-    #[must_use]
-    pub fn row(&self) -> Option<&'static Kind> {
+    pub(crate) fn row(&self) -> Option<&'static Kind> {
         self.row
     }
 
     /// Whether there is anything to destroy of a KEK.
-    #[must_use]
-    pub fn keeps_keks(&self) -> bool {
+    pub(crate) fn keeps_keks(&self) -> bool {
         self.row.is_none_or(|row| row.keys != KeysAt::Host)
     }
 
-    /// See [`KeyProvider::cache`].
-    #[must_use]
-    pub fn cache(&self) -> Option<&super::cache::KekCache> {
+    pub(crate) fn cache(&self) -> Option<&super::cache::KekCache> {
         self.provider.cache()
     }
 }
@@ -273,6 +276,10 @@ impl KeyProvider for UnusableProvider {
         ProviderStatus::Degraded(self.reason.clone())
     }
 
+    fn refuses(&self) -> Option<ProviderError> {
+        Some(ProviderError::Unusable(self.reason.clone()))
+    }
+
     fn create_kek(&self, _: &KekScope) -> Result<KekId, ProviderError> {
         self.refusal()
     }
@@ -295,7 +302,38 @@ impl KeyProvider for UnusableProvider {
 
     fn lock(&self) {}
 
-    fn unlock(&self, _: &SecretBytes) -> Result<(), ProviderError> {
+    fn change(&self, _: &SettingsChange<'_>) -> Result<(), ChangeError> {
+        self.refusal().map_err(ChangeError::Refused)
+    }
+
+    /// Nobody types anything for what is refused whatever it is.
+    fn asks_for(&self) -> Option<CredentialKind> {
+        None
+    }
+
+    fn locks(&self) -> LocksNoted {
+        Locks::default().noted()
+    }
+
+    fn unlock_since(&self, _: LocksNoted, _: &SecretBytes) -> Result<(), ProviderError> {
         self.refusal()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{OrNewer, ProviderKind};
+
+    #[test]
+    fn every_kind_has_its_word_on_the_wire() {
+        let real = KINDS
+            .iter()
+            .filter(|kind| kind.name != super::super::dummy::DummyProvider::KIND);
+        let unknown: Vec<_> = real
+            .map(|kind| OrNewer::<ProviderKind>::named(kind.name))
+            .filter(|word| word.known().is_none())
+            .collect();
+        assert!(unknown.is_empty(), "{unknown:?}");
     }
 }

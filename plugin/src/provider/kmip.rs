@@ -1,7 +1,7 @@
 //! The KMIP provider: KEKs at a key management server, by the OASIS Key Management Interoperability Protocol.
 //!
 //! ```text
-//!   KeyProvider ── keys.rs: which calls, what their answers mean
+//!   KeyProvider ── keys: creation, wrapping, destruction: which calls, what their answers mean
 //!        │
 //!    cluster ── health: which server, in which order, when to ask the next
 //!        │
@@ -18,7 +18,10 @@
 mod answer;
 mod caching;
 mod call;
+mod change;
 mod cluster;
+mod creation;
+mod destruction;
 mod endpoint;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -28,147 +31,87 @@ mod identity;
 mod keys;
 mod message;
 mod node;
+mod settings;
 mod store;
 mod tag;
 mod tls;
 mod trust;
 mod ttlv;
 mod version;
+mod wrapping;
 
 #[cfg(test)]
 pub(super) mod fixture;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use self::cluster::{Cluster, ClusterStatus};
+use self::cluster::Cluster;
 use self::identity::Identity;
 use self::keys::Keys;
 use self::node::Access;
 use self::store::Store;
-use super::cache::{CachePolicy, KekCache, NothingToCache, PersistError};
+use super::cache::{KekCache, persist};
+use super::toolbox::current::Current;
+use super::toolbox::files::Files;
 use super::toolbox::kek_name::KekBook;
-use super::toolbox::locks::Locks;
-use super::toolbox::printable;
+use super::toolbox::locks::{Locks, LocksNoted};
 use super::toolbox::tls::Tls;
+use super::toolbox::{lock, printable};
 use super::{
-    Addition, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus,
-    ScopeSetting,
+    Addition, ChangeError, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName,
+    ProviderStatus, SettingsChange,
 };
+use crate::api::CredentialKind;
 use crate::crypto::age_file::AgeError;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::secret::SecretBytes;
 use crate::store::{ProviderRecord, ProviderTable, StoreError};
 
-pub use super::toolbox::certificate::{CertificateFacts, Fingerprint, NotAFingerprint};
-pub use caching::Persist;
-pub use endpoint::{Endpoint, NotAnEndpoint};
+pub(crate) use super::toolbox::certificate::{CertificateFacts, Fingerprint};
+pub(crate) use endpoint::Endpoint;
 pub(crate) use identity::MAX_PEM;
-pub use identity::{IdentityError, KeyKind, NewIdentity};
-pub use store::{FilesError, ServerTrust};
-pub use trust::{Presented, TrustError};
-pub use version::{KmipVersion, NotAVersion};
-
-/// Where a KEK does its work.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Fetched and used on this host.
-    #[default]
-    Local,
-    /// At the server, which encrypts and decrypts; the KEK never leaves it.
-    Server,
-}
-
-/// The settings of a KMIP provider, as the keystore has them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct KmipSettings {
-    /// The servers of one cluster, in the order in which they are asked; never empty.
-    pub endpoints: Vec<Endpoint>,
-    /// Where KEKs do their work.
-    #[serde(default)]
-    pub mode: Mode,
-    /// Whom one KEK serves.
-    #[serde(default)]
-    pub kek_scope: ScopeSetting,
-    /// Instead of the best version that both sides speak.
-    #[serde(default)]
-    pub kmip_version: Option<KmipVersion>,
-    /// The most time for one call, in milliseconds, with all its retries and failovers.
-    #[serde(default = "default_timeout")]
-    pub timeout_ms: u64,
-    /// How long KEKs are kept for when no server answers; without a word, as [`CachePolicy::default`] in mode local.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cache: Option<CachePolicy>,
-    /// The provider's id on another host, to be the same one here: both open what the other sealed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<ProviderId>,
-}
-
-/// A little less than the recipients's own deadline, whose message knows nothing of nodes.
-fn default_timeout() -> u64 {
-    4_500
-}
-
-impl KmipSettings {
-    const MAX_ENDPOINTS: usize = 16;
-
-    fn timeout(&self) -> Duration {
-        Duration::from_millis(self.timeout_ms)
-    }
-
-    /// # Errors
-    /// For no endpoint, too many, or a timeout that makes no sense.
-    fn validated(self) -> Result<Self, KmipProviderError> {
-        if !(1..=Self::MAX_ENDPOINTS).contains(&self.endpoints.len()) {
-            return Err(KmipProviderError::Endpoints);
-        }
-        if !(100..=60_000).contains(&self.timeout_ms) {
-            return Err(KmipProviderError::Timeout);
-        }
-        self.check_cache(self.cache.unwrap_or(CachePolicy::None))?;
-        Ok(self)
-    }
-
-    fn check_cache(&self, policy: CachePolicy) -> Result<(), KmipProviderError> {
-        match (self.mode, policy) {
-            (Mode::Server, CachePolicy::For(_) | CachePolicy::UntilLock) => {
-                Err(NothingToCache::ModeServer.into())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn cache(&self) -> CachePolicy {
-        match self.mode {
-            Mode::Local => self.cache.unwrap_or_default(),
-            Mode::Server => CachePolicy::None,
-        }
-    }
-}
+pub(crate) use identity::{IdentityError, KeyKind, NewIdentity};
+pub(super) use settings::SETTINGS;
+pub(crate) use settings::{KmipSettings, Mode, SettingsError};
+pub(crate) use store::{FilesError, ServerTrust};
+pub(crate) use trust::{Presented, TrustError};
+pub(crate) use version::KmipVersion;
 
 /// A provider whose KEKs are at a KMS.
-pub struct KmipProvider {
+pub(crate) struct KmipProvider {
     id: ProviderId,
     name: String,
-    settings: KmipSettings,
+    line: Current<Line>,
     store: Store,
-    cluster: Cluster,
     held: RwLock<Held>,
     cache: KekCache,
     book: KekBook,
-    /// Held while the policy of `cache` is changed on disk and then here.
+    /// Held while settings are changed on disk and then here.
     changing: Mutex<()>,
     /// Held while identity, request or trust is changed on disk and then here.
     trusting: Mutex<()>,
     /// One key per scope, also when two callers ask at once.
     creating: Mutex<()>,
+}
+
+/// By which settings it works now, and the servers of these.
+struct Line {
+    settings: KmipSettings,
+    cluster: Arc<Cluster>,
+}
+
+impl Line {
+    fn new(settings: KmipSettings) -> Self {
+        Self {
+            cluster: Arc::new(Cluster::new(&settings.endpoints, settings.kmip_version)),
+            settings,
+        }
+    }
 }
 
 /// What is in memory while unlocked.
@@ -183,25 +126,23 @@ struct Held {
     access: Option<Arc<Access>>,
     /// What is on disk and can't be used.
     fault: Option<String>,
+    /// The private key on disk.
+    is_encrypted: bool,
     /// An unlock has found that no passphrase opens the identity: another one is the way out.
     is_shut: bool,
 }
 
 impl KmipProvider {
-    /// The kind in the keystore.
-    pub const KIND: &'static str = "kmip";
+    pub(crate) const KIND: &'static str = "kmip";
 
     /// Records a new provider. It trusts nobody yet and nobody trusts it.
-    ///
-    /// # Errors
-    /// When the name is taken, a setting makes no sense, or the keystore can't be written.
-    pub fn create(
+    pub(crate) fn create(
         table: &ProviderTable,
         name: &ProviderName,
         settings: KmipSettings,
     ) -> Result<Self, KmipProviderError> {
         let settings = settings.validated()?;
-        let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
+        let json = serde_json::to_value(&settings).map_err(SettingsError::Json)?;
         let id = settings.id.unwrap_or_else(ProviderId::random);
         let record = table.insert(id, name.as_str(), Self::KIND, &json)?;
         Self::open(table, &record)
@@ -213,7 +154,7 @@ impl KmipProvider {
             .map_err(|error| Problem::from_error(Code::Usage, "the settings can't be used", &error))?;
         Self::create(new.table, new.name, settings).map_err(|error| {
             let code = match &error {
-                KmipProviderError::Keystore(_) => Code::Failed,
+                KmipProviderError::Keystore(error) => Problem::from(error).code,
                 _ => Code::Usage,
             };
             Problem::from_error(code, format!("provider '{}' is not added", new.name), &error)
@@ -221,30 +162,27 @@ impl KmipProvider {
     }
 
     /// The recorded provider: locked if its private key is encrypted, else ready to ask its servers. Waits for nothing.
-    ///
-    /// # Errors
-    /// When the settings can't be read.
-    pub fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, KmipProviderError> {
+    pub(crate) fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, KmipProviderError> {
         let settings: KmipSettings =
-            serde_json::from_value(record.settings.clone()).map_err(KmipProviderError::Settings)?;
+            serde_json::from_value(record.settings.clone()).map_err(SettingsError::Json)?;
         let settings = settings.validated()?;
         let provider = Self {
             id: record.id,
             name: record.name.clone(),
             store: Store::new(table.dir(), record.id),
-            cluster: Cluster::new(&settings.endpoints, settings.kmip_version),
             held: RwLock::default(),
-            cache: KekCache::new(settings.cache()),
+            cache: KekCache::open(
+                settings.cache(),
+                table.kek_cache(record.id),
+                record.id,
+                &record.name,
+            ),
             book: KekBook::new(table.kek_names(record.id)),
             changing: Mutex::default(),
             trusting: Mutex::default(),
-            settings,
+            line: Current::new(Line::new(settings)),
             creating: Mutex::default(),
         };
-        if provider.settings.mode == Mode::Local {
-            let rows = table.kek_cache(record.id);
-            provider.cache.attach(rows, record.id, &record.name);
-        }
         provider.store.settle();
         provider.load();
         Ok(provider)
@@ -260,13 +198,7 @@ impl KmipProvider {
 
     /// Removes the private key and the trust of a provider from the disk, once its record is gone. Of other kinds there are none.
     pub(crate) fn remove_files(state_dir: &Path, id: ProviderId) -> Result<(), FilesError> {
-        Store::new(state_dir, id).remove()
-    }
-
-    /// Its settings, as they were when it was opened.
-    #[must_use]
-    pub fn settings(&self) -> &KmipSettings {
-        &self.settings
+        Files::of(state_dir, id).remove()
     }
 
     /// Takes over what is on disk, as far as no passphrase is needed.
@@ -279,7 +211,10 @@ impl KmipProvider {
             Err(error) => faults.push(chain(&error)),
         }
         match stored {
-            Ok(Some(stored)) if stored.is_encrypted() => held.locked = true,
+            Ok(Some(stored)) if stored.is_encrypted() => {
+                held.locked = true;
+                held.is_encrypted = true;
+            }
             Ok(Some(stored)) => match stored.open(None) {
                 Ok(identity) => held.identity = Some(Arc::new(identity)),
                 Err(error) => faults.push(chain(&error)),
@@ -306,7 +241,7 @@ impl KmipProvider {
                 Err(error) => held.fault = Some(format!("TLS can't be set up: {error}")),
             }
         }
-        self.cluster.close(held.epoch);
+        self.line().cluster.close(held.epoch);
     }
 
     /// What a call connects with.
@@ -322,16 +257,20 @@ impl KmipProvider {
         }
     }
 
-    fn keys<'a>(&'a self, access: &'a Arc<Access>) -> Keys<'a> {
+    fn line(&self) -> Arc<Line> {
+        self.line.get()
+    }
+
+    fn keys<'a>(&'a self, line: &'a Line, access: &'a Arc<Access>) -> Keys<'a> {
         Keys {
             provider: self.id,
             provider_name: &self.name,
-            mode: self.settings.mode,
-            cluster: &self.cluster,
+            mode: line.settings.mode,
+            cluster: &line.cluster,
             cache: &self.cache,
             book: &self.book,
             access,
-            deadline: Instant::now() + self.settings.timeout(),
+            deadline: Instant::now() + line.settings.timeout(),
         }
     }
 }
@@ -361,17 +300,17 @@ impl KeyProvider for KmipProvider {
             return ProviderStatus::Degraded(fault.clone());
         }
         if held.access.is_none() {
-            return ProviderStatus::NotTrusted(format!("Not trusted: {NO_TRUST}"));
+            return ProviderStatus::NotTrusted(NO_TRUST.to_owned());
         }
-        match self.cluster.status() {
-            ClusterStatus::Unknown => ProviderStatus::Unreachable("not asked yet".into()),
-            ClusterStatus::Unreachable(why) => ProviderStatus::Unreachable(why),
-            ClusterStatus::NotTrusted(why) => ProviderStatus::NotTrusted(format!("Not trusted: {why}")),
-            ClusterStatus::RefusesUs(why) => {
+        match self.line().cluster.status() {
+            Err(ProviderError::NotTrusted(why)) => ProviderStatus::NotTrusted(why),
+            Err(ProviderError::RefusesUs(why)) => {
                 ProviderStatus::NotTrusted(format!("Connected, not trusted by KMS: {why}"))
             }
-            ClusterStatus::Partly(why) => ProviderStatus::Degraded(why),
-            ClusterStatus::Good => match self.warnings_of(&held) {
+            Err(ProviderError::Trouble(why)) => ProviderStatus::Degraded(why),
+            Err(ProviderError::Unreachable(why)) => ProviderStatus::Unreachable(why),
+            Err(error) => ProviderStatus::Unreachable(error.to_string()),
+            Ok(()) => match self.warnings_of(&held) {
                 some if !some.is_empty() => ProviderStatus::Degraded(some.join("; ")),
                 _ => ProviderStatus::Ready,
             },
@@ -379,9 +318,9 @@ impl KeyProvider for KmipProvider {
     }
 
     fn refuses(&self) -> Option<ProviderError> {
-        match (self.status(), self.cluster.status()) {
+        match (self.status(), self.line().cluster.status()) {
             // Which side does not trust the other decides what helps.
-            (ProviderStatus::NotTrusted(why), ClusterStatus::RefusesUs(_)) => {
+            (ProviderStatus::NotTrusted(why), Err(ProviderError::RefusesUs(_))) => {
                 Some(ProviderError::RefusesUs(why))
             }
             (status, _) => status.refusal(),
@@ -393,12 +332,12 @@ impl KeyProvider for KmipProvider {
         self.cache.sweep();
         let access = self.held().access.clone();
         if let Some(access) = access {
-            self.cluster.probe(&access);
+            self.line().cluster.probe(&access);
         }
     }
 
     fn last_answer(&self) -> Option<SystemTime> {
-        self.cluster.last_answer()
+        self.line().cluster.last_answer()
     }
 
     fn warnings(&self) -> Vec<String> {
@@ -406,36 +345,36 @@ impl KeyProvider for KmipProvider {
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
-        let access = self.access()?;
-        let scope = self.settings.kek_scope.scope(scope);
-        let _creating = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
-        self.keys(&access).create(&scope)
+        let (line, access) = (self.line(), self.access()?);
+        let scope = line.settings.kek_scope.scope(scope);
+        let _creating = lock(&self.creating);
+        self.keys(&line, &access).create(&scope)
     }
 
     fn rotate_kek(&self, scope: &KekScope, old: &KekId) -> Result<KekId, ProviderError> {
-        let access = self.access()?;
-        let scope = self.settings.kek_scope.scope(scope);
-        let _creating = self.creating.lock().unwrap_or_else(PoisonError::into_inner);
-        self.keys(&access).rotate(&scope, old)
+        let (line, access) = (self.line(), self.access()?);
+        let scope = line.settings.kek_scope.scope(scope);
+        let _creating = lock(&self.creating);
+        self.keys(&line, &access).rotate(&scope, old)
     }
 
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
-        let access = self.access()?;
-        self.keys(&access).wrap(kek, payload)
+        let (line, access) = (self.line(), self.access()?);
+        self.keys(&line, &access).wrap(kek, payload)
     }
 
     fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
         // Before the access is taken: what a lock in between ends must not fill the cache again.
         let ticket = self.cache.ticket();
-        let access = self.access()?;
-        self.keys(&access).unwrap_many(ticket, stanzas)
+        let (line, access) = (self.line(), self.access()?);
+        self.keys(&line, &access).unwrap_many(ticket, stanzas)
     }
 
     fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
-        let access = self.access()?;
-        let destroyed = self.keys(&access).destroy(kek, vm);
+        let (line, access) = (self.line(), self.access()?);
+        let destroyed = self.keys(&line, &access).destroy(kek, vm);
         if matches!(destroyed, Err(ProviderError::UnknownKek(_))) {
-            self.cache.forget(kek).map_err(keys::stays_on_disk())?;
+            self.cache.forget(kek).map_err(destruction::stays_on_disk())?;
         }
         destroyed
     }
@@ -459,12 +398,27 @@ impl KeyProvider for KmipProvider {
 
     /// None in mode server, where KEKs never come here.
     fn cache(&self) -> Option<&KekCache> {
-        (self.settings.mode == Mode::Local).then_some(&self.cache)
+        (self.line().settings.mode == Mode::Local).then_some(&self.cache)
+    }
+
+    fn change(&self, change: &SettingsChange<'_>) -> Result<(), ChangeError> {
+        self.change_settings(change)
+    }
+
+    fn details(&self) -> Vec<(&'static str, String)> {
+        self.details_of_trust()
+    }
+
+    fn asks_for(&self) -> Option<CredentialKind> {
+        self.held().is_encrypted.then_some(CredentialKind::Passphrase)
+    }
+
+    fn locks(&self) -> LocksNoted {
+        self.held().locks.noted()
     }
 
     /// Takes the private key from disk again. Where it is not encrypted there, any credential does.
-    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
-        let since = self.held().locks.noted();
+    fn unlock_since(&self, since: LocksNoted, credential: &SecretBytes) -> Result<(), ProviderError> {
         let identity = self.stored_identity(credential)?;
         let trust = self
             .store
@@ -521,22 +475,23 @@ impl KmipProvider {
             .identity
             .as_ref()
             .and_then(|identity| identity.client.warning());
-        let servers = self.cluster.certificates().into_iter();
+        let line = self.line();
+        let servers = line.cluster.certificates().into_iter();
         let mut warnings: Vec<_> = servers
             .filter_map(|(endpoint, facts)| facts.warning(&format!("{endpoint}'s")))
             .collect();
         warnings.extend(client);
-        if self.settings.mode == Mode::Server {
-            warnings.extend(self.cannot_encrypt());
+        if line.settings.mode == Mode::Server {
+            warnings.extend(cannot_encrypt(&line.cluster));
         }
         warnings.extend(self.persists_badly());
         warnings
     }
+}
 
-    fn cannot_encrypt(&self) -> Option<String> {
-        let mut nodes = self.cluster.nodes().iter();
-        nodes.find_map(|node| keys::cannot_encrypt(node))
-    }
+fn cannot_encrypt(cluster: &Cluster) -> Option<String> {
+    let mut nodes = cluster.nodes().iter();
+    nodes.find_map(|node| wrapping::cannot_encrypt(node))
 }
 
 /// What this host calls itself: a hint for people, not an identity.
@@ -550,31 +505,18 @@ fn host_name() -> String {
 
 /// Why a KMIP provider can't be recorded or opened.
 #[derive(Debug, Error)]
-pub enum KmipProviderError {
-    /// The keystore refuses.
+pub(crate) enum KmipProviderError {
     #[error(transparent)]
     Keystore(#[from] StoreError),
-    /// Not the settings of a KMIP provider.
-    #[error("its settings can't be used")]
-    Settings(#[source] serde_json::Error),
-    /// None, or too many.
-    #[error("give 1 to {} endpoints, all of one cluster", KmipSettings::MAX_ENDPOINTS)]
-    Endpoints,
-    /// No KEK ever comes to this host.
     #[error(transparent)]
-    Cache(#[from] NothingToCache),
-    /// The cache is off.
+    Settings(#[from] SettingsError),
     #[error("with the policy none there is nothing to keep across a reboot")]
     PersistNothing,
     /// No key of it may be in memory now.
     #[error("is locked")]
     Locked,
-    /// Nothing is kept across a reboot.
     #[error(transparent)]
-    Persist(#[from] PersistError),
-    /// Out of range.
-    #[error("the timeout must be between 0.1 and 60 seconds")]
-    Timeout,
+    Persist(#[from] persist::Error),
 }
 
 #[cfg(test)]

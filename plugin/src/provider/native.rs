@@ -8,44 +8,48 @@
 //!                Locked ◄────────── open ──────────► Locked
 //! ```
 //!
-//! [`rotate`](NativeProvider::rotate) adds a root key and leads back to NotBackedUp: the new one wraps once it is backed
+//! [`rotate_with_tpm`](NativeProvider::rotate_with_tpm) adds a root key and leads back to NotBackedUp: the new one wraps once it is backed
 //! up, all of them unwrap for ever, and the newest encrypted text and every backup from then on hold them all.
 //!
 //! KEKs are derived from the root key, so one backup covers every VM to come; until it exists nothing is
 //! wrapped. The root key is in memory only while unlocked: [`lock`](KeyProvider::lock) takes it away at once, a
 //! call that runs at that moment ends with the copy it holds, and no later one starts.
 
+mod backup;
 mod by_tpm;
 mod document;
+mod error;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzz;
 mod kek;
 mod problem;
+mod rotation;
+mod settings;
 
 use std::fmt;
-use std::io;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
-
-use thiserror::Error;
 
 use self::document::RootKeys;
 use self::kek::{Kek, KekName};
 use super::toolbox::gcm::MECHANISM;
 use super::toolbox::locks::Locks;
-use super::{DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use super::{
+    ChangeError, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus,
+    SettingsChange,
+};
+use crate::api::CredentialKind;
 use crate::crypto::age_file::{self, AgeError, Form};
-use crate::host::tpm::{Tpm, TpmError};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
-use crate::secret::{SecretBytes, Transient};
-use crate::store::{Change, NativeRoot, NativeRows, ProviderRecord, ProviderTable, StoreError};
+use crate::secret::SecretBytes;
+use crate::store::{NativeRoot, NativeRows, ProviderRecord, ProviderTable};
 
-pub use super::toolbox::locks::LocksNoted;
-pub use by_tpm::TpmEnrollment;
-pub use document::DocumentError;
+pub(crate) use super::toolbox::locks::LocksNoted;
+pub(crate) use error::NativeError;
+pub(super) use settings::SETTINGS;
 
 /// A provider whose root key is on this host.
-pub struct NativeProvider {
+pub(crate) struct NativeProvider {
     id: ProviderId,
     name: String,
     rows: NativeRows,
@@ -65,7 +69,7 @@ impl From<NativeRoot> for Newest {
     fn from(row: NativeRoot) -> Self {
         Self {
             generation: row.generation,
-            encrypted: row.sealed.into(),
+            encrypted: row.encrypted.into(),
             backed_up: row.backed_up_at.is_some(),
         }
     }
@@ -81,7 +85,7 @@ struct Held {
 
 /// Why a provider that the TPM could open is locked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum WhyLocked {
+pub(crate) enum WhyLocked {
     /// Somebody must type the PIN.
     NeedsPin,
     /// The kernel that has booted is not signed by the enrolled key.
@@ -99,37 +103,11 @@ impl fmt::Display for WhyLocked {
     }
 }
 
-/// A backup, ready to be written.
-pub struct Backup {
-    /// The root key that it holds, for [`NativeProvider::confirm_backup`].
-    pub generation: u32,
-    /// An armored age file, or the bare text if there was no passphrase.
-    pub bytes: Transient,
-}
-
-impl fmt::Debug for Backup {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "Backup(generation {}; {} bytes)",
-            self.generation,
-            self.bytes.len()
-        )
-    }
-}
-
 impl NativeProvider {
-    /// The kind in the keystore.
-    pub const KIND: &'static str = "native";
-
-    /// The most bytes that a backup can have.
-    pub const MAX_BACKUP_BYTES: usize = age_file::MAX_BYTES;
+    pub(crate) const KIND: &'static str = "native";
 
     /// Makes a root key, encrypts it by `passphrase` and records it. The new provider is `NotBackedUp`.
-    ///
-    /// # Errors
-    /// When the name is taken, the passphrase is empty, or the keystore can't be written.
-    pub fn create(
+    pub(crate) fn create(
         table: &ProviderTable,
         name: &ProviderName,
         passphrase: &SecretBytes,
@@ -137,23 +115,6 @@ impl NativeProvider {
         table.refuse_taken(name.as_str(), None)?;
         let roots = RootKeys::random(ProviderId::random()).map_err(NativeError::Memory)?;
         Self::record(table, name, roots, passphrase, None)
-    }
-
-    /// Brings a backed-up provider to this host, encrypted by `passphrase`. It counts as backed up.
-    ///
-    /// # Errors
-    /// When the name or the provider is on this host already, or `backup` does not open.
-    pub fn restore(
-        table: &ProviderTable,
-        name: &ProviderName,
-        backup: &[u8],
-        backup_passphrase: Option<&SecretBytes>,
-        passphrase: &SecretBytes,
-    ) -> Result<Self, NativeError> {
-        table.refuse_taken(name.as_str(), None)?;
-        let roots = read_backup(backup, backup_passphrase)?;
-        table.refuse_taken(name.as_str(), Some(roots.provider))?;
-        Self::record(table, name, roots, passphrase, Some(now()))
     }
 
     fn record(
@@ -176,7 +137,7 @@ impl NativeProvider {
     ///
     /// # Errors
     /// [`NativeError::NoRoot`] when the keystore has no root key for it.
-    pub fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, NativeError> {
+    pub(crate) fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, NativeError> {
         let rows = table.native(record.id);
         let row = rows.root()?.ok_or(NativeError::NoRoot)?;
         Ok(Self::from_rows(rows, record, row))
@@ -193,131 +154,17 @@ impl NativeProvider {
     }
 
     /// The newest root key's generation.
-    #[must_use]
-    pub fn generation(&self) -> u32 {
+    pub(crate) fn generation(&self) -> u32 {
         self.newest().generation
     }
 
     /// Whether a later root key than it has made this KEK: it was restored from an old backup, or its keystore was.
-    #[must_use]
-    pub fn lacks(&self, kek: &KekId) -> bool {
+    pub(crate) fn lacks(&self, kek: &KekId) -> bool {
         KekName::parse(kek).is_ok_and(|name| name.generation > self.generation())
-    }
-
-    /// Whether a backup of the newest root key was ever confirmed.
-    #[must_use]
-    pub fn is_backed_up(&self) -> bool {
-        self.newest().backed_up
     }
 
     fn newest(&self) -> Newest {
         self.newest.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Adds a root key, encrypted together with all earlier ones by the same `passphrase`. From then on nothing is wrapped
-    /// until a backup of it is confirmed; what was wrapped before still opens. Returns the new generation; where the
-    /// newest one was never backed up there is nothing to retire, and it stays.
-    ///
-    /// # Errors
-    /// When the passphrase is wrong, or the keystore can't be written.
-    pub fn rotate(&self, passphrase: &SecretBytes) -> Result<u32, NativeError> {
-        self.rotate_and(passphrase, |row, _| {
-            self.rows.add_root(row, None)?;
-            Ok(())
-        })?;
-        Ok(self.generation())
-    }
-
-    /// The same, and `tpm` opens the new root keys from the same commit on, if it opened the earlier ones; with `pin` where
-    /// it needs one. What it says of that comes back; its refusal is no reason not to rotate, but for that of a PIN which
-    /// somebody has typed for this.
-    ///
-    /// # Errors
-    /// As [`NativeProvider::rotate`].
-    pub fn rotate_with_tpm(
-        &self,
-        passphrase: &SecretBytes,
-        tpm: &Tpm,
-        pin: Option<&Arc<SecretBytes>>,
-    ) -> Result<Result<Change, NativeError>, NativeError> {
-        let rotated = self.rotate_and(passphrase, |row, roots| {
-            let renewal = match self.rows.tpm_seal()? {
-                None => Ok(None),
-                Some(seal) => self.renewal(tpm, seal, roots, pin).map(Some),
-            };
-            if let Err(NativeError::Tpm(TpmError::WrongPin { .. })) = &renewal {
-                return Err(renewal.err().expect("it was just seen"));
-            }
-            let renewed = self
-                .rows
-                .add_root(row, renewal.as_ref().ok().and_then(Option::as_ref))?;
-            Ok(renewal.map(|_| renewed))
-        })?;
-        Ok(rotated.unwrap_or_else(|| self.renew_tpm(tpm, pin)))
-    }
-
-    /// What `commit` says that puts the new row into the keystore; `None` where there is nothing to retire.
-    fn rotate_and<T>(
-        &self,
-        passphrase: &SecretBytes,
-        commit: impl FnOnce(&NativeRoot, &RootKeys) -> Result<T, NativeError>,
-    ) -> Result<Option<T>, NativeError> {
-        let began = self.newest();
-        let locks = self.locks();
-        let mut roots = self
-            .decrypted(&began.encrypted, passphrase)
-            .map_err(|error| match error {
-                ProviderError::WrongCredential => NativeError::WrongPassphrase,
-                error => NativeError::Decrypt(error),
-            })?;
-        if !began.backed_up {
-            return Ok(None);
-        }
-        if roots.len() >= RootKeys::MOST {
-            return Err(NativeError::TooManyGenerations);
-        }
-        roots.grow().map_err(NativeError::Memory)?;
-        let row = encrypted_row(&roots, &self.name, passphrase, None)?;
-        // Two at once: the second finds its row taken, and nothing has changed.
-        let committed = commit(&row, &roots)?;
-        *self.newest.write().unwrap_or_else(PoisonError::into_inner) = row.into();
-        if self.roots().is_ok() {
-            // A lock meanwhile wins.
-            let _ = self.hold(roots, locks);
-        }
-        Ok(Some(committed))
-    }
-
-    /// A backup of all root keys: an age file that stock `age -d` opens with `passphrase`, or the bare text,
-    /// about which the caller warns. It was opened again before it is returned. Once it is written and synced,
-    /// the caller says so with [`NativeProvider::confirm_backup`].
-    ///
-    /// # Errors
-    /// [`NativeError::Locked`], or when the passphrase is empty.
-    pub fn backup(&self, passphrase: Option<&SecretBytes>) -> Result<Backup, NativeError> {
-        let roots = self.roots().map_err(|_| NativeError::Locked)?;
-        let text = roots.to_text(&self.name)?;
-        let bytes = match passphrase {
-            None => text,
-            Some(passphrase) => Transient::new(
-                age_file::encrypt(&text, passphrase, Form::Armored).map_err(NativeError::Encrypt)?,
-            ),
-        };
-        if !read_backup(&bytes, passphrase)?.are(&roots) {
-            return Err(NativeError::Encrypt(AgeError::NotVerified));
-        }
-        Ok(Backup {
-            generation: roots.newest(),
-            bytes,
-        })
-    }
-
-    /// Notes that a [`Backup`] was written and synced: from now on the provider wraps, unless it was rotated since.
-    pub fn confirm_backup(&self, generation: u32) -> Result<(), NativeError> {
-        self.rows.mark_backed_up(generation)?;
-        let mut newest = self.newest.write().unwrap_or_else(PoisonError::into_inner);
-        newest.backed_up |= newest.generation == generation;
-        Ok(())
     }
 
     fn roots(&self) -> Result<Arc<RootKeys>, ProviderError> {
@@ -330,8 +177,7 @@ impl NativeProvider {
     }
 
     /// Why it is locked, where somebody expected that it is not.
-    #[must_use]
-    pub fn why_locked(&self) -> Option<WhyLocked> {
+    pub(crate) fn why_locked(&self) -> Option<WhyLocked> {
         let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
         held.why.clone().filter(|_| held.roots.is_none())
     }
@@ -341,13 +187,6 @@ impl NativeProvider {
         let mut held = self.held.write().unwrap_or_else(PoisonError::into_inner);
         let why = why.filter(|(since, _)| held.locks.are(*since));
         held.why = why.map(|(_, why)| why);
-    }
-
-    /// What tells whether it is locked later on.
-    #[must_use]
-    pub fn locks(&self) -> LocksNoted {
-        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
-        held.locks.noted()
     }
 
     /// Keeps the root keys, unless the provider was locked since.
@@ -451,7 +290,7 @@ impl KeyProvider for NativeProvider {
         Ok(name.id())
     }
 
-    /// [`NativeProvider::rotate`] has retired the earlier ones.
+    /// [`NativeProvider::rotate_with_tpm`] has retired the earlier ones.
     fn rotate_kek(&self, scope: &KekScope, _: &KekId) -> Result<KekId, ProviderError> {
         self.create_kek(scope)
     }
@@ -512,11 +351,24 @@ impl KeyProvider for NativeProvider {
         held.why = None;
     }
 
+    /// Nothing but words can be changed.
+    fn change(&self, change: &SettingsChange<'_>) -> Result<(), ChangeError> {
+        Ok((change.record)()?)
+    }
+
+    fn asks_for(&self) -> Option<CredentialKind> {
+        Some(CredentialKind::Passphrase)
+    }
+
     /// Also tells a wrong passphrase while unlocked. A lock during the second that this takes wins.
-    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
-        let locks = self.locks();
+    fn unlock_since(&self, locks: LocksNoted, credential: &SecretBytes) -> Result<(), ProviderError> {
         let file = self.newest().encrypted;
         self.hold(self.decrypted(&file, credential)?, locks)
+    }
+
+    fn locks(&self) -> LocksNoted {
+        let held = self.held.read().unwrap_or_else(PoisonError::into_inner);
+        held.locks.noted()
     }
 }
 
@@ -529,83 +381,15 @@ fn encrypted_row(
     let text = roots.to_text(name)?;
     Ok(NativeRoot {
         generation: roots.newest(),
-        sealed: age_file::encrypt(&text, passphrase, Form::Binary).map_err(NativeError::Encrypt)?,
+        encrypted: age_file::encrypt(&text, passphrase, Form::Binary).map_err(NativeError::Encrypt)?,
         backed_up_at,
     })
-}
-
-fn read_backup(backup: &[u8], passphrase: Option<&SecretBytes>) -> Result<RootKeys, NativeError> {
-    if backup.len() > age_file::MAX_BYTES {
-        return Err(NativeError::Backup(AgeError::TooLong));
-    }
-    if !age_file::is_age_file(backup) {
-        return Ok(RootKeys::from_text(backup)?);
-    }
-    let passphrase = passphrase.ok_or(NativeError::BackupIsEncrypted)?;
-    let text = age_file::decrypt(backup, passphrase).map_err(NativeError::Backup)?;
-    Ok(RootKeys::from_text(&text)?)
 }
 
 fn now() -> i64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
-}
-
-/// Why a native provider can't be made, backed up or restored.
-#[derive(Debug, Error)]
-pub enum NativeError {
-    /// The keystore refuses.
-    #[error(transparent)]
-    Keystore(#[from] StoreError),
-    /// It must be unlocked first.
-    #[error("is locked")]
-    Locked,
-    /// No secret memory.
-    #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
-    Memory(#[source] io::Error),
-    /// Encrypting a root key by its passphrase failed.
-    #[error("can't encrypt the root key")]
-    Encrypt(#[source] AgeError),
-    /// The backup does not open.
-    #[error("can't open the backup")]
-    Backup(#[source] AgeError),
-    /// The backup needs its passphrase.
-    #[error("the backup is encrypted: give the passphrase that it was made with")]
-    BackupIsEncrypted,
-    /// What was opened is no root key.
-    #[error("can't read the root key")]
-    Document(#[from] DocumentError),
-    /// Another passphrase than the one that encrypts it.
-    #[error("does not accept this passphrase")]
-    WrongPassphrase,
-    /// The root keys can't be decrypted.
-    #[error("can't open its root keys")]
-    Decrypt(#[source] ProviderError),
-    /// As many as one encrypted text may hold.
-    #[error(
-        "has had {} root keys, which is as many as there can be: move its VMs to a new provider",
-        RootKeys::MOST
-    )]
-    TooManyGenerations,
-    /// The TPM is no way in.
-    #[error("is not enrolled with the TPM of this host")]
-    NotEnrolled,
-    /// It was rotated, and the TPM has not been told.
-    #[error("has a newer root key than the TPM opens")]
-    TpmStale,
-    /// The TPM does not do it.
-    #[error("is not opened by the TPM")]
-    Tpm(#[source] TpmError),
-    /// The TPM opens its part, and the rest is not what was written.
-    #[error("has a damaged record of what the TPM opens")]
-    TpmSeal,
-    /// OpenSSL can't encrypt.
-    #[error("can't encrypt the root key")]
-    Cipher(#[source] openssl::error::ErrorStack),
-    /// A row without its root key.
-    #[error("its root key is missing from the keystore")]
-    NoRoot,
 }
 
 #[cfg(test)]

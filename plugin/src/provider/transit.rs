@@ -13,16 +13,17 @@
 //! Payloads travel as base64 inside of TLS; what holds them is wiped (`wire`, `secret`). No associated data: the
 //! payload binds itself (docs/adr/0004-transit-without-associated-data.md).
 
+mod change;
 mod destroy;
 mod engine;
 mod http;
 mod kek;
 mod link;
 mod login;
-mod pace;
 mod settings;
 mod wire;
 
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 use self::destroy::destroy;
@@ -30,31 +31,41 @@ use self::engine::Wrapped;
 use self::http::Fault;
 use self::kek::{KekName, MECHANISM, Serving};
 use self::link::Link;
+use super::toolbox::current::Current;
 use super::toolbox::kek_name::{self, KekBook, KekGeneration};
-use super::{Addition, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName, ProviderStatus};
+use super::toolbox::lock;
+use super::toolbox::locks::LocksNoted;
+use super::{
+    Addition, ChangeError, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName,
+    ProviderStatus, SettingsChange,
+};
+use crate::api::CredentialKind;
 use crate::model::advice::Advice;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::secret::SecretBytes;
 use crate::store::{KekNames, ProviderRecord, ProviderTable, StoreError};
 
-pub use settings::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
+pub(super) use settings::SETTINGS;
+pub(crate) use settings::{Address, ApiPath, Auth, HostName, KeyName, SettingsError, TransitSettings};
 
 /// A provider whose KEKs are in a transit engine.
-pub struct TransitProvider {
-    link: Link,
+pub(crate) struct TransitProvider {
+    id: ProviderId,
+    name: String,
+    link: Current<Link>,
     kek_names: KekNames,
+    /// Held while settings are changed on disk and then here.
+    changing: Mutex<()>,
+    /// Held while the shared key is made: of several who miss it at once, one makes it.
+    making_shared: Mutex<()>,
 }
 
 impl TransitProvider {
-    /// The kind in the keystore.
-    pub const KIND: &'static str = "transit";
+    pub(crate) const KIND: &'static str = "transit";
 
     /// Records a new provider, locked.
-    ///
-    /// # Errors
-    /// When the name or the id is taken, or the keystore can't be written.
-    pub fn create(
+    pub(crate) fn create(
         table: &ProviderTable,
         name: &ProviderName,
         settings: TransitSettings,
@@ -75,38 +86,32 @@ impl TransitProvider {
     }
 
     /// The recorded provider, locked. Waits for nothing.
-    ///
-    /// # Errors
-    /// When its settings make no sense.
-    pub fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, SettingsError> {
+    pub(crate) fn open(table: &ProviderTable, record: &ProviderRecord) -> Result<Self, SettingsError> {
         let settings: TransitSettings = serde_json::from_value(record.settings.clone())?;
         Ok(Self::new(table, record.id, &record.name, settings.validated()?))
     }
 
     fn new(table: &ProviderTable, id: ProviderId, name: &str, settings: TransitSettings) -> Self {
-        let link = Link::new(id, name, settings);
         Self {
-            link,
+            id,
+            name: name.to_owned(),
+            link: Current::new(Link::new(id, settings)),
+            changing: Mutex::default(),
             kek_names: table.kek_names(id),
+            making_shared: Mutex::default(),
         }
     }
 
-    /// Where it is and how it logs in.
-    #[must_use]
-    pub fn settings(&self) -> &TransitSettings {
-        &self.link.settings
-    }
-
     /// Makes a new version of the key that `kek` is a version of, and names it. What the old ones wrapped still opens.
-    ///
-    /// # Errors
-    /// When the server does not, or the token may not.
-    pub fn rotate(&self, kek: &KekId) -> Result<KekId, ProviderError> {
+    pub(crate) fn rotate(&self, kek: &KekId) -> Result<KekId, ProviderError> {
         let name = self.kek(kek)?;
-        let version = self.link.with_engine(|engine| match engine.key(&name.key)? {
-            Some(_) => engine.rotate(&name.key),
-            None => Err(Fault::unknown(kek)),
-        })?;
+        let version = self
+            .link
+            .get()
+            .with_engine(|engine| match engine.key(&name.key)? {
+                Some(_) => engine.rotate(&name.key),
+                None => Err(Fault::unknown(kek)),
+            })?;
         Ok(KekName { version, ..name }.id())
     }
 }
@@ -117,47 +122,48 @@ impl KeyProvider for TransitProvider {
     }
 
     fn id(&self) -> ProviderId {
-        self.link.id
+        self.id
     }
 
     fn name(&self) -> &str {
-        &self.link.name
+        &self.name
     }
 
     fn status(&self) -> ProviderStatus {
-        self.link.status()
+        self.link.get().status()
     }
 
     fn refuses(&self) -> Option<ProviderError> {
-        self.link.refuses()
+        self.link.get().refuses()
     }
 
     /// Looks whether the server answers and takes the token, unless a call has just shown how it is, and renews the token when
     /// it is time.
     fn probe(&self) {
-        if self.link.is_unlocked() && (self.link.is_due() || !self.link.is_fresh()) {
-            self.link.look();
+        let link = self.link.get();
+        if link.is_unlocked() && (link.is_due() || !link.is_fresh()) {
+            link.look();
         }
     }
 
     fn probe_within(&self) -> Option<Duration> {
-        self.link.is_unlocked().then(|| self.link.next_look())
+        self.link.get().next_look()
     }
 
     fn last_answer(&self) -> Option<SystemTime> {
-        self.link.last_answer()
+        self.link.get().last_answer()
     }
 
     fn warnings(&self) -> Vec<String> {
-        let sealed = self
-            .link
-            .is_sealed()
-            .then(|| "its server is sealed, and opens nothing until somebody unseals it there".to_owned());
-        self.link.warning().into_iter().chain(sealed).collect()
+        let sealed =
+            self.link.get().is_sealed().then(|| {
+                "its server is sealed, and opens nothing until somebody unseals it there".to_owned()
+            });
+        self.link.get().warning().into_iter().chain(sealed).collect()
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {
-        match kek::serving(&self.link.settings, self.link.id, scope) {
+        match kek::serving(&self.link.get().settings, self.id, scope) {
             Serving::Own(stem) => self.own_kek(scope, &stem),
             Serving::Shared(key, context) => self.shared_kek(key, context),
         }
@@ -175,30 +181,45 @@ impl KeyProvider for TransitProvider {
 
     fn wrap(&self, kek: &KekId, payload: &Payload) -> Result<Stanza, ProviderError> {
         let name = self.kek(kek)?;
-        let body = self.link.with_engine(|engine| engine.encrypt(&name, payload))?;
+        let body = self
+            .link
+            .get()
+            .with_engine(|engine| engine.encrypt(&name, payload))?;
         Ok(self.stanza(kek.clone(), body))
     }
 
     fn unwrap_many(&self, stanzas: &[&Stanza]) -> Result<Vec<Payload>, ProviderError> {
         let wrapped = self.wrapped(stanzas)?;
-        self.link.with_engine(|engine| engine.decrypt(&wrapped))
+        self.link.get().with_engine(|engine| engine.decrypt(&wrapped))
     }
 
     /// Deletes a VM's own key with all its versions, and looks whether it is gone. A derived KEK, and an old version,
     /// can't be destroyed alone, as the receipt says.
     fn destroy_kek(&self, kek: &KekId, vm: VmId) -> Result<DestroyReceipt, ProviderError> {
         let name = self.kek(kek)?;
-        self.link.with_engine(|engine| destroy(engine, &name, vm))
+        self.link.get().with_engine(|engine| destroy(engine, &name, vm))
     }
 
     fn lock(&self) {
-        self.link.lock();
+        self.link.with(Link::lock);
+    }
+
+    fn change(&self, change: &SettingsChange<'_>) -> Result<(), ChangeError> {
+        self.change_settings(change)
+    }
+
+    fn asks_for(&self) -> Option<CredentialKind> {
+        Some(self.link.get().settings.auth.credential())
     }
 
     /// Logs in. What is wrong with the credential leaves everything as it was; a server that is away or sealed is an
     /// error too, but the credential of a locked provider is kept then, and tried again.
-    fn unlock(&self, credential: &SecretBytes) -> Result<(), ProviderError> {
-        Ok(self.link.unlock(credential)?)
+    fn unlock_since(&self, locks: LocksNoted, credential: &SecretBytes) -> Result<(), ProviderError> {
+        Ok(self.link.get().unlock(credential, locks)?)
+    }
+
+    fn locks(&self) -> LocksNoted {
+        self.link.get().locks()
     }
 }
 
@@ -229,7 +250,7 @@ impl TransitProvider {
         names.sort_by_key(|name| std::cmp::Reverse(generation(name)));
         names.dedup();
         for name in &names {
-            let newest = self.link.with_engine(|engine| engine.newest(name, false))?;
+            let newest = self.link.get().with_engine(|engine| engine.newest(name, false))?;
             if let Some(version) = newest {
                 let kek = self.in_use(&book, name, None, version)?;
                 book.made(name.as_str(), &kek)?;
@@ -245,7 +266,10 @@ impl TransitProvider {
         let name = book.plan(scope, stem.as_str(), next)?;
         let key =
             KeyName::try_from(name.clone()).map_err(ProviderError::internal("making a name for a KEK"))?;
-        let version = self.link.with_engine(|engine| engine.make_key(&key, false))?;
+        let version = self
+            .link
+            .get()
+            .with_engine(|engine| engine.make_key(&key, false))?;
         let kek = KekName {
             key,
             context: None,
@@ -259,36 +283,37 @@ impl TransitProvider {
     /// The newest version of the shared key. It is made once, before anything is wrapped under it, and never again.
     fn shared_kek(&self, key: KeyName, context: uuid::Uuid) -> Result<KekId, ProviderError> {
         let book = KekBook::new(self.kek_names.clone());
-        let newest = || self.link.with_engine(|engine| engine.newest(&key, true));
+        let newest = || self.link.get().with_engine(|engine| engine.newest(&key, true));
         let version = match newest()? {
             Some(version) => version,
-            None if self.may_make_shared(&book, &key)? => {
-                self.link.with_engine(|engine| engine.make_key(&key, true))?
+            None => {
+                let _making = lock(&self.making_shared);
+                // Another call may have made it since.
+                match newest()? {
+                    Some(version) => version,
+                    None => self.make_shared(&book, &key)?,
+                }
             }
-            // Another call may have made it since.
-            None => newest()?.ok_or_else(|| {
-                ProviderError::Refused(format!(
-                    "its shared key {key} is not at the server any more: restore it there from a backup of the server or of \
-                     the key; virtseal does not make another one under that name, which would keep it from its place"
-                ))
-            })?,
         };
         let kek = self.in_use(&book, &key, Some(context), version)?;
         book.made(key.as_str(), &kek)?;
         Ok(kek)
     }
 
-    /// Notes that the shared key is being made, unless it can have been there before.
-    fn may_make_shared(&self, book: &KekBook, key: &KeyName) -> Result<bool, ProviderError> {
+    /// Makes the shared key, unless it can have been there before.
+    fn make_shared(&self, book: &KekBook, key: &KeyName) -> Result<u32, ProviderError> {
         let known = book.known(&KekScope::Provider, key.as_str())?;
         // Another host has one where the provider came here with its id.
-        if self.link.settings.id.is_some() || known.made.is_some() || !known.keks.is_empty() {
-            return Ok(false);
+        if self.link.get().settings.id.is_some() || known.made.is_some() || !known.keks.is_empty() {
+            return Err(ProviderError::Refused(format!(
+                "its shared key {key} is not at the server any more: restore it there from a backup of the server or of \
+                 the key; virtseal does not make another one under that name, which would keep it from its place"
+            )));
         }
         if !known.unanswered.iter().any(|name| name == key.as_str()) {
             book.plan_exactly(&KekScope::Provider, key.as_str())?;
         }
-        Ok(true)
+        self.link.get().with_engine(|engine| engine.make_key(key, true))
     }
 
     /// The KEK of the key's newest version; a newer version where a job has retired that one, as after a restore at the server.
@@ -310,7 +335,7 @@ impl TransitProvider {
             if !book.without_retired(vec![kek.clone()])?.is_empty() {
                 return Ok(kek);
             }
-            version = self.link.with_engine(|engine| engine.rotate(key))?;
+            version = self.link.get().with_engine(|engine| engine.rotate(key))?;
         }
         Err(ProviderError::Refused(format!(
             "all of the newest versions of key {key} are retired here: rotate it at the server"
@@ -318,15 +343,13 @@ impl TransitProvider {
     }
 
     fn kek(&self, id: &KekId) -> Result<KekName, ProviderError> {
-        KekName::parse(id)
-            .filter(|name| kek::is_ours(&self.link.settings, &name.key))
-            .ok_or_else(|| ProviderError::UnknownKek(id.clone()))
+        kek_of(&self.link.get(), id)
     }
 
     fn stanza(&self, kek: KekId, body: Vec<u8>) -> Stanza {
         Stanza {
-            provider: self.link.id,
-            provider_name: self.link.name.clone(),
+            provider: self.id,
+            provider_name: self.name.clone(),
             kek,
             mechanism: MECHANISM.to_owned(),
             body,
@@ -335,14 +358,22 @@ impl TransitProvider {
 
     /// What can be told of stanzas without the server.
     fn wrapped<'a>(&self, stanzas: &[&'a Stanza]) -> Result<Vec<Wrapped<'a>>, ProviderError> {
+        self.wrapped_for(&self.link.get(), stanzas)
+    }
+
+    fn wrapped_for<'a>(
+        &self,
+        link: &Link,
+        stanzas: &[&'a Stanza],
+    ) -> Result<Vec<Wrapped<'a>>, ProviderError> {
         let one = |stanza: &&'a Stanza| {
-            if stanza.provider != self.link.id {
+            if stanza.provider != self.id {
                 return Err(ProviderError::Tampered);
             }
             if stanza.mechanism != MECHANISM {
                 return Err(ProviderError::UnknownMechanism(stanza.mechanism.clone()));
             }
-            let kek = self.kek(&stanza.kek)?;
+            let kek = kek_of(link, &stanza.kek)?;
             if !kek::is_body(&stanza.body) {
                 return Err(ProviderError::Tampered);
             }
@@ -353,6 +384,12 @@ impl TransitProvider {
         };
         stanzas.iter().map(one).collect()
     }
+}
+
+fn kek_of(link: &Link, id: &KekId) -> Result<KekName, ProviderError> {
+    KekName::parse(id)
+        .filter(|name| kek::is_ours(&link.settings, &name.key))
+        .ok_or_else(|| ProviderError::UnknownKek(id.clone()))
 }
 
 #[cfg(test)]

@@ -6,16 +6,13 @@ use super::{Provider, Recipients};
 use crate::model::envelope::ProviderId;
 use crate::model::problem::Problem;
 use crate::provider::kind::Kind;
-use crate::provider::{Addition, KeyProvider, ProviderName};
+use crate::provider::{Addition, ChangeError, KeyProvider, ProviderError, ProviderName};
 use crate::secret::SecretBytes;
-use crate::store::{EnvelopeStore, ProviderTable, StoreError};
+use crate::store::{EnvelopeStore, IfNeeded, ProviderRecord, ProviderTable, StoreError};
 
 impl Recipients {
     /// Makes a provider of `kind` by the JSON of its settings, and by a passphrase or PIN where it wants one.
-    ///
-    /// # Errors
-    /// What the kind says.
-    pub fn add(
+    pub(crate) fn add(
         &self,
         kind: &Kind,
         name: &ProviderName,
@@ -35,10 +32,7 @@ impl Recipients {
     }
 
     /// Takes the provider in that `make` records.
-    ///
-    /// # Errors
-    /// What `make` says.
-    pub fn add_by<T: KeyProvider, E>(
+    pub(crate) fn add_by<T: KeyProvider, E>(
         &self,
         make: impl FnOnce(&ProviderTable) -> Result<T, E>,
     ) -> Result<Arc<T>, E> {
@@ -47,12 +41,31 @@ impl Recipients {
         Ok(made)
     }
 
+    /// Takes a provider that can't be used in anew, with other settings, once they are recorded. It is locked then.
+    ///
+    /// # Errors
+    /// [`ChangeError::Refused`] where these are of no use either.
+    pub(crate) fn reopen(
+        &self,
+        record: ProviderRecord,
+        noted: &dyn Fn() -> Result<(), StoreError>,
+    ) -> Result<(), ChangeError> {
+        let opened = Provider::from_record(&self.table, record)?;
+        if opened.row().is_none() {
+            let why = opened.provider().refuses();
+            return Err(why.unwrap_or(ProviderError::Locked).into());
+        }
+        noted()?;
+        self.roster.enter(opened);
+        Ok(())
+    }
+
     /// Removes a provider from the keystore, which keeps its name, and from the disk.
     ///
     /// # Errors
     /// The keystore's; then it stays.
-    pub fn delete(&self, id: ProviderId) -> Result<(), StoreError> {
-        self.keystore.delete_provider(id)?;
+    pub(crate) fn delete(&self, id: ProviderId, if_needed: IfNeeded) -> Result<(), StoreError> {
+        self.keystore.delete_provider(id, if_needed)?;
         Kind::remove_files(self.table.dir(), id);
         Ok(())
     }

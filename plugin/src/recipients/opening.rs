@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use super::Provider;
-use super::error::bring_back;
 use crate::host::local_time::time_of_day;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Binding, Envelope, EnvelopeError, ProviderId, Stanza, VmId};
 use crate::model::problem::{Code, Problem, chain};
+use crate::provider::kind::{KeysAt, Kind};
 use crate::provider::toolbox::deadline::within;
 use crate::provider::{ErrorClass, KeyProvider, ProviderError, ProviderName};
 use crate::secret::Dek;
@@ -22,7 +22,7 @@ use crate::store::DeletedProvider;
 
 /// Why an envelope does not open.
 #[derive(Debug)]
-pub struct OpenError {
+pub(crate) struct OpenError {
     /// The envelope, its VM and its kind.
     pub binding: Binding,
     /// Why each of its providers did not open it, in the order of its stanzas; never empty.
@@ -31,12 +31,12 @@ pub struct OpenError {
 
 /// Why one provider did not open an envelope.
 #[derive(Debug)]
-pub struct Attempt {
-    /// The provider.
+pub(crate) struct Attempt {
     pub provider: ProviderId,
     /// Its name on this host or, where it is not known, the one that the envelope hints at.
     pub name: String,
-    /// Its reason.
+    /// Its kind, where it is here and can be used.
+    pub kind: Option<&'static Kind>,
     pub why: Refusal,
     /// When it last did as asked.
     pub last_answer: Option<SystemTime>,
@@ -44,7 +44,7 @@ pub struct Attempt {
 
 /// The reason of an [`Attempt`].
 #[derive(Debug)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// This host has no such provider.
     NotKnown {
         /// Its kind, if it was deleted here.
@@ -58,21 +58,18 @@ pub enum Refusal {
 
 impl OpenError {
     /// The exit code: that of what is easiest to mend.
-    #[must_use]
-    pub fn code(&self) -> Code {
+    pub(crate) fn code(&self) -> Code {
         self.easiest().0
     }
 
     /// What to run next.
-    #[must_use]
-    pub fn next(&self) -> Option<Advice> {
+    pub(crate) fn next(&self) -> Option<Advice> {
         self.easiest().1
     }
 
     /// Each provider's reason, for a reader who knows which object it is about: `provider 'kmip-prod' unreachable (3 of 3
     /// nodes: connect timed out), last answer 14:02, recipient 'breakglass' is locked`.
-    #[must_use]
-    pub fn reasons(&self) -> String {
+    pub(crate) fn reasons(&self) -> String {
         let role = |nth| if nth == 0 { "provider" } else { "recipient" };
         let reasons = self.attempts.iter().enumerate();
         let reasons: Vec<_> = reasons.map(|(nth, attempt)| attempt.reason(role(nth))).collect();
@@ -95,16 +92,14 @@ impl OpenError {
     }
 
     /// Whether a provider that refuses everything now may open it later.
-    #[must_use]
-    pub fn may_pass(&self) -> bool {
+    pub(crate) fn may_pass(&self) -> bool {
         self.attempts
             .iter()
             .any(|attempt| matches!(&attempt.why, Refusal::Provider(error) if may_pass(error)))
     }
 
     /// Whether every one of its providers has said that it did not wrap this: nobody opens it, here or elsewhere.
-    #[must_use]
-    pub fn is_of_stanzas(&self) -> bool {
+    pub(crate) fn is_of_stanzas(&self) -> bool {
         self.attempts.iter().all(|attempt| match &attempt.why {
             Refusal::Binding(_) => true,
             Refusal::Provider(error) => matches!(**error, ProviderError::Tampered),
@@ -139,6 +134,22 @@ impl fmt::Display for OpenError {
     }
 }
 
+/// How a provider comes back that is not on this host: only native ones have a backup of their own. `kind` is known if it
+/// was deleted here.
+pub(crate) fn bring_back(id: ProviderId, name: String, kind: Option<&str>) -> Advice {
+    match kind {
+        Some(kind) if Kind::named(kind).is_some_and(|kind| kind.keys == KeysAt::Host) => {
+            Advice::RestoreProvider(name)
+        }
+        Some(kind) => Advice::AddAgain {
+            kind: kind.to_owned(),
+            name,
+            id,
+        },
+        None => Advice::BringBack { name, id },
+    }
+}
+
 // There may be several causes, so Display has them all and `source` none.
 impl std::error::Error for OpenError {}
 
@@ -156,8 +167,7 @@ impl From<&OpenError> for Problem {
 
 impl Attempt {
     /// The exit code for this reason alone, and what helps the VM that it keeps off.
-    #[must_use]
-    pub fn advice(&self, vm: VmId) -> (Code, Option<Advice>) {
+    pub(crate) fn advice(&self, vm: VmId) -> (Code, Option<Advice>) {
         let damaged = (Code::Failed, Some(Advice::RestoreEnvelope(vm.to_string())));
         match &self.why {
             Refusal::NotKnown { kind } => {
@@ -166,7 +176,7 @@ impl Attempt {
             }
             Refusal::Provider(error) => match **error {
                 ProviderError::Tampered | ProviderError::Payload(_) => damaged,
-                _ => error.advice(&self.name),
+                _ => error.advice(&self.name, self.kind),
             },
             Refusal::Binding(_) => damaged,
         }
@@ -241,6 +251,7 @@ impl<'a> Job<'a> {
         self.attempts.push(Attempt {
             provider: provider.id(),
             name: provider.name().to_owned(),
+            kind: Kind::named(provider.kind()),
             why,
             last_answer: provider.last_answer(),
         });
@@ -250,6 +261,7 @@ impl<'a> Job<'a> {
         self.attempts.push(Attempt {
             provider: stanza.provider,
             name: printable(&stanza.provider_name),
+            kind: None,
             why: Refusal::NotKnown { kind: None },
             last_answer: None,
         });
@@ -434,6 +446,6 @@ fn unwrap(
 }
 
 /// One line, of bounded length, without anything a terminal would act on.
-fn printable(hint: &str) -> String {
+pub(super) fn printable(hint: &str) -> String {
     hint.chars().take(64).flat_map(char::escape_debug).collect()
 }

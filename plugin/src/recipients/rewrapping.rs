@@ -10,7 +10,8 @@ use std::sync::Arc;
 use super::{OpenError, Provider, Recipients, made_keks, opening};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, KekId, Payload, ProviderId, Stanza, Verified};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
+use crate::provider::kind::Kind;
 use crate::provider::toolbox::deadline::each_within;
 use crate::provider::{ErrorClass, KekScope, ProviderError, ProviderStatus};
 use crate::secret::Dek;
@@ -18,7 +19,7 @@ use crate::store::{EnvelopeRecord, EnvelopeStore};
 
 /// One stanza of the envelope to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RewrapTarget {
+pub(crate) enum RewrapTarget {
     /// The stanza that is at this place now.
     Keep(usize),
     /// One by the KEK that this provider uses now; the stanza that is there, if it is that already.
@@ -31,7 +32,7 @@ pub enum RewrapTarget {
 
 /// An envelope, and the stanzas that it should have.
 #[derive(Clone, Debug)]
-pub struct Rewrap {
+pub(crate) struct Rewrap {
     /// The envelope as the keystore has it.
     pub record: EnvelopeRecord,
     /// What it should become; never empty.
@@ -40,14 +41,13 @@ pub struct Rewrap {
 
 /// What became of a [`Rewrap`].
 #[derive(Debug)]
-pub enum Rewrapped {
+pub(crate) enum Rewrapped {
     /// Every stanza is already what it should be.
     Unchanged,
     /// The next generation, verified.
     Changed(Box<Verified>),
     /// It can't be done.
     Left {
-        /// Why.
         reason: String,
         /// Whether it may work later.
         again: bool,
@@ -56,10 +56,9 @@ pub enum Rewrapped {
 
 /// A provider that is to wrap does not, whatever it is given: there is no point in going on.
 #[derive(Debug)]
-pub struct Blocked {
-    /// Its name.
+pub(crate) struct Blocked {
     pub name: String,
-    /// Why.
+    pub kind: Option<&'static Kind>,
     pub source: ProviderError,
 }
 
@@ -71,7 +70,7 @@ impl fmt::Display for Blocked {
 
 impl From<Blocked> for Problem {
     fn from(blocked: Blocked) -> Self {
-        let (code, next) = blocked.source.advice(&blocked.name);
+        let (code, next) = blocked.source.advice(&blocked.name, blocked.kind);
         Self::new(code, blocked.to_string()).advised(next)
     }
 }
@@ -107,22 +106,21 @@ type Outcome<'a> = Result<Open<'a>, Rewrapped>;
 
 impl Recipients {
     /// Why `provider` can't wrap now, without asking it.
-    #[must_use]
-    pub fn cannot_wrap(&self, provider: ProviderId) -> Option<Problem> {
+    pub(crate) fn cannot_wrap(&self, provider: ProviderId) -> Option<Problem> {
         let Some(known) = self.by_id(provider) else {
             return Some(
-                Problem::new(Code::NotFound, format!("provider {provider} is not on this host"))
+                Problem::not_found(format!("provider {provider} is not on this host"))
                     .next(Advice::ListProviders),
             );
         };
         let source = known.provider().refuses()?;
         let name = known.provider().name().to_owned();
-        Some(Blocked { name, source }.into())
+        let kind = known.row();
+        Some(Blocked { name, kind, source }.into())
     }
 
     /// Why `provider` can't destroy KEKs now, without asking it; one that is not on this host has none to destroy.
-    #[must_use]
-    pub fn cannot_destroy(&self, provider: ProviderId) -> Option<Problem> {
+    pub(crate) fn cannot_destroy(&self, provider: ProviderId) -> Option<Problem> {
         let known = self.by_id(provider)?;
         match known.provider().status() {
             _ if !known.keeps_keks() => None,
@@ -135,7 +133,7 @@ impl Recipients {
     ///
     /// # Errors
     /// [`Blocked`] when a provider that is to wrap refuses as a whole; then nothing was made.
-    pub fn rewrap(&self, work: &[Rewrap]) -> Result<Vec<Rewrapped>, Blocked> {
+    pub(crate) fn rewrap(&self, work: &[Rewrap]) -> Result<Vec<Rewrapped>, Blocked> {
         let envelopes: Vec<_> = work.iter().map(|rewrap| &rewrap.record.envelope).collect();
         let opened = self.open_each(&envelopes);
         let mut orders: BTreeMap<ProviderId, Vec<Order>> = BTreeMap::new();
@@ -183,11 +181,13 @@ impl Recipients {
         let Some(known) = self.by_id(provider) else {
             return Err(Blocked {
                 name: provider.to_string(),
+                kind: None,
                 source: ProviderError::Unusable("it is not on this host".to_owned()),
             });
         };
         let blocked = |source| Blocked {
             name: known.provider().name().to_owned(),
+            kind: known.row(),
             source,
         };
         let places: Vec<_> = orders.iter().map(|order| order.at).collect();

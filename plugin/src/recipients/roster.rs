@@ -75,7 +75,7 @@ impl Roster {
         }
         let records = self.keystore.providers()?;
         for damaged in &records.damaged {
-            tracing::error!("it opens nothing until that is mended: {damaged}");
+            tracing::error!("it opens nothing until that is fixed: {damaged}");
         }
         let default = records.sound.iter().find(|record| record.is_default);
         let default = default.map(|record| record.id);
@@ -93,12 +93,17 @@ impl Roster {
                 }
             });
         }
-        if records.damaged.is_empty() {
-            for gone in &before {
-                self.watches.remove(gone.provider().id());
-            }
-        } else {
-            now.append(&mut before);
+        if !records.damaged.is_empty() {
+            // The row may be that of any of them, but for those that were deleted.
+            let deleted = self.keystore.deleted_providers()?.sound;
+            let is_deleted = |provider: &Provider| {
+                let id = provider.provider().id();
+                deleted.iter().any(|gone| gone.id == id)
+            };
+            now.extend(before.extract_if(.., |provider| !is_deleted(provider)));
+        }
+        for gone in &before {
+            self.watches.remove(gone.provider().id());
         }
         *known = Known {
             changes: Some(changes),

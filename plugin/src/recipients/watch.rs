@@ -7,17 +7,16 @@ use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::api::{ProviderState, words};
+use crate::model::deadlines::IDLE;
+use crate::model::deadlines::provider::PROBE_SOONEST;
 use crate::model::envelope::ProviderId;
+use crate::provider::toolbox::backoff::Backoff;
 use crate::provider::{KeyProvider, ProviderStatus};
-
-/// The first pause after a probe that went wrong; each further one doubles it, up to the interval.
-const SOONEST: Duration = Duration::from_secs(5);
-/// How long the watch sleeps while nobody is due.
-const IDLE: Duration = Duration::from_secs(3600);
 
 /// How a provider is, and has been.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
+pub(crate) struct Report {
     /// Its state, with the reason.
     pub status: ProviderStatus,
     /// Since when it has been in this state, as far as virtseald has seen.
@@ -40,7 +39,7 @@ impl Pace {
     fn pause(self, failures: u32) -> Duration {
         match failures {
             0 => self.interval,
-            some => SOONEST.saturating_mul(1 << (some - 1).min(16)).min(self.interval),
+            some => Backoff::new(PROBE_SOONEST, self.interval).pause(some),
         }
     }
 }
@@ -66,7 +65,7 @@ struct State {
 /// One provider's.
 struct Watch {
     provider: Weak<dyn KeyProvider>,
-    state: &'static str,
+    state: ProviderState,
     since: SystemTime,
     warnings: Vec<String>,
     /// When to probe it next.
@@ -107,7 +106,7 @@ impl Watches {
     pub(super) fn add(&self, provider: &Arc<dyn KeyProvider>) {
         let watch = Watch {
             provider: Arc::downgrade(provider),
-            state: provider.status().as_str(),
+            state: provider.status().state(),
             since: SystemTime::now(),
             warnings: Vec::new(),
             due: Instant::now(),
@@ -233,10 +232,10 @@ impl Shared {
             Some(silence) => unless_it_says_more(found, silence),
             None => found,
         };
-        let changed = status.as_str() != watch.state;
+        let changed = status.state() != watch.state;
         if changed {
             tell_change(provider.name(), watch.state, &status);
-            watch.state = status.as_str();
+            watch.state = status.state();
             watch.since = SystemTime::now();
         }
         for warning in warnings
@@ -300,7 +299,8 @@ fn unless_it_says_more(found: ProviderStatus, silence: Duration) -> ProviderStat
     }
 }
 
-fn tell_change(provider: &str, before: &str, now: &ProviderStatus) {
+fn tell_change(provider: &str, before: ProviderState, now: &ProviderStatus) {
+    let before = words(&before);
     match now {
         ProviderStatus::Unreachable(_) | ProviderStatus::NotTrusted(_) | ProviderStatus::Degraded(_) => {
             tracing::warn!(provider, "was {before}, is {now}");

@@ -50,7 +50,6 @@ impl Pages {
         Ok(Self { base, len })
     }
 
-    /// All bytes.
     pub(super) fn bytes(&self) -> &[u8] {
         // SAFETY: `base` maps `len` readable bytes for as long as `self` lives.
         unsafe { slice::from_raw_parts(self.base.as_ptr(), self.len) }

@@ -5,7 +5,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
@@ -14,27 +14,26 @@ use tar::EntryType;
 use super::{MANIFEST, Manifest, StateError, archive, host_name, read_manifest};
 use crate::audit::{Actor, AuditLog, Event, Outcome, Position};
 use crate::crypto::age_file;
+use crate::host::boot::BootId;
 use crate::host::file_error::FileError;
 use crate::host::local_time::rfc3339;
-use crate::model::advice::Advice;
+use crate::model::deadlines::store::RESTORED_NOTE;
 use crate::secret::SecretBytes;
 use crate::store::{AuditAnchor, HostStore, StoreError, Stores};
 
 /// Whether what is there may be replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Replace<'a> {
+pub(crate) enum Replace<'a> {
     /// There must be nothing.
     Nothing,
     /// Whoever typed this name, of the host that this is, wants that.
     TypedName(&'a str),
 }
 
-/// What was restored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Restored {
+pub(crate) struct Restored {
     /// Where the backup is from.
     pub manifest: Manifest,
-    /// How many files it had.
     pub files: usize,
     /// Where what was there before is now.
     pub before: Option<PathBuf>,
@@ -44,7 +43,7 @@ pub struct Restored {
 ///
 /// # Errors
 /// [`StateError`]; the directory is as it was then.
-pub fn restore(
+pub(crate) fn restore(
     backup: File,
     passphrase: &SecretBytes,
     dir: &Path,
@@ -56,6 +55,8 @@ pub fn restore(
     let _lock = place.lock()?;
     let plain = age_file::reader(BufReader::new(backup), passphrase).map_err(StateError::Age)?;
     let staged = place.staging()?;
+    // By whatever name: the state of before may be where this was.
+    let made = inode_of(&staged);
     let restored = unpack(plain, &staged).and_then(|(manifest, files)| {
         check(&staged, &manifest)?;
         sync_tree(&staged)?;
@@ -69,8 +70,7 @@ pub fn restore(
             before,
         })
     });
-    if placed.is_err() {
-        // Only what this has made; it may be gone.
+    if placed.is_err() && inode_of(&staged).is_some_and(|found| Some(found) == made) {
         let _ = fs::remove_dir_all(&staged);
     }
     placed
@@ -133,16 +133,17 @@ impl<'a> Place<'a> {
     /// What a daemon holds as long as it lives.
     fn lock(&self) -> Result<Option<Flock<File>>, StateError> {
         let path = self.dir().join(HostStore::LOCK);
-        let file = match OpenOptions::new().read(true).write(true).open(&path) {
+        let mut file = match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(FileError::of("open", &path)(error).into()),
         };
+        let holder = StoreError::pid_in(&mut file);
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Some(lock)),
             Err((_, Errno::EWOULDBLOCK)) => Err(StoreError::InUse {
                 dir: self.dir().to_owned(),
-                holder: format!("see {}", Advice::ShowDaemon),
+                holder,
             }
             .into()),
             Err((_, errno)) => Err(FileError::of("lock", &path)(errno.into()).into()),
@@ -181,6 +182,10 @@ impl<'a> Place<'a> {
     }
 }
 
+fn inode_of(path: &Path) -> Option<u64> {
+    path.symlink_metadata().ok().map(|found| found.ino())
+}
+
 /// Both change places in one step: whatever dies here, there is one whole state at `dir`.
 fn exchange(dir: &Path, staged: &Path) -> io::Result<PathBuf> {
     let date = rfc3339(SystemTime::now()).replace(':', "-");
@@ -193,11 +198,22 @@ fn exchange(dir: &Path, staged: &Path) -> io::Result<PathBuf> {
             format!("{} exists", before.display()),
         ));
     }
-    renameat2(AT_FDCWD, dir, AT_FDCWD, staged, RenameFlags::RENAME_EXCHANGE)?;
-    File::open(parent_of(dir))?.sync_all()?;
-    fs::rename(staged, &before)?;
-    File::open(parent_of(dir))?.sync_all()?;
+    let sync = || File::open(parent_of(dir))?.sync_all();
+    exchanged(dir, staged, || {
+        sync()?;
+        fs::rename(staged, &before)?;
+        sync().inspect_err(|_| drop(fs::rename(&before, staged)))
+    })?;
     Ok(before)
+}
+
+/// Undone where `keep`, which is to give the state of before its name, fails.
+fn exchanged(dir: &Path, staged: &Path, keep: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let exchange = || renameat2(AT_FDCWD, dir, AT_FDCWD, staged, RenameFlags::RENAME_EXCHANGE);
+    exchange()?;
+    keep().inspect_err(|_| {
+        let _ = exchange();
+    })
 }
 
 /// The keystore comes last: without one a daemon that starts meanwhile finds nothing to believe.
@@ -258,7 +274,6 @@ fn unpack(plain: impl io::Read, staged: &Path) -> Result<(Manifest, usize), Stat
 
 /// Opens the keystore, which checks it whole, and notes in its audit log what it comes from.
 fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
-    const PATIENCE: Duration = Duration::from_secs(10);
     if !staged.join(HostStore::FILE).is_file() {
         return Err(StateError::NotABackup("it has no keystore".to_owned()));
     }
@@ -278,13 +293,23 @@ fn check(staged: &Path, manifest: &Manifest) -> Result<(), StateError> {
         .by(Actor::User(nix::unistd::getuid().as_raw()))
         .detail(&detail);
     log.record(event)
-        .and_then(|()| log.flush(PATIENCE))
+        .and_then(|()| log.flush(RESTORED_NOTE))
         .map_err(|error| StateError::NotABackup(error.to_string()))?;
     if let Some(at) = log.position() {
         host_store.set_audit_anchor(AuditAnchor {
             seq: at.seq,
             hash: at.hash,
         })?;
+    }
+    start_nothing(&host_store)
+}
+
+/// What a host restores its state for may run elsewhere: its VMs start with it from the next boot on.
+fn start_nothing(host_store: &HostStore) -> Result<(), StateError> {
+    if let Ok(boot) = BootId::of_host() {
+        for kept in host_store.autostarts()?.sound {
+            host_store.settle_autostart(kept.vm, boot)?;
+        }
     }
     Ok(())
 }
@@ -308,5 +333,34 @@ fn parent_of(dir: &Path) -> &Path {
     match dir.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("/"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_state_of_before_is_where_it_was_if_it_can_t_be_kept_aside() {
+        let parent = tempfile::tempdir().unwrap();
+        let [dir, staged] = ["state", "staged"].map(|name| parent.path().join(name));
+        for path in [&dir, &staged] {
+            fs::create_dir(path).unwrap();
+            fs::write(path.join("keystore.db"), path.display().to_string()).unwrap();
+        }
+        let is_at = |of: &Path, at: &Path| {
+            fs::read_to_string(at.join("keystore.db")).is_ok_and(|text| text == of.display().to_string())
+        };
+        let full = || Err(io::ErrorKind::StorageFull.into());
+        assert!(exchanged(&dir, &staged, full).is_err());
+        assert!(is_at(&dir, &dir) && is_at(&staged, &staged));
+        // Not even then is it taken for what was made here, and removed.
+        let made = inode_of(&staged);
+        let stuck = || {
+            fs::rename(&dir, parent.path().join("elsewhere"))?;
+            full()
+        };
+        assert!(exchanged(&dir, &staged, stuck).is_err());
+        assert!(is_at(&dir, &staged) && inode_of(&staged) != made);
     }
 }

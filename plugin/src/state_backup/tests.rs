@@ -1,5 +1,8 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::*;
 use crate::model::envelope::VmId;
+use crate::model::envelope::fixture::envelope;
 use crate::store::Stores;
 
 fn secret(text: &str) -> SecretBytes {
@@ -91,6 +94,40 @@ fn what_is_there_is_replaced_by_its_name_only_and_kept() {
     let before = Stores::open(&restored.before.unwrap()).unwrap();
     assert!(before.keystore.vm(later).unwrap().is_some());
     assert!(Stores::open(&dir).unwrap().keystore.vm(later).unwrap().is_none());
+}
+
+/// A host on which VMs are sealed one after the other would never get one.
+#[test]
+fn seals_go_on_while_a_backup_is_made() {
+    let parent = tempfile::tempdir().unwrap();
+    let (stores, vm) = state(parent.path());
+    let is_done = AtomicBool::new(false);
+    let backup = parent.path().join("state.age");
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_done.load(Ordering::SeqCst) {
+                let sealed = stores
+                    .keystore
+                    .insert_pending(&envelope(vm), "/images/web01.qcow2");
+                sealed.unwrap();
+            }
+        });
+        let mut file = File::options();
+        let file = file.read(true).write(true).create_new(true).open(&backup);
+        let made = file.map(|mut file| write(&mut file, &stores.host_store, &secret("pass")));
+        is_done.store(true, Ordering::SeqCst);
+        made.unwrap().unwrap();
+    });
+    let elsewhere = parent.path().join("restored");
+    bring_back(&backup, &elsewhere, Replace::Nothing).unwrap();
+    assert!(
+        Stores::open(&elsewhere)
+            .unwrap()
+            .keystore
+            .vm(vm)
+            .unwrap()
+            .is_some()
+    );
 }
 
 #[test]

@@ -1,20 +1,27 @@
 //! What every [`EnvelopeStore`] must pass.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod jobs;
+
+use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
+use self::jobs::{
+    a_job_ends_once_and_can_be_taken_up_again, a_sweep_is_incomplete_with_what_it_can_not_change,
+    a_sweep_replaces_what_is_still_there_and_retires_its_keks, a_sweep_sees_what_comes_and_changes_meanwhile,
+    a_sweep_that_waits_ends_with_all_that_it_has_not_come_to, jobs_about_the_same_exclude_each_other, sweep,
+};
 use super::memory::Memory;
 use super::{
-    Change, EnvelopeState, EnvelopeStore, JobRecord, LeftBehind, MadeKek, Mark, NewJob, Pass, ProviderRecord,
-    Put, RetiredKek, StoreError, Stores, Traces, Verdict,
+    Change, EnvelopeState, EnvelopeStore, IfNeeded, MadeKek, Mark, ProviderRecord, Put, RetiredKek,
+    StoreError, Stores, Traces, Verdict,
 };
 use crate::model::envelope::fixture::{changed, envelope, version};
 use crate::model::envelope::{
     Envelope, EnvelopeId, Generation, KekId, ObjectKind, ProviderId, Verified, VmId,
 };
-use crate::model::job::{JobId, JobState, Subject};
+use crate::model::job::Subject;
 
 macro_rules! contract {
     ($($promise:ident),+ $(,)?) => {
@@ -49,11 +56,14 @@ contract!(
     there_is_one_default_from_the_first_provider_on,
     names_and_ids_of_providers_are_taken_once,
     changes_of_providers_are_counted,
+    settings_change_only_from_what_was_read,
+    what_needs_a_provider_keeps_it_and_nothing_new_needs_one_that_is_gone,
     a_sweep_sees_what_comes_and_changes_meanwhile,
     a_sweep_replaces_what_is_still_there_and_retires_its_keks,
     a_sweep_is_incomplete_with_what_it_can_not_change,
     jobs_about_the_same_exclude_each_other,
     a_job_ends_once_and_can_be_taken_up_again,
+    a_sweep_that_waits_ends_with_all_that_it_has_not_come_to,
 );
 
 fn an_id_is_taken_once(store: &dyn EnvelopeStore) {
@@ -199,6 +209,10 @@ fn a_vm_keeps_its_date_and_follows_its_name(store: &dyn EnvelopeStore) {
     let vms = store.vms().unwrap().whole().unwrap();
     assert_eq!(vms.len(), 1);
     assert!(vms[0].vtpm_seen && vms[0].name == "web02" && vms[0].sealed_at == sealed_at);
+    assert_eq!(store.clear_vtpm_seen(vm).unwrap(), Change::Changed);
+    assert_eq!(store.clear_vtpm_seen(vm).unwrap(), Change::Unchanged);
+    assert!(!store.vtpm_was_seen(vm).unwrap());
+    assert_eq!(store.clear_vtpm_seen(VmId::random()).unwrap(), Change::Unchanged);
     // Plain until it is sealed again.
     assert_eq!(store.note_plain(vm).unwrap(), Change::Changed);
     assert_eq!(store.note_plain(vm).unwrap(), Change::Unchanged);
@@ -215,20 +229,21 @@ fn what_is_forgotten_comes_back_and_what_is_newer_stays(store: &dyn EnvelopeStor
     store.insert_pending(&pending, "/b").unwrap();
     store.remember_vm(vm, "web01").unwrap();
     store.note_plain(vm).unwrap();
-    let (record, saved) = (
-        store.vm(vm).unwrap().unwrap(),
-        store.envelopes_of(vm).unwrap().whole().unwrap(),
-    );
-    assert_eq!(saved.len(), 2);
+    let (record, saved) = (store.vm(vm).unwrap().unwrap(), store.envelopes_of(vm).unwrap());
+    assert_eq!(saved.sound.len(), 2);
     // One that has changed since it was saved would be lost.
     store.set_location(kept.id, "/c").unwrap();
     assert_eq!(store.forget_vm(vm, &saved).unwrap(), Change::Unchanged);
-    let saved = store.envelopes_of(vm).unwrap().whole().unwrap();
-    let of_kept = saved.iter().find(|record| record.envelope.id == kept.id).unwrap();
+    let saved = store.envelopes_of(vm).unwrap();
+    let of_kept = saved
+        .sound
+        .iter()
+        .find(|record| record.envelope.id == kept.id)
+        .unwrap();
     assert_eq!(store.forget_envelope(of_kept).unwrap(), Change::Changed);
     assert_eq!(store.forget_envelope(of_kept).unwrap(), Change::Unchanged);
     assert_eq!(store.bring_back(of_kept).unwrap(), Put::Adopted);
-    let saved = store.envelopes_of(vm).unwrap().whole().unwrap();
+    let saved = store.envelopes_of(vm).unwrap();
     assert_eq!(store.forget_vm(vm, &saved).unwrap(), Change::Changed);
     assert!(store.envelopes_of(vm).unwrap().is_empty() && store.vm(vm).unwrap().is_none());
     assert!(store.envelope(other.id).unwrap().is_some());
@@ -240,7 +255,7 @@ fn what_is_forgotten_comes_back_and_what_is_newer_stays(store: &dyn EnvelopeStor
     };
     // A later one has come meanwhile.
     store.put(&version(&kept, 5, 5), "/d").unwrap();
-    for saved in &saved {
+    for saved in &saved.sound {
         store.bring_back(saved).unwrap();
     }
     store
@@ -323,9 +338,9 @@ fn names_and_ids_of_providers_are_taken_once(store: &dyn EnvelopeStore) {
     assert!(matches!(&error, StoreError::ProviderExists { name, .. } if name == "main"));
     assert_eq!(store.providers().unwrap().whole().unwrap(), [made]);
     // Its name is remembered until it comes back.
-    store.delete_provider(id).unwrap();
+    store.delete_provider(id, IfNeeded::Stays).unwrap();
     assert!(matches!(
-        store.delete_provider(id),
+        store.delete_provider(id, IfNeeded::Stays),
         Err(StoreError::UnknownProvider(_))
     ));
     let deleted = store.deleted_providers().unwrap().whole().unwrap();
@@ -335,6 +350,25 @@ fn names_and_ids_of_providers_are_taken_once(store: &dyn EnvelopeStore) {
     );
     insert_provider(store, id, "again").unwrap();
     assert!(store.deleted_providers().unwrap().is_empty());
+}
+
+fn settings_change_only_from_what_was_read(store: &dyn EnvelopeStore) {
+    let id = ProviderId::random();
+    let before = insert_provider(store, id, "one").unwrap().settings;
+    let (one, two) = (
+        serde_json::json!({"endpoint": "a"}),
+        serde_json::json!({"endpoint": "b"}),
+    );
+    let settings = || store.providers().unwrap().whole().unwrap()[0].settings.clone();
+    let change = |from, to| store.change_provider_settings(id, from, to);
+    assert_eq!(change(&before, &before).unwrap(), Change::Unchanged);
+    assert_eq!(change(&before, &one).unwrap(), Change::Changed);
+    assert!(matches!(change(&before, &two), Err(StoreError::SettingsChanged(name)) if name == "one"));
+    assert_eq!(settings(), one);
+    assert!(matches!(
+        store.change_provider_settings(ProviderId::random(), &one, &two),
+        Err(StoreError::UnknownProvider(_))
+    ));
 }
 
 fn changes_of_providers_are_counted(store: &dyn EnvelopeStore) {
@@ -353,238 +387,53 @@ fn changes_of_providers_are_counted(store: &dyn EnvelopeStore) {
     let two = store.providers().unwrap().whole().unwrap()[1].id;
     store.set_default_provider(two).unwrap();
     assert!(has_changed());
-    store.delete_provider(id).unwrap();
+    let (before, after) = (
+        serde_json::json!({"endpoint": "kms.example"}),
+        serde_json::json!({}),
+    );
+    store.change_provider_settings(two, &before, &after).unwrap();
+    assert!(has_changed());
+    store.delete_provider(id, IfNeeded::Stays).unwrap();
     assert!(has_changed());
 }
 
-fn sweep<'a>(subject: &'a Subject, left: &'a [LeftBehind]) -> NewJob<'a> {
-    let (task, total) = ("{}", 0);
-    NewJob {
-        subject,
-        task,
-        total,
-        left,
-    }
-}
-
-/// One step of a sweep that finds each envelope as it wants it; what it has looked at.
-fn step(store: &dyn EnvelopeStore, job: &mut JobRecord, most: u32) -> Vec<Envelope> {
-    let batch = store.next_of_job(job, most).unwrap().whole().unwrap();
-    let looked: Vec<_> = batch.into_iter().map(|record| record.envelope).collect();
-    let verdicts: Vec<_> = looked
-        .iter()
-        .map(|envelope| Verdict::Unchanged(envelope.id))
-        .collect();
-    *job = match looked.is_empty() {
-        true => store.end_pass(job.id).unwrap(),
-        false => store.commit_batch(job.id, &verdicts).unwrap(),
-    };
-    looked
-}
-
-/// What others do while a sweep is at work.
-#[derive(Clone, Debug)]
-enum Meanwhile {
-    Make,
-    Change(prop::sample::Index),
-    Withdraw(prop::sample::Index),
-    Step(u32),
-}
-
-/// However a sweep and others take turns: at its end it has looked at each envelope as that is now.
-fn a_sweep_sees_what_comes_and_changes_meanwhile(store: &dyn EnvelopeStore) {
-    let acts = prop_oneof![
-        Just(Meanwhile::Make),
-        any::<prop::sample::Index>().prop_map(Meanwhile::Change),
-        any::<prop::sample::Index>().prop_map(Meanwhile::Withdraw),
-        (1..4_u32).prop_map(Meanwhile::Step),
-    ];
-    let check = |acts: Vec<Meanwhile>| {
-        let vm = VmId::random();
-        let mut made: Vec<Verified> = (0..3).map(|_| envelope(vm)).collect();
-        for envelope in &made {
-            store.put(envelope, "").unwrap();
-        }
-        let subject = Subject::EnvelopesOf(vm);
-        let mut job = store.insert_job(&sweep(&subject, &[])).unwrap();
-        let mut looked = BTreeMap::new();
-        let note = |seen: Vec<Envelope>, looked: &mut BTreeMap<EnvelopeId, Envelope>| {
-            looked.extend(seen.into_iter().map(|envelope| (envelope.id, envelope)));
-        };
-        for (nth, act) in acts.into_iter().enumerate() {
-            match act {
-                Meanwhile::Make => {
-                    let new = envelope(vm);
-                    store.insert_pending(&new, "").unwrap();
-                    made.push(new);
-                }
-                Meanwhile::Change(at) => {
-                    let newer = version(at.get(&made), nth as u64 + 2, 1);
-                    // One that was withdrawn comes back so, as from an XML.
-                    store.put(&newer, "").unwrap();
-                }
-                Meanwhile::Withdraw(at) => drop(store.withdraw(at.get(&made).id).unwrap()),
-                Meanwhile::Step(_) if job.state != JobState::Running => {}
-                Meanwhile::Step(most) => note(step(store, &mut job, most), &mut looked),
-            }
-            // A sweep that had ended is over: what comes then is for the next one.
-            if job.state != JobState::Running {
-                break;
-            }
-        }
-        let mut steps = 0;
-        while job.state == JobState::Running {
-            note(step(store, &mut job, 2), &mut looked);
-            steps += 1;
-            prop_assert!(steps < 100, "it goes on for ever");
-        }
-        prop_assert_eq!(job.state, JobState::Done);
-        for record in store.envelopes_of(vm).unwrap().whole().unwrap() {
-            prop_assert_eq!(looked.get(&record.envelope.id), Some(&record.envelope));
-        }
-        Ok(())
-    };
-    let acts = prop::collection::vec(acts, 0..16);
-    let mut runner = TestRunner::new(ProptestConfig::with_cases(24));
-    runner.run(&acts, check).unwrap();
-}
-
-fn a_sweep_replaces_what_is_still_there_and_retires_its_keks(store: &dyn EnvelopeStore) {
-    let vm = VmId::random();
-    let (stays, changes) = (envelope(vm), envelope(vm));
-    for envelope in [&stays, &changes] {
-        store.put(envelope, "").unwrap();
-    }
-    let subject = Subject::EnvelopesOf(vm);
-    let job = store.insert_job(&sweep(&subject, &[])).unwrap();
-    let rewrapped = |of: &Verified| {
-        let next = changed(&version(of, 2, 2), |envelope| {
-            envelope.stanzas[0].kek = KekId("new".to_owned());
+fn what_needs_a_provider_keeps_it_and_nothing_new_needs_one_that_is_gone(store: &dyn EnvelopeStore) {
+    let (known, late) = (envelope(VmId::random()), envelope(VmId::random()));
+    let provider = known.stanzas[0].provider;
+    insert_provider(store, provider, "main").unwrap();
+    store.insert_pending(&known, "a").unwrap();
+    let stays = store.delete_provider(provider, IfNeeded::Stays);
+    assert!(matches!(stays, Err(StoreError::ProviderNeeded(id)) if id == provider));
+    store.delete_provider(provider, IfNeeded::Goes).unwrap();
+    let of_it = changed(&late, |envelope| envelope.stanzas = known.stanzas.clone());
+    let refused = store.insert_pending(&of_it, "b");
+    assert!(matches!(refused, Err(StoreError::ProviderDeleted(id)) if id == provider));
+    // What travels here may need it still, and what had a stanza of it keeps that.
+    store.put(&of_it, "b").unwrap();
+    let job = store.insert_job(&sweep(&Subject::AllEnvelopes, &[])).unwrap();
+    let next = |change: fn(&mut Envelope)| {
+        let new = changed(&known, |envelope| {
+            envelope.generation = Generation::of_test(2);
+            change(envelope);
         });
-        Verdict::Replace(Box::new(of.clone().into_envelope()), Box::new(next))
+        let old = Box::new(known.clone().into_envelope());
+        store
+            .commit_batch(job.id, &[Verdict::Replace(old, Box::new(new))])
+            .unwrap()
     };
-    // A start has adopted a later one meanwhile.
-    let adopted = version(&changes, 7, 7);
-    store.put(&adopted, "").unwrap();
-    let job = store
-        .commit_batch(job.id, &[rewrapped(&stays), rewrapped(&changes)])
+    let left = next(|envelope| envelope.stanzas[0].kek = KekId("new".into()));
+    assert_eq!((left.changed, left.left), (0, 1));
+    let kept = next(|envelope| {
+        let mut other = envelope.stanzas[0].clone();
+        other.provider = ProviderId::random();
+        envelope.stanzas.push(other);
+    });
+    assert_eq!((kept.changed, kept.left), (1, 0));
+    insert_provider(store, provider, "main").unwrap();
+    store
+        .insert_pending(
+            &changed(&of_it, |envelope| envelope.id = EnvelopeId::random()),
+            "c",
+        )
         .unwrap();
-    assert_eq!((job.seen, job.changed, job.left), (2, 1, 1));
-    assert_eq!(store.envelope(changes.id).unwrap().unwrap().envelope, *adopted);
-    let now = store.envelope(stays.id).unwrap().unwrap().envelope;
-    assert_eq!(now.stanzas[0].kek, KekId("new".to_owned()));
-    let retired = RetiredKek {
-        vm,
-        provider: stays.stanzas[0].provider,
-        kek: stays.stanzas[0].kek.clone(),
-    };
-    assert!(store.retired_of(retired.provider).unwrap().contains(&retired.kek));
-    assert_eq!(store.retired_keks().unwrap().whole().unwrap(), [retired]);
-    // Its next pass has that one alone.
-    let job = store.end_pass(job.id).unwrap();
-    assert_eq!((job.state, job.pass), (JobState::Running, Pass::Left));
-    let next = store.next_of_job(&job, 9).unwrap().whole().unwrap();
-    assert_eq!(next.len(), 1);
-    assert_eq!(next[0].envelope, *adopted);
-}
-
-fn a_sweep_is_incomplete_with_what_it_can_not_change(store: &dyn EnvelopeStore) {
-    let vm = VmId::random();
-    let all = [0; 3].map(|_| envelope(vm));
-    for envelope in &all {
-        store.put(envelope, "").unwrap();
-    }
-    let left = LeftBehind {
-        envelope: all[2].id,
-        reason: "two versions".to_owned(),
-        again: false,
-    };
-    let subject = Subject::AllEnvelopes;
-    let mut job = store
-        .insert_job(&sweep(&subject, std::slice::from_ref(&left)))
-        .unwrap();
-    assert_eq!(job.total, 3);
-    store.job_waits(job.id, "main is locked").unwrap();
-    assert_eq!(store.job(job.id).unwrap().unwrap().waiting, "main is locked");
-    let looked: Vec<_> = step(store, &mut job, 9)
-        .into_iter()
-        .map(|envelope| envelope.id)
-        .collect();
-    assert_eq!(looked, [all[0].id, all[1].id]);
-    assert!(step(store, &mut job, 9).is_empty());
-    assert_eq!(
-        (job.state, job.left, job.waiting.as_str()),
-        (JobState::Incomplete, 1, "")
-    );
-    assert_eq!(store.left_behind(job.id, 9).unwrap(), [left]);
-    // One that is gone has nothing left to be done.
-    let job = store.resume_job(job.id, &[]).unwrap();
-    assert_eq!((job.state, job.seen, job.left), (JobState::Running, 0, 0));
-}
-
-fn jobs_about_the_same_exclude_each_other(store: &dyn EnvelopeStore) {
-    let (web, db) = (VmId::random(), VmId::random());
-    let image = |path: &str| Subject::Image {
-        vm: web,
-        path: path.to_owned(),
-    };
-    let start = |subject: &Subject| {
-        let total = 100;
-        let task = "{}";
-        let left = &[];
-        store.insert_job(&NewJob {
-            subject,
-            task,
-            total,
-            left,
-        })
-    };
-    let of_web = start(&Subject::EnvelopesOf(web)).unwrap();
-    start(&Subject::EnvelopesOf(db)).unwrap();
-    assert_eq!(start(&image("/a")).unwrap().total, 100);
-    start(&image("/b")).unwrap();
-    for refused in [Subject::EnvelopesOf(web), Subject::AllEnvelopes, image("/a")] {
-        assert!(
-            matches!(start(&refused), Err(StoreError::JobRunning(_))),
-            "{refused:?}"
-        );
-    }
-    assert_eq!(store.running_jobs().unwrap().len(), 4);
-    store.abort_job(of_web.id).unwrap();
-    start(&Subject::EnvelopesOf(web)).unwrap();
-    assert!(matches!(
-        store.resume_job(of_web.id, &[]),
-        Err(StoreError::JobRunning(_))
-    ));
-    assert_eq!(store.jobs(2).unwrap().whole().unwrap().len(), 2);
-}
-
-fn a_job_ends_once_and_can_be_taken_up_again(store: &dyn EnvelopeStore) {
-    let subject = Subject::Image {
-        vm: VmId::random(),
-        path: "/a".to_owned(),
-    };
-    let new = NewJob {
-        subject: &subject,
-        task: "{}",
-        total: 100,
-        left: &[],
-    };
-    let job = store.insert_job(&new).unwrap();
-    let failed = store.end_job(job.id, Some("{\"why\": 1}")).unwrap();
-    assert_eq!(
-        (failed.state, failed.failure.as_str()),
-        (JobState::Failed, "{\"why\": 1}")
-    );
-    assert_eq!(store.abort_job(job.id).unwrap().state, JobState::Failed);
-    let again = store.resume_job(job.id, &[]).unwrap();
-    assert_eq!((again.state, again.failure.as_str()), (JobState::Running, ""));
-    assert_eq!(store.abort_job(job.id).unwrap().state, JobState::Aborted);
-    // It was done at that very moment.
-    let done = store.end_job(job.id, None).unwrap();
-    assert_eq!((done.state, done.seen), (JobState::Done, 100));
-    assert!(matches!(
-        store.abort_job(JobId(4711)),
-        Err(StoreError::UnknownJob(4711))
-    ));
 }

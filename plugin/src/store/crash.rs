@@ -35,7 +35,7 @@ fn write_for_ever(dir: &Path) -> ! {
         let provider = ProviderId::random();
         let root = NativeRoot {
             generation: 1,
-            sealed: vec![1; 400],
+            encrypted: vec![1; 400],
             backed_up_at: None,
         };
         stores
@@ -43,21 +43,29 @@ fn write_for_ever(dir: &Path) -> ! {
             .insert_native(provider, &provider.to_string(), &root)
             .unwrap();
         stores.keystore.set_default_provider(provider).unwrap();
-        let mut seal = TpmSeal {
+        let mut bound = BoundRoots {
             generation: 1,
-            sealed_key: vec![2; 900],
+            bound_key: vec![2; 900],
             roots: vec![3; 600],
             enrolled: 0,
         };
-        stores.host_store.native(provider).put_tpm_seal(&seal).unwrap();
+        stores
+            .host_store
+            .native(provider)
+            .put_bound_roots(&bound)
+            .unwrap();
         let root = NativeRoot {
             generation: 2,
             ..root
         };
         stores.host_store.native(provider).add_root(&root, None).unwrap();
-        seal.generation = 2;
-        stores.host_store.native(provider).put_tpm_seal(&seal).unwrap();
-        say("sealed", EnvelopeId(provider.0));
+        bound.generation = 2;
+        stores
+            .host_store
+            .native(provider)
+            .put_bound_roots(&bound)
+            .unwrap();
+        say("bound", EnvelopeId(provider.0));
         persist(&stores, provider);
         say("persisted", EnvelopeId(provider.0));
         stores.host_store.kek_cache(provider).purge(PURGED).unwrap();
@@ -70,13 +78,13 @@ const SALT: &[u8] = b"before";
 const PURGED: &[u8] = b"after";
 
 fn persist(stores: &Stores, provider: ProviderId) {
-    let persistence = KekPersistence {
-        sealed: vec![4; 700],
+    let enrollment = KekEnrollment {
+        bound: vec![4; 700],
         salt: SALT.to_vec(),
         seconds: 3600,
         enrolled: 0,
     };
-    let kek = |nth: u8| PersistedKek {
+    let kek = |nth: u8| CachedKek {
         kek: KekId(nth.to_string()),
         fetched: 0,
         expires: 3600,
@@ -86,7 +94,7 @@ fn persist(stores: &Stores, provider: ProviderId) {
     stores
         .host_store
         .kek_cache(provider)
-        .set(&serde_json::json!({}), Some(&persistence))
+        .set(&serde_json::json!({}), Some(&enrollment))
         .unwrap();
     stores.host_store.kek_cache(provider).put(SALT, &keks, 9).unwrap();
 }
@@ -130,9 +138,13 @@ fn check(dir: &Path, reported: &[String]) {
         let Some((word, id)) = line.split_once(' ') else {
             continue;
         };
-        if word == "sealed" {
-            let seal = stores.host_store.native(id.parse().unwrap()).tpm_seal().unwrap();
-            assert!(seal.is_some_and(|seal| seal.generation == 2), "{line}");
+        if word == "bound" {
+            let bound = stores
+                .host_store
+                .native(id.parse().unwrap())
+                .bound_roots()
+                .unwrap();
+            assert!(bound.is_some_and(|bound| bound.generation == 2), "{line}");
         }
         if word == "purged" {
             assert!(
@@ -168,15 +180,15 @@ fn check(dir: &Path, reported: &[String]) {
     for provider in providers {
         let root = stores.host_store.native(provider.id).root().unwrap();
         let root = root.expect("a provider without its root key");
-        if let Some(seal) = stores.host_store.native(provider.id).tpm_seal().unwrap() {
-            assert!(seal.generation <= root.generation);
-            assert_eq!((seal.sealed_key.len(), seal.roots.len()), (900, 600));
+        if let Some(bound) = stores.host_store.native(provider.id).bound_roots().unwrap() {
+            assert!(bound.generation <= root.generation);
+            assert_eq!((bound.bound_key.len(), bound.roots.len()), (900, 600));
         }
         // All of them or none, and none under the salt that ended them.
         let keks = stores.host_store.kek_cache(provider.id).all().unwrap();
-        if let Some(persistence) = stores.host_store.kek_cache(provider.id).persistence().unwrap() {
+        if let Some(enrollment) = stores.host_store.kek_cache(provider.id).enrollment().unwrap() {
             assert!([0, 3].contains(&keks.len()));
-            assert!(keks.is_empty() || persistence.salt == SALT);
+            assert!(keks.is_empty() || enrollment.salt == SALT);
         } else {
             assert!(keks.is_empty());
         }

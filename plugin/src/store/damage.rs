@@ -10,8 +10,8 @@ use super::records::EnvelopeRecord;
 use crate::model::envelope::{Envelope, EnvelopeId, VmId};
 
 /// The rows that can be read, and what is known of the others.
-#[derive(Debug)]
-pub struct Rows<T> {
+#[derive(Debug, PartialEq)]
+pub(crate) struct Rows<T> {
     /// Those that can be read.
     pub sound: Vec<T>,
     /// Those that can't.
@@ -20,8 +20,7 @@ pub struct Rows<T> {
 
 impl<T> Rows<T> {
     /// Whether there is none, not even a damaged one.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.sound.is_empty() && self.damaged.is_empty()
     }
 
@@ -29,7 +28,7 @@ impl<T> Rows<T> {
     ///
     /// # Errors
     /// [`StoreError::Inconsistent`], which names the first one that can't be read.
-    pub fn whole(self) -> Result<Vec<T>, StoreError> {
+    pub(crate) fn whole(self) -> Result<Vec<T>, StoreError> {
         match self.damaged.into_iter().next() {
             None => Ok(self.sound),
             Some(row) => Err(row.into()),
@@ -38,33 +37,28 @@ impl<T> Rows<T> {
 }
 
 impl Rows<EnvelopeRecord> {
-    /// The envelopes of all rows, those of damaged ones as they still hold them: for a guard to which what may be true is enough.
-    ///
-    /// # Errors
-    /// [`StoreError::Inconsistent`], which names the first row that holds none.
-    pub fn claims(self) -> Result<Vec<Envelope>, StoreError> {
+    /// The envelopes of all rows, those of damaged ones as they still hold them, for a guard to which what may be true is enough; and
+    /// the rows that hold none.
+    pub(crate) fn claims(self) -> (Vec<Envelope>, Vec<DamagedRow>) {
         let mut claims: Vec<_> = self.sound.into_iter().map(|record| record.envelope).collect();
-        for row in self.damaged {
-            match row.holds {
-                Some(held) => claims.push(held.envelope),
-                None => return Err(row.into()),
-            }
-        }
-        Ok(claims)
+        let (held, silent): (Vec<_>, Vec<_>) = self.damaged.into_iter().partition(|row| row.holds.is_some());
+        claims.extend(held.into_iter().filter_map(|row| Some(row.holds?.envelope)));
+        (claims, silent)
     }
 }
 
 /// A row that can't be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DamagedRow {
+pub(crate) struct DamagedRow {
     /// Which one, as in `of envelope ID`.
     pub row: String,
-    /// What is wrong with it.
     pub why: String,
     /// The VM that it is about, as far as it tells.
     pub vm: Option<VmId>,
     /// The envelope that it is of, as far as it tells.
     pub envelope: Option<EnvelopeId>,
+    /// All that is in it, by column, as JSON; what is no text as hexadecimal digits.
+    pub raw: serde_json::Value,
     /// The envelope that is in it all the same.
     pub holds: Option<Box<Held>>,
     /// Whether what it says is elsewhere too: the envelopes of a VM travel, and what else is noted of it is seen at its start.
@@ -75,8 +69,7 @@ pub struct DamagedRow {
 
 /// What a damaged row of an envelope still has: to be believed once it was verified, as a copy from anywhere else.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
-    /// The envelope.
+pub(crate) struct Held {
     pub envelope: Envelope,
     /// The path of its object; empty where it has none.
     pub location: String,

@@ -1,5 +1,7 @@
 //! Why the keystore refuses, and what to do next.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -14,54 +16,41 @@ type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why the keystore can't be opened, read or changed.
 #[derive(Debug, Error)]
-pub enum StoreError {
-    /// Another process holds the state directory.
-    #[error("another virtseald ({holder}) uses {}: stop it, or choose another state_dir", .dir.display())]
+pub(crate) enum StoreError {
+    #[error("another virtseald (pid {}) uses {}: stop it, or choose another state_dir", .holder.map_or("unknown".to_owned(), |pid| pid.to_string()), .dir.display())]
     InUse {
-        /// The state directory.
         dir: PathBuf,
         /// Its pid, as it wrote it down.
-        holder: String,
+        holder: Option<u32>,
     },
     /// The file is not a keystore, or not a whole one.
     #[error("the keystore {} is damaged; it was not changed", .path.display())]
     Damaged {
-        /// The file.
         path: PathBuf,
-        /// What the backend says.
         #[source]
         source: Cause,
     },
-    /// Written by a later version.
     #[error(
         "the keystore {} was made by a later virtseal (schema {found}, this one knows up to {known})", .path.display()
     )]
     TooNew {
-        /// The file.
         path: PathBuf,
-        /// Its schema.
         found: i64,
         /// The highest schema that this version knows.
         known: i64,
     },
-    /// No space left.
     #[error("no space left for the keystore {}: free some on that file system and try again", .path.display())]
     DiskFull {
-        /// The file.
         path: PathBuf,
-        /// What the backend says.
         #[source]
         source: Cause,
     },
-    /// Not writable.
     #[error(
         "the keystore {} can't be written: check its owner, its mode and whether the file system is mounted \
          read-only", .path.display()
     )]
     ReadOnly {
-        /// The file.
         path: PathBuf,
-        /// What the backend says.
         #[source]
         source: Cause,
     },
@@ -70,18 +59,13 @@ pub enum StoreError {
         "the keystore {} is held by another program (fuser names it): end it and try again", .path.display()
     )]
     Busy {
-        /// The file.
         path: PathBuf,
-        /// What the backend says.
         #[source]
         source: Cause,
     },
-    /// Any other failure of SQLite.
     #[error("the keystore {} failed", .path.display())]
-    Sqlite {
-        /// The file.
+    Backend {
         path: PathBuf,
-        /// What the backend says.
         #[source]
         source: Cause,
     },
@@ -91,37 +75,25 @@ pub enum StoreError {
     /// A row holds something that no virtseal wrote.
     #[error("the keystore's record of envelope {id} is damaged")]
     DamagedRecord {
-        /// The row.
         id: EnvelopeId,
-        /// What is wrong with it.
         #[source]
         source: EnvelopeError,
     },
-    /// A row whose columns contradict each other.
     #[error("the keystore's record {row} is damaged: {why}")]
-    Inconsistent {
-        /// The row.
-        row: String,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// Two different envelopes claim the same place.
+    Inconsistent { row: String, why: String },
     #[error(
         "two different versions of envelope {id} have generation {generation}: one of them was not made by \
          virtseal, and none was changed"
     )]
     Conflict {
-        /// The envelope.
         id: EnvelopeId,
         /// The generation of both.
         generation: Generation,
     },
-    /// An envelope changed what it is for.
     #[error(
         "envelope {id} belongs to {known} in the keystore and to {offered} in the copy: the copy is refused"
     )]
     OtherObject {
-        /// The envelope.
         id: EnvelopeId,
         /// VM and kind in the keystore.
         known: String,
@@ -130,53 +102,48 @@ pub enum StoreError {
     },
     /// A generation that no sequence of changes reaches.
     #[error("envelope {id} claims generation {generation}, which no virtseal made: the copy is refused")]
-    GenerationTooHigh {
-        /// The envelope.
-        id: EnvelopeId,
-        /// The generation.
-        generation: Generation,
-    },
-    /// The envelope exists already.
+    GenerationTooHigh { id: EnvelopeId, generation: Generation },
     #[error("envelope {0} is in the keystore already")]
     EnvelopeExists(EnvelopeId),
-    /// There is no such envelope.
     #[error("envelope {0} is not in the keystore")]
     UnknownEnvelope(EnvelopeId),
-    /// There is no such VM.
     #[error("VM {0} is not in the keystore")]
     UnknownVm(VmId),
-    /// There is no such provider.
     #[error("key provider {0} is not in the keystore")]
     UnknownProvider(ProviderId),
-    /// A job about the same runs already.
+    #[error("the settings of provider '{0}' have changed meanwhile")]
+    SettingsChanged(String),
+    /// An envelope that was made meanwhile has a stanza of it.
+    #[error("an envelope needs key provider {0} since just now")]
+    ProviderNeeded(ProviderId),
+    /// Nothing is to be wrapped by it any more.
+    #[error("key provider {0} was deleted meanwhile")]
+    ProviderDeleted(ProviderId),
     #[error("job {0} runs, and is about the same")]
     JobRunning(i64),
-    /// There is no such job.
     #[error("there is no job {0}")]
     UnknownJob(i64),
-    /// The name is in use.
     #[error("there is a key provider called {0:?} already: choose another name")]
     ProviderNameTaken(String),
-    /// The provider exists already.
     #[error("key provider {id} is on this host already, called {name:?}")]
-    ProviderExists {
-        /// The provider.
-        id: ProviderId,
-        /// Its name here.
-        name: String,
-    },
+    ProviderExists { id: ProviderId, name: String },
 }
 
 impl StoreError {
+    /// What who holds a lock file has written into it.
+    pub(crate) fn pid_in(lock: &mut File) -> Option<u32> {
+        let mut text = String::new();
+        lock.take(20).read_to_string(&mut text).ok()?;
+        text.trim().parse().ok()
+    }
+
     /// Whether it is about one row, and says nothing of the others.
-    #[must_use]
-    pub fn is_of_row(&self) -> bool {
+    pub(crate) fn is_of_row(&self) -> bool {
         matches!(self, Self::DamagedRecord { .. } | Self::Inconsistent { .. })
     }
 
     /// What leads out, where that is not said by the error itself.
-    #[must_use]
-    pub fn advice(&self) -> Option<Advice> {
+    pub(crate) fn advice(&self) -> Option<Advice> {
         Some(match self {
             Self::Damaged { .. } => Advice::from("keep a copy of its directory")
                 .then(Advice::RestoreState)
@@ -184,7 +151,11 @@ impl StoreError {
                     "without a backup, move the file away: sealed VMs are adopted again from their domain XML once their \
                      providers are restored",
                 ),
+            Self::InUse { .. } => Advice::ShowDaemon,
             Self::TooNew { .. } => Advice::Upgrade,
+            Self::ProviderNeeded(_) | Self::ProviderDeleted(_) | Self::SettingsChanged(_) => {
+                Advice::from("the same command again")
+            }
             Self::ProviderExists { name, .. } => Advice::ShowProvider(name.clone()),
             error if error.is_of_row() => {
                 Advice::ShowStatus.note("which names each damaged record and its way out")
@@ -202,6 +173,10 @@ impl From<StoreError> for Problem {
 
 impl From<&StoreError> for Problem {
     fn from(error: &StoreError) -> Self {
-        Self::new(Code::Failed, chain(error)).advised(error.advice())
+        let code = match error {
+            StoreError::ProviderNameTaken(_) | StoreError::ProviderExists { .. } => Code::Exists,
+            _ => Code::Failed,
+        };
+        Self::new(code, chain(error)).advised(error.advice())
     }
 }

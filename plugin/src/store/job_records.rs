@@ -7,7 +7,7 @@ use crate::model::job::{JobId, JobState, Subject};
 
 /// Which envelopes a job goes through now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pass {
+pub(crate) enum Pass {
     /// All of them, in the order in which they came here: one that is made meanwhile comes last.
     All,
     /// Those that it left behind and that may open by now.
@@ -16,8 +16,7 @@ pub enum Pass {
 
 /// A job to be kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NewJob<'a> {
-    /// What it is about.
+pub(crate) struct NewJob<'a> {
     pub subject: &'a Subject,
     /// What it does, as JSON: all that it needs to be done again after a restart, and no key.
     pub task: &'a str,
@@ -27,18 +26,13 @@ pub struct NewJob<'a> {
     pub left: &'a [LeftBehind],
 }
 
-/// A job.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JobRecord {
-    /// Its number.
+pub(crate) struct JobRecord {
     pub id: JobId,
-    /// What it is about.
     pub subject: Subject,
     /// What it does, as JSON.
     pub task: String,
-    /// How far it is.
     pub state: JobState,
-    /// Which envelopes it goes through.
     pub pass: Pass,
     /// The row of the last envelope of the pass that it has seen; none yet, if empty.
     pub cursor: String,
@@ -54,18 +48,14 @@ pub struct JobRecord {
     pub waiting: String,
     /// Why it was given up, as JSON; empty if it was not.
     pub failure: String,
-    /// When it was started.
     pub created: UnixTime,
-    /// When it last changed.
     pub updated: UnixTime,
 }
 
 /// An envelope that a job could not change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LeftBehind {
-    /// The envelope.
+pub(crate) struct LeftBehind {
     pub envelope: EnvelopeId,
-    /// Why.
     pub reason: String,
     /// Whether it may work later, as with a locked provider.
     pub again: bool,
@@ -73,7 +63,7 @@ pub struct LeftBehind {
 
 /// What a batch has come to, envelope by envelope.
 #[derive(Debug)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// It is as the job wants it.
     Unchanged(EnvelopeId),
     /// The second, of the next generation, takes the place of the first.

@@ -7,11 +7,11 @@ use crate::model::envelope::{
 use crate::secret::Dek;
 
 /// Seconds since 1970, UTC.
-pub type UnixTime = i64;
+pub(crate) type UnixTime = i64;
 
 /// Whether a call had anything to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     /// The row is different now.
     Changed,
     /// The row was like that before.
@@ -24,9 +24,17 @@ impl Change {
     }
 }
 
+/// What becomes of a provider that an envelope needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IfNeeded {
+    Stays,
+    /// Somebody knows what that costs.
+    Goes,
+}
+
 /// Whether an envelope's object is known to open with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum EnvelopeState {
+pub(crate) enum EnvelopeState {
     /// Written before its object was; the object may not exist yet.
     Pending,
     /// Its object was opened with it.
@@ -35,8 +43,7 @@ pub enum EnvelopeState {
 
 impl EnvelopeState {
     /// The word in the keystore and in messages.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Pending => "pending",
             Self::Active => "active",
@@ -46,16 +53,13 @@ impl EnvelopeState {
 
 /// An envelope as this host knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct EnvelopeRecord {
-    /// The envelope.
+pub(crate) struct EnvelopeRecord {
     pub envelope: Envelope,
     /// Whether its object is known to open.
     pub state: EnvelopeState,
     /// The object's path as text; empty where the VM's UUID says it all (a vTPM).
     pub location: String,
-    /// When it came here.
     pub created: UnixTime,
-    /// When it last changed.
     pub updated: UnixTime,
 }
 
@@ -64,14 +68,14 @@ impl EnvelopeRecord {
     ///
     /// # Errors
     /// When its MAC is not one by `dek`.
-    pub fn verify(&self, dek: &Dek) -> Result<Verified, EnvelopeError> {
+    pub(crate) fn verify(&self, dek: &Dek) -> Result<Verified, EnvelopeError> {
         self.envelope.upgrade(dek, Format1::OfKeystore)
     }
 }
 
 /// What became of an envelope that was offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Put {
+pub(crate) enum Put {
     /// It was unknown here.
     Adopted,
     /// It replaced a lower generation.
@@ -109,8 +113,7 @@ impl Put {
 
 /// A VM that has, or had, sealed objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct VmRecord {
-    /// The domain's UUID.
+pub(crate) struct VmRecord {
     pub vm: VmId,
     /// Its name when it was last seen.
     pub name: String,
@@ -123,7 +126,7 @@ pub struct VmRecord {
 
 /// What a VM that is known counts as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mark {
+pub(crate) enum Mark {
     /// Sealed: the hook lets it start by its metadata alone.
     Sealed,
     /// Plain again.
@@ -132,7 +135,7 @@ pub enum Mark {
 
 /// A key provider as this host knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ProviderRecord {
+pub(crate) struct ProviderRecord {
     /// Who it is, on every host.
     pub id: ProviderId,
     /// What the admin calls it; unique on this host.
@@ -141,7 +144,6 @@ pub struct ProviderRecord {
     pub kind: String,
     /// Whether new envelopes are wrapped by it unless told otherwise.
     pub is_default: bool,
-    /// When it was added.
     pub created: UnixTime,
     /// What its kind needs to know; an empty object for `native`.
     pub settings: serde_json::Value,
@@ -149,25 +151,19 @@ pub struct ProviderRecord {
 
 /// What is remembered of a provider that was deleted here.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeletedProvider {
-    /// Who it was.
+pub(crate) struct DeletedProvider {
     pub id: ProviderId,
-    /// What it was called.
     pub name: String,
-    /// Its kind.
     pub kind: String,
-    /// When it was deleted.
     pub deleted: UnixTime,
 }
 
 /// A KEK that a job has taken out of use; its provider may still have it, and a backup may still need it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct RetiredKek {
+pub(crate) struct RetiredKek {
     /// The VM that it wrapped something of.
     pub vm: VmId,
-    /// The KEK's provider.
     pub provider: ProviderId,
-    /// The KEK.
     pub kek: KekId,
 }
 
@@ -190,19 +186,16 @@ impl RetiredKek {
 
 /// A KEK that was made for a VM here, whether or not anything was wrapped with it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct MadeKek {
+pub(crate) struct MadeKek {
     /// Whom it was made for.
     pub vm: VmId,
-    /// Its provider.
     pub provider: ProviderId,
-    /// The KEK.
     pub kek: KekId,
 }
 
 /// What the destruction of a VM's rows has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShreddedRows {
-    /// How many envelopes there were.
+pub(crate) struct ShreddedRows {
     pub envelopes: usize,
     /// Whether anything of them may still be read from the disk.
     pub traces: Traces,
@@ -210,7 +203,7 @@ pub struct ShreddedRows {
 
 /// Whether something that was deleted may still be read from the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Traces {
+pub(crate) enum Traces {
     /// It was overwritten.
     None,
     /// In a log that another program keeps from being emptied; the next start of virtseald empties it.
@@ -219,4 +212,4 @@ pub enum Traces {
 
 /// Where a page of envelopes ends: only the store that gave it out knows what it says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PageEnd(pub(super) String);
+pub(crate) struct PageEnd(pub(super) String);

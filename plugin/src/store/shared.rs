@@ -12,23 +12,26 @@ use super::damage::Rows;
 use super::error::StoreError;
 use super::job_records::{JobRecord, LeftBehind, NewJob, Verdict};
 use super::records::{
-    Change, DeletedProvider, EnvelopeRecord, MadeKek, Mark, PageEnd, ProviderRecord, Put, RetiredKek,
-    ShreddedRows, VmRecord,
+    Change, DeletedProvider, EnvelopeRecord, IfNeeded, MadeKek, Mark, PageEnd, ProviderRecord, Put,
+    RetiredKek, ShreddedRows, VmRecord,
 };
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, Verified, VmId};
 use crate::model::job::JobId;
 
 /// All that a fleet would share.
-pub trait EnvelopeStore: Envelopes + Vms + Providers + Keks + Jobs + fmt::Debug + Send + Sync {}
+pub(crate) trait EnvelopeStore:
+    Envelopes + Vms + Providers + Keks + Jobs + fmt::Debug + Send + Sync
+{
+}
 
 impl<T: Envelopes + Vms + Providers + Keks + Jobs + fmt::Debug + Send + Sync> EnvelopeStore for T {}
 
-/// The envelopes.
-pub trait Envelopes {
+pub(crate) trait Envelopes {
     /// Adds a new envelope as pending, before its object is made at `location`.
     ///
     /// # Errors
-    /// [`StoreError::EnvelopeExists`] when the id is taken.
+    /// [`StoreError::EnvelopeExists`] when the id is taken, [`StoreError::ProviderDeleted`] when that has happened since its DEK was
+    /// wrapped.
     fn insert_pending(&self, envelope: &Verified, location: &str) -> Result<(), StoreError>;
 
     /// Marks an envelope active, once its object was opened with it.
@@ -51,9 +54,6 @@ pub trait Envelopes {
     fn put(&self, envelope: &Verified, location: &str) -> Result<Put, StoreError>;
 
     /// The envelope called `id`.
-    ///
-    /// # Errors
-    /// [`StoreError::Inconsistent`] when its row is damaged.
     fn envelope(&self, id: EnvelopeId) -> Result<Option<EnvelopeRecord>, StoreError>;
 
     /// The envelope called `id`, if there is one that can be read: what is believed in its place takes the place of a damaged
@@ -82,22 +82,16 @@ pub trait Envelopes {
     ) -> Result<(Vec<EnvelopeRecord>, Option<PageEnd>), StoreError>;
 
     /// Drops one envelope, if it is still `saved`.
-    ///
-    /// # Errors
-    /// As [`Vms::forget_vm`].
     fn forget_envelope(&self, saved: &EnvelopeRecord) -> Result<Change, StoreError>;
 
     /// Takes back a row that was forgotten, as it was; one that is known by now stays if it is as new. Only for what root
     /// alone can have written: it is believed as the store is.
-    ///
-    /// # Errors
-    /// As [`Envelopes::put`].
     fn bring_back(&self, record: &EnvelopeRecord) -> Result<Put, StoreError>;
 }
 
 impl dyn EnvelopeStore + '_ {
     /// Shows `visit` every envelope whose row can be read. One that changes meanwhile is seen as it was or as it is.
-    pub fn each_envelope(&self, mut visit: impl FnMut(EnvelopeRecord)) -> Result<(), StoreError> {
+    pub(crate) fn each_envelope(&self, mut visit: impl FnMut(EnvelopeRecord)) -> Result<(), StoreError> {
         let mut after = None;
         loop {
             let (page, end) = self.envelope_page(after.as_ref())?;
@@ -111,7 +105,7 @@ impl dyn EnvelopeStore + '_ {
 }
 
 /// The VMs that have, or had, sealed objects.
-pub trait Vms {
+pub(crate) trait Vms {
     /// Notes that `vm` is sealed, and its name now. A damaged row is mended by that: its vTPM may have been seen, so it was.
     fn remember_vm(&self, vm: VmId, name: &str) -> Result<Change, StoreError>;
 
@@ -130,6 +124,9 @@ pub trait Vms {
     /// [`StoreError::UnknownVm`] before [`Vms::remember_vm`].
     fn set_vtpm_seen(&self, vm: VmId) -> Result<Change, StoreError>;
 
+    /// Takes that note away: it is to have a new vTPM.
+    fn clear_vtpm_seen(&self, vm: VmId) -> Result<Change, StoreError>;
+
     /// The VM called `vm`.
     fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, StoreError>;
 
@@ -147,22 +144,20 @@ pub trait Vms {
     /// Removes a VM and its envelopes with everything that is known of them. Whoever calls this means to lose the keys.
     fn shred_vm(&self, vm: VmId) -> Result<ShreddedRows, StoreError>;
 
-    /// Drops what is known of `vm`, if its envelopes are still `saved`: one that has changed since would be lost.
+    /// Drops what is known of `vm`, damaged rows too, if those of its envelopes are still `saved`: one that has changed since would
+    /// be lost.
     ///
     /// # Errors
     /// The backend's; [`Change::Unchanged`] when they are not.
-    fn forget_vm(&self, vm: VmId, saved: &[EnvelopeRecord]) -> Result<Change, StoreError>;
+    fn forget_vm(&self, vm: VmId, saved: &Rows<EnvelopeRecord>) -> Result<Change, StoreError>;
 
     /// Takes back what was known of a VM. What is known by now stays, its mark too.
     fn bring_back_vm(&self, vm: &VmRecord, mark: Mark, retired: &[RetiredKek]) -> Result<(), StoreError>;
 }
 
 /// The key providers, by what they are called and how they are reached.
-pub trait Providers {
+pub(crate) trait Providers {
     /// Adds a provider of any kind. The first one becomes the default.
-    ///
-    /// # Errors
-    /// [`StoreError::ProviderNameTaken`] and [`StoreError::ProviderExists`].
     fn insert_provider(
         &self,
         id: ProviderId,
@@ -184,18 +179,30 @@ pub trait Providers {
     /// [`StoreError::UnknownProvider`]; the default stays what it was.
     fn set_default_provider(&self, id: ProviderId) -> Result<Change, StoreError>;
 
-    /// Removes a provider with what this host keeps for it, and remembers its name.
+    /// Puts `after` in the place of the settings `before`.
     ///
     /// # Errors
-    /// [`StoreError::UnknownProvider`].
-    fn delete_provider(&self, id: ProviderId) -> Result<(), StoreError>;
+    /// [`StoreError::UnknownProvider`]; [`StoreError::SettingsChanged`] if they are not `before` any more.
+    fn change_provider_settings(
+        &self,
+        id: ProviderId,
+        before: &serde_json::Value,
+        after: &serde_json::Value,
+    ) -> Result<Change, StoreError>;
+
+    /// Removes a provider with what this host keeps for it, and remembers its name: from then on no new stanza of it comes here
+    /// but with an envelope that travels.
+    ///
+    /// # Errors
+    /// [`StoreError::UnknownProvider`]; [`StoreError::ProviderNeeded`] if an envelope has a stanza of it, and it was not to go then.
+    fn delete_provider(&self, id: ProviderId, if_needed: IfNeeded) -> Result<(), StoreError>;
 
     /// The providers that were deleted and did not come back.
     fn deleted_providers(&self) -> Result<Rows<DeletedProvider>, StoreError>;
 }
 
 /// The KEKs that were made, and those that jobs have taken out of use.
-pub trait Keks {
+pub(crate) trait Keks {
     /// Notes that a provider has made a KEK for a VM, before anything is wrapped with it.
     fn note_made_kek(&self, made: &MadeKek) -> Result<(), StoreError>;
 
@@ -215,7 +222,7 @@ pub trait Keks {
 
 /// The work that outlives a request. The envelopes of a batch, where the job is, and what it left behind change in one step: so
 /// each envelope is visited once, whenever the daemon dies.
-pub trait Jobs {
+pub(crate) trait Jobs {
     /// Starts a job.
     ///
     /// # Errors
@@ -244,7 +251,8 @@ pub trait Jobs {
     fn next_of_job(&self, job: &JobRecord, most: u32) -> Result<Rows<EnvelopeRecord>, StoreError>;
 
     /// Writes down what became of a batch and that the job is behind its last envelope, in one step. An envelope
-    /// that was changed by someone else meanwhile is left for the next pass. Each copy of a replaced envelope that
+    /// that was changed by someone else meanwhile is left for the next pass, and so is one that would get a stanza of a provider that is
+    /// gone. Each copy of a replaced envelope that
     /// travels is stale from here on.
     fn commit_batch(&self, job: JobId, verdicts: &[Verdict]) -> Result<JobRecord, StoreError>;
 
@@ -255,13 +263,14 @@ pub trait Jobs {
     /// Notes what a job waits for.
     fn job_waits(&self, job: JobId, waiting: &str) -> Result<(), StoreError>;
 
+    /// Ends a sweep that waits: with what it has not come to, or could not do, left behind for when it is resumed. One that does not wait
+    /// stays as it is.
+    fn end_waiting(&self, job: JobId) -> Result<JobRecord, StoreError>;
+
     /// Notes how a job that is no sweep has ended: with all units done, or given up for a reason, as JSON. What has been done is
     /// told of one that was aborted at that very moment, too.
     fn end_job(&self, job: JobId, failure: Option<&str>) -> Result<JobRecord, StoreError>;
 
     /// Ends a job where it is; says how it stands then.
-    ///
-    /// # Errors
-    /// [`StoreError::UnknownJob`].
     fn abort_job(&self, job: JobId) -> Result<JobRecord, StoreError>;
 }

@@ -5,59 +5,64 @@
 
 use std::path::Path;
 
-use super::foreign::{Proof, note_behind, open_its_object, take_in};
+use super::foreign::{Proof, note_behind, take_in};
 use super::host::Host;
+use super::moved::Moved;
 use super::names::ProviderNames;
 use super::start::adoption::not_believed;
 use super::visible::{Place, VisibleCopy, held_copies};
 use crate::api::Outcome;
-use crate::domain::{self, Domain, ObjectRef, ObjectState, encrypted_layers};
+use crate::domain::{self, Domain, ObjectRef, encrypted_layers};
+use crate::model::act::Tense;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
+use crate::model::subject::Subject;
 use crate::object::disk;
 use crate::secret::Dek;
 
-/// Which copies root answers for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Formats {
+pub(crate) enum Formats {
     /// Those that show who wrote them.
     WithMac,
     /// Those of format 1 too.
     Format1Too,
 }
 
-/// Takes over the envelopes of a VM that came from another host, as its first start would.
+/// Takes over the envelopes of a VM that came from another host, as its first start would, and follows images that have moved.
 ///
 /// # Errors
 /// With the first object whose envelope is not taken over; the others are.
-pub fn adopt(host: &Host<'_>, domain: &Domain, formats: Formats) -> Result<Outcome, Problem> {
-    let of_vm = |failure: Problem| failure.of(&domain.name);
+pub(crate) fn adopt(host: &Host<'_>, domain: &Domain, formats: Formats) -> Result<Outcome, Problem> {
+    let name = &domain.name;
     let carried = |path: &Path| carried_by(host, domain, path);
     let objects = objects_of(domain, carried);
     if objects.is_empty() {
-        return Err(Problem::new(
-            Code::NotFound,
-            format!(
-                "{} has no sealed objects, neither by its XML nor by its images",
-                domain.name
-            ),
-        ));
+        return Err(nothing_sealed(host, domain));
     }
     let (mut steps, mut warnings, mut failed) = (Vec::new(), unreadable_in(domain), None);
     for object in &objects {
         match adopt_object(host, domain, object, formats, &mut warnings) {
             Ok(step) => steps.extend(step),
             // The others may well be adopted.
-            Err(failure) => drop(failed.get_or_insert(of_vm(failure.of(&object.label)))),
+            Err(failure) => {
+                let failure = failure.about(Subject::object(name, &object.label));
+                failed.get_or_insert(failure.of(&object.label).of(name));
+            }
         }
     }
-    let is_damaged = host.keystore.vm(domain.uuid).is_err();
-    if is_damaged {
-        steps.push(format!("mend what is noted of {}", domain.name));
+    if host.keystore.vm(domain.uuid).is_err() {
+        steps.push(format!("repaired the records of {name}"));
     }
     if !steps.is_empty() {
-        host.keystore.remember_vm(domain.uuid, &domain.name)?;
+        host.keystore.remember_vm(domain.uuid, name)?;
+    }
+    for moved in Moved::among(domain, &host.keystore.envelopes_of(domain.uuid)?.sound) {
+        match moved.open_and_settle(host) {
+            Ok(true) => steps.push(moved.act().told(Tense::Done)),
+            Ok(false) => {}
+            Err(failure) => warnings.push(failure.of(format!("can't {}", moved.act())).to_string()),
+        }
     }
     match failed {
         Some(failure) => Err(failure),
@@ -65,8 +70,25 @@ pub fn adopt(host: &Host<'_>, domain: &Domain, formats: Formats) -> Result<Outco
             changed: !steps.is_empty(),
             steps,
             warnings,
+            ..Outcome::default()
         }),
     }
+}
+
+/// Unless an image was not looked at: what it carries is not known then.
+fn nothing_sealed(host: &Host<'_>, domain: &Domain) -> Problem {
+    let name = &domain.name;
+    let objects = domain::objects(domain).into_iter();
+    let disks = objects.filter(|object| object.kind == ObjectKind::Disk);
+    let mut unseen = disks.filter_map(|disk| {
+        let refused = host.permit_known(domain.uuid, disk.path.as_deref()?).err()?;
+        Some(refused.of(&disk.label).of(name))
+    });
+    unseen.next().unwrap_or_else(|| {
+        Problem::not_found(format!(
+            "{name} has no sealed objects, neither by its XML nor by its images"
+        ))
+    })
 }
 
 /// By an image that the XML names; of one where root does not look, opening it says so.
@@ -90,38 +112,27 @@ fn adopt_object(
     formats: Formats,
     warnings: &mut Vec<String>,
 ) -> Result<Option<String>, Problem> {
-    let record = host.keystore.readable_envelope(object.secret)?;
+    let before = host.keystore.readable_envelope(object.secret)?;
     let mut copies = copies_of(domain, object, |path| carried_by(host, domain, path));
-    if record.is_none() {
+    if before.is_none() {
         let held = held_copies(host.keystore, Some(domain.uuid)).into_iter();
         copies.extend(held.filter(|copy| copy.envelope.id == object.secret));
     }
-    let location = object
-        .path
-        .as_ref()
-        .map_or_else(String::new, |path| path.display().to_string());
-    let (with_mac, without): (Vec<_>, Vec<_>) = copies
-        .iter()
-        .filter(|copy| copy.envelope.kind == object.kind)
-        .partition(|copy| copy.envelope.format() == Envelope::FORMAT);
-    let before = record.as_ref().map(|record| &record.envelope);
+    let Attempts { with_mac, format_1 } = attempts(domain, object, &copies, formats);
+    let location = object.path.as_deref().unwrap_or(Path::new(""));
     let mut refused = None;
     for copy in with_mac {
-        match adopt_with_mac(host, copy, &location) {
+        match adopt_with_mac(host, copy, location) {
             Ok(doubt) => warnings.extend(doubt),
             Err(problem) => drop(refused.get_or_insert(problem)),
         }
     }
     if let Some(record) = host.keystore.readable_envelope(object.secret)? {
-        let is_news = before != Some(&record.envelope);
+        let is_news = before.is_none_or(|before| before.envelope != record.envelope);
         return Ok(is_news.then(|| adopted(host, object, &record.envelope)));
     }
-    if formats == Formats::WithMac && !without.is_empty() {
-        return Err(not_believed(&domain.name, &EnvelopeError::Format1));
-    }
-    // Nobody's word makes an object of another VM this one's.
-    for copy in without.into_iter().filter(|copy| copy.envelope.vm == domain.uuid) {
-        match adopt_format_1(host, copy, &copies, &location) {
+    for copy in format_1? {
+        match adopt_format_1(host, copy, &copies, location) {
             Ok(made) => {
                 let step = adopted(host, object, &made);
                 return Ok(Some(format!("{step}, format 1 from {}", copy.place)));
@@ -130,24 +141,47 @@ fn adopt_object(
         }
     }
     Err(refused.unwrap_or_else(|| {
-        Problem::new(
-            Code::NotFound,
-            format!(
-                "its envelope {} is neither here, nor in the XML, nor in the image",
-                object.secret
-            ),
-        )
+        Problem::not_found(format!(
+            "its envelope {} is neither here, nor in the XML, nor in the image",
+            object.secret
+        ))
         .next(Advice::DefineSealedXml(Some(domain.name.clone())))
     }))
 }
 
-fn adopt_with_mac(host: &Host<'_>, copy: &VisibleCopy, location: &str) -> Result<Option<String>, Problem> {
+/// Which copies of an object's envelope are tried, each until one counts.
+struct Attempts<'a> {
+    with_mac: Vec<&'a VisibleCopy>,
+    /// Where none of these counts; or why they are not tried.
+    format_1: Result<Vec<&'a VisibleCopy>, Problem>,
+}
+
+fn attempts<'a>(
+    domain: &Domain,
+    object: &ObjectRef,
+    copies: &'a [VisibleCopy],
+    formats: Formats,
+) -> Attempts<'a> {
+    let of_kind = copies.iter().filter(|copy| copy.envelope.kind == object.kind);
+    let (with_mac, mut without): (Vec<_>, Vec<_>) =
+        of_kind.partition(|copy| copy.envelope.format() == Envelope::FORMAT);
+    let format_1 = match formats {
+        Formats::WithMac if !without.is_empty() => Err(not_believed(&domain.name, &EnvelopeError::Format1)),
+        Formats::WithMac | Formats::Format1Too => {
+            // Nobody's word makes an object of another VM this one's.
+            without.retain(|copy| copy.envelope.vm == domain.uuid);
+            Ok(without)
+        }
+    };
+    Attempts { with_mac, format_1 }
+}
+
+fn adopt_with_mac(host: &Host<'_>, copy: &VisibleCopy, location: &Path) -> Result<Option<String>, Problem> {
     let record = host.keystore.readable_envelope(copy.envelope.id)?;
     let first = record.as_ref().map_or(&copy.envelope, |record| &record.envelope);
     let dek = host.recipients.open_envelope(first)?;
-    let kept_at = record
-        .as_ref()
-        .map_or(location, |record| record.location.as_str());
+    let location = location.display().to_string();
+    let kept_at = record.as_ref().map_or(&location, |record| &record.location);
     take_in(host, copy, record.as_ref(), kept_at, &dek)
 }
 
@@ -156,16 +190,16 @@ fn adopt_format_1(
     host: &Host<'_>,
     copy: &VisibleCopy,
     copies: &[VisibleCopy],
-    location: &str,
+    location: &Path,
 ) -> Result<Verified, Problem> {
     let dek = host.recipients.open_envelope(&copy.envelope)?;
     refuse_where_format_2_is_known(copies, &dek)?;
-    open_its_object(host, &copy.envelope, location, &dek)?;
+    host.open_object(&copy.envelope, location, &dek)?;
     let made = copy
         .envelope
         .upgrade(&dek, Format1::AdoptedByRoot)
-        .map_err(|error| Problem::new(Code::Failed, chain(&error)))?;
-    host.keystore.put(&made, location)?;
+        .map_err(|error| Problem::failed(chain(&error)))?;
+    host.keystore.put(&made, &location.display().to_string())?;
     if let Some(record) = host.keystore.readable_envelope(made.id)? {
         for copy in copies {
             note_behind(host, copy, &record, Proof::Unknown)?;
@@ -175,13 +209,11 @@ fn adopt_format_1(
 }
 
 fn adopted(host: &Host<'_>, object: &ObjectRef, envelope: &Envelope) -> String {
+    let names = ProviderNames::of_host(host.recipients, host.keystore).of(envelope);
+    let (id, label) = (envelope.id, &object.label);
     format!(
-        "adopt envelope {} of {} (opened by {})",
-        envelope.id,
-        object.label,
-        ProviderNames::of_host(host.recipients, host.keystore)
-            .of(envelope)
-            .join(", ")
+        "adopted envelope {id} of {label} (opened by {})",
+        names.join(", ")
     )
 }
 
@@ -197,16 +229,8 @@ fn objects_of(domain: &Domain, carried_by: impl Fn(&Path) -> Option<Envelope>) -
             let envelope = carried_by(path)?;
             (envelope.vm == domain.uuid).then_some(envelope.id)
         };
-        let secret = match object.state {
-            ObjectState::Sealed(id) => Some(id),
-            ObjectState::Plain | ObjectState::Unsupported(_) => carried(),
-        };
-        found.extend(secret.map(|secret| ObjectRef {
-            kind: object.kind,
-            label: object.label.clone(),
-            secret,
-            path: object.path.clone(),
-        }));
+        let secret = object.envelope().or_else(carried);
+        found.extend(secret.map(|secret| object.with(secret)));
     }
     for (secret, path) in encrypted_layers(domain) {
         if found.iter().all(|object| object.secret != secret) {
@@ -236,7 +260,7 @@ fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(
         .iter()
         .map(|stanza| stanza.provider_name.as_str())
         .collect();
-    Err(Problem::new(Code::WouldLoseKey, reason)
+    Err(Problem::would_lose_key(reason)
         .next(Advice::ListProviders.within(format!("that version is opened by {}", providers.join(", ")))))
 }
 
@@ -264,4 +288,63 @@ fn copies_of(
         .into_iter()
         .chain(in_image.filter(|copy| copy.envelope.id == object.secret))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::envelope::{VmId, fixture};
+
+    fn copy(envelope: Envelope, place: &str) -> VisibleCopy {
+        VisibleCopy {
+            envelope,
+            location: None,
+            place: Place::Image(place.into()),
+        }
+    }
+
+    fn format_1(of: &Verified) -> Envelope {
+        let mut json: serde_json::Value = serde_json::from_str(&of.to_json()).unwrap();
+        let fields = json.as_object_mut().unwrap();
+        fields.retain(|name, _| ["id", "vm", "kind", "generation", "stanzas"].contains(&name.as_str()));
+        fields.insert("version".to_owned(), 1.into());
+        Envelope::from_json(&json.to_string()).unwrap()
+    }
+
+    #[test]
+    fn copies_with_a_mac_come_first_and_format_1_by_roots_word_alone() {
+        let vm = VmId::random();
+        let xml = format!("<domain type='kvm'><name>a</name><uuid>{vm}</uuid></domain>");
+        let domain = Domain::parse(&xml).unwrap();
+        let (own, of_another) = (fixture::envelope(vm), fixture::envelope(VmId::random()));
+        let copies = [
+            copy(format_1(&of_another), "another VM's"),
+            copy(format_1(&own), "format 1"),
+            copy(own.clone().into_envelope(), "format 2"),
+        ];
+        let object = |kind| ObjectRef {
+            kind,
+            label: "disk vda".to_owned(),
+            secret: own.id,
+            path: None,
+        };
+        let places = |copies: &[&VisibleCopy]| -> Vec<_> {
+            copies.iter().map(|copy| copy.place.to_string()).collect()
+        };
+        let disk = object(ObjectKind::Disk);
+        let by_root = attempts(&domain, &disk, &copies, Formats::Format1Too);
+        assert_eq!(places(&by_root.with_mac), ["format 2"]);
+        assert_eq!(places(&by_root.format_1.unwrap()), ["format 1"]);
+
+        let usual = attempts(&domain, &disk, &copies, Formats::WithMac);
+        assert_eq!(places(&usual.with_mac), ["format 2"]);
+        let advice = usual.format_1.unwrap_err().advice.unwrap().to_string();
+        assert!(advice.contains("--format-1"), "{advice}");
+        let without = attempts(&domain, &disk, &copies[2..], Formats::WithMac);
+        assert_eq!(places(&without.format_1.unwrap()), [""; 0]);
+
+        // Those of another kind count for nothing.
+        let vtpm = attempts(&domain, &object(ObjectKind::Vtpm), &copies, Formats::WithMac);
+        assert!(vtpm.with_mac.is_empty() && vtpm.format_1.unwrap().is_empty());
+    }
 }

@@ -3,23 +3,20 @@
 use std::collections::BTreeMap;
 
 use crate::domain::{DeclaredFormat, Disk, Domain};
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::object::disk::Declaration;
 
 /// The declarations that an admin has confirmed: `--from-format vda=raw`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ConfirmedFormats(BTreeMap<String, DeclaredFormat>);
+pub(crate) struct ConfirmedFormats(BTreeMap<String, DeclaredFormat>);
 
 impl ConfirmedFormats {
     /// Reads `TARGET=FORMAT` each.
-    ///
-    /// # Errors
-    /// With the one that is no such thing, or names a disk twice.
-    pub fn parse<S: AsRef<str>>(given: &[S]) -> Result<Self, Problem> {
+    pub(crate) fn parse<S: AsRef<str>>(given: &[S]) -> Result<Self, Problem> {
         let mut formats = BTreeMap::new();
         for given in given.iter().map(AsRef::as_ref) {
             let usage = |what: &str| {
-                Problem::new(Code::Usage, format!("--from-format {given:?} {what}"))
+                Problem::usage(format!("--from-format {given:?} {what}"))
                     .next("--from-format TARGET=raw or --from-format TARGET=qcow2, such as vda=raw")
             };
             let (target, format) = given.split_once('=').ok_or_else(|| usage("names no format"))?;
@@ -39,11 +36,10 @@ impl ConfirmedFormats {
             return Ok(());
         };
         let targets: Vec<_> = domain.disks.iter().map(|disk| disk.target.as_str()).collect();
-        Err(Problem::new(
-            Code::Usage,
-            format!("--from-format: there is no disk {unknown:?}"),
+        Err(
+            Problem::usage(format!("--from-format: there is no disk {unknown:?}"))
+                .next(format!("name one of {}", targets.join(", "))),
         )
-        .next(format!("name one of {}", targets.join(", "))))
     }
 
     /// What the disk is taken to be, whose XML declares it `stated`.
@@ -51,10 +47,9 @@ impl ConfirmedFormats {
         match self.0.get(&disk.target) {
             None => Ok(Declaration::Stated(stated)),
             Some(confirmed) if *confirmed == stated => Ok(Declaration::Confirmed(stated)),
-            Some(other) => Err(Problem::new(
-                Code::Usage,
-                format!("the XML declares it {stated}, and --from-format says {other}"),
-            )
+            Some(other) => Err(Problem::usage(format!(
+                "the XML declares it {stated}, and --from-format says {other}"
+            ))
             .next("change <driver type=…> in the XML first, if that is wrong")),
         }
     }
@@ -63,6 +58,7 @@ impl ConfirmedFormats {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::problem::Code;
 
     #[test]
     fn confirmations_are_read_whole_or_refused() {

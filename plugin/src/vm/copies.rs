@@ -14,7 +14,7 @@ use crate::store::EnvelopeRecord;
 
 /// How a copy stands to the keystore's version.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub(crate) enum Standing {
     /// It is equal; or it is authentic, and a start or an admin decides between the two.
     Stays,
     /// It is behind, or not authentic.
@@ -26,7 +26,11 @@ pub enum Standing {
 impl Standing {
     /// Whether the keystore's version takes the place of a copy. One that claims to be newer is asked for its MAC, by the key
     /// that the keystore's opens to: `open` says what that is, or why nobody has it now.
-    pub fn of(found: &Envelope, record: &EnvelopeRecord, open: impl FnOnce() -> Result<Dek, String>) -> Self {
+    pub(crate) fn of(
+        found: &Envelope,
+        record: &EnvelopeRecord,
+        open: impl FnOnce() -> Result<Dek, String>,
+    ) -> Self {
         let claims = found.supersedes(&record.envelope);
         if claims == Precedence::Same {
             return Self::Stays;
@@ -55,7 +59,7 @@ impl Standing {
 /// Anybody who defines a domain can name any envelope in it. Only those count that the envelope serves: what another VM claims
 /// would keep the copies of this one behind for good, by an XML or a file that nobody can bring up to date.
 #[derive(Debug, Default)]
-pub struct Holders {
+pub(crate) struct Holders {
     /// The VMs with it in their XML: of a disk that several share, all of them.
     vms: BTreeMap<EnvelopeId, BTreeSet<VmId>>,
     /// The files that it opens, as each VM has it.
@@ -64,8 +68,7 @@ pub struct Holders {
 
 impl Holders {
     /// Those that these XMLs name. What a snapshot has, nobody can change.
-    #[must_use]
-    pub fn among(kept: &[KeptXml]) -> Self {
+    pub(crate) fn among(kept: &[KeptXml]) -> Self {
         let mut holders = Self::default();
         for kept in kept.iter().filter(|kept| kept.snapshot.is_none()) {
             // One envelope that can't be read must not hide the others: whether the element can be changed shows then.
@@ -82,14 +85,13 @@ impl Holders {
     }
 
     /// The VMs that have it in their XML, and may.
-    pub fn vms_of(&self, envelope: &Envelope) -> impl Iterator<Item = VmId> {
+    pub(crate) fn vms_of(&self, envelope: &Envelope) -> impl Iterator<Item = VmId> {
         let vms = self.vms.get(&envelope.id).into_iter().flatten();
         vms.copied().filter(|vm| envelope.serves(*vm))
     }
 
     /// The files that these VMs have for it.
-    #[must_use]
-    pub fn paths_of(&self, envelope: &Envelope) -> BTreeSet<PathBuf> {
+    pub(crate) fn paths_of(&self, envelope: &Envelope) -> BTreeSet<PathBuf> {
         let paths = self.paths.get(&envelope.id).into_iter().flatten();
         let of_its_vms = paths.filter(|(vm, _)| envelope.serves(*vm));
         of_its_vms.map(|(_, path)| path.clone()).collect()

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::foreign::{Proof, note_behind, proof_of};
-use super::forgotten::{self, ForgottenError};
+use super::forgotten::{self, ForgottenError, Said};
 use super::host::Host;
 use super::names::{VmNames, some_of};
 use super::visible::{Place, Visible};
@@ -13,12 +13,12 @@ use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{Provider, bring_back};
-use crate::store::CopyPlace;
+use crate::store::{CopyPlace, IfNeeded, StoreError};
 use crate::terminal::word;
 
 /// What needs a provider.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Uses {
+pub(crate) struct Uses {
     /// The VM of each envelope that has a stanza of it.
     objects: Vec<VmId>,
     /// How many of these nobody else opens.
@@ -29,6 +29,8 @@ pub struct Uses {
     fixed: usize,
     /// Whether the settings have it among the recipients of what is sealed.
     in_policy: bool,
+    /// Files of what was forgotten as deleted, and would open by it: nothing needs them unless an image turns up.
+    given_up: BTreeSet<PathBuf>,
 }
 
 /// Whether a copy can be brought up to date, and need the provider no more.
@@ -71,7 +73,6 @@ enum Role {
     Other,
 }
 
-/// Whether a provider goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     /// Nothing here needs it. Its root keys are kept aside: something elsewhere may.
@@ -98,10 +99,7 @@ fn decide(name: &str, role: Role, sight: Sight, uses: &Uses, typed: Option<&str>
 
 /// Deletes `provider`. One that is needed goes only when its name was `typed`; the default one only as the last. `seen` says whether
 /// `host` has what libvirt knows, `policy` which recipients the settings name. No job may be about it.
-///
-/// # Errors
-/// With who needs it.
-pub fn delete(
+pub(crate) fn delete(
     host: &Host<'_>,
     provider: &Provider,
     policy: &[String],
@@ -116,9 +114,12 @@ pub fn delete(
         true => Role::DefaultOfSeveral,
         false => Role::Other,
     };
-    let mut uses = known_uses(host, id)?;
-    uses.in_policy = has_others && is_recipient(host, policy, id);
-    let seen = seen
+    let mut uses = Uses {
+        in_policy: has_others && is_recipient(host, policy, id),
+        ..Uses::default()
+    };
+    let seen = known_uses(host, id, &mut uses)
+        .and(seen)
         .and_then(|()| visible_uses(host, id, &mut uses))
         .and_then(|()| forgotten_uses(host, id, &mut uses));
     let sight = match &seen {
@@ -126,7 +127,7 @@ pub fn delete(
         Err(_) => Sight::Partial,
     };
     let verdict = decide(&name, role, sight, &uses, typed);
-    let stays = |why: &str| Problem::new(Code::WouldLoseKey, format!("'{name}' stays: {why}"));
+    let stays = |why: &str| Problem::would_lose_key(format!("'{name}' stays: {why}"));
     let mut warnings = Vec::new();
     match verdict {
         Verdict::Goes => warnings.extend(keep_root_aside(host, provider)?),
@@ -138,8 +139,8 @@ pub fn delete(
         Verdict::NotSeen => {
             let blind = seen
                 .err()
-                .unwrap_or_else(|| stays("it can't be seen who needs it"));
-            return Err(blind.of(format!("'{name}' stays: it can't be seen who needs it")));
+                .unwrap_or_else(|| stays("what needs it can't be determined"));
+            return Err(blind.of(format!("'{name}' stays: what needs it can't be determined")));
         }
         Verdict::OtherTyped => {
             let typed = match typed.unwrap_or_default() {
@@ -148,10 +149,18 @@ pub fn delete(
             };
             return Err(stays(&typed).next(Advice::DeleteProvider(name).note("which says who needs it")));
         }
-        Verdict::Needed => return Err(needed(host, id, &name, &uses)?),
+        Verdict::Needed => {
+            let names = VmNames::of_keystore(host.keystore)?;
+            return Err(needed(&name, &uses, &names, where_to_move(host, id)));
+        }
     }
     // In this order: where it can't be deleted it goes on working.
-    host.recipients.delete(id)?;
+    let if_needed = match verdict {
+        Verdict::GoesForGood => IfNeeded::Goes,
+        _ => IfNeeded::Stays,
+    };
+    let deleted = host.recipients.delete(id, if_needed).map_err(Problem::from);
+    deleted.map_err(|problem| problem.of(format!("'{name}' stays")))?;
     provider.provider().lock();
     crate::host::process::trim();
     if !uses.objects.is_empty() {
@@ -162,12 +171,17 @@ pub fn delete(
             bring_back(id, name.clone(), Some(provider.kind()))
         ));
     }
+    warnings.extend(uses.given_up.iter().map(|file| {
+        let file = word(file.display());
+        format!("should an image turn up that was forgotten as deleted ({file}), '{name}' must be here again to open it")
+    }));
     Ok(Outcome {
         steps: vec![format!(
-            "delete provider '{name}' ({id}) with its keys and settings on this host; backups and servers keep theirs"
+            "deleted provider '{name}' ({id}) with its keys and settings on this host; backups and servers keep theirs"
         )],
         warnings,
         changed: true,
+        ..Outcome::default()
     })
 }
 
@@ -177,14 +191,16 @@ fn keep_root_aside(host: &Host<'_>, provider: &Provider) -> Result<Option<String
     let Some(root) = host.host_store.native(id).root()? else {
         return Ok(None);
     };
-    let kept: PathBuf = forgotten::keep_bytes(host.host_store.dir(), &format!("-{name}.age"), &root.sealed)
-        .map_err(|error| {
-        Problem::from_error(
-            Code::Failed,
-            format!("'{name}' stays: its root keys can't be kept aside"),
-            &error,
-        )
-    })?;
+    let kept: PathBuf =
+        forgotten::keep_bytes(host.host_store.dir(), &format!("-{name}.age"), &root.encrypted).map_err(
+            |error| {
+                Problem::from_error(
+                    Code::Failed,
+                    format!("'{name}' stays: its root keys can't be kept aside"),
+                    &error,
+                )
+            },
+        )?;
     Ok(Some(format!(
         "what is unused here may be needed elsewhere: its sealed root keys are kept in {}, and {} brings it back by its passphrase",
         word(kept.display()),
@@ -201,21 +217,26 @@ fn has(id: ProviderId, envelope: &Envelope) -> bool {
     envelope.stanzas.iter().any(|stanza| stanza.provider == id)
 }
 
-fn known_uses(host: &Host<'_>, id: ProviderId) -> Result<Uses, Problem> {
-    let mut uses = Uses::default();
-    for record in host.keystore.envelopes()?.whole()? {
-        uses.note(id, &record.envelope);
+/// Also where one row can't be read, which may need it: whoever types the name is told of the others.
+fn known_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<(), Problem> {
+    let (known, mut silent) = host.keystore.envelopes()?.claims();
+    for envelope in &known {
+        uses.note(id, envelope);
     }
-    let behind = host.host_store.needed_keks()?.whole()?;
-    for needed in behind.into_iter().filter(|needed| needed.provider == id) {
+    let behind = host.host_store.needed_keks()?;
+    for needed in behind.sound.into_iter().filter(|needed| needed.provider == id) {
         let place = copy_name(host, needed.envelope, needed.place)?;
         uses.note_copy(place, Follows::ByItself);
     }
-    Ok(uses)
+    silent.extend(behind.damaged);
+    match silent.into_iter().next() {
+        None => Ok(()),
+        Some(row) => Err(StoreError::from(row).into()),
+    }
 }
 
 fn copy_name(host: &Host<'_>, envelope: EnvelopeId, place: CopyPlace) -> Result<String, Problem> {
-    let Some(record) = host.keystore.envelope(envelope)? else {
+    let Some(record) = host.keystore.readable_envelope(envelope)? else {
         return Ok(format!("a copy of envelope {envelope}"));
     };
     let place = match place {
@@ -230,7 +251,7 @@ fn visible_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<(), 
     let mut unknown = BTreeSet::new();
     let visible = Visible::of_host(host)?;
     if let Some(unreadable) = visible.unreadable.first() {
-        return Err(Problem::new(Code::Failed, unreadable.clone()));
+        return Err(Problem::failed(unreadable.clone()));
     }
     for copy in visible.copies.iter().filter(|copy| has(id, &copy.envelope)) {
         match host.keystore.envelope(copy.envelope.id)? {
@@ -258,15 +279,20 @@ fn visible_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<(), 
 
 /// What was forgotten here may be needed again, and saved states have copies that nobody can change.
 fn forgotten_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<(), Problem> {
-    let failed = |error: &ForgottenError| Problem::new(Code::Failed, chain(error));
-    let known = host.keystore.envelopes()?.whole()?;
-    let known: BTreeSet<EnvelopeId> = known.iter().map(|record| record.envelope.id).collect();
+    let failed = |error: &ForgottenError| Problem::failed(chain(error));
+    let (known, _silent) = host.keystore.envelopes()?.claims();
+    let known: BTreeSet<EnvelopeId> = known.iter().map(|envelope| envelope.id).collect();
     for (path, kept) in forgotten::kept(host.host_store.dir()).map_err(|error| failed(&error))? {
         let kept = kept.map_err(|error| failed(&error).of(path.display()))?;
         let alone = forgotten::only_there(&kept, |id| known.contains(&id));
         if alone.into_iter().any(|envelope| has(id, envelope)) {
-            let place = format!("{}, forgotten in {}", kept.vm.name, path.display());
-            uses.note_copy(place, Follows::Never);
+            match kept.said {
+                Said::Elsewhere => {
+                    let place = format!("{}, forgotten in {}", kept.vm.name, path.display());
+                    uses.note_copy(place, Follows::Never);
+                }
+                Said::Deleted => drop(uses.given_up.insert(path)),
+            }
         }
     }
     let names = VmNames::of_keystore(host.keystore)?;
@@ -279,49 +305,43 @@ fn forgotten_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<()
     Ok(())
 }
 
-fn needed(host: &Host<'_>, id: ProviderId, name: &str, uses: &Uses) -> Result<Problem, Problem> {
+/// Who needs the provider `name`, and what frees it: `other` is where its envelopes may go.
+fn needed(name: &str, uses: &Uses, names: &VmNames, other: String) -> Problem {
     let mut reasons = Vec::new();
     if !uses.objects.is_empty() {
         reasons.push(format!(
             "{} need it, {} of them have no other",
-            VmNames::of_keystore(host.keystore)?.objects_of_vms(&uses.objects),
+            names.objects_of_vms(&uses.objects),
             uses.alone
         ));
     }
     if !uses.copies.is_empty() {
-        reasons.push(format!(
-            "{} copies that are behind need it ({})",
-            uses.copies.len(),
-            some_of(&uses.copies)
-        ));
+        let some = some_of(&uses.copies);
+        reasons.push(match uses.copies.len() {
+            1 => format!("an outdated copy needs it ({some})"),
+            many => format!("{many} outdated copies need it ({some})"),
+        });
     }
     if uses.in_policy {
         reasons.push("it is one of the recipients in virtseald.yaml".to_owned());
     }
-    let other = where_to_move(host, id);
+    let move_it = Advice::MoveProvider {
+        from: name.to_owned(),
+        to: other,
+    };
     let next = match (uses.objects.len(), uses.alone) {
         (0, _) if uses.fixed > 0 => Advice::from("start what was saved")
             .also(Advice::AdoptFrom("FILE".into()).note("with what was forgotten"))
-            .then(Advice::MoveProvider {
-                from: name.to_owned(),
-                to: other,
-            })
+            .then(move_it)
             .also("copies in snapshots go with these, and with --force the provider goes without"),
         (0, _) if !uses.copies.is_empty() => {
             Advice::ListJobs.within("it shows the copies and what they wait for")
         }
         (0, _) => Advice::from("take it out of recipients in virtseald.yaml").then(Advice::ReloadDaemon),
         (_, 0) => Advice::RemoveRecipient(name.to_owned()),
-        _ => Advice::MoveProvider {
-            from: name.to_owned(),
-            to: other,
-        },
+        _ => move_it,
     };
-    Ok(Problem::new(
-        Code::WouldLoseKey,
-        format!("'{name}' stays: {}", reasons.join("; ")),
-    )
-    .next(next))
+    Problem::would_lose_key(format!("'{name}' stays: {}", reasons.join("; "))).next(next)
 }
 
 /// The default provider, which is never the one that goes; else one that wraps now.
@@ -364,6 +384,35 @@ mod tests {
         Verified::new(&binding, stanzas.collect(), &dek)
             .unwrap()
             .into_envelope()
+    }
+
+    #[test]
+    fn who_needs_a_provider_decides_what_frees_it() {
+        let vm = VmId::random();
+        let advice = |uses: &Uses| {
+            let problem = needed("main", uses, &VmNames::default(), "spare".to_owned());
+            problem.advice.unwrap().to_string()
+        };
+        let objects = |alone| Uses {
+            objects: vec![vm; 2],
+            alone,
+            ..Uses::default()
+        };
+        assert_eq!(advice(&objects(0)), "virtseal provider recipients remove main");
+        assert_eq!(advice(&objects(1)), "virtseal provider move main spare");
+        let mut copies = Uses::default();
+        copies.note_copy("the XML of a".to_owned(), Follows::ByItself);
+        assert!(advice(&copies).starts_with("virtseal jobs: "));
+        copies.note_copy("a snapshot".to_owned(), Follows::Never);
+        assert!(advice(&copies).starts_with("start what was saved; virtseal vm adopt --from FILE"));
+        let in_policy = Uses {
+            in_policy: true,
+            ..Uses::default()
+        };
+        assert!(advice(&in_policy).ends_with("systemctl reload virtseald"));
+        let problem = needed("main", &objects(1), &VmNames::default(), "spare".to_owned());
+        let said = format!("'main' stays: 2 objects of 1 VMs ({vm}) need it, 1 of them have no other");
+        assert_eq!((problem.code, problem.message), (Code::WouldLoseKey, said));
     }
 
     proptest! {

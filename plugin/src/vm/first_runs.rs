@@ -4,18 +4,16 @@
 //! In memory alone: what can't be written down is kept here, and tried again.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::domain::{self, Domain, ObjectState};
+use crate::domain::{self, Domain};
+use crate::model::deadlines::start::ARRIVAL;
 use crate::model::envelope::{EnvelopeId, VmId};
 use crate::vm::start::{FirstRun, KnownRun, StateSource};
 
-/// How long after `migrate` or `restore` its `prepare` may come: libvirt waits 30 s for another job on the VM between the two.
-const ARRIVAL: Duration = Duration::from_secs(35);
-
 /// What is to be noted of VMs, and what comes with them.
 #[derive(Debug, Default)]
-pub struct FirstRuns {
+pub(crate) struct FirstRuns {
     runs: BTreeMap<VmId, Run>,
     /// What libvirt said will start with a state from elsewhere.
     arriving: BTreeMap<VmId, Arrival>,
@@ -28,7 +26,6 @@ struct Arrival {
     heard: Instant,
 }
 
-/// A first run.
 #[derive(Clone, Debug)]
 enum Run {
     /// It may come.
@@ -39,8 +36,7 @@ enum Run {
 
 /// A run that is to be written down.
 #[derive(Clone, Debug)]
-pub struct HeardRun {
-    /// The VM's name.
+pub(crate) struct HeardRun {
     pub name: String,
     /// What its envelope becomes by that, if a `prepare` of this daemon expected it.
     pub first: Option<FirstRun>,
@@ -48,7 +44,7 @@ pub struct HeardRun {
 
 impl FirstRuns {
     /// What a `prepare` found to be noted, in place of what an earlier one did. What was heard stays.
-    pub fn expect(&mut self, vm: VmId, first: Option<FirstRun>) {
+    pub(crate) fn expect(&mut self, vm: VmId, first: Option<FirstRun>) {
         match (self.runs.get(&vm), first) {
             (Some(Run::Heard(_)), _) => {}
             (_, Some(first)) => drop(self.runs.insert(vm, Run::Expected(first))),
@@ -57,13 +53,13 @@ impl FirstRuns {
     }
 
     /// The state of this vTPM comes in a stream, so none has to be here.
-    pub fn arrives(&mut self, vm: VmId, vtpm: EnvelopeId, now: Instant) {
+    pub(crate) fn arrives(&mut self, vm: VmId, vtpm: EnvelopeId, now: Instant) {
         self.arriving.insert(vm, Arrival { vtpm, heard: now });
     }
 
     /// Where the state of the vTPM of a VM that starts now comes from. What was said counts for one start, and for the vTPM
     /// that it was said of.
-    pub fn state_source(&mut self, vm: VmId, vtpm: Option<EnvelopeId>, now: Instant) -> StateSource {
+    pub(crate) fn state_source(&mut self, vm: VmId, vtpm: Option<EnvelopeId>, now: Instant) -> StateSource {
         self.arriving
             .retain(|_, arrival| now.saturating_duration_since(arrival.heard) < ARRIVAL);
         match self.arriving.remove(&vm) {
@@ -73,8 +69,7 @@ impl FirstRuns {
     }
 
     /// What was heard and could not be written counts all the same.
-    #[must_use]
-    pub fn known_run(&self, vm: VmId) -> KnownRun {
+    pub(crate) fn known_run(&self, vm: VmId) -> KnownRun {
         match self.runs.get(&vm) {
             Some(Run::Heard(_)) => KnownRun::Yes,
             Some(Run::Expected(_)) | None => KnownRun::AsKept,
@@ -83,7 +78,7 @@ impl FirstRuns {
 
     /// The VM has started or ended, with what was to be noted of that. Its state has come, or it will not: the next start of this VM
     /// is another one.
-    pub fn take_expected(&mut self, vm: VmId) -> Option<FirstRun> {
+    pub(crate) fn take_expected(&mut self, vm: VmId) -> Option<FirstRun> {
         self.arriving.remove(&vm);
         match self.runs.remove(&vm)? {
             Run::Expected(first) => Some(first),
@@ -95,7 +90,7 @@ impl FirstRuns {
     }
 
     /// It ran, and that is to be written down; what was heard before says more than nothing.
-    pub fn hear(&mut self, vm: VmId, name: &str, first: Option<FirstRun>) {
+    pub(crate) fn hear(&mut self, vm: VmId, name: &str, first: Option<FirstRun>) {
         if first.is_none() && matches!(self.runs.get(&vm), Some(Run::Heard(_))) {
             return;
         }
@@ -104,8 +99,7 @@ impl FirstRuns {
     }
 
     /// What is to be written down.
-    #[must_use]
-    pub fn heard(&self) -> Vec<(VmId, HeardRun)> {
+    pub(crate) fn heard(&self) -> Vec<(VmId, HeardRun)> {
         let runs = self.runs.iter();
         let heard = runs.filter_map(|(vm, run)| match run {
             Run::Heard(heard) => Some((*vm, heard.clone())),
@@ -115,20 +109,16 @@ impl FirstRuns {
     }
 
     /// That was written down.
-    pub fn forget(&mut self, vm: VmId) {
+    pub(crate) fn forget(&mut self, vm: VmId) {
         self.runs.remove(&vm);
     }
 }
 
 /// The envelope of the domain's vTPM.
-#[must_use]
-pub fn vtpm_of(domain: &Domain) -> Option<EnvelopeId> {
+pub(crate) fn vtpm_of(domain: &Domain) -> Option<EnvelopeId> {
     let mut objects = domain::objects(domain).into_iter();
     let vtpm = objects.find(|object| object.kind.is_made_at_first_start())?;
-    match vtpm.state {
-        ObjectState::Sealed(envelope) => Some(envelope),
-        ObjectState::Plain | ObjectState::Unsupported(_) => None,
-    }
+    vtpm.envelope()
 }
 
 #[cfg(test)]

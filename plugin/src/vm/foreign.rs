@@ -12,27 +12,26 @@ use super::visible::{Place, Visible, VisibleCopy, held_copies};
 use crate::domain::{Domain, encrypted_layers};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, EnvelopeId, Precedence};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::envelope::{Envelope, EnvelopeId, Precedence, VmId};
+use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
 use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
 
 /// What came to this host with VMs and images, and is not taken in.
 #[derive(Debug)]
-pub struct Travelling {
-    /// What could not be read, and where.
-    pub unreadable: Vec<String>,
+pub(crate) struct Travelling {
+    /// What could not be read, and where; what somebody else has in hand.
+    pub left_out: Vec<String>,
     /// What a job leaves as it is, and why.
     pub rivals: Vec<LeftBehind>,
 }
 
 /// Whether somebody who had the key wrote a copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Proof {
+pub(crate) enum Proof {
     /// Its MAC verifies.
     Authentic,
-    /// It does not.
     Forged,
     /// The key is out of reach now, or it has no MAC.
     Unknown,
@@ -40,24 +39,35 @@ pub enum Proof {
 
 /// The keystore learns of envelopes that travelled here, as it would at the start of their VM: those that it does not
 /// know, or in an earlier generation, that verify and open. A job that did not know them would leave them behind. What
-/// can't be believed is passed over; what can't be read is named.
-///
-/// # Errors
-/// When the keystore fails.
-pub fn adopt_foreign_envelopes(host: &Host<'_>) -> Result<Travelling, Problem> {
-    let visible = Visible::of_host(host)?;
+/// can't be believed is passed over; what can't be read is named. Each VM is taken by `claim` for as long as its own are looked at:
+/// one that is being shredded must not get back what goes.
+pub(crate) fn adopt_foreign_envelopes<C>(
+    host: &Host<'_>,
+    claim: impl Fn(VmId) -> Result<C, Problem>,
+) -> Result<Travelling, Problem> {
+    let mut visible = Visible::of_host(host)?;
     note_bad_images(host, &visible.bad_images)?;
     let rivals = rivals(host, &visible.copies);
-    let held = held_copies(host.keystore, None);
-    take_in_all(host, visible.copies.into_iter().chain(held))?;
-    Ok(Travelling {
-        unreadable: visible.unreadable,
-        rivals,
-    })
+    visible.copies.extend(held_copies(host.keystore, None));
+    let mut vms: BTreeMap<VmId, Vec<VisibleCopy>> = BTreeMap::new();
+    for copy in visible.copies {
+        let record = host.keystore.readable_envelope(copy.envelope.id)?;
+        if to_take_in(&copy, record.as_ref()).is_some() {
+            vms.entry(copy.envelope.vm).or_default().push(copy);
+        }
+    }
+    let mut left_out = visible.unreadable;
+    for (vm, copies) in vms {
+        match claim(vm) {
+            Ok(_claim) => take_in_all(host, copies)?,
+            Err(busy) => left_out.push(busy.message),
+        }
+    }
+    Ok(Travelling { left_out, rivals })
 }
 
 /// The same for what came with this VM, as far as it can be believed now.
-pub fn take_in_copies_of(host: &Host<'_>, defined: &DefinedDomain) {
+pub(crate) fn take_in_copies_of(host: &Host<'_>, defined: &DefinedDomain) {
     if let Err(problem) = take_in_all(host, Visible::of_domain(host, defined).copies) {
         tracing::warn!(domain = defined.name, "{problem}");
     }
@@ -107,7 +117,7 @@ fn rivals_of(host: &Host<'_>, id: EnvelopeId, mut copies: Vec<&VisibleCopy>) -> 
         }
         _ => false,
     });
-    let is_open = |copy: &VisibleCopy| left(copy, "which one counts is to be decided");
+    let is_open = |copy: &VisibleCopy| left(copy, "which one counts must be decided");
     Some(copies.into_iter().map(is_open).collect())
 }
 
@@ -131,10 +141,7 @@ fn note_bad_images(host: &Host<'_>, images: &[PathBuf]) -> Result<(), Problem> {
 }
 
 /// The same for the images of one VM, by what its XML names now.
-///
-/// # Errors
-/// When the keystore fails.
-pub fn note_bad_images_of(host: &Host<'_>, xml: &str) -> Result<(), Problem> {
+pub(crate) fn note_bad_images_of(host: &Host<'_>, xml: &str) -> Result<(), Problem> {
     let Ok(domain) = Domain::parse(xml) else {
         return Ok(());
     };
@@ -156,10 +163,7 @@ pub fn note_bad_images_of(host: &Host<'_>, xml: &str) -> Result<(), Problem> {
 
 /// Notes that a copy which differs from what the keystore has is behind. Says whether it can follow. The KEKs that it names are
 /// kept for it if it was verified.
-///
-/// # Errors
-/// When the keystore fails.
-pub fn note_behind(
+pub(crate) fn note_behind(
     host: &Host<'_>,
     copy: &VisibleCopy,
     kept: &EnvelopeRecord,
@@ -192,7 +196,7 @@ fn take_in_all(host: &Host<'_>, copies: impl IntoIterator<Item = VisibleCopy>) -
     for ((copy, record, location), dek) in candidates.iter().zip(opened) {
         let Ok(dek) = dek else { continue };
         if let Err(problem) = take_in(host, copy, record.as_ref(), location, &dek) {
-            tracing::warn!(envelope = %copy.envelope.id, place = %copy.place, "not taken in: {problem}");
+            tracing::warn!(envelope = %copy.envelope.id, place = %copy.place, "not adopted: {problem}");
         }
     }
     Ok(())
@@ -200,17 +204,14 @@ fn take_in_all(host: &Host<'_>, copies: impl IntoIterator<Item = VisibleCopy>) -
 
 /// Takes in a copy that counts, by the key that the keystore's version, or it where there is none, opens to. Says what there is to
 /// say of one that does not.
-///
-/// # Errors
-/// When neither verifies, its object does not open, or the keystore fails.
-pub fn take_in(
+pub(crate) fn take_in(
     host: &Host<'_>,
     copy: &VisibleCopy,
     record: Option<&EnvelopeRecord>,
     location: &str,
     dek: &Dek,
 ) -> Result<Option<String>, Problem> {
-    let refused = |error| Problem::new(Code::Failed, chain(&error));
+    let refused = |error| Problem::failed(chain(&error));
     let believed = believe(host.recipients, record, Some(&copy.envelope), dek).map_err(refused)?;
     let doubt = believed.doubt.as_ref();
     let doubt = doubt.map(|doubt| doubt.words(&copy.envelope, &copy.place.to_string()));
@@ -218,7 +219,7 @@ pub fn take_in(
         tracing::warn!("{doubt}");
     }
     if record.is_none() {
-        open_its_object(host, &believed.envelope, location, dek)?;
+        host.open_object(&believed.envelope, Path::new(location), dek)?;
     }
     if believed.is_news {
         host.keystore.put(&believed.envelope, location)?;
@@ -244,8 +245,7 @@ fn to_take_in(copy: &VisibleCopy, known: Option<&EnvelopeRecord>) -> Option<Stri
 }
 
 /// Whether a copy may say the truth, as far as this host can tell: what its keystore knows shows whether it was forged.
-#[must_use]
-pub fn may_be_true(host: &Host<'_>, copy: &VisibleCopy) -> bool {
+pub(crate) fn may_be_true(host: &Host<'_>, copy: &VisibleCopy) -> bool {
     let Ok(Some(record)) = host.keystore.readable_envelope(copy.envelope.id) else {
         return true;
     };
@@ -256,8 +256,7 @@ pub fn may_be_true(host: &Host<'_>, copy: &VisibleCopy) -> bool {
 }
 
 /// What the key of `known`, the keystore's version, says of a copy.
-#[must_use]
-pub fn proof_of(host: &Host<'_>, copy: &Envelope, known: &Envelope) -> Proof {
+pub(crate) fn proof_of(host: &Host<'_>, copy: &Envelope, known: &Envelope) -> Proof {
     if copy.format() != Envelope::FORMAT {
         return Proof::Unknown;
     }
@@ -266,25 +265,6 @@ pub fn proof_of(host: &Host<'_>, copy: &Envelope, known: &Envelope) -> Proof {
         Ok(_) => Proof::Forged,
         Err(_) => Proof::Unknown,
     }
-}
-
-/// Really opens what is at `location`, or a vTPM's state if there is any.
-///
-/// # Errors
-/// When it does not open.
-pub fn open_its_object(
-    host: &Host<'_>,
-    envelope: &Envelope,
-    location: &str,
-    dek: &Dek,
-) -> Result<(), Problem> {
-    let passphrase = dek
-        .passphrase()
-        .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
-    if let Some(object) = host.located(envelope, Path::new(location))? {
-        host.opened_headers.open(&object, envelope, &passphrase)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

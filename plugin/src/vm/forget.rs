@@ -9,24 +9,25 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use super::forgotten::{self, Forgotten};
+use super::forgotten::{self, Forgotten, Said};
 use super::host::Host;
 use crate::api::Outcome;
 use crate::host::libvirt::KeptXml;
 use crate::model::advice::Advice;
-use crate::model::envelope::{ObjectKind, Precedence, VmId};
+use crate::model::envelope::{EnvelopeId, Precedence, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::ImageCopy;
-use crate::object::vtpm::StateDir;
-use crate::object::{Located, Present};
-use crate::store::{Change, EnvelopeRecord, EnvelopeStore, HostStore, Mark, Put, StoreError, VmRecord};
+use crate::object::{self, Located, Present};
+use crate::store::{
+    Change, DamagedRow, EnvelopeRecord, EnvelopeState, EnvelopeStore, Held, HostStore, Mark, Put, StoreError,
+    VmRecord,
+};
 
 /// What is where an object was.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Whereabouts {
+pub(super) enum Whereabouts {
     /// Nothing, as far as this host sees now.
     Absent,
-    /// Something else.
     Another,
     /// An image that carries its envelope.
     Carries(Copy),
@@ -38,8 +39,7 @@ enum Whereabouts {
 
 /// How what an image carries compares with what the keystore has. Anybody who writes the image has written it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Copy {
-    /// It is the same.
+pub(super) enum Copy {
     Same,
     /// It is another version, which opens.
     Opens(Precedence),
@@ -81,15 +81,14 @@ fn decide(seen: &Whereabouts) -> Verdict {
 }
 
 /// Drops what this host knows of a VM that is not defined here, after it was kept in a file. No job may run on it.
-///
-/// # Errors
-/// With what would be lost.
-pub fn forget(host: &Host<'_>, vm: VmId, name: &str) -> Result<Outcome, Problem> {
-    let records = host.keystore.envelopes_of(vm)?.whole()?;
-    refuse_if_used(&host.kept, vm, name, &records)?;
+pub(crate) fn forget(host: &Host<'_>, vm: VmId, name: &str) -> Result<Outcome, Problem> {
+    let rows = host.keystore.envelopes_of(vm)?;
+    let ids = rows.sound.iter().map(|record| record.envelope.id);
+    let damaged = rows.damaged.iter().filter_map(|row| row.envelope);
+    refuse_if_used(&host.kept, vm, name, ids.chain(damaged))?;
     let mut alone = Vec::new();
     let mut stays = Vec::new();
-    for record in &records {
+    for record in &rows.sound {
         match decide(&whereabouts(host, record)) {
             Verdict::HasCopy => {}
             Verdict::OnlyTheFile => alone.push(object_name(host, record)),
@@ -97,41 +96,65 @@ pub fn forget(host: &Host<'_>, vm: VmId, name: &str) -> Result<Outcome, Problem>
         }
     }
     if !stays.is_empty() {
-        return Err(Problem::new(
-            Code::WouldLoseKey,
-            format!("{name} is not forgotten: {}", stays.join("; ")),
-        )
-        .next(
-            Advice::from(format!("move that to where {name} is now, or to its backup"))
-                .then(Advice::ForgetVm(name.to_owned()))
-                .or_else(Advice::DefineXml.note(format!("its dumpxml, to keep {name} here"))),
-        ));
+        return Err(
+            Problem::would_lose_key(format!("{name} is not forgotten: {}", stays.join("; "))).next(
+                Advice::from(format!("move that to where {name} is now, or to its backup"))
+                    .then(Advice::ForgetVm(name.to_owned()))
+                    .or_else(Advice::DefineXml.note(format!("its dumpxml, to keep {name} here"))),
+            ),
+        );
     }
-    let path = keep_aside(host.keystore, host.host_store, vm, name, &records)?;
-    if host.keystore.forget_vm(vm, &records)? == Change::Unchanged {
-        return Err(Problem::new(
-            Code::Busy,
-            format!("the keys of {name} have changed just now: none was forgotten"),
-        )
+    let mut records = rows.sound.clone();
+    let mut lost = Vec::new();
+    for row in &rows.damaged {
+        match what_opens(host, row) {
+            Some(record) => records.push(record),
+            None => lost.push(row),
+        }
+    }
+    let raw = lost.iter().map(|row| row.raw.clone()).collect();
+    let dropped = Dropped {
+        said: Said::Elsewhere,
+        records: &records,
+        damaged: raw,
+    };
+    let path = keep_aside(host.keystore, host.host_store, vm, name, dropped)?;
+    if host.keystore.forget_vm(vm, &rows)? == Change::Unchanged {
+        return Err(Problem::busy(format!(
+            "the keys of {name} have changed just now: none was forgotten"
+        ))
         .next(Advice::ForgetVm(name.to_owned())));
     }
-    Ok(forgotten_outcome(name, records.len(), &path, &alone))
+    let mut outcome = forgotten_outcome(name, records.len(), &path, &alone);
+    outcome.warnings.extend(lost.into_iter().map(|row| {
+        let path = path.display();
+        format!("{row}. As it was it is in {path}; what nothing else opens is lost")
+    }));
+    Ok(outcome)
+}
+
+/// What a damaged row still has, if that is shown to be true.
+fn what_opens(host: &Host<'_>, row: &DamagedRow) -> Option<EnvelopeRecord> {
+    let Held { envelope, location } = row.holds.as_deref()?.clone();
+    let dek = host.recipients.open_envelope(&envelope).ok()?;
+    envelope.verify(&dek).ok()?;
+    Some(EnvelopeRecord {
+        envelope,
+        state: EnvelopeState::Active,
+        location,
+        created: 0,
+        updated: 0,
+    })
 }
 
 /// An image of the VM that another one uses, by what libvirt has.
-///
-/// # Errors
-/// With who uses it.
-pub fn refuse_if_used(
+pub(crate) fn refuse_if_used(
     kept: &[KeptXml],
     vm: VmId,
     name: &str,
-    records: &[EnvelopeRecord],
+    envelopes: impl Iterator<Item = EnvelopeId>,
 ) -> Result<(), Problem> {
-    let ids: Vec<String> = records
-        .iter()
-        .map(|record| record.envelope.id.to_string())
-        .collect();
+    let ids: Vec<String> = envelopes.map(|id| id.to_string()).collect();
     // As text: an XML that can't be read may need its disk all the same.
     let user = kept
         .iter()
@@ -139,41 +162,66 @@ pub fn refuse_if_used(
         .find(|other| ids.iter().any(|id| other.xml.contains(id)));
     match user {
         None => Ok(()),
-        Some(other) => Err(Problem::new(
-            Code::WouldLoseKey,
-            format!("{name} stays: {} uses one of its disks", other.name),
-        )
+        Some(other) => Err(Problem::would_lose_key(format!(
+            "{name} stays: {} uses one of its disks",
+            other.name
+        ))
         .next(Advice::EditXml(other.name.clone()).within("remove that disk"))),
     }
+}
+
+/// What is about to be dropped of a VM.
+pub(crate) struct Dropped<'a> {
+    pub said: Said,
+    pub records: &'a [EnvelopeRecord],
+    /// For whoever mends them by hand.
+    pub damaged: Vec<serde_json::Value>,
 }
 
 /// On stable storage, and read back, when this returns.
 ///
 /// # Errors
 /// When it is not: then nothing may be dropped.
-pub fn keep_aside(
+pub(crate) fn keep_aside(
     keystore: &dyn EnvelopeStore,
     host_store: &HostStore,
     vm: VmId,
     name: &str,
-    records: &[EnvelopeRecord],
+    dropped: Dropped<'_>,
 ) -> Result<PathBuf, Problem> {
-    let mut retired = keystore.retired_keks()?.whole()?;
+    let Dropped {
+        said,
+        records,
+        mut damaged,
+    } = dropped;
+    let (vms, retired, saved) = (
+        keystore.vms()?,
+        keystore.retired_keks()?,
+        host_store.saved_states()?,
+    );
+    let rows = [vms.damaged, retired.damaged, saved.damaged]
+        .into_iter()
+        .flatten();
+    damaged.extend(rows.filter(|row| row.vm == Some(vm)).map(|row| row.raw));
+    let mut retired = retired.sound;
     retired.retain(|kek| kek.vm == vm);
-    let known = keystore.vm(vm)?.unwrap_or_else(|| VmRecord {
+    let known = vms.sound.into_iter().find(|known| known.vm == vm);
+    let known = known.unwrap_or_else(|| VmRecord {
         vm,
         name: name.to_owned(),
         sealed_at: records.iter().map(|record| record.created).min().unwrap_or(0),
         vtpm_seen: false,
     });
-    let mut saved = host_store.saved_states()?.whole()?;
+    let mut saved = saved.sound;
     saved.retain(|saved| saved.vm == vm);
     let forgotten = Forgotten {
         vm: known,
+        said,
         mark: keystore.mark(vm)?.unwrap_or(Mark::Sealed),
         saved: saved.pop(),
         objects: records.to_vec(),
         retired,
+        damaged,
     };
     forgotten::keep(host_store.dir(), &forgotten).map_err(|error| {
         Problem::from_error(Code::Failed, format!("{name} is not forgotten"), &error)
@@ -181,17 +229,12 @@ pub fn keep_aside(
     })
 }
 
-fn object_name(host: &Host<'_>, record: &EnvelopeRecord) -> String {
-    match record.envelope.kind {
-        ObjectKind::Vtpm => {
-            let dir = StateDir::of(record.envelope.vm, &host.swtpm_dir);
-            format!("vtpm {}", dir.path().display())
-        }
-        kind => format!("{kind} {}", record.location),
-    }
+pub(super) fn object_name(host: &Host<'_>, record: &EnvelopeRecord) -> String {
+    let path = object::path_of(record, &host.swtpm_dir);
+    format!("{} {}", record.envelope.kind, path.display())
 }
 
-fn whereabouts(host: &Host<'_>, record: &EnvelopeRecord) -> Whereabouts {
+pub(super) fn whereabouts(host: &Host<'_>, record: &EnvelopeRecord) -> Whereabouts {
     let known = &record.envelope;
     let place = Located::of(
         known.kind,
@@ -226,10 +269,7 @@ fn whereabouts(host: &Host<'_>, record: &EnvelopeRecord) -> Whereabouts {
 }
 
 /// Takes back what [`forget`] has kept, after each envelope was opened.
-///
-/// # Errors
-/// When one does not open, or was not kept so.
-pub fn adopt(host: &Host<'_>, forgotten: &Forgotten) -> Result<Outcome, Problem> {
+pub(crate) fn adopt(host: &Host<'_>, forgotten: &Forgotten) -> Result<Outcome, Problem> {
     let name = &forgotten.vm.name;
     for record in &forgotten.objects {
         // Who wrote the file is not known: what its provider has wrapped for this very object is.
@@ -244,15 +284,11 @@ pub fn adopt(host: &Host<'_>, forgotten: &Forgotten) -> Result<Outcome, Problem>
                 .next("give the file as it was written when the VM was forgotten")
         })?;
     }
-    let mut outcome = Outcome {
-        steps: Vec::new(),
-        warnings: Vec::new(),
-        changed: false,
-    };
+    let mut outcome = Outcome::default();
     for record in &forgotten.objects {
         let what = format!("envelope {} ({})", record.envelope.id, object_name(host, record));
         match host.keystore.bring_back(record) {
-            Ok(Put::Adopted | Put::Updated) => outcome.steps.push(format!("take back {what}")),
+            Ok(Put::Adopted | Put::Updated) => outcome.steps.push(format!("took back {what}")),
             Ok(Put::Unchanged) => {}
             Ok(Put::Stale) => outcome
                 .warnings
@@ -286,22 +322,20 @@ fn forgotten_outcome(name: &str, envelopes: usize, path: &Path, alone: &[String]
     }
     Outcome {
         steps: vec![format!(
-            "drop what this host knew of {name} ({envelopes} envelopes), kept in {}; no key was destroyed",
+            "dropped what this host knew of {name} ({envelopes} envelopes), kept in {}; no key was destroyed",
             path.display()
         )],
         warnings,
         changed: true,
+        ..Outcome::default()
     }
 }
 
 /// What [`forget`] has kept in the file in `fds`.
-///
-/// # Errors
-/// When it is not such a file.
-pub fn read(fds: Vec<OwnedFd>) -> Result<Forgotten, Problem> {
-    let [fd]: [OwnedFd; 1] = fds.try_into().map_err(|fds: Vec<_>| {
-        Problem::new(Code::Usage, format!("one file was expected, {} came", fds.len()))
-    })?;
+pub(crate) fn read(fds: Vec<OwnedFd>) -> Result<Forgotten, Problem> {
+    let [fd]: [OwnedFd; 1] = fds
+        .try_into()
+        .map_err(|fds: Vec<_>| Problem::usage(format!("one file was expected, {} came", fds.len())))?;
     let unusable = |error: &dyn std::error::Error| {
         Problem::from_error(Code::Failed, "the file can't be adopted", error).next(format!(
             "give a file that was written when a VM was forgotten, in {} of the state directory",

@@ -6,243 +6,45 @@
 //! is whole and on stable storage before [`keep`] returns, and only then may what it holds be dropped. Nothing here ever
 //! deletes one.
 
+mod document;
+
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::host::file_error::FileError;
 use crate::host::local_time::rfc3339;
-use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, KekId, ProviderId, VmId};
-use crate::store::{EnvelopeRecord, EnvelopeState, Mark, RetiredKek, SavedState, VmRecord};
+use crate::model::envelope::{Envelope, EnvelopeId};
+use document::DocumentError;
+
+pub(crate) use document::{Forgotten, Said};
 
 /// The directory's name in the state directory.
-pub const DIRECTORY: &str = "forgotten";
+pub(crate) const DIRECTORY: &str = "forgotten";
 /// The most bytes of a file that is read.
-pub const MAX_BYTES: u64 = 16 << 20;
-const FORMAT: &str = "virtseal-forgotten";
-const VERSION: u32 = 1;
+pub(crate) const MAX_BYTES: u64 = 16 << 20;
 
-/// The records of one VM.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Forgotten {
-    /// The VM as the keystore knew it.
-    pub vm: VmRecord,
-    /// What it counted as.
-    pub mark: Mark,
-    /// Its envelopes.
-    pub objects: Vec<EnvelopeRecord>,
-    /// KEKs that wrapped something of it before.
-    pub retired: Vec<RetiredKek>,
-    /// The file that it was saved to, which needs older copies of its envelopes.
-    pub saved: Option<SavedState>,
-}
-
-/// Why records can't be kept or read.
 #[derive(Debug, Error)]
-pub enum ForgottenError {
+pub(crate) enum ForgottenError {
     /// A file or a directory can't be used.
     #[error(transparent)]
     File(#[from] FileError),
     /// It does not read back as it was written.
     #[error("{} does not read back as it was written", .0.display())]
     NotVerified(PathBuf),
-    /// Not such a file.
-    #[error("it is not a file of forgotten records")]
-    Format(#[source] serde_json::Error),
-    /// Written by a later version.
-    #[error("it has version {0}, this virtseal reads {VERSION}: upgrade virtseal")]
-    Version(u32),
-    /// An envelope in it is damaged.
-    #[error("envelope {0} in it is damaged")]
-    Envelope(String, #[source] EnvelopeError),
-    /// It contradicts itself.
-    #[error("it has records of VM {found} among those of VM {expected}")]
-    OtherVm {
-        /// The VM that the file is about.
-        expected: VmId,
-        /// The other one.
-        found: VmId,
-    },
-}
-
-#[derive(Serialize, Deserialize)]
-struct Document {
-    format: String,
-    version: u32,
-    vm: VmId,
-    name: String,
-    sealed_at: i64,
-    vtpm_seen: bool,
-    /// A file without it is of a sealed VM, as far as anybody knows.
-    #[serde(default)]
-    plain: bool,
-    objects: Vec<Object>,
-    #[serde(default)]
-    retired_keks: Vec<Retired>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    saved: Option<Saved>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Saved {
-    since: i64,
-    envelopes: Vec<serde_json::Value>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Object {
-    /// For the reader; the text is what counts.
-    id: String,
-    envelope: serde_json::Value,
-    pending: bool,
-    location: String,
-    created: i64,
-    updated: i64,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Retired {
-    provider: ProviderId,
-    kek: KekId,
-}
-
-impl Forgotten {
-    /// Its text, for a file.
-    #[must_use]
-    pub fn to_json(&self) -> String {
-        let objects = self.objects.iter().map(|record| Object {
-            id: record.envelope.id.to_string(),
-            envelope: json_of(&record.envelope),
-            pending: record.state == EnvelopeState::Pending,
-            location: record.location.clone(),
-            created: record.created,
-            updated: record.updated,
-        });
-        let document = Document {
-            format: FORMAT.to_owned(),
-            version: VERSION,
-            vm: self.vm.vm,
-            name: self.vm.name.clone(),
-            sealed_at: self.vm.sealed_at,
-            vtpm_seen: self.vm.vtpm_seen,
-            plain: self.mark == Mark::Plain,
-            objects: objects.collect(),
-            saved: self.saved.as_ref().map(|saved| Saved {
-                since: saved.since,
-                envelopes: saved.envelopes.iter().map(json_of).collect(),
-            }),
-            retired_keks: self
-                .retired
-                .iter()
-                .map(|retired| Retired {
-                    provider: retired.provider,
-                    kek: retired.kek.clone(),
-                })
-                .collect(),
-        };
-        serde_json::to_string_pretty(&document).expect("it holds only texts and numbers") + "\n"
-    }
-
-    /// Reads what [`Forgotten::to_json`] wrote. Whether its envelopes open is the caller's to find out.
-    ///
-    /// # Errors
-    /// When it is anything else.
-    pub fn from_json(text: &[u8]) -> Result<Self, ForgottenError> {
-        #[derive(Deserialize)]
-        struct Head {
-            format: String,
-            version: u32,
-        }
-        let head: Head = serde_json::from_slice(text).map_err(ForgottenError::Format)?;
-        if head.format != FORMAT {
-            let other = serde::de::Error::custom(format!("its format is {:?}", head.format));
-            return Err(ForgottenError::Format(other));
-        }
-        if head.version != VERSION {
-            return Err(ForgottenError::Version(head.version));
-        }
-        let document: Document = serde_json::from_slice(text).map_err(ForgottenError::Format)?;
-        let vm = document.vm;
-        let objects = document.objects.into_iter().map(|object| object.read(vm));
-        let saved = document.saved.map(|saved| saved.read(vm)).transpose()?;
-        Ok(Self {
-            mark: match document.plain {
-                true => Mark::Plain,
-                false => Mark::Sealed,
-            },
-            saved,
-            objects: objects.collect::<Result<_, _>>()?,
-            retired: document
-                .retired_keks
-                .into_iter()
-                .map(|retired| RetiredKek {
-                    vm,
-                    provider: retired.provider,
-                    kek: retired.kek,
-                })
-                .collect(),
-            vm: VmRecord {
-                vm,
-                name: document.name,
-                sealed_at: document.sealed_at,
-                vtpm_seen: document.vtpm_seen,
-            },
-        })
-    }
-}
-
-fn json_of(envelope: &Envelope) -> serde_json::Value {
-    serde_json::from_str(&envelope.to_json()).expect("it is JSON")
-}
-
-impl Saved {
-    /// Its envelopes are of any VM whose disks it had.
-    fn read(self, vm: VmId) -> Result<SavedState, ForgottenError> {
-        let envelopes = self.envelopes.iter().map(|envelope| {
-            Envelope::from_json(&envelope.to_string())
-                .map_err(|source| ForgottenError::Envelope("of a saved state".to_owned(), source))
-        });
-        Ok(SavedState {
-            vm,
-            since: self.since,
-            envelopes: envelopes.collect::<Result<_, _>>()?,
-        })
-    }
-}
-
-impl Object {
-    fn read(self, vm: VmId) -> Result<EnvelopeRecord, ForgottenError> {
-        let envelope = Envelope::from_json(&self.envelope.to_string())
-            .map_err(|source| ForgottenError::Envelope(self.id.clone(), source))?;
-        if envelope.vm != vm {
-            return Err(ForgottenError::OtherVm {
-                expected: vm,
-                found: envelope.vm,
-            });
-        }
-        Ok(EnvelopeRecord {
-            envelope,
-            state: match self.pending {
-                true => EnvelopeState::Pending,
-                false => EnvelopeState::Active,
-            },
-            location: self.location,
-            created: self.created,
-            updated: self.updated,
-        })
-    }
+    #[error(transparent)]
+    Document(#[from] DocumentError),
 }
 
 /// Writes the records of a VM to a new file in `state_dir` and reads them back from it. It is on stable storage then.
 ///
 /// # Errors
 /// When it is not: then nothing may be dropped.
-pub fn keep(state_dir: &Path, forgotten: &Forgotten) -> Result<PathBuf, ForgottenError> {
+pub(crate) fn keep(state_dir: &Path, forgotten: &Forgotten) -> Result<PathBuf, ForgottenError> {
     let path = keep_bytes(state_dir, ".json", forgotten.to_json().as_bytes())?;
     match read(&path) {
         Ok(found) if found == *forgotten => Ok(path),
@@ -252,10 +54,7 @@ pub fn keep(state_dir: &Path, forgotten: &Forgotten) -> Result<PathBuf, Forgotte
 }
 
 /// The same for bytes; the file's name is the date and `suffix`.
-///
-/// # Errors
-/// As [`keep`].
-pub fn keep_bytes(state_dir: &Path, suffix: &str, bytes: &[u8]) -> Result<PathBuf, ForgottenError> {
+pub(crate) fn keep_bytes(state_dir: &Path, suffix: &str, bytes: &[u8]) -> Result<PathBuf, ForgottenError> {
     let dir = state_dir.join(DIRECTORY);
     make_directory(state_dir, &dir).map_err(FileError::of("make", &dir))?;
     let date = rfc3339(SystemTime::now()).replace(':', "-");
@@ -279,25 +78,19 @@ pub fn keep_bytes(state_dir: &Path, suffix: &str, bytes: &[u8]) -> Result<PathBu
 }
 
 /// What [`keep`] wrote.
-///
-/// # Errors
-/// When it can't be read, or is anything else.
-pub fn read(path: &Path) -> Result<Forgotten, ForgottenError> {
+pub(crate) fn read(path: &Path) -> Result<Forgotten, ForgottenError> {
     let mut text = Vec::new();
     File::open(path)
         .and_then(|file| file.take(MAX_BYTES).read_to_end(&mut text))
         .map_err(FileError::of("read", path))?;
-    Forgotten::from_json(&text)
+    Ok(Forgotten::from_json(&text)?)
 }
 
 /// A file with records of a VM, and what it holds.
-pub type Kept = (PathBuf, Result<Forgotten, ForgottenError>);
+pub(crate) type Kept = (PathBuf, Result<Forgotten, ForgottenError>);
 
 /// The files with records of VMs, the oldest first, each with what it holds.
-///
-/// # Errors
-/// When the directory can't be read.
-pub fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
+pub(crate) fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
     let dir = state_dir.join(DIRECTORY);
     let entries = match fs::read_dir(&dir) {
         Ok(entries) => entries,
@@ -323,8 +116,7 @@ pub fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
 }
 
 /// The envelopes in `kept` that nothing else has: not those that are known again. With any of them go those of its saved state.
-#[must_use]
-pub fn only_there(forgotten: &Forgotten, is_known: impl Fn(EnvelopeId) -> bool) -> Vec<&Envelope> {
+pub(crate) fn only_there(forgotten: &Forgotten, is_known: impl Fn(EnvelopeId) -> bool) -> Vec<&Envelope> {
     let envelopes = forgotten.objects.iter().map(|record| &record.envelope);
     let mut alone: Vec<_> = envelopes.filter(|envelope| !is_known(envelope.id)).collect();
     if !alone.is_empty() {
@@ -377,8 +169,9 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+    use crate::model::envelope::{KekId, ProviderId, VmId};
     use crate::recipients::Recipients;
-    use crate::store::{Change, Stores};
+    use crate::store::{Change, Mark, RetiredKek, Stores};
 
     /// A keystore with a VM that has two envelopes, and what would be forgotten of it.
     fn stage(dir: &Path) -> (Stores, Forgotten) {
@@ -414,12 +207,13 @@ mod tests {
         stores.keystore.set_vtpm_seen(vm).unwrap();
         drop(recipients);
         stores.keystore.note_plain(vm).unwrap();
-        let objects = stores.keystore.envelopes_of(vm).unwrap().whole().unwrap();
+        let objects = stores.keystore.envelopes_of(vm).unwrap().sound;
         stores
             .host_store
             .note_saved(vm, &[objects[0].envelope.clone()])
             .unwrap();
         let forgotten = Forgotten {
+            said: Said::Elsewhere,
             vm: stores.keystore.vm(vm).unwrap().unwrap(),
             mark: stores.keystore.mark(vm).unwrap().unwrap(),
             saved: stores.host_store.saved_states().unwrap().whole().unwrap().pop(),
@@ -429,6 +223,7 @@ mod tests {
                 provider: ProviderId::random(),
                 kek: KekId("k".to_owned()),
             }],
+            damaged: vec![serde_json::json!({ "id": "x", "json": { "hex": "ff" } })],
         };
         (stores, forgotten)
     }
@@ -445,18 +240,16 @@ mod tests {
             0o700
         );
         // One that has changed since it was kept stays.
-        let mut other = forgotten.objects.clone();
-        other[0].location = "elsewhere".to_owned();
+        let known = || stores.keystore.envelopes_of(vm).unwrap();
+        let mut other = known();
+        other.sound[0].location = "elsewhere".to_owned();
         assert_eq!(stores.keystore.forget_vm(vm, &other).unwrap(), Change::Unchanged);
         assert_eq!(
             stores.keystore.envelopes_of(vm).unwrap().whole().unwrap(),
             forgotten.objects
         );
 
-        assert_eq!(
-            stores.keystore.forget_vm(vm, &forgotten.objects).unwrap(),
-            Change::Changed
-        );
+        assert_eq!(stores.keystore.forget_vm(vm, &known()).unwrap(), Change::Changed);
         assert!(
             stores
                 .keystore

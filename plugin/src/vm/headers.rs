@@ -6,13 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
+use crate::model::deadlines::start::TICK;
 use crate::model::envelope::EnvelopeId;
 use crate::vm::start::Deadline;
-
-/// How often a start that waits looks whether anybody still waits for it.
-const TICK: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Default)]
 pub(crate) struct Headers {
@@ -32,7 +29,6 @@ pub(crate) struct Held<'a> {
     envelopes: Vec<EnvelopeId>,
 }
 
-/// A header that is being rewritten.
 pub(crate) struct Writing<'a> {
     headers: &'a Headers,
     envelope: EnvelopeId,
@@ -124,6 +120,8 @@ impl Drop for Writing<'_> {
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
+
+    use std::time::Duration;
 
     use super::*;
 

@@ -6,16 +6,16 @@ use crate::config::Policies;
 use crate::host::libvirt::{Background, KeptXml};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, VmId};
-use crate::model::problem::{Problem, chain};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::{Located, OpenedHeaders};
 use crate::recipients::Recipients;
-use crate::secret::Passphrase;
+use crate::secret::{Dek, Passphrase};
 use crate::store::{EnvelopeRecord, EnvelopeStore, HostStore, StoreError};
+use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::confirmed_formats::ConfirmedFormats;
 
 /// This host, as one command finds it.
-pub struct Host<'a> {
-    /// Where envelopes go.
+pub(crate) struct Host<'a> {
     pub keystore: &'a dyn EnvelopeStore,
     /// What is of this host alone.
     pub host_store: &'a HostStore,
@@ -25,12 +25,13 @@ pub struct Host<'a> {
     pub libvirt: &'a Background,
     /// Which headers need not be opened again.
     pub opened_headers: &'a OpenedHeaders,
-    /// Where libvirt keeps vTPM state.
     pub swtpm_dir: PathBuf,
     /// Where libvirt keeps variable stores.
     pub nvram_dir: PathBuf,
     /// What an admin says of the formats of the disks.
     pub confirmed: ConfirmedFormats,
+    /// What an admin lets a seal make anew.
+    pub accepted: AcceptedLosses,
     /// What the host lets VMs do beside their sealed objects.
     pub policies: Policies,
     /// Where files may be that the XML names.
@@ -76,6 +77,15 @@ impl Host<'_> {
         )?)
     }
 
+    /// Really opens what is at `path`, or a vTPM's state if there is any, with the key of its envelope.
+    pub(crate) fn open_object(&self, envelope: &Envelope, path: &Path, dek: &Dek) -> Result<(), Problem> {
+        let passphrase = passphrase(dek)?;
+        if let Some(object) = self.located(envelope, path)? {
+            self.opened_headers.open(&object, envelope, &passphrase)?;
+        }
+        Ok(())
+    }
+
     /// What opens the object of `record`, or why nobody has it now.
     pub(crate) fn passphrase_of(&self, record: &EnvelopeRecord) -> Result<Passphrase, String> {
         let opened = self.recipients.open_envelope(&record.envelope);
@@ -87,4 +97,10 @@ impl Host<'_> {
     pub(super) fn own_store(&self, name: &str) -> PathBuf {
         self.nvram_dir.join(format!("{name}_VARS.fd"))
     }
+}
+
+/// What QEMU and swtpm open an object with.
+pub(crate) fn passphrase(dek: &Dek) -> Result<Passphrase, Problem> {
+    dek.passphrase()
+        .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))
 }

@@ -6,16 +6,14 @@
 use crate::api::Outcome;
 use crate::domain::{self, Domain};
 use crate::host::libvirt::DefinedDomain;
+use crate::model::act::{Tense, Verb};
 use crate::model::envelope::ObjectKind;
 use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError};
 use crate::vm::host::Host;
 
 /// Runs `seal` with the VM marked; a VM of which nothing was sealed starts as before.
-///
-/// # Errors
-/// Those of `seal`, and of the keystore.
-pub fn while_marked<T>(
+pub(crate) fn while_marked<T>(
     host: &Host<'_>,
     vm: &DefinedDomain,
     seal: impl FnOnce() -> Result<T, Problem>,
@@ -35,18 +33,19 @@ pub fn while_marked<T>(
 ///
 /// # Errors
 /// Of a file where root does not look, with what permits it.
-pub fn is_marked_in_vain(host: &Host<'_>, vm: &DefinedDomain) -> Result<bool, Problem> {
+pub(crate) fn is_marked_in_vain(host: &Host<'_>, vm: &DefinedDomain) -> Result<bool, Problem> {
     let is_plain = Domain::parse(&vm.xml).is_ok_and(|domain| domain.metadata.is_none());
     Ok(is_plain && host.keystore.is_sealed(vm.vm)? && nothing_is_encrypted(host, vm)?)
 }
 
 /// What taking the mark away comes to.
-#[must_use]
-pub fn unmarked() -> Outcome {
+pub(crate) fn unmarked(tense: Tense) -> Outcome {
+    let step = Verb::Let.act("it start as it is: nothing of it is encrypted");
     Outcome {
-        steps: vec!["let it start as it is: nothing of it is encrypted".into()],
+        steps: vec![step.told(tense)],
         warnings: vec!["the keys stay in the keystore".into()],
-        changed: true,
+        changed: tense == Tense::Done,
+        ..Outcome::default()
     }
 }
 

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::host::libvirt::{Background, DefinedDomain, LibvirtError};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId, Stanza, VmId};
+use crate::model::nearest::name_hint;
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{Provider, Recipients};
 use crate::store::{EnvelopeStore, StoreError, VmRecord};
@@ -15,9 +16,8 @@ use crate::store::{EnvelopeStore, StoreError, VmRecord};
 /// How many names a message has.
 const MAX_NAMED: usize = 8;
 
-/// A VM that has a name here.
 #[derive(Debug)]
-pub enum KnownVm {
+pub(crate) enum KnownVm {
     /// libvirt has it.
     Defined(DefinedDomain),
     /// Only the keystore does.
@@ -26,15 +26,14 @@ pub enum KnownVm {
 
 /// Several VMs had this name, and none of them is defined: which one is meant can't be guessed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ambiguous {
+pub(crate) struct Ambiguous {
     name: String,
     vms: Vec<VmId>,
 }
 
 impl Ambiguous {
     /// `command` takes a UUID too.
-    #[must_use]
-    pub fn refuse(&self, code: Code, advice: fn(String) -> Advice) -> Problem {
+    pub(crate) fn refuse(&self, code: Code, advice: fn(String) -> Advice) -> Problem {
         let (count, name) = (self.vms.len(), &self.name);
         let ids: Vec<_> = self.vms.iter().map(ToString::to_string).collect();
         Problem::new(
@@ -46,10 +45,7 @@ impl Ambiguous {
 }
 
 /// Which of the VMs that only the keystore knows is meant by `asked`, a name or a UUID.
-///
-/// # Errors
-/// When several had that name.
-pub fn undefined<'a>(records: &'a [VmRecord], asked: &str) -> Result<Option<&'a VmRecord>, Ambiguous> {
+pub(crate) fn undefined<'a>(records: &'a [VmRecord], asked: &str) -> Result<Option<&'a VmRecord>, Ambiguous> {
     if let Ok(id) = asked.parse::<VmId>() {
         return Ok(records.iter().find(|record| record.vm == id));
     }
@@ -66,15 +62,16 @@ pub fn undefined<'a>(records: &'a [VmRecord], asked: &str) -> Result<Option<&'a 
 
 /// A VM that only the keystore knows, if only by the UUID in its envelopes, for what is destroyed or dropped of it: so every row must be
 /// readable. `again` is the command, which takes a UUID too.
-///
-/// # Errors
-/// When several had that name, or the keystore is damaged.
-pub fn find_undefined(
+pub(crate) fn find_undefined(
     keystore: &dyn EnvelopeStore,
     asked: &str,
     again: fn(String) -> Advice,
 ) -> Result<Option<(VmId, String)>, Problem> {
-    let records = keystore.vms()?.whole()?;
+    let records = match asked.parse::<VmId>() {
+        Ok(_) => keystore.vms()?.sound,
+        // One that can't be read may have that name too.
+        Err(_) => keystore.vms()?.whole()?,
+    };
     let found = undefined(&records, asked).map_err(|several| several.refuse(Code::WouldLoseKey, again))?;
     let never_defined = || asked.parse::<VmId>().ok().map(|id| (id, id.to_string()));
     Ok(found
@@ -88,10 +85,11 @@ fn is_meant(asked: &str, found: VmId) -> bool {
 }
 
 /// The VM with this name or UUID.
-///
-/// # Errors
-/// [`Code::NotFound`] when there is none.
-pub fn find_vm(libvirt: &Background, keystore: &dyn EnvelopeStore, asked: &str) -> Result<KnownVm, Problem> {
+pub(crate) fn find_vm(
+    libvirt: &Background,
+    keystore: &dyn EnvelopeStore,
+    asked: &str,
+) -> Result<KnownVm, Problem> {
     let absent = match find_domain(libvirt, asked) {
         Ok(defined) => return Ok(KnownVm::Defined(defined)),
         Err(absent) if absent.code == Code::NotFound => absent,
@@ -103,20 +101,14 @@ pub fn find_vm(libvirt: &Background, keystore: &dyn EnvelopeStore, asked: &str) 
 }
 
 /// The domain with this name or UUID.
-///
-/// # Errors
-/// [`Code::NotFound`] when there is none.
-pub fn find_domain(libvirt: &Background, asked: &str) -> Result<DefinedDomain, Problem> {
+pub(crate) fn find_domain(libvirt: &Background, asked: &str) -> Result<DefinedDomain, Problem> {
     let found = libvirt.domain(asked).map_err(|error| unreachable(&error))?;
     let found = found.filter(|found| is_meant(asked, found.vm));
-    found.ok_or_else(|| absent(asked).next(Advice::ListDomains))
+    found.ok_or_else(|| absent(libvirt, asked).next(Advice::ListDomains))
 }
 
 /// A UUID needs no libvirt: the VM may be defined later.
-///
-/// # Errors
-/// [`Code::NotFound`] when libvirt has none with this name.
-pub fn vm_id(libvirt: &Background, asked: &str) -> Result<VmId, Problem> {
+pub(crate) fn vm_id(libvirt: &Background, asked: &str) -> Result<VmId, Problem> {
     if let Ok(id) = asked.parse() {
         return Ok(id);
     }
@@ -124,36 +116,33 @@ pub fn vm_id(libvirt: &Background, asked: &str) -> Result<VmId, Problem> {
         .domain(asked)
         .map_err(|error| unreachable(&error).next(Advice::ShowStatus.or("give its UUID")))?;
     let id = found.map(|domain| domain.vm);
-    id.ok_or_else(|| absent(asked).next("define it first, or give the UUID that it will have"))
+    id.ok_or_else(|| absent(libvirt, asked).next("define it first, or give the UUID that it will have"))
 }
 
 /// As the hook names a VM.
-///
-/// # Errors
-/// When it is no UUID.
-pub fn uuid_of_hook(uuid: &str) -> Result<VmId, Problem> {
+pub(crate) fn uuid_of_hook(uuid: &str) -> Result<VmId, Problem> {
     uuid.parse()
         .map_err(|error| Problem::from_error(Code::Usage, format!("'{uuid}' is not a VM's UUID"), &error))
 }
 
-fn absent(asked: &str) -> Problem {
-    Problem::new(Code::NotFound, format!("there is no VM '{asked}'"))
+fn absent(libvirt: &Background, asked: &str) -> Problem {
+    // Where libvirt has stopped to answer meanwhile, no other name is known.
+    let names = libvirt.names().unwrap_or_default();
+    let hint = name_hint(asked, names.iter().map(String::as_str));
+    Problem::not_found(format!("there is no VM '{asked}'{hint}"))
 }
 
 /// For a command that can't do without libvirt.
-#[must_use]
-pub fn unreachable(error: &LibvirtError) -> Problem {
-    Problem::new(Code::Unreachable, chain(error)).next(Advice::ShowStatus)
+pub(crate) fn unreachable(error: &LibvirtError) -> Problem {
+    Problem::unreachable(chain(error)).next(Advice::ShowStatus)
 }
 
 /// The names of the VMs that the keystore knows.
 #[derive(Clone, Debug, Default)]
-pub struct VmNames(BTreeMap<VmId, String>);
+pub(crate) struct VmNames(BTreeMap<VmId, String>);
 
 impl VmNames {
-    /// Those of these records.
-    #[must_use]
-    pub fn of_records(records: &[VmRecord]) -> Self {
+    pub(crate) fn of_records(records: &[VmRecord]) -> Self {
         Self(
             records
                 .iter()
@@ -163,22 +152,17 @@ impl VmNames {
     }
 
     /// Those of all records that can be read.
-    ///
-    /// # Errors
-    /// When the keystore can't be read.
-    pub fn of_keystore(keystore: &dyn EnvelopeStore) -> Result<Self, StoreError> {
+    pub(crate) fn of_keystore(keystore: &dyn EnvelopeStore) -> Result<Self, StoreError> {
         Ok(Self::of_records(&keystore.vms()?.sound))
     }
 
     /// Its UUID, if it has no name.
-    #[must_use]
-    pub fn of(&self, vm: VmId) -> String {
+    pub(crate) fn of(&self, vm: VmId) -> String {
         self.0.get(&vm).cloned().unwrap_or_else(|| vm.to_string())
     }
 
     /// `12 objects of 4 VMs (a, b, c, d)`, given the VM of each object.
-    #[must_use]
-    pub fn objects_of_vms(&self, objects: &[VmId]) -> String {
+    pub(crate) fn objects_of_vms(&self, objects: &[VmId]) -> String {
         let vms: BTreeSet<String> = objects.iter().map(|vm| self.of(*vm)).collect();
         let (objects, count) = (objects.len(), vms.len());
         format!("{objects} objects of {count} VMs ({})", some_of(&vms))
@@ -187,15 +171,14 @@ impl VmNames {
 
 /// The names of key providers: of those here, and of those that were deleted here.
 #[derive(Clone, Debug, Default)]
-pub struct ProviderNames {
+pub(crate) struct ProviderNames {
     here: BTreeMap<ProviderId, String>,
     deleted: BTreeMap<ProviderId, String>,
 }
 
 impl ProviderNames {
     /// Those of this host.
-    #[must_use]
-    pub fn of_host(recipients: &Recipients, keystore: &dyn EnvelopeStore) -> Self {
+    pub(crate) fn of_host(recipients: &Recipients, keystore: &dyn EnvelopeStore) -> Self {
         let here = recipients.providers();
         let here = here.iter().map(Provider::provider);
         // What can't be read is a finding of its own.
@@ -210,8 +193,7 @@ impl ProviderNames {
     }
 
     /// Of those that have a stanza: the name here, else the one that it had where the stanza was made.
-    #[must_use]
-    pub fn of(&self, envelope: &Envelope) -> Vec<String> {
+    pub(crate) fn of(&self, envelope: &Envelope) -> Vec<String> {
         let stanzas = envelope.stanzas.iter();
         let name = |stanza: &Stanza| {
             self.here
@@ -223,8 +205,7 @@ impl ProviderNames {
     }
 
     /// Why nobody on this host can ever open it, if that is so.
-    #[must_use]
-    pub fn gone(&self, envelope: &Envelope) -> Option<String> {
+    pub(crate) fn gone(&self, envelope: &Envelope) -> Option<String> {
         let mut why = Vec::with_capacity(envelope.stanzas.len());
         for Stanza {
             provider,
@@ -243,8 +224,7 @@ impl ProviderNames {
 }
 
 /// The first of them, and how many more there are.
-#[must_use]
-pub fn some_of(names: &BTreeSet<String>) -> String {
+pub(crate) fn some_of(names: &BTreeSet<String>) -> String {
     let mut named: Vec<_> = names.iter().take(MAX_NAMED).cloned().collect();
     if names.len() > MAX_NAMED {
         named.push(format!("{} more", names.len() - MAX_NAMED));

@@ -4,27 +4,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::shred::Kek;
+use crate::api::KekOrigin;
 use crate::model::envelope::{Envelope, KekId, VmId};
-use crate::store::{MadeKek, NeededKek, RetiredKek};
+use crate::store::{EnvelopeRecord, EnvelopeState, MadeKek, NeededKek, RetiredKek};
 
 /// Which envelopes and KEKs there are.
 #[derive(Debug, Default)]
-pub struct Facts {
-    /// The VMs that libvirt has.
+pub(crate) struct Facts {
     pub defined: BTreeSet<VmId>,
-    /// The envelopes of the keystore.
     pub known: Vec<Envelope>,
     /// The KEKs that copies which are behind need.
     pub behind: Vec<NeededKek>,
     /// Those that jobs have taken out of use.
     pub retired: Vec<RetiredKek>,
-    /// Those that were made here.
     pub made: Vec<MadeKek>,
 }
 
 /// What needs a KEK that no defined VM's envelope needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Uses {
+pub(crate) struct Uses {
     /// Envelopes of VMs that are not defined.
     pub envelopes: i64,
     /// Copies that are behind.
@@ -33,28 +31,36 @@ pub struct Uses {
 }
 
 impl Uses {
-    /// Where it comes from, in one word.
-    #[must_use]
-    pub fn origin(self) -> &'static str {
+    pub(crate) fn origin(self) -> KekOrigin {
         match self {
-            Self { envelopes: 1.., .. } => "vm-not-defined",
-            Self { copies: 1.., .. } => "copy-behind",
-            Self { is_retired: true, .. } => "retired",
-            _ => "never-used",
+            Self { envelopes: 1.., .. } => KekOrigin::VmNotDefined,
+            Self { copies: 1.., .. } => KekOrigin::CopyBehind,
+            Self { is_retired: true, .. } => KekOrigin::Retired,
+            _ => KekOrigin::NeverUsed,
         }
     }
 }
 
 impl Facts {
     /// Whether no VM that is defined here has this envelope.
-    #[must_use]
-    pub fn is_orphan(&self, envelope: &Envelope) -> bool {
+    pub(crate) fn is_orphan(&self, envelope: &Envelope) -> bool {
         !self.defined.contains(&envelope.vm)
     }
 
+    /// Whether `record` is one that nothing here needs, as far as it shows: its VM is not defined, or its image is gone and no XML needs
+    /// it.
+    pub(crate) fn lists(
+        &self,
+        record: &EnvelopeRecord,
+        is_present: bool,
+        is_needed: impl FnOnce() -> bool,
+    ) -> bool {
+        let may_be_gone = record.state == EnvelopeState::Active && !record.location.is_empty();
+        self.is_orphan(&record.envelope) || (may_be_gone && !is_present && !is_needed())
+    }
+
     /// The KEKs that no defined VM's envelope needs, and what does.
-    #[must_use]
-    pub fn keks(&self) -> BTreeMap<Kek, Uses> {
+    pub(crate) fn keks(&self) -> BTreeMap<Kek, Uses> {
         let (mut in_use, mut keks) = (BTreeSet::new(), BTreeMap::<Kek, Uses>::new());
         for envelope in &self.known {
             for stanza in &envelope.stanzas {

@@ -3,45 +3,42 @@
 //!
 //! Folds what was heard of a VM and how it is now into what was found; who listens and looks is the daemon (docs/adr/0019).
 
+mod found;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::SystemTime;
-
-use openssl::sha::sha256;
 
 use crate::domain::jobs::{self, JobTarget};
 use crate::domain::{Domain, DomainError, objects};
 use crate::host::libvirt::RunningVm;
 use crate::host::libvirt::events::{Change, MemoryFile};
-use crate::host::local_time::rfc3339;
+use crate::model::advice::Advice;
 use crate::model::envelope::{ObjectKind, VmId};
 use crate::model::finding::{Finding, Subject};
 use crate::terminal::visible;
+use found::Found;
 
-/// More of one VM are in the audit log alone.
-const MAX_FINDINGS: usize = 64;
-/// Of one VM, in the audit log: who may change a VM can have it filled.
-const MAX_NOTED: usize = 1024;
-/// Of one finding as it is listed, in bytes.
-const MAX_WORDS: usize = 1024;
 /// VMs that the keystore does not know: anybody can run any number of them, and they take no room from the sealed ones.
 const MAX_STRANGERS: usize = 1024;
 
 /// What was heard of a VM since it was looked at last.
 #[derive(Debug, Default)]
-pub struct News {
+pub(crate) struct News {
     name: String,
     copies_ended: BTreeSet<String>,
     backup_ended: bool,
     memory: BTreeSet<MemoryFile>,
+    pub started: bool,
 }
 
 impl News {
     /// Something more was heard of the VM that is called so now.
-    pub fn add(&mut self, name: String, change: Change) {
+    pub(crate) fn add(&mut self, name: String, change: Change) {
         self.name = name;
         match change {
             Change::Any => {}
+            Change::Started => self.started = true,
             Change::CopyEnded(disk) => drop(self.copies_ended.insert(disk)),
             Change::BackupEnded => self.backup_ended = true,
             Change::MemoryWritten(file) => drop(self.memory.insert(file)),
@@ -49,10 +46,8 @@ impl News {
     }
 }
 
-/// A VM as it runs now.
 #[derive(Debug)]
-pub struct Now {
-    /// Its XML of now.
+pub(crate) struct Now {
     pub live: Domain,
     /// That of its next start, if libvirt keeps the VM.
     pub next: Option<Domain>,
@@ -63,10 +58,7 @@ pub struct Now {
 
 impl Now {
     /// What libvirt tells of it.
-    ///
-    /// # Errors
-    /// When its XML can't be read.
-    pub fn of(running: &RunningVm) -> Result<Self, DomainError> {
+    pub(crate) fn of(running: &RunningVm) -> Result<Self, DomainError> {
         Ok(Self {
             live: Domain::parse(&running.live)?,
             next: running.next.as_deref().map(Domain::parse).transpose()?,
@@ -86,7 +78,7 @@ impl Now {
 
 /// Whose business a VM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Acquaintance {
+pub(crate) enum Acquaintance {
     /// The keystore has it.
     Known,
     /// Its XML alone says that it is sealed.
@@ -97,8 +89,7 @@ pub enum Acquaintance {
 
 impl Acquaintance {
     /// Of a VM that the keystore has a record of, or not.
-    #[must_use]
-    pub fn of<T>(record: Option<&T>, now: Option<&Now>) -> Self {
+    pub(crate) fn of<T>(record: Option<&T>, now: Option<&Now>) -> Self {
         match record {
             Some(_) => Self::Known,
             None if now.is_some_and(|now| now.live.metadata.is_some()) => Self::ByXml,
@@ -107,37 +98,32 @@ impl Acquaintance {
     }
 }
 
-/// One look at a VM.
 #[derive(Debug)]
-pub struct Look {
-    /// Which.
+pub(crate) struct Look {
     pub vm: VmId,
-    /// Whose business it is.
     pub acquaintance: Acquaintance,
     /// What was heard since the last look.
     pub news: News,
     /// How it is, if it runs; or that this can't be told.
     pub now: Result<Option<Now>, String>,
     /// What is wrong with it now.
-    pub found: Vec<String>,
+    pub found: Vec<Finding>,
 }
 
 /// Something new, for the log.
 #[derive(Debug, PartialEq, Eq)]
-pub struct NewFinding {
-    /// The VM.
+pub(crate) struct NewFinding {
     pub name: String,
-    /// What was found.
+    /// What was found, with what leads out.
     pub words: String,
 }
 
-/// What was seen of all VMs.
 #[derive(Debug, Default)]
-pub struct Watched(BTreeMap<VmId, Seen>);
+pub(crate) struct Watched(BTreeMap<VmId, Seen>);
 
 impl Watched {
     /// Takes in a look. Returns what is new.
-    pub fn take_in(&mut self, look: Look, at: SystemTime) -> Vec<NewFinding> {
+    pub(crate) fn take_in(&mut self, look: Look, at: SystemTime) -> Vec<NewFinding> {
         let Look {
             vm,
             acquaintance,
@@ -147,7 +133,7 @@ impl Watched {
         } = look;
         let (now, unreadable) = match now {
             Ok(now) => (now, None),
-            Err(why) => (None, Some(format!("its XML of now can't be read: {why}"))),
+            Err(why) => (None, Some(format!("its current XML can't be read: {why}"))),
         };
         if !self.0.contains_key(&vm) {
             match acquaintance {
@@ -166,33 +152,33 @@ impl Watched {
         }
         if acquaintance != Acquaintance::Stranger {
             let ended = seen.take_in(&news, now.as_ref());
-            let name = visible(&seen.name).into_owned();
-            let of_vm = ended.into_iter().chain(unreadable);
-            found.extend(of_vm.map(|words| format!("{name}: {}", visible(&words))));
+            let name = seen.name.clone();
+            let unreadable = unreadable.map(|words| (words, Advice::ShowVm(name.clone())));
+            found.extend(ended.into_iter().chain(unreadable).map(|(words, advice)| {
+                let what = format!("{}: {}", visible(&name), visible(&words));
+                Finding::critical(Subject::Vm(name.clone()), what).next(advice)
+            }));
         }
-        let new = seen.note(found, at).into_iter();
         let name = seen.name.clone();
+        let new = seen.found.note(&name, found, at).into_iter();
         if now.is_none() && seen.found.is_empty() {
             self.0.remove(&vm);
         }
-        let named = |words| NewFinding {
+        new.map(|words| NewFinding {
             name: name.clone(),
             words,
-        };
-        new.map(named).collect()
+        })
+        .collect()
     }
 
     /// What was found of a VM since the daemon began.
-    #[must_use]
-    pub fn findings(&self, vm: VmId) -> Vec<Finding> {
+    pub(crate) fn findings(&self, vm: VmId) -> Vec<Finding> {
         let seen = self.0.get(&vm).into_iter();
-        let found = seen.flat_map(|seen| seen.found.iter().map(|listed| listed.finding(&seen.name)));
-        found.collect()
+        seen.flat_map(|seen| seen.found.findings(&seen.name)).collect()
     }
 
     /// Every VM with findings, with its name.
-    #[must_use]
-    pub fn with_findings(&self) -> Vec<(VmId, String)> {
+    pub(crate) fn with_findings(&self) -> Vec<(VmId, String)> {
         let found = self.0.iter().filter(|(_, seen)| !seen.found.is_empty());
         found.map(|(vm, seen)| (*vm, seen.name.clone())).collect()
     }
@@ -203,14 +189,13 @@ impl Watched {
         if strangers().count() < MAX_STRANGERS {
             return;
         }
-        let oldest = strangers().min_by_key(|(_, seen)| seen.found.first().map(|listed| listed.since));
+        let oldest = strangers().min_by_key(|(_, seen)| seen.found.since());
         if let Some(vm) = oldest.map(|(vm, _)| *vm) {
             self.0.remove(&vm);
         }
     }
 }
 
-/// What was seen of a VM.
 #[derive(Debug, Default)]
 struct Seen {
     name: String,
@@ -219,33 +204,14 @@ struct Seen {
     backup: bool,
     /// Where each disk was when it was looked at last.
     disks: BTreeMap<String, Option<PathBuf>>,
-    found: Vec<Listed>,
-    /// The digests of all that was found.
-    noted: BTreeSet<[u8; 32]>,
-    /// Whether the keystore has the VM.
+    found: Found,
     is_known: bool,
 }
 
-#[derive(Debug)]
-struct Listed {
-    words: String,
-    since: SystemTime,
-}
-
-impl Listed {
-    fn finding(&self, name: &str) -> Finding {
-        let what = format!(
-            "{}; seen first at {}, and listed until virtseald restarts",
-            self.words,
-            rfc3339(self.since)
-        );
-        Finding::critical(Subject::Vm(name.to_owned()), what)
-    }
-}
-
 impl Seen {
-    /// Takes in how the VM is now, and what was heard meanwhile. Returns what has ended before it was seen where it wrote to.
-    fn take_in(&mut self, news: &News, now: Option<&Now>) -> Vec<String> {
+    /// Takes in how the VM is now, and what was heard meanwhile. Returns what has ended before it was seen where it wrote to, each with
+    /// what to do about it.
+    fn take_in(&mut self, news: &News, now: Option<&Now>) -> Vec<(String, Advice)> {
         let disks = now.map(Now::disks).unwrap_or_default();
         // A disk that is elsewhere now was copied to where it is.
         for (disk, path) in &disks {
@@ -256,16 +222,18 @@ impl Seen {
         let unseen = news.copies_ended.iter().filter(|disk| !self.copies.remove(*disk));
         let mut ended: Vec<_> = unseen
             .map(|disk| {
-                format!("disk {disk} was copied, and that had ended before it was seen where to: the copy may be plaintext")
+                let what = format!(
+                    "disk {disk} was copied, and that had ended before it was seen where to: the copy may be plaintext"
+                );
+                (what, delete_unless_encrypted())
             })
             .collect();
         if news.backup_ended && !std::mem::take(&mut self.backup) {
-            ended.push(
-                "a backup of it was made, and had ended before it was seen where to: it may be plaintext"
-                    .to_owned(),
-            );
+            let what =
+                "a backup of it was made, and had ended before it was seen where to: it may be plaintext";
+            ended.push((what.to_owned(), delete_unless_encrypted()));
         }
-        ended.extend(news.memory.iter().map(|file| memory_written(*file)));
+        ended.extend(news.memory.iter().map(|file| memory_written(&self.name, *file)));
         self.disks = disks;
         match now {
             Some(now) => {
@@ -280,54 +248,40 @@ impl Seen {
         }
         ended
     }
-
-    /// Those of `found` that are new.
-    fn note(&mut self, found: Vec<String>, now: SystemTime) -> Vec<String> {
-        let mut new = Vec::new();
-        for words in found {
-            let digest = sha256(words.as_bytes());
-            if self.noted.len() > MAX_NOTED || !self.noted.insert(digest) {
-                continue;
-            }
-            if self.noted.len() > MAX_NOTED {
-                let words = format!(
-                    "{}: more was found than {MAX_NOTED} things, and no more of it is noted until virtseald restarts",
-                    visible(&self.name)
-                );
-                new.push(self.list(words, now));
-            } else if self.found.len() < MAX_FINDINGS {
-                new.push(self.list(words, now));
-            } else {
-                new.push(words);
-            }
-        }
-        new
-    }
-
-    fn list(&mut self, words: String, now: SystemTime) -> String {
-        self.found.push(Listed {
-            words: shortened(&words),
-            since: now,
-        });
-        words
-    }
 }
 
-fn shortened(words: &str) -> String {
-    if words.len() <= MAX_WORDS {
-        return words.to_owned();
-    }
-    let end = (0..=MAX_WORDS).rfind(|at| words.is_char_boundary(*at));
-    format!("{}… (the audit log has all of it)", &words[..end.unwrap_or(0)])
+/// Of a sealed VM: libvirt has started it by an XML that nobody has judged.
+pub(crate) fn not_asked(vm: &str, libvirtd: &'static str) -> Finding {
+    let what = format!(
+        "{vm} was started, and libvirt has not called virtseal's hook: what it writes may not be encrypted",
+        vm = visible(vm)
+    );
+    let reload = Advice::ReloadLibvirtd(libvirtd).then(Advice::ShowVm(vm.to_owned()));
+    Finding::critical(Subject::Vm(vm.to_owned()), what).next(reload)
 }
 
-fn memory_written(file: MemoryFile) -> String {
+/// Nobody but who made it knows where it is.
+fn delete_unless_encrypted() -> Advice {
+    "ask who made it where it is, and delete it unless qemu-img info says that it is encrypted".into()
+}
+
+fn memory_written(vm: &str, file: MemoryFile) -> (String, Advice) {
     let by = match file {
         MemoryFile::Save => "virsh save or managedsave",
         MemoryFile::Dump => "virsh dump",
         MemoryFile::Snapshot => "a snapshot with its memory",
     };
-    format!("its memory was written to a file in plaintext, as by {by}")
+    let delete =
+        Advice::from("delete that file once it is not needed: it has all that the guest had in its memory");
+    let next = match file {
+        MemoryFile::Save => Advice::StartVm(vm.to_owned())
+            .note("which goes on from a managed save and deletes it")
+            .or_else(delete),
+        MemoryFile::Dump => delete,
+        MemoryFile::Snapshot => Advice::ListSnapshots(vm.to_owned()).then(delete),
+    };
+    let what = format!("its memory was written to a file in plaintext, as by {by}");
+    (what, next)
 }
 
 #[cfg(test)]
@@ -366,7 +320,10 @@ mod tests {
         let none = seen.take_in(&News::default(), Some(&now("/d", "")));
         assert!(none.is_empty());
         let told = seen.take_in(&copy_ended(), Some(&now("/d", "")));
-        assert!(matches!(&told[..], [one] if one.contains("disk vda")), "{told:?}");
+        assert!(
+            matches!(&told[..], [(one, _)] if one.contains("disk vda")),
+            "{told:?}"
+        );
         let _ = seen.take_in(&News::default(), Some(&now("/d", mirror)));
         assert!(seen.take_in(&copy_ended(), Some(&now("/d", ""))).is_empty());
         // Each copy has to be seen.
@@ -395,44 +352,9 @@ mod tests {
         assert!(seen.take_in(&News::default(), Some(&going_on)).is_empty());
         let told = seen.take_in(&ended(), Some(&now("/d", "")));
         assert!(
-            matches!(&told[..], [one] if one.contains("virsh dump")),
+            matches!(&told[..], [(one, _)] if one.contains("virsh dump")),
             "{told:?}"
         );
-    }
-
-    #[test]
-    fn what_was_found_is_told_once_and_bounded() {
-        let mut seen = Seen::default();
-        assert_eq!(
-            seen.note(vec!["a".into(), "a".into(), "b".into()], AT),
-            ["a", "b"]
-        );
-        assert!(seen.note(vec!["a".into()], AT).is_empty());
-        let new = seen.note((0..2 * MAX_FINDINGS).map(|n| n.to_string()).collect(), AT);
-        assert_eq!(
-            new.len(),
-            2 * MAX_FINDINGS,
-            "what is not listed is in the audit log"
-        );
-        assert_eq!(seen.found.len(), MAX_FINDINGS);
-        // Whoever fills that up can't hide that he did.
-        let new = seen.note((0..2 * MAX_NOTED).map(|n| format!("x{n}")).collect(), AT);
-        assert!(
-            new.len() < MAX_NOTED && new.last().unwrap().contains("no more"),
-            "{new:?}"
-        );
-        assert!(
-            seen.found
-                .last()
-                .is_some_and(|last| last.words.contains("no more"))
-        );
-        assert!(seen.note(vec!["y".into()], AT).is_empty());
-        let long = "ä".repeat(MAX_WORDS);
-        assert_eq!(
-            Seen::default().note(vec![long.clone()], AT),
-            std::slice::from_ref(&long)
-        );
-        assert!(shortened(&long).len() < MAX_WORDS + 64);
     }
 
     fn look(vm: VmId, acquaintance: Acquaintance, found: &str) -> Look {
@@ -441,7 +363,7 @@ mod tests {
             acquaintance,
             news: News::default(),
             now: Ok(None),
-            found: vec![found.to_owned()],
+            found: vec![Finding::warning(Subject::Vm("a".to_owned()), found)],
         }
     }
 

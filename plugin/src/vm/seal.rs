@@ -1,18 +1,23 @@
 //! `vm seal` and `vm unseal`: from a defined, stopped domain to a sealed one, and back while nothing is lost.
 //!
-//! [`plan()`] looks and decides, [`seal()`] acts, and every act can be killed and repeated: an envelope is in the
+//! [`survey()`] looks and decides, [`seal()`] acts, and every act can be killed and repeated: an envelope is in the
 //! keystore before its object exists, an object is opened with its key before its envelope becomes active. What can
 //! fail comes first and leaves every file as it is: the variable store, the vTPM, then the disks are made ready beside
 //! what is there. Then they get their names, the disks last, and the domain is redefined. A second run finds what the
 //! first one made and goes on from there.
 
 mod declared;
+mod disks;
 mod firmware;
+mod keys;
 mod known;
+mod loss;
 mod object;
 mod others;
 mod plan;
+mod pool_volumes;
 mod replaced;
+mod reset;
 mod room;
 mod store;
 mod take_back;
@@ -27,59 +32,67 @@ use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, Precedence};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
+use crate::model::subject::Subject;
 use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
 use crate::object::nvram;
 use crate::vm::host::Host;
 
-pub use firmware::firmware_of;
-pub use object::NewObject;
-use plan::{DiskStep, DiskWork};
-pub use plan::{Plan, plan};
+use disks::{DiskStep, DiskWork};
+pub(crate) use firmware::firmware_of;
+pub(crate) use object::{Leftover, NewObject};
+pub(crate) use others::OtherUses;
+pub(crate) use plan::{Plan, survey};
+pub(crate) use pool_volumes::{WithFiles, with_files};
 use replaced::Ready;
-pub use replaced::Replaced;
+pub(crate) use replaced::Replaced;
+pub(crate) use reset::{plan_reset, reset};
 use store::{NewStore, NvramStep, Present};
-pub use unseal::{UnsealPlan, plan_unseal, unseal};
+pub(crate) use unseal::{plan_unseal, unseal};
 
 /// A domain whose objects are made, to be defined.
 #[derive(Debug)]
-pub struct Made {
-    /// Its XML.
+pub(crate) struct Made {
     pub xml: String,
     /// The files that were replaced: until the domain is defined, a start may still be opening them.
     pub replaced: Replaced,
+    /// Whether the keystore has learnt of another place of an image.
+    pub moved: bool,
 }
 
 /// Makes and adopts what the plan says. The caller defines the domain.
 ///
 /// # Errors
 /// With what went wrong and with which object, and what was done before. Run it again to go on.
-pub fn seal(
+pub(crate) fn seal(
     host: &Host<'_>,
     defined: &DefinedDomain,
     plan: &Plan,
     provider: Option<&str>,
 ) -> Result<Made, Problem> {
-    let of = |what: &str| format!("{} {what}", defined.name);
+    let of = |failure: Problem, object: &str| {
+        let failure = failure.about(Subject::object(&defined.name, object));
+        failure.of(format!("{} {object}", defined.name))
+    };
     let mut ready = Vec::new();
     let store = match &plan.nvram {
         NvramStep::None => None,
         NvramStep::Sealed(envelope) | NvramStep::Reformat(envelope, _) => Some(envelope.clone()),
         NvramStep::TakeBack(sealed) => {
             let opened = take_back::open_store(host, defined, &sealed.path, &sealed.envelopes);
-            Some(opened.map_err(|failure| failure.of(of("nvram")))?)
+            Some(opened.map_err(|failure| of(failure, "nvram"))?)
         }
         NvramStep::Create(store) => {
             let made = make_store(host, defined, store, provider, &mut ready);
-            Some(made.map_err(|failure| failure.of(of("nvram")))?)
+            Some(made.map_err(|failure| of(failure, "nvram"))?)
         }
     };
     let vtpm = plan.vtpm.envelope(host, defined, provider);
-    let vtpm = vtpm.map_err(|failure| failure.of(of("vtpm")))?;
+    let vtpm = vtpm.map_err(|failure| of(failure, "vtpm"))?;
     let mut disks = Vec::new();
     for step in &plan.disks {
         let made = make_disk(host, defined, step, provider, &mut ready);
-        disks.push(made.map_err(|failure| failure.of(of(&format!("disk {}", step.target))))?);
+        disks.push(made.map_err(|failure| of(failure, &format!("disk {}", step.target)))?);
     }
     let changes = SealEdit {
         disks: plan
@@ -89,10 +102,7 @@ pub fn seal(
             .map(|(step, envelope)| step.edit(envelope.id))
             .collect(),
         nvram: store.as_ref().and_then(|envelope| plan.nvram.edit(envelope.id)),
-        vtpm: vtpm
-            .as_ref()
-            .filter(|_| plan.vtpm.changes_xml())
-            .map(|envelope| envelope.id),
+        vtpm: vtpm.as_ref().and_then(|envelope| plan.vtpm.edit(envelope.id)),
         envelopes: &disks
             .iter()
             .chain(&store)
@@ -101,15 +111,22 @@ pub fn seal(
             .collect::<Vec<_>>(),
     };
     let xml = edit::seal(&defined.xml, &changes)
-        .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))?;
+        .map_err(|error| Problem::failed(format!("{}: {}", defined.name, chain(&error))))?;
     let again = Advice::SealVm(defined.name.clone());
     let replaced = Replaced::publish(host, ready, &again).map_err(|failure| failure.of(&defined.name))?;
-    if let Some(envelope) = vtpm.filter(|_| plan.vtpm.changes_xml()) {
+    if let Some(envelope) = vtpm.filter(|_| plan.vtpm.act().is_some()) {
+        let aside = plan.vtpm.set_lost_aside(host, defined, envelope.id);
         // There is no state yet to open; the envelope itself was opened again when it was made.
-        let activated = host.keystore.activate(envelope.id).map_err(Problem::from);
+        let activated = aside.and_then(|()| Ok(host.keystore.activate(envelope.id)?));
         activated.map_err(|failure| replaced.after(failure))?;
     }
-    Ok(Made { xml, replaced })
+    let mut moved = false;
+    for image in &plan.moved {
+        moved |= image
+            .open_and_settle(host)
+            .map_err(|failure| failure.of(&defined.name))?;
+    }
+    Ok(Made { xml, replaced, moved })
 }
 
 /// Which of two versions of one generation counts is root's to decide: until then that of the XML stays where `vm status` sees it.
@@ -133,10 +150,10 @@ fn make_disk(
         DiskWork::Sealed(envelope) => Ok(envelope.clone()),
         DiskWork::Adopt(carried) => adopt_disk(host, defined, &step.place, carried),
         DiskWork::Replace(info) => {
-            let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Disk, &location, provider)?;
+            let object = find_or_make(host, defined, ObjectKind::Disk, &location, provider)?;
             let held = ImageLock::unchanged(&step.place, info.file_id)?;
             ready.push(Ready {
-                words: step.words().unwrap_or_default(),
+                act: step.replacement(info),
                 file: disk::prepare_over(
                     held,
                     &like(step.place.shown(), info),
@@ -159,7 +176,7 @@ fn adopt_disk(
 ) -> Result<Envelope, Problem> {
     let location = place.shown().display().to_string();
     take_back::adopt(host, defined, carried, &location, |passphrase| {
-        Ok(disk::verify(place, passphrase)?)
+        Ok(disk::open(place, passphrase)?)
     })
 }
 
@@ -171,6 +188,23 @@ fn like(path: &Path, info: &VolumeInfo) -> CreateRequest {
     }
 }
 
+fn find_or_make(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    kind: ObjectKind,
+    location: &str,
+    provider: Option<&str>,
+) -> Result<NewObject, Problem> {
+    NewObject::find_or_make(
+        host,
+        defined.vm,
+        kind,
+        location,
+        provider,
+        Leftover::SameProviders,
+    )
+}
+
 fn make_store(
     host: &Host<'_>,
     defined: &DefinedDomain,
@@ -179,15 +213,15 @@ fn make_store(
     ready: &mut Vec<Ready>,
 ) -> Result<Envelope, Problem> {
     let location = store.place.shown().display().to_string();
-    let object = NewObject::find_or_make(host, defined.vm, ObjectKind::Nvram, &location, provider)?;
+    let object = find_or_make(host, defined, ObjectKind::Nvram, &location, provider)?;
     let passphrase = object.passphrase()?;
     let replaced = match store.present {
         Present::Nothing => None,
         Present::Pristine(inspected) => Some(ImageLock::unchanged(&store.place, inspected)?),
     };
     ready.push(Ready {
-        words: store.words(),
-        file: nvram::prepare(&store.template, &store.place, replaced, &passphrase)?,
+        act: store.act(),
+        file: nvram::create(&store.template, &store.place, replaced, &passphrase)?,
         envelope: Some(object.envelope.id),
     });
     Ok(object.envelope.into_envelope())

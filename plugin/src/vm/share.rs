@@ -4,118 +4,157 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::host::Host;
+use super::host::{Host, passphrase};
 use super::names;
 use crate::api::Outcome;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
-use crate::model::problem::{Code, Problem, chain};
-use crate::object::disk::{self, ImageCopy, VolumeError};
-use crate::store::{CopyPlace, EnvelopeRecord, Put};
+use crate::model::problem::{Code, Problem};
+use crate::object::disk::{self, VolumeError};
+use crate::store::{CopyPlace, EnvelopeRecord, Put, StoreError};
 
 /// What root wants of a VM's right to a volume that is another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sharing {
-    /// It may have it.
+pub(crate) enum Sharing {
     With,
-    /// It may have it no more.
     Without,
+}
+
+/// What is asked for.
+struct Request<'a> {
+    path: &'a Path,
+    /// As it was typed.
+    vm: &'a str,
+    id: VmId,
+    sharing: Sharing,
 }
 
 /// How often another change of the envelope, by a job, may come between.
 const TRIES: usize = 5;
 
-/// Lets a VM have the volume at `path`, or no longer. It needs not be defined. Nobody else may seal or share meanwhile.
-///
-/// # Errors
-/// When it is not such a volume, or the image does not open.
-pub fn share(host: &Host<'_>, path: &Path, vm: &str, sharing: Sharing) -> Result<Outcome, Problem> {
-    let vm_id = vm_to_share_with(host, vm)?;
+/// The VM whose volume is at `path`.
+pub(crate) fn owner_of(host: &Host<'_>, path: &Path) -> Result<VmId, Problem> {
+    Ok(volume_record(host, path)?.envelope.vm)
+}
+
+/// Lets a VM have the volume at `path`, or no longer. It needs not be defined. Nothing else may be done to the owner meanwhile.
+pub(crate) fn share(host: &Host<'_>, path: &Path, vm: &str, sharing: Sharing) -> Result<Outcome, Problem> {
+    let id = vm_to_share_with(host, vm)?;
+    let request = Request {
+        path,
+        vm,
+        id,
+        sharing,
+    };
     let mut record = volume_record(host, path)?;
-    if record.envelope.vm == vm_id {
-        return Err(
-            Problem::new(Code::Usage, format!("{} is {vm}'s own", path.display()))
-                .next(Advice::from("name another VM").or(Advice::ShowVms)),
-        );
-    }
-    if sharing == Sharing::With {
-        refuse_a_copy(host, path, vm, &record)?;
-    }
+    request.refuse(&record, carried_where_kept(host, path, &record))?;
     for _ in 0..TRIES {
-        let next = shared(host, path, &record, vm_id, sharing)?;
+        let next = request.changed(host, &record)?;
         if *next == record.envelope {
-            return Ok(outcome(host, path, vm, vm_id, sharing, false));
+            return Ok(request.outcome(false, runs(host, id)));
         }
         match host.keystore.put(&next, &record.location) {
             Ok(Put::Updated | Put::Adopted | Put::Unchanged) => {
                 host.host_store.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
-                return Ok(outcome(host, path, vm, vm_id, sharing, true));
+                return Ok(request.outcome(true, runs(host, id)));
             }
             // A job was faster: on top of what it made.
-            Ok(Put::Stale) | Err(crate::store::StoreError::Conflict { .. }) => {
+            Ok(Put::Stale) | Err(StoreError::Conflict { .. }) => {
                 record = record_of(host, path, record.envelope.id)?;
             }
             Err(error) => return Err(error.into()),
         }
     }
-    Err(Problem::new(
-        Code::Busy,
-        format!("the envelope of {} is being changed by a job", path.display()),
-    )
+    Err(Problem::busy(format!(
+        "the envelope of {} is being changed by a job",
+        path.display()
+    ))
     .next(Advice::ListJobs.then("the same command again")))
 }
 
-/// The next version of the envelope, after its key has opened the image. To take a right back, the image need not be there.
-fn shared(
-    host: &Host<'_>,
-    path: &Path,
-    record: &EnvelopeRecord,
-    vm: VmId,
-    sharing: Sharing,
-) -> Result<Verified, Problem> {
-    let dek = host.recipients.open_envelope(&record.envelope)?;
-    let unusable = |error| Problem::new(Code::Failed, format!("{}: {}", path.display(), chain(&error)));
-    let own = record.verify(&dek).map_err(unusable)?;
-    if sharing == Sharing::Without {
-        return own.unshare(vm, &dek).map_err(unusable);
+impl Request<'_> {
+    /// Decides whether the volume of `record` may be shared so. `carried` is the envelope of another file, which is where the keystore
+    /// has the volume: what an image carries says which volume root would share, and of somebody's copy of another VM's image it
+    /// says that of the other VM.
+    fn refuse(&self, record: &EnvelopeRecord, carried: Option<EnvelopeId>) -> Result<(), Problem> {
+        let (path, envelope) = (self.path.display(), &record.envelope);
+        if envelope.kind != ObjectKind::Disk {
+            let kind = envelope.kind;
+            let refused = Problem::usage(format!("{path} is the {kind} of a VM: only disks can be shared"));
+            return Err(refused.next(Advice::ShowVms));
+        }
+        if envelope.vm == self.id {
+            return Err(Problem::usage(format!("{path} is {}'s own", self.vm))
+                .next(Advice::from("name another VM").or(Advice::ShowVms)));
+        }
+        if self.sharing == Sharing::Without || carried != Some(envelope.id) {
+            return Ok(());
+        }
+        let (original, vm) = (&record.location, envelope.vm);
+        let share = Advice::ShareVolume {
+            path: original.into(),
+            vm: self.vm.to_owned(),
+        };
+        let what = format!("{path} is a copy of {original}, which is a volume of VM {vm}");
+        Err(Problem::denied(what).next(share.note("if it may have that volume")))
     }
-    let passphrase = dek
-        .passphrase()
-        .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
-    disk::verify(&named_by_root(path)?, &passphrase)?;
-    own.share_with(vm, &dek).map_err(unusable)
+
+    /// The next version of the envelope, after its key has opened the image. To take a right back, the image need not be there.
+    fn changed(&self, host: &Host<'_>, record: &EnvelopeRecord) -> Result<Verified, Problem> {
+        let unusable = |error| Problem::from_error(Code::Failed, self.path.display(), &error);
+        let dek = host.recipients.open_envelope(&record.envelope)?;
+        let own = record.verify(&dek).map_err(unusable)?;
+        match self.sharing {
+            Sharing::Without => own.unshare(self.id, &dek),
+            Sharing::With => {
+                disk::open(&named_by_root(self.path)?, &passphrase(&dek)?)?;
+                own.share_with(self.id, &dek)
+            }
+        }
+        .map_err(unusable)
+    }
+
+    fn outcome(&self, changed: bool, runs: bool) -> Outcome {
+        let (vm, path) = (self.vm, self.path.display());
+        let (step, mut warnings) = match self.sharing {
+            Sharing::With => (format!("{vm} gets {path} too"), Vec::new()),
+            Sharing::Without => {
+                let elsewhere = "a host that has only an older copy of the envelope, in a domain's XML, lets it start there: \
+                                 define VMs that have it from a new dumpxml";
+                (
+                    format!("{vm} does not get {path} any more"),
+                    vec![elsewhere.to_owned()],
+                )
+            }
+        };
+        if runs && self.sharing == Sharing::Without {
+            let shut_down = Advice::ShutDownVm(vm.to_owned());
+            warnings.insert(0, format!("{vm} runs, and has it until it ends: {shut_down}"));
+        }
+        Outcome {
+            steps: changed.then_some(step).into_iter().collect(),
+            warnings,
+            changed,
+            ..Outcome::default()
+        }
+    }
 }
 
-/// What an image carries says which volume root would share; of somebody's copy of another VM's image it says that of the other VM,
-/// whose volume is still where the keystore has it.
-fn refuse_a_copy(host: &Host<'_>, path: &Path, vm: &str, record: &EnvelopeRecord) -> Result<(), Problem> {
+fn runs(host: &Host<'_>, vm: VmId) -> bool {
+    let found = host.libvirt.domain(&vm.to_string());
+    found.is_ok_and(|found| found.is_some_and(|domain| domain.active))
+}
+
+/// The envelope in the file where the keystore has the volume, unless that is `path`. None where the volume was moved.
+fn carried_where_kept(host: &Host<'_>, path: &Path, record: &EnvelopeRecord) -> Option<EnvelopeId> {
     let kept_at = Path::new(&record.location);
     let which = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino())).ok();
     if kept_at == path || which(kept_at) == which(path) {
-        return Ok(());
+        return None;
     }
-    let there = host.known_place(kept_at).map(|place| disk::identify(&place));
-    match there {
-        Ok(Ok((_, ImageCopy::Envelope(carried)))) if carried.id == record.envelope.id => Err(Problem::new(
-            Code::Denied,
-            format!(
-                "{} is a copy of {}, which is a volume of VM {}",
-                path.display(),
-                kept_at.display(),
-                record.envelope.vm
-            ),
-        )
-        .next(
-            Advice::ShareVolume {
-                path: kept_at.to_owned(),
-                vm: vm.to_owned(),
-            }
-            .note("if it may have that volume"),
-        )),
-        // It was moved.
-        Ok(_) | Err(_) => Ok(()),
-    }
+    let (_, copy) = disk::identify(&host.known_place(kept_at).ok()?).ok()?;
+    copy.envelope().map(|envelope| envelope.id)
 }
 
 /// A VM that is gone has its UUID in the keystore, or the admin has it.
@@ -130,68 +169,23 @@ fn vm_to_share_with(host: &Host<'_>, vm: &str) -> Result<VmId, Problem> {
 }
 
 /// By the envelope that the image carries, else by its path.
-fn volume_record(host: &Host<'_>, path: &Path) -> Result<EnvelopeRecord, Problem> {
+pub(crate) fn volume_record(host: &Host<'_>, path: &Path) -> Result<EnvelopeRecord, Problem> {
     let carried = match named_by_root(path).and_then(|place| disk::identify(&place)) {
         Ok((_, copy)) => copy.envelope().map(|envelope| envelope.id),
         Err(VolumeError::NotFound(_)) => None,
         Err(error) => return Err(error.into()),
     };
+    if let Some(id) = carried {
+        return record_of(host, path, id);
+    }
     let shown = path.display().to_string();
-    let id = match carried {
-        Some(id) => Some(id),
-        None => {
-            let records = host.keystore.envelopes()?.sound.into_iter();
-            let mut here = records.filter(|record| record.location == shown);
-            here.next().map(|record| record.envelope.id)
-        }
-    };
-    let id = id.ok_or_else(|| not_known(path))?;
-    record_of(host, path, id)
+    let mut records = host.keystore.envelopes()?.sound.into_iter();
+    let here = records.find(|record| record.location == shown);
+    here.ok_or_else(|| not_known(path))
 }
 
 fn record_of(host: &Host<'_>, path: &Path, id: EnvelopeId) -> Result<EnvelopeRecord, Problem> {
-    let record = host.keystore.envelope(id)?.ok_or_else(|| not_known(path))?;
-    if record.envelope.kind != ObjectKind::Disk {
-        let kind = record.envelope.kind;
-        return Err(Problem::new(
-            Code::Usage,
-            format!(
-                "{} is the {kind} of a VM: only disks can be shared",
-                path.display()
-            ),
-        )
-        .next(Advice::ShowVms));
-    }
-    Ok(record)
-}
-
-fn outcome(host: &Host<'_>, path: &Path, vm: &str, id: VmId, sharing: Sharing, changed: bool) -> Outcome {
-    let shown = path.display();
-    let steps = match sharing {
-        _ if !changed => Vec::new(),
-        Sharing::With => vec![format!("let {vm} have {shown}")],
-        Sharing::Without => vec![format!("let {vm} have {shown} no more")],
-    };
-    let mut warnings = Vec::new();
-    if sharing == Sharing::Without {
-        let runs = host.libvirt.domain(&id.to_string());
-        if runs.is_ok_and(|found| found.is_some_and(|domain| domain.active)) {
-            warnings.push(format!(
-                "{vm} runs, and has it until it ends: {}",
-                Advice::ShutDownVm(vm.to_owned())
-            ));
-        }
-        warnings.push(
-            "a host that has only an older copy of the envelope, in a domain's XML, lets it start there: \
-             define VMs that have it from a new dumpxml"
-                .into(),
-        );
-    }
-    Outcome {
-        steps,
-        warnings,
-        changed,
-    }
+    host.keystore.envelope(id)?.ok_or_else(|| not_known(path))
 }
 
 fn named_by_root(path: &Path) -> Result<PermittedPath, VolumeError> {
@@ -199,12 +193,66 @@ fn named_by_root(path: &Path) -> Result<PermittedPath, VolumeError> {
 }
 
 fn not_known(path: &Path) -> Problem {
-    Problem::new(
-        Code::NotFound,
-        format!("{} is no volume that this host knows", path.display()),
-    )
-    .next(
-        Advice::ShowVolume(path.to_owned())
-            .then(Advice::SealVm("VM".into()).note("the one that it was made for")),
-    )
+    Problem::not_found(format!("this host knows no volume {}", path.display()))
+        .next(Advice::AdoptVolume(path.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::envelope::fixture;
+    use crate::store::EnvelopeState;
+
+    fn asked(id: VmId, sharing: Sharing) -> Request<'static> {
+        Request {
+            path: Path::new("/d"),
+            vm: "web",
+            id,
+            sharing,
+        }
+    }
+
+    #[test]
+    fn only_a_disk_of_another_vm_is_shared_and_no_copy_in_the_place_of_the_volume() {
+        let (owner, web) = (VmId::random(), VmId::random());
+        let mut record = EnvelopeRecord {
+            envelope: fixture::envelope(owner).into_envelope(),
+            state: EnvelopeState::Active,
+            location: "/kept".to_owned(),
+            created: 0,
+            updated: 0,
+        };
+        let own = Some(record.envelope.id);
+        let refused = |id, sharing, record: &EnvelopeRecord, carried| {
+            asked(id, sharing)
+                .refuse(record, carried)
+                .map_err(|problem| problem.code)
+        };
+        for sharing in [Sharing::With, Sharing::Without] {
+            assert_eq!(refused(owner, sharing, &record, None), Err(Code::Usage));
+            assert_eq!(refused(web, sharing, &record, None), Ok(()));
+            // Something else is where the keystore has the volume: it was moved.
+            assert_eq!(refused(web, sharing, &record, Some(EnvelopeId::random())), Ok(()));
+        }
+        assert_eq!(refused(web, Sharing::With, &record, own), Err(Code::Denied));
+        assert_eq!(refused(web, Sharing::Without, &record, own), Ok(()));
+        let advice = asked(web, Sharing::With).refuse(&record, own).unwrap_err().advice;
+        assert!(advice.unwrap().to_string().contains("/kept"));
+        record.envelope.kind = ObjectKind::Nvram;
+        assert_eq!(refused(web, Sharing::With, &record, None), Err(Code::Usage));
+    }
+
+    #[test]
+    fn who_takes_a_right_back_learns_until_when_it_lasts() {
+        let outcome = |sharing, changed, runs| asked(VmId::random(), sharing).outcome(changed, runs);
+        assert!(outcome(Sharing::With, true, true).warnings.is_empty());
+        assert_eq!(outcome(Sharing::Without, true, false).warnings.len(), 1);
+        let running = outcome(Sharing::Without, false, true);
+        assert!(running.steps.is_empty() && !running.changed);
+        assert!(
+            running.warnings[0].starts_with("web runs, "),
+            "{:?}",
+            running.warnings
+        );
+    }
 }

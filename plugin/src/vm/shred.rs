@@ -18,27 +18,50 @@ use crate::api::ShredPreview;
 use crate::domain::{Domain, encrypted_layers};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, EnvelopeId, VmId};
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem, chain};
-use crate::object::vtpm::StateDir;
-use crate::store::EnvelopeRecord;
+use crate::object;
+use crate::store::{EnvelopeRecord, EnvelopeState};
 use plan::{Facts, KekFacts, KekFate, Needs};
 
-pub use apply::shred;
-pub use plan::{Consent, Kek, Presence, consent};
+pub(crate) use apply::shred;
+pub(crate) use plan::{Consent, Kek, Presence, consent};
 
-/// A VM to be shredded.
 #[derive(Debug)]
-pub struct Doomed {
-    /// It, whatever it is called.
+pub(crate) struct Doomed {
     pub vm: VmId,
-    /// What it is called now.
     pub name: String,
-    /// Whether libvirt has it here.
     pub presence: Presence,
     records: Vec<EnvelopeRecord>,
+    /// Its envelopes that nobody can read any more.
+    lost: Vec<Lost>,
     /// The files that its own XML has for its envelopes: the keystore learns of a moved image only at a start.
     files: BTreeMap<EnvelopeId, BTreeSet<PathBuf>>,
+}
+
+/// What is left of an envelope in a row that is damaged.
+#[derive(Debug)]
+struct Lost {
+    row: String,
+    object: Option<(EnvelopeId, ObjectKind)>,
+    location: String,
+}
+
+/// What an envelope is of.
+#[derive(Clone, Copy)]
+struct Object<'a> {
+    id: EnvelopeId,
+    kind: ObjectKind,
+    /// Its path by the keystore.
+    location: &'a str,
+}
+
+impl Lost {
+    fn object(&self) -> Option<Object<'_>> {
+        let (id, kind) = self.object?;
+        let location = &self.location;
+        Some(Object { id, kind, location })
+    }
 }
 
 impl Doomed {
@@ -46,10 +69,10 @@ impl Doomed {
     ///
     /// # Errors
     /// While it runs, and when nobody knows it.
-    pub fn find(host: &Host<'_>, asked: &str) -> Result<Self, Problem> {
+    pub(crate) fn find(host: &Host<'_>, asked: &str) -> Result<Self, Problem> {
         let (vm, name, presence) = match names::find_domain(host.libvirt, asked) {
             Ok(defined) if defined.active => {
-                return Err(Problem::new(Code::Busy, format!("{} is running", defined.name))
+                return Err(Problem::busy(format!("{} is running", defined.name))
                     .next(Advice::ShutDownVm(defined.name.clone())));
             }
             Ok(defined) => {
@@ -70,25 +93,69 @@ impl Doomed {
                 files.entry(id).or_default().insert(path);
             }
         }
+        let rows = host.keystore.envelopes_of(vm)?;
+        let (mut records, mut lost) = (rows.sound, Vec::new());
+        // A receipt has the same order each time.
+        records.sort_by_key(|record| (record.envelope.kind.as_str(), record.location.clone()));
+        for row in rows.damaged {
+            let text = |column: &str| row.raw[column].as_str().unwrap_or_default().to_owned();
+            match (row.envelope, row.holds) {
+                (_, Some(held)) if held.envelope.vm != vm => {
+                    let owner = held.envelope.vm.to_string();
+                    let what = format!(
+                        "{name} stays: the keystore's record {} holds a key of VM {owner}",
+                        row.row
+                    );
+                    return Err(Problem::would_lose_key(what).next(
+                        Advice::AdoptVm(owner)
+                            .note("which mends that")
+                            .or(Advice::RestoreState),
+                    ));
+                }
+                (_, Some(held)) => records.push(EnvelopeRecord {
+                    envelope: held.envelope,
+                    state: EnvelopeState::Active,
+                    location: held.location,
+                    created: 0,
+                    updated: 0,
+                }),
+                (id, None) => lost.push(Lost {
+                    object: id.zip(serde_json::from_value(row.raw["kind"].clone()).ok()),
+                    location: text("location"),
+                    row: row.row,
+                }),
+            }
+        }
         Ok(Self {
             vm,
             name,
             presence,
-            records: host.keystore.envelopes_of(vm)?.whole()?,
+            records,
+            lost,
             files,
         })
     }
 
-    /// Its envelopes.
-    pub fn ids(&self) -> impl Iterator<Item = EnvelopeId> {
-        self.records.iter().map(|record| record.envelope.id)
+    pub(crate) fn ids(&self) -> impl Iterator<Item = EnvelopeId> {
+        let known = self.records.iter().map(|record| record.envelope.id);
+        known.chain(self.lost.iter().filter_map(|lost| Some(lost.object?.0)))
     }
 
-    /// Where the object of `record` may be.
-    fn files_of(&self, record: &EnvelopeRecord) -> BTreeSet<PathBuf> {
-        let mut files = self.files.get(&record.envelope.id).cloned().unwrap_or_default();
-        if !record.location.is_empty() {
-            files.insert(PathBuf::from(&record.location));
+    /// What its envelopes are of, as far as the keystore tells.
+    fn objects(&self) -> impl Iterator<Item = Object<'_>> + Clone {
+        let known = self.records.iter().map(|record| Object {
+            id: record.envelope.id,
+            kind: record.envelope.kind,
+            location: &record.location,
+        });
+        known.chain(self.lost.iter().filter_map(Lost::object))
+    }
+
+    /// Where the object of an envelope may be that is at `location` by the keystore.
+    fn files_of(&self, id: EnvelopeId, location: &str) -> BTreeSet<PathBuf> {
+        let mut files = self.files.get(&id).cloned().unwrap_or_default();
+        if !location.is_empty() {
+            files.insert(PathBuf::from(location));
         }
         files
     }
@@ -101,16 +168,17 @@ impl Doomed {
     /// Which KEKs it needs, and which others do.
     fn needs(&self, host: &Host<'_>) -> Result<Needs, Problem> {
         let ids: BTreeSet<_> = self.ids().collect();
+        let (known, damaged) = host.keystore.envelopes()?.claims();
+        let (behind, retired) = (host.host_store.needed_keks()?, host.keystore.retired_keks()?);
+        let saved = host.host_store.saved_states()?.damaged;
+        let damaged = [damaged, behind.damaged, retired.damaged, saved]
+            .into_iter()
+            .flatten();
         let mut facts = Facts {
-            known: host
-                .keystore
-                .envelopes()?
-                .whole()?
-                .into_iter()
-                .map(|record| record.envelope)
-                .collect(),
-            behind: host.host_store.needed_keks()?.whole()?,
-            retired: host.keystore.retired_keks()?.whole()?,
+            known,
+            silent: damaged.filter(|row| row.vm != Some(self.vm)).count(),
+            behind: behind.sound,
+            retired: retired.sound,
             elsewhere: Vec::new(),
         };
         // Each is asked who wrote it, which may take a provider: first the VM's own, which may name more, then what names one of its KEKs.
@@ -151,6 +219,7 @@ impl Doomed {
         let provider = host.recipients.by_id(kek.0);
         KekFate::of(KekFacts {
             others_need_it: needs.others.contains(kek),
+            sight: needs.sight,
             provider_is_here: provider.is_some(),
             is_kept_by_provider: provider.is_none_or(|provider| provider.keeps_keks()),
             presence: self.presence,
@@ -160,10 +229,7 @@ impl Doomed {
 }
 
 /// What a shredding of the VM asks a word for.
-///
-/// # Errors
-/// As [`Doomed::find`].
-pub fn preview(host: &Host<'_>, asked: &str) -> Result<ShredPreview, Problem> {
+pub(crate) fn preview(host: &Host<'_>, asked: &str) -> Result<ShredPreview, Problem> {
     let doomed = Doomed::find(host, asked)?;
     let needs = doomed.needs(host)?;
     let mut kept = Vec::new();
@@ -177,7 +243,7 @@ pub fn preview(host: &Host<'_>, asked: &str) -> Result<ShredPreview, Problem> {
         }
     }
     for record in &doomed.records {
-        let files = doomed.files_of(record).into_iter();
+        let files = doomed.files_of(record.envelope.id, &record.location).into_iter();
         kept.extend(
             files
                 .filter(|file| doomed.leaves_alone(file, Consent::NotGiven))
@@ -199,9 +265,7 @@ fn elsewhere(host: &Host<'_>, doomed: &Doomed) -> Result<Vec<Envelope>, Problem>
         .into_iter()
         .map(|copy| copy.envelope)
         .collect();
-    let failed = |error: &ForgottenError| {
-        Problem::new(Code::Failed, chain(error)).of(format!("{} stays", doomed.name))
-    };
+    let failed = |error: &ForgottenError| Problem::failed(chain(error)).of(format!("{} stays", doomed.name));
     for (path, kept) in forgotten::kept(host.host_store.dir()).map_err(|error| failed(&error))? {
         match kept {
             Ok(kept) => {
@@ -211,7 +275,7 @@ fn elsewhere(host: &Host<'_>, doomed: &Doomed) -> Result<Vec<Envelope>, Problem>
             Err(error) => tracing::warn!(path = %path.display(), "{}", chain(&error)),
         }
     }
-    let saved = host.host_store.saved_states()?.whole()?;
+    let saved = host.host_store.saved_states()?.sound;
     found.extend(saved.into_iter().flat_map(|saved| saved.envelopes));
     Ok(found)
 }
@@ -221,8 +285,8 @@ fn refuse_state_elsewhere(defined: &DefinedDomain, swtpm_dir: &Path) -> Result<(
     let Ok(domain) = Domain::parse(&defined.xml) else {
         return Ok(());
     };
-    let stays = |elsewhere| Problem::from(elsewhere).of(format!("{} stays", defined.name));
-    StateDir::of_domain(&domain, swtpm_dir).map(drop).map_err(stays)
+    object::refuse_elsewhere(&domain, swtpm_dir)
+        .map_err(|failure| failure.of(format!("{} stays", defined.name)))
 }
 
 /// Whether other hosts may have the file open where no lock of theirs is seen here.

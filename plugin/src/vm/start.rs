@@ -17,60 +17,59 @@
 //! [`prepare`] decides: the VM's objects, the envelope of each, every check that needs no key, one unwrap for all,
 //! a real opening of each object, and only then libvirt. All or nothing.
 
-pub mod adoption;
+pub(crate) mod adoption;
 mod armed;
 mod deadline;
 mod first_run;
-mod moved;
+pub(crate) mod outlook;
 mod versions;
 
 use std::path::{Path, PathBuf};
 
-use crate::domain::{Domain, ObjectRef, Policy, sealed_objects_under};
+use crate::domain::{Domain, ObjectRef, Policy};
 use crate::host::permitted::PathRule;
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
+use crate::model::subject::Subject;
 use crate::object::disk::VolumeError;
+use crate::object::vtpm::StateError;
 use crate::object::{Located, ObjectError, OpenedHeaders, Opening};
 use crate::recipients::{OpenError, Recipients};
 use crate::secret::Passphrase;
 use crate::store::{CopyPlace, EnvelopeState, EnvelopeStore, HostStore, StoreError, VmRecord};
-use crate::vm::side_doors;
+use crate::vm::host::passphrase;
+use crate::vm::moved::Moved;
+use crate::vm::whose::Whose;
 
 use adoption::{Believed, Doubt, not_believed};
-use versions::{Versions, check_place, find_versions, open_versions};
+use outlook::Obstacle;
+use versions::{Versions, check_place, open_versions};
 
-pub use armed::{ArmedSecrets, Overdue};
-pub use deadline::Deadline;
-pub use first_run::{FirstRun, KnownRun, StateSource};
-pub use moved::Moved;
+pub(crate) use armed::{ArmedSecrets, Overdue};
+pub(crate) use deadline::Deadline;
+pub(crate) use first_run::{FirstRun, KnownRun, StateSource};
+pub(crate) use versions::Kept;
 
 /// An object whose key was unwrapped and has really opened it.
 #[derive(Debug)]
-pub struct Opened {
-    /// Its envelope.
+pub(crate) struct Opened {
     pub envelope: EnvelopeId,
-    /// What it is.
     pub kind: ObjectKind,
     /// Its name in messages.
     pub label: String,
-    /// Whether other VMs may have it open too.
-    pub shareable: bool,
     /// For libvirt.
     pub passphrase: Passphrase,
 }
 
 /// What a start needs to know besides the domain XML.
-pub struct StartContext<'a> {
-    /// Where the envelopes are.
+pub(crate) struct StartContext<'a> {
     pub keystore: &'a dyn EnvelopeStore,
     /// What this host notes of their copies.
     pub host_store: &'a HostStore,
-    /// What opens them.
     pub recipients: &'a Recipients,
     /// What was opened before.
     pub opened_headers: &'a OpenedHeaders,
-    /// Where libvirt keeps vTPM state.
     pub swtpm_dir: PathBuf,
     /// Where images may be that the XML names.
     pub paths: PathRule,
@@ -82,10 +81,8 @@ pub struct StartContext<'a> {
     pub state_source: StateSource,
 }
 
-/// What a start gets.
 #[derive(Debug)]
-pub struct Prepared {
-    /// Its objects.
+pub(crate) struct Prepared {
     pub opened: Vec<Opened>,
     /// What is to be noted once the VM runs, if this is the first time.
     pub first_run: Option<FirstRun>,
@@ -97,40 +94,52 @@ pub struct Prepared {
 ///
 /// # Errors
 /// The one line that the user sees: the VM, the object, the reason, the next command.
-pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, Problem> {
-    let stays_off = |failure: Problem| failure.of(format!("{} stays off", domain.name));
-    let objects = sealed_objects_under(domain, context.policy)
-        .map_err(|refusal| stays_off(side_doors::not_sealed(&refusal)))?;
-    side_doors::refuse(domain, context.policy).map_err(stays_off)?;
-    let mut versions = Vec::with_capacity(objects.len());
-    for object in &objects {
-        versions.push(
-            find_versions(context, domain, object).map_err(|failure| stays_off(failure.of(&object.label)))?,
-        );
-    }
-    let deks = open_versions(context, &versions).map_err(|error| stays_off(closed(&objects, &error)))?;
+pub(crate) fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, Problem> {
+    let stays_off = |failure: Problem| {
+        let vm = Subject::Vm(domain.name.clone());
+        failure.about(vm).of(format!("{} stays off", domain.name))
+    };
+    let of = |failure: Problem, object: &str| {
+        let failure = failure.about(Subject::object(&domain.name, object));
+        stays_off(failure.of(object))
+    };
+    let whose = |envelope: &Envelope| Whose::in_keystore(context.keystore, envelope);
+    let kept = |id| Kept::in_keystore(context.keystore, id);
+    let needed = outlook::needed(domain, context.policy, kept, whose);
+    let needed = needed.map_err(|Obstacle { object, problem }| match object {
+        Some(label) => of(*problem, &label),
+        None => stays_off(*problem),
+    })?;
+    let (objects, versions): (Vec<_>, Vec<_>) = needed.into_iter().unzip();
+    let deks = open_versions(context, &versions).map_err(|error| closed(&objects, &error, of))?;
+    let own = context.keystore.envelopes_of(domain.uuid);
+    let own = own.map_err(|error| stays_off(error.into()))?.sound;
     let mut opened = Vec::with_capacity(objects.len());
     let mut found = Vec::with_capacity(objects.len());
     let (mut first_run, mut moved) = (None, Vec::new());
     for ((object, versions), dek) in objects.into_iter().zip(versions).zip(deks) {
-        let of_object = |failure: Problem| stays_off(failure.of(&object.label));
+        let of_object = |failure: Problem| of(failure, &object.label);
         let mut believed = versions
             .believe(context.recipients, &dek)
             .map_err(|error| of_object(not_believed(&domain.name, &error)))?;
-        check_place(domain, &object, &[&believed.envelope]).map_err(of_object)?;
-        let passphrase = dek
-            .passphrase()
-            .map_err(|error| of_object(Problem::from_error(Code::Failed, "no memory for its key", &error)))?;
-        match open_object(context, domain, &object, &believed.envelope, &passphrase).map_err(of_object)? {
+        check_place(domain, &object, &[&believed.envelope], whose).map_err(of_object)?;
+        let passphrase = passphrase(&dek).map_err(of_object)?;
+        // The images of this VM by the keystore, and that of the envelope, which may be another's that is shared.
+        let known = own
+            .iter()
+            .chain(&versions.record)
+            .map(|record| record.location.as_str());
+        let opening = open_object(context, domain, &object, &believed.envelope, &passphrase, known);
+        match opening.map_err(of_object)? {
             Opening::Opened if object.kind.is_made_at_first_start() => believed.note_seen(&dek),
             Opening::Opened => {}
             Opening::NotMade => first_run = FirstRun::of(&believed.envelope, &dek),
         }
-        moved.extend(versions.moved(domain, &object));
+        let record = versions.record.as_ref();
+        moved.extend(record.and_then(|record| Moved::of(record, domain.uuid, object.path.as_deref()?)));
         opened.push(Opened {
             envelope: believed.envelope.id,
             kind: object.kind,
-            shareable: !believed.envelope.shared_with.is_empty(),
             label: object.label,
             passphrase,
         });
@@ -145,42 +154,48 @@ pub fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Prepared, 
 }
 
 /// Names the object whose envelope does not open, by its label: its ids are of no use to who reads the line.
-fn closed(objects: &[ObjectRef], error: &OpenError) -> Problem {
+fn closed(objects: &[ObjectRef], error: &OpenError, of: impl Fn(Problem, &str) -> Problem) -> Problem {
     let object = objects
         .iter()
         .find(|object| object.secret == error.binding.envelope);
     let label = object.map_or("an object", |object| object.label.as_str());
-    Problem {
+    let problem = Problem {
         message: error.reasons(),
         ..Problem::from(error)
-    }
-    .of(label)
+    };
+    of(problem, label)
 }
 
 /// Really opens the object with its key, or says why QEMU or swtpm would fail.
-fn open_object(
+fn open_object<'a>(
     context: &StartContext<'_>,
     domain: &Domain,
     object: &ObjectRef,
     envelope: &Envelope,
     passphrase: &Passphrase,
+    known: impl Iterator<Item = &'a str> + Clone,
 ) -> Result<Opening, Problem> {
     let path = object.path.as_deref();
-    let known = known_places(context, domain, envelope)?;
     let permit = |path: &Path| {
         // Nothing is read where neither this host's settings nor the keystore expect an image of this VM, or another's that is shared.
-        context.paths.permit_known(path, known.iter())
+        context.paths.permit_known(path, known.clone())
     };
     let located = Located::of(object.kind, domain.uuid, path, &context.swtpm_dir, permit);
     let located = located.map_err(|error| match (error.is_missing(), path) {
-        (true, Some(path)) => ObjectError::from(VolumeError::NotFound(path.to_owned())).into(),
+        (true, Some(path)) => {
+            let missing = ObjectError::from(VolumeError::NotFound(path.to_owned()));
+            not_opened(domain, object.kind, missing)
+        }
         _ => Problem::from(error),
     })?;
     // On the network: QEMU alone can open it.
     let Some(located) = located else {
         return Ok(Opening::Opened);
     };
-    let opening = context.opened_headers.open(&located, envelope, passphrase)?;
+    let opening = context
+        .opened_headers
+        .open(&located, envelope, passphrase)
+        .map_err(|error| not_opened(domain, object.kind, error))?;
     match opening {
         Opening::NotMade if context.state_source == StateSource::Stream => {
             tracing::info!(
@@ -189,21 +204,41 @@ fn open_object(
                 object.label
             );
         }
-        Opening::NotMade if has_run(context, domain.uuid, envelope)? => return Err(located.gone().into()),
+        Opening::NotMade if has_run(context, domain.uuid, envelope)? => {
+            return Err(not_opened(domain, object.kind, located.gone()));
+        }
         Opening::NotMade | Opening::Opened => {}
     }
     Ok(opening)
 }
 
-/// The images of this VM by the keystore, and that of the envelope, which may be another's that is shared.
-fn known_places(
-    context: &StartContext<'_>,
-    domain: &Domain,
-    envelope: &Envelope,
-) -> Result<Vec<String>, Problem> {
-    let own = context.keystore.envelopes_of(domain.uuid)?.sound.into_iter();
-    let named = context.keystore.readable_envelope(envelope.id)?;
-    Ok(own.chain(named).map(|record| record.location).collect())
+/// A variable store can be made anew, where its loss is all that there is to it: `--reset-nvram` puts the plain template in its place.
+fn not_opened(domain: &Domain, kind: ObjectKind, error: ObjectError) -> Problem {
+    let is_gone = matches!(
+        error,
+        ObjectError::Image(VolumeError::NotEncrypted(_) | VolumeError::NotFound(_))
+            | ObjectError::State(StateError::Gone(_))
+    );
+    let problem = Problem::from(error);
+    if !is_gone {
+        return problem;
+    }
+    if kind != ObjectKind::Nvram {
+        let heal = Advice::SealVm(domain.name.clone()).note("which says what can be done without that");
+        let advice = match problem.advice.clone() {
+            Some(back) => back.or_else(heal),
+            None => heal,
+        };
+        return problem.next(advice);
+    }
+    let back = "restore it from a backup, or put it back where it was";
+    let vm = domain.name.clone();
+    problem.next(
+        Advice::from(back).or_else(
+            Advice::ResetNvram { vm, typed: false }
+                .note("which makes UEFI variables anew, as after `start --reset-nvram`"),
+        ),
+    )
 }
 
 /// By the envelope, which travels, by what this host has noted, or by what it could not write down yet.
@@ -219,7 +254,7 @@ fn note(context: &StartContext<'_>, domain: &Domain, found: &[(Versions, Believe
     let unwritten = |error: &StoreError| {
         tracing::error!(
             domain = domain.name,
-            "its start goes on, though a note of it can't be written: {}",
+            "its start goes on, although it can't be recorded: {}",
             chain(error)
         );
     };

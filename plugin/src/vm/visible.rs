@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use super::host::Host;
 use crate::domain::{Domain, DomainError, Metadata, encrypted_layers};
 use crate::host::libvirt::{DefinedDomain, KeptXml};
-use crate::host::permitted::{PathError, PermittedPath};
+use crate::host::permitted::{PathRule, PermittedPath};
+use crate::host::storage;
+use crate::model::deadlines::image::SEEN;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, ImageCopy};
@@ -19,18 +21,16 @@ use crate::store::{CopyPlace, EnvelopeStore};
 
 /// A copy that this host can see.
 #[derive(Clone, Debug)]
-pub struct VisibleCopy {
-    /// What it says.
+pub(crate) struct VisibleCopy {
     pub envelope: Envelope,
     /// The file of its object, if the place tells.
     pub location: Option<PathBuf>,
-    /// Where it is.
     pub place: Place,
 }
 
 /// Those of all VMs and images.
 #[derive(Debug, Default)]
-pub struct Visible {
+pub(crate) struct Visible {
     /// What can be read.
     pub copies: Vec<VisibleCopy>,
     /// What could not be read, and where: nobody knows what is in there.
@@ -41,12 +41,11 @@ pub struct Visible {
 
 /// Where a copy is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
+pub(crate) enum Place {
     /// In the XML of this VM.
     Xml(String),
     /// In the XML of a snapshot or a managed save of this VM, which nobody can change.
     Snapshot(String, String),
-    /// In this image.
     Image(PathBuf),
     /// In a row of the keystore that is damaged.
     Keystore,
@@ -65,8 +64,7 @@ impl fmt::Display for Place {
 
 impl Place {
     /// As the keystore has it, if it can be brought up to date.
-    #[must_use]
-    pub fn kept(&self) -> Option<CopyPlace> {
+    pub(crate) fn kept(&self) -> Option<CopyPlace> {
         match self {
             Self::Xml(_) => Some(CopyPlace::Xml),
             Self::Snapshot(..) | Self::Keystore => None,
@@ -78,10 +76,7 @@ impl Place {
 impl Visible {
     /// Every copy in the XML of a domain or of a snapshot, and in every image that these or the keystore name. One that can't
     /// be read does not hide the others. An image that is not there now is left out.
-    ///
-    /// # Errors
-    /// When the keystore can't be read.
-    pub fn of_host(host: &Host<'_>) -> Result<Self, Problem> {
+    pub(crate) fn of_host(host: &Host<'_>) -> Result<Self, Problem> {
         let (mut visible, mut known) = (Self::default(), BTreeMap::<_, Vec<EnvelopeId>>::new());
         host.keystore.each_envelope(|record| {
             if record.envelope.kind == ObjectKind::Disk && !record.location.is_empty() {
@@ -90,17 +85,17 @@ impl Visible {
             }
         })?;
         let mut images: BTreeSet<PathBuf> = known.keys().cloned().collect();
-        let permit = |path: &Path| {
-            let known = known.get_key_value(path).map(|(place, _)| place);
-            host.paths.permit_known(path, known.into_iter())
-        };
+        // What a sealed VM has, by the VM's name.
+        let mut of_vms = Vec::new();
         for kept in &host.kept {
             let found = visible
                 .add_those_in(kept)
                 .and_then(|()| Metadata::sources_in(&kept.xml));
             match found {
                 Ok(sources) => {
-                    visible.add_those_out_of_sight(kept, permit);
+                    let own = layers_of_sealed(kept);
+                    images.extend(own.iter().cloned());
+                    of_vms.extend(own.into_iter().map(|path| (&kept.name, path)));
                     images.extend(sources);
                 }
                 Err(error) => visible
@@ -108,29 +103,34 @@ impl Visible {
                     .push(format!("{}: {}", kept.name, chain(&error))),
             }
         }
-        let with_those_below = |image: &PathBuf| match permit(image) {
-            Ok(place) => disk::known_layers(&place, |path| Ok(permit(path)?)).0,
-            Err(_) => Vec::new(),
-        };
-        let layers = images.iter().flat_map(with_those_below).map(|layer| layer.path);
-        for image in layers.chain(images.iter().cloned()).collect::<BTreeSet<_>>() {
-            let Ok(place) = permit(&image) else { continue };
-            match disk::identify(&place).map(|(_, copy)| copy) {
-                Ok(ImageCopy::Unreadable(_)) => visible.bad_images.push(image),
-                Ok(ImageCopy::Envelope(found)) => {
-                    let is_known = known.get(&image).is_none_or(|ids| ids.contains(&found.id));
-                    visible.bad_images.extend((!is_known).then_some(image));
-                    visible.copies.extend(carried(place));
+        let paths = host.paths.clone();
+        let look = move |image: &Path| Seen::with_those_below(image, &known, &paths);
+        let (mut files, mut out_of_sight) = (BTreeMap::new(), BTreeMap::new());
+        for (image, seen) in storage::in_time(images, SEEN, look) {
+            match seen {
+                Some(seen) => {
+                    files.extend(seen.files);
+                    out_of_sight.extend(seen.out_of_sight.map(|problem| (image, problem)));
                 }
-                _ => {}
+                None => visible
+                    .unreadable
+                    .push(format!("{}: its storage does not answer", image.display())),
             }
+        }
+        let unseen = of_vms.into_iter().filter_map(|(name, path)| {
+            let problem = out_of_sight.get(&path)?.clone();
+            Some(problem.of(name).to_string())
+        });
+        visible.unreadable.extend(unseen);
+        for (image, file) in files {
+            visible.bad_images.extend(file.is_bad.then_some(image));
+            visible.copies.extend(file.copy);
         }
         Ok(visible)
     }
 
     /// What came with this VM. Its images are looked at only where the keystore's rows of it are damaged: else its first start does.
-    #[must_use]
-    pub fn of_domain(host: &Host<'_>, defined: &DefinedDomain) -> Self {
+    pub(crate) fn of_domain(host: &Host<'_>, defined: &DefinedDomain) -> Self {
         let kept = KeptXml {
             vm: defined.vm,
             name: defined.name.clone(),
@@ -155,26 +155,6 @@ impl Visible {
         visible
     }
 
-    /// Images that a sealed VM has, where root does not look: nobody knows which version is in there.
-    fn add_those_out_of_sight(
-        &mut self,
-        kept: &KeptXml,
-        permit: impl Fn(&Path) -> Result<PermittedPath, PathError>,
-    ) {
-        let Ok(domain) = Domain::parse(&kept.xml) else {
-            return;
-        };
-        if domain.metadata.is_none() {
-            return;
-        }
-        let named = encrypted_layers(&domain)
-            .into_iter()
-            .filter_map(|(_, path)| permit(&path).err());
-        let unseen = named.filter(|error| !error.is_missing());
-        self.unreadable
-            .extend(unseen.map(|error| Problem::from(error).of(&kept.name).to_string()));
-    }
-
     fn add_those_in(&mut self, kept: &KeptXml) -> Result<(), DomainError> {
         let layers = Domain::parse(&kept.xml).map_or_else(|_| Vec::new(), |domain| encrypted_layers(&domain));
         let place = match &kept.snapshot {
@@ -195,6 +175,72 @@ impl Visible {
             }
         }));
         Ok(())
+    }
+}
+
+/// Images that a sealed VM has: of those where root does not look, nobody knows which version is in there.
+fn layers_of_sealed(kept: &KeptXml) -> Vec<PathBuf> {
+    match Domain::parse(&kept.xml) {
+        Ok(domain) if domain.metadata.is_some() => encrypted_layers(&domain)
+            .into_iter()
+            .map(|(_, path)| path)
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// What is seen of an image.
+#[derive(Default)]
+struct Seen {
+    /// Why root does not look at it.
+    out_of_sight: Option<Problem>,
+    /// It, and those below.
+    files: Vec<(PathBuf, SeenFile)>,
+}
+
+struct SeenFile {
+    /// Its copy can't be read, or is of another envelope than the keystore has for it.
+    is_bad: bool,
+    copy: Option<VisibleCopy>,
+}
+
+impl Seen {
+    fn with_those_below(image: &Path, known: &BTreeMap<PathBuf, Vec<EnvelopeId>>, paths: &PathRule) -> Self {
+        let permit = |path: &Path| {
+            let known = known.get_key_value(path).map(|(place, _)| place);
+            paths.permit_known(path, known.into_iter())
+        };
+        let top = match permit(image) {
+            Ok(top) => top,
+            Err(error) => {
+                return Self {
+                    out_of_sight: (!error.is_missing()).then(|| error.into()),
+                    files: Vec::new(),
+                };
+            }
+        };
+        let layers = disk::known_layers(&top, |path| Ok(permit(path)?)).0;
+        let layers = layers.into_iter().map(|layer| layer.path);
+        let all: BTreeSet<_> = layers.chain([image.to_owned()]).collect();
+        let see = |image: PathBuf| {
+            let place = permit(&image).ok()?;
+            let file = match disk::identify(&place).map(|(_, copy)| copy) {
+                Ok(ImageCopy::Unreadable(_)) => SeenFile {
+                    is_bad: true,
+                    copy: None,
+                },
+                Ok(ImageCopy::Envelope(found)) => SeenFile {
+                    is_bad: known.get(&image).is_some_and(|ids| !ids.contains(&found.id)),
+                    copy: carried(place),
+                },
+                _ => return None,
+            };
+            Some((image, file))
+        };
+        Self {
+            out_of_sight: None,
+            files: all.into_iter().filter_map(see).collect(),
+        }
     }
 }
 

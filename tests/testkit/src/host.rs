@@ -88,7 +88,7 @@ impl HostBuilder {
             fs::create_dir_all(namespace.path(directory))?;
         }
         if let Some(hook) = &self.hook {
-            install_hook(namespace, hook)?;
+            install_hook(namespace, "qemu.d", hook)?;
         }
         Ok(())
     }
@@ -200,6 +200,16 @@ impl Host {
         Ok(())
     }
 
+    /// Ends libvirtd as a crash does; VMs go on.
+    ///
+    /// # Errors
+    /// It was stopped, or does not end.
+    pub fn kill_libvirtd(&mut self) -> Result<()> {
+        let mut libvirtd = self.libvirtd.take().context("libvirtd is stopped")?;
+        libvirtd.signal(Signal::SIGKILL)?;
+        libvirtd.wait(LIBVIRTD_DEADLINE).map(drop)
+    }
+
     /// Ends libvirtd and starts it again; it finds its VMs running.
     ///
     /// # Errors
@@ -215,7 +225,15 @@ impl Host {
     /// # Errors
     /// The file can't be copied.
     pub fn install_hook(&self, path: &Path) -> Result<()> {
-        install_hook(&self.namespace, path)
+        install_hook(&self.namespace, "qemu.d", path)
+    }
+
+    /// The same for what libvirtd calls about itself.
+    ///
+    /// # Errors
+    /// The file can't be copied.
+    pub fn install_daemon_hook(&self, path: &Path) -> Result<()> {
+        install_hook(&self.namespace, "daemon.d", path)
     }
 
     // --- VMs ---
@@ -312,8 +330,10 @@ fn start_libvirtd(namespace: &Namespace) -> Result<Process> {
     Ok(libvirtd)
 }
 
-fn install_hook(namespace: &Namespace, hook: &Path) -> Result<()> {
-    let target = namespace.path("/etc/libvirt/hooks/qemu.d/virtseal");
+fn install_hook(namespace: &Namespace, kind: &str, hook: &Path) -> Result<()> {
+    let directory = namespace.path("/etc/libvirt/hooks").join(kind);
+    fs::create_dir_all(&directory)?;
+    let target = directory.join("virtseal");
     fs::copy(hook, &target).with_context(|| format!("the hook {} could not be installed", hook.display()))?;
     fs::set_permissions(&target, fs::Permissions::from_mode(0o755))?;
     Ok(())

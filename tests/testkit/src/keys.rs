@@ -222,6 +222,16 @@ pub fn kept_sealed_vms(state_dir: &Path) -> Result<Vec<String>> {
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
+/// How many disks a keystore has of which QEMU was asked to go over to the sealed image, and nobody has seen whether it did.
+///
+/// # Errors
+/// When it is no keystore.
+pub fn kept_pivots(state_dir: &Path) -> Result<u32> {
+    let copy = Copied::of(state_dir)?;
+    let query = "SELECT count(*) FROM pivots";
+    Ok(copy.database.query_row(query, [], |row| row.get(0))?)
+}
+
 /// A keystore's copy, so that the daemon's own files are not touched.
 struct Copied {
     database: rusqlite::Connection,

@@ -35,19 +35,22 @@ mod deadline;
 mod domain;
 mod durable;
 mod guest;
+mod hanging;
 mod host;
-mod host_tpm;
 mod keys;
 pub mod mutate;
 mod namespace;
 mod observed;
 mod openable;
+pub mod pages;
 mod process;
 mod programs;
 pub mod rig;
 mod sealed;
 mod search;
 pub mod servers;
+pub mod terminal;
+mod tpm;
 mod tracer;
 mod virsh;
 
@@ -58,17 +61,19 @@ pub use deadline::wait_until;
 pub use domain::{DomainSpec, Firmware};
 pub use durable::{expect_durable, expect_order};
 pub use guest::{BOOT_DEADLINE, Guest, guest_image};
+pub use hanging::{HangingStorage, Hangs};
 pub use host::{Host, HostBuilder};
-pub use host_tpm::{HostTpm, KernelKey};
 pub use keys::{
-    KeptEnvelope, RootKey, edit_keystore, kept_envelopes, kept_sealed_vms, newest_root, pin_log, sealed_root,
+    KeptEnvelope, RootKey, edit_keystore, kept_envelopes, kept_pivots, kept_sealed_vms, newest_root, pin_log,
+    sealed_root,
 };
 pub use namespace::Namespace;
 pub use observed::{Strace, core_image};
 pub use openable::temporaries;
 pub use process::Process;
 pub use programs::{built_program, require_programs};
-pub use sealed::{SealedHost, edited, expect_names};
+pub use sealed::{Readiness, SealedHost, Way, edited, expect_names};
 pub use search::{Needles, Place};
+pub use tpm::{HostTpm, KernelKey, Swtpm};
 pub use tracer::{Step, Trace, Tracer};
 pub use virsh::{DomainState, Output};

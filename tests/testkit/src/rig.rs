@@ -1,6 +1,8 @@
 //! A host whose virtseald gets killed on purpose, and what must be true of it afterwards.
 
+use std::env;
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,8 +12,8 @@ use nix::unistd::Pid;
 use uuid::Uuid;
 
 use crate::{
-    Host, KeptEnvelope, Output, RootKey, SealedHost, Step, Trace, Tracer, expect_durable, kept_envelopes,
-    require_programs, temporaries,
+    Host, HostTpm, KeptEnvelope, Output, RootKey, SealedHost, Step, Trace, Tracer, expect_durable,
+    kept_envelopes, require_programs, temporaries,
 };
 
 /// Where images are, in the namespace.
@@ -24,6 +26,9 @@ pub const STATE: &str = "/var/lib/virtseal";
 pub const MAX_STEPS: usize = 250;
 /// The least that a command with an effect has: fewer, and the tracer is blind.
 pub const LEAST_STEPS: usize = 3;
+/// How many steps lie between two kills of [`Rig::at_each_step`]: a sample, unless this says 1, as in `make soak`.
+const STRIDE: &str = "VIRTSEAL_KILL_STRIDE";
+const SAMPLE: usize = 3;
 const END_DEADLINE: Duration = Duration::from_secs(20);
 
 /// A host whose daemon gets killed, and the key that opens everything on it.
@@ -32,6 +37,7 @@ pub struct Rig {
     pub sealed: SealedHost,
     /// Of its provider `main`.
     pub root: RootKey,
+    tpm: Option<HostTpm>,
 }
 
 impl Rig {
@@ -43,7 +49,32 @@ impl Rig {
         require_programs(&[("qemu-io", "qemu-utils")])?;
         let sealed = SealedHost::start()?;
         let root = root_of(&sealed, "main", "/run/root.json")?;
-        Ok(Self { sealed, root })
+        Ok(Self {
+            sealed,
+            root,
+            tpm: None,
+        })
+    }
+
+    /// Gives it a TPM, which is freed of what each killed daemon has left in it.
+    ///
+    /// # Errors
+    /// As [`HostTpm::of`].
+    pub fn give_tpm(&mut self) -> Result<()> {
+        self.tpm = Some(HostTpm::of(&mut self.sealed)?);
+        Ok(())
+    }
+
+    /// Waits for the daemon, which was killed.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn expect_killed(&mut self) -> Result<()> {
+        self.sealed.daemon()?.wait(END_DEADLINE)?;
+        match &self.tpm {
+            Some(tpm) => tpm.forget_clients(self.sealed.host()),
+            None => Ok(()),
+        }
     }
 
     /// Its libvirt.
@@ -74,7 +105,7 @@ impl Rig {
         let output = work(&self.sealed)?;
         let trace = tracer.finish()?;
         if trace.killed {
-            self.sealed.daemon()?.wait(END_DEADLINE)?;
+            self.expect_killed()?;
             ensure!(
                 output.status.success() || !output.stderr.trim().is_empty(),
                 "`{}` failed without a word when the daemon was killed at {:?}",
@@ -85,7 +116,7 @@ impl Rig {
         Ok((output, trace))
     }
 
-    /// Kills the daemon at each step of `command`, which is made anew for each. `after` looks, with the daemon started and
+    /// Kills the daemon at each step of `command`, or at each third one (`VIRTSEAL_KILL_STRIDE`): the command is made anew for each of these rounds. `after` looks, with the daemon started and
     /// unlocked again, at what is there, and repeats the command. Returns the steps of the command that gets through, which
     /// leave nothing behind that a power cut would take.
     ///
@@ -117,8 +148,8 @@ impl Rig {
         command: impl Fn(&mut Self, usize) -> Result<Vec<String>>,
         mut after: impl FnMut(&mut Self, usize, &[&str]) -> Result<()>,
     ) -> Result<Vec<Step>> {
-        for nth in 1..MAX_STEPS {
-            let arguments = command(self, nth)?;
+        for (nth, round) in (1..MAX_STEPS).step_by(stride()?).zip(1..) {
+            let arguments = command(self, round)?;
             let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
             let (output, trace) = self.killed(nth, kill_at, |sealed| sealed.virtseal(&arguments))?;
             let step = trace.steps.last().cloned().unwrap_or_default();
@@ -135,7 +166,7 @@ impl Rig {
             }
             let what = || format!("killed at step {nth}, {step}, of `{}`", output.command);
             self.sealed.start_daemon().with_context(what)?;
-            after(self, nth, &arguments).with_context(what)?;
+            after(self, round, &arguments).with_context(what)?;
         }
         bail!("the command does not get through in {MAX_STEPS} steps")
     }
@@ -277,6 +308,16 @@ pub fn done_or(output: Output, word: &str) -> Result<()> {
 /// Never; it is for the end of closures that can fail.
 pub fn words(words: &[&str]) -> Result<Vec<String>> {
     Ok(words.iter().map(|word| (*word).to_owned()).collect())
+}
+
+fn stride() -> Result<usize> {
+    match env::var(STRIDE) {
+        Ok(steps) => steps
+            .parse::<NonZeroUsize>()
+            .map(NonZeroUsize::get)
+            .with_context(|| format!("{STRIDE}={steps}")),
+        Err(_) => Ok(SAMPLE),
+    }
 }
 
 fn is_encrypted(path: &Path) -> Result<bool> {

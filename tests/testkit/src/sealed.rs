@@ -1,6 +1,8 @@
 //! A [`Host`] with virtseal on it: the hook installed, virtseald running, a native provider ready.
 
 mod commands;
+mod readiness;
+mod way;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,6 +12,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 pub use commands::expect_names;
+pub use readiness::Readiness;
+pub use way::Way;
 
 use crate::{DomainSpec, DomainState, Host, HostBuilder, Process, built_program, wait_until};
 
@@ -17,8 +21,9 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The host, with a virtseald of its own.
 pub struct SealedHost {
-    host: Host,
+    // First: one that a story has stopped keeps its namespace from ending.
     daemon: Option<Process>,
+    host: Host,
 }
 
 impl SealedHost {

@@ -19,6 +19,7 @@ use tokio::time::timeout;
 
 use super::closer::Closer;
 use crate::daemon::gate::Pass;
+use crate::model::deadlines::daemon::{NEXT_MESSAGE, READ_BY};
 
 /// How much is read at a time.
 const CHUNK: usize = 16 * 1024;
@@ -26,8 +27,6 @@ const CHUNK: usize = 16 * 1024;
 const MAX_DESCRIPTORS: usize = 16;
 /// The most that the kernel passes at a time (SCM_MAX_FD): with less room for them, it would leave some that nobody knows of.
 const PASSED_AT_ONCE: usize = 253;
-/// How long a reply may take until the other end has room for the whole of it.
-const READ_BY: Duration = Duration::from_secs(10);
 
 /// What may come from the other end.
 #[derive(Debug)]
@@ -42,8 +41,6 @@ impl Sender {
     /// The most bytes of a message. The hook takes XML of 4 MiB, and JSON has two bytes for some of these.
     const OF_ADMIN: usize = 16 * 1024 * 1024;
     const OF_READER: usize = 64 * 1024;
-    /// How long a reader may take until its next message is complete.
-    const IDLE: Duration = Duration::from_secs(30);
 
     fn max_message(&self) -> usize {
         match self {
@@ -53,7 +50,6 @@ impl Sender {
     }
 }
 
-/// A message.
 #[derive(Debug)]
 pub(super) struct Message {
     /// Its JSON.
@@ -114,9 +110,9 @@ impl Channel {
     pub(super) async fn message(&mut self) -> Result<Option<Message>, Fault> {
         match &self.sender {
             Sender::Admin => self.read_message().await,
-            Sender::Reader(..) => match timeout(Sender::IDLE, self.read_message()).await {
+            Sender::Reader(..) => match timeout(NEXT_MESSAGE, self.read_message()).await {
                 Ok(message) => message,
-                Err(_) => Err(Fault::Idle(Sender::IDLE)),
+                Err(_) => Err(Fault::Idle(NEXT_MESSAGE)),
             },
         }
     }

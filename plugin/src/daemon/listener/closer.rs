@@ -7,15 +7,12 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
 use std::{io, thread};
 
 use nix::sched::{CloneFlags, unshare};
 
 use crate::daemon::gate::Pass;
-
-/// How long to wait where there is no thread to be had.
-const NO_THREAD: Duration = Duration::from_millis(100);
+use crate::model::deadlines::daemon::CLOSER_WITHOUT_THREAD;
 
 /// A connection that is over, and the pass that it had.
 type Over = (OwnedFd, Option<Arc<Pass>>);
@@ -72,7 +69,7 @@ fn close_on_ending_thread(batch: Vec<Over>) {
                 drop(thread::spawn(move || drop(batch)));
                 return;
             }
-            (Err(_), _) => thread::sleep(NO_THREAD),
+            (Err(_), _) => thread::sleep(CLOSER_WITHOUT_THREAD),
         }
     }
 }
@@ -86,6 +83,8 @@ mod tests {
     use std::time::Instant;
 
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+
+    use std::time::Duration;
 
     use super::*;
 

@@ -10,9 +10,12 @@ use zlink::service::MethodReply;
 use zlink::{Call, Connection, Reply};
 
 use super::channel::{Channel, Fault};
+use super::understood::unknown_field;
 use crate::api::HostError;
 use crate::daemon::service::Service;
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::advice::Advice;
+use crate::model::problem::{Problem, chain};
+use crate::terminal::visible;
 
 pub(super) type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCall<'de>;
 
@@ -21,6 +24,12 @@ pub(super) async fn converse(channel: &mut Channel, service: &mut Service) -> Re
     let mut unused = Connection::new(Unused);
     while let Some(message) = channel.message().await? {
         let call: Call<MethodCall<'_>> = serde_json::from_slice(&message.bytes).map_err(Fault::NotACall)?;
+        if let Some(field) = unknown_field(&message.bytes) {
+            if !call.oneway() {
+                channel.send(&failure(not_understood(&field))?).await?;
+            }
+            continue;
+        }
         let (reply, _) = zlink::Service::handle(service, &call, &mut unused, message.descriptors).await;
         match reply {
             MethodReply::Single(_) | MethodReply::Error(_) if call.oneway() => {}
@@ -57,11 +66,9 @@ pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
     let failure = match fault {
         Fault::Io(_) | Fault::Unread | Fault::Idle(_) => return,
         // What comes with them, root alone may ask for.
-        Fault::Descriptors => {
-            Problem::new(Code::Denied, "only root may do this").next("run it as root, with sudo")
-        }
+        Fault::Descriptors => Problem::denied("only root may do this").next(Advice::RunAsRoot),
         Fault::TooLong(_) | Fault::TooManyDescriptors | Fault::NotACall(_) => {
-            Problem::new(Code::Usage, format!("virtseald hangs up: {}", chain(fault)))
+            Problem::usage(format!("virtseald ends the connection: {}", chain(fault)))
                 .next("use the virtseal of the same version as virtseald")
         }
     };
@@ -69,6 +76,18 @@ pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
         // It may be gone.
         let _ = channel.send(&bytes).await;
     }
+}
+
+fn not_understood(field: &str) -> Problem {
+    let what = format!(
+        "this virtseald does not know '{}', and has done nothing",
+        visible(field)
+    );
+    Problem::usage(what).next(
+        Advice::RestartDaemon
+            .note("if it was upgraded")
+            .or("use the virtseal of the same version"),
+    )
 }
 
 /// The message that says so.
@@ -91,7 +110,7 @@ fn bounded(reply: Vec<u8>, max: usize) -> Result<Vec<u8>, Fault> {
         "the answer has {} bytes, and others than root get {max}",
         reply.len()
     );
-    failure(Problem::new(Code::Denied, why).next("run it as root, with sudo"))
+    failure(Problem::denied(why).next(Advice::RunAsRoot))
 }
 
 /// What a service is told that it is connected to; ours does not look.

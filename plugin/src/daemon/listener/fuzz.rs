@@ -1,7 +1,7 @@
 //! A target: what anybody may send to the socket.
 
 use super::conversation::MethodCall;
-use crate::fuzz::Target;
+use crate::fuzz_target::Target;
 
 pub(crate) const REQUEST: Target = Target {
     name: "varlink_request",

@@ -1,33 +1,39 @@
 //! What `virtseal provider cache` asks for, and the opening of what caches keep across a reboot.
 //!
-//! The TPM is asked when virtseald starts and when a provider was unlocked, on threads that no start waits for.
+//! The TPM is asked when virtseald starts and when a provider was unlocked, on threads of their own.
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::provider_view::view_of;
-use super::tpm::warnings_of_pcrs;
-use crate::api::{PersistRequest, Providers};
+use super::tpm_policy::warnings_of_pcrs;
+use crate::api::{PersistRequest, ProvidersChanged};
 use crate::audit::Actor;
+use crate::daemon::first_unlocks::Trying;
 use crate::daemon::{Daemon, records};
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::model::advice::Advice;
+use crate::model::deadlines::tpm::AT_START;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
-use crate::provider::cache::{CachePolicy, KekCache, PersistError, PersistTime};
-use crate::provider::kmip::{KmipProvider, KmipProviderError, Persist};
+use crate::provider::cache::{CachePolicy, KeepTime, KekCache, persist};
+use crate::provider::kmip::{KmipProvider, KmipProviderError, SettingsError};
 use crate::recipients::Provider;
 
-/// Keeps KEKs of `name` in memory as `policy` says, from now on and after a restart; and across one if it is to `persist`.
 pub(crate) fn set(
     daemon: &Daemon,
     by: Actor,
     name: &str,
     policy: &str,
     persist: Option<&PersistRequest>,
-) -> Result<Providers, Problem> {
+) -> Result<ProvidersChanged, Problem> {
+    let kept = || {
+        let known = daemon.recipients.find(name).ok()?;
+        let cache = known.cache()?;
+        Some((cache.policy(), cache.persistence().is_some()))
+    };
+    let before = kept();
     let set = set_cache(daemon, name, policy, persist);
     crate::host::process::trim();
     records::note_provider(daemon, by, "provider-cache", name, &set);
@@ -36,8 +42,10 @@ pub(crate) fn set(
     if persist.is_some() {
         view.warnings.extend(warnings_of_cache(daemon, name)?);
     }
-    Ok(Providers {
+    Ok(ProvidersChanged {
         providers: vec![view],
+        // What is kept on disk is bound anew each time.
+        changed: persist.is_some() || kept() != before,
     })
 }
 
@@ -47,18 +55,15 @@ fn set_cache(
     policy: &str,
     persist: Option<&PersistRequest>,
 ) -> Result<(), Problem> {
-    let policy: CachePolicy = policy
-        .parse()
-        .map_err(|error| Problem::new(Code::Usage, chain(&error)))?;
+    let policy: CachePolicy = policy.parse().map_err(|error| Problem::usage(chain(&error)))?;
     let known = daemon.recipients.find(name)?;
     let Some(kmip) = known.of_kind::<KmipProvider>() else {
         return match known.row().and_then(|kind| kind.nothing_to_cache) {
-            Some(why) => Err(Problem::new(Code::Usage, format!("provider '{name}': {why}"))),
-            None => Err(Problem::new(
-                Code::Failed,
-                format!("provider '{name}' {}", known.provider().status()),
-            )
-            .next(Advice::ShowProvider(name.to_owned()))),
+            Some(why) => Err(Problem::usage(format!("provider '{name}': {why}"))),
+            None => Err(
+                Problem::failed(format!("provider '{name}' {}", known.provider().status()))
+                    .next(Advice::ShowProvider(name.to_owned())),
+            ),
         };
     };
     let persist = persist
@@ -79,7 +84,7 @@ fn warnings_of_cache(daemon: &Daemon, name: &str) -> Result<Vec<String>, Problem
         &pcrs,
         unmeasured.as_ref(),
         &SecureBoot::of_host(Path::new("/")),
-        "what was kept opens no more, and VMs start from the KMS alone until this command is repeated",
+        "what was kept no longer opens, and VMs start from the KMS alone until this command is repeated",
     ))
 }
 
@@ -88,12 +93,9 @@ fn persistence<'a>(
     name: &str,
     policy: CachePolicy,
     asked: &PersistRequest,
-) -> Result<Persist<'a>, Problem> {
-    let usage = |error: &dyn std::error::Error| Problem::new(Code::Usage, chain(error));
-    let keep = asked
-        .keep
-        .as_deref()
-        .map_or(Ok(PersistTime::default()), str::parse);
+) -> Result<persist::Request<'a>, Problem> {
+    let usage = |error: &dyn std::error::Error| Problem::usage(chain(error));
+    let keep = asked.keep.as_deref().map_or(Ok(KeepTime::default()), str::parse);
     let pcrs: PcrList = asked
         .pcrs
         .as_deref()
@@ -101,31 +103,33 @@ fn persistence<'a>(
         .map_err(|error| usage(&error))?;
     if pcrs.has_kernel() {
         let others = pcrs.without_kernel().unwrap_or_default();
-        return Err(Problem::new(
-            Code::Usage,
-            format!(
+        return Err(Problem::usage(format!(
                 "provider '{name}': PCR 11 changes with each update of the kernel, and what the cache keeps would be \
                  lost each time; a cache takes no key that signs it"
             ),
         )
         .next(Advice::CacheOnDisk { name: name.to_owned(), policy: policy.to_string(), options: format!("--pcrs {others}") }));
     }
-    Ok(Persist {
+    Ok(persist::Request {
         tpm: &daemon.tpm,
         keep: keep.map_err(|error| usage(&error))?,
         pcrs,
     })
 }
 
-/// Has the TPM open what caches keep on disk. Start-up waits for none of it.
-pub fn load_all(daemon: &Daemon) {
+/// Has the TPM open what caches keep on disk, as virtseald starts; each lets go of `trying` when that was tried once.
+pub(crate) fn load_all(daemon: &Daemon, trying: &Trying) {
     for known in daemon.recipients.providers() {
-        load_in_background(daemon, &known);
+        begin_to_load(daemon, &known, Some(trying.clone()));
     }
 }
 
 /// The same for one of them, once it is unlocked.
 pub(crate) fn load_in_background(daemon: &Daemon, known: &Provider) {
+    begin_to_load(daemon, known, None);
+}
+
+fn begin_to_load(daemon: &Daemon, known: &Provider, trying: Option<Trying>) {
     let Some(provider) = known.of_kind::<KmipProvider>() else {
         return;
     };
@@ -135,9 +139,9 @@ pub(crate) fn load_in_background(daemon: &Daemon, known: &Provider) {
     let (tpm, provider) = (Arc::clone(&daemon.tpm), provider);
     let started = std::thread::Builder::new()
         .name("kek-cache".to_owned())
-        .spawn(move || load(&provider, &tpm));
+        .spawn(move || load(&provider, &tpm, trying));
     if let Err(error) = started {
-        tracing::warn!(%error, "what keeps keys on disk is not opened: no thread");
+        tracing::warn!(%error, "its keys on disk are not opened: no thread");
     }
 }
 
@@ -161,22 +165,19 @@ pub(crate) fn check_disk_after_lock(known: &Provider) -> Result<(), Problem> {
 }
 
 /// Tries again for a while: the TPM's driver may come later than this daemon, or others use the TPM first.
-fn load(provider: &KmipProvider, tpm: &Tpm) {
-    const PATIENCE: Duration = Duration::from_secs(120);
-    let mut wait = Duration::from_millis(500);
-    while provider.wants_tpm() && wait < PATIENCE {
+fn load(provider: &KmipProvider, tpm: &Tpm, mut trying: Option<Trying>) {
+    let mut wait = AT_START.start;
+    while provider.wants_tpm() && wait <= AT_START.end {
         let loaded = provider.load_cache(tpm);
+        drop(trying.take());
         crate::host::process::trim();
         let Err(error) = loaded else {
-            tracing::info!(
-                provider = provider.name(),
-                "the TPM has opened what keeps its keys on disk"
-            );
+            tracing::info!(provider = provider.name(), "the TPM has opened its keys on disk");
             return;
         };
         tracing::warn!(
             provider = provider.name(),
-            "the TPM does not open what keeps its keys on disk: {}",
+            "the TPM does not open its keys on disk: {}",
             chain(&error)
         );
         if !error.may_pass() {
@@ -189,18 +190,20 @@ fn load(provider: &KmipProvider, tpm: &Tpm) {
 
 fn cache_failure(name: &str, error: &KmipProviderError) -> Problem {
     let code = match error {
-        KmipProviderError::Cache(_) | KmipProviderError::PersistNothing => Code::Usage,
+        KmipProviderError::Settings(SettingsError::Cache(_)) | KmipProviderError::PersistNothing => {
+            Code::Usage
+        }
         KmipProviderError::Locked => Code::Locked,
-        KmipProviderError::Persist(PersistError::Tpm(error)) if error.may_pass() => Code::Unreachable,
+        KmipProviderError::Persist(persist::Error::Tpm(error)) if error.may_pass() => Code::Unreachable,
         _ => Code::Failed,
     };
     let failure = Problem::new(code, format!("provider '{name}' {}", chain(error)));
     match error {
-        KmipProviderError::Cache(_) | KmipProviderError::PersistNothing => {
+        KmipProviderError::Settings(SettingsError::Cache(_)) | KmipProviderError::PersistNothing => {
             Problem::new(code, format!("provider '{name}': {}", chain(error)))
         }
         KmipProviderError::Locked => failure.next(Advice::UnlockProvider(name.to_owned())),
-        KmipProviderError::Persist(PersistError::Tpm(
+        KmipProviderError::Persist(persist::Error::Tpm(
             TpmError::NoSuchPcr(_) | TpmError::OwnerPassword | TpmError::LockedOut { .. },
         )) => Problem::new(code, format!("provider '{name}': {}", chain(error))),
         KmipProviderError::Persist(_) => Problem::new(code, format!("provider '{name}': {}", chain(error)))

@@ -15,11 +15,8 @@ pub(crate) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Pr
 }
 
 pub(crate) fn wrong_fds() -> Problem {
-    Problem::new(
-        Code::Usage,
-        "the call came without the file descriptors that it needs",
-    )
-    .next("use the virtseal of the same version as virtseald")
+    Problem::usage("the call came without the file descriptors that it needs")
+        .next("use the virtseal of the same version as virtseald")
 }
 
 pub(crate) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
@@ -27,7 +24,7 @@ pub(crate) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
         .map_err(|error| Problem::from_error(Code::Usage, "can't read the passphrase", &error))?;
     passphrase.trim_newline();
     if passphrase.expose().is_empty() {
-        return Err(Problem::new(Code::Usage, "the passphrase is empty").next("choose one"));
+        return Err(Problem::usage("the passphrase is empty").next("choose one"));
     }
     Ok(passphrase)
 }

@@ -1,24 +1,25 @@
 //! What `provider rekey`, `move`, `recipients`, `vm rekey` and `virtseal jobs` ask for.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::runtime::Handle;
 
 use super::broken;
-use super::volume;
 use crate::api::pages::{self, PAGE};
 use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs, SweepKind};
 use crate::audit::Actor;
-use crate::daemon::jobs::{number, view, words};
-use crate::daemon::{Daemon, lock, records};
+use crate::daemon::job_records::{excluded, note_end, number, view, who_gives_way, words};
+use crate::daemon::locks::Doing;
+use crate::daemon::{Daemon, records, volumes};
 use crate::job::record::Work;
 use crate::job::sweep::Task;
 use crate::model::advice::Advice;
+use crate::model::deadlines::daemon::CLAIM;
+use crate::model::deadlines::job::{LOOK, UNCHANGED};
 use crate::model::envelope::{ProviderId, VmId};
-use crate::model::job::{JobId, JobState, Subject};
-use crate::model::problem::{Code, Problem};
+use crate::model::job::{JobId, JobState};
+use crate::model::problem::Problem;
 use crate::store::{CopyPlace, JobRecord, LeftBehind, StoreError};
 use crate::vm::foreign;
 use crate::vm::names::{self, VmNames};
@@ -26,60 +27,40 @@ use crate::vm::status::damaged;
 
 /// How many jobs `virtseal jobs` shows.
 const RECENT: u32 = 20;
-/// How long a job that changes all the time is not looked at again.
-const LOOK: Duration = Duration::from_millis(200);
-/// How long one that does not change is not: that is how a listener who left is noticed.
-const IDLE: Duration = Duration::from_secs(2);
 
-/// What somebody who watches a job has seen of it.
-#[derive(Debug)]
-pub(in crate::daemon) struct Look {
-    at: Instant,
-    job: JobView,
-}
-
-/// What was seen of each job that is watched.
-pub(in crate::daemon) type Looks = tokio::sync::Mutex<BTreeMap<JobId, Look>>;
-
-/// Starts a sweep.
 pub(super) fn start(daemon: &Daemon, by: Actor, request: &JobRequest) -> Result<JobStarted, Problem> {
-    // Nobody deletes a provider, shreds a VM or redefines one in between.
-    let _sealing = lock(&daemon.sealing);
     let task = task(daemon, request)?;
-    sweep(daemon, by, &task)
+    let looked = look_around(daemon, &task)?;
+    let _jobs = daemon.claims.jobs(Doing::Begin)?;
+    sweep(daemon, by, &task, looked)
 }
 
-/// Starts a job once more that has ended otherwise than done.
 pub(super) fn resume(daemon: &Daemon, by: Actor, id: i64) -> Result<JobStarted, Problem> {
     let job = daemon.keystore.job(JobId(id))?.ok_or_else(|| unknown(id))?;
     match job.state {
         JobState::Incomplete | JobState::Failed | JobState::Aborted => {}
-        JobState::Running => {
-            return Err(Problem::new(Code::Busy, format!("job {id} runs")).next(Advice::WatchJob(id)));
-        }
-        JobState::Done => {
-            return Err(Problem::new(Code::Usage, format!("job {id} is done")).next(Advice::ListJobs));
+        // It goes on, or has come to its end.
+        JobState::Running | JobState::Done => {
+            return Ok(JobStarted {
+                job: view(daemon, &job)?,
+                warnings: Vec::new(),
+            });
         }
     }
     let resumed = match Work::from_json(&job.task)? {
         Work::Sweep(task) => {
-            let _sealing = lock(&daemon.sealing);
-            begin(daemon, by, &task, |left| daemon.keystore.resume_job(job.id, left))
-        }
-        Work::CreateVolume(volume) => {
-            volume::check_again(&volume)?;
-            let resumed = daemon
-                .keystore
-                .resume_job(job.id, &[])
-                .map_err(|error| excluded(error, &job.subject));
-            records::note_command(daemon, by, "job-start", &words(daemon, &job), &resumed);
-            daemon.jobs.ring();
-            resumed.and_then(|job| {
-                Ok(JobStarted {
-                    job: view(daemon, &job)?,
-                    warnings: Vec::new(),
-                })
+            let looked = look_around(daemon, &task)?;
+            let _jobs = daemon.claims.jobs(Doing::Begin)?;
+            begin(daemon, by, &task, looked, |left| {
+                daemon.keystore.resume_job(job.id, left)
             })
+        }
+        Work::Overlays(_) => begin_again(daemon, by, &job, ()),
+        Work::CreateVolume(volume) => {
+            // Not before who had it in hand has ended: that ends the job.
+            let claim = volumes::claim(daemon, &volume.path)?;
+            volumes::check_again(&volume)?;
+            begin_again(daemon, by, &job, claim)
         }
     };
     // Who watches it from now on is not shown how it had ended.
@@ -87,9 +68,59 @@ pub(super) fn resume(daemon: &Daemon, by: Actor, id: i64) -> Result<JobStarted, 
     resumed
 }
 
-/// Starts one while nobody seals.
-pub(super) fn sweep(daemon: &Daemon, by: Actor, task: &Task) -> Result<JobStarted, Problem> {
-    begin(daemon, by, task, |left| {
+/// One that is about images. What is `held` for it is let go before it is told.
+fn begin_again<T>(daemon: &Daemon, by: Actor, job: &JobRecord, held: T) -> Result<JobStarted, Problem> {
+    let resumed = daemon
+        .keystore
+        .resume_job(job.id, &[])
+        .map_err(|error| excluded(error, &job.subject));
+    drop(held);
+    records::note_command(daemon, by, "job-start", &words(daemon, job), &resumed);
+    daemon.jobs.ring();
+    Ok(JobStarted {
+        job: view(daemon, &resumed?)?,
+        warnings: Vec::new(),
+    })
+}
+
+/// What came to this host with its VMs, as a sweep finds it.
+pub(super) struct Looked {
+    rivals: Vec<LeftBehind>,
+    left_out: Vec<String>,
+    /// Sweeps that wait, and end for this one.
+    give_way: Vec<JobId>,
+}
+
+/// Has the keystore learn of what came with VMs, one after the other, unless such a sweep can't begin. What is being done to a VM
+/// makes neither this nor another VM wait for long: an envelope that comes of it is seen before the sweep ends.
+pub(super) fn look_around(daemon: &Daemon, task: &Task) -> Result<Looked, Problem> {
+    let give_way = who_gives_way(daemon, task)?;
+    let deadline = Instant::now() + CLAIM;
+    let claim = |vm| daemon.claims.vm_until(vm, Doing::Look, deadline);
+    let found = daemon
+        .host_of_vms()
+        .and_then(|host| foreign::adopt_foreign_envelopes(&host, claim));
+    daemon.copies_bell.ring();
+    let (mut rivals, left_out) = match found {
+        Ok(found) => (found.rivals, found.left_out),
+        Err(unseen) => {
+            let left_out = "VMs that came to this host and have not started here yet";
+            (Vec::new(), vec![format!("{left_out}: {}", unseen.message)])
+        }
+    };
+    if task.decides_conflicts() {
+        rivals.clear();
+    }
+    Ok(Looked {
+        rivals,
+        left_out,
+        give_way,
+    })
+}
+
+/// Starts one while no other begins, and no provider goes.
+pub(super) fn sweep(daemon: &Daemon, by: Actor, task: &Task, looked: Looked) -> Result<JobStarted, Problem> {
+    begin(daemon, by, task, looked, |left| {
         task.start(daemon.keystore.as_ref(), left)
     })
 }
@@ -98,26 +129,29 @@ fn begin(
     daemon: &Daemon,
     by: Actor,
     task: &Task,
+    looked: Looked,
     insert: impl FnOnce(&[LeftBehind]) -> Result<JobRecord, StoreError>,
 ) -> Result<JobStarted, Problem> {
-    refuse_beside_another(daemon, &task.subject())?;
-    let mut rivals = Vec::new();
-    let foreign = daemon
-        .host_of_vms()
-        .and_then(|host| foreign::adopt_foreign_envelopes(&host));
-    daemon.copies_bell.ring();
-    let unseen = foreign.map(|travelling| {
-        if !task.decides_conflicts() {
-            rivals = travelling.rivals;
-        }
-        travelling.unreadable
-    });
     if let Task::RemoveRecipient { provider } = task {
         refuse_to_close(daemon, task, *provider)?;
     }
-    let inserted = insert(&rivals).map_err(|error| excluded(error, &task.subject()));
-    let words = task.words(|id| daemon.recipients.name_of(id));
-    records::note_command(daemon, by, "job-start", &words, &inserted);
+    let mut warnings = Vec::new();
+    for id in &looked.give_way {
+        let ended = daemon.keystore.end_waiting(*id)?;
+        if ended.state == JobState::Incomplete {
+            note_end(&ended);
+            records::note_command(daemon, by, "job-end", &words(daemon, &ended), &Ok(()));
+            warnings.push(format!(
+                "job {}, which waited, has ended with {} envelopes left: {}",
+                id.0,
+                ended.left,
+                Advice::ResumeJob(id.0)
+            ));
+        }
+    }
+    let inserted = insert(&looked.rivals).map_err(|error| excluded(error, &task.subject()));
+    let doing = task.words(|id| daemon.recipients.name_of(id));
+    records::note_command(daemon, by, "job-start", &doing, &inserted);
     let job = inserted?;
     daemon.jobs.ring();
     let policy = daemon.recipients.policy().ok();
@@ -125,44 +159,14 @@ fn begin(
         let policy: Vec<_> = policy.iter().map(|provider| provider.provider().id()).collect();
         task.warning(&policy, |id| daemon.recipients.name_of(id))
     });
-    let mut warnings: Vec<_> = warning.into_iter().collect();
+    warnings.extend(warning);
     let damaged = damaged::records(daemon.keystore.as_ref(), &daemon.host_store).into_iter();
     warnings.extend(damaged.map(|damaged| format!("left out: {damaged}")));
-    match unseen {
-        Ok(unreadable) => warnings.extend(unreadable.iter().map(|what| format!("left out: {what}"))),
-        Err(unseen) => warnings.push(format!(
-            "VMs that came to this host and have not started here yet are left out: {}",
-            unseen.message
-        )),
-    }
+    warnings.extend(looked.left_out.iter().map(|what| format!("left out: {what}")));
     Ok(JobStarted {
         job: view(daemon, &job)?,
         warnings,
     })
-}
-
-/// Before anything is made for a job that could not be kept.
-pub(super) fn refuse_beside_another(daemon: &Daemon, subject: &Subject) -> Result<(), Problem> {
-    let running = daemon.keystore.running_jobs()?;
-    match running.iter().find(|job| job.subject.excludes(subject)) {
-        Some(job) => Err(beside_another(job.id.0, subject)),
-        None => Ok(()),
-    }
-}
-
-pub(super) fn excluded(error: StoreError, subject: &Subject) -> Problem {
-    match error {
-        StoreError::JobRunning(id) => beside_another(id, subject),
-        error => error.into(),
-    }
-}
-
-fn beside_another(id: i64, subject: &Subject) -> Problem {
-    let why = match subject.path() {
-        Some(path) => format!("{path} is being made by job {id}"),
-        None => format!("job {id} runs, and one runs at a time over the same envelopes"),
-    };
-    Problem::new(Code::Busy, why).next(Advice::WatchJob(id).or(Advice::AbortJob(id)))
 }
 
 /// Nothing may be left that no provider opens.
@@ -177,13 +181,10 @@ fn refuse_to_close(daemon: &Daemon, task: &Task, provider: ProviderId) -> Result
         return Ok(());
     }
     let name = daemon.recipients.name_of(provider);
-    Err(Problem::new(
-        Code::WouldLoseKey,
-        format!(
-            "'{name}' stays a recipient: {} can be opened by nobody else",
-            VmNames::of_keystore(daemon.keystore.as_ref())?.objects_of_vms(&closed)
-        ),
-    )
+    Err(Problem::would_lose_key(format!(
+        "'{name}' stays a recipient: {} can be opened by nobody else",
+        VmNames::of_keystore(daemon.keystore.as_ref())?.objects_of_vms(&closed)
+    ))
     .next(
         Advice::MoveProvider {
             from: name.to_owned(),
@@ -206,10 +207,7 @@ fn task(daemon: &Daemon, request: &JobRequest) -> Result<Task, Problem> {
         SweepKind::Move => {
             let (from, to) = (named(&request.provider)?, named(&request.to)?);
             if from == to {
-                return Err(Problem::new(
-                    Code::Usage,
-                    "a move is from one provider to another",
-                ));
+                return Err(Problem::usage("a move is from one provider to another"));
             }
             Ok(Task::Move { from, to, vm })
         }
@@ -236,17 +234,19 @@ fn provider_id(daemon: &Daemon, name: &str) -> Result<ProviderId, Problem> {
     }
 }
 
-/// The last jobs, and what is behind.
 pub(super) fn list(daemon: &Daemon) -> Result<Jobs, Problem> {
     let jobs = daemon.keystore.jobs(RECENT)?.sound;
     let names = VmNames::of_keystore(daemon.keystore.as_ref())?;
     let mut copies = Vec::new();
     for place in [CopyPlace::Xml, CopyPlace::Image] {
         for copy in daemon.host_store.stale_copies(place, None, 100)? {
+            let Some(record) = daemon.keystore.readable_envelope(copy.envelope)? else {
+                continue;
+            };
             copies.push(CopyView {
-                vm: names.of(copy.vm),
+                vm: names.of(record.envelope.vm),
                 envelope: copy.envelope.to_string(),
-                place: place.as_str().to_owned(),
+                place: place.into(),
                 reason: copy.reason,
             });
         }
@@ -278,12 +278,12 @@ pub(super) async fn watch(
     loop {
         changes.borrow_and_update();
         let job = look(&daemon, id, workers).await?;
-        let ended = job.state != JobState::Running;
+        let ended = job.state != JobState::Running.into();
         if !report(job, ended).await || ended {
             return Ok(());
         }
         // What was seen before a change is too old to be shown for it when this has passed.
-        let _ = tokio::time::timeout(IDLE, changes.changed()).await;
+        let _ = tokio::time::timeout(UNCHANGED, changes.changed()).await;
         tokio::time::sleep(LOOK).await;
     }
 }
@@ -299,10 +299,10 @@ async fn find_watched(daemon: &Arc<Daemon>, id: Option<i64>, workers: &Handle) -
 /// The job as it was less than [`LOOK`] ago. One watcher looks, the others see what it saw.
 async fn look(daemon: &Arc<Daemon>, id: JobId, workers: &Handle) -> Result<JobView, Problem> {
     let mut looks = daemon.watched.lock().await;
-    if let Some(look) = looks.get(&id).filter(|look| look.at.elapsed() < LOOK) {
-        return Ok(look.job.clone());
+    looks.retain(|_, (at, _)| at.elapsed() < LOOK);
+    if let Some((_, job)) = looks.get(&id) {
+        return Ok(job.clone());
     }
-    looks.retain(|_, look| look.at.elapsed() < LOOK);
     let asked = Arc::clone(daemon);
     let at = Instant::now();
     let looked = workers.spawn_blocking(move || {
@@ -310,17 +310,15 @@ async fn look(daemon: &Arc<Daemon>, id: JobId, workers: &Handle) -> Result<JobVi
         view(&asked, &job)
     });
     let job = looked.await.map_err(|error| broken(&error))??;
-    let look = Look { at, job: job.clone() };
-    looks.insert(id, look);
+    looks.insert(id, (at, job.clone()));
     Ok(job)
 }
 
-/// Ends a job, or the only one that runs, where it is.
 pub(super) fn abort(daemon: &Daemon, by: Actor, id: Option<i64>) -> Result<JobView, Problem> {
     let aborted = daemon.keystore.abort_job(job_id(daemon, id)?)?;
     // Whoever has it in hand takes back what it has begun.
     if !daemon.jobs.stop(aborted.id) && aborted.state == JobState::Aborted {
-        volume::take_back_unmade(daemon, &aborted.subject);
+        volumes::take_back_unmade(daemon, &aborted.subject);
     }
     records::note_command(daemon, by, "job-abort", &words(daemon, &aborted), &Ok(()));
     view(daemon, &aborted)
@@ -332,12 +330,12 @@ fn job_id(daemon: &Daemon, id: Option<i64>) -> Result<JobId, Problem> {
     }
     let running = daemon.keystore.running_jobs()?;
     match running.as_slice() {
-        [] => Err(Problem::new(Code::NotFound, "no job runs").next(Advice::ListJobs)),
+        [] => Err(Problem::not_found("no job runs").next(Advice::ListJobs)),
         [job] => Ok(job.id),
         several => {
             let ids: Vec<_> = several.iter().map(|job| job.id.0.to_string()).collect();
             Err(
-                Problem::new(Code::Usage, format!("{} jobs run: {}", ids.len(), ids.join(", ")))
+                Problem::usage(format!("{} jobs run: {}", ids.len(), ids.join(", ")))
                     .next(Advice::ListJobs.then("the same command with the number of one")),
             )
         }
@@ -345,5 +343,5 @@ fn job_id(daemon: &Daemon, id: Option<i64>) -> Result<JobId, Problem> {
 }
 
 fn unknown(id: i64) -> Problem {
-    Problem::new(Code::NotFound, format!("there is no job {id}")).next(Advice::ListJobs)
+    Problem::not_found(format!("there is no job {id}")).next(Advice::ListJobs)
 }

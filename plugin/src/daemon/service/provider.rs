@@ -4,33 +4,35 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::descriptors::{passphrase_from, take, wrong_fds};
-use super::{cache, provider_view, tpm};
-use crate::api::{BackupMade, OrphanEnvelope, OrphanKek, Orphans, Outcome, Providers, pages};
+use super::refused::refused;
+use super::{cache, provider_view, tpm, tpm_credential};
+use crate::api::{
+    BackupMade, Changed, CredentialKind, DefaultSet, OrphanEnvelope, OrphanKek, Orphans, Outcome, Providers,
+    pages,
+};
 use crate::audit::Actor;
 use crate::daemon::glance::Age;
-use crate::daemon::{Daemon, lock as held, records};
+use crate::daemon::locks::Doing;
+use crate::daemon::{Daemon, paths, records};
+use crate::host::permitted::PathError;
 use crate::job::record::Work;
 use crate::model::advice::Advice;
+use crate::model::deadlines::status::{FRESH_PROVIDERS, PAGES};
 use crate::model::envelope::ProviderId;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::kind::{Credential, KeysAt, Kind};
 use crate::provider::native::NativeProvider;
-use crate::provider::{KeyProvider, ProviderError, ProviderName};
+use crate::provider::{ProviderName, ProviderStatus};
 use crate::secret::SecretBytes;
+use crate::store::Change;
+use crate::store::EnvelopeRecord;
 use crate::vm::names::{ProviderNames, VmNames, unreachable};
 use crate::vm::status::damaged;
-use crate::vm::{deletion, orphans};
+use crate::vm::{deletion, forget_volume, orphans};
 
-/// Readers share a look that is not older than this.
-const FRESH: Duration = Duration::from_secs(2);
-/// For how long the pages after the first one are of the same look.
-const PAGES: Duration = Duration::from_secs(60);
-
-/// Adds a provider of `kind`; `settings` is the JSON of what the kind needs to know.
 pub(crate) fn add(
     daemon: &Daemon,
     by: Actor,
@@ -40,11 +42,10 @@ pub(crate) fn add(
     fds: Vec<OwnedFd>,
 ) -> Result<Providers, Problem> {
     let Some(kind) = Kind::named(kind) else {
-        return Err(Problem::new(
-            Code::Usage,
-            format!("there is no kind of provider called '{kind}'"),
-        )
-        .next(Advice::AddProviderHelp(None)));
+        return Err(
+            Problem::usage(format!("there is no kind of provider called '{kind}'"))
+                .next(Advice::AddProviderHelp(None)),
+        );
     };
     let added = add_of(daemon, kind, name, settings, fds);
     crate::host::process::trim();
@@ -71,52 +72,79 @@ fn add_of(
     daemon.recipients.add(kind, &name, settings, credential.as_ref())
 }
 
-/// Makes new envelopes go to `name`.
-pub(crate) fn set_default(daemon: &Daemon, by: Actor, name: &str) -> Result<(), Problem> {
+pub(crate) fn set_default(daemon: &Daemon, by: Actor, name: &str) -> Result<DefaultSet, Problem> {
     let provider = daemon.recipients.find(name)?;
-    let set = daemon
-        .recipients
-        .set_default(&provider)
-        .map(drop)
-        .map_err(Problem::from);
+    let set = daemon.recipients.set_default(&provider).map_err(Problem::from);
     records::note_provider(daemon, by, "provider-default", name, &set);
-    set
+    let refused = daemon.recipients.cannot_wrap(provider.provider().id());
+    Ok(DefaultSet {
+        changed: set? == Change::Changed,
+        warnings: refused
+            .map(|problem| format!("nothing can be sealed for it now: {problem}"))
+            .into_iter()
+            .collect(),
+    })
 }
 
 /// Purges the keys of `name` from memory, and those that its cache keeps on disk.
-pub(crate) fn lock(daemon: &Daemon, by: Actor, name: &str) -> Result<(), Problem> {
+pub(crate) fn lock(daemon: &Daemon, by: Actor, name: &str) -> Result<Changed, Problem> {
     let provider = daemon.recipients.find(name)?;
+    let changed = provider.provider().status() != ProviderStatus::Locked;
     provider.provider().lock();
     // Notes the time.
     let _ = daemon.recipients.report(&provider);
     crate::host::process::trim();
     let locked = cache::check_disk_after_lock(&provider);
     records::note_provider(daemon, by, "provider-lock", name, &locked);
-    locked
+    locked.map(|()| Changed { changed })
 }
 
-/// Unlocks `name` with the passphrase in `fds`.
-pub fn unlock(daemon: &Daemon, by: Actor, name: &str, fds: Vec<OwnedFd>) -> Result<(), Problem> {
-    let [passphrase] = take(fds)?;
-    let passphrase = passphrase_from(passphrase)?;
+pub(crate) fn unlock(daemon: &Daemon, by: Actor, name: &str, fds: Vec<OwnedFd>) -> Result<Changed, Problem> {
     let provider = daemon.recipients.find(name)?;
+    let asks_for = provider.provider().asks_for();
+    if fds.is_empty() && tpm_credential::is_unattended(daemon, &provider) {
+        return unlock_by_tpm(daemon, by, name, fds);
+    }
+    let credential = match (asks_for, fds.is_empty()) {
+        (None, true) => SecretBytes::copy_of(&[])
+            .map_err(|error| Problem::from_error(Code::Failed, "no memory for a secret", &error))?,
+        _ => {
+            let [credential] = take(fds)?;
+            passphrase_from(credential)?
+        }
+    };
+    let changed = asks_for.is_some_and(CredentialKind::takes_the_place_of_another)
+        || provider.provider().status() == ProviderStatus::Locked;
     let unlocked = provider
         .provider()
-        .unlock(&passphrase)
-        .map_err(|error| refused(provider.provider(), &error));
+        .unlock(&credential)
+        .map_err(|error| refused(&provider, &error));
     let _ = daemon.recipients.report(&provider);
     crate::host::process::trim();
     records::note_provider(daemon, by, "provider-unlock", name, &unlocked);
     if let (Some(native), Ok(())) = (provider.of_kind::<NativeProvider>(), &unlocked) {
         tpm::renew(daemon, by, &native);
     }
+    if unlocked.is_ok() {
+        tpm_credential::forget_reason(daemon, &provider);
+    }
     cache::load_in_background(daemon, &provider);
     // A job may have waited for this.
     daemon.jobs.ring();
+    unlocked.map(|()| Changed { changed })
+}
+
+pub(crate) fn unlock_by_tpm(
+    daemon: &Daemon,
+    by: Actor,
+    name: &str,
+    fds: Vec<OwnedFd>,
+) -> Result<Changed, Problem> {
+    let unlocked = tpm::unlock(daemon, by, name, fds);
+    cache::load_in_background(daemon, &daemon.recipients.find(name)?);
     unlocked
 }
 
-/// Writes a backup of `name` to the first of `fds`.
 pub(crate) fn backup(daemon: &Daemon, name: &str, fds: Vec<OwnedFd>) -> Result<BackupMade, Problem> {
     let mut fds = fds.into_iter();
     let output = fds.next().ok_or_else(wrong_fds)?;
@@ -134,14 +162,9 @@ pub(crate) fn backup(daemon: &Daemon, name: &str, fds: Vec<OwnedFd>) -> Result<B
     })
 }
 
-/// Notes that the backup of `name` is on disk.
 pub(crate) fn confirm_backup(daemon: &Daemon, by: Actor, name: &str, generation: i64) -> Result<(), Problem> {
-    let generation = u32::try_from(generation).map_err(|_| {
-        Problem::new(
-            Code::Usage,
-            format!("{generation} is no generation of a root key"),
-        )
-    })?;
+    let generation = u32::try_from(generation)
+        .map_err(|_| Problem::usage(format!("there is no root key of generation {generation}")))?;
     let confirmed = native(daemon, name)?
         .confirm_backup(generation)
         .map_err(|error| error.problem(name));
@@ -151,7 +174,6 @@ pub(crate) fn confirm_backup(daemon: &Daemon, by: Actor, name: &str, generation:
     confirmed
 }
 
-/// Restores a provider as `name`; `fds` holds the backup, the new passphrase, and the backup's own if any.
 pub(crate) fn restore(
     daemon: &Daemon,
     by: Actor,
@@ -190,7 +212,7 @@ fn native(daemon: &Daemon, name: &str) -> Result<std::sync::Arc<NativeProvider>,
         Some(KeysAt::Token) => "keeps its keys in a token, which gives none out".to_owned(),
         Some(KeysAt::Host) | None => provider.provider().status().to_string(),
     };
-    let problem = Problem::new(Code::Failed, format!("provider '{name}' {why}"));
+    let problem = Problem::failed(format!("provider '{name}' {why}"));
     Err(match provider.row().map(|kind| kind.keys) {
         Some(KeysAt::Server) => problem,
         Some(KeysAt::Token) => problem.next("back the token up with its vendor's tools"),
@@ -199,14 +221,7 @@ fn native(daemon: &Daemon, name: &str) -> Result<std::sync::Arc<NativeProvider>,
 }
 
 fn provider_name(name: &str) -> Result<ProviderName, Problem> {
-    name.parse()
-        .map_err(|error| Problem::new(Code::Usage, chain(&error)))
-}
-
-fn refused(provider: &dyn KeyProvider, error: &ProviderError) -> Problem {
-    let name = provider.name();
-    let (code, next) = error.advice(name);
-    Problem::new(code, format!("provider '{name}' {}", chain(error))).advised(next)
+    name.parse().map_err(|error| Problem::usage(chain(&error)))
 }
 
 /// Deletes a provider. One that is needed goes only when its name was `typed`; the default one only as the last.
@@ -216,7 +231,7 @@ pub(crate) fn delete(
     name: &str,
     typed: Option<&str>,
 ) -> Result<Outcome, Problem> {
-    let _sealing = held(&daemon.sealing);
+    let _jobs = daemon.claims.jobs(Doing::Delete)?;
     let deleted = delete_if_free(daemon, name, typed);
     // What it has found behind can follow.
     daemon.copies_bell.ring();
@@ -238,11 +253,10 @@ fn delete_if_free(daemon: &Daemon, name: &str, typed: Option<&str>) -> Result<Ou
 fn refuse_while_a_job_needs(daemon: &Daemon, id: ProviderId, name: &str) -> Result<(), Problem> {
     for job in daemon.keystore.running_jobs()? {
         if Work::from_json(&job.task)?.providers().contains(&id) {
-            return Err(Problem::new(
-                Code::Busy,
-                format!("'{name}' stays: job {} is about it", job.id.0),
-            )
-            .next(Advice::WatchJob(job.id.0).or(Advice::AbortJob(job.id.0))));
+            return Err(
+                Problem::busy(format!("'{name}' stays: job {} is about it", job.id.0))
+                    .next(Advice::WatchJob(job.id.0).or(Advice::AbortJob(job.id.0))),
+            );
         }
     }
     Ok(())
@@ -252,19 +266,24 @@ fn refuse_while_a_job_needs(daemon: &Daemon, id: ProviderId, name: &str) -> Resu
 pub(crate) fn orphans(daemon: &Daemon, age: Age, after: Option<&str>) -> Result<Orphans, Problem> {
     let most = match (age, after) {
         (_, Some(_)) => PAGES,
-        (Age::Lately, None) => FRESH,
+        (Age::Lately, None) => FRESH_PROVIDERS,
         (Age::Now, None) => Duration::ZERO,
     };
-    // One look at a time, however many ask.
-    let mut seen = held(&daemon.orphans);
-    let all = match seen.take().filter(|(at, _)| at.elapsed() < most) {
-        Some((at, all)) => (at, all),
-        None => (Instant::now(), Arc::new(all_orphans(daemon)?)),
-    };
-    let page = pages::of_orphans(&all.1, after);
+    let all = daemon.orphans.take(most, || all_orphans(daemon))?;
+    let page = pages::of_orphans(&all, after);
     // What had to be read in pages is kept until the last one.
-    *seen = Some(all).filter(|_| after.is_none() || page.next.is_some());
+    if after.is_some() && page.next.is_none() {
+        daemon.orphans.forget();
+    }
     Ok(page)
+}
+
+/// By a link that somebody has planted meanwhile nothing is looked for.
+fn is_present(daemon: &Daemon, location: &str) -> bool {
+    match paths::known_place(daemon, Path::new(location)) {
+        Ok(place) => place.exists(),
+        Err(error) => matches!(error, PathError::HardLink(_)),
+    }
 }
 
 fn all_orphans(daemon: &Daemon) -> Result<Orphans, Problem> {
@@ -280,16 +299,25 @@ fn all_orphans(daemon: &Daemon) -> Result<Orphans, Problem> {
         made: daemon.keystore.made_keks()?.sound,
     };
     let providers = ProviderNames::of_host(&daemon.recipients, daemon.keystore.as_ref());
-    let envelopes = records.iter().filter(|record| facts.is_orphan(&record.envelope));
+    let is_needed = |record: &EnvelopeRecord| {
+        let mut defined = domains.iter();
+        defined.any(|domain| forget_volume::is_needed_by(&domain.xml, record))
+    };
+    let envelopes = records.iter().filter_map(|record| {
+        let is_present = is_present(daemon, &record.location);
+        let is_listed = facts.lists(record, is_present, || is_needed(record));
+        is_listed.then_some((record, is_present))
+    });
     let keks = facts.keks().into_iter();
     let mut all = Orphans {
         envelopes: envelopes
-            .map(|record| OrphanEnvelope {
+            .map(|(record, present)| OrphanEnvelope {
                 envelope: record.envelope.id.to_string(),
                 vm: names.of(record.envelope.vm),
-                kind: record.envelope.kind.to_string(),
+                kind: record.envelope.kind.into(),
                 path: (!record.location.is_empty()).then(|| record.location.clone()),
-                present: !record.location.is_empty() && Path::new(&record.location).exists(),
+                present,
+                vm_defined: !facts.is_orphan(&record.envelope),
                 providers: providers.of(&record.envelope),
             })
             .collect(),
@@ -299,7 +327,7 @@ fn all_orphans(daemon: &Daemon) -> Result<Orphans, Problem> {
                 kek,
                 envelopes: uses.envelopes,
                 copies: uses.copies,
-                origin: uses.origin().to_owned(),
+                origin: uses.origin().into(),
             })
             .collect(),
         damaged: damaged::records(daemon.keystore.as_ref(), &daemon.host_store)

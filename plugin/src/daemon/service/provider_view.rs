@@ -1,28 +1,46 @@
 //! How providers are shown.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 
-use super::tpm::{CREDENTIAL, enroll_command, view};
-use crate::api::{PersistView, ProviderView, Providers, TpmView};
+use super::tpm::{CREDENTIAL, enroll_command};
+use super::tpm_policy::view;
+use super::{setting_views, tpm, tpm_credential};
+use crate::api::{DetailView, OrNewer, PersistView, PersistedBy, ProviderView, Providers, TpmView, words};
+use crate::daemon::glance::Uses;
 use crate::daemon::{Daemon, look};
 use crate::host::local_time::rfc3339;
 use crate::model::advice::Advice;
-use crate::model::problem::{Code, Problem};
-use crate::provider::native::{NativeProvider, TpmEnrollment, WhyLocked};
+use crate::model::envelope::ProviderId;
+use crate::model::problem::Problem;
+use crate::provider::native::{NativeProvider, WhyLocked};
+use crate::provider::toolbox::bound_credential::TpmEnrollment;
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::recipients::Provider;
-use crate::store::UnixTime;
+use crate::store::{ProviderRecord, UnixTime};
 
 /// All providers, by name.
 pub(crate) fn list(daemon: &Daemon) -> Result<Providers, Problem> {
     let uses = look::provider_uses(daemon)?;
+    with_uses(daemon, &uses).map(|providers| Providers { providers })
+}
+
+/// The same, where it is known how many envelopes each of them opens.
+pub(super) fn with_uses(daemon: &Daemon, uses: &Uses) -> Result<Vec<ProviderView>, Problem> {
     let default = daemon
         .recipients
         .default_provider()
         .map(|known| known.provider().id());
+    let records: BTreeMap<ProviderId, ProviderRecord> = daemon
+        .keystore
+        .providers()?
+        .sound
+        .into_iter()
+        .map(|record| (record.id, record))
+        .collect();
     let view = |known: &Provider| {
         let provider = known.provider();
         let report = daemon.recipients.report(known);
@@ -30,11 +48,19 @@ pub(crate) fn list(daemon: &Daemon) -> Result<Providers, Problem> {
         ProviderView {
             name: provider.name().to_owned(),
             id: provider.id().to_string(),
-            kind: known.kind().to_owned(),
-            state: report.status.as_str().to_owned(),
-            reason: reason(report.status).or_else(|| why_locked(known)),
-            unlocked_by: openable_by(known),
-            tpm: tpm_view(known),
+            kind: OrNewer::named(known.kind()),
+            state: report.status.state().into(),
+            reason: reason(report.status).or_else(|| why_locked(daemon, known)),
+            asks_for: tpm_credential::asks_for(daemon, known).map(OrNewer::from),
+            unlocked_by: openable_by(daemon, known),
+            tpm: tpm_view(daemon, known),
+            settings: setting_views::views(
+                daemon,
+                known,
+                records.get(&provider.id()),
+                Some(provider.id()) == default,
+            ),
+            details: details(known),
             since: rfc3339(report.since),
             last_answer: report.last_answer.map(rfc3339),
             warnings: report.warnings,
@@ -47,7 +73,7 @@ pub(crate) fn list(daemon: &Daemon) -> Result<Providers, Problem> {
     };
     let mut providers: Vec<_> = daemon.recipients.providers().iter().map(view).collect();
     providers.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(Providers { providers })
+    Ok(providers)
 }
 
 pub(crate) fn view_of(daemon: &Daemon, name: &str) -> Result<ProviderView, Problem> {
@@ -55,7 +81,17 @@ pub(crate) fn view_of(daemon: &Daemon, name: &str) -> Result<ProviderView, Probl
     let mut views = list(daemon)?.providers.into_iter();
     views
         .find(|view| view.id == id)
-        .ok_or_else(|| Problem::new(Code::NotFound, format!("provider '{name}' is gone")))
+        .ok_or_else(|| Problem::not_found(format!("provider '{name}' is gone")))
+}
+
+fn details(known: &Provider) -> Vec<DetailView> {
+    let details = known.provider().details().into_iter();
+    details
+        .map(|(what, said)| DetailView {
+            what: what.to_owned(),
+            said,
+        })
+        .collect()
 }
 
 fn reason(status: ProviderStatus) -> Option<String> {
@@ -69,14 +105,10 @@ fn reason(status: ProviderStatus) -> Option<String> {
 
 /// What unlocks a provider here: `passphrase`, `TPM (PCR 7, since 2026-11-22)`, `systemd credential`. Only what is told
 /// without asking anybody.
-fn openable_by(known: &Provider) -> Vec<String> {
+fn openable_by(daemon: &Daemon, known: &Provider) -> Vec<String> {
     let mut ways = Vec::new();
-    if let Some(native) = known.of_kind::<NativeProvider>() {
-        ways.push("passphrase".to_owned());
-        if let Ok(Some(enrollment)) = native.tpm_enrollment() {
-            ways.push(way_in(&enrollment));
-        }
-    }
+    ways.extend(tpm_credential::asks_for(daemon, known).map(|kind| words(&kind)));
+    ways.extend(tpm::enrollment(daemon, known).as_ref().map(way_in));
     if has_credential(known.provider().name()) {
         ways.push("systemd credential".to_owned());
     }
@@ -84,8 +116,10 @@ fn openable_by(known: &Provider) -> Vec<String> {
 }
 
 /// Why a native provider is locked that the TPM should have unlocked, with what to do.
-fn why_locked(known: &Provider) -> Option<String> {
-    let native = known.of_kind::<NativeProvider>()?;
+fn why_locked(daemon: &Daemon, known: &Provider) -> Option<String> {
+    let Some(native) = known.of_kind::<NativeProvider>() else {
+        return tpm_credential::why_locked(daemon, known);
+    };
     let name = native.name();
     native.why_locked().map(|why| match why {
         WhyLocked::NeedsPin => format!("{why}: {}", Advice::UnlockByTpm(name.to_owned())),
@@ -100,9 +134,8 @@ fn why_locked(known: &Provider) -> Option<String> {
 }
 
 /// What the TPM asks for before it unlocks a provider.
-fn tpm_view(known: &Provider) -> Option<TpmView> {
-    let native = known.of_kind::<NativeProvider>()?;
-    native.tpm_enrollment().ok().flatten().as_ref().map(view)
+fn tpm_view(daemon: &Daemon, known: &Provider) -> Option<TpmView> {
+    tpm::enrollment(daemon, known).as_ref().map(view)
 }
 
 /// Such as `TPM (PCR 7,11, 11 signed by 5f7a0c3be8d1f2aa, with its PIN, since 2026-11-28)`.
@@ -138,7 +171,7 @@ fn persist_view(known: &Provider) -> Option<PersistView> {
     let persistence = known.cache()?.persistence()?;
     let since = Duration::from_secs(persistence.enrolled.max(0).unsigned_abs());
     Some(PersistView {
-        by: "tpm".to_owned(),
+        by: PersistedBy::Tpm.into(),
         keep: persistence.keep.to_string(),
         pcrs: persistence.pcrs.map(|pcrs| pcrs.to_string()),
         since: rfc3339(UNIX_EPOCH + since),

@@ -8,12 +8,13 @@ use super::job;
 use super::tpm::{self, tpm_failure};
 use crate::api::JobStarted;
 use crate::audit::Actor;
-use crate::daemon::{Daemon, lock, records};
+use crate::daemon::job_records::who_gives_way;
+use crate::daemon::locks::Doing;
+use crate::daemon::{Daemon, records};
 use crate::job::sweep::Task;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, VmId};
-use crate::model::job::Subject;
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
 use crate::vm::foreign;
@@ -28,10 +29,13 @@ pub(super) fn rotate(
     name: &str,
     fds: Vec<OwnedFd>,
 ) -> Result<JobStarted, Problem> {
-    let _sealing = lock(&daemon.sealing);
     let provider = daemon.recipients.find(name)?;
+    let id = provider.provider().id();
+    let task = Task::Rotate { provider: id };
+    let looked = job::look_around(daemon, &task)?;
+    let _jobs = daemon.claims.jobs(Doing::Rotate)?;
     // Before anything changes.
-    job::refuse_beside_another(daemon, &Subject::AllEnvelopes)?;
+    who_gives_way(daemon, &task)?;
     let mut tpm_lags = None;
     if let Some(native) = provider.of_kind::<NativeProvider>().as_deref() {
         check_root_key_complete(daemon, native)?;
@@ -48,8 +52,7 @@ pub(super) fn rotate(
         records::note_provider(daemon, by, "provider-rotate", name, &rotated);
         tpm_lags = tpm::tpm_lags(daemon, by, native, rotated?);
     }
-    let id = provider.provider().id();
-    let mut started = job::sweep(daemon, by, &Task::Rotate { provider: id })?;
+    let mut started = job::sweep(daemon, by, &task, looked)?;
     if let Some(native) = provider.of_kind::<NativeProvider>().as_deref() {
         started.warnings.extend(tpm_lags);
         if native.status() != ProviderStatus::Ready {
@@ -64,8 +67,8 @@ pub(super) fn rotate(
 /// A root key made here would have the number of one that exists elsewhere, and no backup could hold both.
 fn check_root_key_complete(daemon: &Daemon, native: &NativeProvider) -> Result<(), Problem> {
     let name = native.name();
-    // A row that tells nothing may have what a later root key has made.
-    let records = daemon.keystore.envelopes()?.claims()?;
+    // A row that tells nothing opens nothing: the job names it among what it leaves out.
+    let (records, _silent) = daemon.keystore.envelopes()?.claims();
     let lacks = |envelope: &Envelope| {
         let mut own = envelope
             .stanzas
@@ -88,9 +91,7 @@ fn check_root_key_complete(daemon: &Daemon, native: &NativeProvider) -> Result<(
         return claim.map_or(Ok(()), |claim| Err(claimed(native, &claim)));
     }
     let vms: Vec<VmId> = lacking.into_values().collect();
-    Err(Problem::new(
-        Code::WouldLoseKey,
-        format!(
+    Err(Problem::would_lose_key(format!(
             "'{name}' is not rotated: it has root key {}, and {} have keys by a later one, which is in a newer backup",
             native.generation(),
             VmNames::of_keystore(daemon.keystore.as_ref())?.objects_of_vms(&vms)
@@ -102,9 +103,7 @@ fn check_root_key_complete(daemon: &Daemon, native: &NativeProvider) -> Result<(
 /// Deleting and restoring the provider would be the way out of a true claim, and a trap if anybody made it up.
 fn claimed(native: &NativeProvider, claim: &VisibleCopy) -> Problem {
     let name = native.name();
-    Problem::new(
-        Code::WouldLoseKey,
-        format!(
+    Problem::would_lose_key(format!(
             "'{name}' is not rotated: it has root key {}, and {} claims a key by a later one, which nothing here can verify",
             native.generation(),
             claim.place

@@ -6,11 +6,10 @@ use std::os::fd::OwnedFd;
 use super::descriptors::{passphrase_from, take};
 use crate::api::Outcome;
 use crate::audit::Actor;
-use crate::daemon::{Daemon, lock, records};
+use crate::daemon::{Daemon, records};
 use crate::model::problem::{Code, Problem};
 use crate::state_backup;
 
-/// Writes a backup of the whole state to the first of `fds`, encrypted by the passphrase in the second.
 pub(crate) fn backup(daemon: &Daemon, by: Actor, fds: Vec<OwnedFd>) -> Result<Outcome, Problem> {
     let [output, passphrase] = take(fds)?;
     let passphrase = passphrase_from(passphrase)?;
@@ -31,13 +30,11 @@ fn write_state(
     output: OwnedFd,
     passphrase: &crate::secret::SecretBytes,
 ) -> Result<Outcome, Problem> {
-    // Nothing is half made in it.
-    let _sealing = lock(&daemon.sealing);
+    // As of one moment, as a crash would leave it then: whatever is under way can be repeated from there.
     let files = state_backup::write(&mut File::from(output), &daemon.host_store, passphrase)
         .map_err(|error| Problem::from_error(Code::Failed, "there is no backup of the state", &error))?;
     Ok(Outcome {
-        steps: vec![format!("back up {files} files, and read them back")],
-        warnings: Vec::new(),
-        changed: false,
+        steps: vec![format!("backed up {files} files, and read them back")],
+        ..Outcome::default()
     })
 }

@@ -2,49 +2,66 @@
 
 use super::provider_view;
 use crate::api::pages;
-use crate::api::{FindingView, HostStatus, Vms};
+use crate::api::{FindingView, HostStatus, LibvirtState, Vms};
 use crate::daemon::glance::Age;
-use crate::daemon::{Daemon, lock, look, paths};
+use crate::daemon::{Daemon, hook_seen, look, paths};
 use crate::model::advice::Advice;
-use crate::model::problem::{Code, Problem};
+use crate::model::finding::{Finding, Subject};
+use crate::model::problem::Problem;
 use crate::vm::names::{self, KnownVm};
 use crate::vm::status::view;
 
-/// Everything at a glance; never waits for a provider.
-pub(super) fn status(daemon: &Daemon, age: Age, after: Option<&str>) -> Result<HostStatus, Problem> {
+pub(super) fn status(
+    daemon: &Daemon,
+    age: Age,
+    after: Option<&str>,
+    room: usize,
+) -> Result<HostStatus, Problem> {
     let glance = daemon.glances.take(age)?;
-    let providers = provider_view::list(daemon)?.providers;
-    let mut warnings = daemon.warnings();
+    let providers = provider_view::with_uses(daemon, &glance.uses)?;
+    let mut warnings: Vec<_> = glance
+        .libvirt
+        .as_ref()
+        .err()
+        .map(unreachable)
+        .into_iter()
+        .collect();
+    warnings.extend(daemon.warnings());
+    warnings.extend(hook_seen::finding(daemon));
     warnings.extend(glance.damaged.iter().cloned());
     let warnings = pages::cut(FindingView::all(&warnings), pages::PAGE / 8);
     let others = pages::size_of(&providers) + pages::size_of(&warnings);
-    let (vms, next_vms) = pages::of_vms(&glance.vms, after, others);
+    let (vms, next_vms) = pages::of_vms(&glance.vms, after, room.saturating_sub(others));
     Ok(HostStatus {
         version: env!("CARGO_PKG_VERSION").into(),
-        libvirt: glance.libvirt.err().unwrap_or_else(|| "connected".to_owned()),
+        libvirt: match glance.libvirt {
+            Ok(()) => LibvirtState::Connected.into(),
+            Err(_) => LibvirtState::NotConnected.into(),
+        },
+        libvirt_problem: glance.libvirt.err(),
         libvirt_uri: daemon.config().libvirt_uri,
         providers,
         vms,
         next_vms,
-        armed: lock(&daemon.armed).len() as i64,
+        armed: daemon.armed.len() as i64,
         audit: daemon.audit.problem(),
         warnings,
     })
 }
 
-/// One VM, sealed or not; or all sealed ones.
 pub(super) fn vm_status(
     daemon: &Daemon,
     vm: Option<&str>,
     age: Age,
     after: Option<&str>,
+    room: usize,
 ) -> Result<Vms, Problem> {
     let Some(vm) = vm else {
         let glance = daemon.glances.take(age)?;
         if let Err(why) = glance.libvirt {
-            return Err(Problem::new(Code::Unreachable, why).next(Advice::ShowStatus));
+            return Err(Problem::unreachable(why).next(Advice::ShowStatus));
         }
-        let (vms, next) = pages::of_vms(&glance.vms, after, 0);
+        let (vms, next) = pages::of_vms(&glance.vms, after, room);
         return Ok(Vms { vms, next });
     };
     let view = match names::find_vm(&daemon.background, daemon.keystore.as_ref(), vm)? {
@@ -63,4 +80,9 @@ pub(super) fn vm_status(
         vms: vec![view],
         next: None,
     })
+}
+
+fn unreachable(why: &String) -> Finding {
+    let what = format!("nothing is known of VMs: {why}");
+    Finding::critical(Subject::Host, what).next(Advice::ShowLibvirtd)
 }

@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use super::descriptors::{passphrase_from, wrong_fds};
 use super::provider_view::view_of;
+use super::tpm_credential;
 use crate::api::{
-    CertificateView, IdentityParts, IdentitySet, NewKey, Providers, ServerView, Servers, SigningRequestMade,
+    CertificateView, IdentityParts, IdentitySet, NewKey, ProvidersChanged, ServerView, Servers,
+    SigningRequestMade,
 };
 use crate::audit::Actor;
 use crate::daemon::{Daemon, records};
@@ -20,8 +22,8 @@ use crate::provider::kmip::{
     ServerTrust, TrustError,
 };
 use crate::secret::SecretBytes;
+use crate::store::Change;
 
-/// Shows itself to the servers of `name` by what `fds` holds, as `parts` says.
 pub(crate) fn set_identity(
     daemon: &Daemon,
     by: Actor,
@@ -30,10 +32,25 @@ pub(crate) fn set_identity(
     fds: Vec<OwnedFd>,
 ) -> Result<IdentitySet, Problem> {
     let provider = kmip(daemon, name)?;
-    let set = new_identity(parts, fds).and_then(|new| {
-        provider
-            .set_identity(&new)
-            .map_err(|error| trust_failure(name, &error))
+    let known = daemon.recipients.find(name)?;
+    let set = new_identity(parts, fds).and_then(|mut new| {
+        let set = |new: &NewIdentity| {
+            let set = provider.set_identity(new);
+            set.map_err(|error| trust_failure(name, &error))
+        };
+        match parts.by_tpm {
+            true => tpm_credential::made_for(daemon, &known, |made| {
+                new.passphrase = Some(made.passphrase);
+                new.by_tpm = made.id;
+                new.even_locked = made.is_lost;
+                set(&new)
+            }),
+            false => {
+                let set = set(&new)?;
+                tpm_credential::forget(daemon, &known);
+                Ok(set)
+            }
+        }
     });
     crate::host::process::trim();
     records::note_provider(daemon, by, "provider-identity", name, &set);
@@ -50,7 +67,6 @@ pub(crate) fn set_identity(
     })
 }
 
-/// The signing request of `name`.
 pub(crate) fn signing_request(
     daemon: &Daemon,
     by: Actor,
@@ -73,7 +89,6 @@ pub(crate) fn signing_request(
     Ok(SigningRequestMade { pem: made? })
 }
 
-/// What the servers of `name` show.
 pub(crate) fn servers(daemon: &Daemon, name: &str) -> Result<Servers, Problem> {
     let shown = kmip(daemon, name)?.presented();
     Ok(Servers {
@@ -88,13 +103,13 @@ pub(crate) fn trust(
     name: &str,
     fingerprints: &[String],
     fds: Vec<OwnedFd>,
-) -> Result<Providers, Problem> {
+) -> Result<ProvidersChanged, Problem> {
     let provider = kmip(daemon, name)?;
     let trusted = server_trust(fingerprints, fds)
         .and_then(|trust| provider.trust(trust).map_err(|error| trust_failure(name, &error)));
     records::note_provider(daemon, by, "provider-trust", name, &trusted);
-    trusted?;
-    Ok(Providers {
+    Ok(ProvidersChanged {
+        changed: trusted? == Change::Changed,
         providers: vec![view_of(daemon, name)?],
     })
 }
@@ -110,7 +125,7 @@ fn kmip(daemon: &Daemon, name: &str) -> Result<Arc<KmipProvider>, Problem> {
             "provider '{name}' is of kind {}, which has no identity to show and no servers to trust by this command",
             provider.kind()
         );
-        Problem::new(Code::Usage, message).next(next)
+        Problem::usage(message).next(next)
     })
 }
 
@@ -126,7 +141,7 @@ fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity,
         Some(user) => Some((user.clone(), passphrase_from(next()?)?)),
         None => None,
     };
-    let passphrase = match parts.seal {
+    let passphrase = match parts.encrypt {
         true => Some(passphrase_from(next()?)?),
         false => None,
     };
@@ -135,6 +150,8 @@ fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity,
         key,
         login,
         passphrase,
+        by_tpm: None,
+        even_locked: false,
     })
 }
 
@@ -155,7 +172,7 @@ fn server_trust(fingerprints: &[String], fds: Vec<OwnedFd>) -> Result<ServerTrus
     let pins = fingerprints.iter().map(|text| text.parse::<Fingerprint>());
     let pins = pins.collect::<Result<_, _>>();
     pins.map(ServerTrust::Pins)
-        .map_err(|error| Problem::new(Code::Usage, chain(&error)))
+        .map_err(|error| Problem::usage(chain(&error)))
 }
 
 fn server_view(shown: Presented) -> ServerView {

@@ -5,7 +5,7 @@ use roxmltree::Node;
 use super::super::splice::{self, Edit, Element, Place};
 use super::super::xml::child;
 use super::super::{Domain, DomainError, Firmware, Position};
-use super::{LoaderPin, NvramEdit, encryption, has_encryption, writable, writable_path};
+use super::{LoaderPin, NvramEdit, encryption, secret_edit, writable, writable_path};
 
 const LABEL: &str = "nvram";
 
@@ -110,12 +110,15 @@ fn nvram_edits(xml: &str, nvram: Node<'_, '_>, plan: &NvramEdit) -> Result<Vec<E
         "file",
         writable_path(&plan.path)?,
     ));
-    let found = child(source, "encryption");
-    if has_encryption(found, plan.envelope, LABEL)? {
-        edits.extend(found.and_then(|found| splice::set_attribute(xml, found, "engine", "qemu")));
-    } else {
-        let element = encryption(plan.envelope, Some("qemu"));
-        edits.push(splice::insert(xml, source, Place::Last, &element));
+    match child(source, "encryption") {
+        Some(found) => {
+            edits.extend(secret_edit(xml, found, plan.envelope, plan.instead_of, LABEL)?);
+            edits.extend(splice::set_attribute(xml, found, "engine", "qemu"));
+        }
+        None => {
+            let element = encryption(plan.envelope, Some("qemu"));
+            edits.push(splice::insert(xml, source, Place::Last, &element));
+        }
     }
     Ok(edits)
 }

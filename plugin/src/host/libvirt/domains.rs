@@ -1,23 +1,21 @@
 //! Domains and storage pools, for what no hook waits for.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use virt::domain::{Domain, DomainState};
 use virt::error::ErrorNumber;
 use virt::sys;
 
+use super::glance::{DomainEntry, KnownXmls, ReadXml};
 use super::link::Link;
-use super::{LibvirtError, absent_is, saved};
+use super::{LibvirtError, absent_is, find, saved};
 use crate::domain::parse_document;
 use crate::model::envelope::VmId;
 
-/// A defined domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DefinedDomain {
-    /// Its UUID.
+pub(crate) struct DefinedDomain {
     pub vm: VmId,
-    /// Its name.
     pub name: String,
     /// Whether it runs now.
     pub active: bool,
@@ -29,9 +27,22 @@ pub struct DefinedDomain {
     pub xml: String,
 }
 
+impl DefinedDomain {
+    /// All but its XML.
+    pub(crate) fn entry(&self) -> DomainEntry {
+        DomainEntry {
+            vm: self.vm,
+            name: self.name.clone(),
+            active: self.active,
+            autostart: self.autostart,
+            managed_save: self.managed_save,
+        }
+    }
+}
+
 /// Whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Power {
+pub(crate) enum Power {
     /// It does not, or there is no such VM.
     Off,
     /// libvirt is about to run it: it may yet need its secrets.
@@ -50,12 +61,17 @@ impl std::fmt::Display for Power {
     }
 }
 
+/// Whether libvirt itself starts a VM with the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ByLibvirt {
+    Yes,
+    No,
+}
+
 /// What became of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Whereabouts {
-    /// It runs.
+pub(crate) enum Whereabouts {
     Running,
-    /// It is off.
     Off,
     /// It is off, and `virsh save` has written its state somewhere; this is the XML of its definition.
     SavedToAFile(String),
@@ -63,10 +79,8 @@ pub enum Whereabouts {
 
 /// An XML that libvirt keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KeptXml {
-    /// The VM.
+pub(crate) struct KeptXml {
     pub vm: VmId,
-    /// Its name.
     pub name: String,
     /// Where it is kept besides the VM itself: `snapshot NAME`, `managed save`. Nobody changes it there.
     pub snapshot: Option<String>,
@@ -76,7 +90,7 @@ pub struct KeptXml {
 
 /// A storage pool, as one of libvirt's users has defined it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoragePool {
+pub(crate) struct StoragePool {
     /// `dir`, `logical`, …
     pub kind: String,
     /// Where its volumes are.
@@ -85,27 +99,30 @@ pub struct StoragePool {
 
 /// A connection that no start waits for.
 #[derive(Debug)]
-pub struct Background {
+pub(crate) struct Background {
     pub(super) link: Link,
+    pub(super) known: KnownXmls,
 }
 
 impl Background {
     /// For the libvirt at `uri`; does not connect yet.
-    #[must_use]
-    pub fn new(uri: &str) -> Self {
-        Self { link: Link::new(uri) }
+    pub(crate) fn new(uri: &str) -> Self {
+        Self {
+            link: Link::new(uri),
+            known: KnownXmls::default(),
+        }
     }
 
     /// Connects unless the connection stands.
-    pub fn connect(&self) -> Result<(), LibvirtError> {
-        self.link.connect().map(drop)
+    pub(crate) fn connect(&self) -> Result<(), LibvirtError> {
+        self.link.connect()
     }
 
     /// The domain with this name or UUID, or `None`.
-    pub fn domain(&self, name_or_uuid: &str) -> Result<Option<DefinedDomain>, LibvirtError> {
+    pub(crate) fn domain(&self, name_or_uuid: &str) -> Result<Option<DefinedDomain>, LibvirtError> {
         self.link.with("read the domain", |connection| {
             let found = match name_or_uuid.parse::<VmId>() {
-                Ok(vm) => absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?,
+                Ok(vm) => find(connection, vm)?,
                 Err(_) => None,
             };
             let found = match found {
@@ -117,15 +134,23 @@ impl Background {
     }
 
     /// Whether the VM runs. Waits for libvirt to have done what it does with that VM.
-    pub fn power(&self, vm: VmId) -> Result<Power, LibvirtError> {
+    pub(crate) fn power(&self, vm: VmId) -> Result<Power, LibvirtError> {
         self.link.with("see whether the domain runs", |connection| {
-            let found = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?;
+            let found = find(connection, vm)?;
             found.map_or(Ok(Power::Off), |domain| absent_is(Power::Off, power_of(&domain)))
         })
     }
 
+    /// The names of all domains.
+    pub(crate) fn names(&self) -> Result<Vec<String>, LibvirtError> {
+        self.link.with("list the domains", |connection| {
+            let domains = connection.list_all_domains(0)?;
+            domains.iter().map(Domain::name).collect()
+        })
+    }
+
     /// All domains, those too that libvirt forgets when they end.
-    pub fn domains(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
+    pub(crate) fn domains(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
         self.link.with("list the domains", |connection| {
             let domains = connection.list_all_domains(0)?;
             // One that was undefined meanwhile is simply no longer there.
@@ -136,39 +161,13 @@ impl Background {
         })
     }
 
-    /// The same, with one call for each domain and a few for all: a host may have thousands.
-    pub fn domains_at_a_glance(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
-        self.link.with("list the domains", |connection| {
-            let persistent = sys::VIR_CONNECT_LIST_DOMAINS_PERSISTENT;
-            let those = |flag| -> Result<BTreeSet<uuid::Uuid>, virt::error::Error> {
-                let found = connection.list_all_domains(persistent | flag)?;
-                found.iter().map(Domain::uuid).collect()
-            };
-            let active = those(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)?;
-            let autostart = those(sys::VIR_CONNECT_LIST_DOMAINS_AUTOSTART)?;
-            let managed_save = those(sys::VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)?;
-            let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
-            let read = |domain: &Domain| {
-                let vm = domain.uuid()?;
-                Ok(DefinedDomain {
-                    vm: VmId(vm),
-                    name: domain.name()?,
-                    active: active.contains(&vm),
-                    autostart: autostart.contains(&vm),
-                    managed_save: managed_save.contains(&vm),
-                    xml: domain.xml_desc(flags)?,
-                })
-            };
-            let domains = connection.list_all_domains(persistent)?;
-            domains
-                .iter()
-                .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())
-                .collect()
-        })
+    /// All domains, those too that libvirt forgets when they end: three calls for all, and one for each whose XML has changed.
+    pub(crate) fn domains_at_a_glance(&self) -> Result<Vec<(DomainEntry, Arc<ReadXml>)>, LibvirtError> {
+        self.known.look(&self.link)
     }
 
     /// Every XML with which libvirt could start or revert a VM: of the next start and of now, and of its snapshots.
-    pub fn every_xml(&self) -> Result<Vec<KeptXml>, LibvirtError> {
+    pub(crate) fn every_xml(&self) -> Result<Vec<KeptXml>, LibvirtError> {
         self.link.with("read every domain", |connection| {
             let mut found = Vec::new();
             for domain in connection.list_all_domains(0)? {
@@ -180,7 +179,7 @@ impl Background {
     }
 
     /// The active storage pools that are at a path; none where libvirt has no storage driver.
-    pub fn active_pools(&self) -> Result<Vec<StoragePool>, LibvirtError> {
+    pub(crate) fn active_pools(&self) -> Result<Vec<StoragePool>, LibvirtError> {
         self.link.with("list the storage pools", |connection| {
             let listed = connection.list_all_storage_pools(sys::VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE);
             let pools = match listed {
@@ -193,10 +192,19 @@ impl Background {
         })
     }
 
+    /// Where a volume of an active storage pool is.
+    pub(crate) fn volume_path(&self, pool: &str, volume: &str) -> Result<PathBuf, LibvirtError> {
+        self.link
+            .with("find the volume of the storage pool", |connection| {
+                let pool = connection.lookup_storage_pool_by_name(pool)?;
+                Ok(pool.lookup_storage_vol_by_name(volume)?.path()?.into())
+            })
+    }
+
     /// What became of a VM that has ended or started; `None` if it is not defined.
-    pub fn whereabouts(&self, vm: VmId) -> Result<Option<Whereabouts>, LibvirtError> {
+    pub(crate) fn whereabouts(&self, vm: VmId) -> Result<Option<Whereabouts>, LibvirtError> {
         self.link.with("look at the domain", |connection| {
-            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+            let Some(domain) = find(connection, vm)? else {
                 return Ok(None);
             };
             let found = if domain.is_active()? {
@@ -210,8 +218,22 @@ impl Background {
         })
     }
 
-    /// Redefines a domain.
-    pub fn define(&self, xml: &str) -> Result<(), LibvirtError> {
+    /// Starts a domain that is off, with the state that a managed save has kept of it. Returns once QEMU runs it.
+    pub(crate) fn start(&self, vm: VmId) -> Result<(), LibvirtError> {
+        self.link.with("start the domain", |connection| {
+            connection.lookup_domain_by_uuid(vm.0)?.create()
+        })
+    }
+
+    /// Has libvirt itself start a domain with the host, or not.
+    pub(crate) fn set_autostart(&self, vm: VmId, autostart: ByLibvirt) -> Result<(), LibvirtError> {
+        self.link.with("change the domain's autostart", |connection| {
+            let domain = connection.lookup_domain_by_uuid(vm.0)?;
+            domain.set_autostart(autostart == ByLibvirt::Yes)
+        })
+    }
+
+    pub(crate) fn define(&self, xml: &str) -> Result<(), LibvirtError> {
         self.link.with("define the domain", |connection| {
             connection.define_domain_xml(xml).map(drop)
         })
@@ -220,14 +242,14 @@ impl Background {
     /// Changes the metadata element of a domain in the namespace `uri`, in the XML of its next start and, while it runs, in
     /// that of now; nothing else in the XML is touched. `edit` gets the element without its namespace and returns the new
     /// one, or `None` to leave it. Says whether the domain is defined.
-    pub fn edit_metadata(
+    pub(crate) fn edit_metadata(
         &self,
         vm: VmId,
         (prefix, uri): (&str, &str),
         edit: impl Fn(&str) -> Option<String>,
     ) -> Result<bool, LibvirtError> {
         self.link.with("change the metadata of the domain", |connection| {
-            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+            let Some(domain) = find(connection, vm)? else {
                 return Ok(false);
             };
             for impact in impacts(&domain)? {
@@ -240,10 +262,18 @@ impl Background {
         })
     }
 
+    /// Gives the disk `target` of a running domain another size, in bytes.
+    pub(crate) fn resize_disk(&self, vm: VmId, target: &str, bytes: u64) -> Result<(), LibvirtError> {
+        self.link.with("resize the disk of the domain", |connection| {
+            let domain = connection.lookup_domain_by_uuid(vm.0)?;
+            domain.block_resize(target, bytes, sys::VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        })
+    }
+
     /// Removes the metadata element of a domain in the namespace `uri`. Says whether there was one.
-    pub fn remove_metadata(&self, vm: VmId, uri: &str) -> Result<bool, LibvirtError> {
+    pub(crate) fn remove_metadata(&self, vm: VmId, uri: &str) -> Result<bool, LibvirtError> {
         self.link.with("change the metadata of the domain", |connection| {
-            let Some(domain) = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))? else {
+            let Some(domain) = find(connection, vm)? else {
                 return Ok(false);
             };
             let config = sys::VIR_DOMAIN_AFFECT_CONFIG;

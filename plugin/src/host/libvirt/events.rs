@@ -11,24 +11,23 @@ use virt::connect::Connect;
 use virt::error::Error;
 use virt::{event, sys};
 
+use crate::model::deadlines::libvirt::EVENTS_FAILED;
 use crate::model::envelope::VmId;
 
 /// Something happened to a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Heard {
-    /// Which.
+pub(crate) struct Heard {
     pub vm: VmId,
-    /// Its name.
     pub name: String,
-    /// What.
     pub change: Change,
 }
 
-/// What happened.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub(crate) enum Change {
     /// It may have another device, or a job: its XML tells.
     Any,
+    /// It runs, and did not before.
+    Started,
     /// The copy of this disk has ended, one way or another.
     CopyEnded(String),
     /// A backup has ended, one way or another.
@@ -39,7 +38,7 @@ pub enum Change {
 
 /// Who has written the memory of a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum MemoryFile {
+pub(crate) enum MemoryFile {
     /// `virsh save`, `virsh managedsave`.
     Save,
     /// `virsh dump`.
@@ -51,15 +50,11 @@ pub enum MemoryFile {
 /// What QEMU tells of: <https://www.qemu.org/docs/master/interop/qemu-qmp-ref.html>.
 const OF_QEMU: &CStr = c"^(JOB_STATUS_CHANGE|DUMP_COMPLETED)$";
 
-/// Who is told.
-pub type Listener = Arc<dyn Fn(Heard) + Send + Sync>;
+pub(crate) type Listener = Arc<dyn Fn(Heard) + Send + Sync>;
 
 /// Makes libvirt able to tell anything on connections that are opened from now on. Each call on one of those wakes the loop's thread
 /// too, so connections that starts wait for are opened before.
-///
-/// # Errors
-/// libvirt's own, or there is no thread to be had.
-pub fn start_loop() -> Result<(), String> {
+pub(crate) fn start_loop() -> Result<(), String> {
     event::event_register_default_impl().map_err(|error| error.message().to_owned())?;
     let thread = std::thread::Builder::new().name("events".to_owned());
     thread
@@ -73,14 +68,14 @@ fn run_loop() {
     loop {
         if let Err(error) = event::event_run_default_impl() {
             tracing::error!("libvirt's events can't be waited for: {}", error.message());
-            std::thread::sleep(std::time::Duration::from_secs(1));
+            std::thread::sleep(EVENTS_FAILED);
         }
     }
 }
 
 /// As long as it lives, the listener is told.
 #[derive(Debug)]
-pub struct Listening {
+pub(crate) struct Listening {
     connection: Connect,
     events: Vec<c_int>,
     of_qemu: Option<c_int>,
@@ -88,14 +83,12 @@ pub struct Listening {
 
 impl Listening {
     /// Whether the connection stands; on a dead one nothing will be heard.
-    #[must_use]
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.connection.is_alive().unwrap_or(false)
     }
 
     /// Whether the beginning of a job is told too.
-    #[must_use]
-    pub fn hears_beginnings(&self) -> bool {
+    pub(crate) fn hears_beginnings(&self) -> bool {
         self.of_qemu.is_some()
     }
 
@@ -227,6 +220,8 @@ fn lifecycle() -> sys::virConnectDomainEventGenericCallback {
             is(event, sys::VIR_DOMAIN_EVENT_STOPPED) && is(detail, sys::VIR_DOMAIN_EVENT_STOPPED_SAVED);
         let change = if saved {
             Change::MemoryWritten(MemoryFile::Save)
+        } else if is(event, sys::VIR_DOMAIN_EVENT_STARTED) {
+            Change::Started
         } else {
             Change::Any
         };

@@ -1,5 +1,6 @@
 //! One connection, reopened as needed.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use virt::connect::Connect;
@@ -10,6 +11,7 @@ use super::LibvirtError;
 pub(super) struct Link {
     uri: String,
     connection: Mutex<Option<Connect>>,
+    opened: AtomicU64,
 }
 
 impl Link {
@@ -19,6 +21,7 @@ impl Link {
         Self {
             uri: uri.into(),
             connection: Mutex::new(None),
+            opened: AtomicU64::new(0),
         }
     }
 
@@ -26,18 +29,24 @@ impl Link {
         &self.uri
     }
 
-    /// Connects unless the connection stands. Says whether it is a new one.
-    pub(super) fn connect(&self) -> Result<bool, LibvirtError> {
+    /// How often it was connected.
+    pub(super) fn opened(&self) -> u64 {
+        self.opened.load(Ordering::SeqCst)
+    }
+
+    /// Connects unless the connection stands.
+    pub(super) fn connect(&self) -> Result<(), LibvirtError> {
         let mut guard = self.lock();
         if guard
             .as_ref()
             .is_some_and(|connection| connection.is_alive().unwrap_or(false))
         {
-            return Ok(false);
+            return Ok(());
         }
         *guard = None;
         *guard = Some(Connect::open(Some(&self.uri)).map_err(|source| self.error("connect", source))?);
-        Ok(true)
+        self.opened.fetch_add(1, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Whether the connection stands, without waiting for anything.

@@ -14,17 +14,17 @@ const MAX_BYTES: u64 = 1 << 20;
 
 /// The settings that matter here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct QemuConf(BTreeMap<String, Vec<String>>);
+pub(crate) struct QemuConf(BTreeMap<String, Vec<String>>);
 
 impl QemuConf {
     /// Where libvirt reads it.
-    pub const PATH: &str = "/etc/libvirt/qemu.conf";
+    pub(crate) const PATH: &str = "/etc/libvirt/qemu.conf";
 
     /// Reads the host's file; without one, everything is as libvirt has it by default.
     ///
     /// # Errors
     /// When there is one that can't be read or makes no sense.
-    pub fn read() -> io::Result<Self> {
+    pub(crate) fn read() -> io::Result<Self> {
         let path = Path::new(Self::PATH);
         match fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
@@ -55,8 +55,7 @@ impl QemuConf {
     }
 
     /// A setting that has one value.
-    #[must_use]
-    pub fn text(&self, key: &str) -> Option<&str> {
+    pub(crate) fn text(&self, key: &str) -> Option<&str> {
         match &self.0.get(key)?[..] {
             [one] => Some(one),
             _ => None,
@@ -64,24 +63,21 @@ impl QemuConf {
     }
 
     /// Where libvirt puts memory that is a file.
-    #[must_use]
-    pub fn memory_dir(&self) -> PathBuf {
+    pub(crate) fn memory_dir(&self) -> PathBuf {
         self.text("memory_backing_dir")
             .map_or_else(|| MEMORY_DIR.into(), PathBuf::from)
     }
 
     /// Whether libvirt lets no VM leave this host without TLS. It looks at that where a migration begins, on the host that the
     /// VM leaves; one that goes through the connection of two libvirtds (`--tunnelled`) is not meant.
-    #[must_use]
-    pub fn forces_migration_tls(&self) -> bool {
+    pub(crate) fn forces_migration_tls(&self) -> bool {
         self.0
             .get("migrate_tls_force")
             .is_some_and(|values| matches!(&values[..], [one] if one == "1"))
     }
 
     /// The pairs of loader and variables, in order; `None` if the host sets none, and libvirt has those that it was built with.
-    #[must_use]
-    pub fn firmware(&self) -> Option<Vec<(PathBuf, PathBuf)>> {
+    pub(crate) fn firmware(&self) -> Option<Vec<(PathBuf, PathBuf)>> {
         let pairs = self.0.get("nvram")?.iter();
         let pairs = pairs.filter_map(|pair| pair.split_once(':'));
         Some(

@@ -6,13 +6,12 @@ use virt::domain::Domain;
 use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
-use super::{Background, LibvirtError, absent_is};
+use super::{Background, LibvirtError, absent_is, find};
 use crate::host::libvirt::events::{Listener, Listening};
 use crate::model::envelope::VmId;
 
-/// A VM that runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunningVm {
+pub(crate) struct RunningVm {
     /// Its XML of now.
     pub live: String,
     /// That of its next start; none of a VM that libvirt forgets when it ends.
@@ -23,14 +22,13 @@ pub struct RunningVm {
 
 impl Background {
     /// Tells `listener` from now on, until what is returned is dropped.
-    pub fn listen(&self, listener: &Listener) -> Result<Listening, LibvirtError> {
+    pub(crate) fn listen(&self, listener: &Listener) -> Result<Listening, LibvirtError> {
         self.link.with("tell what happens", |connection| {
             Listening::begin(connection.clone(), listener)
         })
     }
 
-    /// What runs.
-    pub fn running(&self) -> Result<Vec<VmId>, LibvirtError> {
+    pub(crate) fn running(&self) -> Result<Vec<VmId>, LibvirtError> {
         self.link.with("list the domains", |connection| {
             let running = connection.list_all_domains(sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE)?;
             running.iter().map(|domain| domain.uuid().map(VmId)).collect()
@@ -38,9 +36,9 @@ impl Background {
     }
 
     /// The VM as it is now, if it runs.
-    pub fn as_it_runs(&self, vm: VmId) -> Result<Option<RunningVm>, LibvirtError> {
+    pub(crate) fn as_it_runs(&self, vm: VmId) -> Result<Option<RunningVm>, LibvirtError> {
         self.link.with("read the domain", |connection| {
-            let found = absent_is(None, connection.lookup_domain_by_uuid(vm.0).map(Some))?;
+            let found = find(connection, vm)?;
             // One that was undefined meanwhile does not run.
             found.map_or(Ok(None), |domain| absent_is(None, read(&domain)))
         })

@@ -15,28 +15,26 @@ use crate::secret::Passphrase;
 
 /// A DEK on its way to libvirt.
 #[derive(Debug)]
-pub struct Arming {
+pub(crate) struct Arming {
     /// The envelope; its UUID becomes the secret's.
     pub envelope: EnvelopeId,
     /// Decides the usage type that libvirt expects of the secret.
     pub kind: ObjectKind,
     /// For people who run `virsh secret-list` in the wrong millisecond.
     pub description: String,
-    /// The secret's value.
     pub passphrase: Passphrase,
 }
 
 /// The connection that starts wait for.
 #[derive(Debug)]
-pub struct StartConnection {
+pub(crate) struct StartConnection {
     link: Link,
     probe: Probe,
 }
 
 impl StartConnection {
     /// For the libvirt at `uri`; does not connect yet.
-    #[must_use]
-    pub fn new(uri: &str) -> Self {
+    pub(crate) fn new(uri: &str) -> Self {
         Self {
             link: Link::new(uri),
             probe: Probe::default(),
@@ -44,19 +42,18 @@ impl StartConnection {
     }
 
     /// Whether the connection stands, without waiting for anything.
-    #[must_use]
-    pub fn is_connected(&self) -> bool {
+    pub(crate) fn is_connected(&self) -> bool {
         self.link.is_connected()
     }
 
-    /// Connects unless the connection stands. Says whether it is a new one.
-    pub fn connect(&self) -> Result<bool, LibvirtError> {
-        self.link.connect()
+    /// How often it was connected: another number is another connection.
+    pub(crate) fn opened(&self) -> u64 {
+        self.link.opened()
     }
 
-    /// Makes sure that libvirt answers at all, within `limit`. A libvirtd that is autostarting VMs accepts a connection
-    /// and then says nothing until it is done, and nothing can interrupt a call that waits for it.
-    pub fn reach(self: &Arc<Self>, limit: Duration) -> Result<(), LibvirtError> {
+    /// Connects where that is needed, and makes sure that libvirt answers at all, within `limit`. A libvirtd that is autostarting
+    /// VMs accepts a connection and then says nothing until it is done, and nothing can interrupt a call that waits for it.
+    pub(crate) fn reach(self: &Arc<Self>, limit: Duration) -> Result<(), LibvirtError> {
         let libvirt = Arc::clone(self);
         let answered = self.probe.within(limit, move || {
             let asked = || libvirt.link.with("answer", Connect::lib_version).map(drop);
@@ -72,7 +69,7 @@ impl StartConnection {
 
     /// Defines each secret as ephemeral and private and sets its value. All or none: what was defined is taken
     /// back when a later one fails.
-    pub fn arm(&self, secrets: &[Arming]) -> Result<(), LibvirtError> {
+    pub(crate) fn arm(&self, secrets: &[Arming]) -> Result<(), LibvirtError> {
         for (done, secret) in secrets.iter().enumerate() {
             if let Err(error) = self.arm_one(secret) {
                 let defined: Vec<_> = secrets[..=done].iter().map(|secret| secret.envelope).collect();
@@ -109,7 +106,7 @@ impl StartConnection {
     }
 
     /// Undefines the secrets of `envelopes`; one that is not there is no error.
-    pub fn disarm(&self, envelopes: &[EnvelopeId]) -> Result<(), LibvirtError> {
+    pub(crate) fn disarm(&self, envelopes: &[EnvelopeId]) -> Result<(), LibvirtError> {
         for envelope in envelopes {
             self.link.with("undefine a secret", |connection| {
                 absent_is(None, connection.lookup_secret_by_uuid(envelope.0).map(Some))?
@@ -120,7 +117,7 @@ impl StartConnection {
     }
 
     /// The envelopes whose secrets libvirt holds now.
-    pub fn armed(&self) -> Result<Vec<EnvelopeId>, LibvirtError> {
+    pub(crate) fn armed(&self) -> Result<Vec<EnvelopeId>, LibvirtError> {
         // Of any kind: others can have made one of ours persistent meanwhile.
         let secrets = self
             .link

@@ -17,7 +17,7 @@ use std::path::{Component, Path};
 
 use nix::sys::stat::{FileStat, fstat};
 
-use super::{Known, Step, Walk, Walked};
+use super::walk::{Known, Step, Walk, Walked, is_kind};
 use crate::host::libvirt::StoragePool;
 use crate::host::libvirt::qemu_conf::QemuConf;
 
@@ -100,10 +100,9 @@ pub(super) fn opens(pool: &StoragePool, qemu: &QemuIds) -> bool {
     let Some((above, at, found)) = ending(&walked) else {
         return false;
     };
-    let is_directory = found.st_mode & libc::S_IFMT == libc::S_IFDIR;
     let ways = above.iter().map(|step| fstat(&step.fd));
-    is_directory
-        && is_kind(&pool.kind, &at)
+    is_kind(&found, libc::S_IFDIR)
+        && is_place_for(&pool.kind, &at)
         && above.iter().all(|step| step.is_roots)
         && writers_are_trusted(&found, qemu)
         && ways
@@ -117,7 +116,7 @@ fn ending(walked: &Walked) -> Option<(&[Step], std::path::PathBuf, FileStat)> {
     Some((&walked.steps, walked.directory().path.join(name), walked.found?))
 }
 
-fn is_kind(kind: &str, at: &Path) -> bool {
+fn is_place_for(kind: &str, at: &Path) -> bool {
     match kind {
         "dir" | "fs" | "netfs" => is_for_data(at),
         "logical" => at.parent() == Some(Path::new("/dev")),

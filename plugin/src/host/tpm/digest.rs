@@ -5,9 +5,6 @@ use std::fmt;
 
 use openssl::sha::Sha256;
 
-/// The PCR that changes with each kernel, and for which each kernel brings a signature (systemd-stub, systemd-measure).
-pub(super) const KERNEL: u8 = 11;
-
 /// A policy's digest, SHA-256.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct PolicyDigest(pub(super) [u8; 32]);

@@ -8,7 +8,6 @@
 //!
 //! The digests are computed here; that the TPM computes the same is seen when it opens what was sealed.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use openssl::error::ErrorStack;
@@ -16,14 +15,13 @@ use openssl::hash::MessageDigest;
 use openssl::pkcs5::pbkdf2_hmac;
 use thiserror::Error;
 
-use super::PcrList;
-use super::digest::KERNEL;
+use super::pcr_list::{KERNEL, PcrList};
 use super::signed::SigningKey;
 use crate::secret::SecretBytes;
 
 /// What the TPM is to ask for.
 #[derive(Clone, Debug)]
-pub struct BindPolicy {
+pub(crate) struct BindPolicy {
     pcrs: PcrList,
     signed_by: Option<SigningKey>,
     pin: Option<Arc<SecretBytes>>,
@@ -31,14 +29,12 @@ pub struct BindPolicy {
 
 /// Such a policy would lock its owner out, or is none.
 #[derive(Debug, Error)]
-pub enum PolicyError {
-    /// PCR 11 without a key.
+pub(crate) enum PolicyError {
     #[error(
         "PCR 11 changes with each update of the kernel, which would lock the provider each time: it can be used with the \
          public key that signs what it will be"
     )]
     Unsigned,
-    /// A key without PCR 11.
     #[error("the public key signs what PCR 11 may be, and PCR 11 is not among {0}")]
     NothingToSign(PcrList),
 }
@@ -48,25 +44,17 @@ impl BindPolicy {
     ///
     /// # Errors
     /// [`PolicyError`] when there is one without the other.
-    pub fn new(pcrs: PcrList, signed_by: Option<SigningKey>) -> Result<Self, PolicyError> {
-        match (pcrs.0.contains(&KERNEL), signed_by.is_some()) {
+    pub(crate) fn new(pcrs: PcrList, signed_by: Option<SigningKey>) -> Result<Self, PolicyError> {
+        match (pcrs.has_kernel(), signed_by.is_some()) {
             (true, false) => Err(PolicyError::Unsigned),
             (false, true) => Err(PolicyError::NothingToSign(pcrs)),
-            _ => Ok(Self {
-                pcrs,
-                signed_by,
-                pin: None,
-            }),
+            _ => Ok(Self::of_record(pcrs, signed_by)),
         }
     }
 
     /// All of `pcrs` are what they are now: also 11, for what was sealed so before.
     pub(crate) fn exactly(pcrs: PcrList) -> Self {
-        Self {
-            pcrs,
-            signed_by: None,
-            pin: None,
-        }
+        Self::of_record(pcrs, None)
     }
 
     pub(super) fn of_record(pcrs: PcrList, signed_by: Option<SigningKey>) -> Self {
@@ -79,19 +67,12 @@ impl BindPolicy {
 
     /// And somebody types `pin`.
     #[must_use]
-    pub fn with_pin(self, pin: Option<Arc<SecretBytes>>) -> Self {
+    pub(crate) fn with_pin(self, pin: Option<Arc<SecretBytes>>) -> Self {
         Self { pin, ..self }
     }
 
-    /// The PCRs that it looks at.
-    #[must_use]
-    pub fn pcrs(&self) -> &PcrList {
-        &self.pcrs
-    }
-
     /// Who signs what PCR 11 may be.
-    #[must_use]
-    pub fn signed_by(&self) -> Option<&SigningKey> {
+    pub(crate) fn signed_by(&self) -> Option<&SigningKey> {
         self.signed_by.as_ref()
     }
 
@@ -101,15 +82,8 @@ impl BindPolicy {
 
     /// The PCRs that must stay what they are.
     pub(super) fn exact(&self) -> PcrList {
-        let is_signed = |pcr: &u8| *pcr == KERNEL && self.signed_by.is_some();
-        PcrList(
-            self.pcrs
-                .0
-                .iter()
-                .copied()
-                .filter(|pcr| !is_signed(pcr))
-                .collect(),
-        )
+        let signed = self.signed_by.iter().map(|_| KERNEL).collect();
+        PcrList(&self.pcrs.0 - &signed)
     }
 }
 
@@ -146,14 +120,4 @@ pub(super) enum PinError {
     Memory(#[source] std::io::Error),
     #[error("PBKDF2 failed")]
     Derive(#[source] ErrorStack),
-}
-
-/// PCRs that each update of a kernel, an initrd or a boot loader changes, besides 11.
-pub(super) fn changed_by_updates(pcrs: &PcrList) -> PcrList {
-    const OF_UPDATES: [u8; 5] = [4, 8, 9, 12, 13];
-    let hit: BTreeSet<u8> = OF_UPDATES
-        .into_iter()
-        .filter(|pcr| pcrs.0.contains(pcr))
-        .collect();
-    PcrList(hit)
 }

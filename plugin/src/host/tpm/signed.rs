@@ -19,11 +19,12 @@ use openssl::sign::Verifier;
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::digest::{KERNEL, PolicyDigest};
+use super::digest::PolicyDigest;
+use super::pcr_list::{KERNEL, PcrList};
 
 /// The public key that signs what PCR 11 may be.
 #[derive(Clone)]
-pub struct SigningKey {
+pub(crate) struct SigningKey {
     key: PKey<Public>,
     rsa: Rsa<Public>,
 }
@@ -44,19 +45,15 @@ impl fmt::Debug for SigningKey {
 
 /// The text is no key that a TPM verifies with.
 #[derive(Debug, Error)]
-pub enum NotASigningKey {
-    /// No PEM of a public key.
+pub(crate) enum NotASigningKey {
     #[error("the public key is not one in PEM (-----BEGIN PUBLIC KEY-----)")]
     Pem(#[source] openssl::error::ErrorStack),
-    /// Not RSA.
     #[error("the public key is not an RSA key of 2048, 3072 or 4096 bits with the exponent 65537")]
     Kind,
 }
 
 impl SigningKey {
-    /// # Errors
-    /// [`NotASigningKey`].
-    pub fn from_pem(pem: &[u8]) -> Result<Self, NotASigningKey> {
+    pub(crate) fn from_pem(pem: &[u8]) -> Result<Self, NotASigningKey> {
         Self::of(PKey::public_key_from_pem(pem).map_err(NotASigningKey::Pem)?)
     }
 
@@ -72,6 +69,14 @@ impl SigningKey {
         usable.then_some(Self { key, rsa }).ok_or(NotASigningKey::Kind)
     }
 
+    /// A key that signs kernels, and its public half.
+    #[cfg(test)]
+    pub(crate) fn pair() -> (virtseal_testkit::KernelKey, Self) {
+        let key = virtseal_testkit::KernelKey::generate().unwrap();
+        let public = Self::from_pem(&key.public_pem().unwrap()).unwrap();
+        (key, public)
+    }
+
     /// A SubjectPublicKeyInfo.
     pub(super) fn to_der(&self) -> Vec<u8> {
         self.key
@@ -80,8 +85,7 @@ impl SigningKey {
     }
 
     /// SHA-256 of its PKCS #1 form, as hex digits: what systemd calls `pkfp`.
-    #[must_use]
-    pub fn fingerprint(&self) -> String {
+    pub(crate) fn fingerprint(&self) -> String {
         let der = self.rsa.public_key_to_der_pkcs1();
         hex::encode(openssl::sha::sha256(
             &der.expect("an RSA public key has a form in DER"),
@@ -112,8 +116,7 @@ pub(super) struct Signature {
 
 /// Why no signature covers this boot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Unsigned {
-    /// No file has any.
+pub(crate) enum Unsigned {
     NoFile,
     /// Files that can't be read, and no other one helps.
     Unreadable(String),
@@ -244,7 +247,7 @@ impl Entry {
     /// `None` for one that is of no use here.
     fn signature(self) -> Option<Signature> {
         let policy = <[u8; 32]>::try_from(hex::decode(&self.pol).ok()?).ok()?;
-        let usable = self.pcrs.contains(&KERNEL) && self.pcrs.iter().all(|pcr| *pcr < 24);
+        let usable = self.pcrs.contains(&KERNEL) && self.pcrs.iter().all(|pcr| *pcr < PcrList::COUNT);
         Some(Signature {
             pcrs: usable.then_some(self.pcrs)?,
             policy: PolicyDigest(policy),

@@ -4,9 +4,16 @@ use nix::sys::signal::Signal;
 use tss_esapi::constants::CapabilityType;
 use tss_esapi::handles::AuthHandle;
 use tss_esapi::structures::CapabilityData;
+use virtseal_testkit::Swtpm;
 
-use super::stand::Stand;
+use super::bound::{Hex, Parent};
+use super::policy::PolicyError;
+use super::signed::{NotASigningKey, Unsigned};
 use super::*;
+
+fn session(stand: &Swtpm) -> Session {
+    Session::open(&stand.tcti().parse().unwrap()).unwrap()
+}
 
 fn secret(bytes: &[u8]) -> Arc<SecretBytes> {
     Arc::new(SecretBytes::take(&mut bytes.to_vec()).unwrap())
@@ -18,8 +25,8 @@ fn pcrs(text: &str) -> PcrList {
 
 #[test]
 fn opens_what_it_sealed_also_after_a_reboot() {
-    let mut stand = Stand::start();
-    let tpm = stand.tpm();
+    let mut stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     for length in [1, 32, Tpm::MAX_BYTES] {
         let secret = secret(&vec![0xa5; length]);
         let sealed = tpm
@@ -29,7 +36,7 @@ fn opens_what_it_sealed_also_after_a_reboot() {
         assert_eq!(stored, sealed);
         assert_eq!(tpm.open(&stored, None).unwrap().expose(), secret.expose());
         if length == 32 {
-            stand.reboot();
+            stand.reboot().unwrap();
             assert_eq!(tpm.open(&stored, None).unwrap().expose(), secret.expose());
         }
     }
@@ -42,19 +49,19 @@ fn opens_what_it_sealed_also_after_a_reboot() {
 
 #[test]
 fn says_which_pcrs_differ_and_opens_again_when_they_are_as_they_were() {
-    let mut stand = Stand::start();
-    let tpm = stand.tpm();
+    let mut stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let seven = tpm
         .bind(&secret(b"seven"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
     let both = tpm
         .bind(&secret(b"both"), &BindPolicy::exactly(pcrs("7, 11")))
         .unwrap();
-    stand.extend(11);
+    stand.extend(11).unwrap();
     assert_eq!(tpm.open(&seven, None).unwrap().expose(), b"seven");
     let error = tpm.open(&both, None).unwrap_err();
     assert_eq!(error.to_string(), "PCR 11 differs from when it was enrolled");
-    stand.extend(7);
+    stand.extend(7).unwrap();
     let error = tpm.open(&both, None).unwrap_err();
     assert_eq!(error.to_string(), "PCRs 7,11 differ from when it was enrolled");
     assert!(!error.may_pass());
@@ -63,15 +70,15 @@ fn says_which_pcrs_differ_and_opens_again_when_they_are_as_they_were() {
         .bind(&secret(b"now"), &BindPolicy::exactly(pcrs("7,11")))
         .unwrap();
     assert_eq!(tpm.open(&now, None).unwrap().expose(), b"now");
-    stand.reboot();
+    stand.reboot().unwrap();
     assert_eq!(tpm.open(&both, None).unwrap().expose(), b"both");
     assert!(matches!(tpm.open(&now, None), Err(TpmError::PcrsDiffer(_))));
 }
 
 #[test]
 fn what_was_tampered_with_does_not_open() {
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let sealed = tpm
         .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
@@ -91,7 +98,7 @@ fn what_was_tampered_with_does_not_open() {
         );
     }
     // A policy that another PCR value would satisfy can't be put in the place of the first.
-    stand.extend(7);
+    stand.extend(7).unwrap();
     let weaker = tpm
         .bind(&secret(b"other"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
@@ -118,35 +125,33 @@ fn what_was_tampered_with_does_not_open() {
 
 #[test]
 fn another_tpm_and_a_cleared_one_are_told_apart_from_damage() {
-    let (stand, other) = (Stand::start(), Stand::start());
-    let sealed = stand
-        .tpm()
+    let (stand, other) = (Swtpm::start().unwrap(), Swtpm::start().unwrap());
+    let sealed = Tpm::of(&stand)
         .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
     assert!(matches!(
-        other.tpm().open(&sealed, None),
+        Tpm::of(&other).open(&sealed, None),
         Err(TpmError::AnotherTpm)
     ));
-    stand
-        .session()
+    session(&stand)
         .context()
         .execute_with_nullauth_session(|context| context.clear(AuthHandle::Platform))
         .unwrap();
     assert!(matches!(
-        stand.tpm().open(&sealed, None),
+        Tpm::of(&stand).open(&sealed, None),
         Err(TpmError::AnotherTpm)
     ));
 }
 
 #[test]
 fn the_persistent_storage_key_is_used_where_there_is_one() {
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let before = tpm
         .bind(&secret(b"before"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
     assert_eq!(before.parent, Parent::FromSeed);
-    stand.session().keep_storage_key();
+    session(&stand).keep_storage_key();
     let after = tpm
         .bind(&secret(b"after"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
@@ -160,12 +165,18 @@ const MAKE_STORAGE_KEY: &str = "tpm2_createprimary -C o -P PASSWORD -c srk.ctx &
 
 #[test]
 fn an_owner_password_is_named_and_what_the_message_says_helps() {
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let before = tpm
         .bind(&secret(b"before"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
-    assert!(stand.shell("tpm2_changeauth -c o PASSWORD"));
+    assert!(
+        stand
+            .shell("tpm2_changeauth -c o PASSWORD")
+            .unwrap()
+            .status
+            .success()
+    );
     for error in [
         tpm.bind(&secret(b"x"), &BindPolicy::exactly(PcrList::default()))
             .unwrap_err(),
@@ -175,7 +186,7 @@ fn an_owner_password_is_named_and_what_the_message_says_helps() {
         assert!(error.to_string().contains(MAKE_STORAGE_KEY), "{error}");
         assert!(!error.may_pass());
     }
-    assert!(stand.shell(MAKE_STORAGE_KEY));
+    assert!(stand.shell(MAKE_STORAGE_KEY).unwrap().status.success());
     let after = tpm
         .bind(&secret(b"after"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
@@ -187,12 +198,18 @@ fn an_owner_password_is_named_and_what_the_message_says_helps() {
 
 #[test]
 fn a_lockout_is_named_and_hits_only_storage_keys_of_others() {
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let own = tpm
         .bind(&secret(b"own"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
-    assert!(stand.shell(&MAKE_STORAGE_KEY.replace("-P PASSWORD ", "")));
+    assert!(
+        stand
+            .shell(&MAKE_STORAGE_KEY.replace("-P PASSWORD ", ""))
+            .unwrap()
+            .status
+            .success()
+    );
     let theirs = tpm
         .bind(&secret(b"theirs"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
@@ -201,30 +218,41 @@ fn a_lockout_is_named_and_hits_only_storage_keys_of_others() {
         (Parent::FromSeed, Parent::Persistent)
     );
     // Somebody guesses a password, once too often.
-    assert!(stand.shell(
-        "tpm2_dictionarylockout -s -n 1 -t 1000 -l 1000 && \
+    assert!(
+        stand
+            .shell(
+                "tpm2_dictionarylockout -s -n 1 -t 1000 -l 1000 && \
          tpm2_nvdefine 0x1500001 -C o -p right -s 8 -a 'authread|authwrite'"
-    ));
-    assert!(!stand.shell("tpm2_nvread 0x1500001 -C 0x1500001 -P wrong -s 8"));
+            )
+            .unwrap()
+            .status
+            .success()
+    );
+    assert!(
+        !stand
+            .shell("tpm2_nvread 0x1500001 -C 0x1500001 -P wrong -s 8")
+            .unwrap()
+            .status
+            .success()
+    );
     assert_eq!(tpm.open(&own, None).unwrap().expose(), b"own");
     let error = tpm.open(&theirs, None).unwrap_err();
     assert!(matches!(error, TpmError::LockedOut { .. }), "{error:?}");
     let clear = "tpm2_dictionarylockout --clear-lockout";
     assert!(error.to_string().contains(clear), "{error}");
-    assert!(stand.shell(clear));
+    assert!(stand.shell(clear).unwrap().status.success());
     assert_eq!(tpm.open(&theirs, None).unwrap().expose(), b"theirs");
 }
 
 #[test]
 fn a_hanging_tpm_costs_its_deadline_once() {
-    let stand = Stand::start();
-    let sealed = stand
-        .tpm()
+    let stand = Swtpm::start().unwrap();
+    let sealed = Tpm::of(&stand)
         .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
     let deadline = Duration::from_millis(1500);
-    let tpm = Tpm::new(stand.tcti(), deadline);
-    stand.signal(Signal::SIGSTOP);
+    let tpm = Tpm::new(stand.tcti().parse().unwrap(), deadline);
+    stand.signal(Signal::SIGSTOP).unwrap();
     let started = Instant::now();
     assert!(matches!(tpm.open(&sealed, None), Err(TpmError::Silent(_))));
     assert!(
@@ -237,7 +265,7 @@ fn a_hanging_tpm_costs_its_deadline_once() {
     assert_eq!(error.to_string(), "the TPM did not answer within 1.5 s");
     assert!(error.may_pass());
     assert!(started.elapsed() < deadline, "{:?}", started.elapsed());
-    stand.signal(Signal::SIGCONT);
+    stand.signal(Signal::SIGCONT).unwrap();
     let started = Instant::now();
     while tpm.open(&sealed, None).is_err() {
         assert!(started.elapsed() < Duration::from_secs(20), "it never recovered");
@@ -256,9 +284,9 @@ fn an_absent_tpm_is_named() {
     assert_eq!(error.to_string(), "this host has no TPM at /dev/no-such-tpm");
     let error = absent("device:/proc/self/mem/x");
     assert!(matches!(error, TpmError::Device { .. }), "{error:?}");
-    let mut stand = Stand::start();
-    let tcti = stand.tcti().to_string();
-    stand.off();
+    let mut stand = Swtpm::start().unwrap();
+    let tcti = stand.tcti();
+    stand.off().unwrap();
     let error = absent(&tcti);
     assert!(matches!(error, TpmError::Unreachable(..)), "{error:?}");
     assert!(error.to_string().contains(&tcti) && error.may_pass(), "{error}");
@@ -266,8 +294,8 @@ fn an_absent_tpm_is_named() {
 
 #[test]
 fn nothing_stays_in_the_tpm_after_a_hundred_rounds() {
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let sealed = tpm
         .bind(&secret(b"secret"), &BindPolicy::exactly(pcrs("7,11")))
         .unwrap();
@@ -284,15 +312,14 @@ fn nothing_stays_in_the_tpm_after_a_hundred_rounds() {
     println!("100 rounds in {:?}", started.elapsed());
     let mut broken = sealed.clone();
     broken.private[30] ^= 1;
-    stand.extend(11);
+    stand.extend(11).unwrap();
     for _ in 0..5 {
         assert!(tpm.open(&broken, None).is_err());
         assert!(tpm.open(&sealed, None).is_err());
     }
     // Transient objects, loaded sessions, saved sessions.
     for range in [0x8000_0000, 0x0200_0000, 0x0300_0000] {
-        let (handles, _) = stand
-            .session()
+        let (handles, _) = session(&stand)
             .context()
             .get_capability(CapabilityType::Handles, range, 16)
             .unwrap();
@@ -305,8 +332,8 @@ fn nothing_stays_in_the_tpm_after_a_hundred_rounds() {
 
 #[test]
 fn many_callers_take_turns() {
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let sealed = tpm
         .bind(&secret(b"secret"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
@@ -344,8 +371,8 @@ fn with_pin(text: &str) -> BindPolicy {
 
 #[test]
 fn a_pin_opens_it_and_no_other_does() {
-    let mut stand = Stand::start();
-    let tpm = stand.tpm();
+    let mut stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let sealed = tpm.bind(&secret(b"secret"), &with_pin("1234 öäü")).unwrap();
     let sealed = BoundToTpm::from_bytes(&sealed.to_bytes()).unwrap();
     assert!(sealed.needs_pin());
@@ -359,11 +386,11 @@ fn a_pin_opens_it_and_no_other_does() {
         "{error}"
     );
     // Other PCRs cost no try.
-    stand.extend(7);
+    stand.extend(7).unwrap();
     for _ in 0..4 {
         assert!(matches!(opens("1234 öäü"), Err(TpmError::PcrsDiffer(_))));
     }
-    stand.reboot();
+    stand.reboot().unwrap();
     assert_eq!(opens("1234 öäü").unwrap().expose(), b"secret");
     // What was sealed without a PIN opens with one too, and its policy is taken over.
     let without = tpm
@@ -390,13 +417,19 @@ fn a_pin_opens_it_and_no_other_does() {
 
 #[test]
 fn too_many_wrong_pins_lock_the_tpm_and_it_says_for_how_long() {
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let sealed = tpm.bind(&secret(b"secret"), &with_pin("right")).unwrap();
     let plain = tpm
         .bind(&secret(b"plain"), &BindPolicy::exactly(PcrList::default()))
         .unwrap();
-    assert!(stand.shell("tpm2_dictionarylockout -s -n 2 -t 600 -l 1000"));
+    assert!(
+        stand
+            .shell("tpm2_dictionarylockout -s -n 2 -t 600 -l 1000")
+            .unwrap()
+            .status
+            .success()
+    );
     let opens = |text: &str| tpm.open(&sealed, pin(text).as_ref());
     let left = |error: TpmError| match error {
         TpmError::WrongPin { left } => left,
@@ -414,17 +447,23 @@ fn too_many_wrong_pins_lock_the_tpm_and_it_says_for_how_long() {
     }
     // Nobody else is hit, and the message helps.
     assert_eq!(tpm.open(&plain, None).unwrap().expose(), b"plain");
-    assert!(stand.shell("tpm2_dictionarylockout --clear-lockout"));
+    assert!(
+        stand
+            .shell("tpm2_dictionarylockout --clear-lockout")
+            .unwrap()
+            .status
+            .success()
+    );
     assert_eq!(opens("right").unwrap().expose(), b"secret");
 }
 
 #[test]
 fn signed_kernels_open_it_and_no_others_do() {
-    let mut stand = Stand::start();
+    let mut stand = Swtpm::start().unwrap();
     let root = tempfile::tempdir().unwrap();
-    let tpm = stand.tpm().with_root(root.path());
-    let (key, public) = stand::signing_key();
-    let (stranger, _) = stand::signing_key();
+    let tpm = Tpm::of(&stand).with_root(root.path());
+    let (key, public) = SigningKey::pair();
+    let (stranger, _) = SigningKey::pair();
     let policy = BindPolicy::new(pcrs("7,11"), Some(public.clone())).unwrap();
     let sealed = tpm.bind(&secret(b"secret"), &policy).unwrap();
     let sealed = BoundToTpm::from_bytes(&sealed.to_bytes()).unwrap();
@@ -438,21 +477,21 @@ fn signed_kernels_open_it_and_no_others_do() {
     };
     let opens = || assert_eq!(tpm.open(&sealed, None).unwrap().expose(), b"secret");
     refused(Unsigned::NoFile);
-    stand.sign_kernel(root.path(), &key);
+    stand.sign_kernel(root.path(), &key).unwrap();
     opens();
     // Another kernel, then its signature.
-    stand.extend(11);
+    stand.extend(11).unwrap();
     refused(Unsigned::OtherBoot);
-    stand.sign_kernel(root.path(), &stranger);
+    stand.sign_kernel(root.path(), &stranger).unwrap();
     refused(Unsigned::ByOthers);
-    stand.sign_kernel(root.path(), &key);
+    stand.sign_kernel(root.path(), &key).unwrap();
     opens();
     // That of a file which is nothing of the kind is no reason to refuse, a bad file alone is.
     let etc = root.path().join("etc/systemd");
     std::fs::create_dir_all(&etc).unwrap();
     std::fs::write(etc.join("tpm2-pcr-signature.json"), "{").unwrap();
     opens();
-    stand.extend(11);
+    stand.extend(11).unwrap();
     match tpm.open(&sealed, None).unwrap_err() {
         TpmError::NotSigned {
             why: Unsigned::Unreadable(why),
@@ -462,20 +501,20 @@ fn signed_kernels_open_it_and_no_others_do() {
         }
         other => panic!("{other:?}"),
     }
-    stand.sign_kernel(root.path(), &key);
+    stand.sign_kernel(root.path(), &key).unwrap();
     opens();
     // The other PCR is not for the key to sign.
-    stand.extend(7);
+    stand.extend(7).unwrap();
     assert_eq!(
         tpm.open(&sealed, None).unwrap_err().to_string(),
         "PCR 7 differs from when it was enrolled"
     );
-    stand.reboot();
-    stand.sign_kernel(root.path(), &key);
+    stand.reboot().unwrap();
+    stand.sign_kernel(root.path(), &key).unwrap();
     opens();
     // The key of another can't be put in the place of the first.
     let swapped = BoundToTpm {
-        signed_by: Some(Hex(stand::signing_key().1.to_der())),
+        signed_by: Some(Hex(SigningKey::pair().1.to_der())),
         ..sealed.clone()
     };
     assert!(matches!(
@@ -491,10 +530,10 @@ fn signed_kernels_open_it_and_no_others_do() {
 
 #[test]
 fn a_signed_kernel_and_a_pin_go_together() {
-    let stand = Stand::start();
+    let stand = Swtpm::start().unwrap();
     let root = tempfile::tempdir().unwrap();
-    let tpm = stand.tpm().with_root(root.path());
-    let (key, public) = stand::signing_key();
+    let tpm = Tpm::of(&stand).with_root(root.path());
+    let (key, public) = SigningKey::pair();
     let policy = BindPolicy::new(pcrs("11"), Some(public))
         .unwrap()
         .with_pin(pin("p"));
@@ -504,7 +543,7 @@ fn a_signed_kernel_and_a_pin_go_together() {
         let error = tpm.open(&sealed, pin("wrong").as_ref()).unwrap_err();
         assert!(matches!(error, TpmError::NotSigned { .. }), "{error:?}");
     }
-    stand.sign_kernel(root.path(), &key);
+    stand.sign_kernel(root.path(), &key).unwrap();
     assert_eq!(tpm.open(&sealed, pin("p").as_ref()).unwrap().expose(), b"secret");
     let error = tpm.open(&sealed, pin("wrong").as_ref()).unwrap_err();
     assert!(matches!(error, TpmError::WrongPin { .. }), "{error:?}");
@@ -512,7 +551,7 @@ fn a_signed_kernel_and_a_pin_go_together() {
 
 #[test]
 fn pcr_11_and_a_key_want_each_other() {
-    let (key, public) = stand::signing_key();
+    let (_, public) = SigningKey::pair();
     assert!(matches!(
         BindPolicy::new(pcrs("7,11"), None),
         Err(PolicyError::Unsigned)
@@ -528,7 +567,10 @@ fn pcr_11_and_a_key_want_each_other() {
         assert!(matches!(SigningKey::from_pem(bad), Err(NotASigningKey::Pem(_))));
     }
     // Who hands over the private key is not served with it.
-    let private = key.private_key_to_pem_pkcs8().unwrap();
+    let private = openssl::rsa::Rsa::generate(2048)
+        .unwrap()
+        .private_key_to_pem()
+        .unwrap();
     assert!(matches!(
         SigningKey::from_pem(&private),
         Err(NotASigningKey::Pem(_))

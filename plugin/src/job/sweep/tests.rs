@@ -1,3 +1,5 @@
+mod meanwhile;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +9,7 @@ use crate::model::envelope::{Binding, EnvelopeId, Generation, ObjectKind, Preced
 use crate::provider::KeyProvider;
 use crate::provider::native::NativeProvider;
 use crate::secret::SecretBytes;
-use crate::store::{CopyNews, CopyPlace, Pass, Stores};
+use crate::store::{CopyNews, CopyPlace, Pass, StaleCopy, Stores};
 
 fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()
@@ -92,6 +94,7 @@ impl Host {
             step(
                 self.stores.keystore.as_ref(),
                 &self.recipients,
+                Beside::NOTHING,
                 &task,
                 running.id,
                 batch,
@@ -199,6 +202,39 @@ fn recipients_come_and_go_and_the_last_one_stays() {
 }
 
 #[test]
+fn a_job_gives_up_after_a_week_of_the_same_and_can_be_taken_up_again() {
+    let host = Host::with_envelopes(4);
+    let id = host.start(&host.move_to_spare());
+    assert!(matches!(host.step(1), Some(Step::Worked(_))));
+    host.spare.lock();
+    let waiting = host.run();
+    assert_eq!((waiting.state, waiting.changed), (JobState::Running, 1));
+    let later = |time: Duration, why: &str| {
+        let keystore = host.stores.keystore.as_ref();
+        waits_at(SystemTime::now() + time, keystore, &waiting, why).unwrap()
+    };
+    let hour = Duration::from_secs(3600);
+    assert!(matches!(later(GIVES_UP - hour, &waiting.waiting), Step::Waits(_)));
+    let Step::Ended(job) = later(GIVES_UP + hour, &waiting.waiting) else {
+        panic!("it waits for ever");
+    };
+    assert_eq!((job.state, job.changed, job.left), (JobState::Incomplete, 1, 3));
+    let left = host.stores.keystore.left_behind(id, 10).unwrap();
+    assert!(
+        left.iter()
+            .all(|left| left.reason.contains("provider 'spare' is locked")),
+        "{left:?}"
+    );
+
+    host.spare.unlock(&secret("p")).unwrap();
+    host.assert_whole();
+    host.stores.keystore.resume_job(id, &[]).unwrap();
+    let job = host.run();
+    assert_eq!((job.state, job.left), (JobState::Done, 0));
+    host.assert_providers(&[&host.spare]);
+}
+
+#[test]
 fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
     let host = Host::with_envelopes(20);
     let task = Task::Rotate {
@@ -226,11 +262,15 @@ fn a_rotation_waits_for_the_backup_and_takes_the_newest_kek() {
     assert_eq!(needed.len(), 2 * 20);
     assert!(needed.iter().all(|needed| needed.kek.0.starts_with("v1:vm:")));
     let envelope = &host.envelopes()[0];
-    let first = host.changed(envelope, |envelope| envelope.generation = Generation::of_test(1));
-    for (version, left) in [(first.into_envelope(), 2), (envelope.clone(), 1)] {
-        host.stores
-            .host_store
-            .note_copies(CopyPlace::Xml, &[(envelope.id, CopyNews::Has(Box::new(version)))])
+    let host_store = &host.stores.host_store;
+    let noted = || host_store.stale_copies(CopyPlace::Xml, None, 100).unwrap();
+    let of_it = |all: Vec<StaleCopy>| all.into_iter().find(|copy| copy.envelope == envelope.id);
+    let seen = of_it(noted()).unwrap();
+    // It is behind again before the copy that was written is told of.
+    host_store.copy_is_behind(envelope, CopyPlace::Xml).unwrap();
+    for (seen, left) in [(&seen, 2), (&of_it(noted()).unwrap(), 1)] {
+        host_store
+            .note_copies(CopyPlace::Xml, &[(seen.clone(), CopyNews::Follows)])
             .unwrap();
         let needed = host.stores.host_store.needed_keks().unwrap().whole().unwrap();
         assert_eq!(
@@ -333,6 +373,41 @@ fn a_stanza_that_is_to_open_alone_is_made_anew_if_it_can_not_be_known_to() {
 }
 
 #[test]
+fn a_vm_whose_keys_are_going_is_left_alone_and_what_was_being_made_is_waited_for() {
+    let host = Host::with_envelopes(2);
+    let going = host.envelopes()[0].vm;
+    let task = host.move_to_spare();
+    let id = host.start(&task);
+    let is_leaving = |vm| vm == going;
+    let step = |unfinished: &dyn Fn() -> Option<String>| {
+        let beside = Beside {
+            is_leaving: &is_leaving,
+            unfinished,
+        };
+        step(
+            host.stores.keystore.as_ref(),
+            &host.recipients,
+            beside,
+            &task,
+            id,
+            50,
+        )
+        .unwrap()
+    };
+    assert!(matches!(step(&|| None), Step::Worked(job) if (job.changed, job.left) == (1, 1)));
+    let sealing = || Some("VM x is being sealed".to_owned());
+    for _ in 0..2 {
+        let waits = step(&sealing);
+        assert!(
+            matches!(&waits, Step::Waits(job) if job.waiting == sealing().unwrap() && job.pass == Pass::All)
+        );
+    }
+    assert!(matches!(step(&|| None), Step::Waits(job) if job.pass == Pass::Left));
+    host.stores.keystore.shred_vm(going).unwrap();
+    assert!(matches!(step(&|| None), Step::Ended(job) if job.state == JobState::Done));
+}
+
+#[test]
 fn an_adopted_generation_leaves_the_image_in_doubt() {
     let host = Host::with_envelopes(1);
     let travelled = host.changed(&host.envelopes()[0], |envelope| {
@@ -370,245 +445,4 @@ fn a_damaged_envelope_is_left_alone_and_named() {
         host.stores.keystore.envelope(bad.id).unwrap().unwrap().envelope,
         *bad
     );
-}
-
-#[test]
-fn an_envelope_that_changes_meanwhile_is_not_overwritten() {
-    let host = Host::with_envelopes(1);
-    let before = host.envelopes().remove(0);
-    let job = host.start(&Task::AddRecipient {
-        provider: host.spare.id(),
-    });
-    let work = [Rewrap {
-        record: host.stores.keystore.envelope(before.id).unwrap().unwrap(),
-        targets: vec![RewrapTarget::Keep(0), RewrapTarget::Wrap(host.spare.id())],
-    }];
-    let Rewrapped::Changed(next) = host.recipients.rewrap(&work).unwrap().remove(0) else {
-        panic!("not rewrapped");
-    };
-    // A start has adopted a later generation from the domain's XML.
-    let adopted = host.changed(&before, |envelope| envelope.generation = Generation::of_test(7));
-    host.stores.keystore.put(&adopted, "").unwrap();
-    let record = host
-        .stores
-        .keystore
-        .commit_batch(job, &[Verdict::Replace(Box::new(before), next)])
-        .unwrap();
-    assert_eq!((record.changed, record.left), (0, 1));
-    assert_eq!(host.envelopes(), [adopted.into_envelope()]);
-    let job = host.run();
-    let job = if job.pass == Pass::Left && job.state == JobState::Running {
-        host.run()
-    } else {
-        job
-    };
-    assert_eq!((job.state, job.changed), (JobState::Done, 1));
-    assert_eq!(host.envelopes()[0].generation, Generation::of_test(8));
-    host.assert_whole();
-}
-
-#[test]
-fn what_is_sealed_meanwhile_is_not_forgotten() {
-    let mut host = Host::with_envelopes(10);
-    let job = host.start(&host.move_to_spare());
-    for _ in 0..8 {
-        host.step(1);
-        host.seal(Some("main"));
-    }
-    let ended = host.run();
-    assert_eq!((ended.id, ended.state, ended.changed), (job, JobState::Done, 18));
-    assert_eq!((ended.total, ended.seen), (18, 18));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
-}
-
-#[test]
-fn one_job_at_a_time_and_an_aborted_one_stays_where_it_is() {
-    let host = Host::with_envelopes(10);
-    let task = Task::AddRecipient {
-        provider: host.spare.id(),
-    };
-    let job = host.start(&task);
-    assert!(task.start(host.stores.keystore.as_ref(), &[]).is_err());
-    assert!(matches!(host.step(4), Some(Step::Worked(_))));
-    let aborted = host.stores.keystore.abort_job(job).unwrap();
-    assert_eq!((aborted.state, aborted.changed), (JobState::Aborted, 4));
-    assert!(host.step(4).is_none());
-    let again = host.sweep(&task);
-    assert_eq!((again.state, again.changed), (JobState::Done, 6));
-    host.assert_whole();
-    assert_eq!(host.stores.keystore.jobs(10).unwrap().whole().unwrap().len(), 2);
-}
-
-#[test]
-fn sweeps_of_two_vms_go_side_by_side_and_see_their_own_envelopes_alone() {
-    let host = Host::with_envelopes(6);
-    let of = |at: usize| Task::Rekey {
-        to: vec![host.spare.id()],
-        vm: Some(host.envelopes()[at].vm),
-    };
-    let (one, other) = (of(0), of(3));
-    let ids = [host.start(&one), host.start(&other)];
-    assert!(
-        one.start(host.stores.keystore.as_ref(), &[]).is_err(),
-        "twice the same VM"
-    );
-    assert!(
-        host.move_to_spare()
-            .start(host.stores.keystore.as_ref(), &[])
-            .is_err()
-    );
-    for (id, task) in ids.into_iter().zip([&one, &other]).rev() {
-        loop {
-            let stepped = step(host.stores.keystore.as_ref(), &host.recipients, task, id, 50).unwrap();
-            if let Step::Ended(job) = stepped {
-                assert_eq!(
-                    (job.state, job.total, job.seen, job.changed),
-                    (JobState::Done, 1, 1, 1)
-                );
-                break;
-            }
-        }
-    }
-    let changed = host
-        .envelopes()
-        .iter()
-        .filter(|envelope| envelope.generation == Generation::of_test(2))
-        .count();
-    assert_eq!(changed, 2);
-    host.assert_whole();
-    assert!(
-        host.move_to_spare()
-            .start(host.stores.keystore.as_ref(), &[])
-            .is_ok()
-    );
-}
-
-#[test]
-fn an_aborted_job_can_be_resumed_and_sees_all_of_them_again() {
-    let host = Host::with_envelopes(5);
-    let job = host.start(&host.move_to_spare());
-    host.step(2);
-    host.stores.keystore.abort_job(job).unwrap();
-    let other = host.start(&host.move_to_spare());
-    assert!(
-        host.stores.keystore.resume_job(job, &[]).is_err(),
-        "beside another one"
-    );
-    host.stores.keystore.abort_job(other).unwrap();
-    let resumed = host.stores.keystore.resume_job(job, &[]).unwrap();
-    assert_eq!(
-        (resumed.state, resumed.seen, resumed.pass),
-        (JobState::Running, 0, Pass::All)
-    );
-    let ended = host.run();
-    assert_eq!((ended.id, ended.state, ended.changed), (job, JobState::Done, 3));
-    host.assert_providers(&[&host.spare]);
-}
-
-#[test]
-fn a_restarted_host_goes_on_once_it_is_unlocked() {
-    let host = Host::with_envelopes(30);
-    host.start(&host.move_to_spare());
-    assert!(matches!(host.step(11), Some(Step::Worked(_))));
-    let Host {
-        dir,
-        stores,
-        recipients,
-        main,
-        spare,
-        deks,
-    } = host;
-    drop((recipients, main, spare, stores));
-    let stores = Stores::open(dir.path()).unwrap();
-    let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
-    let native = |name: &str| {
-        recipients
-            .find(name)
-            .unwrap()
-            .of_kind::<NativeProvider>()
-            .unwrap()
-    };
-    let (main, spare) = (native("main"), native("spare"));
-    let host = Host {
-        dir,
-        stores,
-        recipients,
-        main,
-        spare,
-        deks,
-    };
-    let job = host.run();
-    assert!(job.waiting.contains("unlock spare"), "{}", job.waiting);
-    assert_eq!(job.seen, 11);
-    host.spare.unlock(&secret("p")).unwrap();
-    let job = host.run();
-    assert_eq!((job.state, job.seen, job.left), (JobState::Running, 30, 19));
-    host.main.unlock(&secret("p")).unwrap();
-    let job = host.run();
-    assert_eq!((job.state, job.changed), (JobState::Done, 30));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
-}
-
-#[test]
-fn what_comes_while_a_job_waits_is_taken_along() {
-    let mut host = Host::with_envelopes(3);
-    host.main.lock();
-    let job = host.sweep(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
-    assert_eq!((job.pass, job.left), (Pass::Left, 3));
-    host.main.unlock(&secret("p")).unwrap();
-    let sealed = host.seal(Some("main"));
-    let left = host.stores.keystore.left_behind(job.id, 10).unwrap();
-    assert!(left.iter().any(|left| left.envelope == sealed && left.again));
-    let job = host.run();
-    assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
-}
-
-#[test]
-fn what_comes_back_behind_a_job_is_taken_along() {
-    let host = Host::with_envelopes(3);
-    let before = host.envelopes();
-    host.start(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
-    assert!(matches!(host.step(2), Some(Step::Worked(job)) if job.changed == 2));
-    // From a host that did not take part, by the XML of the VM that comes from there.
-    let gone =
-        |known: &&Envelope| host.stores.keystore.envelope(known.id).unwrap().unwrap().envelope != **known;
-    let travelled = host.changed(before.iter().find(gone).unwrap(), |envelope| {
-        envelope.generation = Generation::of_test(7);
-    });
-    host.stores.keystore.put(&travelled, "").unwrap();
-    let job = host.run();
-    assert_eq!((job.state, job.changed), (JobState::Running, 3));
-    let job = host.run();
-    assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
-}
-
-#[test]
-fn what_is_sealed_at_the_very_end_is_not_forgotten() {
-    let mut host = Host::with_envelopes(1);
-    let job = host.start(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
-    host.step(1);
-    // Nothing is left to be read, and the job has not ended yet.
-    host.seal(Some("main"));
-    let ended = host.stores.keystore.end_pass(job).unwrap();
-    assert_eq!((ended.state, ended.left), (JobState::Running, 1));
-    assert_eq!(host.run().state, JobState::Done);
-    host.assert_providers(&[&host.spare]);
 }

@@ -37,11 +37,10 @@ const KEY_LABEL: &[u8] = b"virtseal envelope mac v2";
 
 /// HMAC-SHA256 of an envelope, 32 bytes; base64 in JSON.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Mac([u8; Mac::LEN]);
+pub(crate) struct Mac([u8; Mac::LEN]);
 
 impl Mac {
-    /// Length in bytes.
-    pub const LEN: usize = 32;
+    pub(crate) const LEN: usize = 32;
 
     /// That of `envelope`, whatever MAC it has.
     pub(super) fn of(envelope: &Envelope, dek: &Dek) -> Result<Self, EnvelopeError> {

@@ -9,12 +9,12 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Envelope, Verified};
+use super::Envelope;
 
 /// Counts the changes of an envelope. It has no order of its own: see [`Envelope::supersedes`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Generation(u64);
+pub(crate) struct Generation(u64);
 
 impl Generation {
     /// That of a new envelope.
@@ -33,8 +33,7 @@ impl Generation {
     }
 
     /// As SQLite and the wire have it; none where it is higher than either can hold, which no sequence of changes gets to.
-    #[must_use]
-    pub fn stored(self) -> Option<i64> {
+    pub(crate) fn stored(self) -> Option<i64> {
         i64::try_from(self.0).ok()
     }
 
@@ -58,7 +57,7 @@ impl fmt::Display for Generation {
 
 /// How one version of an envelope stands to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Precedence {
+pub(crate) enum Precedence {
     /// It came after the other.
     Newer,
     /// They are equal.
@@ -70,12 +69,11 @@ pub enum Precedence {
 }
 
 impl Envelope {
-    /// How it stands to `other` of the same id. Of two that are not [`Verified`] this compares only what they claim.
+    /// How it stands to `other` of the same id. Of two that are not [`super::Verified`] this compares only what they claim.
     ///
     /// Format 2 comes after format 1, whatever the generations: who made a format 1 can't be told, so its generation
     /// counts only among its like. One whose writer is known is upgraded before it is compared.
-    #[must_use]
-    pub fn supersedes(&self, other: &Self) -> Precedence {
+    pub(crate) fn supersedes(&self, other: &Self) -> Precedence {
         let rank = |envelope: &Self| (envelope.format(), envelope.generation.0);
         match rank(self).cmp(&rank(other)) {
             Ordering::Greater => Precedence::Newer,
@@ -85,42 +83,9 @@ impl Envelope {
         }
     }
 
-    /// Whether this format 1 says that it was changed more often than `own`. One that virtseal left behind when it upgraded the
+    /// Whether this format 1 says that it was changed more often than the keystore's, which is `own`. One that virtseal left behind when it upgraded the
     /// envelope never does.
-    #[must_use]
-    pub fn claims_more_changes_than(&self, own: &Verified) -> bool {
-        self.generation.0 > own.generation.0
+    pub(crate) fn claims_more_changes_than(&self, own: Generation) -> bool {
+        self.generation.0 > own.0
     }
-}
-
-/// The version that counts, and those that claim its place.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Newest<'a> {
-    /// The newest; of several with the same generation the first.
-    pub envelope: &'a Verified,
-    /// Others of that generation, which differ.
-    pub conflicts: Vec<&'a Verified>,
-}
-
-/// The newest of the versions of one envelope; none of none. Where two differ in the same generation, the first one stays: the
-/// keystore's is given first.
-pub fn newest<'a>(versions: impl IntoIterator<Item = &'a Verified>) -> Option<Newest<'a>> {
-    let mut versions = versions.into_iter();
-    let mut found = Newest {
-        envelope: versions.next()?,
-        conflicts: Vec::new(),
-    };
-    for version in versions {
-        match version.supersedes(found.envelope) {
-            Precedence::Newer => {
-                found = Newest {
-                    envelope: version,
-                    conflicts: Vec::new(),
-                };
-            }
-            Precedence::Conflict => found.conflicts.push(version),
-            Precedence::Same | Precedence::Older => {}
-        }
-    }
-    Some(found)
 }

@@ -127,35 +127,6 @@ proptest! {
         }
     }
 
-    /// Nothing supersedes the newest, whatever the order they come in, and all that stands beside it is named.
-    #[test]
-    fn the_newest_is_one_that_nothing_supersedes(
-        binding in bindings(),
-        stanza in stanzas(),
-        versions in prop::collection::vec((1..4_u64, 0..3_u8), 1..8)
-    ) {
-        let dek = Dek::random().unwrap();
-        let made = Verified::new(&binding, vec![stanza], &dek).unwrap();
-        let versions: Vec<_> = versions
-            .into_iter()
-            .map(|(generation, body)| {
-                let mut version = made.clone().into_envelope();
-                version.generation = Generation::of_test(generation);
-                version.stanzas[0].body = vec![body];
-                Verified::of_test(version, &dek)
-            })
-            .collect();
-        let found = newest(&versions).unwrap();
-        for version in &versions {
-            let conflicts = found.conflicts.contains(&version);
-            match version.supersedes(found.envelope) {
-                Precedence::Newer => prop_assert!(false, "{:?} is newer", version),
-                Precedence::Conflict => prop_assert!(conflicts),
-                Precedence::Same | Precedence::Older => prop_assert!(!conflicts),
-            }
-        }
-    }
-
     #[test]
     fn garbage_is_an_error(text in ".{0,200}") {
         prop_assert!(Envelope::from_json(&text).is_err());
@@ -319,22 +290,6 @@ fn each_change_is_the_next_generation_and_needs_the_key() {
         full.share_with(VmId::random(), &dek),
         Err(EnvelopeError::SharedWith)
     ));
-}
-
-#[test]
-fn the_first_of_two_that_differ_stays() {
-    let (dek, made) = one();
-    let (web, db) = (VmId::random(), VmId::random());
-    let (ours, theirs) = (
-        made.share_with(web, &dek).unwrap(),
-        made.share_with(db, &dek).unwrap(),
-    );
-    let found = newest([&made, &ours, &theirs, &ours]).unwrap();
-    assert_eq!((found.envelope, found.conflicts), (&ours, vec![&theirs]));
-    let later = theirs.mark_seen(&dek).unwrap();
-    let found = newest([&ours, &theirs, &later]).unwrap();
-    assert_eq!((found.envelope, found.conflicts), (&later, vec![]));
-    assert_eq!(newest([]), None);
 }
 
 /// Worked out with another implementation: a field that moves would close every envelope there is.

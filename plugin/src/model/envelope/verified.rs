@@ -12,11 +12,11 @@ use crate::secret::Dek;
 ///
 /// That the DEK opens the object too is for the caller to see: a MAC tells nothing of the object.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Verified(Envelope);
+pub(crate) struct Verified(Envelope);
 
 /// Who answers for an envelope of format 1, whose writer nobody can tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format1 {
+pub(crate) enum Format1 {
     /// It is a row of this host's keystore, which root alone can write.
     OfKeystore,
     /// Root said so (`vm adopt --format-1`), and its DEK has opened the object.
@@ -29,7 +29,7 @@ impl Envelope {
     /// # Errors
     /// [`EnvelopeError::Mac`] when it was changed by someone without the DEK, or `dek` is another; [`EnvelopeError::Format1`]
     /// when it has no MAC.
-    pub fn verify(&self, dek: &Dek) -> Result<Verified, EnvelopeError> {
+    pub(crate) fn verify(&self, dek: &Dek) -> Result<Verified, EnvelopeError> {
         let mac = self.mac.as_ref().ok_or(EnvelopeError::Format1)?;
         if !Mac::of(self, dek)?.is(mac) {
             return Err(EnvelopeError::Mac {
@@ -41,10 +41,7 @@ impl Envelope {
 
     /// A format 1 as format 2, by `dek`, its own DEK, which the caller has from one of its stanzas; a format 2 as
     /// [`Envelope::verify`] says. Two hosts that upgrade the same envelope get the same.
-    ///
-    /// # Errors
-    /// As [`Envelope::verify`], and when it would be too long.
-    pub fn upgrade(&self, dek: &Dek, _answers: Format1) -> Result<Verified, EnvelopeError> {
+    pub(crate) fn upgrade(&self, dek: &Dek, _answers: Format1) -> Result<Verified, EnvelopeError> {
         if self.mac.is_some() {
             return self.verify(dek);
         }
@@ -59,7 +56,7 @@ impl Verified {
     ///
     /// # Errors
     /// [`EnvelopeError::StanzaCount`] for none or more than [`Envelope::MAX_STANZAS`].
-    pub fn new(binding: &Binding, stanzas: Vec<Stanza>, dek: &Dek) -> Result<Self, EnvelopeError> {
+    pub(crate) fn new(binding: &Binding, stanzas: Vec<Stanza>, dek: &Dek) -> Result<Self, EnvelopeError> {
         let envelope = Envelope {
             id: binding.envelope,
             vm: binding.vm,
@@ -78,7 +75,7 @@ impl Verified {
     ///
     /// # Errors
     /// [`EnvelopeError::Mac`] when `dek` is not its DEK; when one of the limits would be passed.
-    pub fn with_stanzas(&self, stanzas: Vec<Stanza>, dek: &Dek) -> Result<Self, EnvelopeError> {
+    pub(crate) fn with_stanzas(&self, stanzas: Vec<Stanza>, dek: &Dek) -> Result<Self, EnvelopeError> {
         self.changed(dek, |next| next.stanzas = stanzas)
     }
 
@@ -86,7 +83,7 @@ impl Verified {
     ///
     /// # Errors
     /// As [`Verified::with_stanzas`]; [`EnvelopeError::SharedWith`] beyond [`Envelope::MAX_SHARED`].
-    pub fn share_with(&self, vm: VmId, dek: &Dek) -> Result<Self, EnvelopeError> {
+    pub(crate) fn share_with(&self, vm: VmId, dek: &Dek) -> Result<Self, EnvelopeError> {
         self.changed(dek, |next| {
             let own = next.vm == vm;
             if let (false, Err(place)) = (own, next.shared_with.binary_search(&vm)) {
@@ -96,24 +93,16 @@ impl Verified {
     }
 
     /// The next generation, which `vm` may have no more; itself if that may not.
-    ///
-    /// # Errors
-    /// As [`Verified::with_stanzas`].
-    pub fn unshare(&self, vm: VmId, dek: &Dek) -> Result<Self, EnvelopeError> {
+    pub(crate) fn unshare(&self, vm: VmId, dek: &Dek) -> Result<Self, EnvelopeError> {
         self.changed(dek, |next| next.shared_with.retain(|other| *other != vm))
     }
 
     /// The next generation, which knows that a VM has run with the object; itself if it knows.
-    ///
-    /// # Errors
-    /// As [`Verified::with_stanzas`].
-    pub fn mark_seen(&self, dek: &Dek) -> Result<Self, EnvelopeError> {
+    pub(crate) fn mark_seen(&self, dek: &Dek) -> Result<Self, EnvelopeError> {
         self.changed(dek, |next| next.seen = true)
     }
 
-    /// The envelope without the proof.
-    #[must_use]
-    pub fn into_envelope(self) -> Envelope {
+    pub(crate) fn into_envelope(self) -> Envelope {
         self.0
     }
 

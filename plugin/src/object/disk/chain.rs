@@ -15,31 +15,18 @@ const DEEPEST: usize = 200;
 
 /// One image of a backing chain.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Layer {
-    /// The file.
+pub(crate) struct Layer {
     pub path: PathBuf,
     /// What it is to QEMU: the format that the layer above declares.
     pub format: Format,
-    /// Whether its data is encrypted.
     pub encrypted: bool,
 }
 
-/// The images that `top` rests on, itself first. Formats are those that the images declare; a guest can write any
-/// header into a disk that is declared raw. Each layer is named by the one above, so `permit` decides whether it is looked at.
-///
-/// # Errors
-/// Those of [`inspect`](super::inspect) for every layer, and [`VolumeError::Chain`] for a loop, a missing file, more than 200
-/// layers, or a backing file that is no local file.
-pub fn backing_chain(
-    top: &PermittedPath,
-    permit: impl Fn(&Path) -> Result<PermittedPath, VolumeError>,
-) -> Result<Vec<Layer>, VolumeError> {
-    let mut layers = Vec::new();
-    follow_chain(top, permit, &mut layers).map(|()| layers)
-}
-
-/// As [`backing_chain`], as far as it can be followed; and why not further.
-pub fn known_layers(
+/// The images that `top` rests on, itself first, as far as they can be followed; and why not further: the errors of
+/// [`inspect`](super::inspect) for a layer, and [`VolumeError::Chain`] for a loop, a missing file, more than 200 layers, or a backing file
+/// that is no local file. Formats are those that the images declare; a guest can write any header into a disk that is declared raw.
+/// Each layer is named by the one above, so `permit` decides whether it is looked at.
+pub(crate) fn known_layers(
     top: &PermittedPath,
     permit: impl Fn(&Path) -> Result<PermittedPath, VolumeError>,
 ) -> (Vec<Layer>, Option<VolumeError>) {
@@ -81,8 +68,9 @@ fn follow_chain(
         });
         next = match image.qcow2().and_then(|header| header.backing.as_ref()) {
             Some(backing) => {
-                let local = local_file_name(&backing.name)
-                    .ok_or_else(|| broken(format!("include `{}`, which is no local file", backing.name)))?;
+                let local = local_file_name(&backing.name).ok_or_else(|| {
+                    broken(format!("include `{}`, which is not a local file", backing.name))
+                })?;
                 let directory = image.path().parent().unwrap_or(Path::new(""));
                 Some((permit(&joined(directory, local))?, backing.format.clone()))
             }

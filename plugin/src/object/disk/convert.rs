@@ -2,30 +2,33 @@
 //!
 //! The child gets everything through inherited descriptors: the source, the target (which has no name yet) and a
 //! pipe with the passphrase. No path or key is in its arguments, and it can open nothing else (ADR 0014): a source may
-//! change while it is read, and may then name any file.
+//! change while it is read, and may then name any file. Where somebody says what sum the source has, it is copied first to where
+//! nobody else can write: what has that sum is what `qemu-img` reads, whoever can write to the source meanwhile, also without a
+//! trace in its times (`mmap`).
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::OFlag;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use openssl::hash::{Hasher, MessageDigest};
 
-use super::declared::open_declared;
+use super::declared::{as_declared, open_declared};
 use super::error::{Attempt, VolumeError};
 use super::file_id::FileId;
 use super::format::Format;
 use super::luks::sector::SECTOR;
 use super::open::Image;
-use super::qemu_img::{Percent, QemuImg, descriptor};
+use super::qemu_img::{Heard, Percent, QemuImg, descriptor};
 use super::size::Bytes;
 use super::staging::Staged;
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
+use crate::model::digest::{Algorithm, Digest};
 use crate::secret::Passphrase;
 
 /// An image whose data can be copied: raw or qcow2, plain, complete in itself. Opened once; what is read is this file,
@@ -36,6 +39,8 @@ pub(crate) struct Source {
     format: DeclaredFormat,
     /// Its first bytes, as they were when they were judged.
     header: Vec<u8>,
+    /// The file that `image` is, if that is a copy of ours.
+    copy: Option<Staged>,
 }
 
 impl Source {
@@ -78,7 +83,72 @@ impl Source {
             path: path.to_owned(),
             format,
             header,
+            copy: None,
         })
+    }
+
+    /// A copy on the file system of `target`, which has the sum `expected`; judged anew, because all of it may be other than what
+    /// was judged before. It has no name, or one that goes with it.
+    pub(crate) fn checked_copy(
+        &self,
+        expected: &Digest,
+        declared: Option<DeclaredFormat>,
+        target: &PermittedPath,
+        progress: &mut impl FnMut(Heard) -> ControlFlow<()>,
+    ) -> Result<Self, VolumeError> {
+        let copy = Staged::beside(target)?;
+        let found = self.copy_into(copy.file(), expected.algorithm(), target, progress)?;
+        if found != *expected {
+            return Err(VolumeError::OtherSum {
+                path: self.path.clone(),
+                expected: expected.clone(),
+                found,
+            });
+        }
+        let raw = declared.map(|_| DeclaredFormat::Raw.as_str());
+        let image = Image::from_file(copy.reopen()?, &self.path, raw)?;
+        let image = match declared {
+            Some(declared) => as_declared(image, declared)?,
+            None => uncompressed(image)?,
+        };
+        Ok(Self {
+            copy: Some(copy),
+            ..Self::of(image)?
+        })
+    }
+
+    /// Returns the sum of what was copied. What is zero there is a hole in the copy.
+    fn copy_into(
+        &self,
+        copy: &File,
+        algorithm: Algorithm,
+        target: &PermittedPath,
+        progress: &mut impl FnMut(Heard) -> ControlFlow<()>,
+    ) -> Result<Digest, VolumeError> {
+        let method = match algorithm {
+            Algorithm::Sha256 => MessageDigest::sha256(),
+            Algorithm::Sha512 => MessageDigest::sha512(),
+        };
+        let mut sum = Hasher::new(method)?;
+        let len = self.image.len();
+        copy.set_len(len).attempt("copy", &self.path)?;
+        let mut buffer = vec![0; COPIED_AT_ONCE];
+        let mut done = 0;
+        while done < len {
+            if progress(Heard::Done(Percent(0.0))).is_break() {
+                return Err(VolumeError::Stopped(target.shown().to_owned()));
+            }
+            let part = &mut buffer[..(len - done).min(COPIED_AT_ONCE as u64) as usize];
+            let read = self.image.file().read_exact_at(part, done);
+            read.attempt("read", &self.path)?;
+            sum.update(part)?;
+            if part.iter().any(|byte| *byte != 0) {
+                copy.write_all_at(part, done).attempt("copy", &self.path)?;
+            }
+            done += part.len() as u64;
+        }
+        let sum = sum.finish()?.to_vec();
+        Ok(Digest::new(algorithm, sum).expect("a sum of this kind has its length"))
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -124,6 +194,9 @@ impl Source {
 
     /// What was read is what was judged only if the file is still as it was, and still has its name.
     fn refuse_if_changed(&self) -> Result<(), VolumeError> {
+        if self.copy.is_some() {
+            return Ok(());
+        }
         let same = |found: std::fs::Metadata| FileId::from(&found) == self.image.file_id();
         let unchanged = self.image.file().metadata().is_ok_and(same)
             && std::fs::metadata(&self.path).is_ok_and(same)
@@ -135,6 +208,8 @@ impl Source {
         }
     }
 }
+
+const COPIED_AT_ONCE: usize = 256 << 10;
 
 /// The most that a qcow2 header, its extensions and the names in it take.
 const HEADER_BYTES: u64 = 2 << 20;
@@ -153,14 +228,12 @@ pub(crate) fn fill(
     target: &Staged,
     passphrase: &Passphrase,
     target_path: &Path,
-    progress: impl FnMut(Percent) -> ControlFlow<()>,
+    progress: impl FnMut(Heard) -> ControlFlow<()>,
 ) -> Result<(), VolumeError> {
-    let key = passphrase_pipe(passphrase).attempt("pass a key for", target_path)?;
     let (from, to) = (source.image.file().as_fd(), target.file().as_fd());
     let outcome = QemuImg::new(&["convert", "-p", "-n", "--target-is-zero"])?
-        .arg("--object")
-        .arg(format!("secret,id=key,file={}", descriptor(key.as_fd())))
-        .inheriting(key.as_fd())
+        .with_key(passphrase)
+        .attempt("pass a key for", target_path)?
         .arg("--target-image-opts")
         .source(from, source.format)
         .arg(target_options(to))
@@ -186,13 +259,6 @@ fn target_options(target: BorrowedFd<'_>) -> String {
         "driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.driver=file,file.locking=off,file.filename={}",
         descriptor(target)
     )
-}
-
-/// The reading end of a pipe that holds the passphrase: 64 bytes, which any pipe takes at once.
-fn passphrase_pipe(passphrase: &Passphrase) -> io::Result<OwnedFd> {
-    let (reading, writing) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-    File::from(writing).write_all(passphrase.expose())?;
-    Ok(reading)
 }
 
 fn read_exactly(file: &File, len: u64) -> io::Result<Vec<u8>> {

@@ -7,8 +7,6 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-
 use super::chain::local_file_name;
 use super::convert::{self, Source};
 use super::error::{Attempt, VolumeError};
@@ -20,75 +18,55 @@ use super::prepared::Prepared;
 use super::qcow2::BackingName;
 use super::qcow2::allocation::Data;
 use super::qcow2::layout::{Blueprint, LayoutError, Parts};
-use super::qemu_img::Percent;
+use super::qemu_img::Heard;
 use super::size::{Bytes, ClusterSize};
 use super::staging::{Staged, Step};
 use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
+use crate::model::digest::Digest;
 use crate::model::envelope::Envelope;
 use crate::secret::Passphrase;
 
-/// The format of a backing file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BackingFormat {
-    /// qcow2, encrypted or not.
-    Qcow2,
-    /// raw.
-    Raw,
-}
-
-impl BackingFormat {
-    fn as_str(self) -> &'static str {
-        match self {
-            Self::Qcow2 => "qcow2",
-            Self::Raw => "raw",
-        }
-    }
-}
-
 /// The image that a new one is an overlay of.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Backing {
+pub(crate) struct Backing {
     /// As it will be written into the image; a relative path counts from the image's directory.
     pub path: PathBuf,
     /// Its format; nothing is guessed.
-    pub format: BackingFormat,
+    pub format: DeclaredFormat,
 }
 
-/// What to make.
 #[derive(Clone, Debug)]
-pub struct CreateRequest {
+pub(crate) struct CreateRequest {
     /// The image's name, which root has chosen; of one that is replaced, for messages.
     pub path: PathBuf,
     /// Size of the guest's disk, rounded up to whole sectors. `None`: that of the backing file or the source.
     pub size: Option<Bytes>,
-    /// Size of a qcow2 cluster.
     pub cluster_size: ClusterSize,
     /// For an overlay.
     pub backing: Option<Backing>,
     /// The format of the image that it is filled from. `None`: what that image shows.
     pub source_format: Option<DeclaredFormat>,
+    /// The sum that this image must have.
+    pub source_digest: Option<Digest>,
 }
 
 impl CreateRequest {
     /// An image of `size` under a free name, with the usual clusters.
-    #[must_use]
-    pub fn new(path: impl Into<PathBuf>, size: Bytes) -> Self {
+    pub(crate) fn new(path: impl Into<PathBuf>, size: Bytes) -> Self {
         Self {
             path: path.into(),
             size: Some(size),
             cluster_size: ClusterSize::default(),
             backing: None,
             source_format: None,
+            source_digest: None,
         }
     }
 }
 
-/// What was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Created {
-    /// The image.
+pub(crate) struct Created {
     pub path: PathBuf,
     /// Size of the guest's disk.
     pub size: Bytes,
@@ -100,7 +78,7 @@ pub struct Created {
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was created then, except when only the last fsync of the directory failed.
-pub fn create(
+pub(crate) fn create(
     request: &CreateRequest,
     envelope: &Envelope,
     passphrase: &Passphrase,
@@ -113,7 +91,7 @@ pub fn create(
 ///
 /// # Errors
 /// Those of [`create`], and [`VolumeError::HoldsData`]; nothing was replaced.
-pub fn prepare_over(
+pub(crate) fn prepare_over(
     replaced: ImageLock,
     request: &CreateRequest,
     envelope: &Envelope,
@@ -129,10 +107,7 @@ pub fn prepare_over(
 }
 
 /// [`create`], or what [`prepare_over`] prepares with its name, telling `watch` of every step: for tests that stop there.
-///
-/// # Errors
-/// Those of [`prepare_over`].
-pub fn create_over_watched(
+pub(crate) fn create_over_watched(
     replaced: Option<&ImageLock>,
     request: &CreateRequest,
     envelope: &Envelope,
@@ -141,7 +116,7 @@ pub fn create_over_watched(
 ) -> Result<Created, VolumeError> {
     let size = match (request.size, &request.backing) {
         (Some(size), _) => size,
-        (None, Some(backing)) => backing_size(request, backing)?,
+        (None, Some(backing)) => open_backing(request, backing)?.virtual_size(),
         (None, None) => return Err(VolumeError::SizeMissing(request.path.clone())),
     };
     let making = Making::new(replaced, request, size, envelope, passphrase)?;
@@ -153,29 +128,31 @@ pub fn create_over_watched(
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was created then.
-pub fn create_from(
+pub(crate) fn create_from(
     request: &CreateRequest,
     source: &Path,
     envelope: &Envelope,
     passphrase: &Passphrase,
-    progress: impl FnMut(Percent) -> ControlFlow<()>,
+    progress: impl FnMut(Heard) -> ControlFlow<()>,
 ) -> Result<Created, VolumeError> {
     create_from_watched(request, source, envelope, passphrase, progress, |_| {})
 }
 
 /// [`create_from`], telling `watch` of every step: for tests that stop there.
-///
-/// # Errors
-/// Those of [`create_from`].
-pub fn create_from_watched(
+pub(crate) fn create_from_watched(
     request: &CreateRequest,
     source: &Path,
     envelope: &Envelope,
     passphrase: &Passphrase,
-    progress: impl FnMut(Percent) -> ControlFlow<()>,
+    mut progress: impl FnMut(Heard) -> ControlFlow<()>,
     mut watch: impl FnMut(Step),
 ) -> Result<Created, VolumeError> {
-    let (source, size) = open_source(request, source)?;
+    let (mut source, mut size) = open_source(request, source)?;
+    if let Some(expected) = &request.source_digest {
+        let target = named_by_root(&request.path)?;
+        source = source.checked_copy(expected, request.source_format, &target, &mut progress)?;
+        size = size_over(request, &source)?;
+    }
     let making = Making::new(None, request, size, envelope, passphrase)?;
     making.run(
         |staged| convert::fill(&source, staged, passphrase, &request.path, progress),
@@ -187,7 +164,7 @@ pub fn create_from_watched(
 ///
 /// # Errors
 /// Those of [`create_from`] that can be told without writing.
-pub fn source_size(request: &CreateRequest, source: &Path) -> Result<Bytes, VolumeError> {
+pub(crate) fn source_size(request: &CreateRequest, source: &Path) -> Result<Bytes, VolumeError> {
     open_source(request, source).map(|(source, _)| source.virtual_size())
 }
 
@@ -200,9 +177,13 @@ fn open_source(request: &CreateRequest, source: &Path) -> Result<(Source, Bytes)
             reason: "an image that is filled from another one has none".to_owned(),
         });
     }
-    let place =
-        PermittedPath::named_by_root(source).map_err(|error| VolumeError::unreachable(source, error))?;
-    let source = Source::open(&place, request.source_format)?;
+    let source = Source::open(&named_by_root(source)?, request.source_format)?;
+    let size = size_over(request, &source)?;
+    Ok((source, size))
+}
+
+/// The size that the new image is to have.
+fn size_over(request: &CreateRequest, source: &Source) -> Result<Bytes, VolumeError> {
     let size = request.size.unwrap_or(source.virtual_size());
     if size < source.virtual_size() {
         return Err(VolumeError::Size {
@@ -211,10 +192,9 @@ fn open_source(request: &CreateRequest, source: &Path) -> Result<(Source, Bytes)
             reason: format!("{} has {}", source.path().display(), source.virtual_size()),
         });
     }
-    Ok((source, size))
+    Ok(size)
 }
 
-/// An image in the making.
 struct Making<'a> {
     replaced: Option<&'a ImageLock>,
     place: PermittedPath,
@@ -395,14 +375,14 @@ fn backing_name(request: &CreateRequest) -> Result<Option<BackingName>, VolumeEr
     }
     let found = open_backing(request, backing)?.format()?;
     let fits = match backing.format {
-        BackingFormat::Qcow2 => matches!(found, Format::Qcow2 | Format::Qcow2Luks1),
-        BackingFormat::Raw => found == Format::Raw,
+        DeclaredFormat::Qcow2 => matches!(found, Format::Qcow2 | Format::Qcow2Luks1),
+        DeclaredFormat::Raw => found == Format::Raw,
     };
     if !fits {
         return Err(refused(&format!(
             "it is {}, not {}",
             found.as_str(),
-            backing.format.as_str()
+            backing.format
         )));
     }
     Ok(Some(BackingName {
@@ -411,14 +391,11 @@ fn backing_name(request: &CreateRequest) -> Result<Option<BackingName>, VolumeEr
     }))
 }
 
-fn backing_size(request: &CreateRequest, backing: &Backing) -> Result<Bytes, VolumeError> {
-    open_backing(request, backing).map(|image| image.virtual_size())
-}
-
 fn open_backing(request: &CreateRequest, backing: &Backing) -> Result<Image, VolumeError> {
     let directory = request.path.parent().unwrap_or(Path::new(""));
-    let path = directory.join(&backing.path);
-    let place =
-        PermittedPath::named_by_root(&path).map_err(|source| VolumeError::unreachable(&path, source))?;
-    Image::open(&place)
+    Image::open(&named_by_root(&directory.join(&backing.path))?)
+}
+
+fn named_by_root(path: &Path) -> Result<PermittedPath, VolumeError> {
+    PermittedPath::named_by_root(path).map_err(|source| VolumeError::unreachable(path, source))
 }

@@ -11,7 +11,7 @@ use crate::host::permitted::PermittedPath;
 
 /// How sure a declaration is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Declaration {
+pub(crate) enum Declaration {
     /// The XML has it. A file that looks like something else needs a second word.
     Stated(DeclaredFormat),
     /// An admin has looked, and says so too.
@@ -25,7 +25,7 @@ pub(super) fn open_declared(place: &PermittedPath, declared: DeclaredFormat) -> 
 }
 
 /// `image`, which was opened as raw, as what it is declared to be.
-fn as_declared(image: Image, declared: DeclaredFormat) -> Result<Image, VolumeError> {
+pub(super) fn as_declared(image: Image, declared: DeclaredFormat) -> Result<Image, VolumeError> {
     let path = &image.path().to_owned();
     let found = image.looks_like();
     match declared {
@@ -46,7 +46,10 @@ fn as_declared(image: Image, declared: DeclaredFormat) -> Result<Image, VolumeEr
 /// # Errors
 /// [`VolumeError::Contradiction`] where its first bytes are those of another format, unless they may be a guest's: a raw
 /// disk that was confirmed to be one. Else those of [`inspect`](super::inspect).
-pub fn inspect_declared(place: &PermittedPath, declaration: Declaration) -> Result<VolumeInfo, VolumeError> {
+pub(crate) fn inspect_declared(
+    place: &PermittedPath,
+    declaration: Declaration,
+) -> Result<VolumeInfo, VolumeError> {
     let raw = Image::open_as(place, Some(DeclaredFormat::Raw.as_str()))?;
     let (Declaration::Stated(declared) | Declaration::Confirmed(declared)) = declaration;
     let path = &raw.path().to_owned();

@@ -9,15 +9,17 @@ use thiserror::Error;
 
 use super::size::Bytes;
 use crate::domain::DeclaredFormat;
+use crate::host::file_error::FileError;
 use crate::host::permitted::PathError;
 use crate::model::advice::Advice;
+use crate::model::digest::Digest;
 use crate::model::envelope::EnvelopeError;
 use crate::model::problem::{Code, Problem, chain};
 use crate::terminal::word;
 
 /// The part of an image that a [`Flaw`] was found in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub(crate) enum Part {
     /// The qcow2 header, its extensions or its tables.
     Qcow2,
     /// The LUKS1 header.
@@ -54,12 +56,10 @@ impl Part {
 
 /// What is wrong with the bytes of an image, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Flaw {
+pub(crate) struct Flaw {
     /// Where in the file, in bytes.
     pub offset: u64,
-    /// In which structure.
     pub part: Part,
-    /// What was found there.
     pub what: String,
 }
 
@@ -95,65 +95,37 @@ impl fmt::Display for Flaw {
 
 /// Why an operation on an image failed. Nothing was changed, unless the variant says so.
 #[derive(Debug, Error)]
-pub enum VolumeError {
-    /// The system refused.
-    #[error("can't {action} {}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What was tried.
-        action: &'static str,
-        /// The system's word.
-        #[source]
-        source: io::Error,
-    },
-    /// Root does not look there.
+pub(crate) enum VolumeError {
+    #[error(transparent)]
+    File(#[from] FileError),
     #[error(transparent)]
     Place(#[from] PathError),
-    /// There is no such file.
     #[error("{} does not exist", .0.display())]
     NotFound(PathBuf),
     /// A directory, a FIFO, a socket or a character device.
     #[error("{} is {found}, not a disk image: give a regular file or a block device", path.display())]
-    NotAnImage {
-        /// The path.
-        path: PathBuf,
-        /// What is there.
-        found: &'static str,
-    },
-    /// Its bytes break the format.
+    NotAnImage { path: PathBuf, found: &'static str },
     #[error("{} is damaged or of an unknown kind: {flaw}", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What, and where.
-        flaw: Flaw,
-    },
+    Damaged { path: PathBuf, flaw: Flaw },
     /// A sound image that virtseal does not handle.
     #[error("{}: {what}", path.display())]
     Unsupported {
-        /// The file.
         path: PathBuf,
-        /// What it has.
         what: String,
-        /// What to do.
         next: Box<Advice>,
     },
     /// A plain image where an encrypted one was expected.
     #[error("{} is not encrypted", .0.display())]
     NotEncrypted(PathBuf),
-    /// The passphrase opens no keyslot.
     #[error("no keyslot of {} opens with this key: it was encrypted under another one", .0.display())]
     NoKeyslotOpens(PathBuf),
     /// Trying its keyslots would take seconds of work that somebody else chose.
     #[error("{} asks for more than {allowed} PBKDF2 rounds, which no image of virtseal does", path.display())]
     TooManyIterations {
-        /// The image.
         path: PathBuf,
         /// What one of ours may ask for at the most.
         allowed: u32,
     },
-    /// The name is taken.
     #[error("{} exists already, and nothing is ever replaced: choose another path", .0.display())]
     Exists(PathBuf),
     /// The file to be replaced is not the one that was inspected.
@@ -165,10 +137,15 @@ pub enum VolumeError {
         .0.display()
     )]
     SourceChanged(PathBuf),
+    #[error("{} is not the file that this sum is of: it has {found}, expected was {expected}; nothing was created", path.display())]
+    OtherSum {
+        path: PathBuf,
+        expected: Digest,
+        found: Digest,
+    },
     /// Its first bytes are those of another format than is declared for it.
-    #[error("{} is declared {declared}, but begins as {found} does", path.display())]
+    #[error("{} is declared {declared}, but its first bytes are those of {found}", path.display())]
     Contradiction {
-        /// The file.
         path: PathBuf,
         /// What the domain XML or the caller says.
         declared: DeclaredFormat,
@@ -181,7 +158,6 @@ pub enum VolumeError {
     /// The file to be replaced holds data, or may.
     #[error("{} holds data, and was left as it is; choose another path", .0.display())]
     HoldsData(PathBuf),
-    /// Another process has the image open.
     #[error("{} is open in another process, such as a running VM or qemu-nbd: stop it first", .0.display())]
     InUse(PathBuf),
     /// No size was given, and nothing else says it.
@@ -190,62 +166,52 @@ pub enum VolumeError {
     /// A size that this format or this source does not allow.
     #[error("{} can't have {size}: {reason}", path.display())]
     Size {
-        /// The image.
         path: PathBuf,
-        /// What was asked for.
         size: Bytes,
-        /// Why not.
         reason: String,
     },
     /// The name of the backing file can't be stored.
     #[error("{} can't be the backing file of {}: {reason}", backing.display(), path.display())]
     BackingName {
-        /// The image.
         path: PathBuf,
-        /// Its backing file.
         backing: PathBuf,
-        /// Why not.
         reason: String,
     },
     /// The backing files form a loop, or there are too many.
     #[error("the backing files of {} {reason}", path.display())]
     Chain {
-        /// The topmost image.
         path: PathBuf,
         /// What is wrong with the chain.
         reason: String,
     },
-    /// `qemu-img` failed.
     #[error("qemu-img could not read {}: {said}", path.display())]
-    QemuImg {
-        /// The source image.
-        path: PathBuf,
-        /// Its words.
-        said: String,
-    },
+    QemuImg { path: PathBuf, said: String },
+    /// `qemu-img` could not give an image another size.
+    #[error("{} is not resized: {said}", path.display())]
+    Resize { path: PathBuf, said: String },
     /// `qemu-img` failed between two images: either may be the reason.
     #[error("qemu-img could not copy {} into {}: {said}", from.display(), path.display())]
     Copy {
-        /// The image in the making.
         path: PathBuf,
-        /// The source image.
         from: PathBuf,
-        /// Its words.
         said: String,
     },
-    /// `qemu-img` can't be started.
+    /// `qemu-img` failed between an overlay and what it is based on, or both differ after all.
+    #[error("qemu-img could not merge {} into {}: {said}", path.display(), into.display())]
+    Merge {
+        path: PathBuf,
+        into: PathBuf,
+        said: String,
+    },
     #[error("can't run qemu-img: is the package qemu-utils (or qemu-img) installed?")]
     QemuImgMissing(#[source] io::Error),
-    /// The caller asked to stop.
-    #[error("stopped before {} was complete: nothing was created", .0.display())]
+    #[error("stopped before {} was complete", .0.display())]
     Stopped(PathBuf),
     /// The envelope can't be put into an image.
     #[error("the envelope can't be stored in an image")]
     Envelope(#[source] EnvelopeError),
-    /// OpenSSL failed.
     #[error("a cryptographic operation failed")]
     Crypto(#[from] ErrorStack),
-    /// No secret memory.
     #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
     Memory(#[source] io::Error),
 }
@@ -255,11 +221,7 @@ impl VolumeError {
     pub(crate) fn unreachable(path: &Path, source: io::Error) -> Self {
         match source.kind() {
             io::ErrorKind::NotFound => Self::NotFound(path.to_owned()),
-            _ => Self::Io {
-                path: path.to_owned(),
-                action: "look at",
-                source,
-            },
+            _ => FileError::of("look at", path)(source).into(),
         }
     }
 
@@ -283,8 +245,7 @@ impl VolumeError {
     }
 
     /// What leads out, where that is not said by the error itself.
-    #[must_use]
-    pub fn advice(&self) -> Option<Advice> {
+    pub(crate) fn advice(&self) -> Option<Advice> {
         let show = |path: &PathBuf| Advice::ShowVolume(path.clone());
         Some(match self {
             Self::Damaged { path, flaw } => flaw.part.advice(path),
@@ -293,6 +254,9 @@ impl VolumeError {
             Self::TooManyIterations { path, .. } => show(path).then(
                 "restore its header from a backup (a keyslot that qemu-img added needs encrypt.iter-time=10)",
             ),
+            Self::OtherSum { .. } => {
+                "download it again, from where the sum was published, and use it only with the sum that it then has to have".into()
+            }
             Self::Chain { path, .. } => show(path).note("and the same of each file that it names"),
             _ => return None,
         })
@@ -308,6 +272,7 @@ impl From<VolumeError> for Problem {
         let code = match &error {
             VolumeError::NotFound(_) => Code::NotFound,
             VolumeError::InUse(_) => Code::Busy,
+            VolumeError::Exists(_) => Code::Exists,
             VolumeError::HoldsData(_) => Code::WouldLoseKey,
             _ => Code::Failed,
         };
@@ -322,10 +287,6 @@ pub(in crate::object) trait Attempt<T> {
 
 impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
     fn attempt(self, action: &'static str, path: &Path) -> Result<T, VolumeError> {
-        self.map_err(|error| VolumeError::Io {
-            path: path.to_owned(),
-            action,
-            source: error.into(),
-        })
+        self.map_err(|error| FileError::of(action, path)(error.into()).into())
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 
 /// Which file, and which state of it, was inspected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileId {
+pub(crate) struct FileId {
     device: u64,
     inode: u64,
     size: u64,
@@ -27,8 +27,7 @@ impl From<&Metadata> for FileId {
 
 impl FileId {
     /// The file itself, whatever state it is in.
-    #[must_use]
-    pub fn inode(&self) -> (u64, u64) {
+    pub(crate) fn inode(&self) -> (u64, u64) {
         (self.device, self.inode)
     }
 }

@@ -9,7 +9,7 @@ use super::{luks, qcow2};
 
 /// What kind of image a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Format {
+pub(crate) enum Format {
     /// qcow2 without encryption.
     #[serde(rename = "qcow2")]
     Qcow2,
@@ -29,8 +29,7 @@ pub enum Format {
 
 impl Format {
     /// The name in messages and in JSON.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Qcow2 => "qcow2",
             Self::Qcow2Luks1 => "qcow2+luks1",
@@ -41,14 +40,11 @@ impl Format {
     }
 
     /// Whether it is LUKS without qcow2 around it: what a variable store of ours is.
-    #[must_use]
-    pub fn is_bare_luks(self) -> bool {
+    pub(crate) fn is_bare_luks(self) -> bool {
         matches!(self, Self::Luks1 | Self::Luks2)
     }
 
-    /// Whether its data is encrypted.
-    #[must_use]
-    pub fn is_encrypted(self) -> bool {
+    pub(crate) fn is_encrypted(self) -> bool {
         matches!(self, Self::Qcow2Luks1 | Self::Luks1 | Self::Luks2)
     }
 }

@@ -3,7 +3,7 @@
 use super::luks::{self, luks1};
 use super::qcow2::{self, Header};
 use super::size::{Bytes, ClusterSize};
-use crate::fuzz::Target;
+use crate::fuzz_target::Target;
 use crate::secret::Dek;
 
 pub(crate) const TARGETS: [Target; 2] = [

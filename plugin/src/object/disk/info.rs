@@ -7,32 +7,22 @@ use serde::Serialize;
 use super::file_id::FileId;
 use super::format::Format;
 use super::luks::LuksInfo;
+use super::qcow2::BackingName;
 use super::qcow2::allocation::Data;
 use super::size::{Bytes, ClusterSize};
 use crate::model::envelope::Envelope;
 
-/// The backing file as an image names it; a relative name counts from the image's directory.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct BackingEntry {
-    /// Its name.
-    pub path: String,
-    /// Its format, if the image says.
-    pub format: Option<String>,
-}
-
 /// What an image says without any key.
 #[derive(Clone, Debug, Serialize)]
-pub struct VolumeInfo {
-    /// The file.
+pub(crate) struct VolumeInfo {
     pub path: PathBuf,
-    /// What it is.
     pub format: Format,
     /// Size of the disk that a guest sees, in bytes.
     pub virtual_size: Bytes,
     /// Only for qcow2, in bytes.
     pub cluster_size: Option<ClusterSize>,
     /// Only for qcow2.
-    pub backing: Option<BackingEntry>,
+    pub backing: Option<BackingName>,
     /// Only for LUKS: cipher, keyslots, payload.
     pub luks: Option<LuksInfo>,
     /// The copy that the image carries.
@@ -53,7 +43,7 @@ pub struct VolumeInfo {
 /// The copy of an envelope in an image. Anybody who writes the image has written it: one that can't be read is a bad copy, and
 /// no reason to do without the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ImageCopy {
+pub(crate) enum ImageCopy {
     /// The image carries none.
     None,
     /// It is one in form.
@@ -64,8 +54,7 @@ pub enum ImageCopy {
 
 impl ImageCopy {
     /// The one that can be read.
-    #[must_use]
-    pub fn envelope(self) -> Option<Envelope> {
+    pub(crate) fn envelope(self) -> Option<Envelope> {
         match self {
             Self::Envelope(envelope) => Some(*envelope),
             Self::None | Self::Unreadable(_) => None,
@@ -73,8 +62,7 @@ impl ImageCopy {
     }
 
     /// What is wrong with it.
-    #[must_use]
-    pub fn flaw(&self) -> Option<String> {
+    pub(crate) fn flaw(&self) -> Option<String> {
         match self {
             Self::Unreadable(why) => Some(why.clone()),
             Self::None | Self::Envelope(_) => None,

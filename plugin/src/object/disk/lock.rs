@@ -7,7 +7,6 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
-use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -15,6 +14,7 @@ use super::error::{Attempt, VolumeError};
 use super::file_id::FileId;
 use super::open::Image;
 use crate::host::permitted::PermittedPath;
+use crate::model::deadlines::image::IN_USE;
 use crate::secret::Passphrase;
 
 const LOCKED_BYTES: [i64; 2] = [100, 200];
@@ -22,7 +22,7 @@ const LOCKS_IN_RANGE: i64 = 4;
 
 /// An image open for writing, with QEMU's locks.
 #[derive(Debug)]
-pub struct ImageLock {
+pub(crate) struct ImageLock {
     file: File,
     place: PermittedPath,
     id: FileId,
@@ -33,7 +33,7 @@ impl ImageLock {
     ///
     /// # Errors
     /// [`VolumeError::InUse`] while anyone has it open; when it is no image, or can't be opened for writing.
-    pub fn open(place: &PermittedPath) -> Result<Self, VolumeError> {
+    pub(crate) fn open(place: &PermittedPath) -> Result<Self, VolumeError> {
         let path = place.shown();
         // Tells what is no image before a device is opened.
         match Image::open(place) {
@@ -70,7 +70,7 @@ impl ImageLock {
     ///
     /// # Errors
     /// Those of [`ImageLock::open`], and [`VolumeError::Changed`].
-    pub fn unchanged(place: &PermittedPath, inspected: FileId) -> Result<Self, VolumeError> {
+    pub(crate) fn unchanged(place: &PermittedPath, inspected: FileId) -> Result<Self, VolumeError> {
         let held = Self::open(place)?;
         if held.id == inspected {
             Ok(held)
@@ -83,7 +83,7 @@ impl ImageLock {
     ///
     /// # Errors
     /// [`VolumeError::NoKeyslotOpens`], and [`VolumeError::NotEncrypted`].
-    pub fn verify(&self, passphrase: &Passphrase) -> Result<(), VolumeError> {
+    pub(crate) fn verify(&self, passphrase: &Passphrase) -> Result<(), VolumeError> {
         self.image()?.unlock(passphrase).map(drop)
     }
 
@@ -118,12 +118,11 @@ impl ImageLock {
 /// stays.
 fn is_in_use(file: &File) -> io::Result<bool> {
     const LOOKS: u32 = 25;
-    const PAUSE: Duration = Duration::from_millis(10);
     for _ in 1..LOOKS {
         if !is_locked(file)? {
             return Ok(false);
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep(IN_USE);
     }
     is_locked(file)
 }

@@ -14,7 +14,7 @@ use crate::secret::{Passphrase, SecretBytes};
 use luks1::Header;
 use sector::SectorCipher;
 
-pub use info::{KeyslotInfo, LuksInfo};
+pub(crate) use info::{KeyslotInfo, LuksInfo};
 
 /// A header whose bounds have been checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,9 +61,6 @@ pub(crate) struct Fresh {
 }
 
 /// Makes a new volume key under `passphrase`, in the form that every libvirt with `engine='qemu'` opens.
-///
-/// # Errors
-/// When OpenSSL fails or there is no memory for keys.
 pub(crate) fn create(passphrase: &Passphrase) -> Result<Fresh, VolumeError> {
     let (header, material, key) = Header::create(passphrase)?;
     Ok(Fresh {
@@ -131,7 +128,6 @@ impl Luks {
         }
     }
 
-    /// How many keyslots some passphrase opens.
     pub(crate) fn active_keyslots(&self) -> usize {
         match self {
             Self::V1(header) => header.active_keyslots(),

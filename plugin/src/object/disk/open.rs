@@ -10,7 +10,7 @@ use openssl::sha::sha256;
 use super::error::{Attempt, VolumeError};
 use super::file_id::FileId;
 use super::format::{Format, Sniffed, foreign, name_of, sniff};
-use super::info::{BackingEntry, ImageCopy, VolumeInfo};
+use super::info::{ImageCopy, VolumeInfo};
 use super::luks::{Luks, VolumeKey};
 use super::qcow2::allocation::{self, Data};
 use super::qcow2::{self, Encryption, Span, extension};
@@ -22,15 +22,12 @@ use crate::secret::Passphrase;
 ///
 /// # Errors
 /// When it is missing, no regular file or block device, damaged, or of a kind that virtseal does not handle.
-pub fn inspect(place: &PermittedPath) -> Result<VolumeInfo, VolumeError> {
+pub(crate) fn inspect(place: &PermittedPath) -> Result<VolumeInfo, VolumeError> {
     Image::open(place)?.info()
 }
 
 /// What kind of image it is, and the envelope that it carries, without a look at its data.
-///
-/// # Errors
-/// Those of [`inspect`].
-pub fn identify(place: &PermittedPath) -> Result<(Format, ImageCopy), VolumeError> {
+pub(crate) fn identify(place: &PermittedPath) -> Result<(Format, ImageCopy), VolumeError> {
     let image = Image::open(place)?;
     Ok((image.format()?, image.copy()))
 }
@@ -40,7 +37,7 @@ pub fn identify(place: &PermittedPath) -> Result<(Format, ImageCopy), VolumeErro
 /// # Errors
 /// [`VolumeError::NoKeyslotOpens`] for the wrong key, [`VolumeError::NotEncrypted`] for a plain image, and those of
 /// [`inspect`].
-pub fn verify(place: &PermittedPath, passphrase: &Passphrase) -> Result<(), VolumeError> {
+pub(crate) fn open(place: &PermittedPath, passphrase: &Passphrase) -> Result<(), VolumeError> {
     Image::open(place)?.unlock(passphrase).map(drop)
 }
 
@@ -48,7 +45,7 @@ pub fn verify(place: &PermittedPath, passphrase: &Passphrase) -> Result<(), Volu
 ///
 /// # Errors
 /// [`VolumeError::NotEncrypted`] for a plain image, and those of [`inspect`].
-pub fn header_digest(place: &PermittedPath) -> Result<[u8; 32], VolumeError> {
+pub(crate) fn header_digest(place: &PermittedPath) -> Result<[u8; 32], VolumeError> {
     Image::open(place)?.header_digest()
 }
 
@@ -80,7 +77,10 @@ impl Image {
     pub(crate) fn open_as(place: &PermittedPath, declared: Option<&str>) -> Result<Self, VolumeError> {
         let path = place.shown();
         // Named here: of what is no image, opening says only that it is none.
-        refuse_what_is_no_image(&found(place.metadata(), path)?, path)?;
+        let found = place
+            .metadata()
+            .map_err(|source| VolumeError::unreachable(path, source))?;
+        refuse_what_is_no_image(&found, path)?;
         let file = place.open(OpenOptions::new().read(true)).attempt("open", path)?;
         Self::from_file(file, path, declared)
     }
@@ -188,12 +188,7 @@ impl Image {
             format,
             virtual_size: self.virtual_size(),
             cluster_size: qcow2.map(|header| header.cluster_size),
-            backing: qcow2
-                .and_then(|header| header.backing.as_ref())
-                .map(|backing| BackingEntry {
-                    path: backing.name.clone(),
-                    format: backing.format.clone(),
-                }),
+            backing: qcow2.and_then(|header| header.backing.clone()),
             luks: self.luks_header()?.map(|(header, _)| header.info()),
             unreadable_envelope: copy.flaw(),
             envelope: copy.envelope(),
@@ -291,7 +286,6 @@ impl Image {
         }
     }
 
-    /// Its length in bytes.
     pub(crate) fn len(&self) -> u64 {
         self.len
     }
@@ -325,17 +319,6 @@ fn read(file: &File, offset: u64, len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; len];
     file.read_exact_at(&mut bytes, offset)?;
     Ok(bytes)
-}
-
-fn found(metadata: io::Result<Metadata>, path: &Path) -> Result<Metadata, VolumeError> {
-    metadata.map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => VolumeError::NotFound(path.to_owned()),
-        _ => VolumeError::Io {
-            path: path.to_owned(),
-            action: "look at",
-            source,
-        },
-    })
 }
 
 fn refuse_what_is_no_image(metadata: &Metadata, path: &Path) -> Result<(), VolumeError> {

@@ -13,7 +13,7 @@ use super::size::Bytes;
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was replaced.
-pub fn prepare_empty(replaced: ImageLock, size: Bytes) -> Result<Prepared, VolumeError> {
+pub(crate) fn prepare_empty(replaced: ImageLock, size: Bytes) -> Result<Prepared, VolumeError> {
     Prepared::over(replaced, |staged, replaced| {
         // By its descriptor: others may write to the directory, and change what has a name there.
         let file = staged.file().as_fd();

@@ -6,7 +6,7 @@ use super::staging::{Staged, Step};
 
 /// A file that is on stable storage without a name, and what it will replace.
 #[derive(Debug)]
-pub struct Prepared {
+pub(crate) struct Prepared {
     staged: Staged,
     replaced: Option<ImageLock>,
 }
@@ -34,15 +34,15 @@ impl Prepared {
     /// # Errors
     /// [`VolumeError::Exists`], or [`VolumeError::Changed`] when the file to be replaced is another by now. That is still there then,
     /// except when only the last fsync of the directory failed.
-    pub fn publish(self) -> Result<Option<ImageLock>, VolumeError> {
+    pub(crate) fn publish(self) -> Result<Option<ImageLock>, VolumeError> {
         self.publish_watched(|_| {})
     }
 
     /// [`Self::publish`], telling `watch` of every step: for tests that stop there.
-    ///
-    /// # Errors
-    /// Those of [`Self::publish`].
-    pub fn publish_watched(self, mut watch: impl FnMut(Step)) -> Result<Option<ImageLock>, VolumeError> {
+    pub(crate) fn publish_watched(
+        self,
+        mut watch: impl FnMut(Step),
+    ) -> Result<Option<ImageLock>, VolumeError> {
         let expected = self.replaced.as_ref().map(ImageLock::id);
         let published = self.staged.publish(expected)?;
         watch(Step::Published);

@@ -10,6 +10,8 @@ pub(crate) mod extension;
 pub(crate) mod layout;
 pub(crate) mod rewrite;
 
+use serde::Serialize;
+
 use super::error::{Flaw, Part};
 use super::size::{Bytes, ClusterSize};
 
@@ -49,9 +51,10 @@ pub(crate) enum Encryption {
     Luks(Span),
 }
 
-/// The image that shows through where this one has no data.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The image that shows through where this one has no data; a relative name counts from the image's directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct BackingName {
+    #[serde(rename = "path")]
     pub(crate) name: String,
     pub(crate) format: Option<String>,
 }
@@ -177,7 +180,6 @@ pub(super) fn flaw(offset: usize, what: impl Into<String>) -> Flaw {
     Flaw::new(Part::Qcow2, offset as u64, what)
 }
 
-/// One header extension.
 struct Extension<'a> {
     kind: u32,
     /// Of its payload.
@@ -190,7 +192,7 @@ impl Extension<'_> {
         Some(self.payload)
             .filter(|payload| payload.len() <= MAX_BACKING_FORMAT)
             .and_then(text)
-            .ok_or_else(|| flaw(self.offset, format!("{of} is no name of a format")))
+            .ok_or_else(|| flaw(self.offset, format!("{of} is not the name of a format")))
     }
 
     fn luks_span(&self, cluster_size: ClusterSize, file_len: u64) -> Result<Span, Flaw> {
@@ -368,6 +370,13 @@ impl<'a> Fields<'a> {
             return Err(flaw(
                 100,
                 format!("the header is said to have {len} bytes, which is out of bounds"),
+            ));
+        }
+        // QEMU lets it pass; the specification does not, and extensions are padded by it.
+        if !len.is_multiple_of(8) {
+            return Err(flaw(
+                100,
+                format!("the header is said to have {len} bytes, which is not a multiple of 8"),
             ));
         }
         Ok(len as usize)

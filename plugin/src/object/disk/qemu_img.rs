@@ -1,25 +1,44 @@
 //! Running `qemu-img`: what it inherits, what it may reach, how it is followed, and that it never outlives its job.
 //! Nothing else here starts it.
 
+use std::cell::RefCell;
 use std::ffi::OsStr;
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::ops::ControlFlow;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
 use super::error::{Attempt, VolumeError};
 use super::sandbox::Sandbox;
 use crate::domain::DeclaredFormat;
+use crate::model::deadlines::image::{ENDS, GO_ON, IN_USE};
+use crate::secret::Passphrase;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How much of a job is done: 0 to 100.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Percent(pub f32);
+pub(crate) struct Percent(pub f32);
+
+/// What is heard of a job. Whoever breaks has it killed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Heard {
+    /// So much of it is done.
+    Done(Percent),
+    /// All is done, or it was killed, and the process with this id does not end: it is stuck in storage that does not answer, where no
+    /// signal reaches it.
+    Stuck(u32),
+}
 
 /// A `qemu-img` that is still to run.
 ///
@@ -30,7 +49,64 @@ pub(crate) struct QemuImg<'a> {
     sources: Vec<BorrowedFd<'a>>,
     targets: Vec<BorrowedFd<'a>>,
     unnamed: Vec<BorrowedFd<'a>>,
+    /// The reading end of a pipe with a passphrase.
+    key: Option<OwnedFd>,
     input: Input,
+}
+
+/// An image of a chain.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChainLayer<'a> {
+    pub file: BorrowedFd<'a>,
+    pub place: Place,
+    pub format: DeclaredFormat,
+    /// The name of the secret that opens it.
+    pub secret: Option<&'a str>,
+    pub access: Access,
+}
+
+/// What kind of file an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    File,
+    Device,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+/// As QEMU takes it. Whoever calls holds the locks.
+fn node_of(layers: &[ChainLayer<'_>]) -> serde_json::Value {
+    let Some((layer, below)) = layers.split_first() else {
+        return serde_json::Value::Null;
+    };
+    let driver = match layer.place {
+        Place::File => "file",
+        Place::Device => "host_device",
+    };
+    let file = serde_json::json!({ "driver": driver, "locking": "off", "filename": descriptor(layer.file) });
+    match layer.format {
+        DeclaredFormat::Raw => serde_json::json!({ "driver": "raw", "file": file }),
+        DeclaredFormat::Qcow2 => {
+            let mut node = serde_json::json!({ "driver": "qcow2", "file": file, "backing": node_of(below) });
+            if let Some(secret) = layer.secret {
+                node["encrypt"] = serde_json::json!({ "format": "luks", "key-secret": secret });
+            }
+            node
+        }
+    }
+}
+
+/// What a `qemu-img` that ran to its end has said.
+pub(crate) struct Answer {
+    /// `None` if a signal has ended it.
+    pub code: Option<i32>,
+    pub stdout: Vec<u8>,
+    /// On standard error, in one line.
+    pub said: String,
 }
 
 /// What it parses.
@@ -61,11 +137,11 @@ impl<'a> QemuImg<'a> {
             sources: Vec::new(),
             targets: Vec::new(),
             unnamed: Vec::new(),
+            key: None,
             input: Input::Ours,
         })
     }
 
-    /// Adds an argument.
     pub(crate) fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
         self.command.arg(argument);
         self
@@ -93,37 +169,66 @@ impl<'a> QemuImg<'a> {
         self
     }
 
+    /// It gets the passphrase as its secret `key`, through a pipe.
+    pub(crate) fn with_key(mut self, passphrase: &Passphrase) -> io::Result<Self> {
+        let pipe = passphrase_pipe(passphrase)?;
+        let secret = format!("secret,id=key,file={}", descriptor(pipe.as_fd()));
+        self.command.arg("--object").arg(secret);
+        self.key = Some(pipe);
+        Ok(self)
+    }
+
+    /// Adds the encrypted qcow2 image in `fd` as an argument, which its secret `key` opens. Nothing below it is opened.
+    pub(crate) fn sealed(mut self, fd: BorrowedFd<'_>, locking: Locking) -> Self {
+        self.input = Input::Foreign;
+        self.command.arg(format!(
+            r#"json:{{"driver":"qcow2","backing":null,"encrypt":{{"format":"luks","key-secret":"key"}},"file":{{"driver":"file","locking":"{}","filename":"{}"}}}}"#,
+            locking.word(),
+            descriptor(fd)
+        ));
+        self
+    }
+
+    /// It may read `fd`.
+    pub(crate) fn reading(mut self, fd: BorrowedFd<'a>) -> Self {
+        self.sources.push(fd);
+        self
+    }
+
+    /// Adds an image as an argument with those that it is based on, in turn. No driver is guessed, and no file that a header
+    /// names is opened.
+    pub(crate) fn chain(mut self, layers: &[ChainLayer<'a>]) -> Self {
+        self.input = Input::Foreign;
+        for layer in layers {
+            match layer.access {
+                Access::Read => self.sources.push(layer.file),
+                Access::Write => self.targets.push(layer.file),
+            }
+        }
+        self.command.arg(format!("json:{}", node_of(layers)));
+        self
+    }
+
     /// It may read and write `fd`.
     pub(crate) fn writing(mut self, fd: BorrowedFd<'a>) -> Self {
         self.targets.push(fd);
         self
     }
 
-    /// Runs it. `source` is for messages.
+    /// Runs it to its end, and tells from time to time that this does not come. `source` is for messages.
     pub(crate) fn run(
-        mut self,
+        self,
         source: &Path,
-        progress: impl FnMut(Percent) -> ControlFlow<()>,
+        progress: impl FnMut(Heard) -> ControlFlow<()>,
     ) -> Result<ControlFlow<()>, VolumeError> {
-        let sandbox = Sandbox::new(&self.program, &self.sources, &self.targets)
-            .attempt("confine qemu-img to", source)?;
-        refuse_unconfined(self.input, sandbox.confines_files(), source)?;
-        let inherited = [&self.sources[..], &self.targets, &self.unnamed].concat();
-        let inherited = inherited.iter().map(AsRawFd::as_raw_fd).collect();
-        bequeath(&mut self.command, inherited, sandbox);
-        let mut child = Guarded(self.command.spawn().map_err(VolumeError::QemuImgMissing)?);
-        let stdout = child.0.stdout.take();
-        let stderr = child.0.stderr.take();
-        let (outcome, said) = thread::scope(|scope| {
-            let said = scope.spawn(|| stderr.map(last_words).unwrap_or_default());
-            let outcome = stdout.map_or(Ok(ControlFlow::Continue(())), |out| follow(out, progress));
-            if !matches!(outcome, Ok(ControlFlow::Continue(()))) {
-                child.kill();
-            }
-            (outcome, said.join().unwrap_or_default())
-        });
-        let status = child.0.wait().attempt("wait for qemu-img on", source)?;
-        let outcome = outcome.attempt("hear from qemu-img about", source)?;
+        let progress = RefCell::new(progress);
+        let listen = |out: ChildStdout| {
+            follow(out, has_more, |percent| {
+                progress.borrow_mut()(Heard::Done(percent))
+            })
+        };
+        let stuck = |pid| progress.borrow_mut()(Heard::Stuck(pid));
+        let (outcome, status, said) = self.hear(source, listen, stuck)?;
         if outcome.is_continue() && !status.success() {
             let said = if said.is_empty() { status.to_string() } else { said };
             return Err(VolumeError::QemuImg {
@@ -133,6 +238,98 @@ impl<'a> QemuImg<'a> {
         }
         Ok(outcome)
     }
+
+    /// Runs it until `deadline`, and hears what it answers. `image` is for messages.
+    pub(crate) fn answer(self, image: &Path, deadline: Instant) -> Result<Answer, VolumeError> {
+        let mut stdout = Vec::new();
+        let listen = |out: ChildStdout| {
+            each_chunk(out, has_more, |chunk| {
+                stdout.extend_from_slice(chunk.unwrap_or_default());
+                match Instant::now() < deadline && stdout.len() < MAX_ANSWER {
+                    true => ControlFlow::Continue(()),
+                    false => ControlFlow::Break(()),
+                }
+            })
+        };
+        // Nobody is told: whoever asks waits for its end.
+        let (outcome, status, said) = self.hear(image, listen, |_| ControlFlow::Break(()))?;
+        match outcome {
+            ControlFlow::Continue(()) => Ok(Answer {
+                code: status.code(),
+                stdout,
+                said,
+            }),
+            ControlFlow::Break(()) => Err(VolumeError::QemuImg {
+                path: image.to_owned(),
+                said: "it took too long, and was stopped".to_owned(),
+            }),
+        }
+    }
+
+    /// Runs it while `listen` hears its standard output; it is killed if that ends early. `stuck` is told now and then that it does not end.
+    fn hear(
+        mut self,
+        image: &Path,
+        listen: impl FnOnce(ChildStdout) -> io::Result<ControlFlow<()>>,
+        mut stuck: impl FnMut(u32) -> ControlFlow<()>,
+    ) -> Result<(ControlFlow<()>, ExitStatus, String), VolumeError> {
+        let sandbox = Sandbox::new(&self.program, &self.sources, &self.targets)
+            .attempt("confine qemu-img to", image)?;
+        refuse_unconfined(self.input, sandbox.confines_files(), image)?;
+        let inherited = [&self.sources[..], &self.targets, &self.unnamed].concat();
+        let key = self.key.iter().map(AsRawFd::as_raw_fd);
+        let inherited = inherited.iter().map(AsRawFd::as_raw_fd).chain(key).collect();
+        bequeath(&mut self.command, inherited, sandbox);
+        let mut child = Guarded(self.command.spawn().map_err(VolumeError::QemuImgMissing)?);
+        let stdout = child.0.stdout.take();
+        let stderr = child.0.stderr.take();
+        let (words, said) = mpsc::channel();
+        // Nobody is left to hear them when this fails.
+        thread::spawn(move || words.send(stderr.map(last_words).unwrap_or_default()));
+        let mut outcome = stdout.map_or(Ok(ControlFlow::Continue(())), listen);
+        let status = loop {
+            if !matches!(outcome, Ok(ControlFlow::Continue(()))) {
+                child.kill();
+            }
+            if let Some(status) = child.ends_within(ENDS).attempt("wait for qemu-img on", image)? {
+                break status;
+            }
+            if stuck(child.0.id()).is_break() {
+                outcome = outcome.map(|_| ControlFlow::Break(()));
+            }
+        };
+        let said = said.recv_timeout(ENDS).unwrap_or_default();
+        let outcome = outcome.attempt("hear from qemu-img about", image)?;
+        Ok((outcome, status, said))
+    }
+}
+
+/// Far more than an answer in JSON has.
+const MAX_ANSWER: usize = 1 << 20;
+
+/// Whether QEMU takes its locks on an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Locking {
+    /// As a VM does: whoever has it open otherwise is noticed, and kept out.
+    Locks,
+    /// It keeps no VM from starting; the caller looks whether one did.
+    None,
+}
+
+impl Locking {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Locks => "on",
+            Self::None => "off",
+        }
+    }
+}
+
+/// The reading end of a pipe that holds the passphrase: 64 bytes, which any pipe takes at once.
+pub(super) fn passphrase_pipe(passphrase: &Passphrase) -> io::Result<OwnedFd> {
+    let (reading, writing) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    File::from(writing).write_all(passphrase.expose())?;
+    Ok(reading)
 }
 
 /// A raw image names no files, and what we made ourselves names none either.
@@ -164,6 +361,16 @@ impl Guarded {
         // It may have ended by itself.
         let _ = self.0.kill();
     }
+
+    fn ends_within(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
+        let end = Instant::now() + limit;
+        loop {
+            match self.0.try_wait()? {
+                None if Instant::now() < end => thread::sleep(IN_USE),
+                ended => return Ok(ended),
+            }
+        }
+    }
 }
 
 impl Drop for Guarded {
@@ -194,29 +401,62 @@ fn bequeath(command: &mut Command, inherited: Vec<RawFd>, sandbox: Sandbox) {
     unsafe { command.pre_exec(prepare) };
 }
 
-/// Reports each `(12.34/100%)` of `out` until it ends.
-fn follow(
-    mut out: impl Read,
-    mut progress: impl FnMut(Percent) -> ControlFlow<()>,
+/// Waits until there is something to be read, or nothing more to come; not for long.
+fn has_more(out: &impl AsFd) -> io::Result<bool> {
+    let mut waited = [PollFd::new(out.as_fd(), PollFlags::POLLIN)];
+    let limit = PollTimeout::try_from(GO_ON).expect("it is short");
+    match poll(&mut waited, limit) {
+        Ok(count) => Ok(count > 0),
+        Err(Errno::EINTR) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Hands each part of `out` to `hear` until it ends, and nothing while there is none.
+fn each_chunk<T: Read>(
+    mut out: T,
+    has_more: impl Fn(&T) -> io::Result<bool>,
+    mut hear: impl FnMut(Option<&[u8]>) -> ControlFlow<()>,
 ) -> io::Result<ControlFlow<()>> {
     let mut buffer = [0; 256];
-    let mut line = Vec::new();
     loop {
-        let read = match out.read(&mut buffer) {
-            Ok(0) => return Ok(ControlFlow::Continue(())),
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
+        let heard = if has_more(&out)? {
+            match out.read(&mut buffer) {
+                Ok(0) => return Ok(ControlFlow::Continue(())),
+                Ok(read) => hear(Some(&buffer[..read])),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+        } else {
+            hear(None)
         };
-        for byte in &buffer[..read] {
+        if heard.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+    }
+}
+
+/// Reports each `(12.34/100%)` of `out` until it ends, and the last one again while there is none.
+fn follow<T: Read>(
+    out: T,
+    has_more: impl Fn(&T) -> io::Result<bool>,
+    mut progress: impl FnMut(Percent) -> ControlFlow<()>,
+) -> io::Result<ControlFlow<()>> {
+    let (mut line, mut last) = (Vec::new(), Percent(0.0));
+    each_chunk(out, has_more, |chunk| {
+        let Some(chunk) = chunk else {
+            return progress(last);
+        };
+        for byte in chunk {
             if *byte != b')' {
                 line.push(*byte);
                 continue;
             }
-            if let Some(percent) = percent(&line)
-                && progress(percent).is_break()
-            {
-                return Ok(ControlFlow::Break(()));
+            if let Some(percent) = percent(&line) {
+                last = percent;
+                if progress(percent).is_break() {
+                    return ControlFlow::Break(());
+                }
             }
             line.clear();
         }
@@ -224,7 +464,8 @@ fn follow(
         if line.len() > 1024 {
             line.clear();
         }
-    }
+        ControlFlow::Continue(())
+    })
 }
 
 fn percent(line: &[u8]) -> Option<Percent> {
@@ -262,10 +503,14 @@ mod tests {
     fn progress_is_read_as_qemu_img_writes_it() {
         let out = &b"    (0.00/100%)\r    (12.50/100%)\r    (100.00/100%)\r\n"[..];
         let mut heard = Vec::new();
-        let end = follow(out, |percent| {
-            heard.push(percent.0);
-            ControlFlow::Continue(())
-        });
+        let end = follow(
+            out,
+            |_| Ok(true),
+            |percent| {
+                heard.push(percent.0);
+                ControlFlow::Continue(())
+            },
+        );
         assert!(end.unwrap().is_continue());
         assert_eq!(heard, [0.0, 12.5, 100.0]);
     }
@@ -273,9 +518,13 @@ mod tests {
     #[test]
     fn progress_can_stop_the_job_and_garbage_is_no_progress() {
         assert!(
-            follow(&b"(1.00/100%)(2.00/100%)"[..], |_| ControlFlow::Break(()))
-                .unwrap()
-                .is_break()
+            follow(
+                &b"(1.00/100%)(2.00/100%)"[..],
+                |_| Ok(true),
+                |_| ControlFlow::Break(())
+            )
+            .unwrap()
+            .is_break()
         );
         for garbage in [
             "(nan/100%)",
@@ -285,9 +534,25 @@ mod tests {
             "\u{fffd})",
             "(1/10%)",
         ] {
-            let heard = follow(garbage.as_bytes(), |_| ControlFlow::Break(())).unwrap();
+            let heard = follow(garbage.as_bytes(), |_| Ok(true), |_| ControlFlow::Break(())).unwrap();
             assert!(heard.is_continue(), "{garbage}");
         }
+    }
+
+    #[test]
+    fn who_has_nothing_to_tell_is_stopped_all_the_same() {
+        let (reading, writing) = io::pipe().unwrap();
+        (&writing).write_all(b"(12.50/100%)").unwrap();
+        let mut heard = Vec::new();
+        let end = follow(reading, has_more, |percent| {
+            heard.push(percent.0);
+            match heard.len() {
+                3 => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            }
+        });
+        assert!(end.unwrap().is_break());
+        assert_eq!(heard, [12.5, 12.5, 12.5]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! QEMU's own locks are held for writing, as a QEMU would that shares nothing. The bytes that change are written to the
 //! caller's journal first, old and new: a process that dies in between leaves a header that [`finish_rewrite`] completes,
 //! or leaves alone when somebody else has changed it since. The LUKS header, the key material and the data are never among
-//! them; [`shred_keys`] is the one exception, and the purpose of it.
+//! them; [`shred`] is the one exception, and the purpose of it.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -16,6 +16,7 @@ use super::open::Image;
 use super::qcow2::{extension, extension::Place, rewrite};
 use crate::host::permitted::PermittedPath;
 use crate::model::envelope::{Envelope, EnvelopeId, Generation};
+use crate::object::{Shredded, Shredding};
 use crate::secret::Passphrase;
 
 /// Bytes that a disk replaces whole or not at all.
@@ -23,7 +24,7 @@ const SECTOR: usize = 512;
 
 /// What an image's copy of an envelope has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Carried {
+pub(crate) enum Carried {
     /// It has this generation, from now on or before.
     Generation(Generation),
     /// The image does not carry this envelope.
@@ -37,7 +38,7 @@ pub enum Carried {
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has the image open; when it can't be read, has no room for the envelope, `gives_way` does
 /// not know, or the journal fails. Then nothing was written, unless the journal has the bytes.
-pub fn rewrite_envelope<E: From<VolumeError>>(
+pub(crate) fn rewrite_envelope<E: From<VolumeError>>(
     place: &PermittedPath,
     envelope: &Envelope,
     passphrase: Option<&Passphrase>,
@@ -71,35 +72,13 @@ pub fn rewrite_envelope<E: From<VolumeError>>(
 ///
 /// # Errors
 /// [`VolumeError::InUse`], and when the image can't be written.
-pub fn finish_rewrite(place: &PermittedPath, journaled: &[u8]) -> Result<(), VolumeError> {
+pub(crate) fn finish_rewrite(place: &PermittedPath, journaled: &[u8]) -> Result<(), VolumeError> {
     let (held, path) = (ImageLock::open(place)?, place.shown());
     let patch = Patch::from_bytes(journaled).ok_or_else(|| damaged(path, "its journal is damaged"))?;
     if patch.is_torn(held.file(), path)? {
         patch.write(held.file(), path)?;
     }
     Ok(())
-}
-
-/// What [`shred_keys`] has destroyed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shredded {
-    /// Keyslots that were active.
-    pub keyslots: usize,
-    /// Bytes of key material that were overwritten.
-    pub material: u64,
-    /// Whether a copy of the envelope was removed.
-    pub envelope: bool,
-}
-
-/// What [`shred_keys`] has come to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Shredding {
-    /// It was the image that was meant.
-    Done(Shredded),
-    /// Left alone: it carries another envelope.
-    Carries(EnvelopeId),
-    /// Left alone: it carries no envelope, and the passphrase does not open it. So many keyslots are active.
-    NotShown(usize),
 }
 
 /// Overwrites the key material of all keyslots of the image at `place` with random bytes, makes the keyslots dead, and removes
@@ -109,7 +88,7 @@ pub enum Shredding {
 ///
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has the image open, and when it is not encrypted or can't be written. May be repeated.
-pub fn shred_keys(
+pub(crate) fn shred(
     place: &PermittedPath,
     id: EnvelopeId,
     passphrase: Option<&Passphrase>,
@@ -155,7 +134,7 @@ pub fn shred_keys(
 ///
 /// # Errors
 /// [`VolumeError::InUse`] while anyone has it open, and when it can't be opened for writing.
-pub fn is_free(place: &PermittedPath) -> Result<(), VolumeError> {
+pub(crate) fn is_free(place: &PermittedPath) -> Result<(), VolumeError> {
     ImageLock::open(place).map(drop)
 }
 
@@ -169,7 +148,7 @@ fn patch(image: &Image, envelope: Option<&Envelope>) -> Result<Patch, VolumeErro
     let of = |flaw| VolumeError::damaged(path, flaw);
     let header = image
         .qcow2()
-        .ok_or_else(|| damaged(path, "it is no qcow2 image"))?;
+        .ok_or_else(|| damaged(path, "it is not a qcow2 image"))?;
     let (offset, payload) = header
         .envelope
         .as_ref()
@@ -235,7 +214,7 @@ fn behind_luks(image: &Image, start: u64, old_len: usize, json: &str) -> Result<
     if start < luks.payload_offset() || start.saturating_add(len as u64) > span.len {
         return Err(damaged(
             path,
-            "there is no room behind its LUKS header for the envelope",
+            "there is no room after its LUKS header for the envelope",
         ));
     }
     let old = image.read(base + start, len)?;

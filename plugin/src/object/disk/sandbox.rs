@@ -42,9 +42,6 @@ pub(crate) struct Sandbox {
 
 impl Sandbox {
     /// For `program`, which may read `sources`, and read and write `targets`. It is to open them anew by `/proc/self/fd`.
-    ///
-    /// # Errors
-    /// When the kernel refuses the rules.
     pub(crate) fn new(
         program: &Path,
         sources: &[BorrowedFd<'_>],

@@ -27,7 +27,7 @@ const SUFFIX: &str = ".tmp";
 
 /// A step of the making that is done. Dying right after any of them must be harmless.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Step {
+pub(crate) enum Step {
     /// There is an empty file without a name.
     Staged,
     /// The headers are written.
@@ -205,11 +205,20 @@ impl Published {
     }
 }
 
+/// Removes a file that is still the one that is held, for good. What has come in its place meanwhile stays.
+pub(crate) fn remove(held: &ImageLock) -> Result<(), VolumeError> {
+    let place = held.place();
+    let is_it = |found: fs::Metadata| FileId::from(&found).inode() == held.id().inode();
+    if !place.metadata().is_ok_and(is_it) {
+        return Ok(());
+    }
+    fs::remove_file(place.handle())
+        .and_then(|()| File::open(place.directory_handle())?.sync_all())
+        .attempt("remove", held.path())
+}
+
 /// Removes what a killed virtseal left half-made beside `image`. Files that a live process is making stay.
-///
-/// # Errors
-/// When the directory can't be read or a leftover can't be removed.
-pub fn sweep_temporaries(image: &PermittedPath) -> Result<Vec<PathBuf>, VolumeError> {
+pub(crate) fn sweep_temporaries(image: &PermittedPath) -> Result<Vec<PathBuf>, VolumeError> {
     let directory = directory_of(image);
     let mut removed = Vec::new();
     for entry in fs::read_dir(image.directory_handle()).attempt("read", directory)? {

@@ -4,29 +4,29 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::provider::toolbox::stored_as_text;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::model::deadlines;
 
 /// How long KEKs are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub enum CachePolicy {
+pub(crate) enum CachePolicy {
     /// Not at all.
     None,
     /// For this long after each was last fetched.
-    For(Duration),
+    For(KeepTime),
     /// Until the provider is locked, or virtseald ends.
     UntilLock,
 }
 
 impl CachePolicy {
-    const SHORTEST: Duration = Duration::from_secs(1);
-    const LONGEST: Duration = Duration::from_secs(366 * 86_400);
-
     pub(super) fn keeps(self, age: Duration) -> bool {
         match self {
             Self::None => false,
-            Self::For(time) => age < time,
+            Self::For(time) => age < time.0,
             Self::UntilLock => true,
         }
     }
@@ -34,18 +34,67 @@ impl CachePolicy {
 
 impl Default for CachePolicy {
     fn default() -> Self {
-        Self::For(Duration::from_secs(24 * 3600))
+        Self::For(KeepTime::default())
     }
 }
 
 impl fmt::Display for CachePolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = match self {
-            Self::None => return f.write_str("none"),
-            Self::UntilLock => return f.write_str("until-lock"),
-            Self::For(time) => time.as_secs(),
-        };
-        match seconds {
+        match self {
+            Self::None => f.write_str("none"),
+            Self::UntilLock => f.write_str("until-lock"),
+            Self::For(time) => time.fmt(f),
+        }
+    }
+}
+
+/// The text is not a [`CachePolicy`].
+#[derive(Debug, Error)]
+#[error("{0:?} is not a cache policy: none, until-lock, or a time from 1s to 366d such as 30m, 4h or 7d")]
+pub(crate) struct NotACachePolicy(String);
+
+impl FromStr for CachePolicy {
+    type Err = NotACachePolicy;
+
+    fn from_str(text: &str) -> Result<Self, NotACachePolicy> {
+        match text {
+            "none" => Ok(Self::None),
+            "until-lock" => Ok(Self::UntilLock),
+            time => time
+                .parse()
+                .map(Self::For)
+                .map_err(|NotAKeepTime(text)| NotACachePolicy(text)),
+        }
+    }
+}
+
+stored_as_text!(CachePolicy);
+
+/// For how long KEKs are kept, in memory or across a reboot: 24 hours, unless given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KeepTime(Duration);
+
+impl KeepTime {
+    /// In whole seconds, never 0.
+    pub(crate) fn as_secs(self) -> u64 {
+        self.0.as_secs()
+    }
+
+    /// What was recorded.
+    pub(crate) fn from_secs(seconds: u64) -> Self {
+        Self(Duration::from_secs(seconds))
+    }
+}
+
+impl Default for KeepTime {
+    fn default() -> Self {
+        Self(deadlines::provider::CACHE)
+    }
+}
+
+impl fmt::Display for KeepTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.as_secs() {
             hours if hours % 3600 == 0 => write!(f, "{}h", hours / 3600),
             minutes if minutes % 60 == 0 => write!(f, "{}m", minutes / 60),
             seconds => write!(f, "{seconds}s"),
@@ -53,116 +102,46 @@ impl fmt::Display for CachePolicy {
     }
 }
 
-/// The text is no [`CachePolicy`].
+/// The text is not a [`KeepTime`].
 #[derive(Debug, Error)]
-#[error("{0:?} is no cache policy: none, until-lock, or a time from 1s to 366d such as 30m, 4h or 7d")]
-pub struct NotACachePolicy(String);
+#[error(
+    "{0:?} is not how long keys may be kept across a reboot: give a time from 1s to 366d such as 30m, 12h or 3d"
+)]
+pub(crate) struct NotAKeepTime(String);
 
-impl FromStr for CachePolicy {
-    type Err = NotACachePolicy;
+impl FromStr for KeepTime {
+    type Err = NotAKeepTime;
 
-    fn from_str(text: &str) -> Result<Self, NotACachePolicy> {
-        let wrong = || NotACachePolicy(text.to_owned());
-        match text {
-            "none" => return Ok(Self::None),
-            "until-lock" => return Ok(Self::UntilLock),
-            _ => {}
-        }
-        let (number, unit) = text
-            .char_indices()
-            .last()
-            .and_then(|(at, unit)| Some((text[..at].parse::<u64>().ok()?, unit)))
-            .ok_or_else(wrong)?;
-        let seconds = match unit {
-            's' => 1,
-            'm' => 60,
-            'h' => 3600,
-            'd' => 86_400,
-            _ => return Err(wrong()),
-        };
-        let time = Duration::from_secs(number.saturating_mul(seconds));
-        (Self::SHORTEST..=Self::LONGEST)
-            .contains(&time)
-            .then_some(Self::For(time))
-            .ok_or_else(wrong)
-    }
-}
-
-impl TryFrom<String> for CachePolicy {
-    type Error = NotACachePolicy;
-
-    fn try_from(text: String) -> Result<Self, NotACachePolicy> {
-        text.parse()
-    }
-}
-
-impl From<CachePolicy> for String {
-    fn from(policy: CachePolicy) -> Self {
-        policy.to_string()
-    }
-}
-
-/// For how long KEKs are kept across a reboot: 24 hours, unless given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PersistTime(Duration);
-
-impl PersistTime {
-    /// In whole seconds, never 0.
-    #[must_use]
-    pub fn as_secs(self) -> u64 {
-        self.0.as_secs()
-    }
-
-    /// What was recorded.
-    #[must_use]
-    pub fn from_secs(seconds: u64) -> Self {
-        Self(Duration::from_secs(seconds))
-    }
-}
-
-impl Default for PersistTime {
-    fn default() -> Self {
-        Self(Duration::from_secs(24 * 3600))
-    }
-}
-
-impl fmt::Display for PersistTime {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        CachePolicy::For(self.0).fmt(f)
-    }
-}
-
-/// The text is no [`PersistTime`].
-#[derive(Debug, Error)]
-#[error("{0:?} is no time to keep keys across a reboot: a time from 1s to 366d such as 30m, 12h or 3d")]
-pub struct NotAPersistTime(String);
-
-impl FromStr for PersistTime {
-    type Err = NotAPersistTime;
-
-    fn from_str(text: &str) -> Result<Self, NotAPersistTime> {
-        match text.parse() {
-            Ok(CachePolicy::For(time)) => Ok(Self(time)),
-            _ => Err(NotAPersistTime(text.to_owned())),
-        }
+    fn from_str(text: &str) -> Result<Self, NotAKeepTime> {
+        let seconds = text.char_indices().last().and_then(|(at, unit)| {
+            let unit = match unit {
+                's' => 1,
+                'm' => 60,
+                'h' => 3600,
+                'd' => 86_400,
+                _ => return None,
+            };
+            Some(text[..at].parse::<u64>().ok()?.saturating_mul(unit))
+        });
+        let time = seconds.map(Duration::from_secs);
+        time.filter(|time| deadlines::provider::CACHES.contains(time))
+            .map(Self)
+            .ok_or_else(|| NotAKeepTime(text.to_owned()))
     }
 }
 
 /// Why there is nothing that a cache could keep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub enum NothingToCache {
+pub(crate) enum NothingToCache {
     /// Derived from the root key, which is in memory while unlocked.
     #[error(
         "a native provider needs no server, so there is nothing to cache: it opens its VMs while it is unlocked"
     )]
     Native,
-    /// Encrypts at the server.
     #[error("the keys of a transit provider never leave its server, so there is nothing to cache")]
     Transit,
-    /// Encrypts in the token.
     #[error("the keys of a pkcs11 provider never leave its token, so there is nothing to cache")]
     Pkcs11,
-    /// Encrypts at the server.
     #[error(
         "with mode server the keys of a kmip provider never leave its server, so there is nothing to cache: that takes \
          mode local"
@@ -210,10 +189,10 @@ mod tests {
 
     #[test]
     fn time_on_disk_is_always_a_time() {
-        assert_eq!("3d".parse::<PersistTime>().unwrap().to_string(), "72h");
-        assert_eq!(PersistTime::default().to_string(), "24h");
+        assert_eq!("3d".parse::<KeepTime>().unwrap().to_string(), "72h");
+        assert_eq!(KeepTime::default().to_string(), "24h");
         for bad in ["none", "until-lock", "0s", "367d", ""] {
-            assert!(bad.parse::<PersistTime>().is_err(), "{bad}");
+            assert!(bad.parse::<KeepTime>().is_err(), "{bad}");
         }
     }
 }

@@ -1,21 +1,45 @@
 //! The kinds, each with what it needs around it.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Faulty, Fixture};
-use crate::model::envelope::{KekId, VmId};
-use crate::provider::KeyProvider;
+use crate::model::envelope::{KekId, Stanza, VmId};
 use crate::provider::kmip::fixture::Kmip;
 use crate::provider::kmip::{self, KmipProvider, Mode};
 use crate::provider::native::NativeProvider;
+use crate::provider::pkcs11::stand;
 use crate::provider::transit::TransitProvider;
 use crate::provider::transit::bao::{Bao, Proxy, secret};
+use crate::provider::{ChangeError, KeyProvider, SettingsChange};
 use crate::secret::SecretBytes;
 use crate::store::Stores;
 use virtseal_testkit::servers::{Authority, Manner, Relay};
+
+/// What a change of settings comes to, and whether it was recorded.
+pub(in crate::provider) fn change(
+    provider: &dyn KeyProvider,
+    settings: &impl Serialize,
+    credential: Option<&SecretBytes>,
+    trial: Option<&[Stanza]>,
+) -> (Result<(), ChangeError>, bool) {
+    let recorded = Cell::new(false);
+    let changed = provider.change(&SettingsChange {
+        settings: &serde_json::to_value(settings).unwrap(),
+        credential,
+        trial,
+        others: &[],
+        record: &|| {
+            recorded.set(true);
+            Ok(())
+        },
+    });
+    (changed, recorded.get())
+}
 
 pub(super) struct Native {
     dir: tempfile::TempDir,
@@ -396,3 +420,55 @@ macro_rules! faulty_kmip {
 
 faulty_kmip!(KmipFaulty: Local);
 faulty_kmip!(KmipServerFaulty: Server);
+
+macro_rules! pkcs11 {
+    ($(#[$doc:meta])* $name:ident: $settings:ident, $around:expr) => {
+        $(#[$doc])*
+        pub(super) struct $name(stand::Host);
+
+        impl Fixture for $name {
+            fn around(case: fn()) {
+                let around: fn(fn()) = $around;
+                around(case);
+            }
+
+            fn new() -> Self {
+                Self(stand::Host::with(stand::$settings(&stand::next_label())))
+            }
+
+            fn provider(&self) -> &dyn KeyProvider {
+                self.0.pkcs11()
+            }
+
+            fn credential(&self) -> SecretBytes {
+                secret(stand::PIN)
+            }
+
+            fn restart(&mut self) {
+                self.0.reopen(stand::PATIENCE);
+            }
+
+            fn unknown_kek(&self) -> KekId {
+                KekId(hex::encode(VmId::random().0.as_bytes()))
+            }
+        }
+    };
+}
+
+pkcs11!(
+    /// SoftHSM as it comes: AES-GCM.
+    SoftHsm: softhsm_settings, |case| stand::with_softhsm("ALL", case)
+);
+pkcs11!(
+    /// A token without AES-GCM: a session object, wrapped.
+    SoftHsmKeyWrap: softhsm_settings, |case| stand::with_softhsm(stand::WITHOUT_GCM, case)
+);
+pkcs11!(
+    /// A token with CBC and HMAC only.
+    SoftHsmCbc: softhsm_settings,
+    |case| stand::with_softhsm(stand::CBC_ONLY, case)
+);
+pkcs11!(
+    /// Another module, by other people.
+    Nss: nss_settings, stand::with_nss
+);

@@ -10,6 +10,7 @@ use super::version::KmipVersion;
 use crate::crypto::aead;
 use crate::model::envelope::{KekId, Payload};
 use crate::provider::toolbox::gcm;
+use crate::provider::toolbox::kek_name::{KekGeneration, generation};
 use crate::secret::SecretBytes;
 
 /// The most characters of a server's name for a key: it must fit an envelope several times.
@@ -46,59 +47,55 @@ pub(super) fn is_identifier(uid: &str) -> bool {
     !uid.is_empty() && uid.len() <= MAX_UID && !uid.contains(char::is_control)
 }
 
-/// What GetAttributes says of a key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct KeyFacts {
-    pub(super) state: KeyState,
-    /// Whether it is, as far as the server says, an AES key of 256 bits.
-    pub(super) is_aes_256: bool,
-}
-
-/// The attributes of a key.
-pub(super) fn facts(payload: &Item) -> Result<KeyFacts, ProtocolError> {
+/// The state of a key, as GetAttributes tells it.
+pub(super) fn state(payload: &Item) -> Result<KeyState, ProtocolError> {
     let state = Attribute::STATE.of(payload).and_then(Item::as_enumeration);
-    let algorithm = Attribute::CRYPTOGRAPHIC_ALGORITHM.of(payload);
-    let length = Attribute::CRYPTOGRAPHIC_LENGTH.of(payload);
-    Ok(KeyFacts {
-        state: KeyState::of(state.ok_or(ProtocolError::Missing("State"))?),
-        is_aes_256: is_or_unsaid(algorithm.and_then(Item::as_enumeration), ALGORITHM_AES)
-            && is_or_unsaid(length.and_then(Item::as_integer), 256),
-    })
+    state.map(KeyState::of).ok_or(ProtocolError::Missing("State"))
 }
 
 /// A key that a server has found, before it is used for the first time: a filter may have been ignored, and a list may be
 /// somebody else's.
-#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct FoundKey {
+    pub(super) generation: KekGeneration,
+    pub(super) name: String,
     pub(super) state: KeyState,
-    pub(super) names: Vec<String>,
     /// Whether it is a symmetric AES key of 256 bits that encrypts and decrypts.
     pub(super) fits: bool,
 }
 
-/// The attributes of `kek`, of which the server must say all that any server has.
-pub(super) fn found(payload: &Item, kek: &KekId) -> Result<FoundKey, ProtocolError> {
+impl FoundKey {
+    pub(super) fn may_serve(&self) -> bool {
+        self.fits && matches!(self.state, KeyState::Active | KeyState::PreActive)
+    }
+}
+
+/// The attributes of `kek`, of which the server must say all that any server has; `None` if no name of it begins with `stem`.
+pub(super) fn found(payload: &Item, kek: &KekId, stem: &str) -> Result<Option<FoundKey>, ProtocolError> {
     match payload.find(Tag::UNIQUE_IDENTIFIER).and_then(Item::as_text) {
         Some(uid) if uid.eq_ignore_ascii_case(&kek.0) => {}
         _ => return Err(ProtocolError::AnotherKey),
     }
-    let state = facts(payload)?.state;
     let number = |attribute: Attribute| attribute.of(payload).and_then(Item::as_enumeration);
     let integer = |attribute: Attribute| attribute.of(payload).and_then(Item::as_integer);
     let algorithm = number(Attribute::CRYPTOGRAPHIC_ALGORITHM);
     let length = integer(Attribute::CRYPTOGRAPHIC_LENGTH);
     let mask = integer(Attribute::CRYPTOGRAPHIC_USAGE_MASK);
-    Ok(FoundKey {
-        state,
-        names: names(payload).into_iter().map(str::to_owned).collect(),
-        fits: algorithm.ok_or(ProtocolError::Missing("Cryptographic Algorithm"))? == ALGORITHM_AES
-            && length.ok_or(ProtocolError::Missing("Cryptographic Length"))? == 256
-            && mask.is_none_or(|mask| mask & USAGE_MASK == USAGE_MASK)
-            && is_or_unsaid(number(Attribute::OBJECT_TYPE), OBJECT_TYPE_SYMMETRIC_KEY),
-    })
+    let state = state(payload)?;
+    let fits = algorithm.ok_or(ProtocolError::Missing("Cryptographic Algorithm"))? == ALGORITHM_AES
+        && length.ok_or(ProtocolError::Missing("Cryptographic Length"))? == 256
+        && mask.is_none_or(|mask| mask & USAGE_MASK == USAGE_MASK)
+        && is_or_unsaid(number(Attribute::OBJECT_TYPE), OBJECT_TYPE_SYMMETRIC_KEY);
+    let found = |name: &str| {
+        Some(FoundKey {
+            generation: generation(stem, name)?,
+            name: name.to_owned(),
+            state,
+            fits,
+        })
+    };
+    Ok(names(payload).into_iter().find_map(found))
 }
 
-/// The names of a key.
 pub(super) fn names<'m>(payload: &'m Item) -> Vec<&'m str> {
     let names = Attribute::NAME.all_of(payload).into_iter();
     names
@@ -135,7 +132,7 @@ pub(super) fn key(payload: &Item) -> Result<SecretBytes, KeyRefused> {
     if bytes.len() != aead::KEY {
         return Err(KeyRefused::NotAes256);
     }
-    copied(bytes).map_err(KeyRefused::Memory)
+    SecretBytes::copy_of(bytes).map_err(KeyRefused::Memory)
 }
 
 /// Why what Get returned is no KEK.
@@ -145,12 +142,6 @@ pub(super) enum KeyRefused {
     Wrapped,
     NotAes256,
     Memory(std::io::Error),
-}
-
-fn copied(bytes: &[u8]) -> std::io::Result<SecretBytes> {
-    let mut secret = SecretBytes::zeroed(bytes.len())?;
-    secret.expose_mut().copy_from_slice(bytes);
-    Ok(secret)
 }
 
 /// The operations that Query lists; numbers that this client has no name for are left out.
@@ -198,7 +189,7 @@ pub(super) fn body(payload: &Item, nonce: &[u8]) -> Result<Vec<u8>, ProtocolErro
 pub(super) fn decrypted(payload: &Item) -> Result<SecretBytes, ProtocolError> {
     let data = payload.find(Tag::DATA).and_then(Item::as_bytes);
     let data = data.filter(|data| data.len() == Payload::LEN);
-    data.and_then(|data| copied(data).ok())
+    data.and_then(|data| SecretBytes::copy_of(data).ok())
         .ok_or(ProtocolError::Missing("wrapped key of the right length"))
 }
 
@@ -278,21 +269,11 @@ mod tests {
             pair("State", Item::enumeration(Tag::ATTRIBUTE_VALUE, 2)),
         ]);
         for payload in [of_1x, of_2x] {
-            let expected = KeyFacts {
-                state: KeyState::Active,
-                is_aes_256: true,
-            };
-            assert_eq!(facts(&payload).unwrap(), expected);
+            assert_eq!(state(&payload).unwrap(), KeyState::Active);
+            let length = Attribute::CRYPTOGRAPHIC_LENGTH.of(&payload);
+            assert_eq!(length.and_then(Item::as_integer), Some(256));
         }
-        let short = response([Item::structure(
-            Tag::ATTRIBUTES,
-            [
-                Item::enumeration(Tag::STATE, 2),
-                Item::integer(Tag::CRYPTOGRAPHIC_LENGTH, 128),
-            ],
-        )]);
-        assert!(!facts(&short).unwrap().is_aes_256);
-        assert!(facts(&response([])).is_err());
+        assert!(state(&response([])).is_err());
     }
 
     #[test]
@@ -327,18 +308,21 @@ mod tests {
                 Item::structure(Tag::ATTRIBUTES, attributes),
             ])
         };
-        let good = found(&key("7", None), &kek).unwrap();
-        assert!(good.fits && good.names == ["n"] && good.state == KeyState::Active);
+        let look = |payload: &Item| found(payload, &kek, "n");
+        let good = look(&key("7", None)).unwrap().unwrap();
+        assert!(good.fits && good.name == "n" && good.state == KeyState::Active);
+        assert!(found(&key("7", None), &kek, "another").unwrap().is_none());
         for change in [
             (Tag::CRYPTOGRAPHIC_ALGORITHM, 2),
             (Tag::CRYPTOGRAPHIC_LENGTH, 128),
             (Tag::CRYPTOGRAPHIC_USAGE_MASK, 4),
             (Tag::OBJECT_TYPE, 7),
         ] {
-            assert!(!found(&key("7", Some(change)), &kek).unwrap().fits, "{change:?}");
+            let other = look(&key("7", Some(change))).unwrap().unwrap();
+            assert!(!other.fits, "{change:?}");
         }
-        assert!(found(&key("8", None), &kek).is_err());
-        assert!(found(&response([Item::text(Tag::UNIQUE_IDENTIFIER, "7")]), &kek).is_err());
+        assert!(look(&key("8", None)).is_err());
+        assert!(look(&response([Item::text(Tag::UNIQUE_IDENTIFIER, "7")])).is_err());
     }
 
     #[test]

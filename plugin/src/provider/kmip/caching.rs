@@ -1,38 +1,34 @@
-//! How long a KMIP provider keeps KEKs, in memory and, sealed by the host's TPM, across a reboot.
+//! How long a KMIP provider keeps KEKs, in memory and, encrypted under a key that is bound to the host's TPM, across a reboot.
 
-use std::sync::PoisonError;
+use std::sync::Arc;
 
-use super::{KmipProvider, KmipProviderError, KmipSettings};
-use crate::host::tpm::{PcrList, Tpm, TpmError};
+use super::settings::{KmipSettings, SettingsError};
+use super::{KmipProvider, KmipProviderError, Line};
+use crate::host::tpm::{Tpm, TpmError};
 use crate::model::advice::Advice;
-use crate::provider::cache::{CachePolicy, PersistTime};
+use crate::provider::cache::{CachePolicy, persist};
+use crate::provider::toolbox::lock;
 use crate::store::StoreError;
-
-/// How to keep KEKs across a reboot.
-#[derive(Debug)]
-pub struct Persist<'a> {
-    /// What seals them.
-    pub tpm: &'a Tpm,
-    /// For how long after each was last fetched.
-    pub keep: PersistTime,
-    /// While these are what they are now.
-    pub pcrs: PcrList,
-}
 
 impl KmipProvider {
     /// Keeps KEKs as `policy` says, once that is recorded, and across a reboot where there is a `persist`. What was kept on
     /// disk is gone.
     ///
     /// # Errors
-    /// When there is nothing to keep, the TPM does not seal, or the keystore can't be written; then nothing changes.
-    pub fn set_cache(&self, policy: CachePolicy, persist: Option<&Persist>) -> Result<(), KmipProviderError> {
-        self.settings.check_cache(policy)?;
+    /// When there is nothing to keep, the TPM does not bind, or the keystore can't be written; then nothing changes.
+    pub(crate) fn set_cache(
+        &self,
+        policy: CachePolicy,
+        persist: Option<&persist::Request<'_>>,
+    ) -> Result<(), KmipProviderError> {
+        let _changing = lock(&self.changing);
+        let line = self.line();
+        line.settings.check_cache(policy)?;
         let settings = KmipSettings {
             cache: Some(policy),
-            ..self.settings.clone()
+            ..line.settings.clone()
         };
-        let json = serde_json::to_value(&settings).map_err(KmipProviderError::Settings)?;
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let json = serde_json::to_value(&settings).map_err(SettingsError::Json)?;
         let new = persist
             .map(|persist| {
                 if policy == CachePolicy::None {
@@ -41,17 +37,19 @@ impl KmipProvider {
                 if self.held().locked {
                     return Err(KmipProviderError::Locked);
                 }
-                let Persist { tpm, keep, pcrs } = persist;
-                Ok(self.cache.enroll(tpm, *keep, pcrs)?)
+                Ok(self.cache.enroll(persist)?)
             })
             .transpose()?;
-        self.cache.set(policy, new.flatten(), &json)?;
+        self.cache.set(policy, new, &json)?;
+        self.work_by(Line {
+            settings,
+            cluster: Arc::clone(&line.cluster),
+        });
         Ok(())
     }
 
     /// Whether the TPM is to open what its cache keeps on disk.
-    #[must_use]
-    pub fn wants_tpm(&self) -> bool {
+    pub(crate) fn wants_tpm(&self) -> bool {
         !self.held().locked && self.cache.wants_tpm()
     }
 
@@ -59,12 +57,12 @@ impl KmipProvider {
     ///
     /// # Errors
     /// Why it does not; then nothing comes from there, and nothing is kept there, until it does.
-    pub fn load_cache(&self, tpm: &Tpm) -> Result<(), TpmError> {
+    pub(crate) fn load_cache(&self, tpm: &Tpm) -> Result<(), TpmError> {
         self.cache.load(tpm)
     }
 
     /// After a lock: whether the disk has let go of what the cache kept there. Tries again where it did not.
-    pub fn settle_cache(&self) -> Result<(), StoreError> {
+    pub(crate) fn settle_cache(&self) -> Result<(), StoreError> {
         self.cache.settle()
     }
 

@@ -188,20 +188,15 @@ fn named(name: &str) -> Item<'_> {
 }
 
 fn attributes_of_key(label: &Label, version: KmipVersion) -> Item<'_> {
-    let mut values = vec![
-        (
-            Attribute::CRYPTOGRAPHIC_ALGORITHM,
+    let mut items = vec![
+        Attribute::CRYPTOGRAPHIC_ALGORITHM.item(
             Item::enumeration(Tag::CRYPTOGRAPHIC_ALGORITHM, ALGORITHM_AES),
+            version,
         ),
-        (
-            Attribute::CRYPTOGRAPHIC_LENGTH,
-            Item::integer(Tag::CRYPTOGRAPHIC_LENGTH, 256),
-        ),
-        (
-            Attribute::CRYPTOGRAPHIC_USAGE_MASK,
-            Item::integer(Tag::CRYPTOGRAPHIC_USAGE_MASK, USAGE_MASK),
-        ),
-        (Attribute::NAME, named(&label.name)),
+        Attribute::CRYPTOGRAPHIC_LENGTH.item(Item::integer(Tag::CRYPTOGRAPHIC_LENGTH, 256), version),
+        Attribute::CRYPTOGRAPHIC_USAGE_MASK
+            .item(Item::integer(Tag::CRYPTOGRAPHIC_USAGE_MASK, USAGE_MASK), version),
+        Attribute::NAME.item(named(&label.name), version),
     ];
     if let Some(tag) = &label.tag {
         let tag = Item::structure(
@@ -211,17 +206,13 @@ fn attributes_of_key(label: &Label, version: KmipVersion) -> Item<'_> {
                 Item::text(Tag::APPLICATION_DATA, tag.as_str()),
             ],
         );
-        values.push((Attribute::APPLICATION_SPECIFIC_INFORMATION, tag));
+        items.push(Attribute::APPLICATION_SPECIFIC_INFORMATION.item(tag, version));
     }
-    if version.has_attributes() {
-        let items: Vec<_> = values.into_iter().map(|(_, value)| value).collect();
-        return Item::structure(Tag::ATTRIBUTES, items);
-    }
-    let pairs: Vec<_> = values
-        .into_iter()
-        .map(|(attribute, value)| attribute.pair(value))
-        .collect();
-    Item::structure(Tag::TEMPLATE_ATTRIBUTE, pairs)
+    let whole = match version.has_attributes() {
+        true => Tag::ATTRIBUTES,
+        false => Tag::TEMPLATE_ATTRIBUTE,
+    };
+    Item::structure(whole, items)
 }
 
 /// An attribute's name in 1.x and its tag, which is its name in 2.x.
@@ -253,6 +244,14 @@ impl Attribute {
         match version.has_attributes() {
             true => Item::enumeration(Tag::ATTRIBUTE_REFERENCE, self.tag.0),
             false => Item::text(Tag::ATTRIBUTE_NAME, self.name),
+        }
+    }
+
+    /// With its value, in the form of `version`.
+    fn item<'a>(&self, value: Item<'a>, version: KmipVersion) -> Item<'a> {
+        match version.has_attributes() {
+            true => value,
+            false => self.pair(value),
         }
     }
 

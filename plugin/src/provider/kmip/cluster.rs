@@ -1,56 +1,37 @@
-//! The servers of one KMS, asked in order: a dead or slow one costs [`PATIENCE`] once, not a start its deadline.
+//! The servers of one KMS, asked in order: a dead or slow one costs [`NEXT_SERVER`] once, not a start its deadline.
 //!
-//! A request that can be repeated goes to the first server and, while that one is silent, after [`PATIENCE`] to the
+//! A request that can be repeated goes to the first server and, while that one is silent, after [`NEXT_SERVER`] to the
 //! next as well. The first answer that does what was asked counts; a "no" counts only once every server that can be reached
 //! has said one, for the one that was asked first may lag behind. A request that can't be repeated (Create, …) goes to one
 //! server at a time: to the next where the one before refused it, was not reached, or took more than its share of the time.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use super::call::Call;
 use super::endpoint::Endpoint;
 use super::error::KmipError;
-use super::health::{self, PATIENCE};
+use super::health;
 use super::message::{self, Outcome, ProtocolError};
-use super::node::{Access, Node, lock};
+use super::node::{Access, Node};
 use super::ttlv::Item;
 use super::version::KmipVersion;
+use crate::model::deadlines::kmip::{NEXT_SERVER, PROBE, REPEAT};
 use crate::provider::ProviderError;
+use crate::provider::toolbox::backoff::Backoff;
 use crate::provider::toolbox::certificate::CertificateFacts;
+use crate::provider::toolbox::race::{Raced, race};
+use crate::provider::toolbox::{at_once, lock};
 use crate::secret::SecretBytes;
 
-/// How often a request is sent that can be repeated, and how long to wait before the second time; then twice that.
+/// How often a request is sent that can be repeated, and how long to wait in between.
 const TRIES: u32 = 3;
-const FIRST_WAIT: Duration = Duration::from_secs(1);
-
-/// What a probe may take.
-const PROBE_TIME: Duration = Duration::from_secs(3);
+const BACKOFF: Backoff = Backoff::new(REPEAT.start, REPEAT.end);
 
 /// The servers of one KMS.
 pub(super) struct Cluster {
     nodes: Vec<Arc<Node>>,
 }
-
-/// How the servers are doing, all together.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum ClusterStatus {
-    /// Nothing has been asked yet.
-    Unknown,
-    /// None does what it should; this is why.
-    Unreachable(String),
-    /// The certificates that they show are not trusted.
-    NotTrusted(String),
-    /// They answer, and refuse us.
-    RefusesUs(String),
-    /// Some do, or they answer and have troubles.
-    Partly(String),
-    /// All do.
-    Good,
-}
-
-type Answer = (usize, Result<SecretBytes, KmipError>);
 
 impl Cluster {
     pub(super) fn new(endpoints: &[Endpoint], version: Option<KmipVersion>) -> Self {
@@ -87,28 +68,27 @@ impl Cluster {
             return self.one_by_one(access, &calls, deadline, &mut read);
         }
         // A cluster that was down a moment ago is not waited for again and again.
-        let was_down = self
-            .nodes
-            .iter()
-            .all(|node| lock(&node.health).failure().is_some());
-        let (calls, order, mut wait) = (Arc::new(calls), self.order(), FIRST_WAIT);
-        for attempt in 1.. {
+        let was_down = self.all_failed(|_| true);
+        let (calls, order, mut attempt) = (Arc::new(calls), self.order(), 1);
+        loop {
             let error = match self.race(access, &calls, &order, deadline, &mut read) {
                 Ok(found) => return Ok(found),
                 Err(error) => error,
             };
-            let transient = self
-                .nodes
-                .iter()
-                .all(|node| lock(&node.health).failure().is_some_and(KmipError::is_transient));
+            let wait = BACKOFF.pause(attempt);
             let in_time = Instant::now() + wait < deadline;
-            if attempt == TRIES || was_down || !transient || !in_time {
+            if attempt == TRIES || was_down || !in_time || !self.all_failed(KmipError::is_transient) {
                 return Err(error);
             }
             std::thread::sleep(wait);
-            wait *= 2;
+            attempt += 1;
         }
-        unreachable!("the loop ends by its last try")
+    }
+
+    /// Whether every server failed when it was last asked, each of that kind.
+    fn all_failed(&self, kind: impl Fn(&KmipError) -> bool) -> bool {
+        let failed = |node: &Arc<Node>| lock(&node.health).failure().is_some_and(&kind);
+        self.nodes.iter().all(failed)
     }
 
     /// One try: every server in turn, the next one as soon as one has failed, has refused or was silent for a while.
@@ -120,38 +100,31 @@ impl Cluster {
         deadline: Instant,
         read: &mut impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
     ) -> Result<T, ProviderError> {
-        let (sender, answers) = channel();
-        let mut race = Race::new(order);
         let mut said = Vec::new();
-        loop {
-            if let Some(nth) = race.start_next() {
-                self.start(nth, access, calls, deadline, &sender)?;
-            }
-            match race.next_answer(&answers, deadline) {
-                Some((nth, Ok(answer))) => match self.read(nth, &answer, calls.len(), read) {
-                    Ok(found) => {
-                        for slower in race.running.iter().filter(|other| **other != nth) {
-                            lock(&self.nodes[*slower].health).outrun();
-                        }
-                        return Ok(found);
-                    }
-                    Err(error) => {
-                        said.push(error);
-                        race.running.retain(|other| *other != nth);
-                    }
-                },
-                Some((nth, Err(_))) => race.running.retain(|other| *other != nth),
-                None if race.is_waiting() => {}
-                None => {
-                    for silent in &race.running {
-                        let why = KmipError::NoAnswer("no answer in time".into());
-                        lock(&self.nodes[*silent].health).failed(why);
-                    }
-                    return Err(self.conclude(said));
+        let ask = {
+            let (nodes, access, calls) = (self.nodes.clone(), Arc::clone(access), Arc::clone(calls));
+            let alone = self.is_alone();
+            move |nth: usize| nodes[nth].timed(&access, &calls, deadline, alone)
+        };
+        let judge = |nth, answer: Result<SecretBytes, KmipError>| {
+            let read = self.read(nth, &answer.ok()?, calls.len(), read);
+            read.map_err(|error| said.push(error)).ok()
+        };
+        let raced = race(order.iter().copied(), NEXT_SERVER, deadline, ask, judge)
+            .map_err(|error| KmipError::NoConnection(format!("can't start a thread: {error}")))?;
+        match raced {
+            Raced::Won(found, slower) => {
+                for nth in slower {
+                    lock(&self.nodes[nth].health).outrun();
                 }
+                Ok(found)
             }
-            if race.is_over() {
-                return Err(self.conclude(said));
+            Raced::Lost(silent) => {
+                for nth in silent {
+                    let why = KmipError::NoAnswer("no answer in time".into());
+                    lock(&self.nodes[nth].health).failed(why);
+                }
+                Err(self.conclude(said))
             }
         }
     }
@@ -189,23 +162,13 @@ impl Cluster {
         deadline: Instant,
         mut read: impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
     ) -> Vec<(String, Result<T, ProviderError>)> {
-        let answers: Vec<_> = std::thread::scope(|scope| {
-            let asked: Vec<_> = self
-                .nodes
-                .iter()
-                .map(|node| scope.spawn(|| node.timed(access, calls, deadline, self.is_alone())))
-                .collect();
-            asked
-                .into_iter()
-                .map(std::thread::ScopedJoinHandle::join)
-                .collect()
-        });
-        let mut said = Vec::with_capacity(answers.len());
-        for (nth, answer) in answers.into_iter().enumerate() {
+        let ask = |node: &Arc<Node>| node.timed(access, calls, deadline, self.is_alone());
+        let mut said = Vec::with_capacity(self.nodes.len());
+        for (nth, answer) in at_once(&self.nodes, ask).into_iter().enumerate() {
             let read = match answer {
-                Ok(Ok(answer)) => self.read(nth, &answer, calls.len(), &mut read),
-                Ok(Err(error)) => Err(error.into()),
-                Err(_) => Err(ProviderError::Unreachable(
+                Some(Ok(answer)) => self.read(nth, &answer, calls.len(), &mut read),
+                Some(Err(error)) => Err(error.into()),
+                None => Err(ProviderError::Unreachable(
                     "the thread that asked it has ended".into(),
                 )),
             };
@@ -246,51 +209,20 @@ impl Cluster {
         });
         let all = said.into_iter().chain(shut.map(ProviderError::from));
         match ProviderError::of_all(all.collect()) {
-            Some(ProviderError::NotTrusted(_)) => ProviderError::NotTrusted(text),
-            Some(ProviderError::RefusesUs(_)) => ProviderError::RefusesUs(text),
-            Some(ProviderError::TurnedAway(_)) => ProviderError::TurnedAway(text),
-            Some(ProviderError::Trouble(_)) => ProviderError::Trouble(text),
-            Some(ProviderError::BesideTheQuestion(_)) => ProviderError::BesideTheQuestion(text),
-            Some(other) => other,
+            Some(error) => error.retold(|_| text),
             None => ProviderError::Unreachable(text),
         }
     }
 
-    fn start(
-        &self,
-        nth: usize,
-        access: &Arc<Access>,
-        calls: &Arc<Vec<Call>>,
-        deadline: Instant,
-        sender: &Sender<Answer>,
-    ) -> Result<(), KmipError> {
-        let (node, access, calls) = (
-            Arc::clone(&self.nodes[nth]),
-            Arc::clone(access),
-            Arc::clone(calls),
-        );
-        let (sender, alone) = (sender.clone(), self.is_alone());
-        let work = move || {
-            // Nobody waits any more when this fails; an answer that is dropped is wiped.
-            let _ = sender.send((nth, node.timed(&access, &calls, deadline, alone)));
-        };
-        std::thread::Builder::new()
-            .name("kmip".to_owned())
-            .spawn(work)
-            .map(drop)
-            .map_err(|error| KmipError::NoConnection(format!("can't start a thread: {error}")))
-    }
-
-    /// Asks every server for its operations, and notes how it does. Ends after [`PROBE_TIME`].
+    /// Asks every server for its operations, and notes how it does. Ends after [`PROBE`].
     pub(super) fn probe(&self, access: &Access) {
-        self.probe_until(access, Instant::now() + PROBE_TIME);
+        self.probe_until(access, Instant::now() + PROBE);
     }
 
     pub(super) fn probe_until(&self, access: &Access, deadline: Instant) {
-        std::thread::scope(|scope| {
-            for node in &self.nodes {
-                scope.spawn(|| node.timed(access, &[Call::Query], deadline, self.is_alone()));
-            }
+        at_once(&self.nodes, |node| {
+            node.timed(access, &[Call::Query], deadline, self.is_alone())
+                .map(drop)
         });
     }
 
@@ -328,34 +260,26 @@ impl Cluster {
         answers.max().flatten()
     }
 
-    /// How the servers did when each was asked last.
-    pub(super) fn status(&self) -> ClusterStatus {
-        if self.nodes.iter().any(|node| !lock(&node.health).was_asked()) {
-            let all_asked_fail = self.nodes.iter().all(|node| {
-                let health = lock(&node.health);
-                !health.was_asked() || health.failure().is_some()
-            });
-            if all_asked_fail {
-                return ClusterStatus::Unknown;
-            }
+    /// How the servers did when each was asked last: [`ProviderError::Trouble`] also where only some of them fail, and
+    /// [`ProviderError::RefusesUs`] also where they may.
+    pub(super) fn status(&self) -> Result<(), ProviderError> {
+        let (mut unasked, mut failing) = (0, 0);
+        for node in &self.nodes {
+            let health = lock(&node.health);
+            unasked += usize::from(!health.was_asked());
+            failing += usize::from(health.failure().is_some());
         }
-        let failing = self
-            .nodes
-            .iter()
-            .filter(|node| lock(&node.health).failure().is_some());
-        match failing.count() {
-            0 => ClusterStatus::Good,
-            some if some < self.nodes.len() => ClusterStatus::Partly(self.failure_text()),
-            _ => match self.conclude(self.failures()) {
-                ProviderError::NotTrusted(text) => ClusterStatus::NotTrusted(text),
-                ProviderError::RefusesUs(text) | ProviderError::TurnedAway(text) => {
-                    ClusterStatus::RefusesUs(text)
-                }
-                ProviderError::Trouble(text) | ProviderError::BesideTheQuestion(text) => {
-                    ClusterStatus::Partly(text)
-                }
-                _ => ClusterStatus::Unreachable(self.failure_text()),
-            },
+        if unasked > 0 && unasked + failing == self.nodes.len() {
+            return Err(ProviderError::Unreachable("not asked yet".into()));
+        }
+        match failing {
+            0 => Ok(()),
+            some if some < self.nodes.len() => Err(ProviderError::Trouble(self.failure_text())),
+            _ => Err(match self.conclude(self.failures()) {
+                ProviderError::TurnedAway(text) => ProviderError::RefusesUs(text),
+                ProviderError::BesideTheQuestion(text) => ProviderError::Trouble(text),
+                error => error,
+            }),
         }
     }
 
@@ -392,47 +316,6 @@ impl Node {
             Err(error) => health.failed(error.clone()),
         }
         answer
-    }
-}
-
-/// Who has been asked, and who is still expected to answer.
-struct Race<'a> {
-    waiting: &'a [usize],
-    running: Vec<usize>,
-}
-
-impl<'a> Race<'a> {
-    fn new(order: &'a [usize]) -> Self {
-        Self {
-            waiting: order,
-            running: Vec::new(),
-        }
-    }
-
-    fn start_next(&mut self) -> Option<usize> {
-        let (next, rest) = self.waiting.split_first()?;
-        self.waiting = rest;
-        self.running.push(*next);
-        Some(*next)
-    }
-
-    fn is_waiting(&self) -> bool {
-        !self.waiting.is_empty()
-    }
-
-    fn is_over(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
-    }
-
-    /// Waits until one answers, or long enough to ask the next.
-    fn next_answer(&self, answers: &Receiver<Answer>, deadline: Instant) -> Option<Answer> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let patience = if self.is_waiting() {
-            PATIENCE.min(left)
-        } else {
-            left
-        };
-        answers.recv_timeout(patience).ok()
     }
 }
 

@@ -3,13 +3,12 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::provider::toolbox::stored_as_text;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-
-/// A host and a port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Endpoint {
+pub(crate) struct Endpoint {
     host: String,
     port: u16,
 }
@@ -19,14 +18,10 @@ impl Endpoint {
     const PORT: u16 = 5696;
 
     /// A name or an address, an IPv6 one without brackets.
-    #[must_use]
-    pub fn host(&self) -> &str {
+    pub(crate) fn host(&self) -> &str {
         &self.host
     }
-
-    /// The TCP port.
-    #[must_use]
-    pub fn port(&self) -> u16 {
+    pub(crate) fn port(&self) -> u16 {
         self.port
     }
 }
@@ -39,11 +34,9 @@ impl fmt::Display for Endpoint {
         }
     }
 }
-
-/// The text is no endpoint.
 #[derive(Debug, Error)]
-#[error("{0:?} is no endpoint: HOST, HOST:PORT or [IPV6]:PORT is expected, without https://")]
-pub struct NotAnEndpoint(String);
+#[error("{0:?} is not an endpoint: HOST, HOST:PORT or [IPV6]:PORT is expected, without https://")]
+pub(crate) struct NotAnEndpoint(String);
 
 impl FromStr for Endpoint {
     type Err = NotAnEndpoint;
@@ -80,19 +73,7 @@ impl FromStr for Endpoint {
     }
 }
 
-impl TryFrom<String> for Endpoint {
-    type Error = NotAnEndpoint;
-
-    fn try_from(text: String) -> Result<Self, NotAnEndpoint> {
-        text.parse()
-    }
-}
-
-impl From<Endpoint> for String {
-    fn from(endpoint: Endpoint) -> Self {
-        endpoint.to_string()
-    }
-}
+stored_as_text!(Endpoint);
 
 #[cfg(test)]
 mod tests {

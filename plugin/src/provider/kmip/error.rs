@@ -11,7 +11,6 @@ use crate::provider::ProviderError;
 /// What became of one exchange with one server.
 #[derive(Clone, Debug, Error)]
 pub(super) enum KmipError {
-    /// No connection: nothing was sent.
     #[error("{0}")]
     NoConnection(String),
     /// No answer in time, or none any more.
@@ -25,16 +24,12 @@ pub(super) enum KmipError {
     /// The server is not the one that is trusted.
     #[error("{0}")]
     NotTrusted(String),
-    /// The server does not trust us.
     #[error("{0}")]
     RefusesUs(String),
-    /// Something is wrong with the server.
     #[error("{0}")]
     Trouble(String),
-    /// An answer to something else.
     #[error("{0}")]
     BesideTheQuestion(String),
-    /// A call was refused.
     #[error("{operation:?} refused: {refusal}")]
     Refused { operation: Operation, refusal: Refusal },
 }
@@ -50,7 +45,6 @@ pub(super) enum About {
     Client,
     /// The server. Also what gives no reason, or one that is not in the standard: it has said nothing of the key.
     Server,
-    /// The request.
     Request,
 }
 
@@ -145,6 +139,12 @@ impl From<ProtocolError> for KmipError {
             | ProtocolError::AnotherKey
             | ProtocolError::Missing(_) => Self::BesideTheQuestion(error.to_string()),
         }
+    }
+}
+
+impl From<ProtocolError> for ProviderError {
+    fn from(error: ProtocolError) -> Self {
+        KmipError::from(error).into()
     }
 }
 

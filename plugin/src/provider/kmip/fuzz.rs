@@ -3,7 +3,7 @@
 use super::message;
 use super::tag::Tag;
 use super::ttlv::{self, Item};
-use crate::fuzz::Target;
+use crate::fuzz_target::Target;
 
 pub(crate) const TTLV: Target = Target {
     name: "ttlv",

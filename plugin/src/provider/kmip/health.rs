@@ -7,9 +7,8 @@
 use std::time::{Duration, SystemTime};
 
 use super::error::KmipError;
+use crate::model::deadlines::kmip::NEXT_SERVER;
 
-/// How long the next server is not asked while one may still answer.
-pub(super) const PATIENCE: Duration = Duration::from_millis(250);
 /// How many quick answers bring a server back to its place.
 const RECOVERY: u32 = 2;
 
@@ -37,7 +36,7 @@ impl Health {
         self.refusal = None;
         self.silent = false;
         self.last_answer = Some(now);
-        if took > PATIENCE && !alone {
+        if took > NEXT_SERVER && !alone {
             self.demoted = true;
             self.quick_answers = 0;
         } else if self.demoted {
@@ -46,7 +45,6 @@ impl Health {
         }
     }
 
-    /// It failed.
     pub(super) fn failed(&mut self, why: KmipError) {
         self.asked = true;
         if matches!(why, KmipError::RefusesUs(_) | KmipError::TurnedAway(_)) {

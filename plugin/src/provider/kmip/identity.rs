@@ -17,7 +17,8 @@ use openssl::x509::extension::ExtendedKeyUsage;
 use openssl::x509::{X509, X509Name, X509NameBuilder, X509NameRef, X509ReqBuilder};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use zeroize::{Zeroize, Zeroizing};
+use uuid::Uuid;
+use zeroize::Zeroize;
 
 use crate::crypto::age_file::{self, AgeError, Form};
 use crate::provider::toolbox::identity::{ClientIdentity, NoIdentity, private_key};
@@ -44,7 +45,7 @@ pub(super) struct Login {
 }
 
 /// What `provider identity` brings.
-pub struct NewIdentity {
+pub(crate) struct NewIdentity {
     /// PEM: the client's certificate, then those that signed it; may hold the key too.
     pub certificate: SecretBytes,
     /// PEM, if it is not in `certificate` and not waiting here.
@@ -53,6 +54,10 @@ pub struct NewIdentity {
     pub login: Option<(String, SecretBytes)>,
     /// Encrypts the private key on disk.
     pub passphrase: Option<SecretBytes>,
+    /// The bound credential that is this passphrase, where nobody but the TPM has it.
+    pub by_tpm: Option<Uuid>,
+    /// Also while it is locked: nothing opens the one that it replaces any more.
+    pub even_locked: bool,
 }
 
 /// An identity as it is on disk.
@@ -62,6 +67,9 @@ pub(super) struct StoredIdentity {
     certificates: String,
     user: Option<String>,
     secret: StoredSecret,
+    /// As in [`NewIdentity`]: with which of those on disk it belongs changes with it, in one file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) by_tpm: Option<Uuid>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -90,9 +98,6 @@ impl Drop for SecretPart {
 impl Identity {
     /// Puts together what an admin brought; `waiting` are keys that are here already, of a request or of the
     /// identity that is being renewed.
-    ///
-    /// # Errors
-    /// When something is no PEM, the certificate has expired, or no key fits it.
     pub(super) fn assemble(
         new: &NewIdentity,
         waiting: impl IntoIterator<Item = PKey<Private>>,
@@ -111,7 +116,7 @@ impl Identity {
         let login = match &new.login {
             Some((user, password)) => Some(Arc::new(Login {
                 user: user.clone(),
-                password: duplicate(password).map_err(IdentityError::Memory)?,
+                password: SecretBytes::copy_of(password.expose()).map_err(IdentityError::Memory)?,
             })),
             None => None,
         };
@@ -144,6 +149,7 @@ impl Identity {
             certificates: String::from_utf8_lossy(&certificates).into_owned(),
             user: self.login.as_ref().map(|login| login.user.clone()),
             secret,
+            by_tpm: None,
         })
     }
 
@@ -184,13 +190,10 @@ impl StoredIdentity {
             }
         };
         let login = match (&self.user, &secret.password) {
-            (Some(user), Some(password)) => {
-                let mut password = Zeroizing::new(password.as_bytes().to_vec());
-                Some(Arc::new(Login {
-                    user: user.clone(),
-                    password: SecretBytes::take(&mut password).map_err(IdentityError::Memory)?,
-                }))
-            }
+            (Some(user), Some(password)) => Some(Arc::new(Login {
+                user: user.clone(),
+                password: SecretBytes::copy_of(password.as_bytes()).map_err(IdentityError::Memory)?,
+            })),
             _ => None,
         };
         let client = ClientIdentity {
@@ -222,7 +225,7 @@ impl Drop for SigningRequest {
 
 /// The kind of a key that is made here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyKind {
+pub(crate) enum KeyKind {
     /// NIST P-256.
     EcP256,
     /// 3072 bits, for appliances that know nothing else.
@@ -322,33 +325,21 @@ fn key_to_pem(key: &PKey<Private>) -> Result<Transient, NoIdentity> {
         .map_err(NoIdentity::Key)
 }
 
-fn duplicate(secret: &SecretBytes) -> std::io::Result<SecretBytes> {
-    let mut copy = SecretBytes::zeroed(secret.expose().len())?;
-    copy.expose_mut().copy_from_slice(secret.expose());
-    Ok(copy)
-}
-
 /// Why an identity can't be used.
 #[derive(Debug, Error)]
-pub enum IdentityError {
-    /// Certificate and key, or one of them.
+pub(crate) enum IdentityError {
     #[error(transparent)]
     Client(#[from] NoIdentity),
-    /// No key at all.
     #[error(
         "no private key fits the certificate: neither the one of the last signing request nor the one in use"
     )]
     NoKey,
-    /// A passphrase is needed.
     #[error("the private key is encrypted: a passphrase opens it")]
     Encrypted,
-    /// Encrypting or decrypting failed.
     #[error(transparent)]
     Age(#[from] AgeError),
-    /// A damaged file.
     #[error("the stored identity is damaged")]
     Json(#[source] serde_json::Error),
-    /// No secret memory.
     #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
     Memory(#[source] std::io::Error),
 }
@@ -369,6 +360,8 @@ mod tests {
             key: key.map(secret),
             login: None,
             passphrase: None,
+            by_tpm: None,
+            even_locked: false,
         }
     }
 

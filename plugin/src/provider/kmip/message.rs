@@ -139,11 +139,9 @@ pub(super) fn outcomes<'m, 'b>(
             answered: items.len(),
         });
     }
-    let mut ordered = Vec::with_capacity(calls);
-    for nth in 0..calls {
-        ordered.push(outcome(item_of_call(&items, nth).ok_or(ProtocolError::Shape)?)?);
-    }
-    Ok(ordered)
+    (0..calls)
+        .map(|nth| outcome(item_of_call(&items, nth).ok_or(ProtocolError::Shape)?))
+        .collect()
 }
 
 /// The version that an answer is in.

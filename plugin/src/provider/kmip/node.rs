@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use super::answer;
@@ -17,6 +17,7 @@ use super::tls::Connection;
 use super::ttlv::{self, Item};
 use super::version::KmipVersion;
 use crate::provider::toolbox::certificate::CertificateFacts;
+use crate::provider::toolbox::lock;
 use crate::provider::toolbox::tls::Tls;
 use crate::secret::SecretBytes;
 
@@ -24,15 +25,12 @@ use crate::secret::SecretBytes;
 const MAX_IDLE: usize = 4;
 
 /// What a call may use: gone as soon as the provider is locked or its trust changes.
-#[derive(Debug)]
 pub(super) struct Access {
     pub(super) tls: Tls,
     pub(super) login: Option<std::sync::Arc<Login>>,
     /// Rises with every change; connections of an earlier one are not used again.
     pub(super) epoch: u64,
 }
-
-/// One server.
 pub(super) struct Node {
     pub(super) endpoint: Endpoint,
     /// What the admin has set instead of a negotiation.
@@ -128,7 +126,7 @@ impl Node {
     fn connect(&self, access: &Access, deadline: Instant) -> Result<Connection, KmipError> {
         let good = lock(&self.facts).address;
         let fresh = Connection::open(&access.tls, &self.endpoint, good, deadline)?;
-        lock(&self.facts).certificate = fresh.server().cloned();
+        lock(&self.facts).certificate = Some(fresh.server().clone());
         Ok(fresh)
     }
 
@@ -335,9 +333,4 @@ fn round_trip(
     start.copy_from_slice(&header);
     stream.read_exact(rest)?;
     Ok(answer)
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each holds plain values that are replaced whole.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

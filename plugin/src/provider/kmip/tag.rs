@@ -112,16 +112,7 @@ pub(super) enum Operation {
 impl Operation {
     /// Whether doing it twice is the same as doing it once.
     pub(super) fn is_idempotent(self) -> bool {
-        match self {
-            Self::Create | Self::Activate | Self::Revoke | Self::Destroy => false,
-            Self::Locate
-            | Self::Get
-            | Self::GetAttributes
-            | Self::Query
-            | Self::DiscoverVersions
-            | Self::Encrypt
-            | Self::Decrypt => true,
-        }
+        !matches!(self, Self::Create | Self::Activate | Self::Revoke | Self::Destroy)
     }
 }
 

@@ -12,6 +12,7 @@ use super::call::Call;
 use super::fixture::{Kept, Kmip, secret, settings};
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::provider::ScopeSetting;
 use crate::provider::toolbox::kek_name::KekGeneration;
 use crate::secret::Dek;
 use crate::store::Stores;
@@ -51,7 +52,7 @@ impl Wrapped {
 fn every_version_does_the_whole_job() {
     let kmip = Kmip::new();
     assert_eq!(
-        kmip.provider().cluster.nodes()[0].version(),
+        kmip.provider().line().cluster.nodes()[0].version(),
         Some("2.0".parse().unwrap())
     );
     for version in ["1.1", "1.2", "1.3", "1.4", "2.0"] {
@@ -133,15 +134,15 @@ fn create_whose_answer_was_lost_leaves_no_orphan() {
     let kmip = Kmip::new();
     let provider = kmip.provider();
     let (scope, access) = (KekScope::Vm(VmId::random()), provider.access().unwrap());
-    let keys = provider.keys(&access);
+    let line = provider.line();
+    let keys = provider.keys(&line, &access);
     let name = keys
         .book
         .plan(&scope, &keys.stem(&scope), KekGeneration(1))
         .unwrap();
     let create = Call::Create(keys.label(&scope, name));
     // Its identifier is in the answer that the caller never sees; the key stays Pre-Active.
-    provider
-        .cluster
+    line.cluster
         .call(&access, vec![create], keys.deadline, |_| Ok(()))
         .unwrap();
     let kek = provider.create_kek(&scope).unwrap();
@@ -187,7 +188,8 @@ fn a_generation_that_was_never_made_retires_nothing() {
     let scope = KekScope::Vm(VmId::random());
     let first = provider.create_kek(&scope).unwrap();
     let access = provider.access().unwrap();
-    let keys = provider.keys(&access);
+    let line = provider.line();
+    let keys = provider.keys(&line, &access);
     keys.book
         .plan(&scope, &keys.stem(&scope), KekGeneration(2))
         .unwrap();
@@ -202,11 +204,12 @@ fn a_kek_from_before_generations_goes_on_and_several_are_left_alone() {
     let kmip = Kmip::new();
     let provider = kmip.provider();
     let access = provider.access().unwrap();
-    let keys = provider.keys(&access);
+    let line = provider.line();
+    let keys = provider.keys(&line, &access);
     let uncounted = |scope: &KekScope| {
         let label = keys.label(scope, keys.stem(scope));
         let calls = vec![Call::Create(label)];
-        let made = provider.cluster.call(&access, calls, keys.deadline, |outcomes| {
+        let made = line.cluster.call(&access, calls, keys.deadline, |outcomes| {
             Ok(super::answer::created(outcomes[0].as_ref().unwrap()).unwrap())
         });
         made.unwrap()
@@ -320,11 +323,11 @@ fn settings_are_checked() {
     };
     assert!(matches!(
         create(&|settings| settings.endpoints.clear()),
-        Some(KmipProviderError::Endpoints)
+        Some(KmipProviderError::Settings(SettingsError::Endpoints))
     ));
     assert!(matches!(
         create(&|settings| settings.timeout_ms = 0),
-        Some(KmipProviderError::Timeout)
+        Some(KmipProviderError::Settings(SettingsError::Timeout))
     ));
     assert!(stores.keystore.providers().unwrap().whole().unwrap().is_empty());
     for json in [

@@ -10,8 +10,6 @@ use super::error::KmipError;
 use crate::provider::toolbox::address;
 use crate::provider::toolbox::certificate::CertificateFacts;
 use crate::provider::toolbox::tls::{self, Tls, TlsFailure, TlsStream};
-
-/// An open connection.
 pub(super) struct Connection {
     tls: TlsStream,
     /// Where the server is.
@@ -34,8 +32,8 @@ impl Connection {
     }
 
     /// What the server showed.
-    pub(super) fn server(&self) -> Option<&CertificateFacts> {
-        self.tls.server.as_ref()
+    pub(super) fn server(&self) -> &CertificateFacts {
+        &self.tls.server
     }
 
     /// From now on, reads and writes end at `deadline`.
@@ -44,12 +42,12 @@ impl Connection {
     }
 
     pub(super) fn write_all(&mut self, bytes: &[u8]) -> Result<(), KmipError> {
-        self.tls.write_all(bytes).map_err(no_answer)
+        self.tls.write_all(bytes).map_err(failed(KmipError::NoAnswer))
     }
 
     pub(super) fn read_exact(&mut self, mut buffer: &mut [u8]) -> Result<(), KmipError> {
         while !buffer.is_empty() {
-            let read = self.tls.read(buffer).map_err(no_answer)?;
+            let read = self.tls.read(buffer).map_err(failed(KmipError::NoAnswer))?;
             buffer = &mut buffer[read..];
         }
         Ok(())
@@ -70,20 +68,15 @@ fn raced<T: Send + 'static>(
     connect: impl Fn(&str, SocketAddr) -> Result<T, TlsFailure> + Clone + Send + 'static,
 ) -> Result<T, KmipError> {
     let host = endpoint.host().to_owned();
-    let addresses = address::of(&host, endpoint.port(), good, deadline).map_err(no_connection)?;
-    address::race(addresses, deadline, move |peer| connect(&host, peer)).map_err(no_connection)
+    let addresses =
+        address::of(&host, endpoint.port(), good, deadline).map_err(failed(KmipError::NoConnection))?;
+    address::connect(addresses, deadline, move |peer| connect(&host, peer))
+        .map_err(failed(KmipError::NoConnection))
 }
 
-fn no_connection(failure: TlsFailure) -> KmipError {
-    failure_or(failure, KmipError::NoConnection)
-}
-
-fn no_answer(failure: TlsFailure) -> KmipError {
-    failure_or(failure, KmipError::NoAnswer)
-}
-
-fn failure_or(failure: TlsFailure, otherwise: impl FnOnce(String) -> KmipError) -> KmipError {
-    match failure {
+/// `otherwise` where nobody distrusts anybody.
+fn failed(otherwise: fn(String) -> KmipError) -> impl Fn(TlsFailure) -> KmipError {
+    move |failure| match failure {
         TlsFailure::NotTrusted(why) => KmipError::NotTrusted(why),
         TlsFailure::RefusesUs(why) => KmipError::RefusesUs(why),
         TlsFailure::TurnedAway(why) => KmipError::TurnedAway(why),

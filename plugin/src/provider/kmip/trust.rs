@@ -1,38 +1,37 @@
 //! How trust comes about: the client's certificate goes one way, the server's the other.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Instant;
 
 use openssl::x509::X509;
 use thiserror::Error;
+use uuid::Uuid;
 
 use super::KmipProvider;
-use super::cluster::{Cluster, ClusterStatus};
+use super::cluster::Cluster;
+use super::endpoint::Endpoint;
 use super::error::KmipError;
 use super::identity::{Identity, IdentityError, KeyKind, NewIdentity, SigningRequest, StoredIdentity};
 use super::node::Access;
 use super::store::{FilesError, ServerTrust};
 use super::tls::{self, Connection};
+use crate::model::deadlines::kmip::{FIRST_QUESTION, LOOK};
 use crate::model::envelope::Stanza;
 use crate::model::problem::chain;
-use crate::provider::KeyProvider;
 use crate::provider::toolbox::certificate::CertificateFacts;
 use crate::provider::toolbox::identity::NoIdentity;
 use crate::provider::toolbox::tls::Tls;
-
-/// What a look at a server's certificate may take.
-const LOOK: Duration = Duration::from_millis(3500);
-/// What is left after it to ask who was found.
-const FIRST_QUESTION: Duration = Duration::from_millis(800);
+use crate::provider::toolbox::{at_once, lock};
+use crate::provider::{KeyProvider, ProviderError};
+use crate::store::Change;
 
 /// How many KEKs that do not open are named.
 const MAX_SHUT: usize = 8;
 
 /// What one endpoint shows to whoever connects.
 #[derive(Clone, Debug)]
-pub struct Presented {
-    /// The endpoint.
+pub(crate) struct Presented {
     pub endpoint: String,
     /// The server's own certificate first, or why there is none.
     pub chain: Result<Vec<CertificateFacts>, String>,
@@ -40,30 +39,23 @@ pub struct Presented {
 
 impl KmipProvider {
     /// What the servers show now. Nothing is trusted by this.
-    #[must_use]
-    pub fn presented(&self) -> Vec<Presented> {
+    pub(crate) fn presented(&self) -> Vec<Presented> {
         let deadline = Instant::now() + LOOK;
-        let look = |endpoint| {
+        let look = |endpoint: &Endpoint| {
             let shown = tls::presented(endpoint, deadline).map_err(|error| error.to_string())?;
             let facts = shown.iter().map(|certificate| CertificateFacts::of(certificate));
             facts
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|error| error.to_string())
         };
-        let endpoints = &self.settings.endpoints;
-        std::thread::scope(|scope| {
-            let looks: Vec<_> = endpoints
-                .iter()
-                .map(|endpoint| (endpoint, scope.spawn(move || look(endpoint))))
-                .collect();
-            let shown = looks.into_iter().map(|(endpoint, look)| Presented {
-                endpoint: endpoint.to_string(),
-                chain: look
-                    .join()
-                    .unwrap_or_else(|_| Err("the look at it failed".into())),
-            });
-            shown.collect()
-        })
+        let line = self.line();
+        let endpoints = &line.settings.endpoints;
+        let shown = endpoints.iter().zip(at_once(endpoints, look));
+        let presented = shown.map(|(endpoint, chain)| Presented {
+            endpoint: endpoint.to_string(),
+            chain: chain.unwrap_or_else(|| Err("the look at it failed".into())),
+        });
+        presented.collect()
     }
 
     /// Trusts servers by `trust` from now on.
@@ -71,7 +63,7 @@ impl KmipProvider {
     /// # Errors
     /// When a server that answers is not the one that `trust` says; then nothing changes. A server that does not
     /// answer is judged when it does.
-    pub fn trust(&self, trust: ServerTrust) -> Result<(), TrustError> {
+    pub(crate) fn trust(&self, trust: ServerTrust) -> Result<Change, TrustError> {
         match &trust {
             ServerTrust::Ca(pem) => {
                 let found = X509::stack_from_pem(pem.as_bytes()).map_err(TrustError::Ca)?;
@@ -82,42 +74,41 @@ impl KmipProvider {
             ServerTrust::Pins(pins) if pins.is_empty() => return Err(TrustError::Empty),
             ServerTrust::Pins(_) => {}
         }
-        let _trusting = self.trusting();
+        let _trusting = lock(&self.trusting);
         let look = Instant::now() + LOOK;
         self.try_out(&trust, look)?;
         self.store.put_trust(&trust)?;
         let mut held = self.held_mut();
+        let change = match held.trust.as_ref() == Some(&trust) {
+            true => Change::Unchanged,
+            false => Change::Changed,
+        };
         held.trust = Some(trust);
         self.renew_access(&mut held);
         let access = held.access.clone();
         drop(held);
         if let Some(access) = access {
-            self.cluster
+            self.line()
+                .cluster
                 .probe_until(&access, look.max(Instant::now() + FIRST_QUESTION));
         }
-        Ok(())
+        Ok(change)
     }
 
     fn try_out(&self, trust: &ServerTrust, deadline: Instant) -> Result<(), TrustError> {
         let tls = &Tls::new(trust.into(), None).map_err(TrustError::Ca)?;
-        std::thread::scope(|scope| {
-            let endpoints = self.settings.endpoints.iter();
-            let trials: Vec<_> = endpoints
-                .map(|endpoint| {
-                    (
-                        endpoint,
-                        scope.spawn(move || Connection::open(tls, endpoint, None, deadline).map(drop)),
-                    )
-                })
-                .collect();
-            for (endpoint, trial) in trials {
-                if let Ok(Err(KmipError::NotTrusted(why))) = trial.join() {
-                    let endpoint = endpoint.to_string();
-                    return Err(TrustError::Refused { endpoint, why });
-                }
+        let line = self.line();
+        let endpoints = &line.settings.endpoints;
+        let trials = at_once(endpoints, |endpoint| {
+            Connection::open(tls, endpoint, None, deadline).map(drop)
+        });
+        for (endpoint, trial) in endpoints.iter().zip(trials) {
+            if let Some(Err(KmipError::NotTrusted(why))) = trial {
+                let endpoint = endpoint.to_string();
+                return Err(TrustError::Refused { endpoint, why });
             }
-            Ok(())
-        })
+        }
+        Ok(())
     }
 
     /// Shows itself to the servers as `new` from now on: once one of them has accepted it, where there is an identity that is
@@ -126,8 +117,8 @@ impl KmipProvider {
     /// # Errors
     /// When certificate and key do not fit, when the provider is locked, when a sealed key would be replaced by one that is
     /// not, or when no server accepts it; then the identity in use stays.
-    pub fn set_identity(&self, new: &NewIdentity) -> Result<CertificateFacts, TrustError> {
-        let _trusting = self.trusting();
+    pub(crate) fn set_identity(&self, new: &NewIdentity) -> Result<CertificateFacts, TrustError> {
+        let _trusting = lock(&self.trusting);
         let stored = self.unless_damaged(self.store.identity())?;
         let was_sealed =
             |stored: &Option<StoredIdentity>| stored.as_ref().is_some_and(StoredIdentity::is_encrypted);
@@ -137,7 +128,7 @@ impl KmipProvider {
         }
         let (current, locked, locks) = {
             let held = self.held();
-            let locked = held.locked && !held.is_shut;
+            let locked = held.locked && !held.is_shut && !new.even_locked;
             (held.identity.clone(), locked, held.locks.noted())
         };
         if locked && stored.is_some() {
@@ -154,8 +145,9 @@ impl KmipProvider {
             self.try_identity(&identity)?;
         }
         let facts = CertificateFacts::of(identity.leaf()?).map_err(NoIdentity::Certificate)?;
-        self.store
-            .put_identity(&identity.stored(new.passphrase.as_ref())?)?;
+        let mut stored = identity.stored(new.passphrase.as_ref())?;
+        stored.by_tpm = new.by_tpm;
+        self.store.put_identity(&stored)?;
         if let Err(error) = self.store.remove_answered(&identity.client.key) {
             // The new identity stands, and the next start tries it again.
             tracing::warn!("provider {}: {}", self.name, chain(&error));
@@ -165,11 +157,20 @@ impl KmipProvider {
             held.identity = Some(Arc::new(identity));
         }
         held.fault = None;
+        held.is_encrypted = new.passphrase.is_some();
         held.is_shut = false;
         self.renew_access(&mut held);
         drop(held);
         self.probe();
         Ok(facts)
+    }
+
+    /// The bound credential that encrypts the private key on disk, if nobody but the TPM has it.
+    ///
+    /// # Errors
+    /// When that can't be read.
+    pub(crate) fn bound_by(&self) -> Result<Option<Uuid>, FilesError> {
+        Ok(self.store.identity()?.and_then(|stored| stored.by_tpm))
     }
 
     /// `None` for a file that is damaged: what is written in its place now is the way out.
@@ -181,10 +182,6 @@ impl KmipProvider {
             }
             found => found.map(Some),
         }
-    }
-
-    fn trusting(&self) -> MutexGuard<'_, ()> {
-        self.trusting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a server lets `new` in, or at least the identity in use neither.
@@ -199,27 +196,28 @@ impl KmipProvider {
             login: new.login.clone(),
             epoch: 0,
         };
-        let trial = Cluster::new(&self.settings.endpoints, self.settings.kmip_version);
+        let line = self.line();
+        let trial = Cluster::new(&line.settings.endpoints, line.settings.kmip_version);
         trial.probe(&access);
-        let why = match trial.status() {
-            ClusterStatus::Good | ClusterStatus::Partly(_) => return Ok(()),
-            ClusterStatus::Unknown => "nobody was asked".to_owned(),
-            ClusterStatus::Unreachable(why) | ClusterStatus::NotTrusted(why) => why,
-            ClusterStatus::RefusesUs(why) => {
+        match trial.status() {
+            Ok(()) | Err(ProviderError::Trouble(_)) => Ok(()),
+            Err(ProviderError::RefusesUs(why)) => {
                 self.probe();
-                if matches!(self.cluster.status(), ClusterStatus::RefusesUs(_)) {
+                match line.cluster.status() {
                     // There is nothing to lose, and a KMS may take minutes to let a new client in.
-                    return Ok(());
+                    Err(ProviderError::RefusesUs(_)) => Ok(()),
+                    _ => Err(TrustError::NotAccepted(why)),
                 }
-                why
             }
-        };
-        Err(TrustError::NotAccepted(why))
+            Err(ProviderError::Unreachable(why) | ProviderError::NotTrusted(why)) => {
+                Err(TrustError::NotAccepted(why))
+            }
+            Err(error) => Err(TrustError::NotAccepted(error.to_string())),
+        }
     }
 
     /// Opens one of `stanzas` for each KEK, and says which ones do not open.
-    #[must_use]
-    pub fn keys_that_stay_shut(&self, stanzas: Vec<Stanza>) -> Vec<String> {
+    pub(crate) fn keys_that_stay_shut(&self, stanzas: Vec<Stanza>) -> Vec<String> {
         let mut of_kek = BTreeMap::new();
         for stanza in stanzas {
             of_kek.entry(stanza.kek.0.clone()).or_insert(stanza);
@@ -250,8 +248,8 @@ impl KmipProvider {
     ///
     /// # Errors
     /// When the key in use is sealed, and the provider locked.
-    pub fn signing_request(&self, new: Option<(KeyKind, Option<&str>)>) -> Result<String, TrustError> {
-        let _trusting = self.trusting();
+    pub(crate) fn signing_request(&self, new: Option<(KeyKind, Option<&str>)>) -> Result<String, TrustError> {
+        let _trusting = lock(&self.trusting);
         if new.is_none() {
             if let Some(request) = self.store.request()? {
                 return Ok(request.csr.clone());
@@ -284,25 +282,15 @@ impl From<NoIdentity> for TrustError {
 
 /// Why trust did not come about.
 #[derive(Debug, Error)]
-pub enum TrustError {
-    /// The CA file can't be used.
+pub(crate) enum TrustError {
     #[error("can't read the CA's certificates: PEM is expected")]
     Ca(#[source] openssl::error::ErrorStack),
-    /// Neither a CA nor a fingerprint.
     #[error("there is nothing to trust: a CA's certificate or a fingerprint is needed")]
     Empty,
-    /// A file without a certificate.
     #[error("there is no certificate of a CA in the file: PEM is expected")]
     NoCertificate,
-    /// A server is another one.
     #[error("{endpoint} is not what you trust: {why}")]
-    Refused {
-        /// Which.
-        endpoint: String,
-        /// What it shows instead.
-        why: String,
-    },
-    /// The current key must be at hand.
+    Refused { endpoint: String, why: String },
     #[error("is locked")]
     Locked,
     /// The servers let the one in use in, and not the new one.
@@ -310,14 +298,12 @@ pub enum TrustError {
     NotAccepted(String),
     /// No silent fall-back to a key in the clear.
     #[error(
-        "the private key in use is sealed by a passphrase, or damaged so that this can't be told, and the new one would not be: \
-         add --seal"
+        "the private key in use is encrypted by a passphrase, or damaged so that this can't be told, and the new one would not be: \
+         add --encrypt"
     )]
     WouldUnseal,
-    /// The client's side.
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    /// The disk.
     #[error(transparent)]
     Store(#[from] FilesError),
 }

@@ -17,7 +17,6 @@ use super::tag::Tag;
 pub(super) const MAX_BYTES: usize = 256 * 1024;
 /// How deep structures may nest; KMIP's own messages need 9.
 pub(super) const MAX_DEPTH: usize = 16;
-/// The most items in one message.
 pub(super) const MAX_ITEMS: usize = 4096;
 
 /// One item: a tag and its value.

@@ -8,11 +8,10 @@ use thiserror::Error;
 
 use super::tag::Tag;
 use super::ttlv::Item;
-
-/// A version of the protocol.
+use crate::provider::toolbox::stored_as_text;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct KmipVersion {
+pub(crate) struct KmipVersion {
     major: u8,
     minor: u8,
 }
@@ -75,8 +74,8 @@ impl fmt::Display for KmipVersion {
 
 /// The text names no version that this client speaks.
 #[derive(Debug, Error)]
-#[error("{0:?} is no KMIP version that virtseal speaks: use 1.1, 1.2, 1.3, 1.4, 2.0 or 2.1")]
-pub struct NotAVersion(String);
+#[error("{0:?} is not a KMIP version that virtseal speaks: use 1.1, 1.2, 1.3, 1.4, 2.0 or 2.1")]
+pub(crate) struct NotAVersion(String);
 
 impl FromStr for KmipVersion {
     type Err = NotAVersion;
@@ -88,16 +87,4 @@ impl FromStr for KmipVersion {
     }
 }
 
-impl TryFrom<String> for KmipVersion {
-    type Error = NotAVersion;
-
-    fn try_from(text: String) -> Result<Self, NotAVersion> {
-        text.parse()
-    }
-}
-
-impl From<KmipVersion> for String {
-    fn from(version: KmipVersion) -> Self {
-        version.to_string()
-    }
-}
+stored_as_text!(KmipVersion);

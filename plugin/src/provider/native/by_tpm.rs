@@ -16,30 +16,14 @@ use std::sync::Arc;
 use super::document::RootKeys;
 use super::{NativeError, NativeProvider, WhyLocked};
 use crate::crypto::aead::{self, Parts};
-use crate::host::tpm::{BindPolicy, BoundToTpm, PcrList, SigningKey, Tpm, TpmError};
+use crate::host::tpm::{BindPolicy, BoundToTpm, Tpm, TpmError};
 use crate::model::envelope::ProviderId;
 use crate::model::problem::chain;
+use crate::provider::toolbox::bound_credential::TpmEnrollment;
 use crate::provider::toolbox::locks::LocksNoted;
 use crate::provider::toolbox::tpm_key;
 use crate::secret::{SecretBytes, Transient};
-use crate::store::{Change, TpmRenewal, TpmSeal, UnixTime};
-
-/// That a TPM opens a provider.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TpmEnrollment {
-    /// The PCRs that must be what they were; none can be told of a damaged record.
-    pub pcrs: Option<PcrList>,
-    /// Since when.
-    pub enrolled: UnixTime,
-    /// Whether it was made before the newest root key.
-    pub stale: bool,
-    /// Who signs what PCR 11 may be.
-    pub signed_by: Option<SigningKey>,
-    /// Whether somebody must type a PIN.
-    pub needs_pin: bool,
-    /// Those of `pcrs` that nothing was measured into.
-    pub unmeasured: Option<PcrList>,
-}
+use crate::store::{BoundRoots, Change, TpmRenewal};
 
 impl NativeProvider {
     /// Lets `tpm` open the provider by `policy`, in place of what it could before. The provider must be unlocked. What was
@@ -47,26 +31,26 @@ impl NativeProvider {
     ///
     /// # Errors
     /// [`NativeError::Locked`], [`NativeError::Tpm`], or when the keystore can't be written.
-    pub fn enroll_tpm(&self, tpm: &Tpm, policy: &BindPolicy) -> Result<(), NativeError> {
+    pub(crate) fn enroll_tpm(&self, tpm: &Tpm, policy: &BindPolicy) -> Result<(), NativeError> {
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
-        let seal = self.bound_to(tpm, policy, &roots)?;
-        Ok(self.rows.put_tpm_seal(&seal)?)
+        let record = self.bound_to(tpm, policy, &roots)?;
+        Ok(self.rows.put_bound_roots(&record)?)
     }
 
     /// `roots`, for `tpm` to open; it has done so once.
-    fn bound_to(&self, tpm: &Tpm, policy: &BindPolicy, roots: &RootKeys) -> Result<TpmSeal, NativeError> {
+    fn bound_to(&self, tpm: &Tpm, policy: &BindPolicy, roots: &RootKeys) -> Result<BoundRoots, NativeError> {
         let text = roots.to_text(&self.name)?;
-        let (key, sealed_key) = tpm_key::bind(tpm, policy).map_err(NativeError::Tpm)?;
+        let (key, bound_key) = tpm_key::bind(tpm, policy).map_err(NativeError::Tpm)?;
         let data = additional_data(self.id, roots.newest());
-        let seal = TpmSeal {
+        let record = BoundRoots {
             generation: roots.newest(),
-            sealed_key,
+            bound_key,
             roots: aead::encrypt(&key, &data, &text).map_err(NativeError::Cipher)?,
             enrolled: 0,
         };
-        match self.read(&key, &seal)?.are(roots) {
-            true => Ok(seal),
-            false => Err(NativeError::TpmSeal),
+        match self.read(&key, &record)?.are(roots) {
+            true => Ok(record),
+            false => Err(NativeError::TpmRecord),
         }
     }
 
@@ -76,52 +60,44 @@ impl NativeProvider {
     ///
     /// # Errors
     /// As [`NativeProvider::enroll_tpm`]; the row stays stale then.
-    pub fn renew_tpm(&self, tpm: &Tpm, pin: Option<&Arc<SecretBytes>>) -> Result<Change, NativeError> {
-        let Some(seal) = self.rows.tpm_seal()? else {
+    pub(crate) fn renew_tpm(&self, tpm: &Tpm, pin: Option<&Arc<SecretBytes>>) -> Result<Change, NativeError> {
+        let Some(record) = self.rows.bound_roots()? else {
             return Ok(Change::Unchanged);
         };
-        if seal.generation == self.generation() {
+        if record.generation == self.generation() {
             return Ok(Change::Unchanged);
         }
         let roots = self.roots().map_err(|_| NativeError::Locked)?;
-        let renewal = self.renewal(tpm, seal, &roots, pin)?;
-        Ok(self.rows.renew_tpm_seal(&renewal)?)
+        let renewal = self.renewal(tpm, record, &roots, pin)?;
+        Ok(self.rows.renew_bound_roots(&renewal)?)
     }
 
     /// What is to be in the place of `before`, if `tpm` still opens that.
     pub(super) fn renewal(
         &self,
         tpm: &Tpm,
-        before: TpmSeal,
+        before: BoundRoots,
         roots: &RootKeys,
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<TpmRenewal, NativeError> {
         self.opened_by(tpm, &before, pin)?;
-        let bound = BoundToTpm::from_bytes(&before.sealed_key).map_err(NativeError::Tpm)?;
+        let bound = BoundToTpm::from_bytes(&before.bound_key).map_err(NativeError::Tpm)?;
         let after = self.bound_to(tpm, &bound.policy(pin), roots)?;
         Ok(TpmRenewal { before, after })
     }
 
     /// Takes this way in away again.
-    pub fn remove_tpm(&self) -> Result<Change, NativeError> {
+    pub(crate) fn remove_tpm(&self) -> Result<Change, NativeError> {
         self.explain_lock(None);
-        Ok(self.rows.delete_tpm_seal()?)
+        Ok(self.rows.delete_bound_roots()?)
     }
 
     /// Whether there is this way in.
-    pub fn tpm_enrollment(&self) -> Result<Option<TpmEnrollment>, NativeError> {
-        let seal = self.rows.tpm_seal()?;
-        Ok(seal.map(|seal| {
-            let bound = BoundToTpm::from_bytes(&seal.sealed_key).ok();
-            let bound = bound.as_ref();
-            TpmEnrollment {
-                pcrs: bound.map(BoundToTpm::pcrs),
-                enrolled: seal.enrolled,
-                stale: seal.generation != self.generation(),
-                signed_by: bound.and_then(BoundToTpm::signed_by),
-                needs_pin: bound.is_some_and(BoundToTpm::needs_pin),
-                unmeasured: bound.and_then(BoundToTpm::unmeasured),
-            }
+    pub(crate) fn tpm_enrollment(&self) -> Result<Option<TpmEnrollment>, NativeError> {
+        let record = self.rows.bound_roots()?;
+        Ok(record.map(|record| {
+            let stale = record.generation != self.generation();
+            TpmEnrollment::of(&record.bound_key, record.enrolled, stale)
         }))
     }
 
@@ -130,15 +106,15 @@ impl NativeProvider {
     ///
     /// # Errors
     /// [`NativeError::NotEnrolled`], [`NativeError::TpmStale`], or why the TPM does not open it.
-    pub fn unlock_by_tpm(
+    pub(crate) fn unlock_by_tpm(
         &self,
         tpm: &Tpm,
         locks: LocksNoted,
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<(), NativeError> {
-        let seal = self.rows.tpm_seal()?.ok_or(NativeError::NotEnrolled)?;
-        let opened = match seal.generation == self.generation() {
-            true => self.opened_by(tpm, &seal, pin),
+        let record = self.rows.bound_roots()?.ok_or(NativeError::NotEnrolled)?;
+        let opened = match record.generation == self.generation() {
+            true => self.opened_by(tpm, &record, pin),
             false => Err(NativeError::TpmStale),
         };
         match opened {
@@ -160,23 +136,23 @@ impl NativeProvider {
     fn opened_by(
         &self,
         tpm: &Tpm,
-        seal: &TpmSeal,
+        record: &BoundRoots,
         pin: Option<&Arc<SecretBytes>>,
     ) -> Result<RootKeys, NativeError> {
-        let key = tpm_key::open(tpm, &seal.sealed_key, pin).map_err(NativeError::Tpm)?;
-        self.read(&key, seal)
+        let key = tpm_key::open(tpm, &record.bound_key, pin).map_err(NativeError::Tpm)?;
+        self.read(&key, record)
     }
 
-    fn read(&self, key: &SecretBytes, seal: &TpmSeal) -> Result<RootKeys, NativeError> {
-        let length = Parts::of(&seal.roots).map_or(0, |parts| parts.ciphertext.len());
+    fn read(&self, key: &SecretBytes, record: &BoundRoots) -> Result<RootKeys, NativeError> {
+        let length = Parts::of(&record.roots).map_or(0, |parts| parts.ciphertext.len());
         let mut text = Transient::new(vec![0; length]);
-        let data = additional_data(self.id, seal.generation);
-        aead::decrypt(key, &data, &seal.roots, &mut text).map_err(|_| NativeError::TpmSeal)?;
+        let data = additional_data(self.id, record.generation);
+        aead::decrypt(key, &data, &record.roots, &mut text).map_err(|_| NativeError::TpmRecord)?;
         let roots = RootKeys::from_text(&text)?;
-        if roots.provider == self.id && roots.newest() == seal.generation {
+        if roots.provider == self.id && roots.newest() == record.generation {
             Ok(roots)
         } else {
-            Err(NativeError::TpmSeal)
+            Err(NativeError::TpmRecord)
         }
     }
 }

@@ -36,29 +36,19 @@ pub(super) struct RootKeys {
 
 /// Why a text is not a root key.
 #[derive(Debug, Error)]
-pub enum DocumentError {
-    /// Not this JSON.
+pub(crate) enum DocumentError {
     #[error("it is not a virtseal backup, or a damaged one")]
     Json(#[source] serde_json::Error),
-    /// Other JSON.
     #[error("it is not a virtseal backup")]
     Format,
-    /// Made by a later virtseal.
     #[error("it has format {found}, this virtseal reads up to {VERSION}: upgrade virtseal")]
-    Version {
-        /// The format found.
-        found: u32,
-    },
-    /// Not 64 hex digits.
+    Version { found: u32 },
     #[error("its root key is not 64 hex digits")]
     Key,
-    /// The check value is another key's.
     #[error("its check value does not fit its root key: a digit is wrong")]
     Check,
-    /// OpenSSL can't hash.
     #[error("SHA-256 failed")]
     Digest(#[source] ErrorStack),
-    /// No secret memory.
     #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
     Memory(#[source] io::Error),
 }

@@ -1,7 +1,7 @@
 //! A target: the document in a backup, once `age` has opened it.
 
 use super::document::RootKeys;
-use crate::fuzz::Target;
+use crate::fuzz_target::Target;
 use crate::model::envelope::ProviderId;
 
 pub(crate) const BACKUP: Target = Target {

@@ -17,8 +17,7 @@ impl NativeProvider {
 
 impl NativeError {
     /// For the user of the provider called `name`.
-    #[must_use]
-    pub fn problem(&self, name: &str) -> Problem {
+    pub(crate) fn problem(&self, name: &str) -> Problem {
         let (code, next) = match self {
             Self::Keystore(error) => return error.into(),
             Self::WrongPassphrase => (

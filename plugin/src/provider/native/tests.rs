@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::secret::Dek;
-use crate::store::Stores;
+use crate::store::{StoreError, Stores};
 
 pub(super) fn secret(text: &str) -> SecretBytes {
     SecretBytes::take(&mut text.as_bytes().to_vec()).unwrap()

@@ -10,7 +10,6 @@ use thiserror::Error;
 
 use super::mechanism::Missing;
 use super::settings::TokenChoice;
-use crate::model::envelope::{EnvelopeError, KekId};
 use crate::model::problem::chain;
 use crate::provider::{ErrorClass, PinRefusal, ProviderError};
 
@@ -18,7 +17,7 @@ use crate::provider::{ErrorClass, PinRefusal, ProviderError};
 #[derive(Debug, Error)]
 pub(super) enum TokenError {
     /// No thread for the module, or not any more.
-    #[error("can't have a thread for the module")]
+    #[error("can't start a thread for the module")]
     Thread(#[source] io::Error),
     /// The module is in a call that does not end, or was too slow.
     #[error("the module has not answered for {:.1} s", .0.as_secs_f64())]
@@ -32,7 +31,7 @@ pub(super) enum TokenError {
     InitArgs,
     #[error("there is no {wanted}; the module has {found}")]
     NoToken { wanted: TokenChoice, found: String },
-    #[error("{count} tokens answer to '{wanted}': choose one by its serial number")]
+    #[error("{count} tokens match '{wanted}': choose one by its serial number")]
     Ambiguous { wanted: TokenChoice, count: usize },
     #[error("the {wanted} is another one: its serial number is {found} and not {expected}")]
     AnotherToken {
@@ -40,28 +39,11 @@ pub(super) enum TokenError {
         expected: String,
         found: String,
     },
-    #[error("is locked")]
-    Locked,
     #[error("the token refuses the PIN")]
     Pin(PinRefusal),
-    /// The token was not asked.
-    #[error("one try is left before the token blocks itself")]
-    LastTry,
-    /// The token did not even look at the PIN.
-    #[error("the token has blocked the PIN")]
-    PinBlocked,
-    /// It never had a PIN, or that has come to its end.
-    #[error("the token wants a new PIN")]
-    NoPin,
-    #[error("what was wrapped does not open")]
-    Tampered,
-    #[error("there is no KEK {0}")]
-    UnknownKek(KekId),
-    /// The token has it, and it is not what a KEK must be.
-    #[error("KEK {kek} can't be used: {why}")]
-    UnfitKek { kek: KekId, why: String },
-    #[error("there is no mechanism {0:?}")]
-    UnknownMechanism(String),
+    /// What any provider can say of one call.
+    #[error(transparent)]
+    Provider(#[from] ProviderError),
     #[error(transparent)]
     Missing(#[from] Missing),
     #[error("the token made a key that could leave it")]
@@ -71,11 +53,8 @@ pub(super) enum TokenError {
     /// An object of ours without what it must have.
     #[error("an object in the token is incomplete")]
     NoValue,
-    #[error("not a payload")]
-    Payload(#[source] EnvelopeError),
     #[error("no memory for a key (is RLIMIT_MEMLOCK too low?)")]
     Memory(#[source] io::Error),
-    /// The module's own answer.
     #[error("{}", answer(.0))]
     Call(Error),
 }
@@ -118,72 +97,45 @@ impl TokenError {
     }
 
     pub(super) fn is_about_the_pin(&self) -> bool {
-        matches!(
-            self,
-            Self::Pin(_) | Self::PinBlocked | Self::NoPin | Self::LastTry
-        )
+        matches!(self, Self::Pin(_) | Self::Provider(ProviderError::WrongPin(_)))
     }
 
     /// Whether it is about the token as a whole, and so about the provider's status.
     pub(super) fn is_trouble(&self) -> bool {
-        if let Self::Call(Error::Pkcs11(rv, _)) = self {
-            return class(*rv) != ErrorClass::Key;
+        match self {
+            Self::Call(Error::Pkcs11(rv, _)) => class(*rv) != ErrorClass::Key,
+            Self::Provider(_) | Self::Pin(_) | Self::Missing(_) | Self::Memory(_) => false,
+            _ => true,
         }
-        !matches!(
-            self,
-            Self::Locked
-                | Self::Pin(_)
-                | Self::PinBlocked
-                | Self::NoPin
-                | Self::LastTry
-                | Self::Tampered
-                | Self::UnknownKek(_)
-                | Self::UnfitKek { .. }
-                | Self::UnknownMechanism(_)
-                | Self::Payload(_)
-                | Self::Missing(_)
-                | Self::Memory(_)
-        )
-    }
-
-    pub(super) fn in_one_line(&self) -> String {
-        chain(self)
     }
 }
 
 impl From<TokenError> for ProviderError {
     fn from(error: TokenError) -> Self {
+        let said = chain(&error);
         match error {
-            TokenError::Locked => Self::Locked,
+            TokenError::Provider(error) => error,
             TokenError::Pin(refusal) => Self::WrongPin(refusal),
-            TokenError::PinBlocked => Self::WrongPin(PinRefusal::Blocked),
-            TokenError::NoPin => Self::WrongPin(PinRefusal::NoneIsSet),
-            TokenError::LastTry => Self::WrongPin(PinRefusal::NotTheLastTry),
-            TokenError::Missing(missing) => Self::Unusable(missing.to_string()),
-            TokenError::Tampered => Self::Tampered,
-            TokenError::UnknownKek(kek) => Self::UnknownKek(kek),
-            TokenError::UnfitKek { kek, why } => Self::KekUnusable { kek, why },
-            TokenError::UnknownMechanism(name) => Self::UnknownMechanism(name),
-            TokenError::Payload(error) => Self::Payload(error),
             TokenError::Memory(error) => Self::internal("getting memory for a key")(error),
             TokenError::Thread(error) => Self::internal("calling the module")(error),
             TokenError::OtherInitArgs(_)
             | TokenError::InitArgs
+            | TokenError::Missing(_)
             | TokenError::NotKept
             | TokenError::NotDestroyed
             | TokenError::NoValue
             | TokenError::Ambiguous { .. }
-            | TokenError::AnotherToken { .. } => Self::Unusable(error.in_one_line()),
+            | TokenError::AnotherToken { .. } => Self::Unusable(said),
             TokenError::Silent(_) | TokenError::Load(_) | TokenError::NoToken { .. } => {
-                Self::Unreachable(error.in_one_line())
+                Self::Unreachable(said)
             }
             TokenError::Call(Error::Pkcs11(rv, _)) => match class(rv) {
                 ErrorClass::Key => Self::Tampered,
-                ErrorClass::Client => Self::CredentialRefused(error.in_one_line()),
-                ErrorClass::Trouble => Self::Unreachable(error.in_one_line()),
-                ErrorClass::ForGood => Self::Refused(error.in_one_line()),
+                ErrorClass::Client => Self::CredentialRefused(said),
+                ErrorClass::Trouble => Self::Unreachable(said),
+                ErrorClass::ForGood => Self::Refused(said),
             },
-            TokenError::Call(_) => Self::Unreachable(error.in_one_line()),
+            TokenError::Call(_) => Self::Unreachable(said),
         }
     }
 }

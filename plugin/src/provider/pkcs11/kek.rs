@@ -5,9 +5,6 @@
 //! least is the one in use: the token alone says so, to any host, and changes from one to the other in one call. The label says what it is for:
 //! `virtseal:<mechanism>:<provider>:<VM, or "all">:<host>`. A KEK of `AES-CBC-PAD+HMAC-SHA256` has a second key of
 //! the same ID and label, for the HMAC.
-//!
-//! A search template is a wish: some modules leave attributes of it out of account, and list keys of others. So what an object is,
-//! it says itself ([`Object`]), and that is compared with what was looked for before anything is wrapped, opened or destroyed.
 
 use std::collections::HashSet;
 
@@ -16,32 +13,17 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::Session;
 use cryptoki::types::Ulong;
 
+use super::body::{Wrapping, random};
 use super::error::TokenError;
-use super::mechanism::{self, Mechanism};
+use super::mechanism::{HMAC_KEY, Mechanism};
+use super::object::{Object, objects, objects_of, secret_key};
 use super::settings::KeyBits;
-use super::token::Token;
-use crate::model::envelope::{KekId, Payload, ProviderId, VmId};
-use crate::provider::KekScope;
-use crate::secret::SecretBytes;
+use super::token::{Kek, Token};
+use crate::model::envelope::{KekId, ProviderId, VmId};
+use crate::provider::{KekScope, ProviderError};
 
-const ID: usize = 16;
-/// Of the random step from one ID to the next.
-const STEP: usize = 8;
-const HMAC_KEY: usize = 32;
-
-/// A KEK as a session sees it.
-#[derive(Clone, Debug)]
-pub(super) struct Kek {
-    pub(super) mechanism: Mechanism,
-    pub(super) key: ObjectHandle,
-    mac: Option<ObjectHandle>,
-}
-
-impl Kek {
-    pub(super) fn mac(&self) -> Result<ObjectHandle, TokenError> {
-        self.mac.ok_or(TokenError::NoValue)
-    }
-}
+/// A CKA_ID.
+type Id = [u8; 16];
 
 /// Whose KEKs, and how new ones are made.
 #[derive(Clone, Debug)]
@@ -53,7 +35,7 @@ pub(super) struct Owner {
 
 impl Owner {
     /// What a body of this KEK is bound to.
-    pub(super) fn context(&self, kek: &KekId) -> Vec<u8> {
+    fn context(&self, kek: &KekId) -> Vec<u8> {
         let mut context = b"virtseal pkcs11 v1\0".to_vec();
         context.extend_from_slice(self.provider.0.as_bytes());
         context.extend_from_slice(kek.0.as_bytes());
@@ -78,7 +60,7 @@ impl Owner {
 fn read_label(label: &[u8]) -> Option<(Mechanism, ProviderId)> {
     let text = std::str::from_utf8(label).ok()?;
     let mut parts = text.strip_prefix("virtseal:")?.split(':');
-    let mechanism = Mechanism::parse(parts.next()?).ok()?;
+    let mechanism = Mechanism::parse(parts.next()?)?;
     Some((mechanism, parts.next()?.parse().ok()?))
 }
 
@@ -91,47 +73,39 @@ fn serves(label: &[u8]) -> Option<KekScope> {
     }
 }
 
-/// The KEK of `scope`: the one there is, or a new one that has wrapped and unwrapped.
-pub(super) fn create(
+/// The KEK of `scope` that is in use, unless that is `old`; else a new one, which has wrapped and unwrapped. Those that jobs of this
+/// host have `retired` never come back, also when those that took their place are gone.
+pub(super) fn in_use_or_new(
     token: &mut Token,
     owner: &Owner,
     scope: &KekScope,
-    retired: &Retired,
+    retired: &HashSet<KekId>,
+    old: Option<&KekId>,
 ) -> Result<KekId, TokenError> {
-    let keks = Keks::of(token, owner, scope, retired)?;
-    match keks.in_use {
-        Some(id) => Ok(KekId(hex::encode(id))),
-        None => make(token, owner, scope, keks.least),
+    let mut ids = Vec::new();
+    for mechanism in Mechanism::ALL {
+        ids.extend(labelled(token, owner, mechanism, scope)?);
     }
-}
-
-/// The KEK that takes the place of `old`: a new one, unless that is not the one in use.
-pub(super) fn rotate(
-    token: &mut Token,
-    owner: &Owner,
-    scope: &KekScope,
-    old: &KekId,
-    retired: &Retired,
-) -> Result<KekId, TokenError> {
-    let keks = Keks::of(token, owner, scope, retired)?;
-    match keks.in_use {
-        Some(id) if parse(old).as_deref() != Some(&id[..]) => Ok(KekId(hex::encode(id))),
-        _ => make(token, owner, scope, keks.least),
+    if ids.is_empty() {
+        // Of a token that is gone nothing is listed, and the KEK must not be made twice.
+        token.check()?;
+    }
+    let is_retired = |id: &Id| retired.contains(&name(*id));
+    match ids.iter().copied().filter(|id| !is_retired(id)).min().map(name) {
+        Some(kek) if Some(&kek) != old => Ok(kek),
+        _ => make(token, owner, scope, ids.into_iter().min()),
     }
 }
 
 /// A new KEK, in the place of `before`.
-fn make(
-    token: &mut Token,
-    owner: &Owner,
-    scope: &KekScope,
-    before: Option<[u8; ID]>,
-) -> Result<KekId, TokenError> {
+fn make(token: &mut Token, owner: &Owner, scope: &KekScope, before: Option<Id>) -> Result<KekId, TokenError> {
     let mut refusal = None;
     for mechanism in Mechanism::choose(&token.offers()?, owner.key_bits)? {
         match generate(token, owner, mechanism, scope, new_id(before)?) {
             // Listed is not yet allowed: policies of HSMs forbid single mechanisms.
-            Err(error @ (TokenError::Call(_) | TokenError::Tampered)) if token.check().is_ok() => {
+            Err(error @ (TokenError::Call(_) | TokenError::Provider(ProviderError::Tampered)))
+                if token.check().is_ok() =>
+            {
                 refusal = Some(error);
             }
             done => return done,
@@ -145,13 +119,14 @@ fn generate(
     owner: &Owner,
     mechanism: Mechanism,
     scope: &KekScope,
-    id: [u8; ID],
+    id: Id,
 ) -> Result<KekId, TokenError> {
-    let kek = KekId(hex::encode(id));
+    let kek = name(id);
     let label = owner.label(mechanism, scope);
     let session = token.writable()?;
-    let done =
-        generate_keys(&session, owner, mechanism, &id, &label).and_then(|()| try_out(token, owner, &kek));
+    // Nothing relies on a KEK that has not wrapped and unwrapped before.
+    let done = generate_keys(&session, owner, mechanism, &id, &label)
+        .and_then(|()| with(token, owner, &kek, |wrapping| wrapping.try_out()));
     if done.is_err() {
         token.keks.remove(&kek);
         for object in objects_of(&session, &id, label.as_bytes())? {
@@ -162,23 +137,13 @@ fn generate(
 }
 
 /// A random ID or, for a KEK in the place of `before`, one that is less by a random step: so small that the IDs last for ever.
-fn new_id(before: Option<[u8; ID]>) -> Result<[u8; ID], TokenError> {
-    let random =
-        |bytes: &mut [u8]| openssl::rand::rand_bytes(bytes).map_err(|error| TokenError::Memory(error.into()));
-    let mut step = [0; STEP];
-    random(&mut step)?;
-    match before.map(u128::from_be_bytes) {
-        Some(before) => {
-            let step = u128::from(u64::from_be_bytes(step)) + 1;
-            let id = before.checked_sub(step).ok_or(TokenError::NoValue)?;
-            Ok(id.to_be_bytes())
-        }
-        None => {
-            let mut id = [0; ID];
-            random(&mut id)?;
-            Ok(id)
-        }
-    }
+fn new_id(before: Option<Id>) -> Result<Id, TokenError> {
+    let Some(before) = before else {
+        return random();
+    };
+    let step = u128::from(u64::from_be_bytes(random()?)) + 1;
+    let id = u128::from_be_bytes(before).checked_sub(step);
+    Ok(id.ok_or(TokenError::NoValue)?.to_be_bytes())
 }
 
 /// The key for the HMAC first: a KEK is found by its AES key, and is whole then.
@@ -230,25 +195,12 @@ fn allowed(encrypt: bool, wrap: bool) -> [Attribute; 5] {
     ]
 }
 
-/// Nothing relies on a KEK that has not wrapped and unwrapped before.
-fn try_out(token: &mut Token, owner: &Owner, kek: &KekId) -> Result<(), TokenError> {
-    let found = find(token, owner, kek)?;
-    let context = owner.context(kek);
-    let sample = SecretBytes::random(Payload::LEN).map_err(TokenError::Memory)?;
-    let body = mechanism::wrap(token, &found, &context, sample.expose())?;
-    let opened = mechanism::unwrap(token, &found, &context, &body)?;
-    match openssl::memcmp::eq(sample.expose(), opened.expose()) {
-        true => Ok(()),
-        false => Err(TokenError::Tampered),
-    }
-}
-
 /// The KEK that is called `id`, as one of `owner`'s.
 pub(super) fn find(token: &mut Token, owner: &Owner, id: &KekId) -> Result<Kek, TokenError> {
     if let Some(kek) = token.keks.get(id) {
         return Ok(kek.clone());
     }
-    let unknown = || TokenError::UnknownKek(id.clone());
+    let unknown = || ProviderError::UnknownKek(id.clone());
     let bytes = parse(id).ok_or_else(unknown)?;
     for object in objects(&token.session, &secret_key(KeyType::AES, &bytes))? {
         let Some((mechanism, provider)) = read_label(&object.label) else {
@@ -257,7 +209,7 @@ pub(super) fn find(token: &mut Token, owner: &Owner, id: &KekId) -> Result<Kek, 
         if !object.is_key(KeyType::AES, &bytes) || provider != owner.provider {
             continue;
         }
-        let unfit = |why| TokenError::UnfitKek { kek: id.clone(), why };
+        let unfit = |why| ProviderError::KekUnusable { kek: id.clone(), why };
         object.check(mechanism).map_err(unfit)?;
         let mac = match mechanism {
             Mechanism::CbcHmac => mac_of(&token.session, &object)?,
@@ -273,7 +225,22 @@ pub(super) fn find(token: &mut Token, owner: &Owner, id: &KekId) -> Result<Kek, 
     }
     // A token that is gone may list nothing, and say nothing else: that must not read like a key that was destroyed.
     token.check()?;
-    Err(unknown())
+    Err(unknown().into())
+}
+
+/// What `work` does with the KEK that is called `id`.
+pub(super) fn with<T>(
+    token: &mut Token,
+    owner: &Owner,
+    id: &KekId,
+    work: impl FnOnce(Wrapping<'_>) -> Result<T, TokenError>,
+) -> Result<T, TokenError> {
+    let kek = find(token, owner, id)?;
+    work(Wrapping {
+        session: &token.session,
+        kek: &kek,
+        context: &owner.context(id),
+    })
 }
 
 /// The key for the HMAC that belongs to `key`.
@@ -306,7 +273,7 @@ pub(super) fn destroy(
         return Ok(None);
     }
     token.keks.remove(id);
-    let bytes = parse(id).ok_or_else(|| TokenError::UnknownKek(id.clone()))?;
+    let bytes = parse(id).ok_or_else(|| ProviderError::UnknownKek(id.clone()))?;
     let session = token.writable()?;
     let objects = objects_of(&session, &bytes, &label)?;
     for object in &objects {
@@ -334,42 +301,13 @@ pub(super) fn providers(token: &Token) -> Result<Vec<ProviderId>, TokenError> {
     Ok(providers)
 }
 
-/// KEKs that jobs of this host have taken out of use: they never come back, also when those that took their place are gone.
-pub(super) type Retired = HashSet<KekId>;
-
-/// The KEKs of one scope.
-struct Keks {
-    /// The least that is not retired, whatever its mechanism.
-    in_use: Option<[u8; ID]>,
-    /// The least of all: the next one is less.
-    least: Option<[u8; ID]>,
-}
-
-impl Keks {
-    fn of(token: &Token, owner: &Owner, scope: &KekScope, retired: &Retired) -> Result<Self, TokenError> {
-        let mut ids = Vec::new();
-        for mechanism in Mechanism::ALL {
-            ids.extend(labelled(token, owner, mechanism, scope)?);
-        }
-        if ids.is_empty() {
-            // Of a token that is gone nothing is listed, and the KEK must not be made twice.
-            token.check()?;
-        }
-        let is_retired = |id: &[u8; ID]| retired.contains(&KekId(hex::encode(id)));
-        Ok(Self {
-            in_use: ids.iter().copied().filter(|id| !is_retired(id)).min(),
-            least: ids.into_iter().min(),
-        })
-    }
-}
-
 /// The IDs of the KEKs with one label that may wrap.
 fn labelled(
     token: &Token,
     owner: &Owner,
     mechanism: Mechanism,
     scope: &KekScope,
-) -> Result<Vec<[u8; ID]>, TokenError> {
+) -> Result<Vec<Id>, TokenError> {
     let label = owner.label(mechanism, scope).into_bytes();
     let template = [
         Attribute::Class(ObjectClass::SECRET_KEY),
@@ -379,7 +317,7 @@ fn labelled(
     ];
     let mut ids = Vec::new();
     for object in objects(&token.session, &template)? {
-        let Ok(id) = <[u8; ID]>::try_from(object.id.as_slice()) else {
+        let Ok(id) = Id::try_from(object.id.as_slice()) else {
             continue;
         };
         let is_ours = object.is_key(KeyType::AES, &id) && object.label == label;
@@ -390,126 +328,14 @@ fn labelled(
     Ok(ids)
 }
 
-fn secret_key(kind: KeyType, id: &[u8]) -> [Attribute; 4] {
-    [
-        Attribute::Class(ObjectClass::SECRET_KEY),
-        Attribute::KeyType(kind),
-        Attribute::Token(true),
-        Attribute::Id(id.to_vec()),
-    ]
-}
-
-/// All keys of one KEK.
-fn objects_of(session: &Session, id: &[u8], label: &[u8]) -> Result<Vec<Object>, TokenError> {
-    let mut found: Vec<Object> = Vec::new();
-    for kind in [KeyType::AES, KeyType::GENERIC_SECRET] {
-        for object in objects(session, &secret_key(kind, id))? {
-            if object.is_key(kind, id) && object.label == label {
-                found.push(object);
-            }
-        }
-    }
-    Ok(found)
-}
-
-/// What `template` finds; see [`Object`].
-fn objects(session: &Session, template: &[Attribute]) -> Result<Vec<Object>, TokenError> {
-    let found = session.find_objects(template)?;
-    found
-        .into_iter()
-        .map(|handle| Object::read(session, handle))
-        .collect()
-}
-
-/// What an object says of itself.
-struct Object {
-    handle: ObjectHandle,
-    label: Vec<u8>,
-    id: Vec<u8>,
-    /// How long the key is.
-    bytes: Option<usize>,
-    all: Vec<Attribute>,
-}
-
-impl Object {
-    fn read(session: &Session, handle: ObjectHandle) -> Result<Self, TokenError> {
-        let all = session.get_attributes(
-            handle,
-            &[
-                AttributeType::Class,
-                AttributeType::KeyType,
-                AttributeType::Token,
-                AttributeType::Label,
-                AttributeType::Id,
-                AttributeType::ValueLen,
-                AttributeType::Sensitive,
-                AttributeType::Extractable,
-                AttributeType::Encrypt,
-                AttributeType::Decrypt,
-                AttributeType::Wrap,
-                AttributeType::Unwrap,
-                AttributeType::Sign,
-                AttributeType::Verify,
-            ],
-        )?;
-        let mut object = Self {
-            handle,
-            label: Vec::new(),
-            id: Vec::new(),
-            bytes: None,
-            all: Vec::new(),
-        };
-        for attribute in all {
-            match attribute {
-                Attribute::Label(label) => object.label = label,
-                Attribute::Id(id) => object.id = id,
-                Attribute::ValueLen(bytes) => object.bytes = usize::try_from(*bytes).ok(),
-                other => object.all.push(other),
-            }
-        }
-        Ok(object)
-    }
-
-    /// Whether it has all of `attributes`.
-    fn may(&self, attributes: &[Attribute]) -> bool {
-        attributes.iter().all(|wanted| self.all.contains(wanted))
-    }
-
-    fn is_stored_key(&self) -> bool {
-        self.may(&[Attribute::Class(ObjectClass::SECRET_KEY), Attribute::Token(true)])
-    }
-
-    fn is_key(&self, kind: KeyType, id: &[u8]) -> bool {
-        self.is_stored_key() && self.may(&[Attribute::KeyType(kind)]) && self.id == id
-    }
-
-    fn is_kept(&self) -> bool {
-        self.may(&[Attribute::Sensitive(true), Attribute::Extractable(false)])
-    }
-
-    /// Whether it is as long as an AES key and may do what `mechanism` needs; else why not.
-    fn check(&self, mechanism: Mechanism) -> Result<(), String> {
-        if !matches!(self.bytes, Some(16 | 24 | 32)) {
-            return Err(match self.bytes {
-                Some(bytes) => format!("it has {bytes} bytes, which no AES key has"),
-                None => "the token does not tell its length".to_owned(),
-            });
-        }
-        let (needed, purpose) = match mechanism.wraps_objects() {
-            true => (Attribute::Unwrap(true), "unwrap"),
-            false => (Attribute::Decrypt(true), "decrypt"),
-        };
-        match self.may(&[needed]) {
-            true => Ok(()),
-            false => Err(format!("the token does not let it {purpose}")),
-        }
-    }
-}
-
 /// The CKA_ID, if the name is spelt as it is here: two spellings would be two names.
-fn parse(id: &KekId) -> Option<Vec<u8>> {
-    let bytes = hex::decode(&id.0).ok()?;
-    (bytes.len() == ID && hex::encode(&bytes) == id.0).then_some(bytes)
+fn parse(id: &KekId) -> Option<Id> {
+    let bytes = hex::decode(&id.0).ok()?.try_into().ok()?;
+    (name(bytes) == *id).then_some(bytes)
+}
+
+fn name(id: Id) -> KekId {
+    KekId(hex::encode(id))
 }
 
 /// Whether of `keys` only the first passes for `id`.
@@ -519,7 +345,7 @@ pub(super) fn is_told_from_others(
     keys: &[ObjectHandle],
     id: &KekId,
 ) -> Result<bool, TokenError> {
-    let bytes = parse(id).ok_or_else(|| TokenError::UnknownKek(id.clone()))?;
+    let bytes = parse(id).ok_or_else(|| ProviderError::UnknownKek(id.clone()))?;
     let mut passes = Vec::new();
     for key in keys {
         passes.push(Object::read(session, *key)?.is_key(KeyType::AES, &bytes));

@@ -17,19 +17,12 @@ use cryptoki::error::{Error, RvError};
 use openssl::sha::Sha256;
 
 use super::error::TokenError;
-use super::link::{Link, LinkNumber};
+use super::login::{Login, LoginNumber};
 use super::settings::Pkcs11Settings;
 use super::token::Token;
-use crate::provider::PinRefusal;
+use crate::model::deadlines::pkcs11::{LAST_CALLS, LAST_CALLS_LOOK, PROBE, RESET};
+use crate::provider::{PinRefusal, ProviderError};
 use crate::secret::SecretBytes;
-
-/// How often the tokens of unlocked providers are looked at while nobody asks for anything.
-const PROBE: Duration = Duration::from_secs(30);
-/// How often a module is initialized anew for a missing token while it serves other tokens.
-const RESET: Duration = Duration::from_secs(30);
-
-/// How long calls in progress may still take when the process exits.
-const LAST_CALLS: Duration = Duration::from_secs(1);
 
 /// Modules that were loaded; never unloaded, for many do not survive that.
 static LOADED: Mutex<BTreeMap<PathBuf, Arc<Module>>> = Mutex::new(BTreeMap::new());
@@ -84,7 +77,7 @@ impl Module {
             context: None,
             initialized: false,
             tokens: HashMap::new(),
-            links: HashMap::new(),
+            logins: HashMap::new(),
             last_reset: None,
             refused: HashSet::new(),
             salt: SecretBytes::random(32).map_err(TokenError::Memory)?,
@@ -165,7 +158,7 @@ extern "C" fn close_gates() {
                 Ok(mut gate) => *gate = Gate::Closed,
                 Err(TryLockError::Poisoned(gate)) => *gate.into_inner() = Gate::Closed,
                 Err(TryLockError::WouldBlock) if Instant::now() < until => {
-                    std::thread::sleep(Duration::from_millis(1));
+                    std::thread::sleep(LAST_CALLS_LOOK);
                     continue;
                 }
                 Err(TryLockError::WouldBlock) => {}
@@ -182,8 +175,8 @@ pub(super) struct Worker {
     /// Loaded once. Kept also while it can't be initialized, as when the service behind it is not up.
     context: Option<Pkcs11>,
     initialized: bool,
-    tokens: HashMap<LinkNumber, Token>,
-    links: HashMap<LinkNumber, Weak<Link>>,
+    tokens: HashMap<LoginNumber, Token>,
+    logins: HashMap<LoginNumber, Weak<Login>>,
     last_reset: Option<Instant>,
     /// Digests of PINs that a token refused. Never sent again: a token counts wrong PINs, and blocks itself.
     refused: HashSet<[u8; 32]>,
@@ -213,112 +206,110 @@ impl Worker {
         }
     }
 
-    /// Does `op` with the token of `link`. When the token went away, and maybe came back, it is tried with a new
+    /// Does `op` with the token of `login`. When the token went away, and maybe came back, it is tried with a new
     /// session, and then with a module initialized anew.
     pub(super) fn with_token<T>(
         &mut self,
-        link: &Arc<Link>,
+        login: &Arc<Login>,
         mut op: impl FnMut(&mut Token) -> Result<T, TokenError>,
     ) -> Result<T, TokenError> {
-        let had_session = self.tokens.contains_key(&link.number());
-        let mut done = self.attempt(link, &mut op);
+        let had_session = self.tokens.contains_key(&login.number);
+        let mut done = self.attempt(login, &mut op);
         if had_session && done.as_ref().is_err_and(TokenError::is_loss) {
-            done = self.attempt(link, &mut op);
+            done = self.attempt(login, &mut op);
         }
         if done.as_ref().is_err_and(TokenError::is_loss) && self.may_reset() {
             self.reset();
-            done = self.attempt(link, &mut op);
+            done = self.attempt(login, &mut op);
         }
         done
     }
 
     fn attempt<T>(
         &mut self,
-        link: &Arc<Link>,
+        login: &Arc<Login>,
         op: impl FnOnce(&mut Token) -> Result<T, TokenError>,
     ) -> Result<T, TokenError> {
-        let done = self.ready(link).and_then(op);
+        let done = self.ready(login).and_then(op);
         if done.as_ref().is_err_and(TokenError::is_loss) {
-            self.tokens.remove(&link.number());
+            self.tokens.remove(&login.number);
         }
         done
     }
 
-    fn ready(&mut self, link: &Arc<Link>) -> Result<&mut Token, TokenError> {
-        let pin = link.pin().ok_or(TokenError::Locked)?;
-        if !self.tokens.contains_key(&link.number()) {
-            let token = self.open(link)?;
-            self.login(&token, &pin).inspect_err(|error| {
-                if error.is_about_the_pin() {
-                    link.forget(&pin);
-                }
-            })?;
-            self.keep(link, token);
+    fn ready(&mut self, login: &Arc<Login>) -> Result<&mut Token, TokenError> {
+        let pin = login.pin().ok_or(ProviderError::Locked)?;
+        if !self.tokens.contains_key(&login.number) {
+            let token = self.open(login)?;
+            self.log_in(login, &token, &pin)?;
+            self.keep(login, token);
         }
         Ok(self
             .tokens
-            .get_mut(&link.number())
+            .get_mut(&login.number)
             .expect("it was there, or was just put there"))
     }
 
-    /// Presents `pin` to `token`, unless this token has refused it before.
-    fn login(&mut self, token: &Token, pin: &SecretBytes) -> Result<(), TokenError> {
+    /// Presents `pin` to `token`, unless this token has refused it before. What it refuses, `login` forgets.
+    fn log_in(&mut self, login: &Login, token: &Token, pin: &SecretBytes) -> Result<(), TokenError> {
         let mut digest = Sha256::new();
         digest.update(self.salt.expose());
         digest.update(token.name().as_bytes());
         digest.update(&[0]);
         digest.update(pin.expose());
         let digest = digest.finish();
-        if self.refused.contains(&digest) {
-            return Err(TokenError::Pin(PinRefusal::KnownToBeWrong));
-        }
-        token.login(pin).inspect_err(|error| {
+        let done = match self.refused.contains(&digest) {
+            true => Err(TokenError::Pin(PinRefusal::KnownToBeWrong)),
+            false => token.login(pin),
+        };
+        done.inspect_err(|error| {
             if matches!(error, TokenError::Pin(_)) {
                 self.refused.insert(digest);
             }
+            login.forget_refused(pin, error);
         })
     }
 
-    /// A new session with the token of `link`, logged in with `pin`.
-    pub(super) fn connect(&mut self, link: &Arc<Link>, pin: &SecretBytes) -> Result<Token, TokenError> {
-        let token = self.reopen(link)?;
-        self.login(&token, pin)?;
+    /// A new session with the token of `login`, logged in with `pin`.
+    pub(super) fn connect(&mut self, login: &Arc<Login>, pin: &SecretBytes) -> Result<Token, TokenError> {
+        let token = self.reopen(login)?;
+        self.log_in(login, &token, pin)?;
         Ok(token)
     }
 
-    /// The slot that the token of `link` is in; needs no PIN.
-    pub(super) fn find(&mut self, link: &Arc<Link>) -> Result<u64, TokenError> {
-        Ok(self.reopen(link)?.slot())
+    /// The slot that the token of `login` is in; needs no PIN.
+    pub(super) fn find(&mut self, login: &Arc<Login>) -> Result<u64, TokenError> {
+        Ok(self.reopen(login)?.slot())
     }
 
-    fn reopen(&mut self, link: &Arc<Link>) -> Result<Token, TokenError> {
-        let opened = self.open(link);
+    fn reopen(&mut self, login: &Arc<Login>) -> Result<Token, TokenError> {
+        let opened = self.open(login);
         if opened.as_ref().is_err_and(TokenError::is_loss) && self.may_reset() {
             self.reset();
-            return self.open(link);
+            return self.open(login);
         }
         opened
     }
 
-    fn open(&mut self, link: &Arc<Link>) -> Result<Token, TokenError> {
-        self.context().and_then(|context| Token::open(context, link))
+    fn open(&mut self, login: &Arc<Login>) -> Result<Token, TokenError> {
+        self.context().and_then(|context| Token::open(context, login))
     }
 
-    /// Keeps the session of `link`, logged in.
-    pub(super) fn keep(&mut self, link: &Arc<Link>, token: Token) {
-        self.tokens.insert(link.number(), token);
-        self.watch(link);
+    /// Keeps the session of `login`, logged in.
+    pub(super) fn keep(&mut self, login: &Arc<Login>, token: Token) {
+        self.tokens.insert(login.number, token);
+        self.watch(login);
     }
 
-    /// From now on, looks at the token of `link` also when nobody asks for anything.
-    pub(super) fn watch(&mut self, link: &Arc<Link>) {
-        self.links.insert(link.number(), Arc::downgrade(link));
+    /// From now on, looks at the token of `login` also when nobody asks for anything.
+    pub(super) fn watch(&mut self, login: &Arc<Login>) {
+        self.logins.insert(login.number, Arc::downgrade(login));
     }
 
     /// Logs out, and forgets the session.
-    pub(super) fn close(&mut self, link: LinkNumber) {
-        self.links.remove(&link);
-        if let Some(token) = self.tokens.remove(&link) {
+    pub(super) fn close(&mut self, login: LoginNumber) {
+        self.logins.remove(&login);
+        if let Some(token) = self.tokens.remove(&login) {
             token.logout();
         }
     }
@@ -384,11 +375,11 @@ impl Worker {
 
     /// Looks at the tokens of unlocked providers, and notes what is wrong or right again.
     pub(super) fn probe(&mut self) {
-        self.links.retain(|_, link| link.strong_count() > 0);
-        let links: Vec<_> = self.links.values().filter_map(Weak::upgrade).collect();
-        for link in links {
-            let seen = self.with_token(&link, |token| token.check());
-            link.note(seen.as_ref().err());
+        self.logins.retain(|_, login| login.strong_count() > 0);
+        let logins: Vec<_> = self.logins.values().filter_map(Weak::upgrade).collect();
+        for login in logins {
+            let seen = self.with_token(&login, |token| token.check());
+            login.note(seen.as_ref().err());
         }
     }
 }

@@ -39,11 +39,12 @@ impl Pkcs11Error {
                 Code::Locked,
                 Some(format!("the same command with the right PIN for '{name}'").into()),
             ),
-            Self::Provider(error) => (error.advice(name).0, Some(add)),
+            Self::Provider(error) => (error.advice(name, None).0, Some(add)),
             Self::ManyProviders(_) => (Code::Usage, Some("the same command with --id UUID".into())),
-            Self::TokenInUse(other) => (Code::Failed, Some(Advice::ShowProvider(other.clone()))),
+            Self::TokenInUse(other) => (Code::Exists, Some(Advice::ShowProvider(other.clone()))),
             Self::Settings(_) => (Code::Usage, Some(add)),
-            Self::Keystore(_) | Pkcs11Error::Json(_) => (Code::Failed, None),
+            Self::Keystore(error) => return error.into(),
+            Self::Json(_) => (Code::Failed, None),
         };
         let message = match self {
             Self::Provider(ProviderError::WrongPin(_)) => format!("the token {}", chain(self)),

@@ -71,15 +71,15 @@ fn comes_back(provider: &Pkcs11Provider) {
     let began = Instant::now();
     while provider.status() != ProviderStatus::Ready {
         assert!(began.elapsed() < PATIENCE, "{}", provider.status());
-        provider.link.allow_reset();
-        provider.link.probe();
+        provider.link.get().allow_reset();
+        provider.link.get().probe();
     }
 }
 
 /// Looks for the KEK: p11-kit's protocol has no mechanism with which it could be used.
 fn find(provider: &Pkcs11Provider, (_, stanza): &(Payload, Stanza)) -> Result<(), ProviderError> {
     let (owner, kek) = (provider.owner(), stanza.kek.clone());
-    provider.link.call(move |token| {
+    provider.link.get().call(move |token| {
         token.keks.clear();
         kek::find(token, &owner, &kek).map(drop)
     })
@@ -236,7 +236,7 @@ fn what_may_mean_gone_proves_nothing_of_a_key_and_keeps_the_pin() {
                 &[LOGIN, DECRYPT_INIT],
             ] {
                 answers(functions, answer);
-                provider.link.allow_reset();
+                provider.link.get().allow_reset();
                 let error = refusal(provider, &sealed);
                 assert_eq!(
                     error.class(),
@@ -264,7 +264,7 @@ fn module_that_can_not_be_initialized_at_boot_keeps_the_pin() {
             host.reopen(PATIENCE);
             let provider = host.pkcs11();
             answers(&[INITIALIZE, GET_SLOT_LIST], answer);
-            provider.link.allow_reset();
+            provider.link.get().allow_reset();
             let error = provider.unlock(&secret(PIN)).unwrap_err();
             assert!(
                 matches!(error, ProviderError::Unreachable(_)),
@@ -283,7 +283,7 @@ fn token_that_does_not_describe_itself_is_named_by_its_slot() {
     with_wrapper(|| {
         let label = next_label();
         let named = Host::with(through(&wrapper(), &label));
-        let slot = named.pkcs11().link.find().unwrap();
+        let slot = named.pkcs11().link.get().find().unwrap();
         let sealed = wrapped(named.pkcs11());
         answers(&[GET_TOKEN_INFO], 0x6);
         let state = tempfile::tempdir().unwrap();

@@ -10,11 +10,39 @@ use thiserror::Error;
 
 use crate::model::envelope::ProviderId;
 use crate::provider::ScopeSetting;
+use crate::provider::setting::{Description, Form, Key, Settings};
+
+pub(in crate::provider) const SETTINGS: Settings = Settings {
+    keys: &[
+        Key::tried("module", &["module"], Form::Text),
+        Key::tried("token_label", &["token", "label"], Form::Choice),
+        Key::tried("token_serial", &["token", "serial"], Form::Choice),
+        Key::tried("slot", &["token", "slot"], Form::NumberChoice),
+        Key::fixed(
+            "serial",
+            &["serial"],
+            "it is the token that was added, and no other one gets to see the PIN",
+        ),
+        Key::free("key_bits", &["key_bits"], Form::Number),
+        Key::free("kek_scope", &["kek_scope"], Form::Text),
+        Key::fixed(
+            "init_args",
+            &["init_args"],
+            "a module is initialized once; delete the provider and add it again, its keys stay in the token",
+        ),
+        Description::KEY,
+    ],
+    check: |json| {
+        Ok(serde_json::to_value(serde_json::from_value::<Pkcs11Settings>(
+            json,
+        )?)?)
+    },
+};
 
 /// Which module, which token, which keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Pkcs11Settings {
+pub(crate) struct Pkcs11Settings {
     /// The module, a shared library; absolute.
     pub module: PathBuf,
     /// How its token is found.
@@ -34,6 +62,8 @@ pub struct Pkcs11Settings {
     /// The host that added it, for the labels of KEKs.
     #[serde(default)]
     pub host: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<Description>,
     /// In a request to add a provider: the one that the token's KEKs were made for, where the token does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<ProviderId>,
@@ -42,8 +72,7 @@ pub struct Pkcs11Settings {
 /// How a token is found among those of its module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum TokenChoice {
-    /// By its label.
+pub(crate) enum TokenChoice {
     Label(String),
     /// By its serial number.
     Serial(String),
@@ -64,29 +93,22 @@ impl fmt::Display for TokenChoice {
 /// The size of an AES key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u32", into = "u32")]
-pub enum KeyBits {
-    /// AES-128.
-    Aes128,
-    /// AES-192.
-    Aes192,
-    /// AES-256.
+pub(crate) enum KeyBits {
+    Aes128 = 128,
+    Aes192 = 192,
     #[default]
-    Aes256,
+    Aes256 = 256,
 }
 
 impl KeyBits {
     pub(super) fn bytes(self) -> usize {
-        usize::try_from(u32::from(self) / 8).expect("at most 32")
+        self as usize / 8
     }
 }
 
 impl From<KeyBits> for u32 {
     fn from(bits: KeyBits) -> Self {
-        match bits {
-            KeyBits::Aes128 => 128,
-            KeyBits::Aes192 => 192,
-            KeyBits::Aes256 => 256,
-        }
+        bits as Self
     }
 }
 
@@ -126,10 +148,6 @@ impl Pkcs11Settings {
         if !found.is_file() || !ours || found.mode() & 0o022 != 0 {
             return Err(SettingsError::ModuleOfOthers(path.clone()));
         }
-        self.no_nul()
-    }
-
-    fn no_nul(&self) -> Result<(), SettingsError> {
         match &self.init_args {
             Some(args) if args.contains('\0') => Err(SettingsError::InitArgs),
             _ => Ok(()),
@@ -146,26 +164,21 @@ pub(super) fn host_name() -> String {
 
 /// Why settings can't be used.
 #[derive(Debug, Error)]
-pub enum SettingsError {
-    /// Not a size of AES keys.
+pub(crate) enum SettingsError {
     #[error("AES has keys of 128, 192 and 256 bits, not of {0}")]
     KeyBits(u32),
     /// A path that depends on where the daemon was started.
     #[error("the path of the module must be absolute, not '{}'", .0.display())]
     Relative(PathBuf),
-    /// No such file.
     #[error("can't load the module {}", path.display())]
     NoModule {
-        /// The module.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
     /// Whoever can change it would get the PIN and every key.
-    #[error("the module {} is no file that only root can change", .0.display())]
+    #[error("others than root can change the module {}", .0.display())]
     ModuleOfOthers(PathBuf),
-    /// C ends a string at a NUL.
     #[error("the arguments of C_Initialize hold a NUL")]
     InitArgs,
 }

@@ -16,7 +16,6 @@ use super::{Pkcs11Provider, Pkcs11Settings};
 use crate::host::own_process;
 use crate::model::envelope::{KekId, VmId};
 use crate::provider::KeyProvider;
-use crate::provider::conformance::Fixture;
 use crate::secret::SecretBytes;
 use crate::store::{Mark, RetiredKek, Stores, VmRecord};
 
@@ -145,7 +144,7 @@ pub(in crate::provider) fn softhsm_settings(label: &str) -> Pkcs11Settings {
     serde_json::from_value(json).unwrap()
 }
 
-fn nss_settings(label: &str) -> Pkcs11Settings {
+pub(in crate::provider) fn nss_settings(label: &str) -> Pkcs11Settings {
     let json = serde_json::json!({
         "module": NSS, "token": {"label": label}, "kek_scope": "vm", "init_args": nss_args()
     });
@@ -226,59 +225,3 @@ impl Host {
             Some(Pkcs11Provider::open_within(deadline, &self.stores.providers(), &record).unwrap());
     }
 }
-
-fn unknown() -> KekId {
-    KekId(hex::encode(VmId::random().0.as_bytes()))
-}
-
-macro_rules! fixture {
-    ($(#[$doc:meta])* $name:ident: $settings:ident, $around:expr) => {
-        $(#[$doc])*
-        pub(in crate::provider) struct $name(Host);
-
-        impl Fixture for $name {
-            fn around(case: fn()) {
-                let around: fn(fn()) = $around;
-                around(case);
-            }
-
-            fn new() -> Self {
-                Self(Host::with($settings(&next_label())))
-            }
-
-            fn provider(&self) -> &dyn KeyProvider {
-                self.0.pkcs11()
-            }
-
-            fn credential(&self) -> SecretBytes {
-                secret(PIN)
-            }
-
-            fn restart(&mut self) {
-                self.0.reopen(PATIENCE);
-            }
-
-            fn unknown_kek(&self) -> KekId {
-                unknown()
-            }
-        }
-    };
-}
-
-fixture!(
-    /// SoftHSM as it comes: AES-GCM.
-    SoftHsm: softhsm_settings, |case| with_softhsm("ALL", case)
-);
-fixture!(
-    /// A token without AES-GCM: a session object, wrapped.
-    SoftHsmKeyWrap: softhsm_settings, |case| with_softhsm(WITHOUT_GCM, case)
-);
-fixture!(
-    /// A token with CBC and HMAC only.
-    SoftHsmCbc: softhsm_settings,
-    |case| with_softhsm(CBC_ONLY, case)
-);
-fixture!(
-    /// Another module, by other people.
-    Nss: nss_settings, with_nss
-);

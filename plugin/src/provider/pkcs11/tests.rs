@@ -120,7 +120,7 @@ pub(in crate::provider) fn token_taken_out_and_put_back(mechanisms: &str) {
             assert!(matches!(host.pkcs11().status(), ProviderStatus::Unreachable(_)));
             assert_opens(other.pkcs11(), &elsewhere);
             removed.put_back().unwrap();
-            host.pkcs11().link.allow_reset();
+            host.pkcs11().link.get().allow_reset();
             assert_opens(host.pkcs11(), &sealed);
             assert_eq!(host.pkcs11().status(), ProviderStatus::Ready);
         }
@@ -158,10 +158,10 @@ fn probe_notices_what_nobody_asked_for() {
         let host = Host::with(softhsm_settings(&label));
         let sealed = wrapped(host.pkcs11());
         let removed = Removed::take(&directory(), &label).unwrap();
-        host.pkcs11().link.probe();
+        host.pkcs11().link.get().probe();
         assert!(matches!(host.pkcs11().status(), ProviderStatus::Unreachable(_)));
         removed.put_back().unwrap();
-        host.pkcs11().link.probe();
+        host.pkcs11().link.get().probe();
         assert_eq!(host.pkcs11().status(), ProviderStatus::Ready);
         assert_opens(host.pkcs11(), &sealed);
     });
@@ -176,14 +176,14 @@ fn token_that_comes_after_its_pin_is_logged_in_to() {
         host.reopen(PATIENCE);
         let provider = host.pkcs11();
         let removed = Removed::take(&directory(), &label).unwrap();
-        provider.link.allow_reset();
+        provider.link.get().allow_reset();
         assert!(matches!(
             provider.unlock(&secret(PIN)),
             Err(ProviderError::Unreachable(_))
         ));
         assert!(matches!(provider.status(), ProviderStatus::Unreachable(_)));
         removed.put_back().unwrap();
-        provider.link.probe();
+        provider.link.get().probe();
         assert_eq!(provider.status(), ProviderStatus::Ready);
         assert_opens(provider, &sealed);
     });
@@ -346,7 +346,7 @@ fn keks_of_every_size_stay_in_the_token() {
             let provider = host.pkcs11();
             let kek = provider.create_kek(&KekScope::Provider).unwrap();
             let owner = provider.owner();
-            let seen = provider.link.call(move |token| {
+            let seen = provider.link.get().call(move |token| {
                 let found = kek::find(token, &owner, &kek)?;
                 let read = |which| Ok::<_, TokenError>(token.session.get_attributes(found.key, &[which])?);
                 Ok([
@@ -471,8 +471,8 @@ fn tokens_are_found_by_serial_and_slot() {
         settings.kek_scope = ScopeSetting::Provider;
         let host = Host::with(settings.clone());
         let sealed = wrapped(host.pkcs11());
-        let serial = host.pkcs11().link.serial.get().unwrap().clone();
-        let slot = host.pkcs11().link.find().unwrap();
+        let serial = host.pkcs11().link.get().serial().unwrap().clone();
+        let slot = host.pkcs11().link.get().find().unwrap();
         drop(host);
         for token in [TokenChoice::Serial(serial), TokenChoice::Slot(slot)] {
             let mut settings = settings.clone();
@@ -507,7 +507,7 @@ fn objects_of_others_are_not_taken_for_a_kek() {
         let (one, other) = (wrapped(provider), wrapped(provider));
         let owner = provider.owner();
         let (kek, foreign) = (one.1.kek.clone(), other.1.kek.clone());
-        let found = provider.link.call(move |token| {
+        let found = provider.link.get().call(move |token| {
             let mut keys = Vec::new();
             for id in [&kek, &foreign] {
                 keys.push(kek::find(token, &owner, id)?.key);
@@ -525,7 +525,7 @@ fn key_that_may_not_decrypt_is_no_kek() {
         let mut host = Host::with(softhsm_settings(&label));
         let sealed = wrapped(host.pkcs11());
         let (owner, id) = (host.pkcs11().owner(), sealed.1.kek.clone());
-        let changed = host.pkcs11().link.call(move |token| {
+        let changed = host.pkcs11().link.get().call(move |token| {
             let key = kek::find(token, &owner, &id)?.key;
             let forbidden = [Attribute::Decrypt(false), Attribute::Encrypt(false)];
             Ok(token.writable()?.update_attributes(key, &forbidden)?)

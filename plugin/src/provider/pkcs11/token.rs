@@ -4,18 +4,32 @@ use std::collections::HashMap;
 
 use cryptoki::context::{Function, Pkcs11};
 use cryptoki::error::{Error, RvError};
+use cryptoki::object::ObjectHandle;
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::RawAuthPin;
 
 use super::error::{self, TokenError};
-use super::kek::Kek;
-use super::link::Link;
-use super::mechanism::Offered;
+use super::login::Login;
+use super::mechanism::{Mechanism, Offered};
 use super::settings::TokenChoice;
 use crate::model::envelope::KekId;
-use crate::provider::PinRefusal;
+use crate::provider::{PinRefusal, ProviderError};
 use crate::secret::SecretBytes;
+
+/// A KEK as a session sees it.
+#[derive(Clone, Debug)]
+pub(super) struct Kek {
+    pub(super) mechanism: Mechanism,
+    pub(super) key: ObjectHandle,
+    pub(super) mac: Option<ObjectHandle>,
+}
+
+impl Kek {
+    pub(super) fn mac(&self) -> Result<ObjectHandle, TokenError> {
+        self.mac.ok_or(TokenError::NoValue)
+    }
+}
 
 /// A session with a token.
 pub(super) struct Token {
@@ -30,20 +44,30 @@ pub(super) struct Token {
 }
 
 impl Token {
-    /// Opens a session with the token of `link`. Any other token is refused here, before it sees the PIN.
-    pub(super) fn open(context: &Pkcs11, link: &Link) -> Result<Self, TokenError> {
-        let (slot, info) = find(context, &link.settings.token)?;
+    /// Opens a session with the token of `login`. Any other token is refused here, before it sees the PIN.
+    pub(super) fn open(context: &Pkcs11, login: &Login) -> Result<Self, TokenError> {
+        let (slot, info) = find(context, &login.token)?;
         let serial = info.as_ref().map(TokenInfo::serial_number);
         if let Some(found) = serial.filter(|serial| !serial.is_empty()) {
-            let expected = link.serial.get_or_init(|| found.to_owned());
+            let expected = login.serial.get_or_init(|| found.to_owned());
             if expected != found {
                 return Err(TokenError::AnotherToken {
-                    wanted: link.settings.token.clone(),
+                    wanted: login.token.clone(),
                     expected: expected.clone(),
                     found: found.to_owned(),
                 });
             }
         }
+        login.state().described = info.as_ref().map(|info| {
+            format!(
+                "'{}' ({} by {}, serial {}, firmware {})",
+                info.label(),
+                info.model(),
+                info.manufacturer_id(),
+                info.serial_number(),
+                info.firmware_version()
+            )
+        });
         Ok(Self {
             context: context.clone(),
             slot,
@@ -67,8 +91,8 @@ impl Token {
     /// Presents `pin`, once, and not if it is the last try: a token that blocks itself takes every VM with it.
     pub(super) fn login(&self, pin: &SecretBytes) -> Result<(), TokenError> {
         match self.count().refusal() {
-            Some(PinRefusal::LastTry) => return Err(TokenError::LastTry),
-            Some(PinRefusal::Blocked) => return Err(TokenError::PinBlocked),
+            Some(PinRefusal::LastTry) => return Err(refused(PinRefusal::NotTheLastTry)),
+            Some(PinRefusal::Blocked) => return Err(refused(PinRefusal::Blocked)),
             _ => {}
         }
         let pin = RawAuthPin::new(Box::new(pin.expose().to_vec()));
@@ -92,8 +116,10 @@ impl Token {
             RvError::PinIncorrect | RvError::PinInvalid | RvError::PinLenRange => {
                 TokenError::Pin(self.count().refusal().unwrap_or(PinRefusal::Wrong))
             }
-            RvError::PinLocked => TokenError::PinBlocked,
-            RvError::PinExpired | RvError::PinTooWeak | RvError::UserPinNotInitialized => TokenError::NoPin,
+            RvError::PinLocked => refused(PinRefusal::Blocked),
+            RvError::PinExpired | RvError::PinTooWeak | RvError::UserPinNotInitialized => {
+                refused(PinRefusal::NoneIsSet)
+            }
             _ => error.into(),
         }
     }
@@ -165,6 +191,11 @@ impl WrongPins {
             _ => None,
         }
     }
+}
+
+/// Without a look at the PIN.
+fn refused(why: PinRefusal) -> TokenError {
+    ProviderError::WrongPin(why).into()
 }
 
 fn find(context: &Pkcs11, wanted: &TokenChoice) -> Result<(Slot, Option<TokenInfo>), TokenError> {

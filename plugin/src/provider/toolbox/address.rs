@@ -2,24 +2,19 @@
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use super::race::{Raced, race};
 use super::tls::TlsFailure;
+use crate::model::deadlines::provider::{HEAD_START, RESOLVER};
 
-/// How long the next address is not tried while one may still answer (RFC 8305, section 5).
-const HEAD_START: Duration = Duration::from_millis(250);
-/// How long the resolver is waited for where there is an address that was good before.
-const RESOLVER: Duration = Duration::from_secs(1);
 /// More of them are of no use.
 const MAX_ADDRESSES: usize = 8;
 
 /// The addresses of `host`, `good` first: that one alone where the resolver does not say in time. Who answers there must
 /// show the trusted certificate all the same.
-///
-/// # Errors
-/// When there are none before `deadline`.
-pub(in crate::provider) fn of(
+pub(crate) fn of(
     host: &str,
     port: u16,
     good: Option<SocketAddr>,
@@ -75,7 +70,7 @@ fn resolve(host: &str, port: u16, patience: Duration) -> Result<Vec<SocketAddr>,
 ///
 /// # Errors
 /// What is wrong with the one that an admin has to look at first.
-pub(in crate::provider) fn race<T: Send + 'static>(
+pub(crate) fn connect<T: Send + 'static>(
     addresses: Vec<SocketAddr>,
     deadline: Instant,
     connect: impl Fn(SocketAddr) -> Result<T, TlsFailure> + Clone + Send + 'static,
@@ -83,39 +78,15 @@ pub(in crate::provider) fn race<T: Send + 'static>(
     if let [only] = addresses[..] {
         return connect(only);
     }
-    let (sender, answers) = channel();
-    let (mut waiting, mut running) = (addresses.into_iter().peekable(), 0);
     let mut failures = Vec::new();
-    loop {
-        if let Some(address) = waiting.next() {
-            let (sender, connect) = (sender.clone(), connect.clone());
-            let work = move || {
-                // Nobody waits any more when this fails; the connection is closed then.
-                let _ = sender.send(connect(address));
-            };
-            let started = std::thread::Builder::new().name("connect".to_owned()).spawn(work);
-            started
-                .map_err(|error| TlsFailure::Io(error.kind(), format!("can't start a thread: {error}")))?;
-            running += 1;
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        let patience = match waiting.peek() {
-            Some(_) => HEAD_START.min(left),
-            None => left,
-        };
-        match answers.recv_timeout(patience) {
-            Ok(Ok(connected)) => return Ok(connected),
-            Ok(Err(failure)) => {
-                failures.push(failure);
-                running -= 1;
-            }
-            Err(RecvTimeoutError::Timeout) if waiting.peek().is_some() && !left.is_zero() => {}
-            Err(_) => failures.push(timed_out()),
-        }
-        let timed_out = deadline <= Instant::now();
-        if timed_out || (running == 0 && waiting.peek().is_none()) {
-            return Err(first_to_look_at(failures));
-        }
+    let judge = |_, connected: Result<T, _>| connected.map_err(|failure| failures.push(failure)).ok();
+    match race(addresses, HEAD_START, deadline, connect, judge) {
+        Ok(Raced::Won(connected, _)) => Ok(connected),
+        Ok(Raced::Lost(_)) => Err(first_to_look_at(failures)),
+        Err(error) => Err(TlsFailure::Io(
+            error.kind(),
+            format!("can't start a thread: {error}"),
+        )),
     }
 }
 
@@ -126,11 +97,7 @@ fn first_to_look_at(failures: Vec<TlsFailure>) -> TlsFailure {
         _ => 2,
     };
     let first = failures.into_iter().min_by_key(rank);
-    first.unwrap_or_else(timed_out)
-}
-
-fn timed_out() -> TlsFailure {
-    TlsFailure::Io(io::ErrorKind::TimedOut, "connect timed out".to_owned())
+    first.unwrap_or_else(|| TlsFailure::Io(io::ErrorKind::TimedOut, "connect timed out".to_owned()))
 }
 
 #[cfg(test)]
@@ -154,7 +121,7 @@ mod tests {
         (address, listener, waiting)
     }
 
-    fn connect(deadline: Instant) -> impl Fn(SocketAddr) -> Result<SocketAddr, TlsFailure> + Clone {
+    fn connecting(deadline: Instant) -> impl Fn(SocketAddr) -> Result<SocketAddr, TlsFailure> + Clone {
         move |address| {
             let left = deadline.saturating_duration_since(Instant::now());
             let stream = TcpStream::connect_timeout(&address, left.max(Duration::from_millis(1)));
@@ -169,16 +136,16 @@ mod tests {
         let good = TcpListener::bind("127.0.0.1:0").unwrap();
         let good = good.local_addr().map(|address| (address, good)).unwrap();
         let (began, time) = (Instant::now(), Duration::from_secs(20));
-        let found = race(vec![silent, good.0], began + time, connect(began + time)).unwrap();
+        let found = super::connect(vec![silent, good.0], began + time, connecting(began + time)).unwrap();
         assert_eq!(found, good.0);
         assert!(began.elapsed() >= HEAD_START && began.elapsed() < time / 2);
         // One that fails costs nothing, and one that is known to be good comes first.
         let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        assert!(race(vec![closed, good.0], began + time, connect(began + time)).is_ok());
+        assert!(super::connect(vec![closed, good.0], began + time, connecting(began + time)).is_ok());
         let found = of("127.0.0.1", good.0.port(), Some(good.0), began + time).unwrap();
         assert_eq!(found[0], good.0);
         let deadline = Instant::now() + Duration::from_millis(400);
-        let error = race(vec![silent, silent], deadline, connect(deadline)).unwrap_err();
+        let error = super::connect(vec![silent, silent], deadline, connecting(deadline)).unwrap_err();
         assert!(matches!(error, TlsFailure::Io(..)), "{error:?}");
     }
 
@@ -186,7 +153,7 @@ mod tests {
     fn an_impostor_among_the_addresses_is_what_is_told() {
         let any = || SocketAddr::from(([127, 0, 0, 1], 1));
         let deadline = Instant::now() + Duration::from_secs(20);
-        let error = race(
+        let error = super::connect(
             vec![any(), SocketAddr::from(([127, 0, 0, 2], 1))],
             deadline,
             move |address| {

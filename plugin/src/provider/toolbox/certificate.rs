@@ -10,7 +10,7 @@ use openssl::x509::{X509NameRef, X509Ref};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::printable;
+use super::{printable, stored_as_text};
 
 /// From this many days before its end on, a certificate is warned about.
 const WARN_DAYS: i32 = 30;
@@ -18,10 +18,10 @@ const WARN_DAYS: i32 = 30;
 /// SHA-256 of a certificate's DER form.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Fingerprint([u8; 32]);
+pub(crate) struct Fingerprint([u8; 32]);
 
 impl Fingerprint {
-    pub(in crate::provider) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
+    pub(crate) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
         let digest = certificate.digest(MessageDigest::sha256())?;
         let mut bytes = [0; 32];
         bytes.copy_from_slice(&digest);
@@ -43,11 +43,9 @@ impl fmt::Debug for Fingerprint {
         write!(f, "Fingerprint({self})")
     }
 }
-
-/// The text is no fingerprint.
 #[derive(Debug, Error)]
-#[error("{0:?} is no SHA-256 fingerprint: 64 hex digits are needed, with or without colons")]
-pub struct NotAFingerprint(String);
+#[error("{0:?} is not a SHA-256 fingerprint: 64 hex digits are needed, with or without colons")]
+pub(crate) struct NotAFingerprint(String);
 
 impl FromStr for Fingerprint {
     type Err = NotAFingerprint;
@@ -60,30 +58,17 @@ impl FromStr for Fingerprint {
     }
 }
 
-impl TryFrom<String> for Fingerprint {
-    type Error = NotAFingerprint;
-
-    fn try_from(text: String) -> Result<Self, NotAFingerprint> {
-        text.parse()
-    }
-}
-
-impl From<Fingerprint> for String {
-    fn from(fingerprint: Fingerprint) -> Self {
-        fingerprint.to_string()
-    }
-}
+stored_as_text!(Fingerprint);
 
 /// A certificate for an admin to look at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CertificateFacts {
+pub(crate) struct CertificateFacts {
     /// Distinguished name.
     pub subject: String,
     /// Distinguished name of who signed it.
     pub issuer: String,
     /// DNS names and IP addresses that it is for.
     pub names: Vec<String>,
-    /// SHA-256 of the DER form.
     pub fingerprint: Fingerprint,
     /// As X.509 prints it: `Nov 22 15:19:43 2026 GMT`.
     pub not_after: String,
@@ -91,8 +76,14 @@ pub struct CertificateFacts {
     pub days_left: i32,
 }
 
+impl fmt::Display for CertificateFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "certificate of {}, until {}", self.subject, self.not_after)
+    }
+}
+
 impl CertificateFacts {
-    pub(in crate::provider) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
+    pub(crate) fn of(certificate: &X509Ref) -> Result<Self, ErrorStack> {
         let now = Asn1Time::days_from_now(0)?;
         let left = now.diff(certificate.not_after())?;
         Ok(Self {
@@ -109,12 +100,12 @@ impl CertificateFacts {
         })
     }
 
-    pub(in crate::provider) fn has_expired(&self) -> bool {
+    pub(crate) fn has_expired(&self) -> bool {
         self.days_left < 0
     }
 
     /// What to tell about `whose` certificate as its end draws near.
-    pub(in crate::provider) fn warning(&self, whose: &str) -> Option<String> {
+    pub(crate) fn warning(&self, whose: &str) -> Option<String> {
         match self.days_left {
             ..0 => Some(format!("{whose} certificate expired on {}", self.not_after)),
             left @ 0..=WARN_DAYS => Some(format!(

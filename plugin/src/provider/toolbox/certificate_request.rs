@@ -34,10 +34,7 @@ fn index() -> Result<Asked, ErrorStack> {
 }
 
 /// Before the handshake of `ssl`: from now on its server is listened to for that.
-///
-/// # Errors
-/// OpenSSL's, for want of memory.
-pub(in crate::provider) fn watch(ssl: &mut SslRef) -> Result<(), ErrorStack> {
+pub(crate) fn watch(ssl: &mut SslRef) -> Result<(), ErrorStack> {
     ssl.set_ex_data(index()?, AtomicBool::new(false));
     // SAFETY: the pointer is that of a live SSL, the callback lives as long as the program, and it gets no argument.
     unsafe { SSL_set_cert_cb(ssl.as_ptr(), Some(note), std::ptr::null_mut()) };
@@ -45,7 +42,7 @@ pub(in crate::provider) fn watch(ssl: &mut SslRef) -> Result<(), ErrorStack> {
 }
 
 /// After it: whether a certificate was asked for.
-pub(in crate::provider) fn came(ssl: &SslRef) -> bool {
+pub(crate) fn came(ssl: &SslRef) -> bool {
     let index = index().ok();
     index
         .and_then(|index| ssl.ex_data(index))

@@ -3,7 +3,7 @@
 //! A provider may hang in a library or a network that nothing can interrupt. Its thread is left behind then, and what
 //! it still returns is dropped, which wipes any key in it.
 
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 use crate::provider::ProviderError;
@@ -13,21 +13,11 @@ pub(crate) fn within<T: Send + 'static>(
     call: impl FnOnce() -> Result<T, ProviderError> + Send + 'static,
 ) -> Result<T, ProviderError> {
     let (sender, receiver) = sync_channel(1);
-    std::thread::Builder::new()
-        .name("provider".to_owned())
-        .spawn(move || {
-            // Nobody waits any more when this fails.
-            let _ = sender.send(call());
-        })
-        .map_err(ProviderError::internal("starting a thread"))?;
-    match receiver.recv_timeout(deadline) {
-        Ok(answer) => answer,
-        Err(RecvTimeoutError::Timeout) => Err(ProviderError::Unreachable(format!(
-            "no answer within {:.1} s",
-            deadline.as_secs_f64()
-        ))),
-        Err(RecvTimeoutError::Disconnected) => Err(ProviderError::internal("calling it")("its thread ended")),
-    }
+    on_a_thread(move || {
+        // Nobody waits any more when this fails.
+        let _ = sender.send(call());
+    })?;
+    answer(&receiver, deadline)?
 }
 
 /// Makes `call` for each of `items`, all on one thread, each with the deadline of its own. The answers are in the items'
@@ -35,31 +25,33 @@ pub(crate) fn within<T: Send + 'static>(
 pub(crate) fn each_within<I: Send + 'static, T: Send + 'static>(
     deadline: Duration,
     items: Vec<I>,
-    mut call: impl FnMut(I) -> Result<T, ProviderError> + Send + 'static,
+    call: impl FnMut(I) -> Result<T, ProviderError> + Send + 'static,
 ) -> Result<Vec<Result<T, ProviderError>>, ProviderError> {
     let count = items.len();
     let (sender, receiver) = sync_channel(count.max(1));
-    std::thread::Builder::new()
-        .name("provider".to_owned())
-        .spawn(move || {
-            for item in items {
-                if sender.send(call(item)).is_err() {
-                    // Nobody waits any more.
-                    return;
-                }
-            }
-        })
-        .map_err(ProviderError::internal("starting a thread"))?;
-    (0..count)
-        .map(|_| {
-            receiver.recv_timeout(deadline).map_err(|error| match error {
-                RecvTimeoutError::Timeout => {
-                    ProviderError::Unreachable(format!("no answer within {:.1} s", deadline.as_secs_f64()))
-                }
-                RecvTimeoutError::Disconnected => ProviderError::internal("calling it")("its thread ended"),
-            })
-        })
-        .collect()
+    on_a_thread(move || {
+        // Ends where nobody waits any more.
+        let _ = items
+            .into_iter()
+            .map(call)
+            .try_for_each(|answer| sender.send(answer));
+    })?;
+    (0..count).map(|_| answer(&receiver, deadline)).collect()
+}
+
+fn on_a_thread(work: impl FnOnce() + Send + 'static) -> Result<(), ProviderError> {
+    let thread = std::thread::Builder::new().name("provider".to_owned());
+    let started = thread.spawn(work).map(drop);
+    started.map_err(ProviderError::internal("starting a thread"))
+}
+
+fn answer<T>(receiver: &Receiver<T>, deadline: Duration) -> Result<T, ProviderError> {
+    receiver.recv_timeout(deadline).map_err(|error| match error {
+        RecvTimeoutError::Timeout => {
+            ProviderError::Unreachable(format!("no answer within {:.1} s", deadline.as_secs_f64()))
+        }
+        RecvTimeoutError::Disconnected => ProviderError::internal("calling it")("its thread ended"),
+    })
 }
 
 #[cfg(test)]

@@ -7,11 +7,11 @@ use crate::provider::ProviderError;
 use crate::secret::SecretBytes;
 
 /// The mechanism's name in a stanza.
-pub(in crate::provider) const MECHANISM: &str = "A256GCM";
+pub(crate) const MECHANISM: &str = "A256GCM";
 
 /// What a wrapped payload is bound to besides its KEK: provider (16 bytes) ‖ length of the KEK's name (4 bytes,
 /// big-endian) ‖ name ‖ mechanism.
-pub(in crate::provider) fn additional_data(provider: ProviderId, kek: &str, mechanism: &str) -> Vec<u8> {
+pub(crate) fn additional_data(provider: ProviderId, kek: &str, mechanism: &str) -> Vec<u8> {
     let length = u32::try_from(kek.len()).expect("a KEK's name is shorter than an envelope may be");
     let mut data = provider.0.as_bytes().to_vec();
     data.extend_from_slice(&length.to_be_bytes());
@@ -24,7 +24,7 @@ pub(in crate::provider) fn additional_data(provider: ProviderId, kek: &str, mech
 ///
 /// # Errors
 /// [`ProviderError::Tampered`] when `body` has another length.
-pub(in crate::provider) fn parts(body: &[u8]) -> Result<Parts<'_>, ProviderError> {
+pub(crate) fn parts(body: &[u8]) -> Result<Parts<'_>, ProviderError> {
     match Parts::of(body) {
         Ok(parts) if body.len() == NONCE + Payload::LEN + TAG => Ok(parts),
         _ => Err(ProviderError::Tampered),
@@ -32,7 +32,7 @@ pub(in crate::provider) fn parts(body: &[u8]) -> Result<Parts<'_>, ProviderError
 }
 
 /// Wraps `payload` under `key`, which has [`aead::KEY`] bytes.
-pub(in crate::provider) fn wrap(
+pub(crate) fn wrap(
     key: &SecretBytes,
     additional_data: &[u8],
     payload: &Payload,
@@ -45,7 +45,7 @@ pub(in crate::provider) fn wrap(
 ///
 /// # Errors
 /// [`ProviderError::Tampered`] for anything else, another key or other additional data.
-pub(in crate::provider) fn unwrap(
+pub(crate) fn unwrap(
     key: &SecretBytes,
     additional_data: &[u8],
     body: &[u8],

@@ -8,31 +8,26 @@ use thiserror::Error;
 use super::certificate::CertificateFacts;
 
 /// A private key, and the certificate that it belongs to.
-pub(in crate::provider) struct ClientIdentity {
+pub(crate) struct ClientIdentity {
     /// The client's own first, then those that signed it; never empty.
-    pub(in crate::provider) certificates: Vec<X509>,
-    pub(in crate::provider) key: PKey<Private>,
+    pub(crate) certificates: Vec<X509>,
+    pub(crate) key: PKey<Private>,
 }
 
 /// Why it is no identity.
 #[derive(Debug, Error)]
-pub enum NoIdentity {
-    /// Not PEM, or not X.509.
+pub(crate) enum NoIdentity {
     #[error("can't read the certificate: PEM is expected")]
     Certificate(#[source] ErrorStack),
-    /// The file holds none.
     #[error("there is no certificate in the file: PEM is expected")]
     NoCertificate,
-    /// Not PEM, or no key.
     #[error("can't read the private key: PEM is expected")]
     Key(#[source] ErrorStack),
     /// A key with a passphrase of its own.
     #[error("the private key is encrypted: decrypt it first (openssl pkey -in KEY)")]
     EncryptedKey,
-    /// Key and certificate do not belong together.
-    #[error("the private key is not the one of the certificate")]
+    #[error("the private key does not belong to the certificate")]
     AnotherKey,
-    /// Out of date.
     #[error("the certificate expired on {0}")]
     Expired(String),
 }
@@ -43,10 +38,7 @@ impl ClientIdentity {
     ///
     /// # Errors
     /// When there is none, or it has expired.
-    pub(in crate::provider) fn of(
-        pem: &[u8],
-        keys: impl IntoIterator<Item = PKey<Private>>,
-    ) -> Result<Self, NoIdentity> {
+    pub(crate) fn of(pem: &[u8], keys: impl IntoIterator<Item = PKey<Private>>) -> Result<Self, NoIdentity> {
         let mut certificates = X509::stack_from_pem(pem).map_err(NoIdentity::Certificate)?;
         if certificates.is_empty() {
             return Err(NoIdentity::NoCertificate);
@@ -69,14 +61,14 @@ impl ClientIdentity {
     }
 
     /// What to tell of its certificate as its end draws near.
-    pub(in crate::provider) fn warning(&self) -> Option<String> {
+    pub(crate) fn warning(&self) -> Option<String> {
         let facts = CertificateFacts::of(self.certificates.first()?).ok()?;
         facts.warning("the client")
     }
 }
 
 /// The first private key in `pem`.
-pub(in crate::provider) fn private_key(pem: &[u8]) -> Result<PKey<Private>, NoIdentity> {
+pub(crate) fn private_key(pem: &[u8]) -> Result<PKey<Private>, NoIdentity> {
     // The callback answers "no passphrase": without it OpenSSL would ask on the terminal.
     PKey::private_key_from_pem_callback(pem, |_| Ok(0)).map_err(|error| {
         if pem.windows(9).any(|text| text == b"ENCRYPTED") {

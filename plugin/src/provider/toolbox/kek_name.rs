@@ -10,15 +10,13 @@ use crate::store::{KekNameRecord, KekNames, StoreError};
 
 /// Which KEK of a scope it is: they rise by one. 0 is one from a virtseal that did not count them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::provider) struct KekGeneration(pub(in crate::provider) u32);
+pub(crate) struct KekGeneration(pub(in crate::provider) u32);
 
 impl KekGeneration {
     /// Of a KEK whose name says none.
-    pub(in crate::provider) const UNCOUNTED: Self = Self(0);
+    pub(crate) const UNCOUNTED: Self = Self(0);
 
-    /// # Errors
-    /// When it can't rise.
-    pub(in crate::provider) fn next(self) -> Result<Self, ProviderError> {
+    pub(crate) fn next(self) -> Result<Self, ProviderError> {
         let next = self.0.checked_add(1).map(Self);
         next.ok_or_else(|| ProviderError::Refused("the generation of the KEK can't rise any more".into()))
     }
@@ -35,7 +33,7 @@ fn new_name(stem: &str, generation: KekGeneration) -> Result<String, ProviderErr
 }
 
 /// Which generation of `stem` a KEK called `name` is; `None` if it is none of them.
-pub(in crate::provider) fn generation(stem: &str, name: &str) -> Option<KekGeneration> {
+pub(crate) fn generation(stem: &str, name: &str) -> Option<KekGeneration> {
     let rest = name.strip_prefix(stem)?;
     if rest.is_empty() {
         return Some(KekGeneration::UNCOUNTED);
@@ -50,37 +48,37 @@ pub(in crate::provider) fn generation(stem: &str, name: &str) -> Option<KekGener
 }
 
 /// What this host knows of the KEKs of one provider.
-pub(in crate::provider) struct KekBook {
+pub(crate) struct KekBook {
     rows: KekNames,
 }
 
 /// What it knows of those for one scope.
 #[derive(Debug, Default)]
-pub(in crate::provider) struct Known {
+pub(crate) struct Known {
     /// KEKs that may be in use: made here or named by an envelope, and not retired.
-    pub(in crate::provider) keks: Vec<KekId>,
+    pub(crate) keks: Vec<KekId>,
     /// Names of later generations than those, asked for without an answer, the latest first.
-    pub(in crate::provider) unanswered: Vec<String>,
+    pub(crate) unanswered: Vec<String>,
     /// The highest generation that was ever made here, also of KEKs that are retired.
-    pub(in crate::provider) made: Option<KekGeneration>,
+    pub(crate) made: Option<KekGeneration>,
     /// The highest that was ever asked for here.
-    pub(in crate::provider) asked: Option<KekGeneration>,
+    pub(crate) asked: Option<KekGeneration>,
 }
 
 impl Known {
     /// Whether a KEK from before generations may be all that there is.
-    pub(in crate::provider) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.keks.is_empty() && self.asked.is_none()
     }
 }
 
 impl KekBook {
-    pub(in crate::provider) fn new(rows: KekNames) -> Self {
+    pub(crate) fn new(rows: KekNames) -> Self {
         Self { rows }
     }
 
     /// What is known of the KEKs for `scope`, whose names begin with `stem`.
-    pub(in crate::provider) fn known(&self, scope: &KekScope, stem: &str) -> Result<Known, ProviderError> {
+    pub(crate) fn known(&self, scope: &KekScope, stem: &str) -> Result<Known, ProviderError> {
         let records = self.rows.of_scope(scope).map_err(unreadable())?;
         let of_envelopes = match scope {
             KekScope::Vm(vm) => self.rows.keks_of_envelopes(Some(*vm)),
@@ -112,45 +110,39 @@ impl KekBook {
     }
 
     /// Those that no job has taken out of use: they never come back.
-    pub(in crate::provider) fn without_retired(&self, keks: Vec<KekId>) -> Result<Vec<KekId>, ProviderError> {
+    pub(crate) fn without_retired(&self, keks: Vec<KekId>) -> Result<Vec<KekId>, ProviderError> {
         let retired = self.rows.retired().map_err(unreadable())?;
         Ok(keks.into_iter().filter(|kek| !retired.contains(kek)).collect())
     }
 
     /// A name for the KEK of generation `next`; it is on disk when this returns.
-    pub(in crate::provider) fn plan(
+    pub(crate) fn plan(
         &self,
         scope: &KekScope,
         stem: &str,
         next: KekGeneration,
     ) -> Result<String, ProviderError> {
         let name = new_name(stem, next)?;
-        self.rows
-            .plan(scope, &name)
-            .map_err(ProviderError::internal("noting the name of a KEK"))?;
+        self.plan_exactly(scope, &name)?;
         Ok(name)
     }
 
     /// No server has made a KEK called `name`, nor will one.
-    pub(in crate::provider) fn refused(&self, name: &str) -> Result<(), ProviderError> {
+    pub(crate) fn refused(&self, name: &str) -> Result<(), ProviderError> {
         self.rows
             .forget(name)
             .map_err(ProviderError::internal("forgetting the name of a KEK"))
     }
 
     /// Notes that a KEK with this very name will be asked for, which must never have been.
-    pub(in crate::provider) fn plan_exactly(
-        &self,
-        scope: &KekScope,
-        name: &str,
-    ) -> Result<(), ProviderError> {
+    pub(crate) fn plan_exactly(&self, scope: &KekScope, name: &str) -> Result<(), ProviderError> {
         self.rows
             .plan(scope, name)
             .map_err(ProviderError::internal("noting the name of a KEK"))
     }
 
     /// `kek` bears `name`.
-    pub(in crate::provider) fn made(&self, name: &str, kek: &KekId) -> Result<(), ProviderError> {
+    pub(crate) fn made(&self, name: &str, kek: &KekId) -> Result<(), ProviderError> {
         self.rows
             .note_kek(name, kek)
             .map_err(ProviderError::internal("noting which KEK was made"))

@@ -5,24 +5,20 @@
 
 /// Stands beside what a lock takes away, behind its mutex.
 #[derive(Debug, Default)]
-pub(in crate::provider) struct Locks(u64);
-
-/// The count at one moment.
+pub(crate) struct Locks(u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LocksNoted(u64);
+pub(crate) struct LocksNoted(u64);
 
 impl Locks {
-    pub(in crate::provider) fn noted(&self) -> LocksNoted {
+    pub(crate) fn noted(&self) -> LocksNoted {
         LocksNoted(self.0)
     }
-
-    /// One more lock.
-    pub(in crate::provider) fn count(&mut self) {
+    pub(crate) fn count(&mut self) {
         self.0 += 1;
     }
 
     /// Whether there was no lock since.
-    pub(in crate::provider) fn are(&self, noted: LocksNoted) -> bool {
+    pub(crate) fn are(&self, noted: LocksNoted) -> bool {
         self.0 == noted.0
     }
 }

@@ -16,10 +16,7 @@ use openssl::x509::verify::X509VerifyFlags;
 const LIST: &[u8] = b"-----BEGIN X509 CRL-----";
 
 /// Judges certificates by the revocation lists in `pem`, if there are any.
-///
-/// # Errors
-/// When one can't be read.
-pub(in crate::provider) fn add_lists(store: &mut X509StoreBuilderRef, pem: &[u8]) -> Result<(), ErrorStack> {
+pub(crate) fn add_lists(store: &mut X509StoreBuilderRef, pem: &[u8]) -> Result<(), ErrorStack> {
     if !pem.windows(LIST.len()).any(|text| text == LIST) {
         return Ok(());
     }

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 /// A connection whose every read and write together end at the deadline, however slowly the other side drips.
 #[derive(Debug)]
-pub(in crate::provider) struct Timed {
-    pub(in crate::provider) stream: TcpStream,
-    pub(in crate::provider) deadline: Instant,
+pub(crate) struct Timed {
+    pub(crate) stream: TcpStream,
+    pub(crate) deadline: Instant,
 }
 
 impl Timed {

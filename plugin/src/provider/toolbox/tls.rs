@@ -2,10 +2,9 @@
 //!
 //! The server's certificate is judged inside the handshake: an impostor gets neither a request nor a password.
 
-use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use nix::sys::socket::{setsockopt, sockopt};
@@ -21,11 +20,11 @@ use thiserror::Error;
 use super::certificate::{CertificateFacts, Fingerprint};
 use super::identity::ClientIdentity;
 use super::timed::Timed;
-use super::{certificate_request, printable, revocation};
+use super::{certificate_request, lock, printable, revocation};
 
 /// By what a server is known to be the right one.
 #[derive(Clone, PartialEq, Eq)]
-pub(in crate::provider) enum Trust {
+pub(crate) enum Trust {
     /// Its certificate was signed by whom this host trusts, and bears its name.
     Host,
     /// Signed by one of these roots (PEM), and bears its name. Revocation lists among them are heeded.
@@ -40,7 +39,7 @@ pub(in crate::provider) enum Trust {
 
 /// Both sides of the trust, ready to connect with.
 #[derive(Clone)]
-pub(in crate::provider) struct Tls {
+pub(crate) struct Tls {
     connector: SslConnector,
     trust: Arc<Trust>,
     has_identity: bool,
@@ -52,10 +51,7 @@ const CLEANSE_PLAINTEXT: u64 = 1 << 1;
 impl Tls {
     /// # Errors
     /// When a certificate or a list in `trust` can't be read, or certificate and key of `identity` do not fit.
-    pub(in crate::provider) fn new(
-        trust: Trust,
-        identity: Option<&ClientIdentity>,
-    ) -> Result<Self, ErrorStack> {
+    pub(crate) fn new(trust: Trust, identity: Option<&ClientIdentity>) -> Result<Self, ErrorStack> {
         let mut builder = SslConnector::builder(SslMethod::tls_client())?;
         builder.set_min_proto_version(Some(SslVersion::TLS1_2))?;
         #[allow(
@@ -86,41 +82,52 @@ impl Tls {
     }
 
     /// Over `stream`, with the server that is called `name`; an impostor gets neither a request nor a password.
-    pub(in crate::provider) fn handshake(&self, name: &str, stream: Timed) -> Result<TlsStream, TlsFailure> {
-        let judge = Judge::new(Arc::clone(&self.trust));
-        let stream = self
-            .shake(name, stream, &judge)
-            .map_err(|failed| match judge.verdict() {
-                Some(reason) => TlsFailure::NotTrusted(reason),
-                None => failed.before_the_first_answer(self.has_identity),
-            })?;
-        let server = judge.leaf();
-        if server.is_none() {
-            return Err(TlsFailure::NotTrusted("the server showed no certificate".into()));
-        }
+    pub(crate) fn handshake(&self, name: &str, stream: Timed) -> Result<TlsStream, TlsFailure> {
+        let (shaken, seen) = self.shake(name, stream)?;
+        let stream = shaken.map_err(|failure| seen.verdict.map_or(failure, TlsFailure::NotTrusted))?;
+        let leaf = seen.chain.first();
+        let Some(server) = leaf.and_then(|leaf| CertificateFacts::of(leaf).ok()) else {
+            return Err(no_certificate());
+        };
         Ok(TlsStream {
             server,
             has_identity: self.has_identity,
-            asked: certificate_request::came(stream.ssl()),
-            answered: false,
+            may_turn_away: certificate_request::came(stream.ssl()),
             stream,
         })
     }
 
-    fn shake(&self, name: &str, stream: Timed, judge: &Judge) -> Result<SslStream<Timed>, Failed> {
+    /// What the handshake came to, and what was seen of the server's certificate meanwhile.
+    fn shake(&self, name: &str, stream: Timed) -> Result<(Shaken, Seen), TlsFailure> {
+        let seen = Arc::default();
         let by_name = !matches!(*self.trust, Trust::Pins(_) | Trust::Anybody);
-        let mut configuration = self.connector.configure().map_err(Failed::local)?;
+        let mut configuration = self.connector.configure().map_err(no_tls)?;
         configuration.set_verify_hostname(by_name);
-        configuration.set_verify_callback(SslVerifyMode::PEER, judge.callback());
-        certificate_request::watch(&mut configuration).map_err(Failed::local)?;
-        configuration.connect(name, stream).map_err(|error| match error {
-            HandshakeError::SetupFailure(stack) => Failed::local(stack),
-            HandshakeError::Failure(mid) | HandshakeError::WouldBlock(mid) => Failed {
-                why: why(mid.error(), "TLS handshake"),
-                asked: certificate_request::came(mid.ssl()),
-            },
-        })
+        configuration.set_verify_callback(
+            SslVerifyMode::PEER,
+            judge(Arc::clone(&self.trust), Arc::clone(&seen)),
+        );
+        certificate_request::watch(&mut configuration).map_err(no_tls)?;
+        let shaken = configuration.connect(name, stream).map_err(|error| match error {
+            HandshakeError::SetupFailure(stack) => no_tls(stack),
+            HandshakeError::Failure(mid) | HandshakeError::WouldBlock(mid) => {
+                let asked = certificate_request::came(mid.ssl());
+                failure(mid.error(), "TLS handshake", self.has_identity, asked)
+            }
+        });
+        let seen = std::mem::take(&mut *lock(&seen));
+        Ok((shaken, seen))
     }
+}
+
+type Shaken = Result<SslStream<Timed>, TlsFailure>;
+
+fn no_tls(stack: ErrorStack) -> TlsFailure {
+    TlsFailure::Protocol(format!("TLS: {stack}"))
+}
+
+fn no_certificate() -> TlsFailure {
+    TlsFailure::NotTrusted("the server showed no certificate".into())
 }
 
 impl Trust {
@@ -139,26 +146,20 @@ impl Trust {
     }
 }
 
-impl fmt::Debug for Tls {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tls(identity: {})", self.has_identity)
-    }
-}
-
 /// The certificates that the server called `name` shows, its own first. Nothing is trusted and nothing is sent.
-pub(in crate::provider) fn presented(name: &str, stream: Timed) -> Result<Vec<X509>, TlsFailure> {
-    let tls = Tls::new(Trust::Anybody, None).map_err(|error| Failed::local(error).otherwise())?;
-    let judge = Judge::new(Arc::clone(&tls.trust));
+pub(crate) fn presented(name: &str, stream: Timed) -> Result<Vec<X509>, TlsFailure> {
+    let mut tls = Tls::new(Trust::Anybody, None).map_err(no_tls)?;
+    // That no certificate is shown to it explains nothing here.
+    tls.has_identity = true;
     // A server that wants our certificate first ends the handshake, after it has shown its own.
-    match (tls.shake(name, stream, &judge), judge.chain()) {
-        (_, chain) if !chain.is_empty() => Ok(chain),
-        (Err(failed), _) => Err(failed.before_the_first_answer(true)),
-        (Ok(_), _) => Err(TlsFailure::NotTrusted("the server showed no certificate".into())),
+    match tls.shake(name, stream)? {
+        (_, seen) if !seen.chain.is_empty() => Ok(seen.chain),
+        (shaken, _) => Err(shaken.err().unwrap_or_else(no_certificate)),
     }
 }
 
 /// A connection to `address`, which notices soon when the other side is gone.
-pub(in crate::provider) fn connect_tcp(address: SocketAddr, deadline: Instant) -> Result<Timed, TlsFailure> {
+pub(crate) fn connect_tcp(address: SocketAddr, deadline: Instant) -> Result<Timed, TlsFailure> {
     let left = deadline.saturating_duration_since(Instant::now());
     let connected = match left.is_zero() {
         true => Err(io::ErrorKind::TimedOut.into()),
@@ -166,22 +167,15 @@ pub(in crate::provider) fn connect_tcp(address: SocketAddr, deadline: Instant) -
     };
     connected
         .and_then(|stream| prepared(&stream).map(|()| Timed { stream, deadline }))
-        .map_err(|error| {
-            Failed {
-                why: why_io(&error, "connect"),
-                asked: false,
-            }
-            .otherwise()
-        })
+        .map_err(|error| io_failure(&error, "connect"))
 }
 
 /// Why there is no connection, or none any more.
 #[derive(Clone, Debug, Error)]
-pub(in crate::provider) enum TlsFailure {
+pub(crate) enum TlsFailure {
     /// The server is not the one that is trusted.
     #[error("{0}")]
     NotTrusted(String),
-    /// The server does not trust us.
     #[error("{0}")]
     RefusesUs(String),
     /// It went before its first answer, after it had asked for our certificate: so a refusal looks in TLS 1.3 where no alert
@@ -193,7 +187,6 @@ pub(in crate::provider) enum TlsFailure {
     /// The other side closed or reset the connection.
     #[error("{0}")]
     Closed(String),
-    /// The socket, or the resolver.
     #[error("{1}")]
     Io(io::ErrorKind, String),
     /// What is there does not speak TLS as it has to.
@@ -201,63 +194,37 @@ pub(in crate::provider) enum TlsFailure {
     Protocol(String),
 }
 
-/// Decides on the server's certificate while the handshake runs, and remembers what it saw.
-struct Judge {
-    trust: Arc<Trust>,
-    seen: Arc<Mutex<Seen>>,
-}
-
+/// What a handshake has shown of the server.
 #[derive(Default)]
 struct Seen {
+    /// Its own certificate first.
     chain: Vec<X509>,
+    /// Why it is not trusted.
     verdict: Option<String>,
 }
 
-impl Judge {
-    fn new(trust: Arc<Trust>) -> Self {
-        Self {
-            trust,
-            seen: Arc::default(),
+/// Decides on the server's certificate while the handshake runs: OpenSSL calls it for each certificate of the chain, and for each
+/// thing that is wrong with it.
+fn judge(
+    trust: Arc<Trust>,
+    seen: Arc<Mutex<Seen>>,
+) -> impl Fn(bool, &mut X509StoreContextRef) -> bool + Send + Sync + 'static {
+    move |verified, context| {
+        let mut seen = lock(&seen);
+        if let Some(chain) = context.chain() {
+            seen.chain = chain.iter().map(ToOwned::to_owned).collect();
         }
-    }
-
-    /// OpenSSL calls this for each certificate of the chain, and for each thing that is wrong with it.
-    fn callback(&self) -> impl Fn(bool, &mut X509StoreContextRef) -> bool + Send + Sync + 'static {
-        let (trust, seen) = (Arc::clone(&self.trust), Arc::clone(&self.seen));
-        move |verified, context| {
-            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(chain) = context.chain() {
-                seen.chain = chain.iter().map(ToOwned::to_owned).collect();
-            }
-            let verdict = match &*trust {
-                Trust::Anybody => None,
-                Trust::Pins(pins) => judge_pins(pins, seen.chain.first()),
-                _ if verified => None,
-                _ => Some(judge_error(context.error(), seen.chain.first())),
-            };
-            let accepted = verdict.is_none();
-            if !accepted {
-                seen.verdict = verdict;
-            }
-            accepted
+        let verdict = match &*trust {
+            Trust::Anybody => None,
+            Trust::Pins(pins) => judge_pins(pins, seen.chain.first()),
+            _ if verified => None,
+            _ => Some(judge_error(context.error(), seen.chain.first())),
+        };
+        let accepted = verdict.is_none();
+        if !accepted {
+            seen.verdict = verdict;
         }
-    }
-
-    fn seen(&self) -> std::sync::MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn verdict(&self) -> Option<String> {
-        self.seen().verdict.clone()
-    }
-
-    fn chain(&self) -> Vec<X509> {
-        self.seen().chain.clone()
-    }
-
-    fn leaf(&self) -> Option<CertificateFacts> {
-        let seen = self.seen();
-        CertificateFacts::of(seen.chain.first()?).ok()
+        accepted
     }
 }
 
@@ -290,63 +257,20 @@ fn judge_error(error: X509VerifyResult, leaf: Option<&X509>) -> String {
     )
 }
 
-/// Why a handshake, a read or a write failed.
-struct Failed {
-    why: Why,
-    /// Whether the server had asked for the client's certificate by then.
-    asked: bool,
-}
-
-enum Why {
-    /// The other side closed or reset the connection.
-    Closed(String),
-    Io(io::ErrorKind, String),
-    Tls(ErrorStack),
-}
-
-impl Failed {
-    fn local(stack: ErrorStack) -> Self {
-        Self {
-            why: Why::Tls(stack),
-            asked: false,
-        }
-    }
-
-    /// A server that has said nothing yet and goes may have turned us away.
-    fn before_the_first_answer(self, has_identity: bool) -> TlsFailure {
-        match self.why {
-            Why::Closed(reason) if self.asked => TlsFailure::TurnedAway(reason),
-            Why::Tls(stack) => refusal(&stack, has_identity, self.asked),
-            _ => self.otherwise(),
-        }
-    }
-
-    fn after_an_answer(self, has_identity: bool) -> TlsFailure {
-        match self.why {
-            Why::Tls(stack) => refusal(&stack, has_identity, false),
-            _ => self.otherwise(),
-        }
-    }
-
-    fn otherwise(self) -> TlsFailure {
-        match self.why {
-            Why::Closed(reason) => TlsFailure::Closed(reason),
-            Why::Io(kind, reason) => TlsFailure::Io(kind, reason),
-            Why::Tls(stack) => TlsFailure::Protocol(format!("TLS: {stack}")),
-        }
-    }
-}
-
-fn why(error: &openssl::ssl::Error, doing: &str) -> Why {
-    let closed = || Why::Closed(format!("{doing}: the server closed the connection"));
-    if error.code() == ErrorCode::ZERO_RETURN {
-        return closed();
-    }
-    match (error.ssl_error(), error.io_error()) {
+/// Why a handshake, a read or a write failed. A server that has `asked` for the client's certificate, has said nothing since and
+/// goes may have turned us away.
+fn failure(error: &openssl::ssl::Error, doing: &str, has_identity: bool, asked: bool) -> TlsFailure {
+    let closed = || TlsFailure::Closed(format!("{doing}: the server closed the connection"));
+    let failure = match (error.ssl_error(), error.io_error()) {
+        _ if error.code() == ErrorCode::ZERO_RETURN => closed(),
         (Some(stack), _) if is_end_of_file(stack) => closed(),
-        (Some(stack), _) if !stack.errors().is_empty() => Why::Tls(stack.clone()),
-        (_, Some(error)) => why_io(error, doing),
+        (Some(stack), _) if !stack.errors().is_empty() => refusal(stack, has_identity, asked),
+        (_, Some(error)) => io_failure(error, doing),
         _ => closed(),
+    };
+    match failure {
+        TlsFailure::Closed(why) if asked => TlsFailure::TurnedAway(why),
+        failure => failure,
     }
 }
 
@@ -355,17 +279,19 @@ fn is_end_of_file(stack: &ErrorStack) -> bool {
     stack.errors().iter().any(|error| error.reason_code() == 294)
 }
 
-fn why_io(error: &io::Error, doing: &str) -> Why {
+fn io_failure(error: &io::Error, doing: &str) -> TlsFailure {
     match error.kind() {
         io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
-            Why::Io(io::ErrorKind::TimedOut, format!("{doing} timed out"))
+            TlsFailure::Io(io::ErrorKind::TimedOut, format!("{doing} timed out"))
         }
-        io::ErrorKind::ConnectionRefused => Why::Io(error.kind(), "connection refused".to_owned()),
-        io::ErrorKind::UnexpectedEof => Why::Closed(format!("{doing}: the server closed the connection")),
+        io::ErrorKind::ConnectionRefused => TlsFailure::Io(error.kind(), "connection refused".to_owned()),
+        io::ErrorKind::UnexpectedEof => {
+            TlsFailure::Closed(format!("{doing}: the server closed the connection"))
+        }
         io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted | io::ErrorKind::BrokenPipe => {
-            Why::Closed(format!("{doing}: {error}"))
+            TlsFailure::Closed(format!("{doing}: {error}"))
         }
-        kind => Why::Io(kind, format!("{doing}: {error}")),
+        kind => TlsFailure::Io(kind, format!("{doing}: {error}")),
     }
 }
 
@@ -424,52 +350,37 @@ fn prepared(stream: &TcpStream) -> io::Result<()> {
 
 /// An open connection to a trusted server.
 #[derive(Debug)]
-pub(in crate::provider) struct TlsStream {
+pub(crate) struct TlsStream {
     stream: SslStream<Timed>,
     has_identity: bool,
-    /// Whether the server asked for a certificate.
-    asked: bool,
-    /// Whether anything has come from it since the handshake.
-    answered: bool,
-    /// What the server showed.
-    pub(in crate::provider) server: Option<CertificateFacts>,
+    /// It asked for a certificate, and nothing has come from it since the handshake.
+    may_turn_away: bool,
+    /// What it showed.
+    pub(crate) server: CertificateFacts,
 }
 
 impl TlsStream {
-    pub(in crate::provider) fn socket(&mut self) -> &mut Timed {
+    pub(crate) fn socket(&mut self) -> &mut Timed {
         self.stream.get_mut()
     }
 
-    pub(in crate::provider) fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), TlsFailure> {
+    pub(crate) fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), TlsFailure> {
         while !bytes.is_empty() {
-            match self.stream.ssl_write(bytes) {
-                Ok(written) => bytes = &bytes[written..],
-                Err(error) => return Err(self.fail(why(&error, "sending"))),
-            }
+            let written = self.stream.ssl_write(bytes);
+            bytes = &bytes[written.map_err(|error| self.failure(&error, "sending"))?..];
         }
         Ok(())
     }
 
     /// What has come, at least one byte; where the other side has closed the connection, that is an error.
-    pub(in crate::provider) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, TlsFailure> {
-        match self.stream.ssl_read(buffer) {
-            Ok(0) => Err(self.fail(Why::Closed("the server closed the connection".into()))),
-            Ok(read) => {
-                self.answered = true;
-                Ok(read)
-            }
-            Err(error) => Err(self.fail(why(&error, "answer"))),
-        }
+    pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, TlsFailure> {
+        let read = self.stream.ssl_read(buffer);
+        let read = read.map_err(|error| self.failure(&error, "answer"))?;
+        self.may_turn_away = false;
+        Ok(read)
     }
 
-    fn fail(&self, why: Why) -> TlsFailure {
-        let failed = Failed {
-            why,
-            asked: self.asked,
-        };
-        match self.answered {
-            true => failed.after_an_answer(self.has_identity),
-            false => failed.before_the_first_answer(self.has_identity),
-        }
+    fn failure(&self, error: &openssl::ssl::Error, doing: &str) -> TlsFailure {
+        failure(error, doing, self.has_identity, self.may_turn_away)
     }
 }

@@ -10,7 +10,7 @@ use crate::secret::SecretBytes;
 ///
 /// # Errors
 /// Why the TPM does not bind it, or does not give it back.
-pub(in crate::provider) fn bind(tpm: &Tpm, policy: &BindPolicy) -> Result<(SecretBytes, Vec<u8>), TpmError> {
+pub(crate) fn bind(tpm: &Tpm, policy: &BindPolicy) -> Result<(SecretBytes, Vec<u8>), TpmError> {
     let key = Arc::new(SecretBytes::random(KEY).map_err(TpmError::Host)?);
     let bound = tpm.bind(&key, policy)?.to_bytes();
     let opened = open(tpm, &bound, policy.pin())?;
@@ -21,14 +21,7 @@ pub(in crate::provider) fn bind(tpm: &Tpm, policy: &BindPolicy) -> Result<(Secre
 }
 
 /// The key again, with `pin` where it needs one.
-///
-/// # Errors
-/// As [`Tpm::open`].
-pub(in crate::provider) fn open(
-    tpm: &Tpm,
-    bound: &[u8],
-    pin: Option<&Arc<SecretBytes>>,
-) -> Result<SecretBytes, TpmError> {
+pub(crate) fn open(tpm: &Tpm, bound: &[u8], pin: Option<&Arc<SecretBytes>>) -> Result<SecretBytes, TpmError> {
     let key = tpm.open(&BoundToTpm::from_bytes(bound)?, pin)?;
     match key.expose().len() {
         KEY => Ok(key),

@@ -58,7 +58,7 @@ fn destroy_own(engine: &TransitEngine, name: &KekName, found: &KeyInfo) -> Resul
             }
             return Ok((
                 false,
-                format!("{why}. Somebody who may must set deletion_allowed on key {key} and delete it"),
+                format!("{why}. An admin of the server must set deletion_allowed on key {key} and delete it"),
             ));
         }
         Err(fault) => return Err(fault),

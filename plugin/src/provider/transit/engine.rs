@@ -11,7 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 
-use super::http::{Ask, Fault};
+use super::http::{Answer, Ask, Data, Fault};
 use super::kek::KekName;
 use super::login::{Session, json};
 use super::settings::{ApiPath, KeyName};
@@ -20,7 +20,6 @@ use crate::provider::ProviderError;
 use crate::provider::toolbox::printable;
 use crate::secret::SecretBytes;
 
-/// The most items of one request.
 const BATCH: usize = 256;
 /// The base64 text of a payload.
 const PAYLOAD_TEXT: usize = Payload::LEN.div_ceil(3) * 4;
@@ -63,11 +62,6 @@ pub(super) struct KeyInfo {
 pub(super) struct Wrapped<'a> {
     pub(super) kek: KekName,
     pub(super) body: &'a [u8],
-}
-
-#[derive(Deserialize)]
-struct Data<T> {
-    data: T,
 }
 
 #[derive(Deserialize)]
@@ -115,34 +109,32 @@ impl TransitEngine<'_> {
         format!("{}/{verb}/{key}", self.mount)
     }
 
-    fn post(&self, path: &str, body: &[u8]) -> Result<(), Fault> {
-        let token = Some(&self.session.token);
-        let asked = self
-            .session
-            .client
-            .ask(token, Ask::post(path, body), self.deadline);
-        asked.map(drop)
+    fn ask(&self, ask: Ask) -> Result<Answer, Fault> {
+        let Session { client, token, .. } = self.session;
+        client.ask(Some(token), ask, self.deadline)
+    }
+
+    fn ask_batch(&self, path: &str, items: Vec<Item>) -> Result<Answer, Fault> {
+        let Session { client, token, .. } = self.session;
+        let (count, batch) = (items.len(), json(&Batch { batch_input: items })?);
+        client.ask_batch(token, Ask::post(path, &batch).items(count), self.deadline)
     }
 
     /// The key, if there is one.
     pub(super) fn key(&self, key: &KeyName) -> Result<Option<KeyInfo>, Fault> {
-        let path = self.path("keys", key);
-        let token = Some(&self.session.token);
-        match self.session.client.ask(token, Ask::get(&path), self.deadline) {
-            Ok(answer) => {
-                let found = answer.json::<Data<KeyInfo>>()?.data;
-                // A proxy or a mount that answers with another key must not have that used.
-                if !found.name.is_empty() && found.name != key.as_str() {
-                    let name = printable(&found.name);
-                    return Err(Fault::Beside(format!(
-                        "asked for key {key}, it answers with key {name}"
-                    )));
-                }
-                Ok(Some(found))
-            }
-            Err(Fault::NotFound(why)) if why.is_empty() => Ok(None),
-            Err(fault) => Err(fault),
+        let found = match self.ask(Ask::get(&self.path("keys", key))) {
+            Ok(answer) => answer.json::<Data<KeyInfo>>()?.data,
+            Err(Fault::NotFound(why)) if why.is_empty() => return Ok(None),
+            Err(fault) => return Err(fault),
+        };
+        // A proxy or a mount that answers with another key must not have that used.
+        if !found.name.is_empty() && found.name != key.as_str() {
+            let name = printable(&found.name);
+            return Err(Fault::Beside(format!(
+                "asked for key {key}, it answers with key {name}"
+            )));
         }
+        Ok(Some(found))
     }
 
     /// The newest version of the key, if there is such a key and payloads may be wrapped under it.
@@ -157,7 +149,8 @@ impl TransitEngine<'_> {
     /// Makes a key, whose name no other key may ever have had, and looks at it.
     pub(super) fn make_key(&self, key: &KeyName, derived: bool) -> Result<u32, Fault> {
         let kind = AEAD[0];
-        self.post(&self.path("keys", key), &json(&NewKey { kind, derived })?)?;
+        let body = json(&NewKey { kind, derived })?;
+        self.ask(Ask::post(&self.path("keys", key), &body))?;
         self.newest(key, derived)?
             .ok_or_else(|| Fault::odd("a key that it made is not there"))
     }
@@ -179,15 +172,7 @@ impl TransitEngine<'_> {
             key_version: Some(kek.version),
             ..Item::default()
         };
-        let batch = json(&Batch {
-            batch_input: vec![item],
-        })?;
-        let path = self.path("encrypt", &kek.key);
-        let ask = Ask::post(&path, &batch).items(1);
-        let answer = self
-            .session
-            .client
-            .ask_batch(&self.session.token, ask, self.deadline)?;
+        let answer = self.ask_batch(&self.path("encrypt", &kek.key), vec![item])?;
         let results = results(&answer, 1)?;
         if let Some(error) = results[0].error() {
             return Err(Fault::Refused(format!("the server refuses to encrypt: {error}")));
@@ -204,54 +189,35 @@ impl TransitEngine<'_> {
     pub(super) fn decrypt(&self, wrapped: &[Wrapped]) -> Result<Vec<Payload>, Fault> {
         let mut payloads: Vec<_> = wrapped.iter().map(|_| None).collect();
         let mut scratch = SecretBytes::zeroed(PAYLOAD_TEXT).map_err(Fault::memory)?;
-        self.in_batches("decrypt", wrapped, |at, item| {
-            payloads[at] = Some(item.payload(&mut scratch)?);
-            Ok(())
-        })?;
-        Ok(payloads.into_iter().flatten().collect())
-    }
-
-    fn in_batches(
-        &self,
-        verb: &str,
-        wrapped: &[Wrapped],
-        mut take: impl FnMut(usize, &ResultItem) -> Result<(), Fault>,
-    ) -> Result<(), Fault> {
         let mut by_key: BTreeMap<&KeyName, Vec<usize>> = BTreeMap::new();
         for (at, one) in wrapped.iter().enumerate() {
             by_key.entry(&one.kek.key).or_default().push(at);
         }
         for (key, members) in by_key {
             for chunk in members.chunks(BATCH) {
-                self.one_batch(verb, key, chunk, wrapped, &mut take)?;
+                self.decrypt_batch(key, chunk, wrapped, |at, item| {
+                    payloads[at] = Some(item.payload(&mut scratch)?);
+                    Ok(())
+                })?;
             }
         }
-        Ok(())
+        Ok(payloads.into_iter().flatten().collect())
     }
 
-    fn one_batch(
+    /// Hands what each of `members` of `wrapped` came to, all under one key, to `take`.
+    fn decrypt_batch(
         &self,
-        verb: &str,
         key: &KeyName,
         members: &[usize],
         wrapped: &[Wrapped],
-        take: &mut impl FnMut(usize, &ResultItem) -> Result<(), Fault>,
+        mut take: impl FnMut(usize, &ResultItem) -> Result<(), Fault>,
     ) -> Result<(), Fault> {
         let item = |at: &usize| Item {
             ciphertext: Some(wrapped[*at].kek.ciphertext(wrapped[*at].body)),
             context: wrapped[*at].kek.context(),
             ..Item::default()
         };
-        let batch = json(&Batch {
-            batch_input: members.iter().map(item).collect(),
-        })?;
-        let path = self.path(verb, key);
-        let ask = Ask::post(&path, &batch).items(members.len());
-        let answer = match self
-            .session
-            .client
-            .ask_batch(&self.session.token, ask, self.deadline)
-        {
+        let answer = match self.ask_batch(&self.path("decrypt", key), members.iter().map(item).collect()) {
             Ok(answer) => answer,
             // The first of them stands for all.
             Err(Fault::Refused(_)) => return Err(self.why_not(&wrapped[members[0]].kek)?),
@@ -298,7 +264,7 @@ impl TransitEngine<'_> {
 
     /// Makes a new version of the key.
     pub(super) fn rotate(&self, key: &KeyName) -> Result<u32, Fault> {
-        self.post(&format!("{}/rotate", self.path("keys", key)), b"{}")?;
+        self.ask(Ask::post(&format!("{}/rotate", self.path("keys", key)), b"{}"))?;
         let found = self
             .key(key)?
             .ok_or_else(|| Fault::odd("the rotated key is not there"))?;
@@ -308,15 +274,13 @@ impl TransitEngine<'_> {
     /// Sets whether the key may be deleted.
     pub(super) fn allow_deletion(&self, key: &KeyName, allow: bool) -> Result<(), Fault> {
         let body = format!("{{\"deletion_allowed\":{allow}}}");
-        self.post(&format!("{}/config", self.path("keys", key)), body.as_bytes())
+        let path = format!("{}/config", self.path("keys", key));
+        self.ask(Ask::post(&path, body.as_bytes())).map(drop)
     }
 
     /// Deletes the key with all its versions.
     pub(super) fn delete(&self, key: &KeyName) -> Result<(), Fault> {
-        let path = self.path("keys", key);
-        let token = Some(&self.session.token);
-        let asked = self.session.client.ask(token, Ask::delete(&path), self.deadline);
-        asked.map(drop)
+        self.ask(Ask::delete(&self.path("keys", key))).map(drop)
     }
 }
 
@@ -329,7 +293,7 @@ impl KeyInfo {
         if !AEAD.contains(&self.kind.as_str()) {
             let kind = printable(&self.kind);
             return Err(Fault::Refused(format!(
-                "key {key} at the server has the type {kind}, which does not show changes: make one of type {}",
+                "key {key} at the server has the type {kind}, which does not detect changes: make one of type {}",
                 AEAD[0]
             )));
         }
@@ -353,7 +317,7 @@ impl KeyInfo {
     }
 }
 
-fn results(answer: &super::http::Answer, expected: usize) -> Result<Vec<ResultItem<'_>>, Fault> {
+fn results(answer: &Answer, expected: usize) -> Result<Vec<ResultItem<'_>>, Fault> {
     let items = answer.json::<Data<Results<'_>>>()?.data.batch_results;
     if items.len() == expected {
         Ok(items)

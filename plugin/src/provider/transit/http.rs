@@ -14,6 +14,7 @@ use ureq::http::{HeaderValue, Method, Request, Response};
 
 use super::settings::TransitSettings;
 use super::wire::{LaterResolver, Wire, is_broken};
+use crate::model::deadlines::transit::UNUSED;
 use crate::model::envelope::KekId;
 use crate::provider::ProviderError;
 use crate::provider::toolbox::printable;
@@ -24,8 +25,6 @@ use crate::secret::SecretBytes;
 const MAX_ANSWER: usize = 16 * 1024;
 /// The most connections to keep open: many VMs may start at once.
 const IDLE: usize = 16;
-/// The most time to get a connection.
-const CONNECT: Duration = Duration::from_secs(2);
 
 /// Why the server did not do as asked.
 #[derive(Debug)]
@@ -136,6 +135,12 @@ impl<'a> Ask<'a> {
     }
 }
 
+/// What most answers have their content in.
+#[derive(Deserialize)]
+pub(super) struct Data<T> {
+    pub(super) data: T,
+}
+
 /// An answer: its body may hold a key or a token.
 pub(super) struct Answer {
     pub(super) status: u16,
@@ -143,7 +148,6 @@ pub(super) struct Answer {
 }
 
 impl Answer {
-    /// Reads the body.
     pub(super) fn json<'a, T: Deserialize<'a>>(&'a self) -> Result<T, Fault> {
         serde_json::from_slice(self.body.expose()).map_err(|error| Fault::odd(&error.to_string()))
     }
@@ -160,11 +164,8 @@ impl Answer {
 
     /// Whether it has results, whatever its status says.
     fn has_data(&self) -> bool {
-        #[derive(Deserialize)]
-        struct Data {
-            data: Option<IgnoredAny>,
-        }
-        serde_json::from_slice(self.body.expose()).is_ok_and(|found: Data| found.data.is_some())
+        self.json::<Data<Option<IgnoredAny>>>()
+            .is_ok_and(|found| found.data.is_some())
     }
 
     /// Itself, unless its status says that nothing was done.
@@ -246,8 +247,7 @@ impl Client {
     /// A client that shows the certificate in `identity`; nothing is sent yet.
     pub(super) fn new(settings: &TransitSettings, identity: Option<&SecretBytes>) -> Result<Self, Fault> {
         let server_name = settings.server_name.as_ref().map(|name| name.as_str().to_owned());
-        let wire =
-            Wire::new(settings.ca.as_deref(), server_name, identity, CONNECT).map_err(Fault::NotTrusted)?;
+        let wire = Wire::new(settings.ca.as_deref(), server_name, identity).map_err(Fault::NotTrusted)?;
         let config = Agent::config_builder()
             .proxy(None)
             .max_redirects(0)
@@ -256,7 +256,7 @@ impl Client {
             .max_response_header_size(MAX_ANSWER)
             .max_idle_connections_per_host(IDLE)
             .max_idle_connections(IDLE)
-            .max_idle_age(Duration::from_secs(60))
+            .max_idle_age(UNUSED)
             .user_agent(concat!("virtseal/", env!("CARGO_PKG_VERSION")))
             .build();
         let namespace = settings

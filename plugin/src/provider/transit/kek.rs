@@ -20,7 +20,6 @@ const PREFIX: &str = "virtseal-";
 /// More than any AEAD makes of a payload.
 const MAX_BODY: usize = 4096;
 
-/// The name of a KEK.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct KekName {
     pub(super) key: KeyName,

@@ -3,24 +3,22 @@
 //!
 //! A lock takes effect at once, whatever is under way: a login that ends after it is dropped.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::engine::TransitEngine;
 use super::http::Fault;
 use super::kek;
 use super::login::{self, Session};
-use super::pace::{self, HEALTHY, ILL};
 use super::settings::{Auth, TransitSettings};
+use crate::model::deadlines::transit::FRESH;
 use crate::model::envelope::ProviderId;
+use crate::provider::toolbox::lock;
 use crate::provider::toolbox::locks::{Locks, LocksNoted};
 use crate::provider::{ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
-
-/// The link of one provider.
 pub(super) struct Link {
     pub(super) id: ProviderId,
-    pub(super) name: String,
     pub(super) settings: TransitSettings,
     state: Mutex<State>,
     /// Held while logging in: one login serves all who wait for one.
@@ -28,8 +26,6 @@ pub(super) struct Link {
     /// Held while looking at the server: the second of two looks at once must know what the first has learnt.
     looking: Mutex<()>,
 }
-
-/// Of the link.
 #[derive(Default)]
 pub(super) struct State {
     /// Without one it is locked.
@@ -50,9 +46,8 @@ enum Health {
     #[default]
     Good,
     Sealed,
+    /// Also where it answers, and serves nothing now.
     Unreachable(String),
-    /// It answers, and serves nothing now.
-    Trouble(String),
     /// The server's certificate is not trusted.
     NotTrusted(String),
     /// It does not accept what the provider was unlocked with; that is not tried again.
@@ -68,14 +63,13 @@ impl Health {
         match outcome {
             Ok(_) | Err(Fault::Provider(_)) => Self::Good,
             Err(Fault::Sealed) => Self::Sealed,
-            Err(Fault::Unreachable(why)) => Self::Unreachable(why.clone()),
+            // It may pass, so the next call tries again.
+            Err(Fault::Unreachable(why) | Fault::Trouble(why)) => Self::Unreachable(why.clone()),
             Err(Fault::NotTrusted(why)) => Self::NotTrusted(why.clone()),
             Err(Fault::Ended(why)) => Self::Ended(why.clone()),
             Err(Fault::WrongCredential) => {
                 Self::Ended("the server does not accept its credential".to_owned())
             }
-            // It may pass, so the next call tries again.
-            Err(Fault::Trouble(why)) => Self::Trouble(why.clone()),
             Err(Fault::TurnedAway(why) | Fault::WantsCertificate(why)) => Self::TurnedAway(why.clone()),
             Err(Fault::NotFound(why)) if why.is_empty() => {
                 Self::Degraded("the server does not know what it was asked for".to_owned())
@@ -89,10 +83,9 @@ impl Health {
 
 impl Link {
     /// Locked.
-    pub(super) fn new(id: ProviderId, name: &str, settings: TransitSettings) -> Self {
+    pub(super) fn new(id: ProviderId, settings: TransitSettings) -> Self {
         Self {
             id,
-            name: name.to_owned(),
             settings,
             state: Mutex::default(),
             logging_in: Mutex::default(),
@@ -110,7 +103,7 @@ impl Link {
             (Health::Good, None) => ProviderStatus::Ready,
             (Health::Good, Some(warning)) => ProviderStatus::Degraded(warning.clone()),
             (Health::Sealed, _) => ProviderStatus::Locked,
-            (Health::Unreachable(why) | Health::Trouble(why), _) => ProviderStatus::Unreachable(why.clone()),
+            (Health::Unreachable(why), _) => ProviderStatus::Unreachable(why.clone()),
             (Health::NotTrusted(why) | Health::Ended(why) | Health::TurnedAway(why), _) => {
                 ProviderStatus::NotTrusted(why.clone())
             }
@@ -153,6 +146,30 @@ impl Link {
         self.state().credential.is_some()
     }
 
+    /// What it was unlocked with, and what tells whether it was locked since.
+    pub(super) fn unlocked_with(&self) -> (Option<Arc<SecretBytes>>, LocksNoted) {
+        let state = self.state();
+        (state.credential.clone(), state.locks.noted())
+    }
+
+    /// What tells whether it is locked later on.
+    pub(super) fn locks(&self) -> LocksNoted {
+        self.state().locks.noted()
+    }
+
+    pub(super) fn was_locked(&self, since: LocksNoted) -> bool {
+        !self.state().locks.are(since)
+    }
+
+    /// Why it is not as it should be after a login.
+    pub(super) fn fault(&self) -> Option<ProviderError> {
+        match self.state().health.clone() {
+            Health::Good => None,
+            Health::Degraded(why) => Some(ProviderError::Unusable(why)),
+            _ => self.refuses(),
+        }
+    }
+
     /// Forgets credential and token.
     pub(super) fn lock(&self) {
         let mut state = self.state();
@@ -165,8 +182,7 @@ impl Link {
     }
 
     /// See [`KeyProvider::unlock`](crate::provider::KeyProvider::unlock) of the provider.
-    pub(super) fn unlock(&self, credential: &SecretBytes) -> Result<(), Fault> {
-        let since = self.state().locks.noted();
+    pub(super) fn unlock(&self, credential: &SecretBytes, since: LocksNoted) -> Result<(), Fault> {
         let deadline = Instant::now() + self.settings.timeout();
         let logged_in = Session::login(&self.settings, credential, deadline);
         self.hold(login::copy(credential)?, logged_in, since)?;
@@ -193,7 +209,7 @@ impl Link {
     }
 
     pub(super) fn state(&self) -> MutexGuard<'_, State> {
-        guard(&self.state)
+        lock(&self.state)
     }
 
     /// Takes over what a login came to.
@@ -285,7 +301,7 @@ impl Link {
         if let Some(session) = self.state().session.clone() {
             return Ok(session);
         }
-        let _logging_in = guard(&self.logging_in);
+        let _logging_in = lock(&self.logging_in);
         let since = {
             let state = self.state();
             if let Some(session) = state.session.clone() {
@@ -371,41 +387,31 @@ impl Link {
     /// Whether a call has shown lately that all is well.
     pub(super) fn is_fresh(&self) -> bool {
         let state = self.state();
-        let lately = |answered: Instant| answered.elapsed() < HEALTHY;
+        let lately = |answered: Instant| answered.elapsed() < FRESH;
         state.health == Health::Good && state.answered.is_some_and(lately)
     }
 
     /// Whether the token must be renewed.
     pub(super) fn is_due(&self) -> bool {
-        let due = self
-            .state()
+        let state = self.state();
+        state
             .session
             .as_ref()
-            .and_then(|session| session.lease().due());
-        due.is_some_and(|due| due <= Instant::now())
+            .is_some_and(|session| session.lease().is_due())
     }
 
-    /// How long it may be until the next look.
-    pub(super) fn next_look(&self) -> Duration {
-        let state = self.state();
-        let usual = if state.health == Health::Good {
-            HEALTHY
-        } else {
-            ILL
-        };
-        let lease = state.session.as_ref().map(|session| session.lease());
-        let until_due = lease.and_then(|lease| Some(lease.due()?.saturating_duration_since(Instant::now())));
-        pace::pause(usual, until_due, lease.and_then(|lease| lease.time()))
+    /// When to look at the server at the latest, for the token's sake: else that is up to who watches all providers.
+    pub(super) fn next_look(&self) -> Option<Duration> {
+        self.state().session.as_ref()?.lease().next_look()
     }
 
     /// Renews the token when it is time, else looks whether the server still takes it.
     pub(super) fn look(&self) {
-        let _looking = guard(&self.looking);
+        let _looking = lock(&self.looking);
         let deadline = Instant::now() + self.settings.timeout();
         let since = self.state().locks.noted();
         let looked = self.session(deadline).and_then(|session| {
-            let is_due = session.lease().due().is_some_and(|due| due <= Instant::now());
-            let looked = if is_due {
+            let looked = if session.lease().is_due() {
                 self.renew(&session, since, deadline)
             } else {
                 session
@@ -436,9 +442,4 @@ impl Link {
             Err(fault) => Err(fault),
         }
     }
-}
-
-pub(super) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Nothing that a panic could leave half-done is kept behind these.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::http::{Ask, Client, Fault};
+use super::http::{Answer, Ask, Client, Data, Fault};
 use super::settings::{Auth, TransitSettings};
+use crate::model::deadlines::transit::{LEAST, LEAST_OF_SHORT};
 use crate::secret::{SecretBytes, Transient};
 
 /// A token, and the connection that it was made for.
@@ -51,12 +52,19 @@ impl Lease {
         Some(self.since + time * 2 / 3)
     }
 
-    /// How long it is good for, from its making.
-    pub(super) fn time(&self) -> Option<Duration> {
-        self.time
+    pub(super) fn is_due(&self) -> bool {
+        self.due().is_some_and(|due| due <= Instant::now())
     }
 
-    /// What is left.
+    /// Until it has to be renewed. One that can't be, and comes to its end, is due all the time: that is tried seldom.
+    pub(super) fn next_look(&self) -> Option<Duration> {
+        let least = match self.time {
+            Some(time) if time < 4 * LEAST => LEAST_OF_SHORT.max(time / 8),
+            _ => LEAST,
+        };
+        Some(self.due()?.saturating_duration_since(Instant::now()).max(least))
+    }
+
     pub(super) fn left(&self) -> Option<Duration> {
         self.time
             .map(|time| (self.since + time).saturating_duration_since(Instant::now()))
@@ -77,9 +85,11 @@ struct Grant<'a> {
     renewable: bool,
 }
 
-#[derive(Deserialize)]
-struct LookedUp {
-    data: Lookup,
+impl<'a> Grant<'a> {
+    fn of(answer: &'a Answer, otherwise: &str) -> Result<Self, Fault> {
+        let granted: Granted<'a> = answer.json()?;
+        granted.auth.ok_or_else(|| Fault::odd(otherwise))
+    }
 }
 
 #[derive(Deserialize)]
@@ -133,12 +143,8 @@ impl Session {
                 Fault::Refused(_) => Fault::WrongCredential,
                 fault => fault,
             })?;
-        let granted: Granted<'_> = answer.json()?;
-        let grant = granted
-            .auth
-            .ok_or_else(|| Fault::odd("a login without a token"))?;
-        let mut token = SecretBytes::zeroed(grant.client_token.len()).map_err(Fault::memory)?;
-        token.expose_mut().copy_from_slice(grant.client_token.as_bytes());
+        let grant = Grant::of(&answer, "a login without a token")?;
+        let token = SecretBytes::copy_of(grant.client_token.as_bytes()).map_err(Fault::memory)?;
         let lease = Lease::new(grant.lease_duration, grant.renewable);
         Ok(Self { client, token, lease })
     }
@@ -172,19 +178,13 @@ impl Session {
         }
         let ask = Ask::post("auth/token/renew-self", b"{}");
         let answer = self.client.ask(Some(&self.token), ask, deadline)?;
-        let granted: Granted<'_> = answer.json()?;
-        let grant = granted
-            .auth
-            .ok_or_else(|| Fault::odd("a renewal without a token"))?;
+        let grant = Grant::of(&answer, "a renewal without a token")?;
         let lease = Lease::new(grant.lease_duration, grant.renewable);
-        let shorter = |then: Duration, now: Duration| now < then / 2;
-        if self
-            .lease
-            .time
-            .zip(lease.time)
-            .is_some_and(|(then, now)| shorter(then, now))
-        {
-            return Err(Fault::Refused("its token comes to its maximum time".to_owned()));
+        let times = self.lease.time.zip(lease.time);
+        if times.is_some_and(|(then, now)| now < then / 2) {
+            return Err(Fault::Refused(
+                "its token is near the end of its maximum lifetime".to_owned(),
+            ));
         }
         Ok(Self {
             client: self.client.clone(),
@@ -208,7 +208,7 @@ struct CertLogin<'a> {
 
 fn look_up(client: &Client, token: &SecretBytes, deadline: Instant) -> Result<Lease, Fault> {
     let answer = client.ask(Some(token), Ask::get("auth/token/lookup-self"), deadline)?;
-    let LookedUp { data } = answer.json()?;
+    let Data::<Lookup> { data } = answer.json()?;
     Ok(Lease::new(data.ttl, data.renewable))
 }
 
@@ -228,9 +228,7 @@ pub(super) fn json(value: &impl Serialize) -> Result<Transient, Fault> {
 }
 
 pub(super) fn copy(secret: &SecretBytes) -> Result<SecretBytes, Fault> {
-    let mut copy = SecretBytes::zeroed(secret.expose().len()).map_err(Fault::memory)?;
-    copy.expose_mut().copy_from_slice(secret.expose());
-    Ok(copy)
+    SecretBytes::copy_of(secret.expose()).map_err(Fault::memory)
 }
 
 #[cfg(test)]
@@ -248,5 +246,22 @@ mod tests {
             (Lease::new(0, false).due(), Lease::new(0, false).left()),
             (None, None)
         );
+    }
+
+    /// Seen before: one that can't be renewed, and is due, cost 2 to 4 requests a second.
+    #[test]
+    fn a_token_that_stays_due_is_looked_at_seldom() {
+        let begun = |seconds, ago| Lease {
+            since: Instant::now() - Duration::from_secs(ago),
+            ..Lease::new(seconds, false)
+        };
+        assert_eq!(begun(3600, 3000).next_look(), Some(LEAST));
+        assert_eq!(begun(20, 19).next_look(), Some(LEAST));
+        for seconds in 1..20 {
+            assert!(begun(seconds, seconds).next_look() >= Some(LEAST_OF_SHORT));
+        }
+        let early = begun(3600, 0).next_look().unwrap();
+        assert!(early > Duration::from_secs(2390) && early <= Duration::from_secs(2400));
+        assert_eq!(begun(0, 0).next_look(), None, "it lasts for ever");
     }
 }

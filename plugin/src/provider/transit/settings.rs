@@ -9,13 +9,43 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::api::CredentialKind;
+use crate::model::deadlines::provider::TIMEOUTS_MS;
+use crate::model::deadlines::transit::TIMEOUT_MS;
 use crate::model::envelope::ProviderId;
 use crate::provider::ScopeSetting;
+use crate::provider::setting::{Description, Form, Key, Settings};
+
+pub(in crate::provider) const SETTINGS: Settings = Settings {
+    keys: &[
+        Key::tried("address", &["address"], Form::Text),
+        Key::tried("mount", &["mount"], Form::Text),
+        Key::tried("namespace", &["namespace"], Form::Text),
+        Key::tried("auth", &["auth", "method"], Form::Choice),
+        Key::tried("role_id", &["auth", "role_id"], Form::Text),
+        Key::tried("cert_role", &["auth", "role"], Form::Text),
+        Key::tried("auth_mount", &["auth", "mount"], Form::Text),
+        Key::tried("ca", &["ca"], Form::Text),
+        Key::tried("server_name", &["server_name"], Form::Text),
+        Key::tried("timeout_ms", &["timeout_ms"], Form::Number),
+        Key::free("kek_scope", &["kek_scope"], Form::Text),
+        Key::fixed(
+            "key",
+            &["key"],
+            "what was sealed under it would not open any more",
+        ),
+        Description::KEY,
+    ],
+    check: |json| {
+        let settings = serde_json::from_value::<TransitSettings>(json)?.validated()?;
+        Ok(serde_json::to_value(settings)?)
+    },
+};
 
 /// Where the server is, how to log in, and which keys to use.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TransitSettings {
+pub(crate) struct TransitSettings {
     /// Of the server, or of what balances the load of its cluster.
     pub address: Address,
     /// Where the transit engine is mounted.
@@ -38,6 +68,9 @@ pub struct TransitSettings {
     /// The name that the server's certificate has to have, where it is not the address's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server_name: Option<HostName>,
+    /// What an admin notes of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<Description>,
     /// The provider's id on another host, to be the same one here: both open what the other sealed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<ProviderId>,
@@ -48,22 +81,16 @@ pub struct TransitSettings {
 
 impl TransitSettings {
     /// Reads the JSON of settings.
-    ///
-    /// # Errors
-    /// [`SettingsError`], for the user.
-    pub fn parse(json: &str) -> Result<Self, SettingsError> {
+    pub(crate) fn parse(json: &str) -> Result<Self, SettingsError> {
         serde_json::from_str::<Self>(json)?.validated()
     }
 
     /// Checks what can't be told from one field alone.
-    ///
-    /// # Errors
-    /// [`SettingsError`], for the user.
-    pub fn validated(self) -> Result<Self, SettingsError> {
+    pub(crate) fn validated(self) -> Result<Self, SettingsError> {
         if let Some(ca) = self.ca.as_ref().filter(|ca| !ca.is_absolute()) {
             return Err(SettingsError::RelativeCa(ca.clone()));
         }
-        if !(100..=60_000).contains(&self.timeout_ms) {
+        if !TIMEOUTS_MS.contains(&self.timeout_ms.into()) {
             return Err(SettingsError::Timeout(self.timeout_ms));
         }
         if self.key.is_some() && self.kek_scope == ScopeSetting::Vm {
@@ -76,25 +103,23 @@ impl TransitSettings {
     }
 
     /// The most time for one operation.
-    #[must_use]
-    pub fn timeout(&self) -> Duration {
+    pub(crate) fn timeout(&self) -> Duration {
         Duration::from_millis(self.timeout_ms.into())
     }
 }
 
 fn default_timeout_ms() -> u32 {
-    4000
+    TIMEOUT_MS
 }
 
 /// How to log in. The secret that belongs to it is given when the provider is unlocked.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "method", rename_all = "lowercase", deny_unknown_fields)]
-pub enum Auth {
+pub(crate) enum Auth {
     /// The secret is a token.
     Token {},
     /// The secret is the secret id of an AppRole.
     AppRole {
-        /// The role's id.
         role_id: String,
         /// Where the method is mounted.
         #[serde(default = "ApiPath::approle")]
@@ -111,21 +136,31 @@ pub enum Auth {
     },
 }
 
+impl Auth {
+    /// What the secret is.
+    pub(super) fn credential(&self) -> CredentialKind {
+        match self {
+            Self::Token {} => CredentialKind::Token,
+            Self::AppRole { .. } => CredentialKind::SecretId,
+            Self::Cert { .. } => CredentialKind::ClientKey,
+        }
+    }
+}
+
 /// `https://HOST[:PORT]`; plain `http` only to this host itself, for keys would cross the network in the clear.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Address(String);
+pub(crate) struct Address(String);
 
 impl Address {
     /// The address, without a slash at its end.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
+    #[cfg(test)]
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 
     /// Whether it is `https`.
-    #[must_use]
-    pub fn is_tls(&self) -> bool {
+    pub(crate) fn is_tls(&self) -> bool {
         self.0.starts_with("https://")
     }
 }
@@ -177,12 +212,10 @@ macro_rules! checked_text {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
-        pub struct $name(String);
+        pub(crate) struct $name(String);
 
         impl $name {
-            /// The text.
-            #[must_use]
-            pub fn as_str(&self) -> &str {
+            pub(crate) fn as_str(&self) -> &str {
                 &self.0
             }
         }
@@ -226,14 +259,12 @@ impl ApiPath {
     }
 
     /// Where the AppRole method usually is.
-    #[must_use]
-    pub fn approle() -> Self {
+    pub(crate) fn approle() -> Self {
         Self("approle".to_owned())
     }
 
     /// Where the certificate method usually is.
-    #[must_use]
-    pub fn cert() -> Self {
+    pub(crate) fn cert() -> Self {
         Self("cert".to_owned())
     }
 }
@@ -248,14 +279,11 @@ fn is_word(text: &str) -> bool {
 
 /// Why settings can't be used.
 #[derive(Debug, Error)]
-pub enum SettingsError {
-    /// Not the address of a server.
+pub(crate) enum SettingsError {
     #[error("{0:?} is not the address of a server: give https://HOST:PORT")]
     Address(String),
-    /// Keys would cross a network unencrypted.
     #[error("{0:?} would send keys over the network in the clear: use https (http is for 127.0.0.1 only)")]
     PlainHttp(String),
-    /// Not a word, or words with slashes.
     #[error("{text:?} can't be {what}: use letters, digits, '.', '_' and '-', the first a letter or a digit")]
     Text {
         /// What it was to be.
@@ -266,24 +294,19 @@ pub enum SettingsError {
     /// The daemon's working directory is not the user's.
     #[error("{} must be an absolute path", .0.display())]
     RelativeCa(PathBuf),
-    /// Out of range.
     #[error("a timeout of {0} ms makes no sense: use 100 to 60000")]
     Timeout(u32),
     /// A shared key's name, and no shared key.
     #[error("a key's name is for a shared key: add --kek-scope provider")]
     KeyWithoutScope,
-    /// A client certificate needs TLS.
     #[error("login by certificate needs an https address, not {0}")]
     CertWithoutTls(Address),
-    /// An option of another login method.
     #[error("{option} is for {belongs_to}")]
     Option {
-        /// The option.
         option: &'static str,
         /// What it is for.
         belongs_to: &'static str,
     },
-    /// Not the JSON of settings.
     #[error("the settings can't be read")]
     Json(#[from] serde_json::Error),
 }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::bao::{Bao, Proxy, secret};
 use super::*;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
+use crate::provider::kind::Kind;
 use crate::secret::Dek;
 use crate::store::Stores;
 
@@ -97,7 +98,7 @@ impl Host {
     }
 
     fn token(&self) -> String {
-        let session = self.provider.link.state().session.clone().unwrap();
+        let session = self.provider.link.get().state().session.clone().unwrap();
         String::from_utf8(session.token.expose().to_vec()).unwrap()
     }
 
@@ -110,14 +111,14 @@ impl Host {
     }
 }
 
-struct Sealed {
+pub(super) struct Sealed {
     vm: VmId,
     payload: Payload,
-    stanza: Stanza,
+    pub(super) stanza: Stanza,
 }
 
 impl Sealed {
-    fn of(provider: &TransitProvider, vm: VmId) -> Self {
+    pub(super) fn of(provider: &TransitProvider, vm: VmId) -> Self {
         let binding = Binding {
             envelope: EnvelopeId::random(),
             vm,
@@ -133,7 +134,7 @@ impl Sealed {
         Self::of(&host.provider, VmId::random())
     }
 
-    fn opened_by(&self, provider: &TransitProvider) {
+    pub(super) fn opened_by(&self, provider: &TransitProvider) {
         let opened = provider.unwrap_many(&[&self.stanza]).unwrap();
         assert_eq!(opened[0].expose(), self.payload.expose());
     }
@@ -174,7 +175,7 @@ fn sealed_and_restarted_server_is_locked_until_it_is_unsealed() {
     bao.ask("POST", "sys/seal", &json!({}));
     let error = host.refusal(&sealed);
     assert!(matches!(error, ProviderError::ServerSealed), "{error:?}");
-    let (code, next) = error.advice("vault");
+    let (code, next) = error.advice("vault", Kind::named("transit"));
     assert_eq!(code, crate::model::problem::Code::Locked);
     assert!(next.unwrap().to_string().contains("operator unseal"));
     assert_eq!(host.provider.status(), ProviderStatus::Locked);
@@ -235,7 +236,7 @@ fn expired_and_revoked_tokens_are_not_trusted_until_there_is_a_new_one() {
     let expect_refusal = || {
         let error = host.refusal(&sealed);
         assert!(matches!(error, ProviderError::CredentialRefused(_)), "{error:?}");
-        let (code, next) = error.advice("vault");
+        let (code, next) = error.advice("vault", Kind::named("transit"));
         assert_eq!(code, crate::model::problem::Code::NotTrusted);
         assert_eq!(next.unwrap().to_string(), "virtseal provider unlock vault");
         assert!(matches!(host.provider.status(), ProviderStatus::NotTrusted(_)));

@@ -16,6 +16,7 @@ use super::tests::Tested;
 use super::*;
 use crate::model::envelope::VmId;
 use crate::model::problem::Code;
+use crate::provider::kind::Kind;
 
 fn server(ca: &Authority, names: &[&str]) -> Bao {
     server_in(tempfile::tempdir().unwrap(), ca, names)
@@ -66,7 +67,7 @@ fn client_certificate_logs_in_and_stays_logged_in() {
         (String::from_utf8(stranger.key.clone()).unwrap(), "certificate"),
         (
             stranger.certificate_pem() + &expired.pem()[expired.certificate_pem().len()..],
-            "not the one of the certificate",
+            "does not belong to the certificate",
         ),
     ] {
         let error = made.unlock(&secret(&garbage)).unwrap_err();
@@ -84,13 +85,13 @@ fn client_certificate_logs_in_and_stays_logged_in() {
     made.unlock(&secret(&host.pem())).unwrap();
     let status = made.status().to_string();
     assert!(
-        status.starts_with("Degraded (the client certificate expires in "),
+        status.starts_with("degraded (the client certificate expires in "),
         "{status}"
     );
     let host = hosts.client("host1", 50);
     made.unlock(&secret(&host.pem())).unwrap();
     let kek = made.create_kek(&KekScope::Vm(VmId::random())).unwrap();
-    let token = made.link.state().session.clone().unwrap();
+    let token = made.link.get().state().session.clone().unwrap();
     let token = std::str::from_utf8(token.token.expose()).unwrap().to_owned();
     bao.ask("POST", "auth/token/revoke", &json!({"token": token}));
     assert!(made.rotate(&kek).is_ok());
@@ -271,7 +272,7 @@ fn server_that_goes_after_it_asked_for_a_certificate_has_turned_us_away() {
 
 /// Exit code 5, and this to do next.
 fn assert_leads_out(error: &ProviderError, next: &str) {
-    let (code, advice) = error.advice("vault");
+    let (code, advice) = error.advice("vault", Kind::named("transit"));
     assert_eq!((code, code as i64), (Code::NotTrusted, 5), "{error:?}");
     let advice = advice.unwrap().to_string();
     assert!(advice.contains(next), "{advice}");

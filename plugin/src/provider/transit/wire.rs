@@ -17,6 +17,8 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{Buffers, ConnectionDetails, Connector, NextTimeout, Transport};
 
 use self::buffers::WipedBuffers;
+use crate::model::deadlines::IDLE;
+use crate::model::deadlines::transit::CONNECT;
 use crate::model::problem::chain;
 use crate::provider::toolbox::address;
 use crate::provider::toolbox::identity::{ClientIdentity, NoIdentity, private_key};
@@ -31,7 +33,6 @@ pub(super) struct Wire {
     pub(super) warning: Option<String>,
     /// The name to ask for and to find in the certificate, where it is not the address's.
     server_name: Option<String>,
-    connect_timeout: Duration,
 }
 
 impl fmt::Debug for Wire {
@@ -42,14 +43,10 @@ impl fmt::Debug for Wire {
 
 impl Wire {
     /// Trusts the certificates in `ca`, the system's without it; shows the one in `client`.
-    ///
-    /// # Errors
-    /// What is wrong with the file, or with `client`.
     pub(super) fn new(
         ca: Option<&Path>,
         server_name: Option<String>,
         client: Option<&SecretBytes>,
-        connect_timeout: Duration,
     ) -> Result<Self, String> {
         let trust = ca.map_or(Ok(Trust::Host), read_ca)?;
         let client = client.map(|pem| identity(pem.expose())).transpose();
@@ -62,15 +59,14 @@ impl Wire {
             tls,
             warning: client.and_then(|client| client.warning()),
             server_name,
-            connect_timeout,
         })
     }
 
     fn open(&self, host: &str, port: u16, is_tls: bool, time: Duration) -> Result<Channel, TlsFailure> {
         let deadline = Instant::now() + time;
-        let connected = Instant::now() + time.min(self.connect_timeout);
+        let connected = Instant::now() + time.min(CONNECT);
         let addresses = address::of(host, port, None, connected)?;
-        let mut stream = address::race(addresses, connected, move |peer| {
+        let mut stream = address::connect(addresses, connected, move |peer| {
             tls::connect_tcp(peer, connected)
         })?;
         stream.deadline = deadline;
@@ -114,7 +110,7 @@ impl Resolver for LaterResolver {
 
 /// A wait without an end is an hour.
 fn limit(timeout: NextTimeout) -> Duration {
-    (*timeout.after).min(Duration::from_secs(3600))
+    (*timeout.after).min(IDLE)
 }
 
 /// What ureq is to say: of a broken connection, so that it is tried again on a new one, or the failure itself.
@@ -183,8 +179,6 @@ impl Channel {
         }
     }
 }
-
-/// One connection.
 #[derive(Debug)]
 pub(super) struct Connection {
     channel: Channel,

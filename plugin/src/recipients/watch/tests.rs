@@ -3,8 +3,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use super::*;
+use crate::api::ProviderState;
 use crate::model::envelope::{KekId, Payload, Stanza, VmId};
-use crate::provider::{DestroyReceipt, KekScope, ProviderError};
+use crate::provider::toolbox::locks::{Locks, LocksNoted};
+use crate::provider::{ChangeError, DestroyReceipt, KekScope, ProviderError, SettingsChange};
 use crate::secret::SecretBytes;
 
 const PACE: Pace = Pace {
@@ -102,7 +104,19 @@ impl KeyProvider for Moody {
 
     fn lock(&self) {}
 
-    fn unlock(&self, _: &SecretBytes) -> Result<(), ProviderError> {
+    fn change(&self, change: &SettingsChange<'_>) -> Result<(), ChangeError> {
+        Ok((change.record)()?)
+    }
+
+    fn asks_for(&self) -> Option<crate::api::CredentialKind> {
+        None
+    }
+
+    fn locks(&self) -> LocksNoted {
+        Locks::default().noted()
+    }
+
+    fn unlock_since(&self, _: LocksNoted, _: &SecretBytes) -> Result<(), ProviderError> {
         Ok(())
     }
 }
@@ -154,7 +168,10 @@ fn change_has_its_time_and_the_same_state_keeps_it() {
     assert!(changed.since >= before && changed.since >= first.since);
     *provider.status.lock().unwrap() = ProviderStatus::Unreachable("b".into());
     let same = watches.report(provider.as_ref());
-    assert_eq!((same.since, same.status.as_str()), (changed.since, "Unreachable"));
+    assert_eq!(
+        (same.since, same.status.state()),
+        (changed.since, ProviderState::Unreachable)
+    );
 }
 
 #[test]

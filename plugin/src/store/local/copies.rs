@@ -15,7 +15,7 @@ use crate::store::sqlite::rows::{Named, collect, each};
 impl HostStore {
     /// Up to `most` stale copies in `place`, of envelopes behind `after`, by envelope. Rows that can't be read are left out: what
     /// needs to know them asks for [`HostStore::needed_keks`].
-    pub fn stale_copies(
+    pub(crate) fn stale_copies(
         &self,
         place: CopyPlace,
         after: Option<EnvelopeId>,
@@ -24,17 +24,14 @@ impl HostStore {
         let after = after.map_or_else(String::new, |envelope| envelope.to_string());
         self.0.read(|connection| {
             // In the order of the primary key, so that a page costs the same wherever it is.
-            let sql = "SELECT envelope, vm, min(since), max(reason)
-                 FROM stale_copies CROSS JOIN envelopes ON id = envelope
+            let sql = "SELECT envelope, max(rowid), max(reason) FROM stale_copies
                  WHERE place = ?1 AND envelope > ?2
                  GROUP BY envelope ORDER BY envelope";
             let row_of = |row: &Row| {
                 Ok(StaleCopy {
                     envelope: parse_id("envelope", &row.get::<_, String>(0)?)?,
-                    vm: parse_id("VM", &row.get::<_, String>(1)?)?,
-                    place,
-                    since: row.get(2)?,
-                    reason: row.get(3)?,
+                    noted: row.get(1)?,
+                    reason: row.get(2)?,
                 })
             };
             let mut found = Vec::new();
@@ -55,7 +52,7 @@ impl HostStore {
     }
 
     /// How many copies are stale.
-    pub fn count_stale_copies(&self) -> Result<u64, StoreError> {
+    pub(crate) fn count_stale_copies(&self) -> Result<u64, StoreError> {
         self.0.read(|connection| {
             let count: i64 = connection.query_row(
                 "SELECT count(*) FROM (SELECT DISTINCT envelope, place FROM stale_copies)",
@@ -67,7 +64,7 @@ impl HostStore {
     }
 
     /// The KEKs that stale copies need.
-    pub fn needed_keks(&self) -> Result<Rows<NeededKek>, StoreError> {
+    pub(crate) fn needed_keks(&self) -> Result<Rows<NeededKek>, StoreError> {
         self.0.read(|connection| {
             let sql = "SELECT envelope, place, provider, kek FROM stale_copies ORDER BY envelope, place";
             let named = Named("a copy of envelope", "envelope");
@@ -86,25 +83,28 @@ impl HostStore {
     }
 
     /// Notes that a copy was found which is not what the keystore has, and needs the KEKs of its own stanzas.
-    pub fn copy_is_behind(&self, copy: &Envelope, place: CopyPlace) -> Result<(), StoreError> {
+    pub(crate) fn copy_is_behind(&self, copy: &Envelope, place: CopyPlace) -> Result<(), StoreError> {
         self.0.write(|transaction| note_stale(transaction, copy, place))
     }
 
     /// Notes what became of copies in `place`, in one transaction.
-    pub fn note_copies(&self, place: CopyPlace, news: &[(EnvelopeId, CopyNews)]) -> Result<(), StoreError> {
+    pub(crate) fn note_copies(
+        &self,
+        place: CopyPlace,
+        news: &[(StaleCopy, CopyNews)],
+    ) -> Result<(), StoreError> {
         if news.is_empty() {
             return Ok(());
         }
         self.0.write(|transaction| {
-            for (envelope, news) in news {
-                let (envelope, place) = (envelope.to_string(), place.as_str());
+            for (copy, news) in news {
+                let (envelope, place) = (copy.envelope.to_string(), place.as_str());
                 match news {
-                    CopyNews::Has(version) => transaction
+                    CopyNews::Follows => transaction
                         .prepare_cached(
-                            "DELETE FROM stale_copies WHERE envelope = ?1 AND place = ?2
-                             AND EXISTS (SELECT 1 FROM envelopes WHERE id = ?1 AND json = ?3)",
+                            "DELETE FROM stale_copies WHERE envelope = ?1 AND place = ?2 AND rowid <= ?3",
                         )?
-                        .execute(params![envelope, place, version.to_json()])?,
+                        .execute(params![envelope, place, copy.noted])?,
                     CopyNews::Stays(reason) => transaction
                         .prepare_cached(
                             "UPDATE stale_copies SET reason = ?3 WHERE envelope = ?1 AND place = ?2 AND reason <> ?3",
@@ -117,7 +117,12 @@ impl HostStore {
     }
 
     /// Keeps what an image header is about to become, until it has.
-    pub fn journal_header(&self, envelope: EnvelopeId, path: &str, patch: &[u8]) -> Result<(), StoreError> {
+    pub(crate) fn journal_header(
+        &self,
+        envelope: EnvelopeId,
+        path: &str,
+        patch: &[u8],
+    ) -> Result<(), StoreError> {
         self.0.write(|transaction| {
             transaction.execute(
                 "INSERT OR REPLACE INTO header_journal (envelope, path, patch) VALUES (?1, ?2, ?3)",
@@ -128,7 +133,7 @@ impl HostStore {
     }
 
     /// The header is what it was to become, or no longer what the journal is about.
-    pub fn forget_header(&self, envelope: EnvelopeId) -> Result<(), StoreError> {
+    pub(crate) fn forget_header(&self, envelope: EnvelopeId) -> Result<(), StoreError> {
         self.0.write(|transaction| {
             transaction.execute(
                 "DELETE FROM header_journal WHERE envelope = ?1",
@@ -139,7 +144,7 @@ impl HostStore {
     }
 
     /// The envelopes whose image headers a killed daemon was rewriting.
-    pub fn journaled_headers(&self) -> Result<Rows<EnvelopeId>, StoreError> {
+    pub(crate) fn journaled_headers(&self) -> Result<Rows<EnvelopeId>, StoreError> {
         self.0.read(|connection| {
             let sql = "SELECT envelope FROM header_journal";
             let named = Named("an image header of envelope", "envelope");
@@ -150,7 +155,10 @@ impl HostStore {
     }
 
     /// What the header of this envelope's image was to become, and the image's path.
-    pub fn journaled_header(&self, envelope: EnvelopeId) -> Result<Option<(String, Vec<u8>)>, StoreError> {
+    pub(crate) fn journaled_header(
+        &self,
+        envelope: EnvelopeId,
+    ) -> Result<Option<(String, Vec<u8>)>, StoreError> {
         self.0.read(|connection| {
             let found = connection
                 .prepare_cached("SELECT path, patch FROM header_journal WHERE envelope = ?1")?

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::model::envelope::{KekId, ProviderId};
 use crate::store::error::StoreError;
-use crate::store::host_records::{KekPersistence, PersistedKek};
+use crate::store::host_records::{CachedKek, KekEnrollment};
 use crate::store::records::Change;
 use crate::store::sqlite::database::Database;
 use crate::store::sqlite::fault::StoreFault;
@@ -17,7 +17,7 @@ use crate::store::sqlite::rows::{Named, collect};
 
 /// The rows of one provider's cache.
 #[derive(Clone, Debug)]
-pub struct KekCacheRows {
+pub(crate) struct KekCacheRows {
     pub(super) database: Arc<Database>,
     pub(super) provider: ProviderId,
 }
@@ -25,13 +25,10 @@ pub struct KekCacheRows {
 impl KekCacheRows {
     /// Changes the settings of the provider, and how its KEKs are kept across a reboot: not at all, if `None`. Those that were
     /// kept are gone.
-    ///
-    /// # Errors
-    /// [`StoreError::UnknownProvider`].
-    pub fn set(
+    pub(crate) fn set(
         &self,
         settings: &serde_json::Value,
-        persistence: Option<&KekPersistence>,
+        enrollment: Option<&KekEnrollment>,
     ) -> Result<(), StoreError> {
         let id = self.provider.to_string();
         self.database.write(|transaction| {
@@ -43,18 +40,18 @@ impl KekCacheRows {
             if rows == 0 {
                 return Err(StoreError::UnknownProvider(self.provider).into());
             }
-            if let Some(KekPersistence {
-                sealed,
+            if let Some(KekEnrollment {
+                bound,
                 salt,
                 seconds,
                 enrolled,
-            }) = persistence
+            }) = enrollment
             {
                 let seconds = i64::try_from(*seconds).unwrap_or(i64::MAX);
                 transaction.execute(
                     "INSERT INTO kek_persistence (provider, sealed, salt, seconds, enrolled)
                      VALUES (?1, ?2, ?3, ?4, ?5)",
-                    params![id, sealed, salt, seconds, enrolled],
+                    params![id, bound, salt, seconds, enrolled],
                 )?;
             }
             Ok(())
@@ -63,13 +60,13 @@ impl KekCacheRows {
     }
 
     /// How the KEKs of the provider are kept.
-    pub fn persistence(&self) -> Result<Option<KekPersistence>, StoreError> {
+    pub(crate) fn enrollment(&self) -> Result<Option<KekEnrollment>, StoreError> {
         self.database.read(|connection| {
             let found = connection
                 .prepare("SELECT sealed, salt, seconds, enrolled FROM kek_persistence WHERE provider = ?1")?
                 .query_row([self.provider.to_string()], |row| {
-                    Ok(KekPersistence {
-                        sealed: row.get(0)?,
+                    Ok(KekEnrollment {
+                        bound: row.get(0)?,
                         salt: row.get(1)?,
                         seconds: row.get::<_, i64>(2)?.unsigned_abs(),
                         enrolled: row.get(3)?,
@@ -82,7 +79,7 @@ impl KekCacheRows {
 
     /// Keeps `keks` in the place of what is kept of them, and no more than `most` of the provider, the latest. Nothing
     /// happens unless `salt` is still the one: a purge came first then.
-    pub fn put(&self, salt: &[u8], keks: &[PersistedKek], most: usize) -> Result<Change, StoreError> {
+    pub(crate) fn put(&self, salt: &[u8], keks: &[CachedKek], most: usize) -> Result<Change, StoreError> {
         let id = self.provider.to_string();
         self.database.write(|transaction| {
             let current: Option<Vec<u8>> = transaction
@@ -95,7 +92,7 @@ impl KekCacheRows {
             if current.as_deref() != Some(salt) {
                 return Ok(Change::Unchanged);
             }
-            for PersistedKek {
+            for CachedKek {
                 kek,
                 fetched,
                 expires,
@@ -118,13 +115,13 @@ impl KekCacheRows {
     }
 
     /// All that are kept of the provider, also those that have expired.
-    pub fn all(&self) -> Result<Vec<PersistedKek>, StoreError> {
+    pub(crate) fn all(&self) -> Result<Vec<CachedKek>, StoreError> {
         self.database.read(|connection| {
             let sql =
                 "SELECT kek, fetched, expires, body FROM persisted_keks WHERE provider = ?1 ORDER BY kek";
             let named = Named("a cached KEK", "kek");
             let rows = collect(connection, sql, [self.provider.to_string()], named, |row| {
-                Ok(PersistedKek {
+                Ok(CachedKek {
                     kek: KekId(row.get(0)?),
                     fetched: row.get(1)?,
                     expires: row.get(2)?,
@@ -137,7 +134,7 @@ impl KekCacheRows {
     }
 
     /// Removes these, from old pages of the file too.
-    pub fn delete(&self, keks: &[KekId]) -> Result<(), StoreError> {
+    pub(crate) fn delete(&self, keks: &[KekId]) -> Result<(), StoreError> {
         self.database.write(|transaction| {
             for kek in keks {
                 transaction.execute(
@@ -151,7 +148,7 @@ impl KekCacheRows {
     }
 
     /// Removes all of them, and has those that come later encrypted otherwise.
-    pub fn purge(&self, salt: &[u8]) -> Result<(), StoreError> {
+    pub(crate) fn purge(&self, salt: &[u8]) -> Result<(), StoreError> {
         let id = self.provider.to_string();
         self.database.write(|transaction| {
             transaction.execute("DELETE FROM persisted_keks WHERE provider = ?1", [&id])?;
@@ -183,17 +180,17 @@ mod tests {
     use super::*;
     use crate::store::{Stores, UnixTime};
 
-    fn persistence(salt: &[u8]) -> KekPersistence {
-        KekPersistence {
-            sealed: b"sealed by the TPM".to_vec(),
+    fn enrollment(salt: &[u8]) -> KekEnrollment {
+        KekEnrollment {
+            bound: b"bound to the TPM".to_vec(),
             salt: salt.to_vec(),
             seconds: 3600,
             enrolled: 7,
         }
     }
 
-    fn row(kek: &str, fetched: UnixTime) -> PersistedKek {
-        PersistedKek {
+    fn row(kek: &str, fetched: UnixTime) -> CachedKek {
+        CachedKek {
             kek: KekId(kek.to_owned()),
             fetched,
             expires: fetched + 3600,
@@ -229,7 +226,7 @@ mod tests {
         let (stores, id) = with_provider(dir.path());
         let settings = serde_json::json!({"cache": "24h"});
         let put =
-            |salt: &[u8], rows: &[PersistedKek]| stores.host_store.kek_cache(id).put(salt, rows, 3).unwrap();
+            |salt: &[u8], rows: &[CachedKek]| stores.host_store.kek_cache(id).put(salt, rows, 3).unwrap();
         assert_eq!(
             put(b"one", &[row("a", 1)]),
             Change::Unchanged,
@@ -238,11 +235,11 @@ mod tests {
         stores
             .host_store
             .kek_cache(id)
-            .set(&settings, Some(&persistence(b"one")))
+            .set(&settings, Some(&enrollment(b"one")))
             .unwrap();
         assert_eq!(
-            stores.host_store.kek_cache(id).persistence().unwrap(),
-            Some(persistence(b"one"))
+            stores.host_store.kek_cache(id).enrollment().unwrap(),
+            Some(enrollment(b"one"))
         );
         assert_eq!(
             stores.keystore.providers().unwrap().whole().unwrap()[0].settings,
@@ -275,9 +272,9 @@ mod tests {
         assert_eq!(put(b"two", &rows), Change::Changed);
         stores.host_store.kek_cache(id).set(&settings, None).unwrap();
         assert!(
-            names(&stores, id).is_empty() && stores.host_store.kek_cache(id).persistence().unwrap().is_none()
+            names(&stores, id).is_empty() && stores.host_store.kek_cache(id).enrollment().unwrap().is_none()
         );
-        assert!(!is_on_disk(dir.path(), b"ciphertext") && !is_on_disk(dir.path(), b"sealed by"));
+        assert!(!is_on_disk(dir.path(), b"ciphertext") && !is_on_disk(dir.path(), b"bound to"));
     }
 
     #[test]
@@ -288,22 +285,25 @@ mod tests {
         stores
             .host_store
             .kek_cache(id)
-            .set(&settings, Some(&persistence(b"one")))
+            .set(&settings, Some(&enrollment(b"one")))
             .unwrap();
         stores
             .host_store
             .kek_cache(id)
             .put(b"one", &[row("a", 1)], 9)
             .unwrap();
-        stores.keystore.delete_provider(id).unwrap();
+        stores
+            .keystore
+            .delete_provider(id, crate::store::IfNeeded::Goes)
+            .unwrap();
         assert!(
-            names(&stores, id).is_empty() && stores.host_store.kek_cache(id).persistence().unwrap().is_none()
+            names(&stores, id).is_empty() && stores.host_store.kek_cache(id).enrollment().unwrap().is_none()
         );
         assert!(
             stores
                 .host_store
                 .kek_cache(id)
-                .set(&settings, Some(&persistence(b"one")))
+                .set(&settings, Some(&enrollment(b"one")))
                 .is_err()
         );
     }

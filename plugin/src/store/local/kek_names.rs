@@ -24,7 +24,7 @@ fn scope_text(scope: &KekScope) -> String {
 
 /// The names of one provider's KEKs, and which of its KEKs are in use.
 #[derive(Clone, Debug)]
-pub struct KekNames {
+pub(crate) struct KekNames {
     pub(super) database: Arc<Database>,
     pub(super) shared: Arc<dyn EnvelopeStore>,
     pub(super) provider: ProviderId,
@@ -35,7 +35,7 @@ impl KekNames {
     ///
     /// # Errors
     /// Also when the name was noted before.
-    pub fn plan(&self, scope: &KekScope, name: &str) -> Result<(), StoreError> {
+    pub(crate) fn plan(&self, scope: &KekScope, name: &str) -> Result<(), StoreError> {
         self.database.write(|transaction| {
             transaction.execute(
                 "INSERT INTO kek_names (provider, name, scope, kek, since) VALUES (?1, ?2, ?3, NULL, ?4)",
@@ -46,7 +46,7 @@ impl KekNames {
     }
 
     /// Notes which KEK bears a name.
-    pub fn note_kek(&self, name: &str, kek: &KekId) -> Result<(), StoreError> {
+    pub(crate) fn note_kek(&self, name: &str, kek: &KekId) -> Result<(), StoreError> {
         self.database.write(|transaction| {
             transaction.execute(
                 "UPDATE kek_names SET kek = ?3 WHERE provider = ?1 AND name = ?2",
@@ -57,7 +57,7 @@ impl KekNames {
     }
 
     /// Notes that no KEK bears a name, nor ever will.
-    pub fn forget(&self, name: &str) -> Result<(), StoreError> {
+    pub(crate) fn forget(&self, name: &str) -> Result<(), StoreError> {
         self.database.write(|transaction| {
             transaction.execute(
                 "DELETE FROM kek_names WHERE provider = ?1 AND name = ?2 AND kek IS NULL",
@@ -68,7 +68,7 @@ impl KekNames {
     }
 
     /// The names for `scope`, the latest first.
-    pub fn of_scope(&self, scope: &KekScope) -> Result<Vec<KekNameRecord>, StoreError> {
+    pub(crate) fn of_scope(&self, scope: &KekScope) -> Result<Vec<KekNameRecord>, StoreError> {
         self.database.read(|connection| {
             let sql =
                 "SELECT name, kek FROM kek_names WHERE provider = ?1 AND scope = ?2 ORDER BY rowid DESC";
@@ -85,7 +85,7 @@ impl KekNames {
     }
 
     /// The KEKs of the provider that the envelopes of `vm`, or of all VMs, have stanzas of now.
-    pub fn keks_of_envelopes(&self, vm: Option<VmId>) -> Result<Vec<KekId>, StoreError> {
+    pub(crate) fn keks_of_envelopes(&self, vm: Option<VmId>) -> Result<Vec<KekId>, StoreError> {
         let records = match vm {
             Some(vm) => self.shared.envelopes_of(vm)?,
             None => self.shared.envelopes()?,
@@ -104,7 +104,7 @@ impl KekNames {
     }
 
     /// The KEKs of the provider that jobs have taken out of use, for whichever VM.
-    pub fn retired(&self) -> Result<HashSet<KekId>, StoreError> {
+    pub(crate) fn retired(&self) -> Result<HashSet<KekId>, StoreError> {
         self.shared.retired_of(self.provider)
     }
 }

@@ -1,4 +1,4 @@
-//! The root keys of native providers, each sealed by its passphrase, and what this host's TPM opens besides: one row a provider
+//! The root keys of native providers, each encrypted by its passphrase, and what this host's TPM opens besides: one row a provider
 //! at the most.
 
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use crate::model::envelope::ProviderId;
 use crate::model::problem::chain;
 use crate::store::error::StoreError;
-use crate::store::host_records::{NativeRoot, TpmRenewal, TpmSeal};
+use crate::store::host_records::{BoundRoots, NativeRoot, TpmRenewal};
 use crate::store::records::Change;
 use crate::store::sqlite::database::{Database, now};
 use crate::store::sqlite::fault::StoreFault;
@@ -16,14 +16,14 @@ use crate::store::sqlite::rows;
 
 /// The rows of one native provider.
 #[derive(Clone, Debug)]
-pub struct NativeRows {
+pub(crate) struct NativeRows {
     pub(super) database: Arc<Database>,
     pub(super) provider: ProviderId,
 }
 
 impl NativeRows {
-    /// The newest sealed root key.
-    pub fn root(&self) -> Result<Option<NativeRoot>, StoreError> {
+    /// The newest encrypted root key.
+    pub(crate) fn root(&self) -> Result<Option<NativeRoot>, StoreError> {
         self.database.read(|connection| {
             let sql = "SELECT generation, sealed, backed_up_at FROM native_roots WHERE provider = ?1
                  ORDER BY generation DESC LIMIT 1";
@@ -31,7 +31,7 @@ impl NativeRows {
             rows::one(connection, sql, [self.provider.to_string()], &named, |row| {
                 Ok(NativeRoot {
                     generation: row.get(0)?,
-                    sealed: row.get(1)?,
+                    encrypted: row.get(1)?,
                     backed_up_at: row.get(2)?,
                 })
             })
@@ -44,7 +44,11 @@ impl NativeRows {
     ///
     /// # Errors
     /// [`StoreError::UnknownProvider`], and when it has a root key of this generation or a later one.
-    pub fn add_root(&self, root: &NativeRoot, renewal: Option<&TpmRenewal>) -> Result<Change, StoreError> {
+    pub(crate) fn add_root(
+        &self,
+        root: &NativeRoot,
+        renewal: Option<&TpmRenewal>,
+    ) -> Result<Change, StoreError> {
         let renewed = self.database.write(|transaction| {
             let newest = newest_generation(transaction, self.provider)?;
             if root.generation != newest + 1 {
@@ -71,7 +75,7 @@ impl NativeRows {
     ///
     /// # Errors
     /// [`StoreError::UnknownProvider`] when there is no such root key.
-    pub fn mark_backed_up(&self, generation: u32) -> Result<(), StoreError> {
+    pub(crate) fn mark_backed_up(&self, generation: u32) -> Result<(), StoreError> {
         self.database.write(|transaction| {
             let rows = transaction.execute(
                 "UPDATE native_roots SET backed_up_at = ?3 WHERE provider = ?1 AND generation = ?2",
@@ -84,21 +88,21 @@ impl NativeRows {
         })
     }
 
-    /// Puts `seal` in the place of the one there is, if any: that one may ask for less, and opens nothing any more.
+    /// Puts `bound` in the place of the one there is, if any: that one may ask for less, and opens nothing any more.
     ///
     /// # Errors
     /// [`StoreError::UnknownProvider`], and when a later root key has come meanwhile: it would be missing.
-    pub fn put_tpm_seal(&self, seal: &TpmSeal) -> Result<(), StoreError> {
+    pub(crate) fn put_bound_roots(&self, bound: &BoundRoots) -> Result<(), StoreError> {
         self.database.write(|transaction| {
-            check_newest(transaction, self.provider, seal)?;
+            check_newest(transaction, self.provider, bound)?;
             transaction.execute(
                 "INSERT OR REPLACE INTO tpm_seals (provider, generation, sealed_key, roots, enrolled)
                  VALUES (?1, ?2, ?3, ?4, ?5)",
                 params![
                     self.provider.to_string(),
-                    seal.generation,
-                    seal.sealed_key,
-                    seal.roots,
+                    bound.generation,
+                    bound.bound_key,
+                    bound.roots,
                     now()
                 ],
             )?;
@@ -108,10 +112,7 @@ impl NativeRows {
     }
 
     /// Puts a renewed row in the place of the one that it was made from; one that was replaced or removed meanwhile stays so.
-    ///
-    /// # Errors
-    /// As [`NativeRows::put_tpm_seal`].
-    pub fn renew_tpm_seal(&self, renewal: &TpmRenewal) -> Result<Change, StoreError> {
+    pub(crate) fn renew_bound_roots(&self, renewal: &TpmRenewal) -> Result<Change, StoreError> {
         let renewed = self
             .database
             .write(|transaction| renew(transaction, self.provider, renewal))?;
@@ -120,27 +121,27 @@ impl NativeRows {
     }
 
     /// What the TPM opens, if anything.
-    pub fn tpm_seal(&self) -> Result<Option<TpmSeal>, StoreError> {
+    pub(crate) fn bound_roots(&self) -> Result<Option<BoundRoots>, StoreError> {
         self.database.read(|connection| {
-            let seal = connection
+            let bound = connection
                 .prepare_cached(
                     "SELECT generation, sealed_key, roots, enrolled FROM tpm_seals WHERE provider = ?1",
                 )?
                 .query_row([self.provider.to_string()], |row| {
-                    Ok(TpmSeal {
+                    Ok(BoundRoots {
                         generation: row.get(0)?,
-                        sealed_key: row.get(1)?,
+                        bound_key: row.get(1)?,
                         roots: row.get(2)?,
                         enrolled: row.get(3)?,
                     })
                 })
                 .optional()?;
-            Ok(seal)
+            Ok(bound)
         })
     }
 
     /// Removes it: the TPM opens the provider no more, not from old pages of this file either.
-    pub fn delete_tpm_seal(&self) -> Result<Change, StoreError> {
+    pub(crate) fn delete_bound_roots(&self) -> Result<Change, StoreError> {
         let change = self.database.write(|transaction| {
             let sql = "DELETE FROM tpm_seals WHERE provider = ?1";
             Ok(Change::of_rows(
@@ -163,9 +164,9 @@ fn renew(
          WHERE provider = ?1 AND sealed_key = ?2",
         params![
             provider.to_string(),
-            before.sealed_key,
+            before.bound_key,
             after.generation,
-            after.sealed_key,
+            after.bound_key,
             after.roots,
             now()
         ],
@@ -173,14 +174,14 @@ fn renew(
     Ok(Change::of_rows(rows))
 }
 
-fn check_newest(connection: &Connection, provider: ProviderId, seal: &TpmSeal) -> Result<(), StoreFault> {
+fn check_newest(connection: &Connection, provider: ProviderId, bound: &BoundRoots) -> Result<(), StoreFault> {
     let newest = newest_generation(connection, provider)?;
-    if seal.generation == newest {
+    if bound.generation == newest {
         return Ok(());
     }
     Err(StoreError::Inconsistent {
         row: format!("of the TPM for provider {provider}"),
-        why: format!("it has root key {}, and {newest} is the newest", seal.generation),
+        why: format!("it has root key {}, and {newest} is the newest", bound.generation),
     }
     .into())
 }
@@ -195,7 +196,7 @@ pub(super) fn insert_root(
         params![
             provider.to_string(),
             root.generation,
-            root.sealed,
+            root.encrypted,
             root.backed_up_at
         ],
     )?;
@@ -223,15 +224,15 @@ mod tests {
     fn root(generation: u32) -> NativeRoot {
         NativeRoot {
             generation,
-            sealed: b"age".to_vec(),
+            encrypted: b"age".to_vec(),
             backed_up_at: None,
         }
     }
 
-    fn seal(generation: u32) -> TpmSeal {
-        TpmSeal {
+    fn bound(generation: u32) -> BoundRoots {
+        BoundRoots {
             generation,
-            sealed_key: b"blob".to_vec(),
+            bound_key: b"blob".to_vec(),
             roots: b"ciphertext of the root keys".to_vec(),
             enrolled: 0,
         }
@@ -250,33 +251,33 @@ mod tests {
         let stores = Stores::open(dir.path()).unwrap();
         let id = ProviderId::random();
         assert!(matches!(
-            stores.host_store.native(id).put_tpm_seal(&seal(1)),
+            stores.host_store.native(id).put_bound_roots(&bound(1)),
             Err(StoreError::UnknownProvider(_))
         ));
         stores.providers().insert_native(id, "main", &root(1)).unwrap();
-        assert_eq!(stores.host_store.native(id).tpm_seal().unwrap(), None);
-        assert!(stores.host_store.native(id).put_tpm_seal(&seal(2)).is_err());
-        stores.host_store.native(id).put_tpm_seal(&seal(1)).unwrap();
+        assert_eq!(stores.host_store.native(id).bound_roots().unwrap(), None);
+        assert!(stores.host_store.native(id).put_bound_roots(&bound(2)).is_err());
+        stores.host_store.native(id).put_bound_roots(&bound(1)).unwrap();
         stores.host_store.native(id).add_root(&root(2), None).unwrap();
-        assert!(stores.host_store.native(id).put_tpm_seal(&seal(1)).is_err());
+        assert!(stores.host_store.native(id).put_bound_roots(&bound(1)).is_err());
         let roots = b"stricter".to_vec();
         stores
             .host_store
             .native(id)
-            .put_tpm_seal(&TpmSeal { roots, ..seal(2) })
+            .put_bound_roots(&BoundRoots { roots, ..bound(2) })
             .unwrap();
         assert!(!is_on_disk(dir.path(), b"ciphertext"));
         assert!(is_on_disk(dir.path(), b"stricter"));
-        let found = stores.host_store.native(id).tpm_seal().unwrap().unwrap();
+        let found = stores.host_store.native(id).bound_roots().unwrap().unwrap();
         assert_eq!(found.generation, 2);
         assert!(found.enrolled > 0);
 
         assert_eq!(
-            stores.host_store.native(id).delete_tpm_seal().unwrap(),
+            stores.host_store.native(id).delete_bound_roots().unwrap(),
             Change::Changed
         );
         assert_eq!(
-            stores.host_store.native(id).delete_tpm_seal().unwrap(),
+            stores.host_store.native(id).delete_bound_roots().unwrap(),
             Change::Unchanged
         );
         assert!(!is_on_disk(dir.path(), b"stricter"));
@@ -289,8 +290,11 @@ mod tests {
         let stores = Stores::open(dir.path()).unwrap();
         let id = ProviderId::random();
         stores.providers().insert_native(id, "main", &root(1)).unwrap();
-        stores.host_store.native(id).put_tpm_seal(&seal(1)).unwrap();
-        stores.keystore.delete_provider(id).unwrap();
-        assert_eq!(stores.host_store.native(id).tpm_seal().unwrap(), None);
+        stores.host_store.native(id).put_bound_roots(&bound(1)).unwrap();
+        stores
+            .keystore
+            .delete_provider(id, crate::store::IfNeeded::Goes)
+            .unwrap();
+        assert_eq!(stores.host_store.native(id).bound_roots().unwrap(), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Notes of this host: how long its audit log was, and which VMs were saved to a file.
+//! Notes of this host: how long its audit log was, which VMs were saved to a file, and which run with QEMU's master key on a disk.
 
 use rusqlite::params;
 
@@ -12,10 +12,7 @@ use crate::store::sqlite::rows::{self, Named, collect};
 
 impl HostStore {
     /// How long the audit log was when this was last noted; `None` before the first time.
-    ///
-    /// # Errors
-    /// [`StoreError::Inconsistent`] when the note is damaged.
-    pub fn audit_anchor(&self) -> Result<Option<AuditAnchor>, StoreError> {
+    pub(crate) fn audit_anchor(&self) -> Result<Option<AuditAnchor>, StoreError> {
         self.0.read(|connection| {
             let sql = "SELECT seq, hash FROM audit_anchor";
             rows::one(connection, sql, [], "the length of the audit log", |row| {
@@ -28,7 +25,7 @@ impl HostStore {
     }
 
     /// Notes how long the audit log is. Only what is on disk there may be noted.
-    pub fn set_audit_anchor(&self, anchor: AuditAnchor) -> Result<(), StoreError> {
+    pub(crate) fn set_audit_anchor(&self, anchor: AuditAnchor) -> Result<(), StoreError> {
         self.0.write(|transaction| {
             transaction
                 .prepare_cached("INSERT OR REPLACE INTO audit_anchor (one, seq, hash) VALUES (1, ?1, ?2)")?
@@ -38,7 +35,7 @@ impl HostStore {
     }
 
     /// Notes that `vm` was saved to a file, unless that is known.
-    pub fn note_saved(&self, vm: VmId, envelopes: &[Envelope]) -> Result<(), StoreError> {
+    pub(crate) fn note_saved(&self, vm: VmId, envelopes: &[Envelope]) -> Result<(), StoreError> {
         let texts = saved_texts(envelopes);
         self.0.write(|transaction| {
             transaction.execute(
@@ -50,22 +47,54 @@ impl HostStore {
     }
 
     /// The VM runs again: whatever file it was saved to is the past.
-    pub fn forget_saved(&self, vm: VmId) -> Result<(), StoreError> {
+    pub(crate) fn forget_saved(&self, vm: VmId) -> Result<(), StoreError> {
+        self.forget_note("saved_states", vm)
+    }
+
+    /// Notes that `vm` is started with QEMU's master key on a disk, and why.
+    pub(crate) fn note_master_key_on_disk(&self, vm: VmId, why: &str) -> Result<(), StoreError> {
+        self.0.write(|transaction| {
+            transaction.execute(
+                "INSERT OR REPLACE INTO master_keys_on_disk (vm, why) VALUES (?1, ?2)",
+                params![vm.to_string(), why],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// The VM has ended, or its key is kept off the disks now.
+    pub(crate) fn forget_master_key_on_disk(&self, vm: VmId) -> Result<(), StoreError> {
+        self.forget_note("master_keys_on_disk", vm)
+    }
+
+    /// The VMs whose master key is on a disk while they run, each with the reason.
+    pub(crate) fn master_keys_on_disk(&self) -> Result<Rows<(VmId, String)>, StoreError> {
+        self.0.read(|connection| {
+            let sql = "SELECT vm, why FROM master_keys_on_disk ORDER BY vm";
+            let named = Named("the note about the master key of VM", "vm");
+            collect(connection, sql, [], named, |row| {
+                Ok((parse_id("VM", &row.get::<_, String>(0)?)?, row.get(1)?))
+            })
+        })
+    }
+
+    /// Reads first: most VMs have none, and a write is synced.
+    fn forget_note(&self, table: &'static str, vm: VmId) -> Result<(), StoreError> {
         let is_noted = self.0.read(|connection| {
-            let mut noted = connection.prepare_cached("SELECT 1 FROM saved_states WHERE vm = ?1")?;
+            let mut noted = connection.prepare_cached(&format!("SELECT 1 FROM {table} WHERE vm = ?1"))?;
             Ok(noted.exists([vm.to_string()])?)
         })?;
         if !is_noted {
             return Ok(());
         }
         self.0.write(|transaction| {
-            transaction.execute("DELETE FROM saved_states WHERE vm = ?1", [vm.to_string()])?;
+            transaction.execute(&format!("DELETE FROM {table} WHERE vm = ?1"), [vm.to_string()])?;
             Ok(())
         })
     }
 
     /// The VMs that were saved to a file and have not run since.
-    pub fn saved_states(&self) -> Result<Rows<SavedState>, StoreError> {
+    pub(crate) fn saved_states(&self) -> Result<Rows<SavedState>, StoreError> {
         self.0.read(|connection| {
             let sql = "SELECT vm, since, envelopes FROM saved_states ORDER BY vm";
             let named = Named("the saved state of VM", "vm");
@@ -93,7 +122,7 @@ impl HostStore {
     }
 
     /// Takes back what was known of a saved VM; what is known by now stays.
-    pub fn bring_back_saved(&self, saved: &SavedState) -> Result<(), StoreError> {
+    pub(crate) fn bring_back_saved(&self, saved: &SavedState) -> Result<(), StoreError> {
         self.insert_saved(saved)
     }
 
@@ -145,5 +174,20 @@ mod tests {
         stores.host_store.forget_saved(VmId::random()).unwrap();
         stores.host_store.forget_saved(vm).unwrap();
         assert_eq!(stores.host_store.saved_states().unwrap().whole().unwrap(), []);
+    }
+
+    #[test]
+    fn a_master_key_on_a_disk_is_known_until_the_vm_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Stores::open(dir.path()).unwrap().host_store;
+        let vm = VmId::random();
+        for why in ["no tmpfs", "no directory"] {
+            store.note_master_key_on_disk(vm, why).unwrap();
+            let known = store.master_keys_on_disk().unwrap().whole().unwrap();
+            assert_eq!(known, [(vm, why.to_owned())]);
+        }
+        store.forget_master_key_on_disk(VmId::random()).unwrap();
+        store.forget_master_key_on_disk(vm).unwrap();
+        assert_eq!(store.master_keys_on_disk().unwrap().whole().unwrap(), []);
     }
 }

@@ -16,7 +16,7 @@ use crate::store::sqlite::providers;
 
 /// Who is there, and the handles that each of them gets. A provider keeps its handles, and not this.
 #[derive(Clone, Debug)]
-pub struct ProviderTable {
+pub(crate) struct ProviderTable {
     shared: Arc<dyn EnvelopeStore>,
     host: HostStore,
 }
@@ -27,17 +27,13 @@ impl ProviderTable {
     }
 
     /// The state directory, where a provider has files of its own.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
+    pub(crate) fn dir(&self) -> &Path {
         self.host.dir()
     }
 
     /// Refuses a name that is taken, and an id that is there already: before anybody does long work for one. What
     /// [`ProviderTable::insert`] says counts.
-    ///
-    /// # Errors
-    /// [`StoreError::ProviderNameTaken`] and [`StoreError::ProviderExists`].
-    pub fn refuse_taken(&self, name: &str, id: Option<ProviderId>) -> Result<(), StoreError> {
+    pub(crate) fn refuse_taken(&self, name: &str, id: Option<ProviderId>) -> Result<(), StoreError> {
         for known in self.shared.providers()?.sound {
             if known.name == name {
                 return Err(StoreError::ProviderNameTaken(known.name));
@@ -53,10 +49,7 @@ impl ProviderTable {
     }
 
     /// Adds a provider of any kind but native. The first one becomes the default.
-    ///
-    /// # Errors
-    /// [`StoreError::ProviderNameTaken`] and [`StoreError::ProviderExists`].
-    pub fn insert(
+    pub(crate) fn insert(
         &self,
         id: ProviderId,
         name: &str,
@@ -67,10 +60,7 @@ impl ProviderTable {
     }
 
     /// Adds a native provider together with its sealed root key, in one transaction.
-    ///
-    /// # Errors
-    /// As [`ProviderTable::insert`].
-    pub fn insert_native(
+    pub(crate) fn insert_native(
         &self,
         id: ProviderId,
         name: &str,
@@ -84,20 +74,17 @@ impl ProviderTable {
     }
 
     /// The root keys of a native provider.
-    #[must_use]
-    pub fn native(&self, provider: ProviderId) -> NativeRows {
+    pub(crate) fn native(&self, provider: ProviderId) -> NativeRows {
         self.host.native(provider)
     }
 
     /// The KEKs of a provider that outlive a reboot.
-    #[must_use]
-    pub fn kek_cache(&self, provider: ProviderId) -> KekCacheRows {
+    pub(crate) fn kek_cache(&self, provider: ProviderId) -> KekCacheRows {
         self.host.kek_cache(provider)
     }
 
     /// What the KEKs of a provider are called, and which of them are in use.
-    #[must_use]
-    pub fn kek_names(&self, provider: ProviderId) -> KekNames {
+    pub(crate) fn kek_names(&self, provider: ProviderId) -> KekNames {
         KekNames {
             database: Arc::clone(&self.host.0),
             shared: Arc::clone(&self.shared),

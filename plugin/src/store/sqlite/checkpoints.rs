@@ -10,13 +10,9 @@ use std::time::Duration;
 
 use super::schema;
 use crate::host::file_error::FileError;
+use crate::model::deadlines::store::{CHECKPOINT_AGAIN, GATHER};
 use crate::model::problem::chain;
 use crate::store::error::StoreError;
-
-/// Changes that follow each other share one.
-const GATHER: Duration = Duration::from_secs(2);
-/// After one that failed, or that met a reader.
-const AGAIN: Duration = Duration::from_secs(1);
 
 /// The thread, until this is dropped.
 #[derive(Debug)]
@@ -100,7 +96,7 @@ impl Shared {
             }
             has_failed = done.is_err();
             let is_whole = matches!(done, Ok(true));
-            wait = if is_whole { GATHER } else { AGAIN };
+            wait = if is_whole { GATHER } else { CHECKPOINT_AGAIN };
             if !is_whole {
                 self.lock().is_due = true;
             }
@@ -155,7 +151,7 @@ mod tests {
         reader.execute_batch("BEGIN; SELECT * FROM vms").unwrap();
         database.remember_vm(VmId::random(), "web01").unwrap();
         assert!(!database.checkpoint().unwrap(), "the reader does not pin the log");
-        std::thread::sleep(GATHER + AGAIN / 2);
+        std::thread::sleep(GATHER + CHECKPOINT_AGAIN / 2);
         reader.execute_batch("COMMIT").unwrap();
         drop(reader);
         let began = Instant::now();

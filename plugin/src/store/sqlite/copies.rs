@@ -18,7 +18,8 @@ pub(crate) fn note_stale(
         return Ok(());
     }
     let mut insert = transaction.prepare_cached(
-        "INSERT OR IGNORE INTO stale_copies (envelope, place, provider, kek, since, reason)
+        // With a new number, so that who brings it up to date now sees that it was noted again.
+        "INSERT OR REPLACE INTO stale_copies (envelope, place, provider, kek, since, reason)
          SELECT ?1, ?2, ?3, ?4, ?5, '' FROM envelopes WHERE id = ?1",
     )?;
     for stanza in &old.stanzas {

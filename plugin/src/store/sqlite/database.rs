@@ -5,7 +5,7 @@
 //! change is on the disk when its call returns, and a file that can't be trusted is refused and left alone.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -181,20 +181,12 @@ fn private_directory(dir: &Path) -> Result<(), StoreError> {
 fn lock_directory(dir: &Path) -> Result<Flock<File>, StoreError> {
     let path = dir.join(Database::LOCK);
     let mut file = open_private(&path).map_err(FileError::of("open the lock file", &path))?;
-    let mut holder = String::new();
     // Only for the message below: the lock decides, not what the file says.
-    let _ = (&mut file).take(20).read_to_string(&mut holder);
+    let holder = StoreError::pid_in(&mut file);
     let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         nix::errno::Errno::EWOULDBLOCK => StoreError::InUse {
             dir: dir.to_owned(),
-            holder: format!(
-                "pid {}",
-                if holder.is_empty() {
-                    "unknown"
-                } else {
-                    holder.trim()
-                }
-            ),
+            holder,
         },
         errno => FileError::of("lock", &path)(errno.into()).into(),
     })?;

@@ -5,7 +5,7 @@ use rusqlite::{Connection, Row, Transaction, params};
 use super::database::{Database, now};
 use super::fault::StoreFault;
 use super::rows::{self, Named};
-use super::{copies, left_behind};
+use super::{copies, left_behind, providers};
 use crate::model::envelope::{Envelope, EnvelopeId, Verified, VmId};
 use crate::store::damage::Rows;
 use crate::store::error::StoreError;
@@ -26,6 +26,7 @@ impl Envelopes for Database {
             if find(transaction, envelope.id)?.is_some() {
                 return Err(StoreError::EnvelopeExists(envelope.id).into());
             }
+            providers::refuse_deleted(transaction, &envelope.stanzas)?;
             insert(transaction, envelope, EnvelopeState::Pending, location)
         })
     }

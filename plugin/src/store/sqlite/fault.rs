@@ -63,6 +63,6 @@ fn of_file(path: &Path, error: rusqlite::Error) -> StoreError {
             StoreError::ReadOnly { path, source }
         }
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Busy { path, source },
-        _ => StoreError::Sqlite { path, source },
+        _ => StoreError::Backend { path, source },
     }
 }

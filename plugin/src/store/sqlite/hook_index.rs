@@ -57,6 +57,8 @@ pub(crate) struct AfterCommit(Option<Entries>);
 impl HookIndex {
     /// The file's name in the state directory.
     pub(crate) const FILE: &'static str = "hook.index";
+    /// What it is called while it is written.
+    pub(crate) const NEW: &'static str = ".hook.index.new";
 
     /// For the database behind `connection`, whose changes `changes` hears of.
     pub(crate) fn of(connection: &Connection, directory: &Path, changes: Arc<Changes>) -> Self {
@@ -170,7 +172,7 @@ impl HookIndex {
 
     fn write(&self, text: &str) -> io::Result<Identity> {
         // One daemon at a time has this directory, so the name is free.
-        let temporary = self.directory.join(".hook.index.new");
+        let temporary = self.directory.join(Self::NEW);
         let _ = fs::remove_file(&temporary);
         let mut file = OpenOptions::new()
             .write(true)
@@ -269,11 +271,11 @@ mod tests {
     use super::*;
     use crate::model::envelope::VmId;
     use crate::model::envelope::fixture::envelope;
-    use crate::store::{HostStore, Stores};
+    use crate::store::Stores;
 
     /// What the file names: envelopes, VMs.
     fn named(dir: &Path) -> (Vec<String>, Vec<String>) {
-        let text = fs::read_to_string(dir.join(HostStore::HOOK_INDEX)).unwrap();
+        let text = fs::read_to_string(dir.join(HookIndex::FILE)).unwrap();
         let lines = || text.lines().skip(2).filter(|line| line.len() >= 32);
         let envelopes = lines().filter_map(|line| Some(line.split_once(' ')?.0.to_owned()));
         let vms = lines().filter(|line| !line.contains(' ')).map(str::to_owned);
@@ -355,7 +357,7 @@ mod tests {
         // It keeps off all that it should, so starts go on; as long as it is what was written.
         stores.host_store.ensure_hook_index().unwrap();
         assert_eq!(named(dir.path()).0.len(), 1);
-        let index = dir.path().join(HostStore::HOOK_INDEX);
+        let index = dir.path().join(HookIndex::FILE);
         fs::copy(&index, dir.path().join("kept")).unwrap();
         fs::remove_file(&index).unwrap();
         assert!(stores.host_store.ensure_hook_index().is_err());
@@ -371,7 +373,7 @@ mod tests {
     #[test]
     fn whatever_happens_to_the_file_it_comes_back() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(HostStore::HOOK_INDEX);
+        let path = dir.path().join(HookIndex::FILE);
         let vm = VmId::random();
         let known = envelope(vm);
         let stores = Stores::open(dir.path()).unwrap();

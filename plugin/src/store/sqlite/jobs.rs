@@ -9,7 +9,7 @@ use super::database::{Database, now, parse_id};
 use super::fault::StoreFault;
 use super::left_behind::CAME_MEANWHILE;
 use super::rows::{self, Named};
-use super::{copies, envelopes, keks};
+use super::{copies, envelopes, keks, providers};
 use crate::model::envelope::{Envelope, EnvelopeId, Verified};
 use crate::model::job::{JobId, JobState, Subject, Unit};
 use crate::store::damage::{DamagedRow, Rows};
@@ -178,6 +178,27 @@ impl Jobs for Database {
         })
     }
 
+    fn end_waiting(&self, job: JobId) -> Result<JobRecord, StoreError> {
+        self.write(|transaction| {
+            let before = find(transaction, job)?;
+            if before.state != JobState::Running || before.waiting.is_empty() {
+                return Ok(before);
+            }
+            transaction.execute(
+                "INSERT OR IGNORE INTO left_behind (job, envelope, reason, again)
+                 SELECT jobs.id, envelopes.id, jobs.waiting, 1 FROM jobs JOIN envelopes
+                 ON envelopes.rowid > CAST(jobs.cursor AS INTEGER) AND (jobs.vm = '' OR jobs.vm = envelopes.vm)
+                 WHERE jobs.id = ?1 AND jobs.pass = 'all'",
+                [job.0],
+            )?;
+            transaction.execute(
+                "UPDATE jobs SET state = 'incomplete', waiting = '', updated = ?2 WHERE id = ?1",
+                params![job.0, now()],
+            )?;
+            find(transaction, job)
+        })
+    }
+
     fn end_job(&self, job: JobId, failure: Option<&str>) -> Result<JobRecord, StoreError> {
         self.write(|transaction| {
             let sql = match failure {
@@ -244,6 +265,20 @@ fn replace(
     old: &Envelope,
     new: &Verified,
 ) -> Result<Option<LeftBehind>, StoreFault> {
+    let again = |reason: String| {
+        Ok(Some(LeftBehind {
+            envelope: old.id,
+            reason,
+            again: true,
+        }))
+    };
+    let made = new.stanzas.iter().filter(|stanza| !old.stanzas.contains(stanza));
+    match providers::refuse_deleted(transaction, made) {
+        Err(StoreFault::Refused(deleted @ StoreError::ProviderDeleted(_))) => {
+            return again(deleted.to_string());
+        }
+        checked => checked?,
+    }
     let rows = transaction
         .prepare_cached(
             "UPDATE envelopes SET generation = ?2, json = ?3, updated = ?4 WHERE id = ?1 AND json = ?5",
@@ -256,11 +291,7 @@ fn replace(
             old.to_json()
         ])?;
     if rows == 0 {
-        return Ok(Some(LeftBehind {
-            envelope: old.id,
-            reason: "it changed meanwhile".to_owned(),
-            again: true,
-        }));
+        return again("it changed meanwhile".to_owned());
     }
     for place in [CopyPlace::Xml, CopyPlace::Image] {
         copies::note_stale(transaction, old, place)?;

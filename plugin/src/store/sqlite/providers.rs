@@ -5,11 +5,11 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use super::database::{Database, now, parse_id};
 use super::fault::StoreFault;
 use super::rows::{Named, collect};
-use crate::model::envelope::ProviderId;
+use crate::model::envelope::{ProviderId, Stanza};
 use crate::model::problem::chain;
 use crate::store::damage::Rows;
 use crate::store::error::StoreError;
-use crate::store::records::{Change, DeletedProvider, ProviderRecord};
+use crate::store::records::{Change, DeletedProvider, IfNeeded, ProviderRecord};
 use crate::store::shared::Providers;
 
 const COLUMNS: &str = "id, name, kind, is_default, created, settings";
@@ -52,10 +52,40 @@ impl Providers for Database {
         })
     }
 
-    fn delete_provider(&self, id: ProviderId) -> Result<(), StoreError> {
+    fn change_provider_settings(
+        &self,
+        id: ProviderId,
+        before: &serde_json::Value,
+        after: &serde_json::Value,
+    ) -> Result<Change, StoreError> {
         self.write(|transaction| {
             let record =
                 find(transaction, "id = ?1", &id.to_string())?.ok_or(StoreError::UnknownProvider(id))?;
+            if record.settings != *before {
+                return Err(StoreError::SettingsChanged(record.name).into());
+            }
+            if before == after {
+                return Ok(Change::Unchanged);
+            }
+            transaction.execute(
+                "UPDATE providers SET settings = ?2 WHERE id = ?1",
+                params![id.to_string(), after.to_string()],
+            )?;
+            Ok(Change::Changed)
+        })
+    }
+
+    fn delete_provider(&self, id: ProviderId, if_needed: IfNeeded) -> Result<(), StoreError> {
+        self.write(|transaction| {
+            let record =
+                find(transaction, "id = ?1", &id.to_string())?.ok_or(StoreError::UnknownProvider(id))?;
+            // As text: a damaged row may need it too.
+            let needs = "SELECT EXISTS (SELECT 1 FROM envelopes WHERE instr(json, ?1) > 0)";
+            if if_needed == IfNeeded::Stays
+                && transaction.query_row(needs, [id.to_string()], |row| row.get(0))?
+            {
+                return Err(StoreError::ProviderNeeded(id).into());
+            }
             transaction.execute(
                 "INSERT OR REPLACE INTO deleted_providers (id, name, kind, deleted) VALUES (?1, ?2, ?3, ?4)",
                 params![id.to_string(), record.name, record.kind, now()],
@@ -97,6 +127,20 @@ impl Providers for Database {
             )
         })
     }
+}
+
+/// For what was wrapped a moment ago.
+pub(super) fn refuse_deleted<'a>(
+    connection: &Connection,
+    stanzas: impl IntoIterator<Item = &'a Stanza>,
+) -> Result<(), StoreFault> {
+    for Stanza { provider, .. } in stanzas {
+        let mut deleted = connection.prepare_cached("SELECT 1 FROM deleted_providers WHERE id = ?1")?;
+        if deleted.exists([provider.to_string()])? {
+            return Err(StoreError::ProviderDeleted(*provider).into());
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn insert(
@@ -175,7 +219,7 @@ mod tests {
     fn root() -> NativeRoot {
         NativeRoot {
             generation: 1,
-            sealed: b"age".to_vec(),
+            encrypted: b"age".to_vec(),
             backed_up_at: None,
         }
     }
@@ -186,14 +230,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let stores = Stores::open(dir.path()).unwrap();
         let id = ProviderId::random();
-        let sealed = b"a root key, sealed by its passphrase";
+        let encrypted = b"a root key, encrypted by its passphrase";
         let root = NativeRoot {
-            sealed: sealed.to_vec(),
+            encrypted: encrypted.to_vec(),
             ..root()
         };
         stores.providers().insert_native(id, "one", &root).unwrap();
         let log = dir.path().join("keystore.db-wal");
-        let has_it = |bytes: &[u8]| bytes.windows(sealed.len()).any(|window| window == sealed);
+        let has_it = |bytes: &[u8]| bytes.windows(encrypted.len()).any(|window| window == encrypted);
         let before = std::fs::read(&log).unwrap();
         assert!(has_it(&before));
         Connection::open(dir.path().join("keystore.db"))

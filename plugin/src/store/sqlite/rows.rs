@@ -100,10 +100,25 @@ fn damaged(row: &Row, what: &str, id: &str, why: String) -> DamagedRow {
         why,
         vm: of_columns(&["vm", "uuid"]).or_else(|| holds.as_ref().map(|held| held.envelope.vm)),
         envelope: envelope.or_else(|| holds.as_ref().map(|held| held.envelope.id)),
+        raw: raw(row),
         holds: holds.map(Box::new),
         is_elsewhere: matches!(what, "envelope" | "VM"),
         place: row.get("rowid").unwrap_or(0),
     }
+}
+
+fn raw(row: &Row) -> serde_json::Value {
+    let names = row.as_ref().column_names().into_iter();
+    let of_column = |name: &str| match row.get_ref(name) {
+        Ok(ValueRef::Integer(number)) => number.into(),
+        Ok(ValueRef::Real(number)) => number.into(),
+        Ok(ValueRef::Text(bytes) | ValueRef::Blob(bytes)) => match std::str::from_utf8(bytes) {
+            Ok(text) => text.into(),
+            Err(_) => serde_json::json!({ "hex": hex::encode(bytes) }),
+        },
+        Ok(ValueRef::Null) | Err(_) => serde_json::Value::Null,
+    };
+    names.map(|name| (name.to_owned(), of_column(name))).collect()
 }
 
 /// What is in a column, whatever SQLite has stored there.

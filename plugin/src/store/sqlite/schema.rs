@@ -1,17 +1,28 @@
 //! The tables, their versions, and how SQLite is set up.
 
 use std::path::Path;
-use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
 use super::fault::StoreFault;
+use crate::model::deadlines::store::BUSY;
 use crate::store::error::StoreError;
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 9] = [
-    TABLES, ROTATION, TPM, PERSISTED, PROOFS, PLAIN_VMS, KEK_NAMES, DAMAGED, JOBS,
+const STEPS: [&str; 12] = [
+    TABLES,
+    ROTATION,
+    TPM,
+    PERSISTED,
+    PROOFS,
+    PLAIN_VMS,
+    KEK_NAMES,
+    DAMAGED,
+    JOBS,
+    MASTER_KEYS,
+    AUTOSTARTS,
+    PIVOTS,
 ];
 
 /// `PRAGMA user_version` after all steps.
@@ -112,7 +123,7 @@ const ROTATION: &str = "
     );
 ";
 
-/// `tpm_seals`: the root keys of native providers once more, encrypted under a key that this host's TPM has sealed.
+/// `tpm_seals`: the root keys of native providers once more, encrypted under a key that is bound to this host's TPM.
 const TPM: &str = "
     CREATE TABLE tpm_seals (
         provider   TEXT PRIMARY KEY REFERENCES providers (id) ON DELETE RESTRICT,
@@ -123,7 +134,7 @@ const TPM: &str = "
     );
 ";
 
-/// `kek_persistence`: providers whose cached KEKs outlive a reboot, with what the TPM has sealed for that;
+/// `kek_persistence`: providers whose cached KEKs outlive a reboot, with what is bound to the TPM for that;
 /// `persisted_keks`: these KEKs, encrypted.
 const PERSISTED: &str = "
     CREATE TABLE kek_persistence (
@@ -204,6 +215,34 @@ const JOBS: &str = "
     UPDATE OR IGNORE jobs SET vm = coalesce(json_extract(task, '$.vm'), '') WHERE state = 'running' AND json_valid(task);
 ";
 
+/// `master_keys_on_disk`: VMs that were started with QEMU's master key on a disk, and why it could not be kept off it.
+const MASTER_KEYS: &str = "
+    CREATE TABLE master_keys_on_disk (
+        vm  TEXT PRIMARY KEY,
+        why TEXT NOT NULL
+    );
+";
+
+/// `autostarts`: VMs that virtseald starts with this host, and the boot in which nothing more is to be done for each.
+const AUTOSTARTS: &str = "
+    CREATE TABLE autostarts (
+        vm      TEXT PRIMARY KEY,
+        settled TEXT NOT NULL
+    );
+";
+
+/// `pivots`: disks of running VMs that QEMU was asked to let go over from an overlay to the sealed image below, until it is seen that it
+/// has: which of both is newer is not known meanwhile.
+const PIVOTS: &str = "
+    CREATE TABLE pivots (
+        vm      TEXT NOT NULL,
+        base    TEXT NOT NULL,
+        overlay TEXT NOT NULL,
+        asked   INTEGER NOT NULL,
+        PRIMARY KEY (vm, base, overlay)
+    );
+";
+
 /// Opens `path`, checks it whole and brings its tables up to date.
 pub(crate) fn open(path: &Path) -> Result<Connection, StoreError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -215,7 +254,7 @@ pub(crate) fn open(path: &Path) -> Result<Connection, StoreError> {
 
 /// Writes nothing before every page was checked: not even what waits in the write-ahead log, as closing would.
 fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreFault> {
-    connection.busy_timeout(Duration::from_secs(2))?;
+    connection.busy_timeout(BUSY)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     check_owner(connection, path)?;
     check_pages(connection, path)?;

@@ -76,6 +76,16 @@ impl Vms for Database {
         })
     }
 
+    fn clear_vtpm_seen(&self, vm: VmId) -> Result<Change, StoreError> {
+        self.write(|transaction| {
+            let rows = transaction.execute(
+                "UPDATE vms SET vtpm_seen = 0 WHERE uuid = ?1 AND vtpm_seen = 1",
+                [vm.to_string()],
+            )?;
+            Ok(Change::of_rows(rows))
+        })
+    }
+
     fn vm(&self, vm: VmId) -> Result<Option<VmRecord>, StoreError> {
         self.read(|connection| find_vm(connection, vm))
     }
@@ -99,11 +109,11 @@ impl Vms for Database {
         Ok(ShreddedRows { envelopes, traces })
     }
 
-    fn forget_vm(&self, vm: VmId, saved: &[EnvelopeRecord]) -> Result<Change, StoreError> {
+    fn forget_vm(&self, vm: VmId, saved: &Rows<EnvelopeRecord>) -> Result<Change, StoreError> {
         self.write(|transaction| {
             let id = vm.to_string();
             let known = envelopes::select(transaction, "WHERE vm = ?1 ORDER BY created, id", [&id])?;
-            if known.whole()? != saved {
+            if known != *saved {
                 return Ok(Change::Unchanged);
             }
             remove(transaction, vm)?;
@@ -162,6 +172,7 @@ fn remove(transaction: &Transaction, vm: VmId) -> Result<usize, StoreFault> {
     )?;
     transaction.execute("DELETE FROM retired_keks WHERE vm = ?1", [&id])?;
     transaction.execute("DELETE FROM saved_states WHERE vm = ?1", [&id])?;
+    transaction.execute("DELETE FROM master_keys_on_disk WHERE vm = ?1", [&id])?;
     transaction.execute("DELETE FROM plain_vms WHERE uuid = ?1", [&id])?;
     transaction.execute("DELETE FROM vms WHERE uuid = ?1", [&id])?;
     Ok(transaction.execute("DELETE FROM envelopes WHERE vm = ?1", [&id])?)

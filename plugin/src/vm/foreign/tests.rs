@@ -6,13 +6,13 @@ use std::time::Duration;
 use super::*;
 use crate::config::Policies;
 use crate::host::libvirt::{Background, KeptXml};
-use crate::host::permitted::PathRule;
 use crate::model::envelope::{Binding, ObjectKind, VmId};
 use crate::object::OpenedHeaders;
 use crate::provider::native::NativeProvider;
 use crate::recipients::Recipients;
 use crate::secret::SecretBytes;
 use crate::store::Stores;
+use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::adopt::{Formats, adopt};
 use crate::vm::confirmed_formats::ConfirmedFormats;
 use crate::vm::copies::Standing;
@@ -75,8 +75,9 @@ impl Stage {
             swtpm_dir: self._dir.path().join("swtpm"),
             nvram_dir: self._dir.path().join("nvram"),
             confirmed: ConfirmedFormats::default(),
+            accepted: AcceptedLosses::default(),
             policies: Policies::default(),
-            paths: PathRule::of(&config),
+            paths: config.path_rule(),
             kept: vec![KeptXml {
                 vm: copy.vm,
                 name: "web01".to_owned(),
@@ -122,7 +123,7 @@ fn every_reader_sees_a_conflict_and_none_decides_it() {
         adopted.warnings
     );
     // A job.
-    let travelling = adopt_foreign_envelopes(&host).unwrap();
+    let travelling = adopt_foreign_envelopes(&host, |_| Ok(())).unwrap();
     let rivals: Vec<_> = travelling.rivals.iter().map(|left| left.envelope).collect();
     assert_eq!(rivals, [ours.id]);
     // What brings copies up to date.
@@ -138,7 +139,12 @@ fn every_reader_sees_a_conflict_and_none_decides_it() {
     let mut forged = theirs.clone().into_envelope();
     forged.shared_with = vec![VmId::random()];
     let host = stage.host(&forged);
-    assert!(adopt_foreign_envelopes(&host).unwrap().rivals.is_empty());
+    assert!(
+        adopt_foreign_envelopes(&host, |_| Ok(()))
+            .unwrap()
+            .rivals
+            .is_empty()
+    );
     assert_eq!(Standing::of(&forged, &record, open), Standing::GivesWay);
     assert_eq!(proof_of(&host, &forged, &record.envelope), Proof::Forged);
     let behind: BTreeSet<_> = stage

@@ -9,7 +9,7 @@ use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::envelope::ObjectKind;
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError, VolumeInfo};
 
 /// Looks at the image of a disk, as what the XML declares it to be.
@@ -20,13 +20,13 @@ pub(super) fn inspect(
     place: &PermittedPath,
 ) -> Result<VolumeInfo, Problem> {
     let stated = disk.declared_format().map_err(|other| {
-        Problem::new(
-            Code::Failed,
-            format!("the XML declares it {other:?}: only raw and qcow2 disks can be sealed"),
-        )
+        Problem::failed(format!(
+            "the XML declares it {other:?}: only raw and qcow2 disks can be sealed"
+        ))
         .next(
             Advice::from("convert it to qcow2 as its owner, not as root")
-                .then(Advice::EditXml(domain.name.clone()).within("name that")),
+                .then(Advice::EditXml(domain.name.clone()).within("name that"))
+                .then(Advice::SealVm(domain.name.clone())),
         )
     })?;
     let declaration = host.confirmed.declaration(disk, stated)?;
@@ -78,17 +78,22 @@ fn contradiction(
         found,
     };
     let edit = Advice::EditXml(domain.name.clone());
+    let again = || Advice::SealVm(domain.name.clone());
     let next = match declared {
-        DeclaredFormat::Raw => Advice::from("if the XML is wrong").within(edit).also(
-            Advice::from("if the guest has written that to its raw disk").within(Advice::SealDeclared {
-                vm: domain.name.clone(),
-                disk: disk.target.clone(),
-            }),
-        ),
+        DeclaredFormat::Raw => Advice::from("if the XML is wrong")
+            .within(edit)
+            .then(again())
+            .also(
+                Advice::from("if the guest has written that to its raw disk").within(Advice::SealDeclared {
+                    vm: domain.name.clone(),
+                    disk: disk.target.clone(),
+                }),
+            ),
         DeclaredFormat::Qcow2 => Advice::from("if the XML is wrong")
             .within(edit.note("<driver type='raw'>"))
+            .then(again())
             .also("else restore the image from a backup"),
     };
     let next = Advice::ShowVolume(path.to_owned()).also(next);
-    Problem::new(Code::WouldLoseKey, error.to_string()).next(next)
+    Problem::would_lose_key(error.to_string()).next(next)
 }

@@ -14,7 +14,7 @@ use self::fits::{Rules, Wish};
 use crate::domain::{Domain, Firmware, LaunchSecurity, Nvram, Uefi, edit::LoaderPin};
 use crate::host::libvirt::qemu_conf::QemuConf;
 use crate::model::advice::Advice;
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
 
 /// What the variable store is made from.
 #[derive(Debug)]
@@ -58,9 +58,9 @@ pub(super) fn choose(uefi: &Uefi, nvram: Option<&Nvram>) -> Result<Chosen, Probl
 ///
 /// # Errors
 /// When the domain is no UEFI one, or nothing fits it for certain.
-pub fn firmware_of(domain: &Domain) -> Result<(Option<PathBuf>, PathBuf), Problem> {
+pub(crate) fn firmware_of(domain: &Domain) -> Result<(Option<PathBuf>, PathBuf), Problem> {
     let Firmware::Uefi(uefi) = &domain.firmware else {
-        return Err(Problem::new(Code::Failed, "it does not boot through UEFI"));
+        return Err(Problem::failed("it does not boot through UEFI"));
     };
     let chosen = choose(uefi, uefi.nvram.as_ref())?;
     let loader = chosen.loader.map(|pin| pin.path).or(uefi.loader.clone());
@@ -132,10 +132,7 @@ fn choose_among(
 /// The pairs that qemu.conf lists, of which libvirt takes the first with this loader.
 fn from_qemu_conf(uefi: &Uefi) -> Result<Chosen, Problem> {
     let unreadable = |error: std::io::Error| {
-        Problem::new(
-            Code::Failed,
-            format!("libvirt's qemu.conf can't be read: {}", chain(&error)),
-        )
+        Problem::failed(format!("libvirt's qemu.conf can't be read: {}", chain(&error)))
     };
     let pairs = QemuConf::read()
         .map_err(unreadable)?
@@ -171,7 +168,7 @@ fn uncertain(uefi: &Uefi, why: String) -> Problem {
         Some(_) => "<nvram template='…'/> in its <os>",
         None => "both in its <os>: <loader readonly='yes' type='pflash'>…</loader> and <nvram template='…'/>",
     };
-    Problem::new(Code::Failed, why).next(
+    Problem::failed(why).next(
         Advice::from(format!("name {missing} in the XML of the VM"))
             .or_else(format!("install {package}, if that is missing ({arch})")),
     )
@@ -348,9 +345,7 @@ mod tests {
                 arch: Some(arch.into()),
                 ..FirmwareWish::default()
             },
-            autoselected: true,
             loader: None,
-            secure: false,
             stateless: false,
             nvram: None,
         };

@@ -6,26 +6,45 @@ use super::Host;
 use crate::domain::{Domain, Metadata};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
+use crate::object::Present;
+use crate::object::vtpm::StateDir;
 use crate::store::{EnvelopeRecord, EnvelopeState};
+use crate::vm::whose::own_objects;
 
 /// Whether a VM is known to have run since it was sealed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum HasRun {
     Yes,
+    /// Its vTPM is sealed, and neither its envelope nor its state tells of a run.
+    No,
     NotKnown,
 }
 
 impl HasRun {
     pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Problem> {
-        let seen = host.keystore.vtpm_was_seen(vm)?
-            || host
-                .keystore
-                .envelopes_of(vm)?
-                .whole()?
-                .iter()
-                .any(|record| record.envelope.kind.is_made_at_first_start() && record.envelope.seen);
-        Ok(if seen { Self::Yes } else { Self::NotKnown })
+        let vtpms = known(host, vm, ObjectKind::Vtpm)?;
+        let seen = host.keystore.vtpm_was_seen(vm)?;
+        let state = StateDir::of(vm, &host.swtpm_dir).inspect();
+        Ok(Self::by(
+            vtpms.iter().map(|record| &record.envelope),
+            seen,
+            state.ok(),
+        ))
+    }
+
+    /// By the envelopes of the vTPM, the note of the keystore, and the state that swtpm makes at the first start.
+    fn by<'e>(vtpms: impl Iterator<Item = &'e Envelope>, seen: bool, state: Option<Present>) -> Self {
+        let vtpms: Vec<_> = vtpms.collect();
+        let is_encrypted = matches!(state, Some(Present::Encrypted(_)));
+        if seen || vtpms.iter().any(|envelope| envelope.seen) || is_encrypted && !vtpms.is_empty() {
+            return Self::Yes;
+        }
+        let tell = !vtpms.is_empty() && vtpms.iter().all(|envelope| envelope.format() == Envelope::FORMAT);
+        match state {
+            Some(Present::Absent) if tell => Self::No,
+            _ => Self::NotKnown,
+        }
     }
 }
 
@@ -40,11 +59,10 @@ pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<E
 }
 
 /// The disk image's envelope by what the keystore knows, for one that carries none.
-pub(super) fn known_disk(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Option<Envelope>, Problem> {
+pub(super) fn known_disk(host: &Host<'_>, vm: VmId, path: &Path) -> Result<Option<EnvelopeRecord>, Problem> {
     let location = path.display().to_string();
-    let records = known(host, vm, ObjectKind::Disk)?.into_iter();
-    let mut here = records.filter(|record| record.location == location);
-    Ok(here.next().map(|record| record.envelope))
+    let records = known(host, vm, ObjectKind::Disk)?;
+    Ok(records.into_iter().find(|record| record.location == location))
 }
 
 /// Whether keystore and metadata both have this envelope: otherwise its object is opened first.
@@ -53,29 +71,83 @@ pub(super) fn is_settled(host: &Host<'_>, domain: &Domain, id: EnvelopeId) -> Re
     Ok(domain.metadata.as_ref().is_some_and(is_named) && host.keystore.readable_envelope(id)?.is_some())
 }
 
-/// The envelope that the XML names for an object, if it is one of this VM: the keystore's, where it has one.
+/// The envelope that the XML names for an object: the keystore's, where it has one, else that of the metadata; none if nobody
+/// here knows it.
 pub(super) fn named_envelope(
     host: &Host<'_>,
     domain: &Domain,
     kind: ObjectKind,
     id: EnvelopeId,
-) -> Result<Envelope, Problem> {
-    let known = host.keystore.readable_envelope(id)?.map(|record| record.envelope);
-    let carried = domain
-        .metadata
-        .as_ref()
-        .and_then(|metadata| metadata.envelope(id).cloned());
-    known
-        .or(carried)
-        .filter(|envelope| envelope.kind == kind && envelope.vm == domain.uuid)
-        .ok_or_else(|| {
-            Problem::new(
-                Code::NotFound,
-                format!("the {kind} is encrypted with secret {id}, which is no envelope of this VM"),
-            )
-            .next(
-                Advice::EditXml(domain.name.clone())
-                    .within("remove its <encryption>, if nothing is kept there"),
-            )
-        })
+) -> Result<Option<Envelope>, Problem> {
+    let kept = host.keystore.readable_envelope(id)?.map(|record| record.envelope);
+    let carried = || domain.metadata.as_ref()?.envelope(id).cloned();
+    let Some(named) = kept.or_else(carried) else {
+        return Ok(None);
+    };
+    if named.kind == kind && named.vm == domain.uuid {
+        return Ok(Some(named));
+    }
+    let problem = Problem::failed(format!(
+        "the XML names secret {id} for it, which is of the {} of VM {}",
+        named.kind, named.vm
+    ));
+    if known(host, domain.uuid, kind)?.is_empty() {
+        return Err(problem.next(of_another(host, domain, named.vm)));
+    }
+    Err(problem.next(
+        Advice::EditXml(domain.name.clone())
+            .within("remove that <encryption>")
+            .then(Advice::SealVm(domain.name.clone()).note("which finds the right one")),
+    ))
+}
+
+/// What leads out where an object was made for another VM: this one may be a copy of that, or may have been that.
+pub(super) fn of_another(host: &Host<'_>, domain: &Domain, other: VmId) -> Advice {
+    let own = own_objects(&domain.name);
+    if is_defined(host, other) {
+        return own;
+    }
+    // A defined VM's UUID can't be changed.
+    Advice::UndefineVm(domain.name.clone())
+        .then(format!("define it again with <uuid>{other}</uuid>"))
+        .then(Advice::SealVm(other.to_string()))
+        .or_else(own)
+}
+
+pub(super) fn is_defined(host: &Host<'_>, vm: VmId) -> bool {
+    host.kept.iter().any(|kept| kept.vm == vm)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::envelope::fixture;
+    use crate::object::disk::ImageCopy;
+
+    #[test]
+    fn that_a_vm_never_ran_is_known_by_its_vtpm_alone() {
+        let unused = fixture::envelope(VmId::random()).into_envelope();
+        let mut used = unused.clone();
+        used.seen = true;
+        let by = |vtpms: &[Envelope], seen, state| HasRun::by(vtpms.iter(), seen, state);
+        let encrypted = || Some(Present::Encrypted(ImageCopy::None));
+        assert_eq!(
+            by(std::slice::from_ref(&unused), false, Some(Present::Absent)),
+            HasRun::No
+        );
+        assert_eq!(
+            by(std::slice::from_ref(&used), false, Some(Present::Absent)),
+            HasRun::Yes
+        );
+        assert_eq!(
+            by(std::slice::from_ref(&unused), true, Some(Present::Absent)),
+            HasRun::Yes
+        );
+        // It was made, and nobody came to write that down.
+        assert_eq!(by(std::slice::from_ref(&unused), false, encrypted()), HasRun::Yes);
+        for state in [None, Some(Present::Plain)] {
+            assert_eq!(by(std::slice::from_ref(&unused), false, state), HasRun::NotKnown);
+        }
+        assert_eq!(by(&[], false, Some(Present::Absent)), HasRun::NotKnown);
+    }
 }

@@ -3,37 +3,51 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use crate::domain::overlays::{domains_of_snapshot, external_snapshot};
 use crate::domain::{Domain, Firmware};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
+use crate::host::storage;
 use crate::model::advice::Advice;
+use crate::model::deadlines::image::SEEN;
 use crate::model::envelope::VmId;
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::object::disk::FileId;
 
 type Inode = (u64, u64);
 
 /// The files that other VMs name.
 #[derive(Debug)]
-pub(super) struct OtherUses {
+pub(crate) struct OtherUses {
     files: Vec<(String, PathBuf, Option<Inode>)>,
-    /// XML that can't be read, and that of snapshots: looked at as text.
+    /// XML that can't be read: looked at as text.
     texts: Vec<(String, String)>,
 }
 
 impl OtherUses {
     /// Of all but `vm`.
-    pub(super) fn among(kept: &[KeptXml], vm: VmId) -> Self {
-        let (mut files, mut texts) = (Vec::new(), Vec::new());
+    pub(crate) fn among(kept: &[KeptXml], vm: VmId) -> Self {
+        let (mut named, mut texts) = (Vec::new(), Vec::new());
         for kept in kept.iter().filter(|kept| kept.vm != vm) {
-            match Domain::parse(&kept.xml) {
-                Ok(domain) => {
-                    let paths = files_of(&domain).into_iter();
-                    files.extend(paths.map(|(_, path)| (kept.name.clone(), path.to_owned(), inode(path))));
+            let of_domain = || Domain::parse(&kept.xml).map(|domain| vec![domain]);
+            match of_domain().or_else(|_| domains_of_snapshot(&kept.xml)) {
+                Ok(domains) => {
+                    let paths = domains.iter().flat_map(files_of);
+                    named.extend(paths.map(|(_, path)| (kept.name.clone(), path.to_owned())));
+                    let laid_over = external_snapshot(&kept.xml).unwrap_or_default().overlays;
+                    named.extend(laid_over.into_iter().map(|path| (kept.name.clone(), path)));
                 }
                 Err(_) => texts.push((kept.name.clone(), kept.xml.clone())),
             }
         }
+        // What does not answer is on other storage than what does.
+        let paths = named.iter().map(|(_, path)| path.clone()).collect();
+        let inodes: BTreeMap<_, _> = storage::in_time(paths, SEEN, inode).into_iter().collect();
+        let with_inode = |(name, path): (String, PathBuf)| {
+            let inode = inodes.get(&path).copied().flatten().flatten();
+            (name, path, inode)
+        };
+        let files = named.into_iter().map(with_inode).collect();
         Self { files, texts }
     }
 
@@ -53,19 +67,19 @@ impl OtherUses {
     }
 
     /// Refuses to replace a file that another VM uses.
-    pub(super) fn refuse_users_of(&self, place: &PermittedPath, domain: &Domain) -> Result<(), Problem> {
+    pub(crate) fn refuse_users_of(&self, place: &PermittedPath, domain: &Domain) -> Result<(), Problem> {
         let Some(other) = self.user_of(place) else {
             return Ok(());
         };
-        Err(Problem::new(
-            Code::Denied,
-            format!("{} is a file of VM {other} as well", place.shown().display()),
-        )
-        .next(
-            Advice::EditXml(domain.name.clone())
-                .or(Advice::EditXml(other.to_owned()))
-                .within("name another file"),
+        let edit = |vm: &str| {
+            let edit = Advice::EditXml(vm.to_owned()).within("name another file");
+            edit.then(Advice::SealVm(domain.name.clone()))
+        };
+        Err(Problem::denied(format!(
+            "{} is a file of VM {other} as well",
+            place.shown().display()
         ))
+        .next(edit(&domain.name).or_else(edit(other))))
     }
 }
 
@@ -81,11 +95,11 @@ pub(super) fn refuse_one_file_twice(domain: &Domain) -> Result<(), Problem> {
             || label.ends_with(BELOW);
         match seen.get(&inode) {
             Some((other, other_is_read_only)) if !(is_read_only && *other_is_read_only) => {
-                return Err(Problem::new(
-                    Code::Failed,
-                    format!("{} is both {other} and {label}", path.display()),
-                )
-                .next(Advice::EditXml(domain.name.clone()).within("give each a file of its own")));
+                let edit = Advice::EditXml(domain.name.clone()).within("give each a file of its own");
+                return Err(
+                    Problem::failed(format!("{} is both {other} and {label}", path.display()))
+                        .next(edit.then(Advice::SealVm(domain.name.clone()))),
+                );
             }
             _ => {
                 seen.insert(inode, (label, is_read_only));

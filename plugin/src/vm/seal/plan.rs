@@ -1,70 +1,152 @@
-//! What sealing a domain takes, or why it can't be sealed as it is. Looks only; nothing is changed here.
+//! What sealing a domain takes, and all that stands in its way. Looks only; nothing is changed here.
 
-use std::path::Path;
+use std::collections::BTreeMap;
 
-use super::known::{known_disk, named_envelope};
+use super::disks::{DiskStep, DiskWork, plan_disk};
+use super::loss::{Anew, Loss, Obstacle, Way};
 use super::others::{OtherUses, refuse_one_file_twice};
-use super::room::{NewFile, refuse_without_room};
+use super::room::{NewFile, without_room};
 use super::store::{NvramStep, plan_nvram};
-use super::vtpm::{VtpmStep, plan_vtpm, state_gone};
-use super::{Host, declared};
+use super::vtpm::{VtpmStep, plan_vtpm};
+use super::{Host, keys};
 use crate::api::Outcome;
-use crate::domain::edit::{DiskEdit, SealEdit};
+use crate::domain::edit::{LoaderPin, SealEdit};
 use crate::domain::{self, Disk, DiskDevice, Domain, Source};
 use crate::host::libvirt::DefinedDomain;
-use crate::host::permitted::PermittedPath;
+use crate::model::act::{Act, Tense, Verb};
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
-use crate::model::problem::{Code, Problem, chain};
-use crate::object::disk::{Data, VolumeInfo};
-use crate::terminal::word;
-use crate::vm::side_doors;
+use crate::model::envelope::{Envelope, EnvelopeId};
+use crate::model::problem::{Problem, chain};
+use crate::model::subject::Subject;
+use crate::store::EnvelopeRecord;
+use crate::vm::accepted_losses::AcceptedLosses;
+use crate::vm::moved::Moved;
+use crate::vm::{autostart, side_doors};
 
-/// What sealing a domain takes.
+/// What sealing a VM takes, as far as that can be told, and what stands in its way.
 #[derive(Debug)]
-pub struct Plan {
+pub(crate) struct Survey {
+    plan: Plan,
+    notes: Vec<String>,
+    obstacles: Vec<Obstacle>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Plan {
+    name: String,
+    /// It is off, so that it can be started.
+    starts: bool,
     pub(super) disks: Vec<DiskStep>,
     pub(super) nvram: NvramStep,
     pub(super) vtpm: VtpmStep,
+    /// What no step opens, and is elsewhere than the keystore has it.
+    pub(super) moved: Vec<Moved>,
     warnings: Vec<String>,
 }
 
-#[derive(Debug)]
-pub(super) struct DiskStep {
-    pub(super) target: String,
-    pub(super) place: PermittedPath,
-    pub(super) work: DiskWork,
-}
-
-#[derive(Debug)]
-pub(super) enum DiskWork {
-    /// The image is a volume of ours, and the XML says so.
-    Sealed(Envelope),
-    /// The image is a volume of ours.
-    Adopt(Envelope),
-    /// The image is empty and makes room for one.
-    Replace(Box<VolumeInfo>),
-}
-
-impl Plan {
-    /// In words.
-    #[must_use]
-    pub fn outcome(&self, changed: bool) -> Outcome {
-        let mut steps: Vec<_> = self.nvram.words().into_iter().collect();
-        steps.extend(self.vtpm.words());
-        steps.extend(self.disks.iter().filter_map(DiskStep::words));
-        if !steps.is_empty() {
-            steps.push("redefine the domain".into());
-        }
+impl Survey {
+    /// Of a dry run.
+    pub(crate) fn outcome(&self) -> Outcome {
+        let acts = self.plan.acts();
         Outcome {
-            steps,
-            warnings: self.warnings.clone(),
-            changed,
+            steps: acts.iter().map(|act| act.told(Tense::Planned)).collect(),
+            notes: self.notes.clone(),
+            obstacles: self.obstacles.iter().map(Obstacle::view).collect(),
+            warnings: self.plan.warnings.clone(),
+            ..Outcome::default()
         }
+    }
+
+    /// Adds whose key can't be had of what is to be opened: only a dry run does not find out by itself.
+    #[must_use]
+    pub(crate) fn with_keys_tried(mut self, host: &Host<'_>) -> Self {
+        let disks = self.plan.disks.iter().filter_map(|step| match &step.work {
+            DiskWork::Adopt(envelope) => Some((format!("disk {}", step.target), vec![envelope])),
+            DiskWork::Sealed(_) | DiskWork::Replace(_) => None,
+        });
+        let nvram = ("nvram".to_owned(), self.plan.nvram.to_open());
+        let vtpm = ("vtpm".to_owned(), self.plan.vtpm.to_open());
+        for (object, envelopes) in disks.chain([nvram, vtpm]) {
+            let failed = envelopes
+                .iter()
+                .map(|envelope| host.recipients.open_envelope(envelope).err());
+            let failed: Option<Vec<_>> = failed.collect();
+            if let Some(error) = failed.and_then(|failed| failed.into_iter().next()) {
+                let failure = Problem::from(error).of(&object).of(&self.plan.name);
+                let subject = Subject::object(&self.plan.name, &object);
+                self.obstacles.push(failure.about(subject).into());
+            }
+        }
+        self
+    }
+
+    /// # Errors
+    /// The first obstacle, and how to see the others.
+    pub(crate) fn ready(self) -> Result<Plan, Problem> {
+        let count = self.obstacles.len();
+        let Some(Obstacle { problem: first, .. }) = self.obstacles.into_iter().next() else {
+            return Ok(self.plan);
+        };
+        if count == 1 {
+            return Err(first);
+        }
+        let all = Advice::PlanSeal(self.plan.name).note(format!("which lists all {count} obstacles"));
+        // What destroys is last in it.
+        let advice = match first.advice.clone() {
+            Some(advice) => all.also(advice),
+            None => all,
+        };
+        Err(first.next(advice))
     }
 }
 
 impl Plan {
+    /// What was done.
+    pub(crate) fn outcome(&self, changed: bool) -> Outcome {
+        let acts = self.acts();
+        Outcome {
+            steps: acts.iter().map(|act| act.told(Tense::Done)).collect(),
+            result: Some(format!("{} is sealed", self.name)),
+            next: self
+                .starts
+                .then(|| Advice::StartVm(self.name.clone()).to_string()),
+            warnings: self.warnings.clone(),
+            changed,
+            ..Outcome::default()
+        }
+    }
+
+    fn acts(&self) -> Vec<Act> {
+        let mut acts: Vec<_> = self.disks.iter().filter_map(DiskStep::act).collect();
+        acts.extend(self.nvram.act());
+        acts.extend(self.nvram.loader().map(LoaderPin::act));
+        acts.extend(self.vtpm.act());
+        if !acts.is_empty() {
+            acts.push(Verb::Redefine.act("the domain"));
+        }
+        acts.extend(self.moved.iter().map(Moved::act));
+        acts
+    }
+
+    /// Whether a key is to be made.
+    fn makes_keys(&self) -> bool {
+        let for_disk = |step: &DiskStep| matches!(step.work, DiskWork::Replace(_));
+        self.disks.iter().any(for_disk)
+            || matches!(self.nvram, NvramStep::Create(_))
+            || matches!(self.vtpm, VtpmStep::Add | VtpmStep::Encrypt | VtpmStep::Renew(_))
+    }
+
+    /// What has a key already.
+    fn known(&self) -> impl Iterator<Item = (String, &Envelope)> {
+        let disks = self.disks.iter().filter_map(|step| {
+            let known = step.work.known()?;
+            Some((format!("disk {}", step.target), known))
+        });
+        let nvram = self.nvram.known().map(|known| ("nvram".to_owned(), known));
+        let vtpm = self.vtpm.known().map(|known| ("vtpm".to_owned(), known));
+        disks.chain(nvram).chain(vtpm)
+    }
+
     /// What is written beside what is there.
     fn new_files(&self) -> impl Iterator<Item = NewFile<'_>> {
         let store = match &self.nvram {
@@ -95,15 +177,12 @@ impl Plan {
                 .map(|step| step.edit(envelope_of(step.work.known())))
                 .collect(),
             nvram: self.nvram.edit(envelope_of(self.nvram.known())),
-            vtpm: self.vtpm.changes_xml().then(|| envelope_of(self.vtpm.known())),
+            vtpm: self.vtpm.edit(envelope_of(self.vtpm.known())),
             envelopes: &[],
         };
         domain::edit::seal(&defined.xml, &edit)
             .map(drop)
-            .map_err(|error| {
-                Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error)))
-                    .next(Advice::EditXml(defined.name.clone()))
-            })
+            .map_err(|error| Problem::failed(chain(&error)).next(Advice::EditXml(defined.name.clone())))
     }
 }
 
@@ -112,95 +191,184 @@ const STORE_BYTES: u64 = 8 << 20;
 /// Larger than the headers and key material of an empty image.
 const IMAGE_BYTES: u64 = 4 << 20;
 
-impl DiskWork {
-    fn known(&self) -> Option<&Envelope> {
-        match self {
-            Self::Sealed(envelope) | Self::Adopt(envelope) => Some(envelope),
-            Self::Replace(_) => None,
-        }
+/// What was found to be in the way, in the order in which it is told.
+#[derive(Debug)]
+struct Findings<'a> {
+    vm: &'a str,
+    found: Vec<Found>,
+}
+
+#[derive(Debug)]
+enum Found {
+    Obstacle(Problem),
+    Loss(Loss),
+}
+
+impl Findings<'_> {
+    /// `step`, unless it can't be taken for that object.
+    fn of_object<T>(&mut self, object: &str, way: Result<Way<T>, Problem>) -> Option<T> {
+        let told = |failure: Problem| {
+            let subject = Subject::object(self.vm, object);
+            failure.about(subject).of(object).of(self.vm)
+        };
+        let found = match way {
+            Ok(Way::Open(step)) => return Some(step),
+            Ok(Way::Lost(loss)) => Found::Loss(loss.told(told)),
+            Err(failure) => Found::Obstacle(told(failure)),
+        };
+        self.found.push(found);
+        None
+    }
+
+    fn of_vm<T>(&mut self, looked: Result<T, Problem>) {
+        let told = |failure: Problem| failure.about(Subject::Vm(self.vm.to_owned())).of(self.vm);
+        self.found.extend(looked.err().map(told).map(Found::Obstacle));
+    }
+
+    /// Says of each loss how to accept it together with all others, and those that are accepted already.
+    fn obstacles(self, accepted: &AcceptedLosses) -> Vec<Obstacle> {
+        let lost = self.found.iter().filter_map(|found| match found {
+            Found::Loss(loss) => Some(loss),
+            Found::Obstacle(_) => None,
+        });
+        let all = Anew::of(lost, accepted);
+        let obstacle = |found| match found {
+            Found::Obstacle(problem) => problem.into(),
+            Found::Loss(loss) => Obstacle::of_loss(self.vm, loss, &all),
+        };
+        self.found.into_iter().map(obstacle).collect()
     }
 }
 
-impl DiskStep {
-    pub(super) fn edit(&self, envelope: EnvelopeId) -> DiskEdit {
-        DiskEdit {
-            target: self.target.clone(),
-            envelope,
-            format: Some("qcow2".into()),
-            source: None,
-        }
-    }
-
-    pub(super) fn words(&self) -> Option<String> {
-        let (target, path) = (&self.target, self.place.shown().display());
-        match &self.work {
-            DiskWork::Sealed(_) => None,
-            DiskWork::Adopt(envelope) => Some(format!("adopt {path} ({target}), envelope {}", envelope.id)),
-            DiskWork::Replace(info) => Some(format!(
-                "replace the empty {path} ({target}, {} MiB) by an encrypted one",
-                info.virtual_size.0 >> 20
-            )),
-        }
-    }
-}
-
-/// Looks at the domain and decides what sealing it takes.
-///
-/// # Errors
-/// When it can't be sealed as it is, with what to do about it.
-pub fn plan(host: &Host<'_>, defined: &DefinedDomain) -> Result<Plan, Problem> {
+/// Looks at the domain and decides what sealing it takes; new keys are to be for `provider`, if it is named. Of the disks in
+/// `not_found` nobody knows the files.
+pub(crate) fn survey(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    mut not_found: BTreeMap<String, Problem>,
+    provider: Option<&str>,
+) -> Result<Survey, Problem> {
     let name = &defined.name;
-    refuse_unless_off(defined)?;
     let domain = parse(defined)?;
-    let of_vm = |failure: Problem| failure.of(name);
-    host.confirmed.refuse_unknown(&domain).map_err(of_vm)?;
-    refuse_name(&domain)?;
-    let policy = host.policies.of(&domain);
-    side_doors::refuse(&domain, policy).map_err(of_vm)?;
+    let confirmed = host.confirmed.refuse_unknown(&domain);
+    let known = confirmed.and_then(|()| host.accepted.refuse_unknown(&domain));
+    known.map_err(|failure| failure.of(name))?;
+    let (wrapping, none_wraps) = match keys::wrapping(host, provider) {
+        Ok(wrapping) => (wrapping, None),
+        Err(unknown) if provider.is_some() => return Err(unknown),
+        Err(none) => (Vec::new(), Some(none)),
+    };
+    let mut obstacles = Findings {
+        vm: name,
+        found: Vec::new(),
+    };
     let others = OtherUses::among(&host.kept, domain.uuid);
-    let nvram = plan_nvram(host, &domain, &others).map_err(of_vm)?;
-    let vtpm = plan_vtpm(host, &domain).map_err(of_vm)?;
-    let mut disks = Vec::new();
-    for disk in domain
+    let (sealed, left): (Vec<_>, Vec<_>) = domain
         .disks
         .iter()
-        .filter(|disk| !disk.readonly && disk.source != Source::Empty)
-    {
-        let step = plan_disk(host, &domain, disk, &others)
-            .map_err(|failure| of_vm(failure.of(format!("disk {}", disk.target))))?;
-        disks.push(step);
+        .partition(|disk| !disk.readonly && disk.source != Source::Empty);
+    let mut disks = Vec::new();
+    for disk in sealed {
+        let step = match not_found.remove(&disk.target) {
+            Some(unknown) => Err(unknown),
+            None => plan_disk(host, &domain, disk, &others),
+        };
+        disks.extend(obstacles.of_object(&format!("disk {}", disk.target), step));
     }
-    refuse_one_file_twice(&domain).map_err(of_vm)?;
-    let autostart = defined.autostart.then(|| {
-        format!(
-            "libvirt autostarts {name}. A monolithic libvirtd can't start a sealed VM that way: {}",
-            Advice::NoAutostart(name.clone())
-        )
-    });
-    let gone = state_gone(host, &domain)?.map(|dir| {
-        format!(
-            "the state of its TPM is gone from {0}, and {name} stays off until it is back: restore {0} from a backup",
-            dir.display()
-        )
-    });
+    let nvram = obstacles.of_object("nvram", plan_nvram(host, &domain, &others));
+    let vtpm = obstacles.of_object("vtpm", plan_vtpm(host, &domain));
+    let policy = host.policies.of(&domain);
+    obstacles.of_vm(refuse_one_file_twice(&domain));
+    obstacles.of_vm(refuse_name(&domain));
+    for refused in side_doors::refusals(&domain, policy) {
+        obstacles.of_vm(Err::<(), _>(refused));
+    }
     let records = host.keystore.envelopes_of(domain.uuid)?.sound;
-    let known: Vec<_> = records.iter().map(|record| &record.location).collect();
-    let plan = Plan {
+    let mut moved = Moved::among(&domain, &records);
+    let nvram = nvram.unwrap_or(NvramStep::None);
+    // What a step opens is written down with that.
+    let opened: Vec<_> = disks
+        .iter()
+        .filter_map(DiskStep::opened)
+        .chain(nvram.to_open().into_iter().map(|envelope| envelope.id))
+        .collect();
+    // And what gets another key there has not moved there.
+    let is_taken = |moved: &Moved| {
+        let is_there = |step: &DiskStep| step.act().is_some() && step.place.shown() == moved.to;
+        opened.contains(&moved.envelope) || disks.iter().any(is_there)
+    };
+    moved.retain(|moved| !is_taken(moved) && moved.has_left(host));
+    let mut plan = Plan {
+        name: name.clone(),
+        starts: !defined.active,
         disks,
         nvram,
-        vtpm,
-        warnings: autostart
-            .into_iter()
-            .chain(gone)
-            .chain(side_doors::warnings(&domain, policy))
-            .chain(side_doors::plain_layers(&domain, policy, |path| {
-                host.paths.permit_known(path, known.iter())
-            }))
-            .collect(),
+        vtpm: vtpm.unwrap_or(VtpmStep::None),
+        moved,
+        warnings: warnings(host, defined, &domain, &records)?,
     };
-    refuse_without_room(plan.new_files()).map_err(of_vm)?;
-    plan.try_edit(defined)?;
-    Ok(plan)
+    for failure in without_room(plan.new_files()) {
+        obstacles.of_vm(Err::<(), _>(failure));
+    }
+    if obstacles.found.is_empty() {
+        obstacles.of_vm(plan.try_edit(defined));
+    }
+    if plan.makes_keys() {
+        for failure in none_wraps.into_iter().chain(keys::cannot_wrap(host, &wrapping)) {
+            obstacles.of_vm(Err::<(), _>(failure));
+        }
+    }
+    // Whoever has nothing done to it may run.
+    if !plan.acts().is_empty() || !obstacles.found.is_empty() {
+        let off = refuse_unless_off(defined, &Advice::SealVm(name.clone())).err();
+        obstacles.found.extend(off.map(Found::Obstacle));
+    }
+    if provider.is_some() || !plan.acts().is_empty() {
+        let stay = keys::stay(host, &wrapping, &domain, plan.known());
+        plan.warnings.extend(stay);
+    }
+    let for_whom = plan.makes_keys() && !wrapping.is_empty();
+    let notes = for_whom.then(|| keys::told(&wrapping)).into_iter();
+    let notes = notes.chain(plan.disks.iter().filter_map(DiskStep::note));
+    Ok(Survey {
+        notes: notes.chain(left.into_iter().map(stays)).collect(),
+        obstacles: obstacles.obstacles(&host.accepted),
+        plan,
+    })
+}
+
+/// A disk that nothing is written to.
+fn stays(disk: &Disk) -> String {
+    let device = match disk.device {
+        DiskDevice::Cdrom => "a CD",
+        DiskDevice::Floppy => "a floppy",
+        _ => "read-only",
+    };
+    match disk.source.path() {
+        Some(path) => format!("{} stays as it is: {device}, {}", disk.target, path.display()),
+        None => format!("{} stays as it is: {device}", disk.target),
+    }
+}
+
+fn warnings(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    domain: &Domain,
+    records: &[EnvelopeRecord],
+) -> Result<Vec<String>, Problem> {
+    let (name, policy) = (&defined.name, host.policies.of(domain));
+    let autostart = defined.autostart.then(|| {
+        let instead = Advice::Autostart(name.clone()).note("once it is sealed");
+        autostart::by_libvirt(name, instead)
+    });
+    let known: Vec<_> = records.iter().map(|record| &record.location).collect();
+    let found = autostart
+        .into_iter()
+        .chain(side_doors::warnings(domain, policy))
+        .chain(side_doors::plain_layers(domain, policy, |path| {
+            host.paths.permit_known(path, known.iter())
+        }));
+    Ok(found.map(|finding| finding.to_string()).collect())
 }
 
 /// What swtpm_setup, which the first start runs with the name in its arguments, can't take.
@@ -209,209 +377,37 @@ fn refuse_name(domain: &Domain) -> Result<(), Problem> {
     if !name.contains(['\\', '/']) && !name.contains(char::is_control) {
         return Ok(());
     }
-    Err(Problem::new(
-        Code::Failed,
-        format!("the name {name:?} has a character that swtpm_setup or libvirt's files can't have"),
-    )
-    .next(Advice::RenameVm(name.to_owned())))
+    Err(Problem::failed(format!(
+        "the name {name:?} has a character that swtpm_setup or libvirt's files can't have"
+    ))
+    .next(Advice::RenameVm(name.to_owned()).then(Advice::SealVm("NEW".to_owned()))))
 }
 
-pub(super) fn refuse_unless_off(defined: &DefinedDomain) -> Result<(), Problem> {
+/// `again` is what was refused.
+pub(super) fn refuse_unless_off(defined: &DefinedDomain, again: &Advice) -> Result<(), Problem> {
     let name = &defined.name;
     if defined.active {
-        return Err(
-            Problem::new(Code::Busy, format!("{name} is running")).next(Advice::ShutDownVm(name.clone()))
-        );
+        let off = Advice::ShutDownVm(name.clone()).then(again.clone());
+        return Err(Problem::busy(format!("{name} is running")).next(off));
     }
     if defined.managed_save {
-        return Err(Problem::new(
-            Code::Busy,
-            format!("{name} has a saved state, made from the VM as it is now"),
-        )
-        .next(
-            Advice::StartVm(name.clone())
-                .then("shut it down")
-                .or(Advice::DropSavedState(name.clone())),
-        ));
+        return Err(
+            Problem::busy(format!("{name} has a saved state, made from the VM as it is now")).next(
+                Advice::StartVm(name.clone())
+                    .then("shut it down")
+                    .then(again.clone())
+                    .or_else(
+                        Advice::DropSavedState(name.clone())
+                            .note("which loses what was in its memory")
+                            .then(again.clone()),
+                    ),
+            ),
+        );
     }
     Ok(())
 }
 
 pub(super) fn parse(defined: &DefinedDomain) -> Result<Domain, Problem> {
     Domain::parse(&defined.xml)
-        .map_err(|error| Problem::new(Code::Failed, format!("{}: {}", defined.name, chain(&error))))
-}
-
-fn plan_disk(host: &Host<'_>, domain: &Domain, disk: &Disk, others: &OtherUses) -> Result<DiskStep, Problem> {
-    let (Source::File(path), DiskDevice::Disk) = (&disk.source, disk.device) else {
-        return Err(
-            Problem::new(Code::Failed, "only disks that are image files can be sealed").next(
-                Advice::from("move it to a file").or(Advice::DetachDisk {
-                    vm: domain.name.clone(),
-                    disk: disk.target.clone(),
-                }),
-            ),
-        );
-    };
-    if disk.transient {
-        return Err(Problem::new(
-            Code::Failed,
-            "it is transient: libvirt would put a plaintext overlay on it",
-        )
-        .next(Advice::EditXml(domain.name.clone()).within("remove <transient/>")));
-    }
-    if let Some(objection) = disk.layout.objection() {
-        return Err(Problem::new(Code::Failed, format!("it {objection}")).next(Advice::from(format!( "copy the disk into an image of its own (qemu-img convert --image-opts driver=raw,offset=O,size=S,file.filename={} NEW \
-            for a slice)", word(path.display()) )).then(Advice::EditXml(domain.name.clone()).within("name that in its <source> instead")).then("seal")));
-    }
-    let place = host.permit_known(domain.uuid, path)?;
-    if !place.exists() {
-        if known_disk(host, domain.uuid, path)?.is_some() {
-            let shown = path.display();
-            return Err(Problem::new(
-                Code::NotFound,
-                format!("{shown}, which was sealed, does not exist"),
-            )
-            .next(format!(
-                "put {shown} back where it was, or restore it from a backup"
-            )));
-        }
-        return Err(
-            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(
-                Advice::CreateVolumeOfSize {
-                    path: path.clone(),
-                    vm: domain.name.clone(),
-                },
-            ),
-        );
-    }
-    let info = declared::inspect(host, domain, disk, &place)?;
-    let work = match (&info.envelope, info.format.is_encrypted()) {
-        (Some(envelope), true) => ours(host, domain, disk, envelope)?,
-        (None, true) => match known_disk(host, domain.uuid, path)? {
-            Some(envelope) => DiskWork::Adopt(envelope),
-            None => DiskWork::Adopt(named_by_xml(host, domain, disk, path, info.unreadable_envelope)?),
-        },
-        (_, false) if disk.encryption.is_some() => return Err(encrypted_by_others(path)),
-        (_, false) if info.virtual_size.0 == 0 => return Err(without_size(path)),
-        (_, false) if info.data == Data::Empty => {
-            // The keystore's word is not enough for a file that no key opens.
-            host.paths.permit(path)?;
-            others.refuse_users_of(&place, domain)?;
-            DiskWork::Replace(Box::new(info))
-        }
-        (_, false) => {
-            return Err(Problem::new(
-                Code::WouldLoseKey,
-                format!(
-                    "{} holds data, and converting a disk in place is not possible yet",
-                    path.display()
-                ),
-            )
-            .next(
-                Advice::CreateVolumeFrom {
-                    path: "NEW".into(),
-                    from: path.clone(),
-                    vm: Some(domain.name.clone()),
-                }
-                .then(Advice::EditXml(domain.name.clone()).within("point the disk to it"))
-                .then("seal"),
-            ));
-        }
-    };
-    Ok(DiskStep {
-        target: disk.target.clone(),
-        place,
-        work,
-    })
-}
-
-fn without_size(path: &Path) -> Problem {
-    let path = path.display();
-    Problem::new(Code::Failed, format!("{path} has 0 bytes, and no disk has that"))
-        .next(format!("truncate --size=SIZE {}, such as 20G", word(path)))
-}
-
-/// An image of ours: its envelope is adopted, unless the keystore and the XML have it.
-fn ours(host: &Host<'_>, domain: &Domain, disk: &Disk, carried: &Envelope) -> Result<DiskWork, Problem> {
-    let known = host
-        .keystore
-        .readable_envelope(carried.id)?
-        .map(|record| record.envelope);
-    let is_known = known.is_some();
-    let envelope = known.unwrap_or_else(|| carried.clone());
-    if !envelope.serves(domain.uuid) {
-        return Err(
-            Problem::new(Code::Failed, format!("it was made for VM {}", envelope.vm)).next(
-                Advice::CreateVolume {
-                    path: "NEW".into(),
-                    vm: domain.name.clone(),
-                },
-            ),
-        );
-    }
-    let named = disk.encryption.as_ref().map(|encryption| &encryption.secret);
-    match named {
-        Some(domain::SecretRef::Uuid(id)) if *id == envelope.id && is_known && carries(domain, &envelope) => {
-            Ok(DiskWork::Sealed(envelope))
-        }
-        Some(domain::SecretRef::Uuid(id)) if *id != envelope.id => Err(Problem::new(
-            Code::Failed,
-            format!(
-                "the domain names secret {id}, the image has envelope {}",
-                envelope.id
-            ),
-        )
-        .next(Advice::EditXml(domain.name.clone()).within("remove that disk's <encryption>, then seal"))),
-        _ => Ok(DiskWork::Adopt(carried.clone())),
-    }
-}
-
-fn encrypted_by_others(path: &Path) -> Problem {
-    Problem::new(
-        Code::Failed,
-        format!("{} is encrypted, but not by virtseal", path.display()),
-    )
-    .next(
-        Advice::from("convert it to a plain image")
-            .then(Advice::CreateVolumeFrom {
-                path: "NEW".into(),
-                from: "PLAIN".into(),
-                vm: None,
-            })
-            .within(format!("{} itself can't be adopted", path.display())),
-    )
-}
-
-/// The envelope of an image that carries none that can be read, at a place that the keystore does not know.
-fn named_by_xml(
-    host: &Host<'_>,
-    domain: &Domain,
-    disk: &Disk,
-    path: &Path,
-    unreadable: Option<String>,
-) -> Result<Envelope, Problem> {
-    match (
-        disk.encryption.as_ref().map(|encryption| &encryption.secret),
-        unreadable,
-    ) {
-        (Some(domain::SecretRef::Uuid(id)), _) => named_envelope(host, domain, ObjectKind::Disk, *id),
-        (_, Some(why)) => Err(Problem::new(
-            Code::NotFound,
-            format!(
-                "the copy of the envelope in {} can't be read, and no other is known here: {why}",
-                path.display()
-            ),
-        )
-        .next(Advice::DefineSealedXml(Some(domain.name.clone())).then("seal"))),
-        (_, None) => Err(encrypted_by_others(path)),
-    }
-}
-
-fn carries(domain: &Domain, envelope: &Envelope) -> bool {
-    domain
-        .metadata
-        .as_ref()
-        .and_then(|metadata| metadata.envelope(envelope.id))
-        == Some(envelope)
+        .map_err(|error| Problem::failed(format!("{}: {}", defined.name, chain(&error))))
 }

@@ -1,6 +1,7 @@
 //! The second half of an act: files that are complete get their names, and what can't be undone begins.
 
 use super::Host;
+use crate::model::act::{Act, Tense};
 use crate::model::advice::Advice;
 use crate::model::envelope::EnvelopeId;
 use crate::model::problem::Problem;
@@ -9,8 +10,8 @@ use crate::object::disk::{ImageLock, Prepared};
 /// A file that is ready, with what giving it its name comes to.
 #[derive(Debug)]
 pub(super) struct Ready {
-    /// In words, as the plan has them.
-    pub(super) words: String,
+    /// As the plan has it.
+    pub(super) act: Act,
     pub(super) file: Prepared,
     /// Becomes active when the file has its name.
     pub(super) envelope: Option<EnvelopeId>,
@@ -18,11 +19,10 @@ pub(super) struct Ready {
 
 /// What an act has replaced.
 #[derive(Debug, Default)]
-pub struct Replaced {
+pub(crate) struct Replaced {
     /// The old files: until the domain is defined, a start may still be opening them.
     held: Vec<ImageLock>,
-    /// In words.
-    done: Vec<String>,
+    done: Vec<Act>,
 }
 
 impl Replaced {
@@ -36,17 +36,12 @@ impl Replaced {
             let goes_on = again.clone().within("it goes on from here");
             failure.next(Advice::from("mend that").then(goes_on))
         };
-        for Ready {
-            words,
-            file,
-            envelope,
-        } in ready
-        {
+        for Ready { act, file, envelope } in ready {
             let published = file.publish().map_err(Problem::from);
             let old =
-                published.map_err(|failure| again(replaced.after(failure.of(format!("can't {words}")))))?;
+                published.map_err(|failure| again(replaced.after(failure.of(format!("can't {act}")))))?;
             replaced.held.extend(old);
-            replaced.done.push(words);
+            replaced.done.push(act);
             if let Some(id) = envelope {
                 let activated = host.keystore.activate(id).map_err(Problem::from);
                 activated.map_err(|failure| again(replaced.after(failure)))?;
@@ -56,11 +51,13 @@ impl Replaced {
     }
 
     /// Says in a failure what was done before it.
-    #[must_use]
-    pub fn after(&self, mut failure: Problem) -> Problem {
+    pub(crate) fn after(&self, mut failure: Problem) -> Problem {
         failure.message.push_str(&match &self.done[..] {
             [] => "; no file was changed".to_owned(),
-            done => format!("; done before that: {}", done.join("; ")),
+            done => {
+                let done: Vec<_> = done.iter().map(|act| act.told(Tense::Done)).collect();
+                format!("; before that it {}", done.join(", and "))
+            }
         });
         failure
     }

@@ -7,7 +7,7 @@ use nix::sys::statvfs::{FsFlags, statvfs};
 use nix::unistd::{AccessFlags, access};
 
 use crate::host::permitted::PermittedPath;
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::terminal::word;
 
 /// A new file of at most so many bytes at a place.
@@ -16,8 +16,8 @@ pub(super) struct NewFile<'a> {
     pub(super) bytes: u64,
 }
 
-/// Refuses what has no directory that can be written, or no space in it.
-pub(super) fn refuse_without_room<'a>(files: impl Iterator<Item = NewFile<'a>>) -> Result<(), Problem> {
+/// Why there is no room for some: a directory that can't be written, or no space in it.
+pub(super) fn without_room<'a>(files: impl Iterator<Item = NewFile<'a>>) -> Vec<Problem> {
     let mut needed: BTreeMap<PathBuf, (u64, &PermittedPath)> = BTreeMap::new();
     for file in files {
         let directory = file.place.shown().parent().map(PathBuf::from).unwrap_or_default();
@@ -25,13 +25,14 @@ pub(super) fn refuse_without_room<'a>(files: impl Iterator<Item = NewFile<'a>>) 
     }
     needed
         .into_iter()
-        .try_for_each(|(directory, (bytes, place))| refuse_full(&directory, bytes, place))
+        .filter_map(|(directory, (bytes, place))| refuse_full(&directory, bytes, place).err())
+        .collect()
 }
 
 fn refuse_full(directory: &Path, bytes: u64, place: &PermittedPath) -> Result<(), Problem> {
     let shown = directory.display();
     let handle = place.directory_handle();
-    let said = |what: String| Problem::new(Code::Failed, what);
+    let said = |what: String| Problem::failed(what);
     let space = statvfs(&handle).map_err(|error| said(format!("can't look at {shown}: {error}")))?;
     if space.flags().contains(FsFlags::ST_RDONLY) {
         return Err(

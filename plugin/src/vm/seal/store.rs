@@ -5,17 +5,21 @@ use std::path::{Path, PathBuf};
 use super::Host;
 use super::firmware;
 use super::known::{HasRun, is_settled, named_envelope};
+use super::loss::{Loss, Way};
 use super::others::OtherUses;
-use super::take_back::{self, StoreDecision, StoreFile};
+use super::take_back::{self, KnownStore, StoreDecision, StoreFile};
 use crate::domain::edit::{LoaderPin, NvramEdit};
 use crate::domain::{self, Domain, Firmware, Nvram, Source, Uefi};
 use crate::host::permitted::PermittedPath;
+use crate::model::act::{Act, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::object::disk::{self, FileId};
 use crate::object::nvram;
+use crate::store::EnvelopeState;
 use crate::terminal::word;
+use crate::vm::accepted_losses::AcceptedLosses;
 
 #[derive(Debug)]
 pub(super) enum NvramStep {
@@ -35,6 +39,8 @@ pub(super) struct SealedStore {
     pub(super) envelopes: Vec<Envelope>,
     loader: Option<LoaderPin>,
     format: Option<String>,
+    /// The secret that the XML names.
+    stated: Option<EnvelopeId>,
 }
 
 /// A store to be made.
@@ -46,6 +52,8 @@ pub(super) struct NewStore {
     pub(super) present: Present,
     /// What the XML has to say of the format, if it says one: the store is raw, whatever it was.
     pub(super) format: Option<String>,
+    /// The secret that the XML names.
+    pub(super) stated: Option<EnvelopeId>,
 }
 
 /// What is at the place of a store.
@@ -57,18 +65,35 @@ pub(super) enum Present {
 }
 
 impl NvramStep {
-    pub(super) fn words(&self) -> Option<String> {
+    pub(super) fn act(&self) -> Option<Act> {
         match self {
-            Self::Create(store) => Some(store.words()),
-            Self::Reformat(_, path) => Some(format!(
-                "say format='raw' of the UEFI variable store {}, which it is since it was sealed",
+            Self::Create(store) => Some(store.act()),
+            Self::Reformat(_, path) => Some(Verb::Write.act(format!(
+                "format='raw' for the UEFI variable store {}, which it is since it was sealed",
                 path.display()
-            )),
-            Self::TakeBack(store) => Some(format!(
-                "take the encrypted UEFI variable store {} back",
+            ))),
+            Self::TakeBack(store) => Some(Verb::Take.act(format!(
+                "the encrypted UEFI variable store {} back",
                 store.path.display()
-            )),
+            ))),
             Self::Sealed(_) | Self::None => None,
+        }
+    }
+
+    /// What is pinned that libvirt would choose at each start.
+    pub(super) fn loader(&self) -> Option<&LoaderPin> {
+        match self {
+            Self::Create(store) => store.loader.as_ref(),
+            Self::TakeBack(store) => store.loader.as_ref(),
+            Self::Reformat(..) | Self::Sealed(_) | Self::None => None,
+        }
+    }
+
+    /// The envelopes whose keys it tries at the store's place, until one opens it.
+    pub(super) fn to_open(&self) -> Vec<&Envelope> {
+        match self {
+            Self::TakeBack(store) => store.envelopes.iter().collect(),
+            Self::Sealed(_) | Self::Reformat(..) | Self::Create(_) | Self::None => Vec::new(),
         }
     }
 
@@ -91,6 +116,7 @@ impl NvramStep {
                 template: Some(store.template.shown().to_owned()),
                 format: store.format.clone(),
                 envelope,
+                instead_of: store.stated,
                 loader: store.loader.clone(),
             }),
             Self::TakeBack(store) => Some(NvramEdit {
@@ -98,6 +124,7 @@ impl NvramStep {
                 template: None,
                 format: store.format.clone(),
                 envelope,
+                instead_of: store.stated,
                 loader: store.loader.clone(),
             }),
             Self::Reformat(_, path) => Some(NvramEdit {
@@ -105,6 +132,7 @@ impl NvramStep {
                 template: None,
                 format: Some(RAW.to_owned()),
                 envelope,
+                instead_of: None,
                 loader: None,
             }),
             Self::Sealed(_) | Self::None => None,
@@ -113,74 +141,109 @@ impl NvramStep {
 }
 
 impl NewStore {
-    pub(super) fn words(&self) -> String {
-        let loader = self.loader.as_ref().map(|pin| format!(", and {}", pin.words()));
-        format!(
-            "create the encrypted UEFI variable store {} from {}{}",
+    pub(super) fn act(&self) -> Act {
+        Verb::Create.act(format!(
+            "the encrypted UEFI variable store {} from {}",
             self.place.shown().display(),
-            self.template.shown().display(),
-            loader.unwrap_or_default()
-        )
+            self.template.shown().display()
+        ))
     }
 }
 
-pub(super) fn plan_nvram(host: &Host<'_>, domain: &Domain, others: &OtherUses) -> Result<NvramStep, Problem> {
+pub(super) fn plan_nvram(
+    host: &Host<'_>,
+    domain: &Domain,
+    others: &OtherUses,
+) -> Result<Way<NvramStep>, Problem> {
     let Firmware::Uefi(uefi) = &domain.firmware else {
-        return Err(Problem::new(Code::Failed, "it does not boot through UEFI")
-            .next("define it with <os firmware='efi'>: only UEFI VMs can be sealed"));
+        let edit = edit(domain, "<os firmware='efi'>, if its guest boots by UEFI too");
+        return Err(
+            Problem::failed("it does not boot through UEFI, and no other VM can be sealed").next(edit),
+        );
     };
     if uefi.stateless {
-        return Ok(NvramStep::None);
+        return Ok(Way::Open(NvramStep::None));
     }
     let nvram = uefi.nvram.as_ref();
-    if let Some(encryption) = nvram.and_then(|nvram| nvram.encryption.as_ref()) {
-        let domain::SecretRef::Uuid(id) = encryption.secret else {
-            return Err(Problem::new(
-                Code::Failed,
-                "its UEFI variables are encrypted with a secret of somebody else",
-            ));
-        };
-        let envelope = named_envelope(host, domain, ObjectKind::Nvram, id)?;
-        return match nvram.and_then(|nvram| nvram.source.path()) {
-            Some(path) if !is_settled(host, domain, id)? => taken_back(uefi, path.to_owned(), vec![envelope]),
-            _ => sealed_store(host, domain, nvram, envelope),
-        };
-    }
     let path = match nvram.map(|nvram| &nvram.source) {
         Some(Source::File(path)) => path.clone(),
         None | Some(Source::Empty) => host.own_store(&domain.name),
         Some(_) => {
-            return Err(Problem::new(
-                Code::Failed,
-                "its UEFI variable store is not a file",
-            ));
+            return Err(Problem::failed("its UEFI variable store is not a file")
+                .next(edit(domain, "name a file in <nvram>")));
         }
     };
+    let stated = stated_secret(domain, nvram)?;
+    let named = match stated {
+        Some(id) => named_envelope(host, domain, ObjectKind::Nvram, id)?,
+        None => None,
+    };
     let file = StoreFile::at(host, domain.uuid, &path)?;
-    let (known, envelopes) = take_back::known_stores(host, domain.uuid)?;
-    match take_back::decide_store(&path, file, &known, HasRun::of(host, domain.uuid)?) {
-        StoreDecision::TakeBack(path) => return taken_back(uefi, path, envelopes),
+    let (mut known, mut envelopes) = take_back::known_stores(host, domain.uuid)?;
+    let is_nobodys = named.is_none() && file == StoreFile::Encrypted;
+    if let Some(id) = stated.filter(|_| !is_nobodys)
+        && envelopes.iter().all(|envelope| envelope.id != id)
+    {
+        // By the XML alone.
+        known.push(KnownStore {
+            path: path.clone(),
+            file,
+            state: EnvelopeState::Active,
+        });
+    }
+    if let Some(named) = named {
+        if file == StoreFile::Encrypted && is_settled(host, domain, named.id)? {
+            return sealed_store(host, domain, nvram, named).map(Way::Open);
+        }
+        envelopes.retain(|envelope| envelope.id != named.id);
+        envelopes.insert(0, named);
+    }
+    let has_run = HasRun::of(host, domain.uuid)?;
+    match take_back::decide_store(&path, file, &known, has_run) {
+        StoreDecision::TakeBack(path) => {
+            return taken_back(uefi, path, envelopes, stated).map(Way::Open);
+        }
         StoreDecision::Elsewhere(sealed) => {
             return Err(take_back::store_elsewhere(&domain.name, &path, &sealed));
         }
-        StoreDecision::Lost(lost) => return Err(take_back::store_lost(&domain.name, &lost)),
-        StoreDecision::NotKnown => return Err(take_back::store_not_known(&path)),
-        StoreDecision::Make => {}
+        StoreDecision::NotKnown => return Err(take_back::store_not_known(host, domain, &path)?),
+        StoreDecision::Lost(lost) if !host.accepted.has(AcceptedLosses::NVRAM) => {
+            return Ok(Way::Lost(Loss::nvram(take_back::store_lost(&lost, file))));
+        }
+        StoreDecision::Lost(_) | StoreDecision::Make => {}
     }
     let place = host.paths.permit(&path)?;
     let chosen = firmware::choose(uefi, nvram)?;
     let template = permit_template(host, domain, &chosen.template)?;
     others.refuse_users_of(&place, domain)?;
-    Ok(NvramStep::Create(Box::new(NewStore {
-        present: present(domain, &place, &template)?,
+    Ok(Way::Open(NvramStep::Create(Box::new(NewStore {
+        present: present(host, domain, &place, &template)?,
         place,
         template,
         loader: chosen.loader,
         format: stated_raw(nvram),
-    })))
+        stated,
+    }))))
 }
 
-const RAW: &str = "raw";
+/// The secret that the XML names.
+fn stated_secret(domain: &Domain, nvram: Option<&Nvram>) -> Result<Option<EnvelopeId>, Problem> {
+    match nvram.and_then(|nvram| nvram.encryption.as_ref()) {
+        None => Ok(None),
+        Some(encryption) => match encryption.secret {
+            domain::SecretRef::Uuid(id) => Ok(Some(id)),
+            domain::SecretRef::Usage | domain::SecretRef::Missing => Err(Problem::failed(
+                "its UEFI variables are encrypted with a secret of somebody else",
+            )
+            .next(edit(
+                domain,
+                "name a store in <nvram> that is not encrypted, without <encryption>",
+            ))),
+        },
+    }
+}
+
+pub(super) const RAW: &str = "raw";
 
 /// Where the XML says a format at all.
 fn stated_raw(nvram: Option<&Nvram>) -> Option<String> {
@@ -188,7 +251,12 @@ fn stated_raw(nvram: Option<&Nvram>) -> Option<String> {
     stated.map(|_| RAW.to_owned())
 }
 
-fn taken_back(uefi: &Uefi, path: PathBuf, envelopes: Vec<Envelope>) -> Result<NvramStep, Problem> {
+fn taken_back(
+    uefi: &Uefi,
+    path: PathBuf,
+    envelopes: Vec<Envelope>,
+    stated: Option<EnvelopeId>,
+) -> Result<NvramStep, Problem> {
     // To be named where libvirt would still choose one.
     let loader = match uefi.loader {
         Some(_) => None,
@@ -199,6 +267,7 @@ fn taken_back(uefi: &Uefi, path: PathBuf, envelopes: Vec<Envelope>) -> Result<Nv
         envelopes,
         loader,
         format: stated_raw(uefi.nvram.as_ref()),
+        stated,
     }))
 }
 
@@ -222,7 +291,12 @@ fn sealed_store(
 }
 
 /// What is there now, if nothing would be lost with it.
-fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> Result<Present, Problem> {
+fn present(
+    host: &Host<'_>,
+    domain: &Domain,
+    place: &PermittedPath,
+    template: &PermittedPath,
+) -> Result<Present, Problem> {
     let variables = nvram::read_variables(template)?;
     if !place.exists() {
         return Ok(Present::Nothing);
@@ -231,22 +305,19 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
     let info = disk::inspect(place)?;
     let of_template = disk::inspect(template)?.file_id;
     if info.file_id.inode() == of_template.inode() {
-        return Err(Problem::new(
-            Code::Failed,
-            format!("{path} is its UEFI variable store and the template for that as well"),
-        )
-        .next(Advice::EditXml(domain.name.clone()).within(format!(
-            "give <nvram> a file of its own, with {path} as the template"
-        ))));
+        return Err(Problem::failed(format!(
+            "{path} is its UEFI variable store and the template for that as well"
+        ))
+        .next(edit(
+            domain,
+            format!("give <nvram> a file of its own, with {path} as the template"),
+        )));
     }
     if info.snapshots > 0 {
-        return Err(Problem::new(
-            Code::WouldLoseKey,
-            format!(
-                "{path} has {} internal snapshots, which a sealed store can't have",
-                info.snapshots
-            ),
-        )
+        return Err(Problem::would_lose_key(format!(
+            "{path} has {} internal snapshots, which a sealed store can't have",
+            info.snapshots
+        ))
         .next(
             Advice::ListSnapshots(domain.name.clone())
                 .within("delete them once they are not needed any more")
@@ -254,25 +325,40 @@ fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> 
                     "seal a copy of the store: qemu-img convert -O raw {} NEW",
                     word(path)
                 ))
-                .then(Advice::EditXml(domain.name.clone()).within("<nvram template='NEW'>")),
+                .then(edit(domain, "<nvram template='NEW'>")),
         ));
     }
     if nvram::read_variables(place)? == variables {
         return Ok(Present::Pristine(info.file_id));
     }
-    Err(Problem::new(
-        Code::WouldLoseKey,
-        format!("it has run before: {path} holds UEFI variables in plaintext"),
-    )
+    Err(Problem::would_lose_key(format!(
+        "it has run before: {path} holds UEFI variables in plaintext"
+    ))
     .next(
         Advice::EditXml(domain.name.clone())
             .within(format!(
                 "make it the template of a new store, <nvram template='{path}'>{path}.sealed</nvram>"
             ))
-            .then(Advice::SealVm(domain.name.clone()).note(format!(
+            .then(seal_again(host, domain).note(format!(
                 "which takes the variables over ({path} stays, in plaintext)"
             ))),
     ))
+}
+
+/// Then to seal.
+fn edit(domain: &Domain, what: impl Into<Advice>) -> Advice {
+    let edit = Advice::EditXml(domain.name.clone()).within(what);
+    edit.then(Advice::SealVm(domain.name.clone()))
+}
+
+/// With what was accepted this time.
+fn seal_again(host: &Host<'_>, domain: &Domain) -> Advice {
+    let objects: Vec<_> = host.accepted.objects().map(str::to_owned).collect();
+    let vm = domain.name.clone();
+    match objects.is_empty() {
+        true => Advice::SealVm(vm),
+        false => Advice::SealReplacing { vm, objects },
+    }
 }
 
 /// Root reads it and puts it into the VM, so it must be something that whoever wrote the XML may have.
@@ -290,11 +376,10 @@ pub(super) fn permit_template(
     let place = permitted.map_err(|error| of_template(error.into()))?;
     if !place.exists() {
         return Err(of_template(
-            Problem::new(Code::NotFound, format!("{} does not exist", path.display())).next(
-                Advice::EditXml(domain.name.clone()).within(
-                    "name one of this host, such as <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>",
-                ),
-            ),
+            Problem::not_found(format!("{} does not exist", path.display())).next(edit(
+                domain,
+                "name one of this host, such as <nvram template='/usr/share/OVMF/OVMF_VARS_4M.fd'>",
+            )),
         ));
     }
     let others = OtherUses::among(&host.kept, domain.uuid);

@@ -6,14 +6,17 @@
 use std::path::{Path, PathBuf};
 
 use super::Host;
-use super::known::{HasRun, known};
+use super::known::{HasRun, known, of_another};
+use crate::domain::Domain;
 use crate::host::libvirt::DefinedDomain;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, VmId};
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError};
 use crate::secret::Passphrase;
 use crate::store::EnvelopeState;
+use crate::terminal::word;
+use crate::vm::host::passphrase;
 use crate::vm::start::adoption::{believe, not_believed};
 
 /// What is at the path of a variable store.
@@ -64,7 +67,7 @@ pub(super) enum StoreDecision {
     NotKnown,
 }
 
-/// Decides by the file that the XML names, those that the keystore knows, and whether the VM has run under seal.
+/// Decides by the file that the XML names, those that the keystore or the XML knows, and whether the VM has run under seal.
 pub(super) fn decide_store(
     named: &Path,
     file: StoreFile,
@@ -87,8 +90,8 @@ pub(super) fn decide_store(
         };
     }
     match (has_run, active().next()) {
-        (HasRun::Yes, Some(lost)) => StoreDecision::Lost(lost.path.clone()),
-        _ => StoreDecision::Make,
+        (HasRun::No, _) | (_, None) => StoreDecision::Make,
+        (HasRun::Yes | HasRun::NotKnown, Some(lost)) => StoreDecision::Lost(lost.path.clone()),
     }
 }
 
@@ -109,24 +112,26 @@ pub(super) fn known_stores(host: &Host<'_>, vm: VmId) -> Result<(Vec<KnownStore>
     ))
 }
 
-pub(super) fn store_lost(name: &str, path: &Path) -> Problem {
+/// A store that was sealed, where `file` is now.
+pub(super) fn store_lost(path: &Path, file: StoreFile) -> Problem {
     let shown = path.display();
-    Problem::new(
-        Code::WouldLoseKey,
-        format!("its UEFI variable store {shown} was sealed and has been used, and is not there any more"),
-    )
-    .next(Advice::from(format!("restore {shown} from a backup")).then(Advice::SealVm(name.to_owned())))
+    Problem::would_lose_key(match file {
+        StoreFile::Plain => {
+            format!("the UEFI variable store {shown} was sealed, and a plain one is in its place")
+        }
+        StoreFile::Missing | StoreFile::Encrypted => {
+            format!("the UEFI variable store {shown} was sealed, and is not there any more")
+        }
+    })
+    .next(format!("restore {shown} from a backup"))
 }
 
 pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Problem {
-    Problem::new(
-        Code::WouldLoseKey,
-        format!(
-            "the XML names the plain {} as its UEFI variable store, and the one that was sealed is {}",
-            named.display(),
-            sealed.display()
-        ),
-    )
+    Problem::would_lose_key(format!(
+        "the XML names the plain {} as its UEFI variable store, and the one that was sealed is {}",
+        named.display(),
+        sealed.display()
+    ))
     .next(
         Advice::EditXml(name.to_owned())
             .within(format!("name {} in <nvram>", sealed.display()))
@@ -134,15 +139,31 @@ pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Proble
     )
 }
 
-pub(super) fn store_not_known(path: &Path) -> Problem {
-    Problem::new(
-        Code::NotFound,
-        format!(
-            "its UEFI variable store {} is encrypted, and no envelope here is known to open it",
-            path.display()
-        ),
-    )
-    .next(Advice::DefineSealedXml(None).then("seal"))
+/// An encrypted store that no envelope of the VM is for.
+pub(super) fn store_not_known(host: &Host<'_>, domain: &Domain, path: &Path) -> Result<Problem, Problem> {
+    let (shown, again) = (path.display(), Advice::SealVm(domain.name.clone()));
+    let location = shown.to_string();
+    let records = host.keystore.envelopes()?.sound;
+    if let Some(other) = records
+        .iter()
+        .find(|record| record.envelope.kind == ObjectKind::Nvram && record.location == location)
+    {
+        let what = format!(
+            "its UEFI variable store {shown} was made for VM {}",
+            other.envelope.vm
+        );
+        return Ok(Problem::failed(what).next(of_another(host, domain, other.envelope.vm)));
+    }
+    let what =
+        format!("its UEFI variable store {shown} is encrypted, and no envelope here is known to open it");
+    let file = word(shown);
+    let anew = Advice::from("only if its boot entries and enrolled keys may be lost, set it aside")
+        .within(format!("mv {file} {file}.sealed"));
+    Ok(Problem::not_found(what).next(
+        Advice::DefineSealedXml(None)
+            .then(again.clone())
+            .or_else(anew.then(again)),
+    ))
 }
 
 /// Opens the variable store with one of `envelopes`.
@@ -159,7 +180,7 @@ pub(super) fn open_store(
     let location = path.display().to_string();
     first_that_opens(envelopes, |envelope| {
         adopt(host, defined, envelope, &location, |passphrase| {
-            Ok(disk::verify(&place, passphrase)?)
+            Ok(disk::open(&place, passphrase)?)
         })
     })
 }
@@ -176,7 +197,7 @@ pub(super) fn first_that_opens(
             Err(failure) => failed = failed.or(Some(failure)),
         }
     }
-    Err(failed.unwrap_or_else(|| Problem::new(Code::NotFound, "no envelope of it is known here")))
+    Err(failed.unwrap_or_else(|| Problem::not_found("no envelope of it is known here")))
 }
 
 /// Takes the object at `location` over, once `carried`, or what the keystore has of it, is verified by the key that opens it.
@@ -192,18 +213,12 @@ pub(super) fn adopt(
     let dek = host.recipients.open_envelope(first)?;
     let believed = believe(host.recipients, record.as_ref(), Some(carried), &dek)
         .map_err(|error| not_believed(&defined.name, &error))?;
-    let passphrase = dek
-        .passphrase()
-        .map_err(|error| Problem::from_error(Code::Failed, "no memory for a key", &error))?;
-    open(&passphrase)?;
+    open(&passphrase(&dek)?)?;
     if !believed.envelope.serves(defined.vm) {
-        return Err(Problem::new(
-            Code::Failed,
-            format!(
-                "it belongs to VM {}, which does not share it",
-                believed.envelope.vm
-            ),
-        )
+        return Err(Problem::failed(format!(
+            "it belongs to VM {}, which does not share it",
+            believed.envelope.vm
+        ))
         .next(Advice::ShowVm(defined.name.clone())));
     }
     if believed.is_news {
@@ -255,9 +270,11 @@ mod tests {
 
         for (file, path) in [(Missing, "/nvram/a"), (Plain, "/nvram/a"), (Missing, "/nvram/b")] {
             let gone = [store(path, file, Active)];
-            assert_eq!(decide(file, &gone, HasRun::Yes), lost(path), "{file:?} {path}");
+            for has_run in [HasRun::Yes, HasRun::NotKnown] {
+                assert_eq!(decide(file, &gone, has_run), lost(path), "{file:?} {path}");
+            }
             // Unsealed before it ever ran, or a seal that was killed.
-            assert_eq!(decide(file, &gone, HasRun::NotKnown), StoreDecision::Make);
+            assert_eq!(decide(file, &gone, HasRun::No), StoreDecision::Make);
         }
         assert_eq!(decide(Missing, &[], HasRun::Yes), StoreDecision::Make);
         assert_eq!(

@@ -11,24 +11,22 @@ use crate::api::Outcome;
 use crate::domain::{self, Domain, Firmware, Object, ObjectState};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
+use crate::model::act::{Act, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
+use crate::model::subject::Subject;
 use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
-use crate::object::nvram;
-use crate::object::vtpm::StateDir;
+use crate::object::{self, nvram};
 use crate::store::EnvelopeRecord;
 
-/// What unsealing takes.
 #[derive(Debug)]
-pub struct UnsealPlan {
-    /// The XML of the plain domain.
+pub(crate) struct UnsealPlan {
     pub xml: String,
     name: String,
     steps: Vec<Step>,
 }
 
-/// An object that becomes plain.
 #[derive(Debug)]
 struct Step {
     label: String,
@@ -45,25 +43,27 @@ enum Replacement {
 }
 
 impl Step {
-    fn words(&self) -> String {
+    fn act(&self) -> Act {
         let (label, path) = (&self.label, self.place.shown().display());
-        match &self.by {
-            Replacement::Empty(_) => format!("replace the empty {path} ({label}) by a plain one"),
+        Verb::Replace.act(match &self.by {
+            Replacement::Empty(_) => format!("the empty {path} ({label}) by a plain one"),
             Replacement::CopyOf(template) => {
-                format!("replace {path} by a copy of {}", template.shown().display())
+                format!("{path} by a copy of {}", template.shown().display())
             }
-        }
+        })
     }
 }
 
 impl UnsealPlan {
-    /// In words.
-    #[must_use]
-    pub fn outcome(&self, changed: bool) -> Outcome {
-        let mut steps: Vec<_> = self.steps.iter().map(Step::words).collect();
-        steps.push("redefine the domain".into());
+    pub(crate) fn outcome(&self, tense: Tense) -> Outcome {
+        let name = &self.name;
+        let mut acts: Vec<_> = self.steps.iter().map(Step::act).collect();
+        acts.push(Verb::Redefine.act("the domain"));
+        let is_done = tense == Tense::Done;
         Outcome {
-            steps,
+            steps: acts.iter().map(|act| act.told(tense)).collect(),
+            result: is_done.then(|| format!("{name} is plain")),
+            next: is_done.then(|| Advice::StartVm(name.clone()).to_string()),
             warnings: vec![
                 // Only a VM with a sealed one that never ran gets here.
                 format!(
@@ -72,7 +72,8 @@ impl UnsealPlan {
                 ),
                 "the keys stay in the keystore".into(),
             ],
-            changed,
+            changed: is_done,
+            ..Outcome::default()
         }
     }
 }
@@ -81,15 +82,17 @@ impl UnsealPlan {
 ///
 /// # Errors
 /// When the VM is not sealed, or has run since; when an object is not known as one of this VM.
-pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPlan, Problem> {
-    refuse_unless_off(defined)?;
+pub(crate) fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPlan, Problem> {
+    refuse_unless_off(defined, &Advice::UnsealVm(defined.name.clone()))?;
     let domain = parse(defined)?;
     let name = &defined.name;
     if domain.metadata.is_none() {
-        return Err(Problem::new(Code::NotFound, format!("{name} is not sealed")));
+        let back = host.keystore.is_sealed(domain.uuid)?;
+        let back = back.then(|| Advice::SealVm(name.clone()).note("which takes it back"));
+        return Err(Problem::not_found(format!("{name} is not sealed, by its XML")).advised(back));
     }
     let of_vm = |failure: Problem| failure.of(name);
-    StateDir::of_domain(&domain, &host.swtpm_dir).map_err(|elsewhere| of_vm(elsewhere.into()))?;
+    object::refuse_elsewhere(&domain, &host.swtpm_dir).map_err(of_vm)?;
     let mut sealed = Vec::new();
     for object in domain::objects(&domain) {
         if let ObjectState::Sealed(id) = object.state {
@@ -99,11 +102,12 @@ pub fn plan_unseal(host: &Host<'_>, defined: &DefinedDomain) -> Result<UnsealPla
     }
     refuse_if_it_ran(host, &domain)?;
     let xml = domain::edit::unseal(&defined.xml)
-        .map_err(|error| Problem::new(Code::Failed, format!("{name}: {}", chain(&error))))?;
+        .map_err(|error| Problem::failed(format!("{name}: {}", chain(&error))))?;
     let mut steps = Vec::new();
     for (object, record) in sealed {
         let label = object.label.clone();
-        let step = plan_object(host, &domain, object, record).map_err(|failure| of_vm(failure.of(label)))?;
+        let step = plan_object(host, &domain, object, record)
+            .map_err(|failure| of_vm(failure.about(Subject::object(name, &label)).of(label)))?;
         steps.extend(step);
     }
     Ok(UnsealPlan {
@@ -124,13 +128,10 @@ fn own_record(
     known
         .filter(|record| record.envelope.vm == domain.uuid && record.envelope.kind == object.kind)
         .ok_or_else(|| {
-            Problem::new(
-                Code::NotFound,
-                format!(
-                    "{} is encrypted with secret {id}, which this host does not know as one of this VM",
-                    object.label
-                ),
-            )
+            Problem::not_found(format!(
+                "{} is encrypted with secret {id}, which this host does not know as one of this VM",
+                object.label
+            ))
             .next(Advice::DefineSealedXml(None))
         })
 }
@@ -172,12 +173,12 @@ fn plan_object(
 
 /// Replaces the sealed objects by plain ones. May be repeated: each is opened with its key before any goes. The caller keeps what was
 /// replaced until it has defined the XML: a start may still be opening it.
-pub fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Problem> {
+pub(crate) fn unseal(host: &Host<'_>, plan: &UnsealPlan) -> Result<Replaced, Problem> {
     let mut ready = Vec::new();
     for step in &plan.steps {
         let file = prepare(host, step).map_err(|failure| failure.of(&step.label))?;
         ready.push(Ready {
-            words: step.words(),
+            act: step.act(),
             file,
             envelope: None,
         });
@@ -199,18 +200,15 @@ fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Problem> {
 /// The first start makes the vTPM's state: without one the VM never ran.
 fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Problem> {
     let never_made = vtpm::was_never_made(host, domain)?;
-    if HasRun::of(host, domain.uuid)? == HasRun::NotKnown && never_made {
+    if HasRun::of(host, domain.uuid)? != HasRun::Yes && never_made {
         return Ok(());
     }
     Err(would_lose(&domain.name, "it has run since it was sealed"))
 }
 
 fn would_lose(name: &str, why: &str) -> Problem {
-    Problem::new(
-        Code::WouldLoseKey,
-        format!("{name} stays sealed: {why}, which would be lost"),
-    )
-    .next("copy the data out from inside the guest: turning sealed data plain is not possible yet")
+    Problem::would_lose_key(format!("{name} stays sealed: {why}, which would be lost"))
+        .next("copy the data out from inside the guest: turning sealed data plain is not possible yet")
 }
 
 /// What its variable store started from, unless it is plain again already.
@@ -226,8 +224,11 @@ fn nvram_template(
     };
     let Some(template) = nvram.and_then(|nvram| nvram.template.as_deref()) else {
         return Err(
-            Problem::new(Code::Failed, "no template for its UEFI variables is named")
-                .next(Advice::EditXml(domain.name.clone()).within("add template= to <nvram>")),
+            Problem::failed("no template for its UEFI variables is named").next(
+                Advice::EditXml(domain.name.clone())
+                    .within("add template= to <nvram>")
+                    .then(Advice::UnsealVm(domain.name.clone())),
+            ),
         );
     };
     let template = permit_template(host, domain, template)?;

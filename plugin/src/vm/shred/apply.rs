@@ -4,37 +4,33 @@
 //! So it can be repeated from wherever it stopped, and says the same again.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::Doomed;
 use super::plan::{Consent, KekFate};
+use super::{Doomed, Lost, Object};
 use crate::api::{Receipt, ReceiptLine};
 use crate::domain::Metadata;
-use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
-use crate::model::envelope::{KekId, ProviderId};
-use crate::model::problem::{Code, Problem, chain};
-use crate::object::Present;
-use crate::object::disk::{self, Shredded, Shredding, VolumeError};
+use crate::model::envelope::{KekId, ObjectKind, ProviderId};
+use crate::model::problem::{Problem, chain};
+use crate::object::nvram;
 use crate::object::vtpm::StateDir;
+use crate::object::{Located, Shredded, Shredding};
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
-use crate::store::{EnvelopeRecord, MadeKek, Traces};
+use crate::store::{MadeKek, Traces};
 use crate::vm::forget::refuse_if_used;
 use crate::vm::host::Host;
 use crate::vm::names::unreachable;
 
 /// Destroys all keys of a VM that is off, and that no start can begin with: whoever calls this holds its headers. Those at a provider
 /// of a VM that is not defined here go by `consent` alone.
-///
-/// # Errors
-/// With why nothing is destroyed yet; or with what is, and that not all is.
-pub fn shred(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Result<Receipt, Problem> {
-    if doomed.records.is_empty() {
+pub(crate) fn shred(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Result<Receipt, Problem> {
+    if doomed.records.is_empty() && doomed.lost.is_empty() {
         let reason = format!("{} has no keys here", doomed.name);
-        return Err(Problem::new(Code::NotFound, reason));
+        return Err(Problem::not_found(reason));
     }
-    refuse_if_used(&host.kept, doomed.vm, &doomed.name, &doomed.records)?;
+    refuse_if_used(&host.kept, doomed.vm, &doomed.name, doomed.ids())?;
     // As long as anything opens the envelopes.
     let passphrases: BTreeMap<_, _> = doomed
         .records
@@ -53,7 +49,15 @@ pub fn shred(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Result<Recei
     };
     for record in &doomed.records {
         let passphrase = &passphrases[&record.envelope.id];
-        lines.extend(shred_object(host, doomed, record, passphrase, consent).map_err(half_done)?);
+        let object = Object {
+            id: record.envelope.id,
+            kind: record.envelope.kind,
+            location: &record.location,
+        };
+        lines.extend(shred_object(host, doomed, object, passphrase, consent).map_err(half_done)?);
+    }
+    for lost in &doomed.lost {
+        lines.extend(shred_lost(host, doomed, lost, consent).map_err(half_done)?);
     }
     let removed_there = host
         .libvirt
@@ -68,17 +72,14 @@ pub fn shred(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Result<Recei
     }
     let removed = host.keystore.shred_vm(doomed.vm);
     let removed = removed.map_err(|error| half_done(error.into()))?;
-    let log = match removed.traces {
-        Traces::None => "the write-ahead log emptied",
-        Traces::Left => "but the write-ahead log could not be emptied and has them until virtseald ends",
+    let traces = match removed.traces {
+        Traces::None => "and overwritten in its files",
+        Traces::Left => "but its files may have them until virtseald ends",
     };
     lines.push(line(
         "the records in the keystore",
         true,
-        &format!(
-            "{} envelopes removed, their pages zeroed, {log}",
-            removed.envelopes
-        ),
+        &format!("{} envelopes removed, {traces}", removed.envelopes),
     ));
     Ok(Receipt {
         vm: doomed.name.clone(),
@@ -136,7 +137,7 @@ fn destroy_kek(
             if let Err(error) = host.keystore.forget_made_kek(provider, kek) {
                 tracing::warn!("KEK {kek} stays among those that were made: {}", chain(&error));
             }
-            let elsewhere = "copies of this VM on other hosts need it too, and are dead with it";
+            let elsewhere = "copies of this VM on other hosts need it too, and no longer open either";
             Ok(line(what, true, &format!("{}; {elsewhere}", receipt.observed)))
         }
         Ok(receipt) => Ok(line(what, false, &receipt.observed)),
@@ -146,95 +147,129 @@ fn destroy_kek(
             false,
             "the provider knows no such key for this client: not proven that it is destroyed",
         )),
-        Err(error) => Err(
-            Problem::new(Code::Failed, format!("{what}: {}", chain(&error))).next(
-                Advice::ShowProvider(host.recipients.name_of(provider))
-                    .note("and mend what is wrong with it")
-                    .then(Advice::ShredVm(doomed.name.clone()).within("it goes on from here")),
-            ),
-        ),
+        Err(error) => Err(Problem::failed(format!("{what}: {}", chain(&error))).next(
+            Advice::ShowProvider(host.recipients.name_of(provider))
+                .note("and fix what is wrong with it")
+                .then(Advice::ShredVm(doomed.name.clone()).within("it goes on from here")),
+        )),
     }
 }
 
 /// Before anything is destroyed: half a shredding helps nobody.
 fn refuse_while_open(host: &Host<'_>, doomed: &Doomed) -> Result<(), Problem> {
     let stays = |failure: Problem| failure.of(format!("{} stays", doomed.name));
-    for file in doomed.records.iter().flat_map(|record| doomed.files_of(record)) {
-        let Some(place) = place_of(host, doomed, &file).map_err(stays)? else {
-            continue;
-        };
-        match disk::is_free(&place) {
-            Err(VolumeError::NotFound(_)) | Ok(()) => {}
-            Err(error) => return Err(stays(error.into())),
+    for place in doomed
+        .objects()
+        .flat_map(|object| places_of(host, doomed, object))
+    {
+        if let Some(object) = place.object.map_err(stays)? {
+            object.is_free().map_err(|error| stays(error.into()))?;
         }
     }
     Ok(())
 }
 
-/// One of the VM's files, unless its directory is not there.
-fn place_of(host: &Host<'_>, doomed: &Doomed, file: &Path) -> Result<Option<PermittedPath>, Problem> {
-    let locations = doomed.records.iter().map(|record| &record.location);
-    match host.paths.permit_known(file, locations) {
-        Ok(place) => Ok(Some(place)),
-        Err(error) if error.is_missing() => Ok(None),
-        Err(error) => Err(error.into()),
+/// Where an object may be.
+struct Place {
+    file: Option<PathBuf>,
+    /// None where it can't be, because there is no such directory.
+    object: Result<Option<Located>, Problem>,
+}
+
+fn places_of(host: &Host<'_>, doomed: &Doomed, of: Object<'_>) -> Vec<Place> {
+    let files = doomed.files_of(of.id, of.location).into_iter().map(Some);
+    let files: Vec<_> = match of.kind.is_kept_by_path() {
+        true => files.collect(),
+        false => vec![None],
+    };
+    let locations = || doomed.objects().map(|object| object.location);
+    let permit = |path: &Path| host.paths.permit_known(path, locations());
+    let located = |file: Option<PathBuf>| Place {
+        object: match Located::of(of.kind, doomed.vm, file.as_deref(), &host.swtpm_dir, permit) {
+            Err(error) if error.is_missing() => Ok(None),
+            located => located.map_err(Problem::from),
+        },
+        file,
+    };
+    let mut places: Vec<_> = files.into_iter().map(located).collect();
+    if of.kind == ObjectKind::Nvram {
+        let stores = places.iter().filter_map(|place| match &place.object {
+            Ok(Some(Located::Image(store))) => Some(store),
+            _ => None,
+        });
+        // What a reset has kept opens with the same key.
+        let kept: Vec<_> = stores.flat_map(nvram::kept_of).collect();
+        places.extend(kept.into_iter().map(|copy| Place {
+            file: Some(copy.shown().to_owned()),
+            object: Ok(Some(Located::Image(copy))),
+        }));
     }
+    places
 }
 
 fn shred_object(
     host: &Host<'_>,
     doomed: &Doomed,
-    record: &EnvelopeRecord,
+    of: Object<'_>,
     passphrase: &Result<Passphrase, String>,
     consent: Consent,
 ) -> Result<Vec<ReceiptLine>, Problem> {
-    if !record.envelope.kind.is_kept_by_path() {
-        let dir = StateDir::of(doomed.vm, &host.swtpm_dir);
-        let what = format!("the state of the vTPM in {}", dir.path().display());
-        return Ok(vec![line(&what, false, &vtpm_state(&dir))]);
-    }
-    let files = doomed.files_of(record).into_iter();
-    files
-        .map(|file| {
-            let what = format!("the {} {}", record.envelope.kind, file.display());
-            let Some(place) = place_of(host, doomed, &file)? else {
-                return Ok(line(&what, false, "there is no such file"));
-            };
-            if doomed.leaves_alone(&file, consent) {
-                let seen =
-                    "left alone: it is on storage that other hosts may share, and the VM is not defined here";
-                return Ok(line(&what, false, seen));
-            }
-            shred_file(&place, record, passphrase)
-        })
-        .collect()
+    let shred = |place: Place| {
+        let usual = || StateDir::of(doomed.vm, &host.swtpm_dir).path().to_owned();
+        let path = place.file.clone().unwrap_or_else(usual);
+        let what = format!("the {} {}", of.kind, path.display());
+        let Some(object) = place.object? else {
+            return Ok(line(&what, false, "there is none"));
+        };
+        if place.file.is_some_and(|file| doomed.leaves_alone(&file, consent)) {
+            let seen =
+                "left alone: it is on storage that other hosts may share, and the VM is not defined here";
+            return Ok(line(&what, false, seen));
+        }
+        let shredding = object.shred(of.id, passphrase.as_ref().ok())?;
+        let is_destroyed = matches!(shredding, Shredding::Done(_));
+        Ok(line(&what, is_destroyed, &seen_of(shredding, passphrase)))
+    };
+    places_of(host, doomed, of).into_iter().map(shred).collect()
 }
 
-fn shred_file(
-    place: &PermittedPath,
-    record: &EnvelopeRecord,
-    passphrase: &Result<Passphrase, String>,
-) -> Result<ReceiptLine, Problem> {
-    let what = format!("the {} {}", record.envelope.kind, place.shown().display());
-    let left = |seen: &str| Ok(line(&what, false, &format!("left alone: {seen}")));
-    match disk::shred_keys(place, record.envelope.id, passphrase.as_ref().ok()) {
-        Ok(Shredding::Done(shredded)) => Ok(line(&what, true, &destroyed(shredded))),
-        Ok(Shredding::Carries(other)) => left(&format!(
-            "it carries envelope {other}, so it is not the image that this VM had there"
-        )),
-        Ok(Shredding::NotShown(keyslots)) => left(&match passphrase {
-            Ok(_) => format!(
-                "the VM's key opens none of its {keyslots} active keyslots; its key material was overwritten before, or it \
-                 is another file"
-            ),
-            Err(why) => format!(
-                "the VM's key was not unwrapped ({why}), so nobody can tell whether it opens the file, which has {keyslots} \
-                 active keyslots"
-            ),
-        }),
-        Err(VolumeError::NotFound(_)) => Ok(line(&what, false, "there is no such file")),
-        Err(VolumeError::NotEncrypted(_)) => Ok(line(&what, false, "there is another file, not encrypted")),
-        Err(error) => Err(error.into()),
+/// Nothing is known of its keys. Where its image still says whose it is, that can be destroyed.
+fn shred_lost(
+    host: &Host<'_>,
+    doomed: &Doomed,
+    lost: &Lost,
+    consent: Consent,
+) -> Result<Vec<ReceiptLine>, Problem> {
+    let unknown = Err("its record is damaged".to_owned());
+    let mut lines = match lost.object() {
+        Some(object) => shred_object(host, doomed, object, &unknown, consent)?,
+        None => Vec::new(),
+    };
+    let seen = "which KEKs wrapped it is not known, so those at providers stay";
+    lines.push(line(&format!("the damaged record {}", lost.row), false, seen));
+    Ok(lines)
+}
+
+fn seen_of(shredding: Shredding, passphrase: &Result<Passphrase, String>) -> String {
+    match (shredding, passphrase) {
+        (Shredding::Done(shredded), _) => destroyed(shredded),
+        (Shredding::HasNoKey, _) => {
+            "left as it is: encrypted with a key that is gone with its stanzas".to_owned()
+        }
+        (Shredding::Carries(other), _) => {
+            format!("left alone: it carries envelope {other}, so it is not the image that this VM had there")
+        }
+        (Shredding::NotShown(keyslots), Ok(_)) => format!(
+            "left alone: the VM's key opens none of its {keyslots} active keyslots; its key material was overwritten before, \
+             or it is another file"
+        ),
+        (Shredding::NotShown(keyslots), Err(why)) => format!(
+            "left alone: the VM's key was not unwrapped ({why}), so nobody can tell whether it opens the file, which has \
+             {keyslots} active keyslots"
+        ),
+        (Shredding::Plain, _) => "left as it is: NOT encrypted, whoever has the file can read it".to_owned(),
+        (Shredding::Absent, _) => "there is none".to_owned(),
+        (Shredding::Unreadable(why), _) => format!("left as it is, and it can't be read: {why}"),
     }
 }
 
@@ -250,18 +285,6 @@ fn destroyed(shredded: Shredded) -> String {
             "its keyslots were dead before, {material} bytes of key material overwritten once more{envelope}"
         ),
         _ => format!("{keyslots} keyslots made dead, {material} bytes of key material overwritten{envelope}"),
-    }
-}
-
-/// What is there, by its header alone.
-fn vtpm_state(dir: &StateDir) -> String {
-    match dir.inspect() {
-        Ok(Present::Absent) => "there is none".to_owned(),
-        Ok(Present::Encrypted(_)) => {
-            "left as it is: encrypted with a key that is gone with its stanzas".to_owned()
-        }
-        Ok(Present::Plain) => "left as it is: NOT encrypted, whoever has the file can read it".to_owned(),
-        Err(error) => format!("left as it is, and it can't be read: {}", chain(&error)),
     }
 }
 

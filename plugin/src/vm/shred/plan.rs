@@ -8,58 +8,65 @@ use std::collections::BTreeSet;
 
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use crate::store::{NeededKek, RetiredKek};
 use crate::vm::foreign::Proof;
 
-/// A KEK at its provider.
-pub type Kek = (ProviderId, String);
+pub(crate) type Kek = (ProviderId, String);
 
 /// To destroy what a VM on another host may need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Consent {
+pub(crate) enum Consent {
     /// The VM's name was typed for that as well.
     Given,
-    /// It was not.
     NotGiven,
 }
 
 /// Whether libvirt has the VM here. If not, it may be on another host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Presence {
-    /// It has.
+pub(crate) enum Presence {
     Defined,
-    /// It has not.
     NotDefined,
 }
 
 /// Which envelopes and KEKs there are.
 #[derive(Debug, Default)]
 pub(super) struct Facts {
-    /// All envelopes of the keystore.
     pub(super) known: Vec<Envelope>,
     /// The KEKs that copies which are behind need.
     pub(super) behind: Vec<NeededKek>,
     /// Those that jobs have taken out of use.
     pub(super) retired: Vec<RetiredKek>,
+    /// How many rows can't be read that may need any KEK.
+    pub(super) silent: usize,
     /// Copies in XML and images, forgotten envelopes, and those of saved states, with what is known of who wrote them.
     pub(super) elsewhere: Vec<(Envelope, Proof)>,
 }
 
-/// Who needs which KEKs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
     /// The doomed VM: by its envelopes and their copies, those from before a rotation too.
     pub(super) own: BTreeSet<Kek>,
-    /// Anybody else.
     pub(super) others: BTreeSet<Kek>,
+    /// Whether somebody else may need any.
+    pub(super) sight: Sight,
+}
+
+/// Whether all was seen that may need a KEK.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Sight {
+    #[default]
+    Whole,
+    Partial,
 }
 
 impl Facts {
     /// Which KEKs the VM `doomed` needs, whose envelopes are `ids`, and which others do.
-    #[must_use]
     pub(super) fn needs(&self, doomed: VmId, ids: &BTreeSet<EnvelopeId>) -> Needs {
         let mut needs = Needs::default();
+        if self.silent > 0 {
+            needs.sight = Sight::Partial;
+        }
         let mut note = |is_own: bool, provider: ProviderId, KekId(kek): &KekId| {
             let set = if is_own { &mut needs.own } else { &mut needs.others };
             set.insert((provider, kek.clone()));
@@ -95,20 +102,18 @@ impl Facts {
 pub(super) struct KekFacts {
     /// Whether anything that is not the VM's needs it.
     pub(super) others_need_it: bool,
-    /// Whether this host has its provider.
+    /// Whether that can be told.
+    pub(super) sight: Sight,
     pub(super) provider_is_here: bool,
     /// Whether it exists at all, and is not derived from another key whenever it is needed.
     pub(super) is_kept_by_provider: bool,
-    /// Where the VM is.
     pub(super) presence: Presence,
     /// Whether that one may lose it.
     pub(super) consent: Consent,
 }
 
-/// What becomes of a KEK.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KekFate {
-    /// It goes.
     Destroy,
     /// It does not, and why.
     Stays(&'static str),
@@ -120,11 +125,12 @@ impl KekFate {
         "not destroyed: the VM is not defined here, so it may be on another host, and need it there";
 
     /// One host's view is not all there is: a VM that is not defined here may run on another host by the same KEK.
-    #[must_use]
     pub(super) fn of(facts: KekFacts) -> Self {
         let is_elsewhere = facts.presence == Presence::NotDefined && facts.consent == Consent::NotGiven;
         if facts.others_need_it {
             Self::Stays("not destroyed: other VMs need it")
+        } else if facts.sight == Sight::Partial {
+            Self::Stays("not destroyed: a record of the keystore is damaged, and may need it")
         } else if !facts.provider_is_here {
             Self::Stays("not destroyed: this host does not have the provider")
         } else if facts.is_kept_by_provider && is_elsewhere {
@@ -140,7 +146,7 @@ impl KekFate {
 ///
 /// # Errors
 /// When it was not typed.
-pub fn consent(
+pub(crate) fn consent(
     name: &str,
     presence: Presence,
     typed: Option<&str>,
@@ -162,7 +168,7 @@ fn not_typed(name: &str, presence: Presence, typed: &str) -> Problem {
     };
     let stays = format!("{name} stays: what is on its disks would be lost for ever{typed}");
     let shred = Advice::ShredAsTyped(name.to_owned());
-    Problem::new(Code::WouldLoseKey, stays).next(match presence {
+    Problem::would_lose_key(stays).next(match presence {
         Presence::Defined => shred,
         Presence::NotDefined => Advice::ForgetVm(name.to_owned())
             .note("if it is on another host")
@@ -176,11 +182,13 @@ mod tests {
 
     use super::*;
     use crate::model::envelope::{Binding, ObjectKind, Stanza, Verified};
+    use crate::model::problem::Code;
     use crate::secret::Dek;
     use crate::store::CopyPlace;
 
     const FACTS: KekFacts = KekFacts {
         others_need_it: false,
+        sight: Sight::Whole,
         provider_is_here: true,
         is_kept_by_provider: true,
         presence: Presence::Defined,
@@ -205,6 +213,11 @@ mod tests {
             ..elsewhere
         };
         assert_eq!(KekFate::of(derived), KekFate::Destroy);
+        let unseen = KekFacts {
+            sight: Sight::Partial,
+            ..consented
+        };
+        assert_ne!(KekFate::of(unseen), KekFate::Destroy);
     }
 
     #[test]
@@ -270,6 +283,7 @@ mod tests {
         )
             .prop_map(|(known, behind, retired, elsewhere)| Facts {
                 known,
+                silent: 0,
                 behind: behind
                     .into_iter()
                     .map(|(id, provider, kek)| NeededKek {
@@ -315,6 +329,7 @@ mod tests {
                 .filter(|kek| {
                     KekFate::of(KekFacts {
                         others_need_it: needs.others.contains(*kek),
+                        sight: needs.sight,
                         provider_is_here,
                         is_kept_by_provider,
                         presence: if defined { Presence::Defined } else { Presence::NotDefined },

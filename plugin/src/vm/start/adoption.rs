@@ -6,14 +6,14 @@
 
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeError, Precedence, Verified};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
 use crate::recipients::Recipients;
 use crate::secret::Dek;
 use crate::store::EnvelopeRecord;
 
 /// The version that counts.
 #[derive(Debug)]
-pub struct Believed {
+pub(crate) struct Believed {
     /// It, with the proof.
     pub envelope: Verified,
     /// Whether the keystore has yet to learn of it.
@@ -25,8 +25,7 @@ pub struct Believed {
 impl Believed {
     /// Whose KEKs to keep until `copy` is brought up to date: its own, if it is authentic. What anybody may have written would keep
     /// the KEKs of others, or have them taken for this VM's.
-    #[must_use]
-    pub fn needed_by<'a>(&'a self, copy: &'a Envelope) -> &'a Envelope {
+    pub(crate) fn needed_by<'a>(&'a self, copy: &'a Envelope) -> &'a Envelope {
         let is_forged = matches!(self.doubt, Some(Doubt::Unverified(_)));
         if is_forged || copy.format() != Envelope::FORMAT {
             &self.envelope
@@ -38,7 +37,7 @@ impl Believed {
 
 /// Why a copy does not count.
 #[derive(Debug)]
-pub enum Doubt {
+pub(crate) enum Doubt {
     /// Its MAC does not verify, or it has none while the keystore knows better.
     Unverified(EnvelopeError),
     /// Somebody who had the key made another version of the same generation.
@@ -49,8 +48,7 @@ pub enum Doubt {
 
 impl Doubt {
     /// In words, of the copy that is in `place`.
-    #[must_use]
-    pub fn words(&self, envelope: &Envelope, place: &str) -> String {
+    pub(crate) fn words(&self, envelope: &Envelope, place: &str) -> String {
         let id = envelope.id;
         match self {
             Self::Unverified(error) => format!(
@@ -73,7 +71,7 @@ impl Doubt {
 ///
 /// # Errors
 /// When none of them verifies under `dek`.
-pub fn believe(
+pub(crate) fn believe(
     recipients: &Recipients,
     record: Option<&EnvelopeRecord>,
     copy: Option<&Envelope>,
@@ -109,7 +107,7 @@ pub fn believe(
 ///
 /// # Errors
 /// When none of them verifies under `dek`.
-pub fn believe_without_row(
+pub(crate) fn believe_without_row(
     recipients: &Recipients,
     held: &Envelope,
     copy: &Envelope,
@@ -138,7 +136,7 @@ pub fn believe_without_row(
 
 /// What a copy is beside the version that is believed.
 #[derive(Debug)]
-pub enum Weighed {
+pub(crate) enum Weighed {
     /// It is authentic, and newer.
     Counts(Verified),
     /// It is equal, or an earlier version.
@@ -148,10 +146,9 @@ pub enum Weighed {
 }
 
 /// Decides by nothing but MAC and generation.
-#[must_use]
-pub fn weigh(own: &Verified, copy: &Envelope, dek: &Dek) -> Weighed {
+pub(crate) fn weigh(own: &Verified, copy: &Envelope, dek: &Dek) -> Weighed {
     match copy.verify(dek) {
-        Err(EnvelopeError::Format1) if !copy.claims_more_changes_than(own) => Weighed::IsBehind,
+        Err(EnvelopeError::Format1) if !copy.claims_more_changes_than(own.generation) => Weighed::IsBehind,
         Err(error) => Weighed::Doubtful(Doubt::Unverified(error)),
         Ok(copy) => match copy.supersedes(own) {
             Precedence::Newer => Weighed::Counts(copy),
@@ -168,9 +165,8 @@ fn opens_alone(recipients: &Recipients, copy: &Verified, dek: &Dek) -> bool {
 }
 
 /// Why the start, or the adoption, of the VM called `name` stops here.
-#[must_use]
-pub fn not_believed(name: &str, error: &EnvelopeError) -> Problem {
-    let failure = Problem::new(Code::Failed, chain(error));
+pub(crate) fn not_believed(name: &str, error: &EnvelopeError) -> Problem {
+    let failure = Problem::failed(chain(error));
     match error {
         EnvelopeError::Format1 => failure.next(
             Advice::AdoptFormat1(name.to_owned()).note("if you know where its XML and images come from"),

@@ -11,15 +11,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// The moment alone is not enough: a daemon that was stopped, or whose host slept, finds requests in its socket
 /// whose hooks gave up long ago, and keys armed for them would stay in libvirt.
 #[derive(Clone, Debug)]
-pub struct Deadline {
+pub(crate) struct Deadline {
     at: Instant,
     caller: Option<Arc<OwnedFd>>,
 }
 
 impl Deadline {
-    /// `time` from now.
-    #[must_use]
-    pub fn after(time: Duration) -> Self {
+    pub(crate) fn after(time: Duration) -> Self {
         Self {
             at: Instant::now() + time,
             caller: None,
@@ -28,7 +26,7 @@ impl Deadline {
 
     /// Also over when the other end of this socket is closed.
     #[must_use]
-    pub fn or_hangup_of(self, caller: Arc<OwnedFd>) -> Self {
+    pub(crate) fn or_hangup_of(self, caller: Arc<OwnedFd>) -> Self {
         Self {
             caller: Some(caller),
             ..self
@@ -36,8 +34,7 @@ impl Deadline {
     }
 
     /// Whether nobody waits any more.
-    #[must_use]
-    pub fn has_passed(&self) -> bool {
+    pub(crate) fn has_passed(&self) -> bool {
         Instant::now() >= self.at || self.caller.as_deref().is_some_and(has_hung_up)
     }
 }

@@ -11,7 +11,7 @@ use crate::secret::Dek;
 
 /// What is to be kept once a VM runs for the first time.
 #[derive(Clone, Debug)]
-pub struct FirstRun {
+pub(crate) struct FirstRun {
     /// The vTPM's envelope as it is.
     pub before: Envelope,
     /// The same, and it knows that the VM has run.
@@ -20,8 +20,7 @@ pub struct FirstRun {
 
 impl FirstRun {
     /// `None` for an envelope that knows already.
-    #[must_use]
-    pub fn of(envelope: &Verified, dek: &Dek) -> Option<Self> {
+    pub(crate) fn of(envelope: &Verified, dek: &Dek) -> Option<Self> {
         let after = mark(envelope, dek)?;
         Some(Self {
             before: (**envelope).clone(),
@@ -32,7 +31,7 @@ impl FirstRun {
 
 /// Whether a VM is known to have run by more than what is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KnownRun {
+pub(crate) enum KnownRun {
     /// That it runs was heard, and could not be written down yet.
     Yes,
     /// What is kept says all.
@@ -41,8 +40,7 @@ pub enum KnownRun {
 
 /// Where the state of a starting vTPM comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StateSource {
-    /// The state directory.
+pub(crate) enum StateSource {
     Disk,
     /// A migration, or a saved image: none has to be in the directory.
     Stream,

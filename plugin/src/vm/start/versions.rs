@@ -1,15 +1,16 @@
 //! The versions that there are of an envelope, and which of them a start opens: the keystore's, the copy in the XML, and what is left in
 //! a damaged row.
 
+use super::StartContext;
 use super::adoption::{Believed, believe, believe_without_row};
-use super::{Moved, StartContext};
 use crate::domain::{Domain, ObjectRef};
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, EnvelopeError, Precedence};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Precedence};
+use crate::model::problem::{Problem, chain};
 use crate::recipients::{OpenError, Recipients};
 use crate::secret::Dek;
-use crate::store::EnvelopeRecord;
+use crate::store::{EnvelopeRecord, EnvelopeStore, StoreError};
+use crate::vm::whose::Whose;
 
 /// What there is of an object's envelope: one of the three at least.
 pub(super) struct Versions {
@@ -22,7 +23,78 @@ pub(super) struct Versions {
     pub(super) location: String,
 }
 
+/// What this host keeps of an envelope.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Kept {
+    pub record: Option<EnvelopeRecord>,
+    /// What is wrong with its row.
+    pub damaged: Option<String>,
+    /// What a damaged row has in the place of a record.
+    pub held: Option<Envelope>,
+}
+
+impl Kept {
+    pub(super) fn in_keystore(keystore: &dyn EnvelopeStore, id: EnvelopeId) -> Result<Self, StoreError> {
+        match keystore.envelope(id) {
+            Err(error) if error.is_of_row() => Ok(Self {
+                record: None,
+                damaged: Some(chain(&error)),
+                held: keystore.held_envelope(id)?,
+            }),
+            record => Ok(Self {
+                record: record?,
+                ..Self::default()
+            }),
+        }
+    }
+}
+
 impl Versions {
+    /// What is kept, and the copy that travels in the XML.
+    pub(super) fn of(
+        domain: &Domain,
+        object: &ObjectRef,
+        kept: Kept,
+        whose: impl Fn(&Envelope) -> Whose,
+    ) -> Result<Self, Problem> {
+        let location = object
+            .path
+            .as_ref()
+            .map(|path| path.display().to_string())
+            .unwrap_or_default();
+        let metadata = domain.metadata.as_ref();
+        let copy = metadata.and_then(|metadata| metadata.envelope(object.secret));
+        let versions = Self {
+            record: kept.record,
+            held: kept.held,
+            copy: copy.cloned(),
+            unreadable: metadata.and_then(|metadata| metadata.unreadable(object.secret)),
+            location,
+        };
+        if versions.first().is_none() {
+            return Err(match kept.damaged {
+                Some(damaged) => lost(domain, object, &damaged),
+                None => missing(object, versions.unreadable.as_deref()),
+            });
+        }
+        // What a copy claims is verified once it is open.
+        let claims: Vec<_> = versions.first().into_iter().chain(versions.second()).collect();
+        check_place(domain, object, &claims, whose)?;
+        Ok(versions)
+    }
+
+    /// Whether one of them opens, by what `opens` says of each.
+    pub(super) fn open_by(
+        &self,
+        opens: impl Fn(&Envelope) -> Result<(), OpenError>,
+    ) -> Result<(), OpenError> {
+        let first = self.first().map_or(Ok(()), &opens);
+        first.or_else(|error| match self.second() {
+            Some(second) => opens(second).map_err(|_| error),
+            None => Err(error),
+        })
+    }
+
     /// The one to open: the keystore's, where it has one.
     fn first(&self) -> Option<&Envelope> {
         self.record
@@ -44,17 +116,6 @@ impl Versions {
         (have_macs && is_newer).then_some(copy)
     }
 
-    /// An image of this VM that was opened elsewhere than the keystore has it: another VM's, which is shared, is where its own says.
-    pub(super) fn moved(&self, domain: &Domain, object: &ObjectRef) -> Option<Moved> {
-        let (record, to) = (self.record.as_ref()?, object.path.clone()?);
-        let is_elsewhere = record.envelope.vm == domain.uuid && record.location != self.location;
-        is_elsewhere.then(|| Moved {
-            envelope: record.envelope.id,
-            from: record.location.clone(),
-            to,
-        })
-    }
-
     /// The one that counts, once one of them has opened to `dek`.
     pub(super) fn believe(&self, recipients: &Recipients, dek: &Dek) -> Result<Believed, EnvelopeError> {
         match (&self.held, &self.copy) {
@@ -67,47 +128,6 @@ impl Versions {
             ),
         }
     }
-}
-
-/// The keystore's version, and the copy that travels in the XML.
-pub(super) fn find_versions(
-    context: &StartContext<'_>,
-    domain: &Domain,
-    object: &ObjectRef,
-) -> Result<Versions, Problem> {
-    let location = object
-        .path
-        .as_ref()
-        .map(|path| path.display().to_string())
-        .unwrap_or_default();
-    let metadata = domain.metadata.as_ref();
-    let (record, damaged) = match context.keystore.envelope(object.secret) {
-        Err(error) if error.is_of_row() => (None, Some(chain(&error))),
-        found => (found?, None),
-    };
-    let held = match damaged {
-        Some(_) => context.keystore.held_envelope(object.secret)?,
-        None => None,
-    };
-    let versions = Versions {
-        record,
-        held,
-        copy: metadata
-            .and_then(|metadata| metadata.envelope(object.secret))
-            .cloned(),
-        unreadable: metadata.and_then(|metadata| metadata.unreadable(object.secret)),
-        location,
-    };
-    if versions.first().is_none() {
-        return Err(match damaged {
-            Some(damaged) => lost(domain, object, &damaged),
-            None => missing(object, versions.unreadable.as_deref()),
-        });
-    }
-    // What a copy claims is verified once it is open.
-    let claims: Vec<_> = versions.first().into_iter().chain(versions.second()).collect();
-    check_place(domain, object, &claims)?;
-    Ok(versions)
 }
 
 /// The DEK of each object, or the reason of the first that has none.
@@ -133,10 +153,9 @@ pub(super) fn open_versions(
 /// The XML has no copy that can be read; the image, or a backup, may have one.
 fn lost(domain: &Domain, object: &ObjectRef, damaged: &str) -> Problem {
     let id = object.secret;
-    Problem::new(
-        Code::Failed,
-        format!("{damaged}; the domain XML has no copy of envelope {id} either"),
-    )
+    Problem::failed(format!(
+        "{damaged}; the domain XML has no copy of envelope {id} either"
+    ))
     .next(
         Advice::AdoptVm(domain.name.clone())
             .note("which looks at the image too")
@@ -151,7 +170,7 @@ fn missing(object: &ObjectRef, unreadable: Option<&str>) -> Problem {
         Some(reason) => format!("its envelope {id} is not in the keystore; in the domain XML, {reason}"),
         None => format!("its envelope {id} is neither in the keystore nor in the domain XML"),
     };
-    Problem::new(Code::NotFound, reason).next(Advice::DefineSealedXml(None))
+    Problem::not_found(reason).next(Advice::DefineSealedXml(None))
 }
 
 /// An envelope serves the object that it was made for, in its own VM and in those that root has shared the object with. One of
@@ -160,39 +179,20 @@ pub(super) fn check_place(
     domain: &Domain,
     object: &ObjectRef,
     versions: &[&Envelope],
+    whose: impl Fn(&Envelope) -> Whose,
 ) -> Result<(), Problem> {
     let envelope = versions[0];
     if envelope.kind != object.kind {
         let found = envelope.kind;
-        return Err(Problem::new(
-            Code::Failed,
-            format!(
-                "envelope {} is that of a {found}: envelopes were swapped",
-                envelope.id
-            ),
-        )
+        return Err(Problem::failed(format!(
+            "envelope {} is that of a {found}: envelopes were swapped",
+            envelope.id
+        ))
         .next(Advice::EditXml(domain.name.clone()).within("give each object its own secret UUID")));
     }
     if !versions.iter().any(|envelope| envelope.serves(domain.uuid)) {
-        return Err(Problem::new(
-            Code::Failed,
-            format!(
-                "envelope {} belongs to VM {}, which does not share it: the XML was copied or swapped",
-                envelope.id, envelope.vm
-            ),
-        )
-        .next(
-            Advice::EditXml(domain.name.clone())
-                .or(Advice::DefineXml.note("its own dumpxml"))
-                .within("it needs its own disks and <virtseal:vm> metadata")
-                .also(
-                    Advice::CreateVolume {
-                        path: "FILE".into(),
-                        vm: domain.name.clone(),
-                    }
-                    .note("which makes new ones"),
-                ),
-        ));
+        let (vm, path) = (&domain.name, object.path.as_deref());
+        return Err(whose(envelope).refuse(envelope, vm, path));
     }
     Ok(())
 }

@@ -1,11 +1,10 @@
 //! Records of the keystore that can't be read: each is named with its way out, and stops nothing but what it is about.
 //!
-//! What destroys a key, or drops a record, must know all of them and refuses. Everything else goes on with the others.
+//! What a record that tells nothing may need stays; all else goes on with the others.
 
 use crate::model::advice::Advice;
 use crate::model::finding::{Finding, Subject};
-use crate::model::problem::chain;
-use crate::store::{DamagedRow, EnvelopeStore, HostStore, StoreError};
+use crate::store::{DamagedRow, EnvelopeRecord, EnvelopeStore, HostStore, Rows, StoreError, VmRecord};
 use crate::vm::names::VmNames;
 
 /// Where a backup is the only way: there is no copy of these elsewhere.
@@ -14,17 +13,32 @@ fn from_backup() -> Advice {
 }
 
 /// All of them.
-#[must_use]
-pub fn records(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Vec<Finding> {
-    damaged_rows(keystore, host_store)
-        .unwrap_or_else(|error| vec![Finding::critical(Subject::Host, chain(&error))])
+pub(crate) fn records(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Vec<Finding> {
+    let read = || Ok((keystore.vms()?, keystore.envelopes()?));
+    let found = read().map(|(vms, envelopes)| records_beside(&vms, &envelopes, keystore, host_store));
+    found.unwrap_or_else(|error: StoreError| vec![Finding::of(Subject::Host, error.into())])
 }
 
-fn damaged_rows(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Result<Vec<Finding>, StoreError> {
-    let vms = keystore.vms()?;
+/// The same, where those of VMs and envelopes were read before.
+pub(crate) fn records_beside(
+    vms: &Rows<VmRecord>,
+    envelopes: &Rows<EnvelopeRecord>,
+    keystore: &dyn EnvelopeStore,
+    host_store: &HostStore,
+) -> Vec<Finding> {
     let names = VmNames::of_records(&vms.sound);
-    let of_vms = vms.damaged.into_iter().chain(keystore.envelopes()?.damaged);
-    let mut lines: Vec<_> = of_vms.map(|row| finding(&row, &names)).collect();
+    let of_vms = vms.damaged.iter().chain(&envelopes.damaged);
+    let mut lines: Vec<_> = of_vms.map(|row| finding(row, &names)).collect();
+    let others = other_rows(keystore, host_store, &names);
+    lines.extend(others.unwrap_or_else(|error| vec![Finding::of(Subject::Host, error.into())]));
+    lines
+}
+
+fn other_rows(
+    keystore: &dyn EnvelopeStore,
+    host_store: &HostStore,
+    names: &VmNames,
+) -> Result<Vec<Finding>, StoreError> {
     let others = [
         keystore.providers()?.damaged,
         keystore.deleted_providers()?.damaged,
@@ -32,11 +46,12 @@ fn damaged_rows(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Result<
         keystore.retired_keks()?.damaged,
         keystore.made_keks()?.damaged,
         host_store.saved_states()?.damaged,
+        host_store.master_keys_on_disk()?.damaged,
+        host_store.autostarts()?.damaged,
         host_store.journaled_headers()?.damaged,
         keystore.jobs(u32::MAX)?.damaged,
     ];
-    lines.extend(others.iter().flatten().map(|row| finding(row, &names)));
-    Ok(lines)
+    Ok(others.iter().flatten().map(|row| finding(row, names)).collect())
 }
 
 /// What is wrong, and what leads out.
@@ -49,7 +64,13 @@ pub(super) fn finding(row: &DamagedRow, names: &VmNames) -> Finding {
     let advice = if row.is_elsewhere {
         let kept = Advice::AdoptFrom("FILE".into()).note("with what forget has kept");
         let adopt = Advice::AdoptVm(name.clone()).note("which takes it from the XML or the image");
-        adopt.also("if neither has it").within(kept.or(from_backup()))
+        let forget = Advice::ForgetVm(name.clone())
+            .note("which keeps the bytes of the record, and lets all else go on");
+        let without = Advice::UndefineVm(name.clone()).then(forget);
+        let instead = kept
+            .or(from_backup())
+            .or_else(Advice::from("without any copy").within(without));
+        adopt.also("if neither has it").within(instead)
     } else {
         from_backup()
     };

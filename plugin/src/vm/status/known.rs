@@ -1,20 +1,29 @@
 //! What the keystore has, in the ways that a status asks for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::damaged;
 use super::standing::{Found, Owner, Used};
-use crate::domain::{Object, ObjectState};
+use crate::api::VmAutostart;
+use crate::config::Policies;
+use crate::domain::{Domain, Object, ObjectState, Policy};
+use crate::host::libvirt::DomainEntry;
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::model::finding::Finding;
-use crate::store::{EnvelopeRecord, EnvelopeState, Rows, VmRecord};
+use crate::model::finding::{Finding, Subject};
+use crate::object::Inspected;
+use crate::recipients::Outlook;
+use crate::store::{Autostart, EnvelopeRecord, EnvelopeState, Rows, VmRecord};
 use crate::vm::names::{ProviderNames, VmNames};
+use crate::vm::start::Kept;
+use crate::vm::whose::Whose;
 
 /// What a host knows of its VMs.
 #[derive(Debug, Default)]
-pub struct Known {
+pub(crate) struct Known {
     rule: PathRule,
     pub(super) swtpm_dir: PathBuf,
     pub(super) providers: ProviderNames,
@@ -24,12 +33,22 @@ pub struct Known {
     by_vm: BTreeMap<VmId, Vec<EnvelopeId>>,
     by_place: BTreeMap<String, EnvelopeId>,
     damaged: BTreeMap<VmId, Vec<Finding>>,
+    /// Those that virtseald starts with this host.
+    autostarts: BTreeSet<VmId>,
+    /// What is left in their rows, of envelopes whose rows are damaged.
+    damaged_envelopes: BTreeMap<EnvelopeId, Kept>,
+    /// Why QEMU's master key is on a disk while the VM runs.
+    master_keys_on_disk: BTreeMap<VmId, String>,
+    /// Those whose memory `virsh save` has written to a file.
+    saved_to_a_file: BTreeSet<VmId>,
+    policies: Policies,
+    pub(super) outlook: Outlook,
+    pub(super) inspected: Arc<Inspected>,
 }
 
 impl Known {
     /// What the keystore has of all VMs.
-    #[must_use]
-    pub fn new(vms: Rows<VmRecord>, envelopes: Rows<EnvelopeRecord>) -> Self {
+    pub(crate) fn new(vms: Rows<VmRecord>, envelopes: Rows<EnvelopeRecord>) -> Self {
         let mut known = Self {
             names: VmNames::of_records(&vms.sound),
             ..Self::default()
@@ -38,6 +57,15 @@ impl Known {
             let Some(vm) = row.vm else { continue };
             let finding = damaged::finding(row, &known.names);
             known.damaged.entry(vm).or_default().push(finding);
+        }
+        for row in envelopes.damaged {
+            let Some(id) = row.envelope else { continue };
+            let kept = Kept {
+                record: None,
+                damaged: Some(row.to_string()),
+                held: row.holds.map(|held| held.envelope),
+            };
+            known.damaged_envelopes.insert(id, kept);
         }
         known.vms = vms.sound.into_iter().map(|record| (record.vm, record)).collect();
         for record in envelopes.sound {
@@ -53,7 +81,7 @@ impl Known {
 
     /// Where files are looked at, where libvirt keeps vTPM state, and which providers there are.
     #[must_use]
-    pub fn on_host(self, rule: PathRule, swtpm_dir: PathBuf, providers: ProviderNames) -> Self {
+    pub(crate) fn on_host(self, rule: PathRule, swtpm_dir: PathBuf, providers: ProviderNames) -> Self {
         Self {
             rule,
             swtpm_dir,
@@ -63,14 +91,125 @@ impl Known {
     }
 
     /// Whether anything is kept of it.
-    #[must_use]
-    pub fn has(&self, vm: VmId) -> bool {
+    pub(crate) fn has(&self, vm: VmId) -> bool {
         self.vms.contains_key(&vm) || self.by_vm.contains_key(&vm) || self.damaged.contains_key(&vm)
     }
 
     /// The VMs that are known by name.
-    pub fn vms(&self) -> impl Iterator<Item = &VmRecord> {
+    pub(crate) fn vms(&self) -> impl Iterator<Item = &VmRecord> {
         self.vms.values()
+    }
+
+    /// Which VMs were started with QEMU's master key on a disk, and why.
+    #[must_use]
+    pub(crate) fn with_master_keys_on_disk(self, noted: Vec<(VmId, String)>) -> Self {
+        let master_keys_on_disk = noted.into_iter().collect();
+        Self {
+            master_keys_on_disk,
+            ..self
+        }
+    }
+
+    /// Which VMs virtseald starts with this host.
+    #[must_use]
+    pub(crate) fn with_autostarts(self, kept: &[Autostart]) -> Self {
+        let autostarts = kept.iter().map(|kept| kept.vm).collect();
+        Self { autostarts, ..self }
+    }
+
+    /// Who starts a VM with the host.
+    pub(super) fn autostart(&self, vm: VmId, defined: Option<&DomainEntry>) -> VmAutostart {
+        if self.autostarts.contains(&vm) {
+            VmAutostart::Virtseald
+        } else if defined.is_some_and(|defined| defined.autostart) {
+            VmAutostart::Libvirt
+        } else {
+            VmAutostart::No
+        }
+    }
+
+    /// Which VMs have their memory in a file that `virsh save` has written.
+    #[must_use]
+    pub(crate) fn with_saved_to_a_file(self, vms: impl Iterator<Item = VmId>) -> Self {
+        let saved_to_a_file = vms.collect();
+        Self {
+            saved_to_a_file,
+            ..self
+        }
+    }
+
+    /// What decides about starts: the host's policy, and how the providers are.
+    #[must_use]
+    pub(crate) fn with_outlook(self, policies: Policies, outlook: Outlook) -> Self {
+        Self {
+            policies,
+            outlook,
+            ..self
+        }
+    }
+
+    /// Files that have not changed are not opened again.
+    #[must_use]
+    pub(crate) fn with_inspected(self, inspected: &Arc<Inspected>) -> Self {
+        let inspected = Arc::clone(inspected);
+        Self { inspected, ..self }
+    }
+
+    pub(super) fn policy_of(&self, domain: &Domain) -> Policy {
+        self.policies.of(domain)
+    }
+
+    /// As a start reads it.
+    pub(super) fn kept(&self, id: EnvelopeId) -> Kept {
+        let damaged = || self.damaged_envelopes.get(&id).cloned().unwrap_or_default();
+        self.by_id.get(&id).map_or_else(damaged, |record| Kept {
+            record: Some(record.clone()),
+            ..Kept::default()
+        })
+    }
+
+    /// Of an envelope that is not for the VM that names it.
+    pub(super) fn whose(&self, envelope: &Envelope) -> Whose {
+        let place = self.by_id.get(&envelope.id).map(|record| record.location.clone());
+        Whose {
+            owner: self.vms.get(&envelope.vm).map(|record| record.name.clone()),
+            place,
+        }
+    }
+
+    /// Its memory, which holds what the guest has decrypted, in a file that nothing encrypts.
+    pub(super) fn saved(&self, defined: &DomainEntry) -> Option<Finding> {
+        let name = &defined.name;
+        let (what, advice) = if defined.managed_save {
+            let go_on = Advice::StartVm(name.clone()).note("which goes on from it and deletes it");
+            let drop =
+                Advice::DropSavedState(name.clone()).note("which loses what was not written to its disks");
+            (
+                format!("{name} has a managed save: its memory is in plaintext on a disk of this host"),
+                go_on.or_else(drop),
+            )
+        } else if self.saved_to_a_file.contains(&defined.vm) && !defined.active {
+            (
+                format!("{name} was saved to a file: its memory is in plaintext in there"),
+                Advice::RestoreSaved.then("delete that file"),
+            )
+        } else {
+            return None;
+        };
+        Some(Finding::warning(Subject::Vm(name.clone()), what).next(advice))
+    }
+
+    /// What the hook lets pass only where hook.conf has `master_key_tmpfs = preferred`.
+    pub(crate) fn master_key_on_disk(&self, domain: &Domain) -> Option<Finding> {
+        let why = self.master_keys_on_disk.get(&domain.uuid)?;
+        let name = &domain.name;
+        let what = format!(
+            "QEMU's master key for {name} is on the disk while it runs, and opens its passphrases in libvirt's log: no tmpfs for it: \
+             {why}"
+        );
+        let start_anew = Advice::ShutDownVm(name.clone()).then(Advice::StartVm(name.clone()));
+        let advice = Advice::from("make that tmpfs possible").then(start_anew);
+        Some(Finding::warning(Subject::Vm(name.clone()), what).next(advice))
     }
 
     pub(super) fn damaged_of(&self, vm: VmId) -> Vec<Finding> {
@@ -99,7 +238,7 @@ impl Known {
     ///
     /// # Errors
     /// Where root does not look.
-    pub fn permit(&self, vm: VmId, path: &Path) -> Result<PermittedPath, PathError> {
+    pub(crate) fn permit(&self, vm: VmId, path: &Path) -> Result<PermittedPath, PathError> {
         let is_its = self
             .records_of(vm)
             .any(|record| Path::new(&record.location) == path)

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 use super::known::Known;
 use super::standing::Found;
 use crate::domain::{self, Domain, Object};
-use crate::model::problem::chain;
-use crate::object::disk::ImageCopy;
-use crate::object::{Located, Present, path_in};
+use crate::host::permitted::PathError;
+use crate::model::problem::{Problem, chain};
+use crate::object::disk::{ImageCopy, VolumeError};
+use crate::object::{Located, ObjectError, Present, path_in};
 
 /// How far to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Look {
+pub(crate) enum Look {
     /// At files and state too.
     Closely,
     /// The VM has nothing to do with virtseal: its files are its own.
@@ -20,54 +21,93 @@ pub enum Look {
 
 /// An object, and what is at its place.
 #[derive(Debug)]
-pub struct SeenObject {
+pub(crate) struct SeenObject {
     pub(super) object: Object,
     pub(super) path: Option<PathBuf>,
     pub(super) found: Found,
+    /// Why it would not open with any key, as far as that shows.
+    pub(super) obstacle: Option<Problem>,
     /// The copy of an envelope in its image.
     pub(super) copy: ImageCopy,
 }
 
 /// The objects that the XML names, with what is there.
-#[must_use]
-pub fn at_objects(domain: &Domain, look: Look, known: &Known) -> Vec<SeenObject> {
+pub(crate) fn at_objects(domain: &Domain, look: Look, known: &Known) -> Vec<SeenObject> {
     let objects = domain::objects(domain).into_iter();
     let seen = objects.map(|object| {
         let path = path_in(domain, &object, &known.swtpm_dir);
-        let (found, copy) = match (look, &path) {
-            (Look::AtXml, _) | (Look::Closely, None) => (Found::OutOfSight, ImageCopy::None),
+        let place = match (look, &path) {
+            (Look::AtXml, _) | (Look::Closely, None) => Place::out_of_sight(),
             (Look::Closely, Some(path)) => at(domain, &object, path, known),
         };
         SeenObject {
             object,
             path,
-            found,
-            copy,
+            found: place.found,
+            obstacle: place.obstacle,
+            copy: place.copy,
         }
     });
     seen.collect()
 }
 
-fn at(domain: &Domain, object: &Object, path: &Path, known: &Known) -> (Found, ImageCopy) {
+struct Place {
+    found: Found,
+    obstacle: Option<Problem>,
+    copy: ImageCopy,
+}
+
+impl Place {
+    fn out_of_sight() -> Self {
+        Self {
+            found: Found::OutOfSight,
+            obstacle: None,
+            copy: ImageCopy::None,
+        }
+    }
+
+    fn without_copy(found: Found, obstacle: impl Into<Problem>) -> Self {
+        Self {
+            found,
+            obstacle: Some(obstacle.into()),
+            copy: ImageCopy::None,
+        }
+    }
+}
+
+fn at(domain: &Domain, object: &Object, path: &Path, known: &Known) -> Place {
     let permit = |path: &Path| known.permit(domain.uuid, path);
-    let located = Located::of(object.kind, domain.uuid, Some(path), &known.swtpm_dir, permit);
-    let present = match located {
-        Ok(None) => return (Found::OutOfSight, ImageCopy::None),
-        Ok(Some(located)) => located.inspect().map_err(|error| chain(&error)),
-        Err(error) if error.is_missing() => Ok(Present::Absent),
-        Err(error) => Err(chain(&error)),
+    let located = match Located::of(object.kind, domain.uuid, Some(path), &known.swtpm_dir, permit) {
+        Ok(None) => return Place::out_of_sight(),
+        Ok(Some(located)) => located,
+        Err(error) if error.is_missing() => {
+            let missing = ObjectError::from(VolumeError::NotFound(path.to_owned()));
+            return Place::without_copy(Found::Nothing, missing);
+        }
+        Err(error @ PathError::Io { .. }) => {
+            return Place::without_copy(Found::Unreadable(chain(&error)), error);
+        }
+        Err(error) => return Place::without_copy(Found::NotPermitted(chain(&error)), error),
     };
-    let found = match present {
-        Ok(Present::Encrypted(copy)) => {
+    let present = match known.inspected.inspect(&located) {
+        Ok(present) => present,
+        Err(error) => return Place::without_copy(Found::Unreadable(chain(&error)), error),
+    };
+    let obstacle = located.objection(&present).map(Problem::from);
+    let (found, copy) = match present {
+        Present::Encrypted(copy) => {
             let ids = match &copy {
                 ImageCopy::Envelope(envelope) => Some((envelope.id, envelope.vm)),
                 ImageCopy::None | ImageCopy::Unreadable(_) => None,
             };
-            return (Found::Encrypted(ids), copy);
+            (Found::Encrypted(ids), copy)
         }
-        Ok(Present::Plain) => Found::Plain,
-        Ok(Present::Absent) => Found::Nothing,
-        Err(why) => Found::Unreadable(why),
+        Present::Plain => (Found::Plain, ImageCopy::None),
+        Present::Absent => (Found::Nothing, ImageCopy::None),
     };
-    (found, ImageCopy::None)
+    Place {
+        found,
+        obstacle,
+        copy,
+    }
 }

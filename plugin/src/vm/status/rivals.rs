@@ -28,20 +28,24 @@ pub(super) fn of<'k>(domain: &Domain, kept: impl Fn(EnvelopeId) -> Option<&'k En
         None => unknown(name, copy),
     });
     let unreadable = metadata.unreadable.iter().map(|copy| {
-        let used = match copy.id.and_then(&kept) {
-            Some(_) => "; the keystore's is used",
-            None => "",
+        let reason = &copy.reason;
+        let (what, advice) = match copy.id.and_then(&kept) {
+            Some(_) => (
+                format!("{name}: {reason}; the keystore's is used"),
+                Advice::SealVm(name.clone()).note("which has it written over that"),
+            ),
+            None => (
+                format!("{name}: {reason}"),
+                Advice::DefineSealedXml(Some(name.clone())),
+            ),
         };
-        Finding::warning(
-            Subject::Vm(name.clone()),
-            format!("{name}: {}{used}", copy.reason),
-        )
+        Finding::warning(Subject::Vm(name.clone()), what).next(advice)
     });
     of_copies.chain(unreadable).collect()
 }
 
 /// Of the copy in the image at `path`, whose envelope the keystore has as `kept`.
-pub(super) fn in_image(
+pub(in crate::vm) fn in_image(
     name: &str,
     object: &str,
     path: &Path,
@@ -63,25 +67,22 @@ pub(super) fn in_image(
                 "{name}: {shown} carries envelope {}, which is not the one of this disk ({}); the keystore's is used",
                 copy.id, kept.id
             ),
-            Some(seal().note("which has it written over that if it opens the image")),
+            seal().note("which has it written over that if it opens the image"),
         ),
         (ImageCopy::Unreadable(why), Some(kept)) => (
             format!(
                 "{name}: the copy of envelope {} in {shown} can't be read: {why}; the keystore's is used",
                 kept.id
             ),
-            Some(seal().note("which has it written over that once the image has opened")),
+            seal().note("which has it written over that once the image has opened"),
         ),
         (ImageCopy::Unreadable(why), None) => (
             format!("{name}: the copy of an envelope in {shown} can't be read: {why}"),
-            None,
+            Advice::DefineSealedXml(Some(name.to_owned())),
         ),
         (ImageCopy::None, _) | (ImageCopy::Envelope(_), None) => return None,
     };
-    Some(Finding {
-        advice,
-        ..Finding::warning(subject, what)
-    })
+    Some(Finding::warning(subject, what).next(advice))
 }
 
 fn rival(name: &str, subject: Subject, place: &str, copy: &Envelope, kept: &Envelope) -> Option<Finding> {

@@ -6,7 +6,7 @@ use crate::model::finding::{Finding, Subject};
 
 /// Whether this host has the group of the settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReaderGroup {
+pub(crate) enum ReaderGroup {
     /// Its members may connect.
     Exists,
     /// Root alone may.
@@ -14,8 +14,11 @@ pub enum ReaderGroup {
 }
 
 /// What is found on a host with the providers that `is_provider` knows.
-#[must_use]
-pub fn warnings(config: &Config, is_provider: impl Fn(&str) -> bool, group: ReaderGroup) -> Vec<Finding> {
+pub(crate) fn warnings(
+    config: &Config,
+    is_provider: impl Fn(&str) -> bool,
+    group: ReaderGroup,
+) -> Vec<Finding> {
     let unknown = config.recipients.iter().filter(|name| !is_provider(name));
     let mut warnings: Vec<_> = unknown
         .map(|name| {

@@ -14,6 +14,8 @@ pub(super) enum Found {
     Encrypted(Option<(EnvelopeId, VmId)>),
     /// Why it can't be told.
     Unreadable(String),
+    /// Why root does not look there: nothing is known of it.
+    NotPermitted(String),
     /// On the network, or not looked at.
     OutOfSight,
 }
@@ -66,7 +68,8 @@ impl Facts<'_> {
     fn in_plain_xml(self) -> Standing {
         let state = match (self.found, self.owner) {
             (Found::Encrypted(_) | Found::OutOfSight, Some(Owner::Other(vm))) => return of_another(vm),
-            (Found::Unreadable(why), Some(_)) => return (ObjectStanding::Unreadable, Some(why)),
+            (Found::Unreadable(why), _) => return (ObjectStanding::Unreadable, Some(why)),
+            (Found::NotPermitted(why), _) => return (ObjectStanding::NotLookedAt, Some(why)),
             (Found::Encrypted(_), Some(Owner::This)) => ObjectStanding::NotInXml,
             (Found::Encrypted(_), None) => ObjectStanding::NotOurs,
             (Found::Nothing, Some(Owner::This)) if !self.kind.is_made_at_first_start() => {
@@ -97,6 +100,7 @@ impl Facts<'_> {
             }
             (Found::Encrypted(_) | Found::OutOfSight, _) => ObjectStanding::Sealed,
             (Found::Unreadable(why), _) => return (ObjectStanding::Unreadable, Some(why)),
+            (Found::NotPermitted(why), _) => return (ObjectStanding::NotLookedAt, Some(why)),
         };
         (state, None)
     }
@@ -127,6 +131,7 @@ mod tests {
             Just(Found::Plain),
             Just(Found::OutOfSight),
             Just(Found::Unreadable("odd".into())),
+            Just(Found::NotPermitted("odd".into())),
             prop::option::of((id(), vm())).prop_map(Found::Encrypted)
         ];
         let owner = prop_oneof![Just(Owner::This), vm().prop_map(Owner::Other)];
@@ -196,6 +201,19 @@ mod tests {
         assert_eq!(disk(&plain, Found::Plain, None), ObjectStanding::Plain);
         assert_eq!(disk(&plain, Found::Nothing, None), ObjectStanding::Plain);
         assert_eq!(disk(&plain, Found::Nothing, this), ObjectStanding::FileMissing);
+        // Of what nobody has looked at nothing is said, also where nobody expects anything.
+        for (xml, owner) in [(&plain, None), (&plain, this), (&named, this)] {
+            let told = |found| told(xml, found, owner);
+            let why = || Some("why".to_owned());
+            assert_eq!(
+                told(Found::NotPermitted("why".into())),
+                (ObjectStanding::NotLookedAt, why())
+            );
+            assert_eq!(
+                told(Found::Unreadable("why".into())),
+                (ObjectStanding::Unreadable, why())
+            );
+        }
         for xml in [&plain, &named] {
             for found in [carried(), Found::OutOfSight] {
                 assert_eq!(told(xml, found, Some(Owner::Other(other))), of_another(other));

@@ -4,20 +4,21 @@ use std::path::Path;
 
 use super::known::{self, Known};
 use super::look::SeenObject;
-use super::rivals;
 use super::standing::{Facts, Found, Owner, Standing, is_sealed};
-use crate::api::{FindingView, ObjectStanding, ObjectView, VmPower, VmState, VmView};
+use super::{rivals, starts};
+use crate::api::{FindingView, ObjectStanding, ObjectView, StartView, VmPower, VmState, VmView};
 use crate::domain::{self, Domain, DomainError, ObjectState, TpmBackend};
-use crate::host::libvirt::DefinedDomain;
+use crate::host::libvirt::DomainEntry;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, VmId};
 use crate::model::finding::{Finding, Subject};
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
 use crate::store::{EnvelopeRecord, EnvelopeState};
+use crate::vm::start::outlook::Obstacle;
 
 /// Whether a VM is one of those that a status lists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Concern {
+pub(crate) enum Concern {
     /// Something of it is sealed, damaged or wrong.
     Ours,
     /// It has nothing to do with virtseal.
@@ -25,15 +26,13 @@ pub enum Concern {
 }
 
 /// The view of one that is listed.
-#[must_use]
-pub fn listed((view, concern): (VmView, Concern)) -> Option<VmView> {
+pub(crate) fn listed((view, concern): (VmView, Concern)) -> Option<VmView> {
     (concern == Concern::Ours).then_some(view)
 }
 
 /// A VM that libvirt has, with what was found on it elsewhere: its side doors, and what was done to it while it ran.
-#[must_use]
-pub fn defined(
-    defined: &DefinedDomain,
+pub(crate) fn defined(
+    defined: &DomainEntry,
     domain: &Domain,
     seen: &[SeenObject],
     found: Vec<Finding>,
@@ -49,15 +48,19 @@ pub fn defined(
     findings.extend(damaged);
     findings.extend(rivals::of(domain, |id| known.envelope(id)));
     findings.extend(objects.iter().filter_map(|object| object.rival.clone()));
+    findings.extend(known.saved(defined).filter(|_| state != VmState::Plain));
     findings.extend(found);
+    let standings: Vec<_> = objects.iter().map(|object| object.standing).collect();
     let mut views: Vec<_> = objects.into_iter().map(|object| object.view).collect();
     views.extend(detached(domain, seen, known));
     let view = VmView {
         name: defined.name.clone(),
         uuid: defined.vm.to_string(),
         depends_on: depends_on(&views),
-        power: power(defined),
-        state,
+        power: power(defined).into(),
+        autostart: known.autostart(defined.vm, Some(defined)).into(),
+        starts: starts::of(domain, seen, &standings, known),
+        state: state.into(),
         objects: views,
         warnings: FindingView::all(&findings),
     };
@@ -65,29 +68,40 @@ pub fn defined(
 }
 
 /// A VM whose XML can't be read.
-#[must_use]
-pub fn unreadable(
-    defined: &DefinedDomain,
+pub(crate) fn unreadable(
+    defined: &DomainEntry,
     error: &DomainError,
     found: Vec<Finding>,
     known: &Known,
 ) -> VmView {
     let problem = xml_unreadable(defined, error);
+    let starts = starts::refused(&Obstacle::of_vm(problem.clone()));
     let mut findings = vec![Finding::of(Subject::Vm(defined.name.clone()), problem)];
     findings.extend(known.damaged_of(defined.vm));
     findings.extend(found);
     VmView {
-        power: power(defined),
-        state: VmState::Unreadable,
+        power: power(defined).into(),
+        autostart: known.autostart(defined.vm, Some(defined)).into(),
+        starts,
+        state: VmState::Unreadable.into(),
         ..of_keystore(defined.vm, &defined.name, &findings, known)
     }
 }
 
 /// A VM that only the keystore knows, or of which nothing is left but what was found.
-#[must_use]
-pub fn undefined(vm: VmId, name: &str, found: Vec<Finding>, known: &Known) -> VmView {
+pub(crate) fn undefined(vm: VmId, name: &str, found: Vec<Finding>, known: &Known) -> VmView {
     let findings = [known.damaged_of(vm), found].concat();
     of_keystore(vm, name, &findings, known)
+}
+
+/// A VM of the keystore, while libvirt can't be asked for its VMs.
+pub(crate) fn not_asked(view: &VmView) -> VmView {
+    VmView {
+        power: VmPower::Unknown.into(),
+        starts: StartView::unknown("libvirt does not answer"),
+        state: VmState::Unknown.into(),
+        ..view.clone()
+    }
 }
 
 fn of_keystore(vm: VmId, name: &str, findings: &[Finding], known: &Known) -> VmView {
@@ -103,19 +117,20 @@ fn of_keystore(vm: VmId, name: &str, findings: &[Finding], known: &Known) -> VmV
         name: name.to_owned(),
         uuid: vm.to_string(),
         depends_on: depends_on(&objects),
-        power: VmPower::Undefined,
-        state: VmState::Undefined,
+        power: VmPower::Undefined.into(),
+        autostart: known.autostart(vm, None).into(),
+        starts: StartView::no("it is not defined here", None),
+        state: VmState::Undefined.into(),
         objects,
         warnings: FindingView::all(findings),
     }
 }
 
 /// That its XML can't be read, with what helps.
-#[must_use]
-pub fn xml_unreadable(defined: &DefinedDomain, error: &DomainError) -> Problem {
+pub(crate) fn xml_unreadable(defined: &DomainEntry, error: &DomainError) -> Problem {
     let name = &defined.name;
     let what = format!("{name}: its XML can't be read: {}", chain(error));
-    Problem::new(Code::Failed, what).next(
+    Problem::failed(what).next(
         Advice::EditXml(name.clone())
             .or(Advice::DefineXml.note("with an earlier dumpxml of it"))
             .then(Advice::SealVm(name.clone())),
@@ -133,13 +148,8 @@ struct OneObject {
 fn object(domain: &Domain, seen: &SeenObject, known: &Known) -> OneObject {
     let (vm, object, path) = (domain.uuid, &seen.object, seen.path.as_deref());
     let kept = known.of(vm, object, &seen.found, path);
-    let in_xml = match &object.state {
-        ObjectState::Sealed(id) => domain
-            .metadata
-            .as_ref()
-            .and_then(|metadata| metadata.envelope(*id)),
-        ObjectState::Plain | ObjectState::Unsupported(_) => None,
-    };
+    let metadata = domain.metadata.as_ref();
+    let in_xml = object.envelope().and_then(|id| metadata?.envelope(id));
     let envelope = kept.or(in_xml);
     let (standing, detail) = standing(domain, seen, kept, in_xml, known);
     let gone = envelope
@@ -151,15 +161,13 @@ fn object(domain: &Domain, seen: &SeenObject, known: &Known) -> OneObject {
     };
     let view = ObjectView {
         object: object.label.clone(),
-        state,
+        state: state.into(),
         detail,
         path: path.map(|path| path.display().to_string()),
-        envelope: match &object.state {
-            ObjectState::Sealed(id) => Some(id.to_string()),
-            ObjectState::Plain | ObjectState::Unsupported(_) => {
-                envelope.map(|envelope| envelope.id.to_string())
-            }
-        },
+        envelope: object
+            .envelope()
+            .or(envelope.map(|envelope| envelope.id))
+            .map(|id| id.to_string()),
         generation: envelope.and_then(|envelope| envelope.generation.stored()),
         generation_verified: kept.is_some(),
         providers: envelope
@@ -173,7 +181,7 @@ fn object(domain: &Domain, seen: &SeenObject, known: &Known) -> OneObject {
     OneObject {
         view,
         standing,
-        says_so: matches!(object.state, ObjectState::Sealed(_)),
+        says_so: object.envelope().is_some(),
         rival,
     }
 }
@@ -235,7 +243,7 @@ fn kept_object(record: &EnvelopeRecord, state: ObjectStanding, known: &Known) ->
     let gone = known.providers.gone(envelope);
     ObjectView {
         object: envelope.kind.to_string(),
-        state: gone.as_ref().map_or(state, |_| ObjectStanding::Locked),
+        state: gone.as_ref().map_or(state, |_| ObjectStanding::Locked).into(),
         detail: gone,
         path: (!record.location.is_empty()).then(|| record.location.clone()),
         envelope: Some(envelope.id.to_string()),
@@ -256,11 +264,11 @@ fn depends_on(objects: &[ObjectView]) -> Option<String> {
     alone.cloned()
 }
 
-fn power(defined: &DefinedDomain) -> VmPower {
-    if defined.active {
-        VmPower::Running
-    } else {
-        VmPower::Off
+fn power(defined: &DomainEntry) -> VmPower {
+    match (defined.active, defined.managed_save) {
+        (true, _) => VmPower::Running,
+        (false, true) => VmPower::Saved,
+        (false, false) => VmPower::Off,
     }
 }
 
@@ -308,6 +316,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+    use crate::api::OrNewer;
     use crate::model::envelope::{Binding, EnvelopeId, KekId, ProviderId, Stanza, Verified};
     use crate::object::disk::ImageCopy;
     use crate::secret::Dek;
@@ -388,17 +397,17 @@ mod tests {
                 .map(|object| SeenObject {
                     path: Some(PathBuf::from("/d")),
                     found: self.found.clone(),
+                    obstacle: None,
                     copy: ImageCopy::None,
                     object,
                 })
                 .collect();
-            let vm = DefinedDomain {
+            let vm = DomainEntry {
                 vm: self.vm,
                 name: "a".into(),
                 active: false,
                 autostart: false,
                 managed_save: false,
-                xml,
             };
             defined(&vm, &domain, &seen, Vec::new(), known)
         }
@@ -410,10 +419,13 @@ mod tests {
         let mut known = case.known();
         known.providers = ProviderNames::default();
         let (view, concern) = case.view(&known);
-        assert_eq!((view.state, concern), (VmState::NotInXml, Concern::Ours));
+        assert_eq!(
+            (view.state.known(), concern),
+            (Some(VmState::NotInXml), Concern::Ours)
+        );
         assert_eq!(view.objects.len(), 1);
         // Its provider is not on this host.
-        assert_eq!(view.objects[0].state, ObjectStanding::Locked);
+        assert_eq!(view.objects[0].state.known(), Some(ObjectStanding::Locked));
         assert_eq!(
             view.objects[0].words(),
             "locked: provider 'main' is not on this host"
@@ -430,9 +442,9 @@ mod tests {
         for names_it in [true, false] {
             let case = Case::new(names_it, |_, _| Found::Plain);
             let (view, _) = case.view(&case.known());
-            let plain = [ObjectStanding::Plain, ObjectStanding::PlainInside];
+            let plain = [ObjectStanding::Plain, ObjectStanding::PlainInside].map(OrNewer::from);
             assert!(plain.contains(&view.objects[0].state), "{:?}", view.objects);
-            assert_ne!(view.state, VmState::Sealed);
+            assert_ne!(view.state, VmState::Sealed.into());
         }
     }
 
@@ -441,9 +453,15 @@ mod tests {
         let case = Case::new(false, |_, _| Found::OutOfSight);
         let nothing = Known::default();
         let (view, concern) = case.view(&nothing);
-        assert_eq!((view.state, concern), (VmState::Plain, Concern::NotOurs));
+        assert_eq!(
+            (view.state.known(), concern),
+            (Some(VmState::Plain), Concern::NotOurs)
+        );
         let gone = undefined(case.vm, "a", Vec::new(), &case.known());
-        assert_eq!((gone.power, gone.state), (VmPower::Undefined, VmState::Undefined));
+        assert_eq!(
+            (gone.power, gone.state),
+            (VmPower::Undefined.into(), VmState::Undefined.into())
+        );
         assert_eq!(gone.objects[0].generation, Some(1));
     }
 }

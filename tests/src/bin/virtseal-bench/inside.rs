@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
 use virtseal_testkit::Host;
 
-use crate::{hook, kms, prepare, readers, unwraps, volume};
+use crate::{hook, kms, prepare, readers, status, unwraps, volume};
 
 /// Runs `virtseal-bench inside ARGUMENTS` inside `host` and returns its answer.
 pub(crate) fn ask<T: DeserializeOwned>(host: &Host, arguments: &[&str]) -> Result<T> {
@@ -35,6 +35,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         ["prepare", directory] => serde_json::to_string(&prepare::inside(directory)?),
         ["kms", vm, starts] => serde_json::to_string(&kms::inside(vm, starts.parse()?)?),
         ["readers", xml, uuid] => serde_json::to_string(&readers::inside(xml, uuid)?),
+        ["status", virtseal] => serde_json::to_string(&status::inside(virtseal)?),
         ["unwraps"] => serde_json::to_string(&unwraps::inside()?),
         _ => bail!("there is nothing like {arguments:?} to do inside"),
     };

@@ -1,7 +1,7 @@
 //! `make bench`: what virtseal promises about time and memory, each figure next to a peer measured in the same run.
 //!
 //! ```text
-//! virtseal-bench [volume|hook|prepare|start|readers|sweep|unwraps|kms]...
+//! virtseal-bench [volume|hook|prepare|start|readers|status|sweep|unwraps|kms]...
 //! ```
 //!
 //! Prints a table, writes `target/bench/results.json` (see [`figure::Figure`]) and ends with exit status 1 where a
@@ -18,6 +18,7 @@ mod prepare;
 mod readers;
 mod samples;
 mod start;
+mod status;
 mod sweep;
 mod unwraps;
 mod volume;
@@ -33,12 +34,13 @@ use virtseal_testkit::SealedHost;
 use figure::Figure;
 
 const RESULTS: &str = "target/bench/results.json";
-const EXPERIMENTS: [(&str, Experiment); 8] = [
+const EXPERIMENTS: [(&str, Experiment); 9] = [
     ("volume", volume::measure),
     ("hook", hook::measure),
     ("prepare", prepare::measure),
     ("start", start::measure),
     ("readers", readers::measure),
+    ("status", status::measure),
     ("sweep", sweep::measure),
     ("unwraps", unwraps::measure),
     ("kms", kms::measure),

@@ -14,14 +14,7 @@ use openssl::ssl::{SslConnector, SslFiletype, SslMethod, SslStream};
 use openssl::symm::{Cipher, decrypt_aead, encrypt_aead};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use virtseal::model::envelope::{Binding, EnvelopeId, ObjectKind, Payload, Stanza, VmId};
-use virtseal::provider::kmip::{KmipProvider, NewIdentity, ServerTrust};
-use virtseal::provider::native::NativeProvider;
-use virtseal::provider::pkcs11::Pkcs11Provider;
-use virtseal::provider::transit::TransitProvider;
-use virtseal::provider::{KekScope, KeyProvider};
-use virtseal::secret::{Dek, SecretBytes};
-use virtseal::store::Stores;
+use virtseal::inside::{Kind, WrappedKeys};
 use virtseal_testkit::SealedHost;
 use virtseal_testkit::servers::{OpenBao, PyKmip, SoftHsm};
 
@@ -104,42 +97,14 @@ pub(crate) fn inside() -> Result<Vec<Times>> {
     Ok(vec![native()?, softhsm()?, transit()?, kmip()?])
 }
 
-fn secret(text: &[u8]) -> Result<SecretBytes> {
-    Ok(SecretBytes::take(&mut text.to_vec())?)
-}
-
-/// Eight keys of one VM.
-fn wrapped(provider: &dyn KeyProvider) -> Result<Vec<Stanza>> {
-    let vm = VmId::random();
-    let kek = provider.create_kek(&KekScope::Vm(vm))?;
-    (0..KEYS)
-        .map(|_| {
-            let binding = Binding {
-                envelope: EnvelopeId::random(),
-                vm,
-                kind: ObjectKind::Disk,
-            };
-            Ok(provider.wrap(&kek, &Payload::bind(&Dek::random()?, &binding)?)?)
-        })
-        .collect()
-}
-
-fn time(
-    kind: &str,
-    provider: &dyn KeyProvider,
-    stanzas: &[Stanza],
-    credential: &SecretBytes,
-    mut peer: Option<Peer<'_>>,
-) -> Result<Times> {
-    let stanzas: Vec<_> = stanzas.iter().collect();
+fn time(kind: &str, keys: &WrappedKeys, mut peer: Option<Peer<'_>>) -> Result<Times> {
     let [mut warm, mut cold, mut peers] = <[Samples; 3]>::default();
     for _ in 0..COLD {
-        provider.lock();
-        provider.unlock(credential)?;
-        cold.time(|| Ok(provider.unwrap_many(&stanzas)?))?;
+        keys.unlock_again()?;
+        cold.time(|| keys.unwrap())?;
     }
     for _ in 0..WARM {
-        warm.time(|| Ok(provider.unwrap_many(&stanzas)?))?;
+        warm.time(|| keys.unwrap())?;
         if let Some(peer) = &mut peer {
             peers.time(|| (peer.run)())?;
         }
@@ -154,12 +119,7 @@ fn time(
 
 fn native() -> Result<Times> {
     let dir = tempfile::tempdir()?;
-    let stores = Stores::open(dir.path())?;
-    let passphrase = secret(b"bench")?;
-    let provider = NativeProvider::create(&stores.providers(), &"main".parse()?, &passphrase)?;
-    let backup = provider.backup(None)?;
-    provider.confirm_backup(backup.generation)?;
-    let stanzas = wrapped(&provider)?;
+    let keys = WrappedKeys::new(dir.path(), Kind::Native, b"bench", KEYS)?;
     let (key, nonce, mut tag) = ([7; 32], [9; 12], [0; 16]);
     let cipher = Cipher::aes_256_gcm();
     let sealed = encrypt_aead(cipher, &key, Some(&nonce), b"kek", &[5; 64], &mut tag)?;
@@ -175,32 +135,34 @@ fn native() -> Result<Times> {
         most: 20.0,
         run: Box::new(run),
     };
-    time("native", &provider, &stanzas, &passphrase, Some(peer))
+    time("native", &keys, Some(peer))
 }
 
 fn softhsm() -> Result<Times> {
     let dir = tempfile::tempdir()?;
-    let stores = Stores::open(dir.path())?;
     let settings = json!({"module": SoftHsm::MODULE, "token": {"label": "bench"}});
-    let pin = secret(SoftHsm::PIN.as_bytes())?;
-    let settings = serde_json::from_value(settings)?;
-    let provider = Pkcs11Provider::create(&stores.providers(), &"hsm".parse()?, settings, &pin, &[])?;
-    let stanzas = wrapped(&provider)?;
-    time("pkcs11 (SoftHSM)", &provider, &stanzas, &pin, None)
+    let keys = WrappedKeys::new(
+        dir.path(),
+        Kind::Pkcs11 { settings },
+        SoftHsm::PIN.as_bytes(),
+        KEYS,
+    )?;
+    time("pkcs11 (SoftHSM)", &keys, None)
 }
 
 fn transit() -> Result<Times> {
     let (bao, dir) = (OpenBao::start()?, tempfile::tempdir()?);
-    let stores = Stores::open(dir.path())?;
     let settings = json!({
         "address": format!("http://127.0.0.1:{}", bao.port()),
         "auth": {"method": "approle", "role_id": bao.role_id()}
     });
-    let settings = serde_json::from_value(settings)?;
-    let provider = TransitProvider::create(&stores.providers(), &"vault".parse()?, settings)?;
-    let credential = secret(std::fs::read_to_string(bao.secret_id())?.trim().as_bytes())?;
-    provider.unlock(&credential)?;
-    let stanzas = wrapped(&provider)?;
+    let credential = std::fs::read_to_string(bao.secret_id())?;
+    let keys = WrappedKeys::new(
+        dir.path(),
+        Kind::Transit { settings },
+        credential.trim().as_bytes(),
+        KEYS,
+    )?;
     let mut bare = BareHttp::decrypting(&bao)?;
     let peer = Peer {
         what: "the same request on a bare socket",
@@ -208,7 +170,7 @@ fn transit() -> Result<Times> {
         most: 3.0,
         run: Box::new(move || bare.ask()),
     };
-    time("transit (OpenBao)", &provider, &stanzas, &credential, Some(peer))
+    time("transit (OpenBao)", &keys, Some(peer))
 }
 
 /// One request for eight keys, again and again on one connection.
@@ -256,27 +218,23 @@ impl BareHttp {
 
 fn kmip() -> Result<Times> {
     let (kms, dir) = (PyKmip::start()?, tempfile::tempdir()?);
-    let stores = Stores::open(dir.path())?;
     let settings = json!({"endpoints": [format!("127.0.0.1:{}", kms.port())]});
-    let settings = serde_json::from_value(settings)?;
-    let provider = KmipProvider::create(&stores.providers(), &"kms".parse()?, settings)?;
     let (pem, key) = kms.client("bench")?;
-    provider.set_identity(&NewIdentity {
-        certificate: secret(&std::fs::read(&pem)?)?,
-        key: Some(secret(&std::fs::read(&key)?)?),
-        login: None,
-        passphrase: None,
-    })?;
-    provider.trust(ServerTrust::Ca(kms.authority.pem()))?;
-    let stanzas = wrapped(&provider)?;
-    let uid = stanzas.first().context("no stanza")?.kek.0.clone();
+    let kind = Kind::Kmip {
+        settings,
+        certificate: std::fs::read(&pem)?,
+        key: std::fs::read(&key)?,
+        authority: kms.authority.pem(),
+    };
+    let keys = WrappedKeys::new(dir.path(), kind, b"any", KEYS)?;
+    let uid = keys.kek().context("no key")?.to_owned();
     let mut bare = BareKmip::getting(&kms, &pem, &key, &uid)?;
     let peer = Peer {
         what: "the same request on a bare TLS connection",
         most: 2.0,
         run: Box::new(move || bare.ask()),
     };
-    time("kmip (PyKMIP)", &provider, &stanzas, &secret(b"any")?, Some(peer))
+    time("kmip (PyKMIP)", &keys, Some(peer))
 }
 
 /// GetAttributes and Get of one key in one request, again and again on one connection.

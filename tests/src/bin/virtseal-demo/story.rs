@@ -118,7 +118,7 @@ impl<'a> Story<'a> {
 
     fn provider(&self) -> Result<(Said, ())> {
         self.with_passphrase(&["provider", "add", "native", "main", "--passphrase-file", "-"])?;
-        ensure!(self.provider_state()? == "NotBackedUp");
+        ensure!(self.provider_state()? == "not_backed_up");
         let refused = self.create_volume()?;
         let command = format!("virtseal volume create {DISK} --from guest.raw --size 1G --vm {VM}");
         let message = refused.refused()?;
@@ -141,7 +141,7 @@ impl<'a> Story<'a> {
             "--passphrase-file",
             "-",
         ])?;
-        ensure!(self.provider_state()? == "Ready");
+        ensure!(self.provider_state()? == "ready");
         let bytes = std::fs::metadata(self.host.path(BACKUP))?.len();
         let line = format!(
             "{} under a passphrase; stock `age -d` opens it as well",
@@ -271,7 +271,7 @@ impl<'a> Story<'a> {
 
     fn lock(&self) -> Result<(Said, ())> {
         self.sealed.lock()?;
-        ensure!(self.provider_state()? == "Locked");
+        ensure!(self.provider_state()? == "locked");
         let message = self.host.virsh(&["start", VM])?.refused()?;
         for part in [
             VM,

@@ -68,22 +68,32 @@ impl SealedHost {
     /// # Errors
     /// When it can't be started; what it answers is in the output.
     pub fn virtseal_at_a_terminal(&self, arguments: &[&str], typed: &[&str]) -> Result<Output> {
-        let program = built_program("virtseal")?;
-        let program = program.to_str().context("a UTF-8 path")?;
         let quoted = |word: &&str| format!("'{word}'");
-        let words: Vec<_> = [&[program], arguments].concat().iter().map(quoted).collect();
-        let words = words.join(" ");
+        let words: Vec<_> = [&["virtseal"], arguments].concat().iter().map(quoted).collect();
+        self.at_a_terminal(&words.join(" "), typed)
+    }
+
+    /// Runs a line of shell at a terminal where these lines are typed, with the programs of virtseal in its path.
+    ///
+    /// # Errors
+    /// As [`SealedHost::virtseal_at_a_terminal`].
+    pub fn at_a_terminal(&self, line: &str, typed: &[&str]) -> Result<Output> {
+        let program = built_program("virtseal")?;
+        let programs = program.parent().context("a file in a directory")?;
+        let path = std::env::var("PATH").context("PATH")?;
         let file = self.host.path("/run/typed");
         let lines: String = typed.iter().map(|line| format!("{line}\n")).collect();
         std::fs::write(&file, lines)?;
         let output = self
             .host
             .command("script")
-            .args(["--quiet", "--return", "--command", &words, "/dev/null"])
+            .args(["--quiet", "--return", "--command", line, "/dev/null"])
+            .env("PATH", format!("{}:{path}", programs.display()))
+            .env("TERM", "dumb")
             .stdin(Stdio::from(std::fs::File::open(&file)?))
             .output()
             .context("script did not start")?;
-        Ok(Output::new(words, &output))
+        Ok(Output::new(line.to_owned(), &output))
     }
 
     /// What a command answers with `--json`.
@@ -93,6 +103,30 @@ impl SealedHost {
     pub fn json(&self, arguments: &[&str]) -> Result<Value> {
         let answer = self.run(&[arguments, &["--json"]].concat())?;
         serde_json::from_str(&answer).with_context(|| format!("no JSON: {answer}"))
+    }
+
+    /// Runs the first way out that a message prints behind `Next: `, its steps in their order: what an admin does who reads it.
+    /// Returns what they print.
+    ///
+    /// # Errors
+    /// When it names no command, or one that fails.
+    pub fn follow(&self, said: &str) -> Result<String> {
+        let (_, next) = said.rsplit_once("Next: ").context("no way out is named")?;
+        let way = next.split("; or ").next().unwrap_or_default().trim();
+        let program = built_program("virtseal")?;
+        let directory = program.parent().context("a directory")?.display().to_string();
+        let mut printed = String::new();
+        let steps: Vec<_> = way.split(", then ").collect();
+        for step in &steps {
+            ensure!(
+                step.starts_with("virtseal ") || step.starts_with("virsh "),
+                "'{step}' is no command, in: {said}"
+            );
+            let script = format!("PATH={directory}:$PATH; {step}");
+            printed += &self.host.run(&["sh", "-c", &script])?.succeeded()?;
+            printed.push('\n');
+        }
+        Ok(printed)
     }
 
     /// Unlocks the provider `main`.

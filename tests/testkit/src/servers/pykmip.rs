@@ -173,7 +173,7 @@ impl PyKmip {
         let mut identity = vec!["provider", "identity", name];
         identity.extend(["--cert", text(&pem)?, "--key", text(&key)?]);
         if sealed_key {
-            identity.extend(["--seal", "--passphrase-file", text(&passphrase)?]);
+            identity.extend(["--encrypt", "--passphrase-file", text(&passphrase)?]);
         }
         sealed.virtseal(&identity)?.succeeded().map(drop)
     }

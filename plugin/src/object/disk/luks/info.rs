@@ -5,7 +5,7 @@ use uuid::Uuid;
 
 /// Its cipher, its keyslots, and where the data is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct LuksInfo {
+pub(crate) struct LuksInfo {
     /// Always `aes-xts-plain64`.
     pub cipher: &'static str,
     /// Length of the volume key; XTS uses half of it for the data and half for the IVs.
@@ -20,15 +20,13 @@ pub struct LuksInfo {
     pub keyslots: Vec<KeyslotInfo>,
 }
 
-/// One keyslot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
-pub enum KeyslotInfo {
+pub(crate) enum KeyslotInfo {
     /// Some passphrase opens it.
     Active {
         /// PBKDF2 rounds of that passphrase.
         iterations: u32,
     },
-    /// Unused.
     Dead,
 }

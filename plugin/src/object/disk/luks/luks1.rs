@@ -88,7 +88,6 @@ impl Header {
         Ok(header)
     }
 
-    /// The header's bytes.
     pub(crate) fn to_bytes(&self) -> [u8; Self::LEN] {
         let mut out = Vec::with_capacity(Self::LEN);
         out.extend_from_slice(MAGIC);

@@ -4,7 +4,6 @@ use openssl::cipher::{Cipher, CipherRef};
 use openssl::cipher_ctx::CipherCtx;
 use openssl::error::ErrorStack;
 
-/// Bytes in a sector.
 pub(crate) const SECTOR: usize = 512;
 
 #[derive(Clone, Copy)]

@@ -18,7 +18,7 @@ use super::{Encryption, Header, Span};
 /// Whether anything would be lost with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Data {
+pub(crate) enum Data {
     /// It reads as zeros throughout.
     Empty,
     /// It holds data, or that it does not can't be shown.

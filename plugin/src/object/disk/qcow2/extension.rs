@@ -18,7 +18,6 @@ use crate::model::envelope::Envelope;
 use crate::object::disk::error::{Flaw, Part};
 use crate::object::disk::size::ClusterSize;
 
-/// The extension's type.
 pub(crate) const KIND: u32 = 0x7673_6561;
 /// What is kept free behind the LUKS1 header when the envelope goes there.
 pub(crate) const ROOM_BEHIND_LUKS: u64 = Envelope::MAX_JSON as u64;
@@ -55,7 +54,6 @@ pub(crate) struct Pointer {
     pub(crate) len: usize,
 }
 
-/// The payload for `json`.
 pub(crate) fn payload(json: &str, place: Place) -> Vec<u8> {
     let mut out = vec![FORMAT, u8::from(place != Place::Inline), 0, 0];
     out.extend_from_slice(&(json.len() as u32).to_be_bytes());

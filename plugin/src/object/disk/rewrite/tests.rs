@@ -5,10 +5,11 @@ use std::process::Command;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::*;
+use crate::domain::DeclaredFormat;
 use crate::model::envelope::{
     Binding, EnvelopeId, KekId, ObjectKind, Precedence, ProviderId, Stanza, Verified, VmId,
 };
-use crate::object::disk::{self, Backing, BackingFormat, Bytes, ClusterSize, CreateRequest};
+use crate::object::disk::{self, Backing, Bytes, ClusterSize, CreateRequest};
 use crate::object::nvram;
 use crate::secret::{Dek, Passphrase};
 
@@ -64,7 +65,7 @@ impl Bench {
     }
 
     fn assert_whole(&self, path: &Path) {
-        disk::verify(&by_root(path), &self.passphrase).unwrap();
+        disk::open(&by_root(path), &self.passphrase).unwrap();
         let key = self.dir.path().join("key");
         fs::write(&key, self.passphrase.expose()).unwrap();
         let checked = Command::new("qemu-img")
@@ -106,7 +107,7 @@ fn an_image_follows_its_envelope_and_nothing_else_changes() {
         for with_backing in [false, true] {
             let backing = with_backing.then(|| Backing {
                 path: base.clone(),
-                format: BackingFormat::Qcow2,
+                format: DeclaredFormat::Qcow2,
             });
             let name = format!("{cluster}-{with_backing}");
             let path = bench.create(&name, cluster, backing);
@@ -223,7 +224,7 @@ fn an_open_image_and_a_foreign_one_are_left_alone() {
     fcntl(&reader, FcntlArg::F_OFD_SETLK(&lock)).unwrap();
     for error in [
         rewrite_envelope(&by_root(&path), &bench.next(2), None, |_| Ok(true), unjournaled).unwrap_err(),
-        shred_keys(&by_root(&path), bench.next(1).id, Some(&bench.passphrase)).unwrap_err(),
+        shred(&by_root(&path), bench.next(1).id, Some(&bench.passphrase)).unwrap_err(),
         is_free(&by_root(&path)).unwrap_err(),
         finish_rewrite(&by_root(&path), b"").unwrap_err(),
     ] {
@@ -298,7 +299,7 @@ fn whatever_part_was_written_the_journal_completes_it() {
             }
             finish_rewrite(&by_root(&path), &journal).unwrap();
             assert_eq!(disk::inspect(&by_root(&path)).unwrap().envelope.unwrap(), next);
-            disk::verify(&by_root(&path), &bench.passphrase).unwrap();
+            disk::open(&by_root(&path), &bench.passphrase).unwrap();
         }
         bench.assert_whole(&path);
         // Somebody else's change counts more.
@@ -329,14 +330,14 @@ fn shredded_images_open_for_nobody() {
         let before = fs::read(&path).unwrap();
         let info = disk::inspect(&by_root(&path)).unwrap();
         // Another VM's image may be at the path by now.
-        let other = shred_keys(&by_root(&path), EnvelopeId::random(), Some(&bench.passphrase)).unwrap();
+        let other = shred(&by_root(&path), EnvelopeId::random(), Some(&bench.passphrase)).unwrap();
         assert_eq!(other, Shredding::Carries(bench.next(1).id));
         assert_eq!(fs::read(&path).unwrap(), before);
         let id = bench.next(1).id;
-        let shredded = done(shred_keys(&by_root(&path), id, None).unwrap());
+        let shredded = done(shred(&by_root(&path), id, None).unwrap());
         assert_eq!((shredded.keyslots, shredded.envelope), (1, true));
         assert!(matches!(
-            disk::verify(&by_root(&path), &bench.passphrase),
+            disk::open(&by_root(&path), &bench.passphrase),
             Err(VolumeError::NoKeyslotOpens(_))
         ));
         let after = disk::inspect(&by_root(&path)).unwrap();
@@ -349,26 +350,26 @@ fn shredded_images_open_for_nobody() {
             let range = (base + range.start) as usize..(base + range.end) as usize;
             assert_ne!(now[range.clone()], before[range]);
         }
-        let again = done(shred_keys(&by_root(&path), id, None).unwrap());
+        let again = done(shred(&by_root(&path), id, None).unwrap());
         assert_eq!((again.keyslots, again.envelope), (0, false));
     }
     let plain = bench.dir.path().join("plain.raw");
     fs::write(&plain, vec![0; 1 << 20]).unwrap();
     assert!(matches!(
-        shred_keys(&by_root(&plain), bench.next(1).id, Some(&bench.passphrase)),
+        shred(&by_root(&plain), bench.next(1).id, Some(&bench.passphrase)),
         Err(VolumeError::NotEncrypted(_))
     ));
     // A variable store carries no envelope: only its key tells whose it is.
     let store = bench.dir.path().join("store.fd");
     let template = bench.dir.path().join("template.fd");
     fs::write(&template, vec![7; 1 << 16]).unwrap();
-    let made = nvram::prepare(&by_root(&template), &by_root(&store), None, &bench.passphrase);
+    let made = nvram::create(&by_root(&template), &by_root(&store), None, &bench.passphrase);
     made.unwrap().publish().unwrap();
-    let shred = |passphrase| shred_keys(&by_root(&store), bench.next(1).id, passphrase).unwrap();
+    let shred = |passphrase| shred(&by_root(&store), bench.next(1).id, passphrase).unwrap();
     let stranger = Dek::random().unwrap().passphrase().unwrap();
     assert_eq!(shred(None), Shredding::NotShown(1));
     assert_eq!(shred(Some(&stranger)), Shredding::NotShown(1));
-    disk::verify(&by_root(&store), &bench.passphrase).unwrap();
+    disk::open(&by_root(&store), &bench.passphrase).unwrap();
     assert_eq!(done(shred(Some(&bench.passphrase))).keyslots, 1);
-    assert!(disk::verify(&by_root(&store), &bench.passphrase).is_err());
+    assert!(disk::open(&by_root(&store), &bench.passphrase).is_err());
 }

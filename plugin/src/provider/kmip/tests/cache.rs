@@ -7,7 +7,7 @@ use super::{KmipProvider, Wrapped};
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::provider::cache::CachePolicy;
-use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust};
+use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust, SettingsError};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
 use crate::recipients::Recipients;
 use crate::store::Stores;
@@ -186,7 +186,7 @@ fn server_mode_has_no_cache() {
     };
     assert!(matches!(
         create("a", Some("4h")),
-        Err(KmipProviderError::Cache(_))
+        Err(KmipProviderError::Settings(SettingsError::Cache(_)))
     ));
     assert!(stores.keystore.providers().unwrap().whole().unwrap().is_empty());
     let provider = create("b", None).unwrap();

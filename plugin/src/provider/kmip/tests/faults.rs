@@ -124,7 +124,7 @@ fn dead_first_node_costs_its_patience_once() {
     assert!(first.requests() > asked, "the first node was asked first");
     assert!(with_dead_node >= Duration::from_millis(250));
     assert_eq!(
-        provider.cluster.order(),
+        provider.line().cluster.order(),
         [1, 0],
         "the second start does not wait for it"
     );
@@ -141,7 +141,7 @@ fn dead_first_node_costs_its_patience_once() {
 /// Until the first node is the one that is asked first.
 fn recovered(provider: &KmipProvider) {
     let began = Instant::now();
-    while provider.cluster.order() != [0, 1] {
+    while provider.line().cluster.order() != [0, 1] {
         assert!(began.elapsed() < Duration::from_secs(120), "it never recovers");
         provider.probe();
     }

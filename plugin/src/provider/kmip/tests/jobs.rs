@@ -62,7 +62,16 @@ impl Host {
     fn run(&self, task: &Task) -> JobRecord {
         let id = task.start(self.stores.keystore.as_ref(), &[]).unwrap().id;
         for _ in 0..50 {
-            match sweep::step(self.stores.keystore.as_ref(), &self.recipients, task, id, 10).unwrap() {
+            match sweep::step(
+                self.stores.keystore.as_ref(),
+                &self.recipients,
+                sweep::Beside::NOTHING,
+                task,
+                id,
+                10,
+            )
+            .unwrap()
+            {
                 Step::Ended(job) => return job,
                 Step::Waits(job) => panic!("waits: {}", job.waiting),
                 Step::Worked(_) => {}
@@ -156,6 +165,14 @@ fn a_create_that_is_refused_for_good_ends_the_job() {
     // Trouble is waited for.
     server.has(&[Fault::RefusesCreate(0x100)]);
     let id = rotate.start(host.stores.keystore.as_ref(), &[]).unwrap().id;
-    let step = sweep::step(host.stores.keystore.as_ref(), &host.recipients, &rotate, id, 10).unwrap();
+    let step = sweep::step(
+        host.stores.keystore.as_ref(),
+        &host.recipients,
+        sweep::Beside::NOTHING,
+        &rotate,
+        id,
+        10,
+    )
+    .unwrap();
     assert!(matches!(step, Step::Waits(_)), "{step:?}");
 }

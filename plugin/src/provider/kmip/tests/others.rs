@@ -6,6 +6,7 @@ use super::super::fixture::{Fake, Fault, identity, settings};
 use super::{KmipProvider, Wrapped};
 use crate::model::envelope::VmId;
 use crate::model::problem::Code;
+use crate::provider::kind::Kind;
 use crate::provider::kmip::ServerTrust;
 use crate::provider::toolbox::address;
 use crate::provider::{ErrorClass, KekScope, KeyProvider, ProviderError, ProviderStatus};
@@ -119,7 +120,7 @@ fn trouble_of_the_servers_opens_from_the_cache_and_is_shown() {
         opened.assert_opened_by(&provider);
         let error = provider.unwrap_many(&[&other.stanza]).unwrap_err();
         assert!(matches!(error, ProviderError::Trouble(_)), "{error:?}");
-        assert_eq!(error.advice("kms").0, Code::Unreachable);
+        assert_eq!(error.advice("kms", Kind::named("kmip")).0, Code::Unreachable);
         assert!(
             matches!(provider.status(), ProviderStatus::Degraded(_)),
             "{}",
@@ -159,7 +160,7 @@ fn a_host_that_is_turned_away_opens_nothing_from_the_cache() {
     second.has(&[Fault::TurnsAway]);
     let error = provider.unwrap_many(&[&wrapped.stanza]).unwrap_err();
     assert!(matches!(error, ProviderError::TurnedAway(_)), "{error:?}");
-    let (code, next) = error.advice("kms");
+    let (code, next) = error.advice("kms", Kind::named("kmip"));
     assert_eq!((code, code as i64), (Code::NotTrusted, 5));
     assert!(next.unwrap().to_string().contains("provider identity kms"));
     assert!(
@@ -183,7 +184,10 @@ fn a_server_that_grants_no_queries_is_tried_in_each_version() {
     let (provider, _dir) = at(&authority, &[server.port()]);
     assert_eq!(provider.status(), ProviderStatus::Ready);
     Wrapped::by(&provider).assert_opened_by(&provider);
-    assert_eq!(provider.cluster.nodes()[0].version().unwrap().to_string(), "1.4");
+    assert_eq!(
+        provider.line().cluster.nodes()[0].version().unwrap().to_string(),
+        "1.4"
+    );
     // So is one that closes the connection each time.
     server.has(&[Fault::GrantsNoQueries, Fault::ClosesAfterEachAnswer]);
     let (provider, _dir) = at(&authority, &[server.port()]);

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use super::super::fixture::{Kept, Kmip, secret};
 use super::{KmipProvider, Wrapped};
-use crate::host::tpm::stand::Stand;
 use crate::host::tpm::{PcrList, Tpm};
-use crate::provider::cache::{CachePolicy, PersistTime};
-use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, Persist};
+use crate::provider::cache::{CachePolicy, KeepTime, persist};
+use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, SettingsError};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::store::Stores;
+use virtseal_testkit::Swtpm;
 use virtseal_testkit::servers::Authority;
 
 const PRE_ACTIVE: u32 = 1;
@@ -19,17 +19,17 @@ const PRE_ACTIVE: u32 = 1;
 struct Rig {
     kmip: Kmip,
     stores: Stores,
-    stand: Stand,
+    stand: Swtpm,
     tpm: Tpm,
 }
 
 impl Rig {
     fn new() -> Self {
         let kmip = Kmip::with(false, |settings| settings.cache = None);
-        let stand = Stand::start();
+        let stand = Swtpm::start().unwrap();
         Self {
             stores: kmip.stores(),
-            tpm: stand.tpm(),
+            tpm: Tpm::of(&stand),
             stand,
             kmip,
         }
@@ -42,9 +42,9 @@ impl Rig {
     }
 
     fn persist(&self, policy: CachePolicy) -> Result<(), KmipProviderError> {
-        let persist = Persist {
+        let persist = persist::Request {
             tpm: &self.tpm,
-            keep: PersistTime::default(),
+            keep: KeepTime::default(),
             pcrs: PcrList::default(),
         };
         self.provider().set_cache(policy, Some(&persist))
@@ -115,7 +115,7 @@ fn it_opens_after_a_restart_and_no_more_after_a_lock() {
     let mut rig = Rig::persisting();
     let wrapped = rig.fetched();
     rig.kill();
-    rig.stand.reboot();
+    rig.stand.reboot().unwrap();
     rig.restart();
     rig.load();
     wrapped.assert_opened_by(rig.provider());
@@ -195,7 +195,7 @@ fn what_the_kms_has_said_counts_after_a_restart() {
 fn without_the_tpm_a_server_that_answers_is_all_it_takes() {
     let mut rig = Rig::persisting();
     let wrapped = rig.fetched();
-    rig.stand.extend(7);
+    rig.stand.extend(7).unwrap();
     rig.restart();
     assert!(rig.provider().load_cache(&rig.tpm).is_err());
     wrapped.assert_opened_by(rig.provider());
@@ -256,15 +256,18 @@ fn it_can_only_be_chosen_where_there_is_something_to_keep() {
     let mut settings: KmipSettings = super::super::fixture::settings(&[1]);
     (settings.mode, settings.cache) = (Mode::Server, None);
     let provider = KmipProvider::create(&stores.providers(), &"b".parse().unwrap(), settings).unwrap();
-    let persist = Persist {
+    let persist = persist::Request {
         tpm: &Tpm::new("device:/nowhere".parse().unwrap(), Duration::from_secs(1)),
-        keep: PersistTime::default(),
+        keep: KeepTime::default(),
         pcrs: PcrList::default(),
     };
     let refused = provider.set_cache(CachePolicy::UntilLock, Some(&persist));
-    assert!(matches!(refused, Err(KmipProviderError::Cache(_))), "{refused:?}");
+    assert!(
+        matches!(refused, Err(KmipProviderError::Settings(SettingsError::Cache(_)))),
+        "{refused:?}"
+    );
     assert_eq!(
-        stores.host_store.kek_cache(provider.id()).persistence().unwrap(),
+        stores.host_store.kek_cache(provider.id()).enrollment().unwrap(),
         None
     );
 }

@@ -7,6 +7,7 @@ use openssl::x509::X509Req;
 use super::super::fixture::{Kmip, TlsServer, identity, secret, settings};
 use super::Wrapped;
 use crate::provider::conformance::Fixture;
+use crate::provider::kind::Kind;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
@@ -37,7 +38,7 @@ fn nothing_works_until_both_sides_trust() {
     let authority = Authority::new();
     let server = PyKmip::certified_by(&authority, 90).unwrap();
     let (provider, _dir) = untrusting(server.port());
-    assert!(not_trusted(&provider).starts_with("Not trusted: "));
+    assert!(not_trusted(&provider).contains("has not been accepted yet"));
     assert!(matches!(
         provider.create_kek(&crate::provider::KekScope::Provider),
         Err(ProviderError::NotTrusted(_))
@@ -93,7 +94,7 @@ fn changed_server_certificate_is_refused_with_both_fingerprints() {
     for fingerprint in [old, new] {
         assert!(error.to_string().contains(&fingerprint.to_string()), "{error}");
     }
-    assert!(not_trusted(provider).starts_with("Not trusted: "));
+    assert!(!not_trusted(provider).starts_with("Connected"));
     provider.trust(ServerTrust::Pins(vec![old, new])).unwrap();
     wrapped.assert_opened_by(provider);
 }
@@ -168,6 +169,8 @@ fn identity_of(client: &Certified) -> NewIdentity {
         key: Some(SecretBytes::take(&mut client.key.clone()).unwrap()),
         login: None,
         passphrase: None,
+        by_tpm: None,
+        even_locked: false,
     }
 }
 
@@ -300,6 +303,8 @@ fn signed_request_makes_the_identity() {
         key: None,
         login: None,
         passphrase: None,
+        by_tpm: None,
+        even_locked: false,
     };
     // Either may be the one that was signed.
     let old = kmip.authority.sign(first.as_bytes(), 90);
@@ -478,7 +483,7 @@ fn trust_is_read_again_by_an_unlock() {
     fs::write(file, other).unwrap();
     kmip.provider().lock();
     unlock().unwrap();
-    assert!(not_trusted(kmip.provider()).starts_with("Not trusted: "));
+    assert!(!not_trusted(kmip.provider()).starts_with("Connected"));
     assert!(kmip.provider().unwrap_many(&[&wrapped.stanza]).is_err());
 }
 
@@ -548,7 +553,7 @@ fn an_identity_that_no_passphrase_opens_is_replaced() {
     assert!(matches!(refused, Err(TrustError::Locked)), "{refused:?}");
     let error = provider.unlock(&secret(Kmip::CREDENTIAL)).unwrap_err();
     assert!(matches!(error, ProviderError::IdentityDamaged(_)), "{error:?}");
-    let (_, next) = error.advice("kms");
+    let (_, next) = error.advice("kms", Kind::named("kmip"));
     assert!(next.unwrap().to_string().contains("provider identity kms"));
     provider.set_identity(&identity(&authority, true)).unwrap();
     provider.unlock(&secret(Kmip::CREDENTIAL)).unwrap();

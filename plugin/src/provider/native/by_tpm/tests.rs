@@ -1,9 +1,11 @@
 use std::path::Path;
 use std::time::Duration;
 
+use virtseal_testkit::Swtpm;
+
 use super::super::tests::{created, find_in_memory, payload, secret};
 use super::*;
-use crate::host::tpm::stand::{Stand, signing_key};
+use crate::host::tpm::{PcrList, SigningKey};
 use crate::model::envelope::{Payload, Stanza};
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
 use crate::store::Stores;
@@ -47,8 +49,8 @@ fn unwraps(provider: &NativeProvider, stanza: &Stanza, payload: &Payload) -> boo
 #[test]
 fn it_unlocks_after_a_restart_and_the_passphrase_still_does() {
     let dir = tempfile::tempdir().unwrap();
-    let mut stand = Stand::start();
-    let tpm = stand.tpm();
+    let mut stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, payload, stanza) = at_work(dir.path());
     assert!(matches!(unlock(&provider, &tpm), Err(NativeError::NotEnrolled)));
     provider.lock();
@@ -64,7 +66,7 @@ fn it_unlocks_after_a_restart_and_the_passphrase_still_does() {
         (Some(PcrList::default()), false)
     );
 
-    stand.reboot();
+    stand.reboot().unwrap();
     let provider = reopened(provider, dir.path());
     assert_eq!(provider.status(), ProviderStatus::Locked);
     unlock(&provider, &tpm).unwrap();
@@ -82,11 +84,11 @@ fn it_unlocks_after_a_restart_and_the_passphrase_still_does() {
 #[test]
 fn other_pcrs_say_why_and_the_passphrase_leads_back() {
     let dir = tempfile::tempdir().unwrap();
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, payload, stanza) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7,11")).unwrap();
-    stand.extend(7);
+    stand.extend(7).unwrap();
     let provider = reopened(provider, dir.path());
     assert!(unlock(&provider, &tpm).is_err());
     assert_eq!(provider.status(), ProviderStatus::Locked);
@@ -112,42 +114,42 @@ fn other_pcrs_say_why_and_the_passphrase_leads_back() {
 #[test]
 fn a_lost_tpm_costs_nothing_but_this_way_in() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut stand, other) = (Stand::start(), Stand::start());
+    let (mut stand, other) = (Swtpm::start().unwrap(), Swtpm::start().unwrap());
     let (provider, payload, stanza) = at_work(dir.path());
-    provider.enroll_tpm(&stand.tpm(), &of("7")).unwrap();
+    provider.enroll_tpm(&Tpm::of(&stand), &of("7")).unwrap();
     // What can't be enrolled leaves what was there.
-    stand.off();
-    let short = Tpm::new(stand.tcti(), Duration::from_secs(5));
+    stand.off().unwrap();
+    let short = Tpm::new(stand.tcti().parse().unwrap(), Duration::from_secs(5));
     let failed = provider.enroll_tpm(&short, &of("7")).unwrap_err();
     assert!(
         matches!(&failed, NativeError::Tpm(error) if error.may_pass()),
         "{failed:?}"
     );
-    stand.reboot();
+    stand.reboot().unwrap();
     let provider = reopened(provider, dir.path());
-    unlock(&provider, &stand.tpm()).unwrap();
+    unlock(&provider, &Tpm::of(&stand)).unwrap();
 
     let provider = reopened(provider, dir.path());
-    let error = unlock(&provider, &other.tpm()).unwrap_err();
+    let error = unlock(&provider, &Tpm::of(&other)).unwrap_err();
     assert!(
         matches!(error, NativeError::Tpm(TpmError::AnotherTpm)),
         "{error:?}"
     );
-    stand.off();
+    stand.off().unwrap();
     assert!(unlock(&provider, &short).is_err());
     provider.unlock(&secret("sealing")).unwrap();
     assert!(unwraps(&provider, &stanza, &payload));
     // To the new one, then.
-    provider.enroll_tpm(&other.tpm(), &of("7")).unwrap();
+    provider.enroll_tpm(&Tpm::of(&other), &of("7")).unwrap();
     let provider = reopened(provider, dir.path());
-    unlock(&provider, &other.tpm()).unwrap();
+    unlock(&provider, &Tpm::of(&other)).unwrap();
 }
 
 #[test]
 fn a_lock_wins_over_an_unlock_that_began_before_it() {
     let dir = tempfile::tempdir().unwrap();
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, ..) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7")).unwrap();
     let began = provider.locks();
@@ -164,8 +166,8 @@ fn a_lock_wins_over_an_unlock_that_began_before_it() {
 #[test]
 fn a_rotation_makes_it_stale_until_it_is_renewed() {
     let dir = tempfile::tempdir().unwrap();
-    let mut stand = Stand::start();
-    let tpm = stand.tpm();
+    let mut stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, payload, stanza) = at_work(dir.path());
     assert_eq!(provider.renew_tpm(&tpm, None).unwrap(), Change::Unchanged);
     provider.enroll_tpm(&tpm, &of("7")).unwrap();
@@ -186,13 +188,13 @@ fn a_rotation_makes_it_stale_until_it_is_renewed() {
     assert!(matches!(provider.renew_tpm(&tpm, None), Err(NativeError::Locked)));
     provider.unlock(&secret("sealing")).unwrap();
     // Not to PCRs that nobody has accepted.
-    stand.extend(7);
+    stand.extend(7).unwrap();
     assert!(matches!(
         provider.renew_tpm(&tpm, None),
         Err(NativeError::Tpm(TpmError::PcrsDiffer(_)))
     ));
     assert!(provider.tpm_enrollment().unwrap().unwrap().stale);
-    stand.reboot();
+    stand.reboot().unwrap();
     assert_eq!(provider.renew_tpm(&tpm, None).unwrap(), Change::Changed);
 
     let provider = reopened(provider, dir.path());
@@ -206,8 +208,8 @@ fn a_rotation_makes_it_stale_until_it_is_renewed() {
 #[test]
 fn a_rotation_commits_what_the_tpm_opens_with_its_root_key() {
     let dir = tempfile::tempdir().unwrap();
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, payload, stanza) = at_work(dir.path());
     let rotate = |provider: &NativeProvider, tpm: &Tpm| {
         let said = provider.rotate_with_tpm(&secret("sealing"), tpm, None).unwrap();
@@ -226,7 +228,7 @@ fn a_rotation_commits_what_the_tpm_opens_with_its_root_key() {
     assert!(unwraps(&provider, &stanza, &payload));
 
     // Without it the rotation is done all the same, and the row says that it is stale.
-    stand.extend(7);
+    stand.extend(7).unwrap();
     assert!(matches!(
         rotate(&provider, &tpm),
         Err(NativeError::Tpm(TpmError::PcrsDiffer(_)))
@@ -238,16 +240,16 @@ fn a_rotation_commits_what_the_tpm_opens_with_its_root_key() {
 #[test]
 fn an_enrolment_that_was_removed_meanwhile_is_not_renewed() {
     let dir = tempfile::tempdir().unwrap();
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, ..) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7")).unwrap();
-    let before = provider.rows.tpm_seal().unwrap().unwrap();
+    let before = provider.rows.bound_roots().unwrap().unwrap();
     let renewal = provider
         .renewal(&tpm, before, &provider.roots().unwrap(), None)
         .unwrap();
     provider.remove_tpm().unwrap();
-    let renewed = provider.rows.renew_tpm_seal(&renewal).unwrap();
+    let renewed = provider.rows.renew_bound_roots(&renewal).unwrap();
     assert_eq!(renewed, Change::Unchanged);
     assert_eq!(provider.tpm_enrollment().unwrap(), None);
 }
@@ -255,26 +257,26 @@ fn an_enrolment_that_was_removed_meanwhile_is_not_renewed() {
 #[test]
 fn a_row_that_was_changed_opens_nothing() {
     let (dir, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, other) = (created(dir.path()), created(elsewhere.path()));
     for each in [&provider, &other] {
         each.enroll_tpm(&tpm, &of("7")).unwrap();
         each.lock();
     }
-    let row = |of: &NativeProvider| of.rows.tpm_seal().unwrap().unwrap();
+    let row = |of: &NativeProvider| of.rows.bound_roots().unwrap().unwrap();
     let (mine, foreign) = (row(&provider), row(&other));
-    let changed = |change: fn(&mut TpmSeal, &TpmSeal)| {
+    let changed = |change: fn(&mut BoundRoots, &BoundRoots)| {
         let mut row = mine.clone();
         change(&mut row, &foreign);
-        provider.rows.put_tpm_seal(&row).unwrap();
+        provider.rows.put_bound_roots(&row).unwrap();
         unlock(&provider, &tpm).unwrap_err()
     };
     for (what, error) in [
         ("the other's row", changed(|row, other| *row = other.clone())),
         (
             "the other's key",
-            changed(|row, other| row.sealed_key = other.sealed_key.clone()),
+            changed(|row, other| row.bound_key = other.bound_key.clone()),
         ),
         (
             "the other's roots",
@@ -287,14 +289,14 @@ fn a_row_that_was_changed_opens_nothing() {
         ),
         ("no roots", changed(|row, _| row.roots.clear())),
     ] {
-        assert!(matches!(error, NativeError::TpmSeal), "{what}: {error:?}");
+        assert!(matches!(error, NativeError::TpmRecord), "{what}: {error:?}");
         assert_eq!(provider.status(), ProviderStatus::Locked);
     }
-    let error = changed(|row, _| row.sealed_key.truncate(9));
+    let error = changed(|row, _| row.bound_key.truncate(9));
     assert!(matches!(error, NativeError::Tpm(TpmError::Damaged)), "{error:?}");
     assert_eq!(provider.tpm_enrollment().unwrap().unwrap().pcrs, None);
     provider.unlock(&secret("sealing")).unwrap();
-    provider.rows.put_tpm_seal(&mine).unwrap();
+    provider.rows.put_bound_roots(&mine).unwrap();
     provider.lock();
     unlock(&provider, &tpm).unwrap();
 }
@@ -306,12 +308,12 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
     // SAFETY: it changes a setting of the allocator.
     unsafe { libc::mallopt(libc::M_PERTURB, 0x5a) };
     let dir = tempfile::tempdir().unwrap();
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, ..) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7")).unwrap();
-    let row = provider.rows.tpm_seal().unwrap().unwrap();
-    let sealed = BoundToTpm::from_bytes(&row.sealed_key).unwrap();
+    let row = provider.rows.bound_roots().unwrap().unwrap();
+    let sealed = BoundToTpm::from_bytes(&row.bound_key).unwrap();
     let key = tpm.open(&sealed, None).unwrap();
     let root = SecretBytes::take(&mut provider.roots().unwrap().key(1).unwrap().expose().to_vec()).unwrap();
     let search = |step: &str| {
@@ -323,7 +325,7 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
     provider.lock();
     unlock(&provider, &tpm).unwrap();
     search("unlock");
-    stand.extend(7);
+    stand.extend(7).unwrap();
     provider.lock();
     unlock(&provider, &tpm).unwrap_err();
     search("refusal");
@@ -350,8 +352,8 @@ fn neither_key_nor_roots_stay_in_ordinary_memory() {
 #[test]
 fn with_a_pin_it_waits_for_somebody_to_type_it() {
     let dir = tempfile::tempdir().unwrap();
-    let stand = Stand::start();
-    let tpm = stand.tpm();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand);
     let (provider, payload, stanza) = at_work(dir.path());
     provider.enroll_tpm(&tpm, &of("7").with_pin(pin("1234"))).unwrap();
     assert!(provider.tpm_enrollment().unwrap().unwrap().needs_pin);
@@ -399,9 +401,9 @@ fn with_a_pin_it_waits_for_somebody_to_type_it() {
 #[test]
 fn it_follows_the_kernels_that_a_key_signs_also_after_a_rotation() {
     let (dir, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let stand = Stand::start();
-    let tpm = stand.tpm().with_root(root.path());
-    let (key, public) = signing_key();
+    let stand = Swtpm::start().unwrap();
+    let tpm = Tpm::of(&stand).with_root(root.path());
+    let (key, public) = SigningKey::pair();
     let (provider, payload, stanza) = at_work(dir.path());
     let policy = BindPolicy::new("7,11".parse().unwrap(), Some(public.clone())).unwrap();
     // Not before it has been seen to open.
@@ -410,23 +412,23 @@ fn it_follows_the_kernels_that_a_key_signs_also_after_a_rotation() {
         Err(NativeError::Tpm(TpmError::NotSigned { .. }))
     ));
     assert_eq!(provider.tpm_enrollment().unwrap(), None);
-    stand.sign_kernel(root.path(), &key);
+    stand.sign_kernel(root.path(), &key).unwrap();
     provider.enroll_tpm(&tpm, &policy).unwrap();
     let enrollment = provider.tpm_enrollment().unwrap().unwrap();
     assert_eq!(enrollment.signed_by, Some(public));
     assert_eq!(enrollment.unmeasured, Some(PcrList::default()));
 
-    stand.extend(11);
+    stand.extend(11).unwrap();
     let provider = reopened(provider, dir.path());
     unlock(&provider, &tpm).unwrap_err();
     assert!(matches!(provider.why_locked(), Some(WhyLocked::NotSigned(_))));
-    stand.sign_kernel(root.path(), &key);
+    stand.sign_kernel(root.path(), &key).unwrap();
     unlock(&provider, &tpm).unwrap();
     assert!(unwraps(&provider, &stanza, &payload));
     let rotated = provider.rotate_with_tpm(&secret("sealing"), &tpm, None).unwrap();
     assert_eq!(rotated.unwrap(), Change::Changed);
-    stand.extend(11);
-    stand.sign_kernel(root.path(), &key);
+    stand.extend(11).unwrap();
+    stand.sign_kernel(root.path(), &key).unwrap();
     let provider = reopened(provider, dir.path());
     unlock(&provider, &tpm).unwrap();
     assert_eq!(provider.generation(), 2);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::model::problem::{Code, Problem, chain};
+use crate::model::problem::{Problem, chain};
 
 pub(super) const DESCRIPTORS: [&str; 2] = ["/usr/share/qemu/firmware", "/etc/qemu/firmware"];
 
@@ -70,13 +70,10 @@ pub(super) fn descriptors(dirs: &[&Path]) -> Result<Vec<Descriptor>, Problem> {
     let mut found = Vec::new();
     for path in by_name.into_values() {
         let unreadable = |why: String| {
-            Problem::new(
-                Code::Failed,
-                format!(
-                    "the firmware descriptor {} can't be read ({why}), so that libvirt's choice is not known",
-                    path.display()
-                ),
-            )
+            Problem::failed(format!(
+                "the firmware descriptor {} can't be read ({why}), so that libvirt's choice is not known",
+                path.display()
+            ))
             .next(format!(
                 "mend it, or put an empty file of that name into {}",
                 DESCRIPTORS[1]

@@ -18,9 +18,6 @@ const MAX_ITERATIONS_OPENED_TOGETHER: u64 = 400_000;
 impl Header {
     /// A new volume key under `passphrase`: aes-256-xts-plain64, SHA-256, 1000 rounds, keyslot 0. With the key material of that
     /// keyslot.
-    ///
-    /// # Errors
-    /// When OpenSSL fails or there is no memory for keys.
     pub(crate) fn create(passphrase: &Passphrase) -> Result<(Self, Vec<u8>, SecretBytes), VolumeError> {
         let key = SecretBytes::random(VOLUME_KEY_LEN).map_err(VolumeError::Memory)?;
         let mut header = Self {

@@ -1,0 +1,44 @@
+//! `virtseal status`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::client::Client;
+use super::print::{Printer, Width};
+use crate::api::{HostProxy, HostStatus, LibvirtState};
+use crate::model::problem::{Code, Problem};
+
+#[derive(Clone, Copy, Debug, Args)]
+pub(super) struct WidthArgs {
+    /// How much to show of each line.
+    #[arg(
+        short = 'o',
+        long = "output",
+        value_enum,
+        value_name = "WIDTH",
+        default_value = "narrow"
+    )]
+    pub(super) width: Width,
+}
+
+/// Exit status 4 says that libvirt could not be asked, after all else was shown.
+pub(super) async fn run(width: Width, client: &mut Client, printer: &Printer) -> Result<ExitCode, Problem> {
+    let status = all_of(client).await?;
+    printer.status(&status, width)?;
+    Ok(match status.libvirt.known() {
+        Some(LibvirtState::NotConnected) => ExitCode::from(Code::Unreachable as u8),
+        Some(LibvirtState::Connected) | None => ExitCode::SUCCESS,
+    })
+}
+
+/// A reply has a part of the VMs.
+async fn all_of(client: &mut Client) -> Result<HostStatus, Problem> {
+    let mut status = client.call(async |host| host.status(None).await).await?;
+    while let Some(after) = status.next_vms.take() {
+        let page = client.call(async |host| host.status(Some(&after)).await).await?;
+        status.vms.extend(page.vms);
+        status.next_vms = page.next_vms;
+    }
+    Ok(status)
+}

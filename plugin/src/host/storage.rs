@@ -1,0 +1,229 @@
+//! Storage that may not answer: which one a file is on, and questions that others need not wait for.
+//!
+//! Who asks a dead disk or NFS server sleeps where no signal reaches it. So a thread asks, and is left behind; while two of them
+//! wait for one storage, nobody asks that again.
+
+use std::cell::LazyCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::Builder;
+use std::time::Duration;
+
+/// Enough to tell a file that hangs from storage that does.
+const MAX_HUNG: usize = 2;
+
+/// How many threads wait for which storage, left behind by whoever asked.
+static HUNG: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
+
+fn hung() -> MutexGuard<'static, BTreeMap<PathBuf, usize>> {
+    HUNG.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is mounted where, by proc(5).
+pub(crate) fn mounts() -> String {
+    fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()
+}
+
+/// What answers for this file as a whole: what is mounted there; a device answers for itself. Asks no storage.
+pub(crate) fn storage_of(path: &Path, mounts: &str) -> PathBuf {
+    if path.starts_with("/dev") {
+        return path.to_owned();
+    }
+    let points = mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(unescaped);
+    let around = points.filter(|point| path.starts_with(point));
+    around
+        .max_by_key(|point| point.components().count())
+        .unwrap_or_else(|| PathBuf::from("/"))
+}
+
+/// Blanks and the like are written as three octal digits.
+fn unescaped(point: &str) -> PathBuf {
+    let mut parts = point.split('\\');
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let code = part
+            .get(..3)
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => {
+                text.push(char::from(code));
+                text.push_str(&part[3..]);
+            }
+            None => text.push_str(part),
+        }
+    }
+    PathBuf::from(text)
+}
+
+/// What a thread has answered, and whether somebody waits for more.
+struct Answers<T> {
+    come: Vec<T>,
+    has_ended: bool,
+    /// The storage that it was left with.
+    left_at: Option<PathBuf>,
+}
+
+/// Asks of each of these files, one after the other; `None` of those whose storage does not answer within `limit`.
+pub(crate) fn in_time<T: Send + 'static>(
+    paths: BTreeSet<PathBuf>,
+    limit: Duration,
+    ask: impl Fn(&Path) -> T + Send + Sync + 'static,
+) -> Vec<(PathBuf, Option<T>)> {
+    // Read only where something hangs.
+    let mounts: LazyCell<String> = LazyCell::new(mounts);
+    let ask = Arc::new(ask);
+    let hangs = |path: &PathBuf| {
+        let hung = hung();
+        let waiting = || hung.get(&storage_of(path, &mounts)).copied();
+        !hung.is_empty() && waiting().is_some_and(|count| count >= MAX_HUNG)
+    };
+    let (mut open, mut answers): (Vec<_>, Vec<_>) = (paths.into_iter().collect(), Vec::new());
+    while !open.is_empty() {
+        let (hang, asked): (Vec<_>, Vec<_>) = open.into_iter().partition(hangs);
+        answers.extend(hang.into_iter().map(|path| (path, None)));
+        let came = hear(&asked, limit, &mounts, &ask);
+        open = asked;
+        let unasked = open.split_off((came.len() + 1).min(open.len()));
+        let came = came.into_iter().map(Some).chain([None]);
+        answers.extend(open.into_iter().zip(came));
+        open = unasked;
+    }
+    answers
+}
+
+/// What comes before the first of them that does not answer.
+fn hear<T: Send + 'static>(
+    paths: &[PathBuf],
+    limit: Duration,
+    mounts: &LazyCell<String>,
+    ask: &Arc<impl Fn(&Path) -> T + Send + Sync + 'static>,
+) -> Vec<T> {
+    let shared = Arc::new((
+        Mutex::new(Answers {
+            come: Vec::new(),
+            has_ended: false,
+            left_at: None,
+        }),
+        Condvar::new(),
+    ));
+    let asking = Asking(Arc::clone(&shared));
+    let (theirs, ask) = (paths.to_owned(), Arc::clone(ask));
+    let run = move || {
+        for path in theirs {
+            if !asking.goes_on_with(ask(&path)) {
+                return;
+            }
+        }
+    };
+    // Without a thread it has ended.
+    let _ = Builder::new().name("storage".to_owned()).spawn(run);
+    let (answers, changed) = &*shared;
+    let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let known = answers.come.len();
+        let nothing_new = |answers: &mut Answers<T>| answers.come.len() == known && !answers.has_ended;
+        let waited = changed.wait_timeout_while(answers, limit, nothing_new);
+        answers = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if answers.has_ended || answers.come.len() == paths.len() {
+            return std::mem::take(&mut answers.come);
+        }
+        if answers.come.len() == known {
+            let storage = storage_of(&paths[known], mounts);
+            *hung().entry(storage.clone()).or_default() += 1;
+            answers.left_at = Some(storage);
+            return std::mem::take(&mut answers.come);
+        }
+    }
+}
+
+/// What a thread has of it, however it ends.
+struct Asking<T>(Arc<(Mutex<Answers<T>>, Condvar)>);
+
+impl<T> Asking<T> {
+    fn goes_on_with(&self, answer: T) -> bool {
+        let mut answers = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if answers.left_at.is_none() {
+            answers.come.push(answer);
+            self.0.1.notify_all();
+        }
+        answers.left_at.is_none()
+    }
+}
+
+impl<T> Drop for Asking<T> {
+    fn drop(&mut self) {
+        let mut answers = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        answers.has_ended = true;
+        self.0.1.notify_all();
+        let Some(storage) = answers.left_at.take() else {
+            return;
+        };
+        let mut hung = hung();
+        if let Some(count) = hung.get_mut(&storage) {
+            *count -= 1;
+            if *count == 0 {
+                hung.remove(&storage);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const MOUNTS: &str = "25 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 25 0:40 / /srv/nfs rw - nfs4 kms:/ rw\n\
+                          31 30 0:41 / /srv/nfs/a\\040b rw - nfs4 kms:/b rw\n";
+    const LIMIT: Duration = Duration::from_millis(50);
+
+    #[test]
+    fn a_file_is_on_what_is_mounted_nearest_and_a_device_is_its_own() {
+        for (path, storage) in [
+            ("/var/lib/libvirt/images/a.qcow2", "/"),
+            ("/srv/nfs/a.qcow2", "/srv/nfs"),
+            ("/srv/nfs2/a.qcow2", "/"),
+            ("/srv/nfs/a b/a.qcow2", "/srv/nfs/a b"),
+            ("/dev/vg/a", "/dev/vg/a"),
+        ] {
+            assert_eq!(storage_of(Path::new(path), MOUNTS), Path::new(storage));
+        }
+        assert_eq!(storage_of(Path::new("/a"), ""), Path::new("/"));
+    }
+
+    #[test]
+    fn what_hangs_is_left_and_asked_again_when_it_has_answered() {
+        let path = |name: &str| PathBuf::from(format!("/dev/storage-test/{name}"));
+        let paths = || BTreeSet::from(["a", "hangs", "z"].map(path));
+        let (go_on, waits) = mpsc::channel::<()>();
+        let waits = Arc::new(Mutex::new(waits));
+        let ask = move |path: &Path| {
+            if path.ends_with("hangs") {
+                let _ = waits.lock().unwrap().recv();
+            }
+            path.to_owned()
+        };
+        let known = |name: &str| (path(name), Some(path(name)));
+        let told = || {
+            let mut told = in_time(paths(), LIMIT, ask.clone());
+            told.sort();
+            told
+        };
+        for _ in 0..4 {
+            assert_eq!(told(), [known("a"), (path("hangs"), None), known("z")]);
+        }
+        assert_eq!(hung().get(&path("hangs")), Some(&MAX_HUNG));
+        // Whoever was left behind ends.
+        drop(go_on);
+        while hung().contains_key(&path("hangs")) {
+            std::thread::yield_now();
+        }
+        assert_eq!(told(), ["a", "hangs", "z"].map(known));
+    }
+}

@@ -1,0 +1,385 @@
+//! `vm snapshot commit` and `vm snapshot delete`: a sealed VM without the plain overlays on its disks.
+//!
+//! `virsh snapshot-create-as --disk-only` lays a plain qcow2 file over each disk, and the VM starts no more, as whatever it writes would
+//! land there in plaintext. libvirt's own ways to get rid of one (`snapshot-delete`, `blockcommit`) start the VM first, where it is off,
+//! and that is refused like any other start: nobody could tell it from one that goes on writing. So virtseald does it.
+//!
+//! A **commit** writes what the overlays have down into the sealed image. Of a VM that runs QEMU does so, asked through libvirt, with
+//! the keys that it has ([`running`]). Of one that is off `qemu-img` does, with the key by a pipe, while every image is held so that
+//! nobody starts the VM ([`off`]). The base is written in place, which changes nothing for a guest as long as the overlay is above it:
+//! so a commit can die anywhere and be repeated, and only it leads on from there. Both images are compared before the domain is
+//! redefined, and the overlays go last.
+//!
+//! A **delete** drops what was written since: the domain gets the sealed image back, and the overlays go. It is refused once a commit has
+//! begun, as the base is of neither time then.
+//!
+//! Before QEMU is **asked to go over** to the base of a VM that runs, the host's store notes it, until its XMLs are seen to say so. Where
+//! libvirtd, virtseald and the VM all end in between, an XML may name an overlay that is older than the base: as long as that is noted, a
+//! commit merges nothing that it has not read to be the same, and root decides which is newer where it is not.
+
+mod found;
+pub(crate) mod off;
+pub(crate) mod running;
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use crate::api::{LossPreview, SnapshotAct};
+use crate::domain::edit::without_overlays;
+use crate::domain::overlays::{ExternalSnapshot, external_snapshot};
+use crate::domain::{Domain, Source};
+use crate::host::libvirt::{DefinedDomain, KeptXml, Power};
+use crate::model::advice::Advice;
+use crate::model::deadlines::image::GOES_OVER;
+use crate::model::envelope::VmId;
+use crate::model::problem::{Problem, chain};
+use crate::object::disk::Bytes;
+use crate::store::{HostStore, StoreError, UnixTime};
+use crate::terminal::visible;
+use crate::vm::host::Host;
+
+pub(crate) use found::{Overlaid, find};
+
+/// A disk with its overlays, as a job has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct OverlaidDisk {
+    /// Its `<target dev=…>`.
+    pub target: String,
+    /// The sealed image.
+    pub base: PathBuf,
+    /// What is on it, the topmost first.
+    pub overlays: Vec<PathBuf>,
+}
+
+/// How a disk is by an XML.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    Overlaid,
+    /// It is the sealed image again.
+    Bare,
+    /// It is something else by now.
+    Other,
+}
+
+impl OverlaidDisk {
+    pub(crate) fn standing(&self, xml: &str) -> Result<Standing, Problem> {
+        let domain = Domain::parse(xml).map_err(|error| Problem::failed(chain(&error)))?;
+        let disk = domain.disk(&self.target);
+        let path = disk.and_then(|disk| disk.source.path());
+        Ok(match path {
+            Some(path) if self.overlays.first().is_some_and(|top| top == path) => Standing::Overlaid,
+            Some(path) if path == self.base && disk.is_some_and(|disk| disk.encryption.is_some()) => {
+                Standing::Bare
+            }
+            _ => Standing::Other,
+        })
+    }
+
+    /// When QEMU was asked to go over to the base, if nobody has seen whether it did.
+    ///
+    /// # Errors
+    /// When the store can't be read.
+    pub(crate) fn asked(&self, store: &HostStore, vm: VmId) -> Result<Option<UnixTime>, StoreError> {
+        let mut last = None;
+        for overlay in &self.overlays {
+            let asked = store.pivot(vm, &self.base, overlay)?;
+            last = last.max(asked.filter(|asked| may_be_of(overlay, *asked)));
+        }
+        Ok(last)
+    }
+
+    /// What a commit says that finds both different after that.
+    pub(crate) fn not_known(&self, name: &str, asked: UnixTime) -> Problem {
+        let time =
+            |time: Option<SystemTime>| time.map_or_else(|| "?".to_owned(), crate::host::local_time::rfc3339);
+        let (base, target) = (self.base.display(), &self.target);
+        let top = self.overlays.first().unwrap_or(&self.base);
+        let what = format!(
+            "{name} stays as it is: QEMU was asked at {} to let disk {target} go over from {} to {base}, nobody has seen whether it did, \
+             and they differ: {base} was last written to at {}, {} at {}",
+            time(Some(since_epoch(asked))),
+            top.display(),
+            time(modified(&self.base)),
+            top.display(),
+            time(modified(top)),
+        );
+        let force = |act| Advice::ForceSnapshot {
+            vm: name.to_owned(),
+            act,
+        };
+        Problem::would_lose_key(what).next(
+            force(SnapshotAct::Delete)
+                .note(format!("if it ran on {base} since"))
+                .or(force(SnapshotAct::Commit).note("if it did not")),
+        )
+    }
+
+    /// What a job says that finds another disk than it was begun for.
+    pub(crate) fn changed(&self, name: &str) -> Problem {
+        let what = format!("{name}: disk {} is not what it was when this began", self.target);
+        Problem::failed(what).next(Advice::ShowVm(name.to_owned()))
+    }
+}
+
+/// What is to be done to the overlays of a VM.
+#[derive(Debug)]
+pub(crate) struct OverlayPlan {
+    pub vm: VmId,
+    pub name: String,
+    pub act: SnapshotAct,
+    pub power: Power,
+    pub disks: Vec<Overlaid>,
+    /// What libvirt can't revert to any more.
+    snapshots: Vec<ExternalSnapshot>,
+}
+
+/// Looks and decides; nothing is changed.
+pub(crate) fn plan(
+    host: &Host<'_>,
+    defined: &DefinedDomain,
+    act: SnapshotAct,
+) -> Result<OverlayPlan, Problem> {
+    let name = &defined.name;
+    let of_vm = |failure: Problem| failure.of(name);
+    if defined.active && act == SnapshotAct::Delete {
+        return Err(
+            Problem::busy(format!("{name} is running, and would lose its disk"))
+                .next(Advice::ShutDownVm(name.clone())),
+        );
+    }
+    if !defined.active && defined.managed_save {
+        return Err(Problem::busy(format!(
+            "{name} has a saved state, made from its disks as they are"
+        ))
+        .next(Advice::DropSavedState(name.clone()).note("which loses what was in its memory")));
+    }
+    let xml = match defined.active {
+        true => host
+            .libvirt
+            .as_it_runs(defined.vm)
+            .map_err(|error| super::names::unreachable(&error))?
+            .map(|running| running.live),
+        false => None,
+    };
+    let xml = xml.as_deref().unwrap_or(&defined.xml);
+    let domain = Domain::parse(xml).map_err(|error| of_vm(Problem::failed(chain(&error))))?;
+    let disks = find(host, &domain).map_err(of_vm)?;
+    let snapshots: Vec<_> = snapshots_of(&host.kept, defined.vm).collect();
+    if act == SnapshotAct::Commit {
+        found::refuse_other_branches(host, defined.vm, &disks, &snapshots).map_err(of_vm)?;
+    }
+    let goes = |path: &PathBuf| {
+        disks
+            .iter()
+            .any(|disk| disk.overlays.iter().any(|overlay| overlay.shown() == path))
+    };
+    Ok(OverlayPlan {
+        vm: defined.vm,
+        name: name.clone(),
+        act,
+        power: if defined.active { Power::On } else { Power::Off },
+        snapshots: snapshots
+            .into_iter()
+            .filter(|snapshot| !snapshot.overlays.is_empty() && snapshot.overlays.iter().all(goes))
+            .collect(),
+        disks,
+    })
+}
+
+fn snapshots_of(kept: &[KeptXml], vm: VmId) -> impl Iterator<Item = ExternalSnapshot> {
+    let of_vm = kept
+        .iter()
+        .filter(move |kept| kept.vm == vm && kept.snapshot.is_some());
+    of_vm.filter_map(|kept| external_snapshot(&kept.xml).ok())
+}
+
+impl OverlayPlan {
+    /// What was found, for a job.
+    pub(crate) fn jobs_disks(&self) -> Vec<OverlaidDisk> {
+        self.disks.iter().map(Overlaid::paths).collect()
+    }
+
+    pub(crate) fn snapshots(&self) -> Vec<String> {
+        self.snapshots
+            .iter()
+            .map(|snapshot| snapshot.name.clone())
+            .collect()
+    }
+
+    /// How much the overlays have.
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes(self.disks.iter().map(Overlaid::bytes).sum())
+    }
+
+    /// What is asked before, with what is lost.
+    pub(crate) fn preview(&self, keep: bool, force: bool) -> LossPreview {
+        LossPreview {
+            vm: self.vm.to_string(),
+            name: self.name.clone(),
+            steps: self.steps(keep),
+            lost: match self.act {
+                SnapshotAct::Delete => self.lost(),
+                SnapshotAct::Commit if force => self.lost_by_force(),
+                SnapshotAct::Commit => Vec::new(),
+            },
+        }
+    }
+
+    fn steps(&self, keep: bool) -> Vec<String> {
+        let mut steps = Vec::new();
+        for disk in &self.disks {
+            let (target, base) = (&disk.target, disk.base.shown().display());
+            let overlays: Vec<_> = disk
+                .overlays
+                .iter()
+                .map(|overlay| overlay.shown().display().to_string())
+                .collect();
+            let overlays = overlays.join(", ");
+            steps.push(match self.act {
+                SnapshotAct::Commit => {
+                    format!("merge {overlays} into {base}, and let disk {target} be that again")
+                }
+                SnapshotAct::Delete => {
+                    format!("let disk {target} be {base} again, as it was before {overlays}")
+                }
+            });
+            steps.push(match keep {
+                true => format!("leave {overlays} there, in plaintext"),
+                false => format!("remove {overlays}"),
+            });
+        }
+        let names = self.snapshots();
+        if !names.is_empty() {
+            steps.push(format!(
+                "let libvirt forget what it can't revert to any more: {}",
+                visible(&names.join(", "))
+            ));
+        }
+        steps
+    }
+
+    fn lost_by_force(&self) -> Vec<String> {
+        let bases = self.disks.iter().map(|disk| disk.base.shown().display());
+        bases
+            .map(|base| format!("what was written to {base} by itself, if the VM ran on it since"))
+            .collect()
+    }
+
+    fn lost(&self) -> Vec<String> {
+        let of_disk = |disk: &Overlaid| {
+            let since = disk
+                .since()
+                .map(|time| format!(" since {}", crate::host::local_time::rfc3339(time)));
+            let what = format!(
+                "what was written to disk {}{}",
+                disk.target,
+                since.unwrap_or_default()
+            );
+            let doubt = disk.was_written_since(Duration::ZERO).then(|| {
+                let base = disk.base.shown().display();
+                format!(
+                    "; {base} was written to after that: if a blockcommit of it was begun, commit instead"
+                )
+            });
+            what + &doubt.unwrap_or_default()
+        };
+        self.disks.iter().map(of_disk).collect()
+    }
+
+    /// What keeps a delete from being told to be without loss: the base may have got what the overlays have from somebody else.
+    pub(crate) fn doubt(&self) -> Option<Problem> {
+        let written = self.disks.iter().find(|disk| disk.was_written_since(GOES_OVER))?;
+        let base = written.base.shown().display();
+        let what = format!(
+            "{} stays as it is: {base} was written to after its overlay was made. If that was a blockcommit, begun and aborted, it is \
+             neither as it was nor as it is",
+            self.name
+        );
+        let force = Advice::ForceSnapshot {
+            vm: self.name.clone(),
+            act: SnapshotAct::Delete,
+        };
+        let commit = Advice::CommitSnapshot(self.name.clone());
+        Some(Problem::would_lose_key(what).next(commit.or(force.note("if it was none"))))
+    }
+
+    /// What stays to be known.
+    pub(crate) fn warnings(&self, keep: bool) -> Vec<String> {
+        let mut warnings = vec![match keep {
+            true => "what is left was written in plaintext, and fits the sealed images no more: remove it".to_owned(),
+            false => "what was written since the snapshot was in plaintext on the disk below: removing a file erases nothing there".to_owned(),
+        }];
+        let memory = self
+            .snapshots
+            .iter()
+            .filter_map(|snapshot| snapshot.memory.as_ref());
+        warnings.extend(memory.map(|file| {
+            format!(
+                "{} has the VM's memory in plaintext: remove it",
+                visible(&file.display().to_string())
+            )
+        }));
+        warnings
+    }
+}
+
+/// The XML with the sealed image of `disk` in its place.
+pub(crate) fn bare(xml: &str, disk: &Overlaid) -> Result<String, Problem> {
+    let path = disk.base.shown().to_owned();
+    let base = match disk.is_on_device() {
+        true => Source::Block(path),
+        false => Source::File(path),
+    };
+    without_overlays(xml, &disk.target, &base, disk.record.envelope.id)
+        .map_err(|error| Problem::failed(chain(&error)))
+}
+
+fn modified(path: &Path) -> Option<SystemTime> {
+    path.metadata().ok()?.modified().ok()
+}
+
+fn since_epoch(seconds: UnixTime) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(seconds.max(0).unsigned_abs())
+}
+
+/// Whether the file may be the one that had this name at that time: another may have it by now, where the file system tells when it was
+/// made.
+pub(crate) fn may_be_of(file: &Path, at: UnixTime) -> bool {
+    let made = file.symlink_metadata().and_then(|found| found.created());
+    // A record knows whole seconds, and may be of any moment of its last.
+    made.map_or(true, |made| made <= since_epoch(at.saturating_add(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_told_from_another_that_has_come_in_its_place() {
+        let disk = OverlaidDisk {
+            target: "vda".into(),
+            base: "/b".into(),
+            overlays: vec!["/o2".into(), "/o1".into()],
+        };
+        let standing = |path: &str, inside: &str| {
+            let xml = format!(
+                "<domain type='kvm'><name>a</name><uuid>{}</uuid><devices><disk type='file'><source file='{path}'>{inside}</source>\
+                 <target dev='vda'/></disk></devices></domain>",
+                uuid::Uuid::new_v4()
+            );
+            disk.standing(&xml).unwrap()
+        };
+        let encryption = format!(
+            "<encryption format='luks'><secret type='passphrase' uuid='{}'/></encryption>",
+            uuid::Uuid::new_v4()
+        );
+        assert_eq!(standing("/o2", ""), Standing::Overlaid);
+        assert_eq!(standing("/b", &encryption), Standing::Bare);
+        for (path, inside) in [("/o1", ""), ("/b", ""), ("/c", encryption.as_str())] {
+            assert_eq!(standing(path, inside), Standing::Other, "{path}");
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The TPM has what unlocks a provider of another kind: the VMs of a KMS, a Vault and a token start after a reboot without anybody, until the host
+//! boots otherwise; what is said then leads back to that.
+
+use anyhow::{Context, Result, ensure};
+use virtseal_testkit::rig::STATE;
+use virtseal_testkit::servers::{OpenBao, PyKmip, SoftHsm};
+use virtseal_testkit::{expect_names, wait_until};
+
+use super::{KMS, PATIENCE, Rig};
+
+impl Rig {
+    fn wait_for_state(&self, provider: &str, state: &str) -> Result<()> {
+        wait_until(PATIENCE, &format!("provider '{provider}' to be {state}"), || {
+            Ok((self.sealed.provider(provider)?["state"] == state).then_some(()))
+        })
+    }
+
+    /// Why the TPM did not unlock it.
+    fn reason_of(&self, provider: &str) -> Result<String> {
+        wait_until(PATIENCE, "the reason why it is locked", || {
+            let shown = self.sealed.provider(provider)?;
+            ensure!(shown["state"] == "locked", "{shown}");
+            Ok(shown["reason"].as_str().map(str::to_owned))
+        })
+    }
+}
+
+/// No key of it is on disk in the clear, and nobody knows a passphrase.
+#[test]
+fn kmip_key_by_the_tpm() -> Result<()> {
+    let (mut rig, kms) = (Rig::start()?, PyKmip::start()?);
+    kms.add_to(&rig.sealed, KMS, &[kms.port()], false)?;
+    rig.sealed.run(&["provider", "default", KMS])?;
+    rig.sealed.seal_new("web01")?;
+    let (pem, key) = kms.client("kvm-host")?;
+    let both = [std::fs::read(&pem)?, std::fs::read(&key)?].concat();
+    let (pem, key) = (pem.display().to_string(), key.display().to_string());
+    let identity = ["provider", "identity", KMS, "--cert", &pem, "--key", &key];
+    rig.sealed.run(&[&identity[..], &["--encrypt", "tpm"]].concat())?;
+    let shown = rig.sealed.run(&["provider", "show", KMS])?;
+    expect_names(
+        &shown,
+        &["unlocked by  TPM (PCR 7, since 20", "tpm           PCR 7"],
+    )?;
+    let id = rig.sealed.provider(KMS)?["id"]
+        .as_str()
+        .context("no id")?
+        .to_owned();
+    let directory = rig.sealed.host().path(format!("{STATE}/providers/{id}"));
+    let identity_on_disk = std::fs::read_to_string(directory.join("identity.json"))?;
+    ensure!(identity_on_disk.contains("BEGIN AGE ENCRYPTED FILE"));
+    let files: Vec<_> = std::fs::read_dir(&directory)?.collect::<Result<_, _>>()?;
+    let unlocks = files
+        .iter()
+        .find(|file| file.file_name().to_string_lossy().starts_with("unlock-"))
+        .context("nothing of the TPM")?;
+    ensure!(std::fs::read_to_string(unlocks.path())?.contains("bound_key"));
+
+    rig.power_on()?;
+    rig.restart()?;
+    rig.wait_for_state(KMS, "ready")?;
+    rig.sealed.expect_start("web01")?;
+    // Nobody is asked for what nobody knows.
+    rig.sealed.run(&["provider", "lock", KMS])?;
+    rig.sealed.run(&["provider", "unlock", KMS])?;
+    rig.sealed.expect_start("web01")?;
+    rig.refused(8, &["provider", "tpm", KMS, "--remove"], &["provider identity"])?;
+
+    rig.measure_something_else()?;
+    rig.restart()?;
+    expect_names(&rig.reason_of(KMS)?, &["PCR 7 differs", "provider identity"])?;
+    let refused = rig.sealed.refused_start("web01")?;
+    let (_, next) = refused.split_once("Next: virtseal ").context("no way out")?;
+    let refused = rig.sealed.refused(3, &next.split(' ').collect::<Vec<_>>())?;
+    expect_names(&refused, &["PCR 7 differs", "--encrypt tpm"])?;
+    let file = "/run/identity.pem";
+    std::fs::write(rig.sealed.host().path(file), both)?;
+    rig.sealed.follow(&refused.replace("FILE", file))?;
+    rig.sealed.run(&["provider", "unlock", KMS])?;
+    rig.sealed.expect_start("web01")?;
+    rig.power_on()?;
+    rig.measure_something_else()?;
+    rig.restart()?;
+    rig.wait_for_state(KMS, "ready")?;
+    rig.sealed.expect_start("web01")
+}
+
+/// What was given once unlocks a Vault, a token and a KMS after a reboot, and is on disk for the TPM alone.
+#[test]
+fn secret_id_pin_and_passphrase_by_the_tpm() -> Result<()> {
+    let (mut rig, bao, kms, hsm) = (
+        Rig::start()?,
+        OpenBao::start()?,
+        PyKmip::start()?,
+        SoftHsm::new()?,
+    );
+    let launcher = hsm.launcher();
+    let launcher = launcher.each_ref().map(String::as_str);
+    rig.restart_through(&launcher)?;
+    hsm.make("kek")?;
+    bao.add_to(&rig.sealed, "vault", bao.port())?;
+    hsm.add_to(&rig.sealed, "hsm", "kek")?;
+    kms.add_to(&rig.sealed, KMS, &[kms.port()], true)?;
+    for (provider, vm) in [("vault", "web01"), ("hsm", "web02")] {
+        rig.sealed.run(&["provider", "default", provider])?;
+        rig.sealed.seal_new(vm)?;
+    }
+    std::fs::write(rig.sealed.host().path("/run/wrong"), "not it")?;
+    rig.refused(
+        3,
+        &[
+            "provider",
+            "tpm",
+            "vault",
+            "--enroll",
+            "--credential-file",
+            "/run/wrong",
+        ],
+        &["'vault'"],
+    )?;
+    let files = [
+        ("vault", bao.secret_id().display().to_string()),
+        ("hsm", hsm.pin_file().display().to_string()),
+        (KMS, rig.sealed.passphrase_file()?.display().to_string()),
+    ];
+    for (provider, file) in &files {
+        let said = rig
+            .sealed
+            .run(&["provider", "tpm", provider, "--enroll", "--credential-file", file])?;
+        let unlocks = format!("unlocks '{provider}' when virtseald starts");
+        expect_names(&said, &[&unlocks, "PCR 7 is what it is now"])?;
+    }
+    let come_up = |rig: &mut Rig| -> Result<()> {
+        rig.restart_through(&launcher)?;
+        for (provider, _) in &files {
+            rig.wait_for_state(provider, "ready")?;
+        }
+        rig.sealed.expect_start("web01")?;
+        rig.sealed.expect_start("web02")
+    };
+    rig.power_on()?;
+    come_up(&mut rig)?;
+
+    // The host boots otherwise: a start says what keeps it off, the provider what leads back.
+    rig.measure_something_else()?;
+    rig.restart_through(&launcher)?;
+    for (provider, file) in &files {
+        let reason = rig.reason_of(provider)?;
+        expect_names(&reason, &["PCR 7 differs", "--credential-file FILE"])?;
+        let (_, next) = reason.split_once("Next: ").context("no way out")?;
+        let secret = std::fs::read_to_string(rig.sealed.host().path(file))
+            .or_else(|_| std::fs::read_to_string(file))?;
+        for step in next.split(", then ") {
+            let done = rig
+                .sealed
+                .at_a_terminal(&step.replace("FILE", file), &[secret.trim()])?;
+            ensure!(done.status.success(), "{step}: {done:?}");
+        }
+    }
+    come_up(&mut rig)?;
+
+    // For other PCRs: what the TPM has so far is enough.
+    rig.sealed.run(&["provider", "set", "vault", "tpm=4,7"])?;
+    let refused = rig
+        .sealed
+        .refused(2, &["provider", "set", "vault", "tpm=7", "description=x"])?;
+    expect_names(&refused, &["'tpm' is set alone"])?;
+    come_up(&mut rig)?;
+    expect_names(
+        &rig.sealed.run(&["provider", "show", "vault"])?,
+        &["tpm           PCR 4,7"],
+    )?;
+
+    rig.sealed.run(&["provider", "set", "vault", "tpm="])?;
+    rig.restart_through(&launcher)?;
+    rig.wait_for_state(KMS, "ready")?;
+    rig.wait_for_state("hsm", "ready")?;
+    ensure!(rig.sealed.provider("vault")?["state"] == "locked");
+    bao.unlock(&rig.sealed, "vault")?;
+    rig.sealed.expect_start("web01")
+}
