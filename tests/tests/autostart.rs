@@ -190,7 +190,7 @@ fn who_starts_a_vm_is_told_and_changes_with_its_seal() -> Result<()> {
 
     // A plain VM is libvirt's to start.
     let said = sealed.run(&["vm", "unseal", "new01"])?;
-    expect_names(&said, &["had libvirt start it with this host"])?;
+    expect_names(&said, &["left it to libvirt to start it with this host"])?;
     ensure!(libvirt_autostarts(&sealed, "new01")?);
     sealed.run(&["vm", "seal", "new01"])?;
     sealed.run(&["vm", "autostart", "new01"])?;

@@ -55,7 +55,10 @@ fn of_two_true_versions_the_keystores_stays_and_a_rekey_ends_it() -> Result<()> 
         let last = sealed.last_job()?;
         ensure!(last["state"] == "incomplete", "{last}");
         for (vm, place) in places {
-            expect_names(&output.stderr, &[place, "is to be decided: virtseal vm status"])?;
+            expect_names(
+                &output.stderr,
+                &[place, "which one counts must be decided: virtseal vm status"],
+            )?;
             expect_rival(&sealed, vm, place)?;
         }
     }

@@ -111,6 +111,9 @@ async fn serve(
     code: Arc<LinkedCode>,
     args: &Args,
 ) -> anyhow::Result<()> {
+    if cfg!(debug_assertions) {
+        tracing::warn!("this is a debug build, for tests: what a passphrase protects is easy to guess");
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
