@@ -101,12 +101,19 @@ fn spec(number: usize) -> DomainSpec {
     }
 }
 
-/// Seals the VMs, and starts each once, so that its vTPM has a state to be opened; keeps the XML of its running.
+/// Seals the VMs, and starts each, so that its vTPM has a state to be opened. Keeps the XML with which it runs later: the first one
+/// does not say yet that the vTPM has run, and a start with that is noted as one whose XML is behind.
 fn make_vms(sealed: &SealedHost, specs: &[DomainSpec]) -> Result<()> {
     fs::create_dir_all(sealed.host().path(XMLS))?;
     for spec in specs {
         sealed.seal_empty(spec)?;
     }
+    start_each(sealed, specs)?;
+    sealed.wait_for_copies(0)?;
+    start_each(sealed, specs)
+}
+
+fn start_each(sealed: &SealedHost, specs: &[DomainSpec]) -> Result<()> {
     // libvirt makes its directory for swtpm at the first start, and fails when two starts make it at once.
     let (first, others) = specs.split_first().context("no VMs")?;
     start_once(sealed, first)?;
