@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, ReplyError as IntrospectError, Type};
 use zlink::{ReplyError, proxy};
 
+use crate::model::cache_policy::CachePolicy;
 use crate::model::problem::Problem;
 
 pub(crate) use crate::model::finding::Severity;
@@ -220,7 +221,7 @@ pub(crate) trait HostProxy {
     async fn add_provider(
         &mut self,
         name: &str,
-        kind: &str,
+        kind: ProviderKind,
         settings: &str,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> zlink::Result<Result<Providers, HostError>>;
@@ -229,7 +230,7 @@ pub(crate) trait HostProxy {
     async fn set_provider_cache(
         &mut self,
         name: &str,
-        policy: &str,
+        policy: CachePolicy,
         persist: Option<PersistRequest>,
     ) -> zlink::Result<Result<ProvidersChanged, HostError>>;
     /// Has it work by other settings, once they were tried; `fds` holds what to log in with then, if that changes.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
 use super::{OrNewer, ProblemView};
+use crate::domain::DeclaredFormat;
 use crate::model::envelope::CopyPlace;
 
 pub(crate) use crate::model::job::{JobKind, JobState, SnapshotAct, Unit};
@@ -132,11 +133,11 @@ pub(crate) struct VolumeRequest {
     /// The image below it; absolute.
     pub backing: Option<String>,
     /// That image's format.
-    pub backing_format: Option<String>,
+    pub backing_format: Option<DeclaredFormat>,
     /// The image to fill it from; absolute. A job does that.
     pub from: Option<String>,
     /// That image's format: what libvirt has for it, else what it shows, if left out.
-    pub from_format: Option<String>,
+    pub from_format: Option<DeclaredFormat>,
     /// The sum that it must have, or nothing is made: `sha256:` or `sha512:`, and hex digits.
     pub digest: Option<String>,
     /// Another provider than the default one.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
 use super::OrNewer;
+use crate::model::cache_policy::{CachePolicy, KeepTime};
 use crate::model::envelope::ObjectKind;
 
 /// What is behind a provider.
@@ -101,7 +102,7 @@ pub(crate) struct ProviderView {
     pub warnings: Vec<String>,
     /// How long KEKs are kept in memory, in case its servers don't answer: none, until-lock, or a time such as 24h. None
     /// where no KEK ever comes to this host.
-    pub cache: Option<String>,
+    pub cache: Option<OrNewer<CachePolicy>>,
     /// How many are kept now.
     pub cached_keks: i64,
     /// How they are kept across a reboot besides; None if they are not.
@@ -206,7 +207,7 @@ pub(crate) struct TpmRequest {
 pub(crate) struct PersistView {
     pub by: OrNewer<PersistedBy>,
     /// For how long after each was last fetched, such as 24h.
-    pub keep: String,
+    pub keep: OrNewer<KeepTime>,
     /// The PCRs that must be what they were, such as 7 or 7,11; None for a damaged record.
     pub pcrs: Option<String>,
     /// Since when: RFC 3339, UTC.
@@ -221,7 +222,7 @@ pub(crate) struct PersistView {
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
 pub(crate) struct PersistRequest {
     /// For how long, such as 24h.
-    pub keep: Option<String>,
+    pub keep: Option<KeepTime>,
     /// While these PCRs are what they are now: 7, if none are given.
     pub pcrs: Option<String>,
 }

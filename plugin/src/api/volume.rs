@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
 use super::{FindingView, OrNewer};
+use crate::model::image_format::Format;
 
 /// How the envelope that an image carries stands to the keystore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
@@ -43,7 +44,7 @@ pub(crate) enum ImageStructure {
 pub(crate) struct VolumeChecked {
     pub path: String,
     /// `qcow2+luks1`, `luks1`.
-    pub format: String,
+    pub format: OrNewer<Format>,
     /// Of its disk, in bytes.
     pub size: u64,
     /// The UUID of the envelope that has opened it.

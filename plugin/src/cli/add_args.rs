@@ -3,9 +3,9 @@
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use crate::model::cache_policy::CachePolicy;
 use crate::model::problem::Problem;
 use crate::provider::ScopeSetting;
-use crate::provider::cache::CachePolicy;
 use crate::provider::kind::Kind;
 
 /// For kinds without a cache, so that who asks for one learns why there is none.

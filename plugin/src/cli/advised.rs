@@ -13,6 +13,7 @@ use super::provider::ProviderCommand;
 use super::provider_add::AddCommand;
 use super::{Cli, Command};
 use crate::model::advice::Advice;
+use crate::model::cache_policy::CachePolicy;
 use crate::model::envelope::{KekId, ProviderId};
 use crate::model::job::SnapshotAct;
 use crate::provider::kind::{KINDS, KeysAt, Kind, TrustBy};
@@ -104,7 +105,7 @@ fn every_advice() -> Vec<Advice> {
         A::CacheInMemory(name()),
         A::CacheOnDisk {
             name: name(),
-            policy: "24h".into(),
+            policy: CachePolicy::default(),
             options: "--persist-for 72h --pcrs 7".into(),
         },
         A::EnrollTpm {

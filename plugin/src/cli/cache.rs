@@ -5,8 +5,8 @@ use clap::{Args, ValueEnum};
 use super::client::Client;
 use super::print::Printer;
 use crate::api::{HostProxy, PersistRequest};
+use crate::model::cache_policy::{CachePolicy, KeepTime};
 use crate::model::problem::Problem;
-use crate::provider::cache::{CachePolicy, KeepTime};
 
 #[derive(Debug, Args)]
 pub(super) struct CacheArgs {
@@ -38,7 +38,7 @@ impl CacheArgs {
     fn persist(&self) -> Result<Option<PersistRequest>, Problem> {
         match self.persist {
             PersistBy::Tpm => Ok(Some(PersistRequest {
-                keep: self.persist_for.map(|time| time.to_string()),
+                keep: self.persist_for,
                 pcrs: self.pcrs.clone(),
             })),
             PersistBy::None if self.persist_for.is_none() && self.pcrs.is_none() => Ok(None),
@@ -50,10 +50,10 @@ impl CacheArgs {
 }
 
 pub(super) async fn set(args: &CacheArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
-    let (policy, persist) = (args.policy.to_string(), args.persist()?);
+    let persist = args.persist()?;
     let set = client
         .call(async |host| {
-            host.set_provider_cache(&args.name, &policy, persist.clone())
+            host.set_provider_cache(&args.name, args.policy, persist.clone())
                 .await
         })
         .await?;

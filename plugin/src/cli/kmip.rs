@@ -5,13 +5,13 @@ use clap::Args;
 use super::add_args::kek_scope;
 use super::client::Client;
 use super::print::Printer;
-use crate::api::HostProxy;
+use crate::api::{HostProxy, ProviderKind};
 use crate::model::advice::Advice;
+use crate::model::cache_policy::CachePolicy;
 use crate::model::deadlines::kmip::TIMEOUT_MS;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::Problem;
 use crate::provider::ScopeSetting;
-use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{Endpoint, KmipVersion};
 
 /// As the settings of the kind have it; the daemon reads them.
@@ -54,7 +54,10 @@ pub(super) async fn add(args: &KmipArgs, client: &mut Client, printer: &Printer)
     });
     let (name, settings) = (&args.name, settings.to_string());
     let added = client
-        .call(async |host| host.add_provider(name, "kmip", &settings, Vec::new()).await)
+        .call(async |host| {
+            host.add_provider(name, ProviderKind::Kmip, &settings, Vec::new())
+                .await
+        })
         .await?;
     printer.providers_after(name, &added.providers)?;
     let (trust, identity, request) = (

@@ -9,7 +9,7 @@ use super::add_args::{NoCacheArgs, kek_scope};
 use super::client::Client;
 use super::passphrase::PassphraseArgs;
 use super::print::Printer;
-use crate::api::HostProxy;
+use crate::api::{HostProxy, ProviderKind};
 use crate::model::advice::Advice;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::{Code, Problem};
@@ -63,7 +63,10 @@ pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printe
     let settings = settings(args)?;
     let fds = vec![args.pin.open(&format!("PIN of the token of '{}': ", args.name))?];
     let added = client
-        .call(async |host| host.add_provider(&args.name, "pkcs11", &settings, fds).await)
+        .call(async |host| {
+            host.add_provider(&args.name, ProviderKind::Pkcs11, &settings, fds)
+                .await
+        })
         .await?;
     printer.providers_after(&args.name, &added.providers)
 }

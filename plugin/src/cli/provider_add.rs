@@ -10,7 +10,7 @@ use super::pkcs11::Pkcs11Args;
 use super::print::Printer;
 use super::transit::TransitArgs;
 use super::{kmip, pkcs11, transit};
-use crate::api::HostProxy;
+use crate::api::{HostProxy, ProviderKind};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
 
@@ -43,7 +43,7 @@ pub(super) async fn run(command: AddCommand, client: &mut Client, printer: &Prin
             cache.refuse("native")?;
             let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "), printer)?];
             let added = client
-                .call(async |host| host.add_provider(&name, "native", "", fds).await)
+                .call(async |host| host.add_provider(&name, ProviderKind::Native, "", fds).await)
                 .await?;
             printer.providers_after(&name, &added.providers)?;
             let backup = Advice::BackUpProvider(name);

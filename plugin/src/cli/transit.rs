@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use super::add_args::{NoCacheArgs, kek_scope};
 use super::client::Client;
 use super::print::Printer;
-use crate::api::HostProxy;
+use crate::api::{HostProxy, ProviderKind};
 use crate::model::advice::Advice;
 use crate::model::deadlines::transit::TIMEOUT_MS;
 use crate::model::envelope::ProviderId;
@@ -84,7 +84,10 @@ pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Print
     let name = &args.name;
     let settings = settings(args)?;
     let added = client
-        .call(async |host| host.add_provider(name, "transit", &settings, vec![]).await)
+        .call(async |host| {
+            host.add_provider(name, ProviderKind::Transit, &settings, vec![])
+                .await
+        })
         .await?;
     printer.providers_after(name, &added.providers)?;
     let secret = match args.login.auth {

@@ -13,6 +13,7 @@ use super::patience::Patience;
 use super::print::Printer;
 use super::sums;
 use crate::api::{HostProxy, ImageStructure, KeystoreCopy, VolumeChecked, VolumeRequest};
+use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::digest::{Algorithm, Digest};
@@ -65,15 +66,15 @@ pub(super) struct CreateArgs {
     /// Put the image on top of this one.
     #[arg(long, value_name = "IMAGE", conflicts_with = "from")]
     backing: Option<PathBuf>,
-    /// Format of the backing image.
+    /// Format of the backing image: raw or qcow2.
     #[arg(long, value_name = "FORMAT", requires = "backing")]
-    backing_format: Option<String>,
+    backing_format: Option<DeclaredFormat>,
     /// Fill it from this raw or qcow2 image; it grows to --size.
     #[arg(long, value_name = "IMAGE")]
     from: Option<PathBuf>,
     /// Format of that image, where its first bytes are not to be believed: raw or qcow2.
     #[arg(long, value_name = "FORMAT", requires = "from")]
-    from_format: Option<String>,
+    from_format: Option<DeclaredFormat>,
     /// The SHA-256 that this image must have: else nothing is made.
     #[arg(long, value_name = "HEX", requires = "from", value_parser = sha256)]
     sha256: Option<Digest>,
@@ -152,7 +153,7 @@ pub(super) async fn check(path: &Path, client: &mut Client, printer: &Printer) -
     let checked = client.call(async |host| host.check_volume(&path).await).await?;
     let rows = [
         ("file", checked.path.clone()),
-        ("format", checked.format.clone()),
+        ("format", checked.format.to_string()),
         ("virtual size", Bytes(checked.size).to_string()),
         (
             "key",
@@ -255,9 +256,9 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
         vm: args.vm.clone(),
         cluster_size: args.cluster_size.map(|size| size.0),
         backing: args.backing.as_deref().map(absolute).transpose()?,
-        backing_format: args.backing_format.clone(),
+        backing_format: args.backing_format,
         from: args.from.as_deref().map(absolute).transpose()?,
-        from_format: args.from_format.clone(),
+        from_format: args.from_format,
         digest: args.digest()?.map(String::from),
         provider: args.provider.clone(),
     };

@@ -23,7 +23,11 @@ use crate::secret::{SecretBytes, Transient};
 const WORK: u8 = 18;
 
 /// What [`encrypt`] uses. A debug build is for tests, which make and open many files; `virtseald` says so when it starts.
-const WORK_HERE: u8 = if cfg!(any(test, debug_assertions)) { 10 } else { WORK };
+const WORK_HERE: u8 = if cfg!(any(test, debug_assertions)) {
+    10
+} else {
+    WORK
+};
 
 /// The most that is accepted from a file, 1 GiB and some seconds: it may be hostile, or made by a program that
 /// calibrates.

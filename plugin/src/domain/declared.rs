@@ -4,12 +4,15 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use zlink::introspect::CustomType;
 
 use super::Disk;
 
 /// The format of a plain image, as the domain XML or an admin states it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
 pub(crate) enum DeclaredFormat {
     Raw,
     /// qcow2, encrypted or not.
@@ -32,14 +35,19 @@ impl fmt::Display for DeclaredFormat {
     }
 }
 
-impl FromStr for DeclaredFormat {
-    type Err = ();
+/// Neither of them.
+#[derive(Debug, Error)]
+#[error("it is raw or qcow2")]
+pub(crate) struct NotDeclarable;
 
-    fn from_str(name: &str) -> Result<Self, ()> {
+impl FromStr for DeclaredFormat {
+    type Err = NotDeclarable;
+
+    fn from_str(name: &str) -> Result<Self, NotDeclarable> {
         [Self::Raw, Self::Qcow2]
             .into_iter()
             .find(|format| format.as_str() == name)
-            .ok_or(())
+            .ok_or(NotDeclarable)
     }
 }
 
@@ -50,6 +58,6 @@ impl Disk {
     /// With the name of another one.
     pub(crate) fn declared_format(&self) -> Result<DeclaredFormat, &str> {
         let name = self.format.as_deref().unwrap_or("raw");
-        name.parse().map_err(|()| name)
+        name.parse().map_err(|NotDeclarable| name)
     }
 }

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::path::PathBuf;
 
+use super::cache_policy::CachePolicy;
 use super::envelope::ProviderId;
 use super::job::SnapshotAct;
 
@@ -87,7 +88,7 @@ pub(crate) enum Advice {
     CacheInMemory(String),
     CacheOnDisk {
         name: String,
-        policy: String,
+        policy: CachePolicy,
         options: String,
     },
     EnrollTpm {

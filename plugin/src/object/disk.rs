@@ -51,7 +51,7 @@ pub(crate) use create::{Created, create_from_watched, create_over_watched};
 pub(crate) use declared::{Declaration, inspect_declared};
 pub(crate) use error::VolumeError;
 pub(crate) use file_id::FileId;
-pub(crate) use format::Format;
+pub(crate) use crate::model::image_format::Format;
 pub(crate) use info::{ImageCopy, VolumeInfo};
 pub(crate) use lock::ImageLock;
 pub(crate) use luks::{KeyslotInfo, LuksInfo};

@@ -6,8 +6,8 @@
 //! `persist` holds besides, where the admin chose that, is gone with a lock only.
 
 mod memory;
+mod nothing;
 pub(crate) mod persist;
-mod policy;
 
 use std::slice::from_ref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +15,7 @@ use std::time::Instant;
 
 use super::error::{ErrorClass, ProviderError};
 use crate::host::tpm::{Tpm, TpmError};
+use crate::model::cache_policy::CachePolicy;
 use crate::model::envelope::{KekId, ProviderId};
 use crate::model::problem::chain;
 use crate::secret::SecretBytes;
@@ -23,7 +24,7 @@ use memory::{Memory, SinceBoot};
 use persist::{Disk, Enrollment, NotKept};
 
 pub(super) use memory::Ticket;
-pub(crate) use policy::{CachePolicy, KeepTime, NothingToCache};
+pub(crate) use nothing::NothingToCache;
 
 /// The KEKs of one provider.
 #[derive(Debug)]

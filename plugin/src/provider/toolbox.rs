@@ -47,23 +47,3 @@ pub(super) fn printable(text: &str) -> String {
 fn turns_text(c: char) -> bool {
     matches!(c, '\u{200e}' | '\u{200f}' | '\u{061c}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
-
-/// What serde's `try_from` and `into` of a `String` need of a type that `Display` writes and `FromStr` reads.
-macro_rules! stored_as_text {
-    ($type:ty) => {
-        impl TryFrom<String> for $type {
-            type Error = <Self as std::str::FromStr>::Err;
-
-            fn try_from(text: String) -> Result<Self, Self::Error> {
-                text.parse()
-            }
-        }
-
-        impl From<$type> for String {
-            fn from(value: $type) -> Self {
-                value.to_string()
-            }
-        }
-    };
-}
-pub(super) use stored_as_text;

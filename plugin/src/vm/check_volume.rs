@@ -48,7 +48,7 @@ pub(crate) fn check(host: &Host<'_>, path: &Path) -> Result<VolumeChecked, Probl
     };
     Ok(VolumeChecked {
         path: path.display().to_string(),
-        format: info.format.as_str().to_owned(),
+        format: info.format.into(),
         size: info.virtual_size.0,
         envelope: found.envelope.id.to_string(),
         vm,

@@ -22,7 +22,7 @@ impl ConfirmedFormats {
             let (target, format) = given.split_once('=').ok_or_else(|| usage("names no format"))?;
             let format = format
                 .parse()
-                .map_err(|()| usage("names no format that can be sealed"))?;
+                .map_err(|_| usage("names no format that can be sealed"))?;
             if formats.insert(target.to_owned(), format).is_some() {
                 return Err(usage("names a disk for the second time"));
             }

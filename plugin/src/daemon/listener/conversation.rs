@@ -10,7 +10,7 @@ use zlink::service::MethodReply;
 use zlink::{Call, Connection, Reply};
 
 use super::channel::{Channel, Fault};
-use super::understood::unknown_field;
+use super::understood::{Unknown, unknown};
 use crate::api::HostError;
 use crate::daemon::service::Service;
 use crate::model::advice::Advice;
@@ -23,13 +23,13 @@ pub(super) type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCal
 pub(super) async fn converse(channel: &mut Channel, service: &mut Service) -> Result<(), Fault> {
     let mut unused = Connection::new(Unused);
     while let Some(message) = channel.message().await? {
-        let call: Call<MethodCall<'_>> = serde_json::from_slice(&message.bytes).map_err(Fault::NotACall)?;
-        if let Some(field) = unknown_field(&message.bytes) {
-            if !call.oneway() {
-                channel.send(&failure(not_understood(&field))?).await?;
+        if let Some((unknown, waits)) = unknown(&message.bytes) {
+            if waits {
+                channel.send(&failure(not_understood(&unknown))?).await?;
             }
             continue;
         }
+        let call: Call<MethodCall<'_>> = serde_json::from_slice(&message.bytes).map_err(Fault::NotACall)?;
         let (reply, _) = zlink::Service::handle(service, &call, &mut unused, message.descriptors).await;
         match reply {
             MethodReply::Single(_) | MethodReply::Error(_) if call.oneway() => {}
@@ -78,11 +78,14 @@ pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
     }
 }
 
-fn not_understood(field: &str) -> Problem {
-    let what = format!(
-        "this virtseald does not know '{}', and has done nothing",
-        visible(field)
-    );
+fn not_understood(unknown: &Unknown) -> Problem {
+    let what = match unknown {
+        Unknown::Field(field) => format!("'{}'", visible(field)),
+        Unknown::Word { field, word, known } => {
+            format!("'{}' for {field}, only {}", visible(word), known.join(", "))
+        }
+    };
+    let what = format!("this virtseald does not know {what}, and has done nothing");
     Problem::usage(what).next(
         Advice::RestartDaemon
             .note("if it was upgraded")

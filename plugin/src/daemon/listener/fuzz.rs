@@ -1,6 +1,7 @@
 //! A target: what anybody may send to the socket.
 
 use super::conversation::MethodCall;
+use super::understood::unknown;
 use crate::fuzz_target::Target;
 
 pub(crate) const REQUEST: Target = Target {
@@ -14,5 +15,7 @@ pub(crate) const REQUEST: Target = Target {
         .map(|text| text.as_bytes().to_vec())
         .into()
     },
-    read: |bytes| serde_json::from_slice::<zlink::Call<MethodCall<'_>>>(bytes).is_ok(),
+    read: |bytes| {
+        unknown(bytes).is_none() && serde_json::from_slice::<zlink::Call<MethodCall<'_>>>(bytes).is_ok()
+    },
 };

@@ -14,10 +14,11 @@ use crate::daemon::{Daemon, records};
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::model::advice::Advice;
+use crate::model::cache_policy::CachePolicy;
 use crate::model::deadlines::tpm::AT_START;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
-use crate::provider::cache::{CachePolicy, KeepTime, KekCache, persist};
+use crate::provider::cache::{KekCache, persist};
 use crate::provider::kmip::{KmipProvider, KmipProviderError, SettingsError};
 use crate::recipients::Provider;
 
@@ -25,7 +26,7 @@ pub(crate) fn set(
     daemon: &Daemon,
     by: Actor,
     name: &str,
-    policy: &str,
+    policy: CachePolicy,
     persist: Option<&PersistRequest>,
 ) -> Result<ProvidersChanged, Problem> {
     let kept = || {
@@ -52,10 +53,9 @@ pub(crate) fn set(
 fn set_cache(
     daemon: &Daemon,
     name: &str,
-    policy: &str,
+    policy: CachePolicy,
     persist: Option<&PersistRequest>,
 ) -> Result<(), Problem> {
-    let policy: CachePolicy = policy.parse().map_err(|error| Problem::usage(chain(&error)))?;
     let known = daemon.recipients.find(name)?;
     let Some(kmip) = known.of_kind::<KmipProvider>() else {
         return match known.row().and_then(|kind| kind.nothing_to_cache) {
@@ -94,13 +94,11 @@ fn persistence<'a>(
     policy: CachePolicy,
     asked: &PersistRequest,
 ) -> Result<persist::Request<'a>, Problem> {
-    let usage = |error: &dyn std::error::Error| Problem::usage(chain(error));
-    let keep = asked.keep.as_deref().map_or(Ok(KeepTime::default()), str::parse);
     let pcrs: PcrList = asked
         .pcrs
         .as_deref()
         .map_or(Ok(PcrList::default()), str::parse)
-        .map_err(|error| usage(&error))?;
+        .map_err(|error| Problem::usage(chain(&error)))?;
     if pcrs.has_kernel() {
         let others = pcrs.without_kernel().unwrap_or_default();
         return Err(Problem::usage(format!(
@@ -108,11 +106,11 @@ fn persistence<'a>(
                  lost each time; a cache takes no key that signs it"
             ),
         )
-        .next(Advice::CacheOnDisk { name: name.to_owned(), policy: policy.to_string(), options: format!("--pcrs {others}") }));
+        .next(Advice::CacheOnDisk { name: name.to_owned(), policy, options: format!("--pcrs {others}") }));
     }
     Ok(persist::Request {
         tpm: &daemon.tpm,
-        keep: keep.map_err(|error| usage(&error))?,
+        keep: asked.keep.unwrap_or_default(),
         pcrs,
     })
 }

@@ -30,7 +30,8 @@ use crate::daemon::caller::Caller;
 use crate::daemon::overlays::Choices;
 use crate::daemon::state::Daemon;
 use crate::daemon::{HookPolicy, first_runs, records};
-use crate::domain::Domain;
+use crate::domain::{DeclaredFormat, Domain};
+use crate::model::cache_policy::CachePolicy;
 use crate::model::envelope::{CopyPlace, ObjectKind};
 use crate::model::subject::Subject;
 use crate::vm::adopt::Formats;
@@ -108,7 +109,7 @@ impl Service {
     #[zlink(
         interface = "io.virtseal.Host",
         types = [
-            LibvirtState, ProviderView, ProviderKind, ProviderState, CredentialKind, SettingView, DetailView, SettingAssigned, SettingsRequest, PersistView, PersistedBy, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, SubjectKind, SubjectView, FindingView, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, VolumeRequest, KeystoreCopy, ImageStructure,
+            LibvirtState, ProviderView, ProviderKind, ProviderState, CredentialKind, SettingView, DetailView, SettingAssigned, SettingsRequest, PersistView, PersistedBy, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, SubjectKind, SubjectView, FindingView, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, VolumeRequest, DeclaredFormat, KeystoreCopy, ImageStructure,
             JobRequest, SweepKind, SnapshotAct, JobView, JobKind, JobState, ProblemView, ObstacleView, Unit, CopyView, CopyPlace, OrphanEnvelope, ObjectKind, OrphanKek, KekOrigin, ReceiptLine
         ]
     )]
@@ -240,12 +241,12 @@ impl Service {
     async fn add_provider(
         &self,
         name: String,
-        kind: String,
+        kind: ProviderKind,
         settings: String,
         #[zlink(fds)] fds: Vec<OwnedFd>,
     ) -> Result<Providers, HostError> {
         self.change(Some(Subject::Provider(name.clone())), move |daemon, by| {
-            provider::add(daemon, by, &name, &kind, &settings, fds)
+            provider::add(daemon, by, &name, kind, &settings, fds)
         })
         .await
     }
@@ -253,11 +254,11 @@ impl Service {
     async fn set_provider_cache(
         &self,
         name: String,
-        policy: String,
+        policy: CachePolicy,
         persist: Option<PersistRequest>,
     ) -> Result<ProvidersChanged, HostError> {
         self.change(Some(Subject::Provider(name.clone())), move |daemon, by| {
-            cache::set(daemon, by, &name, &policy, persist.as_ref())
+            cache::set(daemon, by, &name, policy, persist.as_ref())
         })
         .await
     }

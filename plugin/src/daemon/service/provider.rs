@@ -10,8 +10,8 @@ use super::descriptors::{passphrase_from, take, wrong_fds};
 use super::refused::refused;
 use super::{cache, provider_view, tpm, tpm_credential};
 use crate::api::{
-    BackupMade, Changed, CredentialKind, DefaultSet, OrphanEnvelope, OrphanKek, Orphans, Outcome, Providers,
-    pages,
+    BackupMade, Changed, CredentialKind, DefaultSet, OrphanEnvelope, OrphanKek, Orphans, Outcome,
+    ProviderKind, Providers, pages, words,
 };
 use crate::audit::Actor;
 use crate::daemon::glance::Age;
@@ -37,13 +37,13 @@ pub(crate) fn add(
     daemon: &Daemon,
     by: Actor,
     name: &str,
-    kind: &str,
+    kind: ProviderKind,
     settings: &str,
     fds: Vec<OwnedFd>,
 ) -> Result<Providers, Problem> {
-    let Some(kind) = Kind::named(kind) else {
+    let Some(kind) = Kind::named(&words(&kind)) else {
         return Err(
-            Problem::usage(format!("there is no kind of provider called '{kind}'"))
+            Problem::usage(format!("there is no kind of provider called '{}'", words(&kind)))
                 .next(Advice::AddProviderHelp(None)),
         );
     };

@@ -64,7 +64,7 @@ pub(super) fn with_uses(daemon: &Daemon, uses: &Uses) -> Result<Vec<ProviderView
             since: rfc3339(report.since),
             last_answer: report.last_answer.map(rfc3339),
             warnings: report.warnings,
-            cache: cache.map(|cache| cache.policy().to_string()),
+            cache: cache.map(|cache| cache.policy().into()),
             cached_keks: cache.map_or(0, |cache| cache.len() as i64),
             persist: persist_view(known),
             is_default: Some(provider.id()) == default,
@@ -172,7 +172,7 @@ fn persist_view(known: &Provider) -> Option<PersistView> {
     let since = Duration::from_secs(persistence.enrolled.max(0).unsigned_abs());
     Some(PersistView {
         by: PersistedBy::Tpm.into(),
-        keep: persistence.keep.to_string(),
+        keep: persistence.keep.into(),
         pcrs: persistence.pcrs.map(|pcrs| pcrs.to_string()),
         since: rfc3339(UNIX_EPOCH + since),
         keks: persistence.keks as i64,

@@ -11,6 +11,7 @@ use crate::api::{PersistRequest, SettingsRequest, SettingsSet, TpmRequest};
 use crate::audit::Actor;
 use crate::daemon::{Daemon, records};
 use crate::model::advice::Advice;
+use crate::model::cache_policy::{CachePolicy, NotAKeepTime};
 use crate::model::envelope::{ProviderId, Stanza};
 use crate::model::problem::{Problem, chain};
 use crate::provider::SettingsChange;
@@ -73,13 +74,19 @@ fn set_bound(
     let (changed, warnings) = match (setting, value) {
         (OfHost::Persist, keep) => {
             let cache = known.cache();
-            let policy = cache.map_or_else(|| "24h".to_owned(), |cache| cache.policy().to_string());
+            let policy = cache.map_or_else(CachePolicy::default, KekCache::policy);
             let before = cache.and_then(KekCache::persistence);
-            let persist = (!keep.is_empty()).then(|| PersistRequest {
-                keep: Some(keep.to_owned()),
-                pcrs: before.and_then(|kept| kept.pcrs).map(|pcrs| pcrs.to_string()),
-            });
-            let set = cache::set(daemon, by, name, &policy, persist.as_ref())?;
+            let persist = match keep {
+                "" => None,
+                keep => Some(PersistRequest {
+                    keep: Some(
+                        keep.parse()
+                            .map_err(|error: NotAKeepTime| Problem::usage(chain(&error)))?,
+                    ),
+                    pcrs: before.and_then(|kept| kept.pcrs).map(|pcrs| pcrs.to_string()),
+                }),
+            };
+            let set = cache::set(daemon, by, name, policy, persist.as_ref())?;
             let views = set.providers.into_iter();
             (set.changed, views.flat_map(|view| view.warnings).collect())
         }

@@ -162,7 +162,7 @@ fn make_empty(daemon: &Daemon, request: &VolumeRequest) -> Result<(EnvelopeId, B
         backing: request
             .backing
             .as_ref()
-            .map(|path| backing(path, request.backing_format.as_deref()))
+            .map(|path| backing(path, request.backing_format))
             .transpose()?,
         ..create_request(&request.path, request.size, request.cluster_size)?
     };
@@ -183,8 +183,7 @@ fn make_empty(daemon: &Daemon, request: &VolumeRequest) -> Result<(EnvelopeId, B
 /// What can be refused is refused here, before there is a job.
 fn start(daemon: &Daemon, by: Actor, request: &VolumeRequest, from: &str) -> Result<VolumeCreated, Problem> {
     let vm = names::vm_id(&daemon.background, &request.vm)?;
-    let stated = request.from_format.as_deref().map(source_format).transpose()?;
-    let from_format = match stated {
+    let from_format = match request.from_format {
         Some(format) => Some(format),
         None => declared_format(daemon, Path::new(from))?,
     };
@@ -275,20 +274,13 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
     a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
-fn source_format(format: &str) -> Result<DeclaredFormat, Problem> {
-    format.parse().map_err(|()| {
-        Problem::usage(format!("'{format}' is not a format that can be read"))
-            .next("give --from-format raw or --from-format qcow2")
-    })
-}
-
 fn digest(text: &str) -> Result<Digest, Problem> {
     text.parse()
         .map_err(|error: NoDigest| Problem::usage(error.to_string()))
 }
 
-fn backing(path: &str, format: Option<&str>) -> Result<Backing, Problem> {
-    let format = format.and_then(|format| format.parse().ok()).ok_or_else(|| {
+fn backing(path: &str, format: Option<DeclaredFormat>) -> Result<Backing, Problem> {
+    let format = format.ok_or_else(|| {
         let reason = format!("the format of the backing image {path} must be said");
         Problem::usage(reason).next("add --backing-format qcow2 or --backing-format raw")
     })?;

@@ -6,9 +6,9 @@ use std::path::{Component, Path, PathBuf};
 use serde::Serialize;
 
 use super::error::VolumeError;
-use super::format::Format;
 use super::open::Image;
 use crate::host::permitted::PermittedPath;
+use crate::model::image_format::Format;
 
 /// libvirt's own limit.
 const DEEPEST: usize = 200;

@@ -8,12 +8,12 @@ use serde::Deserialize;
 
 use super::error::{Attempt, VolumeError};
 use super::file_id::FileId;
-use super::format::Format;
 use super::open::Image;
 use super::qemu_img::{Answer, Locking, QemuImg};
 use super::rewrite::is_free;
 use crate::host::permitted::PermittedPath;
 use crate::model::deadlines::image::CHECK;
+use crate::model::image_format::Format;
 use crate::secret::Passphrase;
 
 /// How the clusters of an image fit to what says where they are.

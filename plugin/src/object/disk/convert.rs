@@ -19,7 +19,6 @@ use openssl::hash::{Hasher, MessageDigest};
 use super::declared::{as_declared, open_declared};
 use super::error::{Attempt, VolumeError};
 use super::file_id::FileId;
-use super::format::Format;
 use super::luks::sector::SECTOR;
 use super::open::Image;
 use super::qemu_img::{Heard, Percent, QemuImg, descriptor};
@@ -29,6 +28,7 @@ use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::digest::{Algorithm, Digest};
+use crate::model::image_format::Format;
 use crate::secret::Passphrase;
 
 /// An image whose data can be copied: raw or qcow2, plain, complete in itself. Opened once; what is read is this file,

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use super::chain::local_file_name;
 use super::convert::{self, Source};
 use super::error::{Attempt, VolumeError};
-use super::format::Format;
+use crate::model::image_format::Format;
 use super::lock::ImageLock;
 use super::luks;
 use super::open::Image;

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::file_id::FileId;
-use super::format::Format;
 use super::luks::LuksInfo;
 use super::qcow2::BackingName;
 use super::qcow2::allocation::Data;
 use super::size::{Bytes, ClusterSize};
 use crate::model::envelope::Envelope;
+use crate::model::image_format::Format;
 
 /// What an image says without any key.
 #[derive(Clone, Debug, Serialize)]

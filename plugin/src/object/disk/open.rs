@@ -9,13 +9,14 @@ use openssl::sha::sha256;
 
 use super::error::{Attempt, VolumeError};
 use super::file_id::FileId;
-use super::format::{Format, Sniffed, foreign, name_of, sniff};
+use super::format::{Sniffed, foreign, name_of, sniff};
 use super::info::{ImageCopy, VolumeInfo};
 use super::luks::{Luks, VolumeKey};
 use super::qcow2::allocation::{self, Data};
 use super::qcow2::{self, Encryption, Span, extension};
 use super::size::Bytes;
 use crate::host::permitted::PermittedPath;
+use crate::model::image_format::Format;
 use crate::secret::Passphrase;
 
 /// Reads what an image says about itself, without a key and without looking at its backing file.

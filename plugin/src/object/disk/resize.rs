@@ -6,13 +6,13 @@ use std::time::Instant;
 
 use super::error::{Attempt, VolumeError};
 use super::file_id::FileId;
-use super::format::Format;
 use super::lock::ImageLock;
 use super::open::Image;
 use super::qemu_img::{Locking, QemuImg};
 use super::size::Bytes;
 use crate::host::permitted::PermittedPath;
 use crate::model::deadlines::image::RESIZE;
+use crate::model::image_format::Format;
 use crate::secret::Passphrase;
 
 /// Makes the disk in the image at `place`, which `passphrase` opens, `size` large, in whole sectors. What is beyond that is lost.

@@ -58,7 +58,8 @@ fn a_source_says_the_size_when_nobody_else_does() {
     fs::write(bench.path("odd"), vec![0x44; 100_001]).unwrap();
     let mut request = bench.request("disk", 0);
     request.size = None;
-    assert_eq!(bench.create_from(&request, "odd").unwrap().size, Bytes(196 * 512));
+    bench.create_from(&request, "odd").unwrap();
+    assert_eq!(bench.inspect("disk").virtual_size, Bytes(196 * 512));
     bench.qemu_io("disk", "read -P 0x44 0 99840");
 }
 
@@ -220,7 +221,8 @@ fn what_is_declared_decides_what_a_source_is() {
     let mut request = bench.request("disk", 0);
     request.size = None;
     request.source_format = Some(DeclaredFormat::Raw);
-    assert_eq!(bench.create_from(&request, "guest").unwrap().size, Bytes(8 << 20));
+    bench.create_from(&request, "guest").unwrap();
+    assert_eq!(bench.inspect("disk").virtual_size, Bytes(8 << 20));
     bench.qemu_io("disk", "read -P 0x77 6M 64k");
     bench.qemu_io("disk", "read -P 0x51 0 1");
 

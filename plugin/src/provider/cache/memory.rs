@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-use super::policy::CachePolicy;
+use crate::model::cache_policy::CachePolicy;
 use crate::model::envelope::KekId;
 use crate::secret::SecretBytes;
 use crate::store::{UnixTime, now};

@@ -23,8 +23,8 @@ use thiserror::Error;
 use row::{RowKey, Span};
 use writer::Owed;
 
-use super::policy::KeepTime;
 use crate::host::tpm::{BindPolicy, BoundToTpm, PcrList, Tpm, TpmError};
+use crate::model::cache_policy::KeepTime;
 use crate::model::envelope::{KekId, ProviderId};
 use crate::model::problem::chain;
 use crate::provider::toolbox::tpm_key;

@@ -6,7 +6,8 @@ use super::settings::{KmipSettings, SettingsError};
 use super::{KmipProvider, KmipProviderError, Line};
 use crate::host::tpm::{Tpm, TpmError};
 use crate::model::advice::Advice;
-use crate::provider::cache::{CachePolicy, persist};
+use crate::model::cache_policy::CachePolicy;
+use crate::provider::cache::persist;
 use crate::provider::toolbox::lock;
 use crate::store::StoreError;
 
@@ -78,7 +79,7 @@ impl KmipProvider {
             .map_or_else(String::new, |pcrs| format!(" --pcrs {pcrs}"));
         let again = Advice::CacheOnDisk {
             name: name.clone(),
-            policy: policy.to_string(),
+            policy,
             options: format!("--persist-for {}{pcrs}", persistence.keep),
         };
         Some(format!(

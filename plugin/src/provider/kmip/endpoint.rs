@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::provider::toolbox::stored_as_text;
+use crate::model::stored_as_text;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

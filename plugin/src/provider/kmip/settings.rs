@@ -7,11 +7,12 @@ use thiserror::Error;
 
 use super::endpoint::Endpoint;
 use super::version::KmipVersion;
+use crate::model::cache_policy::CachePolicy;
 use crate::model::deadlines::kmip::TIMEOUT_MS;
 use crate::model::deadlines::provider::TIMEOUTS_MS;
 use crate::model::envelope::ProviderId;
 use crate::provider::ScopeSetting;
-use crate::provider::cache::{CachePolicy, NothingToCache};
+use crate::provider::cache::NothingToCache;
 use crate::provider::setting::{Description, Form, Key, Settings};
 
 pub(in crate::provider) const SETTINGS: Settings = Settings {

@@ -8,7 +8,7 @@ use thiserror::Error;
 
 use super::tag::Tag;
 use super::ttlv::Item;
-use crate::provider::toolbox::stored_as_text;
+use crate::model::stored_as_text;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub(crate) struct KmipVersion {

@@ -10,7 +10,8 @@ use openssl::x509::{X509NameRef, X509Ref};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{printable, stored_as_text};
+use super::printable;
+use crate::model::stored_as_text;
 
 /// From this many days before its end on, a certificate is warned about.
 const WARN_DAYS: i32 = 30;

@@ -6,9 +6,10 @@ use rusqlite::Connection;
 use tempfile::TempDir;
 use virtseal_testkit::Swtpm;
 
-use super::super::{CachePolicy, KekCache};
+use super::super::KekCache;
 use super::*;
 use crate::crypto::aead::KEY;
+use crate::model::cache_policy::{CachePolicy, KeepTime};
 use crate::store::Change;
 use crate::store::{HostStore, Stores};
 

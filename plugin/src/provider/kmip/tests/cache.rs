@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use super::super::fixture::{Kept, Kmip, identity, secret, settings};
 use super::{KmipProvider, Wrapped};
+use crate::model::cache_policy::CachePolicy;
 use crate::model::envelope::{Binding, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
-use crate::provider::cache::CachePolicy;
 use crate::provider::kmip::{KmipProviderError, KmipSettings, Mode, ServerTrust, SettingsError};
 use crate::provider::{KekScope, KeyProvider, ProviderError};
 use crate::recipients::Recipients;

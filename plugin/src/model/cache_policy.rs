@@ -1,14 +1,15 @@
-//! How long KEKs are kept, and where there are none to keep.
+//! How long KEKs are kept.
 
 use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::provider::toolbox::stored_as_text;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use zlink::idl;
+use zlink::introspect::Type;
 
-use crate::model::deadlines;
+use super::{deadlines, stored_as_text};
 
 /// How long KEKs are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,7 +24,7 @@ pub(crate) enum CachePolicy {
 }
 
 impl CachePolicy {
-    pub(super) fn keeps(self, age: Duration) -> bool {
+    pub(crate) fn keeps(self, age: Duration) -> bool {
         match self {
             Self::None => false,
             Self::For(time) => age < time.0,
@@ -70,8 +71,14 @@ impl FromStr for CachePolicy {
 
 stored_as_text!(CachePolicy);
 
+/// A time has no word of its own.
+impl Type for CachePolicy {
+    const TYPE: &'static idl::Type<'static> = &idl::Type::String;
+}
+
 /// For how long KEKs are kept, in memory or across a reboot: 24 hours, unless given.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub(crate) struct KeepTime(Duration);
 
 impl KeepTime {
@@ -130,23 +137,10 @@ impl FromStr for KeepTime {
     }
 }
 
-/// Why there is nothing that a cache could keep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-pub(crate) enum NothingToCache {
-    /// Derived from the root key, which is in memory while unlocked.
-    #[error(
-        "a native provider needs no server, so there is nothing to cache: it opens its VMs while it is unlocked"
-    )]
-    Native,
-    #[error("the keys of a transit provider never leave its server, so there is nothing to cache")]
-    Transit,
-    #[error("the keys of a pkcs11 provider never leave its token, so there is nothing to cache")]
-    Pkcs11,
-    #[error(
-        "with mode server the keys of a kmip provider never leave its server, so there is nothing to cache: that takes \
-         mode local"
-    )]
-    ModeServer,
+stored_as_text!(KeepTime);
+
+impl Type for KeepTime {
+    const TYPE: &'static idl::Type<'static> = &idl::Type::String;
 }
 
 #[cfg(test)]
