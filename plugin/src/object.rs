@@ -22,7 +22,7 @@ use swtpm_state::STATE_FILE_NAME;
 use crate::domain::{Domain, Object};
 use crate::host::file_stamp::FileStamp;
 use crate::host::permitted::{PathError, PermittedPath};
-use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::model::envelope::{EnvelopeId, Form, ObjectKind, VmId};
 use crate::model::problem::Problem;
 use crate::secret::Passphrase;
 use crate::store::EnvelopeRecord;
@@ -103,10 +103,15 @@ impl Located {
         swtpm_dir: &Path,
         permit: impl FnOnce(&Path) -> Result<PermittedPath, PathError>,
     ) -> Result<Option<Self>, PathError> {
-        match kind {
-            ObjectKind::Vtpm => Ok(Some(Self::State(StateDir::of(vm, swtpm_dir)))),
-            ObjectKind::Disk | ObjectKind::Nvram => Ok(path.map(permit).transpose()?.map(Self::Image)),
+        match kind.form() {
+            Form::State => Ok(Some(Self::made_by_start(vm, swtpm_dir))),
+            Form::Image => Ok(path.map(permit).transpose()?.map(Self::Image)),
         }
+    }
+
+    /// The object of `vm` that its first start makes.
+    pub(crate) fn made_by_start(vm: VmId, swtpm_dir: &Path) -> Self {
+        Self::State(StateDir::of(vm, swtpm_dir))
     }
 
     /// The file or directory.
@@ -210,9 +215,9 @@ impl Located {
 /// Where the keystore has the object of an envelope, or libvirt by itself.
 pub(crate) fn path_of(record: &EnvelopeRecord, swtpm_dir: &Path) -> PathBuf {
     let envelope = &record.envelope;
-    match envelope.kind {
-        ObjectKind::Vtpm => StateDir::of(envelope.vm, swtpm_dir).path().to_owned(),
-        ObjectKind::Disk | ObjectKind::Nvram => (&record.location).into(),
+    match envelope.kind.form() {
+        Form::State => StateDir::of(envelope.vm, swtpm_dir).path().to_owned(),
+        Form::Image => (&record.location).into(),
     }
 }
 
@@ -226,11 +231,11 @@ pub(crate) fn refuse_elsewhere(domain: &Domain, swtpm_dir: &Path) -> Result<(), 
 
 /// Where the XML has an object, or libvirt by itself.
 pub(crate) fn path_in(domain: &Domain, object: &Object, swtpm_dir: &Path) -> Option<PathBuf> {
-    match object.kind {
-        ObjectKind::Vtpm => StateDir::of_domain(domain, swtpm_dir)
+    match object.kind.form() {
+        Form::State => StateDir::of_domain(domain, swtpm_dir)
             .ok()
             .map(|dir| dir.path().to_owned()),
-        ObjectKind::Disk | ObjectKind::Nvram => object.path.clone(),
+        Form::Image => object.path.clone(),
     }
 }
 

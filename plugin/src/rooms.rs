@@ -319,6 +319,20 @@ fn no_room_names_one_above_it() {
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
+/// What follows for a vTPM is asked of `ObjectKind`, so that another kind of object, or another form of one, is met where it differs.
+#[test]
+fn a_vtpm_is_a_case_of_its_own_in_three_files() {
+    let house = this_crate();
+    let is_case = |path: &Vec<String>| path.len() > 1 && path.last().is_some_and(|name| name == "Vtpm");
+    let modules = house
+        .0
+        .iter()
+        .filter(|(_, module)| module.paths.iter().any(is_case));
+    let found: Vec<_> = modules.map(|(path, _)| path.join("::")).collect();
+    // What it is, where the XML has it, how it is sealed.
+    assert_eq!(found, ["domain::objects", "model::envelope", "vm::seal::vtpm"]);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,6 +14,7 @@ pub(crate) mod foreign;
 pub(crate) mod forget;
 pub(crate) mod forget_volume;
 pub(crate) mod forgotten;
+pub(crate) mod has_run;
 pub(crate) mod headers;
 pub(crate) mod host;
 pub(crate) mod marks;

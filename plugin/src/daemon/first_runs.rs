@@ -7,8 +7,7 @@ use super::Daemon;
 use crate::domain::Domain;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Problem, chain};
-use crate::object::Present;
-use crate::object::vtpm::StateDir;
+use crate::object::{Located, Present};
 use crate::store::{CopyPlace, StoreError};
 use crate::vm::first_runs::{HeardRun, vtpm_of};
 use crate::vm::names;
@@ -95,6 +94,6 @@ fn is_unnoted(daemon: &Daemon, vm: VmId) -> bool {
 }
 
 fn has_state(daemon: &Daemon, vm: VmId) -> bool {
-    let dir = StateDir::of(vm, &daemon.config().swtpm_dir);
-    matches!(dir.inspect(), Ok(Present::Encrypted(_)))
+    let made = Located::made_by_start(vm, &daemon.config().swtpm_dir);
+    matches!(made.inspect(), Ok(Present::Encrypted(_)))
 }

@@ -105,6 +105,15 @@ pub(crate) enum ObjectKind {
     Nvram,
 }
 
+/// Who keeps an object, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// A file or device that QEMU opens, at a path that the XML names.
+    Image,
+    /// A directory of swtpm's, where libvirt has it by the VM's UUID.
+    State,
+}
+
 impl ObjectKind {
     /// The name in messages, in JSON and in the keystore.
     pub(crate) fn as_str(self) -> &'static str {
@@ -115,14 +124,22 @@ impl ObjectKind {
         }
     }
 
-    /// Whether the first start of its VM makes it: until then none has to be there.
-    pub(crate) fn is_made_at_first_start(self) -> bool {
-        self == Self::Vtpm
+    /// What follows from its form is asked of it here, so that nobody else has to know the kinds.
+    pub(crate) fn form(self) -> Form {
+        match self {
+            Self::Disk | Self::Nvram => Form::Image,
+            Self::Vtpm => Form::State,
+        }
     }
 
-    /// Whether its place is a path that is written down; the others are where libvirt has them, by the VM's UUID.
+    /// Whether the first start of its VM makes it: until then none has to be there.
+    pub(crate) fn is_made_at_first_start(self) -> bool {
+        self.form() == Form::State
+    }
+
+    /// Whether its place is a path that is written down.
     pub(crate) fn is_kept_by_path(self) -> bool {
-        self != Self::Vtpm
+        self.form() == Form::Image
     }
 
     /// Its byte in what is hashed: never to be changed.

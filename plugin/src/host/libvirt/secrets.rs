@@ -10,7 +10,7 @@ use super::link::Link;
 use super::probe::Probe;
 use super::{LibvirtError, absent_is};
 use crate::domain::parse_document;
-use crate::model::envelope::{EnvelopeId, ObjectKind};
+use crate::model::envelope::{EnvelopeId, Form, ObjectKind};
 use crate::secret::Passphrase;
 
 /// A DEK on its way to libvirt.
@@ -141,11 +141,9 @@ fn define(connection: &Connect, secret: &Arming) -> Result<(), virt::error::Erro
 
 fn secret_xml(secret: &Arming) -> String {
     let usage = format!("{USAGE_PREFIX}{}", secret.envelope);
-    let usage = match secret.kind {
-        ObjectKind::Disk | ObjectKind::Nvram => {
-            format!("<usage type='volume'><volume>{usage}</volume></usage>")
-        }
-        ObjectKind::Vtpm => format!("<usage type='vtpm'><name>{usage}</name></usage>"),
+    let usage = match secret.kind.form() {
+        Form::Image => format!("<usage type='volume'><volume>{usage}</volume></usage>"),
+        Form::State => format!("<usage type='vtpm'><name>{usage}</name></usage>"),
     };
     format!(
         "<secret ephemeral='yes' private='yes'><uuid>{}</uuid><description>{}</description>{usage}</secret>",

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::known::{HasRun, is_defined, known_disk, named_envelope, of_another};
+use super::known::{is_defined, known_disk, named_envelope, of_another};
 use super::loss::{Loss, Way};
 use super::others::OtherUses;
 use super::{Host, declared};
@@ -16,6 +16,7 @@ use crate::model::problem::Problem;
 use crate::object::disk::{Data, VolumeInfo};
 use crate::store::EnvelopeState;
 use crate::terminal::word;
+use crate::vm::has_run::HasRun;
 use crate::vm::side_doors;
 use crate::vm::whose::Whose;
 

@@ -7,46 +7,8 @@ use crate::domain::{Domain, Metadata};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::Problem;
-use crate::object::Present;
-use crate::object::vtpm::StateDir;
 use crate::store::{EnvelopeRecord, EnvelopeState};
 use crate::vm::whose::own_objects;
-
-/// Whether a VM is known to have run since it was sealed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum HasRun {
-    Yes,
-    /// Its vTPM is sealed, and neither its envelope nor its state tells of a run.
-    No,
-    NotKnown,
-}
-
-impl HasRun {
-    pub(super) fn of(host: &Host<'_>, vm: VmId) -> Result<Self, Problem> {
-        let vtpms = known(host, vm, ObjectKind::Vtpm)?;
-        let seen = host.keystore.vtpm_was_seen(vm)?;
-        let state = StateDir::of(vm, &host.swtpm_dir).inspect();
-        Ok(Self::by(
-            vtpms.iter().map(|record| &record.envelope),
-            seen,
-            state.ok(),
-        ))
-    }
-
-    /// By the envelopes of the vTPM, the note of the keystore, and the state that swtpm makes at the first start.
-    fn by<'e>(vtpms: impl Iterator<Item = &'e Envelope>, seen: bool, state: Option<Present>) -> Self {
-        let vtpms: Vec<_> = vtpms.collect();
-        let is_encrypted = matches!(state, Some(Present::Encrypted(_)));
-        if seen || vtpms.iter().any(|envelope| envelope.seen) || is_encrypted && !vtpms.is_empty() {
-            return Self::Yes;
-        }
-        let tell = !vtpms.is_empty() && vtpms.iter().all(|envelope| envelope.format() == Envelope::FORMAT);
-        match state {
-            Some(Present::Absent) if tell => Self::No,
-            _ => Self::NotKnown,
-        }
-    }
-}
 
 /// What the keystore has of this kind for the VM: what is known to open something first, then the newest.
 pub(super) fn known(host: &Host<'_>, vm: VmId, kind: ObjectKind) -> Result<Vec<EnvelopeRecord>, Problem> {
@@ -116,38 +78,4 @@ pub(super) fn of_another(host: &Host<'_>, domain: &Domain, other: VmId) -> Advic
 
 pub(super) fn is_defined(host: &Host<'_>, vm: VmId) -> bool {
     host.kept.iter().any(|kept| kept.vm == vm)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::envelope::fixture;
-    use crate::object::disk::ImageCopy;
-
-    #[test]
-    fn that_a_vm_never_ran_is_known_by_its_vtpm_alone() {
-        let unused = fixture::envelope(VmId::random()).into_envelope();
-        let mut used = unused.clone();
-        used.seen = true;
-        let by = |vtpms: &[Envelope], seen, state| HasRun::by(vtpms.iter(), seen, state);
-        let encrypted = || Some(Present::Encrypted(ImageCopy::None));
-        assert_eq!(
-            by(std::slice::from_ref(&unused), false, Some(Present::Absent)),
-            HasRun::No
-        );
-        assert_eq!(
-            by(std::slice::from_ref(&used), false, Some(Present::Absent)),
-            HasRun::Yes
-        );
-        assert_eq!(
-            by(std::slice::from_ref(&unused), true, Some(Present::Absent)),
-            HasRun::Yes
-        );
-        // It was made, and nobody came to write that down.
-        assert_eq!(by(std::slice::from_ref(&unused), false, encrypted()), HasRun::Yes);
-        for state in [None, Some(Present::Plain)] {
-            assert_eq!(by(std::slice::from_ref(&unused), false, state), HasRun::NotKnown);
-        }
-        assert_eq!(by(&[], false, Some(Present::Absent)), HasRun::NotKnown);
-    }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::Host;
 use super::firmware;
-use super::known::{HasRun, is_settled, named_envelope};
+use super::known::{is_settled, named_envelope};
 use super::loss::{Loss, Way};
 use super::others::OtherUses;
 use super::take_back::{self, KnownStore, StoreDecision, StoreFile};
@@ -20,6 +20,7 @@ use crate::object::nvram;
 use crate::store::EnvelopeState;
 use crate::terminal::word;
 use crate::vm::accepted_losses::AcceptedLosses;
+use crate::vm::has_run::HasRun;
 
 #[derive(Debug)]
 pub(super) enum NvramStep {

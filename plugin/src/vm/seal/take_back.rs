@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Host;
-use super::known::{HasRun, known, of_another};
+use super::known::{known, of_another};
 use crate::domain::Domain;
 use crate::host::libvirt::DefinedDomain;
 use crate::model::advice::Advice;
@@ -16,6 +16,7 @@ use crate::object::disk::{self, VolumeError};
 use crate::secret::Passphrase;
 use crate::store::EnvelopeState;
 use crate::terminal::word;
+use crate::vm::has_run::HasRun;
 use crate::vm::host::passphrase;
 use crate::vm::start::adoption::{believe, not_believed};
 

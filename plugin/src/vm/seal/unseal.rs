@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use super::known::HasRun;
 use super::plan::{parse, refuse_unless_off};
 use super::replaced::{Ready, Replaced};
 use super::store::{is_content_of, permit_template};
@@ -19,6 +18,7 @@ use crate::model::subject::Subject;
 use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
 use crate::object::{self, nvram};
 use crate::store::EnvelopeRecord;
+use crate::vm::has_run::HasRun;
 
 #[derive(Debug)]
 pub(crate) struct UnsealPlan {

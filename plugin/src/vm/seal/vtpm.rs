@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::known::{self, HasRun, is_settled, named_envelope};
+use super::known::{self, is_settled, named_envelope};
 use super::loss::{Loss, Way};
 use super::object::Leftover;
 use super::take_back::{adopt, first_that_opens};
@@ -21,6 +21,7 @@ use crate::terminal::word;
 use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::forget::{Dropped, keep_aside};
 use crate::vm::forgotten::Said;
+use crate::vm::has_run::HasRun;
 
 #[derive(Debug)]
 pub(super) enum VtpmStep {

@@ -14,7 +14,6 @@ use crate::model::advice::Advice;
 use crate::model::envelope::{KekId, ObjectKind, ProviderId};
 use crate::model::problem::{Problem, chain};
 use crate::object::nvram;
-use crate::object::vtpm::StateDir;
 use crate::object::{Located, Shredded, Shredding};
 use crate::provider::ProviderError;
 use crate::secret::Passphrase;
@@ -215,10 +214,10 @@ fn shred_object(
     consent: Consent,
 ) -> Result<Vec<ReceiptLine>, Problem> {
     let shred = |place: Place| {
-        let usual = || StateDir::of(doomed.vm, &host.swtpm_dir).path().to_owned();
-        let path = place.file.clone().unwrap_or_else(usual);
-        let what = format!("the {} {}", of.kind, path.display());
-        let Some(object) = place.object? else {
+        let object = place.object?;
+        let path = place.file.as_deref().or(object.as_ref().map(Located::path));
+        let what = format!("the {} {}", of.kind, path.unwrap_or(Path::new("")).display());
+        let Some(object) = object else {
             return Ok(line(&what, false, "there is none"));
         };
         if place.file.is_some_and(|file| doomed.leaves_alone(&file, consent)) {

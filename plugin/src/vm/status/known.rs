@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::damaged;
-use super::standing::{Found, Owner, Used};
+use super::standing::{Found, Owner};
 use crate::api::VmAutostart;
 use crate::config::Policies;
 use crate::domain::{Domain, Object, ObjectState, Policy};
@@ -17,6 +17,7 @@ use crate::model::finding::{Finding, Subject};
 use crate::object::Inspected;
 use crate::recipients::Outlook;
 use crate::store::{Autostart, EnvelopeRecord, EnvelopeState, Rows, VmRecord};
+use crate::vm::has_run::HasRun;
 use crate::vm::names::{ProviderNames, VmNames};
 use crate::vm::start::Kept;
 use crate::vm::whose::Whose;
@@ -280,22 +281,10 @@ impl Known {
         record.map(|record| &record.envelope)
     }
 
-    /// Only an envelope of format 2, which the keystore has, tells that a vTPM was not used.
-    pub(super) fn used(&self, vm: VmId) -> Used {
+    pub(super) fn has_run(&self, vm: VmId) -> HasRun {
         let noted = self.vms.get(&vm).is_some_and(|record| record.vtpm_seen);
-        let vtpms = || {
-            let envelopes = self.records_of(vm).map(|record| &record.envelope);
-            envelopes.filter(|envelope| envelope.kind.is_made_at_first_start())
-        };
-        if noted || vtpms().any(|envelope| envelope.seen) {
-            return Used::Yes;
-        }
-        let tells = |envelope: &Envelope| envelope.format() == Envelope::FORMAT;
-        if vtpms().next().is_some() && vtpms().all(tells) {
-            Used::No
-        } else {
-            Used::NotKnown
-        }
+        let envelopes: Vec<_> = self.records_of(vm).map(|record| &record.envelope).collect();
+        HasRun::by_records(&envelopes, noted)
     }
 }
 

@@ -4,6 +4,7 @@
 use crate::api::ObjectStanding;
 use crate::domain::ObjectState;
 use crate::model::envelope::{EnvelopeId, ObjectKind, VmId};
+use crate::vm::has_run::HasRun;
 
 /// What is at an object's place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,14 +19,6 @@ pub(super) enum Found {
     NotPermitted(String),
     /// On the network, or not looked at.
     OutOfSight,
-}
-
-/// Whether a vTPM's guest has used it since it was sealed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Used {
-    Yes,
-    No,
-    NotKnown,
 }
 
 /// Whose an envelope is.
@@ -45,8 +38,8 @@ pub(super) struct Facts<'a> {
     pub(super) found: Found,
     /// Of the envelope that the XML names; else of the one that is at its place, in the file or by the keystore.
     pub(super) owner: Option<Owner>,
-    /// Only for a vTPM.
-    pub(super) used: Used,
+    /// Its VM.
+    pub(super) has_run: HasRun,
 }
 
 /// How an object stands, and what there is to say of that.
@@ -75,7 +68,7 @@ impl Facts<'_> {
             (Found::Nothing, Some(Owner::This)) if !self.kind.is_made_at_first_start() => {
                 ObjectStanding::FileMissing
             }
-            (Found::Nothing, Some(Owner::This)) if self.used == Used::Yes => ObjectStanding::StateGone,
+            (Found::Nothing, Some(Owner::This)) if self.has_run == HasRun::Yes => ObjectStanding::StateGone,
             _ => ObjectStanding::Plain,
         };
         (state, None)
@@ -88,10 +81,10 @@ impl Facts<'_> {
             Some(Owner::This) => {}
         }
         let state = match (self.found, self.kind) {
-            (Found::Nothing, kind) if kind.is_made_at_first_start() => match self.used {
-                Used::Yes => ObjectStanding::StateGone,
-                Used::No => ObjectStanding::NotUsedYet,
-                Used::NotKnown => ObjectStanding::NoState,
+            (Found::Nothing, kind) if kind.is_made_at_first_start() => match self.has_run {
+                HasRun::Yes => ObjectStanding::StateGone,
+                HasRun::No => ObjectStanding::NotUsedYet,
+                HasRun::NotKnown => ObjectStanding::NoState,
             },
             (Found::Nothing, _) => ObjectStanding::FileMissing,
             (Found::Plain, _) => ObjectStanding::PlainInside,
@@ -118,7 +111,7 @@ mod tests {
 
     use super::*;
 
-    fn any_facts() -> impl Strategy<Value = (ObjectKind, ObjectState, Found, Option<Owner>, Used)> {
+    fn any_facts() -> impl Strategy<Value = (ObjectKind, ObjectState, Found, Option<Owner>, HasRun)> {
         let id = || (0..3u128).prop_map(|n| EnvelopeId(uuid::Uuid::from_u128(n)));
         let vm = || (0..3u128).prop_map(|n| VmId(uuid::Uuid::from_u128(n)));
         let xml = prop_oneof![
@@ -140,17 +133,17 @@ mod tests {
             xml,
             found,
             prop::option::of(owner),
-            prop::sample::select(vec![Used::Yes, Used::No, Used::NotKnown]),
+            prop::sample::select(vec![HasRun::Yes, HasRun::No, HasRun::NotKnown]),
         )
     }
 
     proptest! {
         #[test]
-        fn what_is_plain_or_gone_is_never_called_sealed((kind, xml, found, owner, used) in any_facts()) {
-            let (standing, _) = Facts { kind, xml: &xml, found: found.clone(), owner, used }.standing();
+        fn what_is_plain_or_gone_is_never_called_sealed((kind, xml, found, owner, has_run) in any_facts()) {
+            let (standing, _) = Facts { kind, xml: &xml, found: found.clone(), owner, has_run }.standing();
             if is_sealed(standing) {
                 // Not even a vTPM that swtpm will make is called sealed where a plain one lies, or where there was one.
-                let will_be_made = kind == ObjectKind::Vtpm && found == Found::Nothing && used == Used::No;
+                let will_be_made = kind == ObjectKind::Vtpm && found == Found::Nothing && has_run == HasRun::No;
                 prop_assert!(will_be_made || matches!(found, Found::Encrypted(_) | Found::OutOfSight));
                 prop_assert_eq!(owner, Some(Owner::This));
             }
@@ -168,7 +161,7 @@ mod tests {
             xml,
             found,
             owner,
-            used: Used::NotKnown,
+            has_run: HasRun::NotKnown,
         }
     }
 
@@ -224,15 +217,15 @@ mod tests {
     #[test]
     fn a_vtpm_is_called_unused_only_when_that_is_known() {
         let named = ObjectState::Sealed(EnvelopeId::random());
-        let vtpm = |xml, used| {
+        let vtpm = |xml, has_run| {
             let found = facts(ObjectKind::Vtpm, xml, Found::Nothing, Some(Owner::This));
-            Facts { used, ..found }.standing().0
+            Facts { has_run, ..found }.standing().0
         };
-        assert_eq!(vtpm(&named, Used::No), ObjectStanding::NotUsedYet);
-        assert_eq!(vtpm(&named, Used::Yes), ObjectStanding::StateGone);
-        assert_eq!(vtpm(&named, Used::NotKnown), ObjectStanding::NoState);
-        assert_eq!(vtpm(&ObjectState::Plain, Used::Yes), ObjectStanding::StateGone);
-        assert_eq!(vtpm(&ObjectState::Plain, Used::NotKnown), ObjectStanding::Plain);
+        assert_eq!(vtpm(&named, HasRun::No), ObjectStanding::NotUsedYet);
+        assert_eq!(vtpm(&named, HasRun::Yes), ObjectStanding::StateGone);
+        assert_eq!(vtpm(&named, HasRun::NotKnown), ObjectStanding::NoState);
+        assert_eq!(vtpm(&ObjectState::Plain, HasRun::Yes), ObjectStanding::StateGone);
+        assert_eq!(vtpm(&ObjectState::Plain, HasRun::NotKnown), ObjectStanding::Plain);
         assert_eq!(
             facts(
                 ObjectKind::Vtpm,

@@ -2,11 +2,12 @@
 
 use super::known::Known;
 use super::look::SeenObject;
-use super::standing::{Found, Used};
+use super::standing::Found;
 use crate::api::{ObjectStanding, StartView};
 use crate::domain::{Domain, ObjectRef, ObjectState};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
+use crate::vm::has_run::HasRun;
 use crate::vm::start::outlook::{Obstacle, foresee};
 
 /// Of a VM that libvirt has. `standings` are those of its objects.
@@ -25,7 +26,7 @@ pub(super) fn of(
         let seen = seen.iter().find(|seen| seen.object.label == object.label)?;
         let is_to_be_made = seen.found == Found::Nothing
             && object.kind.is_made_at_first_start()
-            && known.used(domain.uuid) != Used::Yes;
+            && known.has_run(domain.uuid) != HasRun::Yes;
         seen.obstacle.clone().filter(|_| !is_to_be_made)
     };
     match foresee(

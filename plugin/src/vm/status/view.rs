@@ -209,7 +209,7 @@ fn standing(
         xml: &seen.object.state,
         found: seen.found.clone(),
         owner: known::owner(kept, in_xml, domain.uuid).or_else(by_image),
-        used: known.used(domain.uuid),
+        has_run: known.has_run(domain.uuid),
     };
     match facts.standing() {
         (ObjectStanding::EnvelopeMissing, _) if domain.metadata.is_none() => (ObjectStanding::NotOurs, None),
