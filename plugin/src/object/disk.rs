@@ -43,15 +43,15 @@ mod sandbox;
 mod size;
 pub(super) mod staging;
 
+pub(crate) use crate::model::image_format::Format;
 pub(crate) use chain::{Layer, known_layers};
 pub(crate) use check::{Structure, check};
 pub(crate) use create::{Backing, CreateRequest, create, create_from, prepare_over, source_size};
 #[cfg(test)]
-pub(crate) use create::{Created, create_from_watched, create_over_watched};
+pub(crate) use create::{create_from_watched, create_watched, prepare_over_watched};
 pub(crate) use declared::{Declaration, inspect_declared};
 pub(crate) use error::VolumeError;
 pub(crate) use file_id::FileId;
-pub(crate) use crate::model::image_format::Format;
 pub(crate) use info::{ImageCopy, VolumeInfo};
 pub(crate) use lock::ImageLock;
 pub(crate) use luks::{KeyslotInfo, LuksInfo};

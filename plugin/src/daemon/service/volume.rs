@@ -177,7 +177,7 @@ fn make_empty(daemon: &Daemon, request: &VolumeRequest) -> Result<(EnvelopeId, B
     if made.is_err() {
         take_back(daemon, &object.envelope, &create.path, left_by(object.is_new));
     }
-    Ok((object.envelope.id, made?.size))
+    Ok((object.envelope.id, made?))
 }
 
 /// What can be refused is refused here, before there is a job.

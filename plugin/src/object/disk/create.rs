@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use super::chain::local_file_name;
 use super::convert::{self, Source};
 use super::error::{Attempt, VolumeError};
-use crate::model::image_format::Format;
 use super::lock::ImageLock;
 use super::luks;
 use super::open::Image;
@@ -25,6 +24,7 @@ use crate::domain::DeclaredFormat;
 use crate::host::permitted::PermittedPath;
 use crate::model::digest::Digest;
 use crate::model::envelope::Envelope;
+use crate::model::image_format::Format;
 use crate::secret::Passphrase;
 
 /// The image that a new one is an overlay of.
@@ -65,16 +65,7 @@ impl CreateRequest {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Created {
-    pub path: PathBuf,
-    /// Size of the guest's disk.
-    pub size: Bytes,
-    /// As [`header_digest`](super::header_digest) gives it; the header has just been opened with the passphrase.
-    pub header_digest: [u8; 32],
-}
-
-/// Makes an empty image that `passphrase` opens and that carries `envelope`.
+/// Makes an empty image that `passphrase` opens and that carries `envelope`; the size of the guest's disk.
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was created then, except when only the last fsync of the directory failed.
@@ -82,8 +73,26 @@ pub(crate) fn create(
     request: &CreateRequest,
     envelope: &Envelope,
     passphrase: &Passphrase,
-) -> Result<Created, VolumeError> {
-    create_over_watched(None, request, envelope, passphrase, |_| {})
+) -> Result<Bytes, VolumeError> {
+    create_watched(request, envelope, passphrase, |_| {})
+}
+
+/// [`create`], telling `watch` of every step: for tests that stop there.
+pub(crate) fn create_watched(
+    request: &CreateRequest,
+    envelope: &Envelope,
+    passphrase: &Passphrase,
+    mut watch: impl FnMut(Step),
+) -> Result<Bytes, VolumeError> {
+    let size = match (request.size, &request.backing) {
+        (Some(size), _) => size,
+        (None, Some(backing)) => open_backing(request, backing)?.virtual_size(),
+        (None, None) => return Err(VolumeError::SizeMissing(request.path.clone())),
+    };
+    let making = Making::new(None, request, size, envelope, passphrase)?;
+    let size = making.size;
+    making.make(|_| Ok(()), &mut watch)?.publish_watched(&mut watch)?;
+    Ok(size)
 }
 
 /// As [`create`], in the place of the empty image `replaced`, whose owner and mode the new one gets; up to the moment before the
@@ -97,30 +106,21 @@ pub(crate) fn prepare_over(
     envelope: &Envelope,
     passphrase: &Passphrase,
 ) -> Result<Prepared, VolumeError> {
-    let size = request
-        .size
-        .ok_or_else(|| VolumeError::SizeMissing(request.path.clone()))?;
-    let making = Making::new(Some(&replaced), request, size, envelope, passphrase)?;
-    let (staged, _) = making.make(|_| Ok(()), &mut |_| {})?;
-    making.check_target()?;
-    Ok(Prepared::new(staged, Some(replaced)))
+    prepare_over_watched(replaced, request, envelope, passphrase, |_| {})
 }
 
-/// [`create`], or what [`prepare_over`] prepares with its name, telling `watch` of every step: for tests that stop there.
-pub(crate) fn create_over_watched(
-    replaced: Option<&ImageLock>,
+/// [`prepare_over`], telling `watch` of every step: for tests that stop there.
+pub(crate) fn prepare_over_watched(
+    replaced: ImageLock,
     request: &CreateRequest,
     envelope: &Envelope,
     passphrase: &Passphrase,
     mut watch: impl FnMut(Step),
-) -> Result<Created, VolumeError> {
-    let size = match (request.size, &request.backing) {
-        (Some(size), _) => size,
-        (None, Some(backing)) => open_backing(request, backing)?.virtual_size(),
-        (None, None) => return Err(VolumeError::SizeMissing(request.path.clone())),
-    };
-    let making = Making::new(replaced, request, size, envelope, passphrase)?;
-    making.run(|_| Ok(()), &mut watch)
+) -> Result<Prepared, VolumeError> {
+    let size = request
+        .size
+        .ok_or_else(|| VolumeError::SizeMissing(request.path.clone()))?;
+    Making::new(Some(replaced), request, size, envelope, passphrase)?.make(|_| Ok(()), &mut watch)
 }
 
 /// Makes an image and fills it with the data of `source` (raw or qcow2) through `qemu-img convert`. `progress`
@@ -134,7 +134,7 @@ pub(crate) fn create_from(
     envelope: &Envelope,
     passphrase: &Passphrase,
     progress: impl FnMut(Heard) -> ControlFlow<()>,
-) -> Result<Created, VolumeError> {
+) -> Result<(), VolumeError> {
     create_from_watched(request, source, envelope, passphrase, progress, |_| {})
 }
 
@@ -146,7 +146,7 @@ pub(crate) fn create_from_watched(
     passphrase: &Passphrase,
     mut progress: impl FnMut(Heard) -> ControlFlow<()>,
     mut watch: impl FnMut(Step),
-) -> Result<Created, VolumeError> {
+) -> Result<(), VolumeError> {
     let (mut source, mut size) = open_source(request, source)?;
     if let Some(expected) = &request.source_digest {
         let target = named_by_root(&request.path)?;
@@ -154,10 +154,9 @@ pub(crate) fn create_from_watched(
         size = size_over(request, &source)?;
     }
     let making = Making::new(None, request, size, envelope, passphrase)?;
-    making.run(
-        |staged| convert::fill(&source, staged, passphrase, &request.path, progress),
-        &mut watch,
-    )
+    let fill = |staged: &Staged| convert::fill(&source, staged, passphrase, &request.path, progress);
+    making.make(fill, &mut watch)?.publish_watched(&mut watch)?;
+    Ok(())
 }
 
 /// How much [`create_from`] would copy.
@@ -196,7 +195,7 @@ fn size_over(request: &CreateRequest, source: &Source) -> Result<Bytes, VolumeEr
 }
 
 struct Making<'a> {
-    replaced: Option<&'a ImageLock>,
+    replaced: Option<ImageLock>,
     place: PermittedPath,
     request: &'a CreateRequest,
     size: Bytes,
@@ -207,7 +206,7 @@ struct Making<'a> {
 
 impl<'a> Making<'a> {
     fn new(
-        replaced: Option<&'a ImageLock>,
+        replaced: Option<ImageLock>,
         request: &'a CreateRequest,
         size: Bytes,
         envelope: &'a Envelope,
@@ -228,7 +227,7 @@ impl<'a> Making<'a> {
         let blueprint = parts
             .blueprint()
             .map_err(|error| impossible(error, request, size))?;
-        let place = match replaced {
+        let place = match &replaced {
             Some(held) => held.place().clone(),
             None => PermittedPath::named_by_root(&request.path).attempt("reach", &request.path)?,
         };
@@ -243,30 +242,12 @@ impl<'a> Making<'a> {
         })
     }
 
-    fn run(
+    /// All but its name.
+    fn make(
         self,
         fill: impl FnOnce(&Staged) -> Result<(), VolumeError>,
         watch: &mut dyn FnMut(Step),
-    ) -> Result<Created, VolumeError> {
-        let (staged, header_digest) = self.make(fill, watch)?;
-        self.check_target()?;
-        let published = staged.publish(self.replaced.map(ImageLock::id))?;
-        watch(Step::Published);
-        published.sync()?;
-        watch(Step::Durable);
-        Ok(Created {
-            path: self.request.path.clone(),
-            size: self.size,
-            header_digest,
-        })
-    }
-
-    /// All but its name, and its header's digest.
-    fn make(
-        &self,
-        fill: impl FnOnce(&Staged) -> Result<(), VolumeError>,
-        watch: &mut dyn FnMut(Step),
-    ) -> Result<(Staged, [u8; 32]), VolumeError> {
+    ) -> Result<Prepared, VolumeError> {
         self.check_target()?;
         let staged = Staged::beside(&self.place)?;
         watch(Step::Staged);
@@ -274,19 +255,20 @@ impl<'a> Making<'a> {
         watch(Step::Written);
         fill(&staged)?;
         watch(Step::Filled);
-        if let Some(held) = self.replaced {
+        if let Some(held) = &self.replaced {
             staged.take_after(held)?;
         }
         staged.sync()?;
         watch(Step::Synced);
-        let header_digest = self.verify(&staged)?;
+        self.verify(&staged)?;
         watch(Step::Verified);
-        Ok((staged, header_digest))
+        self.check_target()?;
+        Ok(Prepared::new(staged, self.replaced))
     }
 
     /// The name is free, or taken by the file to be replaced, which holds nothing.
     fn check_target(&self) -> Result<(), VolumeError> {
-        match self.replaced {
+        match &self.replaced {
             None if self.place.exists() => Err(VolumeError::Exists(self.request.path.clone())),
             None => Ok(()),
             Some(held) => refuse_data(held),
@@ -302,7 +284,7 @@ impl<'a> Making<'a> {
     }
 
     /// Opens it as anyone would, and finds all that was put in.
-    fn verify(&self, staged: &Staged) -> Result<[u8; 32], VolumeError> {
+    fn verify(&self, staged: &Staged) -> Result<(), VolumeError> {
         let image = Image::from_file(staged.reopen()?, &self.request.path, None)?;
         image.unlock(self.passphrase)?;
         let complete = image.format()? == Format::Qcow2Luks1
@@ -315,7 +297,7 @@ impl<'a> Making<'a> {
                 "nothing was created; check the file system and the disk below it",
             ));
         }
-        image.header_digest()
+        Ok(())
     }
 }
 

@@ -74,10 +74,13 @@ fn carry_out(order: &str) -> ! {
         "from" => {
             disk::create_from_watched(&request, &source, &envelope, &passphrase, go_on, die_there).err()
         }
-        _ => {
-            let held = target.exists().then(|| ImageLock::open(&place(&target)).unwrap());
-            disk::create_over_watched(held.as_ref(), &request, &envelope, &passphrase, die_there).err()
+        "replace" => {
+            let held = ImageLock::open(&place(&target)).unwrap();
+            disk::prepare_over_watched(held, &request, &envelope, &passphrase, die_there)
+                .and_then(|prepared| prepared.publish_watched(die_there))
+                .err()
         }
+        _ => disk::create_watched(&request, &envelope, &passphrase, die_there).err(),
     };
     panic!("still alive: {failed:?}");
 }

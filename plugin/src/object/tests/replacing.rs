@@ -15,12 +15,12 @@ fn an_empty_image_is_replaced_and_keeps_its_owner_and_mode() {
 
     let inspected = bench.inspect("disk").file_id;
     let held = ImageLock::unchanged(&bench.place("disk"), inspected).unwrap();
-    bench.create_over(&held, &request).unwrap();
+    let held = bench.create_over(held, &request).unwrap();
     bench.verify("disk").unwrap();
     let found = fs::metadata(bench.path("disk")).unwrap();
     assert_eq!((found.mode() & 0o777, found.uid(), found.gid()), (0o640, 12, 34));
     assert!(matches!(
-        bench.create_over(&held, &request),
+        bench.create_over(held, &request),
         Err(VolumeError::Changed(_))
     ));
     assert!(matches!(
@@ -58,7 +58,7 @@ fn a_qemu_that_opened_the_old_image_before_gets_no_lock_on_it_after() {
     // As a start that is a moment late: the file is open, its locks are not yet taken.
     let opened = fs::File::open(bench.path("disk")).unwrap();
     let held = ImageLock::open(&bench.place("disk")).unwrap();
-    bench.create_over(&held, &bench.request("disk", 1 << 30)).unwrap();
+    let held = bench.create_over(held, &bench.request("disk", 1 << 30)).unwrap();
     let late = || {
         use std::os::fd::AsRawFd;
         let link = format!("/proc/{}/fd/{}", std::process::id(), opened.as_raw_fd());
@@ -80,7 +80,7 @@ fn an_image_with_data_is_not_replaced() {
     bench.must("qemu-img", &["create", "-q", "-f", "qcow2", "disk", "1G"]);
     bench.must("qemu-io", &["-f", "qcow2", "-c", "write 0 512", "disk"]);
     let held = ImageLock::open(&bench.place("disk")).unwrap();
-    let outcome = bench.create_over(&held, &bench.request("disk", 1 << 30));
+    let outcome = bench.create_over(held, &bench.request("disk", 1 << 30));
     assert!(matches!(outcome, Err(VolumeError::HoldsData(_))));
 }
 
