@@ -58,7 +58,7 @@ pub(crate) trait KeyProvider: Any + Send + Sync {
     /// on this host has nobody to ask.
     fn probe(&self) {}
 
-    /// When it wants to be probed again at the latest, whatever the pace of the others: a token is renewed in time.
+    /// When it wants to be probed again at the latest, whatever the pace of the others: a token is renewed in time, or may be taken out.
     fn probe_within(&self) -> Option<Duration> {
         None
     }

@@ -284,7 +284,7 @@ pub(crate) mod pkcs11 {
 
     /// The most time for one call, less than [`super::start::PROVIDER`]: this one's message says more.
     pub(crate) const CALL: Duration = millis(4500);
-    /// How often the tokens of unlocked providers are looked at while nobody asks for anything.
+    /// How long a token is not looked at, whatever the pace of other providers: it may be taken out at any time.
     pub(crate) const PROBE: Duration = secs(30);
     /// How often a module is initialized anew for a missing token while it serves other tokens.
     pub(crate) const RESET: Duration = secs(30);

@@ -44,7 +44,7 @@ use super::{
     ScopeSetting, SettingsChange,
 };
 use crate::api::CredentialKind;
-use crate::model::deadlines::pkcs11::CALL;
+use crate::model::deadlines::pkcs11::{CALL, PROBE};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
 use crate::secret::SecretBytes;
 use crate::store::{KekNames, ProviderRecord, ProviderTable, StoreError};
@@ -210,6 +210,10 @@ impl KeyProvider for Pkcs11Provider {
     fn probe(&self) {
         // What it comes to is noted for `status`.
         let _ = self.link.get().call(|token| token.check());
+    }
+
+    fn probe_within(&self) -> Option<Duration> {
+        Some(PROBE)
     }
 
     fn last_answer(&self) -> Option<SystemTime> {

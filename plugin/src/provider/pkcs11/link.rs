@@ -117,9 +117,8 @@ impl Link {
         let copy = Arc::new(copy);
         let done = self.log_in(&copy, since);
         self.login.note(done.as_ref().err());
-        if done.as_ref().is_err_and(TokenError::is_absence) && self.login.hold(&copy, since) {
-            let login = Arc::clone(&self.login);
-            self.module.post(move |worker| worker.watch(&login));
+        if done.as_ref().is_err_and(TokenError::is_absence) {
+            self.login.hold(&copy, since);
         }
         Ok(done?)
     }
@@ -161,16 +160,6 @@ impl Link {
     #[cfg(test)]
     pub(super) fn allow_reset(&self) {
         self.module.post(super::module::Worker::allow_reset);
-    }
-
-    #[cfg(test)]
-    pub(super) fn probe(&self) {
-        self.module
-            .call(self.deadline, |worker| {
-                worker.probe();
-                Ok(())
-            })
-            .expect("the module answers");
     }
 }
 

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
@@ -20,7 +20,7 @@ use super::error::TokenError;
 use super::login::{Login, LoginNumber};
 use super::settings::Pkcs11Settings;
 use super::token::Token;
-use crate::model::deadlines::pkcs11::{LAST_CALLS, LAST_CALLS_LOOK, PROBE, RESET};
+use crate::model::deadlines::pkcs11::{LAST_CALLS, LAST_CALLS_LOOK, RESET};
 use crate::provider::{PinRefusal, ProviderError};
 use crate::secret::SecretBytes;
 
@@ -77,7 +77,6 @@ impl Module {
             context: None,
             initialized: false,
             tokens: HashMap::new(),
-            logins: HashMap::new(),
             last_reset: None,
             refused: HashSet::new(),
             salt: SecretBytes::random(32).map_err(TokenError::Memory)?,
@@ -176,7 +175,6 @@ pub(super) struct Worker {
     context: Option<Pkcs11>,
     initialized: bool,
     tokens: HashMap<LoginNumber, Token>,
-    logins: HashMap<LoginNumber, Weak<Login>>,
     last_reset: Option<Instant>,
     /// Digests of PINs that a token refused. Never sent again: a token counts wrong PINs, and blocks itself.
     refused: HashSet<[u8; 32]>,
@@ -187,8 +185,7 @@ pub(super) struct Worker {
 impl Worker {
     fn serve(mut self, queue: &Receiver<Job>, busy: &Mutex<Option<Instant>>, gate: &Mutex<Gate>) {
         let mark = |at| *busy.lock().unwrap_or_else(PoisonError::into_inner) = at;
-        loop {
-            let job = queue.recv_timeout(PROBE);
+        while let Ok(job) = queue.recv() {
             let gate = gate.lock().unwrap_or_else(PoisonError::into_inner);
             if *gate == Gate::Closed {
                 // Not even its memory is given back: a session would be closed with it.
@@ -196,11 +193,8 @@ impl Worker {
                 return;
             }
             mark(Some(Instant::now()));
-            match job {
-                Ok(job) if job.expires.is_some_and(|end| end <= Instant::now()) => {}
-                Ok(job) => (job.run)(&mut self),
-                Err(RecvTimeoutError::Timeout) => self.probe(),
-                Err(RecvTimeoutError::Disconnected) => return,
+            if job.expires.is_none_or(|end| end > Instant::now()) {
+                (job.run)(&mut self);
             }
             mark(None);
         }
@@ -298,17 +292,10 @@ impl Worker {
     /// Keeps the session of `login`, logged in.
     pub(super) fn keep(&mut self, login: &Arc<Login>, token: Token) {
         self.tokens.insert(login.number, token);
-        self.watch(login);
-    }
-
-    /// From now on, looks at the token of `login` also when nobody asks for anything.
-    pub(super) fn watch(&mut self, login: &Arc<Login>) {
-        self.logins.insert(login.number, Arc::downgrade(login));
     }
 
     /// Logs out, and forgets the session.
     pub(super) fn close(&mut self, login: LoginNumber) {
-        self.logins.remove(&login);
         if let Some(token) = self.tokens.remove(&login) {
             token.logout();
         }
@@ -370,16 +357,6 @@ impl Worker {
             // A module that lost its device may refuse; then it refuses what follows as well, with a better reason.
             let _ = context.clone().finalize();
             self.initialized = self.initialize(context).is_ok();
-        }
-    }
-
-    /// Looks at the tokens of unlocked providers, and notes what is wrong or right again.
-    pub(super) fn probe(&mut self) {
-        self.logins.retain(|_, login| login.strong_count() > 0);
-        let logins: Vec<_> = self.logins.values().filter_map(Weak::upgrade).collect();
-        for login in logins {
-            let seen = self.with_token(&login, |token| token.check());
-            login.note(seen.as_ref().err());
         }
     }
 }

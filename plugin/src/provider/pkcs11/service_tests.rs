@@ -66,13 +66,13 @@ fn is_unreachable(provider: &Pkcs11Provider) -> bool {
     matches!(provider.status(), ProviderStatus::Unreachable(_))
 }
 
-/// Nobody asks for anything but the thread of the module, which looks by itself now and then.
+/// Nobody asks for anything but the watch, now and then.
 fn comes_back(provider: &Pkcs11Provider) {
     let began = Instant::now();
     while provider.status() != ProviderStatus::Ready {
         assert!(began.elapsed() < PATIENCE, "{}", provider.status());
         provider.link.get().allow_reset();
-        provider.link.get().probe();
+        provider.probe();
     }
 }
 

@@ -158,10 +158,10 @@ fn probe_notices_what_nobody_asked_for() {
         let host = Host::with(softhsm_settings(&label));
         let sealed = wrapped(host.pkcs11());
         let removed = Removed::take(&directory(), &label).unwrap();
-        host.pkcs11().link.get().probe();
+        host.pkcs11().probe();
         assert!(matches!(host.pkcs11().status(), ProviderStatus::Unreachable(_)));
         removed.put_back().unwrap();
-        host.pkcs11().link.get().probe();
+        host.pkcs11().probe();
         assert_eq!(host.pkcs11().status(), ProviderStatus::Ready);
         assert_opens(host.pkcs11(), &sealed);
     });
@@ -183,7 +183,7 @@ fn token_that_comes_after_its_pin_is_logged_in_to() {
         ));
         assert!(matches!(provider.status(), ProviderStatus::Unreachable(_)));
         removed.put_back().unwrap();
-        provider.link.get().probe();
+        provider.probe();
         assert_eq!(provider.status(), ProviderStatus::Ready);
         assert_opens(provider, &sealed);
     });
