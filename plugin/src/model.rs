@@ -2,6 +2,7 @@
 
 pub(crate) mod act;
 pub(crate) mod advice;
+pub(crate) mod backoff;
 pub(crate) mod cache_policy;
 pub(crate) mod deadlines;
 pub(crate) mod digest;

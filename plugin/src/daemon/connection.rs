@@ -6,9 +6,9 @@
 
 use super::Daemon;
 use crate::host::process::{self, LinkedCode};
+use crate::model::backoff::Backoff;
 use crate::model::deadlines::libvirt::{CHECK, RECONNECT};
 use crate::model::problem::chain;
-use crate::provider::toolbox::backoff::Backoff;
 
 const BACKOFF: Backoff = Backoff::new(RECONNECT.start, RECONNECT.end);
 

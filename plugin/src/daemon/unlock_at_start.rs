@@ -18,9 +18,9 @@ use super::service::tpm_credential::Tried;
 use super::service::{cache, provider, tpm};
 use crate::audit::Actor;
 use crate::host::process::LinkedCode;
+use crate::model::backoff::Backoff;
 use crate::model::deadlines::daemon::FIRST_UNLOCKS;
 use crate::model::deadlines::tpm::{AT_START, TRIES_AT_START};
-use crate::provider::toolbox::backoff::Backoff;
 
 /// Begins to unlock, and returns when each way was tried once, or after [`FIRST_UNLOCKS`].
 pub(super) async fn try_each(daemon: Arc<Daemon>, code: Arc<LinkedCode>) {

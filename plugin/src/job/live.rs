@@ -8,9 +8,12 @@ use tokio::sync::watch;
 
 use super::progress::{Meter, Pace};
 use super::runner::{Decision, PLACES, Standing};
+use crate::model::backoff::Backoff;
 use crate::model::deadlines::job::RETRY;
 use crate::model::job::JobId;
 use crate::store::JobRecord;
+
+const BACKOFF: Backoff = Backoff::new(RETRY.start, RETRY.end);
 
 /// What became of a job's time at work.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,13 +39,14 @@ struct State {
     is_woken: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Slot {
     at_work: bool,
     /// Not before; news end the waiting.
     pauses_until: Option<Instant>,
     waits_until: Option<Instant>,
-    patience: Duration,
+    /// How often in a row it has waited, and come no further.
+    waits: u32,
     /// Beyond what its row says.
     waits_for: Option<String>,
     /// When an admin has ended it.
@@ -53,23 +57,6 @@ struct Slot {
     meter: Meter,
     /// Counts changes, for those who watch.
     changes: watch::Sender<u64>,
-}
-
-impl Default for Slot {
-    fn default() -> Self {
-        Self {
-            at_work: false,
-            pauses_until: None,
-            waits_until: None,
-            patience: RETRY.start,
-            waits_for: None,
-            stopped: None,
-            has_begun: false,
-            moved: None,
-            meter: Meter::default(),
-            changes: watch::Sender::new(0),
-        }
-    }
 }
 
 impl Slot {
@@ -226,7 +213,7 @@ impl AtWork<'_> {
         if let Some(slot) = state.slots.get_mut(&self.id) {
             slot.meter.note(Instant::now(), done);
             slot.moved = Some(Instant::now());
-            slot.patience = RETRY.start;
+            slot.waits = 0;
             slot.changed();
         }
     }
@@ -274,8 +261,8 @@ impl AtWork<'_> {
                 Stint::Rests(time) => slot.pauses_until = Some(now + time),
                 Stint::Waits(why) => {
                     slot.waits_for = why;
-                    slot.patience = (slot.patience * 2).min(RETRY.end);
-                    slot.waits_until = Some(now + slot.patience);
+                    slot.waits += 1;
+                    slot.waits_until = Some(now + BACKOFF.pause(slot.waits));
                     slot.meter = Meter::default();
                 }
                 Stint::Ended => slot.moved = None,

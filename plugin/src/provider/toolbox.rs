@@ -1,7 +1,6 @@
 //! What more than one kind of provider is built with.
 
 pub(super) mod address;
-pub(crate) mod backoff;
 pub(crate) mod bound_credential;
 pub(super) mod certificate;
 mod certificate_request;

@@ -8,10 +8,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::api::{ProviderState, words};
+use crate::model::backoff::Backoff;
 use crate::model::deadlines::IDLE;
 use crate::model::deadlines::provider::PROBE_SOONEST;
 use crate::model::envelope::ProviderId;
-use crate::provider::toolbox::backoff::Backoff;
 use crate::provider::{KeyProvider, ProviderStatus};
 
 /// How a provider is, and has been.

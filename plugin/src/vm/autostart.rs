@@ -9,12 +9,12 @@ use std::time::Instant;
 
 use crate::host::boot::BootId;
 use crate::model::advice::Advice;
+use crate::model::backoff::Backoff;
 use crate::model::deadlines::autostart::{AGAIN, TRIES};
 use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::finding::{Finding, Subject};
 use crate::provider::ProviderStatus;
 use crate::provider::kind::Kind;
-use crate::provider::toolbox::backoff::Backoff;
 use crate::store::Autostart;
 
 /// What decides about one VM.

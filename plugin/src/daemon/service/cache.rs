@@ -14,8 +14,9 @@ use crate::daemon::{Daemon, records};
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{PcrList, Tpm, TpmError};
 use crate::model::advice::Advice;
+use crate::model::backoff::Backoff;
 use crate::model::cache_policy::CachePolicy;
-use crate::model::deadlines::tpm::AT_START;
+use crate::model::deadlines::tpm::{AT_START, TRIES_AT_START};
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
 use crate::provider::cache::{KekCache, persist};
@@ -164,8 +165,11 @@ pub(crate) fn check_disk_after_lock(known: &Provider) -> Result<(), Problem> {
 
 /// Tries again for a while: the TPM's driver may come later than this daemon, or others use the TPM first.
 fn load(provider: &KmipProvider, tpm: &Tpm, mut trying: Option<Trying>) {
-    let mut wait = AT_START.start;
-    while provider.wants_tpm() && wait <= AT_START.end {
+    const BACKOFF: Backoff = Backoff::new(AT_START.start, AT_START.end);
+    for failures in 1..=TRIES_AT_START {
+        if !provider.wants_tpm() {
+            return;
+        }
         let loaded = provider.load_cache(tpm);
         drop(trying.take());
         crate::host::process::trim();
@@ -181,8 +185,7 @@ fn load(provider: &KmipProvider, tpm: &Tpm, mut trying: Option<Trying>) {
         if !error.may_pass() {
             return;
         }
-        std::thread::sleep(wait);
-        wait *= 2;
+        std::thread::sleep(BACKOFF.pause(failures));
     }
 }
 
