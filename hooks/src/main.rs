@@ -39,7 +39,7 @@ use runtime_dir::RuntimeDir;
 use terminal::{one_line, word};
 use varlink::CallError;
 use vm::{Found, Plain, Vm};
-use watchdog::{Ended, Reins, guarded};
+use watchdog::{Ended, IfLate, Reins, guarded};
 
 /// What shows why virtseald does not answer, which works without it.
 const LOOK: &str = "systemctl status virtseald; journalctl -u virtseald";
@@ -109,8 +109,14 @@ fn prepare(name: &str) -> Result<(), String> {
     let vm = name.to_owned();
     match guarded(deadline, move |reins| judge(&vm, deadline, reins)) {
         Ended::Done(decided) => decided,
-        Ended::Late { refuse: false, .. } => Ok(()),
-        Ended::Late { refuse: true, length } => Err(format!(
+        Ended::Late {
+            then: IfLate::LetPass,
+            ..
+        } => Ok(()),
+        Ended::Late {
+            then: IfLate::Refuse,
+            length,
+        } => Err(format!(
             "{name} stays off: the hook came to no decision within {length:?}. Next: {LOOK}"
         )),
     }
@@ -122,12 +128,14 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     reins.set_length(conf.deadline);
     let index = Index::read(&conf.index);
     // While the XML is not known, it may be that of a sealed VM, or of a thief, if there is anything sealed.
-    reins.refuse_if_late(conf.require_sealed || !index.is_empty());
+    if !conf.require_sealed && index.is_empty() {
+        reins.if_late(IfLate::LetPass);
+    }
     let mut evidence = Evidence::against(&index);
     let input = vm::read_stdin(&deadline, |bytes| {
         evidence.feed(bytes);
         if evidence.has_namespace() {
-            reins.refuse_if_late(true);
+            reins.if_late(IfLate::Refuse);
         }
     });
     evidence.finish();
@@ -135,7 +143,7 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     if !may_be_ours && !conf.require_sealed {
         return Ok(());
     }
-    reins.refuse_if_late(true);
+    reins.if_late(IfLate::Refuse);
     if !input.whole {
         return Err(format!(
             "{name} stays off: its XML did not come whole within {:?}. Next: virsh start {}",
@@ -194,10 +202,16 @@ enum Next {
     ByVirtseald(String),
 }
 
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Virtseald {
+    Answers,
+    IsDown,
+}
+
 impl Refusal {
     /// The line for the user. Lets virtseald note it, if it is there to hear of it; the refusal stands either way.
     fn report(self, name: &str, uuid: Option<&Id>, conf: &Conf, deadline: &Deadline) -> String {
-        let line = self.line(true);
+        let line = self.line(Virtseald::Answers);
         let Ok(left) = deadline.left() else {
             return line;
         };
@@ -205,17 +219,17 @@ impl Refusal {
         let parameters = json!({ "vm": uuid.map(Id::dashed), "name": name, "reason": line });
         let heard = varlink::call(&conf.socket, "Refused", parameters, &deadline);
         // An older one knows no such method.
-        self.line(matches!(
-            heard,
-            Ok(()) | Err(CallError::Refused(_) | CallError::Error(_))
-        ))
+        self.line(match heard {
+            Ok(()) | Err(CallError::Refused(_) | CallError::Error(_)) => Virtseald::Answers,
+            Err(_) => Virtseald::IsDown,
+        })
     }
 
-    fn line(&self, virtseald_is_there: bool) -> String {
+    fn line(&self, virtseald: Virtseald) -> String {
         let next = match &self.next {
             Next::Told => return self.why.clone(),
             Next::Alone(next) => next.clone(),
-            Next::ByVirtseald(next) if virtseald_is_there => next.clone(),
+            Next::ByVirtseald(next) if virtseald == Virtseald::Answers => next.clone(),
             Next::ByVirtseald(next) => format!("systemctl start virtseald, then {next}"),
         };
         format!("{}. Next: {next}", self.why)

@@ -16,9 +16,16 @@ pub(crate) enum Ended<T> {
     Done(T),
     /// It did not end in time, or not at all.
     Late {
-        refuse: bool,
+        then: IfLate,
         length: Duration,
     },
+}
+
+/// What becomes of a start where there is no answer in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum IfLate {
+    Refuse,
+    LetPass,
 }
 
 /// What the work tells of itself while it goes on.
@@ -39,9 +46,9 @@ impl<T> Reins<T> {
         let _ = self.news.send(News::Length(length));
     }
 
-    /// Whether to refuse where there is no answer in time. So it is at first, while nothing is known.
-    pub(crate) fn refuse_if_late(&self, refuse: bool) {
-        self.refuse.store(refuse, Ordering::SeqCst);
+    /// It is refused at first, while nothing is known.
+    pub(crate) fn if_late(&self, then: IfLate) {
+        self.refuse.store(then == IfLate::Refuse, Ordering::SeqCst);
     }
 }
 
@@ -62,7 +69,10 @@ pub(crate) fn guarded<T: Send + 'static>(
     };
     let mut deadline = deadline;
     let late = |deadline: Deadline| Ended::Late {
-        refuse: refuse.load(Ordering::SeqCst),
+        then: match refuse.load(Ordering::SeqCst) {
+            true => IfLate::Refuse,
+            false => IfLate::LetPass,
+        },
         length: deadline.length(),
     };
     if thread::Builder::new().stack_size(STACK).spawn(run).is_err() {
@@ -93,15 +103,15 @@ mod tests {
 
     #[test]
     fn work_that_does_not_end_is_left_alone() {
-        for refuse in [true, false] {
+        for then in [IfLate::Refuse, IfLate::LetPass] {
             let ended = guarded(deadline(), move |reins: &Reins<()>| {
-                reins.refuse_if_late(refuse);
+                reins.if_late(then);
                 reins.set_length(Duration::from_millis(20));
                 loop {
                     thread::park();
                 }
             });
-            assert!(matches!(ended, Ended::Late { refuse: found, .. } if found == refuse));
+            assert!(matches!(ended, Ended::Late { then: found, .. } if found == then));
         }
     }
 
@@ -113,6 +123,12 @@ mod tests {
                 thread::park();
             }
         });
-        assert!(matches!(ended, Ended::Late { refuse: true, .. }));
+        assert!(matches!(
+            ended,
+            Ended::Late {
+                then: IfLate::Refuse,
+                ..
+            }
+        ));
     }
 }

@@ -50,7 +50,8 @@ fn go_on(path: &Path, file: Flock<File>, noted: Option<Head>) -> Result<End, Aud
         _ => Some(Head::START),
     };
     // Where this file has a record, it does not matter what the one before it ends with.
-    let found = last_record(&window, from == 0, before.unwrap_or(Head::START))
+    let is_whole_file = from == 0;
+    let found = last_record(&window, is_whole_file, before.unwrap_or(Head::START))
         .filter(|(kept, _)| *kept > 0 || before.is_some());
     let Some((kept, head)) = found else {
         drop(file);

@@ -10,6 +10,7 @@ use super::passphrase;
 use super::print::Printer;
 use super::status::WidthArgs;
 use crate::api::{HostProxy, LossPreview, Outcome, SnapshotAct, SweepKind};
+use crate::model::act::Tense;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
 
@@ -316,7 +317,8 @@ fn word_for(preview: &LossPreview, given: Option<String>) -> Result<String, Prob
 
 /// Asks on a terminal whether to make anew what is lost, where nothing else stands in the way.
 async fn seal(mut args: SealArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
-    let refused = match ask_to_seal(&args, args.dry_run, client).await {
+    let tense = if args.dry_run { Tense::Planned } else { Tense::Done };
+    let refused = match ask_to_seal(&args, tense, client).await {
         Ok(outcome) => {
             printer.outcome(&outcome)?;
             return refuse_with_obstacles(&args.vm, &outcome, printer);
@@ -324,7 +326,7 @@ async fn seal(mut args: SealArgs, client: &mut Client, printer: &Printer) -> Res
         Err(problem) if !args.dry_run && problem.code == Code::WouldLoseKey && printer.asks() => problem,
         Err(problem) => return Err(problem),
     };
-    let planned = ask_to_seal(&args, true, client).await?;
+    let planned = ask_to_seal(&args, Tense::Planned, client).await?;
     let lost: Vec<_> = planned
         .obstacles
         .iter()
@@ -344,10 +346,10 @@ async fn seal(mut args: SealArgs, client: &mut Client, printer: &Printer) -> Res
         return Err(refused);
     }
     args.replace.extend(lost);
-    printer.outcome(&ask_to_seal(&args, false, client).await?)
+    printer.outcome(&ask_to_seal(&args, Tense::Done, client).await?)
 }
 
-async fn ask_to_seal(args: &SealArgs, dry_run: bool, client: &mut Client) -> Result<Outcome, Problem> {
+async fn ask_to_seal(args: &SealArgs, tense: Tense, client: &mut Client) -> Result<Outcome, Problem> {
     let given = |list: &'_ [String]| (!list.is_empty()).then(|| list.to_vec());
     let (formats, replace) = (given(&args.from_format), given(&args.replace));
     let call = async |host: &mut _| {
@@ -357,7 +359,7 @@ async fn ask_to_seal(args: &SealArgs, dry_run: bool, client: &mut Client) -> Res
             args.provider.as_deref(),
             formats.as_deref(),
             replace.as_deref(),
-            dry_run,
+            tense == Tense::Planned,
         )
         .await
     };

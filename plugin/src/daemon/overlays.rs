@@ -25,19 +25,10 @@ use crate::vm::names::unreachable;
 use crate::vm::seal::NewObject;
 use crate::vm::snapshot::off::{self, HeldDisk};
 use crate::vm::snapshot::running::{self, Ended};
-use crate::vm::snapshot::{self, Overlaid, OverlaidDisk, OverlayPlan, Standing};
+use crate::vm::snapshot::{self, Choices, Overlaid, OverlaidDisk, OverlayPlan, Standing};
 
 /// Far more than are ever kept.
 const ALL_JOBS: u32 = 100_000;
-
-/// What root has said with it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Choices {
-    /// Whether the files stay.
-    pub keep: bool,
-    /// Whether it is done where it is not known which image is newer.
-    pub force: bool,
-}
 
 /// How far a try has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,8 @@ pub(super) mod fixtures;
 
 use std::time::Duration;
 
+use virtseal_testkit::servers::Manner;
+
 use super::{KeyProvider, pkcs11};
 use crate::model::envelope::KekId;
 use crate::secret::SecretBytes;
@@ -48,13 +50,21 @@ pub(super) trait Fixture: Sync {
     fn unknown_kek(&self) -> KekId;
 }
 
+/// What is behind a [`Faulty`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Server {
+    /// It keeps its keys from one start to the next.
+    Own,
+    /// Cases may have one in common, and only cut the way to it.
+    Shared,
+}
+
 /// A provider whose server can fail, `Ready` when made.
 pub(super) trait Faulty {
     /// What one call of the provider may take.
     const TIMEOUT: Duration = Duration::from_millis(2_500);
 
-    /// With a server of its own, that keeps its keys from one start to the next, where it `restarts`.
-    fn new(restarts: bool) -> Self;
+    fn new(server: Server) -> Self;
 
     fn provider(&self) -> &dyn KeyProvider;
 
@@ -70,8 +80,8 @@ pub(super) trait Faulty {
     /// Cuts all connections.
     fn cut(&self);
 
-    /// From now on the server answers nothing, or again.
-    fn stall(&self, stalls: bool);
+    /// What becomes from now on of what is sent to the server, and of its answers.
+    fn be(&self, manner: Manner);
 }
 
 /// The cases that each kind must have, or say why it has not.

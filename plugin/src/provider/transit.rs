@@ -37,7 +37,7 @@ use super::toolbox::lock;
 use super::toolbox::locks::LocksNoted;
 use super::{
     Addition, ChangeError, DestroyReceipt, KekScope, KeyProvider, ProviderError, ProviderName,
-    ProviderStatus, SettingsChange,
+    ProviderStatus, ScopeSetting, SettingsChange,
 };
 use crate::api::CredentialKind;
 use crate::model::advice::Advice;
@@ -250,7 +250,10 @@ impl TransitProvider {
         names.sort_by_key(|name| std::cmp::Reverse(generation(name)));
         names.dedup();
         for name in &names {
-            let newest = self.link.get().with_engine(|engine| engine.newest(name, false))?;
+            let newest = self
+                .link
+                .get()
+                .with_engine(|engine| engine.newest(name, ScopeSetting::Vm))?;
             if let Some(version) = newest {
                 let kek = self.in_use(&book, name, None, version)?;
                 book.made(name.as_str(), &kek)?;
@@ -269,7 +272,7 @@ impl TransitProvider {
         let version = self
             .link
             .get()
-            .with_engine(|engine| engine.make_key(&key, false))?;
+            .with_engine(|engine| engine.make_key(&key, ScopeSetting::Vm))?;
         let kek = KekName {
             key,
             context: None,
@@ -283,7 +286,11 @@ impl TransitProvider {
     /// The newest version of the shared key. It is made once, before anything is wrapped under it, and never again.
     fn shared_kek(&self, key: KeyName, context: uuid::Uuid) -> Result<KekId, ProviderError> {
         let book = KekBook::new(self.kek_names.clone());
-        let newest = || self.link.get().with_engine(|engine| engine.newest(&key, true));
+        let newest = || {
+            self.link
+                .get()
+                .with_engine(|engine| engine.newest(&key, ScopeSetting::Provider))
+        };
         let version = match newest()? {
             Some(version) => version,
             None => {
@@ -313,7 +320,9 @@ impl TransitProvider {
         if !known.unanswered.iter().any(|name| name == key.as_str()) {
             book.plan_exactly(&KekScope::Provider, key.as_str())?;
         }
-        self.link.get().with_engine(|engine| engine.make_key(key, true))
+        self.link
+            .get()
+            .with_engine(|engine| engine.make_key(key, ScopeSetting::Provider))
     }
 
     /// The KEK of the key's newest version; a newer version where a job has retired that one, as after a restore at the server.

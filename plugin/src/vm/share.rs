@@ -7,12 +7,13 @@ use std::path::Path;
 use super::host::{Host, passphrase};
 use super::names;
 use crate::api::Outcome;
+use crate::host::libvirt::Power;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, VolumeError};
-use crate::store::{CopyPlace, EnvelopeRecord, Put, StoreError};
+use crate::store::{Change, CopyPlace, EnvelopeRecord, Put, StoreError};
 
 /// What root wants of a VM's right to a volume that is another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,12 +53,12 @@ pub(crate) fn share(host: &Host<'_>, path: &Path, vm: &str, sharing: Sharing) ->
     for _ in 0..TRIES {
         let next = request.changed(host, &record)?;
         if *next == record.envelope {
-            return Ok(request.outcome(false, runs(host, id)));
+            return Ok(request.outcome(Change::Unchanged, power_of(host, id)));
         }
         match host.keystore.put(&next, &record.location) {
             Ok(Put::Updated | Put::Adopted | Put::Unchanged) => {
                 host.host_store.copy_is_behind(&record.envelope, CopyPlace::Xml)?;
-                return Ok(request.outcome(true, runs(host, id)));
+                return Ok(request.outcome(Change::Changed, power_of(host, id)));
             }
             // A job was faster: on top of what it made.
             Ok(Put::Stale) | Err(StoreError::Conflict { .. }) => {
@@ -115,7 +116,8 @@ impl Request<'_> {
         .map_err(unusable)
     }
 
-    fn outcome(&self, changed: bool, runs: bool) -> Outcome {
+    fn outcome(&self, change: Change, power: Power) -> Outcome {
+        let changed = change == Change::Changed;
         let (vm, path) = (self.vm, self.path.display());
         let (step, mut warnings) = match self.sharing {
             Sharing::With => (format!("{vm} gets {path} too"), Vec::new()),
@@ -128,7 +130,7 @@ impl Request<'_> {
                 )
             }
         };
-        if runs && self.sharing == Sharing::Without {
+        if power == Power::On && self.sharing == Sharing::Without {
             let shut_down = Advice::ShutDownVm(vm.to_owned());
             warnings.insert(0, format!("{vm} runs, and has it until it ends: {shut_down}"));
         }
@@ -141,9 +143,12 @@ impl Request<'_> {
     }
 }
 
-fn runs(host: &Host<'_>, vm: VmId) -> bool {
-    let found = host.libvirt.domain(&vm.to_string());
-    found.is_ok_and(|found| found.is_some_and(|domain| domain.active))
+/// As far as libvirt tells.
+fn power_of(host: &Host<'_>, vm: VmId) -> Power {
+    match host.libvirt.domain(&vm.to_string()) {
+        Ok(Some(domain)) if domain.active => Power::On,
+        Ok(_) | Err(_) => Power::Off,
+    }
 }
 
 /// The envelope in the file where the keystore has the volume, unless that is `path`. None where the volume was moved.
@@ -244,10 +249,15 @@ mod tests {
 
     #[test]
     fn who_takes_a_right_back_learns_until_when_it_lasts() {
-        let outcome = |sharing, changed, runs| asked(VmId::random(), sharing).outcome(changed, runs);
-        assert!(outcome(Sharing::With, true, true).warnings.is_empty());
-        assert_eq!(outcome(Sharing::Without, true, false).warnings.len(), 1);
-        let running = outcome(Sharing::Without, false, true);
+        let outcome = |sharing, change, power| asked(VmId::random(), sharing).outcome(change, power);
+        let taken_back = |change, power| outcome(Sharing::Without, change, power);
+        assert!(
+            outcome(Sharing::With, Change::Changed, Power::On)
+                .warnings
+                .is_empty()
+        );
+        assert_eq!(taken_back(Change::Changed, Power::Off).warnings.len(), 1);
+        let running = taken_back(Change::Unchanged, Power::On);
         assert!(running.steps.is_empty() && !running.changed);
         assert!(
             running.warnings[0].starts_with("web runs, "),

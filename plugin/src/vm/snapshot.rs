@@ -54,6 +54,15 @@ pub(crate) struct OverlaidDisk {
     pub overlays: Vec<PathBuf>,
 }
 
+/// What root has said with it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Choices {
+    /// Whether the files stay.
+    pub keep: bool,
+    /// Whether it is done where it is not known which image is newer.
+    pub force: bool,
+}
+
 /// How a disk is by an XML.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standing {
@@ -215,20 +224,20 @@ impl OverlayPlan {
     }
 
     /// What is asked before, with what is lost.
-    pub(crate) fn preview(&self, keep: bool, force: bool) -> LossPreview {
+    pub(crate) fn preview(&self, choices: Choices) -> LossPreview {
         LossPreview {
             vm: self.vm.to_string(),
             name: self.name.clone(),
-            steps: self.steps(keep),
+            steps: self.steps(choices),
             lost: match self.act {
                 SnapshotAct::Delete => self.lost(),
-                SnapshotAct::Commit if force => self.lost_by_force(),
+                SnapshotAct::Commit if choices.force => self.lost_by_force(),
                 SnapshotAct::Commit => Vec::new(),
             },
         }
     }
 
-    fn steps(&self, keep: bool) -> Vec<String> {
+    fn steps(&self, choices: Choices) -> Vec<String> {
         let mut steps = Vec::new();
         for disk in &self.disks {
             let (target, base) = (&disk.target, disk.base.shown().display());
@@ -246,7 +255,7 @@ impl OverlayPlan {
                     format!("let disk {target} be {base} again, as it was before {overlays}")
                 }
             });
-            steps.push(match keep {
+            steps.push(match choices.keep {
                 true => format!("leave {overlays} there, in plaintext"),
                 false => format!("remove {overlays}"),
             });
@@ -307,8 +316,8 @@ impl OverlayPlan {
     }
 
     /// What stays to be known.
-    pub(crate) fn warnings(&self, keep: bool) -> Vec<String> {
-        let mut warnings = vec![match keep {
+    pub(crate) fn warnings(&self, choices: Choices) -> Vec<String> {
+        let mut warnings = vec![match choices.keep {
             true => "what is left was written in plaintext, and fits the sealed images no more: remove it".to_owned(),
             false => "what was written since the snapshot was in plaintext on the disk below: removing a file erases nothing there".to_owned(),
         }];

@@ -27,15 +27,16 @@ use crate::api::{
     VmAutostart, VmPower, VmState, VmView, Vms, VolumeChecked, VolumeCreated, VolumeRequest,
 };
 use crate::daemon::caller::Caller;
-use crate::daemon::overlays::Choices;
 use crate::daemon::state::Daemon;
 use crate::daemon::{HookPolicy, first_runs, records};
 use crate::domain::{DeclaredFormat, Domain};
+use crate::model::act::Tense;
 use crate::model::cache_policy::CachePolicy;
 use crate::model::envelope::{CopyPlace, ObjectKind};
 use crate::model::subject::Subject;
 use crate::vm::adopt::Formats;
 use crate::vm::share::Sharing;
+use crate::vm::snapshot::Choices;
 
 /// What the CLI calls, as it is described to whoever asks for a description.
 pub(in crate::daemon) fn host_interface() -> &'static Interface<'static> {
@@ -142,7 +143,14 @@ impl Service {
                 formats: &formats.unwrap_or_default(),
                 replace: &replace.unwrap_or_default(),
             };
-            vm::seal(daemon, by, &vm, provider.as_deref(), &confirmed, dry_run)
+            vm::seal(
+                daemon,
+                by,
+                &vm,
+                provider.as_deref(),
+                &confirmed,
+                tense_of(dry_run),
+            )
         })
         .await
     }
@@ -161,7 +169,7 @@ impl Service {
 
     async fn unseal_vm(&self, vm: String, dry_run: bool) -> Result<Outcome, HostError> {
         self.change(Some(Subject::Vm(vm.clone())), move |daemon, by| {
-            vm::unseal(daemon, by, &vm, dry_run)
+            vm::unseal(daemon, by, &vm, tense_of(dry_run))
         })
         .await
     }
@@ -589,6 +597,10 @@ impl<T> Stream for Replies<T> {
 }
 
 /// What a job that is not there yet would be about.
+fn tense_of(dry_run: bool) -> Tense {
+    if dry_run { Tense::Planned } else { Tense::Done }
+}
+
 fn about(request: &JobRequest) -> Option<Subject> {
     let vm = request.vm.clone().map(Subject::Vm);
     vm.or_else(|| request.provider.clone().map(Subject::Provider))

@@ -45,6 +45,7 @@ pub(super) fn with_uses(daemon: &Daemon, uses: &Uses) -> Result<Vec<ProviderView
         let provider = known.provider();
         let report = daemon.recipients.report(known);
         let cache = known.cache();
+        let is_default = Some(provider.id()) == default;
         ProviderView {
             name: provider.name().to_owned(),
             id: provider.id().to_string(),
@@ -54,12 +55,7 @@ pub(super) fn with_uses(daemon: &Daemon, uses: &Uses) -> Result<Vec<ProviderView
             asks_for: tpm_credential::asks_for(daemon, known).map(OrNewer::from),
             unlocked_by: openable_by(daemon, known),
             tpm: tpm_view(daemon, known),
-            settings: setting_views::views(
-                daemon,
-                known,
-                records.get(&provider.id()),
-                Some(provider.id()) == default,
-            ),
+            settings: setting_views::views(daemon, known, records.get(&provider.id()), is_default),
             details: details(known),
             since: rfc3339(report.since),
             last_answer: report.last_answer.map(rfc3339),
@@ -67,7 +63,7 @@ pub(super) fn with_uses(daemon: &Daemon, uses: &Uses) -> Result<Vec<ProviderView
             cache: cache.map(|cache| cache.policy().into()),
             cached_keks: cache.map_or(0, |cache| cache.len() as i64),
             persist: persist_view(known),
-            is_default: Some(provider.id()) == default,
+            is_default,
             envelopes: uses.get(&provider.id()).map_or(0, |count| *count as i64),
         }
     };

@@ -3,21 +3,20 @@
 use crate::api::{JobStarted, LossPreview, SnapshotAct};
 use crate::audit::Actor;
 use crate::daemon::locks::Doing;
-use crate::daemon::overlays::Choices;
 use crate::daemon::{Daemon, job_records, overlays};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
-use crate::vm::snapshot;
+use crate::vm::snapshot::{self, Choices};
 use crate::vm::{consent, names};
 
 pub(super) fn preview(
     daemon: &Daemon,
     vm: &str,
     act: SnapshotAct,
-    Choices { keep, force }: Choices,
+    choices: Choices,
 ) -> Result<LossPreview, Problem> {
     let domain = names::find_domain(&daemon.background, vm)?;
-    Ok(snapshot::plan(&daemon.host_of_vms()?, &domain, act)?.preview(keep, force))
+    Ok(snapshot::plan(&daemon.host_of_vms()?, &domain, act)?.preview(choices))
 }
 
 /// Starts the job that does it; one that may lose something once the VM's name was `typed`.
@@ -56,6 +55,6 @@ pub(super) fn begin(
     drop(claim);
     Ok(JobStarted {
         job: job_records::view(daemon, &job?)?,
-        warnings: plan.warnings(choices.keep),
+        warnings: plan.warnings(choices),
     })
 }

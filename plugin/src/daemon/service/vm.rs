@@ -39,7 +39,7 @@ pub(crate) fn seal(
     vm: &str,
     provider: Option<&str>,
     by_admin: &Confirmed<'_>,
-    dry_run: bool,
+    tense: Tense,
 ) -> Result<Outcome, Problem> {
     let confirmed = ConfirmedFormats::parse(by_admin.formats)?;
     let (_claim, domain) = take(daemon, vm, Doing::Seal)?;
@@ -55,7 +55,7 @@ pub(crate) fn seal(
         accepted: AcceptedLosses::of(by_admin.replace),
         ..daemon.host_of_vms()?
     };
-    if !dry_run {
+    if tense == Tense::Done {
         foreign::take_in_copies_of(&host, &domain);
     }
     let with_named = |outcome: Outcome, tense| Outcome {
@@ -67,7 +67,7 @@ pub(crate) fn seal(
         ..outcome
     };
     let survey = seal::survey(&host, &domain, not_found, provider)?;
-    if dry_run {
+    if tense == Tense::Planned {
         let planned = survey.with_keys_tried(&host).outcome();
         return Ok(with_named(planned, Tense::Planned));
     }
@@ -130,13 +130,12 @@ fn catch_up(daemon: &Daemon, xml: &str) -> Result<(), Problem> {
     Ok(())
 }
 
-pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, dry_run: bool) -> Result<Outcome, Problem> {
+pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, tense: Tense) -> Result<Outcome, Problem> {
     let (_claim, domain) = take(daemon, vm, Doing::Unseal)?;
     let host = daemon.host_of_vms()?;
-    let tense = if dry_run { Tense::Planned } else { Tense::Done };
     if marks::is_marked_in_vain(&host, &domain)? {
         let mut outcome = marks::unmarked(tense);
-        if !dry_run {
+        if tense == Tense::Done {
             daemon.keystore.note_plain(domain.vm)?;
             outcome.steps.extend(autostart::hand_to_libvirt(daemon, &domain)?);
         }
@@ -148,7 +147,7 @@ pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, dry_run: bool) -> Res
             result: Some(format!("{} is plain", domain.name)),
             ..Outcome::default()
         };
-        if !dry_run {
+        if tense == Tense::Done {
             // An unsealing may have died before that.
             outcome.steps.extend(autostart::hand_to_libvirt(daemon, &domain)?);
             outcome.changed = !outcome.steps.is_empty();
@@ -156,7 +155,7 @@ pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, dry_run: bool) -> Res
         return Ok(outcome);
     }
     let plan = seal::plan_unseal(&host, &domain)?;
-    if !dry_run {
+    if tense == Tense::Done {
         let unsealed = seal::unseal(&host, &plan).and_then(|replaced| {
             daemon.background.define(&plan.xml).map_err(|error| {
                 replaced

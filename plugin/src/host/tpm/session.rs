@@ -34,6 +34,13 @@ pub(super) struct Session {
     context: Context,
 }
 
+/// Whose first parameter a session encrypts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Encrypts {
+    Answer,
+    CommandAndAnswer,
+}
+
 impl Session {
     pub(super) fn open(tcti: &Tcti) -> Result<Self, TpmError> {
         check_device(tcti)?;
@@ -96,12 +103,12 @@ impl Session {
         })
     }
 
-    /// A session that encrypts the first parameter of the answer and, with `both_ways`, of the command.
-    fn encrypted_session(&mut self, key: KeyHandle, both_ways: bool) -> Result<AuthSession, TpmError> {
+    /// A session that keeps the first parameter from whoever listens on the bus.
+    fn encrypted_session(&mut self, key: KeyHandle, encrypts: Encrypts) -> Result<AuthSession, TpmError> {
         let session = self.start(key, SessionType::Hmac)?;
         let (attributes, mask) = SessionAttributesBuilder::new()
             .with_encrypt(true)
-            .with_decrypt(both_ways)
+            .with_decrypt(encrypts == Encrypts::CommandAndAnswer)
             .build();
         self.context
             .tr_sess_set_attributes(session, attributes, mask)

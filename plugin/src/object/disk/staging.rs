@@ -69,7 +69,10 @@ impl Staged {
 
     fn named(target: &PermittedPath) -> Result<Self, VolumeError> {
         let name = temporary_name(&target.directory_handle())?;
-        let file = writable(&name, true).attempt("create a file in", directory_of(target))?;
+        let file = writable()
+            .create_new(true)
+            .open(&name)
+            .attempt("create a file in", directory_of(target))?;
         let staged = Self {
             file,
             target: target.clone(),
@@ -240,17 +243,17 @@ fn is_temporary(name: &OsStr) -> bool {
 }
 
 fn is_abandoned(path: &Path) -> bool {
-    writable(path, false).is_ok_and(|file| file.try_lock().is_ok())
+    writable().open(path).is_ok_and(|file| file.try_lock().is_ok())
 }
 
-fn writable(path: &Path, new: bool) -> io::Result<File> {
-    OpenOptions::new()
+fn writable() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options
         .read(true)
         .write(true)
-        .create_new(new)
         .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    options
 }
 
 fn unnamed(directory: &Path) -> io::Result<File> {

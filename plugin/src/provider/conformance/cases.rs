@@ -4,7 +4,9 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{Faulty, Fixture};
+use virtseal_testkit::servers::Manner;
+
+use super::{Faulty, Fixture, Server};
 use crate::host::own_process;
 use crate::model::envelope::{Binding, EnvelopeId, KekId, ObjectKind, Payload, ProviderId, Stanza, VmId};
 use crate::provider::{KekScope, KeyProvider, ProviderError, ProviderStatus};
@@ -453,7 +455,7 @@ fn leaks_nothing<F: Fixture>() {
 
 /// From the crash of a server to its return nothing is lost but time.
 pub(in crate::provider) fn restarted_server<F: Faulty>() {
-    let mut faulty = F::new(true);
+    let mut faulty = F::new(Server::Own);
     let wrapped = Wrapped::by(faulty.provider());
     faulty.kill_server();
     let error = faulty.provider().unwrap_many(&[&wrapped.stanza]).unwrap_err();
@@ -474,7 +476,7 @@ pub(in crate::provider) fn restarted_server<F: Faulty>() {
 }
 
 pub(in crate::provider) fn killed_connection<F: Faulty>() {
-    let faulty = F::new(false);
+    let faulty = F::new(Server::Shared);
     let wrapped = Wrapped::by(faulty.provider());
     for _ in 0..10 {
         faulty.cut();
@@ -484,9 +486,9 @@ pub(in crate::provider) fn killed_connection<F: Faulty>() {
 }
 
 pub(in crate::provider) fn slow_server<F: Faulty>() {
-    let faulty = F::new(false);
+    let faulty = F::new(Server::Shared);
     let wrapped = Wrapped::by(faulty.provider());
-    faulty.stall(true);
+    faulty.be(Manner::Stalled);
     let began = Instant::now();
     let error = faulty.provider().unwrap_many(&[&wrapped.stanza]).unwrap_err();
     let took = began.elapsed();
@@ -495,7 +497,7 @@ pub(in crate::provider) fn slow_server<F: Faulty>() {
     assert!(took < F::TIMEOUT + Duration::from_secs(3), "{took:?}");
     let status = faulty.provider().status();
     assert!(matches!(status, ProviderStatus::Unreachable(_)), "{status}");
-    faulty.stall(false);
+    faulty.be(Manner::Forward);
     wrapped.assert_opened_by(faulty.provider());
     assert_eq!(faulty.provider().status(), ProviderStatus::Ready);
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Faulty, Fixture};
+use super::{Faulty, Fixture, Server};
 use crate::model::envelope::{KekId, Stanza, VmId};
 use crate::provider::kmip::fixture::Kmip;
 use crate::provider::kmip::{self, KmipProvider, Mode};
@@ -123,13 +123,13 @@ impl Transit {
     }
 
     /// By way of a proxy.
-    fn faulty(restarts: bool, login: Login) -> Self {
+    fn faulty(server: Server, login: Login) -> Self {
         let directory = || tempfile::tempdir_in("/dev/shm").unwrap();
-        let bao = match (restarts, login) {
-            (true, Login::Certificate) => Arc::new(Bao::stored_tls(directory())),
-            (true, _) => Arc::new(Bao::stored(directory())),
-            (false, Login::Certificate) => Bao::shared_tls(),
-            (false, _) => Bao::shared(),
+        let bao = match (server, login) {
+            (Server::Own, Login::Certificate) => Arc::new(Bao::stored_tls(directory())),
+            (Server::Own, _) => Arc::new(Bao::stored(directory())),
+            (Server::Shared, Login::Certificate) => Bao::shared_tls(),
+            (Server::Shared, _) => Bao::shared(),
         };
         let proxy = Proxy::before(&bao);
         let address = proxy.address.clone();
@@ -238,8 +238,8 @@ macro_rules! faulty_transit {
         impl Faulty for $name {
             const TIMEOUT: Duration = Transit::TIMEOUT;
 
-            fn new(restarts: bool) -> Self {
-                Self(Transit::faulty(restarts, Login::$login))
+            fn new(server: Server) -> Self {
+                Self(Transit::faulty(server, Login::$login))
             }
 
             fn provider(&self) -> &dyn KeyProvider {
@@ -265,8 +265,8 @@ macro_rules! faulty_transit {
                 self.0.proxy().cut();
             }
 
-            fn stall(&self, stalls: bool) {
-                self.0.proxy().stall(stalls);
+            fn be(&self, manner: Manner) {
+                self.0.proxy().be(manner);
             }
         }
     };
@@ -380,7 +380,7 @@ macro_rules! faulty_kmip {
         impl Faulty for $name {
             const TIMEOUT: Duration = BehindProxy::TIMEOUT;
 
-            fn new(_restarts: bool) -> Self {
+            fn new(_: Server) -> Self {
                 Self(BehindProxy::with(Mode::$mode))
             }
 
@@ -405,14 +405,8 @@ macro_rules! faulty_kmip {
                 self.0.proxy.cut();
             }
 
-            fn stall(&self, stalls: bool) {
-                self.0
-                    .proxy
-                    .be(match stalls {
-                        true => Manner::Stalled,
-                        false => Manner::Forward,
-                    })
-                    .unwrap();
+            fn be(&self, manner: Manner) {
+                self.0.proxy.be(manner).unwrap();
             }
         }
     };

@@ -11,7 +11,7 @@ use std::time::{Instant, SystemTime};
 use super::call::Call;
 use super::endpoint::Endpoint;
 use super::error::KmipError;
-use super::health;
+use super::health::{self, Others};
 use super::message::{self, Outcome, ProtocolError};
 use super::node::{Access, Node};
 use super::ttlv::Item;
@@ -103,8 +103,8 @@ impl Cluster {
         let mut said = Vec::new();
         let ask = {
             let (nodes, access, calls) = (self.nodes.clone(), Arc::clone(access), Arc::clone(calls));
-            let alone = self.is_alone();
-            move |nth: usize| nodes[nth].timed(&access, &calls, deadline, alone)
+            let others = self.others();
+            move |nth: usize| nodes[nth].timed(&access, &calls, deadline, others)
         };
         let judge = |nth, answer: Result<SecretBytes, KmipError>| {
             let read = self.read(nth, &answer.ok()?, calls.len(), read);
@@ -144,7 +144,7 @@ impl Cluster {
                 1 => deadline,
                 _ => Instant::now() + left / 2,
             };
-            if let Ok(answer) = self.nodes[*nth].timed(access, calls, share, self.is_alone()) {
+            if let Ok(answer) = self.nodes[*nth].timed(access, calls, share, self.others()) {
                 match self.read(*nth, &answer, calls.len(), read) {
                     Ok(found) => return Ok(found),
                     Err(error) => said.push(error),
@@ -162,7 +162,7 @@ impl Cluster {
         deadline: Instant,
         mut read: impl FnMut(&[Outcome]) -> Result<T, ProviderError>,
     ) -> Vec<(String, Result<T, ProviderError>)> {
-        let ask = |node: &Arc<Node>| node.timed(access, calls, deadline, self.is_alone());
+        let ask = |node: &Arc<Node>| node.timed(access, calls, deadline, self.others());
         let mut said = Vec::with_capacity(self.nodes.len());
         for (nth, answer) in at_once(&self.nodes, ask).into_iter().enumerate() {
             let read = match answer {
@@ -221,13 +221,17 @@ impl Cluster {
 
     pub(super) fn probe_until(&self, access: &Access, deadline: Instant) {
         at_once(&self.nodes, |node| {
-            node.timed(access, &[Call::Query], deadline, self.is_alone())
+            node.timed(access, &[Call::Query], deadline, self.others())
                 .map(drop)
         });
     }
 
-    fn is_alone(&self) -> bool {
-        self.nodes.len() == 1
+    /// Beside each server.
+    fn others(&self) -> Others {
+        match self.nodes.len() {
+            1 => Others::None,
+            _ => Others::Some,
+        }
     }
 
     pub(super) fn order(&self) -> Vec<usize> {
@@ -306,13 +310,13 @@ impl Node {
         access: &Access,
         calls: &[Call],
         deadline: Instant,
-        alone: bool,
+        others: Others,
     ) -> Result<SecretBytes, KmipError> {
         let started = Instant::now();
         let answer = self.exchange(access, calls, deadline);
         let mut health = lock(&self.health);
         match &answer {
-            Ok(_) => health.answered(started.elapsed(), alone, SystemTime::now()),
+            Ok(_) => health.answered(started.elapsed(), others, SystemTime::now()),
             Err(error) => health.failed(error.clone()),
         }
         answer

@@ -29,14 +29,14 @@ pub(super) struct Health {
 }
 
 impl Health {
-    /// It answered after `took`; `alone` servers have no one to be slower than.
-    pub(super) fn answered(&mut self, took: Duration, alone: bool, now: SystemTime) {
+    /// It answered after `took`.
+    pub(super) fn answered(&mut self, took: Duration, others: Others, now: SystemTime) {
         self.asked = true;
         self.failure = None;
         self.refusal = None;
         self.silent = false;
         self.last_answer = Some(now);
-        if took > NEXT_SERVER && !alone {
+        if took > NEXT_SERVER && others == Others::Some {
             self.demoted = true;
             self.quick_answers = 0;
         } else if self.demoted {
@@ -96,6 +96,13 @@ impl Health {
     }
 }
 
+/// Whether there is anybody to be slower than.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Others {
+    None,
+    Some,
+}
+
 /// What decides who is asked first, from best to worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rank {
@@ -126,7 +133,7 @@ mod tests {
     }
 
     fn answered(health: &mut Health, took: Duration) {
-        health.answered(took, false, SystemTime::UNIX_EPOCH);
+        health.answered(took, Others::Some, SystemTime::UNIX_EPOCH);
     }
 
     #[test]
@@ -160,7 +167,7 @@ mod tests {
         answered(&mut health, SLOW);
         assert!(health.rank() == Rank::Slow && health.failure().is_none());
         let mut health = Health::default();
-        health.answered(SLOW, true, SystemTime::UNIX_EPOCH);
+        health.answered(SLOW, Others::None, SystemTime::UNIX_EPOCH);
         assert_eq!(health.rank(), Rank::Good);
         health.outrun();
         assert_eq!(health.rank(), Rank::Silent);

@@ -95,9 +95,9 @@ impl NativeProvider {
     /// Whether there is this way in.
     pub(crate) fn tpm_enrollment(&self) -> Result<Option<TpmEnrollment>, NativeError> {
         let record = self.rows.bound_roots()?;
-        Ok(record.map(|record| {
-            let stale = record.generation != self.generation();
-            TpmEnrollment::of(&record.bound_key, record.enrolled, stale)
+        Ok(record.map(|record| TpmEnrollment {
+            stale: record.generation != self.generation(),
+            ..TpmEnrollment::of(&record.bound_key, record.enrolled)
         }))
     }
 

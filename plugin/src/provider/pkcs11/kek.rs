@@ -157,12 +157,14 @@ fn generate_keys(
     if mechanism == Mechanism::CbcHmac {
         let mut template = kept_key(id, label, HMAC_KEY)?;
         template.extend([Attribute::Sign(true), Attribute::Verify(true)]);
-        template.extend(allowed(false, false));
+        template.extend(allowed(Use::Signing));
         session.generate_key(&Pkcs11Mechanism::GenericSecretKeyGen, &template)?;
     }
     let mut template = kept_key(id, label, owner.key_bits.bytes())?;
-    let wraps = mechanism.wraps_objects();
-    template.extend(allowed(!wraps, wraps));
+    template.extend(allowed(match mechanism.wraps_objects() {
+        true => Use::Wrapping,
+        false => Use::Encrypting,
+    }));
     template.extend([Attribute::Sign(false), Attribute::Verify(false)]);
     let key = session.generate_key(&Pkcs11Mechanism::AesKeyGen, &template)?;
     let kept = session.get_attributes(key, &[AttributeType::Sensitive, AttributeType::Extractable])?;
@@ -185,7 +187,16 @@ fn kept_key(id: &[u8], label: &str, bytes: usize) -> Result<Vec<Attribute>, Toke
     ])
 }
 
-fn allowed(encrypt: bool, wrap: bool) -> [Attribute; 5] {
+/// The one thing that a key is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    Encrypting,
+    Wrapping,
+    Signing,
+}
+
+fn allowed(only: Use) -> [Attribute; 5] {
+    let (encrypt, wrap) = (only == Use::Encrypting, only == Use::Wrapping);
     [
         Attribute::Derive(false),
         Attribute::Encrypt(encrypt),

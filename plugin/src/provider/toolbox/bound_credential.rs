@@ -43,13 +43,13 @@ pub(crate) struct TpmEnrollment {
 
 impl TpmEnrollment {
     /// Of what is kept as `bound_key`.
-    pub(crate) fn of(bound_key: &[u8], enrolled: UnixTime, stale: bool) -> Self {
+    pub(crate) fn of(bound_key: &[u8], enrolled: UnixTime) -> Self {
         let bound = BoundToTpm::from_bytes(bound_key).ok();
         let bound = bound.as_ref();
         Self {
             pcrs: bound.map(BoundToTpm::pcrs),
             enrolled,
-            stale,
+            stale: false,
             signed_by: bound.and_then(BoundToTpm::signed_by),
             needs_pin: bound.is_some_and(BoundToTpm::needs_pin),
             unmeasured: bound.and_then(BoundToTpm::unmeasured),
@@ -147,7 +147,7 @@ impl BoundCredential {
     /// How the TPM opens it, if it does.
     pub(crate) fn enrollment(&self) -> Result<Option<TpmEnrollment>, BoundError> {
         let stored = self.stored()?;
-        Ok(stored.map(|stored| TpmEnrollment::of(&stored.bound_key, stored.enrolled, false)))
+        Ok(stored.map(|stored| TpmEnrollment::of(&stored.bound_key, stored.enrolled)))
     }
 
     /// Whether the TPM alone has it.

@@ -91,8 +91,10 @@ impl Tls {
         };
         Ok(TlsStream {
             server,
-            has_identity: self.has_identity,
-            may_turn_away: certificate_request::came(stream.ssl()),
+            ours: OurCertificate {
+                is_there: self.has_identity,
+                was_asked_for: certificate_request::came(stream.ssl()),
+            },
             stream,
         })
     }
@@ -111,8 +113,11 @@ impl Tls {
         let shaken = configuration.connect(name, stream).map_err(|error| match error {
             HandshakeError::SetupFailure(stack) => no_tls(stack),
             HandshakeError::Failure(mid) | HandshakeError::WouldBlock(mid) => {
-                let asked = certificate_request::came(mid.ssl());
-                failure(mid.error(), "TLS handshake", self.has_identity, asked)
+                let ours = OurCertificate {
+                    is_there: self.has_identity,
+                    was_asked_for: certificate_request::came(mid.ssl()),
+                };
+                failure(mid.error(), "TLS handshake", ours)
             }
         });
         let seen = std::mem::take(&mut *lock(&seen));
@@ -257,19 +262,27 @@ fn judge_error(error: X509VerifyResult, leaf: Option<&X509>) -> String {
     )
 }
 
-/// Why a handshake, a read or a write failed. A server that has `asked` for the client's certificate, has said nothing since and
+/// What may be the reason that a server goes.
+#[derive(Clone, Copy, Debug)]
+struct OurCertificate {
+    is_there: bool,
+    /// And nothing has come from the server since.
+    was_asked_for: bool,
+}
+
+/// Why a handshake, a read or a write failed. A server that has asked for the client's certificate, has said nothing since and
 /// goes may have turned us away.
-fn failure(error: &openssl::ssl::Error, doing: &str, has_identity: bool, asked: bool) -> TlsFailure {
+fn failure(error: &openssl::ssl::Error, doing: &str, ours: OurCertificate) -> TlsFailure {
     let closed = || TlsFailure::Closed(format!("{doing}: the server closed the connection"));
     let failure = match (error.ssl_error(), error.io_error()) {
         _ if error.code() == ErrorCode::ZERO_RETURN => closed(),
         (Some(stack), _) if is_end_of_file(stack) => closed(),
-        (Some(stack), _) if !stack.errors().is_empty() => refusal(stack, has_identity, asked),
+        (Some(stack), _) if !stack.errors().is_empty() => refusal(stack, ours),
         (_, Some(error)) => io_failure(error, doing),
         _ => closed(),
     };
     match failure {
-        TlsFailure::Closed(why) if asked => TlsFailure::TurnedAway(why),
+        TlsFailure::Closed(why) if ours.was_asked_for => TlsFailure::TurnedAway(why),
         failure => failure,
     }
 }
@@ -299,8 +312,8 @@ fn io_failure(error: &io::Error, doing: &str) -> TlsFailure {
 const ALERT_INTERNAL_ERROR: i32 = 80;
 
 /// What a failed handshake or read means: an alert about our certificate is the server's distrust, and so, perhaps, is any
-/// other after it has `asked` for it.
-fn refusal(stack: &ErrorStack, has_identity: bool, asked: bool) -> TlsFailure {
+/// other after it has asked for it.
+fn refusal(stack: &ErrorStack, ours: OurCertificate) -> TlsFailure {
     // OpenSSL counts received alerts from 1000 on; RFC 8446 section 6.2 has their numbers.
     let alert = stack.errors().iter().find_map(|error| match error.reason_code() {
         code @ 1000..1256 => Some(code - 1000),
@@ -315,7 +328,7 @@ fn refusal(stack: &ErrorStack, has_identity: bool, asked: bool) -> TlsFailure {
         Some(48) => "it does not know the CA of the client certificate",
         Some(51) => "it can't verify the client certificate",
         Some(49) => "it denies access to the client certificate",
-        Some(40) if !has_identity => "it refuses the handshake without a client certificate",
+        Some(40) if !ours.is_there => "it refuses the handshake without a client certificate",
         _ => {
             let text: Vec<_> = stack
                 .errors()
@@ -324,7 +337,9 @@ fn refusal(stack: &ErrorStack, has_identity: bool, asked: bool) -> TlsFailure {
                 .collect();
             let text = format!("TLS: {}", printable(&text.join(", ")));
             return match alert {
-                Some(alert) if asked && alert != ALERT_INTERNAL_ERROR => TlsFailure::TurnedAway(text),
+                Some(alert) if ours.was_asked_for && alert != ALERT_INTERNAL_ERROR => {
+                    TlsFailure::TurnedAway(text)
+                }
                 _ => TlsFailure::Protocol(text),
             };
         }
@@ -352,9 +367,7 @@ fn prepared(stream: &TcpStream) -> io::Result<()> {
 #[derive(Debug)]
 pub(crate) struct TlsStream {
     stream: SslStream<Timed>,
-    has_identity: bool,
-    /// It asked for a certificate, and nothing has come from it since the handshake.
-    may_turn_away: bool,
+    ours: OurCertificate,
     /// What it showed.
     pub(crate) server: CertificateFacts,
 }
@@ -376,11 +389,11 @@ impl TlsStream {
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> Result<usize, TlsFailure> {
         let read = self.stream.ssl_read(buffer);
         let read = read.map_err(|error| self.failure(&error, "answer"))?;
-        self.may_turn_away = false;
+        self.ours.was_asked_for = false;
         Ok(read)
     }
 
     fn failure(&self, error: &openssl::ssl::Error, doing: &str) -> TlsFailure {
-        failure(error, doing, self.has_identity, self.may_turn_away)
+        failure(error, doing, self.ours)
     }
 }

@@ -305,9 +305,7 @@ impl Proxy {
         }
     }
 
-    /// From now on nothing passes, or again.
-    pub(in crate::provider) fn stall(&self, stalls: bool) {
-        let manner = if stalls { Manner::Stalled } else { Manner::Forward };
+    pub(in crate::provider) fn be(&self, manner: Manner) {
         self.relay.be(manner).unwrap();
     }
 

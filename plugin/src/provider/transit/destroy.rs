@@ -47,14 +47,14 @@ fn destroy_own(engine: &TransitEngine, name: &KekName, found: &KeyInfo) -> Resul
     }
     let allowed = match found.deletion_allowed {
         true => Ok(()),
-        false => engine.allow_deletion(key, true),
+        false => engine.allow_deletion(key),
     };
     match allowed.and_then(|()| engine.delete(key)) {
         Ok(()) => {}
         Err(Fault::Denied(why) | Fault::Refused(why)) => {
             if !found.deletion_allowed {
                 // As it was; where that is denied as well, nothing was changed.
-                let _ = engine.allow_deletion(key, false);
+                let _ = engine.forbid_deletion(key);
             }
             return Ok((
                 false,

@@ -16,8 +16,8 @@ use super::kek::KekName;
 use super::login::{Session, json};
 use super::settings::{ApiPath, KeyName};
 use crate::model::envelope::Payload;
-use crate::provider::ProviderError;
 use crate::provider::toolbox::printable;
+use crate::provider::{ProviderError, ScopeSetting};
 use crate::secret::SecretBytes;
 
 const BATCH: usize = 256;
@@ -104,6 +104,11 @@ struct NewKey {
     derived: bool,
 }
 
+/// A key for many VMs derives one from the context of each.
+fn is_derived(serves: ScopeSetting) -> bool {
+    serves == ScopeSetting::Provider
+}
+
 impl TransitEngine<'_> {
     fn path(&self, verb: &str, key: &KeyName) -> String {
         format!("{}/{verb}/{key}", self.mount)
@@ -138,27 +143,27 @@ impl TransitEngine<'_> {
     }
 
     /// The newest version of the key, if there is such a key and payloads may be wrapped under it.
-    pub(super) fn newest(&self, key: &KeyName, derived: bool) -> Result<Option<u32>, Fault> {
+    pub(super) fn newest(&self, key: &KeyName, serves: ScopeSetting) -> Result<Option<u32>, Fault> {
         let Some(found) = self.key(key)? else {
             return Ok(None);
         };
-        found.check(key, derived)?;
+        found.check(key, serves)?;
         Ok(Some(found.latest_version))
     }
 
     /// Makes a key, whose name no other key may ever have had, and looks at it.
-    pub(super) fn make_key(&self, key: &KeyName, derived: bool) -> Result<u32, Fault> {
-        let kind = AEAD[0];
+    pub(super) fn make_key(&self, key: &KeyName, serves: ScopeSetting) -> Result<u32, Fault> {
+        let (kind, derived) = (AEAD[0], is_derived(serves));
         let body = json(&NewKey { kind, derived })?;
         self.ask(Ask::post(&self.path("keys", key), &body))?;
-        self.newest(key, derived)?
+        self.newest(key, serves)?
             .ok_or_else(|| Fault::odd("a key that it made is not there"))
     }
 
     /// The body of a stanza that holds `payload`.
     pub(super) fn encrypt(&self, kek: &KekName, payload: &Payload) -> Result<Vec<u8>, Fault> {
         let found = self.key(&kek.key)?.ok_or_else(|| Fault::unknown(&kek.id()))?;
-        found.check(&kek.key, kek.context.is_some())?;
+        found.check(&kek.key, kek.serves())?;
         if kek.version > found.latest_version {
             return Err(Fault::unknown(&kek.id()));
         }
@@ -271,11 +276,17 @@ impl TransitEngine<'_> {
         Ok(found.latest_version)
     }
 
-    /// Sets whether the key may be deleted.
-    pub(super) fn allow_deletion(&self, key: &KeyName, allow: bool) -> Result<(), Fault> {
-        let body = format!("{{\"deletion_allowed\":{allow}}}");
+    pub(super) fn allow_deletion(&self, key: &KeyName) -> Result<(), Fault> {
+        self.configure(key, br#"{"deletion_allowed":true}"#)
+    }
+
+    pub(super) fn forbid_deletion(&self, key: &KeyName) -> Result<(), Fault> {
+        self.configure(key, br#"{"deletion_allowed":false}"#)
+    }
+
+    fn configure(&self, key: &KeyName, body: &[u8]) -> Result<(), Fault> {
         let path = format!("{}/config", self.path("keys", key));
-        self.ask(Ask::post(&path, body.as_bytes())).map(drop)
+        self.ask(Ask::post(&path, body)).map(drop)
     }
 
     /// Deletes the key with all its versions.
@@ -286,7 +297,7 @@ impl TransitEngine<'_> {
 
 impl KeyInfo {
     /// Whether payloads may be wrapped under it.
-    fn check(&self, key: &KeyName, derived: bool) -> Result<(), Fault> {
+    fn check(&self, key: &KeyName, serves: ScopeSetting) -> Result<(), Fault> {
         if self.soft_deleted {
             return Err(Self::soft_deleted(key));
         }
@@ -297,11 +308,10 @@ impl KeyInfo {
                 AEAD[0]
             )));
         }
-        if self.derived != derived {
-            let needed = if derived {
-                "derived=true, to be shared by VMs"
-            } else {
-                "derived=false"
+        if self.derived != is_derived(serves) {
+            let needed = match serves {
+                ScopeSetting::Provider => "derived=true, to be shared by VMs",
+                ScopeSetting::Vm => "derived=false",
             };
             return Err(Fault::Refused(format!(
                 "key {key} at the server is not made with {needed}"

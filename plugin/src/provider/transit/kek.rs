@@ -56,6 +56,14 @@ impl KekName {
         })
     }
 
+    /// One with a context is for many VMs.
+    pub(super) fn serves(&self) -> ScopeSetting {
+        match self.context {
+            Some(_) => ScopeSetting::Provider,
+            None => ScopeSetting::Vm,
+        }
+    }
+
     /// For a request: base64 of the context's text.
     pub(super) fn context(&self) -> Option<String> {
         self.context.map(|context| STANDARD.encode(context.to_string()))

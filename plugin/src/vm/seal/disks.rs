@@ -118,7 +118,10 @@ pub(super) fn plan_disk(
     let place = host.permit_known(domain.uuid, path)?;
     let known = known_disk(host, domain.uuid, path)?;
     if !place.exists() {
-        return Err(missing(domain, path, known.is_some()));
+        return Err(match known {
+            Some(_) => sealed_one_is_missing(domain, path),
+            None => missing(domain, path),
+        });
     }
     let info = declared::inspect(host, domain, disk, &place)?;
     let work = match (&info.envelope, info.format.is_encrypted()) {
@@ -201,22 +204,27 @@ fn file_of<'d>(domain: &Domain, disk: &'d Disk) -> Result<&'d Path, Problem> {
     Ok(path)
 }
 
-fn missing(domain: &Domain, path: &Path, was_sealed: bool) -> Problem {
+fn missing(domain: &Domain, path: &Path) -> Problem {
+    let what = format!("{} does not exist", path.display());
+    Problem::not_found(what).next(made_empty(domain, path).then(Advice::SealVm(domain.name.clone())))
+}
+
+fn sealed_one_is_missing(domain: &Domain, path: &Path) -> Problem {
     let shown = path.display();
-    let create = Advice::CreateVolume {
+    let again = || Advice::SealVm(domain.name.clone());
+    let back = format!("put {shown} back where it was, or restore it from a backup");
+    let anew = Advice::from("if its data may be lost, make an empty one")
+        .within(made_empty(domain, path))
+        .then(again());
+    Problem::not_found(format!("{shown}, which was sealed, does not exist"))
+        .next(Advice::from(back).then(again()).or_else(anew))
+}
+
+fn made_empty(domain: &Domain, path: &Path) -> Advice {
+    Advice::CreateVolume {
         path: path.to_owned(),
         vm: domain.name.clone(),
-    };
-    let again = || Advice::SealVm(domain.name.clone());
-    if was_sealed {
-        let back = format!("put {shown} back where it was, or restore it from a backup");
-        let anew = Advice::from("if its data may be lost, make an empty one")
-            .within(create)
-            .then(again());
-        return Problem::not_found(format!("{shown}, which was sealed, does not exist"))
-            .next(Advice::from(back).then(again()).or_else(anew));
     }
-    Problem::not_found(format!("{shown} does not exist")).next(create.then(again()))
 }
 
 /// An image that is not encrypted is replaced, if nothing would be lost.

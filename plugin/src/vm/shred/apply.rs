@@ -63,11 +63,7 @@ pub(crate) fn shred(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Resul
         .remove_metadata(doomed.vm, Metadata::NAMESPACE)
         .map_err(|error| half_done(unreachable(&error)))?;
     if removed_there {
-        lines.push(line(
-            "the copies in the domain XML",
-            true,
-            "removed from its metadata",
-        ));
+        lines.push(gone("the copies in the domain XML", "removed from its metadata"));
     }
     let removed = host.keystore.shred_vm(doomed.vm);
     let removed = removed.map_err(|error| half_done(error.into()))?;
@@ -75,9 +71,8 @@ pub(crate) fn shred(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Resul
         Traces::None => "and overwritten in its files",
         Traces::Left => "but its files may have them until virtseald ends",
     };
-    lines.push(line(
+    lines.push(gone(
         "the records in the keystore",
-        true,
         &format!("{} envelopes removed, {traces}", removed.envelopes),
     ));
     Ok(Receipt {
@@ -117,7 +112,7 @@ fn destroy_keks(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Result<Ve
                     provider,
                     kek: KekId(kek),
                 })?;
-                line(&what, false, why)
+                left(&what, why)
             }
         });
     }
@@ -137,13 +132,12 @@ fn destroy_kek(
                 tracing::warn!("KEK {kek} stays among those that were made: {}", chain(&error));
             }
             let elsewhere = "copies of this VM on other hosts need it too, and no longer open either";
-            Ok(line(what, true, &format!("{}; {elsewhere}", receipt.observed)))
+            Ok(gone(what, &format!("{}; {elsewhere}", receipt.observed)))
         }
-        Ok(receipt) => Ok(line(what, false, &receipt.observed)),
+        Ok(receipt) => Ok(left(what, &receipt.observed)),
         // Another client's, or not on the node that was asked: who says this has not seen the end of a key.
-        Err(ProviderError::UnknownKek(_)) => Ok(line(
+        Err(ProviderError::UnknownKek(_)) => Ok(left(
             what,
-            false,
             "the provider knows no such key for this client: not proven that it is destroyed",
         )),
         Err(error) => Err(Problem::failed(format!("{what}: {}", chain(&error))).next(
@@ -218,16 +212,19 @@ fn shred_object(
         let path = place.file.as_deref().or(object.as_ref().map(Located::path));
         let what = format!("the {} {}", of.kind, path.unwrap_or(Path::new("")).display());
         let Some(object) = object else {
-            return Ok(line(&what, false, "there is none"));
+            return Ok(left(&what, "there is none"));
         };
         if place.file.is_some_and(|file| doomed.leaves_alone(&file, consent)) {
             let seen =
                 "left alone: it is on storage that other hosts may share, and the VM is not defined here";
-            return Ok(line(&what, false, seen));
+            return Ok(left(&what, seen));
         }
         let shredding = object.shred(of.id, passphrase.as_ref().ok())?;
-        let is_destroyed = matches!(shredding, Shredding::Done(_));
-        Ok(line(&what, is_destroyed, &seen_of(shredding, passphrase)))
+        let told = match shredding {
+            Shredding::Done(_) => gone,
+            _ => left,
+        };
+        Ok(told(&what, &seen_of(shredding, passphrase)))
     };
     places_of(host, doomed, of).into_iter().map(shred).collect()
 }
@@ -245,7 +242,7 @@ fn shred_lost(
         None => Vec::new(),
     };
     let seen = "which KEKs wrapped it is not known, so those at providers stay";
-    lines.push(line(&format!("the damaged record {}", lost.row), false, seen));
+    lines.push(left(&format!("the damaged record {}", lost.row), seen));
     Ok(lines)
 }
 
@@ -287,10 +284,18 @@ fn destroyed(shredded: Shredded) -> String {
     }
 }
 
-fn line(what: &str, destroyed: bool, observed: &str) -> ReceiptLine {
+fn gone(what: &str, observed: &str) -> ReceiptLine {
+    ReceiptLine {
+        destroyed: true,
+        ..left(what, observed)
+    }
+}
+
+/// Not destroyed, or not known to be.
+fn left(what: &str, observed: &str) -> ReceiptLine {
     ReceiptLine {
         what: what.to_owned(),
-        destroyed,
+        destroyed: false,
         observed: observed.to_owned(),
     }
 }

@@ -13,7 +13,7 @@ use tss_esapi::structures::{
 };
 use tss_esapi::traits::{Marshall, UnMarshall};
 
-use super::Session;
+use super::{Encrypts, Session};
 use crate::host::tpm::TpmError;
 use crate::host::tpm::bound::{BoundToTpm, Hex, Parent};
 use crate::host::tpm::digest::PolicyDigest;
@@ -44,7 +44,7 @@ impl Session {
         let pin = salt.as_ref().zip(policy.pin());
         let auth = pin.map(|(salt, pin)| auth(salt, pin)).transpose()?;
         let (parent, key) = self.storage_key()?;
-        let encrypted = self.encrypted_session(key, true)?;
+        let encrypted = self.encrypted_session(key, Encrypts::CommandAndAnswer)?;
         let data = SensitiveData::try_from(secret.expose()).map_err(failed("handing over what to seal"))?;
         let guesses = match auth {
             Some(_) => Guesses::Count,
@@ -104,7 +104,7 @@ impl Session {
                 .tr_set_auth(loaded.into(), auth)
                 .map_err(failed("handing over the PIN"))?;
         }
-        let encrypted = self.encrypted_session(key, false)?;
+        let encrypted = self.encrypted_session(key, Encrypts::Answer)?;
         let sessions = (Some(AuthSession::from(policy)), Some(encrypted), None);
         let unsealed = self
             .context
@@ -122,7 +122,7 @@ impl Session {
     fn load(&mut self, key: KeyHandle, bound: &BoundToTpm) -> Result<KeyHandle, TpmError> {
         let public = Public::unmarshall(&bound.public).map_err(|_| TpmError::Damaged)?;
         let private = Private::try_from(&bound.private[..]).map_err(|_| TpmError::Damaged)?;
-        let encrypted = self.encrypted_session(key, true)?;
+        let encrypted = self.encrypted_session(key, Encrypts::CommandAndAnswer)?;
         let loaded = self
             .context
             .execute_with_session(Some(encrypted), |context| context.load(key, private, public));
