@@ -63,6 +63,31 @@ impl Host {
         host
     }
 
+    /// As after a restart of its virtseald: everything is locked.
+    fn restarted(self) -> Self {
+        let Self {
+            dir,
+            deks,
+            stores,
+            recipients,
+            main,
+            spare,
+        } = self;
+        drop((recipients, main, spare, stores));
+        let stores = Stores::open(dir.path()).unwrap();
+        let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
+        let native = |name: &str| recipients.find(name).unwrap().of_kind().unwrap();
+        let (main, spare) = (native("main"), native("spare"));
+        Self {
+            dir,
+            stores,
+            recipients,
+            main,
+            spare,
+            deks,
+        }
+    }
+
     fn seal(&mut self, provider: Option<&str>) -> EnvelopeId {
         let binding = Binding {
             envelope: EnvelopeId::random(),
@@ -90,17 +115,12 @@ impl Host {
     fn step(&self, batch: u32) -> Option<Step> {
         let running = self.stores.keystore.running_jobs().unwrap().into_iter().next()?;
         let task = serde_json::from_str(&running.task).unwrap();
-        Some(
-            step(
-                self.stores.keystore.as_ref(),
-                &self.recipients,
-                Beside::NOTHING,
-                &task,
-                running.id,
-                batch,
-            )
-            .unwrap(),
-        )
+        Some(self.step_of(running.id, &task, batch))
+    }
+
+    fn step_of(&self, job: JobId, task: &Task, batch: u32) -> Step {
+        let keystore = self.stores.keystore.as_ref();
+        step(keystore, &self.recipients, Beside::NOTHING, task, job, batch).unwrap()
     }
 
     /// Until the job ends or waits.
@@ -138,6 +158,11 @@ impl Host {
             assert_eq!(openssl::sha::sha256(dek.expose()), self.deks[&envelope.id]);
         }
         assert_eq!(self.envelopes().len(), self.deks.len());
+    }
+
+    fn assert_moved_to_spare(&self) {
+        self.assert_providers(&[&self.spare]);
+        self.assert_whole();
     }
 
     fn assert_providers(&self, expected: &[&NativeProvider]) {

@@ -48,8 +48,7 @@ fn what_is_sealed_meanwhile_is_not_forgotten() {
     let ended = host.run();
     assert_eq!((ended.id, ended.state, ended.changed), (job, JobState::Done, 18));
     assert_eq!((ended.total, ended.seen), (18, 18));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
+    host.assert_moved_to_spare();
 }
 
 #[test]
@@ -89,24 +88,15 @@ fn sweeps_of_two_vms_go_side_by_side_and_see_their_own_envelopes_alone() {
             .is_err()
     );
     for (id, task) in ids.into_iter().zip([&one, &other]).rev() {
-        loop {
-            let stepped = step(
-                host.stores.keystore.as_ref(),
-                &host.recipients,
-                Beside::NOTHING,
-                task,
-                id,
-                50,
-            )
-            .unwrap();
-            if let Step::Ended(job) = stepped {
-                assert_eq!(
-                    (job.state, job.total, job.seen, job.changed),
-                    (JobState::Done, 1, 1, 1)
-                );
-                break;
+        let job = loop {
+            if let Step::Ended(job) = host.step_of(id, task, 50) {
+                break job;
             }
-        }
+        };
+        assert_eq!(
+            (job.state, job.total, job.seen, job.changed),
+            (JobState::Done, 1, 1, 1)
+        );
     }
     let changed = host
         .envelopes()
@@ -149,33 +139,7 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     let host = Host::with_envelopes(30);
     host.start(&host.move_to_spare());
     assert!(matches!(host.step(11), Some(Step::Worked(_))));
-    let Host {
-        dir,
-        stores,
-        recipients,
-        main,
-        spare,
-        deks,
-    } = host;
-    drop((recipients, main, spare, stores));
-    let stores = Stores::open(dir.path()).unwrap();
-    let recipients = Recipients::open(&stores, Duration::from_secs(30)).unwrap();
-    let native = |name: &str| {
-        recipients
-            .find(name)
-            .unwrap()
-            .of_kind::<NativeProvider>()
-            .unwrap()
-    };
-    let (main, spare) = (native("main"), native("spare"));
-    let host = Host {
-        dir,
-        stores,
-        recipients,
-        main,
-        spare,
-        deks,
-    };
+    let host = host.restarted();
     let job = host.run();
     assert!(job.waiting.contains("unlock spare"), "{}", job.waiting);
     assert_eq!(job.seen, 11);
@@ -185,19 +149,14 @@ fn a_restarted_host_goes_on_once_it_is_unlocked() {
     host.main.unlock(&secret("p")).unwrap();
     let job = host.run();
     assert_eq!((job.state, job.changed), (JobState::Done, 30));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
+    host.assert_moved_to_spare();
 }
 
 #[test]
 fn what_comes_while_a_job_waits_is_taken_along() {
     let mut host = Host::with_envelopes(3);
     host.main.lock();
-    let job = host.sweep(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
+    let job = host.sweep(&host.move_to_spare());
     assert_eq!((job.pass, job.left), (Pass::Left, 3));
     host.main.unlock(&secret("p")).unwrap();
     let sealed = host.seal(Some("main"));
@@ -205,19 +164,14 @@ fn what_comes_while_a_job_waits_is_taken_along() {
     assert!(left.iter().any(|left| left.envelope == sealed && left.again));
     let job = host.run();
     assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
+    host.assert_moved_to_spare();
 }
 
 #[test]
 fn what_comes_back_behind_a_job_is_taken_along() {
     let host = Host::with_envelopes(3);
     let before = host.envelopes();
-    host.start(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
+    host.start(&host.move_to_spare());
     assert!(matches!(host.step(2), Some(Step::Worked(job)) if job.changed == 2));
     // From a host that did not take part, by the XML of the VM that comes from there.
     let gone =
@@ -230,18 +184,13 @@ fn what_comes_back_behind_a_job_is_taken_along() {
     assert_eq!((job.state, job.changed), (JobState::Running, 3));
     let job = host.run();
     assert_eq!((job.state, job.changed, job.left), (JobState::Done, 4, 0));
-    host.assert_providers(&[&host.spare]);
-    host.assert_whole();
+    host.assert_moved_to_spare();
 }
 
 #[test]
 fn what_is_sealed_at_the_very_end_is_not_forgotten() {
     let mut host = Host::with_envelopes(1);
-    let job = host.start(&Task::Move {
-        from: host.main.id(),
-        to: host.spare.id(),
-        vm: None,
-    });
+    let job = host.start(&host.move_to_spare());
     host.step(1);
     // Nothing is left to be read, and the job has not ended yet.
     host.seal(Some("main"));
