@@ -61,9 +61,7 @@ pub(crate) struct HostStatus {
     pub libvirt: OrNewer<LibvirtState>,
     /// Why it is not connected.
     pub libvirt_problem: Option<String>,
-    /// The URI of that libvirt.
     pub libvirt_uri: String,
-    /// All providers.
     pub providers: Vec<ProviderView>,
     /// The sealed VMs, or a page of them.
     pub vms: Vec<VmView>,
@@ -214,7 +212,6 @@ pub(crate) trait HostProxy {
         &mut self,
         request: &VolumeRequest,
     ) -> zlink::Result<Result<VolumeCreated, HostError>>;
-    /// All providers.
     async fn list_providers(&mut self) -> zlink::Result<Result<Providers, HostError>>;
     /// Adds a provider; `settings` is the JSON of what its kind needs to know, never a secret; `fds` holds its
     /// passphrase or PIN.
@@ -329,15 +326,15 @@ pub(crate) trait HostProxy {
     ) -> zlink::Result<Result<Outcome, HostError>>;
     /// Envelopes and KEKs that no VM uses; `after` is what the page before has in `next`.
     async fn orphans(&mut self, after: Option<&str>) -> zlink::Result<Result<Orphans, HostError>>;
-    /// What `shred_vm` asks a word for. Changes nothing.
+    /// What `reset_nvram` asks a word for. Changes nothing.
     async fn preview_nvram_reset(&mut self, vm: &str) -> zlink::Result<Result<LossPreview, HostError>>;
-
+    /// Makes the UEFI variables of a VM anew whose name was `typed`; a copy of the old ones stays.
     async fn reset_nvram(
         &mut self,
         vm: &str,
         typed: Option<&str>,
     ) -> zlink::Result<Result<Outcome, HostError>>;
-
+    /// What `begin_snapshot` asks a word for. Changes nothing.
     async fn preview_snapshot(
         &mut self,
         vm: &str,
@@ -345,7 +342,8 @@ pub(crate) trait HostProxy {
         keep: bool,
         force: Option<bool>,
     ) -> zlink::Result<Result<LossPreview, HostError>>;
-
+    /// Starts the job that ends the plain overlays of a VM; one that may lose something only if its name was `typed`. They are to
+    /// `keep` their files or not; `force` does it where nobody knows which image is newer.
     async fn begin_snapshot(
         &mut self,
         vm: &str,
@@ -354,7 +352,7 @@ pub(crate) trait HostProxy {
         force: Option<bool>,
         typed: Option<&str>,
     ) -> zlink::Result<Result<JobStarted, HostError>>;
-
+    /// What `shred_vm` asks a word for. Changes nothing.
     async fn preview_shred(&mut self, vm: &str) -> zlink::Result<Result<ShredPreview, HostError>>;
     /// Destroys all keys of a VM whose name was typed; those at a provider of one that is not defined here only if it was typed
     /// for them, too.

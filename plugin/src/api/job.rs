@@ -83,14 +83,12 @@ pub(crate) struct JobView {
 /// How a job stands.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub(crate) struct JobReport {
-    /// The job.
     pub job: JobView,
 }
 
 /// A job that was started.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub(crate) struct JobStarted {
-    /// The job.
     pub job: JobView,
     /// What the admin should know besides.
     pub warnings: Vec<String>,
@@ -99,7 +97,6 @@ pub(crate) struct JobStarted {
 /// A copy of an envelope that is behind the keystore's.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
 pub(crate) struct CopyView {
-    /// The VM.
     pub vm: String,
     /// The envelope's UUID.
     pub envelope: String,

@@ -296,7 +296,6 @@ pub(crate) struct OrphanEnvelope {
 /// A KEK that no VM's envelope needs.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
 pub(crate) struct OrphanKek {
-    /// Its provider.
     pub provider: String,
     /// Its name there.
     pub kek: String,

@@ -192,9 +192,7 @@ pub(crate) struct ObjectView {
 /// A VM, as `virtseal vm status` prints it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
 pub(crate) struct VmView {
-    /// Its name.
     pub name: String,
-    /// Its UUID.
     pub uuid: String,
     /// The provider without which one of its objects does not open.
     pub depends_on: Option<String>,
@@ -206,7 +204,6 @@ pub(crate) struct VmView {
     pub starts: StartView,
     /// Whether it is sealed, or what is wrong.
     pub state: OrNewer<VmState>,
-    /// Its objects.
     pub objects: Vec<ObjectView>,
     /// What the admin should know besides, with what to run next.
     pub warnings: Vec<FindingView>,
@@ -347,7 +344,6 @@ pub(crate) struct LossPreview {
 /// Reply of `vm shred`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub(crate) struct Receipt {
-    /// The VM.
     pub vm: String,
     /// What was destroyed, and what was not.
     pub lines: Vec<ReceiptLine>,
