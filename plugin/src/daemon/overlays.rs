@@ -21,7 +21,7 @@ use crate::model::job::{JobState, SnapshotAct, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::store::{JobRecord, NewJob};
 use crate::vm::host::Host;
-use crate::vm::names::unreachable;
+use crate::vm::names::{not_redefined, unreachable};
 use crate::vm::seal::NewObject;
 use crate::vm::snapshot::off::{self, HeldDisk};
 use crate::vm::snapshot::running::{self, Ended};
@@ -331,7 +331,7 @@ fn redefine(daemon: &Daemon, disk: &OverlaidDisk, found: &Overlaid, name: &str) 
     }
     let xml = snapshot::bare(&now.xml, found)?;
     daemon.background.define(&xml).map_err(|error| {
-        Problem::failed(format!("{name} is not redefined: {}", chain(&error)))
+        not_redefined(name, &error)
             .next(Advice::CommitSnapshot(name.to_owned()).within("it goes on from here"))
     })
 }

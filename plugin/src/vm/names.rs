@@ -137,6 +137,11 @@ pub(crate) fn unreachable(error: &LibvirtError) -> Problem {
     Problem::unreachable(chain(error)).next(Advice::ShowStatus)
 }
 
+/// For a command that changes the XML of the VM called `name`.
+pub(crate) fn not_redefined(name: &str, error: &LibvirtError) -> Problem {
+    Problem::failed(format!("{name} is not redefined: {}", chain(error)))
+}
+
 /// The names of the VMs that the keystore knows.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct VmNames(BTreeMap<VmId, String>);

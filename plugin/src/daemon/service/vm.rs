@@ -79,11 +79,7 @@ pub(crate) fn seal(
     if changed {
         daemon.background.define(&made.xml).map_err(|error| {
             made.replaced
-                .after(Problem::failed(format!(
-                    "{} is not redefined: {}",
-                    domain.name,
-                    chain(&error)
-                )))
+                .after(names::not_redefined(&domain.name, &error))
                 .next(Advice::SealVm(vm.to_owned()).within("it goes on from here, nothing is lost"))
         })?;
         catch_up(daemon, &made.xml)?;
@@ -159,11 +155,7 @@ pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, tense: Tense) -> Resu
         let unsealed = seal::unseal(&host, &plan).and_then(|replaced| {
             daemon.background.define(&plan.xml).map_err(|error| {
                 replaced
-                    .after(Problem::failed(format!(
-                        "{} is not redefined: {}",
-                        domain.name,
-                        chain(&error)
-                    )))
+                    .after(names::not_redefined(&domain.name, &error))
                     .next(Advice::UnsealVm(vm.to_owned()).within("it goes on from here"))
             })
         });

@@ -15,11 +15,12 @@ use crate::host::process::machine_id;
 use crate::job::record::{NewVolume, Work};
 use crate::model::advice::Advice;
 use crate::model::digest::{Digest, NoDigest};
-use crate::model::envelope::EnvelopeId;
+use crate::model::envelope::{EnvelopeId, VmId};
 use crate::model::job::Subject;
 use crate::model::problem::Problem;
 use crate::object::disk::{self, Backing, Bytes, CreateRequest, Declaration, VolumeError};
 use crate::store::NewJob;
+use crate::vm::headers::Writing;
 use crate::vm::share::{self, Sharing};
 use crate::vm::{adopt_volume, check_volume, forget_volume, names, resize_volume};
 
@@ -74,15 +75,26 @@ fn forget_alone(daemon: &Daemon, asked: &str, typed: Option<&str>) -> Result<Out
     let path = found.location.clone();
     // Whoever makes the image has an envelope that is in nobody's XML yet.
     let _making = claim_alone(daemon, &Subject::Image { vm, path }, &found.location)?;
-    let starting =
-        || Problem::busy(format!("VM {vm} is starting with {asked}")).next(Advice::ShowVm(vm.to_string()));
-    let _writing = daemon.headers.write(id).ok_or_else(starting)?;
-    if daemon.armed.needs(id) {
-        return Err(starting());
-    }
+    let _writing = keep_starts_off(daemon, id, vm, asked)?;
     // As it is now that nothing else is done to it.
     let record = forget_volume::find(&daemon.host(), &id.to_string())?;
     forget_volume::forget(&daemon.host_of_vms()?, &record, typed)
+}
+
+/// Until what comes back is dropped. `volume` is what it was called.
+fn keep_starts_off<'a>(
+    daemon: &'a Daemon,
+    id: EnvelopeId,
+    vm: VmId,
+    volume: &str,
+) -> Result<Writing<'a>, Problem> {
+    let starting =
+        || Problem::busy(format!("VM {vm} is starting with {volume}")).next(Advice::ShowVm(vm.to_string()));
+    let writing = daemon.headers.write(id).ok_or_else(starting)?;
+    match daemon.armed.needs(id) {
+        true => Err(starting()),
+        false => Ok(writing),
+    }
 }
 
 pub(super) fn check(daemon: &Daemon, path: &str) -> Result<VolumeChecked, Problem> {
@@ -106,13 +118,8 @@ fn resize_alone(daemon: &Daemon, path: &str, size: Bytes, typed: Option<&str>) -
     let record = share::volume_record(&daemon.host(), image)?;
     let (id, vm) = (record.envelope.id, record.envelope.vm);
     let _claim = daemon.claims.vm(vm, &format!("VM {vm}"), Doing::Volume)?;
-    let starting =
-        || Problem::busy(format!("VM {vm} is starting with {path}")).next(Advice::ShowVm(vm.to_string()));
     // A start waits until it has its size.
-    let _writing = daemon.headers.write(id).ok_or_else(starting)?;
-    if daemon.armed.needs(id) {
-        return Err(starting());
-    }
+    let _writing = keep_starts_off(daemon, id, vm, path)?;
     resize_volume::resize(&daemon.host_of_vms()?, image, &record, size, typed)
 }
 
