@@ -25,7 +25,7 @@ DAEMON_HOOKDIR ?= /etc/libvirt/hooks/daemon.d
 
 PACKAGING := $(patsubst %/,%,$(dir $(lastword $(MAKEFILE_LIST))))
 PACKAGED_BINARIES := $(or $(CARGO_TARGET_DIR),target)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
-PACKAGED_DOCS = README.md SECURITY.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md $(shell find docs -name '*.md')
+PACKAGED_DOCS = README.md SECURITY.md ARCHITECTURE.md CHANGELOG.md CONTRIBUTING.md $(shell find docs -name '*.md' -o -name '*.json')
 # What the program virtseal-manual has written: man pages and completions.
 MANUAL = $(PACKAGED_BINARIES)/manual
 

@@ -46,6 +46,7 @@ pub(crate) use word::{OrNewer, words};
 
 /// Whether virtseald has its connection to libvirt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum LibvirtState {
@@ -55,6 +56,7 @@ pub(crate) enum LibvirtState {
 
 /// Reply of `virtseal status`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct HostStatus {
     /// Of virtseald.
     pub version: String,
@@ -66,6 +68,8 @@ pub(crate) struct HostStatus {
     /// The sealed VMs, or a page of them.
     pub vms: Vec<VmView>,
     /// What to ask for the VMs after these, if there are more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(skip))]
     pub next_vms: Option<String>,
     /// How many secrets are in libvirt at this moment.
     pub armed: i64,
@@ -86,6 +90,7 @@ pub(crate) struct AuditLines {
 
 /// Reply of `audit verify`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct AuditVerified {
     /// How many records the chain holds.
     pub records: i64,
@@ -104,7 +109,7 @@ pub(crate) enum HostError {
         /// What happened, and to which object.
         message: String,
         /// What it is about, where that is one thing.
-        subject: Option<Box<SubjectView>>,
+        object: Option<Box<SubjectView>>,
         /// The next command to run.
         next: Option<String>,
     },
@@ -115,13 +120,13 @@ impl From<Problem> for HostError {
         let ProblemView {
             code,
             message,
-            subject,
+            object,
             next,
         } = ProblemView::from(&failure);
         Self::Failed {
             code,
             message,
-            subject,
+            object,
             next,
         }
     }
@@ -132,13 +137,13 @@ impl From<HostError> for Problem {
         let HostError::Failed {
             code,
             message,
-            subject,
+            object,
             next,
         } = error;
         ProblemView {
             code,
             message,
-            subject,
+            object,
             next,
         }
         .into()

@@ -11,6 +11,7 @@ mod cache;
 mod client;
 mod colour;
 mod credential;
+mod document;
 #[cfg(test)]
 mod documented;
 mod examples;
@@ -42,9 +43,9 @@ use std::time::Duration;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::api::{HostProxy, ProblemView};
+use crate::api::HostProxy;
 use crate::config::{Config, parse_duration};
-use crate::model::problem::{Code, Problem};
+use crate::model::problem::Problem;
 use client::Client;
 use job::JobsCommand;
 use patience::Patience;
@@ -127,11 +128,6 @@ fn duration(text: &str) -> Result<Duration, &'static str> {
     given.ok_or("a time of more than 0 and at most an hour, such as 30s, 500ms or 2m")
 }
 
-/// A problem for scripts: `{"error": {"code": 3, "message": "…", "subject": {"kind": "provider", …}, "next": "…"}}`.
-fn problem_document(problem: &Problem) -> String {
-    serde_json::json!({ "error": ProblemView::from(problem) }).to_string()
-}
-
 /// What is wrong with the arguments, without the usage that people are shown.
 fn misused(error: &clap::Error) -> Problem {
     let text = error.to_string();
@@ -158,21 +154,13 @@ pub async fn main() -> ExitCode {
         Ok(cli) => cli,
         // What the arguments ask for is not known: they may be of no use, but for this one.
         Err(error) if error.use_stderr() && std::env::args_os().any(|argument| argument == "--json") => {
-            out::note_json(&problem_document(&misused(&error)));
-            return ExitCode::from(Code::Usage as u8);
+            return Printer::new(true).end(Err(misused(&error)));
         }
         Err(error) => error.exit(),
     };
-    let as_json = cli.json;
-    let problem = match cli.run().await {
-        Ok(code) => return code,
-        Err(problem) => problem,
-    };
-    match as_json {
-        true => out::note_json(&problem_document(&problem)),
-        false => out::note(&format!("virtseal: {problem}")),
-    }
-    ExitCode::from(problem.code as u8)
+    let printer = Printer::new(cli.json);
+    let ended = cli.run(&printer).await;
+    printer.end(ended)
 }
 
 impl Cli {
@@ -180,14 +168,13 @@ impl Cli {
     ///
     /// # Errors
     /// What the user should be told, with the exit code.
-    pub(crate) async fn run(self) -> Result<ExitCode, Problem> {
-        let printer = Printer::new(self.json);
+    async fn run(self, printer: &Printer) -> Result<ExitCode, Problem> {
         let patience = Patience::of(self.timeout);
         if let Command::Volume(VolumeCommand::Info { path }) = &self.command {
-            return volume::info(path, patience, &printer).map(|()| ExitCode::SUCCESS);
+            return volume::info(path, patience, printer).map(|()| ExitCode::SUCCESS);
         }
         if let Command::State(StateCommand::Restore(args)) = self.command {
-            return state::restore(args, &printer).map(|()| ExitCode::SUCCESS);
+            return state::restore(args, printer).map(|()| ExitCode::SUCCESS);
         }
         let mut client = match &self.command {
             Command::Provider(ProviderCommand::Lock { .. }) => {
@@ -196,26 +183,24 @@ impl Cli {
             _ => Client::connect(&self.socket, patience).await?,
         };
         let done = match self.command {
-            Command::Status(args) => return status::run(args.width, &mut client, &printer).await,
-            Command::Provider(command) => provider::run(command, &mut client, &printer).await,
-            Command::Volume(VolumeCommand::Create(args)) => {
-                volume::create(&args, &mut client, &printer).await
-            }
-            Command::Volume(VolumeCommand::Share(args)) => volume::share(&args, &mut client, &printer).await,
-            Command::Volume(VolumeCommand::Forget(args)) => volume::forget(args, &mut client, &printer).await,
+            Command::Status(args) => return status::run(args.width, &mut client, printer).await,
+            Command::Provider(command) => provider::run(command, &mut client, printer).await,
+            Command::Volume(VolumeCommand::Create(args)) => volume::create(&args, &mut client, printer).await,
+            Command::Volume(VolumeCommand::Share(args)) => volume::share(&args, &mut client, printer).await,
+            Command::Volume(VolumeCommand::Forget(args)) => volume::forget(args, &mut client, printer).await,
             Command::Volume(VolumeCommand::Adopt { path }) => {
-                volume::adopt(&path, &mut client, &printer).await
+                volume::adopt(&path, &mut client, printer).await
             }
             Command::Volume(VolumeCommand::Check { path }) => {
-                volume::check(&path, &mut client, &printer).await
+                volume::check(&path, &mut client, printer).await
             }
-            Command::Volume(VolumeCommand::Resize(args)) => volume::resize(args, &mut client, &printer).await,
-            Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, patience, &printer),
-            Command::Vm(command) => vm::run(command, &mut client, &printer).await,
-            Command::Jobs { command } => job::run(command, &mut client, &printer).await,
-            Command::State(StateCommand::Backup(args)) => state::backup(&args, &mut client, &printer).await,
-            Command::State(StateCommand::Restore(args)) => state::restore(args, &printer),
-            Command::Audit(command) => audit(command, &mut client, &printer).await,
+            Command::Volume(VolumeCommand::Resize(args)) => volume::resize(args, &mut client, printer).await,
+            Command::Volume(VolumeCommand::Info { path }) => volume::info(&path, patience, printer),
+            Command::Vm(command) => vm::run(command, &mut client, printer).await,
+            Command::Jobs { command } => job::run(command, &mut client, printer).await,
+            Command::State(StateCommand::Backup(args)) => state::backup(&args, &mut client, printer).await,
+            Command::State(StateCommand::Restore(args)) => state::restore(args, printer),
+            Command::Audit(command) => audit(command, &mut client, printer).await,
         };
         done.map(|()| ExitCode::SUCCESS)
     }
@@ -242,7 +227,7 @@ async fn audit(command: AuditCommand, client: &mut Client, printer: &Printer) ->
     match command {
         AuditCommand::Show { records } => printer.audit(&audit_lines(records.into(), client).await?),
         AuditCommand::Verify => {
-            printer.audit_verified(&client.call(async |host| host.verify_audit().await).await?)
+            printer.audit_verified(client.call(async |host| host.verify_audit().await).await?)
         }
     }
 }

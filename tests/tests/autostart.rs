@@ -46,7 +46,7 @@ fn log(sealed: &SealedHost) -> String {
 
 fn autostart(sealed: &SealedHost, vm: &str) -> Result<String> {
     let seen = sealed.json(&["vm", "status", vm])?;
-    seen[0]["autostart"]
+    seen["vms"][0]["autostart"]
         .as_str()
         .map(str::to_owned)
         .context("no autostart")

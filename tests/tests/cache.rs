@@ -170,8 +170,11 @@ fn cache_is_refused_where_no_key_ever_comes() -> Result<()> {
     }
     ensure!(sealed.virtseal(&["provider", "cache", "main", "soon"])?.code() == Some(2));
     let listed = sealed.json(&["provider", "list"])?;
-    ensure!(listed.as_array().is_some_and(|all| all.len() == 1), "{listed}");
-    ensure!(listed[0]["cache"].is_null(), "{listed}");
+    ensure!(
+        listed["providers"].as_array().is_some_and(|all| all.len() == 1),
+        "{listed}"
+    );
+    ensure!(listed["providers"][0]["cache"].is_null(), "{listed}");
 
     sealed.run(&[
         "provider",

@@ -248,7 +248,7 @@ fn status(sealed: &SealedHost, vm: &str) -> Result<String> {
 
 fn findings(sealed: &SealedHost, vm: &str) -> Result<Vec<String>> {
     let status = sealed.json(&["vm", "status", vm])?;
-    let warnings = status[0]["warnings"].as_array().context("no warnings")?;
+    let warnings = status["vms"][0]["warnings"].as_array().context("no warnings")?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let lines = warnings
         .iter()
@@ -267,7 +267,7 @@ fn expect_no_finding(sealed: &SealedHost, vm: &str) -> Result<()> {
 /// Who opens its disk, by what the keystore has.
 fn recipients(sealed: &SealedHost, vm: &str) -> Result<Vec<String>> {
     let status = sealed.json(&["vm", "status", vm])?;
-    let mut objects = status[0]["objects"].as_array().into_iter().flatten();
+    let mut objects = status["vms"][0]["objects"].as_array().into_iter().flatten();
     let disk = objects
         .find(|found| found["object"] == "disk vda")
         .context("no disk vda")?;
@@ -330,7 +330,7 @@ fn a_damaged_row_is_named_and_its_way_out_heals() -> Result<()> {
     sealed.seal_new("web02")?;
     sealed.wait_for_copies(0)?;
     let status_of = sealed.json(&["vm", "status", "web01"])?;
-    let objects = status_of[0]["objects"].as_array().context("no objects")?;
+    let objects = status_of["vms"][0]["objects"].as_array().context("no objects")?;
     let ids: Vec<_> = objects
         .iter()
         .map(|object| {
@@ -340,7 +340,10 @@ fn a_damaged_row_is_named_and_its_way_out_heals() -> Result<()> {
                 .map(str::to_owned)
         })
         .collect::<Result<_>>()?;
-    let vm = status_of[0]["uuid"].as_str().context("no UUID")?.to_owned();
+    let vm = status_of["vms"][0]["uuid"]
+        .as_str()
+        .context("no UUID")?
+        .to_owned();
     for (nth, damage) in ["json = '{'", "generation = 7", "kind = 'tape'"]
         .iter()
         .enumerate()

@@ -349,7 +349,7 @@ fn create_volume(sealed: &SealedHost, disk: &Path, vm: &str) -> Result<String> {
 
 fn envelope_of(sealed: &SealedHost, vm: &str, object: &str) -> Result<String> {
     let status = sealed.json(&["vm", "status", vm])?;
-    let objects = status[0]["objects"].as_array().context("no objects")?;
+    let objects = status["vms"][0]["objects"].as_array().context("no objects")?;
     let found = objects
         .iter()
         .find(|found| found["object"] == object)

@@ -161,7 +161,7 @@ fn volume_that_can_not_be_made_leaves_no_envelope() -> Result<()> {
         ensure!(!rig.sealed.virtseal(&create)?.status.success(), "{create:?}");
     }
     let provider = rig.sealed.json(&["provider", "show", "main"])?;
-    ensure!(provider[0]["envelopes"] == 0, "{provider}");
+    ensure!(provider["provider"]["envelopes"] == 0, "{provider}");
     rig.sealed
         .virtseal(&["volume", "create", &image, "--size", "8M", "--vm", &vm])?
         .succeeded()?;

@@ -123,7 +123,7 @@ fn plaintext_beside_the_objects_is_refused_unless_the_policy_allows_it() -> Resu
         &["web01", "/usr/share/virtseal-ram", "memfd", "memory_on_disk"],
     )?;
     let status = sealed.json(&["vm", "status", "web01"])?;
-    let warned = status[0]["warnings"].to_string();
+    let warned = status["vms"][0]["warnings"].to_string();
     ensure!(
         warned.contains("next start") && warned.contains("memory_on_disk"),
         "{status}"

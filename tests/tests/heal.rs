@@ -33,7 +33,7 @@ fn follow(sealed: &SealedHost, said: &str, begin: &str) -> Result<String> {
 
 fn state_of(sealed: &SealedHost, vm: &str, object: &str) -> Result<String> {
     let status = sealed.json(&["vm", "status", vm])?;
-    let objects = status[0]["objects"].as_array().context("no objects")?;
+    let objects = status["vms"][0]["objects"].as_array().context("no objects")?;
     let found = objects.iter().find(|found| found["object"] == object);
     let found = found.with_context(|| format!("no {object} in {status}"))?;
     Ok(found["state"].as_str().context("no state")?.to_owned())
@@ -327,7 +327,7 @@ fn a_vm_that_was_unsealed_is_sealed_for_the_provider_of_now() -> Result<()> {
 
 fn expect_providers(sealed: &SealedHost, expected: &[&str]) -> Result<()> {
     let status = sealed.json(&["vm", "status", "web01"])?;
-    let objects = status[0]["objects"].as_array().context("no objects")?;
+    let objects = status["vms"][0]["objects"].as_array().context("no objects")?;
     ensure!(objects.len() == 3, "{status}");
     for object in objects {
         let providers: Vec<_> = object["providers"].as_array().into_iter().flatten().collect();

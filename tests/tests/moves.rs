@@ -24,9 +24,9 @@ fn sealed_vm_can_be_defined_again_from_its_dumpxml() -> Result<()> {
     sealed.host().undefine("web01")?;
     // Its keys are not forgotten with it.
     let status = sealed.json(&["vm", "status", "web01"])?;
-    ensure!(status[0]["power"] == "undefined", "{status}");
+    ensure!(status["vms"][0]["power"] == "undefined", "{status}");
     ensure!(
-        status[0]["objects"]
+        status["vms"][0]["objects"]
             .as_array()
             .is_some_and(|objects| objects.len() == 3)
     );
@@ -57,9 +57,12 @@ fn sealed_vm_can_be_renamed() -> Result<()> {
     sealed.host().virsh(&["domrename", "web01", "www"])?.succeeded()?;
     sealed.start_paused("www")?;
     let status = sealed.json(&["vm", "status"])?;
-    ensure!(status.as_array().is_some_and(|vms| vms.len() == 1), "{status}");
     ensure!(
-        status[0]["name"] == "www" && status[0]["state"] == "sealed",
+        status["vms"].as_array().is_some_and(|vms| vms.len() == 1),
+        "{status}"
+    );
+    ensure!(
+        status["vms"][0]["name"] == "www" && status["vms"][0]["state"] == "sealed",
         "{status}"
     );
 
@@ -84,7 +87,7 @@ fn keystore_learns_where_a_disk_has_moved() -> Result<()> {
     sealed.host().undefine("web01")?;
     wait_until(COPIES_DEADLINE, "the disk's new place", || {
         let status = sealed.json(&["vm", "status", "web01"])?;
-        let objects = status[0]["objects"].as_array().context("no objects")?;
+        let objects = status["vms"][0]["objects"].as_array().context("no objects")?;
         Ok(objects.iter().any(|object| object["path"] == to).then_some(()))
     })
 }
@@ -121,7 +124,7 @@ fn seal_and_adopt_have_the_keystore_follow_a_disk_that_has_moved() -> Result<()>
 
     sealed.host().undefine("web01")?;
     let status = sealed.json(&["vm", "status", "web01"])?;
-    let objects = status[0]["objects"].as_array().context("no objects")?;
+    let objects = status["vms"][0]["objects"].as_array().context("no objects")?;
     ensure!(objects.iter().any(|object| object["path"] == old), "{status}");
     Ok(())
 }
@@ -135,7 +138,10 @@ fn another_host_adopts_a_vm_from_its_xml() -> Result<()> {
     let xml = old.dumpxml("web01")?;
     let generation = |sealed: &SealedHost| -> Result<Vec<_>> {
         let status = sealed.json(&["vm", "status", "web01"])?;
-        let objects = status[0]["objects"].as_array().cloned().context("no objects")?;
+        let objects = status["vms"][0]["objects"]
+            .as_array()
+            .cloned()
+            .context("no objects")?;
         Ok(objects
             .into_iter()
             .map(|object| (object["envelope"].clone(), object["generation"].clone()))
@@ -166,7 +172,7 @@ fn another_host_adopts_a_vm_from_its_xml() -> Result<()> {
         &new.refused_start("web01")?,
         &["web01 stays off", "disk vda", "provider 'main'", "tampered"],
     )?;
-    ensure!(new.json(&["provider", "show", "main"])?[0]["envelopes"] == 0);
+    ensure!(new.json(&["provider", "show", "main"])?["provider"]["envelopes"] == 0);
 
     new.host().define_xml(&xml)?;
     new.start_paused("web01")?;
@@ -174,7 +180,7 @@ fn another_host_adopts_a_vm_from_its_xml() -> Result<()> {
         generation(&new)? == envelopes,
         "other envelopes than on the old host"
     );
-    ensure!(new.json(&["provider", "show", "main"])?[0]["envelopes"] == 3);
+    ensure!(new.json(&["provider", "show", "main"])?["provider"]["envelopes"] == 3);
     // Now the keystore has them: the copies may go.
     new.destroy("web01")?;
     new.host().define_xml(&tampered(&xml)?)?;

@@ -159,7 +159,7 @@ fn a_reset_can_be_killed_at_every_change() -> Result<()> {
             ])
         },
         |rig, nth, command| {
-            let uuid = rig.sealed.json(&["vm", "status", &vm(nth)])?[0]["uuid"]
+            let uuid = rig.sealed.json(&["vm", "status", &vm(nth)])?["vms"][0]["uuid"]
                 .as_str()
                 .unwrap_or_default()
                 .parse()?;

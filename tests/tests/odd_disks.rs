@@ -30,7 +30,7 @@ fn expect_sealed(sealed: &SealedHost, vm: &str, printed: &str) -> Result<()> {
     sealed.expect_no_secrets()?;
     let status = sealed.json(&["vm", "status", vm])?;
     ensure!(
-        status[0]["state"] == "sealed" && status[0]["power"] == "running",
+        status["vms"][0]["state"] == "sealed" && status["vms"][0]["power"] == "running",
         "{status}"
     );
     sealed.destroy(vm)

@@ -289,7 +289,7 @@ fn settings_are_seen_and_changed_once_they_work() -> Result<()> {
     set(&[&format!("endpoints={}", endpoint(nobody)), "--no-probe"])?.succeeded()?;
     expect_names(&state(&sealed, "set")?, &["unreachable"])?;
     let providers = sealed.json(&["provider", "list"])?;
-    let default = providers
+    let default = providers["providers"]
         .as_array()
         .context("no list")?
         .iter()

@@ -145,7 +145,7 @@ fn dry_run_changes_nothing_and_sealing_twice_changes_nothing_more() -> Result<()
     ensure!(sealed.dumpxml("web01")? == before);
     ensure!(fs::read(sealed.host().path(&spec.disk))? == disk);
     ensure!(!sealed.host().path(spec.nvram()).exists());
-    ensure!(sealed.json(&["provider", "list"])?[0]["envelopes"] == 0);
+    ensure!(sealed.json(&["provider", "list"])?["providers"][0]["envelopes"] == 0);
 
     let done = sealed.json(&["vm", "seal", "web01"])?;
     ensure!(done["changed"] == true, "{done}");
@@ -180,7 +180,7 @@ fn dry_run_changes_nothing_and_sealing_twice_changes_nothing_more() -> Result<()
         "{again}"
     );
     ensure!(sealed.dumpxml("web01")? == after);
-    ensure!(sealed.json(&["provider", "list"])?[0]["envelopes"] == 3);
+    ensure!(sealed.json(&["provider", "list"])?["providers"][0]["envelopes"] == 3);
     sealed.start_paused("web01")
 }
 
@@ -236,9 +236,9 @@ fn vm_whose_firmware_libvirt_chooses_can_be_sealed() -> Result<()> {
         .define_xml(&edited(&xml, "<os>", "<os firmware='efi'>")?)?;
     sealed.virtseal(&["vm", "seal", "web01"])?.succeeded()?;
     let status = sealed.json(&["vm", "status", "web01"])?;
-    ensure!(status[0]["state"] == "sealed", "{status}");
+    ensure!(status["vms"][0]["state"] == "sealed", "{status}");
     ensure!(
-        status[0]["objects"]
+        status["vms"][0]["objects"]
             .as_array()
             .is_some_and(|objects| objects.len() == 3),
         "{status}"

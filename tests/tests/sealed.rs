@@ -39,7 +39,7 @@ fn sealed_guest_boots_and_persists() -> Result<()> {
     sealed.stop_daemon(Signal::SIGTERM)?;
     expect_markers(&mut guest).context("without virtseald")?;
     sealed.start_daemon()?;
-    ensure!(sealed.json(&["provider", "show", "main"])?[0]["state"] == "locked");
+    ensure!(sealed.json(&["provider", "show", "main"])?["provider"]["state"] == "locked");
     expect_markers(&mut guest).context("after a restart of virtseald")?;
 
     sealed.host().virsh(&["managedsave", "web01"])?.succeeded()?;

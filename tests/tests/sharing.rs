@@ -98,7 +98,7 @@ fn only_root_lets_another_vm_have_a_volume() -> Result<()> {
     })?;
     sealed.expect_no_secrets()?;
     let status = sealed.json(&["vm", "status", "web01"])?;
-    let shared: Vec<_> = status[0]["objects"]
+    let shared: Vec<_> = status["vms"][0]["objects"]
         .as_array()
         .context("no objects")?
         .iter()

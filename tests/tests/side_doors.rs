@@ -26,7 +26,7 @@ fn a_vm_that_must_not_leave_without_tls_starts_only_where_libvirt_sees_to_that()
     ];
     expect_names(&sealed.refused_start("web01")?, &why)?;
     let status = sealed.json(&["vm", "status", "web01"])?;
-    expect_names(&status[0]["warnings"].to_string(), &why)?;
+    expect_names(&status["vms"][0]["warnings"].to_string(), &why)?;
     // Nothing is demanded for the other one.
     sealed.expect_start("web02")?;
 
@@ -141,7 +141,7 @@ fn a_sealed_image_that_is_attached_as_raw_is_found_in_any_vm() -> Result<()> {
         sealed.destroy(vm)?;
         wait_for(&sealed, vm, &["disk vdb", "as raw"])?;
         expect_names(
-            &sealed.json(&["vm", "status", vm])?[0]["warnings"].to_string(),
+            &sealed.json(&["vm", "status", vm])?["vms"][0]["warnings"].to_string(),
             &["as raw"],
         )?;
     }
@@ -313,7 +313,7 @@ fn copies_and_backups_to_plain_files_are_found_and_to_encrypted_ones_are_not() -
             "--no-metadata",
         ],
     )?;
-    let shown = sealed.json(&["vm", "status", "web01"])?[0]["warnings"].to_string();
+    let shown = sealed.json(&["vm", "status", "web01"])?["vms"][0]["warnings"].to_string();
     expect_names(&shown, &["disk vda", "web01.s1"])?;
     let before = warnings(&sealed, "web01")?.len();
     virsh(

@@ -12,7 +12,7 @@ const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
 fn generations(rig: &Rig) -> Result<Vec<i64>> {
     let shown = rig.sealed.json(&["vm", "status", "web01"])?;
-    let objects = shown[0]["objects"].as_array().context("no objects")?;
+    let objects = shown["vms"][0]["objects"].as_array().context("no objects")?;
     Ok(objects
         .iter()
         .filter_map(|object| object["generation"].as_i64())

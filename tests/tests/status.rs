@@ -206,7 +206,7 @@ fn a_disk_where_root_does_not_look_is_not_called_plain() -> Result<()> {
     };
     host.define(&spec)?;
     let shown = sealed.json(&["vm", "status", "plain01"])?;
-    let object = shown[0]["objects"].as_array().context("no objects")?;
+    let object = shown["vms"][0]["objects"].as_array().context("no objects")?;
     let object = object.iter().find(|object| object["object"] == "disk vda");
     let object = object.context("no disk")?;
     ensure!(object["state"] == "not_looked_at", "{object}");

@@ -245,9 +245,7 @@ fn keys_go_when_nobody_says_that_the_vm_has_started() -> Result<()> {
 
 fn secret_of_disk(sealed: &SealedHost, vm: &str) -> Result<String> {
     let status = sealed.json(&["vm", "status", vm])?;
-    let objects = status["vms"][0]["objects"]
-        .as_array()
-        .or(status[0]["objects"].as_array());
+    let objects = status["vms"][0]["objects"].as_array();
     let disk = objects
         .and_then(|objects| objects.iter().find(|object| object["object"] == "disk vda"))
         .with_context(|| status.to_string())?;

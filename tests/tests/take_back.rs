@@ -24,7 +24,7 @@ fn envelopes(sealed: &SealedHost, vm: &str) -> Result<Vec<String>> {
 }
 
 fn status(sealed: &SealedHost, vm: &str) -> Result<Value> {
-    Ok(sealed.json(&["vm", "status", vm])?[0].take())
+    Ok(sealed.json(&["vm", "status", vm])?["vms"][0].take())
 }
 
 fn state_of(status: &Value, object: &str) -> Result<String> {
@@ -69,7 +69,7 @@ fn a_vm_whose_xml_was_defined_anew_is_taken_back() -> Result<()> {
     ensure!(state_of(&seen, "vtpm")? == "detached", "{seen}");
     expect_names(&seen["warnings"].to_string(), &["virtseal vm seal web01"])?;
     let listed = sealed.json(&["vm", "status"])?;
-    ensure!(listed[0]["name"] == "web01" && listed[0]["state"] == NOT_IN_XML);
+    ensure!(listed["vms"][0]["name"] == "web01" && listed["vms"][0]["state"] == NOT_IN_XML);
     let taken = sealed.run(&["vm", "seal", "web01"])?;
     expect_names(&taken, &["adopt", "UEFI variable store", "TPM back"])?;
     ensure!(envelopes(&sealed, "web01")? == before);
@@ -172,7 +172,10 @@ fn status_tells_what_is_wrong_with_objects_and_xml() -> Result<()> {
     )?;
     wait_until(PATIENCE, "the list to be of both", || {
         let listed = sealed.json(&["vm", "status"])?;
-        Ok(listed.as_array().is_some_and(|vms| vms.len() == 2).then_some(()))
+        Ok(listed["vms"]
+            .as_array()
+            .is_some_and(|vms| vms.len() == 2)
+            .then_some(()))
     })?;
     host.undefine("db01")?;
     // One that has nothing to do with virtseal is in no list.
@@ -183,7 +186,10 @@ fn status_tells_what_is_wrong_with_objects_and_xml() -> Result<()> {
     // It may be two seconds old.
     wait_until(PATIENCE, "the list to be of web01 alone", || {
         let listed = sealed.json(&["vm", "status"])?;
-        Ok(listed.as_array().is_some_and(|vms| vms.len() == 1).then_some(()))
+        Ok(listed["vms"]
+            .as_array()
+            .is_some_and(|vms| vms.len() == 1)
+            .then_some(()))
     })?;
     ensure!(status(&sealed, "plain01")?["state"] == "plain");
 
@@ -226,7 +232,7 @@ fn status_tells_what_is_wrong_with_objects_and_xml() -> Result<()> {
     expect_names(&refused, &["web01", "can't be read", "virsh define FILE"])?;
     let listed = sealed.json(&["vm", "status"])?;
     ensure!(
-        listed[0]["objects"]
+        listed["vms"][0]["objects"]
             .as_array()
             .is_some_and(|objects| objects.len() == 3),
         "{listed}"

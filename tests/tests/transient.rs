@@ -56,7 +56,7 @@ impl Transient {
 
     fn vtpm(&self) -> Result<String> {
         let status = self.sealed.json(&["vm", "status", "web01"])?;
-        let objects = status[0]["objects"].as_array().context("no objects")?;
+        let objects = status["vms"][0]["objects"].as_array().context("no objects")?;
         let vtpm = objects.iter().find(|object| object["object"] == "vtpm");
         Ok(vtpm.context("no vtpm")?["state"].to_string())
     }
@@ -84,7 +84,7 @@ fn a_vtpm_outlives_its_transient_domain_and_is_missed_when_it_is_gone() -> Resul
     vm.create()?;
     expect_names(&vm.vtpm()?, &["sealed"])?;
     let live = sealed.json(&["vm", "status", "web01"])?;
-    ensure!(live[0]["power"] == "running", "{live}");
+    ensure!(live["vms"][0]["power"] == "running", "{live}");
     sealed.destroy("web01")?;
     ensure!(vm.state().exists(), "libvirt has deleted the state");
     let first = fs::read(vm.state())?;

@@ -124,7 +124,7 @@ fn a_vm_of_format_1_is_adopted_where_root_says_so() -> Result<()> {
     let advice = "virtseal vm adopt --format-1 web01";
     expect_names(&refusal, &["web01 stays off", "disk vda", "format 1", advice])?;
     expect_names(&new.refused(1, &["vm", "adopt", "web01"])?, &["format 1", advice])?;
-    ensure!(new.json(&["provider", "show", "main"])?[0]["envelopes"] == 0);
+    ensure!(new.json(&["provider", "show", "main"])?["provider"]["envelopes"] == 0);
 
     let said = new.run(&["vm", "adopt", "--format-1", "web01"])?;
     expect_names(&said, &["disk vda", "nvram", "vtpm", "main"])?;
@@ -263,7 +263,7 @@ fn image_format(sealed: &SealedHost, spec: &DomainSpec) -> Result<i64> {
 
 fn expect_recipients(sealed: &SealedHost, vm: &str, object: &str, expected: &[&str]) -> Result<()> {
     let status = sealed.json(&["vm", "status", vm])?;
-    let mut objects = status[0]["objects"].as_array().into_iter().flatten();
+    let mut objects = status["vms"][0]["objects"].as_array().into_iter().flatten();
     let found = objects
         .find(|found| found["object"] == object)
         .context("no such object")?;

@@ -39,6 +39,7 @@ pub(crate) struct JobRequest {
 
 /// A job, as `virtseal jobs` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct JobView {
     /// Its number.
     pub id: i64,
@@ -74,10 +75,12 @@ pub(crate) struct JobView {
     pub problem: Option<ProblemView>,
     /// The envelope of the image that it has made.
     pub envelope: Option<String>,
-    /// When it was started, in seconds since 1970.
-    pub started: i64,
-    /// When it last changed, in seconds since 1970.
-    pub updated: i64,
+    /// When it was started: RFC 3339, UTC.
+    #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
+    pub started: String,
+    /// When it last changed: RFC 3339, UTC.
+    #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
+    pub updated: String,
 }
 
 /// How a job stands.
@@ -90,12 +93,15 @@ pub(crate) struct JobReport {
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 pub(crate) struct JobStarted {
     pub job: JobView,
+    /// Whether it is this call that has started it.
+    pub changed: bool,
     /// What the admin should know besides.
     pub warnings: Vec<String>,
 }
 
 /// A copy of an envelope that is behind the keystore's.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct CopyView {
     pub vm: String,
     /// The envelope's UUID.
@@ -107,6 +113,7 @@ pub(crate) struct CopyView {
 
 /// Reply of `virtseal jobs`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Jobs {
     /// The last ones, oldest first.
     pub jobs: Vec<JobView>,

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::provider::{OrphanEnvelope, OrphanKek, Orphans};
 use super::vm::{FindingView, VmView};
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 
 /// The most bytes of a page, as JSON. What is around it in a reply has room beside it.
 pub(crate) const PAGE: usize = 48 * 1024;
@@ -90,7 +90,8 @@ fn shortened(vm: &VmView, room: usize) -> VmView {
         shown.warnings.len(),
         vm.warnings.len(),
     );
-    let cut = Finding::warning(Subject::Vm(vm.name.clone()), cut).next(Advice::ShowVm(vm.uuid.clone()));
+    let cut = Finding::warning(FindingCode::Shortened, Subject::Vm(vm.name.clone()), cut)
+        .next(Advice::ShowVm(vm.uuid.clone()));
     shown.warnings.push(FindingView::from(&cut));
     shown
 }
@@ -196,7 +197,13 @@ mod tests {
     fn a_vm_that_fills_more_than_a_page_is_shown_in_part() {
         let mut huge = VmView::fixture("huge", 1);
         huge.warnings = (0..3000)
-            .map(|n| Finding::warning(Subject::Host, format!("warning {n} {}", "x".repeat(50))))
+            .map(|n| {
+                Finding::warning(
+                    FindingCode::Plaintext,
+                    Subject::Host,
+                    format!("warning {n} {}", "x".repeat(50)),
+                )
+            })
             .map(|finding| FindingView::from(&finding))
             .collect();
         let (page, next) = of_vms(&[huge, VmView::fixture("next", 2)], None, PAGE - 30 * 1024);

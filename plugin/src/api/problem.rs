@@ -9,6 +9,7 @@ use crate::model::problem::{Code, Problem};
 use crate::model::subject::Subject;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum SubjectKind {
@@ -21,14 +22,15 @@ pub(crate) enum SubjectKind {
     Job,
 }
 
-/// See [`Subject`].
+/// What a problem or a finding is about.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct SubjectView {
     pub kind: OrNewer<SubjectKind>,
-    /// Of the VM, provider, image (its path) or job (its number).
+    /// Of the VM, provider, image (its path), job (its number), or object (`disk vda`, `vtpm`, `nvram`).
     pub name: Option<String>,
-    /// Of the VM: `disk vda`, `vtpm`, `nvram`.
-    pub object: Option<String>,
+    /// The VM that the object is of.
+    pub vm: Option<String>,
 }
 
 impl From<&Subject> for SubjectView {
@@ -36,19 +38,19 @@ impl From<&Subject> for SubjectView {
         let (kind, name) = match subject {
             Subject::Host => (SubjectKind::Host, None),
             Subject::Vm(name) => (SubjectKind::Vm, Some(name.clone())),
-            Subject::Object { vm, .. } => (SubjectKind::Object, Some(vm.clone())),
+            Subject::Object { object, .. } => (SubjectKind::Object, Some(object.clone())),
             Subject::Provider(name) => (SubjectKind::Provider, Some(name.clone())),
             Subject::Image(path) => (SubjectKind::Image, Some(path.clone())),
             Subject::Job(id) => (SubjectKind::Job, Some(id.to_string())),
         };
-        let object = match subject {
-            Subject::Object { object, .. } => Some(object.clone()),
+        let vm = match subject {
+            Subject::Object { vm, .. } => Some(vm.clone()),
             _ => None,
         };
         Self {
             kind: kind.into(),
             name,
-            object,
+            vm,
         }
     }
 }
@@ -61,8 +63,8 @@ impl SubjectView {
             SubjectKind::Host => Subject::Host,
             SubjectKind::Vm => Subject::Vm(name),
             SubjectKind::Object => Subject::Object {
-                vm: name,
-                object: self.object.unwrap_or_default(),
+                vm: self.vm.unwrap_or_default(),
+                object: name,
             },
             SubjectKind::Provider => Subject::Provider(name),
             SubjectKind::Image => Subject::Image(name),
@@ -71,15 +73,16 @@ impl SubjectView {
     }
 }
 
-/// A [`Problem`] on the wire, and in the row of a job that was given up.
+/// Why something was not done. Also in the row of a job that was given up.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct ProblemView {
-    /// The exit code that the CLI should end with.
+    /// The exit code: 1 to 10.
     pub code: i64,
-    /// What happened, and to which object.
+    /// What happened, and to which object, in words.
     pub message: String,
     /// What it is about, where that is one thing.
-    pub subject: Option<Box<SubjectView>>,
+    pub object: Option<Box<SubjectView>>,
     /// The next command to run.
     pub next: Option<String>,
 }
@@ -89,7 +92,7 @@ impl From<&Problem> for ProblemView {
         Self {
             code: problem.code as i64,
             message: problem.message.clone(),
-            subject: problem.subject.as_deref().map(|subject| Box::new(subject.into())),
+            object: problem.subject.as_deref().map(|subject| Box::new(subject.into())),
             next: problem.advice.as_ref().map(ToString::to_string),
         }
     }
@@ -100,7 +103,7 @@ impl From<ProblemView> for Problem {
         Self {
             code: Code::from_number(told.code),
             message: told.message,
-            subject: told.subject.and_then(|subject| subject.known()).map(Box::new),
+            subject: told.object.and_then(|object| object.known()).map(Box::new),
             advice: told.next.map(Advice::from),
         }
     }

@@ -9,6 +9,7 @@ use crate::model::envelope::ObjectKind;
 
 /// What is behind a provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum ProviderKind {
@@ -20,6 +21,7 @@ pub(crate) enum ProviderKind {
 
 /// Whether a provider can be used, from worst to best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum ProviderState {
@@ -39,6 +41,7 @@ pub(crate) enum ProviderState {
 
 /// What unlocks a provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum CredentialKind {
@@ -61,6 +64,7 @@ impl CredentialKind {
 
 /// What encrypts the KEKs that are kept on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum PersistedBy {
@@ -69,6 +73,7 @@ pub(crate) enum PersistedBy {
 
 /// Where a KEK comes from that no VM of this host needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum KekOrigin {
@@ -84,6 +89,7 @@ pub(crate) enum KekOrigin {
 
 /// A key provider, as `virtseal provider show` prints it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct ProviderView {
     /// Its name on this host.
     pub name: String,
@@ -94,14 +100,17 @@ pub(crate) struct ProviderView {
     /// Why, where there is more to say than the state does.
     pub reason: Option<String>,
     /// Since when it has been in this state, as far as virtseald has seen: RFC 3339, UTC.
+    #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
     pub since: String,
     /// When its server or token last did as asked: RFC 3339, UTC. None if it has not since virtseald started, or if there
     /// is neither.
+    #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
     pub last_answer: Option<String>,
     /// What is about to go wrong, such as a certificate that ends within 30 days.
     pub warnings: Vec<String>,
     /// How long KEKs are kept in memory, in case its servers don't answer: none, until-lock, or a time such as 24h. None
     /// where no KEK ever comes to this host.
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     pub cache: Option<OrNewer<CachePolicy>>,
     /// How many are kept now.
     pub cached_keks: i64,
@@ -125,6 +134,7 @@ pub(crate) struct ProviderView {
 
 /// One setting of a provider.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct SettingView {
     /// As `provider set` takes it.
     pub key: String,
@@ -138,6 +148,7 @@ pub(crate) struct SettingView {
 
 /// Something that is known of a provider.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct DetailView {
     /// What it is about: server, trusts, identity, token.
     pub what: String,
@@ -162,6 +173,7 @@ pub(crate) struct SettingsRequest {
 
 /// Reply of `provider set`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct SettingsSet {
     /// The provider with its new settings.
     pub provider: ProviderView,
@@ -175,6 +187,7 @@ pub(crate) struct SettingsSet {
 
 /// What the TPM asks for before it unlocks a provider.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct TpmView {
     /// The PCRs that it looks at, such as 7 or 7,11; None for a damaged record.
     pub pcrs: Option<String>,
@@ -184,6 +197,7 @@ pub(crate) struct TpmView {
     /// Whether somebody must type a PIN.
     pub pin: bool,
     /// Since when: RFC 3339, UTC.
+    #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
     pub since: String,
     /// Whether it has none of the newest root key: enroll again.
     pub stale: bool,
@@ -204,13 +218,16 @@ pub(crate) struct TpmRequest {
 
 /// How a provider's KEKs are kept across a reboot.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct PersistView {
     pub by: OrNewer<PersistedBy>,
     /// For how long after each was last fetched, such as 24h.
+    #[cfg_attr(test, schemars(with = "String"))]
     pub keep: OrNewer<KeepTime>,
     /// The PCRs that must be what they were, such as 7 or 7,11; None for a damaged record.
     pub pcrs: Option<String>,
     /// Since when: RFC 3339, UTC.
+    #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
     pub since: String,
     /// How many are kept now.
     pub keks: i64,
@@ -229,6 +246,7 @@ pub(crate) struct PersistRequest {
 
 /// Reply with providers.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Providers {
     /// In the order of their names.
     pub providers: Vec<ProviderView>,
@@ -277,6 +295,7 @@ pub(crate) struct TpmEnrolled {
 
 /// An envelope that no VM uses.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct OrphanEnvelope {
     /// The envelope's UUID.
     pub envelope: String,
@@ -295,6 +314,7 @@ pub(crate) struct OrphanEnvelope {
 
 /// A KEK that no VM's envelope needs.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct OrphanKek {
     pub provider: String,
     /// Its name there.
@@ -308,6 +328,7 @@ pub(crate) struct OrphanKek {
 
 /// Reply of `provider orphans`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Orphans {
     /// Envelopes whose VM is not defined, or whose image is gone while no VM names it.
     pub envelopes: Vec<OrphanEnvelope>,
@@ -316,5 +337,7 @@ pub(crate) struct Orphans {
     /// Records that can't be read, and may belong here, with what to do.
     pub damaged: Vec<String>,
     /// What to ask for those after these, if there are more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(skip))]
     pub next: Option<String>,
 }

@@ -7,6 +7,7 @@ use super::ProviderView;
 
 /// A certificate, as `virtseal provider trust` shows it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct CertificateView {
     /// Distinguished name.
     pub subject: String,
@@ -16,7 +17,8 @@ pub(crate) struct CertificateView {
     pub names: Vec<String>,
     /// SHA-256 of the DER form, in hex with colons.
     pub sha256: String,
-    /// When it ends.
+    /// When it ends: RFC 3339, UTC.
+    #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
     pub not_after: String,
     /// How many days from now that is; negative once it has expired.
     pub days_left: i64,
@@ -78,4 +80,6 @@ pub(crate) struct NewKey {
 pub(crate) struct SigningRequestMade {
     /// PKCS #10, in PEM.
     pub pem: String,
+    /// Whether it was made for this call, with a key of its own.
+    pub changed: bool,
 }

@@ -7,10 +7,11 @@ use zlink::introspect::{CustomType, Type};
 
 use super::{OrNewer, ProblemView, SubjectView, words};
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, Severity};
+use crate::model::finding::{Finding, FindingCode, Severity};
 
 /// Whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum VmPower {
@@ -28,6 +29,7 @@ pub(crate) enum VmPower {
 
 /// Who starts a VM with the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum VmAutostart {
@@ -41,6 +43,7 @@ pub(crate) enum VmAutostart {
 
 /// How a VM stands as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum VmState {
@@ -62,6 +65,7 @@ pub(crate) enum VmState {
 
 /// Whether a VM would start now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum StartOutlook {
@@ -74,6 +78,7 @@ pub(crate) enum StartOutlook {
 
 /// Whether a VM would start now, by what a start decides before it asks for a key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct StartView {
     /// What would come of it.
     pub outlook: OrNewer<StartOutlook>,
@@ -110,6 +115,7 @@ impl StartView {
 
 /// How an object of a VM stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum ObjectStanding {
@@ -155,11 +161,13 @@ pub(crate) enum ObjectStanding {
 
 /// Something that the admin should know of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct FindingView {
+    pub code: OrNewer<FindingCode>,
     /// How much it matters.
     pub severity: OrNewer<Severity>,
     /// What it is about.
-    pub subject: SubjectView,
+    pub object: SubjectView,
     /// What is wrong.
     pub what: String,
     /// The next command to run, if that is a step of its own.
@@ -168,6 +176,7 @@ pub(crate) struct FindingView {
 
 /// One object of a VM, as `virtseal vm status` prints it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct ObjectView {
     /// `disk vda`, `vtpm`, `nvram`.
     pub object: String,
@@ -191,6 +200,7 @@ pub(crate) struct ObjectView {
 
 /// A VM, as `virtseal vm status` prints it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct VmView {
     pub name: String,
     pub uuid: String,
@@ -252,8 +262,9 @@ impl FindingView {
 impl From<&Finding> for FindingView {
     fn from(finding: &Finding) -> Self {
         Self {
+            code: finding.code.into(),
             severity: finding.severity.into(),
-            subject: SubjectView::from(&finding.subject),
+            object: SubjectView::from(&finding.subject),
             what: finding.what.clone(),
             next: finding.advice.as_ref().map(ToString::to_string),
         }
@@ -272,15 +283,19 @@ impl fmt::Display for FindingView {
 
 /// Reply with VMs.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Vms {
     /// In the order of their names.
     pub vms: Vec<VmView>,
     /// What to ask for those after these, if there are more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(skip))]
     pub next: Option<String>,
 }
 
 /// What stands in the way of a seal.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct ObstacleView {
     pub problem: ProblemView,
     /// The object that is lost, where making it anew would clear it.
@@ -289,6 +304,7 @@ pub(crate) struct ObstacleView {
 
 /// Reply of what changes a VM, a volume or a provider.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Outcome {
     /// What was done, or would be.
     pub steps: Vec<String>,
@@ -308,6 +324,7 @@ pub(crate) struct Outcome {
 
 /// One thing that `vm shred` came to.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct ReceiptLine {
     /// The KEK, image, XML or record.
     pub what: String,
@@ -330,6 +347,7 @@ pub(crate) struct ShredPreview {
 
 /// What a command would come to that asks a word for a loss.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct LossPreview {
     /// The VM's UUID: what is called so when the name was typed may be another VM.
     pub vm: String,
@@ -343,6 +361,7 @@ pub(crate) struct LossPreview {
 
 /// Reply of `vm shred`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct Receipt {
     pub vm: String,
     /// What was destroyed, and what was not.

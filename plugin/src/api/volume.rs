@@ -8,6 +8,7 @@ use crate::model::image_format::Format;
 
 /// How the envelope that an image carries stands to the keystore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum KeystoreCopy {
@@ -25,6 +26,7 @@ pub(crate) enum KeystoreCopy {
 
 /// What the tables of an image are like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum ImageStructure {
@@ -41,6 +43,7 @@ pub(crate) enum ImageStructure {
 
 /// Reply of `volume check`: the image has opened.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct VolumeChecked {
     pub path: String,
     /// `qcow2+luks1`, `luks1`.

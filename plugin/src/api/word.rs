@@ -20,6 +20,25 @@ impl<T: Type> Type for OrNewer<T> {
     const TYPE: &'static idl::Type<'static> = T::TYPE;
 }
 
+#[cfg(test)]
+impl<T: schemars::JsonSchema> schemars::JsonSchema for OrNewer<T> {
+    fn inline_schema() -> bool {
+        T::inline_schema()
+    }
+
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        T::schema_name()
+    }
+
+    fn schema_id() -> std::borrow::Cow<'static, str> {
+        T::schema_id()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        T::json_schema(generator)
+    }
+}
+
 impl<T> From<T> for OrNewer<T> {
     fn from(word: T) -> Self {
         Self::Known(word)

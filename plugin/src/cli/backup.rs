@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::client::Client;
-use super::new_backup::NewBackup;
+use super::document::Deed;
+use super::new_backup::{NewBackup, absolute};
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
@@ -66,8 +67,11 @@ pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Pri
             args.output.display()
         ));
     }
-    printer.done(
+    printer.done_with(
+        Deed::ProviderBackedUp,
+        &Subject::Provider(name.clone()),
         true,
+        Some(absolute(&args.output)?),
         &format!("'{name}' is backed up in {}", args.output.display()),
     )
 }
@@ -130,5 +134,5 @@ pub(super) async fn restore(
     let restored = client
         .call(async |host| host.restore_provider(&args.name, fds).await)
         .await?;
-    printer.providers_after(&args.name, &restored.providers)
+    printer.providers_after(&args.name, &restored.providers, true)
 }

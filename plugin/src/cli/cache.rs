@@ -57,5 +57,12 @@ pub(super) async fn set(args: &CacheArgs, client: &mut Client, printer: &Printer
                 .await
         })
         .await?;
-    printer.provider(&set.providers)
+    let provider = set
+        .providers
+        .into_iter()
+        .find(|provider| provider.name == args.name);
+    match provider {
+        Some(provider) => printer.provider_changed(provider, set.changed),
+        None => Ok(()),
+    }
 }

@@ -12,6 +12,7 @@ use super::print::{Printer, progress};
 use crate::api::{HostProxy, JobRequest, JobStarted, JobState, JobView, SweepKind};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
+use crate::model::subject::Subject;
 use crate::terminal::visible;
 
 #[derive(Debug, Subcommand)]
@@ -52,15 +53,20 @@ pub(super) async fn run(
 ) -> Result<(), Problem> {
     match command {
         None | Some(JobsCommand::List) => {
-            printer.jobs(&client.call(async |host| host.list_jobs().await).await?)
+            printer.jobs(client.call(async |host| host.list_jobs().await).await?)
         }
-        Some(JobsCommand::Watch { id }) => watch(id, client, printer).await,
+        Some(JobsCommand::Watch { id }) => {
+            let last = follow(id, client, printer).await?;
+            printer.job(last.clone())?;
+            judge(&last)
+        }
         Some(JobsCommand::Abort { id }) => {
-            printer.job(&client.call(async |host| host.abort_job(id).await).await?.job)
+            let aborted = client.call(async |host| host.abort_job(id).await).await?;
+            printer.job_changed(aborted.job, true)
         }
         Some(JobsCommand::Resume { id, watch }) => {
             let resumed = client.call(async |host| host.resume_job(id).await).await?;
-            started(&resumed, &watch, client, printer).await
+            started(resumed, &watch, client, printer).await
         }
     }
 }
@@ -86,33 +92,34 @@ pub(super) async fn start(
     printer: &Printer,
 ) -> Result<(), Problem> {
     let job = client.call(async |host| host.start_job(request).await).await?;
-    started(&job, args, client, printer).await
+    started(job, args, client, printer).await
 }
 
 pub(super) async fn started(
-    job: &JobStarted,
+    started: JobStarted,
     args: &WatchArgs,
     client: &mut Client,
     printer: &Printer,
 ) -> Result<(), Problem> {
-    for warning in &job.warnings {
+    for warning in &started.warnings {
         printer.warn(warning);
     }
+    let id = started.job.id;
     if args.watch {
-        return watch(Some(job.job.id), client, printer).await;
+        let last = follow(Some(id), client, printer).await?;
+        printer.job_changed(last.clone(), started.changed)?;
+        return judge(&last);
     }
-    printer.job(&job.job)?;
-    printer.next(&Advice::WatchJob(job.job.id))
-}
-
-async fn watch(id: Option<i64>, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
-    let last = follow(id, client, printer).await?;
-    printer.job(&last)?;
-    judge(&last)
+    printer.job_changed(started.job, started.changed)?;
+    printer.next(&Advice::WatchJob(id))
 }
 
 /// Ends like the job: whatever it left behind, or undone, is a failure.
 pub(super) fn judge(job: &JobView) -> Result<(), Problem> {
+    ended(job).map_err(|problem| problem.about(Subject::Job(job.id)))
+}
+
+fn ended(job: &JobView) -> Result<(), Problem> {
     let resume = Advice::from("fix what it says").then(Advice::ResumeJob(job.id));
     match job.state.known() {
         Some(JobState::Done) => Ok(()),

@@ -59,7 +59,7 @@ pub(super) async fn add(args: &KmipArgs, client: &mut Client, printer: &Printer)
                 .await
         })
         .await?;
-    printer.providers_after(name, &added.providers)?;
+    printer.providers_after(name, &added.providers, true)?;
     let (trust, identity, request) = (
         Advice::TrustProvider(name.clone()),
         Advice::SetIdentity(name.clone()),

@@ -68,6 +68,11 @@ impl Drop for NewBackup {
     }
 }
 
+/// For scripts, which may look at it elsewhere.
+pub(super) fn absolute(path: &Path) -> Result<PathBuf, Problem> {
+    std::path::absolute(path).map_err(|error| unwritable(path, &error))
+}
+
 fn directory(path: &Path) -> &Path {
     path.parent()
         .filter(|parent| *parent != Path::new(""))

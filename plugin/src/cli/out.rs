@@ -142,11 +142,6 @@ pub(super) fn note(text: &str) {
     };
 }
 
-/// The same with a document.
-pub(super) fn note_json(document: &str) {
-    let _ = writeln!(std::io::stderr(), "{}", visible_json(document));
-}
-
 /// A reader that went away (`| head`) is no failure.
 pub(super) fn write(text: &str) -> Result<(), Problem> {
     match writeln!(std::io::stdout(), "{text}") {

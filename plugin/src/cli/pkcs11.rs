@@ -68,7 +68,7 @@ pub(super) async fn add(args: &Pkcs11Args, client: &mut Client, printer: &Printe
                 .await
         })
         .await?;
-    printer.providers_after(&args.name, &added.providers)
+    printer.providers_after(&args.name, &added.providers, true)
 }
 
 /// The JSON of [`Pkcs11Settings`].

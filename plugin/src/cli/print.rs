@@ -7,15 +7,19 @@ mod provider;
 mod status;
 mod trouble;
 
+use std::cell::RefCell;
 use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::ValueEnum;
-use serde::Serialize;
 
-use super::out::{json, line, note};
-use crate::api::{LossPreview, Outcome, Receipt};
+use super::document::{self, Answer, Deed, Done, Preview, Shredded, VolumeMade};
+use super::out::{line, note};
+use crate::api::{LossPreview, Outcome, Receipt, SubjectView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
+use crate::model::subject::Subject;
 
 pub(super) use job::progress;
 
@@ -29,14 +33,58 @@ pub(super) enum Width {
     Wide,
 }
 
-/// Prints to standard output, as tables or as JSON; hints and warnings go to standard error.
+/// Prints to standard output: tables as they come, or one JSON document at the end. Hints and warnings go to standard error.
 pub(super) struct Printer {
     json: bool,
+    answer: RefCell<Option<Answer>>,
+    warned: RefCell<Vec<String>>,
 }
 
 impl Printer {
     pub(super) fn new(json: bool) -> Self {
-        Self { json }
+        Self {
+            json,
+            answer: RefCell::default(),
+            warned: RefCell::default(),
+        }
+    }
+
+    /// The end of the command: says what went wrong, and prints the document.
+    pub(super) fn end(self, ended: Result<ExitCode, Problem>) -> ExitCode {
+        if let Err(problem) = &ended {
+            note(&format!("virtseal: {problem}"));
+        }
+        if self.json {
+            let (answer, warned) = (self.answer.into_inner(), self.warned.into_inner());
+            if let Err(problem) = document::print(answer, warned, ended.as_ref().err()) {
+                note(&format!("virtseal: {problem}"));
+                return ExitCode::from(problem.code as u8);
+            }
+        }
+        ended.unwrap_or_else(|problem| ExitCode::from(problem.code as u8))
+    }
+
+    /// For the document at the end.
+    fn tell(&self, answer: Answer) -> Result<(), Problem> {
+        self.answer.replace(Some(answer));
+        Ok(())
+    }
+
+    /// Whether a script reads it.
+    pub(super) fn is_for_scripts(&self) -> bool {
+        self.json
+    }
+
+    /// A document for scripts, and lines for people.
+    pub(super) fn show<'t>(
+        &self,
+        answer: Answer,
+        mut lines: impl Iterator<Item = &'t str>,
+    ) -> Result<(), Problem> {
+        match self.json {
+            true => self.tell(answer),
+            false => lines.try_for_each(line),
+        }
     }
 
     /// Whether a person can be asked.
@@ -49,9 +97,10 @@ impl Printer {
         !self.json && std::io::stderr().is_terminal()
     }
 
-    pub(super) fn receipt(&self, receipt: &Receipt) -> Result<(), Problem> {
+    pub(super) fn receipt(&self, receipt: Receipt) -> Result<(), Problem> {
         if self.json {
-            return json(receipt);
+            let changed = receipt.lines.iter().any(|line| line.destroyed);
+            return self.tell(Answer::Shredded(Shredded { changed, receipt }));
         }
         line(&format!("The keys of {}:", receipt.vm))?;
         for seen in &receipt.lines {
@@ -65,9 +114,9 @@ impl Printer {
             .try_for_each(|what| line(&format!("  {what}")))
     }
 
-    pub(super) fn outcome(&self, outcome: &Outcome) -> Result<(), Problem> {
+    pub(super) fn outcome(&self, outcome: Outcome) -> Result<(), Problem> {
         if self.json {
-            return json(outcome);
+            return self.tell(Answer::Outcome(outcome));
         }
         if outcome.steps.is_empty() && outcome.obstacles.is_empty() {
             line("Nothing to do")?;
@@ -87,57 +136,47 @@ impl Printer {
     }
 
     /// What would be done, and what would be lost by it.
-    pub(super) fn loss(&self, preview: &LossPreview) -> Result<(), Problem> {
+    pub(super) fn loss(&self, loss: LossPreview) -> Result<(), Problem> {
         if self.json {
-            return json(preview);
+            return self.tell(Answer::Preview(Preview { changed: false, loss }));
         }
-        for step in &preview.steps {
+        for step in &loss.steps {
             line(&format!("would {step}"))?;
         }
-        for lost in &preview.lost {
+        for lost in &loss.lost {
             line(&format!("would lose {lost}"))?;
         }
         Ok(())
     }
 
-    pub(super) fn volume_created(
+    pub(super) fn volume_created(&self, made: VolumeMade) -> Result<(), Problem> {
+        let text = format!("{} is ready, envelope {}", made.path, made.envelope);
+        self.show(Answer::VolumeCreated(made), std::iter::once(text.as_str()))
+    }
+
+    /// What a command about a provider has come to.
+    pub(super) fn done(&self, done: Deed, provider: &str, changed: bool, text: &str) -> Result<(), Problem> {
+        self.done_with(done, &Subject::Provider(provider.to_owned()), changed, None, text)
+    }
+
+    /// The same, of anything, with the file that was written.
+    pub(super) fn done_with(
         &self,
-        path: &str,
-        envelope: &str,
-        size: Option<u64>,
+        done: Deed,
+        object: &Subject,
+        changed: bool,
+        path: Option<PathBuf>,
+        text: &str,
     ) -> Result<(), Problem> {
-        if self.json {
-            return json(&serde_json::json!({ "path": path, "envelope": envelope, "size": size }));
-        }
-        line(&format!("{path} is ready, envelope {envelope}"))
-    }
-
-    /// Anything that is printable as JSON; `lines` for people.
-    pub(super) fn show<'t>(
-        &self,
-        value: &impl Serialize,
-        mut lines: impl Iterator<Item = &'t str>,
-    ) -> Result<(), Problem> {
-        if self.json {
-            json(value)
-        } else {
-            lines.try_for_each(line)
-        }
-    }
-
-    pub(super) fn done(&self, changed: bool, what: &str) -> Result<(), Problem> {
-        self.done_but(changed, what, &[])
-    }
-
-    /// The same, with what to mind.
-    pub(super) fn done_but(&self, changed: bool, what: &str, warnings: &[String]) -> Result<(), Problem> {
-        if self.json {
-            return json(&serde_json::json!({ "changed": changed, "done": what, "warnings": warnings }));
-        }
-        for warning in warnings {
-            self.warn(warning);
-        }
-        line(what)
+        let told = Done {
+            changed,
+            done,
+            object: SubjectView::from(object),
+            path,
+            text: text.to_owned(),
+            warnings: Vec::new(),
+        };
+        self.show(Answer::Done(told), std::iter::once(text))
     }
 
     pub(super) fn advise(&self, what: &str) -> Result<(), Problem> {
@@ -151,5 +190,6 @@ impl Printer {
 
     pub(super) fn warn(&self, what: &str) {
         note(&format!("warning: {what}"));
+        self.warned.borrow_mut().push(what.to_owned());
     }
 }

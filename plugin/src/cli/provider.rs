@@ -10,6 +10,7 @@ use super::backup::{BackupArgs, RestoreArgs};
 use super::cache::CacheArgs;
 use super::client::Client;
 use super::credential::asked_for;
+use super::document::Deed;
 use super::job::WatchArgs;
 use super::passphrase::{PassphraseArgs, TRIES, ask, open_file, to_pipe};
 use super::print::Printer;
@@ -150,12 +151,9 @@ pub(super) async fn run(
         ProviderCommand::Identity(args) => trust::identity(&args, client, printer).await,
         ProviderCommand::Csr(args) => trust::csr(&args, client, printer).await,
         ProviderCommand::Trust(args) => trust::trust(&args, client, printer).await,
-        ProviderCommand::List => printer.providers(
-            &client
-                .call(async |host| host.list_providers().await)
-                .await?
-                .providers,
-        ),
+        ProviderCommand::List => {
+            printer.providers(client.call(async |host| host.list_providers().await).await?)
+        }
         ProviderCommand::Show { name } => show(&name, client, printer).await,
         ProviderCommand::Set(args) => provider_set::run(&args, client, printer).await,
         ProviderCommand::Cache(args) => cache::set(&args, client, printer).await,
@@ -163,7 +161,9 @@ pub(super) async fn run(
             let set = client
                 .call(async |host| host.set_default_provider(&name).await)
                 .await?;
-            printer.done_but(set.changed, &format!("New keys go to '{name}'"), &set.warnings)
+            set.warnings.iter().for_each(|warning| printer.warn(warning));
+            let text = format!("New keys go to '{name}'");
+            printer.done(Deed::ProviderIsDefault, &name, set.changed, &text)
         }
         ProviderCommand::Unlock {
             name,
@@ -174,10 +174,8 @@ pub(super) async fn run(
         ProviderCommand::Tpm(args) => tpm::run(&args, client, printer).await,
         ProviderCommand::Lock { name } => {
             let locked = client.call(async |host| host.lock_provider(&name).await).await?;
-            printer.done(
-                locked.changed,
-                &format!("'{name}' is locked, its keys are out of memory"),
-            )
+            let text = format!("'{name}' is locked, its keys are out of memory");
+            printer.done(Deed::ProviderLocked, &name, locked.changed, &text)
         }
         ProviderCommand::Backup(args) => backup::backup(&args, client, printer).await,
         ProviderCommand::Restore(args) => backup::restore(&args, client, printer).await,
@@ -191,7 +189,7 @@ pub(super) async fn run(
             let started = client
                 .call(async |host| host.rotate_provider(&name, fds).await)
                 .await?;
-            job::started(&started, &watch, client, printer).await
+            job::started(started, &watch, client, printer).await
         }
         ProviderCommand::Rekey { watch } => {
             job::start(
@@ -220,9 +218,9 @@ pub(super) async fn run(
             yes_delete,
         } => {
             let outcome = delete(&name, force, yes_delete, client, printer).await?;
-            printer.outcome(&outcome)
+            printer.outcome(outcome)
         }
-        ProviderCommand::Orphans => printer.orphans(&orphans(client).await?),
+        ProviderCommand::Orphans => printer.orphans(orphans(client).await?),
     }
 }
 
@@ -234,7 +232,7 @@ async fn unlock(
 ) -> Result<(), Problem> {
     let known = client.provider(name).await?;
     if !passphrase.is_given() && known.as_ref().is_some_and(needs_no_credential) {
-        return printer.done(false, &format!("'{name}' is unlocked"));
+        return is_unlocked(name, false, printer);
     }
     let mut tries = match passphrase.is_given() {
         true => 1,
@@ -254,8 +252,17 @@ async fn unlock(
             unlocked => break unlocked?,
         }
     };
-    printer.done(unlocked.changed, &format!("'{name}' is unlocked"))?;
+    is_unlocked(name, unlocked.changed, printer)?;
     warn_of(name, client, printer).await
+}
+
+fn is_unlocked(name: &str, changed: bool, printer: &Printer) -> Result<(), Problem> {
+    printer.done(
+        Deed::ProviderUnlocked,
+        name,
+        changed,
+        &format!("'{name}' is unlocked"),
+    )
 }
 
 /// How often somebody may type what unlocks it. A token or chip counts wrong PINs: there each try is a command.
@@ -340,7 +347,7 @@ async fn unlock_by_tpm(
 ) -> Result<(), Problem> {
     let known = client.provider(name).await?;
     if !pin.is_given() && known.as_ref().is_some_and(needs_no_credential) {
-        return printer.done(false, &format!("'{name}' is unlocked"));
+        return is_unlocked(name, false, printer);
     }
     let needs_pin = needs_pin(name, client).await?;
     let fds = match needs_pin || pin.is_given() {
@@ -350,7 +357,7 @@ async fn unlock_by_tpm(
     let unlocked = client
         .call(async |host| host.unlock_provider_by_tpm(name, fds).await)
         .await?;
-    printer.done(unlocked.changed, &format!("'{name}' is unlocked"))
+    is_unlocked(name, unlocked.changed, printer)
 }
 
 /// The passphrase that encrypts its root keys, and the PIN that its TPM asks for. Without anybody to ask it goes on without the PIN: the
@@ -382,12 +389,12 @@ async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), 
         .providers;
     let hint = name_hint(name, all.iter().map(|provider| provider.name.as_str()));
     all.retain(|provider| provider.name == name);
-    if all.is_empty() {
-        return Err(Problem::not_found(format!("there is no provider '{name}'{hint}"))
+    let there_is_none = || {
+        Problem::not_found(format!("there is no provider '{name}'{hint}"))
             .about(Subject::Provider(name.to_owned()))
-            .next(Advice::ListProviders));
-    }
-    printer.provider(&all)
+            .next(Advice::ListProviders)
+    };
+    printer.provider(all.pop().ok_or_else(there_is_none)?)
 }
 
 /// All of them: a reply has a part.

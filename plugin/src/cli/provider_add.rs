@@ -45,7 +45,7 @@ pub(super) async fn run(command: AddCommand, client: &mut Client, printer: &Prin
             let added = client
                 .call(async |host| host.add_provider(&name, ProviderKind::Native, "", fds).await)
                 .await?;
-            printer.providers_after(&name, &added.providers)?;
+            printer.providers_after(&name, &added.providers, true)?;
             let backup = Advice::BackUpProvider(name);
             printer.advise(&format!("It wraps nothing until it is backed up. Next: {backup}"))
         }

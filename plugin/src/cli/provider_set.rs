@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::client::Client;
+use super::document::Answer;
 use super::passphrase::PassphraseArgs;
 use super::print::Printer;
 use crate::api::{HostProxy, SettingAssigned, SettingsRequest};
@@ -54,5 +55,5 @@ pub(super) async fn run(args: &SetArgs, client: &mut Client, printer: &Printer) 
         }
         (true, false) => format!("'{name}' uses them now"),
     };
-    printer.show(&set, std::iter::once(said.as_str()))
+    printer.show(Answer::SettingsSet(Box::new(set)), std::iter::once(said.as_str()))
 }

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 
 use super::client::Client;
+use super::document::{Answer, Deed, StateRestored};
 use super::job;
-use super::new_backup::NewBackup;
+use super::new_backup::{NewBackup, absolute};
 use super::passphrase::{self, NewPassphraseArgs, PassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
@@ -15,6 +16,7 @@ use crate::config::Config;
 use crate::crypto::age_file::AgeError;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
+use crate::model::subject::Subject;
 use crate::secret::SecretBytes;
 use crate::state_backup::{self, Replace, StateError};
 use crate::store::StoreError;
@@ -66,8 +68,11 @@ pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Pri
     client.call(async |host| host.backup_state(fds).await).await?;
     file.keep()?;
     let shown = args.output.display();
-    printer.done(
+    printer.done_with(
+        Deed::StateBackedUp,
+        &Subject::Host,
         true,
+        Some(absolute(&args.output)?),
         &format!(
             "The state is backed up in {shown}. The passphrases of providers are not in it: keep these, too"
         ),
@@ -105,7 +110,15 @@ pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Proble
     if let Some(before) = &restored.before {
         said += &format!("; what was there is in {}", before.display());
     }
-    printer.done(true, &said)?;
+    let told = StateRestored {
+        path: dir,
+        host: restored.manifest.host,
+        made: restored.manifest.made,
+        files: restored.files,
+        before: restored.before,
+        changed: true,
+    };
+    printer.show(Answer::StateRestored(told), std::iter::once(said.as_str()))?;
     let next = Advice::StartAll.then(Advice::UnlockProvider("NAME".to_owned()));
     printer.advise(&format!(
         "Next: {next}. Keys that changed since come back from domain XML and images when their VMs start"

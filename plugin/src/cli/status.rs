@@ -7,7 +7,9 @@ use clap::Args;
 use super::client::Client;
 use super::print::{Printer, Width};
 use crate::api::{HostProxy, HostStatus, LibvirtState};
+use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
+use crate::model::subject::Subject;
 
 #[derive(Clone, Copy, Debug, Args)]
 pub(super) struct WidthArgs {
@@ -22,14 +24,29 @@ pub(super) struct WidthArgs {
     pub(super) width: Width,
 }
 
-/// Exit status 4 says that libvirt could not be asked, after all else was shown.
+/// Exit status 4 says that libvirt could not be asked, after all else was shown; to people in the table.
 pub(super) async fn run(width: Width, client: &mut Client, printer: &Printer) -> Result<ExitCode, Problem> {
     let status = all_of(client).await?;
-    printer.status(&status, width)?;
-    Ok(match status.libvirt.known() {
-        Some(LibvirtState::NotConnected) => ExitCode::from(Code::Unreachable as u8),
-        Some(LibvirtState::Connected) | None => ExitCode::SUCCESS,
-    })
+    let problem = match status.libvirt.known() {
+        Some(LibvirtState::NotConnected) => Some(without_libvirt(&status)),
+        Some(LibvirtState::Connected) | None => None,
+    };
+    printer.status(status, width)?;
+    match problem {
+        Some(problem) if printer.is_for_scripts() => Err(problem),
+        Some(problem) => Ok(ExitCode::from(problem.code as u8)),
+        None => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn without_libvirt(status: &HostStatus) -> Problem {
+    let why = status.libvirt_problem.as_deref().unwrap_or("no connection");
+    Problem::new(
+        Code::Unreachable,
+        format!("libvirt does not answer at {}: {why}", status.libvirt_uri),
+    )
+    .about(Subject::Host)
+    .next(Advice::ShowLibvirtd)
 }
 
 /// A reply has a part of the VMs.

@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::client::Client;
 use super::credential::asked_for;
+use super::document::{Answer, Deed, TpmChanged};
 use super::passphrase::{NewPassphraseArgs, open_file};
 use super::print::Printer;
 
@@ -51,6 +52,8 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
     if args.remove {
         let gone = client.call(async |host| host.remove_tpm(name).await).await?;
         return printer.done(
+            Deed::TpmRemoved,
+            name,
             gone.changed,
             &match gone.changed {
                 true => format!("The TPM does not unlock '{name}' any more"),
@@ -77,7 +80,13 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
     for warning in &enrolled.warnings {
         printer.warn(warning);
     }
-    printer.show(&enrolled, std::iter::once(said(name, &enrolled.tpm).as_str()))
+    let text = said(name, &enrolled.tpm);
+    let told = TpmChanged {
+        tpm: enrolled.tpm,
+        changed: true,
+        warnings: enrolled.warnings,
+    };
+    printer.show(Answer::TpmEnrolled(told), std::iter::once(text.as_str()))
 }
 
 /// What a provider is unlocked with whose root keys are not here. One that is enrolled has the TPM open it.

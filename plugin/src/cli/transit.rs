@@ -89,7 +89,7 @@ pub(super) async fn add(args: &TransitArgs, client: &mut Client, printer: &Print
                 .await
         })
         .await?;
-    printer.providers_after(name, &added.providers)?;
+    printer.providers_after(name, &added.providers, true)?;
     let secret = match args.login.auth {
         LoginMethod::Token => "its token",
         LoginMethod::Approle => "its secret id",

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use super::client::Client;
+use super::document::{Answer, SigningRequest};
+use super::new_backup::absolute;
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::{HostProxy, IdentityParts, NewKey, ServerView};
@@ -117,14 +119,7 @@ pub(super) async fn identity(
     let set = client
         .call(async |host| host.set_provider_identity(name, &parts, fds).await)
         .await?;
-    let certificate = &set.certificate;
-    printer.providers(&[set.provider])?;
-    printer.advise(&format!(
-        "This host presents to '{name}' the certificate {}, SHA-256 {}, until {}",
-        certificate.subject, certificate.sha256, certificate.not_after
-    ))?;
-    set.warnings.iter().for_each(|warning| printer.warn(warning));
-    Ok(())
+    printer.identity_set(name, set)
 }
 
 pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
@@ -135,21 +130,28 @@ pub(super) async fn csr(args: &CsrArgs, client: &mut Client, printer: &Printer) 
     let made = client
         .call(async |host| host.provider_signing_request(&args.name, new.as_ref()).await)
         .await?;
-    let Some(path) = &args.output else {
-        return printer.show(&made, made.pem.lines());
+    let (pem, changed) = (made.pem, made.changed);
+    let told = |path, changed| {
+        Answer::SigningRequest(SigningRequest {
+            pem: pem.clone(),
+            path,
+            changed,
+        })
     };
-    write_request(path, made.pem.as_bytes()).map_err(|error| {
+    let Some(path) = &args.output else {
+        return printer.show(told(None, changed), pem.lines());
+    };
+    write_request(path, pem.as_bytes()).map_err(|error| {
         Problem::from_io(format!("can't write {}", path.display()), &error)
             .next("the same command with another --output: the request waits until it is answered")
     })?;
-    printer.done(
-        true,
-        &format!(
-            "{} is the request; have it signed, then {}",
-            path.display(),
-            Advice::SetIdentity(args.name.clone())
-        ),
-    )
+    let text = format!(
+        "{} is the request; have it signed, then {}",
+        path.display(),
+        Advice::SetIdentity(args.name.clone())
+    );
+    let path = Some(absolute(path)?);
+    printer.show(told(path, true), std::iter::once(text.as_str()))
 }
 
 /// What this command has made goes again where not all of it can be written.
@@ -194,7 +196,7 @@ pub(super) async fn trust(args: &TrustArgs, client: &mut Client, printer: &Print
     let trusted = client
         .call(async |host| host.trust_provider(name, &fingerprints, fds).await)
         .await?;
-    printer.providers_after(name, &trusted.providers)
+    printer.providers_after(name, &trusted.providers, trusted.changed)
 }
 
 /// Those of the servers' own certificates: what the admin sees is what is trusted, whatever is shown a moment later.

@@ -13,6 +13,7 @@ use crate::api::{HostProxy, LossPreview, Outcome, SnapshotAct, SweepKind};
 use crate::model::act::Tense;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
+use crate::model::subject::Subject;
 
 #[derive(Debug, Args)]
 pub(super) struct SealArgs {
@@ -171,7 +172,7 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             let outcome = client
                 .call(async |host| host.unseal_vm(&vm, dry_run).await)
                 .await?;
-            printer.outcome(&outcome)
+            printer.outcome(outcome)
         }
         VmCommand::Rekey { vm, watch } => {
             let request = job::request(SweepKind::Rekey, None, None, Some(vm));
@@ -201,17 +202,17 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
                 .call(async |host| host.preview_nvram_reset(&vm).await)
                 .await?;
             if dry_run {
-                return printer.loss(&preview);
+                return printer.loss(preview);
             }
             let typed = word_for(&preview, yes_reset)?;
             let outcome = client
                 .call(async |host| host.reset_nvram(&preview.vm, Some(&typed)).await)
                 .await?;
-            printer.outcome(&outcome)
+            printer.outcome(outcome)
         }
         VmCommand::Forget { vm } => {
             let outcome = client.call(async |host| host.forget_vm(&vm).await).await?;
-            printer.outcome(&outcome)
+            printer.outcome(outcome)
         }
         VmCommand::Adopt {
             vm,
@@ -222,12 +223,12 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
             let outcome = client
                 .call(async |host| host.adopt_vm(&vm, format_1).await)
                 .await?;
-            printer.outcome(&outcome)
+            printer.outcome(outcome)
         }
         VmCommand::Adopt { from: Some(from), .. } => {
             let fds = vec![passphrase::open_file(&from)?];
             let outcome = client.call(async |host| host.adopt_forgotten(fds).await).await?;
-            printer.outcome(&outcome)
+            printer.outcome(outcome)
         }
         VmCommand::Autostart { vm, disable } => {
             let outcome = client
@@ -236,7 +237,7 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
                     false => host.enable_autostart(&vm).await,
                 })
                 .await?;
-            printer.outcome(&outcome)
+            printer.outcome(outcome)
         }
         VmCommand::Status { vm, args } => {
             let ask = async |client: &mut Client, after: Option<String>| {
@@ -250,7 +251,7 @@ pub(super) async fn run(command: VmCommand, client: &mut Client, printer: &Print
                 shown.vms.extend(page.vms);
                 shown.next = page.next;
             }
-            printer.vms(&shown.vms, args.width)
+            printer.vms(shown, args.width)
         }
     }
 }
@@ -278,10 +279,10 @@ async fn snapshot(command: SnapshotCommand, client: &mut Client, printer: &Print
         .call(async |host| host.preview_snapshot(&vm, act, keep, force).await)
         .await?;
     if dry_run {
-        return printer.loss(&preview);
+        return printer.loss(preview);
     }
     if preview.steps.is_empty() {
-        return printer.outcome(&Outcome::default());
+        return printer.outcome(Outcome::default());
     }
     let typed = match preview.lost.is_empty() {
         true => None,
@@ -300,7 +301,7 @@ async fn snapshot(command: SnapshotCommand, client: &mut Client, printer: &Print
     ))?;
     let ended = job::follow(Some(begun.job.id), client, printer).await?;
     job::judge(&ended)?;
-    printer.outcome(&Outcome {
+    printer.outcome(Outcome {
         steps: preview.steps,
         warnings: begun.warnings,
         changed: true,
@@ -320,7 +321,7 @@ async fn seal(mut args: SealArgs, client: &mut Client, printer: &Printer) -> Res
     let tense = if args.dry_run { Tense::Planned } else { Tense::Done };
     let refused = match ask_to_seal(&args, tense, client).await {
         Ok(outcome) => {
-            printer.outcome(&outcome)?;
+            printer.outcome(outcome.clone())?;
             return refuse_with_obstacles(&args.vm, &outcome, printer);
         }
         Err(problem) if !args.dry_run && problem.code == Code::WouldLoseKey && printer.asks() => problem,
@@ -346,7 +347,7 @@ async fn seal(mut args: SealArgs, client: &mut Client, printer: &Printer) -> Res
         return Err(refused);
     }
     args.replace.extend(lost);
-    printer.outcome(&ask_to_seal(&args, Tense::Done, client).await?)
+    printer.outcome(ask_to_seal(&args, Tense::Done, client).await?)
 }
 
 async fn ask_to_seal(args: &SealArgs, tense: Tense, client: &mut Client) -> Result<Outcome, Problem> {
@@ -383,6 +384,7 @@ fn refuse_with_obstacles(vm: &str, outcome: &Outcome, printer: &Printer) -> Resu
     let count = others.len() + 1;
     let what = format!("{vm} can't be sealed yet: {count} obstacles");
     Err(Problem::new(first.code, what)
+        .about(Subject::Vm(vm.to_owned()))
         .next(Advice::from("clear them, the first one first").then(Advice::SealVm(vm.to_owned()))))
 }
 
@@ -418,5 +420,5 @@ async fn shred(vm: &str, given: Typed, client: &mut Client, printer: &Printer) -
                 .await
         })
         .await?;
-    printer.receipt(&receipt)
+    printer.receipt(receipt)
 }

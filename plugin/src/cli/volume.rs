@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use super::client::Client;
+use super::document::{Answer, VolumeMade};
 use super::job;
 use super::patience::Patience;
 use super::print::Printer;
@@ -145,7 +146,7 @@ pub(super) async fn resize(args: ResizeArgs, client: &mut Client, printer: &Prin
     let outcome = client
         .call(async |host| host.resize_volume(&path, size.0, typed.as_deref()).await)
         .await?;
-    printer.outcome(&outcome)
+    printer.outcome(outcome)
 }
 
 pub(super) async fn check(path: &Path, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
@@ -166,7 +167,10 @@ pub(super) async fn check(path: &Path, client: &mut Client, printer: &Printer) -
         .into_iter()
         .map(|(name, value)| format!("{name:<14}{value}"))
         .collect();
-    printer.show(&checked, text.iter().map(String::as_str))?;
+    printer.show(
+        Answer::VolumeChecked(checked.clone()),
+        text.iter().map(String::as_str),
+    )?;
     judge(&checked, printer)
 }
 
@@ -188,13 +192,14 @@ fn judge(checked: &VolumeChecked, printer: &Printer) -> Result<(), Problem> {
         others
             .iter()
             .for_each(|finding| printer.warn(&finding.to_string()));
-        let problem = Problem::failed(last.what.clone());
+        let problem = Problem::failed(last.what.clone()).about(Subject::Image(path.clone()));
         return Err(problem.advised(last.next.clone().map(Advice::from)));
     }
     match checked.structure.known() {
         Some(ImageStructure::InUse) => Err(Problem::busy(format!(
             "{path} has a sound header and key; its data was not checked, because somebody has it open"
         ))
+        .about(Subject::Image(path.clone()))
         .next(Advice::CheckVolume(path.into()).note("while its VM is off"))),
         _ => Ok(()),
     }
@@ -213,13 +218,13 @@ pub(super) async fn forget(args: ForgetArgs, client: &mut Client, printer: &Prin
     let outcome = client
         .call(async |host| host.forget_volume(&volume, typed.as_deref()).await)
         .await?;
-    printer.outcome(&outcome)
+    printer.outcome(outcome)
 }
 
 pub(super) async fn adopt(path: &Path, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let path = absolute(path)?;
     let outcome = client.call(async |host| host.adopt_volume(&path).await).await?;
-    printer.outcome(&outcome)
+    printer.outcome(outcome)
 }
 
 pub(super) async fn share(args: &ShareArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
@@ -231,7 +236,7 @@ pub(super) async fn share(args: &ShareArgs, client: &mut Client, printer: &Print
             (vm, None) => host.share_volume(&path, vm.as_deref().unwrap_or_default()).await,
         })
         .await?;
-    printer.outcome(&outcome)
+    printer.outcome(outcome)
 }
 
 impl CreateArgs {
@@ -265,8 +270,15 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
     let created = client
         .call(async |host| host.create_volume(&request).await)
         .await?;
+    let made = |envelope: Option<String>, size, job| VolumeMade {
+        path: request.path.clone(),
+        envelope: envelope.unwrap_or_default(),
+        size,
+        job,
+        changed: true,
+    };
     let Some(job) = created.job else {
-        return printer.volume_created(&request.path, &created.envelope.unwrap_or_default(), created.size);
+        return printer.volume_created(made(created.envelope, created.size, None));
     };
     printer.advise(&format!(
         "Job {} fills it, and goes on without this command: {}",
@@ -276,11 +288,7 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
     let ended = job::follow(Some(job.id), client, printer).await?;
     job::judge(&ended)?;
     let size = Bytes(request.size.unwrap_or(ended.total.unsigned_abs())).whole_sectors();
-    printer.volume_created(
-        &request.path,
-        &ended.envelope.unwrap_or_default(),
-        size.map(|size| size.0),
-    )
+    printer.volume_created(made(ended.envelope, size.map(|size| size.0), Some(job.id)))
 }
 
 pub(super) fn info(path: &Path, patience: Patience, printer: &Printer) -> Result<(), Problem> {
@@ -328,7 +336,10 @@ pub(super) fn info(path: &Path, patience: Patience, printer: &Printer) -> Result
         .into_iter()
         .map(|(name, value)| format!("{name:<14}{value}"))
         .collect();
-    printer.show(&info, text.iter().map(String::as_str))
+    printer.show(
+        Answer::VolumeInfo(Box::new(info)),
+        text.iter().map(String::as_str),
+    )
 }
 
 /// In a thread that is left behind where storage does not answer.

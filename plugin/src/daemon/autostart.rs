@@ -16,7 +16,7 @@ use crate::model::deadlines::autostart::{LOOK, START};
 use crate::model::deadlines::daemon::FIRST_UNLOCKS;
 use crate::model::deadlines::libvirt::CHECK;
 use crate::model::envelope::{Envelope, ProviderId, VmId};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::store::{Autostart, Change};
 use crate::vm::autostart::{self, Decision, Facts, Keys, Opener, Presence, ThisBoot};
@@ -174,7 +174,7 @@ impl<'a> Starter<'a> {
         let Some(outcome) = outcome else {
             let what = format!("{name} has been starting for more than {} s", START.as_secs());
             tracing::warn!(domain = name, op = "autostart", "{what}");
-            let found = Finding::warning(Subject::Vm(name.clone()), what);
+            let found = Finding::warning(FindingCode::AutostartSlow, Subject::Vm(name.clone()), what);
             return settle(daemon, vm, self.boot, Some(found));
         };
         let result = outcome.clone().map_err(Problem::failed);

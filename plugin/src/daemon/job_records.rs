@@ -1,8 +1,11 @@
 //! What the records of jobs tell: to who asks for one, and to who would begin another.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use super::Daemon;
 use crate::api::pages::{self, PAGE};
 use crate::api::{JobState, JobView, Unit};
+use crate::host::local_time::rfc3339;
 use crate::job::record::{self, Work};
 use crate::job::sweep::Task;
 use crate::model::advice::Advice;
@@ -80,8 +83,8 @@ pub(super) fn view(daemon: &Daemon, job: &JobRecord) -> Result<JobView, Problem>
         reasons: pages::cut(reasons.collect(), PAGE / 2),
         problem: (job.state == JobState::Failed).then(|| record::problem_from_json(&job.failure)),
         envelope: made(daemon, job)?,
-        started: job.created,
-        updated: job.updated,
+        started: time(job.created),
+        updated: time(job.updated),
     })
 }
 
@@ -95,6 +98,11 @@ fn made(daemon: &Daemon, job: &JobRecord) -> Result<Option<String>, StoreError> 
         .into_iter()
         .rfind(|record| record.envelope.kind == ObjectKind::Disk && record.location == *path);
     Ok(found.map(|record| record.envelope.id.to_string()))
+}
+
+/// Of seconds since 1970.
+fn time(seconds: i64) -> String {
+    rfc3339(UNIX_EPOCH + Duration::from_secs(seconds.max(0).unsigned_abs()))
 }
 
 pub(super) fn number(count: u64) -> i64 {

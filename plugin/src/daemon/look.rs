@@ -13,7 +13,7 @@ use crate::host::libvirt::{DefinedDomain, DomainEntry, ReadXml};
 use crate::host::permitted::PathRule;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId, VmId};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::vm::names::ProviderNames;
 use crate::vm::status::known::Known;
@@ -138,7 +138,9 @@ pub(super) fn at_one(daemon: &Daemon, defined: &DefinedDomain) -> Result<VmView,
     found.extend(side_doors::plain_layers(&domain, policy, permit));
     let unseen = looked.and_then(Result::err);
     let subject = Subject::Vm(defined.name.clone());
-    found.extend(unseen.map(|problem| Finding::of(subject, problem.of(&defined.name))));
+    found.extend(
+        unseen.map(|problem| Finding::of(FindingCode::LiveUnknown, subject, problem.of(&defined.name))),
+    );
     Ok(view::defined(&entry, &domain, &seen, found, &known).0)
 }
 

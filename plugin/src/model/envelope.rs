@@ -33,6 +33,7 @@ macro_rules! uuid_id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
         #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+        #[cfg_attr(test, derive(schemars::JsonSchema))]
         #[serde(transparent)]
         pub(crate) struct $name(pub Uuid);
 
@@ -75,6 +76,7 @@ uuid_id!(
 
 /// Where a copy of an envelope is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 #[zlink(rename_all = "lowercase")]
 pub(crate) enum CopyPlace {
@@ -96,6 +98,7 @@ impl CopyPlace {
 
 /// What an envelope's DEK encrypts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 #[zlink(rename_all = "lowercase")]
 pub(crate) enum ObjectKind {
@@ -160,6 +163,7 @@ impl fmt::Display for ObjectKind {
 
 /// Names a KEK inside its provider; opaque outside of it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(transparent)]
 pub(crate) struct KekId(pub String);
 
@@ -244,6 +248,7 @@ impl Payload {
 
 /// One provider's copy of the wrapped payload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Stanza {
     pub provider: ProviderId,
@@ -254,6 +259,7 @@ pub(crate) struct Stanza {
     pub mechanism: String,
     /// The wrapped payload, as the mechanism lays it out.
     #[serde(with = "base64_bytes")]
+    #[cfg_attr(test, schemars(with = "String"))]
     pub body: Vec<u8>,
 }
 

@@ -11,8 +11,86 @@ use super::problem::Problem;
 
 pub(crate) use super::subject::Subject;
 
+/// What is wrong, as a word for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+#[zlink(rename_all = "snake_case")]
+pub(crate) enum FindingCode {
+    // The host.
+    /// Nothing is known of VMs.
+    LibvirtUnreachable,
+    /// libvirt has no hook of virtseal.
+    HookMissing,
+    /// libvirtd runs since before the hook was installed.
+    HookNotLoaded,
+    /// A VM was started past the hook.
+    HookNotCalled,
+    /// `recipients` names a provider that is not here.
+    RecipientMissing,
+    /// `socket_group` names a group that is not here.
+    GroupMissing,
+    /// The keystore can't be read.
+    KeystoreUnreadable,
+    /// A record of the keystore can't be read.
+    RecordDamaged,
+
+    // VMs.
+    /// Its XML can't be read.
+    XmlUnreadable,
+    /// It was sealed, and its XML does not say so.
+    NotInXml,
+    /// What it has at this moment can't be seen.
+    LiveUnknown,
+    /// Its next start is refused, for what its XML has.
+    StartRefused,
+    /// A plain overlay lies over a sealed disk.
+    Overlaid,
+    /// Something is allowed, or under way, that is not encrypted.
+    Plaintext,
+    /// A sealed image is opened as if it were raw.
+    SealedAsRaw,
+    /// Plaintext was written, or may have been, while it ran.
+    PlaintextWritten,
+    /// Its memory is in a file.
+    MemorySaved,
+    /// QEMU's master key is on the disk while it runs.
+    MasterKeyOnDisk,
+    /// libvirt may delete the state of its vTPM.
+    VtpmNotPersistent,
+    /// virtseald starts it once a provider is ready.
+    AutostartWaits,
+    /// virtseald has begun to start it, long ago.
+    AutostartSlow,
+    /// virtseald could not start it.
+    AutostartFailed,
+    /// libvirt is to start it with the host, and can't.
+    AutostartByLibvirt,
+    /// More was found than is listed.
+    Shortened,
+
+    // Copies of envelopes, and images.
+    /// A copy can't be read.
+    CopyUnreadable,
+    /// An image carries the envelope of another object.
+    CopyOfAnother,
+    /// A copy claims a later generation than the keystore has.
+    CopyNewer,
+    /// Two versions have the same generation.
+    CopyConflict,
+    /// The XML has an envelope of format 1 that this host does not know.
+    CopyUnknown,
+    /// An image opens, and this host does not know it.
+    ImageUnknown,
+    /// Clusters of an image are used by nothing.
+    ImageLeaks,
+    /// The tables of an image are damaged.
+    ImageCorrupt,
+}
+
 /// How much it matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, CustomType)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 #[zlink(rename_all = "snake_case")]
 pub(crate) enum Severity {
@@ -26,6 +104,7 @@ pub(crate) enum Severity {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[must_use]
 pub(crate) struct Finding {
+    pub code: FindingCode,
     pub severity: Severity,
     pub subject: Subject,
     /// What is wrong, with what it is about; without a full stop.
@@ -35,9 +114,10 @@ pub(crate) struct Finding {
 
 impl Finding {
     /// Something to know or to do.
-    pub(crate) fn warning(subject: Subject, what: impl Into<String>) -> Self {
+    pub(crate) fn warning(code: FindingCode, subject: Subject, what: impl Into<String>) -> Self {
         let what = what.into();
         Self {
+            code,
             severity: Severity::Warning,
             subject,
             what,
@@ -46,18 +126,18 @@ impl Finding {
     }
 
     /// Something that does not work, or plaintext that was written.
-    pub(crate) fn critical(subject: Subject, what: impl Into<String>) -> Self {
+    pub(crate) fn critical(code: FindingCode, subject: Subject, what: impl Into<String>) -> Self {
         Self {
             severity: Severity::Critical,
-            ..Self::warning(subject, what)
+            ..Self::warning(code, subject, what)
         }
     }
 
     /// A problem that nobody has asked for.
-    pub(crate) fn of(subject: Subject, problem: Problem) -> Self {
+    pub(crate) fn of(code: FindingCode, subject: Subject, problem: Problem) -> Self {
         Self {
             advice: problem.advice,
-            ..Self::critical(subject, problem.message)
+            ..Self::critical(code, subject, problem.message)
         }
     }
 

@@ -6,6 +6,7 @@ use zlink::introspect::Type;
 
 /// What kind of image a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) enum Format {
     /// qcow2 without encryption.
     #[serde(rename = "qcow2")]

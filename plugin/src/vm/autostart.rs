@@ -12,7 +12,7 @@ use crate::model::advice::Advice;
 use crate::model::backoff::Backoff;
 use crate::model::deadlines::autostart::{AGAIN, TRIES};
 use crate::model::envelope::{Envelope, ProviderId, VmId};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::provider::ProviderStatus;
 use crate::provider::kind::Kind;
 use crate::store::Autostart;
@@ -158,6 +158,7 @@ fn waits(name: &str, opener: Option<Opener>, hinted: Option<&String>) -> Finding
     let Some(opener) = opener else {
         let provider = hinted.map_or("?", String::as_str);
         return Finding::warning(
+            FindingCode::AutostartWaits,
             subject,
             format!("{begin} '{provider}', which is not on this host"),
         )
@@ -168,14 +169,20 @@ fn waits(name: &str, opener: Option<Opener>, hinted: Option<&String>) -> Finding
     } = opener;
     let what = format!("{begin} '{name}', which is {status}");
     let advice = status.refusal().and_then(|refusal| refusal.advice(&name, kind).1);
-    Finding::warning(subject, what).next(advice.unwrap_or(Advice::ShowProvider(name)))
+    Finding::warning(FindingCode::AutostartWaits, subject, what)
+        .next(advice.unwrap_or(Advice::ShowProvider(name)))
 }
 
 /// That libvirt starts a sealed VM with the host, or tries to.
 pub(crate) fn by_libvirt(name: &str, instead: Advice) -> Finding {
     let what =
         format!("libvirt autostarts {name}, and a monolithic libvirtd can't start a sealed VM that way");
-    Finding::warning(Subject::Vm(name.to_owned()), what).next(instead)
+    Finding::warning(
+        FindingCode::AutostartByLibvirt,
+        Subject::Vm(name.to_owned()),
+        what,
+    )
+    .next(instead)
 }
 
 /// That a start has failed, by what libvirt said.
@@ -186,6 +193,7 @@ pub(crate) fn failed(name: &str, message: &str) -> Finding {
         .map_or(message, |(_, reason)| reason)
         .trim();
     let finding = Finding::critical(
+        FindingCode::AutostartFailed,
         Subject::Vm(name.to_owned()),
         format!("{name} was to start with this host, and did not: {reason}"),
     );

@@ -10,7 +10,7 @@ use crate::api::{FindingView, ImageStructure, KeystoreCopy, VolumeChecked};
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, Precedence};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::object::disk::{self, ImageCopy, Structure, VolumeError};
 
@@ -39,7 +39,14 @@ pub(crate) fn check(host: &Host<'_>, path: &Path) -> Result<VolumeChecked, Probl
     if kept.is_none() {
         let what = format!("{} opens, and this host does not know it", path.display());
         let adopt = Advice::AdoptVolume(path.to_owned());
-        findings.push(Finding::warning(Subject::Image(path.display().to_string()), what).next(adopt));
+        findings.push(
+            Finding::warning(
+                FindingCode::ImageUnknown,
+                Subject::Image(path.display().to_string()),
+                what,
+            )
+            .next(adopt),
+        );
     }
     let (leaks, errors) = match structure {
         Structure::Leaks(leaks) => (leaks, 0),
@@ -94,13 +101,13 @@ fn of_structure(path: &Path, structure: Structure) -> Option<Finding> {
                 "{leaks} clusters of {shown} are used by nothing: that wastes space, and loses no data"
             );
             let copy = "nothing has to be done; a new volume with its data has none of them";
-            Some(Finding::warning(subject, what).next(copy))
+            Some(Finding::warning(FindingCode::ImageLeaks, subject, what).next(copy))
         }
         Structure::Corrupt(errors) => {
             let what = format!("{shown} is damaged: qemu-img finds {errors} errors in its tables");
             let restore =
                 "restore it from a backup; until then leave its VM off, or save what it still reads";
-            Some(Finding::critical(subject, what).next(restore))
+            Some(Finding::critical(FindingCode::ImageCorrupt, subject, what).next(restore))
         }
         Structure::Sound | Structure::InUse | Structure::None => None,
     }

@@ -15,7 +15,7 @@ use crate::host::libvirt::RunningVm;
 use crate::host::libvirt::events::{Change, MemoryFile};
 use crate::model::advice::Advice;
 use crate::model::envelope::{ObjectKind, VmId};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::terminal::visible;
 use found::Found;
 
@@ -154,9 +154,13 @@ impl Watched {
             let ended = seen.take_in(&news, now.as_ref());
             let name = seen.name.clone();
             let unreadable = unreadable.map(|words| (words, Advice::ShowVm(name.clone())));
-            found.extend(ended.into_iter().chain(unreadable).map(|(words, advice)| {
+            let ended = ended
+                .into_iter()
+                .map(|told| (FindingCode::PlaintextWritten, told));
+            let unreadable = unreadable.map(|told| (FindingCode::LiveUnknown, told));
+            found.extend(ended.chain(unreadable).map(|(code, (words, advice))| {
                 let what = format!("{}: {}", visible(&name), visible(&words));
-                Finding::critical(Subject::Vm(name.clone()), what).next(advice)
+                Finding::critical(code, Subject::Vm(name.clone()), what).next(advice)
             }));
         }
         let name = seen.name.clone();
@@ -257,7 +261,7 @@ pub(crate) fn not_asked(vm: &str, libvirtd: &'static str) -> Finding {
         vm = visible(vm)
     );
     let reload = Advice::ReloadLibvirtd(libvirtd).then(Advice::ShowVm(vm.to_owned()));
-    Finding::critical(Subject::Vm(vm.to_owned()), what).next(reload)
+    Finding::critical(FindingCode::HookNotCalled, Subject::Vm(vm.to_owned()), what).next(reload)
 }
 
 /// Nobody but who made it knows where it is.
@@ -363,7 +367,11 @@ mod tests {
             acquaintance,
             news: News::default(),
             now: Ok(None),
-            found: vec![Finding::warning(Subject::Vm("a".to_owned()), found)],
+            found: vec![Finding::warning(
+                FindingCode::Plaintext,
+                Subject::Vm("a".to_owned()),
+                found,
+            )],
         }
     }
 

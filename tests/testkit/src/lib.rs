@@ -31,6 +31,7 @@
 mod accelerator;
 mod attacker;
 mod console;
+mod contract;
 mod deadline;
 mod domain;
 mod durable;

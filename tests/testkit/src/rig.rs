@@ -260,8 +260,8 @@ impl Rig {
             .virtseal(&["--json", "provider", "list"])?
             .succeeded()?;
         let listed: serde_json::Value = serde_json::from_str(&listed)?;
-        let providers = listed.as_array().or_else(|| listed["providers"].as_array());
-        let found = providers
+        let found = listed["providers"]
+            .as_array()
             .context("no list of providers")?
             .iter()
             .find(|found| found["name"] == provider);

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::super::out::{json, line, table, write};
+use super::super::document::Answer;
+use super::super::out::{line, table, write};
 use super::Printer;
 use crate::api::AuditVerified;
 use crate::model::problem::Problem;
@@ -17,9 +18,9 @@ impl Printer {
         table(&["TIME", "UID", "OPERATION", "OUTCOME", "OF", "DETAIL"], rows)
     }
 
-    pub(in crate::cli) fn audit_verified(&self, verified: &AuditVerified) -> Result<(), Problem> {
+    pub(in crate::cli) fn audit_verified(&self, verified: AuditVerified) -> Result<(), Problem> {
         if self.json {
-            return json(verified);
+            return self.tell(Answer::AuditVerified(verified));
         }
         line(&format!(
             "{} records, the chain is whole, head {}",

@@ -4,16 +4,17 @@ use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration};
 
-use super::super::out::{json, line, table};
+use super::super::document::{Answer, JobChanged, JobShown};
+use super::super::out::{line, table};
 use super::Printer;
 use crate::api::{JobState, JobView, Jobs, Unit};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
 
 impl Printer {
-    pub(in crate::cli) fn jobs(&self, jobs: &Jobs) -> Result<(), Problem> {
+    pub(in crate::cli) fn jobs(&self, jobs: Jobs) -> Result<(), Problem> {
         if self.json {
-            return json(jobs);
+            return self.tell(Answer::Jobs(jobs));
         }
         let rows = jobs.jobs.iter().map(|job| {
             vec![
@@ -63,22 +64,36 @@ impl Printer {
         table(&["VM", "COPY IN", "ENVELOPE", "WHY"], rows)
     }
 
-    pub(in crate::cli) fn job(&self, job: &JobView) -> Result<(), Problem> {
-        if self.json {
-            return json(job);
-        }
-        let changed = match job.unit.known() {
-            Some(Unit::Envelopes) => format!(" envelopes seen, {} changed, {} left", job.changed, job.left),
-            _ => String::new(),
-        };
-        line(&format!(
-            "Job {} ({}): {}, {}{changed}",
-            job.id,
-            job.task,
-            job.state,
-            progress(job)
-        ))
+    /// One that was only looked at.
+    pub(in crate::cli) fn job(&self, job: JobView) -> Result<(), Problem> {
+        let text = told(&job);
+        self.show(Answer::Job(JobShown { job }), std::iter::once(text.as_str()))
     }
+
+    /// One that the command has started or stopped.
+    pub(in crate::cli) fn job_changed(&self, job: JobView, changed: bool) -> Result<(), Problem> {
+        let text = told(&job);
+        let changed = JobChanged {
+            job,
+            changed,
+            warnings: Vec::new(),
+        };
+        self.show(Answer::JobChanged(changed), std::iter::once(text.as_str()))
+    }
+}
+
+fn told(job: &JobView) -> String {
+    let changed = match job.unit.known() {
+        Some(Unit::Envelopes) => format!(" envelopes seen, {} changed, {} left", job.changed, job.left),
+        _ => String::new(),
+    };
+    format!(
+        "Job {} ({}): {}, {}{changed}",
+        job.id,
+        job.task,
+        job.state,
+        progress(job)
+    )
 }
 
 /// How far a job is, how fast it goes and how long it will take, as far as that can be told.

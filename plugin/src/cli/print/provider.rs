@@ -1,35 +1,49 @@
 //! Key providers, their servers, and what they have that nobody here is known to need.
 
-use super::super::out::{json, line, line_with_state, note, table};
+use super::super::document::{Answer, IdentityChanged, ProviderChanged, ProviderShown};
+use super::super::out::{line, line_with_state, note, table};
 use super::Printer;
 use super::one_provider::{STATE, because, lines, local, provider_name};
-use crate::api::{CertificateView, Orphans, ProviderView, ServerView};
+use crate::api::{CertificateView, IdentitySet, Orphans, ProviderView, Providers, ServerView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
 
 impl Printer {
-    pub(in crate::cli) fn providers(&self, providers: &[ProviderView]) -> Result<(), Problem> {
+    pub(in crate::cli) fn providers(&self, providers: Providers) -> Result<(), Problem> {
         if self.json {
-            return json(&providers);
+            return self.tell(Answer::Providers(providers));
         }
-        self.providers_in_full(providers)?;
-        self.warnings(providers);
+        self.providers_in_full(&providers.providers)?;
+        self.warnings(&providers.providers);
         Ok(())
     }
 
-    /// The same after a command about one of them: what is about to go wrong with others is not told each time.
+    /// The same after a command that has changed one of them: what is about to go wrong with others is not told each time.
     pub(in crate::cli) fn providers_after(
         &self,
         name: &str,
         providers: &[ProviderView],
+        changed: bool,
     ) -> Result<(), Problem> {
-        if self.json {
-            return json(&providers);
+        if !self.json {
+            self.providers_in_full(providers)?;
         }
-        self.providers_in_full(providers)?;
-        let about = providers.iter().filter(|provider| provider.name == name);
-        about.for_each(|provider| self.provider_warnings(provider));
-        Ok(())
+        let mut about = providers.iter().filter(|provider| provider.name == name);
+        about
+            .clone()
+            .for_each(|provider| self.provider_warnings(provider));
+        match about.next() {
+            Some(provider) if self.json => self.tell_of_change(provider.clone(), changed),
+            _ => Ok(()),
+        }
+    }
+
+    fn tell_of_change(&self, provider: ProviderView, changed: bool) -> Result<(), Problem> {
+        self.tell(Answer::ProviderChanged(Box::new(ProviderChanged {
+            provider,
+            changed,
+            warnings: Vec::new(),
+        })))
     }
 
     pub(super) fn providers_in_full(&self, providers: &[ProviderView]) -> Result<(), Problem> {
@@ -56,21 +70,30 @@ impl Printer {
         table(&header, rows)
     }
 
-    /// The same, each with all there is to say of it.
-    pub(in crate::cli) fn provider(&self, providers: &[ProviderView]) -> Result<(), Problem> {
+    /// One, with all there is to say of it.
+    pub(in crate::cli) fn provider(&self, provider: ProviderView) -> Result<(), Problem> {
         if self.json {
-            return json(&providers);
+            return self.tell(Answer::Provider(Box::new(ProviderShown { provider })));
         }
-        for provider in providers {
-            let all = lines(provider);
-            all.iter()
-                .try_for_each(|text| match text.starts_with("  state ") {
-                    true => line_with_state(text, STATE),
-                    false => line(text),
-                })?;
-            self.provider_warnings(provider);
-        }
+        all_of(&provider)?;
+        self.provider_warnings(&provider);
         Ok(())
+    }
+
+    /// The same of one that the command has changed.
+    pub(in crate::cli) fn provider_changed(
+        &self,
+        provider: ProviderView,
+        changed: bool,
+    ) -> Result<(), Problem> {
+        if !self.json {
+            all_of(&provider)?;
+        }
+        self.provider_warnings(&provider);
+        match self.json {
+            true => self.tell_of_change(provider, changed),
+            false => Ok(()),
+        }
     }
 
     /// What is about to go wrong with a provider that this command did not ask about, but may need.
@@ -84,6 +107,25 @@ impl Printer {
         for warning in &provider.warnings {
             self.warn(&format!("provider '{}': {warning}", provider.name));
         }
+    }
+
+    /// What this host shows to the servers of a provider from now on.
+    pub(in crate::cli) fn identity_set(&self, name: &str, set: IdentitySet) -> Result<(), Problem> {
+        set.warnings.iter().for_each(|warning| self.warn(warning));
+        if self.json {
+            return self.tell(Answer::IdentitySet(Box::new(IdentityChanged {
+                provider: set.provider,
+                certificate: set.certificate,
+                changed: true,
+                warnings: set.warnings,
+            })));
+        }
+        self.providers_in_full(std::slice::from_ref(&set.provider))?;
+        self.provider_warnings(&set.provider);
+        line(&format!(
+            "This host presents to '{name}' the certificate {}, SHA-256 {}, until {}",
+            set.certificate.subject, set.certificate.sha256, set.certificate.not_after
+        ))
     }
 
     /// For people who compare fingerprints, on standard error: what follows may be asked for as JSON.
@@ -112,9 +154,9 @@ impl Printer {
         ));
     }
 
-    pub(in crate::cli) fn orphans(&self, orphans: &Orphans) -> Result<(), Problem> {
+    pub(in crate::cli) fn orphans(&self, orphans: Orphans) -> Result<(), Problem> {
         if self.json {
-            return json(orphans);
+            return self.tell(Answer::Orphans(orphans));
         }
         let rows = orphans.envelopes.iter().map(|orphan| {
             vec![
@@ -161,4 +203,13 @@ impl Printer {
             false => line("They stay: backups, and VMs on other hosts, may need them."),
         }
     }
+}
+
+fn all_of(provider: &ProviderView) -> Result<(), Problem> {
+    let all = lines(provider);
+    all.iter()
+        .try_for_each(|text| match text.starts_with("  state ") {
+            true => line_with_state(text, STATE),
+            false => line(text),
+        })
 }

@@ -2,19 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use super::super::out::{columns, fitting_table, json, line, line_with_state, note, table, wrapped};
+use super::super::document::Answer;
+use super::super::out::{columns, fitting_table, line, line_with_state, note, table, wrapped};
 use super::one_provider::{because, local, provider_name};
 use super::{Printer, Width, trouble};
-use crate::api::{HostStatus, LibvirtState, ObjectView, ProviderView, VmAutostart, VmView, words};
+use crate::api::{HostStatus, LibvirtState, ObjectView, ProviderView, VmAutostart, VmView, Vms, words};
 use crate::model::problem::Problem;
 
 impl Printer {
     /// Triage: what needs somebody comes first.
-    pub(in crate::cli) fn status(&self, status: &HostStatus, width: Width) -> Result<(), Problem> {
+    pub(in crate::cli) fn status(&self, status: HostStatus, width: Width) -> Result<(), Problem> {
         if self.json {
-            return json(status);
+            return self.tell(Answer::Status(Box::new(status)));
         }
-        let troubles = trouble::of(status);
+        let troubles = trouble::of(&status);
         if troubles.is_empty() {
             line("Nothing needs attention")?;
         }
@@ -47,10 +48,11 @@ impl Printer {
     }
 
     /// The objects of VMs.
-    pub(in crate::cli) fn vms(&self, vms: &[VmView], width: Width) -> Result<(), Problem> {
+    pub(in crate::cli) fn vms(&self, shown: Vms, width: Width) -> Result<(), Problem> {
         if self.json {
-            return json(&vms);
+            return self.tell(Answer::Vms(shown));
         }
+        let vms = &shown.vms[..];
         let header = ["VM", "POWER", "OBJECT", "STATE", "GENERATION", "PROVIDERS"];
         let rows = vms
             .iter()

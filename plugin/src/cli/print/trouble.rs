@@ -103,7 +103,7 @@ fn will_not_start(vms: &[&VmView], why: &str) -> String {
 mod tests {
     use super::*;
     use crate::api::StartView;
-    use crate::model::finding::{Finding, Subject};
+    use crate::model::finding::{Finding, FindingCode, Subject};
 
     fn off(name: &str, why: &str, next: &Advice) -> VmView {
         VmView {
@@ -149,7 +149,12 @@ mod tests {
     fn what_a_finding_leads_out_of_is_told_once() {
         let seal = Advice::SealVm("web01".into());
         let mut vm = off("web01", "it is sealed, and its XML does not say so", &seal);
-        let finding = Finding::critical(Subject::Vm("web01".into()), "web01 was sealed").next(seal);
+        let finding = Finding::critical(
+            FindingCode::NotInXml,
+            Subject::Vm("web01".into()),
+            "web01 was sealed",
+        )
+        .next(seal);
         vm.warnings = FindingView::all(&[finding]);
         assert!(kept_off(&[vm]).is_empty());
     }

@@ -43,6 +43,7 @@ pub(super) fn resume(daemon: &Daemon, by: Actor, id: i64) -> Result<JobStarted, 
         JobState::Running | JobState::Done => {
             return Ok(JobStarted {
                 job: view(daemon, &job)?,
+                changed: false,
                 warnings: Vec::new(),
             });
         }
@@ -79,6 +80,7 @@ fn begin_again<T>(daemon: &Daemon, by: Actor, job: &JobRecord, held: T) -> Resul
     daemon.jobs.ring();
     Ok(JobStarted {
         job: view(daemon, &resumed?)?,
+        changed: true,
         warnings: Vec::new(),
     })
 }
@@ -165,6 +167,7 @@ fn begin(
     warnings.extend(looked.left_out.iter().map(|what| format!("left out: {what}")));
     Ok(JobStarted {
         job: view(daemon, &job)?,
+        changed: true,
         warnings,
     })
 }

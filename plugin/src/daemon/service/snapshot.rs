@@ -55,6 +55,7 @@ pub(super) fn begin(
     drop(claim);
     Ok(JobStarted {
         job: job_records::view(daemon, &job?)?,
+        changed: true,
         warnings: plan.warnings(choices),
     })
 }

@@ -6,7 +6,7 @@ use crate::api::{FindingView, HostStatus, LibvirtState, Vms};
 use crate::daemon::glance::Age;
 use crate::daemon::{Daemon, hook_seen, look, paths};
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::vm::names::{self, KnownVm};
 use crate::vm::status::view;
@@ -84,5 +84,5 @@ pub(super) fn vm_status(
 
 fn unreachable(why: &String) -> Finding {
     let what = format!("nothing is known of VMs: {why}");
-    Finding::critical(Subject::Host, what).next(Advice::ShowLibvirtd)
+    Finding::critical(FindingCode::LibvirtUnreachable, Subject::Host, what).next(Advice::ShowLibvirtd)
 }

@@ -86,7 +86,11 @@ pub(crate) fn signing_request(
         .signing_request(new)
         .map_err(|error| trust_failure(name, &error));
     records::note_provider(daemon, by, "provider-csr", name, &made);
-    Ok(SigningRequestMade { pem: made? })
+    let (pem, change) = made?;
+    Ok(SigningRequestMade {
+        pem,
+        changed: change == Change::Changed,
+    })
 }
 
 pub(crate) fn servers(daemon: &Daemon, name: &str) -> Result<Servers, Problem> {

@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Envelope, EnvelopeError, EnvelopeId, Generation, Mac, ObjectKind, Stanza, VmId};
 
+/// An envelope, as an image or the XML carries it.
 #[derive(Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub(super) struct Wire {
     version: u8,
@@ -25,7 +27,19 @@ pub(super) struct Wire {
     seen: Option<bool>,
     stanzas: Vec<Stanza>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     mac: Option<Mac>,
+}
+
+#[cfg(test)]
+impl schemars::JsonSchema for Envelope {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Envelope".into()
+    }
+
+    fn json_schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        Wire::json_schema(generator)
+    }
 }
 
 /// All that every format has.

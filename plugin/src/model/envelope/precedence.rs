@@ -13,6 +13,7 @@ use super::Envelope;
 
 /// Counts the changes of an envelope. It has no order of its own: see [`Envelope::supersedes`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(transparent)]
 pub(crate) struct Generation(u64);
 

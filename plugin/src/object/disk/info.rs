@@ -14,12 +14,14 @@ use crate::model::image_format::Format;
 
 /// What an image says without any key.
 #[derive(Clone, Debug, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct VolumeInfo {
     pub path: PathBuf,
     pub format: Format,
     /// Size of the disk that a guest sees, in bytes.
     pub virtual_size: Bytes,
     /// Only for qcow2, in bytes.
+    #[cfg_attr(test, schemars(with = "Option<u64>"))]
     pub cluster_size: Option<ClusterSize>,
     /// Only for qcow2.
     pub backing: Option<BackingName>,

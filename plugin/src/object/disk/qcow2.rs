@@ -53,6 +53,7 @@ pub(crate) enum Encryption {
 
 /// The image that shows through where this one has no data; a relative name counts from the image's directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct BackingName {
     #[serde(rename = "path")]
     pub(crate) name: String,

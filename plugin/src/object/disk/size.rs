@@ -9,6 +9,7 @@ use thiserror::Error;
 /// A number of bytes. Written as people do, and read as libvirt reads its units: `512`, `64k`, `100G` and `1.5TiB` are by powers of
 /// 1024, `20GB` is by powers of 1000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(transparent)]
 pub(crate) struct Bytes(pub u64);
 

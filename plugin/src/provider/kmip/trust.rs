@@ -248,11 +248,14 @@ impl KmipProvider {
     ///
     /// # Errors
     /// When the key in use is sealed, and the provider locked.
-    pub(crate) fn signing_request(&self, new: Option<(KeyKind, Option<&str>)>) -> Result<String, TrustError> {
+    pub(crate) fn signing_request(
+        &self,
+        new: Option<(KeyKind, Option<&str>)>,
+    ) -> Result<(String, Change), TrustError> {
         let _trusting = lock(&self.trusting);
         if new.is_none() {
             if let Some(request) = self.store.request()? {
-                return Ok(request.csr.clone());
+                return Ok((request.csr.clone(), Change::Unchanged));
             }
             let (current, locked) = {
                 let held = self.held();
@@ -262,7 +265,7 @@ impl KmipProvider {
                 return Err(TrustError::Locked);
             }
             if let Some(current) = current {
-                return Ok(current.signing_request()?);
+                return Ok((current.signing_request()?, Change::Unchanged));
             }
         }
         let (kind, name) = new.unwrap_or((KeyKind::EcP256, None));
@@ -270,7 +273,7 @@ impl KmipProvider {
         let before = self.unless_damaged(self.store.request())?.flatten();
         let request = SigningRequest::new(kind, &name)?.after(before);
         self.store.put_request(&request)?;
-        Ok(request.csr.clone())
+        Ok((request.csr.clone(), Change::Changed))
     }
 }
 

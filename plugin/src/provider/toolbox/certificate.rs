@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::{Duration, UNIX_EPOCH};
 
-use openssl::asn1::Asn1Time;
+use openssl::asn1::{Asn1Time, Asn1TimeRef};
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
 use openssl::x509::{X509NameRef, X509Ref};
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::printable;
+use crate::host::local_time::rfc3339;
 use crate::model::stored_as_text;
 
 /// From this many days before its end on, a certificate is warned about.
@@ -71,7 +73,7 @@ pub(crate) struct CertificateFacts {
     /// DNS names and IP addresses that it is for.
     pub names: Vec<String>,
     pub fingerprint: Fingerprint,
-    /// As X.509 prints it: `Nov 22 15:19:43 2026 GMT`.
+    /// RFC 3339, UTC.
     pub not_after: String,
     /// Negative once it has expired.
     pub days_left: i32,
@@ -92,7 +94,7 @@ impl CertificateFacts {
             issuer: name(certificate.issuer_name()),
             names: alternative_names(certificate),
             fingerprint: Fingerprint::of(certificate)?,
-            not_after: certificate.not_after().to_string(),
+            not_after: time(certificate.not_after())?,
             days_left: if left.days == 0 && left.secs < 0 {
                 -1
             } else {
@@ -116,6 +118,17 @@ impl CertificateFacts {
             _ => None,
         }
     }
+}
+
+/// As all times are told; as X.509 prints it, where that is in a year that RFC 3339 can't write.
+fn time(at: &Asn1TimeRef) -> Result<String, ErrorStack> {
+    let since = Asn1Time::from_unix(0)?.diff(at)?;
+    let seconds = i64::from(since.days) * 24 * 60 * 60 + i64::from(since.secs);
+    let found = u64::try_from(seconds)
+        .ok()
+        .and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)));
+    let text = found.map(rfc3339).unwrap_or_default();
+    Ok(if text.is_empty() { at.to_string() } else { text })
 }
 
 fn name(name: &X509NameRef) -> String {
@@ -148,7 +161,7 @@ mod tests {
             issuer: String::new(),
             names: Vec::new(),
             fingerprint: Fingerprint([0xAB; 32]),
-            not_after: "Nov 22 15:19:43 2026 GMT".into(),
+            not_after: "2026-11-22T15:19:43Z".into(),
             days_left,
         }
     }
@@ -158,10 +171,21 @@ mod tests {
         assert_eq!(lasting(31).warning("the client"), None);
         assert_eq!(
             lasting(12).warning("the client").unwrap(),
-            "the client certificate expires in 12 days, on Nov 22 15:19:43 2026 GMT"
+            "the client certificate expires in 12 days, on 2026-11-22T15:19:43Z"
         );
         assert!(lasting(-3).warning("the client").unwrap().contains("expired on"));
         assert!(lasting(-3).has_expired() && !lasting(0).has_expired());
+    }
+
+    #[test]
+    fn the_end_of_a_certificate_is_told_as_all_times_are() {
+        for (text, told) in [
+            ("20261122151943Z", "2026-11-22T15:19:43Z"),
+            ("99991231235959Z", "9999-12-31T23:59:59Z"),
+            ("19500101000000Z", "Jan  1 00:00:00 1950 GMT"),
+        ] {
+            assert_eq!(time(&Asn1Time::from_str(text).unwrap()).unwrap(), told);
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ use openssl::sha::sha256;
 
 use crate::host::local_time::rfc3339;
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::terminal::visible;
 
 /// More of one VM are in the audit log alone.
@@ -26,6 +26,7 @@ pub(super) struct Found {
 
 #[derive(Debug)]
 struct Listed {
+    code: FindingCode,
     what: String,
     advice: Option<Advice>,
     since: SystemTime,
@@ -43,12 +44,15 @@ impl Found {
 
     /// As a status shows them of the VM that is called `name` now.
     pub(super) fn findings(&self, name: &str) -> impl Iterator<Item = Finding> {
-        self.listed.iter().map(move |Listed { what, advice, since }| {
-            let since = rfc3339(*since);
+        self.listed.iter().map(move |listed| {
+            let Listed {
+                code, what, advice, ..
+            } = listed;
+            let since = rfc3339(listed.since);
             let what = format!("{what}; seen first at {since}, and listed until virtseald restarts");
             Finding {
                 advice: advice.clone(),
-                ..Finding::critical(Subject::Vm(name.to_owned()), what)
+                ..Finding::critical(*code, Subject::Vm(name.to_owned()), what)
             }
         })
     }
@@ -66,20 +70,21 @@ impl Found {
                     "{}: more was found than {MAX_NOTED} things, and no more of it is noted until virtseald restarts",
                     visible(name)
                 );
-                self.list(&words, None, now);
+                self.list(FindingCode::Shortened, &words, None, now);
                 new.push(words);
                 continue;
             }
             if self.listed.len() < MAX_LISTED {
-                self.list(&finding.what, finding.advice, now);
+                self.list(finding.code, &finding.what, finding.advice, now);
             }
             new.push(words);
         }
         new
     }
 
-    fn list(&mut self, what: &str, advice: Option<Advice>, since: SystemTime) {
+    fn list(&mut self, code: FindingCode, what: &str, advice: Option<Advice>, since: SystemTime) {
         self.listed.push(Listed {
+            code,
             what: shortened(what),
             advice: advice.filter(|advice| advice.to_string().len() <= MAX_WORDS),
             since,
@@ -101,7 +106,7 @@ mod tests {
 
     #[test]
     fn what_was_found_is_told_once_and_bounded() {
-        let finding = |what: String| Finding::warning(Subject::Host, what);
+        let finding = |what: String| Finding::warning(FindingCode::Plaintext, Subject::Host, what);
         let note = |found: &mut Found, what: Vec<String>| {
             let what = what.into_iter().map(finding).collect();
             found.note("web", what, SystemTime::UNIX_EPOCH)
@@ -140,7 +145,8 @@ mod tests {
     #[test]
     fn what_leads_out_is_listed_with_it() {
         let mut found = Found::default();
-        let finding = Finding::warning(Subject::Host, "a").next(Advice::AbortBlockJob);
+        let finding =
+            Finding::warning(FindingCode::Plaintext, Subject::Host, "a").next(Advice::AbortBlockJob);
         let new = found.note("web", vec![finding], SystemTime::UNIX_EPOCH);
         assert_eq!(new, ["a. Next: virsh blockjob --abort"]);
         assert_eq!(

@@ -12,7 +12,7 @@ use crate::domain::{
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::advice::Advice;
 use crate::model::envelope::ObjectKind;
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError};
 use crate::terminal::visible;
@@ -20,7 +20,7 @@ use crate::terminal::visible;
 /// `what` is shown as it is.
 fn warning(domain: &Domain, what: &str) -> Finding {
     let what = format!("{}: {what}", visible(&domain.name));
-    Finding::warning(Subject::Vm(domain.name.clone()), what)
+    Finding::warning(FindingCode::Plaintext, Subject::Vm(domain.name.clone()), what)
 }
 
 /// What is allowed and still lands in plaintext somewhere.
@@ -36,10 +36,15 @@ pub(crate) fn warnings(domain: &Domain, policy: Policy) -> Vec<Finding> {
 pub(crate) fn findings(domain: &Domain, policy: Policy) -> Vec<Finding> {
     let refused = refuse(domain, policy).err().map(|problem| {
         let problem = problem.of(format!("{} stays off at its next start", domain.name));
-        Finding::of(Subject::Vm(domain.name.clone()), problem)
+        Finding::of(
+            FindingCode::StartRefused,
+            Subject::Vm(domain.name.clone()),
+            problem,
+        )
     });
     let overlaid = match sealed_objects_under(domain, policy) {
         Err(refusal @ Refusal::Overlaid { .. }) => Some(Finding::of(
+            FindingCode::Overlaid,
             Subject::Vm(domain.name.clone()),
             not_sealed(&refusal).of(format!("{} stays off at its next start", domain.name)),
         )),
@@ -95,7 +100,11 @@ pub(crate) fn sealed_as_raw(live: &Domain, disk: &str, path: &Path, owner: &str)
          the image",
         path.display()
     );
-    warning(live, &visible(&what)).next(Advice::from("detach it").then(Advice::ShowVolume(path.to_owned())))
+    Finding {
+        code: FindingCode::SealedAsRaw,
+        ..warning(live, &visible(&what))
+    }
+    .next(Advice::from("detach it").then(Advice::ShowVolume(path.to_owned())))
 }
 
 /// Which plain images the VM's disks are based on.

@@ -3,7 +3,7 @@
 //! What a record that tells nothing may need stays; all else goes on with the others.
 
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::store::{DamagedRow, EnvelopeRecord, EnvelopeStore, HostStore, Rows, StoreError, VmRecord};
 use crate::vm::names::VmNames;
 
@@ -16,7 +16,13 @@ fn from_backup() -> Advice {
 pub(crate) fn records(keystore: &dyn EnvelopeStore, host_store: &HostStore) -> Vec<Finding> {
     let read = || Ok((keystore.vms()?, keystore.envelopes()?));
     let found = read().map(|(vms, envelopes)| records_beside(&vms, &envelopes, keystore, host_store));
-    found.unwrap_or_else(|error: StoreError| vec![Finding::of(Subject::Host, error.into())])
+    found.unwrap_or_else(|error: StoreError| {
+        vec![Finding::of(
+            FindingCode::KeystoreUnreadable,
+            Subject::Host,
+            error.into(),
+        )]
+    })
 }
 
 /// The same, where those of VMs and envelopes were read before.
@@ -30,7 +36,13 @@ pub(crate) fn records_beside(
     let of_vms = vms.damaged.iter().chain(&envelopes.damaged);
     let mut lines: Vec<_> = of_vms.map(|row| finding(row, &names)).collect();
     let others = other_rows(keystore, host_store, &names);
-    lines.extend(others.unwrap_or_else(|error| vec![Finding::of(Subject::Host, error.into())]));
+    lines.extend(others.unwrap_or_else(|error| {
+        vec![Finding::of(
+            FindingCode::KeystoreUnreadable,
+            Subject::Host,
+            error.into(),
+        )]
+    }));
     lines
 }
 
@@ -58,7 +70,8 @@ fn other_rows(
 pub(super) fn finding(row: &DamagedRow, names: &VmNames) -> Finding {
     let name = row.vm.map(|vm| names.of(vm));
     let Some(name) = name else {
-        return Finding::critical(Subject::Host, row.to_string()).next(from_backup());
+        return Finding::critical(FindingCode::RecordDamaged, Subject::Host, row.to_string())
+            .next(from_backup());
     };
     let what = format!("{row} (VM {name})");
     let advice = if row.is_elsewhere {
@@ -74,5 +87,5 @@ pub(super) fn finding(row: &DamagedRow, names: &VmNames) -> Finding {
     } else {
         from_backup()
     };
-    Finding::critical(Subject::Vm(name), what).next(advice)
+    Finding::critical(FindingCode::RecordDamaged, Subject::Vm(name), what).next(advice)
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 
 /// The daemon of libvirt that runs VMs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +36,9 @@ pub(crate) fn finding(hook: &Path, facts: &HookFacts) -> Option<Finding> {
             "libvirt has no hook of virtseal ({}): sealed VMs can't start",
             hook.display()
         );
-        return Some(Finding::critical(Subject::Host, what).next("install virtseal again"));
+        return Some(
+            Finding::critical(FindingCode::HookMissing, Subject::Host, what).next("install virtseal again"),
+        );
     };
     let libvirtd = facts.libvirtd.as_ref()?;
     let was_there = installed <= libvirtd.started;
@@ -50,7 +52,10 @@ pub(crate) fn finding(hook: &Path, facts: &HookFacts) -> Option<Finding> {
          an old XML of one from being started",
         libvirtd.name
     );
-    Some(Finding::critical(Subject::Host, what).next(Advice::ReloadLibvirtd(libvirtd.name)))
+    Some(
+        Finding::critical(FindingCode::HookNotLoaded, Subject::Host, what)
+            .next(Advice::ReloadLibvirtd(libvirtd.name)),
+    )
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::host::libvirt::DomainEntry;
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::object::Inspected;
 use crate::recipients::Outlook;
 use crate::store::{Autostart, EnvelopeRecord, EnvelopeState, Rows, VmRecord};
@@ -197,7 +197,7 @@ impl Known {
         } else {
             return None;
         };
-        Some(Finding::warning(Subject::Vm(name.clone()), what).next(advice))
+        Some(Finding::warning(FindingCode::MemorySaved, Subject::Vm(name.clone()), what).next(advice))
     }
 
     /// What the hook lets pass only where hook.conf has `master_key_tmpfs = preferred`.
@@ -210,7 +210,7 @@ impl Known {
         );
         let start_anew = Advice::ShutDownVm(name.clone()).then(Advice::StartVm(name.clone()));
         let advice = Advice::from("make that tmpfs possible").then(start_anew);
-        Some(Finding::warning(Subject::Vm(name.clone()), what).next(advice))
+        Some(Finding::warning(FindingCode::MasterKeyOnDisk, Subject::Vm(name.clone()), what).next(advice))
     }
 
     pub(super) fn damaged_of(&self, vm: VmId) -> Vec<Finding> {

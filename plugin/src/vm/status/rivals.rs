@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::domain::Domain;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, Precedence};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::object::disk::ImageCopy;
 
 /// Of the copies in the XML, given what the keystore has.
@@ -39,7 +39,7 @@ pub(super) fn of<'k>(domain: &Domain, kept: impl Fn(EnvelopeId) -> Option<&'k En
                 Advice::DefineSealedXml(Some(name.clone())),
             ),
         };
-        Finding::warning(Subject::Vm(name.clone()), what).next(advice)
+        Finding::warning(FindingCode::CopyUnreadable, Subject::Vm(name.clone()), what).next(advice)
     });
     of_copies.chain(unreadable).collect()
 }
@@ -58,11 +58,12 @@ pub(in crate::vm) fn in_image(
         object: object.to_owned(),
     };
     let seal = || Advice::SealVm(name.to_owned());
-    let (what, advice) = match (copy, kept) {
+    let (code, what, advice) = match (copy, kept) {
         (ImageCopy::Envelope(copy), Some(kept)) if copy.id == kept.id => {
             return rival(name, subject, &shown.to_string(), copy, kept);
         }
         (ImageCopy::Envelope(copy), Some(kept)) => (
+            FindingCode::CopyOfAnother,
             format!(
                 "{name}: {shown} carries envelope {}, which is not the one of this disk ({}); the keystore's is used",
                 copy.id, kept.id
@@ -70,6 +71,7 @@ pub(in crate::vm) fn in_image(
             seal().note("which has it written over that if it opens the image"),
         ),
         (ImageCopy::Unreadable(why), Some(kept)) => (
+            FindingCode::CopyUnreadable,
             format!(
                 "{name}: the copy of envelope {} in {shown} can't be read: {why}; the keystore's is used",
                 kept.id
@@ -77,12 +79,13 @@ pub(in crate::vm) fn in_image(
             seal().note("which has it written over that once the image has opened"),
         ),
         (ImageCopy::Unreadable(why), None) => (
+            FindingCode::CopyUnreadable,
             format!("{name}: the copy of an envelope in {shown} can't be read: {why}"),
             Advice::DefineSealedXml(Some(name.to_owned())),
         ),
         (ImageCopy::None, _) | (ImageCopy::Envelope(_), None) => return None,
     };
-    Some(Finding::warning(subject, what).next(advice))
+    Some(Finding::warning(code, subject, what).next(advice))
 }
 
 fn rival(name: &str, subject: Subject, place: &str, copy: &Envelope, kept: &Envelope) -> Option<Finding> {
@@ -100,7 +103,7 @@ fn rival(name: &str, subject: Subject, place: &str, copy: &Envelope, kept: &Enve
             let rekey = Advice::RekeyVm(name.to_owned())
                 .note("which makes a later generation of the keystore's for both")
                 .also("for the other one, do that on the host where it was made, and bring its dumpxml here");
-            Some(Finding::critical(subject, what).next(rekey))
+            Some(Finding::critical(FindingCode::CopyConflict, subject, what).next(rekey))
         }
         Precedence::Newer => {
             let what = format!(
@@ -108,7 +111,7 @@ fn rival(name: &str, subject: Subject, place: &str, copy: &Envelope, kept: &Enve
                 copy.generation, kept.generation
             );
             let adopt = Advice::AdoptVm(name.to_owned()).note("which takes it over if it verifies");
-            Some(Finding::warning(subject, what).next(adopt))
+            Some(Finding::warning(FindingCode::CopyNewer, subject, what).next(adopt))
         }
     }
 }
@@ -121,7 +124,7 @@ fn unknown(name: &str, copy: &Envelope) -> Option<Finding> {
             copy.id
         );
         let adopt = Advice::AdoptFormat1(name.to_owned()).note("if you know where that XML comes from");
-        Finding::warning(Subject::Vm(name.to_owned()), what).next(adopt)
+        Finding::warning(FindingCode::CopyUnknown, Subject::Vm(name.to_owned()), what).next(adopt)
     })
 }
 

@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 
 /// Whether this host has the group of the settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(crate) fn warnings(
                 "recipients in virtseald.yaml names '{name}', and there is no such key provider on this host: \
                  nothing new is sealed until there is"
             );
-            Finding::warning(Subject::Host, what).next(Advice::ListProviders)
+            Finding::warning(FindingCode::RecipientMissing, Subject::Host, what).next(Advice::ListProviders)
         })
         .collect();
     if group == ReaderGroup::Missing {
@@ -35,7 +35,7 @@ pub(crate) fn warnings(
             "socket_group in virtseald.yaml is '{group}', and there is no such group on this host: only root may connect"
         );
         warnings.push(
-            Finding::warning(Subject::Host, what)
+            Finding::warning(FindingCode::GroupMissing, Subject::Host, what)
                 .next(Advice::from(format!("groupadd --system {group}")).then(Advice::RestartDaemon)),
         );
     }

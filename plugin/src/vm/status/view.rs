@@ -11,7 +11,7 @@ use crate::domain::{self, Domain, DomainError, ObjectState, TpmBackend};
 use crate::host::libvirt::DomainEntry;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, VmId};
-use crate::model::finding::{Finding, Subject};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::store::{EnvelopeRecord, EnvelopeState};
 use crate::vm::start::outlook::Obstacle;
@@ -76,7 +76,11 @@ pub(crate) fn unreadable(
 ) -> VmView {
     let problem = xml_unreadable(defined, error);
     let starts = starts::refused(&Obstacle::of_vm(problem.clone()));
-    let mut findings = vec![Finding::of(Subject::Vm(defined.name.clone()), problem)];
+    let mut findings = vec![Finding::of(
+        FindingCode::XmlUnreadable,
+        Subject::Vm(defined.name.clone()),
+        problem,
+    )];
     findings.extend(known.damaged_of(defined.vm));
     findings.extend(found);
     VmView {
@@ -292,7 +296,9 @@ fn of_xml(domain: &Domain, state: VmState) -> Vec<Finding> {
     let subject = || Subject::Vm(name.clone());
     if state == VmState::NotInXml {
         let what = format!("{name} was sealed, and its XML does not say so");
-        findings.push(Finding::critical(subject(), what).next(Advice::SealVm(name.clone())));
+        findings.push(
+            Finding::critical(FindingCode::NotInXml, subject(), what).next(Advice::SealVm(name.clone())),
+        );
     }
     let backend = domain.tpm.as_ref().map(|tpm| &tpm.backend);
     if let Some(TpmBackend::Emulator {
@@ -306,7 +312,10 @@ fn of_xml(domain: &Domain, state: VmState) -> Vec<Finding> {
             "libvirt may delete the vTPM's state of {name}, when it ends as a transient domain or is undefined"
         );
         let persist = Advice::SealVm(name.clone()).note("which sets persistent_state='yes'");
-        findings.push(Finding::warning(subject(), what).next(Advice::ShutDownVm(name.clone()).then(persist)));
+        findings.push(
+            Finding::warning(FindingCode::VtpmNotPersistent, subject(), what)
+                .next(Advice::ShutDownVm(name.clone()).then(persist)),
+        );
     }
     findings
 }

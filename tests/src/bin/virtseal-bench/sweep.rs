@@ -53,8 +53,8 @@ fn sweep(sealed: &mut SealedHost, (from, to): (&str, &str), name: &str) -> Resul
     let began = Instant::now();
     let moved = sealed.run(&["provider", "move", from, to, "--watch", "--json"])?;
     let seconds = began.elapsed().as_secs_f64();
-    let job: serde_json::Value = serde_json::from_str(&moved)?;
-    let changed = job["changed"].as_u64().context("no job")?;
+    let told: serde_json::Value = serde_json::from_str(&moved)?;
+    let changed = told["job"]["changed"].as_u64().context("no job")?;
     ensure!(changed >= u64::from(ENVELOPES), "not all moved: {moved}");
     let most = memory_mib(daemon.as_raw(), "VmHWM:")?;
     Ok(vec![

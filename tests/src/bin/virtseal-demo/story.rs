@@ -167,7 +167,7 @@ impl<'a> Story<'a> {
         self.host.define(&self.vm)?;
         self.sealed.virtseal(&["vm", "seal", VM])?.succeeded()?;
         let status = self.json(&["vm", "status", VM])?;
-        let objects = status[0]["objects"].as_array().context("no objects")?;
+        let objects = status["vms"][0]["objects"].as_array().context("no objects")?;
         let sealed: Vec<_> = objects
             .iter()
             // swtpm makes the state of a vTPM at its first start.
@@ -324,7 +324,7 @@ impl<'a> Story<'a> {
 
     fn provider_state(&self) -> Result<String> {
         let shown = self.json(&["provider", "show", "main"])?;
-        let state = shown[0]["state"].as_str().context("no state")?;
+        let state = shown["provider"]["state"].as_str().context("no state")?;
         Ok(state.to_owned())
     }
 

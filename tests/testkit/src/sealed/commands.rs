@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::SealedHost;
-use crate::{Output, built_program, wait_until};
+use crate::{Output, built_program, contract, wait_until};
 
 const COPIES_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -16,11 +16,15 @@ impl SealedHost {
     /// Runs the command line.
     ///
     /// # Errors
-    /// When it can't be started; what it answers is in the output.
+    /// When it can't be started, or prints another document than scripts are promised; what it answers is in the output.
     pub fn virtseal(&self, arguments: &[&str]) -> Result<Output> {
         let program = built_program("virtseal")?;
         let program = program.to_str().context("a UTF-8 path")?;
-        self.host.run(&[&[program], arguments].concat())
+        let output = self.host.run(&[&[program], arguments].concat())?;
+        if contract::is_promised(arguments) {
+            contract::check(arguments, output.code(), &output.stdout)?;
+        }
+        Ok(output)
     }
 
     /// Runs the command line, which must succeed, and returns what it prints.
@@ -96,6 +100,16 @@ impl SealedHost {
         Ok(Output::new(line.to_owned(), &output))
     }
 
+    /// What a command that must be refused with the exit code `code` answers with `--json`.
+    ///
+    /// # Errors
+    /// When it ends otherwise.
+    pub fn refused_json(&self, code: i32, arguments: &[&str]) -> Result<Value> {
+        let output = self.virtseal(&[arguments, &["--json"]].concat())?;
+        ensure!(output.code() == Some(code), "expected {code}: {output:?}");
+        serde_json::from_str(&output.stdout).with_context(|| format!("no JSON: {output:?}"))
+    }
+
     /// What a command answers with `--json`.
     ///
     /// # Errors
@@ -161,7 +175,7 @@ impl SealedHost {
     /// # Errors
     /// When there is none of that name.
     pub fn provider(&self, name: &str) -> Result<Value> {
-        Ok(self.json(&["provider", "show", name])?[0].take())
+        Ok(self.json(&["provider", "show", name])?["provider"].take())
     }
 
     /// The job that was begun last.

@@ -5,6 +5,7 @@ use uuid::Uuid;
 
 /// Its cipher, its keyslots, and where the data is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 pub(crate) struct LuksInfo {
     /// Always `aes-xts-plain64`.
     pub cipher: &'static str,
@@ -21,6 +22,7 @@ pub(crate) struct LuksInfo {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(tag = "state", rename_all = "lowercase")]
 pub(crate) enum KeyslotInfo {
     /// Some passphrase opens it.

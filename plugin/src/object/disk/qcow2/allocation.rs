@@ -17,7 +17,8 @@ use super::{Encryption, Header, Span};
 
 /// Whether anything would be lost with an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Data {
     /// It reads as zeros throughout.
     Empty,

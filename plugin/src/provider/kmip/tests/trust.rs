@@ -11,7 +11,7 @@ use crate::provider::kind::Kind;
 use crate::provider::kmip::{Fingerprint, KeyKind, KmipProvider, NewIdentity, ServerTrust, TrustError};
 use crate::provider::{KeyProvider, ProviderError, ProviderStatus};
 use crate::secret::SecretBytes;
-use crate::store::Stores;
+use crate::store::{Change, Stores};
 use virtseal_testkit::servers::{Authority, Certified, PyKmip, free_port};
 
 fn not_trusted(provider: &KmipProvider) -> String {
@@ -290,12 +290,16 @@ fn end_of_a_certificate_is_announced() {
 fn signed_request_makes_the_identity() {
     let kmip = Kmip::with(false, |_| {});
     let provider = kmip.provider();
-    let first = provider.signing_request(Some((KeyKind::EcP256, None))).unwrap();
+    let first = provider.signing_request(Some((KeyKind::EcP256, None))).unwrap().0;
     // It waits for its certificate.
-    assert_eq!(provider.signing_request(None).unwrap(), first);
+    assert_eq!(
+        provider.signing_request(None).unwrap(),
+        (first.clone(), Change::Unchanged)
+    );
     let second = provider
         .signing_request(Some((KeyKind::EcP256, Some("kvm7"))))
-        .unwrap();
+        .unwrap()
+        .0;
     assert_ne!(first, second);
     let signed = kmip.authority.sign(second.as_bytes(), 90);
     let new = |certificate: &[u8]| NewIdentity {
@@ -309,12 +313,12 @@ fn signed_request_makes_the_identity() {
     // Either may be the one that was signed.
     let old = kmip.authority.sign(first.as_bytes(), 90);
     provider.set_identity(&new(&old)).unwrap();
-    assert_eq!(provider.signing_request(None).unwrap(), second);
+    assert_eq!(provider.signing_request(None).unwrap().0, second);
     assert_eq!(provider.set_identity(&new(&signed)).unwrap().subject, "CN=kvm7");
     assert_eq!(keys_on_disk(&kmip), 1, "the identity's alone");
     assert_eq!(provider.status(), ProviderStatus::Ready);
     // Renewed for the key in use, whose request is asked for anew.
-    let again = provider.signing_request(None).unwrap();
+    let again = provider.signing_request(None).unwrap().0;
     assert_eq!(public_key(&again), public_key(&second));
     let renewed = kmip.authority.sign(again.as_bytes(), 200);
     let renewed = provider.set_identity(&new(&renewed)).unwrap();
@@ -343,8 +347,8 @@ fn what_a_killed_virtseald_has_left_is_cleared_away() {
     let mut kmip = Kmip::new();
     let before = keys_on_disk(&kmip);
     let provider = kmip.provider();
-    let request = provider.signing_request(Some((KeyKind::EcP256, None))).unwrap();
-    let later = provider.signing_request(Some((KeyKind::EcP256, None))).unwrap();
+    let request = provider.signing_request(Some((KeyKind::EcP256, None))).unwrap().0;
+    let later = provider.signing_request(Some((KeyKind::EcP256, None))).unwrap().0;
     let files = walk(kmip.state_dir());
     let file = files.iter().find(|file| file.ends_with("request.json")).unwrap();
     let waiting = fs::read(file).unwrap();
@@ -359,7 +363,7 @@ fn what_a_killed_virtseald_has_left_is_cleared_away() {
     signed.certificate = SecretBytes::take(&mut kmip.authority.sign(request.as_bytes(), 90)).unwrap();
     signed.key = None;
     provider.set_identity(&signed).unwrap();
-    assert_eq!(provider.signing_request(None).unwrap(), later);
+    assert_eq!(provider.signing_request(None).unwrap().0, later);
     // Killed in between, all would wait still.
     fs::write(file, &waiting).unwrap();
     kmip.restart();
@@ -370,7 +374,7 @@ fn what_a_killed_virtseald_has_left_is_cleared_away() {
     );
     let provider = kmip.provider();
     provider.unlock(&secret(Kmip::CREDENTIAL)).unwrap();
-    assert_eq!(provider.signing_request(None).unwrap(), later);
+    assert_eq!(provider.signing_request(None).unwrap().0, later);
 }
 
 fn public_key(request: &str) -> Vec<u8> {
@@ -382,11 +386,11 @@ fn public_key(request: &str) -> Vec<u8> {
 fn request_for_a_sealed_key_waits_for_its_passphrase() {
     let kmip = Kmip::new();
     let provider = kmip.provider();
-    let unlocked = provider.signing_request(None).unwrap();
+    let unlocked = provider.signing_request(None).unwrap().0;
     provider.lock();
     assert!(matches!(provider.signing_request(None), Err(TrustError::Locked)));
     provider.unlock(&Fixture::credential(&kmip)).unwrap();
-    let again = provider.signing_request(None).unwrap();
+    let again = provider.signing_request(None).unwrap().0;
     assert_eq!(public_key(&again), public_key(&unlocked));
 }
 
