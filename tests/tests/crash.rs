@@ -184,9 +184,11 @@ fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
             .run(&["qemu-img", "create", "-q", "-f", "qcow2", disk, "8M"])?
             .succeeded()?;
         fs::create_dir_all(rig.host().path(NVRAM))?;
-        if nth % 2 == 1 {
-            // As libvirt leaves it when a start has failed: to be replaced.
-            fs::copy(&spec.firmware.variables, rig.host().path(spec.nvram()))?;
+        // As libvirt leaves it when a start has failed, or as a guest has left it: to be replaced.
+        match nth % 4 {
+            1 => fs::write(rig.host().path(spec.nvram()), variables(&spec, 0)?)?,
+            3 => fs::write(rig.host().path(spec.nvram()), variables(&spec, 1)?)?,
+            _ => {}
         }
         rig.host().define(&spec)?;
         words(&["vm", "seal", &spec.name])
@@ -217,10 +219,21 @@ fn vm_seal_can_be_killed_at_every_step() -> Result<()> {
         if nth % 8 == 1 {
             rig.sealed.expect_start(&spec.name)?;
         }
+        if nth % 4 == 3 {
+            rig.sealed.run(&["vm", "unseal", &spec.name])?;
+            ensure!(fs::read(rig.host().path(spec.nvram()))? == variables(&spec, 1)?);
+        }
         Ok(())
     })?;
     // An object whose envelope is nowhere would be lost.
     expect_order(&steps, "fdatasync(keystore.db-wal)", ", images)")
+}
+
+/// The template of its UEFI variables, changed by this.
+fn variables(spec: &DomainSpec, change: u8) -> Result<Vec<u8>> {
+    let mut variables = fs::read(&spec.firmware.variables)?;
+    variables[4096] ^= change;
+    Ok(variables)
 }
 
 #[test]

@@ -70,20 +70,6 @@ fn what_cannot_be_sealed_is_refused_and_left_alone() -> Result<()> {
         &["vTPM", "plaintext state", &with_tpm.uuid.to_string()],
     )?;
 
-    let with_variables = plain(&sealed, "variables")?;
-    host.define(&with_variables)?;
-    let mut variables = fs::read(host.path(&with_variables.firmware.variables))?;
-    variables[4096] ^= 1;
-    fs::create_dir_all(host.path("/var/lib/libvirt/qemu/nvram"))?;
-    fs::write(host.path(with_variables.nvram()), &variables)?;
-    expect_refusal(
-        &sealed,
-        "variables",
-        8,
-        &["UEFI variables in plaintext", "variables_VARS.fd"],
-    )?;
-    ensure!(fs::read(host.path(with_variables.nvram()))? == variables);
-
     let missing = plain(&sealed, "missing")?;
     host.define(&missing)?;
     fs::remove_file(host.path(&missing.disk))?;
@@ -222,6 +208,35 @@ fn unseal_works_until_the_vm_has_run() -> Result<()> {
 }
 
 #[test]
+fn variables_that_were_written_in_plaintext_are_taken_over_and_come_back() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    let spec = plain(&sealed, "web01")?;
+    host.define(&spec)?;
+    let mut variables = fs::read(host.path(&spec.firmware.variables))?;
+    variables[4096] ^= 1;
+    fs::create_dir_all(host.path("/var/lib/libvirt/qemu/nvram"))?;
+    fs::write(host.path(spec.nvram()), &variables)?;
+    let told = sealed.run(&["vm", "seal", "web01", "--dry-run"])?;
+    expect_names(
+        &told,
+        &[
+            "would encrypt the UEFI variable store",
+            "with the variables that it has",
+        ],
+    )?;
+    ensure!(fs::read(host.path(spec.nvram()))? == variables);
+    let told = sealed.virtseal(&["vm", "seal", "web01"])?;
+    ensure!(told.status.success(), "{told:?}");
+    expect_names(&told.stderr, &["web01_VARS.fd was in plaintext until now"])?;
+    ensure!(fs::read(host.path(spec.nvram()))?.starts_with(b"LUKS"));
+    sealed.virtseal(&["vm", "unseal", "web01"])?.succeeded()?;
+    ensure!(fs::read(host.path(spec.nvram()))? == variables);
+    sealed.run(&["vm", "seal", "web01"])?;
+    sealed.expect_start("web01")
+}
+
+#[test]
 fn vm_whose_firmware_libvirt_chooses_can_be_sealed() -> Result<()> {
     let sealed = SealedHost::start()?;
     let spec = plain(&sealed, "web01")?;
@@ -234,6 +249,12 @@ fn vm_whose_firmware_libvirt_chooses_can_be_sealed() -> Result<()> {
     sealed
         .host()
         .define_xml(&edited(&xml, "<os>", "<os firmware='efi'>")?)?;
+    // Its guest has written to the variables that libvirt has made for it.
+    sealed.expect_start("web01")?;
+    let store = sealed.host().path(spec.nvram());
+    let mut variables = fs::read(&store)?;
+    variables[4096] ^= 1;
+    fs::write(&store, variables)?;
     sealed.virtseal(&["vm", "seal", "web01"])?.succeeded()?;
     let status = sealed.json(&["vm", "status", "web01"])?;
     ensure!(status["vms"][0]["state"] == "sealed", "{status}");

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use super::disk::convert::Source;
-use super::disk::error::{Attempt, VolumeError};
+use super::disk::error::{Attempt, Flaw, Part, VolumeError};
 use super::disk::luks::sector::SECTOR;
 use super::disk::luks::{self, Fresh};
 use super::disk::open::Image;
@@ -42,7 +42,7 @@ pub(crate) fn create_watched(
     target: &PermittedPath,
     replaced: Option<ImageLock>,
     passphrase: &Passphrase,
-    mut watch: impl FnMut(Step),
+    watch: impl FnMut(Step),
 ) -> Result<Prepared, VolumeError> {
     let shown = target.shown();
     if replaced.is_none() && target.exists() {
@@ -50,18 +50,47 @@ pub(crate) fn create_watched(
     }
     let source = Source::open(template, None)?;
     refuse_same(replaced.as_ref(), source.file_id(), shown)?;
+    stage(&variables_in(&source)?, target, replaced, passphrase, watch)
+}
+
+/// Makes an encrypted store with the variables of the plain one that is held (raw or qcow2), to take its place.
+///
+/// # Errors
+/// [`VolumeError`]; nothing was replaced.
+pub(crate) fn encrypt(held: ImageLock, passphrase: &Passphrase) -> Result<Prepared, VolumeError> {
+    let place = held.place().clone();
+    let source = Source::open(&place, None)?;
+    if source.file_id() != held.id() {
+        return Err(VolumeError::Changed(place.shown().to_owned()));
+    }
     let variables = variables_in(&source)?;
+    stage(&variables, &place, Some(held), passphrase, |_| {})
+}
+
+fn stage(
+    variables: &[u8],
+    target: &PermittedPath,
+    replaced: Option<ImageLock>,
+    passphrase: &Passphrase,
+    mut watch: impl FnMut(Step),
+) -> Result<Prepared, VolumeError> {
+    let shown = target.shown();
     let fresh = luks::create(passphrase)?;
     let staged = Staged::beside(target)?;
     watch(Step::Staged);
-    write(&staged, fresh, &variables, shown)?;
+    write(&staged, fresh, variables, shown)?;
     if let Some(held) = &replaced {
         staged.take_after(held)?;
     }
     watch(Step::Written);
     staged.sync()?;
     watch(Step::Synced);
-    Image::from_file(staged.reopen()?, shown, None)?.unlock(passphrase)?;
+    if decrypted(&Image::from_file(staged.reopen()?, shown, None)?, passphrase)? != variables {
+        return Err(VolumeError::damaged(
+            shown,
+            Flaw::new(Part::Luks1, 0, "it does not read as it was written"),
+        ));
+    }
     watch(Step::Verified);
     Ok(Prepared::new(staged, replaced))
 }
@@ -114,18 +143,32 @@ fn content_of(file: &File, shown: &Path) -> Result<Vec<u8>, VolumeError> {
     Ok(content)
 }
 
-/// A plain variable store with the content of `source` for the place of `replaced`, up to the moment before that goes.
+/// A plain variable store with the variables of the encrypted one that is held, up to the moment before that goes.
 ///
 /// # Errors
 /// [`VolumeError`]; nothing was replaced.
-pub(crate) fn prepare_plain(replaced: ImageLock, source: &PermittedPath) -> Result<Prepared, VolumeError> {
-    let shown = source.shown();
-    let source = Source::open(source, None)?;
-    refuse_same(Some(&replaced), source.file_id(), shown)?;
-    let variables = variables_in(&source)?;
-    Prepared::over(replaced, |staged, _| {
-        staged.file().write_all_at(&variables, 0).attempt("copy", shown)
+pub(crate) fn decrypt(held: ImageLock, passphrase: &Passphrase) -> Result<Prepared, VolumeError> {
+    let variables = decrypted(&held.image()?, passphrase)?;
+    Prepared::over(held, |staged, held| {
+        staged
+            .file()
+            .write_all_at(&variables, 0)
+            .attempt("write", held.path())
     })
+}
+
+/// The UEFI variables in an encrypted store.
+fn decrypted(store: &Image, passphrase: &Passphrase) -> Result<Vec<u8>, VolumeError> {
+    let key = store.unlock(passphrase)?;
+    let (header, base) = store.encrypted()?;
+    let size = store.virtual_size().0;
+    if size > LARGEST || !size.is_multiple_of(SECTOR as u64) {
+        return Err(no_store(store.path(), size));
+    }
+    let encrypted = store.read(base + header.payload_offset(), size as usize)?;
+    let mut variables = vec![0; encrypted.len()];
+    key.decryptor()?.apply(0, &encrypted, &mut variables)?;
+    Ok(variables)
 }
 
 fn refuse_same(replaced: Option<&ImageLock>, source: FileId, shown: &Path) -> Result<(), VolumeError> {
@@ -145,17 +188,21 @@ pub(crate) fn read_variables(place: &PermittedPath) -> Result<Vec<u8>, VolumeErr
 
 fn variables_in(source: &Source) -> Result<Vec<u8>, VolumeError> {
     let variables = source.read_all(LARGEST)?;
-    if variables.is_empty() || !variables.len().is_multiple_of(SECTOR) {
-        return Err(VolumeError::unsupported(
-            source.path(),
-            format!(
-                "it has {} bytes, which is not a whole number of sectors",
-                variables.len()
-            ),
-            "give the template that belongs to the firmware, such as OVMF_VARS_4M.fd",
-        ));
+    match variables.len() {
+        len if len > 0 && len.is_multiple_of(SECTOR) => Ok(variables),
+        len => Err(no_store(source.path(), len as u64)),
     }
-    Ok(variables)
+}
+
+fn no_store(path: &Path, size: u64) -> VolumeError {
+    VolumeError::unsupported(
+        path,
+        format!(
+            "it has {size} bytes, which no store has: some whole sectors, up to {}",
+            Bytes(LARGEST)
+        ),
+        "give the template that belongs to the firmware, such as OVMF_VARS_4M.fd",
+    )
 }
 
 fn write(staged: &Staged, fresh: Fresh, variables: &[u8], target: &Path) -> Result<(), VolumeError> {

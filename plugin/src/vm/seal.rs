@@ -215,13 +215,15 @@ fn make_store(
     let location = store.place.shown().display().to_string();
     let object = find_or_make(host, defined, ObjectKind::Nvram, &location, provider)?;
     let passphrase = object.passphrase()?;
-    let replaced = match store.present {
-        Present::Nothing => None,
-        Present::Pristine(inspected) => Some(ImageLock::unchanged(&store.place, inspected)?),
-    };
+    let held = |inspected| ImageLock::unchanged(&store.place, inspected);
+    let create = |held| nvram::create(&store.template, &store.place, held, &passphrase);
     ready.push(Ready {
         act: store.act(),
-        file: nvram::create(&store.template, &store.place, replaced, &passphrase)?,
+        file: match store.present {
+            Present::Nothing => create(None)?,
+            Present::Pristine(inspected) => create(Some(held(inspected)?))?,
+            Present::Written(inspected) => nvram::encrypt(held(inspected)?, &passphrase)?,
+        },
         envelope: Some(object.envelope.id),
     });
     Ok(object.envelope.into_envelope())

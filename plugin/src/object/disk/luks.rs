@@ -48,6 +48,10 @@ impl VolumeKey {
     pub(crate) fn encryptor(&self) -> Result<SectorCipher, VolumeError> {
         Ok(SectorCipher::encryptor(self.0.expose())?)
     }
+
+    pub(crate) fn decryptor(&self) -> Result<SectorCipher, VolumeError> {
+        Ok(SectorCipher::decryptor(self.0.expose())?)
+    }
 }
 
 /// A header that has just been made, with what belongs beside it.

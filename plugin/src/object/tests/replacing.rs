@@ -43,11 +43,33 @@ fn a_held_image_gives_way_to_a_plain_one() {
         (Format::Qcow2, Bytes(1 << 30))
     );
 
-    fs::write(bench.path("variables"), [7; 1024]).unwrap();
-    let held = ImageLock::open(&bench.place("disk")).unwrap();
-    let plain = nvram::prepare_plain(held, &bench.place("variables")).unwrap();
-    plain.publish().unwrap();
-    assert_eq!(fs::read(bench.path("disk")).unwrap(), [7; 1024]);
+    assert_eq!(bench.leftovers(), [""; 0]);
+}
+
+#[test]
+fn a_store_of_variables_is_encrypted_in_its_place_and_decrypted_again() {
+    let bench = Bench::new();
+    let variables: Vec<u8> = (0..4096_u32).map(|n| (n / 3 % 251) as u8).collect();
+    fs::write(bench.path("store"), &variables).unwrap();
+    fs::set_permissions(bench.path("store"), fs::Permissions::from_mode(0o640)).unwrap();
+    let held = || ImageLock::open(&bench.place("store")).unwrap();
+    nvram::encrypt(held(), &bench.passphrase)
+        .unwrap()
+        .publish()
+        .unwrap();
+    bench.verify("store").unwrap();
+    assert_eq!(bench.info("store")["format"], "luks");
+    let found = fs::metadata(bench.path("store")).unwrap();
+    assert_eq!(found.mode() & 0o777, 0o640);
+    // One that is encrypted is none to be encrypted.
+    let again = nvram::encrypt(held(), &bench.passphrase);
+    assert!(matches!(again, Err(VolumeError::Unsupported { .. })));
+
+    nvram::decrypt(held(), &bench.passphrase)
+        .unwrap()
+        .publish()
+        .unwrap();
+    assert!(fs::read(bench.path("store")).unwrap() == variables);
     assert_eq!(bench.leftovers(), [""; 0]);
 }
 

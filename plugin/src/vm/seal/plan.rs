@@ -327,6 +327,7 @@ pub(crate) fn survey(
         let stay = keys::stay(host, &wrapping, &domain, plan.known());
         plan.warnings.extend(stay);
     }
+    plan.warnings.extend(plan.nvram.warning());
     let for_whom = plan.makes_keys() && !wrapping.is_empty();
     let notes = for_whom.then(|| keys::told(&wrapping)).into_iter();
     let notes = notes.chain(plan.disks.iter().filter_map(DiskStep::note));

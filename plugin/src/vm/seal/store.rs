@@ -63,6 +63,8 @@ pub(super) enum Present {
     Nothing,
     /// As it came from the template.
     Pristine(FileId),
+    /// The VM has run, in plaintext: its variables are taken over.
+    Written(FileId),
 }
 
 impl NvramStep {
@@ -78,6 +80,13 @@ impl NvramStep {
                 store.path.display()
             ))),
             Self::Sealed(_) | Self::None => None,
+        }
+    }
+
+    pub(super) fn warning(&self) -> Option<String> {
+        match self {
+            Self::Create(store) => store.warning(),
+            Self::TakeBack(_) | Self::Reformat(..) | Self::Sealed(_) | Self::None => None,
         }
     }
 
@@ -143,11 +152,24 @@ impl NvramStep {
 
 impl NewStore {
     pub(super) fn act(&self) -> Act {
-        Verb::Create.act(format!(
-            "the encrypted UEFI variable store {} from {}",
-            self.place.shown().display(),
-            self.template.shown().display()
-        ))
+        let shown = self.place.shown().display();
+        match self.present {
+            Present::Written(_) => Verb::Encrypt.act(format!(
+                "the UEFI variable store {shown}, with the variables that it has"
+            )),
+            Present::Nothing | Present::Pristine(_) => Verb::Create.act(format!(
+                "the encrypted UEFI variable store {shown} from {}",
+                self.template.shown().display()
+            )),
+        }
+    }
+
+    /// Of what no encryption takes back.
+    fn warning(&self) -> Option<String> {
+        matches!(self.present, Present::Written(_)).then(|| {
+            let shown = self.place.shown().display();
+            format!("{shown} was in plaintext until now: replacing a file erases nothing on the disk below")
+        })
     }
 }
 
@@ -218,7 +240,7 @@ pub(super) fn plan_nvram(
     let template = permit_template(host, domain, &chosen.template)?;
     others.refuse_users_of(&place, domain)?;
     Ok(Way::Open(NvramStep::Create(Box::new(NewStore {
-        present: present(host, domain, &place, &template)?,
+        present: present(domain, &place, &template)?,
         place,
         template,
         loader: chosen.loader,
@@ -292,12 +314,7 @@ fn sealed_store(
 }
 
 /// What is there now, if nothing would be lost with it.
-fn present(
-    host: &Host<'_>,
-    domain: &Domain,
-    place: &PermittedPath,
-    template: &PermittedPath,
-) -> Result<Present, Problem> {
+fn present(domain: &Domain, place: &PermittedPath, template: &PermittedPath) -> Result<Present, Problem> {
     let variables = nvram::read_variables(template)?;
     if !place.exists() {
         return Ok(Present::Nothing);
@@ -315,6 +332,7 @@ fn present(
         )));
     }
     if info.snapshots > 0 {
+        let flat = format!("{path}.raw");
         return Err(Problem::would_lose_key(format!(
             "{path} has {} internal snapshots, which a sealed store can't have",
             info.snapshots
@@ -322,44 +340,24 @@ fn present(
         .next(
             Advice::ListSnapshots(domain.name.clone())
                 .within("delete them once they are not needed any more")
-                .or_else(format!(
-                    "seal a copy of the store: qemu-img convert -O raw {} NEW",
-                    word(path)
-                ))
-                .then(edit(domain, "<nvram template='NEW'>")),
+                .or_else(
+                    Advice::from("put a copy without them in its place")
+                        .within(format!("qemu-img convert -O raw {} {}", word(&path), word(&flat)))
+                        .then(format!("mv {} {}", word(&flat), word(path)))
+                        .then(Advice::SealVm(domain.name.clone())),
+                ),
         ));
     }
-    if nvram::read_variables(place)? == variables {
-        return Ok(Present::Pristine(info.file_id));
-    }
-    Err(Problem::would_lose_key(format!(
-        "it has run before: {path} holds UEFI variables in plaintext"
-    ))
-    .next(
-        Advice::EditXml(domain.name.clone())
-            .within(format!(
-                "make it the template of a new store, <nvram template='{path}'>{path}.sealed</nvram>"
-            ))
-            .then(seal_again(host, domain).note(format!(
-                "which takes the variables over ({path} stays, in plaintext)"
-            ))),
-    ))
+    Ok(match nvram::read_variables(place)? == variables {
+        true => Present::Pristine(info.file_id),
+        false => Present::Written(info.file_id),
+    })
 }
 
 /// Then to seal.
 fn edit(domain: &Domain, what: impl Into<Advice>) -> Advice {
     let edit = Advice::EditXml(domain.name.clone()).within(what);
     edit.then(Advice::SealVm(domain.name.clone()))
-}
-
-/// With what was accepted this time.
-fn seal_again(host: &Host<'_>, domain: &Domain) -> Advice {
-    let objects: Vec<_> = host.accepted.objects().map(str::to_owned).collect();
-    let vm = domain.name.clone();
-    match objects.is_empty() {
-        true => Advice::SealVm(vm),
-        false => Advice::SealReplacing { vm, objects },
-    }
 }
 
 /// Root reads it and puts it into the VM, so it must be something that whoever wrote the XML may have.

@@ -1,13 +1,10 @@
 //! Back to plain, as long as nothing was ever written under seal.
 
-use std::path::Path;
-
 use super::plan::{parse, refuse_unless_off};
 use super::replaced::{Ready, Replaced};
-use super::store::{is_content_of, permit_template};
 use super::{Host, NewObject, vtpm};
 use crate::api::Outcome;
-use crate::domain::{self, Domain, Firmware, Object, ObjectState};
+use crate::domain::{self, Domain, Object, ObjectState};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::act::{Act, Tense, Verb};
@@ -15,7 +12,7 @@ use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 use crate::model::problem::{Problem, chain};
 use crate::model::subject::Subject;
-use crate::object::disk::{self, Data, FileId, ImageLock, VolumeInfo};
+use crate::object::disk::{self, Data, FileId, ImageLock};
 use crate::object::{self, nvram};
 use crate::store::EnvelopeRecord;
 use crate::vm::has_run::HasRun;
@@ -39,7 +36,7 @@ struct Step {
 #[derive(Debug)]
 enum Replacement {
     Empty(disk::Bytes),
-    CopyOf(PermittedPath),
+    Decrypted,
 }
 
 impl Step {
@@ -47,9 +44,7 @@ impl Step {
         let (label, path) = (&self.label, self.place.shown().display());
         Verb::Replace.act(match &self.by {
             Replacement::Empty(_) => format!("the empty {path} ({label}) by a plain one"),
-            Replacement::CopyOf(template) => {
-                format!("{path} by a copy of {}", template.shown().display())
-            }
+            Replacement::Decrypted => format!("{path} by a plain one with the same variables"),
         })
     }
 }
@@ -149,10 +144,8 @@ fn plan_object(
     let place = host.permit_known(domain.uuid, &path)?;
     let info = disk::inspect(&place)?;
     let by = match object.kind {
-        ObjectKind::Nvram => match nvram_template(host, domain, &place, &info)? {
-            Some(template) => Replacement::CopyOf(template),
-            None => return Ok(None),
-        },
+        ObjectKind::Nvram if !info.format.is_encrypted() => return Ok(None),
+        ObjectKind::Nvram => Replacement::Decrypted,
         _ if info.data != Data::Empty => {
             return Err(would_lose(
                 &domain.name,
@@ -193,7 +186,7 @@ fn prepare(host: &Host<'_>, step: &Step) -> Result<disk::Prepared, Problem> {
     held.verify(&passphrase)?;
     Ok(match &step.by {
         Replacement::Empty(size) => disk::prepare_empty(held, *size)?,
-        Replacement::CopyOf(template) => nvram::prepare_plain(held, template)?,
+        Replacement::Decrypted => nvram::decrypt(held, &passphrase)?,
     })
 }
 
@@ -209,41 +202,4 @@ fn refuse_if_it_ran(host: &Host<'_>, domain: &Domain) -> Result<(), Problem> {
 fn would_lose(name: &str, why: &str) -> Problem {
     Problem::would_lose_key(format!("{name} stays sealed: {why}, which would be lost"))
         .next("copy the data out from inside the guest: turning sealed data plain is not possible yet")
-}
-
-/// What its variable store started from, unless it is plain again already.
-fn nvram_template(
-    host: &Host<'_>,
-    domain: &Domain,
-    place: &PermittedPath,
-    info: &VolumeInfo,
-) -> Result<Option<PermittedPath>, Problem> {
-    let nvram = match &domain.firmware {
-        Firmware::Uefi(uefi) => uefi.nvram.as_ref(),
-        Firmware::Bios | Firmware::Rom(_) => None,
-    };
-    let Some(template) = nvram.and_then(|nvram| nvram.template.as_deref()) else {
-        return Err(
-            Problem::failed("no template for its UEFI variables is named").next(
-                Advice::EditXml(domain.name.clone())
-                    .within("add template= to <nvram>")
-                    .then(Advice::UnsealVm(domain.name.clone())),
-            ),
-        );
-    };
-    let template = permit_template(host, domain, template)?;
-    if !info.format.is_encrypted() {
-        return match is_content_of(place, &template)? {
-            true => Ok(None),
-            false => Err(would_lose(
-                &domain.name,
-                &format!("{} holds UEFI variables", shown(place)),
-            )),
-        };
-    }
-    Ok(Some(template))
-}
-
-fn shown(place: &PermittedPath) -> std::path::Display<'_> {
-    Path::display(place.shown())
 }
