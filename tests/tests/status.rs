@@ -5,7 +5,7 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtseal_testkit::{SealedHost, expect_names};
+use virtseal_testkit::{SealedHost, Way, expect_names};
 
 /// The line of a VM.
 fn line_of(sealed: &SealedHost, vm: &str) -> Result<String> {
@@ -107,6 +107,37 @@ fn what_keeps_vms_off_comes_first_and_its_next_command_leads_out() -> Result<()>
         .unwrap_or_default()
         .to_owned();
     expect_names(&sealed.run(&["status", "-o", "wide"])?, &[&uuid])
+}
+
+#[test]
+fn what_many_vms_have_alike_is_one_thing() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    for number in 1..=5 {
+        let spec = sealed.seal_new(&format!("web0{number}"))?;
+        // As whatever manages VMs defines them again.
+        sealed.host().define(&spec)?;
+    }
+    let told = |sealed: &SealedHost| -> Result<Vec<String>> {
+        let status = sealed.run(&["status"])?;
+        let lines = status
+            .lines()
+            .filter(|line| line.starts_with("critical: ") || line.contains("vm seal"));
+        Ok(lines.map(str::to_owned).collect())
+    };
+    let lines = told(&sealed)?;
+    let [what, next] = &lines[..] else {
+        anyhow::bail!("{lines:?}");
+    };
+    let others = "the same of 4 more VMs: web02, web03, web04, web05";
+    expect_names(what, &["critical: ", "web01", others])?;
+    Way::that_begins("virtseal vm seal", next)?.take(&sealed)?;
+    Way::that_begins("and so for the others", next)?
+        .through("virtseal vm status")?
+        .take(&sealed)?;
+    sealed.run(&["vm", "seal", "web02"])?;
+    let lines = told(&sealed)?;
+    ensure!(lines.len() == 6, "{lines:?}");
+    sealed.expect_start("web01")
 }
 
 #[test]

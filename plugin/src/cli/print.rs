@@ -1,5 +1,6 @@
 //! What the user sees: tables for people, one JSON document for scripts.
 
+mod alike;
 mod audit;
 mod job;
 mod one_provider;

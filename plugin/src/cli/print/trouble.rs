@@ -1,19 +1,13 @@
-//! What of a host needs somebody, the worst first, each with its next command. VMs that stay off for the same reason are one thing.
+//! What of a host needs somebody, the worst first, each with its next command. VMs that stay off for the same reason are one thing, and
+//! so is what many have alike.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::api::{FindingView, HostStatus, ProviderView, Severity, StartOutlook, VmPower, VmView};
+use super::alike::{About, Trouble, named, together};
+use crate::api::{
+    FindingView, HostStatus, ProviderView, Severity, StartOutlook, SubjectKind, VmPower, VmView,
+};
 use crate::model::advice::Advice;
-
-/// How many VMs are named of those that something keeps off.
-const MAX_NAMED: usize = 8;
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Trouble {
-    pub(super) severity: Severity,
-    pub(super) what: String,
-    pub(super) next: Option<String>,
-}
 
 /// All of it.
 pub(super) fn of(status: &HostStatus) -> Vec<Trouble> {
@@ -21,22 +15,28 @@ pub(super) fn of(status: &HostStatus) -> Vec<Trouble> {
         severity: Severity::Critical,
         what: format!("the audit log: {problem}"),
         next: Some(Advice::VerifyAudit.to_string()),
+        about: None,
     });
     let of_vms = status.vms.iter().flat_map(|vm| &vm.warnings);
     let mut all: Vec<_> = status.warnings.iter().chain(of_vms).map(found).collect();
     all.extend(audit);
     all.extend(kept_off(&status.vms));
     all.extend(status.providers.iter().flat_map(of_provider));
+    let mut all = together(all);
     // Those of one severity stay in their order.
     all.sort_by_key(|trouble| std::cmp::Reverse(trouble.severity));
     all
 }
 
 fn found(finding: &FindingView) -> Trouble {
+    let subject = &finding.object;
+    let name = subject.vm.as_deref().or(subject.name.as_deref());
+    let about = subject.kind.known().zip(name);
     Trouble {
         severity: finding.severity.known().unwrap_or(Severity::Warning),
         what: finding.what.clone(),
         next: finding.next.clone(),
+        about: about.and_then(|(kind, name)| About::new(kind, name)),
     }
 }
 
@@ -45,6 +45,7 @@ fn of_provider(provider: &ProviderView) -> impl Iterator<Item = Trouble> {
         severity: Severity::Warning,
         what: format!("provider '{}': {warning}", provider.name),
         next: None,
+        about: None,
     })
 }
 
@@ -69,6 +70,10 @@ fn kept_off(vms: &[VmView]) -> Vec<Trouble> {
             severity: Severity::Critical,
             what: will_not_start(&vms, why),
             next: next.map(str::to_owned),
+            about: match &vms[..] {
+                [vm] => About::new(SubjectKind::Vm, &vm.name),
+                _ => None,
+            },
         })
         .collect()
 }
@@ -88,15 +93,8 @@ fn will_not_start(vms: &[&VmView], why: &str) -> String {
         return format!("{name} {can_not}: {why}");
     }
     let names: BTreeSet<_> = vms.iter().map(|vm| vm.name.as_str()).collect();
-    let mut named: Vec<_> = names
-        .iter()
-        .take(MAX_NAMED)
-        .map(|name| (*name).to_owned())
-        .collect();
-    if names.len() > MAX_NAMED {
-        named.push(format!("{} more", names.len() - MAX_NAMED));
-    }
-    format!("{} VMs {can_not}: {why} ({})", vms.len(), named.join(", "))
+    let named = named(names.iter().copied(), names.len());
+    format!("{} VMs {can_not}: {why} ({named})", vms.len())
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ pub struct Way {
     steps: Vec<String>,
     filled: BTreeMap<String, String>,
     edit: Option<Edit>,
+    typed: Vec<String>,
 }
 
 type Edit = Box<dyn Fn(&str) -> Result<String>>;
@@ -29,11 +30,34 @@ impl Way {
         let ways = said.lines().flat_map(ways_of_line);
         let found = ways.into_iter().find(|way| way.starts_with(begin));
         let way = found.with_context(|| format!("no way begins with '{begin}' in: {said}"))?;
-        Ok(Self {
+        Ok(Self::of(&way))
+    }
+
+    /// The command that begins so where it stands in a sentence, without a `Next: `.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn named(begin: &str, said: &str) -> Result<Self> {
+        let mut lines = said.lines().filter_map(|line| Some(&line[line.find(begin)?..]));
+        let rest = lines.next();
+        let rest = rest.with_context(|| format!("nothing is called '{begin}' in: {said}"))?;
+        Ok(Self::of(rest.split("; ").next().unwrap_or(rest)))
+    }
+
+    fn of(way: &str) -> Self {
+        Self {
             steps: way.split(", then ").map(str::to_owned).collect(),
             filled: BTreeMap::new(),
             edit: None,
-        })
+            typed: Vec::new(),
+        }
+    }
+
+    /// Types these lines wherever a command asks, at a terminal.
+    #[must_use]
+    pub fn typing(mut self, lines: &[&str]) -> Self {
+        self.typed = lines.iter().map(|line| (*line).to_owned()).collect();
+        self
     }
 
     /// With `value` in the place of a word such as SIZE.
@@ -55,6 +79,17 @@ impl Way {
     pub fn after(mut self, begin: &str) -> Self {
         self.steps.retain(|step| !step.starts_with(begin));
         self
+    }
+
+    /// Makes sure that one of its steps is this command.
+    ///
+    /// # Errors
+    /// None is.
+    pub fn through(self, command: &str) -> Result<Self> {
+        let mut commands = self.steps.iter().filter_map(|step| command_in(step).ok());
+        let is_there = commands.any(|step| step.starts_with(command));
+        ensure!(is_there, "no '{command}' in {:?}", self.steps);
+        Ok(self)
     }
 
     /// Takes all its steps, and returns what they print.
@@ -96,6 +131,10 @@ impl Way {
             None => String::new(),
             Some(vm) => self.editor(sealed, vm)?,
         };
+        if !self.typed.is_empty() && command.starts_with("virtseal ") {
+            let typed: Vec<_> = self.typed.iter().map(String::as_str).collect();
+            return sealed.at_a_terminal(&command, &typed);
+        }
         let program = built_program("virtseal")?;
         let directory = program.parent().context("a directory")?.display().to_string();
         let script = format!("PATH={directory}:$PATH; {editor} {command}");
