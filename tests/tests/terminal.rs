@@ -128,6 +128,26 @@ fn nobody_is_asked_for_what_is_refused_anyway_and_a_slip_costs_nothing() -> Resu
     ensure!(output.status.success(), "{output:?}");
     expect_names(&output.stdout, &["the two differ", "fewer than 10 characters"])?;
     ensure!(sealed.host().path(backup).exists());
+    // As is one from a file, where it is new.
+    fs::write(sealed.host().path("/run/short"), "short\n")?;
+    let add = ["provider", "add", "native", "other", "--passphrase-file"];
+    let other = sealed.virtseal_reading("longer than ten", &[&add[..], &["-"]].concat())?;
+    ensure!(
+        other.status.success() && !other.stderr.contains("fewer than"),
+        "{other:?}"
+    );
+    let again = [
+        "provider",
+        "backup",
+        "other",
+        "-o",
+        "/run/other.age",
+        "--passphrase-file",
+        "/run/short",
+    ];
+    let other = sealed.virtseal(&again)?;
+    ensure!(other.status.success(), "{other:?}");
+    expect_names(&other.stderr, &["fewer than 10 characters"])?;
     // What is refused by virtseald leaves no empty file that looks like a backup.
     let none = "/run/none.age";
     let typed = ["correct horse", "correct horse"];

@@ -1,7 +1,7 @@
 //! Where a passphrase comes from: a prompt, a file, a file descriptor, a systemd credential.
 //!
 //! It reaches the daemon as a file descriptor. A file is opened here, as the caller, and read there; what was
-//! typed goes through a pipe.
+//! typed, and what is new, goes through a pipe.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -13,12 +13,15 @@ use zeroize::Zeroizing;
 
 use super::print::Printer;
 use crate::model::problem::{Code, Problem};
+use crate::secret::SecretBytes;
 use crate::terminal::visible;
 
 /// How often a prompt asks for the same.
 pub(super) const TRIES: usize = 3;
-/// A typed passphrase of fewer characters is warned about.
+/// A new passphrase of fewer characters is warned about.
 const SHORT: usize = 10;
+/// What a pipe takes before a write would wait is twice this.
+const MAX_PASSPHRASE: usize = 32 * 1024;
 
 /// For a passphrase that exists.
 #[derive(Debug, Args)]
@@ -87,14 +90,13 @@ impl NewPassphraseArgs {
     /// A descriptor to read the passphrase from.
     pub(super) fn open(&self, prompt: &str, printer: &Printer) -> Result<OwnedFd, Problem> {
         if let Some(source) = self.source.given() {
-            return source;
+            let given = SecretBytes::read_from(File::from(source?), MAX_PASSPHRASE)
+                .map_err(|error| Problem::from_error(Code::Usage, "can't read the passphrase", &error))?;
+            warn_if_short(given.expose(), printer);
+            return pipe_with(given.expose());
         }
         let passphrase = ask_twice(prompt, printer)?;
-        if passphrase.chars().count() < SHORT {
-            printer.warn(&format!(
-                "it has fewer than {SHORT} characters: whoever gets a copy of what it protects can try them all"
-            ));
-        }
+        warn_if_short(passphrase.as_bytes(), printer);
         to_pipe(&passphrase)
     }
 
@@ -105,6 +107,23 @@ impl NewPassphraseArgs {
             None => to_pipe(&ask_twice(prompt, printer)?),
         }
     }
+}
+
+fn warn_if_short(passphrase: &[u8], printer: &Printer) {
+    if is_short(passphrase) {
+        printer.warn(&format!(
+            "the passphrase has fewer than {SHORT} characters: whoever gets a copy of what it protects can try them all"
+        ));
+    }
+}
+
+/// In UTF-8, without the newline that `echo` and editors put at its end.
+fn is_short(passphrase: &[u8]) -> bool {
+    let is_end = |byte: &&u8| [b'\n', b'\r'].contains(byte);
+    let end = passphrase.iter().rev().take(2).take_while(is_end).count();
+    let begins_one = |byte: &&u8| **byte & 0xc0 != 0x80;
+    let characters = passphrase[..passphrase.len() - end].iter().filter(begins_one);
+    characters.count() < SHORT
 }
 
 fn ask_twice(prompt: &str, printer: &Printer) -> Result<Zeroizing<String>, Problem> {
@@ -174,14 +193,36 @@ pub(super) fn ask(prompt: &str) -> Result<Zeroizing<String>, Problem> {
 
 /// A pipe that holds `secret`.
 pub(super) fn to_pipe(secret: &str) -> Result<OwnedFd, Problem> {
+    // No one types more.
+    let secret = secret
+        .as_bytes()
+        .get(..MAX_PASSPHRASE)
+        .unwrap_or(secret.as_bytes());
+    pipe_with(secret)
+}
+
+fn pipe_with(secret: &[u8]) -> Result<OwnedFd, Problem> {
     let failed = |error: &dyn std::error::Error| {
         Problem::from_error(Code::Failed, "can't hand the passphrase over", error)
     };
     let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(|error| failed(&error))?;
-    // A pipe holds 64 KiB before a write would wait; no one types that.
-    let secret = secret.as_bytes().get(..32 * 1024).unwrap_or(secret.as_bytes());
     File::from(write)
         .write_all(secret)
         .map_err(|error| failed(&error))?;
     Ok(read)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_passphrase_is_measured_in_characters_and_without_its_newline() {
+        for short in ["", "123456789", "123456789\n", "123456789\r\n", "äöüäöüäöü"] {
+            assert!(is_short(short.as_bytes()), "{short:?}");
+        }
+        for long in ["1234567890", "1234567890\n", "äöüäöüäöüß\n"] {
+            assert!(!is_short(long.as_bytes()), "{long:?}");
+        }
+    }
 }
