@@ -288,8 +288,10 @@ impl Display for Advice {
             Self::RefreshPool(pool) => virsh(f, "pool-refresh", pool),
             Self::RestoreSaved => f.write_str("virsh restore FILE"),
             Self::ShowLibvirtd => f.write_str("systemctl status libvirtd virtqemud"),
-            Self::AbortBlockJob => f.write_str("virsh blockjob --abort"),
-            Self::AbortDomainJob => f.write_str("virsh domjobabort"),
+            Self::AbortBlockJob { vm, disk } => {
+                write!(f, "virsh blockjob --abort {} {}", word(vm), word(disk))
+            }
+            Self::AbortDomainJob(vm) => virsh(f, "domjobabort", vm),
         }
     }
 }

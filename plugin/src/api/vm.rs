@@ -355,6 +355,8 @@ pub(crate) struct LossPreview {
     pub name: String,
     /// What would be done.
     pub steps: Vec<String>,
+    /// The same, as it is told once it is done.
+    pub done: Vec<String>,
     /// What would be lost.
     pub lost: Vec<String>,
 }

@@ -20,7 +20,7 @@ use crate::provider::kind::{KINDS, KeysAt, Kind, TrustBy};
 use crate::provider::{PinRefusal, ProviderError};
 
 /// Each case with whatever it holds. Those in two texts stand here twice.
-fn every_advice() -> Vec<Advice> {
+pub(super) fn every_advice() -> Vec<Advice> {
     use Advice as A;
     let name = || "main".to_owned();
     let vm = || "web01".to_owned();
@@ -222,8 +222,11 @@ fn every_advice() -> Vec<Advice> {
         A::ListSnapshots(vm()),
         A::StartPool("images".into()),
         A::RefreshPool("images".into()),
-        A::AbortBlockJob,
-        A::AbortDomainJob,
+        A::AbortBlockJob {
+            vm: vm(),
+            disk: "vda".into(),
+        },
+        A::AbortDomainJob(vm()),
     ]
 }
 
@@ -309,7 +312,7 @@ fn of_any_kind(command: String) -> Vec<String> {
 }
 
 /// The names of the cases of an enum, as its source has them.
-fn cases(source: &str, of: &str) -> BTreeSet<String> {
+pub(super) fn cases(source: &str, of: &str) -> BTreeSet<String> {
     let (_, cases) = source.split_once(&format!("pub(crate) enum {of} {{")).unwrap();
     let (cases, _) = cases.split_once("\n}").unwrap();
     let is_case = |line: &&str| {
@@ -324,7 +327,7 @@ fn cases(source: &str, of: &str) -> BTreeSet<String> {
 }
 
 /// What a text begins with.
-fn name_of(text: &str) -> String {
+pub(super) fn name_of(text: &str) -> String {
     text.chars().take_while(char::is_ascii_alphanumeric).collect()
 }
 
@@ -363,7 +366,7 @@ fn every_case_is_tried() {
 }
 
 #[test]
-fn every_advice_is_a_command_that_there_is() {
+pub(super) fn every_advice_is_a_command_that_there_is() {
     let mut seen = 0;
     for advice in every_advice() {
         for command in commands(&advice.to_string()).into_iter().flat_map(of_any_kind) {

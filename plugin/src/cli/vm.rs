@@ -302,7 +302,7 @@ async fn snapshot(command: SnapshotCommand, client: &mut Client, printer: &Print
     let ended = job::follow(Some(begun.job.id), client, printer).await?;
     job::judge(&ended)?;
     printer.outcome(Outcome {
-        steps: preview.steps,
+        steps: preview.done,
         warnings: begun.warnings,
         changed: true,
         ..Outcome::default()

@@ -60,6 +60,7 @@ pub(super) fn begin(
         act: plan.act,
         keep,
         force,
+        reads_only: !force && is_doubtful(daemon, plan)?,
         disks: plan.jobs_disks(),
         snapshots: plan.snapshots(),
         asked_by: by.uid(),
@@ -132,6 +133,16 @@ fn refuse_half_merged(
     }
 }
 
+/// Whether a commit may find newer data in the sealed image than in the overlay: no commit of ours has put it there.
+fn is_doubtful(daemon: &Daemon, plan: &OverlayPlan) -> Result<bool, Problem> {
+    if plan.act != SnapshotAct::Commit || !plan.has_newer_base() {
+        return Ok(false);
+    }
+    let jobs = daemon.keystore.jobs(ALL_JOBS)?.whole()?;
+    let disks = plan.jobs_disks();
+    Ok(!jobs.iter().any(|job| has_begun(job, plan.vm, &disks)))
+}
+
 fn is_forced(job: &JobRecord) -> bool {
     matches!(Work::from_json(&job.task), Ok(Work::Overlays(overlays)) if overlays.force)
 }
@@ -154,7 +165,7 @@ fn has_begun(job: &JobRecord, vm: VmId, disks: &[OverlaidDisk]) -> bool {
             .filter(|path| theirs.overlays.contains(path));
         common.any(|overlay| snapshot::may_be_of(overlay, job.updated))
     };
-    overlays.act == SnapshotAct::Commit && overlays.disks.iter().any(is_met)
+    overlays.act == SnapshotAct::Commit && !overlays.reads_only && overlays.disks.iter().any(is_met)
 }
 
 /// What a job does, from the beginning.
@@ -289,9 +300,10 @@ fn free_off(
             go_on(at_work)
         };
         let asked = disk.asked(&daemon.host_store, overlays.vm)?;
-        let came = match asked.filter(|_| !overlays.force) {
-            None => held.merge(&host, &found, watch).map_err(of_disk)?,
-            Some(asked) => held.compare(&host, &found, watch).map_err(|failure| {
+        let is_known = overlays.force || asked.is_none() && !overlays.reads_only;
+        let came = match is_known {
+            true => held.merge(&host, &found, watch).map_err(of_disk)?,
+            false => held.compare(&host, &found, watch).map_err(|failure| {
                 tracing::warn!(domain = name, "disk {}: {failure}", disk.target);
                 disk.not_known(name, asked)
             })?,
@@ -443,6 +455,7 @@ mod tests {
             act,
             keep: false,
             force: false,
+            reads_only: false,
             disks: vec![disk.clone()],
             snapshots: Vec::new(),
             asked_by: None,

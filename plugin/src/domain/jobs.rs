@@ -52,16 +52,21 @@ impl fmt::Display for JobTarget {
 }
 
 impl JobTarget {
-    /// What to do about it.
-    pub(crate) fn way_out(&self) -> Advice {
+    /// What to do about it, where it is one of `vm`.
+    pub(crate) fn way_out(&self, vm: &str) -> Advice {
+        let abort = || Advice::AbortDomainJob(vm.to_owned());
         match self.role {
-            Role::Copy => Advice::AbortBlockJob.then("remove the copy"),
-            Role::Backup => Advice::AbortDomainJob
+            Role::Copy => {
+                let (vm, disk) = (vm.to_owned(), self.disk.clone());
+                Advice::AbortBlockJob { vm, disk }.then("remove the copy")
+            }
+            Role::Backup => abort()
                 .then("remove the file")
                 .also("<encryption format='luks' engine='qemu'> in <target> keeps a backup sealed"),
-            Role::Scratch => Advice::AbortDomainJob
-                .also("<encryption format='luks' engine='qemu'> in <scratch> keeps that file sealed"),
-            Role::Export => Advice::AbortDomainJob.also("tls='yes' in <server>, or a unix socket"),
+            Role::Scratch => {
+                abort().also("<encryption format='luks' engine='qemu'> in <scratch> keeps that file sealed")
+            }
+            Role::Export => abort().also("tls='yes' in <server>, or a unix socket"),
         }
     }
 }

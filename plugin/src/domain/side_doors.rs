@@ -81,8 +81,8 @@ impl SideDoor {
         }
     }
 
-    /// What to change in the XML.
-    pub(crate) fn way_out(&self) -> Advice {
+    /// What to change in the XML of `vm`, or what to end.
+    pub(crate) fn way_out(&self, vm: &str) -> Advice {
         let change = match self {
             Self::FileMemory => "<memoryBacking> with <source type='memfd'/>",
             Self::PersistentMemory { .. } => "remove that <memory>",
@@ -92,11 +92,11 @@ impl SideDoor {
             Self::Directory { .. } => "remove that <filesystem>, or add <readonly/>",
             Self::Pstore(_) => "remove <pstore>",
             Self::Output { .. } => "type='pty' without <log>",
-            Self::Mirror(copy) => return copy.way_out(),
-            Self::Dump(_) => "destroy or restart instead",
+            Self::Mirror(copy) => return copy.way_out(vm),
+            Self::Dump(_) => "have it destroyed or restarted instead, in <on_crash> or <watchdog>",
             Self::InternalSnapshots(_) => "have UEFI variables in a raw <nvram>",
         };
-        change.into()
+        Advice::EditXml(vm.to_owned()).within(change)
     }
 }
 

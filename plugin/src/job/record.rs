@@ -61,6 +61,9 @@ pub(crate) struct Overlays {
     /// Whether root has said which image is the newer one, where that is not known.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub force: bool,
+    /// Whether its disk's sealed image may be the newer one by the times of the files: nothing is merged that does not read the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reads_only: bool,
     pub disks: Vec<OverlaidDisk>,
     /// What libvirt is to forget in the end.
     pub snapshots: Vec<String>,
@@ -182,6 +185,7 @@ mod tests {
             act: SnapshotAct::Commit,
             keep: false,
             force: false,
+            reads_only: false,
             disks: vec![OverlaidDisk {
                 target: "vda".to_owned(),
                 base: "/images/web01.qcow2".into(),

@@ -218,8 +218,11 @@ pub(crate) enum Advice {
     ListSnapshots(String),
     StartPool(String),
     RefreshPool(String),
-    AbortBlockJob,
-    AbortDomainJob,
+    AbortBlockJob {
+        vm: String,
+        disk: String,
+    },
+    AbortDomainJob(String),
 }
 
 /// What stands between two parts of an advice.

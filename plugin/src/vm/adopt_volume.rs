@@ -146,7 +146,7 @@ pub(crate) fn adopt(host: &Host<'_>, path: &Path, found: &Found) -> Result<Outco
     let (mut steps, mut warnings) = (Vec::new(), Vec::new());
     match host.keystore.put(&found.envelope, &shown)? {
         Put::Adopted | Put::Updated => {
-            steps.push(format!("take envelope {id} of {shown} over from {}", found.from));
+            steps.push(format!("took envelope {id} of {shown} over from {}", found.from));
         }
         Put::Unchanged | Put::Stale => {}
     }
@@ -158,7 +158,7 @@ pub(crate) fn adopt(host: &Host<'_>, path: &Path, found: &Found) -> Result<Outco
             )),
             false => {
                 host.keystore.set_location(id, &shown)?;
-                steps.push(format!("note that {} is at {shown} now", known.location));
+                steps.push(format!("noted that {} is at {shown} now", known.location));
             }
         }
     }

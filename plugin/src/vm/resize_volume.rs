@@ -10,6 +10,7 @@ use crate::api::Outcome;
 use crate::domain::{Domain, Source};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
+use crate::model::act::{Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
@@ -202,15 +203,16 @@ pub(crate) fn resize(
         }
     }
     let grown = new > info.virtual_size;
-    let (step, note) = match grown {
+    let (verb, note) = match grown {
         true => (
-            "grow",
+            Verb::Grow,
             "the guest has to grow its partitions and file systems itself",
         ),
-        false => ("shrink", "what was beyond its end is lost"),
+        false => (Verb::Shrink, "what was beyond its end is lost"),
     };
+    let act = verb.act(format!("{shown} from {} to {new}", info.virtual_size));
     Ok(Outcome {
-        steps: vec![format!("{step} {shown} from {} to {new}", info.virtual_size)],
+        steps: vec![act.told(Tense::Done)],
         warnings: vec![note.to_owned()],
         changed: true,
         ..Outcome::default()

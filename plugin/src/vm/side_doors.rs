@@ -134,13 +134,9 @@ fn refuse_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles
 fn refusals_with(domain: &Domain, policy: Policy, memory: impl Fn() -> MemoryFiles) -> Vec<Problem> {
     let judged = judge_with(domain, policy, memory).into_iter();
     let refused = judged.filter_map(|(words, door, rule)| match rule {
-        Rule::RefusedUnless(key) => Some(
-            Problem::failed(words).next(
-                Advice::EditXml(domain.name.clone())
-                    .within(door.way_out())
-                    .or_else(allow(key.as_str())),
-            ),
-        ),
+        Rule::RefusedUnless(key) => {
+            Some(Problem::failed(words).next(door.way_out(&domain.name).or_else(allow(key.as_str()))))
+        }
         Rule::Warned => None,
     });
     refused.collect()

@@ -31,6 +31,7 @@ use crate::domain::edit::without_overlays;
 use crate::domain::overlays::{ExternalSnapshot, external_snapshot};
 use crate::domain::{Domain, Source};
 use crate::host::libvirt::{DefinedDomain, KeptXml, Power};
+use crate::model::act::{Act, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::deadlines::image::GOES_OVER;
 use crate::model::envelope::VmId;
@@ -100,17 +101,26 @@ impl OverlaidDisk {
         Ok(last)
     }
 
-    /// What a commit says that finds both different after that.
-    pub(crate) fn not_known(&self, name: &str, asked: UnixTime) -> Problem {
+    /// What a commit says that finds both different after that, or where the sealed image is the newer one.
+    pub(crate) fn not_known(&self, name: &str, asked: Option<UnixTime>) -> Problem {
         let time =
             |time: Option<SystemTime>| time.map_or_else(|| "?".to_owned(), crate::host::local_time::rfc3339);
         let (base, target) = (self.base.display(), &self.target);
         let top = self.overlays.first().unwrap_or(&self.base);
+        let why = match asked {
+            Some(asked) => format!(
+                "QEMU was asked at {} to let disk {target} go over from {} to {base}, nobody has seen whether it did, and they differ",
+                time(Some(since_epoch(asked))),
+                top.display()
+            ),
+            None => format!(
+                "disk {target} has the overlay {} by its XML, {base} is newer, as after a blockcommit in which libvirtd died, and they \
+                 differ",
+                top.display()
+            ),
+        };
         let what = format!(
-            "{name} stays as it is: QEMU was asked at {} to let disk {target} go over from {} to {base}, nobody has seen whether it did, \
-             and they differ: {base} was last written to at {}, {} at {}",
-            time(Some(since_epoch(asked))),
-            top.display(),
+            "{name} stays as it is: {why}: {base} was last written to at {}, {} at {}",
             time(modified(&self.base)),
             top.display(),
             time(modified(top)),
@@ -225,10 +235,12 @@ impl OverlayPlan {
 
     /// What is asked before, with what is lost.
     pub(crate) fn preview(&self, choices: Choices) -> LossPreview {
+        let acts = self.acts(choices);
         LossPreview {
             vm: self.vm.to_string(),
             name: self.name.clone(),
-            steps: self.steps(choices),
+            steps: acts.iter().map(Act::to_string).collect(),
+            done: acts.iter().map(|act| act.told(Tense::Done)).collect(),
             lost: match self.act {
                 SnapshotAct::Delete => self.lost(),
                 SnapshotAct::Commit if choices.force => self.lost_by_force(),
@@ -237,8 +249,8 @@ impl OverlayPlan {
         }
     }
 
-    fn steps(&self, choices: Choices) -> Vec<String> {
-        let mut steps = Vec::new();
+    fn acts(&self, choices: Choices) -> Vec<Act> {
+        let mut acts = Vec::new();
         for disk in &self.disks {
             let (target, base) = (&disk.target, disk.base.shown().display());
             let overlays: Vec<_> = disk
@@ -247,27 +259,27 @@ impl OverlayPlan {
                 .map(|overlay| overlay.shown().display().to_string())
                 .collect();
             let overlays = overlays.join(", ");
-            steps.push(match self.act {
-                SnapshotAct::Commit => {
-                    format!("merge {overlays} into {base}, and let disk {target} be that again")
-                }
-                SnapshotAct::Delete => {
-                    format!("let disk {target} be {base} again, as it was before {overlays}")
-                }
+            acts.push(match self.act {
+                SnapshotAct::Commit => Verb::Merge.act(format!(
+                    "{overlays} into {base}, and let disk {target} be that again"
+                )),
+                SnapshotAct::Delete => Verb::Let.act(format!(
+                    "disk {target} be {base} again, as it was before {overlays}"
+                )),
             });
-            steps.push(match choices.keep {
-                true => format!("leave {overlays} there, in plaintext"),
-                false => format!("remove {overlays}"),
+            acts.push(match choices.keep {
+                true => Verb::Leave.act(format!("{overlays} there, in plaintext")),
+                false => Verb::Remove.act(overlays),
             });
         }
         let names = self.snapshots();
         if !names.is_empty() {
-            steps.push(format!(
-                "let libvirt forget what it can't revert to any more: {}",
+            acts.push(Verb::Let.act(format!(
+                "libvirt forget what it can't revert to any more: {}",
                 visible(&names.join(", "))
-            ));
+            )));
         }
-        steps
+        acts
     }
 
     fn lost_by_force(&self) -> Vec<String> {
@@ -313,6 +325,11 @@ impl OverlayPlan {
         };
         let commit = Advice::CommitSnapshot(self.name.clone());
         Some(Problem::would_lose_key(what).next(commit.or(force.note("if it was none"))))
+    }
+
+    /// Whether the sealed images may be newer than what is to be merged into them.
+    pub(crate) fn has_newer_base(&self) -> bool {
+        self.power == Power::Off && self.disks.iter().any(Overlaid::has_newer_base)
     }
 
     /// What stays to be known.

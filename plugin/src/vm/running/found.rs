@@ -145,13 +145,13 @@ mod tests {
     #[test]
     fn what_leads_out_is_listed_with_it() {
         let mut found = Found::default();
-        let finding =
-            Finding::warning(FindingCode::Plaintext, Subject::Host, "a").next(Advice::AbortBlockJob);
+        let finding = Finding::warning(FindingCode::Plaintext, Subject::Host, "a")
+            .next(Advice::AbortDomainJob("web".into()));
         let new = found.note("web", vec![finding], SystemTime::UNIX_EPOCH);
-        assert_eq!(new, ["a. Next: virsh blockjob --abort"]);
+        assert_eq!(new, ["a. Next: virsh domjobabort web"]);
         assert_eq!(
             found.findings("web").next().unwrap().advice,
-            Some(Advice::AbortBlockJob)
+            Some(Advice::AbortDomainJob("web".into()))
         );
     }
 }

@@ -16,6 +16,7 @@ use crate::api::{LossPreview, Outcome};
 use crate::domain::{Domain, Firmware, SecretRef, Uefi};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
+use crate::model::act::{Act, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
 use crate::model::problem::Problem;
@@ -71,16 +72,18 @@ impl ResetPlan {
             }
         };
         let tpm = "what its TPM opens only for the variables as they were: BitLocker and others ask for their recovery key";
+        let acts = self.acts(None);
         LossPreview {
             vm: self.uuid.clone(),
             name: self.name.clone(),
-            steps: self.steps(None),
+            steps: acts.iter().map(Act::to_string).collect(),
+            done: acts.iter().map(|act| act.told(Tense::Done)).collect(),
             lost: vec![variables, tpm.to_owned()],
         }
     }
 
     /// `kept` is where the old store was put, once that is known.
-    fn steps(&self, kept: Option<&PathBuf>) -> Vec<String> {
+    fn acts(&self, kept: Option<&PathBuf>) -> Vec<Act> {
         let path = self.place.shown().display();
         let kept = kept.map_or_else(
             || format!("{path}{}N", nvram::KEPT),
@@ -89,11 +92,11 @@ impl ResetPlan {
         let keep = self
             .old
             .is_kept()
-            .then(|| format!("keep the current UEFI variable store as {kept}"));
-        let make = format!(
-            "create the encrypted UEFI variable store {path} from {}",
+            .then(|| Verb::Keep.act(format!("the current UEFI variable store as {kept}")));
+        let make = Verb::Create.act(format!(
+            "the encrypted UEFI variable store {path} from {}",
             self.template.shown().display()
-        );
+        ));
         keep.into_iter().chain([make]).collect()
     }
 }
@@ -184,8 +187,9 @@ pub(crate) fn reset(host: &Host<'_>, plan: &ResetPlan, typed: Option<&str>) -> R
         let kept = kept.display();
         format!("{kept} is not encrypted, as it was found: remove it once it is not needed")
     });
+    let acts = plan.acts(kept.as_ref());
     Ok(Outcome {
-        steps: plan.steps(kept.as_ref()),
+        steps: acts.iter().map(|act| act.told(Tense::Done)).collect(),
         warnings: warning.into_iter().collect(),
         changed: true,
         ..Outcome::default()

@@ -28,7 +28,7 @@ pub(crate) fn warnings(domain: &Domain, policy: Policy) -> Vec<Finding> {
     let judged = judge(domain, policy).into_iter();
     judged
         .filter(|(_, _, rule)| *rule == Rule::Warned)
-        .map(|(words, door, _)| warning(domain, &words).next(door.way_out()))
+        .map(|(words, door, _)| warning(domain, &words).next(door.way_out(&domain.name)))
         .collect()
 }
 
@@ -66,7 +66,9 @@ pub(crate) fn while_it_runs(
     let mut found = warnings(live, policy);
     found.retain(|warning| !known.contains(warning));
     let backup = backup.iter().filter(|target| !target.sealed);
-    found.extend(backup.map(|target| warning(live, &visible(&target.to_string())).next(target.way_out())));
+    found.extend(
+        backup.map(|target| warning(live, &visible(&target.to_string())).next(target.way_out(&live.name))),
+    );
     let is_allowed = |disk: &Object| {
         policy.mixed_disks == Permission::Yes && next.is_some_and(|next| objects(next).contains(disk))
     };

@@ -9,6 +9,7 @@ use crate::domain::overlays::ExternalSnapshot;
 use crate::domain::{Disk, Domain};
 use crate::host::permitted::{PathError, PermittedPath};
 use crate::model::advice::Advice;
+use crate::model::deadlines::image::GOES_OVER;
 use crate::model::envelope::{ObjectKind, VmId};
 use crate::model::problem::Problem;
 use crate::object::disk::{self, Format, Layer};
@@ -62,6 +63,14 @@ impl Overlaid {
         self.since()
             .zip(base)
             .is_some_and(|(since, base)| base > since + later)
+    }
+
+    /// Whether the base was written to after its topmost overlay was for the last time, and not just then. Where QEMU has gone over to the
+    /// base by a command of somebody else, and libvirtd has died in it, an XML goes on naming the overlay.
+    pub(super) fn has_newer_base(&self) -> bool {
+        let base = modified(&self.base.handle());
+        let top = self.overlays.first().and_then(|top| modified(&top.handle()));
+        top.zip(base).is_some_and(|(top, base)| base > top + GOES_OVER)
     }
 
     pub(super) fn is_on_device(&self) -> bool {

@@ -23,7 +23,8 @@ pub(crate) enum Ended {
     PoweredOff,
 }
 
-/// Has QEMU merge the overlays of `disk`. One that is at work already is waited for. `note` is called before QEMU is asked to go over.
+/// Has QEMU merge the overlays of `disk`. One that is at work already is waited for. `note` is called before QEMU is asked to go over:
+/// where it fails, QEMU's merge is ended, as what nobody has noted must not come to be.
 ///
 /// # Errors
 /// When libvirt refuses, or has lost it: the VM has what it had, unless QEMU was asked to go over.
@@ -63,12 +64,19 @@ pub(crate) fn merge(
             }
             Some(mirror) if !mirror.is_commit => {
                 let what = format!("{name}: disk {target} is being copied");
-                return Err(Problem::busy(what).next(Advice::AbortBlockJob.or("wait for that")));
+                let abort = Advice::AbortBlockJob {
+                    vm: name.to_owned(),
+                    disk: target.clone(),
+                };
+                return Err(Problem::busy(what).next(Advice::from("wait for that").or(abort)));
             }
-            Some(mirror) if mirror.is_ready => {
-                note()?;
-                libvirt.end_block_job(vm, target, JobEnd::Pivot)
-            }
+            Some(mirror) if mirror.is_ready => match note() {
+                Ok(()) => libvirt.end_block_job(vm, target, JobEnd::Pivot),
+                Err(failure) => {
+                    let ended = libvirt.end_block_job(vm, target, JobEnd::Abort);
+                    return Err(not_noted(failure, name, target, ended));
+                }
+            },
             Some(_) => Ok(()),
         };
         // It may have ended since.
@@ -81,4 +89,25 @@ pub(crate) fn merge(
         }
         sleep(BLOCK_JOB);
     }
+}
+
+/// QEMU would go on copying what the guest writes for as long as the VM runs.
+fn not_noted(failure: Problem, name: &str, target: &str, ended: Result<(), LibvirtError>) -> Problem {
+    let mut failure = failure.of(format!("{name}: disk {target}"));
+    match ended {
+        Ok(()) => {
+            let what = format!("; its merge was ended, and {name} has what it had");
+            failure.message.push_str(&what);
+        }
+        Err(error) => {
+            let what = format!("; QEMU's merge goes on, and can't be ended: {}", chain(&error));
+            failure.message.push_str(&what);
+            let abort = Advice::AbortBlockJob {
+                vm: name.to_owned(),
+                disk: target.to_owned(),
+            };
+            failure = failure.next(abort);
+        }
+    }
+    failure
 }

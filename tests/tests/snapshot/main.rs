@@ -1,10 +1,13 @@
 //! `virsh snapshot-create-as --disk-only` lays a plain file over a sealed disk. What is printed then leads to a VM that runs, with all
 //! that its guest has written, or to one as it was at the snapshot.
 
+mod pivots;
+
 use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use virtseal_testkit::rig::{IMAGES, Rig, words};
 use virtseal_testkit::{DomainSpec, SealedHost, Tracer, expect_names, wait_until};
 
@@ -182,7 +185,7 @@ fn an_overlay_of_a_vm_that_is_off_is_merged_as_the_refusals_say() -> Result<()> 
     })?;
     let refused = rig.sealed.refused(9, &["vm", "snapshot", "commit", "web01"])?;
     expect_names(&refused, &[&top, "is open in another process"])?;
-    reader.signal(nix::sys::signal::Signal::SIGKILL)?;
+    reader.signal(Signal::SIGKILL)?;
     reader.wait(PATIENCE)?;
 
     rig.sealed.run(&["vm", "snapshot", "commit", "web01"])?;
