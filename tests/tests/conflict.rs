@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use virtseal_testkit::{DomainSpec, SealedHost, edit_keystore, edited, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, SealedHost, Way, edit_keystore, edited, expect_names, wait_until};
 
 const STATE: &str = "/var/lib/virtseal";
 const WAIT: Duration = Duration::from_secs(30);
@@ -89,7 +89,8 @@ fn a_forged_version_of_the_same_generation_gives_way() -> Result<()> {
         &["the XML of web01", "vm rekey web01"],
     )?;
     sealed.expect_start("web01")?;
-    sealed.run(&["vm", "rekey", "web01", "--watch"])?;
+    let printed = Way::that_begins("virtseal vm rekey", &status(&sealed, "web01")?)?.take(&sealed)?;
+    Way::named("virtseal jobs watch", &printed)?.take(&sealed)?;
     sealed.wait_for_copies(0)?;
     expect_no_finding(&sealed, "web01")?;
 
@@ -380,7 +381,8 @@ fn a_damaged_row_is_named_and_its_way_out_heals() -> Result<()> {
         )
         .context(*damage)?;
 
-        sealed.run(&["vm", "adopt", "web01"]).context(*damage)?;
+        let adopt = Way::that_begins("virtseal vm adopt", &status(&sealed, "web01")?)?;
+        adopt.take(&sealed).context(*damage)?;
         expect_no_finding(&sealed, "web01").context(*damage)?;
         sealed.expect_start("web01").context(*damage)?;
         sealed.host().undefine(&other)?;

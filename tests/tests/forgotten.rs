@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use uuid::Uuid;
 use virtseal_testkit::rig::{IMAGES, MAX_STEPS, NVRAM, Rig, STATE};
-use virtseal_testkit::{DomainSpec, Tracer, edited, expect_names};
+use virtseal_testkit::{DomainSpec, Tracer, Way, edited, expect_names};
 
 const SWTPM: &str = "/var/lib/libvirt/swtpm";
 
@@ -74,6 +74,7 @@ fn a_vm_that_has_left_is_forgotten_and_comes_back() -> Result<()> {
         &outcome.stderr,
         &["nothing is there of", "virtseal vm adopt --from"],
     )?;
+    let told = outcome.stderr.clone();
     expect_names(&outcome.succeeded()?, &["3 envelopes", "no key was destroyed"])?;
     ensure!(rig.envelopes(&spec.uuid)?.is_empty());
     rig.sealed.refused(7, &["vm", "forget", "my vm"])?;
@@ -119,7 +120,7 @@ fn a_vm_that_has_left_is_forgotten_and_comes_back() -> Result<()> {
         .virtseal(&["vm", "adopt", "--from", "/run/forged.json"])?
         .refused()?;
     expect_names(&said, &["not adopted"])?;
-    rig.sealed.run(&adopt)?;
+    Way::named("virtseal vm adopt --from", &told)?.take(&rig.sealed)?;
     rig.expect_openable(&spec.uuid)?;
     rig.host().define_xml(&xml)?;
     rig.sealed.expect_start("my vm")
@@ -337,7 +338,9 @@ fn a_deleted_image_is_forgotten_and_blocks_nothing() -> Result<()> {
     expect_names(&said, &["'db01' was typed", "web01"])?;
     let said = sealed.refused(8, &forget)?;
     ensure!(two.is_known()?);
-    let printed = sealed.follow(&said)?;
+    let printed = Way::that_begins("virsh detach-disk", &said)?
+        .through("virtseal volume forget")?
+        .take(sealed)?;
     expect_names(
         &printed,
         &["kept in /var/lib/virtseal/forgotten/", "no key was destroyed"],

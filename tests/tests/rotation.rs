@@ -10,7 +10,7 @@ use serde_json::Value;
 use uuid::Uuid;
 use virtseal_testkit::rig::{IMAGES, STATE, root_of};
 use virtseal_testkit::{
-    KeptEnvelope, RootKey, SealedHost, Tracer, expect_durable, expect_names, kept_envelopes, wait_until,
+    KeptEnvelope, RootKey, SealedHost, Tracer, Way, expect_durable, expect_names, kept_envelopes, wait_until,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -354,7 +354,9 @@ fn nothing_that_is_needed_is_deleted_by_accident() -> Result<()> {
         &said,
         &["it is the default provider", "virtseal provider default"],
     )?;
-    rig.sealed.run(&["provider", "default", "spare"])?;
+    Way::that_begins("virtseal provider default", &said)?
+        .with("OTHER", "spare")
+        .take(&rig.sealed)?;
     let said = rig.sealed.refused(8, &["provider", "delete", "main"])?;
     expect_names(
         &said,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtseal_testkit::{DomainSpec, HostBuilder, SealedHost, edit_keystore, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, HostBuilder, SealedHost, Way, edit_keystore, expect_names, wait_until};
 
 const COPIES: Duration = Duration::from_secs(30);
 
@@ -126,7 +126,7 @@ fn a_vm_of_format_1_is_adopted_where_root_says_so() -> Result<()> {
     expect_names(&new.refused(1, &["vm", "adopt", "web01"])?, &["format 1", advice])?;
     ensure!(new.json(&["provider", "show", "main"])?["provider"]["envelopes"] == 0);
 
-    let said = new.run(&["vm", "adopt", "--format-1", "web01"])?;
+    let said = Way::that_begins("virtseal vm adopt --format-1", &refusal)?.take(&new)?;
     expect_names(&said, &["disk vda", "nvram", "vtpm", "main"])?;
     new.start_paused("web01")?;
     new.destroy("web01")?;

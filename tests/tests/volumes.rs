@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, fcntl};
 use serde_json::Value;
 use virtseal_testkit::rig::{IMAGES, Rig, words};
-use virtseal_testkit::{DomainSpec, SealedHost, edited, expect_names};
+use virtseal_testkit::{DomainSpec, SealedHost, Way, edited, expect_names};
 
 const MIB: u64 = 1 << 20;
 
@@ -111,7 +111,7 @@ fn a_check_tells_what_is_wrong_with_a_volume() -> Result<()> {
         "{told}"
     );
     let said = sealed.refused(1, &["volume", "check", &other])?;
-    sealed.follow(&said)?;
+    Way::that_begins("virtseal volume adopt", &said)?.take(&sealed)?;
     check(&sealed, 0, &other).map(drop)
 }
 

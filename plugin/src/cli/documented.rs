@@ -1,6 +1,7 @@
 //! That README, docs and man pages name every command and setting, and that neither they nor any message name one that is not there.
 
 mod blocks;
+mod followed;
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -98,7 +98,7 @@ pub(crate) fn forget(host: &Host<'_>, vm: VmId, name: &str) -> Result<Outcome, P
     if !stays.is_empty() {
         return Err(
             Problem::would_lose_key(format!("{name} is not forgotten: {}", stays.join("; "))).next(
-                Advice::from(format!("move that to where {name} is now, or to its backup"))
+                Advice::from(format!("move that to where {name} is now or to its backup"))
                     .then(Advice::ForgetVm(name.to_owned()))
                     .or_else(Advice::DefineXml.note(format!("its dumpxml, to keep {name} here"))),
             ),
@@ -315,7 +315,7 @@ fn forgotten_outcome(name: &str, envelopes: usize, path: &Path, alone: &[String]
     let mut warnings = Vec::new();
     if !alone.is_empty() {
         warnings.push(format!(
-            "nothing is there of {}. If it only is not mounted now, {} brings its keys back",
+            "nothing is there of {}. If it only is not mounted now, have its keys back: {}",
             alone.join(", "),
             Advice::AdoptFrom(path.to_owned())
         ));

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use virtseal_testkit::rig::STATE;
 use virtseal_testkit::servers::{OpenBao, PyKmip, SoftHsm};
-use virtseal_testkit::{expect_names, wait_until};
+use virtseal_testkit::{Way, expect_names, wait_until};
 
 use super::{KMS, PATIENCE, Rig};
 
@@ -75,7 +75,9 @@ fn kmip_key_by_the_tpm() -> Result<()> {
     expect_names(&refused, &["PCR 7 differs", "--encrypt tpm"])?;
     let file = "/run/identity.pem";
     std::fs::write(rig.sealed.host().path(file), both)?;
-    rig.sealed.follow(&refused.replace("FILE", file))?;
+    Way::that_begins("virtseal provider identity", &refused)?
+        .with("FILE", file)
+        .take(&rig.sealed)?;
     rig.sealed.run(&["provider", "unlock", KMS])?;
     rig.sealed.expect_start("web01")?;
     rig.power_on()?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal_testkit::servers::PyKmip;
-use virtseal_testkit::{HostTpm, KernelKey, Readiness, SealedHost, expect_names, wait_until};
+use virtseal_testkit::{HostTpm, KernelKey, Readiness, SealedHost, Way, expect_names, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -154,12 +154,10 @@ fn tpm_unlocks_at_start_until_the_host_boots_otherwise() -> Result<()> {
     }
     rig.measure_something_else()?;
     rig.sealed.lock()?;
-    rig.refused(
-        3,
-        &["provider", "unlock", "main", "--tpm"],
-        &["virtseal provider tpm main --enroll --pcrs 0,7"],
-    )?;
+    let refused = rig.sealed.refused(3, &["provider", "unlock", "main", "--tpm"])?;
     rig.sealed.unlock()?;
+    let again = Way::named("virtseal provider tpm main --enroll --pcrs 0,7", &refused)?;
+    expect_names(&again.take(&rig.sealed)?, &["PCR 0,7 is what it is now"])?;
 
     let removed = rig.sealed.run(&["provider", "tpm", "main", "--remove"])?;
     expect_names(&removed, &["does not unlock 'main' any more"])?;
@@ -188,17 +186,13 @@ fn a_pin_is_asked_for_and_signed_kernels_need_no_passphrase() -> Result<()> {
     expect_names(&said, &["types its PIN", "nor its command line or initrd"])?;
     rig.restart()?;
     rig.expect_locked_because(&["needs its PIN", "virtseal provider unlock main --tpm"])?;
-    expect_names(
-        &rig.sealed.refused_start("web01")?,
-        &[
-            "web01 stays off",
-            "needs its PIN",
-            "Next: virtseal provider unlock main --tpm",
-        ],
-    )?;
+    let told = rig.sealed.refused_start("web01")?;
+    expect_names(&told, &["web01 stays off", "needs its PIN"])?;
     rig.refused(3, &with(&unlock, &[wrong]), &["does not accept this PIN", "left"])?;
     rig.expect_locked_because(&["needs its PIN"])?;
-    rig.sealed.run(&with(&unlock, &[pin]))?;
+    Way::that_begins("virtseal provider unlock main --tpm", &told)?
+        .typing(&["1357 9"])
+        .take(&rig.sealed)?;
     rig.sealed.expect_start("web01")?;
     let shown = rig.sealed.provider("main")?;
     ensure!(
@@ -455,8 +449,11 @@ fn kept_keys_start_vms_after_a_reboot_while_the_kms_is_down() -> Result<()> {
     wait_until(PATIENCE, "the KMS is found", || {
         Ok(rig.sealed.expect_start("web01").ok())
     })?;
-    rig.refused(4, &persist, &["can't reach the TPM", "virtseald.yaml"])?;
-    rig.sealed.run(&["provider", "cache", KMS, "24h"])?;
+    let told = rig.sealed.refused(4, &persist)?;
+    expect_names(&told, &["can't reach the TPM", "virtseald.yaml"])?;
+    Way::that_begins("virtseal provider cache", &told)?
+        .with("POLICY", "24h")
+        .take(&rig.sealed)?;
     ensure!(
         rig.sealed.provider(KMS)?["persist"].is_null(),
         "{}",

@@ -119,30 +119,6 @@ impl SealedHost {
         serde_json::from_str(&answer).with_context(|| format!("no JSON: {answer}"))
     }
 
-    /// Runs the first way out that a message prints behind `Next: `, its steps in their order: what an admin does who reads it.
-    /// Returns what they print.
-    ///
-    /// # Errors
-    /// When it names no command, or one that fails.
-    pub fn follow(&self, said: &str) -> Result<String> {
-        let (_, next) = said.rsplit_once("Next: ").context("no way out is named")?;
-        let way = next.split("; or ").next().unwrap_or_default().trim();
-        let program = built_program("virtseal")?;
-        let directory = program.parent().context("a directory")?.display().to_string();
-        let mut printed = String::new();
-        let steps: Vec<_> = way.split(", then ").collect();
-        for step in &steps {
-            ensure!(
-                step.starts_with("virtseal ") || step.starts_with("virsh "),
-                "'{step}' is no command, in: {said}"
-            );
-            let script = format!("PATH={directory}:$PATH; {step}");
-            printed += &self.host.run(&["sh", "-c", &script])?.succeeded()?;
-            printed.push('\n');
-        }
-        Ok(printed)
-    }
-
     /// Unlocks the provider `main`.
     ///
     /// # Errors
