@@ -3,8 +3,9 @@
 //! The file is a LUKS1 header and the template's bytes encrypted behind it, without qcow2: the form that every
 //! libvirt with `engine='qemu'` reads, whatever the domain says of its format.
 
-use std::fs::{File, OpenOptions};
-use std::io;
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -102,15 +103,17 @@ pub(crate) const KEPT: &str = ".before-reset-";
 /// earlier try has died after this.
 pub(crate) fn keep(held: &ImageLock) -> Result<PathBuf, VolumeError> {
     let content = content_of(held.file(), held.path())?;
-    let mut places = kept_names(held.place());
-    let place = loop {
-        let place = places.next().expect("numbers do not end");
-        match place.open(OpenOptions::new().read(true)) {
-            Ok(file) if content_of(&file, place.shown())? == content => return Ok(place.shown().to_owned()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => break place,
-            Ok(_) | Err(_) => {}
+    let numbers = kept_numbers(held.place())?;
+    for place in numbers.iter().map(|number| kept_name(held.place(), *number)) {
+        // Others may write to the directory: what can't be read there is not it.
+        let found = place.open(OpenOptions::new().read(true));
+        let found = found.ok().and_then(|file| content_of(&file, place.shown()).ok());
+        if found.is_some_and(|found| found == content) {
+            return Ok(place.shown().to_owned());
         }
-    };
+    }
+    let mut free = (1..).filter(|number| !numbers.contains(number));
+    let place = kept_name(held.place(), free.next().expect("numbers do not end"));
     let staged = Staged::beside(&place)?;
     staged
         .file()
@@ -122,14 +125,30 @@ pub(crate) fn keep(held: &ImageLock) -> Result<PathBuf, VolumeError> {
     Ok(place.shown().to_owned())
 }
 
-/// The copies that [`keep`] has made of the store at `place`, up to the first number that is free.
-pub(crate) fn kept_of(place: &PermittedPath) -> impl Iterator<Item = PermittedPath> + use<> {
-    kept_names(place).take_while(PermittedPath::exists)
+/// The copies that [`keep`] has made of the store at `place`, by what is there: some may have been moved away.
+pub(crate) fn kept_of(place: &PermittedPath) -> Result<Vec<PermittedPath>, VolumeError> {
+    let numbers = kept_numbers(place)?.into_iter();
+    Ok(numbers.map(|number| kept_name(place, number)).collect())
 }
 
-fn kept_names(place: &PermittedPath) -> impl Iterator<Item = PermittedPath> + use<> {
-    let place = place.clone();
-    (1_u32..).map(move |number| place.with_suffix(&format!("{KEPT}{number}")))
+fn kept_numbers(place: &PermittedPath) -> Result<BTreeSet<u32>, VolumeError> {
+    let directory = place.shown().parent().unwrap_or(place.shown());
+    let stem = place.with_suffix(KEPT).handle();
+    let stem = stem.file_name().unwrap_or_default().as_bytes();
+    let mut numbers = BTreeSet::new();
+    for entry in fs::read_dir(place.directory_handle()).attempt("read", directory)? {
+        let name = entry.attempt("read", directory)?.file_name();
+        let number = name.as_bytes().strip_prefix(stem).map(String::from_utf8_lossy);
+        numbers.extend(number.and_then(|number| {
+            let parsed: u32 = number.parse().ok()?;
+            (parsed.to_string() == number).then_some(parsed)
+        }));
+    }
+    Ok(numbers)
+}
+
+fn kept_name(place: &PermittedPath, number: u32) -> PermittedPath {
+    place.with_suffix(&format!("{KEPT}{number}"))
 }
 
 fn content_of(file: &File, shown: &Path) -> Result<Vec<u8>, VolumeError> {
@@ -216,4 +235,42 @@ fn write(staged: &Staged, fresh: Fresh, variables: &[u8], target: &Path) -> Resu
             .attempt("write", target)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_are_found_by_what_is_there_and_a_name_without_room_for_one_ends_the_search() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let place = |name: &str| PermittedPath::named_by_root(&path(name)).unwrap();
+        let keep_now = |name: &str, byte: u8| {
+            fs::write(path(name), [byte; 1024]).unwrap();
+            keep(&ImageLock::open(&place(name)).unwrap())
+        };
+        let kept = |number: &str| path(&format!("a_VARS.fd{KEPT}{number}"));
+        let found = || -> Vec<_> {
+            let found = kept_of(&place("a_VARS.fd")).unwrap();
+            found.iter().map(|place| place.shown().to_owned()).collect()
+        };
+        assert!(found().is_empty());
+        // Somebody else has put that there.
+        fs::create_dir(kept("1")).unwrap();
+        for name in ["02", "x", ""] {
+            fs::write(kept(name), "").unwrap();
+        }
+        assert_eq!(keep_now("a_VARS.fd", 1).unwrap(), kept("2"));
+        assert_eq!(keep_now("a_VARS.fd", 2).unwrap(), kept("3"));
+        assert_eq!(keep_now("a_VARS.fd", 1).unwrap(), kept("2"), "it is kept already");
+        // Whoever wants one back moves it: the later ones are still there.
+        fs::remove_dir(kept("1")).unwrap();
+        fs::rename(kept("2"), path("a_VARS.fd")).unwrap();
+        assert_eq!(found(), [kept("3")]);
+
+        let long = "v".repeat(250);
+        assert!(keep_now(&long, 1).is_err());
+        assert!(kept_of(&place(&long)).unwrap().is_empty());
+    }
 }

@@ -191,11 +191,19 @@ fn places_of(host: &Host<'_>, doomed: &Doomed, of: Object<'_>) -> Vec<Place> {
             _ => None,
         });
         // What a reset has kept opens with the same key.
-        let kept: Vec<_> = stores.flat_map(nvram::kept_of).collect();
-        places.extend(kept.into_iter().map(|copy| Place {
-            file: Some(copy.shown().to_owned()),
-            object: Ok(Some(Located::Image(copy))),
-        }));
+        let kept: Vec<_> = stores.map(nvram::kept_of).collect();
+        for copies in kept {
+            match copies {
+                Ok(copies) => places.extend(copies.into_iter().map(|copy| Place {
+                    file: Some(copy.shown().to_owned()),
+                    object: Ok(Some(Located::Image(copy))),
+                })),
+                Err(error) => places.push(Place {
+                    file: None,
+                    object: Err(error.into()),
+                }),
+            }
+        }
     }
     places
 }
