@@ -67,6 +67,60 @@ fn a_copy_on_dead_storage_keeps_no_other_copy_back() -> Result<()> {
 }
 
 #[test]
+fn few_starts_wait_for_dead_storage_and_it_is_said() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    fs::create_dir_all(host.path(DEAD))?;
+    sealed.seal_empty(&DomainSpec {
+        disk: Path::new(DEAD).join("web01.qcow2"),
+        ..SealedHost::spec("web01")
+    })?;
+    sealed.seal_new("web02")?;
+    sealed.wait_for_copies(0)?;
+    let storage = HangingStorage::mount(host, Path::new(DEAD), &[], Hangs::Everything)?;
+    // The first of them may find that it is only slow.
+    let mut told = String::new();
+    for _ in 0..3 {
+        told = sealed.refused_start("web01")?;
+    }
+    expect_names(&told, &["web01", "on storage that does not answer", DEAD])?;
+    let held = storage.held();
+    for _ in 0..5 {
+        sealed.refused_start("web01")?;
+    }
+    ensure!(storage.held() == held, "more starts wait for it");
+    sealed.expect_start("web02")
+}
+
+#[test]
+fn a_vm_on_dead_storage_keeps_no_other_from_being_looked_at_while_it_runs() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    sealed.seal_new("web01")?;
+    sealed.start_paused("web01")?;
+    fs::create_dir_all(host.path(DEAD))?;
+    let on_dead = Path::new(DEAD).join("plain01.raw");
+    fs::write(host.path(&on_dead), vec![0; MIB])?;
+    host.define(&DomainSpec::minimal("plain01", &on_dead))?;
+    host.virsh(&["start", "--paused", "plain01"])?.succeeded()?;
+    let storage = HangingStorage::mount(host, Path::new(DEAD), &[], Hangs::Everything)?;
+    // It is heard of, and so is the other one behind it.
+    host.virsh(&["resume", "plain01"])?.succeeded()?;
+    wait_until(PATIENCE, "the dead storage to be asked", || {
+        Ok((storage.held() > 0).then_some(()))
+    })?;
+    let other = host.empty_disk("other", 1 << 20)?;
+    let other = other.to_str().context("a UTF-8 path")?;
+    let attach = ["attach-disk", "web01", other, "vdb", "--driver", "qemu"];
+    host.virsh(&[&attach[..], &["--subdriver", "raw", "--live"]].concat())?
+        .succeeded()?;
+    wait_until(PATIENCE, "the plain disk to be found", || {
+        let log = sealed.run(&["audit", "show"])?;
+        Ok(log.contains(other).then_some(()))
+    })
+}
+
+#[test]
 fn an_aborted_job_says_that_qemu_img_is_stuck_and_others_go_on() -> Result<()> {
     let sealed = SealedHost::start()?;
     let host = sealed.host();

@@ -6,6 +6,8 @@ use std::time::Duration;
 use super::Daemon;
 use crate::domain::{self, Domain};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
+use crate::host::storage;
+use crate::model::deadlines::image::ANSWERS;
 use crate::model::problem::Problem;
 use crate::store::EnvelopeRecord;
 
@@ -35,6 +37,10 @@ fn has_sealed_outside(domain: &Domain, rule: &PathRule, known: &[&str]) -> bool 
     let objects = domain::objects(domain).into_iter();
     let sealed = objects.filter(|object| object.envelope().is_some());
     sealed.filter_map(|object| object.path).any(|path| {
+        // What does not answer is refused when it is to be opened.
+        let Ok(_asked) = storage::ask(&path, ANSWERS) else {
+            return false;
+        };
         let place = rule.permit_known(&path, known.iter());
         matches!(place, Err(PathError::Outside { .. }))
     })

@@ -12,6 +12,8 @@ use super::{Daemon, hook_seen, lock, records};
 use crate::host::libvirt::Background;
 use crate::host::libvirt::events::{self, Listener, Listening};
 use crate::host::permitted::PermittedPath;
+use crate::host::storage;
+use crate::model::deadlines::image::SEEN;
 use crate::model::deadlines::libvirt::{CHECK, JOB_IN_XML, ROUND};
 use crate::model::envelope::VmId;
 use crate::model::finding::Finding;
@@ -155,7 +157,8 @@ fn found_now(daemon: &Daemon, now: &Now, acquaintance: Acquaintance) -> Vec<Find
     found
 }
 
-/// Disks that are sealed images, of whomever, opened without a key.
+/// Disks that are sealed images, of whomever, opened without a key. What is on storage that does not answer is not seen, and keeps nobody
+/// from being looked at.
 fn sealed_as_raw(daemon: &Daemon, now: &Now) -> Vec<Finding> {
     let plain = side_doors::plain_disks(&now.live);
     if plain.is_empty() {
@@ -163,12 +166,25 @@ fn sealed_as_raw(daemon: &Daemon, now: &Now) -> Vec<Finding> {
     }
     let records = daemon.keystore.envelopes();
     let records = records.map_or_else(|_| Vec::new(), |rows| rows.sound);
+    let paths: BTreeSet<_> = plain.iter().filter_map(|disk| disk.path.clone()).collect();
+    let kept = records.into_iter().rev().filter_map(|record| {
+        let path = paths.get(Path::new(&record.location))?;
+        Some((path.clone(), record))
+    });
+    let kept: BTreeMap<_, _> = kept.collect();
     let rule = daemon.path_rule();
+    let look = move |path: &Path| {
+        let kept = kept.get(path);
+        let place = rule.permit_known(path, kept.map(|record| &record.location).into_iter());
+        sealed_image(place.ok()?, kept)
+    };
+    let owners: BTreeMap<_, _> = storage::in_time(paths, SEEN, look)
+        .into_iter()
+        .filter_map(|(path, owner)| Some((path, owner??)))
+        .collect();
     let found = plain.into_iter().filter_map(|disk| {
         let path = disk.path?;
-        let kept = records.iter().find(|record| Path::new(&record.location) == path);
-        let place = rule.permit_known(&path, kept.map(|record| &record.location).into_iter());
-        let owner = sealed_image(place.ok()?, kept)?;
+        let owner = *owners.get(&path)?;
         let known = daemon.keystore.vm(owner).ok().flatten();
         let owner = known.map_or_else(|| owner.to_string(), |record| record.name);
         Some(side_doors::sealed_as_raw(&now.live, &disk.label, &path, &owner))

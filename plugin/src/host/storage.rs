@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Enough to tell a file that hangs from storage that does.
 const MAX_HUNG: usize = 2;
@@ -173,6 +173,75 @@ impl<T> Drop for Asking<T> {
     }
 }
 
+/// A file that a thread asks for which nobody can leave behind, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Asked(u64);
+
+/// A storage that does not answer those who ask it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Silent(pub(crate) PathBuf);
+
+/// Who asks so now.
+#[derive(Debug)]
+struct Question {
+    number: u64,
+    path: PathBuf,
+    /// Where that was: it may be unmounted since, and who waits for it waits on.
+    storage: PathBuf,
+    since: Instant,
+}
+
+#[derive(Debug)]
+struct Questions {
+    open: Vec<Question>,
+    next: u64,
+}
+
+static ASKED: Mutex<Questions> = Mutex::new(Questions {
+    open: Vec::new(),
+    next: 0,
+});
+
+fn asked() -> MutexGuard<'static, Questions> {
+    ASKED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// To be held while `path` is asked, and whatever it is on: a thread that hangs there is lost, and more of them would be.
+///
+/// # Errors
+/// While somebody has waited for this file longer than `limit`, or two for what is on its storage.
+pub(crate) fn ask(path: &Path, limit: Duration) -> Result<Asked, Silent> {
+    let storage = storage_of(path, &mounts());
+    let mut asked = asked();
+    let late = asked
+        .open
+        .iter()
+        .filter(|question| question.storage == storage && question.since.elapsed() > limit);
+    let (mut hung, mut same) = (0, false);
+    for question in late {
+        hung += 1;
+        same |= question.path == path;
+    }
+    if same || hung >= MAX_HUNG {
+        return Err(Silent(storage));
+    }
+    let number = asked.next;
+    asked.next += 1;
+    asked.open.push(Question {
+        number,
+        path: path.to_owned(),
+        storage,
+        since: Instant::now(),
+    });
+    Ok(Asked(number))
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        asked().open.retain(|question| question.number != self.0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
@@ -225,5 +294,29 @@ mod tests {
             std::thread::yield_now();
         }
         assert_eq!(told(), ["a", "hangs", "z"].map(known));
+    }
+
+    #[test]
+    fn few_wait_for_a_storage_that_does_not_answer_and_nobody_is_kept_from_another() {
+        let path = |name: &str| PathBuf::from(format!("/proc/storage-test/{name}"));
+        let [a, b, c] = ["a", "b", "c"].map(path);
+        let hung = (ask(&a, LIMIT).unwrap(), ask(&b, LIMIT).unwrap());
+        // It may only be slow.
+        drop((ask(&a, LIMIT).unwrap(), ask(&c, LIMIT).unwrap()));
+        std::thread::sleep(LIMIT * 2);
+        for path in [&a, &b, &c] {
+            assert!(
+                matches!(ask(path, LIMIT), Err(Silent(at)) if at.starts_with("/proc")),
+                "{path:?}"
+            );
+        }
+        drop(ask(Path::new("/dev/storage-test/other"), LIMIT).unwrap());
+        // One alone says nothing of the others on its storage.
+        let (first, second) = hung;
+        drop(second);
+        assert!(ask(&a, LIMIT).is_err());
+        drop((ask(&b, LIMIT).unwrap(), ask(&c, LIMIT).unwrap()));
+        drop(first);
+        drop(ask(&a, LIMIT).unwrap());
     }
 }

@@ -28,7 +28,9 @@ use std::path::{Path, PathBuf};
 
 use crate::domain::{Domain, ObjectRef, Policy};
 use crate::host::permitted::PathRule;
+use crate::host::storage::{self, Silent};
 use crate::model::advice::Advice;
+use crate::model::deadlines::image::ANSWERS;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Problem, chain};
 use crate::model::subject::Subject;
@@ -176,6 +178,11 @@ fn open_object<'a>(
     known: impl Iterator<Item = &'a str> + Clone,
 ) -> Result<Opening, Problem> {
     let path = object.path.as_deref();
+    // Until it is opened. Another start would wait there like this one.
+    let _asked = match path {
+        Some(path) => Some(storage::ask(path, ANSWERS).map_err(|silent| unanswered(path, &silent))?),
+        None => None,
+    };
     let permit = |path: &Path| {
         // Nothing is read where neither this host's settings nor the keystore expect an image of this VM, or another's that is shared.
         context.paths.permit_known(path, known.clone())
@@ -210,6 +217,13 @@ fn open_object<'a>(
         Opening::NotMade | Opening::Opened => {}
     }
     Ok(opening)
+}
+
+fn unanswered(path: &Path, Silent(storage): &Silent) -> Problem {
+    let (path, storage) = (path.display(), storage.display());
+    let what =
+        format!("{path} is on storage that does not answer ({storage}): earlier starts still wait for it");
+    Problem::unreachable(what).next("see why it does not answer; once it does, start the VM again")
 }
 
 /// A variable store can be made anew, where its loss is all that there is to it: `--reset-nvram` puts the plain template in its place.
