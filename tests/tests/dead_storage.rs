@@ -89,7 +89,20 @@ fn few_starts_wait_for_dead_storage_and_it_is_said() -> Result<()> {
         sealed.refused_start("web01")?;
     }
     ensure!(storage.held() == held, "more starts wait for it");
-    sealed.expect_start("web02")
+    sealed.expect_start("web02")?;
+
+    // A status says so of that VM, and tells of the other as ever.
+    let status = wait_until(PATIENCE, "a status that does not wait for it", || {
+        let status = sealed.virtseal(&["status", "--json"])?;
+        let document: Value = serde_json::from_str(&status.stdout)?;
+        Ok((document["vms"][1]["starts"]["outlook"] == "yes").then_some(document))
+    })?;
+    let dead = &status["vms"][0];
+    ensure!(
+        dead["name"] == "web01" && dead["starts"]["outlook"] != "yes",
+        "{status}"
+    );
+    expect_names(&dead.to_string(), &["is on storage that does not answer"])
 }
 
 #[test]

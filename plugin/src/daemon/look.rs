@@ -17,7 +17,7 @@ use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::vm::names::ProviderNames;
 use crate::vm::status::known::Known;
-use crate::vm::status::look::{self, Look};
+use crate::vm::status::look::{self, Places};
 use crate::vm::status::{damaged, view};
 use crate::vm::{autostart, side_doors};
 
@@ -88,10 +88,13 @@ fn listed(
     } else {
         daemon.path_rule()
     };
-    let known = on_this_host(daemon, known, rule)?;
+    let known = Arc::new(on_this_host(daemon, known, rule)?);
+    let closely = domains.iter().filter_map(|(_, xml)| xml.domain.as_ref().ok());
+    let closely = closely.filter(|domain| is_ours(domain, &known));
+    let places = Places::of(closely, &known);
     let mut vms: Vec<_> = domains
         .iter()
-        .filter_map(|(defined, xml)| at_defined(daemon, defined, xml, &known))
+        .filter_map(|(defined, xml)| at_defined(daemon, defined, xml, &places, &known))
         .collect();
     let defined: BTreeSet<VmId> = domains.iter().map(|(defined, _)| defined.vm).collect();
     let mut others: BTreeMap<_, _> = daemon.running.with_findings().into_iter().collect();
@@ -103,17 +106,23 @@ fn listed(
     Ok(vms)
 }
 
-/// `None` for a VM that has nothing to do with virtseal. Of those nothing but the XML is looked at.
-fn at_defined(daemon: &Daemon, defined: &DomainEntry, xml: &ReadXml, known: &Known) -> Option<VmView> {
+/// Whether the VM has to do with virtseal. Of others nothing but the XML is looked at.
+fn is_ours(domain: &Domain, known: &Known) -> bool {
+    domain.metadata.is_some() || known.has(domain.uuid)
+}
+
+/// `None` for a VM that has nothing to do with virtseal.
+fn at_defined(
+    daemon: &Daemon,
+    defined: &DomainEntry,
+    xml: &ReadXml,
+    places: &Places,
+    known: &Known,
+) -> Option<VmView> {
     let is_known = known.has(defined.vm);
     match &xml.domain {
         Ok(domain) => {
-            let look = if is_known || domain.metadata.is_some() {
-                Look::Closely
-            } else {
-                Look::AtXml
-            };
-            let seen = look::at_objects(domain, look, known);
+            let seen = look::at_objects(domain, places, known);
             let found = found(daemon, defined, domain, known);
             view::listed(view::defined(defined, domain, &seen, found, known))
         }
@@ -129,9 +138,10 @@ fn at_defined(daemon: &Daemon, defined: &DomainEntry, xml: &ReadXml, known: &Kno
 pub(super) fn at_one(daemon: &Daemon, defined: &DefinedDomain) -> Result<VmView, Problem> {
     let entry = defined.entry();
     let domain = Domain::parse(&defined.xml).map_err(|error| view::xml_unreadable(&entry, &error))?;
-    let known = known(daemon, daemon.path_rule())?;
+    let known = Arc::new(known(daemon, daemon.path_rule())?);
     let looked = defined.active.then(|| running::look_now(daemon, defined.vm));
-    let seen = look::at_objects(&domain, Look::Closely, &known);
+    let places = Places::of(std::iter::once(&domain), &known);
+    let seen = look::at_objects(&domain, &places, &known);
     let policy = daemon.config().policy.of(&domain);
     let permit = |path: &Path| known.permit(domain.uuid, path);
     let mut found = found(daemon, &entry, &domain, &known);

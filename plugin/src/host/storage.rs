@@ -68,7 +68,8 @@ struct Answers<T> {
     left_at: Option<PathBuf>,
 }
 
-/// Asks of each of these files, one after the other; `None` of those whose storage does not answer within `limit`.
+/// Asks of each of these files, one after the other; `None` of those whose storage does not answer within `limit`,
+/// or up to twice that where others have answered meanwhile.
 pub(crate) fn in_time<T: Send + 'static>(
     paths: BTreeSet<PathBuf>,
     limit: Duration,
@@ -126,8 +127,8 @@ fn hear<T: Send + 'static>(
     let mut answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
         let known = answers.come.len();
-        let nothing_new = |answers: &mut Answers<T>| answers.come.len() == known && !answers.has_ended;
-        let waited = changed.wait_timeout_while(answers, limit, nothing_new);
+        // Not woken by each of thousands.
+        let waited = changed.wait_timeout_while(answers, limit, |answers| !answers.has_ended);
         answers = waited.unwrap_or_else(PoisonError::into_inner).0;
         if answers.has_ended || answers.come.len() == paths.len() {
             return std::mem::take(&mut answers.come);
@@ -149,7 +150,6 @@ impl<T> Asking<T> {
         let mut answers = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
         if answers.left_at.is_none() {
             answers.come.push(answer);
-            self.0.1.notify_all();
         }
         answers.left_at.is_none()
     }

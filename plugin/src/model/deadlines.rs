@@ -93,6 +93,8 @@ pub(crate) mod status {
     pub(crate) const CHEAP: Duration = millis(100);
     /// How long a question waits for a look.
     pub(crate) const PATIENCE: Duration = secs(5);
+    /// How long a look waits for one file, and as long again where others have answered meanwhile.
+    pub(crate) const STORAGE: Duration = secs(1);
     /// Readers share a look at the providers that is not older than this.
     pub(crate) const FRESH_PROVIDERS: Duration = secs(2);
     /// A file that was changed longer ago than this has another time of change once it is changed again, on any file system.

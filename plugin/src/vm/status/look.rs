@@ -1,23 +1,19 @@
 //! What is at the places that domain XML names: headers of images and the state of vTPMs, opened without a key.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::known::Known;
 use super::standing::Found;
 use crate::domain::{self, Domain, Object};
 use crate::host::permitted::PathError;
+use crate::host::storage;
+use crate::model::deadlines::status::STORAGE;
+use crate::model::envelope::{ObjectKind, VmId};
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::{ImageCopy, VolumeError};
 use crate::object::{Located, ObjectError, Present, path_in};
-
-/// How far to look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Look {
-    /// At files and state too.
-    Closely,
-    /// The VM has nothing to do with virtseal: its files are its own.
-    AtXml,
-}
 
 /// An object, and what is at its place.
 #[derive(Debug)]
@@ -31,15 +27,54 @@ pub(crate) struct SeenObject {
     pub(super) copy: ImageCopy,
 }
 
-/// The objects that the XML names, with what is there.
-pub(crate) fn at_objects(domain: &Domain, look: Look, known: &Known) -> Vec<SeenObject> {
+/// What is at the places of objects: looked at for many VMs at once, so that what hangs is waited for once.
+#[derive(Debug)]
+pub(crate) struct Places(BTreeMap<Spot, Place>);
+
+/// An object of a VM, and where it is looked for.
+type Spot = (PathBuf, VmId, ObjectKind);
+
+impl Places {
+    /// Looks at what these VMs name. Storage that does not answer keeps back what is on it alone.
+    pub(crate) fn of<'d>(domains: impl Iterator<Item = &'d Domain>, known: &Arc<Known>) -> Self {
+        let mut wanted: BTreeMap<PathBuf, Vec<(VmId, ObjectKind)>> = BTreeMap::new();
+        for domain in domains {
+            for object in domain::objects(domain) {
+                if let Some(path) = path_in(domain, &object, &known.swtpm_dir) {
+                    wanted.entry(path).or_default().push((domain.uuid, object.kind));
+                }
+            }
+        }
+        let paths = wanted.keys().cloned().collect();
+        let wanted = Arc::new(wanted);
+        let (theirs, known) = (Arc::clone(&wanted), Arc::clone(known));
+        let look = move |path: &Path| -> Vec<Place> {
+            let named = theirs.get(path).into_iter().flatten();
+            named.map(|(vm, kind)| at(*vm, *kind, path, &known)).collect()
+        };
+        let mut places = BTreeMap::new();
+        for (path, seen) in storage::in_time(paths, STORAGE, look) {
+            let named = wanted.get(&path).into_iter().flatten();
+            let mut seen = seen.into_iter().flatten();
+            for (vm, kind) in named {
+                let place = seen.next().unwrap_or_else(|| Place::silent(&path));
+                places.insert((path.clone(), *vm, *kind), place);
+            }
+        }
+        Self(places)
+    }
+}
+
+/// The objects that the XML names, with what is there. Of a VM that has nothing to do with virtseal nothing was looked at: its files are
+/// its own.
+pub(crate) fn at_objects(domain: &Domain, places: &Places, known: &Known) -> Vec<SeenObject> {
     let objects = domain::objects(domain).into_iter();
     let seen = objects.map(|object| {
         let path = path_in(domain, &object, &known.swtpm_dir);
-        let place = match (look, &path) {
-            (Look::AtXml, _) | (Look::Closely, None) => Place::out_of_sight(),
-            (Look::Closely, Some(path)) => at(domain, &object, path, known),
-        };
+        let place = path
+            .clone()
+            .and_then(|path| places.0.get(&(path, domain.uuid, object.kind)));
+        let place = place.cloned().unwrap_or_else(Place::out_of_sight);
         SeenObject {
             object,
             path,
@@ -51,6 +86,7 @@ pub(crate) fn at_objects(domain: &Domain, look: Look, known: &Known) -> Vec<Seen
     seen.collect()
 }
 
+#[derive(Clone, Debug)]
 struct Place {
     found: Found,
     obstacle: Option<Problem>,
@@ -66,6 +102,12 @@ impl Place {
         }
     }
 
+    fn silent(path: &Path) -> Self {
+        let what = format!("{} is on storage that does not answer", path.display());
+        let obstacle = Problem::unreachable(what.clone()).next("see why it does not answer");
+        Self::without_copy(Found::Unreadable(what), obstacle)
+    }
+
     fn without_copy(found: Found, obstacle: impl Into<Problem>) -> Self {
         Self {
             found,
@@ -75,9 +117,9 @@ impl Place {
     }
 }
 
-fn at(domain: &Domain, object: &Object, path: &Path, known: &Known) -> Place {
-    let permit = |path: &Path| known.permit(domain.uuid, path);
-    let located = match Located::of(object.kind, domain.uuid, Some(path), &known.swtpm_dir, permit) {
+fn at(vm: VmId, kind: ObjectKind, path: &Path, known: &Known) -> Place {
+    let permit = |path: &Path| known.permit(vm, path);
+    let located = match Located::of(kind, vm, Some(path), &known.swtpm_dir, permit) {
         Ok(None) => return Place::out_of_sight(),
         Ok(Some(located)) => located,
         Err(error) if error.is_missing() => {
