@@ -138,6 +138,9 @@ fn virtseald_outlives_libvirtd() -> Result<()> {
     let refused = sealed.virtseal(&["vm", "seal", "web01"])?;
     ensure!(refused.code() == Some(4), "{refused:?}");
     sealed.host_mut().restart_libvirtd()?;
+    // It asks QEMU, so it waits for libvirtd to have found the VM again: one that is destroyed before that has not been running.
+    let asked = sealed.host().virsh(&["domblkstat", "web01", "vda"])?;
+    asked.succeeded()?;
     sealed.destroy("web01")?;
     sealed.start_paused("web01")?;
     expect_libvirt(&sealed, "is back", |libvirt| libvirt == "connected")
