@@ -442,8 +442,9 @@ fn leaks_nothing<F: Fixture>() {
         after.resident_kib <= before.resident_kib + 512,
         "{before:?}, then {after:?}"
     );
+    // A few threads that have come meanwhile have three each; what each call leaves behind would be hundreds.
     assert!(
-        after.mappings <= before.mappings + 4,
+        after.mappings <= before.mappings + 16,
         "{before:?}, then {after:?}"
     );
     // A few connections that are kept for later are no leak.
