@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use virtseal_testkit::rig::{IMAGES, Rig, words};
-use virtseal_testkit::{DomainSpec, SealedHost, edited, expect_names};
+use virtseal_testkit::{DomainSpec, SealedHost, edited, expect_names, kept_envelopes};
 
 /// The last command in what was said that begins so, as a shell would take it apart.
 fn advised(said: &str, begin: &str) -> Result<Vec<String>> {
@@ -206,6 +206,13 @@ fn a_lost_tpm_is_made_anew_where_root_says_so() -> Result<()> {
         &["BitLocker", "type the VM's name", "web01 is sealed"],
     )?;
     ensure!(state_of(&sealed, "web01", "vtpm")? == "not_used_yet");
+    // Whoever died before it was defined, or defined the old XML again, gets the new one.
+    host.define_xml(&xml)?;
+    sealed.run(&["vm", "seal", "web01"])?;
+    let known = kept_envelopes(&host.path("/var/lib/virtseal"))?;
+    let vtpms: Vec<_> = known.iter().filter(|known| known.kind == "vtpm").collect();
+    ensure!(vtpms.len() == 1 && vtpms[0].state == "active", "{vtpms:?}");
+    ensure!(sealed.dumpxml("web01")?.contains(&vtpms[0].id));
     sealed.expect_start("web01")?;
     let forgotten = fs::read_dir(host.path("/var/lib/virtseal/forgotten"))?.count();
     ensure!(forgotten == 1, "{forgotten} files for the old one's envelope");

@@ -145,7 +145,11 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
     let sealed = match stated {
         None => None,
         Some(id) => {
-            if let Some(named) = named_envelope(host, domain, ObjectKind::Vtpm, id)? {
+            // Dropped here for that of a new TPM: only a state that is there can still need it.
+            let given_up = matches!(state, Present::Absent)
+                && !envelopes.is_empty()
+                && envelopes.iter().all(|envelope| envelope.id != id);
+            if let Some(named) = named_envelope(host, domain, ObjectKind::Vtpm, id)?.filter(|_| !given_up) {
                 envelopes.retain(|envelope| envelope.id != id);
                 envelopes.insert(0, named);
             }
