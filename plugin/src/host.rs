@@ -5,6 +5,7 @@ pub(crate) mod file_error;
 pub(crate) mod file_stamp;
 pub(crate) mod libvirt;
 pub(crate) mod local_time;
+pub(crate) mod mounts;
 #[cfg(test)]
 pub(crate) mod own_process;
 pub(crate) mod permitted;

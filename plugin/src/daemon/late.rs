@@ -8,7 +8,7 @@ use std::thread::{Builder, Scope};
 use std::time::Duration;
 
 use super::lock;
-use crate::host::storage::{mounts, storage_of};
+use crate::host::mounts::Mounts;
 use crate::model::envelope::EnvelopeId;
 
 /// How many pieces may be late at once.
@@ -47,8 +47,8 @@ impl Late {
         work: impl FnOnce() -> T + Send + 'scope,
         late: impl FnOnce(T) + Send + 'scope,
     ) -> Result<T, String> {
-        let mounts = mounts();
-        let storage = paths.iter().map(|path| storage_of(path, &mounts)).collect();
+        let mounts = Mounts::now();
+        let storage = paths.iter().map(|path| mounts.storage_of(path)).collect();
         let piece = Piece { about, storage };
         if let Some(refusal) = refusal(&lock(&self.0), &piece) {
             return Err(refusal);

@@ -5,11 +5,12 @@
 
 use std::cell::LazyCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
+
+use super::mounts::Mounts;
 
 /// Enough to tell a file that hangs from storage that does.
 const MAX_HUNG: usize = 2;
@@ -19,45 +20,6 @@ static HUNG: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
 
 fn hung() -> MutexGuard<'static, BTreeMap<PathBuf, usize>> {
     HUNG.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// What is mounted where, by proc(5).
-pub(crate) fn mounts() -> String {
-    fs::read_to_string("/proc/self/mountinfo").unwrap_or_default()
-}
-
-/// What answers for this file as a whole: what is mounted there; a device answers for itself. Asks no storage.
-pub(crate) fn storage_of(path: &Path, mounts: &str) -> PathBuf {
-    if path.starts_with("/dev") {
-        return path.to_owned();
-    }
-    let points = mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(unescaped);
-    let around = points.filter(|point| path.starts_with(point));
-    around
-        .max_by_key(|point| point.components().count())
-        .unwrap_or_else(|| PathBuf::from("/"))
-}
-
-/// Blanks and the like are written as three octal digits.
-fn unescaped(point: &str) -> PathBuf {
-    let mut parts = point.split('\\');
-    let mut text = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let code = part
-            .get(..3)
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(code) => {
-                text.push(char::from(code));
-                text.push_str(&part[3..]);
-            }
-            None => text.push_str(part),
-        }
-    }
-    PathBuf::from(text)
 }
 
 /// What a thread has answered, and whether somebody waits for more.
@@ -76,11 +38,11 @@ pub(crate) fn in_time<T: Send + 'static>(
     ask: impl Fn(&Path) -> T + Send + Sync + 'static,
 ) -> Vec<(PathBuf, Option<T>)> {
     // Read only where something hangs.
-    let mounts: LazyCell<String> = LazyCell::new(mounts);
+    let mounts: LazyCell<Arc<Mounts>> = LazyCell::new(Mounts::now);
     let ask = Arc::new(ask);
     let hangs = |path: &PathBuf| {
         let hung = hung();
-        let waiting = || hung.get(&storage_of(path, &mounts)).copied();
+        let waiting = || hung.get(&mounts.storage_of(path)).copied();
         !hung.is_empty() && waiting().is_some_and(|count| count >= MAX_HUNG)
     };
     let (mut open, mut answers): (Vec<_>, Vec<_>) = (paths.into_iter().collect(), Vec::new());
@@ -101,7 +63,7 @@ pub(crate) fn in_time<T: Send + 'static>(
 fn hear<T: Send + 'static>(
     paths: &[PathBuf],
     limit: Duration,
-    mounts: &LazyCell<String>,
+    mounts: &LazyCell<Arc<Mounts>>,
     ask: &Arc<impl Fn(&Path) -> T + Send + Sync + 'static>,
 ) -> Vec<T> {
     let shared = Arc::new((
@@ -134,7 +96,7 @@ fn hear<T: Send + 'static>(
             return std::mem::take(&mut answers.come);
         }
         if answers.come.len() == known {
-            let storage = storage_of(&paths[known], mounts);
+            let storage = mounts.storage_of(&paths[known]);
             *hung().entry(storage.clone()).or_default() += 1;
             answers.left_at = Some(storage);
             return std::mem::take(&mut answers.come);
@@ -211,7 +173,7 @@ fn asked() -> MutexGuard<'static, Questions> {
 /// # Errors
 /// While somebody has waited for this file longer than `limit`, or two for what is on its storage.
 pub(crate) fn ask(path: &Path, limit: Duration) -> Result<Asked, Silent> {
-    let storage = storage_of(path, &mounts());
+    let storage = Mounts::now().storage_of(path);
     let mut asked = asked();
     let late = asked
         .open
@@ -248,23 +210,7 @@ mod tests {
 
     use super::*;
 
-    const MOUNTS: &str = "25 1 8:1 / / rw - ext4 /dev/sda1 rw\n30 25 0:40 / /srv/nfs rw - nfs4 kms:/ rw\n\
-                          31 30 0:41 / /srv/nfs/a\\040b rw - nfs4 kms:/b rw\n";
     const LIMIT: Duration = Duration::from_millis(50);
-
-    #[test]
-    fn a_file_is_on_what_is_mounted_nearest_and_a_device_is_its_own() {
-        for (path, storage) in [
-            ("/var/lib/libvirt/images/a.qcow2", "/"),
-            ("/srv/nfs/a.qcow2", "/srv/nfs"),
-            ("/srv/nfs2/a.qcow2", "/"),
-            ("/srv/nfs/a b/a.qcow2", "/srv/nfs/a b"),
-            ("/dev/vg/a", "/dev/vg/a"),
-        ] {
-            assert_eq!(storage_of(Path::new(path), MOUNTS), Path::new(storage));
-        }
-        assert_eq!(storage_of(Path::new("/a"), ""), Path::new("/"));
-    }
 
     #[test]
     fn what_hangs_is_left_and_asked_again_when_it_has_answered() {
