@@ -173,7 +173,9 @@ fn a_store_that_is_lost_is_made_anew_where_nothing_is_lost_by_it_or_root_says_so
 fn a_lost_tpm_is_made_anew_where_root_says_so() -> Result<()> {
     let sealed = SealedHost::start()?;
     let host = sealed.host();
-    let spec = used(&sealed, "web01")?;
+    let spec = sealed.seal_new("web01")?;
+    let unused = sealed.dumpxml("web01")?;
+    sealed.expect_start("web01")?;
     let (state, kept) = (host.path(spec.tpm_state()), host.path("/var/lib/libvirt/kept"));
     fs::rename(&state, &kept)?;
     let refused = sealed.refused(8, &["vm", "seal", "web01"])?;
@@ -206,17 +208,21 @@ fn a_lost_tpm_is_made_anew_where_root_says_so() -> Result<()> {
         &["BitLocker", "type the VM's name", "web01 is sealed"],
     )?;
     ensure!(state_of(&sealed, "web01", "vtpm")? == "not_used_yet");
-    // Whoever died before it was defined, or defined the old XML again, gets the new one.
-    host.define_xml(&xml)?;
-    sealed.run(&["vm", "seal", "web01"])?;
-    let known = kept_envelopes(&host.path("/var/lib/virtseal"))?;
-    let vtpms: Vec<_> = known.iter().filter(|known| known.kind == "vtpm").collect();
-    ensure!(vtpms.len() == 1 && vtpms[0].state == "active", "{vtpms:?}");
-    ensure!(sealed.dumpxml("web01")?.contains(&vtpms[0].id));
-    sealed.expect_start("web01")?;
     let forgotten = fs::read_dir(host.path("/var/lib/virtseal/forgotten"))?.count();
     ensure!(forgotten == 1, "{forgotten} files for the old one's envelope");
-    Ok(())
+    // Who died before it was defined, or has defined an older XML again, gets the new one, and never both.
+    for (old, command) in [
+        (&unused, &["vm", "seal", "web01"][..]),
+        (&xml, &["vm", "seal", "--replace=vtpm", "web01"]),
+    ] {
+        host.define_xml(old)?;
+        sealed.run(command)?;
+        let known = kept_envelopes(&host.path("/var/lib/virtseal"))?;
+        let vtpms: Vec<_> = known.iter().filter(|known| known.kind == "vtpm").collect();
+        ensure!(vtpms.len() == 1 && vtpms[0].state == "active", "{vtpms:?}");
+        ensure!(sealed.dumpxml("web01")?.contains(&vtpms[0].id));
+    }
+    sealed.expect_start("web01")
 }
 
 #[test]

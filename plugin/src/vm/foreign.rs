@@ -14,6 +14,7 @@ use crate::host::libvirt::DefinedDomain;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, Precedence, VmId};
 use crate::model::problem::{Problem, chain};
+use crate::object::Opening;
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
 use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
@@ -219,13 +220,22 @@ pub(crate) fn take_in(
         tracing::warn!("{doubt}");
     }
     if record.is_none() {
-        host.open_object(&believed.envelope, Path::new(location), dek)?;
+        let opening = host.open_object(&believed.envelope, Path::new(location), dek)?;
+        if opening == Opening::NotMade && has_another(host, &believed.envelope)? {
+            return Ok(doubt);
+        }
     }
     if believed.is_news {
         host.keystore.put(&believed.envelope, location)?;
         tracing::info!(envelope = %copy.envelope.id, place = %copy.place, "taken in");
     }
     Ok(doubt)
+}
+
+/// A VM has one vTPM: an envelope that opens none is of one that was given up, where the keystore has that of a new one.
+fn has_another(host: &Host<'_>, envelope: &Envelope) -> Result<bool, Problem> {
+    let known = host.keystore.envelopes_of(envelope.vm)?.sound;
+    Ok(known.iter().any(|known| known.envelope.kind == envelope.kind))
 }
 
 /// The location to keep it with, if the keystore should learn of it. A snapshot is the past, and who wrote a format 1 can't

@@ -7,7 +7,7 @@ use crate::host::libvirt::{Background, KeptXml};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, VmId};
 use crate::model::problem::{Code, Problem, chain};
-use crate::object::{Located, OpenedHeaders};
+use crate::object::{Located, OpenedHeaders, Opening};
 use crate::recipients::Recipients;
 use crate::secret::{Dek, Passphrase};
 use crate::store::{EnvelopeRecord, EnvelopeStore, HostStore, StoreError};
@@ -78,12 +78,17 @@ impl Host<'_> {
     }
 
     /// Really opens what is at `path`, or a vTPM's state if there is any, with the key of its envelope.
-    pub(crate) fn open_object(&self, envelope: &Envelope, path: &Path, dek: &Dek) -> Result<(), Problem> {
+    pub(crate) fn open_object(
+        &self,
+        envelope: &Envelope,
+        path: &Path,
+        dek: &Dek,
+    ) -> Result<Opening, Problem> {
         let passphrase = passphrase(dek)?;
-        if let Some(object) = self.located(envelope, path)? {
-            self.opened_headers.open(&object, envelope, &passphrase)?;
-        }
-        Ok(())
+        Ok(match self.located(envelope, path)? {
+            Some(object) => self.opened_headers.open(&object, envelope, &passphrase)?,
+            None => Opening::Opened,
+        })
     }
 
     /// What opens the object of `record`, or why nobody has it now.

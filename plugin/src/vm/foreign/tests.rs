@@ -159,3 +159,22 @@ fn every_reader_sees_a_conflict_and_none_decides_it() {
         .collect();
     assert_eq!(behind, BTreeSet::from([ours.id]));
 }
+
+#[test]
+fn a_tpm_that_was_given_up_does_not_come_back_beside_the_new_one() {
+    let stage = Stage::new();
+    let binding = Binding {
+        envelope: EnvelopeId::random(),
+        vm: stage.record.envelope.vm,
+        kind: ObjectKind::Vtpm,
+    };
+    let (old, _) = stage.recipients.seal_new(None, &binding).unwrap();
+    let host = stage.host(&old);
+    let comes_back = || {
+        adopt_foreign_envelopes(&host, |_| Ok(())).unwrap();
+        stage.stores.keystore.envelope(old.id).unwrap().is_some()
+    };
+    assert!(!comes_back());
+    stage.stores.keystore.forget_envelope(&stage.record).unwrap();
+    assert!(comes_back());
+}

@@ -142,6 +142,7 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
     };
     let known = known::known(host, domain.uuid, ObjectKind::Vtpm)?;
     let mut envelopes: Vec<_> = known.iter().map(|record| record.envelope.clone()).collect();
+    let mut seen = envelopes.iter().any(|envelope| envelope.seen);
     let sealed = match stated {
         None => None,
         Some(id) => {
@@ -149,9 +150,13 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
             let given_up = matches!(state, Present::Absent)
                 && !envelopes.is_empty()
                 && envelopes.iter().all(|envelope| envelope.id != id);
-            if let Some(named) = named_envelope(host, domain, ObjectKind::Vtpm, id)?.filter(|_| !given_up) {
+            if let Some(named) = named_envelope(host, domain, ObjectKind::Vtpm, id)? {
+                // Of a copy in the XML, which the keystore has dropped, it can only be true.
+                seen |= named.seen;
                 envelopes.retain(|envelope| envelope.id != id);
-                envelopes.insert(0, named);
+                if !given_up {
+                    envelopes.insert(0, named);
+                }
             }
             settled(host, domain, backend, id)?
         }
@@ -162,8 +167,7 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
     };
     let facts = Facts {
         state: &state,
-        // Of a copy in the XML, which the keystore has dropped, it can only be true.
-        has_run: match envelopes.iter().any(|envelope| envelope.seen) {
+        has_run: match seen {
             true => HasRun::Yes,
             false => HasRun::of(host, domain.uuid)?,
         },
