@@ -379,6 +379,7 @@ fn a_damaged_row_is_named_and_its_way_out_heals() -> Result<()> {
             ],
         )
         .context(*damage)?;
+        Way::that_begins("virtseal status", &guard)?.take(&sealed)?;
 
         let adopt = Way::that_begins("virtseal vm adopt", &status(&sealed, "web01")?)?;
         adopt.take(&sealed).context(*damage)?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal::inside::{LoaderAndTemplate, chosen_firmware, declared_firmware};
-use virtseal_testkit::{DomainSpec, Host, HostBuilder, SealedHost, expect_names};
+use virtseal_testkit::{DomainSpec, Host, HostBuilder, SealedHost, Way, expect_names};
 
 /// A raw disk of 8 MiB that begins as an image that `options` make, with data at 6 MiB.
 fn disguised(sealed: &SealedHost, name: &str, options: &[&str]) -> Result<DomainSpec> {
@@ -51,7 +51,8 @@ fn a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty() -> Result<()> 
             // Nothing to be typed makes root open what the header names.
             ensure!(!refused.contains("qemu-img"), "{refused}");
         }
-        let refused = sealed.refused(8, &["vm", "seal", "--from-format", "vda=raw", vm])?;
+        let told = sealed.refused(8, &["vm", "seal", vm])?;
+        let refused = Way::that_begins("if the guest has written that", &told)?.refused(&sealed)?;
         expect_names(&refused, &[&path, "holds data"])?;
         ensure!(fs::read(host.path(&spec.disk))? == before, "{vm} was changed");
     }

@@ -282,7 +282,29 @@ fn copies_and_backups_to_plain_files_are_found_and_to_encrypted_ones_are_not() -
     backup(&sealed, &[], &format!("mode='push'><disks>{disk}</disks>"))?;
     wait_for_the_job(&sealed)?;
     wait_for(&sealed, "web01", &["back", "plaintext"])?;
-    // It goes on until it is ended.
+    // These go on until they are ended.
+    let copy = format!("{IMAGES}/mirror.raw");
+    let blockcopy = [
+        "blockcopy",
+        "web01",
+        "vda",
+        "--dest",
+        &copy,
+        "--format",
+        "raw",
+        "--transient-job",
+    ];
+    virsh(&sealed, &blockcopy)?;
+    wait_for(
+        &sealed,
+        "web01",
+        &["mirror.raw", "virsh blockjob --abort web01 vda"],
+    )?;
+    let told = warnings(&sealed, "web01")?.join("\n");
+    Way::that_begins("virsh blockjob --abort", &told)?
+        .after("remove the copy")
+        .take(&sealed)?;
+    wait_for_the_job(&sealed)?;
     backup(
         &sealed,
         &[],

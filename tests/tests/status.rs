@@ -159,13 +159,15 @@ fn a_saved_vm_and_its_memory_in_plaintext_are_named() -> Result<()> {
     ensure!(!sealed.run(&["status"])?.contains("has a managed save"));
 
     host.virsh(&["save", "web01", "/run/web01.save"])?.succeeded()?;
-    virtseal_testkit::wait_until(std::time::Duration::from_secs(20), "the file to be noted", || {
-        let status = sealed.run(&["status"])?;
-        let told = ["web01 was saved to a file", "Next: virsh restore FILE"];
-        Ok(told.iter().all(|part| status.contains(part)).then_some(()))
-    })?;
-    host.virsh(&["restore", "--paused", "/run/web01.save"])?
-        .succeeded()?;
+    let told =
+        virtseal_testkit::wait_until(std::time::Duration::from_secs(20), "the file to be noted", || {
+            let status = sealed.run(&["status"])?;
+            Ok(status.contains("web01 was saved to a file").then_some(status))
+        })?;
+    Way::that_begins("virsh restore", &told)?
+        .with("FILE", "/run/web01.save")
+        .after("delete that file")
+        .take(&sealed)?;
     ensure!(!sealed.run(&["status"])?.contains("was saved to a file"));
     Ok(())
 }

@@ -5,7 +5,9 @@ use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_testkit::{DomainSpec, DomainState, HostBuilder, SealedHost, Way, edited, expect_names};
+use virtseal_testkit::{
+    DomainSpec, DomainState, HostBuilder, SealedHost, Way, edit_keystore, edited, expect_names,
+};
 
 const IMAGES: &str = "/var/lib/libvirt/images";
 const NVRAM: &str = "/var/lib/libvirt/qemu/nvram";
@@ -212,7 +214,11 @@ fn what_is_refused_of_a_volume_is_done_as_it_says() -> Result<()> {
     sealed.expect_start("db01")?;
     host.define_xml(&xml)?;
 
-    // Deleted without a word, and one that only was elsewhere.
+    // A wrong path, then one that was deleted without a word, and one that only was elsewhere.
+    let none = format!("{IMAGES}/none.qcow2");
+    let told = refused(&sealed, &["volume", "forget", &none])?;
+    let listed = Way::that_begins("virtseal provider orphans", &told)?.take(&sealed)?;
+    ensure!(!listed.contains(&none), "{listed}");
     let told = refused(&sealed, &["volume", "forget", &own])?;
     Way::that_begins("virtseal volume forget --force", &told)?
         .typing(&["db01"])
@@ -277,6 +283,119 @@ fn a_job_that_waits_is_ended_or_helped_as_it_says() -> Result<()> {
 }
 
 #[test]
+fn a_job_of_another_version_is_ended_as_it_says() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    sealed.add_provider("spare")?;
+    sealed.run(&["provider", "lock", "spare"])?;
+    sealed.run(&["provider", "move", "main", "spare"])?;
+    let begun = sealed.last_job()?;
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    edit_keystore(&sealed, |keystore| {
+        let changed = keystore.execute(
+            "UPDATE jobs SET task = '{\"later\": 1}' WHERE state = 'running'",
+            [],
+        )?;
+        ensure!(changed == 1, "{changed} jobs");
+        Ok(())
+    })?;
+    sealed.start_daemon()?;
+    sealed.unlock()?;
+    let told = refused(&sealed, &["provider", "delete", "spare"])?;
+    Way::that_begins("virtseal jobs abort", &told)?.take(&sealed)?;
+    let ended = sealed.last_job()?;
+    ensure!(
+        ended["id"] == begun["id"] && ended["state"] == "aborted",
+        "{ended}"
+    );
+    sealed.run(&["provider", "delete", "spare"])?;
+    sealed.expect_start("web01")
+}
+
+#[test]
+fn a_provider_with_an_older_root_key_gets_its_own_back_as_it_says() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    sealed.seal_new("web01")?;
+    fs::write(sealed.host().path("/run/wrong"), "another passphrase")?;
+    let wrong = ["provider", "rotate", "main", "--passphrase-file", "/run/wrong"];
+    let typed = [SealedHost::PASSPHRASE; 3];
+    let told = refused(&sealed, &wrong)?;
+    Way::that_begins("virtseal provider rotate", &told)?
+        .typing(&typed[..1])
+        .take(&sealed)?;
+    let newest = "/run/newest.age";
+    let file = sealed.passphrase_file()?.display().to_string();
+    sealed.run(&[
+        "provider",
+        "backup",
+        "main",
+        "-o",
+        newest,
+        "--passphrase-file",
+        &file,
+    ])?;
+    sealed.wait_for_copies(0)?;
+    sealed.expect_start("web01")?;
+
+    // Somebody brings back what was backed up first.
+    sealed.run(&["provider", "delete", "main", "--force", "--yes-delete", "main"])?;
+    let oldest = [
+        "provider",
+        "restore",
+        "main",
+        "--input",
+        "/var/lib/virtseal/main.age",
+    ];
+    let passphrases = ["--backup-passphrase-file", &file, "--passphrase-file", &file];
+    sealed.run(&[&oldest[..], &passphrases].concat())?;
+    let told = refused(
+        &sealed,
+        &["provider", "rotate", "main", "--passphrase-file", &file],
+    )?;
+    Way::named("virtseal state backup", &told)?
+        .with("FILE", "/run/state.age")
+        .after("virtseal provider")
+        .typing(&typed[..2])
+        .take(&sealed)?;
+    Way::named("virtseal provider delete main --force", &told)?
+        .after("virtseal provider restore")
+        .typing(&["main"])
+        .take(&sealed)?;
+    Way::named("virtseal provider restore main", &told)?
+        .with("FILE", newest)
+        .typing(&typed)
+        .take(&sealed)?;
+    sealed.expect_start("web01")
+}
+
+#[test]
+fn of_two_vms_that_had_one_name_each_is_meant_by_its_uuid_as_it_says() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let first = sealed.seal_new("twin")?;
+    sealed.host().undefine("twin")?;
+    fs::remove_file(sealed.host().path(first.nvram()))?;
+    let second = DomainSpec {
+        disk: format!("{IMAGES}/other.qcow2").into(),
+        ..SealedHost::spec("twin")
+    };
+    sealed.seal_empty(&second)?;
+    sealed.host().undefine("twin")?;
+    let told = refused(&sealed, &["vm", "status", "twin"])?;
+    Way::that_begins("virtseal vm status UUID", &told)?
+        .with("UUID", &second.uuid.to_string())
+        .take(&sealed)?;
+    let told = refused(&sealed, &["vm", "shred", "twin"])?;
+    Way::that_begins("virtseal vm shred UUID", &told)?
+        .with("UUID", &first.uuid.to_string())
+        .typing(&["twin"])
+        .take(&sealed)?;
+    // Now the name is the other's alone.
+    let left = sealed.json(&["vm", "status", "twin"])?["vms"][0]["uuid"].take();
+    ensure!(left == second.uuid.to_string(), "{left}");
+    Ok(())
+}
+
+#[test]
 fn what_is_lost_of_the_host_is_seen_and_comes_back_as_it_says() -> Result<()> {
     let mut sealed = SealedHost::start()?;
     sealed.seal_new("web01")?;
@@ -291,17 +410,17 @@ fn what_is_lost_of_the_host_is_seen_and_comes_back_as_it_says() -> Result<()> {
         &passphrase,
     ];
     sealed.run(&backup)?;
-    let told = refused(
-        &sealed,
-        &[
-            "state",
-            "restore",
-            "-i",
-            "/run/state.age",
-            "--passphrase-file",
-            &passphrase,
-        ],
-    )?;
+    // A record that is nowhere else.
+    sealed.stop_daemon(Signal::SIGTERM)?;
+    edit_keystore(&sealed, |keystore| {
+        keystore.execute_batch("PRAGMA ignore_check_constraints = ON; PRAGMA foreign_keys = OFF")?;
+        Ok(keystore.execute("UPDATE providers SET name = x'00'", [])?)
+    })?;
+    sealed.start_daemon()?;
+    let told = sealed.run(&["status"])?;
+    let told = Way::named("virtseal state restore -i FILE", &told)?
+        .with("FILE", &format!("/run/state.age --passphrase-file {passphrase}"))
+        .refused(&sealed)?;
     sealed.stop_daemon(Signal::SIGTERM)?;
     Way::that_begins("virtseal state restore --yes-replace", &told)?
         .typing(&[SealedHost::PASSPHRASE])
@@ -338,8 +457,13 @@ fn a_provider_is_given_up_and_comes_back_as_it_says() -> Result<()> {
         .take(&sealed)?;
     Way::named("virtseal jobs watch", &printed)?.take(&sealed)?;
     sealed.wait_for_copies(0)?;
-    sealed.run(&delete)?;
+    let deleted = sealed.virtseal(&delete)?;
     sealed.expect_start("web01")?;
+    // Another host may have needed it.
+    Way::named("virtseal provider restore main", &deleted.stderr)?
+        .typing(&[SealedHost::PASSPHRASE; 3])
+        .take(&sealed)?;
+    sealed.run(&delete)?;
 
     // The last one, and what it was for stays off until it is back.
     let told = refused(

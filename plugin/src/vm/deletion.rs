@@ -202,7 +202,7 @@ fn keep_root_aside(host: &Host<'_>, provider: &Provider) -> Result<Option<String
             },
         )?;
     Ok(Some(format!(
-        "what is unused here may be needed elsewhere: its sealed root keys are kept in {}, and {} brings it back by its passphrase",
+        "what is unused here may be needed elsewhere: its sealed root keys are kept in {}; by its passphrase they come back: {}",
         word(kept.display()),
         Advice::RestoreProviderFrom(name.to_string(), kept)
     )))

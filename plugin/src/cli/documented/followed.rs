@@ -21,16 +21,19 @@ use By::{Nobody, Story};
 const NO_COMMAND: &str = "it names nothing to run";
 const BY_SYSTEMD: &str =
     "stories have no systemd: tests/run-systemd starts, stops and reloads by it on a host that it has booted";
-const OF_A_SERVER: &str =
-    "it is done at the key server or the token, by its own tools: the conformance suite has the refusal";
-const OF_A_TPM: &str = "host_tpm/ runs it on a TPM of its own, with the values that only that story has";
-const SHOWS: &str = "it shows and leads on to what it shows: a test of the sources parses it";
 
 const FOLLOWED: &[(&str, By)] = &[
     ("Words", Nobody(NO_COMMAND)),
     ("Joined", Nobody("its parts stand here themselves")),
     // The host and its jobs.
-    ("ShowStatus", Nobody(SHOWS)),
+    (
+        "ShowStatus",
+        Story(
+            "conflict.rs",
+            "a_damaged_row_is_named_and_its_way_out_heals",
+            "virtseal status",
+        ),
+    ),
     (
         "ListJobs",
         Story(
@@ -65,7 +68,11 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "AbortTheJob",
-        Nobody("of a job that a later virtseald has begun: a unit test of jobs reads such a row"),
+        Story(
+            "told.rs",
+            "a_job_of_another_version_is_ended_as_it_says",
+            "virtseal jobs abort",
+        ),
     ),
     (
         "ResumeJob",
@@ -77,13 +84,19 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "BackUpState",
-        Nobody(
-            "the last resort of a rotation that lost its root key, which no story can lose: documentation.rs runs the command",
+        Story(
+            "told.rs",
+            "a_provider_with_an_older_root_key_gets_its_own_back_as_it_says",
+            "virtseal state backup",
         ),
     ),
     (
         "RestoreState",
-        Nobody("of a keystore that SQLite finds damaged: state.rs restores one"),
+        Story(
+            "told.rs",
+            "what_is_lost_of_the_host_is_seen_and_comes_back_as_it_says",
+            "virtseal state restore -i FILE",
+        ),
     ),
     (
         "RestoreStateOver",
@@ -124,11 +137,29 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal provider add native",
         ),
     ),
-    ("AddProviderHelp", Nobody(SHOWS)),
-    ("ShowProvider", Nobody(SHOWS)),
+    (
+        "AddProviderHelp",
+        Story(
+            "key_servers.rs",
+            "a_vault_lets_in_and_is_trusted_as_it_says",
+            "virtseal provider add transit --help",
+        ),
+    ),
+    (
+        "ShowProvider",
+        Story(
+            "key_servers.rs",
+            "a_kms_that_was_given_up_comes_back_as_it_says",
+            "virtseal provider show",
+        ),
+    ),
     (
         "SetUntried",
-        Nobody("KEY=VALUE is what was refused: providers.rs sets it"),
+        Story(
+            "key_servers.rs",
+            "a_kms_that_was_given_up_comes_back_as_it_says",
+            "virtseal provider set kms KEY=VALUE --no-probe",
+        ),
     ),
     (
         "UnlockProvider",
@@ -146,7 +177,14 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal provider unlock main --tpm",
         ),
     ),
-    ("UnlockByFile", Nobody(OF_A_SERVER)),
+    (
+        "UnlockByFile",
+        Story(
+            "key_servers.rs",
+            "a_vault_lets_in_and_is_trusted_as_it_says",
+            "virtseal provider unlock vault --passphrase-file",
+        ),
+    ),
     (
         "UnlockByPin",
         Story(
@@ -155,7 +193,14 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal provider unlock main --tpm",
         ),
     ),
-    ("LockProvider", Nobody(OF_A_SERVER)),
+    (
+        "LockProvider",
+        Story(
+            "key_servers.rs",
+            "a_token_gets_its_pin_as_it_says",
+            "virtseal provider lock",
+        ),
+    ),
     (
         "BackUpProvider",
         Story(
@@ -174,16 +219,35 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "RestoreProviderFrom",
-        Nobody("printed with the way back from a deletion without loss: planted_paths.rs has the file"),
+        Story(
+            "told.rs",
+            "a_provider_is_given_up_and_comes_back_as_it_says",
+            "virtseal provider restore main",
+        ),
     ),
-    ("AddAgain", Nobody(OF_A_SERVER)),
+    (
+        "AddAgain",
+        Story(
+            "key_servers.rs",
+            "a_kms_that_was_given_up_comes_back_as_it_says",
+            "virtseal provider add kmip kms",
+        ),
+    ),
     (
         "BringBack",
-        Nobody("as RestoreProvider, where the kind is not known: moves.rs restores"),
+        Story(
+            "moves.rs",
+            "another_host_adopts_a_vm_from_its_xml",
+            "virtseal provider restore main",
+        ),
     ),
     (
         "RotateProvider",
-        Nobody("of a lost passphrase: docs/recovery.md, which documentation.rs reads"),
+        Story(
+            "told.rs",
+            "a_provider_with_an_older_root_key_gets_its_own_back_as_it_says",
+            "virtseal provider rotate",
+        ),
     ),
     (
         "MoveProvider",
@@ -211,7 +275,11 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "ForceDelete",
-        Nobody("the last resort of a rotation that lost its root key, with BackUpState"),
+        Story(
+            "told.rs",
+            "a_provider_with_an_older_root_key_gets_its_own_back_as_it_says",
+            "virtseal provider delete main --force",
+        ),
     ),
     (
         "AddRecipient",
@@ -229,7 +297,14 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal provider recipients remove",
         ),
     ),
-    ("ListOrphans", Nobody(SHOWS)),
+    (
+        "ListOrphans",
+        Story(
+            "told.rs",
+            "what_is_refused_of_a_volume_is_done_as_it_says",
+            "virtseal provider orphans",
+        ),
+    ),
     (
         "CacheInMemory",
         Story(
@@ -238,7 +313,14 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal provider cache",
         ),
     ),
-    ("CacheOnDisk", Nobody(OF_A_TPM)),
+    (
+        "CacheOnDisk",
+        Story(
+            "host_tpm/main.rs",
+            "kept_keys_start_vms_after_a_reboot_while_the_kms_is_down",
+            "virtseal provider cache kmip-prod 24h --persist tpm",
+        ),
+    ),
     (
         "EnrollTpm",
         Story(
@@ -247,10 +329,38 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal provider tpm main --enroll",
         ),
     ),
-    ("TrustProvider", Nobody(OF_A_SERVER)),
-    ("TrustCa", Nobody(OF_A_SERVER)),
-    ("SetIdentity", Nobody(OF_A_SERVER)),
-    ("EncryptIdentity", Nobody(OF_A_SERVER)),
+    (
+        "TrustProvider",
+        Story(
+            "key_servers.rs",
+            "a_kms_and_this_host_trust_each_other_as_it_says",
+            "virtseal provider trust",
+        ),
+    ),
+    (
+        "TrustCa",
+        Story(
+            "key_servers.rs",
+            "a_kms_and_this_host_trust_each_other_as_it_says",
+            "virtseal provider trust kms --ca",
+        ),
+    ),
+    (
+        "SetIdentity",
+        Story(
+            "key_servers.rs",
+            "a_kms_and_this_host_trust_each_other_as_it_says",
+            "virtseal provider identity",
+        ),
+    ),
+    (
+        "EncryptIdentity",
+        Story(
+            "key_servers.rs",
+            "a_kms_and_this_host_trust_each_other_as_it_says",
+            "virtseal provider identity kms --cert FILE --encrypt",
+        ),
+    ),
     (
         "BindIdentity",
         Story(
@@ -259,16 +369,84 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal provider identity",
         ),
     ),
-    ("RequestCertificate", Nobody(OF_A_SERVER)),
-    ("RequestNewCertificate", Nobody(OF_A_SERVER)),
-    ("TrustSigner", Nobody(OF_A_SERVER)),
-    ("OtherCertificate", Nobody(OF_A_SERVER)),
-    ("LogInByCertificate", Nobody(OF_A_SERVER)),
-    ("TransitTrust", Nobody(OF_A_SERVER)),
-    ("NewPin", Nobody(OF_A_SERVER)),
-    ("LogInElsewhere", Nobody(OF_A_SERVER)),
-    ("UnsealServer", Nobody(OF_A_SERVER)),
-    ("RestoreKek", Nobody(OF_A_SERVER)),
+    (
+        "RequestCertificate",
+        Story(
+            "key_servers.rs",
+            "a_kms_and_this_host_trust_each_other_as_it_says",
+            "virtseal provider csr",
+        ),
+    ),
+    (
+        "RequestNewCertificate",
+        Story(
+            "key_servers.rs",
+            "a_kms_and_this_host_trust_each_other_as_it_says",
+            "virtseal provider csr kms --new",
+        ),
+    ),
+    (
+        "TrustSigner",
+        Story(
+            "key_servers.rs",
+            "a_vault_lets_in_and_is_trusted_as_it_says",
+            "put the certificate",
+        ),
+    ),
+    (
+        "OtherCertificate",
+        Story(
+            "key_servers.rs",
+            "a_vault_lets_in_and_is_trusted_as_it_says",
+            "virtseal provider unlock vault --passphrase-file",
+        ),
+    ),
+    (
+        "LogInByCertificate",
+        Story(
+            "key_servers.rs",
+            "a_vault_lets_in_and_is_trusted_as_it_says",
+            "let the server ask",
+        ),
+    ),
+    (
+        "TransitTrust",
+        Story(
+            "key_servers.rs",
+            "a_vault_lets_in_and_is_trusted_as_it_says",
+            "virtseal provider unlock vault --passphrase-file",
+        ),
+    ),
+    (
+        "NewPin",
+        Story(
+            "key_servers.rs",
+            "a_token_gets_its_pin_as_it_says",
+            "let the token's security officer",
+        ),
+    ),
+    (
+        "LogInElsewhere",
+        Nobody(
+            "SoftHSM, the one token that stories have, never comes to its last try: a unit test of pkcs11/ has one that does",
+        ),
+    ),
+    (
+        "UnsealServer",
+        Story(
+            "key_servers.rs",
+            "a_vault_lets_in_and_is_trusted_as_it_says",
+            "unseal the server",
+        ),
+    ),
+    (
+        "RestoreKek",
+        Story(
+            "key_servers.rs",
+            "a_key_that_is_gone_at_its_server_comes_back_as_it_says",
+            "restore that key",
+        ),
+    ),
     // VMs.
     (
         "SealVm",
@@ -296,7 +474,11 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "SealDeclared",
-        Nobody("it leads to the refusal of a disk that holds data: formats.rs takes it"),
+        Story(
+            "formats.rs",
+            "a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty",
+            "if the guest has written that",
+        ),
     ),
     (
         "UnsealVm",
@@ -330,7 +512,14 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal vm adopt --from",
         ),
     ),
-    ("ShowVm", Nobody(SHOWS)),
+    (
+        "ShowVm",
+        Story(
+            "told.rs",
+            "of_two_vms_that_had_one_name_each_is_meant_by_its_uuid_as_it_says",
+            "virtseal vm status UUID",
+        ),
+    ),
     (
         "ShowVms",
         Story(
@@ -365,7 +554,11 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "ShredVm",
-        Nobody("of several VMs that had one name: its UUID in a command that stories run by the name"),
+        Story(
+            "told.rs",
+            "of_two_vms_that_had_one_name_each_is_meant_by_its_uuid_as_it_says",
+            "virtseal vm shred UUID",
+        ),
     ),
     (
         "ShredAsTyped",
@@ -385,7 +578,11 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "DeleteSnapshot",
-        Nobody("snapshot/main.rs types it as it is printed"),
+        Story(
+            "snapshot/pivots.rs",
+            "a_merge_by_hand_that_libvirtd_died_in_loses_nothing",
+            "virtseal vm snapshot delete",
+        ),
     ),
     (
         "ForceSnapshot",
@@ -564,7 +761,11 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "RestoreSaved",
-        Nobody("FILE is what an admin has saved: status.rs names it"),
+        Story(
+            "status.rs",
+            "a_saved_vm_and_its_memory_in_plaintext_are_named",
+            "virsh restore",
+        ),
     ),
     (
         "DetachDisk",
@@ -600,7 +801,11 @@ const FOLLOWED: &[(&str, By)] = &[
     ),
     (
         "AbortBlockJob",
-        Nobody("a copy in the making: side_doors.rs ends a backup, by AbortDomainJob"),
+        Story(
+            "side_doors.rs",
+            "copies_and_backups_to_plain_files_are_found_and_to_encrypted_ones_are_not",
+            "virsh blockjob --abort",
+        ),
     ),
     (
         "AbortDomainJob",

@@ -168,7 +168,7 @@ fn command_in(step: &str) -> Result<&str> {
         _ => step,
     };
     ensure!(is_command(command), "that is no command");
-    let end = [", ", ": ", " ("]
+    let end = [", ", ": ", " (", ")"]
         .iter()
         .filter_map(|end| command.find(end))
         .min();

@@ -10,6 +10,9 @@ use tempfile::TempDir;
 use super::{directory, text};
 use crate::SealedHost;
 
+/// Of every token.
+const SO_PIN: &str = "12345678";
+
 /// The tokens. virtseald must be started by [`SoftHsm::start_daemon`] to see them.
 pub struct SoftHsm {
     dir: TempDir,
@@ -60,7 +63,7 @@ impl SoftHsm {
     pub fn make_in(directory: &Path, label: &str) -> Result<()> {
         let output = Command::new("softhsm2-util")
             .args(["--init-token", "--free", "--label", label])
-            .args(["--so-pin", "12345678", "--pin", Self::PIN])
+            .args(["--so-pin", SO_PIN, "--pin", Self::PIN])
             .env("SOFTHSM2_CONF", directory.join(Self::CONFIGURATION))
             .output()
             .context("softhsm2-util did not start: install softhsm2")?;
@@ -99,6 +102,23 @@ impl SoftHsm {
     /// The tool is missing, or refuses.
     pub fn make(&self, label: &str) -> Result<()> {
         Self::make_in(self.dir.path(), label)
+    }
+
+    /// What the security officer of the token `label` does with pkcs11-tool.
+    ///
+    /// # Errors
+    /// The tool is missing, or refuses.
+    pub fn tool(&self, label: &str, arguments: &[&str]) -> Result<()> {
+        let output = Command::new("pkcs11-tool")
+            .args(["--module", Self::MODULE, "--token-label", label])
+            .args(["--so-pin", SO_PIN])
+            .args(arguments)
+            .env("SOFTHSM2_CONF", self.dir.path().join(Self::CONFIGURATION))
+            .output()
+            .context("pkcs11-tool did not start: install opensc")?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "pkcs11-tool: {complaint}");
+        Ok(())
     }
 
     /// Takes a token out of its slot.
