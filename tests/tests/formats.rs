@@ -52,7 +52,7 @@ fn a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty() -> Result<()> 
             ensure!(!refused.contains("qemu-img"), "{refused}");
         }
         let told = sealed.refused(8, &["vm", "seal", vm])?;
-        let refused = Way::that_begins("if the guest has written that", &told)?.refused(&sealed)?;
+        let refused = Way::named("virtseal vm seal --from-format", &told)?.refused(&sealed)?;
         expect_names(&refused, &[&path, "holds data"])?;
         ensure!(fs::read(host.path(&spec.disk))? == before, "{vm} was changed");
     }

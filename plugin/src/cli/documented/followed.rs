@@ -477,7 +477,7 @@ const FOLLOWED: &[(&str, By)] = &[
         Story(
             "formats.rs",
             "a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty",
-            "if the guest has written that",
+            "virtseal vm seal --from-format",
         ),
     ),
     (
