@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use uuid::Uuid;
 use virtseal_testkit::rig::{IMAGES, NVRAM, Rig, STATE};
-use virtseal_testkit::{DomainSpec, DomainState, built_program, pin_log, wait_until};
+use virtseal_testkit::{DomainSpec, DomainState, built_program, expect_names, pin_log, wait_until};
 
 /// Rounds of a race.
 const ROUNDS: u32 = 12;
@@ -77,6 +77,43 @@ fn vm_seal_on_a_full_disk_can_be_repeated_when_there_is_room() -> Result<()> {
         small.resize("32m")?;
         rig.sealed.virtseal(&["vm", "seal", &spec.name])?.succeeded()?;
         rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])?;
+        rig.sealed.expect_start(&spec.name)?;
+    }
+    Ok(())
+}
+
+/// The VM has what it had, and starts with it.
+#[test]
+fn vm_unseal_on_a_full_disk_can_be_repeated_when_there_is_room() -> Result<()> {
+    for full in [IMAGES, NVRAM] {
+        let rig = Rig::start()?;
+        fs::create_dir_all(rig.host().path(NVRAM))?;
+        Small::mount(&rig, full, "32m")?;
+        let spec = define_empty(&rig, "full01")?;
+        let mut variables = fs::read(rig.host().path(&spec.firmware.variables))?;
+        variables[4096] ^= 1;
+        fs::write(rig.host().path(spec.nvram()), &variables)?;
+        let unseal = ["vm", "unseal", &spec.name];
+        rig.sealed.run(&["vm", "seal", &spec.name])?;
+        let before = rig.sealed.dumpxml(&spec.name)?;
+        // Not the plain files, of which one would have room, but nothing at all.
+        let ballast = rig.host().path(full).join("ballast");
+        ensure!(fs::write(&ballast, vec![0; 32 << 20]).is_err(), "it is not full");
+        let said = rig.sealed.refused(1, &unseal)?;
+        expect_names(&said, &["No space left", full])?;
+        ensure!(
+            rig.sealed.dumpxml(&spec.name)? == before,
+            "the domain was changed"
+        );
+        ensure!(fs::read(rig.host().path(spec.nvram()))?.starts_with(b"LUKS"));
+        rig.expect_active(&spec.uuid, &["disk", "nvram", "vtpm"])?;
+        rig.expect_openable(&spec.uuid)?;
+        rig.expect_no_temporaries()?;
+
+        fs::remove_file(ballast)?;
+        rig.sealed.run(&unseal)?;
+        ensure!(fs::read(rig.host().path(spec.nvram()))? == variables);
+        rig.expect_no_temporaries()?;
         rig.sealed.expect_start(&spec.name)?;
     }
     Ok(())

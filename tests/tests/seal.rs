@@ -230,7 +230,14 @@ fn variables_that_were_written_in_plaintext_are_taken_over_and_come_back() -> Re
     ensure!(told.status.success(), "{told:?}");
     expect_names(&told.stderr, &["web01_VARS.fd was in plaintext until now"])?;
     ensure!(fs::read(host.path(spec.nvram()))?.starts_with(b"LUKS"));
-    sealed.virtseal(&["vm", "unseal", "web01"])?.succeeded()?;
+    let told = sealed.virtseal(&["vm", "unseal", "web01", "--dry-run"])?;
+    expect_names(
+        &told.stderr,
+        &["web01_VARS.fd will be in plaintext", "Secure Boot"],
+    )?;
+    let told = sealed.virtseal(&["vm", "unseal", "web01"])?;
+    ensure!(told.status.success(), "{told:?}");
+    expect_names(&told.stderr, &["web01_VARS.fd are in plaintext"])?;
     ensure!(fs::read(host.path(spec.nvram()))? == variables);
     sealed.run(&["vm", "seal", "web01"])?;
     sealed.expect_start("web01")

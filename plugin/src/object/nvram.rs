@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -168,12 +169,18 @@ fn content_of(file: &File, shown: &Path) -> Result<Vec<u8>, VolumeError> {
 /// [`VolumeError`]; nothing was replaced.
 pub(crate) fn decrypt(held: ImageLock, passphrase: &Passphrase) -> Result<Prepared, VolumeError> {
     let variables = decrypted(&held.image()?, passphrase)?;
-    Prepared::over(held, |staged, held| {
-        staged
-            .file()
-            .write_all_at(&variables, 0)
-            .attempt("write", held.path())
-    })
+    let staged = Staged::beside(held.place())?;
+    staged
+        .file()
+        .write_all_at(&variables, 0)
+        .attempt("write", held.path())?;
+    staged.take_after(&held)?;
+    staged.sync()?;
+    if content_of(&staged.reopen()?, held.path())? != variables {
+        let differs = io::Error::other("it does not read as it was written");
+        return Err(differs).attempt("write", held.path());
+    }
+    Ok(Prepared::new(staged, Some(held)))
 }
 
 /// The UEFI variables in an encrypted store.

@@ -1,4 +1,4 @@
-//! Back to plain, as long as nothing was ever written under seal.
+//! Back to plain, as long as the VM has not run since it was sealed. UEFI variables that it had before come along.
 
 use super::plan::{parse, refuse_unless_off};
 use super::replaced::{Ready, Replaced};
@@ -59,17 +59,34 @@ impl UnsealPlan {
             steps: acts.iter().map(|act| act.told(tense)).collect(),
             result: is_done.then(|| format!("{name} is plain")),
             next: is_done.then(|| Advice::StartVm(name.clone()).to_string()),
-            warnings: vec![
-                // Only a VM with a sealed one that never ran gets here.
-                format!(
-                    "the TPM stays in the domain, and its state will be plain: {}",
-                    Advice::EditXml(self.name.clone()).within("remove it")
-                ),
-                "the keys stay in the keystore".into(),
-            ],
+            warnings: self.warnings(tense),
             changed: is_done,
             ..Outcome::default()
         }
+    }
+
+    fn warnings(&self, tense: Tense) -> Vec<String> {
+        let decrypted = |step: &&Step| matches!(step.by, Replacement::Decrypted);
+        let are = match tense {
+            Tense::Done => "are",
+            Tense::Planned => "will be",
+        };
+        let stores = self.steps.iter().filter(decrypted).map(|step| {
+            let path = step.place.shown().display();
+            format!(
+                "the UEFI variables in {path} {are} in plaintext: boot entries, keys of Secure Boot, and whatever else the firmware and \
+                 the guest have put there, such as a password of its setup or a kernel's last messages"
+            )
+        });
+        let others = [
+            // Only a VM with a sealed one that never ran gets here.
+            format!(
+                "the TPM stays in the domain, and its state will be plain: {}",
+                Advice::EditXml(self.name.clone()).within("remove it")
+            ),
+            "the keys stay in the keystore".into(),
+        ];
+        stores.chain(others).collect()
     }
 }
 
