@@ -417,9 +417,13 @@ fn free_running(
         Ended::PoweredOff => return Ok(Came::OnceMore),
         Ended::Merged => {}
     }
-    // QEMU is believed about what it has open.
-    let Some(found) = found else {
-        return remove_left(daemon, disk, overlays);
+    // QEMU is believed about what it has open. An earlier try has died before the next start knew that too, or that was defined again.
+    let next = seen.next.as_deref();
+    let found = match (found, next.map(|next| disk.standing(next)).transpose()?) {
+        (Some(found), _) => found,
+        (None, None | Some(Standing::Bare)) => return remove_left(daemon, disk, overlays),
+        (None, Some(Standing::Overlaid)) => find(&host, next.unwrap_or_default(), name, disk)?,
+        (None, Some(Standing::Other)) => return Err(disk.changed(name)),
     };
     let free = off::hold_overlays(&found).map_err(|failure| failure.of(name))?;
     if seen.next.is_some() {

@@ -12,6 +12,8 @@ const SMALL: &str = "size=1m,mode=0700";
 struct Asked {
     spec: DomainSpec,
     overlays: [PathBuf; 2],
+    /// The XML of its next start, before it was asked.
+    next: String,
     qemu: String,
     /// The command that waits for the end of it.
     commit: Process,
@@ -20,6 +22,7 @@ struct Asked {
 impl Asked {
     fn stop_at(rig: &Rig, vm: &str) -> Result<Self> {
         let (spec, overlays) = overlaid(rig, vm)?;
+        let next = rig.sealed.dumpxml(vm)?;
         virsh(rig, &["blockcommit", vm, "vda", "--active"])?;
         wait_until(PATIENCE, "the merge to be ready", || {
             Ok(virsh(rig, &["dumpxml", vm])?
@@ -44,6 +47,7 @@ impl Asked {
         Ok(Self {
             spec,
             overlays,
+            next,
             qemu,
             commit,
         })
@@ -183,6 +187,28 @@ fn a_vm_that_ends_as_it_is_asked_is_settled_by_itself() -> Result<()> {
     let ended = asked.commit.wait(PATIENCE)?;
     ensure!(ended.success(), "{}", asked.commit.output());
     expect_settled(&rig, &asked, 0x42)
+}
+
+/// The XML of its next start named the overlay still, and what the guest has written since is in the sealed image alone.
+#[test]
+fn a_merge_that_goes_on_frees_the_next_start_too() -> Result<()> {
+    let mut rig = Rig::start()?;
+    let asked = Asked::stop_at(&rig, "web01")?;
+    rig.sealed.stop_daemon(Signal::SIGKILL)?;
+    asked.signal(&rig, "-CONT")?;
+    let top = asked.overlays[0].display().to_string();
+    wait_until(PATIENCE, "libvirt to know of the merge", || {
+        Ok((!virsh(&rig, &["dumpxml", "web01"])?.contains(&top)).then_some(()))
+    })?;
+    rig.host().define_xml(&asked.next)?;
+    ensure!(rig.sealed.dumpxml("web01")?.contains(&top));
+    write(&rig, "web01", 0x43, 0, 2 * MIB)?;
+    rig.sealed.start_daemon()?;
+    rig.sealed.unlock()?;
+    let job = wait_for_its_end(&rig)?;
+    ensure!(job["state"] == "done", "{job}");
+    rig.sealed.destroy("web01")?;
+    expect_settled(&rig, &asked, 0x43)
 }
 
 #[test]
