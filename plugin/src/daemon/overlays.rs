@@ -358,7 +358,7 @@ fn remove_left(daemon: &Daemon, disk: &OverlaidDisk, overlays: &Overlays) -> Res
     let host = daemon.host_of_vms()?;
     let mut held = Vec::new();
     for path in &disk.overlays {
-        if let Some(overlay) = off::hold_left(&host, path, &disk.base)? {
+        if let Some(overlay) = off::hold_left(&host, overlays.vm, path, &disk.base)? {
             held.push(overlay);
         }
     }

@@ -7,6 +7,7 @@ use crate::host::libvirt::{Background, KeptXml};
 use crate::host::permitted::{PathError, PathRule, PermittedPath};
 use crate::model::envelope::{Envelope, VmId};
 use crate::model::problem::{Code, Problem, chain};
+use crate::object::disk::{self, Layer, VolumeError};
 use crate::object::{Located, OpenedHeaders, Opening};
 use crate::recipients::Recipients;
 use crate::secret::{Dek, Passphrase};
@@ -55,6 +56,19 @@ impl Host<'_> {
         let records = self.keystore.envelopes_of(vm)?.sound;
         let known = records.iter().map(|record| &record.location);
         Ok(self.paths.permit_known(path, known))
+    }
+
+    /// The layers of an image of `vm` from the top, as far as they are where it may have some, and why there are no more.
+    pub(crate) fn layers_of(
+        &self,
+        vm: VmId,
+        top: &PermittedPath,
+    ) -> Result<(Vec<Layer>, Option<VolumeError>), StoreError> {
+        let records = self.keystore.envelopes_of(vm)?.sound;
+        let known = || records.iter().map(|record| &record.location);
+        Ok(disk::known_layers(top, |path| {
+            Ok(self.paths.permit_known(path, known())?)
+        }))
     }
 
     /// The place of an object that the keystore has, as long as no link of others leads elsewhere.

@@ -262,10 +262,7 @@ fn role_in(host: &Host<'_>, kept: &KeptXml, file: FileId) -> Option<Role> {
             return Some(Role::Disk(disk.target.clone()));
         }
         let top = permit(path).ok()?;
-        let (layers, _) = disk::known_layers(&top, |path| match host.place_of(kept.vm, path) {
-            Ok(place) => Ok(place?),
-            Err(_) => Err(VolumeError::NotFound(path.to_owned())),
-        });
+        let (layers, _) = host.layers_of(kept.vm, &top).ok()?;
         let is_below = layers.iter().skip(1).any(|layer| is_it(&layer.path));
         is_below.then(|| Role::Below(disk.target.clone()))
     })

@@ -4,12 +4,13 @@
 mod pivots;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal_testkit::rig::{IMAGES, Rig, words};
-use virtseal_testkit::{DomainSpec, SealedHost, Tracer, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, SealedHost, Tracer, edited, expect_names, wait_until};
 
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
@@ -230,6 +231,48 @@ fn an_overlay_on_a_sealed_image_that_has_one_below_is_merged() -> Result<()> {
         "what is below was written to"
     );
     rig.sealed.expect_start("web01")
+}
+
+/// Who lays images beside each other names what is below them: what is not an image of VMs is not looked at, nor told whether it is there.
+#[test]
+fn a_branch_is_followed_where_images_may_be_and_nowhere_else() -> Result<()> {
+    let rig = Rig::start()?;
+    let spec = rig.sealed.seal_new("web01")?;
+    rig.sealed.start_paused("web01")?;
+    let left = overlay(&rig, "web01", "s1", &[])?.display().to_string();
+    rig.sealed.destroy("web01")?;
+    let base = spec.disk.display().to_string();
+    let size = rig.sealed.json(&["volume", "info", &base])?["virtual_size"].to_string();
+    let lay = |image: &str| {
+        let create = [
+            "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b", &base, image, &size,
+        ];
+        rig.host().run(&create)?.succeeded()
+    };
+    // The VM has gone on from the sealed image in another way.
+    let top = format!("{IMAGES}/web01.top");
+    lay(&top)?;
+    rig.host()
+        .define_xml(&edited(&rig.sealed.dumpxml("web01")?, &left, &top)?)?;
+    let commit = ["vm", "snapshot", "commit", "--dry-run", "web01"];
+    let refused = rig.sealed.refused(8, &commit)?;
+    expect_names(&refused, &[&left, "of snapshot s1 is on the same sealed image"])?;
+    let secrets = "/run/secrets";
+    fs::create_dir(rig.host().path(secrets))?;
+    fs::set_permissions(rig.host().path(secrets), fs::Permissions::from_mode(0o700))?;
+    lay(&format!("{secrets}/image"))?;
+    let told = ["image", "none"].map(|name| -> Result<String> {
+        let below = format!("{secrets}/{name}");
+        let rebase = ["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", &below, &left];
+        rig.host().run(&rebase)?.succeeded()?;
+        Ok(rig.sealed.refused(6, &commit)?.replace(&below, "PATH"))
+    });
+    let [image, none] = told;
+    let image = image?;
+    expect_names(&image, &[&left, "of snapshot s1", "PATH", "image_dirs"])?;
+    let none = none?;
+    ensure!(image == none, "{image}\n{none}");
+    Ok(())
 }
 
 #[test]

@@ -12,8 +12,9 @@ use crate::model::advice::Advice;
 use crate::model::deadlines::image::GOES_OVER;
 use crate::model::envelope::{ObjectKind, VmId};
 use crate::model::problem::Problem;
-use crate::object::disk::{self, Format, Layer};
+use crate::object::disk::{self, Format, Layer, VolumeError};
 use crate::store::EnvelopeRecord;
+use crate::terminal::word;
 use crate::vm::host::Host;
 use crate::vm::seal::OtherUses;
 
@@ -209,7 +210,7 @@ pub(super) fn refuse_other_branches(
             let Ok(Ok(place)) = host.place_of(vm, overlay) else {
                 continue;
             };
-            let (layers, _) = disk::known_layers(&place, |path| Ok(host.known_place(path)?));
+            let (layers, end) = host.layers_of(vm, &place)?;
             let mut layers = layers.iter().map(|layer| layer.path.as_path());
             if layers.any(|path| disks.iter().any(|disk| disk.base.shown() == path)) {
                 let what = format!(
@@ -219,8 +220,12 @@ pub(super) fn refuse_other_branches(
                 );
                 return Err(Problem::would_lose_key(what).next(format!(
                     "remove {} first, if it is not needed any more",
-                    overlay.display()
+                    word(overlay.display())
                 )));
+            }
+            if let Some(error @ VolumeError::Place(_)) = end {
+                let what = format!("{} of snapshot {}", overlay.display(), snapshot.name);
+                return Err(Problem::from(error).of(what));
             }
         }
     }

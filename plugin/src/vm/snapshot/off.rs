@@ -7,10 +7,13 @@ use std::path::Path;
 use super::Overlaid;
 use crate::domain::DeclaredFormat;
 use crate::host::libvirt::KeptXml;
+use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
+use crate::model::envelope::VmId;
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, Base, Below, Format, Heard, ImageLock, Layer, VolumeError};
 use crate::secret::Passphrase;
+use crate::terminal::word;
 use crate::vm::host::Host;
 use crate::vm::seal::NewObject;
 
@@ -92,7 +95,8 @@ impl HeldDisk {
     }
 
     fn base(&self, host: &Host<'_>, disk: &Overlaid) -> Result<Base<'_>, Problem> {
-        let below = disk.below.iter().map(|layer| open_below(host, layer));
+        let vm = disk.record.envelope.vm;
+        let below = disk.below.iter().map(|layer| open_below(host, vm, layer));
         Ok(Base {
             held: &self.base,
             passphrase: &self.passphrase,
@@ -119,7 +123,12 @@ pub(crate) fn has_base_alone(disk: &Overlaid) -> bool {
 }
 
 /// Takes hold of an overlay that a job has left behind, if it is still a plain one on `base` and no XML names it.
-pub(crate) fn hold_left(host: &Host<'_>, path: &Path, base: &Path) -> Result<Option<ImageLock>, Problem> {
+pub(crate) fn hold_left(
+    host: &Host<'_>,
+    vm: VmId,
+    path: &Path,
+    base: &Path,
+) -> Result<Option<ImageLock>, Problem> {
     let is_named = |kept: &KeptXml| kept.snapshot.is_none() && kept.xml.contains(&path.display().to_string());
     if host.kept.iter().any(is_named) {
         return Ok(None);
@@ -132,7 +141,7 @@ pub(crate) fn hold_left(host: &Host<'_>, path: &Path, base: &Path) -> Result<Opt
     if !place.exists() {
         return Ok(None);
     }
-    let (layers, _) = disk::known_layers(&place, |path| Ok(host.known_place(path)?));
+    let (layers, _) = host.layers_of(vm, &place)?;
     let is_overlay = layers.first().is_some_and(|top| top.format == Format::Qcow2)
         && layers.iter().skip(1).any(|layer| layer.path == base);
     Ok(is_overlay.then(|| ImageLock::open(&place)).transpose()?)
@@ -144,18 +153,18 @@ pub(crate) fn remove(overlays: Vec<ImageLock>) -> Result<(), Problem> {
         disk::remove(&overlay).map_err(|error| {
             let shown = overlay.path().display().to_string();
             let what = format!("{shown} is merged, and stays: {}", chain(&error));
-            Problem::failed(what).next(Advice::from(format!("remove {shown}")))
+            Problem::failed(what).next(Advice::from(format!("remove {}", word(shown))))
         })?;
     }
     Ok(())
 }
 
-fn open_below(host: &Host<'_>, layer: &Layer) -> Result<Below, Problem> {
-    let place = host.known_place(&layer.path)?;
+fn open_below(host: &Host<'_>, vm: VmId, layer: &Layer) -> Result<Below, Problem> {
+    let place = host.permit_known(vm, &layer.path)?;
     let (format, passphrase) = match layer.format {
         Format::Raw => (DeclaredFormat::Raw, None),
         Format::Qcow2 => (DeclaredFormat::Qcow2, None),
-        Format::Qcow2Luks1 => (DeclaredFormat::Qcow2, Some(passphrase_of(host, layer)?)),
+        Format::Qcow2Luks1 => (DeclaredFormat::Qcow2, Some(passphrase_of(host, &place)?)),
         Format::Luks1 | Format::Luks2 => {
             let what = format!(
                 "{} is encrypted, and not an image of virtseal",
@@ -167,18 +176,19 @@ fn open_below(host: &Host<'_>, layer: &Layer) -> Result<Below, Problem> {
     Ok(Below::open(&place, format, passphrase)?)
 }
 
-fn passphrase_of(host: &Host<'_>, layer: &Layer) -> Result<Passphrase, Problem> {
-    let (_, copy) = disk::identify(&host.known_place(&layer.path)?)?;
+fn passphrase_of(host: &Host<'_>, place: &PermittedPath) -> Result<Passphrase, Problem> {
+    let (_, copy) = disk::identify(place)?;
     let record = match copy.envelope() {
         Some(carried) => host.keystore.envelope(carried.id)?,
         None => None,
     };
     let Some(record) = record else {
+        let path = place.shown();
         let what = format!(
             "{} is encrypted, and no envelope of it is known here",
-            layer.path.display()
+            path.display()
         );
-        return Err(Problem::not_found(what).next(Advice::ShowVolume(layer.path.clone())));
+        return Err(Problem::not_found(what).next(Advice::ShowVolume(path.to_owned())));
     };
     NewObject::open(host, &record)?.passphrase()
 }
