@@ -276,6 +276,7 @@ impl Display for Advice {
             ),
             Self::StartVm(vm) => virsh(f, "start", vm),
             Self::ShutDownVm(vm) => virsh(f, "shutdown", vm),
+            Self::ResumeVm(vm) => virsh(f, "resume", vm),
             Self::UndefineVm(vm) => virsh(f, "undefine --keep-nvram --keep-tpm", vm),
             Self::RenameVm(vm) => write!(f, "virsh domrename {} NEW", word(vm)),
             Self::AutostartByLibvirt(vm) => virsh(f, "autostart", vm),

@@ -208,6 +208,40 @@ fn a_volume_gets_another_size_and_loses_nothing_without_a_word() -> Result<()> {
         .map(drop)
 }
 
+#[test]
+fn a_disk_grows_where_a_vm_runs_with_its_key() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let (spec, host) = (sealed.seal_new("web01")?, sealed.host());
+    let disk = spec.disk.display().to_string();
+    // A VM that takes its image for a raw disk would get a longer file, and the image would have the size that it had.
+    host.define(&DomainSpec::minimal("thief01", &spec.disk))?;
+    host.virsh(&["start", "--paused", "thief01"])?.succeeded()?;
+    let before = host.path(&spec.disk).metadata()?.len();
+    let said = sealed.refused(9, &["volume", "resize", &disk, "128M"])?;
+    expect_names(
+        &said,
+        &[
+            "thief01 runs with it as disk vda, and not by its key",
+            "virsh shutdown thief01, then virtseal volume resize",
+        ],
+    )?;
+    ensure!(host.path(&spec.disk).metadata()?.len() == before);
+    sealed.destroy("thief01")?;
+    host.undefine("thief01")?;
+
+    // Saved and restored while it is paused: QEMU opens no disk for writing before it runs.
+    sealed.start_paused("web01")?;
+    host.virsh(&["managedsave", "web01", "--paused"])?.succeeded()?;
+    host.virsh(&["start", "web01"])?.succeeded()?;
+    let said = sealed.refused(1, &["volume", "resize", &disk, "128M"])?;
+    expect_names(&said, &["is not resized", "virtseal volume resize"])?;
+    Way::that_begins("virsh resume", &said)?.take(&sealed)?;
+    sealed.run(&["volume", "resize", &disk, "128M"])?;
+    let info = sealed.json(&["volume", "info", &disk])?;
+    ensure!(info["virtual_size"] == 128 * MIB, "{info}");
+    sealed.destroy("web01")
+}
+
 /// What a QEMU that lets nobody else in has locked.
 fn writes_alone() -> nix::libc::flock {
     nix::libc::flock {

@@ -211,6 +211,7 @@ pub(super) fn every_advice() -> Vec<Advice> {
         A::DefineSealedXml(Some(vm())),
         A::StartVm(vm()),
         A::ShutDownVm(vm()),
+        A::ResumeVm(vm()),
         A::UndefineVm(vm()),
         A::RenameVm(vm()),
         A::AutostartByLibvirt(vm()),

@@ -203,6 +203,7 @@ pub(crate) enum Advice {
     DefineSealedXml(Option<String>),
     StartVm(String),
     ShutDownVm(String),
+    ResumeVm(String),
     UndefineVm(String),
     RenameVm(String),
     /// Of a VM that is not sealed.

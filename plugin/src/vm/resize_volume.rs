@@ -7,12 +7,12 @@ use std::path::Path;
 use super::host::{Host, passphrase};
 use super::names::{self, VmNames};
 use crate::api::Outcome;
-use crate::domain::{Domain, Source};
+use crate::domain::{Domain, SecretRef, Source};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
 use crate::model::act::{Tense, Verb};
 use crate::model::advice::Advice;
-use crate::model::envelope::{ObjectKind, VmId};
+use crate::model::envelope::{Envelope, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, Bytes, FileId, VolumeError};
 use crate::store::EnvelopeRecord;
@@ -28,8 +28,10 @@ struct User {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Role {
-    /// It is its disk with this target.
+    /// It is its disk with this target, opened with the image's key, which is for this VM.
     Disk(String),
+    /// It is its disk with this target, by another key or none.
+    Alien(String),
     /// This disk of it is based on it.
     Below(String),
 }
@@ -74,7 +76,7 @@ impl Facts<'_> {
         }
         if let Some((user, disk)) = self.users.iter().find_map(|user| match &user.role {
             Role::Below(disk) => Some((user, disk)),
-            Role::Disk(_) => None,
+            Role::Disk(_) | Role::Alien(_) => None,
         }) {
             return Err(Problem::busy(format!(
                 "{shown} keeps its size: disk {disk} of {} is based on it",
@@ -107,6 +109,17 @@ impl Facts<'_> {
                 vm: *vm,
                 target: target.clone(),
             }),
+            (
+                Some(User {
+                    name,
+                    role: Role::Alien(target),
+                    ..
+                }),
+                None,
+            ) => Err(Problem::busy(format!(
+                "{shown} keeps its size: {name} runs with it as disk {target}, and not by its key"
+            ))
+            .next(Advice::ShutDownVm(name.clone()).then(self.again()))),
             (Some(user), _) => Err(Problem::busy(format!(
                 "{shown} keeps its size: several VMs that run have it"
             ))
@@ -180,7 +193,7 @@ pub(crate) fn resize(
         owner: &VmNames::of_keystore(host.keystore)?.of(record.envelope.vm),
         old: info.virtual_size,
         new,
-        users: &users(host, info.file_id)?,
+        users: &users(host, info.file_id, &record.envelope)?,
         typed,
     };
     match facts.decide()? {
@@ -192,8 +205,13 @@ pub(crate) fn resize(
             disk::resize(&place, &passphrase(&dek)?, new)?;
         }
         Way::Online { vm, target } => {
-            host.libvirt.resize_disk(vm, &target, new.0).map_err(|error| {
-                Problem::from_error(Code::Failed, format!("{shown} is not resized"), &error)
+            let resized = host.libvirt.resize_disk(vm, &target, new.0);
+            resized.map_err(|error| {
+                let failure = Problem::from_error(Code::Failed, format!("{shown} is not resized"), &error);
+                // QEMU has not opened the disks for writing, where the VM was saved while it was paused, and is restored.
+                let paused = facts.users.iter().find(|user| user.vm == vm);
+                let paused = paused.filter(|_| matches!(host.libvirt.is_paused(vm), Ok(true)));
+                failure.advised(paused.map(|user| Advice::ResumeVm(user.name.clone()).then(facts.again())))
             })?;
             let found = disk::inspect(&place)?.virtual_size;
             if found != new {
@@ -220,10 +238,10 @@ pub(crate) fn resize(
 }
 
 /// The VMs that have this file, or a disk that is based on it.
-fn users(host: &Host<'_>, file: FileId) -> Result<Vec<User>, Problem> {
+fn users(host: &Host<'_>, file: FileId, envelope: &Envelope) -> Result<Vec<User>, Problem> {
     let mut users: Vec<User> = Vec::new();
     for kept in host.kept.iter().filter(|kept| kept.snapshot.is_none()) {
-        let Some(role) = role_in(host, kept, file) else {
+        let Some(role) = role_in(host, kept, file, envelope) else {
             continue;
         };
         if users.iter().any(|user| user.vm == kept.vm) {
@@ -247,7 +265,7 @@ fn users(host: &Host<'_>, file: FileId) -> Result<Vec<User>, Problem> {
 }
 
 /// Of a VM that runs, its XML of now comes first.
-fn role_in(host: &Host<'_>, kept: &KeptXml, file: FileId) -> Option<Role> {
+fn role_in(host: &Host<'_>, kept: &KeptXml, file: FileId, envelope: &Envelope) -> Option<Role> {
     let domain = Domain::parse(&kept.xml).ok()?;
     let permit = |path: &Path| host.permit_known(kept.vm, path);
     let is_it = |path: &Path| {
@@ -259,7 +277,12 @@ fn role_in(host: &Host<'_>, kept: &KeptXml, file: FileId) -> Option<Role> {
             return None;
         };
         if is_it(path) {
-            return Some(Role::Disk(disk.target.clone()));
+            let key = disk.encryption.as_ref().map(|encryption| &encryption.secret);
+            let is_opened = key == Some(&SecretRef::Uuid(envelope.id)) && envelope.serves(kept.vm);
+            return Some(match is_opened {
+                true => Role::Disk(disk.target.clone()),
+                false => Role::Alien(disk.target.clone()),
+            });
         }
         let top = permit(path).ok()?;
         let (layers, _) = host.layers_of(kept.vm, &top).ok()?;
@@ -336,6 +359,7 @@ mod tests {
         );
         for users in [
             vec![user(disk(), Power::Running), user(disk(), Power::Running)],
+            vec![user(Role::Alien("vda".to_owned()), Power::Running)],
             vec![user(disk(), Power::Saved)],
             vec![user(below(), Power::Off)],
             vec![user(below(), Power::Running)],

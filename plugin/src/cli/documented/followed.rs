@@ -728,6 +728,14 @@ const FOLLOWED: &[(&str, By)] = &[
         ),
     ),
     (
+        "ResumeVm",
+        Story(
+            "volumes.rs",
+            "a_disk_grows_where_a_vm_runs_with_its_key",
+            "virsh resume",
+        ),
+    ),
+    (
         "UndefineVm",
         Story(
             "told.rs",

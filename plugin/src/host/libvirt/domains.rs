@@ -141,6 +141,15 @@ impl Background {
         })
     }
 
+    /// Whether the VM stands still in the middle of its run.
+    pub(crate) fn is_paused(&self, vm: VmId) -> Result<bool, LibvirtError> {
+        self.link.with("see whether the domain is paused", |connection| {
+            let found = find(connection, vm)?.map(|domain| domain.state()).transpose()?;
+            let paused = virt::enumutil::Enum::Known(DomainState::Paused);
+            Ok(found.is_some_and(|(state, _)| state == paused))
+        })
+    }
+
     /// The names of all domains.
     pub(crate) fn names(&self) -> Result<Vec<String>, LibvirtError> {
         self.link.with("list the domains", |connection| {
