@@ -27,7 +27,7 @@ pub(crate) use job::{
     CopyView, JobKind, JobReport, JobRequest, JobStarted, JobState, JobView, Jobs, SnapshotAct, SweepKind,
     Unit, VolumeCreated, VolumeRequest,
 };
-pub(crate) use problem::{ProblemView, SubjectKind, SubjectView};
+pub(crate) use problem::{ProblemView, SubjectKind, SubjectView, of_another_version};
 pub(crate) use provider::{
     BackupMade, Changed, CredentialKind, DefaultSet, DetailView, KekOrigin, OrphanEnvelope, OrphanKek,
     Orphans, PersistRequest, PersistView, PersistedBy, ProviderKind, ProviderState, ProviderView, Providers,

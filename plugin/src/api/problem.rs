@@ -1,5 +1,7 @@
 //! What went wrong, and what it is about.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use zlink::introspect::CustomType;
 
@@ -107,6 +109,16 @@ impl From<ProblemView> for Problem {
             advice: told.next.map(Advice::from),
         }
     }
+}
+
+/// One end asks, or answers, what the other does not know: `what` says of what.
+pub(crate) fn of_another_version(code: Code, what: impl fmt::Display) -> Problem {
+    let said = format!("virtseal and virtseald are of different versions: {what}");
+    Problem::new(code, said).next(
+        Advice::RestartDaemon
+            .note("if it was upgraded")
+            .or("use the virtseal of the same version"),
+    )
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use zlink::tokio::unix;
 
 use super::patience::{Patience, Silence, at_work};
 use super::unit::Unit;
-use crate::api::{HostError, HostProxy, ProviderView};
+use crate::api::{HostError, HostProxy, ProviderView, of_another_version};
 use crate::config::Config;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
@@ -82,8 +82,11 @@ impl Client {
         (&mut self.connection, &self.socket, self.patience)
     }
 
-    /// The connection failed in the middle of a call.
+    /// The connection failed in the middle of a call, or what came is not an answer to it.
     pub(super) async fn broken(&self, error: &zlink::Error) -> Problem {
+        if let Some(what) = not_understood(error) {
+            return of_another_version(Code::Unreachable, format!("{what} ({})", self.socket.display()));
+        }
         let said = format!(
             "virtseald on {} ended the connection before it had answered",
             self.socket.display()
@@ -91,6 +94,19 @@ impl Client {
         let unit = Unit::of(&self.socket).await;
         let problem = Problem::from_error(Code::Unreachable, with_unit(said, unit.as_ref()), error);
         problem.next(look(unit.as_ref()).then("try again: every command can be repeated"))
+    }
+}
+
+/// What one end does not know of what the other says.
+fn not_understood(error: &zlink::Error) -> Option<String> {
+    match error {
+        zlink::Error::VarlinkService(error) => {
+            Some(format!("virtseald does not know what was asked: {error}"))
+        }
+        zlink::Error::Json(_) | zlink::Error::MissingParameters | zlink::Error::UnknownErrorReply(_) => {
+            Some(format!("the answer of virtseald can't be read: {error}"))
+        }
+        _ => None,
     }
 }
 
@@ -144,12 +160,12 @@ fn unreachable(socket: &Path, error: &zlink::Error, unit: Option<Unit>) -> Probl
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     use super::*;
 
-    #[test]
-    fn a_refusal_is_heard_by_a_call_that_comes_after_it() {
+    /// What a call comes to that gets this answer, from an end that does `then` with its connection before it is asked.
+    fn answered(answer: &[u8], then: fn(UnixStream)) -> Problem {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -157,18 +173,38 @@ mod tests {
             .enable_all()
             .build()
             .unwrap();
-        let refused = runtime.block_on(async {
+        runtime.block_on(async {
             let mut client = Client::connect(&socket, Patience::WhileItLives).await.unwrap();
             let (mut server, _) = listener.accept().unwrap();
-            let refusal = Problem::busy("too many").next("end some");
-            let error = serde_json::to_vec(&HostError::from(refusal)).unwrap();
-            server.write_all(&[&error[..], &[0]].concat()).unwrap();
-            drop(server);
-            client
-                .call(async |host| host.list_providers().await)
-                .await
-                .unwrap_err()
-        });
+            server.write_all(&[answer, &[0]].concat()).unwrap();
+            then(server);
+            let called = client.call(async |host| host.list_providers().await).await;
+            called.unwrap_err()
+        })
+    }
+
+    #[test]
+    fn a_refusal_is_heard_by_a_call_that_comes_after_it() {
+        let refusal = Problem::busy("too many").next("end some");
+        let refused = answered(&serde_json::to_vec(&HostError::from(refusal)).unwrap(), drop);
         assert_eq!((refused.code, &*refused.message), (Code::Busy, "too many"));
+    }
+
+    #[test]
+    fn who_is_of_another_version_is_told_so() {
+        for answer in [
+            r#"{"error":"org.varlink.service.MethodNotFound","parameters":{"method":"unknown"}}"#,
+            r#"{"error":"io.virtseal.Host.Gone","parameters":{"since":1}}"#,
+            r#"{"parameters":{"all":[]}}"#,
+            r#"{"parameters":{"providers":[{"name":"main"}]}}"#,
+            "{}",
+        ] {
+            let told = answered(answer.as_bytes(), std::mem::forget).to_string();
+            assert!(told.contains("of different versions"), "{answer}: {told}");
+            assert!(
+                told.contains("Next: systemctl restart virtseald, if it was upgraded"),
+                "{told}"
+            );
+        }
     }
 }

@@ -11,10 +11,10 @@ use zlink::{Call, Connection, Reply};
 
 use super::channel::{Channel, Fault};
 use super::understood::{Unknown, unknown};
-use crate::api::HostError;
+use crate::api::{HostError, of_another_version};
 use crate::daemon::service::Service;
 use crate::model::advice::Advice;
-use crate::model::problem::{Problem, chain};
+use crate::model::problem::{Code, Problem, chain};
 use crate::terminal::visible;
 
 pub(super) type MethodCall<'de> = <Service as zlink::Service<Unused>>::MethodCall<'de>;
@@ -63,19 +63,27 @@ pub(super) async fn refuse(channel: &mut Channel, failure: Problem) -> Result<()
 
 /// Says why the connection ends, where its other end is to blame and may be listening.
 pub(super) async fn explain(channel: &mut Channel, fault: &Fault) {
-    let failure = match fault {
-        Fault::Io(_) | Fault::Unread | Fault::Idle(_) => return,
-        // What comes with them, root alone may ask for.
-        Fault::Descriptors => Problem::denied("only root may do this").next(Advice::RunAsRoot),
-        Fault::TooLong(_) | Fault::TooManyDescriptors | Fault::NotACall(_) => {
-            Problem::usage(format!("virtseald ends the connection: {}", chain(fault)))
-                .next("use the virtseal of the same version as virtseald")
-        }
-    };
-    if let Ok(bytes) = self::failure(failure) {
+    if let Some(Ok(bytes)) = blamed(fault).map(failure) {
         // It may be gone.
         let _ = channel.send(&bytes).await;
     }
+}
+
+fn blamed(fault: &Fault) -> Option<Problem> {
+    Some(match fault {
+        Fault::Io(_) | Fault::Unread | Fault::Idle(_) => return None,
+        // What comes with them, root alone may ask for.
+        Fault::Descriptors => Problem::denied("only root may do this").next(Advice::RunAsRoot),
+        // What serde says of it names no field.
+        Fault::NotACall(_) => {
+            let what = "this virtseald can't read the call, and has done nothing";
+            of_another_version(Code::Usage, what)
+        }
+        Fault::TooLong(_) | Fault::TooManyDescriptors => {
+            Problem::usage(format!("virtseald ends the connection: {}", chain(fault)))
+                .next("use the virtseal of the same version as virtseald")
+        }
+    })
 }
 
 fn not_understood(unknown: &Unknown) -> Problem {
@@ -86,11 +94,7 @@ fn not_understood(unknown: &Unknown) -> Problem {
         }
     };
     let what = format!("this virtseald does not know {what}, and has done nothing");
-    Problem::usage(what).next(
-        Advice::RestartDaemon
-            .note("if it was upgraded")
-            .or("use the virtseal of the same version"),
-    )
+    of_another_version(Code::Usage, what)
 }
 
 /// The message that says so.
@@ -149,6 +153,18 @@ impl socket::WriteHalf for Unused {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_call_of_another_version_is_told_so() {
+        let lacks = r#"{"method":"io.virtseal.Host.UnsealVm","parameters":{"vm":"web01"}}"#;
+        let call: Result<Call<MethodCall<'_>>, _> = serde_json::from_str(lacks);
+        let told = blamed(&Fault::NotACall(call.unwrap_err())).unwrap();
+        assert_eq!(
+            told.to_string(),
+            "virtseal and virtseald are of different versions: this virtseald can't read the call, and has done nothing. Next: systemctl \
+             restart virtseald, if it was upgraded, or use the virtseal of the same version"
+        );
+    }
 
     #[test]
     fn what_is_too_long_for_a_reader_becomes_a_reason() {

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use crate::api::of_another_version;
 use crate::model::problem::{Code, Problem};
 use crate::secret::SecretBytes;
 
@@ -15,8 +16,10 @@ pub(crate) fn take<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], Pr
 }
 
 pub(crate) fn wrong_fds() -> Problem {
-    Problem::usage("the call came without the file descriptors that it needs")
-        .next("use the virtseal of the same version as virtseald")
+    of_another_version(
+        Code::Usage,
+        "the call came without the file descriptors that it needs",
+    )
 }
 
 pub(crate) fn passphrase_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
