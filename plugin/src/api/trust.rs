@@ -53,6 +53,9 @@ pub(crate) struct IdentityParts {
     pub encrypt: bool,
     /// Whether the TPM of this host is to keep one that nobody knows.
     pub by_tpm: bool,
+    /// Whether the PIN follows by which the TPM opens what it keeps; not sent where there is none, as an older virtseald does not know it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pin: bool,
 }
 
 /// Reply of `provider identity`.

@@ -11,6 +11,7 @@ use super::document::{Answer, SigningRequest};
 use super::new_backup::absolute;
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
+use super::tpm::needs_pin;
 use crate::api::{HostProxy, IdentityParts, NewKey, ServerView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
@@ -51,7 +52,7 @@ pub(super) struct IdentityArgs {
 enum EncryptBy {
     /// Somebody types it.
     Passphrase,
-    /// While PCR 7 is what it is now.
+    /// While PCR 7 is what it is now; as it was enrolled, with its PIN, where it is already.
     Tpm,
 }
 
@@ -97,14 +98,17 @@ pub(super) async fn identity(
     printer: &Printer,
 ) -> Result<(), Problem> {
     let name = &args.name;
-    if args.encrypt == Some(EncryptBy::Tpm) && args.passphrase.is_given() {
+    let by_tpm = args.encrypt == Some(EncryptBy::Tpm);
+    let pin = by_tpm && needs_pin(name, client).await?;
+    if by_tpm && !pin && args.passphrase.is_given() {
         return Err(Problem::usage("with --encrypt tpm nobody knows the passphrase"));
     }
     let parts = IdentityParts {
         key: args.key.is_some(),
         user: args.user.clone(),
-        encrypt: args.encrypt == Some(EncryptBy::Passphrase) || args.passphrase.is_given(),
-        by_tpm: args.encrypt == Some(EncryptBy::Tpm),
+        encrypt: !by_tpm && (args.encrypt.is_some() || args.passphrase.is_given()),
+        by_tpm,
+        pin,
     };
     let mut fds = vec![passphrase::open_file(&args.cert)?];
     for file in args.key.iter().chain(&args.password_file) {
@@ -115,6 +119,10 @@ pub(super) async fn identity(
             args.passphrase
                 .open(&format!("New passphrase of '{name}': "), printer)?,
         );
+    }
+    if pin {
+        let question = format!("PIN of '{name}' for the TPM: ");
+        fds.push(args.passphrase.open_pin(&question, printer)?);
     }
     let set = client
         .call(async |host| host.set_provider_identity(name, &parts, fds).await)

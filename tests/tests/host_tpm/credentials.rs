@@ -87,6 +87,74 @@ fn kmip_key_by_the_tpm() -> Result<()> {
     rig.sealed.expect_start("web01")
 }
 
+/// Another identity takes neither the PIN away nor the PCRs.
+#[test]
+fn a_new_identity_keeps_the_pin_for_the_tpm() -> Result<()> {
+    let (mut rig, kms) = (Rig::start()?, PyKmip::start()?);
+    kms.add_to(&rig.sealed, KMS, &[kms.port()], false)?;
+    rig.sealed.run(&["provider", "default", KMS])?;
+    rig.sealed.seal_new("web01")?;
+    let (pin, wrong) = ("/run/pin", "/run/wrong");
+    std::fs::write(rig.sealed.host().path(pin), "1357 9\n")?;
+    std::fs::write(rig.sealed.host().path(wrong), "2468\n")?;
+    let (pem, key) = kms.client("kvm-host")?;
+    let (pem, key) = (pem.display().to_string(), key.display().to_string());
+    let identity = [
+        "provider",
+        "identity",
+        KMS,
+        "--cert",
+        &pem,
+        "--key",
+        &key,
+        "--encrypt",
+        "tpm",
+    ];
+    let with_pin = [&identity[..], &["--pin-file", pin]].concat();
+    rig.sealed.refused(2, &with_pin)?;
+    rig.sealed.run(&identity)?;
+    let enroll = [
+        "provider",
+        "tpm",
+        KMS,
+        "--enroll",
+        "--pcrs",
+        "4,7",
+        "--pin-file",
+        pin,
+    ];
+    rig.sealed.run(&enroll)?;
+    let expect_kept = |rig: &Rig| -> Result<()> {
+        let tpm = rig.sealed.provider(KMS)?["tpm"].clone();
+        ensure!(tpm["pin"] == true && tpm["pcrs"] == "4,7", "{tpm}");
+        Ok(())
+    };
+    expect_kept(&rig)?;
+    // Who types nothing, or something else, changes nothing.
+    let wrongly = [&identity[..], &["--pin-file", wrong]].concat();
+    rig.refused(
+        3,
+        &wrongly,
+        &["does not accept this PIN", "provider identity", "with its PIN"],
+    )?;
+    rig.sealed.refused(2, &identity)?;
+    expect_kept(&rig)?;
+    rig.sealed.run(&with_pin)?;
+    expect_kept(&rig)?;
+
+    rig.power_on()?;
+    rig.measure_something_else()?;
+    rig.restart()?;
+    rig.wait_for_state(KMS, "locked")?;
+    rig.sealed.run(&with_pin)?;
+    expect_kept(&rig)?;
+    rig.restart()?;
+    expect_names(&rig.reason_of(KMS)?, &["needs its PIN"])?;
+    rig.sealed
+        .run(&["provider", "unlock", KMS, "--tpm", "--pin-file", pin])?;
+    rig.sealed.expect_start("web01")
+}
+
 /// What was given once unlocks a Vault, a token and a KMS after a reboot, and is on disk for the TPM alone.
 #[test]
 fn secret_id_pin_and_passphrase_by_the_tpm() -> Result<()> {

@@ -173,24 +173,41 @@ fn nothing_to_keep(known: &Provider) -> Advice {
 }
 
 /// Has `set` encrypt the identity of `known` by a credential that is made here, for the TPM alone to keep: by the one that it keeps
-/// already, where it opens that. Else the new one is kept beside what there is, until the identity on disk says which of them counts.
+/// already, where it opens that. Else the new one is kept beside what there is, until the identity on disk says which of them counts; the
+/// TPM looks at what it has looked at so far, and asks for `pin` where it did.
 pub(super) fn made_for<T>(
     daemon: &Daemon,
     known: &Provider,
+    pin: Option<Arc<SecretBytes>>,
     set: impl FnOnce(MadeHere) -> Result<T, Problem>,
 ) -> Result<T, Problem> {
     let failed = |error: BoundError| failure(daemon, known, &error);
     let before = bound_by(known).unwrap_or_default();
     let is_unattended = is_unattended(daemon, known);
-    if is_unattended && let Ok(passphrase) = with(daemon, known, before).open(&daemon.tpm, None) {
-        return set(MadeHere {
-            passphrase,
-            id: before,
-            is_lost: false,
-        });
+    let enrolled = enrollment(daemon, known);
+    let needs_pin = enrolled.as_ref().is_some_and(|enrolled| enrolled.needs_pin);
+    let pin = pin.filter(|_| needs_pin);
+    if needs_pin && pin.is_none() {
+        return Err(without_pin(known, BoundError::Tpm(TpmError::NeedsPin)));
+    }
+    match with(daemon, known, before).open(&daemon.tpm, pin.as_ref()) {
+        Ok(passphrase) if is_unattended => {
+            return set(MadeHere {
+                passphrase,
+                id: before,
+                is_lost: false,
+            });
+        }
+        Err(error @ BoundError::Tpm(TpmError::WrongPin { .. })) => return Err(without_pin(known, error)),
+        Ok(_) | Err(_) => {}
     }
     let passphrase = random().map_err(|error| failed(BoundError::Memory(error)))?;
-    let policy = BindPolicy::exactly(PcrList::default());
+    // Of a damaged one nothing is known.
+    let policy = match enrolled.filter(|enrolled| enrolled.pcrs.is_some()) {
+        Some(enrolled) => policy(known.provider().name(), Some(&enrolled), &TpmRequest::default())?,
+        None => BindPolicy::exactly(PcrList::default()),
+    };
+    let policy = policy.with_pin(pin);
     let id = Some(Uuid::new_v4());
     with(daemon, known, id)
         .bind(&daemon.tpm, &policy, &passphrase, Origin::MadeHere)
@@ -202,6 +219,21 @@ pub(super) fn made_for<T>(
     });
     settle(daemon, known);
     done
+}
+
+/// A PIN goes with an identity that the TPM has nothing to do with, and with no other.
+fn without_pin(known: &Provider, error: BoundError) -> Problem {
+    let name = known.provider().name();
+    let what = format!(
+        "provider '{name}' keeps its identity, and its PIN for the TPM: {}",
+        chain(&error)
+    );
+    let anew = Advice::EncryptIdentity(name.to_owned()).then(Advice::BindIdentity(name.to_owned()));
+    Problem::new(Code::Locked, what).next(
+        Advice::BindIdentity(name.to_owned())
+            .note("with its PIN")
+            .or_else(anew.note("if nobody knows that")),
+    )
 }
 
 /// A credential that nobody but the TPM has.

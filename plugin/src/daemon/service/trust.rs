@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::descriptors::{passphrase_from, wrong_fds};
+use super::descriptors::{passphrase_from, pin_from, wrong_fds};
 use super::provider_view::view_of;
 use super::tpm_credential;
 use crate::api::{
@@ -33,13 +33,13 @@ pub(crate) fn set_identity(
 ) -> Result<IdentitySet, Problem> {
     let provider = kmip(daemon, name)?;
     let known = daemon.recipients.find(name)?;
-    let set = new_identity(parts, fds).and_then(|mut new| {
+    let set = new_identity(parts, fds).and_then(|(mut new, pin)| {
         let set = |new: &NewIdentity| {
             let set = provider.set_identity(new);
             set.map_err(|error| trust_failure(name, &error))
         };
         match parts.by_tpm {
-            true => tpm_credential::made_for(daemon, &known, |made| {
+            true => tpm_credential::made_for(daemon, &known, pin, |made| {
                 new.passphrase = Some(made.passphrase);
                 new.by_tpm = made.id;
                 new.even_locked = made.is_lost;
@@ -133,7 +133,11 @@ fn kmip(daemon: &Daemon, name: &str) -> Result<Arc<KmipProvider>, Problem> {
     })
 }
 
-fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity, Problem> {
+/// With the PIN for the TPM.
+fn new_identity(
+    parts: &IdentityParts,
+    fds: Vec<OwnedFd>,
+) -> Result<(NewIdentity, Option<Arc<SecretBytes>>), Problem> {
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or_else(wrong_fds);
     let certificate = pem_from(next()?)?;
@@ -149,14 +153,19 @@ fn new_identity(parts: &IdentityParts, fds: Vec<OwnedFd>) -> Result<NewIdentity,
         true => Some(passphrase_from(next()?)?),
         false => None,
     };
-    Ok(NewIdentity {
+    let pin = match parts.pin {
+        true => Some(pin_from(next()?)?),
+        false => None,
+    };
+    let new = NewIdentity {
         certificate,
         key,
         login,
         passphrase,
         by_tpm: None,
         even_locked: false,
-    })
+    };
+    Ok((new, pin))
 }
 
 fn pem_from(fd: OwnedFd) -> Result<SecretBytes, Problem> {
