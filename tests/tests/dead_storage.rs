@@ -102,7 +102,17 @@ fn few_starts_wait_for_dead_storage_and_it_is_said() -> Result<()> {
         dead["name"] == "web01" && dead["starts"]["outlook"] != "yes",
         "{status}"
     );
-    expect_names(&dead.to_string(), &["is on storage that does not answer"])
+    expect_names(&dead.to_string(), &["is on storage that does not answer"])?;
+    // Nor does one of that VM alone wait, with what its disks are based on.
+    let of_one = || -> Result<u64> {
+        let status = sealed.run(&["vm", "status", "web01"])?;
+        expect_names(&status, &["is on storage that does not answer"])?;
+        Ok(storage.held())
+    };
+    of_one()?;
+    let held = of_one()?;
+    ensure!(of_one()? == held, "more wait for it each time");
+    Ok(())
 }
 
 #[test]

@@ -143,7 +143,8 @@ pub(super) fn at_one(daemon: &Daemon, defined: &DefinedDomain) -> Result<VmView,
     let places = Places::of(std::iter::once(&domain), &known);
     let seen = look::at_objects(&domain, &places, &known);
     let policy = daemon.config().policy.of(&domain);
-    let permit = |path: &Path| known.permit(domain.uuid, path);
+    let (vm, theirs) = (domain.uuid, Arc::clone(&known));
+    let permit = move |path: &Path| theirs.permit(vm, path);
     let mut found = found(daemon, &entry, &domain, &known);
     found.extend(side_doors::plain_layers(&domain, policy, permit));
     let unseen = looked.and_then(Result::err);

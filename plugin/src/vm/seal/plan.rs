@@ -1,6 +1,7 @@
 //! What sealing a domain takes, and all that stands in its way. Looks only; nothing is changed here.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use super::disks::{DiskStep, DiskWork, plan_disk};
 use super::loss::{Anew, Loss, Obstacle, Way};
@@ -362,13 +363,13 @@ fn warnings(
         let instead = Advice::Autostart(name.clone()).note("once it is sealed");
         autostart::by_libvirt(name, instead)
     });
-    let known: Vec<_> = records.iter().map(|record| &record.location).collect();
+    let known: Vec<_> = records.iter().map(|record| record.location.clone()).collect();
+    let rule = host.paths.clone();
+    let permit = move |path: &Path| rule.permit_known(path, known.iter());
     let found = autostart
         .into_iter()
         .chain(side_doors::warnings(domain, policy))
-        .chain(side_doors::plain_layers(domain, policy, |path| {
-            host.paths.permit_known(path, known.iter())
-        }));
+        .chain(side_doors::plain_layers(domain, policy, permit));
     Ok(found.map(|finding| finding.to_string()).collect())
 }
 

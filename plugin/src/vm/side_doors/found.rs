@@ -1,6 +1,7 @@
 //! What a status tells of side doors: those that are allowed, what is attached or copied while a VM runs, and plain layers below its
 //! disks. Each finding says what leads out.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::{allow, free_of_overlays, judge, not_sealed, refuse};
@@ -10,7 +11,9 @@ use crate::domain::{
     sealed_objects_under,
 };
 use crate::host::permitted::{PathError, PermittedPath};
+use crate::host::storage;
 use crate::model::advice::Advice;
+use crate::model::deadlines::status::STORAGE;
 use crate::model::envelope::ObjectKind;
 use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
@@ -109,23 +112,29 @@ pub(crate) fn sealed_as_raw(live: &Domain, disk: &str, path: &Path, owner: &str)
     .next(Advice::from("detach it").then(Advice::ShowVolume(path.to_owned())))
 }
 
-/// Which plain images the VM's disks are based on.
+/// Which plain images the VM's disks are based on, but for what is on storage that does not answer.
 pub(crate) fn plain_layers(
     domain: &Domain,
     policy: Policy,
-    permit: impl Fn(&Path) -> Result<PermittedPath, PathError>,
+    permit: impl Fn(&Path) -> Result<PermittedPath, PathError> + Send + Sync + 'static,
 ) -> Vec<Finding> {
     let mut found = Vec::new();
     if policy.plain_backing == Permission::Yes {
         return found;
     }
-    for disk in domain.disks.iter().filter(|disk| !disk.readonly) {
-        let Some(Ok(top)) = disk.source.path().map(&permit) else {
-            continue;
-        };
+    let written = || domain.disks.iter().filter(|disk| !disk.readonly);
+    let paths = written().filter_map(|disk| disk.source.path().map(Path::to_owned));
+    // Headers alone are read.
+    let look = move |path: &Path| {
+        let top = permit(path).ok()?;
+        Some(disk::known_layers(&top, |path| Ok(permit(path)?)))
+    };
+    let seen = storage::in_time(paths.collect(), STORAGE, look).into_iter();
+    let mut seen: BTreeMap<_, _> = seen.filter_map(|(path, seen)| Some((path, seen??))).collect();
+    for disk in written() {
+        let seen = disk.source.path().and_then(|path| seen.remove(path));
+        let Some((layers, end)) = seen else { continue };
         let is_based = format!("disk {} is based on", disk.target);
-        // Headers alone are read.
-        let (layers, end) = disk::known_layers(&top, |path| Ok(permit(path)?));
         if let Some(VolumeError::Place(error)) = end {
             let problem = Problem::from(error);
             let what = format!(
