@@ -2,6 +2,7 @@
 //! virtseald starts sealed VMs, once in each boot.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -153,6 +154,32 @@ fn a_start_that_is_refused_is_told_and_tried_again() -> Result<()> {
         "{audit}"
     );
     Ok(())
+}
+
+/// By then it counts as started, so that no stop is ever undone.
+#[test]
+fn a_start_that_fails_once_its_keys_are_armed_is_tried_again() -> Result<()> {
+    let mut sealed = SealedHost::start()?;
+    sealed.seal_new("late01")?;
+    sealed.run(&["vm", "autostart", "late01"])?;
+    // Something that QEMU needs comes late.
+    let hook = sealed.host().path("/etc/libvirt/hooks/qemu.d/zz-late");
+    fs::write(&hook, "#!/bin/sh\n[ \"$2\" != start ] || [ ! -e /run/late ]\n")?;
+    fs::set_permissions(&hook, fs::Permissions::from_mode(0o755))?;
+    fs::write(sealed.host().path("/run/late"), "")?;
+    sealed.host_mut().restart_libvirtd()?;
+    boot(&mut sealed)?;
+    sealed.unlock()?;
+    wait_for_warning(
+        &sealed,
+        "late01",
+        &["late01 was to start with this host, and did not: "],
+    )?;
+    sealed.expect_no_secrets()?;
+    fs::remove_file(sealed.host().path("/run/late"))?;
+    expect_running(&sealed, "late01")?;
+    sealed.destroy("late01")?;
+    expect_off_for_a_while(&sealed, "late01")
 }
 
 #[test]

@@ -130,10 +130,10 @@ impl<'a> Starter<'a> {
             keys,
             tries: lock(&daemon.autostarts).tries(vm, Instant::now()),
         };
-        match (autostart::decide(&facts), defined) {
-            (Decision::Start, Some(defined)) => self.start(scope, &defined),
-            (Decision::Settle, _) => settle(daemon, vm, self.boot, None),
-            (Decision::Start | Decision::Wait | Decision::LeaveAlone, _) => {}
+        match (autostart::decide(&facts), defined, kept) {
+            (Decision::Start, Some(defined), Some(kept)) => self.start(scope, &defined, &kept),
+            (Decision::Settle, ..) => settle(daemon, vm, self.boot, None),
+            (Decision::Start | Decision::Wait | Decision::LeaveAlone, ..) => {}
         }
         Ok(())
     }
@@ -155,11 +155,12 @@ impl<'a> Starter<'a> {
             .collect()
     }
 
-    fn start<'scope>(&self, scope: &'scope Scope<'scope, '_>, defined: &DefinedDomain)
+    fn start<'scope>(&self, scope: &'scope Scope<'scope, '_>, defined: &DefinedDomain, before: &Autostart)
     where
         'a: 'scope,
     {
         let (daemon, libvirt, vm, name) = (self.daemon, self.libvirt, defined.vm, &defined.name);
+        let failures = lock(&daemon.autostarts).failures(vm);
         tracing::info!(domain = name, op = "autostart", "starting with this host");
         let (sender, receiver) = sync_channel(1);
         let thread = Builder::new().name("autostart".to_owned());
@@ -186,12 +187,16 @@ impl<'a> Starter<'a> {
         };
         let found = autostart::failed(name, &why);
         tracing::warn!(domain = name, op = "autostart", "{found}");
+        // Its keys were armed, and it has not run: one that somebody has ended in the middle is off for another reason.
+        if matches!(libvirt.has_failed_to_start(vm), Ok(true)) {
+            take_back(daemon, before);
+        }
         match daemon.host_store.autostart(vm) {
             Ok(None) => lock(&daemon.autostarts).forget(vm),
             Ok(Some(kept)) if kept.settled != self.boot => {
-                lock(&daemon.autostarts).note_failure(vm, found, Instant::now());
+                lock(&daemon.autostarts).note_failure(vm, failures, found, Instant::now());
             }
-            // Its keys were armed, so that it counts as started; or somebody else was faster.
+            // Somebody else was faster, or has ended it.
             Ok(Some(_)) | Err(_) => {
                 let runs = matches!(libvirt.domain(&vm.to_string()), Ok(Some(now)) if now.active);
                 settle(daemon, vm, self.boot, (!runs).then_some(found));
@@ -200,16 +205,29 @@ impl<'a> Starter<'a> {
     }
 }
 
-/// Before the keys of a VM are armed for a start, whoever has asked for that: it is left alone from now on until the next boot.
-pub(super) fn note_start(daemon: &Daemon, vm: VmId) {
-    let Some(boot) = daemon.boot else { return };
+/// Before the keys of a VM are armed for a start, whoever has asked for that: it is left alone from now on until the next boot. Gives what
+/// was before, for [`take_back`].
+pub(super) fn note_start(daemon: &Daemon, vm: VmId) -> Option<Autostart> {
+    let boot = daemon.boot?;
+    let before = daemon.host_store.autostart(vm).ok().flatten();
     match daemon.host_store.settle_autostart(vm, boot) {
-        Ok(Change::Unchanged) => {}
-        Ok(Change::Changed) => lock(&daemon.autostarts).forget(vm),
+        Ok(Change::Unchanged) => None,
+        Ok(Change::Changed) => {
+            lock(&daemon.autostarts).forget(vm);
+            before
+        }
         Err(error) => {
             tracing::error!(%vm, "can't record that it was started in this boot: {}", chain(&error));
             lock(&daemon.autostarts).settle(vm, None);
+            None
         }
+    }
+}
+
+/// It has not run after all.
+pub(super) fn take_back(daemon: &Daemon, before: &Autostart) {
+    if let Err(error) = daemon.host_store.settle_autostart(before.vm, before.settled) {
+        tracing::error!(vm = %before.vm, "can't record that it was not started in this boot: {}", chain(&error));
     }
 }
 

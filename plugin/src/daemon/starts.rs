@@ -169,10 +169,14 @@ impl Daemon {
             .reach(patience)
             .map_err(|error| unreachable_libvirt(domain, &error))?;
         let count = opened.len();
-        autostart::note_start(self, domain.uuid);
+        let before = autostart::note_start(self, domain.uuid);
         self.first_runs.lock().expect(domain.uuid, first_run);
-        self.arm(domain, opened, deadline)
-            .inspect_err(|_| self.first_runs.lock().expect(domain.uuid, None))?;
+        self.arm(domain, opened, deadline).inspect_err(|_| {
+            self.first_runs.lock().expect(domain.uuid, None);
+            if let Some(before) = &before {
+                autostart::take_back(self, before);
+            }
+        })?;
         moved::note(self, moved);
         Ok(count)
     }

@@ -2,7 +2,7 @@
 //!
 //! libvirt's own autostart can't do it: a monolithic libvirtd starts VMs before it answers anybody, so that no key can reach it then. Whoever
 //! starts a VM, its boot is noted before its keys are armed, and from then on it is left alone until the next boot. So no `virsh
-//! shutdown` is undone, and a death at any line starts nothing twice.
+//! shutdown` is undone, and a death at any line starts nothing twice. Where the start has failed, that is taken back.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -241,10 +241,15 @@ impl Attempts {
         }
     }
 
-    /// It was refused, and is tried again.
-    pub(crate) fn note_failure(&mut self, vm: VmId, why: Finding, now: Instant) {
+    /// How often it was refused, or has failed.
+    pub(crate) fn failures(&self, vm: VmId) -> u32 {
+        self.0.get(&vm).map_or(0, |attempt| attempt.failures)
+    }
+
+    /// It was refused or has failed, and is tried again. The try itself may have let it be forgotten that it had failed `before`.
+    pub(crate) fn note_failure(&mut self, vm: VmId, before: u32, why: Finding, now: Instant) {
         let attempt = self.0.entry(vm).or_default();
-        attempt.failures += 1;
+        attempt.failures = before + 1;
         attempt.rests_until = Some(now + Self::BACKOFF.pause(attempt.failures));
         attempt.finding = Some(why);
     }
@@ -398,9 +403,14 @@ mod tests {
     #[test]
     fn a_refused_start_is_tried_again_for_a_while_and_anew_when_a_provider_comes() {
         let (mut all, vm, mut now) = (Attempts::default(), VmId::random(), Instant::now());
-        for _ in 0..TRIES {
+        for nth in 0..TRIES {
             assert_eq!(all.tries(vm, now), Tries::Left);
-            all.note_failure(vm, failed("web", "no disk"), now);
+            let before = all.failures(vm);
+            if nth == 1 {
+                // Its keys were armed, and libvirt could not start it.
+                all.forget(vm);
+            }
+            all.note_failure(vm, before, failed("web", "no disk"), now);
             assert_ne!(all.tries(vm, now), Tries::Left);
             now += AGAIN.end;
         }

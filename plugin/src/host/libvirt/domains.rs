@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use virt::domain::{Domain, DomainState};
+use virt::domain::{Domain, DomainShutoffReason, DomainState, DomainStateReason};
+use virt::enumutil::Enum;
 use virt::error::ErrorNumber;
 use virt::sys;
 
@@ -145,8 +146,18 @@ impl Background {
     pub(crate) fn is_paused(&self, vm: VmId) -> Result<bool, LibvirtError> {
         self.link.with("see whether the domain is paused", |connection| {
             let found = find(connection, vm)?.map(|domain| domain.state()).transpose()?;
-            let paused = virt::enumutil::Enum::Known(DomainState::Paused);
+            let paused = Enum::Known(DomainState::Paused);
             Ok(found.is_some_and(|(state, _)| state == paused))
+        })
+    }
+
+    /// Whether the VM is off because a start of it has failed, and nothing has happened to it since.
+    pub(crate) fn has_failed_to_start(&self, vm: VmId) -> Result<bool, LibvirtError> {
+        self.link.with("see why the domain is off", |connection| {
+            let found = find(connection, vm)?.map(|domain| domain.state()).transpose()?;
+            let failed = Enum::Known(DomainShutoffReason::Failed);
+            let failed = Enum::Known(DomainStateReason::Shutoff(failed));
+            Ok(found.is_some_and(|(_, reason)| reason == failed))
         })
     }
 
@@ -341,7 +352,7 @@ fn power_of(domain: &Domain) -> Result<Power, virt::error::Error> {
     let (state, _) = domain.state()?;
     let is_without_qemu = [DomainState::Shutoff, DomainState::NoState]
         .into_iter()
-        .any(|known| state == virt::enumutil::Enum::Known(known));
+        .any(|known| state == Enum::Known(known));
     Ok(if is_without_qemu {
         Power::Starting
     } else {
