@@ -36,7 +36,7 @@ use deadline::Deadline;
 use evidence::Evidence;
 use index::{Id, Index, Owner};
 use runtime_dir::RuntimeDir;
-use terminal::{one_line, word};
+use terminal::{one_line, unadvised, word};
 use varlink::CallError;
 use vm::{Found, Plain, Vm};
 use watchdog::{Ended, IfLate, Reins, guarded};
@@ -117,7 +117,8 @@ fn prepare(name: &str) -> Result<(), String> {
             then: IfLate::Refuse,
             length,
         } => Err(format!(
-            "{name} stays off: the hook came to no decision within {length:?}. Next: {LOOK}"
+            "{} stays off: the hook came to no decision within {length:?}. Next: {LOOK}",
+            unadvised(name)
         )),
     }
 }
@@ -146,7 +147,8 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     reins.if_late(IfLate::Refuse);
     if !input.whole {
         return Err(format!(
-            "{name} stays off: its XML did not come whole within {:?}. Next: virsh start {}",
+            "{} stays off: its XML did not come whole within {:?}. Next: virsh start {}",
+            unadvised(name),
             deadline.length(),
             word(name)
         ));
@@ -154,7 +156,10 @@ fn judge(name: &str, deadline: Deadline, reins: &Reins<Result<(), String>>) -> R
     let decided = catch_unwind(AssertUnwindSafe(|| {
         decide(name, &input.xml, may_be_ours, &index, &conf, &deadline)
     }));
-    decided.unwrap_or_else(|_| Err(format!("{name} stays off: the hook failed. Next: {LOOK}")))
+    decided.unwrap_or_else(|_| {
+        let name = unadvised(name);
+        Err(format!("{name} stays off: the hook failed. Next: {LOOK}"))
+    })
 }
 
 fn decide(
@@ -169,7 +174,7 @@ fn decide(
         Found::Sealed(vm) => start(&vm, conf, deadline),
         Found::Unreadable(why) if may_be_ours || conf.require_sealed => {
             let refusal = Refusal {
-                why: format!("{name} stays off: {why}"),
+                why: format!("{} stays off: {why}", unadvised(name)),
                 next: Next::Alone(format!("virsh dumpxml --inactive {}", word(name))),
             };
             Err(refusal.report(name, None, conf, deadline))
@@ -237,15 +242,15 @@ impl Refusal {
 }
 
 fn not_sealed(name: &str, plain: &Plain, conf: &Conf) -> Refusal {
-    let path = conf.path.display();
+    let (path, shown) = (conf.path.display(), unadvised(name));
     match &conf.problem {
         Some(problem) => Refusal {
-            why: format!("{name} stays off: it is not sealed, and whether it must be is unclear: {problem}"),
+            why: format!("{shown} stays off: it is not sealed, and whether it must be is unclear: {problem}"),
             next: Next::Told,
         },
         None if !plain.is_uefi => Refusal {
             why: format!(
-                "{name} stays off: it is not sealed, and can't be as long as it boots by BIOS; {path} has require_sealed = true"
+                "{shown} stays off: it is not sealed, and can't be as long as it boots by BIOS; {path} has require_sealed = true"
             ),
             next: Next::Alone(format!(
                 "virsh edit {}: <os firmware='efi'>, if its guest boots by UEFI too, then virtseal vm seal {}; or run it on a \
@@ -255,7 +260,7 @@ fn not_sealed(name: &str, plain: &Plain, conf: &Conf) -> Refusal {
             )),
         },
         None => Refusal {
-            why: format!("{name} stays off: it is not sealed, and {path} has require_sealed = true"),
+            why: format!("{shown} stays off: it is not sealed, and {path} has require_sealed = true"),
             next: Next::ByVirtseald(format!("virtseal vm seal {}", word(name))),
         },
     }
@@ -265,7 +270,7 @@ fn not_sealed(name: &str, plain: &Plain, conf: &Conf) -> Refusal {
 /// with which it could open another VM's objects while those are starting.
 fn claims(name: &str, plain: &Plain, index: &Index) -> Option<Refusal> {
     let refused = |why: String, next: Next| {
-        let why = format!("{name} stays off: {why}");
+        let why = format!("{} stays off: {why}", unadvised(name));
         Some(Refusal { why, next })
     };
     let seal = || Next::ByVirtseald(format!("virtseal vm seal {}, which takes it back", word(name)));
@@ -306,7 +311,7 @@ fn whose(owner: Owner) -> String {
 
 fn start(vm: &Vm, conf: &Conf, deadline: &Deadline) -> Result<(), String> {
     if let Some(problem) = &conf.problem {
-        return Err(format!("{} stays off: {problem}", vm.name));
+        return Err(format!("{} stays off: {problem}", unadvised(&vm.name)));
     }
     let (mounted, exposed) = match (conf.master_key_tmpfs, RuntimeDir::mount_for(vm, conf)) {
         (TmpfsPolicy::Required, Err(why)) => return Err(no_tmpfs(vm, conf, &why)),
@@ -325,7 +330,7 @@ fn start(vm: &Vm, conf: &Conf, deadline: &Deadline) -> Result<(), String> {
         journal::warn(&format!(
             "virtseal: VM {} starts with QEMU's master key on the disk, as {} allows: no tmpfs for it: {why}. \
              Next: virtseal vm status {}",
-            vm.name,
+            unadvised(&vm.name),
             conf.path.display(),
             word(&vm.name)
         ));
@@ -350,17 +355,17 @@ fn no_tmpfs(vm: &Vm, conf: &Conf, why: &str) -> String {
     format!(
         "{} stays off: no tmpfs for QEMU's master key: {why}. \
          Next: allow it, or set master_key_tmpfs = preferred in {}",
-        vm.name,
+        unadvised(&vm.name),
         conf.path.display()
     )
 }
 
 fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> String {
-    let socket = conf.socket.display();
+    let (socket, name) = (conf.socket.display(), unadvised(&vm.name));
     let (why, next) = match error {
         // What the daemon says before it knows the VM, or without: that time was up, that the XML is no good.
-        CallError::Refused(message) if !message.starts_with(&vm.name) => {
-            return format!("{} stays off: {message}", vm.name);
+        CallError::Refused(message) if !message.starts_with(&name) => {
+            return format!("{name} stays off: {message}");
         }
         CallError::Refused(message) => return message,
         CallError::Connect(error) => (
@@ -386,5 +391,5 @@ fn refusal(vm: &Vm, conf: &Conf, deadline: &Deadline, error: CallError) -> Strin
         ),
         CallError::Error(name) => (format!("virtseald failed: {name}"), LOOK),
     };
-    format!("{} stays off: {why}. Next: {next}", vm.name)
+    format!("{name} stays off: {why}. Next: {next}")
 }

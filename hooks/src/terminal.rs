@@ -16,6 +16,11 @@ pub(crate) fn one_line(text: &str) -> String {
     line
 }
 
+/// A VM's name in what is said of it: `Next:`, which the hook alone says, is shown as an escape.
+pub(crate) fn unadvised(name: &str) -> String {
+    name.replace("Next:", "Next\\u{3a}")
+}
+
 /// As the standard library's tables have it. A mark that combines with the character before it is visible.
 fn is_visible(found: char) -> bool {
     match found {

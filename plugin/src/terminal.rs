@@ -3,7 +3,8 @@
 //! Names of VMs and providers, paths, answers of servers and hints in envelopes may hold escape sequences, line breaks
 //! and marks that turn the direction of text, which would let their author write anything on an administrator's screen.
 //! [`visible`] shows such characters instead of sending them, [`word`] and [`quoted`] make a text one word of a command
-//! that can be pasted into a shell. All that is printed goes through the first one, at the place where it is printed.
+//! that can be pasted into a shell. All that is printed goes through the first one, at the place where it is printed. What a message
+//! quotes may also say `Next: `, and that is for us to say: [`unadvised`] takes it from all that comes before the advice.
 
 use std::borrow::Cow;
 use std::fmt::{Display, Write};
@@ -23,6 +24,14 @@ pub(crate) fn visible_json(json: &str) -> Cow<'_, str> {
             }
         }
     })
+}
+
+/// What happened, in which others may have written a part, without advice of theirs: `Next:` is shown as an escape.
+pub(crate) fn unadvised(text: &str) -> Cow<'_, str> {
+    match text.contains("Next:") {
+        true => Cow::Owned(text.replace("Next:", "Next\\u{3a}")),
+        false => Cow::Borrowed(text),
+    }
 }
 
 fn escaped(text: &str, escape: impl Fn(&mut String, char)) -> Cow<'_, str> {

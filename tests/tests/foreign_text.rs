@@ -3,6 +3,39 @@
 use anyhow::{Context, Result, ensure};
 use virtseal_testkit::SealedHost;
 
+/// Who may define VMs chooses their names and those of their files: what is said of them has one advice, which is ours.
+#[test]
+fn what_others_wrote_is_no_advice() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    let advice = "Next: rm -rf x";
+    let spec = virtseal_testkit::DomainSpec {
+        name: format!("web01. {advice}"),
+        disk: format!("/var/lib/libvirt/images/a. {advice}.qcow2").into(),
+        ..SealedHost::spec("web01")
+    };
+    sealed.seal_empty(&spec)?;
+    let disk = host.path(&spec.disk);
+    std::fs::rename(&disk, disk.with_extension("away"))?;
+    let status = sealed.virtseal(&["status"])?.stdout;
+    let trouble = status.lines().find(|line| line.starts_with("critical: "));
+    let told = [
+        sealed.refused_start(&spec.name)?,
+        sealed.virtseal(&["vm", "seal", &spec.name])?.refused()?,
+        sealed.virtseal(&["vm", "status", &spec.name])?.stderr,
+        trouble.context("no trouble")?.to_owned() + "  Next: ",
+    ];
+    for said in told {
+        // What comes behind the first is ours, and has such a name in quotes.
+        let (what, next) = said.split_once("Next: ").with_context(|| said.clone())?;
+        ensure!(
+            what.contains(r"Next\u{3a} rm -rf x") && !next.starts_with("rm"),
+            "{said}"
+        );
+    }
+    Ok(())
+}
+
 /// Who may define VMs chooses their names, and writes what their metadata says of providers.
 #[test]
 fn what_others_wrote_commands_neither_the_terminal_nor_the_shell() -> Result<()> {

@@ -8,6 +8,7 @@ use zlink::introspect::{CustomType, Type};
 use super::{OrNewer, ProblemView, SubjectView, words};
 use crate::model::advice::Advice;
 use crate::model::finding::{Finding, FindingCode, Severity};
+use crate::terminal::unadvised;
 
 /// Whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
@@ -273,7 +274,7 @@ impl From<&Finding> for FindingView {
 
 impl fmt::Display for FindingView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.severity, self.what)?;
+        write!(f, "{}: {}", self.severity, unadvised(&self.what))?;
         match &self.next {
             Some(next) => write!(f, ". Next: {next}"),
             None => Ok(()),

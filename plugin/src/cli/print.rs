@@ -21,6 +21,7 @@ use crate::api::{LossPreview, Outcome, Receipt, SubjectView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
 use crate::model::subject::Subject;
+use crate::terminal::unadvised;
 
 pub(super) use job::progress;
 
@@ -123,11 +124,11 @@ impl Printer {
             line("Nothing to do")?;
         }
         for said in outcome.steps.iter().chain(&outcome.notes) {
-            line(said)?;
+            line(&unadvised(said))?;
         }
-        match (&outcome.result, &outcome.next) {
+        match (outcome.result.as_deref().map(unadvised), &outcome.next) {
             (Some(result), Some(next)) => line(&format!("{result}. Next: {next}"))?,
-            (Some(result), None) => line(result)?,
+            (Some(result), None) => line(&result)?,
             (None, _) => {}
         }
         for warning in &outcome.warnings {
@@ -142,10 +143,10 @@ impl Printer {
             return self.tell(Answer::Preview(Preview { changed: false, loss }));
         }
         for step in &loss.steps {
-            line(&format!("would {step}"))?;
+            line(&format!("would {}", unadvised(step)))?;
         }
         for lost in &loss.lost {
-            line(&format!("would lose {lost}"))?;
+            line(&format!("would lose {}", unadvised(lost)))?;
         }
         Ok(())
     }

@@ -160,7 +160,7 @@ impl<'a> Starter<'a> {
         'a: 'scope,
     {
         let (daemon, libvirt, vm, name) = (self.daemon, self.libvirt, defined.vm, &defined.name);
-        let failures = lock(&daemon.autostarts).failures(vm);
+        let failures = lock(&daemon.autostarts).begin(vm);
         tracing::info!(domain = name, op = "autostart", "starting with this host");
         let (sender, receiver) = sync_channel(1);
         let thread = Builder::new().name("autostart".to_owned());
@@ -172,6 +172,7 @@ impl<'a> Starter<'a> {
             Ok(_) => receiver.recv_timeout(START).ok(),
             Err(error) => Some(Err(error.to_string())),
         };
+        let refusal = lock(&daemon.autostarts).end(vm);
         let Some(outcome) = outcome else {
             let what = format!("{name} has been starting for more than {} s", START.as_secs());
             tracing::warn!(domain = name, op = "autostart", "{what}");
@@ -185,7 +186,7 @@ impl<'a> Starter<'a> {
             tracing::info!(domain = name, op = "autostart", "started");
             return settle(daemon, vm, self.boot, None);
         };
-        let found = autostart::failed(name, &why);
+        let found = autostart::failed(name, refusal, &why);
         tracing::warn!(domain = name, op = "autostart", "{found}");
         // Its keys were armed, and it has not run: one that somebody has ended in the middle is off for another reason.
         if matches!(libvirt.has_failed_to_start(vm), Ok(true)) {

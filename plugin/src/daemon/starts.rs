@@ -80,7 +80,10 @@ impl Daemon {
         records::note_start(self, by, &domain, &decided);
         match &decided {
             Ok(objects) => tracing::info!(domain = domain.name, objects, op = "prepare", "armed"),
-            Err(failure) => tracing::warn!(domain = domain.name, op = "prepare", "refused: {failure}"),
+            Err(failure) => {
+                tracing::warn!(domain = domain.name, op = "prepare", "refused: {failure}");
+                lock(&self.autostarts).note_refusal(domain.uuid, failure);
+            }
         }
         if decided.is_ok() {
             self.note_master_key(&domain, master_key_on_disk);

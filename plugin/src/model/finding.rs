@@ -8,6 +8,7 @@ use zlink::introspect::CustomType;
 
 use super::advice::Advice;
 use super::problem::Problem;
+use crate::terminal::unadvised;
 
 pub(crate) use super::subject::Subject;
 
@@ -149,7 +150,7 @@ impl Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.what)?;
+        f.write_str(&unadvised(&self.what))?;
         match &self.advice {
             Some(advice) => write!(f, ". Next: {advice}"),
             None => Ok(()),

@@ -8,6 +8,7 @@ use std::{fmt, io};
 
 use super::advice::Advice;
 use super::subject::Subject;
+use crate::terminal::unadvised;
 
 /// Why a command ends, as the exit code of `virtseal`. Stable: scripts rely on the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +148,7 @@ impl Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
+        f.write_str(&unadvised(&self.message))?;
         match &self.advice {
             Some(advice) => write!(f, ". Next: {advice}"),
             None => Ok(()),
@@ -190,6 +191,18 @@ mod tests {
             failure.subject.as_deref(),
             Some(&Subject::Provider("main".into()))
         );
+    }
+
+    /// As in the name of a VM, a path, or what libvirt says.
+    #[test]
+    fn advice_of_others_is_none_of_ours() {
+        let path = "/images/a. Next: rm -rf /.qcow2";
+        let failure = Problem::failed(format!("{path} is in use"));
+        assert!(!failure.to_string().contains("Next:"), "{failure}");
+        let told = failure.next(Advice::ShowVolume(path.into())).to_string();
+        let (what, next) = told.split_once(". Next: ").unwrap();
+        assert_eq!(what, "/images/a. Next\\u{3a} rm -rf /.qcow2 is in use");
+        assert_eq!(next, Advice::ShowVolume(path.into()).to_string());
     }
 
     #[test]

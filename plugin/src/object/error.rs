@@ -6,6 +6,7 @@ use super::disk::VolumeError;
 use super::vtpm::StateError;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
+use crate::terminal::word;
 
 /// Of any kind of object.
 #[derive(Debug, Error)]
@@ -24,7 +25,8 @@ impl From<ObjectError> for Problem {
             ObjectError::Image(VolumeError::NotFound(path)) => {
                 let path = path.display();
                 Self::new(Code::NotFound, format!("{path} does not exist")).next(format!(
-                    "put {path} back where it was, or restore it from a backup"
+                    "put {} back where it was, or restore it from a backup",
+                    word(path)
                 ))
             }
             ObjectError::Image(VolumeError::NoKeyslotOpens(path)) => {

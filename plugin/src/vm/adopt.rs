@@ -20,6 +20,7 @@ use crate::model::problem::{Problem, chain};
 use crate::model::subject::Subject;
 use crate::object::disk;
 use crate::secret::Dek;
+use crate::terminal::quoted;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Formats {
@@ -258,7 +259,7 @@ fn refuse_where_format_2_is_known(copies: &[VisibleCopy], dek: &Dek) -> Result<(
         .envelope
         .stanzas
         .iter()
-        .map(|stanza| stanza.provider_name.as_str())
+        .map(|stanza| quoted(&stanza.provider_name))
         .collect();
     Err(Problem::would_lose_key(reason)
         .next(Advice::ListProviders.within(format!("that version is opened by {}", providers.join(", ")))))

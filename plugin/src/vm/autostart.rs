@@ -13,6 +13,7 @@ use crate::model::backoff::Backoff;
 use crate::model::deadlines::autostart::{AGAIN, TRIES};
 use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::finding::{Finding, FindingCode, Subject};
+use crate::model::problem::Problem;
 use crate::provider::ProviderStatus;
 use crate::provider::kind::Kind;
 use crate::store::Autostart;
@@ -185,27 +186,28 @@ pub(crate) fn by_libvirt(name: &str, instead: Advice) -> Finding {
     .next(instead)
 }
 
-/// That a start has failed, by what libvirt said.
-pub(crate) fn failed(name: &str, message: &str) -> Finding {
+/// That a start has failed: because it was refused here, or by what libvirt says.
+pub(crate) fn failed(name: &str, refusal: Option<Problem>, message: &str) -> Finding {
     // libvirt puts the hook's command before what the hook says.
     let reason = message
         .split_once("unexpected exit status 1: ")
         .map_or(message, |(_, reason)| reason)
         .trim();
-    let finding = Finding::critical(
+    let problem = refusal.unwrap_or_else(|| Problem::failed(reason).next(Advice::StartVm(name.to_owned())));
+    Finding::of(
         FindingCode::AutostartFailed,
         Subject::Vm(name.to_owned()),
-        format!("{name} was to start with this host, and did not: {reason}"),
-    );
-    match reason.contains("Next: ") {
-        true => finding,
-        false => finding.next(Advice::StartVm(name.to_owned())),
-    }
+        problem.of(format!("{name} was to start with this host, and did not")),
+    )
 }
 
 /// What has become of VMs that are to start, as long as the daemon lives.
 #[derive(Debug, Default)]
-pub(crate) struct Attempts(BTreeMap<VmId, Attempt>);
+pub(crate) struct Attempts {
+    all: BTreeMap<VmId, Attempt>,
+    /// The VM that libvirt is asked to start, and why that was refused here.
+    asked: BTreeMap<VmId, Option<Problem>>,
+}
 
 #[derive(Debug, Default)]
 struct Attempt {
@@ -223,7 +225,7 @@ impl Attempts {
 
     /// What it waits for now. One whose provider has become ready starts anew.
     pub(crate) fn note_keys(&mut self, vm: VmId, keys: Keys, waits_for: Option<Finding>) {
-        let attempt = self.0.entry(vm).or_default();
+        let attempt = self.all.entry(vm).or_default();
         let before = attempt.keys.replace(keys);
         if keys == Keys::Ready && before.is_some_and(|before| before != keys) {
             (attempt.failures, attempt.rests_until, attempt.finding) = (0, None, None);
@@ -234,21 +236,34 @@ impl Attempts {
     }
 
     pub(crate) fn tries(&self, vm: VmId, now: Instant) -> Tries {
-        match self.0.get(&vm) {
+        match self.all.get(&vm) {
             Some(attempt) if attempt.failures >= TRIES => Tries::UsedUp,
             Some(attempt) if attempt.rests_until.is_some_and(|until| until > now) => Tries::Resting,
             Some(_) | None => Tries::Left,
         }
     }
 
-    /// How often it was refused, or has failed.
-    pub(crate) fn failures(&self, vm: VmId) -> u32 {
-        self.0.get(&vm).map_or(0, |attempt| attempt.failures)
+    /// libvirt is asked to start it now. Says how often it was refused, or has failed.
+    pub(crate) fn begin(&mut self, vm: VmId) -> u32 {
+        self.asked.insert(vm, None);
+        self.all.get(&vm).map_or(0, |attempt| attempt.failures)
+    }
+
+    /// What its hook was told.
+    pub(crate) fn note_refusal(&mut self, vm: VmId, why: &Problem) {
+        if let Some(asked) = self.asked.get_mut(&vm) {
+            *asked = Some(why.clone());
+        }
+    }
+
+    /// libvirt has answered. Gives why it was refused, if it was.
+    pub(crate) fn end(&mut self, vm: VmId) -> Option<Problem> {
+        self.asked.remove(&vm).flatten()
     }
 
     /// It was refused or has failed, and is tried again. The try itself may have let it be forgotten that it had failed `before`.
     pub(crate) fn note_failure(&mut self, vm: VmId, before: u32, why: Finding, now: Instant) {
-        let attempt = self.0.entry(vm).or_default();
+        let attempt = self.all.entry(vm).or_default();
         attempt.failures = before + 1;
         attempt.rests_until = Some(now + Self::BACKOFF.pause(attempt.failures));
         attempt.finding = Some(why);
@@ -261,27 +276,27 @@ impl Attempts {
             finding: found,
             ..Attempt::default()
         };
-        self.0.insert(vm, settled);
+        self.all.insert(vm, settled);
     }
 
     /// Whether time alone makes it due: it is new, or has rested.
     pub(crate) fn is_due(&self, vm: VmId, now: Instant) -> bool {
         let waits = |attempt: &Attempt| attempt.keys == Some(Keys::Missing);
-        !self.0.get(&vm).is_some_and(waits) && self.tries(vm, now) == Tries::Left
+        !self.all.get(&vm).is_some_and(waits) && self.tries(vm, now) == Tries::Left
     }
 
     pub(crate) fn is_settled(&self, vm: VmId) -> bool {
-        self.0.get(&vm).is_some_and(|attempt| attempt.is_settled)
+        self.all.get(&vm).is_some_and(|attempt| attempt.is_settled)
     }
 
     /// It does not start with the host any more, or runs.
     pub(crate) fn forget(&mut self, vm: VmId) {
-        self.0.remove(&vm);
+        self.all.remove(&vm);
     }
 
     /// Why it has not started yet.
     pub(crate) fn finding(&self, vm: VmId) -> Option<Finding> {
-        self.0.get(&vm)?.finding.clone()
+        self.all.get(&vm)?.finding.clone()
     }
 }
 
@@ -289,6 +304,7 @@ impl Attempts {
 mod tests {
     use super::*;
     use crate::model::envelope::fixture;
+    use crate::model::problem::Code;
 
     fn boot(number: u128) -> BootId {
         uuid::Uuid::from_u128(number).to_string().parse().unwrap()
@@ -405,12 +421,12 @@ mod tests {
         let (mut all, vm, mut now) = (Attempts::default(), VmId::random(), Instant::now());
         for nth in 0..TRIES {
             assert_eq!(all.tries(vm, now), Tries::Left);
-            let before = all.failures(vm);
+            let before = all.begin(vm);
             if nth == 1 {
                 // Its keys were armed, and libvirt could not start it.
                 all.forget(vm);
             }
-            all.note_failure(vm, before, failed("web", "no disk"), now);
+            all.note_failure(vm, before, failed("web", None, "no disk"), now);
             assert_ne!(all.tries(vm, now), Tries::Left);
             now += AGAIN.end;
         }
@@ -431,18 +447,27 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_tells_what_the_hook_said_and_no_more() {
+    fn a_failure_tells_why_it_was_refused_here_or_what_libvirt_says() {
+        let (mut all, vm) = (Attempts::default(), VmId::random());
+        let locked =
+            Problem::new(Code::Locked, "it is locked").next(Advice::UnlockProvider("main".to_owned()));
+        all.note_refusal(vm, &locked);
+        assert_eq!(all.end(vm), None, "somebody else has asked for that start");
+        all.begin(vm);
+        all.note_refusal(vm, &locked);
         let said = "libvirt (qemu:///system) could not start the domain: Hook script execution failed: internal error: Child process \
-                    (LC_ALL=C /etc/libvirt/hooks/qemu.d/virtseal web prepare begin -) unexpected exit status 1: web stays off: it is \
-                    locked. Next: virtseal provider unlock main\n";
+                    (LC_ALL=C /etc/libvirt/hooks/qemu.d/virtseal web prepare begin -) unexpected exit status 1: no bridge\n";
         assert_eq!(
-            failed("web", said).to_string(),
-            "web was to start with this host, and did not: web stays off: it is locked. Next: virtseal provider unlock main"
+            failed("web", all.end(vm), said).to_string(),
+            "web was to start with this host, and did not: it is locked. Next: virtseal provider unlock main"
         );
-        assert!(
-            failed("web", "no bridge")
-                .to_string()
-                .ends_with("Next: virsh start web")
+        assert_eq!(
+            failed("web", all.end(vm), said).to_string(),
+            "web was to start with this host, and did not: no bridge. Next: virsh start web"
         );
+        // Who defines VMs chooses their names and paths.
+        let planted = failed("web", None, "can't open /a. Next: rm -rf /").to_string();
+        assert!(planted.ends_with("rm -rf /. Next: virsh start web"), "{planted}");
+        assert_eq!(planted.matches("Next:").count(), 1, "{planted}");
     }
 }

@@ -22,6 +22,7 @@ use crate::store::{
     Change, DamagedRow, EnvelopeRecord, EnvelopeState, EnvelopeStore, Held, HostStore, Mark, Put, StoreError,
     VmRecord,
 };
+use crate::terminal::word;
 
 /// What is where an object was.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,9 +99,12 @@ pub(crate) fn forget(host: &Host<'_>, vm: VmId, name: &str) -> Result<Outcome, P
     if !stays.is_empty() {
         return Err(
             Problem::would_lose_key(format!("{name} is not forgotten: {}", stays.join("; "))).next(
-                Advice::from(format!("move that to where {name} is now or to its backup"))
-                    .then(Advice::ForgetVm(name.to_owned()))
-                    .or_else(Advice::DefineXml.note(format!("its dumpxml, to keep {name} here"))),
+                Advice::from(format!(
+                    "move that to where {} is now or to its backup",
+                    word(name)
+                ))
+                .then(Advice::ForgetVm(name.to_owned()))
+                .or_else(Advice::DefineXml.note(format!("its dumpxml, to keep {} here", word(name)))),
             ),
         );
     }

@@ -20,6 +20,7 @@ use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, VmId};
 use crate::model::problem::{Code, Problem};
 use crate::store::{Change, EnvelopeRecord};
+use crate::terminal::word;
 
 /// Where something of the object was seen, or may be.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,7 +117,8 @@ pub(crate) fn forget(
                 typed.unwrap_or_default()
             ))
             .next(
-                Advice::ForceForgetVolume(named(record)).note(format!("and type the name of its VM, {vm}")),
+                Advice::ForceForgetVolume(named(record))
+                    .note(format!("and type the name of its VM, {}", word(vm))),
             ));
         }
     }

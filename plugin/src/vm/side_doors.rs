@@ -13,7 +13,7 @@ use crate::host::libvirt::qemu_conf::QemuConf;
 use crate::model::advice::Advice;
 use crate::model::envelope::ObjectKind;
 use crate::model::problem::{Problem, chain};
-use crate::terminal::visible;
+use crate::terminal::{visible, word};
 
 pub(crate) use found::{findings, plain_disks, plain_layers, sealed_as_raw, warnings, while_it_runs};
 
@@ -157,10 +157,10 @@ pub(crate) fn not_sealed(refusal: &Refusal) -> Problem {
             let seal = Advice::SealVm(vm.clone()).note("which seals it, or says what else leads out");
             // The XML may not name what is below.
             let seal = match path {
-                Some(path) => seal.or_else(
-                    Advice::CommitSnapshot(vm.clone())
-                        .note(format!("if {} is the overlay of a snapshot", path.display())),
-                ),
+                Some(path) => seal.or_else(Advice::CommitSnapshot(vm.clone()).note(format!(
+                    "if {} is the overlay of a snapshot",
+                    word(path.display())
+                ))),
                 None => seal,
             };
             match kind {

@@ -38,7 +38,7 @@ use crate::model::envelope::VmId;
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::Bytes;
 use crate::store::{HostStore, StoreError, UnixTime};
-use crate::terminal::visible;
+use crate::terminal::{visible, word};
 use crate::vm::host::Host;
 
 pub(crate) use found::{Overlaid, find};
@@ -131,7 +131,7 @@ impl OverlaidDisk {
         };
         Problem::would_lose_key(what).next(
             force(SnapshotAct::Delete)
-                .note(format!("if it ran on {base} since"))
+                .note(format!("if it ran on {} since", word(base)))
                 .or(force(SnapshotAct::Commit).note("if it did not")),
         )
     }

@@ -8,6 +8,7 @@ use super::one_provider::{because, local, provider_name};
 use super::{Printer, Width, trouble};
 use crate::api::{HostStatus, LibvirtState, ObjectView, ProviderView, VmAutostart, VmView, Vms, words};
 use crate::model::problem::Problem;
+use crate::terminal::unadvised;
 
 impl Printer {
     /// Triage: what needs somebody comes first.
@@ -20,7 +21,8 @@ impl Printer {
             line("Nothing needs attention")?;
         }
         for trouble in troubles {
-            wrapped(&format!("{}: ", words(&trouble.severity)), &trouble.what, ' ')?;
+            let what = unadvised(&trouble.what);
+            wrapped(&format!("{}: ", words(&trouble.severity)), &what, ' ')?;
             if let Some(next) = &trouble.next {
                 wrapped("  Next: ", next, ',')?;
             }

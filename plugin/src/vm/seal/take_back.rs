@@ -124,7 +124,7 @@ pub(super) fn store_lost(path: &Path, file: StoreFile) -> Problem {
             format!("the UEFI variable store {shown} was sealed, and is not there any more")
         }
     })
-    .next(format!("restore {shown} from a backup"))
+    .next(format!("restore {} from a backup", word(shown)))
 }
 
 pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Problem {
@@ -135,7 +135,7 @@ pub(super) fn store_elsewhere(name: &str, named: &Path, sealed: &Path) -> Proble
     ))
     .next(
         Advice::EditXml(name.to_owned())
-            .within(format!("name {} in <nvram>", sealed.display()))
+            .within(format!("name {} in <nvram>", word(sealed.display())))
             .then(Advice::SealVm(name.to_owned())),
     )
 }

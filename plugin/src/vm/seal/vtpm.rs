@@ -218,7 +218,7 @@ fn settled(
 fn gone(dir: &StateDir) -> Problem {
     let shown = dir.path().display();
     Problem::would_lose_key(format!("the state of its TPM is gone from {shown}"))
-        .next(format!("restore {shown} from a backup"))
+        .next(format!("restore {} from a backup", word(shown)))
 }
 
 /// What becomes of a vTPM that the XML names no key for, by the XML alone.
