@@ -1,7 +1,7 @@
 //! That each advice leads somewhere: a story has done what it says, as it was printed, or it stands here why none can.
 //!
 //! A case of `Advice` that is new has no row, and this fails. A row names the story and how the way begins that it takes there
-//! (`Way` of the testkit), and both are looked up in the story's source.
+//! (`Way` of the testkit), and both are looked up in the story's source. What systemd does is followed in `tests/run-systemd`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -12,15 +12,16 @@ use crate::cli::advised::{cases, every_advice, name_of};
 enum By {
     /// `tests/tests/FILE`, the function, and the beginning of the way, or of the command in it.
     Story(&'static str, &'static str, &'static str),
+    /// `tests/run-systemd`, on a host that systemd has booted: the beginning of the command.
+    Booted(&'static str),
     /// Why no story can, or need.
     Nobody(&'static str),
 }
 
-use By::{Nobody, Story};
+use By::{Booted, Nobody, Story};
 
 const NO_COMMAND: &str = "it names nothing to run";
-const BY_SYSTEMD: &str =
-    "stories have no systemd: tests/run-systemd starts, stops and reloads by it on a host that it has booted";
+const BOOTED: &str = include_str!("../../../../tests/run-systemd");
 
 const FOLLOWED: &[(&str, By)] = &[
     ("Words", Nobody(NO_COMMAND)),
@@ -106,18 +107,18 @@ const FOLLOWED: &[(&str, By)] = &[
             "virtseal state restore --yes-replace",
         ),
     ),
-    ("Journal", Nobody(BY_SYSTEMD)),
-    ("StartDaemon", Nobody(BY_SYSTEMD)),
-    ("StartAll", Nobody(BY_SYSTEMD)),
-    ("StopAll", Nobody(BY_SYSTEMD)),
-    ("RestartDaemon", Nobody(BY_SYSTEMD)),
-    ("ReloadDaemon", Nobody(BY_SYSTEMD)),
-    ("ShowDaemon", Nobody(BY_SYSTEMD)),
-    ("StartAnew", Nobody(BY_SYSTEMD)),
-    ("CheckSettings", Nobody(BY_SYSTEMD)),
-    ("RestartLibvirtd", Nobody(BY_SYSTEMD)),
-    ("ReloadLibvirtd", Nobody(BY_SYSTEMD)),
-    ("ShowLibvirtd", Nobody(BY_SYSTEMD)),
+    ("Journal", Booted("journalctl -u virtseald")),
+    ("StartDaemon", Booted("systemctl start virtseald")),
+    ("StartAll", Booted("systemctl start virtseald.socket virtseald")),
+    ("StopAll", Booted("systemctl stop virtseald.socket")),
+    ("RestartDaemon", Booted("systemctl restart virtseald")),
+    ("ReloadDaemon", Booted("systemctl reload virtseald")),
+    ("ShowDaemon", Booted("systemctl status virtseald")),
+    ("StartAnew", Booted("systemctl reset-failed virtseald")),
+    ("CheckSettings", Booted("virtseald --check")),
+    ("RestartLibvirtd", Booted("systemctl restart libvirtd")),
+    ("ReloadLibvirtd", Booted("systemctl reload libvirtd")),
+    ("ShowLibvirtd", Booted("systemctl status libvirtd")),
     ("Upgrade", Nobody(NO_COMMAND)),
     ("RunAsRoot", Nobody(NO_COMMAND)),
     // Providers.
@@ -870,6 +871,14 @@ fn every_story_takes_the_way() {
         let (file, function, begin) = match by {
             Nobody(why) => {
                 assert!(why.len() > 10, "{case}");
+                continue;
+            }
+            Booted(begin) => {
+                let follows = ["follows", "follows_and_sees"].map(|by| format!("{by} '{begin}'"));
+                let is_taken = follows.iter().any(|line| BOOTED.contains(line));
+                assert!(is_taken, "{case}: tests/run-systemd does not follow {begin:?}");
+                let says = printed[*case].iter().any(|text| text.starts_with(begin));
+                assert!(says, "{case} does not say {begin:?}");
                 continue;
             }
             Story(file, function, begin) => (file, function, begin),
