@@ -11,17 +11,15 @@ use std::fmt::{Display, Write};
 
 /// `text` with every character that a terminal would obey, or that nobody could see, as its escape: `\n`, `\u{1b}`.
 pub(crate) fn visible(text: &str) -> Cow<'_, str> {
-    escaped(text, |out, found| out.extend(found.escape_debug()))
+    escaped(text, is_visible, |out, found| out.extend(found.escape_debug()))
 }
 
 /// The same in a JSON document: such characters stand inside its strings only, but for the line breaks between them.
 pub(crate) fn visible_json(json: &str) -> Cow<'_, str> {
-    escaped(json, |out, found| match found {
-        '\n' => out.push('\n'),
-        other => {
-            for unit in other.encode_utf16(&mut [0; 2]) {
-                let _ = write!(out, "\\u{unit:04x}");
-            }
+    let may_stand = |found| found == '\n' || is_visible(found);
+    escaped(json, may_stand, |out, found| {
+        for unit in found.encode_utf16(&mut [0; 2]) {
+            let _ = write!(out, "\\u{unit:04x}");
         }
     })
 }
@@ -34,13 +32,13 @@ pub(crate) fn unadvised(text: &str) -> Cow<'_, str> {
     }
 }
 
-fn escaped(text: &str, escape: impl Fn(&mut String, char)) -> Cow<'_, str> {
-    if text.chars().all(is_visible) {
+fn escaped(text: &str, may_stand: impl Fn(char) -> bool, escape: impl Fn(&mut String, char)) -> Cow<'_, str> {
+    if text.chars().all(&may_stand) {
         return Cow::Borrowed(text);
     }
     let mut out = String::with_capacity(text.len() + 16);
     for found in text.chars() {
-        if is_visible(found) {
+        if may_stand(found) {
             out.push(found);
         } else {
             escape(&mut out, found);
@@ -51,11 +49,13 @@ fn escaped(text: &str, escape: impl Fn(&mut String, char)) -> Cow<'_, str> {
 
 /// As the standard library's tables have it. A mark that combines with the character before it is visible.
 fn is_visible(found: char) -> bool {
-    let after_a_letter = ['a', found].iter().collect::<String>();
     match found {
         ' '..='~' => true,
         _ if found.is_ascii() => false,
-        _ => after_a_letter.escape_debug().count() == 2,
+        _ => {
+            let after_a_letter: String = ['a', found].iter().collect();
+            after_a_letter.escape_debug().count() == 2
+        }
     }
 }
 
