@@ -14,9 +14,9 @@ mod tests;
 pub(crate) mod vtpm;
 
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 
+use nix::sys::stat::lstat;
 use swtpm_state::STATE_FILE_NAME;
 
 use crate::domain::{Domain, Object};
@@ -124,11 +124,10 @@ impl Located {
 
     /// Of its file; none while there is no file that has one.
     fn stamp(&self) -> Option<FileStamp> {
-        let file = match self {
-            Self::Image(place) => place.metadata(),
-            Self::State(dir) => fs::symlink_metadata(dir.path().join(STATE_FILE_NAME)),
-        };
-        FileStamp::of(&file.ok()?)
+        match self {
+            Self::Image(place) => place.stamp(),
+            Self::State(dir) => FileStamp::of(&lstat(&dir.path().join(STATE_FILE_NAME)).ok()?),
+        }
     }
 
     /// Looks at it without a key.

@@ -1,8 +1,8 @@
 //! That a file is the same one as before, with the same bytes, by what the file system says of it.
 
-use std::fs::Metadata;
-use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use nix::sys::stat::FileStat;
 
 use crate::model::deadlines::status::SETTLED;
 
@@ -11,25 +11,26 @@ use crate::model::deadlines::status::SETTLED;
 pub(crate) struct FileStamp {
     device: u64,
     inode: u64,
-    length: u64,
+    length: i64,
     changed: (i64, i64),
 }
 
 impl FileStamp {
     /// None of a device, which is written to without a trace, nor of a file that was changed just now: its next change may have
     /// the same time.
-    pub(crate) fn of(file: &Metadata) -> Option<Self> {
+    pub(crate) fn of(file: &FileStat) -> Option<Self> {
         Self::at(file, SystemTime::now())
     }
 
-    fn at(file: &Metadata, now: SystemTime) -> Option<Self> {
-        let changed = (file.ctime(), file.ctime_nsec());
+    fn at(file: &FileStat, now: SystemTime) -> Option<Self> {
+        let changed = (file.st_ctime, file.st_ctime_nsec);
         let at = UNIX_EPOCH + Duration::new(changed.0.try_into().ok()?, changed.1.try_into().ok()?);
         let is_settled = now.duration_since(at).is_ok_and(|age| age > SETTLED);
-        (file.is_file() && is_settled).then(|| Self {
-            device: file.dev(),
-            inode: file.ino(),
-            length: file.len(),
+        let is_file = file.st_mode & libc::S_IFMT == libc::S_IFREG;
+        (is_file && is_settled).then_some(Self {
+            device: file.st_dev,
+            inode: file.st_ino,
+            length: file.st_size,
             changed,
         })
     }
@@ -39,6 +40,8 @@ impl FileStamp {
 mod tests {
     use std::fs;
 
+    use nix::sys::stat::lstat;
+
     use super::*;
 
     #[test]
@@ -46,7 +49,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         let later = SystemTime::now() + 60 * SETTLED;
-        let stamp = || FileStamp::at(&fs::symlink_metadata(&path).unwrap(), later).unwrap();
+        let stamp = || FileStamp::at(&lstat(&path).unwrap(), later).unwrap();
         let mut stamps = Vec::new();
         for text in ["one", "two"] {
             fs::write(&path, text).unwrap();
@@ -65,13 +68,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         fs::write(&path, "one").unwrap();
-        assert_eq!(FileStamp::of(&fs::symlink_metadata(&path).unwrap()), None);
+        assert_eq!(FileStamp::of(&lstat(&path).unwrap()), None);
         let later = SystemTime::now() + 60 * SETTLED;
-        assert_eq!(
-            FileStamp::at(&fs::symlink_metadata(dir.path()).unwrap(), later),
-            None
-        );
-        let device = fs::symlink_metadata("/dev/null").unwrap();
+        assert_eq!(FileStamp::at(&lstat(dir.path()).unwrap(), later), None);
+        let device = lstat("/dev/null").unwrap();
         assert_eq!(FileStamp::at(&device, later), None);
     }
 }

@@ -26,8 +26,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open, openat};
-use nix::sys::stat::{Mode, fstat};
+use nix::fcntl::{AtFlags, OFlag, open, openat};
+use nix::sys::stat::{Mode, fstat, fstatat};
+
+use super::file_stamp::FileStamp;
 
 pub(crate) use error::PathError;
 pub(crate) use rule::PathRule;
@@ -90,6 +92,16 @@ impl PermittedPath {
     /// What has the name now; a link is not followed.
     pub(crate) fn metadata(&self) -> io::Result<Metadata> {
         fs::symlink_metadata(self.handle())
+    }
+
+    /// Of the file that has the name now.
+    pub(crate) fn stamp(&self) -> Option<FileStamp> {
+        let found = fstatat(
+            &self.directory,
+            self.name.as_os_str(),
+            AtFlags::AT_SYMLINK_NOFOLLOW,
+        );
+        FileStamp::of(&found.ok()?)
     }
 
     /// Whether the name is taken.

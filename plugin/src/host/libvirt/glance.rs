@@ -6,10 +6,10 @@
 //! what libvirt says counts. A domain without such a file, as a transient one, is asked about each time.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::sys::stat::lstat;
 use virt::sys;
 
 use super::link::Link;
@@ -57,8 +57,8 @@ fn stamp_of(name: &str) -> Option<FileStamp> {
     if name.contains('/') {
         return None;
     }
-    let file = fs::symlink_metadata(Path::new(DIRECTORY).join(format!("{name}.xml")));
-    FileStamp::of(&file.ok()?)
+    let file = Path::new(DIRECTORY).join(format!("{name}.xml"));
+    FileStamp::of(&lstat(&file).ok()?)
 }
 
 /// What was read, and of which file that is the XML.
