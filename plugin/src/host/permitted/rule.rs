@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use super::pool::{self, QemuIds};
-use super::walk::{Ground, Known, Reach, Walk, is_plain, physical, walk_anywhere};
+use super::walk::{Ground, Known, Reach, Trail, Walk, is_plain, physical, walk_anywhere};
 use super::{PathError, PermittedPath};
 use crate::host::libvirt::StoragePool;
 use crate::host::storage;
@@ -28,6 +28,7 @@ pub(crate) struct PathRule {
     grounds: OnceLock<Vec<Ground>>,
     /// Where the state directory really is, looked at once too.
     state: OnceLock<Option<PathBuf>>,
+    trail: Option<Trail>,
 }
 
 impl PathRule {
@@ -50,6 +51,13 @@ impl PathRule {
         self.pools = pools;
         self.grounds = OnceLock::new();
         self
+    }
+
+    /// For one look at many files, which acts at none: each directory is walked to once.
+    #[must_use]
+    pub(crate) fn for_one_look(self) -> Self {
+        let trail = Some(Trail::default());
+        Self { trail, ..self }
     }
 
     /// A path in one of the directories.
@@ -117,7 +125,8 @@ impl PathRule {
             Known::ToTheKeystore => &[],
             Known::No => self.grounds(),
         };
-        let walked = match Walk::new(grounds, known).to(path) {
+        let walk = Walk::new(grounds, known).along(self.trail.as_ref());
+        let walked = match walk.to(path) {
             Ok(walked) if known == Known::ToTheKeystore || walked.is_granted() => walked,
             Err(stopped) if known == Known::ToTheKeystore || stopped.is_granted => return Err(stopped.why),
             Ok(_) | Err(_) => return Err(self.outside(path)),

@@ -534,6 +534,39 @@ fn a_template_comes_with_the_firmware_or_is_for_all_to_read_or_of_image_dirs() {
     rule.permit_template(Path::new("/usr/share/doc"), &[]).unwrap();
 }
 
+#[test]
+fn a_look_goes_to_a_directory_once_and_the_next_one_judges_it_anew() {
+    let tree = Tree::new();
+    let victim = tree.file("other/victim");
+    let look = tree.rule().for_one_look();
+    let [first, second] = ["images/first", "images/second"].map(|name| tree.file(name));
+    look.permit(&first).unwrap();
+    // What is in it is judged by itself.
+    link_by(USER, &victim, &tree.at("images/planted"));
+    let refused = look.permit(&tree.at("images/planted"));
+    assert!(matches!(refused, Err(PathError::Link { .. })), "{refused:?}");
+    link_by(0, &victim, &tree.at("images/lv"));
+    for path in [&tree.at("images/lv"), &second] {
+        tree.content(&look.permit(path).unwrap()).unwrap();
+    }
+    // Another directory that is reached by the same name is not the one that was judged.
+    fs::rename(tree.at("images"), tree.at("was")).unwrap();
+    fs::create_dir(tree.at("images")).unwrap();
+    chown(tree.at("images"), Some(USER), Some(USER)).unwrap();
+    tree.file("images/second");
+    fs::hard_link(&victim, tree.at("images/linked")).unwrap();
+    let held = look.permit(&second).unwrap();
+    assert_eq!(fs::canonicalize(held.directory_handle()).unwrap(), tree.at("was"));
+    let next = tree.rule().for_one_look();
+    let found = next.permit(&second).unwrap();
+    assert_eq!(
+        fs::canonicalize(found.directory_handle()).unwrap(),
+        tree.at("images")
+    );
+    let refused = next.permit(&tree.at("images/linked"));
+    assert!(matches!(refused, Err(PathError::HardLink(_))), "{refused:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -559,6 +592,15 @@ proptest! {
             }
         }
         let path = ask.iter().fold(home, |path, name| path.join(name.to_string()));
+        // Whoever has looked at what is beside it is told the same.
+        let (alone, look) = (tree.rule(), tree.rule().for_one_look());
+        for beside in path.ancestors().take(ask.len()).flat_map(|at| (0..4).map(|name| at.with_file_name(name.to_string()))) {
+            let told = |rule: &PathRule| {
+                let permitted = rule.permit(&beside).map_err(|error| error.to_string());
+                permitted.map(|place| fs::canonicalize(place.directory_handle()).unwrap())
+            };
+            prop_assert_eq!(told(&alone), told(&look), "{:?}", beside);
+        }
         if let Ok(place) = tree.rule().permit(&path) {
             let real = fs::canonicalize(place.directory_handle()).unwrap();
             prop_assert!(real.starts_with(tree.at("images/home")), "{:?} led to {:?}", path, real);

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat, readlinkat};
@@ -42,8 +42,9 @@ pub(super) enum Known {
 }
 
 /// A directory that was walked into.
+#[derive(Clone, Debug)]
 pub(super) struct Step {
-    pub(super) fd: OwnedFd,
+    pub(super) fd: Arc<OwnedFd>,
     /// Without links.
     pub(super) path: PathBuf,
     /// It, and all above it.
@@ -52,7 +53,7 @@ pub(super) struct Step {
 }
 
 /// How a walk ended.
-#[derive(Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Walked {
     /// From `/` to where the walk went last, never empty.
     pub(super) steps: Vec<Step>,
@@ -80,10 +81,37 @@ impl Walked {
         }
         let directory = self.steps.pop().expect("a walk begins with /");
         Ok(PermittedPath {
-            directory: Arc::new(directory.fd),
+            directory: directory.fd,
             name: self.name.ok_or_else(|| PathError::Odd(path.to_owned()))?,
             shown: path.to_owned(),
         })
+    }
+}
+
+/// The directory that walks have led to last: who looks at many files in it goes there once, and it is judged as it was found then. Not
+/// for longer than one look.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Trail(Arc<Mutex<Option<Reached>>>);
+
+#[derive(Clone, Debug)]
+struct Reached {
+    /// As it was written.
+    directory: PathBuf,
+    known: Known,
+    walked: Walked,
+    links: usize,
+}
+
+impl Trail {
+    /// How walks for the same get to this directory, if the last one did.
+    fn to(&self, directory: &Path, known: Known) -> Option<Reached> {
+        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_it = |last: &&Reached| last.known == known && last.directory == directory;
+        last.as_ref().filter(is_it).cloned()
+    }
+
+    fn leads(&self, reached: Reached) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(reached);
     }
 }
 
@@ -119,6 +147,7 @@ pub(super) struct Stopped {
 pub(super) struct Walk<'a> {
     grounds: &'a [Ground],
     known: Known,
+    trail: Option<&'a Trail>,
     /// So far; without steps until it has begun.
     walked: Walked,
     links: usize,
@@ -129,9 +158,15 @@ impl<'a> Walk<'a> {
         Self {
             grounds,
             known,
+            trail: None,
             walked: Walked::default(),
             links: 0,
         }
+    }
+
+    /// From where an earlier one has led, with the same grounds.
+    pub(super) fn along(self, trail: Option<&'a Trail>) -> Self {
+        Self { trail, ..self }
     }
 
     pub(super) fn to(mut self, path: &Path) -> Result<Walked, Stopped> {
@@ -150,11 +185,31 @@ impl<'a> Walk<'a> {
             return Err(PathError::Odd(path.to_owned()));
         }
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let root = open("/", flags, Mode::empty()).map_err(|errno| io_at(Path::new("/"), errno))?;
-        let found = fstat(&root).map_err(|errno| io_at(Path::new("/"), errno))?;
-        self.enter(root, "/".into(), &found);
         let mut ahead = parts(path);
+        let mut trail = self.trail.zip(path.parent());
+        match trail.and_then(|(trail, directory)| trail.to(directory, self.known)) {
+            Some(reached) => {
+                (self.walked, self.links) = (reached.walked, reached.links);
+                ahead.drain(..ahead.len() - 1);
+                trail = None;
+            }
+            None => {
+                let root = open("/", flags, Mode::empty()).map_err(|errno| io_at(Path::new("/"), errno))?;
+                let found = fstat(&root).map_err(|errno| io_at(Path::new("/"), errno))?;
+                self.enter(root, "/".into(), &found);
+            }
+        }
         while let Some(part) = ahead.pop_front() {
+            if ahead.is_empty()
+                && let Some((trail, directory)) = trail.take()
+            {
+                trail.leads(Reached {
+                    directory: directory.to_owned(),
+                    known: self.known,
+                    walked: self.walked.clone(),
+                    links: self.links,
+                });
+            }
             if part == ".." {
                 let above = self.walked.steps.len() - 1;
                 self.walked.steps.truncate(above.max(1));
@@ -213,7 +268,7 @@ impl<'a> Walk<'a> {
             is_roots: above.is_none_or(|step| step.is_roots) && only_root_writes(found),
             grant: inherited.or(own.map(|ground| ground.reach).max()),
             path,
-            fd,
+            fd: Arc::new(fd),
         };
         self.walked.steps.push(step);
     }

@@ -84,7 +84,7 @@ impl Known {
     #[must_use]
     pub(crate) fn on_host(self, rule: PathRule, swtpm_dir: PathBuf, providers: ProviderNames) -> Self {
         Self {
-            rule,
+            rule: rule.for_one_look(),
             swtpm_dir,
             providers,
             ..self

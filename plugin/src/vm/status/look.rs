@@ -1,6 +1,6 @@
 //! What is at the places that domain XML names: headers of images and the state of vTPMs, opened without a key.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,15 +29,15 @@ pub(crate) struct SeenObject {
 
 /// What is at the places of objects: looked at for many VMs at once, so that what hangs is waited for once.
 #[derive(Debug)]
-pub(crate) struct Places(BTreeMap<Spot, Place>);
+pub(crate) struct Places(HashMap<PathBuf, Vec<(Naming, Place)>>);
 
-/// An object of a VM, and where it is looked for.
-type Spot = (PathBuf, VmId, ObjectKind);
+/// Who names a path: a VM, and as what.
+type Naming = (VmId, ObjectKind);
 
 impl Places {
     /// Looks at what these VMs name. Storage that does not answer keeps back what is on it alone.
     pub(crate) fn of<'d>(domains: impl Iterator<Item = &'d Domain>, known: &Arc<Known>) -> Self {
-        let mut wanted: BTreeMap<PathBuf, Vec<(VmId, ObjectKind)>> = BTreeMap::new();
+        let mut wanted: HashMap<PathBuf, Vec<Naming>> = HashMap::new();
         for domain in domains {
             for object in domain::objects(domain) {
                 if let Some(path) = path_in(domain, &object, &known.swtpm_dir) {
@@ -52,16 +52,25 @@ impl Places {
             let named = theirs.get(path).into_iter().flatten();
             named.map(|(vm, kind)| at(*vm, *kind, path, &known)).collect()
         };
-        let mut places = BTreeMap::new();
-        for (path, seen) in storage::in_time(paths, STORAGE, look) {
-            let named = wanted.get(&path).into_iter().flatten();
-            let mut seen = seen.into_iter().flatten();
-            for (vm, kind) in named {
-                let place = seen.next().unwrap_or_else(|| Place::silent(&path));
-                places.insert((path.clone(), *vm, *kind), place);
-            }
-        }
-        Self(places)
+        let found = storage::in_time(paths, STORAGE, look)
+            .into_iter()
+            .map(|(path, seen)| {
+                let mut seen = seen.into_iter().flatten();
+                let named = wanted.get(&path).into_iter().flatten();
+                let places =
+                    named.map(|naming| (*naming, seen.next().unwrap_or_else(|| Place::silent(&path))));
+                let places = places.collect();
+                (path, places)
+            });
+        Self(found.collect())
+    }
+
+    fn at(&self, path: &Path, naming: Naming) -> Option<&Place> {
+        let named = self.0.get(path)?;
+        named
+            .iter()
+            .find(|(named, _)| *named == naming)
+            .map(|(_, place)| place)
     }
 }
 
@@ -72,8 +81,8 @@ pub(crate) fn at_objects(domain: &Domain, places: &Places, known: &Known) -> Vec
     let seen = objects.map(|object| {
         let path = path_in(domain, &object, &known.swtpm_dir);
         let place = path
-            .clone()
-            .and_then(|path| places.0.get(&(path, domain.uuid, object.kind)));
+            .as_deref()
+            .and_then(|path| places.at(path, (domain.uuid, object.kind)));
         let place = place.cloned().unwrap_or_else(Place::out_of_sight);
         SeenObject {
             object,
