@@ -405,6 +405,7 @@ fn free_running(
         let top = disk.overlays.first().ok_or_else(|| disk.changed(name))?;
         Ok(daemon.host_store.note_pivot(overlays.vm, &disk.base, top)?)
     };
+    let asked = disk.asked(&daemon.host_store, overlays.vm)?;
     let ended = running::merge(&daemon.background, defined.vm, name, disk, note, |job| {
         if let Some(job) = job {
             let part = job.done as f64 / job.total.max(1) as f64;
@@ -417,13 +418,15 @@ fn free_running(
         Ended::PoweredOff => return Ok(Came::OnceMore),
         Ended::Merged => {}
     }
-    // QEMU is believed about what it has open. An earlier try has died before the next start knew that too, or that was defined again.
+    // QEMU is believed about what it has open. An earlier try that had it merge has died before the next start knew that too; where none
+    // had, the VM may run without what the overlays hold.
+    let was_merged = asked.is_some();
     let next = seen.next.as_deref();
     let found = match (found, next.map(|next| disk.standing(next)).transpose()?) {
         (Some(found), _) => found,
         (None, None | Some(Standing::Bare)) => return remove_left(daemon, disk, overlays),
-        (None, Some(Standing::Overlaid)) => find(&host, next.unwrap_or_default(), name, disk)?,
-        (None, Some(Standing::Other)) => return Err(disk.changed(name)),
+        (None, Some(Standing::Overlaid)) if was_merged => find(&host, next.unwrap_or_default(), name, disk)?,
+        (None, Some(Standing::Overlaid | Standing::Other)) => return Err(disk.changed(name)),
     };
     let free = off::hold_overlays(&found).map_err(|failure| failure.of(name))?;
     if seen.next.is_some() {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::host::Host;
+use super::seal::was_given_up;
 use super::start::adoption::{Doubt, Weighed, believe, weigh};
 use super::visible::{Place, Visible, VisibleCopy, held_copies};
 use crate::domain::{Domain, encrypted_layers};
@@ -221,7 +222,7 @@ pub(crate) fn take_in(
     }
     if record.is_none() {
         let opening = host.open_object(&believed.envelope, Path::new(location), dek)?;
-        if opening == Opening::NotMade && has_another(host, &believed.envelope)? {
+        if opening == Opening::NotMade && was_given_up(host, believed.envelope.vm, believed.envelope.id)? {
             return Ok(doubt);
         }
     }
@@ -230,12 +231,6 @@ pub(crate) fn take_in(
         tracing::info!(envelope = %copy.envelope.id, place = %copy.place, "taken in");
     }
     Ok(doubt)
-}
-
-/// A VM has one vTPM: an envelope that opens none is of one that was given up, where the keystore has that of a new one.
-fn has_another(host: &Host<'_>, envelope: &Envelope) -> Result<bool, Problem> {
-    let known = host.keystore.envelopes_of(envelope.vm)?.sound;
-    Ok(known.iter().any(|known| known.envelope.kind == envelope.kind))
 }
 
 /// The location to keep it with, if the keystore should learn of it. A snapshot is the past, and who wrote a format 1 can't

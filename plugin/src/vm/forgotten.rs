@@ -115,6 +115,16 @@ pub(crate) fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
     Ok(paths.into_iter().map(read).collect())
 }
 
+/// Whether one of the files has this envelope.
+pub(crate) fn has(state_dir: &Path, id: EnvelopeId) -> Result<bool, ForgottenError> {
+    let kept = kept(state_dir)?;
+    let mut objects = kept
+        .iter()
+        .filter_map(|(_, found)| found.as_ref().ok())
+        .flat_map(|found| &found.objects);
+    Ok(objects.any(|record| record.envelope.id == id))
+}
+
 /// The envelopes in `kept` that nothing else has: not those that are known again. With any of them go those of its saved state.
 pub(crate) fn only_there(forgotten: &Forgotten, is_known: impl Fn(EnvelopeId) -> bool) -> Vec<&Envelope> {
     let envelopes = forgotten.objects.iter().map(|record| &record.envelope);

@@ -49,6 +49,7 @@ pub(crate) use replaced::Replaced;
 pub(crate) use reset::{plan_reset, reset};
 use store::{NewStore, NvramStep, Present};
 pub(crate) use unseal::{plan_unseal, unseal};
+pub(crate) use vtpm::was_given_up;
 
 /// A domain whose objects are made, to be defined.
 #[derive(Debug)]

@@ -273,7 +273,8 @@ fn replaced_by_a_plain_one(
         "{shown} is a plain image, in the place of the one that was sealed"
     ));
     let back = Advice::from(format!(
-        "put the sealed image back as {shown}, or restore it from a backup"
+        "put the sealed image back as {}, or restore it from a backup",
+        word(shown)
     ));
     if info.data == Data::Empty {
         let unseal = Advice::UnsealVm(domain.name.clone()).note("if that was interrupted");

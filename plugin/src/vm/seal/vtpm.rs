@@ -12,15 +12,15 @@ use crate::domain::{self, Domain, TpmBackend};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::act::{Act, Verb};
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
-use crate::model::problem::Problem;
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
+use crate::model::problem::{Problem, chain};
 use crate::object::Present;
 use crate::object::vtpm::StateDir;
 use crate::store::EnvelopeRecord;
 use crate::terminal::word;
 use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::forget::{Dropped, keep_aside};
-use crate::vm::forgotten::Said;
+use crate::vm::forgotten::{self, Said};
 use crate::vm::has_run::HasRun;
 
 #[derive(Debug)]
@@ -146,10 +146,10 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
     let sealed = match stated {
         None => None,
         Some(id) => {
-            // Dropped here for that of a new TPM: only a state that is there can still need it.
+            // Only a state that is there can still need it.
             let given_up = matches!(state, Present::Absent)
-                && !envelopes.is_empty()
-                && envelopes.iter().all(|envelope| envelope.id != id);
+                && envelopes.iter().all(|envelope| envelope.id != id)
+                && was_given_up(host, domain.uuid, id)?;
             if let Some(named) = named_envelope(host, domain, ObjectKind::Vtpm, id)? {
                 // Of a copy in the XML, which the keystore has dropped, it can only be true.
                 seen |= named.seen;
@@ -213,6 +213,13 @@ fn settled(
         true => VtpmStep::Sealed(record.envelope),
         false => VtpmStep::Keep(record.envelope),
     }))
+}
+
+/// Whether the envelope of a vTPM was dropped here for that of a new one, as [`VtpmStep::set_lost_aside`] does.
+pub(crate) fn was_given_up(host: &Host<'_>, vm: VmId, id: EnvelopeId) -> Result<bool, Problem> {
+    let has_another = !known::known(host, vm, ObjectKind::Vtpm)?.is_empty();
+    let dropped = || forgotten::has(host.host_store.dir(), id);
+    Ok(has_another && dropped().map_err(|error| Problem::failed(chain(&error)))?)
 }
 
 fn gone(dir: &StateDir) -> Problem {

@@ -164,7 +164,7 @@ fn open_below(host: &Host<'_>, vm: VmId, layer: &Layer) -> Result<Below, Problem
     let (format, passphrase) = match layer.format {
         Format::Raw => (DeclaredFormat::Raw, None),
         Format::Qcow2 => (DeclaredFormat::Qcow2, None),
-        Format::Qcow2Luks1 => (DeclaredFormat::Qcow2, Some(passphrase_of(host, &place)?)),
+        Format::Qcow2Luks1 => (DeclaredFormat::Qcow2, Some(passphrase_of(host, vm, &place)?)),
         Format::Luks1 | Format::Luks2 => {
             let what = format!(
                 "{} is encrypted, and not an image of virtseal",
@@ -176,19 +176,25 @@ fn open_below(host: &Host<'_>, vm: VmId, layer: &Layer) -> Result<Below, Problem
     Ok(Below::open(&place, format, passphrase)?)
 }
 
-fn passphrase_of(host: &Host<'_>, place: &PermittedPath) -> Result<Passphrase, Problem> {
+/// Anybody who writes an image names what is below it: what a merge copies up from there is for this VM to read.
+fn passphrase_of(host: &Host<'_>, vm: VmId, place: &PermittedPath) -> Result<Passphrase, Problem> {
     let (_, copy) = disk::identify(place)?;
     let record = match copy.envelope() {
         Some(carried) => host.keystore.envelope(carried.id)?,
         None => None,
     };
+    let path = place.shown();
     let Some(record) = record else {
-        let path = place.shown();
         let what = format!(
             "{} is encrypted, and no envelope of it is known here",
             path.display()
         );
         return Err(Problem::not_found(what).next(Advice::ShowVolume(path.to_owned())));
     };
+    if !record.envelope.serves(vm) {
+        let (path, owner) = (path.display(), record.envelope.vm);
+        let what = format!("{path} is below its disk, and belongs to VM {owner}, which does not share it");
+        return Err(Problem::failed(what).next(Advice::ShowVolume(place.shown().to_owned())));
+    }
     NewObject::open(host, &record)?.passphrase()
 }
