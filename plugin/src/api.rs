@@ -3,7 +3,9 @@
 //!
 //! No type here holds a key. Passphrases and backups travel as file descriptors beside a call.
 
+mod finding;
 mod job;
+mod outcome;
 pub(crate) mod pages;
 mod problem;
 mod provider;
@@ -23,10 +25,12 @@ use crate::model::cache_policy::CachePolicy;
 use crate::model::problem::Problem;
 
 pub(crate) use crate::model::finding::Severity;
+pub(crate) use finding::FindingView;
 pub(crate) use job::{
     CopyView, JobKind, JobReport, JobRequest, JobStarted, JobState, JobView, Jobs, SnapshotAct, SweepKind,
     Unit, VolumeCreated, VolumeRequest,
 };
+pub(crate) use outcome::{LossPreview, ObstacleView, Outcome, StepView};
 pub(crate) use problem::{ProblemView, SubjectKind, SubjectView, of_another_version};
 pub(crate) use provider::{
     BackupMade, Changed, CredentialKind, DefaultSet, DetailView, KekOrigin, OrphanEnvelope, OrphanKek,
@@ -38,8 +42,8 @@ pub(crate) use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
 };
 pub(crate) use vm::{
-    FindingView, LossPreview, ObjectStanding, ObjectView, ObstacleView, Outcome, Receipt, ReceiptLine,
-    ShredPreview, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, Vms,
+    ObjectStanding, ObjectView, Receipt, ReceiptLine, ShredPreview, StartOutlook, StartView, VmAutostart,
+    VmPower, VmState, VmView, Vms,
 };
 pub(crate) use volume::{ImageStructure, KeystoreCopy, VolumeChecked};
 pub(crate) use word::{OrNewer, words};

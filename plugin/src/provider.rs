@@ -31,6 +31,7 @@ use thiserror::Error;
 
 use crate::api::{CredentialKind, ProviderState, words};
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::finding::Finding;
 use crate::secret::SecretBytes;
 use crate::store::ProviderTable;
 use cache::KekCache;
@@ -79,7 +80,7 @@ pub(crate) trait KeyProvider: Any + Send + Sync {
     }
 
     /// What is about to go wrong while everything works, such as a certificate that ends soon.
-    fn warnings(&self) -> Vec<String> {
+    fn warnings(&self) -> Vec<Finding> {
         Vec::new()
     }
 

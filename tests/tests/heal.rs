@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use virtseal_testkit::rig::{IMAGES, Rig, words};
-use virtseal_testkit::{DomainSpec, SealedHost, edited, expect_names, kept_envelopes};
+use virtseal_testkit::{DomainSpec, SealedHost, codes, edited, expect_names, kept_envelopes};
 
 /// The last command in what was said that begins so, as a shell would take it apart.
 fn advised(said: &str, begin: &str) -> Result<Vec<String>> {
@@ -64,7 +64,9 @@ fn a_dry_run_lists_all_obstacles_disks_first() -> Result<()> {
     let told = sealed.json(&["vm", "seal", "web01", "--dry-run"])?;
     let steps = told["steps"].to_string();
     ensure!(
-        told["steps"][0].as_str().is_some_and(|step| step.contains("vda")),
+        told["steps"][0]["object"]["name"] == "disk vda"
+            && ["replace_by_encrypted", "encrypt"].map(|code| codes(&told["steps"]).contains(&code))
+                == [true; 2],
         "{steps}"
     );
     expect_names(
@@ -72,6 +74,10 @@ fn a_dry_run_lists_all_obstacles_disks_first() -> Result<()> {
         &["would replace the empty", "would encrypt the state of the TPM"],
     )?;
     let notes = told["notes"].to_string();
+    ensure!(
+        codes(&told["notes"]) == ["wrap_for", "set_format", "leave_as_is"],
+        "{notes}"
+    );
     expect_names(
         &notes,
         &["provider 'main'", "raw now, and qcow2 then", "sda stays as it is"],

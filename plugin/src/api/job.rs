@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
-use super::{OrNewer, ProblemView};
+use super::{FindingView, OrNewer, ProblemView};
 use crate::domain::DeclaredFormat;
 use crate::model::envelope::CopyPlace;
 
@@ -96,7 +96,7 @@ pub(crate) struct JobStarted {
     /// Whether it is this call that has started it.
     pub changed: bool,
     /// What the admin should know besides.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<FindingView>,
 }
 
 /// A copy of an envelope that is behind the keystore's.

@@ -5,8 +5,9 @@
 
 use serde::Serialize;
 
+use super::finding::FindingView;
 use super::provider::{OrphanEnvelope, OrphanKek, Orphans};
-use super::vm::{FindingView, VmView};
+use super::vm::VmView;
 use crate::model::advice::Advice;
 use crate::model::finding::{Finding, FindingCode, Subject};
 
@@ -238,10 +239,14 @@ mod tests {
             copies: 0,
             origin: KekOrigin::Retired.into(),
         };
+        let damaged = |n| {
+            let what = format!("row {n} can't be read");
+            Finding::critical(FindingCode::RecordDamaged, Subject::Host, what).into()
+        };
         let mut all = Orphans {
             envelopes: (0..envelopes).map(envelope).collect(),
             keks: (0..keks).map(kek).collect(),
-            damaged: (0..keks).map(|n| format!("row {n} can't be read")).collect(),
+            damaged: (0..keks).map(damaged).collect(),
             next: None,
         };
         sort(&mut all);

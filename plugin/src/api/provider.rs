@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
-use super::OrNewer;
+use super::{FindingView, OrNewer};
 use crate::model::cache_policy::{CachePolicy, KeepTime};
 use crate::model::envelope::ObjectKind;
 
@@ -107,7 +107,7 @@ pub(crate) struct ProviderView {
     #[cfg_attr(test, schemars(extend("format" = "date-time", "pattern" = "Z$")))]
     pub last_answer: Option<String>,
     /// What is about to go wrong, such as a certificate that ends within 30 days.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<FindingView>,
     /// How long KEKs are kept in memory, in case its servers don't answer: none, until-lock, or a time such as 24h. None
     /// where no KEK ever comes to this host.
     #[cfg_attr(test, schemars(with = "Option<String>"))]
@@ -182,7 +182,7 @@ pub(crate) struct SettingsSet {
     /// Whether this host has connected with them, and what is sealed has opened.
     pub tried: bool,
     /// What to mind.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<FindingView>,
 }
 
 /// What the TPM asks for before it unlocks a provider.
@@ -274,7 +274,7 @@ pub(crate) struct DefaultSet {
     /// Whether it was not the default before.
     pub changed: bool,
     /// Why nothing can be sealed now, if so.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<FindingView>,
 }
 
 /// Which root generation a backup holds.
@@ -290,7 +290,7 @@ pub(crate) struct TpmEnrolled {
     /// What the TPM asks for now.
     pub tpm: TpmView,
     /// Why that is worth less than it seems.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<FindingView>,
 }
 
 /// An envelope that no VM uses.
@@ -335,7 +335,7 @@ pub(crate) struct Orphans {
     /// The KEKs that only these, or copies that are behind, need, and those that nothing here needs.
     pub keks: Vec<OrphanKek>,
     /// Records that can't be read, and may belong here, with what to do.
-    pub damaged: Vec<String>,
+    pub damaged: Vec<FindingView>,
     /// What to ask for those after these, if there are more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(skip))]

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
-use super::ProviderView;
+use super::{FindingView, ProviderView};
 
 /// A certificate, as `virtseal provider trust` shows it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
@@ -64,7 +64,7 @@ pub(crate) struct IdentitySet {
     /// The client's certificate.
     pub certificate: CertificateView,
     /// The KEKs that the new identity does not get to open an envelope.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<FindingView>,
     /// The provider after it has asked its servers.
     pub provider: ProviderView,
 }

@@ -1,14 +1,10 @@
 //! VMs and their volumes.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
-use super::{OrNewer, ProblemView, SubjectView, words};
+use super::{FindingView, OrNewer, words};
 use crate::model::advice::Advice;
-use crate::model::finding::{Finding, FindingCode, Severity};
-use crate::terminal::unadvised;
 
 /// Whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
@@ -160,21 +156,6 @@ pub(crate) enum ObjectStanding {
     Pending,
 }
 
-/// Something that the admin should know of.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub(crate) struct FindingView {
-    pub code: OrNewer<FindingCode>,
-    /// How much it matters.
-    pub severity: OrNewer<Severity>,
-    /// What it is about.
-    pub object: SubjectView,
-    /// What is wrong.
-    pub what: String,
-    /// The next command to run, if that is a step of its own.
-    pub next: Option<String>,
-}
-
 /// One object of a VM, as `virtseal vm status` prints it.
 #[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -253,35 +234,6 @@ impl ObjectView {
     }
 }
 
-impl FindingView {
-    /// Of each of these.
-    pub(crate) fn all(findings: &[Finding]) -> Vec<Self> {
-        findings.iter().map(Self::from).collect()
-    }
-}
-
-impl From<&Finding> for FindingView {
-    fn from(finding: &Finding) -> Self {
-        Self {
-            code: finding.code.into(),
-            severity: finding.severity.into(),
-            object: SubjectView::from(&finding.subject),
-            what: finding.what.clone(),
-            next: finding.advice.as_ref().map(ToString::to_string),
-        }
-    }
-}
-
-impl fmt::Display for FindingView {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.severity, unadvised(&self.what))?;
-        match &self.next {
-            Some(next) => write!(f, ". Next: {next}"),
-            None => Ok(()),
-        }
-    }
-}
-
 /// Reply with VMs.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -292,35 +244,6 @@ pub(crate) struct Vms {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(test, schemars(skip))]
     pub next: Option<String>,
-}
-
-/// What stands in the way of a seal.
-#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub(crate) struct ObstacleView {
-    pub problem: ProblemView,
-    /// The object that is lost, where making it anew would clear it.
-    pub replace: Option<String>,
-}
-
-/// Reply of what changes a VM, a volume or a provider.
-#[derive(Clone, Debug, Default, Serialize, Deserialize, Type)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub(crate) struct Outcome {
-    /// What was done, or would be.
-    pub steps: Vec<String>,
-    /// What holds now, such as "web01 is sealed".
-    pub result: Option<String>,
-    /// The command that comes after this one.
-    pub next: Option<String>,
-    /// Of a dry run: what keys are for, and what stays as it is.
-    pub notes: Vec<String>,
-    /// Of a dry run: all that stands in the way.
-    pub obstacles: Vec<ObstacleView>,
-    /// What the admin should know besides.
-    pub warnings: Vec<String>,
-    /// Whether anything changed.
-    pub changed: bool,
 }
 
 /// One thing that `vm shred` came to.
@@ -346,22 +269,6 @@ pub(crate) struct ShredPreview {
     pub kept_for_others: Vec<String>,
 }
 
-/// What a command would come to that asks a word for a loss.
-#[derive(Clone, Debug, Serialize, Deserialize, Type)]
-#[cfg_attr(test, derive(schemars::JsonSchema))]
-pub(crate) struct LossPreview {
-    /// The VM's UUID: what is called so when the name was typed may be another VM.
-    pub vm: String,
-    /// Its name, which is to be typed.
-    pub name: String,
-    /// What would be done.
-    pub steps: Vec<String>,
-    /// The same, as it is told once it is done.
-    pub done: Vec<String>,
-    /// What would be lost.
-    pub lost: Vec<String>,
-}
-
 /// Reply of `vm shred`.
 #[derive(Clone, Debug, Serialize, Deserialize, Type)]
 #[cfg_attr(test, derive(schemars::JsonSchema))]
@@ -370,7 +277,7 @@ pub(crate) struct Receipt {
     /// What was destroyed, and what was not.
     pub lines: Vec<ReceiptLine>,
     /// What may survive elsewhere.
-    pub survives: Vec<String>,
+    pub survives: Vec<FindingView>,
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@ use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
 use crate::model::advice::Advice;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
-use crate::model::subject::Subject;
 
 #[derive(Debug, Args)]
 pub(super) struct BackupArgs {
@@ -50,11 +50,14 @@ pub(super) struct RestoreArgs {
 }
 
 pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
-    let name = &args.name;
+    let (name, provider) = (&args.name, Subject::Provider(args.name.clone()));
     NewBackup::check(&args.output)?;
     let passphrase = match args.no_passphrase {
         true => None,
-        false => Some(args.passphrase.open("Passphrase of the backup: ", printer)?),
+        false => {
+            let prompt = "Passphrase of the backup: ";
+            Some(args.passphrase.open(prompt, &provider, printer)?)
+        }
     };
     let generation = write_backup(args, passphrase, client).await?;
     client
@@ -62,14 +65,17 @@ pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Pri
         .await
         .map_err(|failure| unconfirmed(failure, args))?;
     if args.no_passphrase {
-        printer.warn(&format!(
-            "{} holds the root key in the clear: keep it where no one else reads it",
-            args.output.display()
+        let output = args.output.display();
+        let what = format!("{output} holds the root key in the clear: keep it where no one else reads it");
+        printer.warn(Finding::warning(
+            FindingCode::BackupUnencrypted,
+            provider.clone(),
+            what,
         ));
     }
     printer.done_with(
         Deed::ProviderBackedUp,
-        &Subject::Provider(name.clone()),
+        &provider,
         true,
         Some(absolute(&args.output)?),
         &format!("'{name}' is backed up in {}", args.output.display()),
@@ -126,10 +132,11 @@ pub(super) async fn restore(
             "Passphrase of the backup: ",
         )?)?),
     };
-    fds.push(
-        args.passphrase
-            .open(&format!("New passphrase of '{}': ", args.name), printer)?,
+    let (prompt, provider) = (
+        format!("New passphrase of '{}': ", args.name),
+        Subject::Provider(args.name.clone()),
     );
+    fds.push(args.passphrase.open(&prompt, &provider, printer)?);
     fds.extend(of_backup);
     let restored = client
         .call(async |host| host.restore_provider(&args.name, fds).await)

@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use super::out;
 use crate::api::{
-    AuditVerified, CertificateView, HostStatus, JobView, Jobs, LossPreview, Orphans, Outcome, ProblemView,
-    ProviderView, Providers, Receipt, SettingsSet, SubjectView, TpmView, Vms, VolumeChecked,
+    AuditVerified, CertificateView, FindingView, HostStatus, JobView, Jobs, LossPreview, Orphans, Outcome,
+    ProblemView, ProviderView, Providers, Receipt, SettingsSet, SubjectView, TpmView, Vms, VolumeChecked,
 };
 use crate::model::problem::Problem;
 use crate::object::disk::VolumeInfo;
@@ -131,7 +131,7 @@ pub(super) struct Done {
     /// The same in words.
     pub(super) text: String,
     /// What to mind.
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: Vec<FindingView>,
 }
 
 #[derive(Debug, Serialize)]
@@ -148,7 +148,7 @@ pub(super) struct JobChanged {
     /// Whether the command has started or stopped it.
     pub(super) changed: bool,
     /// What to mind.
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: Vec<FindingView>,
 }
 
 #[derive(Debug, Serialize)]
@@ -165,7 +165,7 @@ pub(super) struct ProviderChanged {
     /// Whether it was otherwise before, or was not there.
     pub(super) changed: bool,
     /// What to mind.
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: Vec<FindingView>,
 }
 
 #[derive(Debug, Serialize)]
@@ -178,7 +178,7 @@ pub(super) struct IdentityChanged {
     /// Always: a key takes the place of the one before.
     pub(super) changed: bool,
     /// The KEKs that the new identity does not get to open an envelope.
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: Vec<FindingView>,
 }
 
 #[derive(Debug, Serialize)]
@@ -189,7 +189,7 @@ pub(super) struct TpmChanged {
     /// Always: the TPM has bound it anew.
     pub(super) changed: bool,
     /// Why that is worth less than it seems.
-    pub(super) warnings: Vec<String>,
+    pub(super) warnings: Vec<FindingView>,
 }
 
 #[derive(Debug, Serialize)]
@@ -254,7 +254,7 @@ pub(super) struct Shredded {
 
 impl Answer {
     /// Adds what was warned of on the way, where the document has a place for it.
-    fn warn(&mut self, warned: Vec<String>) {
+    fn warn(&mut self, warned: Vec<FindingView>) {
         let warnings = match self {
             Self::JobChanged(told) => &mut told.warnings,
             Self::ProviderChanged(told) => &mut told.warnings,
@@ -276,7 +276,7 @@ impl Answer {
 /// Prints the only document of a command.
 pub(super) fn print(
     answer: Option<Answer>,
-    warned: Vec<String>,
+    warned: Vec<FindingView>,
     problem: Option<&Problem>,
 ) -> Result<(), Problem> {
     let error = problem.map(ProblemView::from);

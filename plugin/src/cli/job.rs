@@ -11,8 +11,8 @@ use super::client::{Client, silent};
 use super::print::{Printer, progress};
 use crate::api::{HostProxy, JobRequest, JobStarted, JobState, JobView, SweepKind};
 use crate::model::advice::Advice;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
-use crate::model::subject::Subject;
 use crate::terminal::visible;
 
 #[derive(Debug, Subcommand)]
@@ -101,9 +101,7 @@ pub(super) async fn started(
     client: &mut Client,
     printer: &Printer,
 ) -> Result<(), Problem> {
-    for warning in &started.warnings {
-        printer.warn(warning);
-    }
+    printer.warn_all(&started.warnings);
     let id = started.job.id;
     if args.watch {
         let last = follow(Some(id), client, printer).await?;
@@ -236,7 +234,9 @@ fn show(view: &JobView, before: Option<&JobView>, bar: &ProgressBar, printer: &P
     if let Some(waiting) = &view.waiting
         && before.is_none_or(|before| before.waiting.as_ref() != Some(waiting))
     {
-        bar.suspend(|| printer.warn(&format!("job {} waits: {waiting}", view.id)));
+        let what = format!("job {} waits: {waiting}", view.id);
+        let waits = Finding::warning(FindingCode::JobWaits, Subject::Job(view.id), what);
+        bar.suspend(|| printer.warn(waits));
     }
 }
 

@@ -12,6 +12,7 @@ use clap::Args;
 use zeroize::Zeroizing;
 
 use super::print::Printer;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::secret::SecretBytes;
 use crate::terminal::visible;
@@ -87,16 +88,16 @@ impl NewPassphraseArgs {
             || self.source.passphrase_credential.is_some()
     }
 
-    /// A descriptor to read the passphrase from.
-    pub(super) fn open(&self, prompt: &str, printer: &Printer) -> Result<OwnedFd, Problem> {
+    /// A descriptor to read the passphrase from. `about` is what it protects.
+    pub(super) fn open(&self, prompt: &str, about: &Subject, printer: &Printer) -> Result<OwnedFd, Problem> {
         if let Some(source) = self.source.given() {
             let given = SecretBytes::read_from(File::from(source?), MAX_PASSPHRASE)
                 .map_err(|error| Problem::from_error(Code::Usage, "can't read the passphrase", &error))?;
-            warn_if_short(given.expose(), printer);
+            warn_if_short(given.expose(), about, printer);
             return pipe_with(given.expose());
         }
         let passphrase = ask_twice(prompt, printer)?;
-        warn_if_short(passphrase.as_bytes(), printer);
+        warn_if_short(passphrase.as_bytes(), about, printer);
         to_pipe(&passphrase)
     }
 
@@ -109,10 +110,15 @@ impl NewPassphraseArgs {
     }
 }
 
-fn warn_if_short(passphrase: &[u8], printer: &Printer) {
+fn warn_if_short(passphrase: &[u8], about: &Subject, printer: &Printer) {
     if is_short(passphrase) {
-        printer.warn(&format!(
+        let what = format!(
             "the passphrase has fewer than {SHORT} characters: whoever gets a copy of what it protects can try them all"
+        );
+        printer.warn(Finding::warning(
+            FindingCode::PassphraseShort,
+            about.clone(),
+            what,
         ));
     }
 }
@@ -132,7 +138,7 @@ fn ask_twice(prompt: &str, printer: &Printer) -> Result<Zeroizing<String>, Probl
         if *first == *ask("Once more: ")? {
             return Ok(first);
         }
-        printer.warn("the two differ");
+        printer.caution("the two differ");
     }
     Err(Problem::usage("the two differ, three times").next("try again"))
 }

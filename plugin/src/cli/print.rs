@@ -17,7 +17,7 @@ use clap::ValueEnum;
 
 use super::document::{self, Answer, Deed, Done, Preview, Shredded, VolumeMade};
 use super::out::{line, note};
-use crate::api::{LossPreview, Outcome, Receipt, SubjectView};
+use crate::api::{FindingView, LossPreview, Outcome, Receipt, SubjectView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
 use crate::model::subject::Subject;
@@ -39,7 +39,7 @@ pub(super) enum Width {
 pub(super) struct Printer {
     json: bool,
     answer: RefCell<Option<Answer>>,
-    warned: RefCell<Vec<String>>,
+    warned: RefCell<Vec<FindingView>>,
 }
 
 impl Printer {
@@ -113,7 +113,7 @@ impl Printer {
         receipt
             .survives
             .iter()
-            .try_for_each(|what| line(&format!("  {what}")))
+            .try_for_each(|finding| line(&format!("  {}", finding.what)))
     }
 
     pub(super) fn outcome(&self, outcome: Outcome) -> Result<(), Problem> {
@@ -123,17 +123,15 @@ impl Printer {
         if outcome.steps.is_empty() && outcome.obstacles.is_empty() {
             line("Nothing to do")?;
         }
-        for said in outcome.steps.iter().chain(&outcome.notes) {
-            line(&unadvised(said))?;
+        for step in outcome.steps.iter().chain(&outcome.notes) {
+            line(&unadvised(&step.text))?;
         }
         match (outcome.result.as_deref().map(unadvised), &outcome.next) {
             (Some(result), Some(next)) => line(&format!("{result}. Next: {next}"))?,
             (Some(result), None) => line(&result)?,
             (None, _) => {}
         }
-        for warning in &outcome.warnings {
-            self.warn(warning);
-        }
+        self.warn_all(&outcome.warnings);
         Ok(())
     }
 
@@ -143,10 +141,10 @@ impl Printer {
             return self.tell(Answer::Preview(Preview { changed: false, loss }));
         }
         for step in &loss.steps {
-            line(&format!("would {}", unadvised(step)))?;
+            line(&unadvised(&step.text))?;
         }
         for lost in &loss.lost {
-            line(&format!("would lose {}", unadvised(lost)))?;
+            line(&format!("would lose {}", unadvised(&lost.what)))?;
         }
         Ok(())
     }
@@ -190,8 +188,19 @@ impl Printer {
         self.advise(&format!("Next: {advice}"))
     }
 
-    pub(super) fn warn(&self, what: &str) {
+    /// For the document, too.
+    pub(super) fn warn(&self, finding: impl Into<FindingView>) {
+        let finding = finding.into();
+        self.caution(&finding.told());
+        self.warned.borrow_mut().push(finding);
+    }
+
+    pub(super) fn warn_all(&self, findings: &[FindingView]) {
+        findings.iter().for_each(|finding| self.warn(finding.clone()));
+    }
+
+    /// For people alone: what the document has elsewhere, or nobody but them is asked.
+    pub(super) fn caution(&self, what: &str) {
         note(&format!("warning: {what}"));
-        self.warned.borrow_mut().push(what.to_owned());
     }
 }

@@ -161,7 +161,7 @@ pub(super) async fn run(
             let set = client
                 .call(async |host| host.set_default_provider(&name).await)
                 .await?;
-            set.warnings.iter().for_each(|warning| printer.warn(warning));
+            printer.warn_all(&set.warnings);
             let text = format!("New keys go to '{name}'");
             printer.done(Deed::ProviderIsDefault, &name, set.changed, &text)
         }
@@ -248,7 +248,7 @@ async fn unlock(
             .await;
         tries -= 1;
         match unlocked {
-            Err(problem) if tries > 0 && leads_back(&problem, name) => printer.warn(&problem.message),
+            Err(problem) if tries > 0 && leads_back(&problem, name) => printer.caution(&problem.message),
             unlocked => break unlocked?,
         }
     };
@@ -317,7 +317,7 @@ async fn delete(
         Some(typed) => typed,
         None => match call(None).await {
             Err(problem) if force && printer.asks() && may_be_forced(&problem) => {
-                printer.warn(&problem.message);
+                printer.caution(&problem.message);
                 job::typed(
                     None,
                     &format!("What only '{name}' opens will be lost. Type its name: "),

@@ -13,6 +13,7 @@ use super::{kmip, pkcs11, transit};
 use crate::api::{HostProxy, ProviderKind};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
+use crate::model::subject::Subject;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum AddCommand {
@@ -41,7 +42,9 @@ pub(super) async fn run(command: AddCommand, client: &mut Client, printer: &Prin
             passphrase,
         } => {
             cache.refuse("native")?;
-            let fds = vec![passphrase.open(&format!("New passphrase of '{name}': "), printer)?];
+            let prompt = format!("New passphrase of '{name}': ");
+            let provider = Subject::Provider(name.clone());
+            let fds = vec![passphrase.open(&prompt, &provider, printer)?];
             let added = client
                 .call(async |host| host.add_provider(&name, ProviderKind::Native, "", fds).await)
                 .await?;

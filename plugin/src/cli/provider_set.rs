@@ -47,7 +47,7 @@ pub(super) async fn run(args: &SetArgs, client: &mut Client, printer: &Printer) 
         .call(async |host| host.set_provider(name, &request, fds).await)
         .await?;
     printer.warnings(std::slice::from_ref(&set.provider));
-    set.warnings.iter().for_each(|warning| printer.warn(warning));
+    printer.warn_all(&set.warnings);
     let said = match (set.changed, set.tried) {
         (false, _) => format!("'{name}' has these settings already"),
         (true, true) => {

@@ -62,7 +62,9 @@ pub(super) struct RestoreArgs {
 
 pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     NewBackup::check(&args.output)?;
-    let passphrase = args.passphrase.open("Passphrase of the backup: ", printer)?;
+    let passphrase = args
+        .passphrase
+        .open("Passphrase of the backup: ", &Subject::Host, printer)?;
     let file = NewBackup::create(&args.output)?;
     let fds = vec![file.descriptor()?, passphrase];
     client.call(async |host| host.backup_state(fds).await).await?;

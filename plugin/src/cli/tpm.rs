@@ -77,9 +77,7 @@ pub(super) async fn run(args: &TpmArgs, client: &mut Client, printer: &Printer) 
     let enrolled = client
         .call(async |host| host.enroll_tpm(name, &request, fds).await)
         .await?;
-    for warning in &enrolled.warnings {
-        printer.warn(warning);
-    }
+    printer.warn_all(&enrolled.warnings);
     let text = said(name, &enrolled.tpm);
     let told = TpmChanged {
         tpm: enrolled.tpm,

@@ -15,6 +15,7 @@ use super::tpm::needs_pin;
 use crate::api::{HostProxy, IdentityParts, NewKey, ServerView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
+use crate::model::subject::Subject;
 use crate::provider::kmip::Fingerprint;
 
 #[derive(Debug, Args)]
@@ -115,10 +116,9 @@ pub(super) async fn identity(
         fds.push(passphrase::open_file(file)?);
     }
     if parts.encrypt {
-        fds.push(
-            args.passphrase
-                .open(&format!("New passphrase of '{name}': "), printer)?,
-        );
+        let prompt = format!("New passphrase of '{name}': ");
+        let provider = Subject::Provider(name.clone());
+        fds.push(args.passphrase.open(&prompt, &provider, printer)?);
     }
     if pin {
         let question = format!("PIN of '{name}' for the TPM: ");

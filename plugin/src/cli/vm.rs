@@ -312,7 +312,8 @@ async fn snapshot(command: SnapshotCommand, client: &mut Client, printer: &Print
 /// The VM's name, as an option or asked for with what would be lost.
 fn word_for(preview: &LossPreview, given: Option<String>) -> Result<String, Problem> {
     let name = &preview.name;
-    let lost = preview.lost.join("; ");
+    let lost: Vec<_> = preview.lost.iter().map(|lost| lost.what.as_str()).collect();
+    let lost = lost.join("; ");
     job::typed(given, &format!("{name} would lose: {lost}. Type its name: "))
 }
 
@@ -337,7 +338,7 @@ async fn seal(mut args: SealArgs, client: &mut Client, printer: &Printer) -> Res
         return Err(refused);
     }
     for obstacle in planned.obstacles {
-        printer.warn(&Problem::from(obstacle.problem).to_string());
+        printer.caution(&Problem::from(obstacle.problem).to_string());
     }
     let question = format!(
         "To make {} anew, without what was in it, type the VM's name as above: ",
@@ -351,15 +352,15 @@ async fn seal(mut args: SealArgs, client: &mut Client, printer: &Printer) -> Res
 }
 
 async fn ask_to_seal(args: &SealArgs, tense: Tense, client: &mut Client) -> Result<Outcome, Problem> {
-    let given = |list: &'_ [String]| (!list.is_empty()).then(|| list.to_vec());
-    let (formats, replace) = (given(&args.from_format), given(&args.replace));
+    let formats = Some(&args.from_format[..]).filter(|formats| !formats.is_empty());
+    let replace = Some(&args.replace[..]).filter(|objects| !objects.is_empty());
     let call = async |host: &mut _| {
         HostProxy::seal_vm(
             host,
             &args.vm,
             args.provider.as_deref(),
-            formats.as_deref(),
-            replace.as_deref(),
+            formats,
+            replace,
             tense == Tense::Planned,
         )
         .await
@@ -379,7 +380,7 @@ fn refuse_with_obstacles(vm: &str, outcome: &Outcome, printer: &Printer) -> Resu
         return Err(first);
     }
     for obstacle in std::iter::once(&first).chain(&others) {
-        printer.warn(&obstacle.to_string());
+        printer.caution(&obstacle.to_string());
     }
     let count = others.len() + 1;
     let what = format!("{vm} can't be sealed yet: {count} obstacles");

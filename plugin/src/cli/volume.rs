@@ -191,7 +191,7 @@ fn judge(checked: &VolumeChecked, printer: &Printer) -> Result<(), Problem> {
     if let Some((last, others)) = findings.split_last() {
         others
             .iter()
-            .for_each(|finding| printer.warn(&finding.to_string()));
+            .for_each(|finding| printer.caution(&finding.to_string()));
         let problem = Problem::failed(last.what.clone()).about(Subject::Image(path.clone()));
         return Err(problem.advised(last.next.clone().map(Advice::from)));
     }

@@ -16,7 +16,7 @@ use super::read;
 use super::splice::{self, Edit, Element, Place};
 use super::xml::{self, child, children, parse_document};
 use super::{Domain, DomainError, Encryption, Metadata, Position, SecretRef};
-use crate::model::act::{Act, Verb};
+use crate::model::act::{Act, StepCode, Verb};
 use crate::model::envelope::{Envelope, EnvelopeError, EnvelopeId, Precedence};
 
 pub(crate) use overlay::without_overlays;
@@ -90,10 +90,9 @@ impl LoaderPin {
         } else {
             ""
         };
-        Verb::Name.act(format!(
-            "the loader {} in the XML, which libvirt would choose{secure}",
-            self.path.display()
-        ))
+        let loader = self.path.display();
+        let what = format!("the loader {loader} in the XML, which libvirt would choose{secure}");
+        Verb::Name.act(StepCode::PinLoader, what).at(&self.path)
     }
 }
 

@@ -7,6 +7,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use crate::model::finding::FindingCode;
+
 const FIRMWARE: &str = "sys/firmware/efi";
 const VARIABLE: &str = "efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c";
 
@@ -43,14 +45,14 @@ impl SecureBoot {
     }
 
     /// Why a binding to PCR 7 is worth less than it seems, if so.
-    pub(crate) fn doubt(&self) -> Option<String> {
-        let why = match self {
+    pub(crate) fn doubt(&self) -> Option<(FindingCode, String)> {
+        let (code, why) = match self {
             Self::On => return None,
-            Self::Off => "Secure Boot is off, so PCR 7 is the same whatever boots on this host: switch it on, and repeat this command then".to_owned(),
-            Self::NoUefi => "this host was not booted by UEFI, so PCR 7 says nothing of what boots".to_owned(),
-            Self::NotKnown(why) => format!("whether Secure Boot is on is not known ({why}): without it PCR 7 is the same whatever boots"),
+            Self::Off => (FindingCode::SecureBootOff, "Secure Boot is off, so PCR 7 is the same whatever boots on this host: switch it on, and repeat this command then".to_owned()),
+            Self::NoUefi => (FindingCode::SecureBootOff, "this host was not booted by UEFI, so PCR 7 says nothing of what boots".to_owned()),
+            Self::NotKnown(why) => (FindingCode::SecureBootUnknown, format!("whether Secure Boot is on is not known ({why}): without it PCR 7 is the same whatever boots")),
         };
-        Some(why)
+        Some((code, why))
     }
 }
 
@@ -86,7 +88,13 @@ mod tests {
     #[test]
     fn only_with_it_on_nothing_is_doubted() {
         assert_eq!(SecureBoot::On.doubt(), None);
-        assert!(SecureBoot::Off.doubt().unwrap().contains("Secure Boot is off"));
-        assert!(SecureBoot::NoUefi.doubt().unwrap().contains("not booted by UEFI"));
+        assert!(SecureBoot::Off.doubt().unwrap().1.contains("Secure Boot is off"));
+        assert!(
+            SecureBoot::NoUefi
+                .doubt()
+                .unwrap()
+                .1
+                .contains("not booted by UEFI")
+        );
     }
 }

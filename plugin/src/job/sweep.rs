@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::advice::Advice;
 use crate::model::deadlines::job::GIVES_UP;
 use crate::model::envelope::{Envelope, ProviderId, VmId};
+use crate::model::finding::{self, Finding, FindingCode};
 use crate::model::job::{JobId, JobKind, JobState, Subject};
 use crate::model::problem::Problem;
 use crate::recipients::{Recipients, Rewrap, RewrapTarget, Rewrapped};
@@ -148,24 +149,30 @@ impl Task {
         &self,
         policy: &[ProviderId],
         name: impl Fn(ProviderId) -> String,
-    ) -> Option<String> {
+    ) -> Option<Finding> {
+        let differ = |provider: ProviderId, what: String| {
+            Finding::warning(
+                FindingCode::NewKeysDiffer,
+                finding::Subject::Provider(name(provider)),
+                what,
+            )
+        };
         let leaves = match self {
             Self::Move { from, .. } => *from,
             Self::RemoveRecipient { provider } => *provider,
             Self::AddRecipient { provider } if !policy.contains(provider) => {
-                return Some(format!(
+                let what = format!(
                     "new VMs do not get a stanza of '{}': add it to recipients in virtseald.yaml, then reload virtseald",
                     name(*provider)
-                ));
+                );
+                return Some(differ(*provider, what));
             }
             Self::Rotate { .. } | Self::Rekey { .. } | Self::AddRecipient { .. } => return None,
         };
         policy.contains(&leaves).then(|| {
-            format!(
-                "new VMs still go to '{}': {}",
-                name(leaves),
-                Advice::MakeDefault("OTHER".into()).or("change recipients in virtseald.yaml")
-            )
+            let what = format!("new VMs still go to '{}'", name(leaves));
+            let other = Advice::MakeDefault("OTHER".into());
+            differ(leaves, what).next(other.or("change recipients in virtseald.yaml"))
         })
     }
 

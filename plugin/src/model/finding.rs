@@ -87,6 +87,92 @@ pub(crate) enum FindingCode {
     ImageLeaks,
     /// The tables of an image are damaged.
     ImageCorrupt,
+
+    // Providers.
+    /// A certificate has expired, or does soon.
+    CertificateEnds,
+    /// What a provider was unlocked with ends soon.
+    CredentialEnds,
+    /// Its server can't do what its settings ask for.
+    ModeUnsupported,
+    /// No key of it is kept for a reboot.
+    NothingPersisted,
+    /// Its server opens nothing until it is unsealed.
+    ServerSealed,
+    /// A KEK does not open what it has wrapped.
+    KekRefused,
+    /// Nothing can be sealed for it now.
+    CannotWrap,
+    /// Its newest root key is in no backup.
+    NotBackedUp,
+    /// A backup holds its root key in the clear.
+    BackupUnencrypted,
+    /// A passphrase can be guessed.
+    PassphraseShort,
+    /// The TPM has not got its newest root key.
+    TpmStale,
+    /// PCR 7 is the same whatever boots.
+    SecureBootOff,
+    /// Whether it is can't be told.
+    SecureBootUnknown,
+    /// Nothing has been measured into a PCR.
+    PcrUnmeasured,
+    /// A PCR changes with updates.
+    PcrUnsteady,
+    /// Without a PIN, the PCRs are all that the TPM asks for.
+    PinMissing,
+
+    // Jobs.
+    /// It waits for something.
+    JobWaits,
+    /// It has ended so that another one begins.
+    JobGaveWay,
+    /// New keys go to other providers than a job leaves the old ones with.
+    NewKeysDiffer,
+    /// A job has not seen what is there.
+    LeftOut,
+
+    // What a shredding can't reach.
+    /// Backups and snapshots.
+    BackupsStay,
+    /// Copies on other hosts.
+    CopiesElsewhere,
+    /// Blocks that the storage has remapped.
+    BlocksRemapped,
+
+    // What a command leaves.
+    /// Its keys stay as they are.
+    KeysStay,
+    /// The vTPM stays, and its state will be plain.
+    VtpmStays,
+    /// What was in plaintext can still be read on the disk, or is in a file.
+    PlaintextStays,
+    /// The guest does not use the room that a volume has got.
+    GuestToGrow,
+    /// What was on a disk is lost.
+    DataLost,
+    /// UEFI variables are lost.
+    VariablesLost,
+    /// What a TPM opens only with the UEFI variables as they were is lost.
+    BoundToVariablesLost,
+    /// The image is a copy of a volume, which stays where it is.
+    IsCopy,
+    /// The keystore has a later version than the one that came.
+    CopyOlder,
+    /// A copy is not what a holder of the key wrote.
+    CopyUnverified,
+    /// The keystore has not learnt where an image is now.
+    PathNotNoted,
+    /// A file brings back what was dropped.
+    KeptAside,
+    /// Objects open with a provider only that is gone.
+    ObjectsLocked,
+    /// An image that was forgotten opens with it alone.
+    NeededIfFound,
+    /// A VM has a volume until it ends.
+    InUse,
+    /// An older copy of an envelope still lets a VM have a volume.
+    SharedByCopies,
 }
 
 /// How much it matters.
@@ -97,7 +183,7 @@ pub(crate) enum FindingCode {
 pub(crate) enum Severity {
     /// It works, and something is to be known or done.
     Warning,
-    /// A VM stays off, a key can't be read, or plaintext was written.
+    /// A VM stays off, a key can't be read, plaintext was written, or something is lost.
     Critical,
 }
 
@@ -123,6 +209,14 @@ impl Finding {
             subject,
             what,
             advice: None,
+        }
+    }
+
+    /// A problem that keeps a command from nothing.
+    pub(crate) fn beside(code: FindingCode, subject: Subject, problem: Problem) -> Self {
+        Self {
+            advice: problem.advice,
+            ..Self::warning(code, subject, problem.message)
         }
     }
 

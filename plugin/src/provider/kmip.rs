@@ -68,6 +68,7 @@ use super::{
 use crate::api::CredentialKind;
 use crate::crypto::age_file::AgeError;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::secret::SecretBytes;
 use crate::store::{ProviderRecord, ProviderTable, StoreError};
@@ -311,7 +312,10 @@ impl KeyProvider for KmipProvider {
             Err(ProviderError::Unreachable(why)) => ProviderStatus::Unreachable(why),
             Err(error) => ProviderStatus::Unreachable(error.to_string()),
             Ok(()) => match self.warnings_of(&held) {
-                some if !some.is_empty() => ProviderStatus::Degraded(some.join("; ")),
+                some if !some.is_empty() => {
+                    let all: Vec<_> = some.iter().map(Finding::to_string).collect();
+                    ProviderStatus::Degraded(all.join("; "))
+                }
                 _ => ProviderStatus::Ready,
             },
         }
@@ -340,7 +344,7 @@ impl KeyProvider for KmipProvider {
         self.line().cluster.last_answer()
     }
 
-    fn warnings(&self) -> Vec<String> {
+    fn warnings(&self) -> Vec<Finding> {
         self.warnings_of(&self.held())
     }
 
@@ -470,22 +474,31 @@ impl KmipProvider {
     }
 
     /// What is about to go wrong though everything works.
-    fn warnings_of(&self, held: &Held) -> Vec<String> {
+    fn warnings_of(&self, held: &Held) -> Vec<Finding> {
         let client = held
             .identity
             .as_ref()
             .and_then(|identity| identity.client.warning());
         let line = self.line();
         let servers = line.cluster.certificates().into_iter();
-        let mut warnings: Vec<_> = servers
+        let certificates = servers
             .filter_map(|(endpoint, facts)| facts.warning(&format!("{endpoint}'s")))
-            .collect();
-        warnings.extend(client);
-        if line.settings.mode == Mode::Server {
-            warnings.extend(cannot_encrypt(&line.cluster));
-        }
-        warnings.extend(self.persists_badly());
-        warnings
+            .chain(client)
+            .map(|what| (FindingCode::CertificateEnds, what));
+        let mode = match line.settings.mode {
+            Mode::Server => cannot_encrypt(&line.cluster),
+            Mode::Local => None,
+        };
+        let mode = mode.map(|what| (FindingCode::ModeUnsupported, what));
+        let persists = self
+            .persists_badly()
+            .map(|what| (FindingCode::NothingPersisted, what));
+        let subject = Subject::Provider(self.name.clone());
+        certificates
+            .chain(mode)
+            .chain(persists)
+            .map(|(code, what)| Finding::warning(code, subject.clone(), what))
+            .collect()
     }
 }
 

@@ -42,6 +42,7 @@ use super::{
 use crate::api::CredentialKind;
 use crate::model::advice::Advice;
 use crate::model::envelope::{KekId, Payload, ProviderId, Stanza, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::secret::SecretBytes;
 use crate::store::{KekNames, ProviderRecord, ProviderTable, StoreError};
@@ -154,12 +155,14 @@ impl KeyProvider for TransitProvider {
         self.link.get().last_answer()
     }
 
-    fn warnings(&self) -> Vec<String> {
-        let sealed =
-            self.link.get().is_sealed().then(|| {
-                "its server is sealed, and opens nothing until somebody unseals it there".to_owned()
-            });
-        self.link.get().warning().into_iter().chain(sealed).collect()
+    fn warnings(&self) -> Vec<Finding> {
+        let what = "its server is sealed, and opens nothing until somebody unseals it there";
+        let sealed = self.link.get().is_sealed();
+        let sealed = sealed.then(|| (FindingCode::ServerSealed, what.to_owned()));
+        let found = self.link.get().warning().into_iter().chain(sealed);
+        found
+            .map(|(code, what)| Finding::warning(code, Subject::Provider(self.name.clone()), what))
+            .collect()
     }
 
     fn create_kek(&self, scope: &KekScope) -> Result<KekId, ProviderError> {

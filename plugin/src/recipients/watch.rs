@@ -12,6 +12,7 @@ use crate::model::backoff::Backoff;
 use crate::model::deadlines::IDLE;
 use crate::model::deadlines::provider::PROBE_SOONEST;
 use crate::model::envelope::ProviderId;
+use crate::model::finding::Finding;
 use crate::provider::{KeyProvider, ProviderStatus};
 
 /// How a provider is, and has been.
@@ -24,7 +25,7 @@ pub(crate) struct Report {
     /// When its server or token last did as asked.
     pub last_answer: Option<SystemTime>,
     /// What is about to go wrong.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Finding>,
 }
 
 /// How often providers are probed, and how long an answer may take.
@@ -67,7 +68,7 @@ struct Watch {
     provider: Weak<dyn KeyProvider>,
     state: ProviderState,
     since: SystemTime,
-    warnings: Vec<String>,
+    warnings: Vec<Finding>,
     /// When to probe it next.
     due: Instant,
     /// How many probes in a row went wrong.

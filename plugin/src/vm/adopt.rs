@@ -11,13 +11,13 @@ use super::moved::Moved;
 use super::names::ProviderNames;
 use super::start::adoption::not_believed;
 use super::visible::{Place, VisibleCopy, held_copies};
-use crate::api::Outcome;
+use crate::api::{FindingView, Outcome, StepView};
 use crate::domain::{self, Domain, ObjectRef, encrypted_layers};
-use crate::model::act::Tense;
+use crate::model::act::{Act, StepCode, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeError, Format1, ObjectKind, Verified};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
-use crate::model::subject::Subject;
 use crate::object::disk;
 use crate::secret::Dek;
 use crate::terminal::quoted;
@@ -41,10 +41,10 @@ pub(crate) fn adopt(host: &Host<'_>, domain: &Domain, formats: Formats) -> Resul
     if objects.is_empty() {
         return Err(nothing_sealed(host, domain));
     }
-    let (mut steps, mut warnings, mut failed) = (Vec::new(), unreadable_in(domain), None);
+    let (mut acts, mut warnings, mut failed) = (Vec::new(), unreadable_in(domain), None);
     for object in &objects {
         match adopt_object(host, domain, object, formats, &mut warnings) {
-            Ok(step) => steps.extend(step),
+            Ok(act) => acts.extend(act),
             // The others may well be adopted.
             Err(failure) => {
                 let failure = failure.about(Subject::object(name, &object.label));
@@ -53,24 +53,28 @@ pub(crate) fn adopt(host: &Host<'_>, domain: &Domain, formats: Formats) -> Resul
         }
     }
     if host.keystore.vm(domain.uuid).is_err() {
-        steps.push(format!("repaired the records of {name}"));
+        acts.push(StepCode::RepairRecords.told(format!("repaired the records of {name}")));
     }
-    if !steps.is_empty() {
+    if !acts.is_empty() {
         host.keystore.remember_vm(domain.uuid, name)?;
     }
     for moved in Moved::among(domain, &host.keystore.envelopes_of(domain.uuid)?.sound) {
         match moved.open_and_settle(host) {
-            Ok(true) => steps.push(moved.act().told(Tense::Done)),
+            Ok(true) => acts.push(moved.act()),
             Ok(false) => {}
-            Err(failure) => warnings.push(failure.of(format!("can't {}", moved.act())).to_string()),
+            Err(failure) => warnings.push(Finding::beside(
+                FindingCode::PathNotNoted,
+                Subject::Vm(name.clone()),
+                failure.of(format!("can't {}", moved.act())),
+            )),
         }
     }
     match failed {
         Some(failure) => Err(failure),
         None => Ok(Outcome {
-            changed: !steps.is_empty(),
-            steps,
-            warnings,
+            changed: !acts.is_empty(),
+            steps: StepView::all(&acts, Tense::Done, &Subject::Vm(name.clone())),
+            warnings: FindingView::all(&warnings),
             ..Outcome::default()
         }),
     }
@@ -98,10 +102,17 @@ fn carried_by(host: &Host<'_>, domain: &Domain, path: &Path) -> Option<Envelope>
     disk::inspect(&place).ok()?.envelope
 }
 
-fn unreadable_in(domain: &Domain) -> Vec<String> {
+fn unreadable_in(domain: &Domain) -> Vec<Finding> {
     let unreadable = domain.metadata.iter().flat_map(|metadata| &metadata.unreadable);
     unreadable
-        .map(|copy| format!("not adopted from the XML of {}: {}", domain.name, copy.reason))
+        .map(|copy| {
+            let what = format!("not adopted from the XML of {}: {}", domain.name, copy.reason);
+            Finding::warning(
+                FindingCode::CopyUnreadable,
+                Subject::Vm(domain.name.clone()),
+                what,
+            )
+        })
         .collect()
 }
 
@@ -111,8 +122,8 @@ fn adopt_object(
     domain: &Domain,
     object: &ObjectRef,
     formats: Formats,
-    warnings: &mut Vec<String>,
-) -> Result<Option<String>, Problem> {
+    warnings: &mut Vec<Finding>,
+) -> Result<Option<Act>, Problem> {
     let before = host.keystore.readable_envelope(object.secret)?;
     let mut copies = copies_of(domain, object, |path| carried_by(host, domain, path));
     if before.is_none() {
@@ -124,19 +135,22 @@ fn adopt_object(
     let mut refused = None;
     for copy in with_mac {
         match adopt_with_mac(host, copy, location) {
-            Ok(doubt) => warnings.extend(doubt),
+            Ok(doubt) => warnings.extend(doubt.map(|doubt| Finding {
+                subject: Subject::object(&domain.name, &object.label),
+                ..doubt
+            })),
             Err(problem) => drop(refused.get_or_insert(problem)),
         }
     }
     if let Some(record) = host.keystore.readable_envelope(object.secret)? {
         let is_news = before.is_none_or(|before| before.envelope != record.envelope);
-        return Ok(is_news.then(|| adopted(host, object, &record.envelope)));
+        return Ok(is_news.then(|| adopted(host, object, &record.envelope, "")));
     }
     for copy in format_1? {
         match adopt_format_1(host, copy, &copies, location) {
             Ok(made) => {
-                let step = adopted(host, object, &made);
-                return Ok(Some(format!("{step}, format 1 from {}", copy.place)));
+                let from = format!(", format 1 from {}", copy.place);
+                return Ok(Some(adopted(host, object, &made, &from)));
             }
             Err(failure) => drop(refused.get_or_insert(failure)),
         }
@@ -177,7 +191,7 @@ fn attempts<'a>(
     Attempts { with_mac, format_1 }
 }
 
-fn adopt_with_mac(host: &Host<'_>, copy: &VisibleCopy, location: &Path) -> Result<Option<String>, Problem> {
+fn adopt_with_mac(host: &Host<'_>, copy: &VisibleCopy, location: &Path) -> Result<Option<Finding>, Problem> {
     let record = host.keystore.readable_envelope(copy.envelope.id)?;
     let first = record.as_ref().map_or(&copy.envelope, |record| &record.envelope);
     let dek = host.recipients.open_envelope(first)?;
@@ -209,13 +223,12 @@ fn adopt_format_1(
     Ok(made)
 }
 
-fn adopted(host: &Host<'_>, object: &ObjectRef, envelope: &Envelope) -> String {
+fn adopted(host: &Host<'_>, object: &ObjectRef, envelope: &Envelope, from: &str) -> Act {
     let names = ProviderNames::of_host(host.recipients, host.keystore).of(envelope);
     let (id, label) = (envelope.id, &object.label);
-    format!(
-        "adopted envelope {id} of {label} (opened by {})",
-        names.join(", ")
-    )
+    let what = format!("envelope {id} of {label} (opened by {}){from}", names.join(", "));
+    let act = Verb::Adopt.act(StepCode::Adopt, what).on(label).with(id);
+    object.path.iter().fold(act, Act::at)
 }
 
 /// What the XML names an envelope of, and the disks whose image carries one for this VM: `vm seal` writes that into the XML.

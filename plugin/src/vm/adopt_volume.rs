@@ -6,10 +6,12 @@ use std::path::Path;
 use super::forget::{Whereabouts, whereabouts};
 use super::forgotten;
 use super::host::{Host, passphrase};
-use crate::api::Outcome;
+use crate::api::{Outcome, StepView};
 use crate::host::permitted::PermittedPath;
+use crate::model::act::{StepCode, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Precedence, Verified, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, ImageCopy, VolumeError};
 use crate::secret::Passphrase;
@@ -143,28 +145,31 @@ fn opened(host: &Host<'_>, place: &PermittedPath, candidate: Candidate) -> Resul
 pub(crate) fn adopt(host: &Host<'_>, path: &Path, found: &Found) -> Result<Outcome, Problem> {
     let (id, shown) = (found.envelope.id, path.display().to_string());
     let known = host.keystore.readable_envelope(id)?;
-    let (mut steps, mut warnings) = (Vec::new(), Vec::new());
+    let (mut acts, mut warnings) = (Vec::new(), Vec::new());
     match host.keystore.put(&found.envelope, &shown)? {
         Put::Adopted | Put::Updated => {
-            steps.push(format!("took envelope {id} of {shown} over from {}", found.from));
+            let text = format!("took envelope {id} of {shown} over from {}", found.from);
+            acts.push(StepCode::Adopt.told(text).with(id).at(path));
         }
         Put::Unchanged | Put::Stale => {}
     }
     if let Some(known) = known.filter(|known| known.location != shown) {
         match is_at_its_place(host, &known) {
-            true => warnings.push(format!(
-                "{shown} is a copy of {}, which stays the volume",
-                known.location
-            )),
+            true => {
+                let what = format!("{shown} is a copy of {}, which stays the volume", known.location);
+                let copy = Finding::warning(FindingCode::IsCopy, Subject::Image(shown.clone()), what);
+                warnings.push(copy.into());
+            }
             false => {
                 host.keystore.set_location(id, &shown)?;
-                steps.push(format!("noted that {} is at {shown} now", known.location));
+                let what = format!("that {} is at {shown} now", known.location);
+                acts.push(Verb::Note.act(StepCode::NotePath, what).with(id).at(path));
             }
         }
     }
     Ok(Outcome {
-        changed: !steps.is_empty(),
-        steps,
+        changed: !acts.is_empty(),
+        steps: StepView::all(&acts, Tense::Done, &Subject::Image(shown)),
         warnings,
         ..Outcome::default()
     })

@@ -8,9 +8,11 @@ use super::forgotten::{self, ForgottenError, Said};
 use super::host::Host;
 use super::names::{VmNames, some_of};
 use super::visible::{Place, Visible};
-use crate::api::Outcome;
+use crate::api::{FindingView, Outcome, StepView};
+use crate::model::act::{StepCode, Tense};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ProviderId, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::recipients::{Provider, bring_back};
 use crate::store::{CopyPlace, IfNeeded, StoreError};
@@ -128,6 +130,7 @@ pub(crate) fn delete(
     };
     let verdict = decide(&name, role, sight, &uses, typed);
     let stays = |why: &str| Problem::would_lose_key(format!("'{name}' stays: {why}"));
+    let subject = Subject::Provider(name.clone());
     let mut warnings = Vec::new();
     match verdict {
         Verdict::Goes => warnings.extend(keep_root_aside(host, provider)?),
@@ -164,29 +167,33 @@ pub(crate) fn delete(
     provider.provider().lock();
     crate::host::process::trim();
     if !uses.objects.is_empty() {
-        warnings.push(format!(
-            "{} had a stanza of it, {} of them with no other: these stay locked until it is back: {}",
+        let what = format!(
+            "{} had a stanza of it, {} of them with no other: these stay locked until it is back",
             VmNames::of_keystore(host.keystore)?.objects_of_vms(&uses.objects),
             uses.alone,
-            bring_back(id, name.clone(), Some(provider.kind()))
-        ));
+        );
+        let locked = Finding::warning(FindingCode::ObjectsLocked, subject.clone(), what);
+        warnings.push(locked.next(bring_back(id, name.clone(), Some(provider.kind()))));
     }
     warnings.extend(uses.given_up.iter().map(|file| {
         let file = word(file.display());
-        format!("should an image turn up that was forgotten as deleted ({file}), '{name}' must be here again to open it")
+        let what = format!("should an image turn up that was forgotten as deleted ({file}), '{name}' must be here again to open it");
+        Finding::warning(FindingCode::NeededIfFound, subject.clone(), what)
     }));
+    let text = format!(
+        "deleted provider '{name}' ({id}) with its keys and settings on this host; backups and servers keep theirs"
+    );
+    let deleted = StepCode::DeleteProvider.told(text);
     Ok(Outcome {
-        steps: vec![format!(
-            "deleted provider '{name}' ({id}) with its keys and settings on this host; backups and servers keep theirs"
-        )],
-        warnings,
+        steps: StepView::all(&[deleted], Tense::Done, &subject),
+        warnings: FindingView::all(&warnings),
         changed: true,
         ..Outcome::default()
     })
 }
 
 /// The root keys of a native provider exist here and in its backups only: they go for good by a typed name alone.
-fn keep_root_aside(host: &Host<'_>, provider: &Provider) -> Result<Option<String>, Problem> {
+fn keep_root_aside(host: &Host<'_>, provider: &Provider) -> Result<Option<Finding>, Problem> {
     let (id, name) = (provider.provider().id(), provider.provider().name());
     let Some(root) = host.host_store.native(id).root()? else {
         return Ok(None);
@@ -201,11 +208,15 @@ fn keep_root_aside(host: &Host<'_>, provider: &Provider) -> Result<Option<String
                 )
             },
         )?;
-    Ok(Some(format!(
-        "what is unused here may be needed elsewhere: its sealed root keys are kept in {}; by its passphrase they come back: {}",
-        word(kept.display()),
-        Advice::RestoreProviderFrom(name.to_string(), kept)
-    )))
+    let what = format!(
+        "what is unused here may be needed elsewhere: its sealed root keys are kept in {}, and come back by its passphrase",
+        word(kept.display())
+    );
+    let provider = Subject::Provider(name.to_owned());
+    let kept_aside = Finding::warning(FindingCode::KeptAside, provider, what);
+    Ok(Some(
+        kept_aside.next(Advice::RestoreProviderFrom(name.to_string(), kept)),
+    ))
 }
 
 fn is_recipient(host: &Host<'_>, policy: &[String], id: ProviderId) -> bool {
@@ -251,7 +262,7 @@ fn visible_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<(), 
     let mut unknown = BTreeSet::new();
     let visible = Visible::of_host(host)?;
     if let Some(unreadable) = visible.unreadable.first() {
-        return Err(Problem::failed(unreadable.clone()));
+        return Err(unreadable.clone());
     }
     for copy in visible.copies.iter().filter(|copy| has(id, &copy.envelope)) {
         match host.keystore.envelope(copy.envelope.id)? {

@@ -14,6 +14,7 @@ use crate::domain::{Domain, encrypted_layers};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, Precedence, VmId};
+use crate::model::finding::{Finding, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::object::Opening;
 use crate::object::disk::{self, ImageCopy};
@@ -24,7 +25,7 @@ use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
 #[derive(Debug)]
 pub(crate) struct Travelling {
     /// What could not be read, and where; what somebody else has in hand.
-    pub left_out: Vec<String>,
+    pub left_out: Vec<Problem>,
     /// What a job leaves as it is, and why.
     pub rivals: Vec<LeftBehind>,
 }
@@ -62,7 +63,7 @@ pub(crate) fn adopt_foreign_envelopes<C>(
     for (vm, copies) in vms {
         match claim(vm) {
             Ok(_claim) => take_in_all(host, copies)?,
-            Err(busy) => left_out.push(busy.message),
+            Err(busy) => left_out.push(Problem::busy(busy.message)),
         }
     }
     Ok(Travelling { left_out, rivals })
@@ -212,11 +213,14 @@ pub(crate) fn take_in(
     record: Option<&EnvelopeRecord>,
     location: &str,
     dek: &Dek,
-) -> Result<Option<String>, Problem> {
+) -> Result<Option<Finding>, Problem> {
     let refused = |error| Problem::failed(chain(&error));
     let believed = believe(host.recipients, record, Some(&copy.envelope), dek).map_err(refused)?;
     let doubt = believed.doubt.as_ref();
-    let doubt = doubt.map(|doubt| doubt.words(&copy.envelope, &copy.place.to_string()));
+    let doubt = doubt.map(|doubt| {
+        let what = doubt.words(&copy.envelope, &copy.place.to_string());
+        Finding::warning(doubt.code(), Subject::Vm(copy.envelope.vm.to_string()), what)
+    });
     if let Some(doubt) = &doubt {
         tracing::warn!("{doubt}");
     }

@@ -11,10 +11,12 @@ use std::path::{Path, PathBuf};
 
 use super::forgotten::{self, Forgotten, Said};
 use super::host::Host;
-use crate::api::Outcome;
+use crate::api::{Outcome, StepView};
 use crate::host::libvirt::KeptXml;
+use crate::model::act::{StepCode, Tense};
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, Precedence, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::ImageCopy;
 use crate::object::{self, Located, Present};
@@ -132,7 +134,8 @@ pub(crate) fn forget(host: &Host<'_>, vm: VmId, name: &str) -> Result<Outcome, P
     let mut outcome = forgotten_outcome(name, records.len(), &path, &alone);
     outcome.warnings.extend(lost.into_iter().map(|row| {
         let path = path.display();
-        format!("{row}. As it was it is in {path}; what nothing else opens is lost")
+        let what = format!("{row}. As it was it is in {path}; what nothing else opens is lost");
+        Finding::warning(FindingCode::RecordDamaged, Subject::Vm(name.to_owned()), what).into()
     }));
     Ok(outcome)
 }
@@ -288,21 +291,29 @@ pub(crate) fn adopt(host: &Host<'_>, forgotten: &Forgotten) -> Result<Outcome, P
                 .next("give the file as it was written when the VM was forgotten")
         })?;
     }
-    let mut outcome = Outcome::default();
+    let (mut outcome, mut acts) = (Outcome::default(), Vec::new());
     for record in &forgotten.objects {
         let what = format!("envelope {} ({})", record.envelope.id, object_name(host, record));
+        let left_out = |code, what: String| Finding::warning(code, Subject::Vm(name.clone()), what).into();
         match host.keystore.bring_back(record) {
-            Ok(Put::Adopted | Put::Updated) => outcome.steps.push(format!("took back {what}")),
-            Ok(Put::Unchanged) => {}
-            Ok(Put::Stale) => outcome
-                .warnings
-                .push(format!("{what}: the keystore has a later one, which stays")),
-            Err(error @ (StoreError::Conflict { .. } | StoreError::OtherObject { .. })) => {
-                outcome
-                    .warnings
-                    .push(format!("{what} is left out: {}", chain(&error)));
+            Ok(Put::Adopted | Put::Updated) => {
+                let act = StepCode::Adopt.told(format!("took back {what}"));
+                acts.push(act.with(record.envelope.id));
             }
-            Err(error) => return Err(error.into()),
+            Ok(Put::Unchanged) => {}
+            Ok(Put::Stale) => {
+                let what = format!("{what}: the keystore has a later one, which stays");
+                outcome.warnings.push(left_out(FindingCode::CopyOlder, what));
+            }
+            Err(error) => {
+                let code = match error {
+                    StoreError::Conflict { .. } => FindingCode::CopyConflict,
+                    StoreError::OtherObject { .. } => FindingCode::CopyOfAnother,
+                    error => return Err(error.into()),
+                };
+                let what = format!("{what} is left out: {}", chain(&error));
+                outcome.warnings.push(left_out(code, what));
+            }
         }
     }
     // Of this host first: alone it keeps KEKs that nothing needs, and loses nothing.
@@ -311,24 +322,28 @@ pub(crate) fn adopt(host: &Host<'_>, forgotten: &Forgotten) -> Result<Outcome, P
     }
     host.keystore
         .bring_back_vm(&forgotten.vm, forgotten.mark, &forgotten.retired)?;
-    outcome.changed = !outcome.steps.is_empty();
+    outcome.changed = !acts.is_empty();
+    outcome.steps = StepView::all(&acts, Tense::Done, &Subject::Vm(name.clone()));
     Ok(outcome)
 }
 
 fn forgotten_outcome(name: &str, envelopes: usize, path: &Path, alone: &[String]) -> Outcome {
-    let mut warnings = Vec::new();
+    let (vm, mut warnings) = (Subject::Vm(name.to_owned()), Vec::new());
     if !alone.is_empty() {
-        warnings.push(format!(
+        let what = format!(
             "nothing is there of {}. If it only is not mounted now, have its keys back: {}",
             alone.join(", "),
             Advice::AdoptFrom(path.to_owned())
-        ));
+        );
+        warnings.push(Finding::warning(FindingCode::KeptAside, vm.clone(), what).into());
     }
+    let text = format!(
+        "dropped what this host knew of {name} ({envelopes} envelopes), kept in {}; no key was destroyed",
+        path.display()
+    );
+    let act = StepCode::Forget.told(text).at(path);
     Outcome {
-        steps: vec![format!(
-            "dropped what this host knew of {name} ({envelopes} envelopes), kept in {}; no key was destroyed",
-            path.display()
-        )],
+        steps: StepView::all(&[act], Tense::Done, &vm),
         warnings,
         changed: true,
         ..Outcome::default()

@@ -13,11 +13,13 @@ use super::forgotten::Said;
 use super::host::Host;
 use super::names::VmNames;
 use super::visible::{Place, Visible};
-use crate::api::Outcome;
+use crate::api::{Outcome, StepView};
 use crate::domain::{self, Domain, Metadata, SecretRef, edit, named_secrets};
 use crate::host::libvirt::KeptXml;
+use crate::model::act::{StepCode, Tense};
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::store::{Change, EnvelopeRecord};
 use crate::terminal::word;
@@ -151,12 +153,23 @@ pub(crate) fn forget(
         true => Advice::AdoptVolume((&record.location).into()),
         false => Advice::AdoptFrom(kept.clone()),
     };
+    let text = format!(
+        "dropped the envelope of {what} of {vm}, kept in {}; no key was destroyed",
+        kept.display()
+    );
+    let act = StepCode::Forget.told(text).with(id).at(&kept);
+    let object = match record.envelope.kind.is_kept_by_path() {
+        true => Subject::Image(record.location.clone()),
+        false => Subject::object(&vm, &record.envelope.kind.to_string()),
+    };
+    let kept_aside = Finding::warning(
+        FindingCode::KeptAside,
+        object.clone(),
+        format!("should it turn up: {back}"),
+    );
     Ok(Outcome {
-        steps: vec![format!(
-            "dropped the envelope of {what} of {vm}, kept in {}; no key was destroyed",
-            kept.display()
-        )],
-        warnings: vec![format!("should it turn up: {back}")],
+        steps: StepView::all(&[act], Tense::Done, &object),
+        warnings: vec![kept_aside.into()],
         changed: true,
         ..Outcome::default()
     })

@@ -3,11 +3,12 @@
 //! A VM is marked before the first of its objects is replaced, because from then on its old XML would show the guest ciphertext,
 //! and write on it. The mark goes when nothing of the VM is encrypted.
 
-use crate::api::Outcome;
+use crate::api::{Outcome, StepView};
 use crate::domain::{self, Domain};
 use crate::host::libvirt::DefinedDomain;
-use crate::model::act::{Tense, Verb};
+use crate::model::act::{StepCode, Tense, Verb};
 use crate::model::envelope::ObjectKind;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError};
 use crate::vm::host::Host;
@@ -39,14 +40,19 @@ pub(crate) fn is_marked_in_vain(host: &Host<'_>, vm: &DefinedDomain) -> Result<b
 }
 
 /// What taking the mark away comes to.
-pub(crate) fn unmarked(tense: Tense) -> Outcome {
-    let step = Verb::Let.act("it start as it is: nothing of it is encrypted");
+pub(crate) fn unmarked(name: &str, tense: Tense) -> Outcome {
+    let step = Verb::Let.act(StepCode::Unmark, "it start as it is: nothing of it is encrypted");
+    let vm = Subject::Vm(name.to_owned());
     Outcome {
-        steps: vec![step.told(tense)],
-        warnings: vec!["the keys stay in the keystore".into()],
+        steps: StepView::all(&[step], tense, &vm),
+        warnings: vec![keys_stay(vm).into()],
         changed: tense == Tense::Done,
         ..Outcome::default()
     }
+}
+
+pub(super) fn keys_stay(vm: Subject) -> Finding {
+    Finding::warning(FindingCode::KeysStay, vm, "the keys stay in the keystore")
 }
 
 /// What is at the place of an object.

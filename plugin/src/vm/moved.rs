@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::host::Host;
 use crate::domain::{Domain, encrypted_layers};
 use crate::host::permitted::{PathError, PermittedPath};
-use crate::model::act::{Act, Verb};
+use crate::model::act::{Act, StepCode, Verb};
 use crate::model::envelope::{EnvelopeId, VmId};
 use crate::model::problem::Problem;
 use crate::object::disk::{self, VolumeError};
@@ -63,10 +63,11 @@ impl Moved {
 
     pub(crate) fn act(&self) -> Act {
         let (id, to) = (self.envelope, self.to.display());
-        Verb::Note.act(match &self.from[..] {
+        let what = match &self.from[..] {
             "" => format!("that the object of envelope {id} is {to}"),
             from => format!("that {from} is {to} now"),
-        })
+        };
+        Verb::Note.act(StepCode::NotePath, what).with(id).at(&self.to)
     }
 
     /// [`Moved::settle`] once its key has opened the image where it is now.

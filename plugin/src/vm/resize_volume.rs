@@ -6,13 +6,14 @@ use std::path::Path;
 
 use super::host::{Host, passphrase};
 use super::names::{self, VmNames};
-use crate::api::Outcome;
+use crate::api::{Outcome, StepView};
 use crate::domain::{Domain, SecretRef, Source};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
-use crate::model::act::{Tense, Verb};
+use crate::model::act::{StepCode, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, Bytes, FileId, VolumeError};
 use crate::store::EnvelopeRecord;
@@ -221,17 +222,23 @@ pub(crate) fn resize(
         }
     }
     let grown = new > info.virtual_size;
-    let (verb, note) = match grown {
+    let image = Subject::Image(shown.to_string());
+    let what = format!("{shown} from {} to {new}", info.virtual_size);
+    let (act, code, note) = match grown {
         true => (
-            Verb::Grow,
+            Verb::Grow.act(StepCode::Grow, what),
+            FindingCode::GuestToGrow,
             "the guest has to grow its partitions and file systems itself",
         ),
-        false => (Verb::Shrink, "what was beyond its end is lost"),
+        false => (
+            Verb::Shrink.act(StepCode::Shrink, what),
+            FindingCode::DataLost,
+            "what was beyond its end is lost",
+        ),
     };
-    let act = verb.act(format!("{shown} from {} to {new}", info.virtual_size));
     Ok(Outcome {
-        steps: vec![act.told(Tense::Done)],
-        warnings: vec![note.to_owned()],
+        steps: StepView::all(&[act.at(path)], Tense::Done, &image),
+        warnings: vec![Finding::warning(code, image, note).into()],
         changed: true,
         ..Outcome::default()
     })

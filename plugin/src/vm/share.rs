@@ -6,11 +6,13 @@ use std::path::Path;
 
 use super::host::{Host, passphrase};
 use super::names;
-use crate::api::Outcome;
+use crate::api::{FindingView, Outcome, StepView};
 use crate::host::libvirt::Power;
 use crate::host::permitted::PermittedPath;
+use crate::model::act::{StepCode, Tense};
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind, Verified, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
 use crate::object::disk::{self, VolumeError};
 use crate::store::{Change, CopyPlace, EnvelopeRecord, Put, StoreError};
@@ -119,24 +121,33 @@ impl Request<'_> {
     fn outcome(&self, change: Change, power: Power) -> Outcome {
         let changed = change == Change::Changed;
         let (vm, path) = (self.vm, self.path.display());
-        let (step, mut warnings) = match self.sharing {
-            Sharing::With => (format!("{vm} gets {path} too"), Vec::new()),
+        let image = Subject::Image(path.to_string());
+        let (act, mut warnings) = match self.sharing {
+            Sharing::With => (StepCode::Share.told(format!("{vm} gets {path} too")), Vec::new()),
             Sharing::Without => {
                 let elsewhere = "a host that has only an older copy of the envelope, in a domain's XML, lets it start there: \
                                  define VMs that have it from a new dumpxml";
                 (
-                    format!("{vm} does not get {path} any more"),
-                    vec![elsewhere.to_owned()],
+                    StepCode::Unshare.told(format!("{vm} does not get {path} any more")),
+                    vec![Finding::warning(
+                        FindingCode::SharedByCopies,
+                        image.clone(),
+                        elsewhere,
+                    )],
                 )
             }
         };
         if power == Power::On && self.sharing == Sharing::Without {
-            let shut_down = Advice::ShutDownVm(vm.to_owned());
-            warnings.insert(0, format!("{vm} runs, and has it until it ends: {shut_down}"));
+            let what = format!("{vm} runs, and has it until it ends");
+            let in_use = Finding::warning(FindingCode::InUse, image, what);
+            warnings.insert(0, in_use.next(Advice::ShutDownVm(vm.to_owned())));
         }
         Outcome {
-            steps: changed.then_some(step).into_iter().collect(),
-            warnings,
+            steps: match changed {
+                true => StepView::all(&[act.at(self.path)], Tense::Done, &Subject::Vm(vm.to_owned())),
+                false => Vec::new(),
+            },
+            warnings: FindingView::all(&warnings),
             changed,
             ..Outcome::default()
         }
@@ -260,7 +271,7 @@ mod tests {
         let running = taken_back(Change::Unchanged, Power::On);
         assert!(running.steps.is_empty() && !running.changed);
         assert!(
-            running.warnings[0].starts_with("web runs, "),
+            running.warnings[0].what.starts_with("web runs, "),
             "{:?}",
             running.warnings
         );

@@ -26,15 +26,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
-use crate::api::{LossPreview, SnapshotAct};
+use crate::api::{FindingView, LossPreview, SnapshotAct, StepView};
 use crate::domain::edit::without_overlays;
 use crate::domain::overlays::{ExternalSnapshot, external_snapshot};
 use crate::domain::{Domain, Source};
 use crate::host::libvirt::{DefinedDomain, KeptXml, Power};
-use crate::model::act::{Act, Tense, Verb};
+use crate::model::act::{Act, StepCode, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::deadlines::image::GOES_OVER;
 use crate::model::envelope::VmId;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::Bytes;
 use crate::store::{HostStore, StoreError, UnixTime};
@@ -236,14 +237,15 @@ impl OverlayPlan {
     /// What is asked before, with what is lost.
     pub(crate) fn preview(&self, choices: Choices) -> LossPreview {
         let acts = self.acts(choices);
+        let steps = |tense| StepView::all(&acts, tense, &Subject::Vm(self.name.clone()));
         LossPreview {
             vm: self.vm.to_string(),
             name: self.name.clone(),
-            steps: acts.iter().map(Act::to_string).collect(),
-            done: acts.iter().map(|act| act.told(Tense::Done)).collect(),
+            steps: steps(Tense::Planned),
+            done: steps(Tense::Done),
             lost: match self.act {
-                SnapshotAct::Delete => self.lost(),
-                SnapshotAct::Commit if choices.force => self.lost_by_force(),
+                SnapshotAct::Delete => FindingView::all(&self.lost()),
+                SnapshotAct::Commit if choices.force => FindingView::all(&self.lost_by_force()),
                 SnapshotAct::Commit => Vec::new(),
             },
         }
@@ -252,44 +254,59 @@ impl OverlayPlan {
     fn acts(&self, choices: Choices) -> Vec<Act> {
         let mut acts = Vec::new();
         for disk in &self.disks {
-            let (target, base) = (&disk.target, disk.base.shown().display());
-            let overlays: Vec<_> = disk
+            let (object, base) = (format!("disk {}", disk.target), disk.base.shown().display());
+            let paths: Vec<_> = disk
                 .overlays
                 .iter()
                 .map(|overlay| overlay.shown().display().to_string())
                 .collect();
-            let overlays = overlays.join(", ");
-            acts.push(match self.act {
-                SnapshotAct::Commit => Verb::Merge.act(format!(
-                    "{overlays} into {base}, and let disk {target} be that again"
-                )),
-                SnapshotAct::Delete => Verb::Let.act(format!(
-                    "disk {target} be {base} again, as it was before {overlays}"
-                )),
-            });
-            acts.push(match choices.keep {
-                true => Verb::Leave.act(format!("{overlays} there, in plaintext")),
-                false => Verb::Remove.act(overlays),
-            });
+            let overlays = paths.join(", ");
+            let image = match self.act {
+                SnapshotAct::Commit => Verb::Merge.act(
+                    StepCode::MergeOverlays,
+                    format!("{overlays} into {base}, and let {object} be that again"),
+                ),
+                SnapshotAct::Delete => Verb::Let.act(
+                    StepCode::DropOverlays,
+                    format!("{object} be {base} again, as it was before {overlays}"),
+                ),
+            };
+            let files = match choices.keep {
+                true => Verb::Leave.act(
+                    StepCode::LeaveOverlayFiles,
+                    format!("{overlays} there, in plaintext"),
+                ),
+                false => Verb::Remove.act(StepCode::RemoveOverlayFiles, overlays),
+            };
+            acts.push(image.on(&object).at(disk.base.shown()));
+            acts.push(paths.iter().fold(files.on(&object), Act::at));
         }
         let names = self.snapshots();
         if !names.is_empty() {
-            acts.push(Verb::Let.act(format!(
+            let what = format!(
                 "libvirt forget what it can't revert to any more: {}",
                 visible(&names.join(", "))
-            )));
+            );
+            acts.push(Verb::Let.act(StepCode::ForgetSnapshots, what));
         }
         acts
     }
 
-    fn lost_by_force(&self) -> Vec<String> {
-        let bases = self.disks.iter().map(|disk| disk.base.shown().display());
-        bases
-            .map(|base| format!("what was written to {base} by itself, if the VM ran on it since"))
-            .collect()
+    fn lost_by_force(&self) -> Vec<Finding> {
+        let of_disk = |disk: &Overlaid| {
+            let base = disk.base.shown().display();
+            let what = format!("what was written to {base} by itself, if the VM ran on it since");
+            self.lost_of(disk, what)
+        };
+        self.disks.iter().map(of_disk).collect()
     }
 
-    fn lost(&self) -> Vec<String> {
+    fn lost_of(&self, disk: &Overlaid, what: String) -> Finding {
+        let object = Subject::object(&self.name, &format!("disk {}", disk.target));
+        Finding::critical(FindingCode::DataLost, object, what)
+    }
+
+    fn lost(&self) -> Vec<Finding> {
         let of_disk = |disk: &Overlaid| {
             let since = disk
                 .since()
@@ -305,7 +322,7 @@ impl OverlayPlan {
                     "; {base} was written to after that: if a blockcommit of it was begun, commit instead"
                 )
             });
-            what + &doubt.unwrap_or_default()
+            self.lost_of(disk, what + &doubt.unwrap_or_default())
         };
         self.disks.iter().map(of_disk).collect()
     }
@@ -333,22 +350,26 @@ impl OverlayPlan {
     }
 
     /// What stays to be known.
-    pub(crate) fn warnings(&self, choices: Choices) -> Vec<String> {
-        let mut warnings = vec![match choices.keep {
-            true => "what is left was written in plaintext, and fits the sealed images no more: remove it".to_owned(),
-            false => "what was written since the snapshot was in plaintext on the disk below: removing a file erases nothing there".to_owned(),
-        }];
+    pub(crate) fn warnings(&self, choices: Choices) -> Vec<Finding> {
+        let finding = |code, what: &str| Finding::warning(code, Subject::Vm(self.name.clone()), what);
+        let files = match choices.keep {
+            true => "what is left was written in plaintext, and fits the sealed images no more: remove it",
+            false => {
+                "what was written since the snapshot was in plaintext on the disk below: removing a file erases nothing there"
+            }
+        };
         let memory = self
             .snapshots
             .iter()
             .filter_map(|snapshot| snapshot.memory.as_ref());
-        warnings.extend(memory.map(|file| {
-            format!(
-                "{} has the VM's memory in plaintext: remove it",
-                visible(&file.display().to_string())
-            )
-        }));
-        warnings
+        let memory = memory.map(|file| {
+            let file = file.display().to_string();
+            let what = format!("{} has the VM's memory in plaintext: remove it", visible(&file));
+            finding(FindingCode::MemorySaved, &what)
+        });
+        std::iter::once(finding(FindingCode::PlaintextStays, files))
+            .chain(memory)
+            .collect()
     }
 }
 

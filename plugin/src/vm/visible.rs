@@ -15,7 +15,7 @@ use crate::host::permitted::{PathRule, PermittedPath};
 use crate::host::storage;
 use crate::model::deadlines::image::SEEN;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::model::problem::{Problem, chain};
+use crate::model::problem::{Code, Problem, chain};
 use crate::object::disk::{self, ImageCopy};
 use crate::store::{CopyPlace, EnvelopeStore};
 
@@ -34,7 +34,7 @@ pub(crate) struct Visible {
     /// What can be read.
     pub copies: Vec<VisibleCopy>,
     /// What could not be read, and where: nobody knows what is in there.
-    pub unreadable: Vec<String>,
+    pub unreadable: Vec<Problem>,
     /// Images whose copy can't be read, or is of another envelope than the keystore has for them.
     pub bad_images: Vec<PathBuf>,
 }
@@ -100,7 +100,7 @@ impl Visible {
                 }
                 Err(error) => visible
                     .unreadable
-                    .push(format!("{}: {}", kept.name, chain(&error))),
+                    .push(Problem::failed(chain(&error)).of(&kept.name)),
             }
         }
         let paths = host.paths.clone();
@@ -114,12 +114,15 @@ impl Visible {
                 }
                 None => visible
                     .unreadable
-                    .push(format!("{}: its storage does not answer", image.display())),
+                    .push(Problem::failed("its storage does not answer").of(image.display())),
             }
         }
         let unseen = of_vms.into_iter().filter_map(|(name, path)| {
             let problem = out_of_sight.get(&path)?.clone();
-            Some(problem.of(name).to_string())
+            Some(Problem {
+                code: Code::Failed,
+                ..problem.of(name)
+            })
         });
         visible.unreadable.extend(unseen);
         for (image, file) in files {
@@ -162,8 +165,9 @@ impl Visible {
             None => Place::Xml(kept.name.clone()),
         };
         let (envelopes, unreadable) = Metadata::envelopes_in(&kept.xml)?;
+        let unreadable = unreadable.iter();
         self.unreadable
-            .extend(unreadable.iter().map(|copy| format!("{place}: {}", copy.reason)));
+            .extend(unreadable.map(|copy| Problem::failed(copy.reason.clone()).of(&place)));
         self.copies.extend(envelopes.into_iter().map(|envelope| {
             VisibleCopy {
                 location: layers

@@ -73,7 +73,7 @@ pub use observed::{Strace, core_image};
 pub use openable::temporaries;
 pub use process::Process;
 pub use programs::{built_program, require_programs};
-pub use sealed::{Readiness, SealedHost, Way, edited, expect_names};
+pub use sealed::{Readiness, SealedHost, Way, codes, edited, expect_names};
 pub use search::{Needles, Place};
 pub use tpm::{HostTpm, KernelKey, Swtpm};
 pub use tracer::{Step, Trace, Tracer};

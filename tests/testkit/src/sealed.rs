@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
-pub use commands::expect_names;
+pub use commands::{codes, expect_names};
 pub use readiness::Readiness;
 pub use way::Way;
 

@@ -98,6 +98,27 @@ fn every_command_has_a_document() {
     assert_eq!(named, all);
 }
 
+#[test]
+fn what_is_told_in_words_has_a_code() {
+    let schema = schema();
+    let definitions = schema["$defs"].as_object().unwrap();
+    let mut found = 0;
+    for (name, definition) in definitions {
+        for list in [
+            "steps", "done", "notes", "lost", "survives", "warnings", "findings", "damaged",
+        ] {
+            let Some(items) = definition["properties"][list].get("items") else {
+                continue;
+            };
+            let of = items["$ref"].as_str().unwrap_or_default();
+            let code = &schema["$defs"][of.trim_start_matches("#/$defs/")]["properties"]["code"];
+            assert!(code.is_object(), "{list} of {name} are words alone");
+            found += 1;
+        }
+    }
+    assert!(found > 15, "only {found} lists");
+}
+
 /// What the schema is there for: all of it can be told from the name.
 #[test]
 fn every_word_is_snake_case_and_every_time_is_utc() {

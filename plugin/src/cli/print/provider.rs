@@ -4,7 +4,7 @@ use super::super::document::{Answer, IdentityChanged, ProviderChanged, ProviderS
 use super::super::out::{line, line_with_state, note, table};
 use super::Printer;
 use super::one_provider::{STATE, because, lines, local, provider_name};
-use crate::api::{CertificateView, IdentitySet, Orphans, ProviderView, Providers, ServerView};
+use crate::api::{CertificateView, FindingView, IdentitySet, Orphans, ProviderView, Providers, ServerView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
 
@@ -105,13 +105,16 @@ impl Printer {
 
     fn provider_warnings(&self, provider: &ProviderView) {
         for warning in &provider.warnings {
-            self.warn(&format!("provider '{}': {warning}", provider.name));
+            self.warn(FindingView {
+                what: format!("provider '{}': {}", provider.name, warning.what),
+                ..warning.clone()
+            });
         }
     }
 
     /// What this host shows to the servers of a provider from now on.
     pub(in crate::cli) fn identity_set(&self, name: &str, set: IdentitySet) -> Result<(), Problem> {
-        set.warnings.iter().for_each(|warning| self.warn(warning));
+        self.warn_all(&set.warnings);
         if self.json {
             return self.tell(Answer::IdentitySet(Box::new(IdentityChanged {
                 provider: set.provider,
@@ -197,7 +200,7 @@ impl Printer {
             ]
         });
         table(&["PROVIDER", "KEK", "ENVELOPES", "COPIES", "ORIGIN"], rows)?;
-        orphans.damaged.iter().for_each(|damaged| self.warn(damaged));
+        self.warn_all(&orphans.damaged);
         match orphans.keks.is_empty() {
             true => Ok(()),
             false => line("They stay: backups, and VMs on other hosts, may need them."),

@@ -42,10 +42,9 @@ fn found(finding: &FindingView) -> Trouble {
 
 fn of_provider(provider: &ProviderView) -> impl Iterator<Item = Trouble> {
     provider.warnings.iter().map(|warning| Trouble {
-        severity: Severity::Warning,
-        what: format!("provider '{}': {warning}", provider.name),
-        next: None,
+        what: format!("provider '{}': {}", provider.name, warning.what),
         about: None,
+        ..found(warning)
     })
 }
 

@@ -1,13 +1,15 @@
 //! What `virtseal vm autostart` asks for.
 
-use crate::api::Outcome;
+use crate::api::{Outcome, StepView};
 use crate::audit::Actor;
 use crate::daemon::{Daemon, lock, records};
 use crate::host::boot::BootId;
 use crate::host::libvirt::{ByLibvirt, DefinedDomain};
+use crate::model::act::{Act, StepCode, Tense};
 use crate::model::advice::Advice;
 use crate::model::envelope::VmId;
 use crate::model::problem::{Problem, chain};
+use crate::model::subject::Subject;
 use crate::store::Change;
 use crate::vm::names::{self, KnownVm};
 
@@ -28,14 +30,15 @@ pub(crate) fn enable(daemon: &Daemon, by: Actor, vm: &str) -> Result<Outcome, Pr
 
 fn add(daemon: &Daemon, defined: &DefinedDomain, boot: BootId) -> Result<Outcome, Problem> {
     let (vm, name) = (defined.vm, &defined.name);
-    let mut steps = Vec::new();
+    let mut acts = Vec::new();
     if daemon.host_store.enable_autostart(vm, boot)? == Change::Changed {
-        steps.push(format!(
+        let text = format!(
             "virtseald will start {name} with this host from the next boot on: once in each, when its providers are ready"
-        ));
+        );
+        acts.push(StepCode::AutostartByVirtseald.told(text));
     }
-    steps.extend(take_from_libvirt(daemon, defined)?);
-    Ok(outcome(steps))
+    acts.extend(take_from_libvirt(daemon, defined)?);
+    Ok(outcome(name, &acts))
 }
 
 pub(crate) fn disable(daemon: &Daemon, by: Actor, vm: &str) -> Result<Outcome, Problem> {
@@ -55,14 +58,15 @@ fn remove(
     name: &str,
     defined: Option<&DefinedDomain>,
 ) -> Result<Outcome, Problem> {
-    let mut steps = Vec::new();
+    let mut acts = Vec::new();
     if forget(daemon, vm)? == Change::Changed {
-        steps.push(format!("{name} will stay off when this host boots"));
+        let text = format!("{name} will stay off when this host boots");
+        acts.push(StepCode::NoAutostartByVirtseald.told(text));
     }
     if let Some(defined) = defined {
-        steps.extend(take_from_libvirt(daemon, defined)?);
+        acts.extend(take_from_libvirt(daemon, defined)?);
     }
-    Ok(outcome(steps))
+    Ok(outcome(name, &acts))
 }
 
 /// A VM without keys is not to be started.
@@ -83,10 +87,10 @@ fn forget(daemon: &Daemon, vm: VmId) -> Result<Change, Problem> {
 }
 
 /// A VM that is not sealed any more starts with the host as before, by libvirt.
-pub(super) fn hand_to_libvirt(daemon: &Daemon, defined: &DefinedDomain) -> Result<Option<String>, Problem> {
+pub(super) fn hand_to_libvirt(daemon: &Daemon, defined: &DefinedDomain) -> Result<Vec<StepView>, Problem> {
     let (vm, name) = (defined.vm, &defined.name);
     if daemon.host_store.autostart(vm)?.is_none() {
-        return Ok(None);
+        return Ok(Vec::new());
     }
     let by_libvirt = daemon.background.set_autostart(vm, ByLibvirt::Yes);
     by_libvirt.map_err(|error| {
@@ -97,10 +101,11 @@ pub(super) fn hand_to_libvirt(daemon: &Daemon, defined: &DefinedDomain) -> Resul
         Problem::failed(what).next(Advice::AutostartByLibvirt(name.clone()))
     })?;
     forget(daemon, vm)?;
-    Ok(Some("left it to libvirt to start it with this host".to_owned()))
+    let act = StepCode::AutostartByLibvirt.told("left it to libvirt to start it with this host");
+    Ok(StepView::all(&[act], Tense::Done, &Subject::Vm(name.clone())))
 }
 
-fn take_from_libvirt(daemon: &Daemon, defined: &DefinedDomain) -> Result<Option<String>, Problem> {
+fn take_from_libvirt(daemon: &Daemon, defined: &DefinedDomain) -> Result<Option<Act>, Problem> {
     if !defined.autostart {
         return Ok(None);
     }
@@ -109,13 +114,14 @@ fn take_from_libvirt(daemon: &Daemon, defined: &DefinedDomain) -> Result<Option<
         let what = format!("libvirt still autostarts {}: {}", defined.name, chain(&error));
         Problem::failed(what).next(Advice::Autostart(defined.name.clone()))
     })?;
-    Ok(Some("took it off libvirt's list of autostarts".to_owned()))
+    let text = "took it off libvirt's list of autostarts";
+    Ok(Some(StepCode::NoAutostartByLibvirt.told(text)))
 }
 
-fn outcome(steps: Vec<String>) -> Outcome {
+fn outcome(name: &str, acts: &[Act]) -> Outcome {
     Outcome {
-        changed: !steps.is_empty(),
-        steps,
+        changed: !acts.is_empty(),
+        steps: StepView::all(acts, Tense::Done, &Subject::Vm(name.to_owned())),
         ..Outcome::default()
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::provider_view::view_of;
 use super::tpm_policy::warnings_of_pcrs;
-use crate::api::{PersistRequest, ProvidersChanged};
+use crate::api::{FindingView, PersistRequest, ProvidersChanged};
 use crate::audit::Actor;
 use crate::daemon::first_unlocks::Trying;
 use crate::daemon::{Daemon, records};
@@ -17,6 +17,7 @@ use crate::model::advice::Advice;
 use crate::model::backoff::Backoff;
 use crate::model::cache_policy::CachePolicy;
 use crate::model::deadlines::tpm::{AT_START, TRIES_AT_START};
+use crate::model::finding::Finding;
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::KeyProvider;
 use crate::provider::cache::{KekCache, persist};
@@ -42,7 +43,8 @@ pub(crate) fn set(
     set?;
     let mut view = view_of(daemon, name)?;
     if persist.is_some() {
-        view.warnings.extend(warnings_of_cache(daemon, name)?);
+        view.warnings
+            .extend(FindingView::all(&warnings_of_cache(daemon, name)?));
     }
     Ok(ProvidersChanged {
         providers: vec![view],
@@ -75,13 +77,14 @@ fn set_cache(
 }
 
 /// Why what the cache of `name` keeps on disk is bound to less than it seems.
-fn warnings_of_cache(daemon: &Daemon, name: &str) -> Result<Vec<String>, Problem> {
+fn warnings_of_cache(daemon: &Daemon, name: &str) -> Result<Vec<Finding>, Problem> {
     let known = daemon.recipients.find(name)?;
     let persistence = known.cache().and_then(KekCache::persistence);
     let Some((pcrs, unmeasured)) = persistence.and_then(|kept| Some((kept.pcrs?, kept.unmeasured))) else {
         return Ok(Vec::new());
     };
     Ok(warnings_of_pcrs(
+        name,
         &pcrs,
         unmeasured.as_ref(),
         &SecureBoot::of_host(Path::new("/")),

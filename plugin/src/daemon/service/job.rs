@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 
 use super::broken;
 use crate::api::pages::{self, PAGE};
-use crate::api::{CopyView, JobRequest, JobStarted, JobView, Jobs, SweepKind};
+use crate::api::{CopyView, FindingView, JobRequest, JobStarted, JobView, Jobs, SweepKind};
 use crate::audit::Actor;
 use crate::daemon::job_records::{excluded, note_end, number, view, who_gives_way, words};
 use crate::daemon::locks::Doing;
@@ -18,6 +18,7 @@ use crate::model::advice::Advice;
 use crate::model::deadlines::daemon::CLAIM;
 use crate::model::deadlines::job::{LOOK, UNCHANGED};
 use crate::model::envelope::{ProviderId, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::job::{JobId, JobState};
 use crate::model::problem::Problem;
 use crate::store::{CopyPlace, JobRecord, LeftBehind, StoreError};
@@ -88,7 +89,7 @@ fn begin_again<T>(daemon: &Daemon, by: Actor, job: &JobRecord, held: T) -> Resul
 /// What came to this host with its VMs, as a sweep finds it.
 pub(super) struct Looked {
     rivals: Vec<LeftBehind>,
-    left_out: Vec<String>,
+    left_out: Vec<Problem>,
     /// Sweeps that wait, and end for this one.
     give_way: Vec<JobId>,
 }
@@ -107,7 +108,7 @@ pub(super) fn look_around(daemon: &Daemon, task: &Task) -> Result<Looked, Proble
         Ok(found) => (found.rivals, found.left_out),
         Err(unseen) => {
             let left_out = "VMs that came to this host and have not started here yet";
-            (Vec::new(), vec![format!("{left_out}: {}", unseen.message)])
+            (Vec::new(), vec![Problem::failed(unseen.message).of(left_out)])
         }
     };
     if task.decides_conflicts() {
@@ -143,12 +144,10 @@ fn begin(
         if ended.state == JobState::Incomplete {
             note_end(&ended);
             records::note_command(daemon, by, "job-end", &words(daemon, &ended), &Ok(()));
-            warnings.push(format!(
-                "job {}, which waited, has ended with {} envelopes left: {}",
-                id.0,
-                ended.left,
-                Advice::ResumeJob(id.0)
-            ));
+            let left = ended.left;
+            let what = format!("job {}, which waited, has ended with {left} envelopes left", id.0);
+            let gave_way = Finding::warning(FindingCode::JobGaveWay, Subject::Job(id.0), what);
+            warnings.push(gave_way.next(Advice::ResumeJob(id.0)));
         }
     }
     let inserted = insert(&looked.rivals).map_err(|error| excluded(error, &task.subject()));
@@ -163,12 +162,18 @@ fn begin(
     });
     warnings.extend(warning);
     let damaged = damaged::records(daemon.keystore.as_ref(), &daemon.host_store).into_iter();
-    warnings.extend(damaged.map(|damaged| format!("left out: {damaged}")));
-    warnings.extend(looked.left_out.iter().map(|what| format!("left out: {what}")));
+    warnings.extend(damaged.map(|damaged| Finding {
+        what: format!("left out: {}", damaged.what),
+        ..damaged
+    }));
+    warnings.extend(looked.left_out.into_iter().map(|problem| {
+        let subject = problem.subject.as_deref().cloned().unwrap_or(Subject::Host);
+        Finding::beside(FindingCode::LeftOut, subject, problem.of("left out"))
+    }));
     Ok(JobStarted {
         job: view(daemon, &job)?,
         changed: true,
-        warnings,
+        warnings: FindingView::all(&warnings),
     })
 }
 

@@ -23,16 +23,17 @@ use crate::api::{
     Orphans, Outcome, PersistRequest, PersistView, PersistedBy, ProblemView, ProviderKind, ProviderState,
     ProviderView, Providers, ProvidersChanged, Receipt, ReceiptLine, ServerView, Servers, SettingAssigned,
     SettingView, SettingsRequest, SettingsSet, Severity, ShredPreview, SigningRequestMade, SnapshotAct,
-    StartOutlook, StartView, SubjectKind, SubjectView, SweepKind, TpmEnrolled, TpmRequest, TpmView, Unit,
-    VmAutostart, VmPower, VmState, VmView, Vms, VolumeChecked, VolumeCreated, VolumeRequest,
+    StartOutlook, StartView, StepView, SubjectKind, SubjectView, SweepKind, TpmEnrolled, TpmRequest, TpmView,
+    Unit, VmAutostart, VmPower, VmState, VmView, Vms, VolumeChecked, VolumeCreated, VolumeRequest,
 };
 use crate::daemon::caller::Caller;
 use crate::daemon::state::Daemon;
 use crate::daemon::{HookPolicy, first_runs, records};
 use crate::domain::{DeclaredFormat, Domain};
-use crate::model::act::Tense;
+use crate::model::act::{StepCode, Tense};
 use crate::model::cache_policy::CachePolicy;
 use crate::model::envelope::{CopyPlace, ObjectKind};
+use crate::model::finding::FindingCode;
 use crate::model::subject::Subject;
 use crate::vm::adopt::Formats;
 use crate::vm::share::Sharing;
@@ -110,7 +111,7 @@ impl Service {
     #[zlink(
         interface = "io.virtseal.Host",
         types = [
-            LibvirtState, ProviderView, ProviderKind, ProviderState, CredentialKind, SettingView, DetailView, SettingAssigned, SettingsRequest, PersistView, PersistedBy, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, SubjectKind, SubjectView, FindingView, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, VolumeRequest, DeclaredFormat, KeystoreCopy, ImageStructure,
+            LibvirtState, ProviderView, ProviderKind, ProviderState, CredentialKind, SettingView, DetailView, SettingAssigned, SettingsRequest, PersistView, PersistedBy, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, SubjectKind, SubjectView, FindingCode, FindingView, StepCode, StepView, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, VolumeRequest, DeclaredFormat, KeystoreCopy, ImageStructure,
             JobRequest, SweepKind, SnapshotAct, JobView, JobKind, JobState, ProblemView, ObstacleView, Unit, CopyView, CopyPlace, OrphanEnvelope, ObjectKind, OrphanKek, KekOrigin, ReceiptLine
         ]
     )]

@@ -10,8 +10,8 @@ use super::descriptors::{passphrase_from, take, wrong_fds};
 use super::refused::refused;
 use super::{cache, provider_view, tpm, tpm_credential};
 use crate::api::{
-    BackupMade, Changed, CredentialKind, DefaultSet, OrphanEnvelope, OrphanKek, Orphans, Outcome,
-    ProviderKind, Providers, pages, words,
+    BackupMade, Changed, CredentialKind, DefaultSet, FindingView, OrphanEnvelope, OrphanKek, Orphans,
+    Outcome, ProviderKind, Providers, pages, words,
 };
 use crate::audit::Actor;
 use crate::daemon::glance::Age;
@@ -22,6 +22,7 @@ use crate::job::record::Work;
 use crate::model::advice::Advice;
 use crate::model::deadlines::status::{FRESH_PROVIDERS, PAGES};
 use crate::model::envelope::ProviderId;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::kind::{Credential, KeysAt, Kind};
 use crate::provider::native::NativeProvider;
@@ -80,7 +81,15 @@ pub(crate) fn set_default(daemon: &Daemon, by: Actor, name: &str) -> Result<Defa
     Ok(DefaultSet {
         changed: set? == Change::Changed,
         warnings: refused
-            .map(|problem| format!("nothing can be sealed for it now: {problem}"))
+            .map(|problem| {
+                let problem = problem.of("nothing can be sealed for it now");
+                Finding::beside(
+                    FindingCode::CannotWrap,
+                    Subject::Provider(name.to_owned()),
+                    problem,
+                )
+            })
+            .map(FindingView::from)
             .into_iter()
             .collect(),
     })
@@ -330,10 +339,7 @@ fn all_orphans(daemon: &Daemon) -> Result<Orphans, Problem> {
                 origin: uses.origin().into(),
             })
             .collect(),
-        damaged: damaged::records(daemon.keystore.as_ref(), &daemon.host_store)
-            .iter()
-            .map(ToString::to_string)
-            .collect(),
+        damaged: FindingView::all(&damaged::records(daemon.keystore.as_ref(), &daemon.host_store)),
         next: None,
     };
     pages::sort(&mut all);

@@ -9,7 +9,9 @@ use time::OffsetDateTime;
 use super::tpm::{CREDENTIAL, enroll_command};
 use super::tpm_policy::view;
 use super::{setting_views, tpm, tpm_credential};
-use crate::api::{DetailView, OrNewer, PersistView, PersistedBy, ProviderView, Providers, TpmView, words};
+use crate::api::{
+    DetailView, FindingView, OrNewer, PersistView, PersistedBy, ProviderView, Providers, TpmView, words,
+};
 use crate::daemon::glance::Uses;
 use crate::daemon::{Daemon, look};
 use crate::host::local_time::rfc3339;
@@ -59,7 +61,7 @@ pub(super) fn with_uses(daemon: &Daemon, uses: &Uses) -> Result<Vec<ProviderView
             details: details(known),
             since: rfc3339(report.since),
             last_answer: report.last_answer.map(rfc3339),
-            warnings: report.warnings,
+            warnings: FindingView::all(&report.warnings),
             cache: cache.map(|cache| cache.policy().into()),
             cached_keks: cache.map_or(0, |cache| cache.len() as i64),
             persist: persist_view(known),

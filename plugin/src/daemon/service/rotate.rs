@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use super::descriptors::{passphrase_from, pin_from, wrong_fds};
 use super::job;
 use super::tpm::{self, tpm_failure};
-use crate::api::JobStarted;
+use crate::api::{FindingView, JobStarted};
 use crate::audit::Actor;
 use crate::daemon::job_records::who_gives_way;
 use crate::daemon::locks::Doing;
@@ -14,6 +14,7 @@ use crate::daemon::{Daemon, records};
 use crate::job::sweep::Task;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, VmId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::provider::native::{NativeError, NativeProvider};
 use crate::provider::{KeyProvider, ProviderStatus};
@@ -54,11 +55,16 @@ pub(super) fn rotate(
     }
     let mut started = job::sweep(daemon, by, &task, looked)?;
     if let Some(native) = provider.of_kind::<NativeProvider>().as_deref() {
-        started.warnings.extend(tpm_lags);
+        started.warnings.extend(tpm_lags.map(FindingView::from));
         if native.status() != ProviderStatus::Ready {
-            started.warnings.push(format!(
-                "'{name}' has root key {} and wraps nothing until that is backed up: {}. The job goes on then", native.generation(), Advice::BackUpProvider(name.to_owned())
-            ));
+            let what = format!(
+                "'{name}' has root key {} and wraps nothing until that is backed up: {}. The job goes on then",
+                native.generation(),
+                Advice::BackUpProvider(name.to_owned())
+            );
+            let provider = Subject::Provider(name.to_owned());
+            let unsafe_yet = Finding::warning(FindingCode::NotBackedUp, provider, what);
+            started.warnings.push(unsafe_yet.into());
         }
     }
     Ok(started)

@@ -1,6 +1,6 @@
 //! What `virtseal vm snapshot …` asks for.
 
-use crate::api::{JobStarted, LossPreview, SnapshotAct};
+use crate::api::{FindingView, JobStarted, LossPreview, SnapshotAct};
 use crate::audit::Actor;
 use crate::daemon::locks::Doing;
 use crate::daemon::{Daemon, job_records, overlays};
@@ -56,6 +56,6 @@ pub(super) fn begin(
     Ok(JobStarted {
         job: job_records::view(daemon, &job?)?,
         changed: true,
-        warnings: plan.warnings(choices),
+        warnings: FindingView::all(&plan.warnings(choices)),
     })
 }

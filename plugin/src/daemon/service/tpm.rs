@@ -13,6 +13,7 @@ use crate::audit::Actor;
 use crate::daemon::{Daemon, records};
 use crate::host::tpm::TpmError;
 use crate::model::advice::Advice;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem, chain};
 use crate::provider::native::{LocksNoted, NativeError, NativeProvider};
 use crate::provider::toolbox::bound_credential::TpmEnrollment;
@@ -61,7 +62,7 @@ pub(crate) fn enroll(
     enrolled?;
     let enrollment =
         enrollment_of(&native)?.ok_or_else(|| tpm_failure(&native, &NativeError::NotEnrolled))?;
-    Ok(said(&enrollment))
+    Ok(said(name, &enrollment))
 }
 
 /// Takes that away. Says whether there was anything to take.
@@ -147,7 +148,7 @@ pub(crate) fn try_to_unlock(daemon: &Daemon, unlock: &TpmUnlock) -> Tried {
 }
 
 /// At an unlock that follows a rotation: the TPM gets the new root keys too. Says why it does not.
-pub(crate) fn renew(daemon: &Daemon, by: Actor, native: &NativeProvider) -> Option<String> {
+pub(crate) fn renew(daemon: &Daemon, by: Actor, native: &NativeProvider) -> Option<Finding> {
     tpm_lags(daemon, by, native, native.renew_tpm(&daemon.tpm, None))
 }
 
@@ -157,7 +158,7 @@ pub(crate) fn tpm_lags(
     by: Actor,
     native: &NativeProvider,
     renewed: Result<Change, NativeError>,
-) -> Option<String> {
+) -> Option<Finding> {
     let name = native.name();
     match renewed {
         Ok(Change::Unchanged) => None,
@@ -171,11 +172,10 @@ pub(crate) fn tpm_lags(
                 provider = name,
                 "the TPM does not get its new root key: {failure}"
             );
-            Some(format!(
-                "the TPM does not unlock '{name}' any more ({}): {}",
-                chain(&error),
-                enroll_command(native)
-            ))
+            let why = chain(&error);
+            let what = format!("the TPM does not unlock '{name}' any more ({why})");
+            let provider = Subject::Provider(name.to_owned());
+            Some(Finding::warning(FindingCode::TpmStale, provider, what).next(enroll_command(native)))
         }
     }
 }

@@ -122,7 +122,7 @@ pub(super) fn enroll(
     forget_reason(daemon, known);
     let enrollment = bound.enrollment().ok().flatten();
     let enrollment = enrollment.ok_or_else(|| failure(daemon, known, &BoundError::NotEnrolled))?;
-    Ok(said(&enrollment))
+    Ok(said(name, &enrollment))
 }
 
 fn bind(

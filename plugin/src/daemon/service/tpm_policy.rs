@@ -3,18 +3,20 @@
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
 
-use crate::api::{TpmEnrolled, TpmRequest, TpmView};
+use crate::api::{FindingView, TpmEnrolled, TpmRequest, TpmView};
 use crate::host::local_time::rfc3339;
 use crate::host::secure_boot::SecureBoot;
 use crate::host::tpm::{BindPolicy, PcrList, SigningKey};
 use crate::model::advice::Advice;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::provider::toolbox::bound_credential::TpmEnrollment;
 
 /// What is said of a new one.
-pub(super) fn said(enrollment: &TpmEnrollment) -> TpmEnrolled {
+pub(super) fn said(name: &str, enrollment: &TpmEnrollment) -> TpmEnrolled {
+    let found = warnings(name, enrollment, &SecureBoot::of_host(Path::new("/")));
     TpmEnrolled {
-        warnings: warnings(enrollment, &SecureBoot::of_host(Path::new("/"))),
+        warnings: FindingView::all(&found),
         tpm: view(enrollment),
     }
 }
@@ -31,44 +33,53 @@ pub(super) fn view(enrollment: &TpmEnrollment) -> TpmView {
 }
 
 /// Why an enrolment is worth less than it seems.
-fn warnings(enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<String> {
+fn warnings(name: &str, enrollment: &TpmEnrollment, secure_boot: &SecureBoot) -> Vec<Finding> {
     let Some(pcrs) = &enrollment.pcrs else {
         return Vec::new();
     };
     let mut warnings = warnings_of_pcrs(
+        name,
         pcrs,
         enrollment.unmeasured.as_ref(),
         secure_boot,
         "the passphrase and another enrolment are needed",
     );
     if !warnings.is_empty() && !enrollment.needs_pin {
-        warnings.push("--pin makes the TPM ask for a PIN too, whatever has booted".to_owned());
+        let what = "--pin makes the TPM ask for a PIN too, whatever has booted";
+        let provider = Subject::Provider(name.to_owned());
+        warnings.push(Finding::warning(FindingCode::PinMissing, provider, what));
     }
     warnings
 }
 
 /// The same of anything that is bound to `pcrs`; `after_update` is what a changed one costs.
 pub(crate) fn warnings_of_pcrs(
+    name: &str,
     pcrs: &PcrList,
     unmeasured: Option<&PcrList>,
     secure_boot: &SecureBoot,
     after_update: &str,
-) -> Vec<String> {
-    let mut warnings = Vec::new();
+) -> Vec<Finding> {
+    let mut found = Vec::new();
     if pcrs.has_secure_boot() {
-        warnings.extend(secure_boot.doubt());
+        found.extend(secure_boot.doubt());
     }
     if let Some(unmeasured) = unmeasured {
-        warnings.push(format!(
+        let what = format!(
             "nothing has been measured into PCR {unmeasured} since this host booted: it is the same whatever boots"
-        ));
+        );
+        found.push((FindingCode::PcrUnmeasured, what));
     }
     if let Some(changing) = pcrs.changed_by_updates() {
-        warnings.push(format!(
+        let what = format!(
             "PCR {changing} changes with updates of the boot loader, the kernel or the initrd: each time {after_update}"
-        ));
+        );
+        found.push((FindingCode::PcrUnsteady, what));
     }
-    warnings
+    let found = found.into_iter();
+    found
+        .map(|(code, what)| Finding::warning(code, Subject::Provider(name.to_owned()), what))
+        .collect()
 }
 
 /// What `request` asks for but for the PIN; what it does not say is as in the enrolment `before`.

@@ -8,7 +8,7 @@ use super::descriptors::{passphrase_from, pin_from, wrong_fds};
 use super::provider_view::view_of;
 use super::tpm_credential;
 use crate::api::{
-    CertificateView, IdentityParts, IdentitySet, NewKey, ProvidersChanged, ServerView, Servers,
+    CertificateView, FindingView, IdentityParts, IdentitySet, NewKey, ProvidersChanged, ServerView, Servers,
     SigningRequestMade,
 };
 use crate::audit::Actor;
@@ -62,7 +62,7 @@ pub(crate) fn set_identity(
     });
     Ok(IdentitySet {
         certificate,
-        warnings: provider.keys_that_stay_shut(stanzas.collect()),
+        warnings: FindingView::all(&provider.keys_that_stay_shut(stanzas.collect())),
         provider: view_of(daemon, name)?,
     })
 }

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use super::autostart;
-use crate::api::{LossPreview, Outcome, Receipt, ShredPreview};
+use crate::api::{LossPreview, Outcome, Receipt, ShredPreview, StepView};
 use crate::audit::Actor;
 use crate::daemon::job_records::refuse_beside_another;
 use crate::daemon::locks::{Claim, Doing};
@@ -13,8 +13,9 @@ use crate::host::libvirt::DefinedDomain;
 use crate::model::act::Tense;
 use crate::model::advice::Advice;
 use crate::model::envelope::VmId;
-use crate::model::job::Subject;
+use crate::model::job;
 use crate::model::problem::{Code, Problem, chain};
+use crate::model::subject::Subject;
 use crate::store::CopyPlace;
 use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::adopt::{self, Formats};
@@ -59,11 +60,11 @@ pub(crate) fn seal(
         foreign::take_in_copies_of(&host, &domain);
     }
     let with_named = |outcome: Outcome, tense| Outcome {
-        steps: named
-            .iter()
-            .map(|act| act.told(tense))
-            .chain(outcome.steps)
-            .collect(),
+        steps: [
+            StepView::all(&named, tense, &Subject::Vm(domain.name.clone())),
+            outcome.steps,
+        ]
+        .concat(),
         ..outcome
     };
     let survey = seal::survey(&host, &domain, not_found, provider)?;
@@ -98,7 +99,7 @@ fn refuse_beside_jobs(daemon: &Daemon, domain: &DefinedDomain) -> Result<(), Pro
     };
     for path in parsed.disks.iter().filter_map(|disk| disk.source.path()) {
         let path = path.display().to_string();
-        refuse_beside_another(daemon, &Subject::Image { vm: domain.vm, path })?;
+        refuse_beside_another(daemon, &job::Subject::Image { vm: domain.vm, path })?;
     }
     Ok(())
 }
@@ -130,7 +131,7 @@ pub(crate) fn unseal(daemon: &Daemon, by: Actor, vm: &str, tense: Tense) -> Resu
     let (_claim, domain) = take(daemon, vm, Doing::Unseal)?;
     let host = daemon.host_of_vms()?;
     if marks::is_marked_in_vain(&host, &domain)? {
-        let mut outcome = marks::unmarked(tense);
+        let mut outcome = marks::unmarked(&domain.name, tense);
         if tense == Tense::Done {
             daemon.keystore.note_plain(domain.vm)?;
             outcome.steps.extend(autostart::hand_to_libvirt(daemon, &domain)?);

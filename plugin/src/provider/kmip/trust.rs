@@ -18,6 +18,7 @@ use super::store::{FilesError, ServerTrust};
 use super::tls::{self, Connection};
 use crate::model::deadlines::kmip::{FIRST_QUESTION, LOOK};
 use crate::model::envelope::Stanza;
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::chain;
 use crate::provider::toolbox::certificate::CertificateFacts;
 use crate::provider::toolbox::identity::NoIdentity;
@@ -217,7 +218,7 @@ impl KmipProvider {
     }
 
     /// Opens one of `stanzas` for each KEK, and says which ones do not open.
-    pub(crate) fn keys_that_stay_shut(&self, stanzas: Vec<Stanza>) -> Vec<String> {
+    pub(crate) fn keys_that_stay_shut(&self, stanzas: Vec<Stanza>) -> Vec<Finding> {
         let mut of_kek = BTreeMap::new();
         for stanza in stanzas {
             of_kek.entry(stanza.kek.0.clone()).or_insert(stanza);
@@ -229,11 +230,10 @@ impl KmipProvider {
         let mut shut = Vec::new();
         for stanza in all {
             if let Err(error) = self.unwrap_many(&[stanza]) {
-                shut.push(format!(
-                    "KEK {} does not open what it wrapped: {}",
-                    stanza.kek,
-                    chain(&error)
-                ));
+                let why = chain(&error);
+                let what = format!("KEK {} does not open what it wrapped: {why}", stanza.kek);
+                let provider = Subject::Provider(self.name.clone());
+                shut.push(Finding::warning(FindingCode::KekRefused, provider, what));
             }
             if shut.len() == MAX_SHUT {
                 break;

@@ -13,6 +13,7 @@ use super::login::{self, Session};
 use super::settings::{Auth, TransitSettings};
 use crate::model::deadlines::transit::FRESH;
 use crate::model::envelope::ProviderId;
+use crate::model::finding::FindingCode;
 use crate::provider::toolbox::lock;
 use crate::provider::toolbox::locks::{Locks, LocksNoted};
 use crate::provider::{ProviderError, ProviderStatus};
@@ -37,7 +38,7 @@ pub(super) struct State {
     /// The same by the clock on the wall; kept over a lock.
     last_answer: Option<SystemTime>,
     /// What will be wrong soon.
-    warning: Option<String>,
+    warning: Option<(FindingCode, String)>,
     locks: Locks,
 }
 
@@ -55,6 +56,11 @@ enum Health {
     /// It, or what stands before it, does not let this host in.
     TurnedAway(String),
     Degraded(String),
+}
+
+fn certificate_ends(session: &Session) -> Option<(FindingCode, String)> {
+    let what = session.client.warning.clone()?;
+    Some((FindingCode::CertificateEnds, what))
 }
 
 impl Health {
@@ -101,7 +107,7 @@ impl Link {
         }
         match (&state.health, &state.warning) {
             (Health::Good, None) => ProviderStatus::Ready,
-            (Health::Good, Some(warning)) => ProviderStatus::Degraded(warning.clone()),
+            (Health::Good, Some((_, what))) => ProviderStatus::Degraded(what.clone()),
             (Health::Sealed, _) => ProviderStatus::Locked,
             (Health::Unreachable(why), _) => ProviderStatus::Unreachable(why.clone()),
             (Health::NotTrusted(why) | Health::Ended(why) | Health::TurnedAway(why), _) => {
@@ -132,7 +138,7 @@ impl Link {
         self.state().last_answer
     }
 
-    pub(super) fn warning(&self) -> Option<String> {
+    pub(super) fn warning(&self) -> Option<(FindingCode, String)> {
         self.state().warning.clone()
     }
 
@@ -228,7 +234,7 @@ impl Link {
             Ok(session) => {
                 *state = State {
                     credential: Some(Arc::new(credential)),
-                    warning: session.client.warning.clone(),
+                    warning: certificate_ends(&session),
                     session: Some(Arc::new(session)),
                     health,
                     answered: Some(Instant::now()),
@@ -335,7 +341,7 @@ impl Link {
             return Err(Fault::Provider(ProviderError::Locked));
         }
         state.session = Some(Arc::clone(&session));
-        state.warning = session.client.warning.clone();
+        state.warning = certificate_ends(&session);
         Ok(session)
     }
 
@@ -436,7 +442,8 @@ impl Link {
                 session.probe(deadline)?;
                 let left = session.lease().left().unwrap_or_default();
                 self.replace(session.ending()?, since)?;
-                self.state().warning = Some(format!("{why}: it ends in {} s", left.as_secs()));
+                let what = format!("{why}: it ends in {} s", left.as_secs());
+                self.state().warning = Some((FindingCode::CredentialEnds, what));
                 Ok(())
             }
             Err(fault) => Err(fault),

@@ -179,7 +179,7 @@ fn sealed_and_restarted_server_is_locked_until_it_is_unsealed() {
     assert_eq!(code, crate::model::problem::Code::Locked);
     assert!(next.unwrap().to_string().contains("operator unseal"));
     assert_eq!(host.provider.status(), ProviderStatus::Locked);
-    assert!(host.provider.warnings()[0].contains("is sealed"));
+    assert!(host.provider.warnings()[0].what.contains("is sealed"));
     bao.unseal();
     host.opens(&sealed);
     assert_eq!(host.provider.status(), ProviderStatus::Ready);

@@ -120,7 +120,7 @@ fn every_reader_sees_a_conflict_and_none_decides_it() {
     let adopted = adopt(&host, &domain, Formats::WithMac).unwrap();
     assert!(!adopted.changed);
     assert!(
-        adopted.warnings[0].contains("different versions"),
+        adopted.warnings[0].what.contains("different versions"),
         "{:?}",
         adopted.warnings
     );

@@ -9,7 +9,7 @@ use super::{Host, declared};
 use crate::domain::edit::DiskEdit;
 use crate::domain::{self, Disk, DiskDevice, Domain, SecretRef, Source};
 use crate::host::permitted::PermittedPath;
-use crate::model::act::{Act, Verb};
+use crate::model::act::{Act, StepCode, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
 use crate::model::problem::Problem;
@@ -78,7 +78,8 @@ impl DiskStep {
                 let id = envelope.id;
                 let other = self.stated.filter(|stated| *stated != id);
                 let instead = other.map_or(String::new(), |other| format!(" in place of {other}"));
-                Some(Verb::Adopt.act(format!("{path} ({target}), envelope {id}{instead}")))
+                let what = format!("{path} ({target}), envelope {id}{instead}");
+                Some(self.act_on(Verb::Adopt.act(StepCode::Adopt, what).with(id)))
             }
             DiskWork::Replace(info) => Some(self.replacement(info)),
         }
@@ -86,23 +87,27 @@ impl DiskStep {
 
     /// Of its empty image.
     pub(super) fn replacement(&self, info: &VolumeInfo) -> Act {
-        Verb::Replace.act(format!(
+        let what = format!(
             "the empty {} ({}, {} MiB) by an encrypted qcow2 image of that name",
             self.place.shown().display(),
             self.target,
             info.virtual_size.0 >> 20
-        ))
+        );
+        self.act_on(Verb::Replace.act(StepCode::ReplaceByEncrypted, what))
+    }
+
+    fn act_on(&self, act: Act) -> Act {
+        act.on(format!("disk {}", self.target)).at(self.place.shown())
     }
 
     /// What of it changes in the XML besides its key.
-    pub(super) fn note(&self) -> Option<String> {
+    pub(super) fn note(&self) -> Option<Act> {
         let declared = self.declared.as_deref().unwrap_or("no type");
         let changes = !matches!(self.work, DiskWork::Sealed(_)) && declared != QCOW2;
         changes.then(|| {
-            format!(
-                "disk {}: the XML says {declared} now, and {QCOW2} then",
-                self.target
-            )
+            let target = &self.target;
+            let what = format!("disk {target}: the XML says {declared} now, and {QCOW2} then");
+            self.act_on(StepCode::SetFormat.told(what))
         })
     }
 }

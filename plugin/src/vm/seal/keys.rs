@@ -2,8 +2,10 @@
 
 use super::Host;
 use crate::domain::Domain;
+use crate::model::act::{Act, StepCode};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::recipients::Provider;
 use crate::vm::names::ProviderNames;
@@ -43,7 +45,7 @@ pub(super) fn stay<'e>(
     wrapping: &[Provider],
     domain: &Domain,
     known: impl Iterator<Item = (String, &'e Envelope)>,
-) -> Option<String> {
+) -> Option<Finding> {
     let names = ProviderNames::of_host(host.recipients, host.keystore);
     let stay: Vec<_> = known
         .filter(|(_, envelope)| envelope.vm == domain.uuid && !open(wrapping, envelope))
@@ -52,20 +54,18 @@ pub(super) fn stay<'e>(
     (!stay.is_empty()).then(|| {
         let again =
             Advice::RekeyVm(domain.name.clone()).note("once new keys are for the provider that you want");
-        format!(
-            "these keep the keys that they have: {}. Next: {again}",
-            stay.join(", ")
-        )
+        let what = format!("these keep the keys that they have: {}", stay.join(", "));
+        Finding::warning(FindingCode::NewKeysDiffer, Subject::Vm(domain.name.clone()), what).next(again)
     })
 }
 
-pub(super) fn told(wrapping: &[Provider]) -> String {
+pub(super) fn told(wrapping: &[Provider]) -> Act {
     let names: Vec<_> = wrapping
         .iter()
         .map(|known| format!("'{}'", known.provider().name()))
         .collect();
-    match &names[..] {
+    StepCode::WrapFor.told(match &names[..] {
         [one] => format!("new keys are for provider {one}"),
         several => format!("new keys are for the providers {}", several.join(" and ")),
-    }
+    })
 }

@@ -10,15 +10,15 @@ use super::room::{NewFile, without_room};
 use super::store::{NvramStep, plan_nvram};
 use super::vtpm::{VtpmStep, plan_vtpm};
 use super::{Host, keys};
-use crate::api::Outcome;
+use crate::api::{FindingView, Outcome, StepView};
 use crate::domain::edit::{LoaderPin, SealEdit};
 use crate::domain::{self, Disk, DiskDevice, Domain, Source};
 use crate::host::libvirt::DefinedDomain;
-use crate::model::act::{Act, Tense, Verb};
+use crate::model::act::{Act, StepCode, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId};
+use crate::model::finding::{Finding, Subject};
 use crate::model::problem::{Problem, chain};
-use crate::model::subject::Subject;
 use crate::store::EnvelopeRecord;
 use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::moved::Moved;
@@ -28,7 +28,7 @@ use crate::vm::{autostart, side_doors};
 #[derive(Debug)]
 pub(crate) struct Survey {
     plan: Plan,
-    notes: Vec<String>,
+    notes: Vec<Act>,
     obstacles: Vec<Obstacle>,
 }
 
@@ -42,18 +42,17 @@ pub(crate) struct Plan {
     pub(super) vtpm: VtpmStep,
     /// What no step opens, and is elsewhere than the keystore has it.
     pub(super) moved: Vec<Moved>,
-    warnings: Vec<String>,
+    warnings: Vec<Finding>,
 }
 
 impl Survey {
     /// Of a dry run.
     pub(crate) fn outcome(&self) -> Outcome {
-        let acts = self.plan.acts();
         Outcome {
-            steps: acts.iter().map(|act| act.told(Tense::Planned)).collect(),
-            notes: self.notes.clone(),
+            steps: self.plan.steps(Tense::Planned),
+            notes: StepView::all(&self.notes, Tense::Planned, &self.plan.subject()),
             obstacles: self.obstacles.iter().map(Obstacle::view).collect(),
-            warnings: self.plan.warnings.clone(),
+            warnings: FindingView::all(&self.plan.warnings),
             ..Outcome::default()
         }
     }
@@ -104,17 +103,24 @@ impl Survey {
 impl Plan {
     /// What was done.
     pub(crate) fn outcome(&self, changed: bool) -> Outcome {
-        let acts = self.acts();
         Outcome {
-            steps: acts.iter().map(|act| act.told(Tense::Done)).collect(),
+            steps: self.steps(Tense::Done),
             result: Some(format!("{} is sealed", self.name)),
             next: self
                 .starts
                 .then(|| Advice::StartVm(self.name.clone()).to_string()),
-            warnings: self.warnings.clone(),
+            warnings: FindingView::all(&self.warnings),
             changed,
             ..Outcome::default()
         }
+    }
+
+    fn steps(&self, tense: Tense) -> Vec<StepView> {
+        StepView::all(&self.acts(), tense, &self.subject())
+    }
+
+    fn subject(&self) -> Subject {
+        Subject::Vm(self.name.clone())
     }
 
     fn acts(&self) -> Vec<Act> {
@@ -123,7 +129,7 @@ impl Plan {
         acts.extend(self.nvram.loader().map(LoaderPin::act));
         acts.extend(self.vtpm.act());
         if !acts.is_empty() {
-            acts.push(Verb::Redefine.act("the domain"));
+            acts.push(Verb::Redefine.act(StepCode::Redefine, "the domain"));
         }
         acts.extend(self.moved.iter().map(Moved::act));
         acts
@@ -328,7 +334,7 @@ pub(crate) fn survey(
         let stay = keys::stay(host, &wrapping, &domain, plan.known());
         plan.warnings.extend(stay);
     }
-    plan.warnings.extend(plan.nvram.warning());
+    plan.warnings.extend(plan.nvram.warning(name));
     let for_whom = plan.makes_keys() && !wrapping.is_empty();
     let notes = for_whom.then(|| keys::told(&wrapping)).into_iter();
     let notes = notes.chain(plan.disks.iter().filter_map(DiskStep::note));
@@ -340,16 +346,19 @@ pub(crate) fn survey(
 }
 
 /// A disk that nothing is written to.
-fn stays(disk: &Disk) -> String {
+fn stays(disk: &Disk) -> Act {
     let device = match disk.device {
         DiskDevice::Cdrom => "a CD",
         DiskDevice::Floppy => "a floppy",
         _ => "read-only",
     };
-    match disk.source.path() {
-        Some(path) => format!("{} stays as it is: {device}, {}", disk.target, path.display()),
-        None => format!("{} stays as it is: {device}", disk.target),
-    }
+    let (target, path) = (&disk.target, disk.source.path());
+    let what = match path {
+        Some(path) => format!("{target} stays as it is: {device}, {}", path.display()),
+        None => format!("{target} stays as it is: {device}"),
+    };
+    let act = StepCode::LeaveAsIs.told(what).on(format!("disk {target}"));
+    path.into_iter().fold(act, Act::at)
 }
 
 fn warnings(
@@ -357,7 +366,7 @@ fn warnings(
     defined: &DefinedDomain,
     domain: &Domain,
     records: &[EnvelopeRecord],
-) -> Result<Vec<String>, Problem> {
+) -> Result<Vec<Finding>, Problem> {
     let (name, policy) = (&defined.name, host.policies.of(domain));
     let autostart = defined.autostart.then(|| {
         let instead = Advice::Autostart(name.clone()).note("once it is sealed");
@@ -370,7 +379,7 @@ fn warnings(
         .into_iter()
         .chain(side_doors::warnings(domain, policy))
         .chain(side_doors::plain_layers(domain, policy, permit));
-    Ok(found.map(|finding| finding.to_string()).collect())
+    Ok(found.collect())
 }
 
 /// What swtpm_setup, which the first start runs with the name in its arguments, can't take.

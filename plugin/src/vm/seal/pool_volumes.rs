@@ -7,7 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use crate::domain::edit::{self, DiskFile};
 use crate::domain::{Domain, Source};
 use crate::host::libvirt::{Background, DefinedDomain, LibvirtError};
-use crate::model::act::{Act, Verb};
+use crate::model::act::{Act, StepCode, Verb};
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem, chain};
 
@@ -36,11 +36,13 @@ pub(crate) fn with_files(libvirt: &Background, domain: DefinedDomain) -> Result<
                 continue;
             }
         };
-        acts.push(Verb::Name.act(format!(
+        let what = format!(
             "{} for {} in place of volume {volume} of pool {pool}",
             path.display(),
             disk.target
-        )));
+        );
+        let act = Verb::Name.act(StepCode::NameFile, what);
+        acts.push(act.on(format!("disk {}", disk.target)).at(&path));
         files.push(DiskFile {
             target: disk.target,
             is_device: path

@@ -12,15 +12,15 @@ use super::others::OtherUses;
 use super::plan::{parse, refuse_unless_off};
 use super::store::{RAW, is_content_of, permit_template};
 use super::{Host, NewObject};
-use crate::api::{LossPreview, Outcome};
+use crate::api::{FindingView, LossPreview, Outcome, StepView};
 use crate::domain::{Domain, Firmware, SecretRef, Uefi};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
-use crate::model::act::{Act, Tense, Verb};
+use crate::model::act::{Act, StepCode, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
-use crate::model::subject::Subject;
 use crate::object::disk::{self, FileId, ImageLock, VolumeError};
 use crate::object::nvram;
 use crate::store::EnvelopeRecord;
@@ -72,32 +72,38 @@ impl ResetPlan {
             }
         };
         let tpm = "what its TPM opens only for the variables as they were: BitLocker and others ask for their recovery key";
-        let acts = self.acts(None);
+        let lost =
+            |code, object, what: &str| Finding::critical(code, Subject::object(&self.name, object), what);
         LossPreview {
             vm: self.uuid.clone(),
             name: self.name.clone(),
-            steps: acts.iter().map(Act::to_string).collect(),
-            done: acts.iter().map(|act| act.told(Tense::Done)).collect(),
-            lost: vec![variables, tpm.to_owned()],
+            steps: self.steps(None, Tense::Planned),
+            done: self.steps(None, Tense::Done),
+            lost: FindingView::all(&[
+                lost(FindingCode::VariablesLost, "nvram", &variables),
+                lost(FindingCode::BoundToVariablesLost, "vtpm", tpm),
+            ]),
         }
     }
 
     /// `kept` is where the old store was put, once that is known.
-    fn acts(&self, kept: Option<&PathBuf>) -> Vec<Act> {
+    fn steps(&self, kept: Option<&PathBuf>, tense: Tense) -> Vec<StepView> {
         let path = self.place.shown().display();
         let kept = kept.map_or_else(
             || format!("{path}{}N", nvram::KEPT),
             |kept| kept.display().to_string(),
         );
-        let keep = self
-            .old
-            .is_kept()
-            .then(|| Verb::Keep.act(format!("the current UEFI variable store as {kept}")));
-        let make = Verb::Create.act(format!(
+        let keep = self.old.is_kept().then(|| {
+            let what = format!("the current UEFI variable store as {kept}");
+            Verb::Keep.act(StepCode::KeepOld, what).on("nvram").at(&kept)
+        });
+        let what = format!(
             "the encrypted UEFI variable store {path} from {}",
             self.template.shown().display()
-        ));
-        keep.into_iter().chain([make]).collect()
+        );
+        let make = Verb::Create.act(StepCode::Renew, what).on("nvram");
+        let acts: Vec<Act> = keep.into_iter().chain([make.at(self.place.shown())]).collect();
+        StepView::all(&acts, tense, &Subject::Vm(self.name.clone()))
     }
 }
 
@@ -185,11 +191,12 @@ pub(crate) fn reset(host: &Host<'_>, plan: &ResetPlan, typed: Option<&str>) -> R
     let is_plain = matches!(plan.old, OldStore::Plain(_));
     let warning = kept.as_ref().filter(|_| is_plain).map(|kept| {
         let kept = kept.display();
-        format!("{kept} is not encrypted, as it was found: remove it once it is not needed")
+        let what = format!("{kept} is not encrypted, as it was found: remove it once it is not needed");
+        let subject = Subject::object(name, "nvram");
+        FindingView::from(Finding::warning(FindingCode::PlaintextStays, subject, what))
     });
-    let acts = plan.acts(kept.as_ref());
     Ok(Outcome {
-        steps: acts.iter().map(|act| act.told(Tense::Done)).collect(),
+        steps: plan.steps(kept.as_ref(), Tense::Done),
         warnings: warning.into_iter().collect(),
         changed: true,
         ..Outcome::default()

@@ -11,9 +11,10 @@ use super::take_back::{self, KnownStore, StoreDecision, StoreFile};
 use crate::domain::edit::{LoaderPin, NvramEdit};
 use crate::domain::{self, Domain, Firmware, Nvram, Source, Uefi};
 use crate::host::permitted::PermittedPath;
-use crate::model::act::{Act, Verb};
+use crate::model::act::{Act, StepCode, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::object::disk::{self, FileId};
 use crate::object::nvram;
@@ -71,21 +72,25 @@ impl NvramStep {
     pub(super) fn act(&self) -> Option<Act> {
         match self {
             Self::Create(store) => Some(store.act()),
-            Self::Reformat(_, path) => Some(Verb::Write.act(format!(
-                "format='raw' for the UEFI variable store {}, which it is since it was sealed",
-                path.display()
-            ))),
-            Self::TakeBack(store) => Some(Verb::Take.act(format!(
-                "the encrypted UEFI variable store {} back",
-                store.path.display()
-            ))),
+            Self::Reformat(_, path) => {
+                let shown = path.display();
+                let what = format!(
+                    "format='raw' for the UEFI variable store {shown}, which it is since it was sealed"
+                );
+                Some(Verb::Write.act(StepCode::SetFormat, what).on("nvram").at(path))
+            }
+            Self::TakeBack(store) => {
+                let what = format!("the encrypted UEFI variable store {} back", store.path.display());
+                let act = Verb::Take.act(StepCode::TakeBack, what);
+                Some(act.on("nvram").at(&store.path))
+            }
             Self::Sealed(_) | Self::None => None,
         }
     }
 
-    pub(super) fn warning(&self) -> Option<String> {
+    pub(super) fn warning(&self, vm: &str) -> Option<Finding> {
         match self {
-            Self::Create(store) => store.warning(),
+            Self::Create(store) => store.warning(vm),
             Self::TakeBack(_) | Self::Reformat(..) | Self::Sealed(_) | Self::None => None,
         }
     }
@@ -153,22 +158,28 @@ impl NvramStep {
 impl NewStore {
     pub(super) fn act(&self) -> Act {
         let shown = self.place.shown().display();
-        match self.present {
-            Present::Written(_) => Verb::Encrypt.act(format!(
-                "the UEFI variable store {shown}, with the variables that it has"
-            )),
-            Present::Nothing | Present::Pristine(_) => Verb::Create.act(format!(
-                "the encrypted UEFI variable store {shown} from {}",
-                self.template.shown().display()
-            )),
-        }
+        let act = match self.present {
+            Present::Written(_) => Verb::Encrypt.act(
+                StepCode::Encrypt,
+                format!("the UEFI variable store {shown}, with the variables that it has"),
+            ),
+            Present::Nothing | Present::Pristine(_) => {
+                let template = self.template.shown().display();
+                let what = format!("the encrypted UEFI variable store {shown} from {template}");
+                Verb::Create.act(StepCode::Create, what)
+            }
+        };
+        act.on("nvram").at(self.place.shown())
     }
 
     /// Of what no encryption takes back.
-    fn warning(&self) -> Option<String> {
+    fn warning(&self, vm: &str) -> Option<Finding> {
         matches!(self.present, Present::Written(_)).then(|| {
             let shown = self.place.shown().display();
-            format!("{shown} was in plaintext until now: replacing a file erases nothing on the disk below")
+            let what = format!(
+                "{shown} was in plaintext until now: replacing a file erases nothing on the disk below"
+            );
+            Finding::warning(FindingCode::PlaintextStays, Subject::object(vm, "nvram"), what)
         })
     }
 }

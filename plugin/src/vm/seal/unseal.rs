@@ -3,19 +3,20 @@
 use super::plan::{parse, refuse_unless_off};
 use super::replaced::{Ready, Replaced};
 use super::{Host, NewObject, vtpm};
-use crate::api::Outcome;
+use crate::api::{FindingView, Outcome, StepView};
 use crate::domain::{self, Domain, Object, ObjectState};
 use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
-use crate::model::act::{Act, Tense, Verb};
+use crate::model::act::{Act, StepCode, Tense, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{EnvelopeId, ObjectKind};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
-use crate::model::subject::Subject;
 use crate::object::disk::{self, Data, FileId, ImageLock};
 use crate::object::{self, nvram};
 use crate::store::EnvelopeRecord;
 use crate::vm::has_run::HasRun;
+use crate::vm::marks::keys_stay;
 
 #[derive(Debug)]
 pub(crate) struct UnsealPlan {
@@ -42,10 +43,12 @@ enum Replacement {
 impl Step {
     fn act(&self) -> Act {
         let (label, path) = (&self.label, self.place.shown().display());
-        Verb::Replace.act(match &self.by {
+        let what = match &self.by {
             Replacement::Empty(_) => format!("the empty {path} ({label}) by a plain one"),
             Replacement::Decrypted => format!("{path} by a plain one with the same variables"),
-        })
+        };
+        let act = Verb::Replace.act(StepCode::ReplaceByPlain, what);
+        act.on(label).at(self.place.shown())
     }
 }
 
@@ -53,19 +56,19 @@ impl UnsealPlan {
     pub(crate) fn outcome(&self, tense: Tense) -> Outcome {
         let name = &self.name;
         let mut acts: Vec<_> = self.steps.iter().map(Step::act).collect();
-        acts.push(Verb::Redefine.act("the domain"));
+        acts.push(Verb::Redefine.act(StepCode::Redefine, "the domain"));
         let is_done = tense == Tense::Done;
         Outcome {
-            steps: acts.iter().map(|act| act.told(tense)).collect(),
+            steps: StepView::all(&acts, tense, &Subject::Vm(name.clone())),
             result: is_done.then(|| format!("{name} is plain")),
             next: is_done.then(|| Advice::StartVm(name.clone()).to_string()),
-            warnings: self.warnings(tense),
+            warnings: FindingView::all(&self.warnings(tense)),
             changed: is_done,
             ..Outcome::default()
         }
     }
 
-    fn warnings(&self, tense: Tense) -> Vec<String> {
+    fn warnings(&self, tense: Tense) -> Vec<Finding> {
         let decrypted = |step: &&Step| matches!(step.by, Replacement::Decrypted);
         let are = match tense {
             Tense::Done => "are",
@@ -73,20 +76,22 @@ impl UnsealPlan {
         };
         let stores = self.steps.iter().filter(decrypted).map(|step| {
             let path = step.place.shown().display();
-            format!(
+            let what = format!(
                 "the UEFI variables in {path} {are} in plaintext: boot entries, keys of Secure Boot, and whatever else the firmware and \
                  the guest have put there, such as a password of its setup or a kernel's last messages"
-            )
+            );
+            let object = Subject::object(&self.name, &step.label);
+            Finding::warning(FindingCode::PlaintextStays, object, what)
         });
-        let others = [
-            // Only a VM with a sealed one that never ran gets here.
-            format!(
-                "the TPM stays in the domain, and its state will be plain: {}",
-                Advice::EditXml(self.name.clone()).within("remove it")
-            ),
-            "the keys stay in the keystore".into(),
-        ];
-        stores.chain(others).collect()
+        // Only a VM with a sealed one that never ran gets here.
+        let vtpm = Finding::warning(
+            FindingCode::VtpmStays,
+            Subject::object(&self.name, "vtpm"),
+            "the TPM stays in the domain, and its state will be plain",
+        )
+        .next(Advice::EditXml(self.name.clone()).within("remove it"));
+        let keys = keys_stay(Subject::Vm(self.name.clone()));
+        stores.chain([vtpm, keys]).collect()
     }
 }
 

@@ -10,7 +10,7 @@ use super::{Host, NewObject};
 use crate::domain::edit::VtpmEdit;
 use crate::domain::{self, Domain, TpmBackend};
 use crate::host::libvirt::DefinedDomain;
-use crate::model::act::{Act, Verb};
+use crate::model::act::{Act, StepCode, Verb};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Problem, chain};
@@ -74,14 +74,21 @@ impl VtpmStep {
     }
 
     pub(super) fn act(&self) -> Option<Act> {
-        Some(match self {
-            Self::Add => Verb::Add.act("a TPM 2.0 with encrypted state"),
-            Self::Encrypt => Verb::Encrypt.act("the state of the TPM"),
-            Self::TakeBack(_) => Verb::Take.act("the encrypted TPM back"),
-            Self::Renew(_) => Verb::Add.act("a new TPM 2.0 with encrypted state in place of the lost one"),
-            Self::Keep(_) => Verb::Have.act("libvirt keep the state of the TPM (persistent_state='yes')"),
+        let act = match self {
+            Self::Add => Verb::Add.act(StepCode::Create, "a TPM 2.0 with encrypted state"),
+            Self::Encrypt => Verb::Encrypt.act(StepCode::Encrypt, "the state of the TPM"),
+            Self::TakeBack(_) => Verb::Take.act(StepCode::TakeBack, "the encrypted TPM back"),
+            Self::Renew(_) => Verb::Add.act(
+                StepCode::Renew,
+                "a new TPM 2.0 with encrypted state in place of the lost one",
+            ),
+            Self::Keep(_) => Verb::Have.act(
+                StepCode::PersistState,
+                "libvirt keep the state of the TPM (persistent_state='yes')",
+            ),
             Self::Sealed(_) | Self::None => return None,
-        })
+        };
+        Some(act.on("vtpm"))
     }
 
     /// Its envelope: known, opened with what it belongs to, or new.

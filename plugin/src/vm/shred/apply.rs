@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 
 use super::plan::{Consent, KekFate};
 use super::{Doomed, Lost, Object};
-use crate::api::{Receipt, ReceiptLine};
+use crate::api::{FindingView, Receipt, ReceiptLine};
 use crate::domain::Metadata;
 use crate::model::advice::Advice;
 use crate::model::envelope::{KekId, ObjectKind, ProviderId};
+use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::object::nvram;
 use crate::object::{Located, Shredded, Shredding};
@@ -78,7 +79,7 @@ pub(crate) fn shred(host: &Host<'_>, doomed: &Doomed, consent: Consent) -> Resul
     Ok(Receipt {
         vm: doomed.name.clone(),
         lines,
-        survives: survivors(),
+        survives: survivors(&doomed.name),
     })
 }
 
@@ -308,13 +309,25 @@ fn left(what: &str, observed: &str) -> ReceiptLine {
     }
 }
 
-fn survivors() -> Vec<String> {
+fn survivors(vm: &str) -> Vec<FindingView> {
     [
-        "backups and snapshots of the images, of the domain XML, of the keystore and of the providers",
-        "copies of the VM on other hosts, as far as their KEKs were not destroyed",
-        "saved states: they hold the guest's memory in plaintext",
-        "blocks that an SSD, a copy-on-write file system or storage below it has remapped and not erased",
+        (
+            FindingCode::BackupsStay,
+            "backups and snapshots of the images, of the domain XML, of the keystore and of the providers",
+        ),
+        (
+            FindingCode::CopiesElsewhere,
+            "copies of the VM on other hosts, as far as their KEKs were not destroyed",
+        ),
+        (
+            FindingCode::MemorySaved,
+            "saved states: they hold the guest's memory in plaintext",
+        ),
+        (
+            FindingCode::BlocksRemapped,
+            "blocks that an SSD, a copy-on-write file system or storage below it has remapped and not erased",
+        ),
     ]
-    .map(str::to_owned)
+    .map(|(code, what)| Finding::warning(code, Subject::Vm(vm.to_owned()), what).into())
     .to_vec()
 }

@@ -6,6 +6,7 @@
 
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeError, Precedence, Verified};
+use crate::model::finding::FindingCode;
 use crate::model::problem::{Problem, chain};
 use crate::recipients::Recipients;
 use crate::secret::Dek;
@@ -47,6 +48,14 @@ pub(crate) enum Doubt {
 }
 
 impl Doubt {
+    pub(crate) fn code(&self) -> FindingCode {
+        match self {
+            Self::Unverified(_) => FindingCode::CopyUnverified,
+            Self::Conflict => FindingCode::CopyConflict,
+            Self::DoesNotOpen => FindingCode::CopyNewer,
+        }
+    }
+
     /// In words, of the copy that is in `place`.
     pub(crate) fn words(&self, envelope: &Envelope, place: &str) -> String {
         let id = envelope.id;

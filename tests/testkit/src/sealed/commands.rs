@@ -176,6 +176,13 @@ impl SealedHost {
     }
 }
 
+/// The codes of a list of a document, such as its steps.
+#[must_use]
+pub fn codes(list: &Value) -> Vec<&str> {
+    let said = list.as_array().into_iter().flatten();
+    said.filter_map(|said| said["code"].as_str()).collect()
+}
+
 /// Checks that a message has each of `parts`.
 ///
 /// # Errors

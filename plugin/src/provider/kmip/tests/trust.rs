@@ -281,7 +281,7 @@ fn end_of_a_certificate_is_announced() {
     assert!(matches!(kmip.provider().status(), ProviderStatus::Unreachable(_)));
     let warnings = kmip.provider().warnings();
     assert!(
-        warnings.len() == 2 && warnings.iter().all(|warning| why.contains(warning)),
+        warnings.len() == 2 && warnings.iter().all(|warning| why.contains(&warning.what)),
         "{warnings:?}"
     );
 }
@@ -426,7 +426,7 @@ fn identity_in_use_stays_until_the_kms_has_accepted_the_new_one() {
     let mut lost = wrapped.stanza.clone();
     lost.kek.0 = "4711".to_owned();
     let shut = provider.keys_that_stay_shut(vec![wrapped.stanza.clone(), lost]);
-    assert!(shut.len() == 1 && shut[0].contains("4711"), "{shut:?}");
+    assert!(shut.len() == 1 && shut[0].what.contains("4711"), "{shut:?}");
     // One that is refused itself holds nobody up: the KMS may need minutes to let the new one in.
     kmip.server.kill();
     kmip.server.accept(&Authority::new()).unwrap();
