@@ -42,8 +42,8 @@ pub(crate) use trust::{
     CertificateView, IdentityParts, IdentitySet, NewKey, ServerView, Servers, SigningRequestMade,
 };
 pub(crate) use vm::{
-    ObjectStanding, ObjectView, Receipt, ReceiptLine, ShredPreview, StartOutlook, StartView, VmAutostart,
-    VmPower, VmState, VmView, Vms,
+    DiskFormat, ObjectStanding, ObjectView, Receipt, ReceiptLine, ShredPreview, StartOutlook, StartView,
+    VmAutostart, VmPower, VmState, VmView, Vms,
 };
 pub(crate) use volume::{ImageStructure, KeystoreCopy, VolumeChecked};
 pub(crate) use word::{OrNewer, words};
@@ -176,13 +176,13 @@ pub(crate) trait HostProxy {
         vm: Option<&str>,
         after: Option<&str>,
     ) -> zlink::Result<Result<Vms, HostError>>;
-    /// Seals a defined, stopped VM. `formats` confirms what its XML declares of disks: `vda=raw`. `replace` names what may be made
+    /// Seals a defined, stopped VM. `formats` confirms what its XML declares of disks. `replace` names what may be made
     /// anew because it is lost: `nvram`, `vtpm`, the target of a disk.
     async fn seal_vm(
         &mut self,
         vm: &str,
         provider: Option<&str>,
-        formats: Option<&[String]>,
+        formats: Option<&[DiskFormat]>,
         replace: Option<&[String]>,
         dry_run: bool,
     ) -> zlink::Result<Result<Outcome, HostError>>;

@@ -59,7 +59,8 @@ fn a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty() -> Result<()> 
     for (confirmed, word) in [
         ("vda=qcow2", "declares it raw"),
         ("vdb=raw", "vdb"),
-        ("vda", "no format"),
+        ("vda", "TARGET=raw"),
+        ("vda=vmdk", "TARGET=raw"),
     ] {
         let refused = sealed.refused(2, &["vm", "seal", "--from-format", confirmed, "guest01"])?;
         expect_names(&refused, &[word])?;

@@ -4,7 +4,16 @@ use serde::{Deserialize, Serialize};
 use zlink::introspect::{CustomType, Type};
 
 use super::{FindingView, OrNewer, words};
+use crate::domain::DeclaredFormat;
 use crate::model::advice::Advice;
+
+/// What an admin says that a disk is.
+#[derive(Clone, Debug, Serialize, Deserialize, CustomType)]
+pub(crate) struct DiskFormat {
+    /// `vda`.
+    pub target: String,
+    pub format: DeclaredFormat,
+}
 
 /// Whether a VM runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, CustomType)]

@@ -9,7 +9,7 @@ use super::job::{self, WatchArgs};
 use super::passphrase;
 use super::print::Printer;
 use super::status::WidthArgs;
-use crate::api::{HostProxy, LossPreview, Outcome, SnapshotAct, SweepKind};
+use crate::api::{DiskFormat, HostProxy, LossPreview, Outcome, SnapshotAct, SweepKind};
 use crate::model::act::Tense;
 use crate::model::advice::Advice;
 use crate::model::problem::{Code, Problem};
@@ -23,8 +23,8 @@ pub(super) struct SealArgs {
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     /// Confirm the format that the XML declares for a disk whose first bytes look like another one (repeatable).
-    #[arg(long, value_name = "TARGET=FORMAT")]
-    from_format: Vec<String>,
+    #[arg(long, value_name = "TARGET=FORMAT", value_parser = disk_format)]
+    from_format: Vec<DiskFormat>,
     /// Make an object anew that was sealed and is lost: nvram, vtpm, or a disk's target. What was in it stays lost.
     #[arg(long, value_name = "OBJECT", value_delimiter = ',')]
     replace: Vec<String>,
@@ -366,6 +366,16 @@ async fn ask_to_seal(args: &SealArgs, tense: Tense, client: &mut Client) -> Resu
         .await
     };
     client.call(call).await
+}
+
+fn disk_format(text: &str) -> Result<DiskFormat, &'static str> {
+    let given = text.split_once('=').and_then(|(target, format)| {
+        Some(DiskFormat {
+            target: target.to_owned(),
+            format: format.parse().ok()?,
+        })
+    });
+    given.ok_or("TARGET=raw or TARGET=qcow2 is expected, such as vda=raw")
 }
 
 /// Ends a dry run as the seal itself would end, where something stands in the way.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::api::DiskFormat;
 use crate::domain::{DeclaredFormat, Disk, Domain};
 use crate::model::problem::Problem;
 use crate::object::disk::Declaration;
@@ -11,20 +12,14 @@ use crate::object::disk::Declaration;
 pub(crate) struct ConfirmedFormats(BTreeMap<String, DeclaredFormat>);
 
 impl ConfirmedFormats {
-    /// Reads `TARGET=FORMAT` each.
-    pub(crate) fn parse<S: AsRef<str>>(given: &[S]) -> Result<Self, Problem> {
+    pub(crate) fn of(given: &[DiskFormat]) -> Result<Self, Problem> {
         let mut formats = BTreeMap::new();
-        for given in given.iter().map(AsRef::as_ref) {
-            let usage = |what: &str| {
-                Problem::usage(format!("--from-format {given:?} {what}"))
-                    .next("--from-format TARGET=raw or --from-format TARGET=qcow2, such as vda=raw")
-            };
-            let (target, format) = given.split_once('=').ok_or_else(|| usage("names no format"))?;
-            let format = format
-                .parse()
-                .map_err(|_| usage("names no format that can be sealed"))?;
-            if formats.insert(target.to_owned(), format).is_some() {
-                return Err(usage("names a disk for the second time"));
+        for DiskFormat { target, format } in given {
+            if formats.insert(target.clone(), *format).is_some() {
+                return Err(Problem::usage(format!(
+                    "--from-format names disk {target:?} for the second time"
+                ))
+                .next("name it once"));
             }
         }
         Ok(Self(formats))
@@ -61,20 +56,17 @@ mod tests {
     use crate::model::problem::Code;
 
     #[test]
-    fn confirmations_are_read_whole_or_refused() {
-        let parsed = ConfirmedFormats::parse(&["vda=raw", "vdb=qcow2"]).unwrap();
-        assert_eq!(parsed.0["vda"], DeclaredFormat::Raw);
-        assert_eq!(parsed.0["vdb"], DeclaredFormat::Qcow2);
-        for bad in [
-            &["vda"][..],
-            &["vda=vmdk"],
-            &["vda=Raw"],
-            &["vda=raw", "vda=raw"],
-            &["=="],
-        ] {
-            let refused = ConfirmedFormats::parse(bad).unwrap_err();
-            assert_eq!(refused.code, Code::Usage, "{bad:?}");
-            assert!(refused.advice.unwrap().to_string().contains("vda=raw"), "{bad:?}");
+    fn a_disk_is_confirmed_once() {
+        let disk = |target: &str, format| DiskFormat {
+            target: target.to_owned(),
+            format,
+        };
+        let (raw, qcow2) = (DeclaredFormat::Raw, DeclaredFormat::Qcow2);
+        let confirmed = ConfirmedFormats::of(&[disk("vda", raw), disk("vdb", qcow2)]).unwrap();
+        assert_eq!((confirmed.0["vda"], confirmed.0["vdb"]), (raw, qcow2));
+        for second in [raw, qcow2] {
+            let refused = ConfirmedFormats::of(&[disk("vda", raw), disk("vda", second)]).unwrap_err();
+            assert_eq!(refused.code, Code::Usage);
         }
     }
 }

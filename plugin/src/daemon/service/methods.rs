@@ -17,14 +17,15 @@ use super::{
 };
 use crate::api::{
     AuditLines, AuditVerified, BackupMade, CertificateView, Changed, CopyView, CredentialKind, DefaultSet,
-    DetailView, FindingView, HostError, HostStatus, IdentityParts, IdentitySet, ImageStructure, JobKind,
-    JobReport, JobRequest, JobStarted, JobState, JobView, Jobs, KekOrigin, KeystoreCopy, LibvirtState,
-    LifecycleError, LossPreview, NewKey, ObjectStanding, ObjectView, ObstacleView, OrphanEnvelope, OrphanKek,
-    Orphans, Outcome, PersistRequest, PersistView, PersistedBy, ProblemView, ProviderKind, ProviderState,
-    ProviderView, Providers, ProvidersChanged, Receipt, ReceiptLine, ServerView, Servers, SettingAssigned,
-    SettingView, SettingsRequest, SettingsSet, Severity, ShredPreview, SigningRequestMade, SnapshotAct,
-    StartOutlook, StartView, StepView, SubjectKind, SubjectView, SweepKind, TpmEnrolled, TpmRequest, TpmView,
-    Unit, VmAutostart, VmPower, VmState, VmView, Vms, VolumeChecked, VolumeCreated, VolumeRequest,
+    DetailView, DiskFormat, FindingView, HostError, HostStatus, IdentityParts, IdentitySet, ImageStructure,
+    JobKind, JobReport, JobRequest, JobStarted, JobState, JobView, Jobs, KekOrigin, KeystoreCopy,
+    LibvirtState, LifecycleError, LossPreview, NewKey, ObjectStanding, ObjectView, ObstacleView,
+    OrphanEnvelope, OrphanKek, Orphans, Outcome, PersistRequest, PersistView, PersistedBy, ProblemView,
+    ProviderKind, ProviderState, ProviderView, Providers, ProvidersChanged, Receipt, ReceiptLine, ServerView,
+    Servers, SettingAssigned, SettingView, SettingsRequest, SettingsSet, Severity, ShredPreview,
+    SigningRequestMade, SnapshotAct, StartOutlook, StartView, StepView, SubjectKind, SubjectView, SweepKind,
+    TpmEnrolled, TpmRequest, TpmView, Unit, VmAutostart, VmPower, VmState, VmView, Vms, VolumeChecked,
+    VolumeCreated, VolumeRequest,
 };
 use crate::daemon::caller::Caller;
 use crate::daemon::state::Daemon;
@@ -111,7 +112,7 @@ impl Service {
     #[zlink(
         interface = "io.virtseal.Host",
         types = [
-            LibvirtState, ProviderView, ProviderKind, ProviderState, CredentialKind, SettingView, DetailView, SettingAssigned, SettingsRequest, PersistView, PersistedBy, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, SubjectKind, SubjectView, FindingCode, FindingView, StepCode, StepView, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, VolumeRequest, DeclaredFormat, KeystoreCopy, ImageStructure,
+            LibvirtState, ProviderView, ProviderKind, ProviderState, CredentialKind, SettingView, DetailView, SettingAssigned, SettingsRequest, PersistView, PersistedBy, PersistRequest, TpmView, TpmRequest, CertificateView, ServerView, IdentityParts, NewKey, ObjectStanding, ObjectView, Severity, SubjectKind, SubjectView, FindingCode, FindingView, StepCode, StepView, StartOutlook, StartView, VmAutostart, VmPower, VmState, VmView, VolumeRequest, DeclaredFormat, DiskFormat, KeystoreCopy, ImageStructure,
             JobRequest, SweepKind, SnapshotAct, JobView, JobKind, JobState, ProblemView, ObstacleView, Unit, CopyView, CopyPlace, OrphanEnvelope, ObjectKind, OrphanKek, KekOrigin, ReceiptLine
         ]
     )]
@@ -135,7 +136,7 @@ impl Service {
         &self,
         vm: String,
         provider: Option<String>,
-        formats: Option<Vec<String>>,
+        formats: Option<Vec<DiskFormat>>,
         replace: Option<Vec<String>>,
         dry_run: bool,
     ) -> Result<Outcome, HostError> {

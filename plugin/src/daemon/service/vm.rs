@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use super::autostart;
-use crate::api::{LossPreview, Outcome, Receipt, ShredPreview, StepView};
+use crate::api::{DiskFormat, LossPreview, Outcome, Receipt, ShredPreview, StepView};
 use crate::audit::Actor;
 use crate::daemon::job_records::refuse_beside_another;
 use crate::daemon::locks::{Claim, Doing};
@@ -28,8 +28,8 @@ use crate::vm::{foreign, forget, marks, names};
 
 /// What an admin says of a VM that is to be sealed.
 pub(crate) struct Confirmed<'a> {
-    /// What disks are: `vda=raw`.
-    pub(crate) formats: &'a [String],
+    /// What disks are.
+    pub(crate) formats: &'a [DiskFormat],
     /// What may be made anew: `nvram`.
     pub(crate) replace: &'a [String],
 }
@@ -42,7 +42,7 @@ pub(crate) fn seal(
     by_admin: &Confirmed<'_>,
     tense: Tense,
 ) -> Result<Outcome, Problem> {
-    let confirmed = ConfirmedFormats::parse(by_admin.formats)?;
+    let confirmed = ConfirmedFormats::of(by_admin.formats)?;
     let (_claim, domain) = take(daemon, vm, Doing::Seal)?;
     let defined = domain.xml.clone();
     let seal::WithFiles {
