@@ -233,6 +233,40 @@ fn an_overlay_on_a_sealed_image_that_has_one_below_is_merged() -> Result<()> {
     rig.sealed.expect_start("web01")
 }
 
+/// Who writes what is below a disk puts another VM's sealed image there: root's merge copies none of it up.
+#[test]
+fn what_is_below_a_disk_is_opened_for_the_vm_whose_it_is_alone() -> Result<()> {
+    let rig = Rig::start()?;
+    let victim = rig.sealed.seal_new("web02")?;
+    let golden = format!("{IMAGES}/golden.qcow2");
+    let spec = SealedHost::spec("web01");
+    let (disk, vm) = (spec.disk.display().to_string(), spec.uuid.to_string());
+    rig.host()
+        .run(&["qemu-img", "create", "-q", "-f", "qcow2", &golden, "4M"])?
+        .succeeded()?;
+    let backing = ["--backing", &golden, "--backing-format", "qcow2"];
+    rig.sealed
+        .run(&[&["volume", "create", &disk, "--vm", &vm], &backing[..]].concat())?;
+    rig.host().define(&spec)?;
+    rig.sealed.run(&["vm", "seal", "web01"])?;
+    rig.sealed.start_paused("web01")?;
+    let left = overlay(&rig, "web01", "s1", &["--no-metadata"])?;
+    rig.sealed.destroy("web01")?;
+    let below = rig.host().path(&golden);
+    let empty = fs::read(&below)?;
+    fs::copy(rig.host().path(&victim.disk), &below)?;
+    let refused = rig.sealed.refused(1, &["vm", "snapshot", "commit", "web01"])?;
+    expect_names(
+        &refused,
+        &[&golden, &victim.uuid.to_string(), "does not share it"],
+    )?;
+    ensure!(rig.host().path(&left).exists());
+    // With its own below it goes through.
+    fs::write(&below, empty)?;
+    rig.sealed.run(&["vm", "snapshot", "commit", "web01"])?;
+    rig.sealed.expect_start("web01")
+}
+
 /// Who lays images beside each other names what is below them: what is not an image of VMs is not looked at, nor told whether it is there.
 #[test]
 fn a_branch_is_followed_where_images_may_be_and_nowhere_else() -> Result<()> {
