@@ -224,9 +224,11 @@ fn settled(
 
 /// Whether the envelope of a vTPM was dropped here for that of a new one, as [`VtpmStep::set_lost_aside`] does.
 pub(crate) fn was_given_up(host: &Host<'_>, vm: VmId, id: EnvelopeId) -> Result<bool, Problem> {
-    let has_another = !known::known(host, vm, ObjectKind::Vtpm)?.is_empty();
+    let known = host.keystore.envelopes_of(vm)?.sound;
+    let is_another = |known: &Envelope| known.kind == ObjectKind::Vtpm && known.id != id;
     let dropped = || forgotten::has(host.host_store.dir(), id);
-    Ok(has_another && dropped().map_err(|error| Problem::failed(chain(&error)))?)
+    Ok(known.iter().any(|record| is_another(&record.envelope))
+        && dropped().map_err(|error| Problem::failed(chain(&error)))?)
 }
 
 fn gone(dir: &StateDir) -> Problem {
