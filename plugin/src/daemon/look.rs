@@ -2,8 +2,10 @@
 //! [`crate::vm::status`] says what that comes to.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::Builder;
 
 use super::glance::{Glance, Uses};
 use super::{Daemon, lock, paths, running};
@@ -15,6 +17,7 @@ use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
+use crate::store::StoreError;
 use crate::vm::names::ProviderNames;
 use crate::vm::status::known::Known;
 use crate::vm::status::look::{self, Places};
@@ -45,7 +48,11 @@ fn count_uses(uses: &mut BTreeMap<ProviderId, usize>, envelope: &Envelope) {
 }
 
 fn at_all(daemon: &Daemon) -> Result<Glance, Problem> {
-    let (vms, envelopes) = (daemon.keystore.vms()?, daemon.keystore.envelopes()?);
+    let (domains, records) = at_once(
+        || daemon.background.domains_at_a_glance(),
+        || Ok::<_, StoreError>((daemon.keystore.vms()?, daemon.keystore.envelopes()?)),
+    );
+    let (vms, envelopes) = records?;
     let mut damaged = damaged::records_beside(&vms, &envelopes, daemon.keystore.as_ref(), &daemon.host_store);
     let mut uses = BTreeMap::new();
     for record in &envelopes.sound {
@@ -53,7 +60,6 @@ fn at_all(daemon: &Daemon) -> Result<Glance, Problem> {
     }
     daemon.inspected.begin_look();
     let known = Known::new(vms, envelopes).with_inspected(&daemon.inspected);
-    let domains = daemon.background.domains_at_a_glance();
     let libvirt = match &domains {
         Ok(_) => Ok(()),
         Err(error) => Err(chain(error)),
@@ -74,6 +80,19 @@ fn at_all(daemon: &Daemon) -> Result<Glance, Problem> {
         vms: vms.into(),
         damaged: damaged.into(),
         uses: Arc::new(uses),
+    })
+}
+
+/// What `waits` comes to on a thread, while this one does the other. Without a thread, one after the other.
+fn at_once<A: Send, B>(waits: impl Fn() -> A + Send + Sync, works: impl FnOnce() -> B) -> (A, B) {
+    std::thread::scope(|scope| {
+        let waiting = Builder::new().name("look".to_owned()).spawn_scoped(scope, &waits);
+        let worked = works();
+        let waited = match waiting {
+            Ok(waiting) => waiting.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(_) => waits(),
+        };
+        (waited, worked)
     })
 }
 

@@ -89,8 +89,8 @@ pub(crate) mod status {
     pub(crate) const AT_LEAST: Duration = millis(200);
     /// For how long after the last question.
     pub(crate) const ASKED: Duration = secs(20);
-    /// A look that takes less is made for root each time.
-    pub(crate) const CHEAP: Duration = millis(100);
+    /// A look that takes less is made for root each time: a status comes within 100 ms then, and no slower than one that is not.
+    pub(crate) const CHEAP: Duration = millis(50);
     /// How long a question waits for a look.
     pub(crate) const PATIENCE: Duration = secs(5);
     /// How long a look waits for one file, and as long again where others have answered meanwhile.

@@ -14,6 +14,7 @@
 
 use std::fs;
 use std::path::{Component, Path};
+use std::sync::Arc;
 
 use nix::sys::stat::{FileStat, fstat};
 
@@ -111,7 +112,7 @@ pub(super) fn opens(pool: &StoragePool, qemu: &QemuIds) -> bool {
 }
 
 /// The steps above the directory where a walk ended, its path without links, and what it is.
-fn ending(walked: &Walked) -> Option<(&[Step], std::path::PathBuf, FileStat)> {
+fn ending(walked: &Walked) -> Option<(&[Arc<Step>], std::path::PathBuf, FileStat)> {
     let name = walked.name.as_ref()?;
     Some((&walked.steps, walked.directory().path.join(name), walked.found?))
 }

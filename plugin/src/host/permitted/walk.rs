@@ -42,7 +42,7 @@ pub(super) enum Known {
 }
 
 /// A directory that was walked into.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Step {
     pub(super) fd: Arc<OwnedFd>,
     /// Without links.
@@ -56,7 +56,7 @@ pub(super) struct Step {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Walked {
     /// From `/` to where the walk went last, never empty.
-    pub(super) steps: Vec<Step>,
+    pub(super) steps: Vec<Arc<Step>>,
     /// The last component; none for `/`.
     pub(super) name: Option<OsString>,
     /// What has that name.
@@ -81,7 +81,7 @@ impl Walked {
         }
         let directory = self.steps.pop().expect("a walk begins with /");
         Ok(PermittedPath {
-            directory: directory.fd,
+            directory: Arc::clone(&directory.fd),
             name: self.name.ok_or_else(|| PathError::Odd(path.to_owned()))?,
             shown: path.to_owned(),
         })
@@ -185,20 +185,19 @@ impl<'a> Walk<'a> {
             return Err(PathError::Odd(path.to_owned()));
         }
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let mut ahead = parts(path);
         let mut trail = self.trail.zip(path.parent());
-        match trail.and_then(|(trail, directory)| trail.to(directory, self.known)) {
+        let mut ahead = match trail.and_then(|(trail, directory)| trail.to(directory, self.known)) {
             Some(reached) => {
-                (self.walked, self.links) = (reached.walked, reached.links);
-                ahead.drain(..ahead.len() - 1);
-                trail = None;
+                (self.walked, self.links, trail) = (reached.walked, reached.links, None);
+                path.file_name().map(OsStr::to_owned).into_iter().collect()
             }
             None => {
                 let root = open("/", flags, Mode::empty()).map_err(|errno| io_at(Path::new("/"), errno))?;
                 let found = fstat(&root).map_err(|errno| io_at(Path::new("/"), errno))?;
                 self.enter(root, "/".into(), &found);
+                parts(path)
             }
-        }
+        };
         while let Some(part) = ahead.pop_front() {
             if ahead.is_empty()
                 && let Some((trail, directory)) = trail.take()
@@ -270,7 +269,7 @@ impl<'a> Walk<'a> {
             path,
             fd: Arc::new(fd),
         };
-        self.walked.steps.push(step);
+        self.walked.steps.push(Arc::new(step));
     }
 
     /// What a link leads to, from the directory on where the walk is then.
