@@ -176,6 +176,26 @@ fn a_volume_gets_another_size_and_loses_nothing_without_a_word() -> Result<()> {
     let other = shrink("db01");
     sealed.refused(8, &other.each_ref().map(String::as_str))?;
     ensure!(size()? == 64 * MIB);
+    // Nor where nobody can tell what an image is based on, because root does not look at it.
+    let elsewhere = "/run/elsewhere";
+    fs::create_dir(host.path(elsewhere))?;
+    let odd = format!("{elsewhere}/odd.qcow2");
+    host.run(&["qemu-img", "create", "-q", "-f", "qcow2", &odd, "1M"])?
+        .succeeded()?;
+    let mut spec_of_odd = DomainSpec::minimal("odd01", Path::new(&odd));
+    spec_of_odd.disk_format = "qcow2";
+    host.define(&spec_of_odd)?;
+    let unseen = sealed.refused(6, &shrink("web01").each_ref().map(String::as_str))?;
+    expect_names(
+        &unseen,
+        &[
+            "something may be based on it: odd01: disk vda",
+            "image_dirs",
+            "then virtseal volume resize --shrink",
+        ],
+    )?;
+    resize("72M")?;
+    host.undefine("odd01")?;
     let typed = sealed.virtseal_at_a_terminal(&["volume", "resize", "--shrink", &data, "16M"], &["web01"])?;
     expect_names(&typed.stdout, &["Type the name of its VM"])?;
     typed.succeeded()?;

@@ -2,48 +2,22 @@
 //!
 //! A larger one costs nothing. A smaller one loses what is beyond its end, so it takes a typed name, and a VM that is off.
 
+mod users;
+
 use std::path::Path;
 
 use super::host::{Host, passphrase};
-use super::names::{self, VmNames};
+use super::names::VmNames;
 use crate::api::{Outcome, StepView};
-use crate::domain::{Domain, SecretRef, Source};
-use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
 use crate::model::act::{StepCode, Tense, Verb};
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, ObjectKind, VmId};
+use crate::model::envelope::{ObjectKind, VmId};
 use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
-use crate::object::disk::{self, Bytes, FileId, VolumeError};
+use crate::object::disk::{self, Bytes, VolumeError};
 use crate::store::EnvelopeRecord;
-
-/// A VM that has the image in its XML.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct User {
-    vm: VmId,
-    name: String,
-    role: Role,
-    power: Power,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Role {
-    /// It is its disk with this target, opened with the image's key, which is for this VM.
-    Disk(String),
-    /// It is its disk with this target, by another key or none.
-    Alien(String),
-    /// This disk of it is based on it.
-    Below(String),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Power {
-    Off,
-    Running,
-    /// Its memory is kept for its next start, which would not know the new size.
-    Saved,
-}
+use users::{Power, Role, User, users};
 
 /// How it is done.
 #[derive(Debug, PartialEq, Eq)]
@@ -66,6 +40,8 @@ struct Facts<'a> {
     old: Bytes,
     new: Bytes,
     users: &'a [User],
+    /// What nobody can see, and may be based on it.
+    unseen: Option<&'a Problem>,
     typed: Option<&'a str>,
 }
 
@@ -141,6 +117,13 @@ impl Facts<'_> {
             ))
             .next(Advice::ShutDownVm(user.name.clone()).then(shrink())));
         }
+        if let Some(unseen) = self.unseen {
+            let mend = unseen.advice.clone().unwrap_or_else(|| "mend that".into());
+            let unseen = unseen.clone().of(format!(
+                "{shown} keeps its size, for something may be based on it"
+            ));
+            return Err(unseen.next(mend.then(shrink())));
+        }
         match self.typed {
             Some(typed) if typed == self.owner => Ok(Way::Offline),
             Some(typed) => Err(Problem::would_lose_key(format!(
@@ -189,12 +172,14 @@ pub(crate) fn resize(
     let new = size.whole_sectors().filter(|new| new.0 > 0);
     let new =
         new.ok_or_else(|| Problem::usage(format!("{shown} can't have {size}")).next("give another size"))?;
+    let (users, unseen) = users(host, info.file_id, &record.envelope)?;
     let facts = Facts {
         path,
         owner: &VmNames::of_keystore(host.keystore)?.of(record.envelope.vm),
         old: info.virtual_size,
         new,
-        users: &users(host, info.file_id, &record.envelope)?,
+        users: &users,
+        unseen: unseen.as_ref(),
         typed,
     };
     match facts.decide()? {
@@ -244,60 +229,6 @@ pub(crate) fn resize(
     })
 }
 
-/// The VMs that have this file, or a disk that is based on it.
-fn users(host: &Host<'_>, file: FileId, envelope: &Envelope) -> Result<Vec<User>, Problem> {
-    let mut users: Vec<User> = Vec::new();
-    for kept in host.kept.iter().filter(|kept| kept.snapshot.is_none()) {
-        let Some(role) = role_in(host, kept, file, envelope) else {
-            continue;
-        };
-        if users.iter().any(|user| user.vm == kept.vm) {
-            continue;
-        }
-        let found = host.libvirt.domain(&kept.vm.to_string());
-        let found = found.map_err(|error| names::unreachable(&error))?;
-        let power = match found {
-            Some(domain) if domain.active => Power::Running,
-            Some(domain) if domain.managed_save => Power::Saved,
-            Some(_) | None => Power::Off,
-        };
-        users.push(User {
-            vm: kept.vm,
-            name: kept.name.clone(),
-            role,
-            power,
-        });
-    }
-    Ok(users)
-}
-
-/// Of a VM that runs, its XML of now comes first.
-fn role_in(host: &Host<'_>, kept: &KeptXml, file: FileId, envelope: &Envelope) -> Option<Role> {
-    let domain = Domain::parse(&kept.xml).ok()?;
-    let permit = |path: &Path| host.permit_known(kept.vm, path);
-    let is_it = |path: &Path| {
-        let found = permit(path).ok().and_then(|place| place.metadata().ok());
-        found.is_some_and(|found| FileId::from(&found).inode() == file.inode())
-    };
-    domain.disks.iter().find_map(|disk| {
-        let (Source::File(path) | Source::Block(path)) = &disk.source else {
-            return None;
-        };
-        if is_it(path) {
-            let key = disk.encryption.as_ref().map(|encryption| &encryption.secret);
-            let is_opened = key == Some(&SecretRef::Uuid(envelope.id)) && envelope.serves(kept.vm);
-            return Some(match is_opened {
-                true => Role::Disk(disk.target.clone()),
-                false => Role::Alien(disk.target.clone()),
-            });
-        }
-        let top = permit(path).ok()?;
-        let (layers, _) = host.layers_of(kept.vm, &top).ok()?;
-        let is_below = layers.iter().skip(1).any(|layer| is_it(&layer.path));
-        is_below.then(|| Role::Below(disk.target.clone()))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -312,12 +243,23 @@ mod tests {
     }
 
     fn decide(old: u64, new: u64, users: &[User], typed: Option<&str>) -> Result<Way, (Code, String)> {
+        decide_unless(None, old, new, users, typed)
+    }
+
+    fn decide_unless(
+        unseen: Option<&Problem>,
+        old: u64,
+        new: u64,
+        users: &[User],
+        typed: Option<&str>,
+    ) -> Result<Way, (Code, String)> {
         let facts = Facts {
             path: Path::new("/d"),
             owner: "web01",
             old: Bytes(old),
             new: Bytes(new),
             users,
+            unseen,
             typed,
         };
         facts
@@ -345,6 +287,22 @@ mod tests {
         let (code, said) = decide(2048, 1024, &[], None).unwrap_err();
         assert_eq!(code, Code::WouldLoseKey);
         assert!(said.contains("volume resize --shrink /d 1024"), "{said}");
+    }
+
+    #[test]
+    fn what_nobody_can_see_loses_nothing() {
+        let unseen = Problem::failed("web02: disk vda: Permission denied").next("mount it");
+        let (code, said) = decide_unless(Some(&unseen), 2048, 1024, &[], Some("web01")).unwrap_err();
+        assert_eq!(code, Code::Failed);
+        assert!(
+            said.contains("web02: disk vda")
+                && said.contains("mount it, then virtseal volume resize --shrink"),
+            "{said}"
+        );
+        assert_eq!(
+            decide_unless(Some(&unseen), 1024, 2048, &[], None),
+            Ok(Way::Offline)
+        );
     }
 
     #[test]

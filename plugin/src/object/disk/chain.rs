@@ -3,9 +3,8 @@
 use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 
-use serde::Serialize;
-
 use super::error::VolumeError;
+use super::file_id::FileId;
 use super::open::Image;
 use crate::host::permitted::PermittedPath;
 use crate::model::image_format::Format;
@@ -14,9 +13,10 @@ use crate::model::image_format::Format;
 const DEEPEST: usize = 200;
 
 /// One image of a backing chain.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Layer {
     pub path: PathBuf,
+    pub file_id: FileId,
     /// What it is to QEMU: the format that the layer above declares.
     pub format: Format,
     pub encrypted: bool,
@@ -63,6 +63,7 @@ fn follow_chain(
         let format = image.format()?;
         layers.push(Layer {
             path: image.path().to_owned(),
+            file_id: image.file_id(),
             format,
             encrypted: format.is_encrypted(),
         });
