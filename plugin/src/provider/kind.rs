@@ -1,4 +1,4 @@
-//! The kinds of providers: each is a folder and a row of [`KINDS`]. Where a kind matters, the row says why.
+//! The kinds of providers: each is a folder, a row of [`KINDS`] and one of [`MAKERS`]. Where a kind matters, its row of `KINDS` says why.
 
 use std::error::Error;
 use std::path::Path;
@@ -24,11 +24,7 @@ use crate::store::{ProviderRecord, ProviderTable, StoreError};
 pub(crate) struct Kind {
     /// In the keystore, and on the command line.
     pub name: &'static str,
-    /// The recorded provider, locked; nothing is waited for.
-    open: fn(&ProviderTable, &ProviderRecord) -> Opened,
-    /// Makes one, and records it.
-    pub(crate) add: fn(&Addition<'_>) -> Result<Arc<dyn KeyProvider>, Problem>,
-    /// Whether `add` wants a passphrase or PIN.
+    /// Whether a new one wants a passphrase or PIN.
     pub credential: Credential,
     /// What can be read and changed of it.
     pub settings: Settings,
@@ -38,6 +34,16 @@ pub(crate) struct Kind {
     pub trust: TrustBy,
     /// Why it has no cache, if it has none.
     pub nothing_to_cache: Option<NothingToCache>,
+}
+
+/// What virtseald makes of a kind. The command line, which reads [`KINDS`], is smaller and starts sooner without the providers themselves.
+struct Maker {
+    /// That of its [`Kind`].
+    kind: &'static str,
+    /// The recorded provider, locked; nothing is waited for.
+    open: fn(&ProviderTable, &ProviderRecord) -> Opened,
+    /// Makes one, and records it.
+    add: fn(&Addition<'_>) -> Result<Arc<dyn KeyProvider>, Problem>,
     /// Removes what a deleted one has left in the state directory beside its rows.
     remove_files: fn(&Path, ProviderId) -> Result<(), Failure>,
 }
@@ -74,61 +80,81 @@ pub(crate) enum TrustBy {
 pub(crate) static KINDS: &[Kind] = &[
     Kind {
         name: NativeProvider::KIND,
-        open: |table, record| match NativeProvider::open(table, record) {
-            Err(NativeError::Keystore(error)) if !error.is_of_row() => Err(NotOpened::Store(error)),
-            opened => as_any(opened),
-        },
-        add: |new| Ok(Arc::new(NativeProvider::add(new)?)),
         credential: Credential::Wanted,
         settings: super::native::SETTINGS,
         keys: KeysAt::Host,
         trust: TrustBy::Nobody,
         nothing_to_cache: Some(NothingToCache::Native),
-        remove_files: |_, _| Ok(()),
     },
     Kind {
         name: KmipProvider::KIND,
-        open: |table, record| as_any(KmipProvider::open(table, record)),
-        add: |new| Ok(Arc::new(KmipProvider::add(new)?)),
         credential: Credential::Later,
         settings: super::kmip::SETTINGS,
         keys: KeysAt::Server,
         trust: TrustBy::Command,
         nothing_to_cache: None,
-        remove_files: |dir, id| Ok(KmipProvider::remove_files(dir, id)?),
     },
     Kind {
         name: Pkcs11Provider::KIND,
-        open: |table, record| as_any(Pkcs11Provider::open(table, record)),
-        add: |new| Ok(Arc::new(Pkcs11Provider::add(new)?)),
         credential: Credential::Wanted,
         settings: super::pkcs11::SETTINGS,
         keys: KeysAt::Token,
         trust: TrustBy::Nobody,
         nothing_to_cache: Some(NothingToCache::Pkcs11),
-        remove_files: |_, _| Ok(()),
     },
     Kind {
         name: TransitProvider::KIND,
-        open: |table, record| as_any(TransitProvider::open(table, record)),
-        add: |new| Ok(Arc::new(TransitProvider::add(new)?)),
         credential: Credential::Later,
         settings: super::transit::SETTINGS,
         keys: KeysAt::Server,
         trust: TrustBy::Settings,
         nothing_to_cache: Some(NothingToCache::Transit),
-        remove_files: |_, _| Ok(()),
     },
     #[cfg(test)]
     Kind {
         name: super::dummy::DummyProvider::KIND,
-        open: |_, record| Ok(Arc::new(super::dummy::DummyProvider::open(record))),
-        add: |new| Ok(Arc::new(super::dummy::DummyProvider::add(new)?)),
         credential: Credential::Later,
         settings: super::native::SETTINGS,
         keys: KeysAt::Server,
         trust: TrustBy::Nobody,
         nothing_to_cache: None,
+    },
+];
+
+/// Of each kind, one.
+static MAKERS: &[Maker] = &[
+    Maker {
+        kind: NativeProvider::KIND,
+        open: |table, record| match NativeProvider::open(table, record) {
+            Err(NativeError::Keystore(error)) if !error.is_of_row() => Err(NotOpened::Store(error)),
+            opened => as_any(opened),
+        },
+        add: |new| Ok(Arc::new(NativeProvider::add(new)?)),
+        remove_files: |_, _| Ok(()),
+    },
+    Maker {
+        kind: KmipProvider::KIND,
+        open: |table, record| as_any(KmipProvider::open(table, record)),
+        add: |new| Ok(Arc::new(KmipProvider::add(new)?)),
+        remove_files: |dir, id| Ok(KmipProvider::remove_files(dir, id)?),
+    },
+    Maker {
+        kind: Pkcs11Provider::KIND,
+        open: |table, record| as_any(Pkcs11Provider::open(table, record)),
+        add: |new| Ok(Arc::new(Pkcs11Provider::add(new)?)),
+        remove_files: |_, _| Ok(()),
+    },
+    Maker {
+        kind: TransitProvider::KIND,
+        open: |table, record| as_any(TransitProvider::open(table, record)),
+        add: |new| Ok(Arc::new(TransitProvider::add(new)?)),
+        remove_files: |_, _| Ok(()),
+    },
+    #[cfg(test)]
+    Maker {
+        kind: super::dummy::DummyProvider::KIND,
+        open: |_, record| Ok(Arc::new(super::dummy::DummyProvider::open(record))),
+        add: |new| Ok(Arc::new(super::dummy::DummyProvider::add(new)?)),
         remove_files: |_, _| Ok(()),
     },
 ];
@@ -162,16 +188,33 @@ impl Kind {
         KINDS.iter().find(|kind| kind.name == name)
     }
 
+    /// Makes a new one, and records it.
+    pub(crate) fn add(&self, new: &Addition<'_>) -> Result<Arc<dyn KeyProvider>, Problem> {
+        match Maker::of(self.name) {
+            Some(maker) => (maker.add)(new),
+            None => Err(Problem::failed(format!(
+                "this virtseald makes no provider of the kind {:?}",
+                self.name
+            ))),
+        }
+    }
+
     /// Removes what a deleted provider, whose kind may not be known any more, has left in the state directory.
     pub(crate) fn remove_files(dir: &Path, id: ProviderId) {
-        for kind in KINDS {
-            if let Err(error) = (kind.remove_files)(dir, id) {
+        for maker in MAKERS {
+            if let Err(error) = (maker.remove_files)(dir, id) {
                 tracing::warn!(
                     "provider {id} is deleted, but not all of its files: {}",
                     chain(error.as_ref())
                 );
             }
         }
+    }
+}
+
+impl Maker {
+    fn of(kind: &str) -> Option<&'static Self> {
+        MAKERS.iter().find(|maker| maker.kind == kind)
     }
 }
 
@@ -196,8 +239,8 @@ impl Provider {
     /// # Errors
     /// When the keystore can't be read.
     pub(crate) fn from_record(table: &ProviderTable, record: ProviderRecord) -> Result<Self, StoreError> {
-        let opened = match Kind::named(&record.kind) {
-            Some(kind) => (kind.open)(table, &record),
+        let opened = match Maker::of(&record.kind) {
+            Some(maker) => (maker.open)(table, &record),
             None => Err(NotOpened::Unusable(format!(
                 "this virtseal does not know the kind {:?}: upgrade virtseal",
                 record.kind
@@ -324,6 +367,13 @@ impl KeyProvider for UnusableProvider {
 mod tests {
     use super::*;
     use crate::api::{OrNewer, ProviderKind};
+
+    #[test]
+    fn every_kind_can_be_made_and_nothing_else() {
+        let kinds: Vec<_> = KINDS.iter().map(|kind| kind.name).collect();
+        let made: Vec<_> = MAKERS.iter().map(|maker| maker.kind).collect();
+        assert_eq!(kinds, made);
+    }
 
     #[test]
     fn every_kind_has_its_word_on_the_wire() {

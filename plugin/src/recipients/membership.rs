@@ -20,7 +20,7 @@ impl Recipients {
         credential: Option<&SecretBytes>,
     ) -> Result<(), Problem> {
         let others = self.providers().iter().map(Provider::shared).collect();
-        let made = (kind.add)(&Addition {
+        let made = kind.add(&Addition {
             table: &self.table,
             name,
             settings,
