@@ -101,10 +101,14 @@ async fn credential(args: &TpmArgs, client: &mut Client) -> Result<Option<OwnedF
     }
 }
 
-/// Whether the TPM asks for a PIN before it unlocks it.
+/// What the TPM asks for before it unlocks it, if it does.
+pub(super) async fn tpm_of(name: &str, client: &mut Client) -> Result<Option<TpmView>, Problem> {
+    Ok(client.provider(name).await?.and_then(|provider| provider.tpm))
+}
+
+/// Whether that is a PIN.
 pub(super) async fn needs_pin(name: &str, client: &mut Client) -> Result<bool, Problem> {
-    let tpm = client.provider(name).await?.and_then(|provider| provider.tpm);
-    Ok(tpm.is_some_and(|tpm| tpm.pin))
+    Ok(tpm_of(name, client).await?.is_some_and(|tpm| tpm.pin))
 }
 
 /// What it does from now on, and what it does not look at.

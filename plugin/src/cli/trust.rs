@@ -11,7 +11,7 @@ use super::document::{Answer, SigningRequest};
 use super::new_backup::absolute;
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
-use super::tpm::needs_pin;
+use super::tpm::tpm_of;
 use crate::api::{HostProxy, IdentityParts, NewKey, ServerView};
 use crate::model::advice::Advice;
 use crate::model::problem::Problem;
@@ -100,8 +100,14 @@ pub(super) async fn identity(
 ) -> Result<(), Problem> {
     let name = &args.name;
     let by_tpm = args.encrypt == Some(EncryptBy::Tpm);
-    let pin = by_tpm && needs_pin(name, client).await?;
-    if by_tpm && !pin && args.passphrase.is_given() {
+    let tpm = match by_tpm {
+        true => tpm_of(name, client).await?,
+        false => None,
+    };
+    let pin = tpm.as_ref().is_some_and(|tpm| tpm.pin);
+    // Of a damaged one nobody knows, and virtseald says so.
+    let has_no_pin = !pin && tpm.is_none_or(|tpm| tpm.pcrs.is_some());
+    if by_tpm && has_no_pin && args.passphrase.is_given() {
         return Err(Problem::usage("with --encrypt tpm nobody knows the passphrase"));
     }
     let parts = IdentityParts {

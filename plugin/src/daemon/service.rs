@@ -20,6 +20,7 @@ mod state;
 mod status;
 pub(crate) mod tpm;
 pub(crate) mod tpm_credential;
+mod tpm_identity;
 mod tpm_policy;
 mod trust;
 mod vm;

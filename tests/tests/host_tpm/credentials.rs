@@ -1,10 +1,12 @@
 //! The TPM has what unlocks a provider of another kind: the VMs of a KMS, a Vault and a token start after a reboot without anybody, until the host
 //! boots otherwise; what is said then leads back to that.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result, ensure};
 use virtseal_testkit::rig::STATE;
 use virtseal_testkit::servers::{OpenBao, PyKmip, SoftHsm};
-use virtseal_testkit::{Way, expect_names, wait_until};
+use virtseal_testkit::{Way, edited, expect_names, wait_until};
 
 use super::{KMS, PATIENCE, Rig};
 
@@ -42,19 +44,10 @@ fn kmip_key_by_the_tpm() -> Result<()> {
         &shown,
         &["unlocked by  TPM (PCR 7, since 20", "tpm           PCR 7"],
     )?;
-    let id = rig.sealed.provider(KMS)?["id"]
-        .as_str()
-        .context("no id")?
-        .to_owned();
-    let directory = rig.sealed.host().path(format!("{STATE}/providers/{id}"));
-    let identity_on_disk = std::fs::read_to_string(directory.join("identity.json"))?;
+    let record = record(&rig)?;
+    let identity_on_disk = std::fs::read_to_string(record.with_file_name("identity.json"))?;
     ensure!(identity_on_disk.contains("BEGIN AGE ENCRYPTED FILE"));
-    let files: Vec<_> = std::fs::read_dir(&directory)?.collect::<Result<_, _>>()?;
-    let unlocks = files
-        .iter()
-        .find(|file| file.file_name().to_string_lossy().starts_with("unlock-"))
-        .context("nothing of the TPM")?;
-    ensure!(std::fs::read_to_string(unlocks.path())?.contains("bound_key"));
+    ensure!(std::fs::read_to_string(record)?.contains("bound_key"));
 
     rig.power_on()?;
     rig.restart()?;
@@ -153,6 +146,118 @@ fn a_new_identity_keeps_the_pin_for_the_tpm() -> Result<()> {
     rig.sealed
         .run(&["provider", "unlock", KMS, "--tpm", "--pin-file", pin])?;
     rig.sealed.expect_start("web01")
+}
+
+/// Nobody knows then for which PCRs it was, nor whether with a PIN: what asks for less comes in its place only by root's word. So it is
+/// where the PIN was forgotten; and without the TPM, a passphrase takes its place.
+#[test]
+fn a_damaged_record_takes_no_pin_away() -> Result<()> {
+    let (mut rig, kms) = (Rig::start()?, PyKmip::start()?);
+    kms.add_to(&rig.sealed, KMS, &[kms.port()], false)?;
+    rig.sealed.run(&["provider", "default", KMS])?;
+    rig.sealed.seal_new("web01")?;
+    let (pem, key) = kms.client("kvm-host")?;
+    let (file, pin, wrong) = ("/run/identity.pem", "/run/pin", "/run/wrong");
+    let both = [std::fs::read(pem)?, std::fs::read(key)?].concat();
+    for (path, content) in [(file, &both[..]), (pin, b"1357 9"), (wrong, b"2468")] {
+        std::fs::write(rig.sealed.host().path(path), content)?;
+    }
+    let identity = ["provider", "identity", KMS, "--cert", file, "--encrypt", "tpm"];
+    let enroll = [
+        "provider",
+        "tpm",
+        KMS,
+        "--enroll",
+        "--pcrs",
+        "4,7",
+        "--pin-file",
+        pin,
+    ];
+    let restart = |rig: &mut Rig, state: &str| -> Result<()> {
+        rig.restart()?;
+        rig.wait_for_state(KMS, state)
+    };
+    let take = |rig: &Rig, begin: &str, told: &str| -> Result<()> {
+        let way = Way::that_begins(begin, told)?.with("FILE", file);
+        way.typing(&["its new passphrase"; 2]).take(&rig.sealed)?;
+        rig.sealed.expect_start("web01")
+    };
+    rig.sealed.run(&identity)?;
+    for (damage, is_locked) in [
+        ("identity", false),
+        ("cut", false),
+        ("cut", true),
+        ("key", true),
+        ("gone", true),
+    ] {
+        rig.sealed.run(&enroll)?;
+        spoil(&record(&rig)?, damage)?;
+        if is_locked {
+            restart(&mut rig, "locked")?;
+            let told = rig.sealed.virtseal(&["provider", "unlock", KMS])?.refused()?;
+            expect_names(
+                &told,
+                &["--encrypt, then virtseal provider unlock kmip-prod, then"],
+            )?;
+        }
+        let told = rig.sealed.refused(3, &identity)?;
+        expect_names(
+            &told,
+            &["tells neither for which PCRs", "for PCR 7 and without a PIN"],
+        )?;
+        if ["cut", "key"].contains(&damage) {
+            let with_pin = [&identity[..], &["--pin-file", pin]].concat();
+            expect_names(&rig.sealed.refused(3, &with_pin)?, &["neither for which PCRs"])?;
+        }
+        take(&rig, "virtseal provider identity", &told)?;
+        let tpm = rig.sealed.provider(KMS)?["tpm"].clone();
+        ensure!(tpm["pcrs"] == "7" && tpm["pin"] == false, "{tpm}");
+    }
+    restart(&mut rig, "ready")?;
+
+    rig.sealed.run(&enroll)?;
+    restart(&mut rig, "locked")?;
+    let told = rig
+        .sealed
+        .refused(3, &[&identity[..], &["--pin-file", wrong]].concat())?;
+    take(
+        &rig,
+        "virtseal provider identity kmip-prod --cert FILE --encrypt, then",
+        &told,
+    )?;
+    rig.tpm.power_off();
+    rig.restart()?;
+    let told = rig.sealed.refused(4, &["provider", "unlock", KMS])?;
+    take(&rig, "virtseal provider identity", &told)
+}
+
+/// What the TPM has of the KMS's identity.
+fn record(rig: &Rig) -> Result<PathBuf> {
+    let provider = rig.sealed.provider(KMS)?;
+    let id = provider["id"].as_str().context("no id")?;
+    let directory = rig.sealed.host().path(format!("{STATE}/providers/{id}"));
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("unlock-") {
+            return Ok(entry.path());
+        }
+    }
+    anyhow::bail!("nothing of the TPM")
+}
+
+fn spoil(record: &Path, damage: &str) -> Result<()> {
+    let identity = record.with_file_name("identity.json");
+    let cut = |file: &Path| std::fs::write(file, &std::fs::read(file)?[..100]);
+    match damage {
+        "identity" => cut(&identity)?,
+        "cut" => cut(record)?,
+        "key" => {
+            let text = std::fs::read_to_string(record)?;
+            std::fs::write(record, edited(&text, r#""bound_key": ""#, r#""bound_key": "00"#)?)?;
+        }
+        _ => std::fs::remove_file(record)?,
+    }
+    Ok(())
 }
 
 /// What was given once unlocks a Vault, a token and a KMS after a reboot, and is on disk for the TPM alone.

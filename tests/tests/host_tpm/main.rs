@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use virtseal_testkit::servers::PyKmip;
-use virtseal_testkit::{HostTpm, KernelKey, Readiness, SealedHost, Way, expect_names, wait_until};
+use virtseal_testkit::{
+    HostTpm, KernelKey, Readiness, SealedHost, Way, edit_keystore, expect_names, wait_until,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -406,6 +408,18 @@ fn kept_keys_start_vms_after_a_reboot_while_the_kms_is_down() -> Result<()> {
         let shown = rig.sealed.run(&["provider", "show", KMS])?;
         expect_names(&shown, &[&format!("persist      {time},"), "PCR 7"])?;
     }
+    // For which PCRs it was is not known any more: it is for root to say, and not PCR 7 unasked.
+    rig.sealed.run(&[&persist[..], &["--pcrs", "4,7"]].concat())?;
+    rig.sealed.stop_daemon(Signal::SIGTERM)?;
+    edit_keystore(&rig.sealed, |keystore| {
+        Ok(keystore.execute("UPDATE kek_persistence SET sealed = x'00'", [])?)
+    })?;
+    rig.sealed.start_daemon()?;
+    let told = rig.sealed.refused(2, &["provider", "set", KMS, "persist=72h"])?;
+    let way = Way::that_begins("virtseal provider cache", &told)?.with("LIST", "7");
+    way.take(&rig.sealed)?;
+    rig.sealed.run(&["provider", "set", KMS, "persist=72h"])?;
+    rig.sealed.expect_start("web01")?;
     rig.expect_kept(1)?;
     rig.power_on()?;
     rig.restart_without(&mut kms)?;

@@ -76,6 +76,7 @@ fn set_bound(
             let cache = known.cache();
             let policy = cache.map_or_else(CachePolicy::default, KekCache::policy);
             let before = cache.and_then(KekCache::persistence);
+            let pcrs_of_before = before.map(|kept| kept.pcrs.ok_or_else(|| pcrs_not_told(name, policy)));
             let persist = match keep {
                 "" => None,
                 keep => Some(PersistRequest {
@@ -83,7 +84,7 @@ fn set_bound(
                         keep.parse()
                             .map_err(|error: NotAKeepTime| Problem::usage(chain(&error)))?,
                     ),
-                    pcrs: before.and_then(|kept| kept.pcrs).map(|pcrs| pcrs.to_string()),
+                    pcrs: pcrs_of_before.transpose()?.map(|pcrs| pcrs.to_string()),
                 }),
             };
             let set = cache::set(daemon, by, name, policy, persist.as_ref())?;
@@ -109,6 +110,17 @@ fn set_bound(
         changed,
         tried: false,
         warnings,
+    })
+}
+
+fn pcrs_not_told(name: &str, policy: CachePolicy) -> Problem {
+    Problem::usage(format!(
+        "provider '{name}': the record of what its cache keeps on disk is damaged, and does not say which PCRs it is for"
+    ))
+    .next(Advice::CacheOnDisk {
+        name: name.to_owned(),
+        policy,
+        options: "--pcrs LIST".to_owned(),
     })
 }
 

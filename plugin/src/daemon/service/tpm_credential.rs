@@ -14,7 +14,7 @@ use super::tpm_policy::{enroll_again, policy, refuse_to_drop_pin, said};
 use crate::api::{Changed, CredentialKind, TpmEnrolled, TpmRequest, words};
 use crate::audit::Actor;
 use crate::daemon::{Daemon, records};
-use crate::host::tpm::{BindPolicy, PcrList, TpmError};
+use crate::host::tpm::{BindPolicy, TpmError};
 use crate::model::advice::Advice;
 use crate::model::envelope::ProviderId;
 use crate::model::problem::{Code, Problem, chain};
@@ -24,7 +24,7 @@ use crate::provider::kmip::{FilesError, KmipProvider};
 use crate::provider::native::LocksNoted;
 use crate::provider::toolbox::bound_credential::{BoundCredential, BoundError, Origin, TpmEnrollment};
 use crate::recipients::Provider;
-use crate::secret::{SecretBytes, Transient};
+use crate::secret::SecretBytes;
 use crate::store::Change;
 
 /// What came of an unlock while virtseald starts.
@@ -37,11 +37,11 @@ pub(crate) enum Tried {
 }
 
 /// The credential that counts, by what its identity says on disk: also where that was written, and its caller told otherwise.
-fn of(daemon: &Daemon, known: &Provider) -> BoundCredential {
+pub(super) fn of(daemon: &Daemon, known: &Provider) -> BoundCredential {
     with(daemon, known, bound_by(known).unwrap_or_default())
 }
 
-fn with(daemon: &Daemon, known: &Provider, made: Option<Uuid>) -> BoundCredential {
+pub(super) fn with(daemon: &Daemon, known: &Provider, made: Option<Uuid>) -> BoundCredential {
     BoundCredential::of(daemon.host_store.dir(), known.provider().id(), made)
 }
 
@@ -74,6 +74,27 @@ pub(super) fn enrollment(daemon: &Daemon, known: &Provider) -> Option<TpmEnrollm
 pub(super) fn asks_for(daemon: &Daemon, known: &Provider) -> Option<CredentialKind> {
     let asks_for = known.provider().asks_for()?;
     (!is_unattended(daemon, known)).then_some(asks_for)
+}
+
+/// Which of those on disk its identity names, and what the TPM asks for before it opens that.
+pub(super) struct Before {
+    pub made: Option<Uuid>,
+    pub enrolled: Option<TpmEnrollment>,
+}
+
+/// None where there is something, and nobody can tell what: with another in its place the TPM might ask for less.
+pub(super) fn before(daemon: &Daemon, known: &Provider) -> Result<Option<Before>, BoundError> {
+    let made = match bound_by(known) {
+        Err(FilesError::Damaged { .. }) if with(daemon, known, None).is_any()? => return Ok(None),
+        Err(FilesError::Damaged { .. }) => None,
+        made => made?,
+    };
+    let enrolled = with(daemon, known, made).enrollment()?;
+    let is_told = match &enrolled {
+        Some(enrolled) => enrolled.pcrs.is_some(),
+        None => made.is_none(),
+    };
+    Ok(is_told.then_some(Before { made, enrolled }))
 }
 
 /// Whether the TPM alone has what unlocks it.
@@ -172,85 +193,11 @@ fn nothing_to_keep(known: &Provider) -> Advice {
     }
 }
 
-/// Has `set` encrypt the identity of `known` by a credential that is made here, for the TPM alone to keep: by the one that it keeps
-/// already, where it opens that. Else the new one is kept beside what there is, until the identity on disk says which of them counts; the
-/// TPM looks at what it has looked at so far, and asks for `pin` where it did.
-pub(super) fn made_for<T>(
-    daemon: &Daemon,
-    known: &Provider,
-    pin: Option<Arc<SecretBytes>>,
-    set: impl FnOnce(MadeHere) -> Result<T, Problem>,
-) -> Result<T, Problem> {
-    let failed = |error: BoundError| failure(daemon, known, &error);
-    let before = bound_by(known).unwrap_or_default();
-    let is_unattended = is_unattended(daemon, known);
-    let enrolled = enrollment(daemon, known);
-    let needs_pin = enrolled.as_ref().is_some_and(|enrolled| enrolled.needs_pin);
-    let pin = pin.filter(|_| needs_pin);
-    if needs_pin && pin.is_none() {
-        return Err(without_pin(known, BoundError::Tpm(TpmError::NeedsPin)));
-    }
-    match with(daemon, known, before).open(&daemon.tpm, pin.as_ref()) {
-        Ok(passphrase) if is_unattended => {
-            return set(MadeHere {
-                passphrase,
-                id: before,
-                is_lost: false,
-            });
-        }
-        Err(error @ BoundError::Tpm(TpmError::WrongPin { .. })) => return Err(without_pin(known, error)),
-        Ok(_) | Err(_) => {}
-    }
-    let passphrase = random().map_err(|error| failed(BoundError::Memory(error)))?;
-    // Of a damaged one nothing is known.
-    let policy = match enrolled.filter(|enrolled| enrolled.pcrs.is_some()) {
-        Some(enrolled) => policy(known.provider().name(), Some(&enrolled), &TpmRequest::default())?,
-        None => BindPolicy::exactly(PcrList::default()),
-    };
-    let policy = policy.with_pin(pin);
-    let id = Some(Uuid::new_v4());
-    with(daemon, known, id)
-        .bind(&daemon.tpm, &policy, &passphrase, Origin::MadeHere)
-        .map_err(failed)?;
-    let done = set(MadeHere {
-        passphrase,
-        id,
-        is_lost: is_unattended,
-    });
-    settle(daemon, known);
-    done
-}
-
-/// A PIN goes with an identity that the TPM has nothing to do with, and with no other.
-fn without_pin(known: &Provider, error: BoundError) -> Problem {
-    let name = known.provider().name();
-    let what = format!(
-        "provider '{name}' keeps its identity, and its PIN for the TPM: {}",
-        chain(&error)
-    );
-    let anew = Advice::EncryptIdentity(name.to_owned()).then(Advice::BindIdentity(name.to_owned()));
-    Problem::new(Code::Locked, what).next(
-        Advice::BindIdentity(name.to_owned())
-            .note("with its PIN")
-            .or_else(anew.note("if nobody knows that")),
-    )
-}
-
-/// A credential that nobody but the TPM has.
-pub(super) struct MadeHere {
-    pub passphrase: SecretBytes,
-    /// Which one it is; none of one that an earlier virtseal has made.
-    pub id: Option<Uuid>,
-    /// Whether there was another, which the TPM does not open now.
-    pub is_lost: bool,
-}
-
-/// 64 hex digits.
-fn random() -> std::io::Result<SecretBytes> {
-    let random = SecretBytes::random(32)?;
-    let mut hex = Transient::new(vec![0; 64]);
-    hex::encode_to_slice(random.expose(), &mut hex).map_err(std::io::Error::other)?;
-    SecretBytes::copy_of(&hex)
+/// By way of a passphrase: then there is nothing that the TPM could ask for less than.
+pub(super) fn bind_anew(name: &str) -> Advice {
+    Advice::EncryptIdentity(name.to_owned())
+        .then(Advice::UnlockProvider(name.to_owned()))
+        .then(Advice::BindIdentity(name.to_owned()))
 }
 
 /// It unlocks nothing any more: something else does.
@@ -377,11 +324,13 @@ fn enroll_anew(name: &str, before: Option<&TpmEnrollment>) -> Advice {
     }
 }
 
-fn failure(daemon: &Daemon, known: &Provider, error: &BoundError) -> Problem {
+pub(super) fn failure(daemon: &Daemon, known: &Provider, error: &BoundError) -> Problem {
     let name = known.provider().name();
     let message = format!("provider '{name}' {}", chain(error));
-    let again = || match is_unattended(daemon, known) {
+    let is_unattended = is_unattended(daemon, known);
+    let again = || match is_unattended {
         // Nobody has what would unlock it.
+        true if matches!(before(daemon, known), Ok(None)) => bind_anew(name),
         true => Advice::BindIdentity(name.to_owned()),
         false => Advice::UnlockProvider(name.to_owned())
             .then(enroll_anew(name, enrollment(daemon, known).as_ref())),
@@ -395,10 +344,17 @@ fn failure(daemon: &Daemon, known: &Provider, error: &BoundError) -> Problem {
             Code::Unreachable,
             Advice::from("set 'tpm' in virtseald.yaml")
                 .then(Advice::RestartDaemon)
-                .or_else(again()),
+                .or_else(match is_unattended {
+                    true => {
+                        Advice::EncryptIdentity(name.to_owned()).then(Advice::UnlockProvider(name.to_owned()))
+                    }
+                    false => again(),
+                }),
         ),
         BoundError::NotEnrolled => (Code::NotFound, again()),
-        BoundError::Tpm(_) | BoundError::Damaged => (Code::Locked, again()),
+        BoundError::Tpm(_) | BoundError::Damaged | BoundError::Files(FilesError::Damaged { .. }) => {
+            (Code::Locked, again())
+        }
         BoundError::Cipher(_) | BoundError::Memory(_) | BoundError::Files(_) => {
             (Code::Failed, Advice::Journal)
         }

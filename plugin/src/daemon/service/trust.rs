@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::descriptors::{passphrase_from, pin_from, wrong_fds};
 use super::provider_view::view_of;
-use super::tpm_credential;
+use super::{tpm_credential, tpm_identity};
 use crate::api::{
     CertificateView, FindingView, IdentityParts, IdentitySet, NewKey, ProvidersChanged, ServerView, Servers,
     SigningRequestMade,
@@ -39,13 +39,15 @@ pub(crate) fn set_identity(
             set.map_err(|error| trust_failure(name, &error))
         };
         match parts.by_tpm {
-            true => tpm_credential::made_for(daemon, &known, pin, |made| {
+            true => tpm_identity::made_for(daemon, &known, pin, |made| {
                 new.passphrase = Some(made.passphrase);
                 new.by_tpm = made.id;
                 new.even_locked = made.is_lost;
                 set(&new)
             }),
             false => {
+                // Nobody can unlock it first.
+                new.even_locked = tpm_identity::is_shut(daemon, &known);
                 let set = set(&new)?;
                 tpm_credential::forget(daemon, &known);
                 Ok(set)

@@ -109,7 +109,7 @@ impl BoundCredential {
             credential: aead::encrypt(&key, &self.additional_data(), credential.expose())
                 .map_err(BoundError::Cipher)?,
             bound_key,
-            enrolled: now(),
+            enrolled: seconds(SystemTime::now()),
             made_here: origin == Origin::MadeHere,
         };
         let read = self.read(&key, &stored)?;
@@ -144,10 +144,20 @@ impl BoundCredential {
         Ok(())
     }
 
-    /// How the TPM opens it, if it does.
+    /// How the TPM opens it, if it does, or did before the record was damaged.
     pub(crate) fn enrollment(&self) -> Result<Option<TpmEnrollment>, BoundError> {
-        let stored = self.stored()?;
-        Ok(stored.map(|stored| TpmEnrollment::of(&stored.bound_key, stored.enrolled)))
+        match self.stored() {
+            Err(FilesError::Damaged { .. }) => {
+                let written = self.files.written(&self.file).unwrap_or(UNIX_EPOCH);
+                Ok(Some(TpmEnrollment::of(&[], seconds(written))))
+            }
+            stored => Ok(stored?.map(|stored| TpmEnrollment::of(&stored.bound_key, stored.enrolled))),
+        }
+    }
+
+    /// Whether the TPM has any credential of its provider.
+    pub(crate) fn is_any(&self) -> Result<bool, BoundError> {
+        Ok(!self.files.named(Self::STEM)?.is_empty())
     }
 
     /// Whether the TPM alone has it.
@@ -183,8 +193,8 @@ pub(crate) enum Origin {
     MadeHere,
 }
 
-fn now() -> UnixTime {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+fn seconds(time: SystemTime) -> UnixTime {
+    let since = time.duration_since(UNIX_EPOCH);
     since.map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
 }
 
@@ -242,6 +252,11 @@ mod tests {
             bound.open(&Tpm::of(&other), None),
             Err(BoundError::Tpm(TpmError::AnotherTpm))
         ));
+
+        std::fs::write(&file, &text[..text.len() / 2]).unwrap();
+        let damaged = bound.enrollment().unwrap().unwrap();
+        assert!(damaged.pcrs.is_none() && damaged.enrolled >= enrollment.enrolled);
+        std::fs::write(&file, &text).unwrap();
 
         // As a boot with another Secure Boot configuration does.
         stand.extend(7).unwrap();

@@ -7,6 +7,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -74,6 +75,11 @@ impl Files {
         let mut names = names.map_err(FileError::of("read", &self.dir))?;
         names.retain(|name| name.starts_with(stem));
         Ok(names)
+    }
+
+    /// When one of them was replaced last, where that can be told.
+    pub(crate) fn written(&self, file: &str) -> Option<SystemTime> {
+        fs::metadata(self.dir.join(file)).ok()?.modified().ok()
     }
 
     /// Clears away those of `files` that did not get their name.
