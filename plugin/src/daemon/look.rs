@@ -83,16 +83,16 @@ fn at_all(daemon: &Daemon) -> Result<Glance, Problem> {
     })
 }
 
-/// What `waits` comes to on a thread, while this one does the other. Without a thread, one after the other.
-fn at_once<A: Send, B>(waits: impl Fn() -> A + Send + Sync, works: impl FnOnce() -> B) -> (A, B) {
+/// What one comes to on a thread, while this one does the other. Without a thread, one after the other.
+fn at_once<A: Send, B>(one: impl Fn() -> A + Send + Sync, other: impl FnOnce() -> B) -> (A, B) {
     std::thread::scope(|scope| {
-        let waiting = Builder::new().name("look".to_owned()).spawn_scoped(scope, &waits);
-        let worked = works();
-        let waited = match waiting {
-            Ok(waiting) => waiting.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            Err(_) => waits(),
+        let thread = Builder::new().name("look".to_owned()).spawn_scoped(scope, &one);
+        let other = other();
+        let one = match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(_) => one(),
         };
-        (waited, worked)
+        (one, other)
     })
 }
 
@@ -108,13 +108,12 @@ fn listed(
         daemon.path_rule()
     };
     let known = Arc::new(on_this_host(daemon, known, rule)?);
-    let closely = domains.iter().filter_map(|(_, xml)| xml.domain.as_ref().ok());
-    let closely = closely.filter(|domain| is_ours(domain, &known));
-    let places = Places::of(closely, &known);
-    let mut vms: Vec<_> = domains
-        .iter()
-        .filter_map(|(defined, xml)| at_defined(daemon, defined, xml, &places, &known))
-        .collect();
+    let (half, other) = domains.split_at(domains.len() / 2);
+    let (mut vms, others) = at_once(
+        || at_these(daemon, half, &known),
+        || at_these(daemon, other, &known),
+    );
+    vms.extend(others);
     let defined: BTreeSet<VmId> = domains.iter().map(|(defined, _)| defined.vm).collect();
     let mut others: BTreeMap<_, _> = daemon.running.with_findings().into_iter().collect();
     others.extend(known.vms().map(|record| (record.vm, record.name.clone())));
@@ -123,6 +122,15 @@ fn listed(
     vms.extend(undefined.map(|(vm, name)| view::undefined(*vm, name, daemon.running.findings(*vm), &known)));
     vms.sort_by(|a, b| (&a.name, &a.uuid).cmp(&(&b.name, &b.uuid)));
     Ok(vms)
+}
+
+/// Those of `domains` that have to do with virtseal.
+fn at_these(daemon: &Daemon, domains: &[(DomainEntry, Arc<ReadXml>)], known: &Arc<Known>) -> Vec<VmView> {
+    let closely = domains.iter().filter_map(|(_, xml)| xml.domain.as_ref().ok());
+    let places = Places::of(closely.filter(|domain| is_ours(domain, known)), known);
+    let vms = domains.iter();
+    vms.filter_map(|(defined, xml)| at_defined(daemon, defined, xml, &places, known))
+        .collect()
 }
 
 /// Whether the VM has to do with virtseal. Of others nothing but the XML is looked at.

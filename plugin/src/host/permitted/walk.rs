@@ -88,10 +88,13 @@ impl Walked {
     }
 }
 
-/// The directory that walks have led to last: who looks at many files in it goes there once, and it is judged as it was found then. Not
-/// for longer than one look.
+/// The directories that walks have led to last: who looks at many files in them goes there once, and they are judged as they were found
+/// then. Not for longer than one look.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Trail(Arc<Mutex<Option<Reached>>>);
+pub(super) struct Trail(Arc<Mutex<VecDeque<Reached>>>);
+
+/// Of several threads, each with images and variables. Each is held open.
+const TRAIL: usize = 8;
 
 #[derive(Clone, Debug)]
 struct Reached {
@@ -103,15 +106,17 @@ struct Reached {
 }
 
 impl Trail {
-    /// How walks for the same get to this directory, if the last one did.
+    /// How walks for the same get to this directory, if one of the last ones did.
     fn to(&self, directory: &Path, known: Known) -> Option<Reached> {
         let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let is_it = |last: &&Reached| last.known == known && last.directory == directory;
-        last.as_ref().filter(is_it).cloned()
+        last.iter().find(is_it).cloned()
     }
 
     fn leads(&self, reached: Reached) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(reached);
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        last.truncate(TRAIL - 1);
+        last.push_front(reached);
     }
 }
 
