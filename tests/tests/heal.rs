@@ -342,6 +342,27 @@ fn a_vm_that_was_unsealed_is_sealed_for_the_provider_of_now() -> Result<()> {
     sealed.start_paused("web01")
 }
 
+#[test]
+fn a_vm_that_was_unsealed_runs_in_peace_and_keeps_its_variables() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    sealed.seal_new("web01")?;
+    sealed.run(&["vm", "unseal", "web01"])?;
+    sealed.start_paused("web01")?;
+    let status = sealed.json(&["vm", "status", "web01"])?;
+    let warnings = status["vms"][0]["warnings"].as_array().context("no warnings")?;
+    ensure!(warnings.is_empty(), "{status}");
+    host.virsh(&["destroy", "web01"])?.succeeded()?;
+    // Its TPM has run in plaintext, and is all that is in the way.
+    let refused = sealed.refused(8, &["vm", "seal", "web01"])?;
+    ensure!(!refused.contains("nvram") && !refused.contains("obstacles"), "{refused}");
+    let words = advised(&refused, "mv ")?;
+    let words: Vec<_> = words.iter().map(String::as_str).collect();
+    host.run(&words)?.succeeded()?;
+    follow(&sealed, &refused, "virtseal vm seal web01")?;
+    sealed.start_paused("web01")
+}
+
 fn expect_providers(sealed: &SealedHost, expected: &[&str]) -> Result<()> {
     let status = sealed.json(&["vm", "status", "web01"])?;
     let objects = status["vms"][0]["objects"].as_array().context("no objects")?;

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use virtseal_testkit::rig::{NVRAM, Rig, words};
 use virtseal_testkit::{SealedHost, expect_names};
 
@@ -68,6 +68,9 @@ fn a_start_with_reset_nvram_is_led_out_of() -> Result<()> {
         &shown,
         &["does not exist", "put it back", "virtseal vm nvram reset web01"],
     )?;
+    let status = sealed.json(&["vm", "status", "web01"])?;
+    let next = status["vms"][0]["starts"]["next"].as_str().context("no advice")?;
+    expect_names(next, &["put it back", "virtseal vm nvram reset web01"])?;
     reset_as_told(&sealed, "web01")?;
     sealed.expect_start("web01")
 }

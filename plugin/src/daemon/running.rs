@@ -113,7 +113,11 @@ pub(super) fn look_now(daemon: &Daemon, vm: VmId) -> Result<(), Problem> {
 fn look_at(daemon: &Daemon, vm: VmId, libvirt: &Background, news: News) -> Result<(), Problem> {
     let running = libvirt.as_it_runs(vm);
     let running = running.map_err(|error| names::unreachable(&error))?;
-    let record = daemon.keystore.vm(vm)?;
+    // Keys are kept of one that was made plain again, too.
+    let record = match daemon.keystore.is_sealed(vm)? {
+        true => daemon.keystore.vm(vm)?,
+        false => None,
+    };
     let now = running.as_ref().map(Now::of).transpose();
     let now = now.map_err(|error| chain(&error));
     let runs = now.as_ref().ok().and_then(Option::as_ref);

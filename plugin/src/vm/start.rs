@@ -226,7 +226,6 @@ fn unanswered(path: &Path, Silent(storage): &Silent) -> Problem {
     Problem::unreachable(what).next("see why it does not answer; once it does, start the VM again")
 }
 
-/// A variable store can be made anew, where its loss is all that there is to it: `--reset-nvram` puts the plain template in its place.
 fn not_opened(domain: &Domain, kind: ObjectKind, error: ObjectError) -> Problem {
     let is_gone = matches!(
         error,
@@ -234,11 +233,17 @@ fn not_opened(domain: &Domain, kind: ObjectKind, error: ObjectError) -> Problem 
             | ObjectError::State(StateError::Gone(_))
     );
     let problem = Problem::from(error);
-    if !is_gone {
-        return problem;
+    match is_gone {
+        true => gone(&domain.name, kind, problem),
+        false => problem,
     }
+}
+
+/// With what leads out where an object can't be brought back. A variable store can be made anew, where its loss is all that there is to
+/// it: `--reset-nvram` puts the plain template in its place.
+pub(crate) fn gone(vm: &str, kind: ObjectKind, problem: Problem) -> Problem {
     if kind != ObjectKind::Nvram {
-        let heal = Advice::SealVm(domain.name.clone()).note("which says what can be done without that");
+        let heal = Advice::SealVm(vm.to_owned()).note("which says what can be done without that");
         let advice = match problem.advice.clone() {
             Some(back) => back.or_else(heal),
             None => heal,
@@ -246,7 +251,7 @@ fn not_opened(domain: &Domain, kind: ObjectKind, error: ObjectError) -> Problem 
         return problem.next(advice);
     }
     let back = "restore it from a backup, or put it back where it was";
-    let vm = domain.name.clone();
+    let vm = vm.to_owned();
     problem.next(
         Advice::from(back).or_else(
             Advice::ResetNvram { vm, typed: false }

@@ -18,7 +18,7 @@ use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
 use crate::object::disk::{self, FileId};
 use crate::object::nvram;
-use crate::store::EnvelopeState;
+use crate::store::{EnvelopeState, Mark};
 use crate::terminal::word;
 use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::has_run::HasRun;
@@ -232,7 +232,11 @@ pub(super) fn plan_nvram(
         envelopes.retain(|envelope| envelope.id != named.id);
         envelopes.insert(0, named);
     }
-    let has_run = HasRun::of(host, domain.uuid)?;
+    // One that `vm unseal` has made plain has lost nothing, whatever it has run since.
+    let has_run = match host.keystore.mark(domain.uuid)? {
+        Some(Mark::Plain) => HasRun::No,
+        Some(Mark::Sealed) | None => HasRun::of(host, domain.uuid)?,
+    };
     match take_back::decide_store(&path, file, &known, has_run) {
         StoreDecision::TakeBack(path) => {
             return taken_back(uefi, path, envelopes, stated).map(Way::Open);

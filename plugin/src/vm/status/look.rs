@@ -14,6 +14,7 @@ use crate::model::envelope::{ObjectKind, VmId};
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::{ImageCopy, VolumeError};
 use crate::object::{Located, ObjectError, Present, path_in};
+use crate::vm::start;
 
 /// An object, and what is at its place.
 #[derive(Debug)]
@@ -84,11 +85,16 @@ pub(crate) fn at_objects(domain: &Domain, places: &Places, known: &Known) -> Vec
             .as_deref()
             .and_then(|path| places.at(path, (domain.uuid, object.kind)));
         let place = place.cloned().unwrap_or_else(Place::out_of_sight);
+        let is_gone = matches!(place.found, Found::Nothing | Found::Plain);
+        let obstacle = place.obstacle.map(|problem| match is_gone {
+            true => start::gone(&domain.name, object.kind, problem),
+            false => problem,
+        });
         SeenObject {
             object,
             path,
             found: place.found,
-            obstacle: place.obstacle,
+            obstacle,
             copy: place.copy,
         }
     });
