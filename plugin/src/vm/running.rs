@@ -143,6 +143,9 @@ impl Watched {
             }
         }
         let seen = self.0.entry(vm).or_default();
+        if unreadable.is_none() {
+            seen.found.settle(&found);
+        }
         seen.is_known = acquaintance == Acquaintance::Known;
         let name = now
             .as_ref()

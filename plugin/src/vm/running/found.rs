@@ -30,6 +30,10 @@ struct Listed {
     what: String,
     advice: Option<Advice>,
     since: SystemTime,
+    /// Of its words.
+    digest: [u8; 32],
+    /// It was seen to go on, and is not any more.
+    is_over: bool,
 }
 
 impl Found {
@@ -45,13 +49,15 @@ impl Found {
     /// As a status shows them of the VM that is called `name` now.
     pub(super) fn findings(&self, name: &str) -> impl Iterator<Item = Finding> {
         self.listed.iter().map(move |listed| {
-            let Listed {
-                code, what, advice, ..
-            } = listed;
+            let Listed { code, what, .. } = listed;
             let since = rfc3339(listed.since);
-            let what = format!("{what}; seen first at {since}, and listed until virtseald restarts");
+            let (until, advice) = match listed.is_over {
+                true => (", and not any more; listed", Some(clean_up())),
+                false => (", and listed", listed.advice.clone()),
+            };
+            let what = format!("{what}; seen first at {since}{until} until virtseald restarts");
             Finding {
-                advice: advice.clone(),
+                advice,
                 ..Finding::critical(*code, Subject::Vm(name.to_owned()), what)
             }
         })
@@ -62,7 +68,8 @@ impl Found {
         let mut new = Vec::new();
         for finding in found {
             let words = finding.to_string();
-            if self.noted.len() > MAX_NOTED || !self.noted.insert(sha256(words.as_bytes())) {
+            let digest = sha256(words.as_bytes());
+            if self.noted.len() > MAX_NOTED || !self.noted.insert(digest) {
                 continue;
             }
             if self.noted.len() > MAX_NOTED {
@@ -70,26 +77,52 @@ impl Found {
                     "{}: more was found than {MAX_NOTED} things, and no more of it is noted until virtseald restarts",
                     visible(name)
                 );
-                self.list(FindingCode::Shortened, &words, None, now);
+                self.list(FindingCode::Shortened, &words, None, now, digest);
                 new.push(words);
                 continue;
             }
             if self.listed.len() < MAX_LISTED {
-                self.list(finding.code, &finding.what, finding.advice, now);
+                self.list(finding.code, &finding.what, finding.advice, now, digest);
             }
             new.push(words);
         }
         new
     }
 
-    fn list(&mut self, code: FindingCode, what: &str, advice: Option<Advice>, since: SystemTime) {
+    /// Takes in all that a look has seen: what goes on is listed with what ends it, and what is over with what is left to do.
+    pub(super) fn settle(&mut self, seen: &[Finding]) {
+        let seen: BTreeSet<_> = seen
+            .iter()
+            .map(|finding| sha256(finding.to_string().as_bytes()))
+            .collect();
+        let going_on =
+            |listed: &&mut Listed| matches!(listed.code, FindingCode::Plaintext | FindingCode::SealedAsRaw);
+        for listed in self.listed.iter_mut().filter(going_on) {
+            listed.is_over = !seen.contains(&listed.digest);
+        }
+    }
+
+    fn list(
+        &mut self,
+        code: FindingCode,
+        what: &str,
+        advice: Option<Advice>,
+        since: SystemTime,
+        digest: [u8; 32],
+    ) {
         self.listed.push(Listed {
             code,
             what: shortened(what),
             advice: advice.filter(|advice| advice.to_string().len() <= MAX_WORDS),
             since,
+            digest,
+            is_over: false,
         });
     }
+}
+
+fn clean_up() -> Advice {
+    "delete what is left of it, and have the storage below discard its blocks".into()
 }
 
 fn shortened(words: &str) -> String {
@@ -140,6 +173,35 @@ mod tests {
         assert!(new[0].len() > 2 * long.len());
         let listed = found.findings("web").next().unwrap();
         assert!(listed.what.len() < MAX_WORDS + 128 && listed.advice.is_none());
+    }
+
+    #[test]
+    fn what_is_over_is_told_without_what_would_end_it() {
+        let mut found = Found::default();
+        let finding =
+            |code| Finding::warning(code, Subject::Host, "a").next(Advice::AbortDomainJob("web".into()));
+        let seen = [
+            finding(FindingCode::Plaintext),
+            finding(FindingCode::PlaintextWritten),
+        ];
+        let _ = found.note("web", seen[..1].to_vec(), SystemTime::UNIX_EPOCH);
+        let told = |found: &Found| found.findings("web").next().unwrap().to_string();
+        found.settle(&seen[..1]);
+        assert!(
+            told(&found).ends_with("virsh domjobabort web"),
+            "{}",
+            told(&found)
+        );
+        found.settle(&[]);
+        assert!(!told(&found).contains("domjobabort"), "{}", told(&found));
+        assert!(told(&found).contains("not any more"), "{}", told(&found));
+        found.settle(&seen[..1]);
+        assert!(!told(&found).contains("not any more"), "it has begun again");
+        // What was heard of is no state that a look could miss.
+        let mut found = Found::default();
+        let _ = found.note("web", seen[1..].to_vec(), SystemTime::UNIX_EPOCH);
+        found.settle(&[]);
+        assert!(!told(&found).contains("not any more"), "{}", told(&found));
     }
 
     #[test]
