@@ -22,6 +22,8 @@ const RULES: ABI = ABI::V6;
 /// Where dynamic linkers and `qemu-img` find code. None of it is secret.
 const LIBRARIES: [&str; 5] = ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/local/lib"];
 const LINKER_CACHE: &str = "/etc/ld.so.cache";
+/// QEMU tries there whether the kernel has locks of open files; without them it takes others, which are lost when any file is closed.
+const LOCK_PROBE: &str = "/dev/null";
 
 /// System calls that lead out of the process without a file name. io_uring runs others unseen.
 const NO_WAY_OUT: [libc::c_long; 7] = [
@@ -96,6 +98,11 @@ fn files(
     }
     rules = allow(rules, program, AccessFs::ReadFile | AccessFs::Execute)?;
     rules = allow(rules, Path::new(LINKER_CACHE), AccessFs::ReadFile.into())?;
+    rules = allow(
+        rules,
+        Path::new(LOCK_PROBE),
+        AccessFs::ReadFile | AccessFs::WriteFile,
+    )?;
     LIBRARIES
         .iter()
         .try_fold(rules, |rules, directory| allow(rules, Path::new(directory), code))
@@ -199,6 +206,13 @@ mod tests {
         assert!(!confined(&made, &[&source], &[&target]).status.success());
         assert_eq!(fs::read(directory.path().join("target")).unwrap(), b"x\n");
         assert_eq!(fs::read(directory.path().join("source")).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_child_can_see_whether_there_are_locks_of_open_files() {
+        let probed = confined(": <> /dev/null", &[], &[]);
+        assert!(probed.status.success(), "{probed:?}");
+        assert!(!confined(": <> /dev/zero", &[], &[]).status.success());
     }
 
     #[test]
