@@ -211,6 +211,11 @@ fn a_rotated_native_provider_waits_for_its_backup() -> Result<()> {
     expect_names(&rotated.stderr, &["root key 2", "virtseal provider backup main"])?;
     rotated.succeeded()?;
     ensure!(rig.sealed.provider("main")?["state"] == "not_backed_up");
+    let attention = rig.sealed.run(&["status"])?;
+    expect_names(
+        &attention,
+        &["'main' wraps no key until", "Next: virtseal provider backup main"],
+    )?;
     let again = ["provider", "rotate", "main", "--passphrase-file", &file];
     expect_names(&rig.sealed.refused(9, &again)?, &["one runs at a time"])?;
 

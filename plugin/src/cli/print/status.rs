@@ -104,7 +104,11 @@ fn vms_at_a_glance(vms: &[VmView], width: Width) -> Result<(), Problem> {
     let name = column("VM", &|vm| vm.name.chars().count());
     let power = column("POWER", &|vm| vm.power.to_string().chars().count());
     let row = |vm: &str, is: &str, starts: &str| format!("{vm:name$}  {is:power$}  {starts}");
-    line(&row("VM", "POWER", "STARTS"))?;
+    let header = row("VM", "POWER", "STARTS");
+    match width {
+        Width::Narrow => line(&header)?,
+        Width::Wide => line(&format!("{header}  UUID"))?,
+    }
     vms.iter().try_for_each(|vm| {
         let text = row(&vm.name, &vm.power.to_string(), &starts(vm));
         let text = match (width, columns()) {

@@ -2,12 +2,13 @@
 
 use super::provider_view;
 use crate::api::pages;
-use crate::api::{FindingView, HostStatus, LibvirtState, Vms};
+use crate::api::{FindingView, HostStatus, LibvirtState, ProviderState, ProviderView, Vms};
 use crate::daemon::glance::Age;
 use crate::daemon::{Daemon, hook_seen, look, paths};
 use crate::model::advice::Advice;
 use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::Problem;
+use crate::terminal::visible;
 use crate::vm::names::{self, KnownVm};
 use crate::vm::status::view;
 
@@ -27,6 +28,7 @@ pub(super) fn status(
         .into_iter()
         .collect();
     warnings.extend(daemon.warnings());
+    warnings.extend(not_backed_up(daemon, &providers));
     warnings.extend(hook_seen::finding(daemon));
     warnings.extend(glance.damaged.iter().cloned());
     let warnings = pages::cut(FindingView::all(&warnings), pages::PAGE / 8);
@@ -47,6 +49,21 @@ pub(super) fn status(
         audit: daemon.audit.problem(),
         warnings,
     })
+}
+
+/// Of those that new keys go to: seals are refused, and jobs wait.
+fn not_backed_up(daemon: &Daemon, providers: &[ProviderView]) -> Vec<Finding> {
+    let policy = daemon.recipients.policy().unwrap_or_default();
+    let policy: Vec<_> = policy.iter().map(|one| one.provider().id().to_string()).collect();
+    let idle = providers
+        .iter()
+        .filter(|view| view.state.known() == Some(ProviderState::NotBackedUp) && policy.contains(&view.id));
+    idle.map(|ProviderView { name, .. }| {
+        let what = format!("provider '{}' wraps no key until it is backed up", visible(name));
+        Finding::warning(FindingCode::NotBackedUp, Subject::Provider(name.clone()), what)
+            .next(Advice::BackUpProvider(name.clone()))
+    })
+    .collect()
 }
 
 pub(super) fn vm_status(

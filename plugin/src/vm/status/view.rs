@@ -295,7 +295,10 @@ fn of_xml(domain: &Domain, state: VmState) -> Vec<Finding> {
     let (name, mut findings) = (&domain.name, Vec::new());
     let subject = || Subject::Vm(name.clone());
     if state == VmState::NotInXml {
-        let what = format!("{name} was sealed, and its XML does not say so");
+        let what = match domain.metadata {
+            Some(_) => format!("{name} is sealed, and its XML does not say so of all its objects"),
+            None => format!("{name} was sealed, and its XML does not say so"),
+        };
         findings.push(
             Finding::critical(FindingCode::NotInXml, subject(), what).next(Advice::SealVm(name.clone())),
         );
@@ -444,6 +447,22 @@ mod tests {
             warned.starts_with("critical: ") && warned.contains("virtseal vm seal a"),
             "{warned}"
         );
+    }
+
+    #[test]
+    fn an_xml_that_says_it_of_some_objects_is_not_said_to_say_nothing() {
+        let told = |metadata: &str| {
+            let xml = format!(
+                "<domain type='kvm'><name>a</name><uuid>{}</uuid><metadata>{metadata}</metadata></domain>",
+                VmId::random()
+            );
+            of_xml(&Domain::parse(&xml).unwrap(), VmState::NotInXml)[0]
+                .what
+                .clone()
+        };
+        assert!(told("").starts_with("a was sealed"));
+        let some = told("<virtseal:vm xmlns:virtseal='urn:virtseal:vm:1'/>");
+        assert!(some.ends_with("of all its objects"), "{some}");
     }
 
     #[test]
