@@ -41,6 +41,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::error::{ContextKind, ContextValue};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::api::HostProxy;
@@ -141,9 +142,27 @@ pub fn commands() -> clap::Command {
     examples::add_to(Cli::command())
 }
 
+/// Who leaves out the group of a command, as in `virtseal unlock main`, is told which it is in.
+fn with_its_group(mut error: clap::Error) -> clap::Error {
+    let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand) else {
+        return error;
+    };
+    let commands = Cli::command();
+    let groups = commands
+        .get_subcommands()
+        .filter(|group| group.find_subcommand(word).is_some());
+    let meant: Vec<_> = groups
+        .map(|group| format!("{} {word}", group.get_name()))
+        .collect();
+    if !meant.is_empty() {
+        error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(meant));
+    }
+    error
+}
+
 /// Of the arguments of this process.
 fn parsed() -> Result<Cli, clap::Error> {
-    let mut matches = commands().try_get_matches()?;
+    let mut matches = commands().try_get_matches().map_err(with_its_group)?;
     Cli::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut commands()))
 }
 
@@ -229,5 +248,26 @@ async fn audit(command: AuditCommand, client: &mut Client, printer: &Printer) ->
         AuditCommand::Verify => {
             printer.audit_verified(client.call(async |host| host.verify_audit().await).await?)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_without_its_group_is_told_with_it() {
+        let told = |arguments: &[&str]| {
+            let arguments = [&["virtseal"], arguments].concat();
+            with_its_group(commands().try_get_matches_from(arguments).unwrap_err()).to_string()
+        };
+        assert!(told(&["unlock", "main"]).contains("'provider unlock'"));
+        let backup = told(&["backup"]);
+        assert!(
+            backup.contains("'provider backup'") && backup.contains("'state backup'"),
+            "{backup}"
+        );
+        assert!(told(&["vm", "lock"]).contains("'provider lock'"));
+        assert!(told(&["vms"]).contains("'vm'"), "as clap guesses");
     }
 }

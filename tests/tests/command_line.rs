@@ -74,6 +74,41 @@ fn exit_codes_tell_what_happened() -> Result<()> {
     let disk = SealedHost::spec("web01").disk.display().to_string();
     let share = ["volume", "share", &disk, "--with", "nobody"];
     expect(7, &share, &["'nobody'", "or give the UUID that it will have"])?;
+    let lost = [
+        "volume",
+        "create",
+        "/nowhere/x.qcow2",
+        "--size",
+        "1M",
+        "--vm",
+        "web01",
+    ];
+    expect(7, &lost, &["/nowhere/x.qcow2", "Next: ls -ld /nowhere"])?;
+    expect(
+        2,
+        &["volume", "create", "/run/x", "--size", "20", "--vm", "web01"],
+        &["20G"],
+    )?;
+    expect(
+        7,
+        &["vm", "rekey", "nobody"],
+        &["'nobody'", "Next: virsh list --all"],
+    )?;
+    expect(2, &["unlock", "main"], &["'provider unlock'"])?;
+    let xml = "/etc/libvirt/qemu/web01.xml";
+    expect(
+        2,
+        &["state", "restore", "-i", xml],
+        &["no backup", "virtseal provider restore"],
+    )?;
+    sealed
+        .host()
+        .run(&["truncate", "--size", "65537", "/run/long"])?
+        .succeeded()?;
+    let long = ["provider", "restore", "other", "-i", "/run/long"];
+    expect(2, &long, &["too long", "virtseal state restore"])?;
+    let refused = sealed.refused_json(8, &["vm", "shred", "web01"])?;
+    ensure!(refused["error"]["object"]["name"] == "web01", "{refused}");
     let over = ["volume", "create", &disk, "--size", "1M", "--vm", "web01"];
     expect(10, &over, &["exists already", "choose another path"])?;
     let nowhere = "/nowhere/x.qcow2 --from /nowhere/y --vm web01";

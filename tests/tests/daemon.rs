@@ -115,7 +115,7 @@ fn mistakes_in_the_configuration_name_file_and_line() -> Result<()> {
         // systemd tries no more: packaging/systemd/virtseald.service.in.
         expect_end(failed, 78, parts).with_context(|| format!("{text:?}"))?;
         let refused = check(&host, "/etc/virtseal/bad.yaml")?;
-        ensure!(refused.code() == Some(1), "{refused:?}");
+        ensure!(refused.code() == Some(78), "{refused:?}");
         let parts: Vec<_> = parts.iter().filter(|part| **part != "Next: ").copied().collect();
         expect_names(&refused.stderr, &parts)?;
     }

@@ -355,7 +355,10 @@ fn a_vm_that_was_unsealed_runs_in_peace_and_keeps_its_variables() -> Result<()> 
     host.virsh(&["destroy", "web01"])?.succeeded()?;
     // Its TPM has run in plaintext, and is all that is in the way.
     let refused = sealed.refused(8, &["vm", "seal", "web01"])?;
-    ensure!(!refused.contains("nvram") && !refused.contains("obstacles"), "{refused}");
+    ensure!(
+        !refused.contains("nvram") && !refused.contains("obstacles"),
+        "{refused}"
+    );
     let words = advised(&refused, "mv ")?;
     let words: Vec<_> = words.iter().map(String::as_str).collect();
     host.run(&words)?.succeeded()?;

@@ -1,7 +1,7 @@
 //! `virtseal provider backup` and `restore`.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -11,6 +11,7 @@ use super::new_backup::{NewBackup, absolute};
 use super::passphrase::{self, NewPassphraseArgs};
 use super::print::Printer;
 use crate::api::HostProxy;
+use crate::crypto::age_file;
 use crate::model::advice::Advice;
 use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Code, Problem};
@@ -52,6 +53,7 @@ pub(super) struct RestoreArgs {
 pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
     let (name, provider) = (&args.name, Subject::Provider(args.name.clone()));
     NewBackup::check(&args.output)?;
+    client.existing_provider(name).await?;
     let passphrase = match args.no_passphrase {
         true => None,
         false => {
@@ -117,7 +119,9 @@ pub(super) async fn restore(
     client: &mut Client,
     printer: &Printer,
 ) -> Result<(), Problem> {
-    let mut fds = vec![passphrase::open_file(&args.input)?];
+    let backup = passphrase::open_file(&args.input)?;
+    refuse_longer_files(&backup, &args.input)?;
+    let mut fds = vec![backup];
     if client.provider(&args.name).await?.is_some() {
         let message = format!("there is a provider '{}' already", args.name);
         return Err(Problem::new(Code::Exists, message)
@@ -142,4 +146,18 @@ pub(super) async fn restore(
         .call(async |host| host.restore_provider(&args.name, fds).await)
         .await?;
     printer.providers_after(&args.name, &restored.providers, true)
+}
+
+/// Before anybody has to type.
+fn refuse_longer_files(file: &OwnedFd, path: &Path) -> Result<(), Problem> {
+    let found = nix::sys::stat::fstat(file);
+    let length = found.map_or(0, |found| found.st_size);
+    if usize::try_from(length).is_ok_and(|length| length <= age_file::MAX_BYTES) {
+        return Ok(());
+    }
+    Err(Problem::usage(format!(
+        "{} is too long for the backup of a provider",
+        path.display()
+    ))
+    .next(Advice::from("if it is one of the state").within(Advice::RestoreState)))
 }

@@ -12,7 +12,9 @@ use super::unit::Unit;
 use crate::api::{HostError, HostProxy, ProviderView, of_another_version};
 use crate::config::Config;
 use crate::model::advice::Advice;
+use crate::model::nearest::name_hint;
 use crate::model::problem::{Code, Problem, chain};
+use crate::model::subject::Subject;
 
 /// A connection to one daemon.
 pub(super) struct Client {
@@ -75,6 +77,22 @@ impl Client {
     pub(super) async fn provider(&mut self, name: &str) -> Result<Option<ProviderView>, Problem> {
         let all = self.call(async |host| host.list_providers().await).await?;
         Ok(all.providers.into_iter().find(|provider| provider.name == name))
+    }
+
+    /// The provider of this name; if there is none, which may be meant.
+    pub(super) async fn existing_provider(&mut self, name: &str) -> Result<ProviderView, Problem> {
+        let mut all = self
+            .call(async |host| host.list_providers().await)
+            .await?
+            .providers;
+        let hint = name_hint(name, all.iter().map(|provider| provider.name.as_str()));
+        all.retain(|provider| provider.name == name);
+        let there_is_none = || {
+            Problem::not_found(format!("there is no provider '{name}'{hint}"))
+                .about(Subject::Provider(name.to_owned()))
+                .next(Advice::ListProviders)
+        };
+        all.pop().ok_or_else(there_is_none)
     }
 
     /// For a call with several replies, and what each of them is waited for with.

@@ -108,8 +108,12 @@ pub(super) async fn started(
         printer.job_changed(last.clone(), started.changed)?;
         return judge(&last);
     }
+    let is_done = started.job.state.known() == Some(JobState::Done);
     printer.job_changed(started.job, started.changed)?;
-    printer.next(&Advice::WatchJob(id))
+    match is_done {
+        true => Ok(()),
+        false => printer.next(&Advice::WatchJob(id)),
+    }
 }
 
 /// Ends like the job: whatever it left behind, or undone, is a failure.

@@ -80,10 +80,11 @@ fn directory(path: &Path) -> &Path {
 }
 
 fn unwritable(path: &Path, error: &io::Error) -> Problem {
-    let failure = Problem::from_io(format!("can't write {}", path.display()), error);
-    match failure.code {
-        Code::Exists => failure.next("choose another --output: a backup is never overwritten"),
-        _ => failure,
+    let path = path.display();
+    match error.kind() {
+        io::ErrorKind::AlreadyExists => Problem::new(Code::Exists, format!("{path} exists already"))
+            .next("choose another --output: a backup is never overwritten"),
+        _ => Problem::from_io(format!("can't write {path}"), error),
     }
 }
 

@@ -23,9 +23,7 @@ use crate::api::{
     CredentialKind, HostProxy, OrNewer, Orphans, Outcome, ProviderState, ProviderView, SweepKind, words,
 };
 use crate::model::advice::Advice;
-use crate::model::nearest::name_hint;
 use crate::model::problem::{Code, Problem};
-use crate::model::subject::Subject;
 use crate::provider::kind::{KeysAt, Kind};
 
 #[derive(Debug, Subcommand)]
@@ -383,18 +381,7 @@ async fn for_rotation(
 }
 
 async fn show(name: &str, client: &mut Client, printer: &Printer) -> Result<(), Problem> {
-    let mut all = client
-        .call(async |host| host.list_providers().await)
-        .await?
-        .providers;
-    let hint = name_hint(name, all.iter().map(|provider| provider.name.as_str()));
-    all.retain(|provider| provider.name == name);
-    let there_is_none = || {
-        Problem::not_found(format!("there is no provider '{name}'{hint}"))
-            .about(Subject::Provider(name.to_owned()))
-            .next(Advice::ListProviders)
-    };
-    printer.provider(all.pop().ok_or_else(there_is_none)?)
+    printer.provider(client.existing_provider(name).await?)
 }
 
 /// All of them: a reply has a part.

@@ -1,6 +1,7 @@
 //! `virtseal state backup` and `restore`.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -22,6 +23,8 @@ use crate::state_backup::{self, Replace, StateError};
 use crate::store::StoreError;
 use crate::terminal::word;
 
+/// How a backup of the state begins; one of a provider has an armor around that.
+const AGE_FILE: &[u8; 19] = b"age-encryption.org/";
 /// The most bytes of a passphrase.
 const MAX_PASSPHRASE: usize = 32 * 1024;
 
@@ -85,6 +88,7 @@ pub(super) async fn backup(args: &BackupArgs, client: &mut Client, printer: &Pri
 pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Problem> {
     let dir = state_dir(&args)?;
     let backup = File::from(passphrase::open_file(&args.input)?);
+    refuse_other_files(&backup, &args.input)?;
     let typed = job::typed(
         args.yes_replace.clone(),
         &format!(
@@ -125,6 +129,19 @@ pub(super) fn restore(args: RestoreArgs, printer: &Printer) -> Result<(), Proble
     printer.advise(&format!(
         "Next: {next}. Keys that changed since come back from domain XML and images when their VMs start"
     ))
+}
+
+/// Before anybody has to type. A pipe tells nothing before it is read.
+fn refuse_other_files(file: &File, path: &Path) -> Result<(), Problem> {
+    let mut begin = [0; AGE_FILE.len()];
+    if file.read_exact_at(&mut begin, 0).is_err() || begin == *AGE_FILE {
+        return Ok(());
+    }
+    let of_provider = Advice::RestoreProviderFrom("NAME".to_owned(), path.to_owned());
+    Err(
+        Problem::usage(format!("{} is no backup of a state", path.display()))
+            .next(Advice::from("if it is one of a provider").within(of_provider)),
+    )
 }
 
 fn state_dir(args: &RestoreArgs) -> Result<PathBuf, Problem> {

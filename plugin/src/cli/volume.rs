@@ -1,6 +1,7 @@
 //! `virtseal volume …`.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -56,7 +57,7 @@ pub(super) struct CreateArgs {
     /// Where to create it.
     path: PathBuf,
     /// Virtual size: bytes, or as 20G, 1.5T (powers of 1024), 20GB (of 1000).
-    #[arg(long, required_unless_present_any = ["from", "backing"])]
+    #[arg(long, required_unless_present_any = ["from", "backing"], value_parser = disk_size)]
     size: Option<Bytes>,
     /// The VM that the image is for: name or UUID.
     #[arg(long)]
@@ -248,6 +249,21 @@ impl CreateArgs {
     }
 }
 
+/// virt-install takes `size=20` for 20 GiB.
+fn disk_size(text: &str) -> Result<Bytes, String> {
+    const LEAST_WITHOUT_UNIT: u64 = 1 << 20;
+    let size: Bytes = text
+        .parse()
+        .map_err(|error: <Bytes as FromStr>::Err| error.to_string())?;
+    let has_unit = text.trim_end().ends_with(|c: char| c.is_ascii_alphabetic());
+    match has_unit || size.0 >= LEAST_WITHOUT_UNIT {
+        true => Ok(size),
+        false => Err(format!(
+            "a number without a unit is one of bytes: write {text}G for GiB, or {text}B"
+        )),
+    }
+}
+
 fn sha256(hex: &str) -> Result<Digest, String> {
     Digest::from_hex(hex)
         .filter(|digest| digest.algorithm() == Algorithm::Sha256)
@@ -292,7 +308,10 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
 }
 
 pub(super) fn info(path: &Path, patience: Patience, printer: &Printer) -> Result<(), Problem> {
-    let info = inspect(path.to_owned(), patience.limit())?;
+    let info = inspect(path.to_owned(), patience.limit()).map_err(|problem| match problem.code {
+        Code::Denied => problem.next(Advice::RunAsRoot),
+        _ => problem,
+    })?;
     let mut rows = vec![
         ("file", info.path.display().to_string()),
         ("format", info.format.as_str().to_owned()),
@@ -389,4 +408,27 @@ fn absolute(path: &Path) -> Result<String, Problem> {
             path.display()
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_size_has_a_unit() {
+        for (text, bytes) in [
+            ("20G", 20 << 30),
+            ("512B", 512),
+            ("1048576", 1 << 20),
+            (" 1k ", 1024),
+        ] {
+            assert_eq!(disk_size(text).unwrap().0, bytes, "{text}");
+        }
+        for text in ["20", "0", "1048575"] {
+            assert!(
+                disk_size(text).unwrap_err().contains(&format!("{text}G")),
+                "{text}"
+            );
+        }
+    }
 }

@@ -43,6 +43,7 @@ pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
         "ms" => 0.001,
         "" | "s" => 1.0,
         "m" | "min" => 60.0,
+        "h" => 3600.0,
         _ => return None,
     };
     let duration = Duration::try_from_secs_f64(number * unit).ok()?;

@@ -51,7 +51,7 @@ pub fn main() -> ExitCode {
     if let Some(path) = &args.check {
         return match Config::load(path) {
             Ok(_) => ExitCode::SUCCESS,
-            Err(error) => failed(&chain(&error), ExitCode::FAILURE),
+            Err(error) => failed(&chain(&error), error.exit_code()),
         };
     }
     let config = match load(&args) {

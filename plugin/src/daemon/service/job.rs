@@ -23,7 +23,7 @@ use crate::model::job::{JobId, JobState};
 use crate::model::problem::Problem;
 use crate::store::{CopyPlace, JobRecord, LeftBehind, StoreError};
 use crate::vm::foreign;
-use crate::vm::names::{self, VmNames};
+use crate::vm::names::{self, KnownVm, VmNames};
 use crate::vm::status::damaged;
 
 /// How many jobs `virtseal jobs` shows.
@@ -202,10 +202,22 @@ fn refuse_to_close(daemon: &Daemon, task: &Task, provider: ProviderId) -> Result
     ))
 }
 
+/// One that is not defined here may have envelopes.
+fn known_vm(daemon: &Daemon, asked: &str) -> Result<VmId, Problem> {
+    if let Ok(id) = asked.parse() {
+        return Ok(id);
+    }
+    let found = names::find_vm(&daemon.background, daemon.keystore.as_ref(), asked)?;
+    Ok(match found {
+        KnownVm::Defined(defined) => defined.vm,
+        KnownVm::Undefined(record) => record.vm,
+    })
+}
+
 fn task(daemon: &Daemon, request: &JobRequest) -> Result<Task, Problem> {
     let named = |name: &Option<String>| provider_id(daemon, name.as_deref().unwrap_or_default());
     let vm = request.vm.as_deref();
-    let vm = vm.map(|vm| names::vm_id(&daemon.background, vm)).transpose()?;
+    let vm = vm.map(|vm| known_vm(daemon, vm)).transpose()?;
     match request.kind {
         SweepKind::Rekey => {
             let policy = daemon.recipients.policy()?;

@@ -274,6 +274,7 @@ impl From<VolumeError> for Problem {
             VolumeError::InUse(_) => Code::Busy,
             VolumeError::Exists(_) => Code::Exists,
             VolumeError::HoldsData(_) => Code::WouldLoseKey,
+            VolumeError::File(error) => return Self::from_io(error, &error.source).advised(error.advice()),
             _ => Code::Failed,
         };
         Self::new(code, chain(&error)).advised(error.advice())

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, KekId, ProviderId, VmId};
 use crate::model::problem::Problem;
+use crate::model::subject::Subject;
 use crate::store::{NeededKek, RetiredKek};
 use crate::vm::foreign::Proof;
 
@@ -168,7 +169,8 @@ fn not_typed(name: &str, presence: Presence, typed: &str) -> Problem {
     };
     let stays = format!("{name} stays: what is on its disks would be lost for ever{typed}");
     let shred = Advice::ShredAsTyped(name.to_owned());
-    Problem::would_lose_key(stays).next(match presence {
+    let problem = Problem::would_lose_key(stays).about(Subject::Vm(name.to_owned()));
+    problem.next(match presence {
         Presence::Defined => shred,
         Presence::NotDefined => Advice::ForgetVm(name.to_owned())
             .note("if it is on another host")
