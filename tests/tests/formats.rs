@@ -35,7 +35,7 @@ fn disguised(sealed: &SealedHost, name: &str, options: &[&str]) -> Result<Domain
 
 #[test]
 fn a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty() -> Result<()> {
-    let sealed = SealedHost::start()?;
+    let mut sealed = SealedHost::start()?;
     let host = sealed.host();
     let plain = disguised(&sealed, "guest01", &[])?;
     let planted = disguised(&sealed, "guest02", &["-u", "-b", "/etc/shadow", "-F", "raw"])?;
@@ -106,7 +106,26 @@ fn a_disk_is_what_its_xml_declares_and_no_header_makes_it_empty() -> Result<()> 
         .virtseal(&["vm", "seal", "--dry-run", "other01"])?
         .succeeded()?;
     expect_names(&steps, &["replace the empty"])?;
-    Ok(())
+
+    // Where libvirt does not say what it has for the source, nobody has said that it is what its guest has written.
+    let vm = plain.uuid.to_string();
+    sealed.host_mut().stop_libvirtd()?;
+    let create = [
+        "volume",
+        "create",
+        "/var/lib/libvirt/images/third.qcow2",
+        "--vm",
+        &vm,
+        "--from",
+        source,
+    ];
+    expect_names(
+        &sealed.refused(4, &create)?,
+        &[source, "say it with --from-format"],
+    )?;
+    sealed
+        .run(&[&create[..], &["--from-format", "raw"]].concat())
+        .map(drop)
 }
 
 #[test]

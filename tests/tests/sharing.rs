@@ -157,6 +157,17 @@ fn no_way_of_naming_a_volume_grants_it() -> Result<()> {
         )?,
         &["copy.qcow2", &two.shared, &two.web.uuid.to_string()],
     )?;
+    // Also where what is in the volume's own place can't be read.
+    let original = host.path(&two.shared);
+    let content = std::fs::read(&original)?;
+    std::fs::write(&original, b"QFI\xfb and no more")?;
+    let copy = copy.display().to_string();
+    expect_names(
+        &sealed.refused(1, &["volume", "share", &copy, "--with", "db01"])?,
+        &[&two.shared, "is damaged"],
+    )?;
+    sealed.run(&["volume", "share", &copy, "--without", "db01"])?;
+    std::fs::write(&original, content)?;
 
     // What is no volume, or its own, is a clear answer.
     let own = two.web.disk.display().to_string();

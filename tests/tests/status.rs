@@ -217,6 +217,10 @@ fn without_libvirt_nothing_is_said_of_vms() -> Result<()> {
         web["power"] == "unknown" && web["state"] == "unknown" && web["starts"]["outlook"] == "unknown",
         "{web}"
     );
+    // What the VMs bring may have been encrypted by a later root key.
+    let passphrase = sealed.passphrase_file()?.display().to_string();
+    let rotate = ["provider", "rotate", "main", "--passphrase-file", &passphrase];
+    expect_names(&sealed.refused(4, &rotate)?, &["'main' is not rotated"])?;
     sealed.host_mut().restart_libvirtd()?;
     virtseal_testkit::wait_until(
         std::time::Duration::from_secs(60),

@@ -19,7 +19,7 @@ use crate::model::envelope::{Envelope, ProviderId, VmId};
 use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::store::{Autostart, Change};
-use crate::vm::autostart::{self, Decision, Facts, Keys, Opener, Presence, ThisBoot};
+use crate::vm::autostart::{self, Decision, Facts, Keys, Opener, Presence, Starts, ThisBoot};
 use crate::vm::names;
 
 /// Which providers open something now.
@@ -160,7 +160,10 @@ impl<'a> Starter<'a> {
         'a: 'scope,
     {
         let (daemon, libvirt, vm, name) = (self.daemon, self.libvirt, defined.vm, &defined.name);
-        let failures = lock(&daemon.autostarts).begin(vm);
+        let (failures, starts) = {
+            let mut attempts = lock(&daemon.autostarts);
+            (attempts.begin(vm), attempts.starts(vm))
+        };
         tracing::info!(domain = name, op = "autostart", "starting with this host");
         let (sender, receiver) = sync_channel(1);
         let thread = Builder::new().name("autostart".to_owned());
@@ -188,9 +191,10 @@ impl<'a> Starter<'a> {
         };
         let found = autostart::failed(name, refusal, &why);
         tracing::warn!(domain = name, op = "autostart", "{found}");
-        // Its keys were armed, and it has not run: one that somebody has ended in the middle is off for another reason.
+        // One that somebody has ended in the middle is off for another reason.
         if matches!(libvirt.has_failed_to_start(vm), Ok(true)) {
-            take_back(daemon, before);
+            let before = *before;
+            take_back(daemon, &Settled { before, starts });
         }
         match daemon.host_store.autostart(vm) {
             Ok(None) => lock(&daemon.autostarts).forget(vm),
@@ -206,16 +210,26 @@ impl<'a> Starter<'a> {
     }
 }
 
+/// What a start has changed before the keys of its VM were armed.
+pub(super) struct Settled {
+    before: Autostart,
+    starts: Starts,
+}
+
 /// Before the keys of a VM are armed for a start, whoever has asked for that: it is left alone from now on until the next boot. Gives what
-/// was before, for [`take_back`].
-pub(super) fn note_start(daemon: &Daemon, vm: VmId) -> Option<Autostart> {
+/// [`take_back`] needs.
+pub(super) fn note_start(daemon: &Daemon, vm: VmId) -> Option<Settled> {
     let boot = daemon.boot?;
-    let before = daemon.host_store.autostart(vm).ok().flatten();
+    let before = daemon.host_store.autostart(vm);
+    if matches!(before, Ok(None)) {
+        return None;
+    }
+    let starts = lock(&daemon.autostarts).note_start(vm);
     match daemon.host_store.settle_autostart(vm, boot) {
         Ok(Change::Unchanged) => None,
         Ok(Change::Changed) => {
             lock(&daemon.autostarts).forget(vm);
-            before
+            before.ok().flatten().map(|before| Settled { before, starts })
         }
         Err(error) => {
             tracing::error!(%vm, "can't record that it was started in this boot: {}", chain(&error));
@@ -225,8 +239,13 @@ pub(super) fn note_start(daemon: &Daemon, vm: VmId) -> Option<Autostart> {
     }
 }
 
-/// It has not run after all.
-pub(super) fn take_back(daemon: &Daemon, before: &Autostart) {
+/// It has not run after all: unless it was started once more meanwhile, for then it may have, and somebody has stopped it. A start that
+/// begins just now waits for this, and settles it anew.
+pub(super) fn take_back(daemon: &Daemon, Settled { before, starts }: &Settled) {
+    let mut attempts = lock(&daemon.autostarts);
+    if !attempts.forget_start(before.vm, *starts) {
+        return;
+    }
     if let Err(error) = daemon.host_store.settle_autostart(before.vm, before.settled) {
         tracing::error!(vm = %before.vm, "can't record that it was not started in this boot: {}", chain(&error));
     }
@@ -237,4 +256,44 @@ fn settle(daemon: &Daemon, vm: VmId, boot: BootId, found: Option<Finding>) {
         tracing::error!(%vm, "can't record that it is settled for this boot: {}", chain(&error));
     }
     lock(&daemon.autostarts).settle(vm, found);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn start(daemon: &Daemon, vm: VmId) -> Option<Settled> {
+        let before = uuid::Uuid::nil().to_string().parse().unwrap();
+        daemon.host_store.enable_autostart(vm, before).unwrap();
+        note_start(daemon, vm)
+    }
+
+    /// Whether it is left alone in this boot after a start that did not come to run, and what happened `meanwhile`.
+    fn is_settled(meanwhile: impl FnOnce(&Daemon, VmId)) -> bool {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            state_dir: dir.path().to_owned(),
+            ..Config::default()
+        };
+        let daemon = Daemon::open(config).unwrap();
+        let vm = VmId::random();
+        let settled = start(&daemon, vm).unwrap();
+        meanwhile(&daemon, vm);
+        take_back(&daemon, &settled);
+        ThisBoot::of(
+            daemon.host_store.autostart(vm).unwrap().as_ref(),
+            daemon.boot.unwrap(),
+        ) == ThisBoot::Settled
+    }
+
+    #[test]
+    fn a_vm_that_was_started_meanwhile_may_have_been_stopped_and_is_left_alone() {
+        assert!(!is_settled(|_, _| {}));
+        assert!(!is_settled(|daemon, _| assert!(
+            start(daemon, VmId::random()).is_some()
+        )));
+        assert!(is_settled(|daemon, vm| assert!(start(daemon, vm).is_none())));
+        assert!(is_settled(|daemon, vm| lock(&daemon.autostarts).note_running(vm)));
+    }
 }

@@ -172,12 +172,12 @@ impl Daemon {
             .reach(patience)
             .map_err(|error| unreachable_libvirt(domain, &error))?;
         let count = opened.len();
-        let before = autostart::note_start(self, domain.uuid);
+        let settled = autostart::note_start(self, domain.uuid);
         self.first_runs.lock().expect(domain.uuid, first_run);
         self.arm(domain, opened, deadline).inspect_err(|_| {
             self.first_runs.lock().expect(domain.uuid, None);
-            if let Some(before) = &before {
-                autostart::take_back(self, before);
+            if let Some(settled) = &settled {
+                autostart::take_back(self, settled);
             }
         })?;
         moved::note(self, moved);
@@ -231,6 +231,7 @@ impl Daemon {
         saved::look_later(self, vm);
         let disarmed = self.disarm(vm, name);
         if let Ok(vm) = names::uuid_of_hook(vm) {
+            lock(&self.autostarts).note_running(vm);
             first_runs::note_running(self, vm, name);
         }
         disarmed

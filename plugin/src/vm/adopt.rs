@@ -127,7 +127,7 @@ fn adopt_object(
     let before = host.keystore.readable_envelope(object.secret)?;
     let mut copies = copies_of(domain, object, |path| carried_by(host, domain, path));
     if before.is_none() {
-        let held = held_copies(host.keystore, Some(domain.uuid)).into_iter();
+        let held = held_copies(host.keystore, Some(domain.uuid))?.into_iter();
         copies.extend(held.filter(|copy| copy.envelope.id == object.secret));
     }
     let Attempts { with_mac, format_1 } = attempts(domain, object, &copies, formats);

@@ -207,7 +207,13 @@ pub(crate) struct Attempts {
     all: BTreeMap<VmId, Attempt>,
     /// The VM that libvirt is asked to start, and why that was refused here.
     asked: BTreeMap<VmId, Option<Problem>>,
+    /// Of VMs that are to start, whoever has started them.
+    starts: BTreeMap<VmId, Starts>,
 }
+
+/// How often a VM was about to get its keys, or came to run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Starts(u64);
 
 #[derive(Debug, Default)]
 struct Attempt {
@@ -247,6 +253,32 @@ impl Attempts {
     pub(crate) fn begin(&mut self, vm: VmId) -> u32 {
         self.asked.insert(vm, None);
         self.all.get(&vm).map_or(0, |attempt| attempt.failures)
+    }
+
+    pub(crate) fn starts(&self, vm: VmId) -> Starts {
+        self.starts.get(&vm).copied().unwrap_or_default()
+    }
+
+    /// It is about to get its keys. Gives what was before.
+    pub(crate) fn note_start(&mut self, vm: VmId) -> Starts {
+        let before = self.starts(vm);
+        self.starts.insert(vm, Starts(before.0 + 1));
+        before
+    }
+
+    pub(crate) fn note_running(&mut self, vm: VmId) {
+        if let Some(Starts(count)) = self.starts.get_mut(&vm) {
+            *count += 1;
+        }
+    }
+
+    /// Forgets the start that came after `before`, if there was one alone, and it has not come to run. Says whether it was so.
+    pub(crate) fn forget_start(&mut self, vm: VmId, before: Starts) -> bool {
+        let is_alone = self.starts(vm) == Starts(before.0 + 1);
+        if is_alone {
+            self.starts.insert(vm, before);
+        }
+        is_alone
     }
 
     /// What its hook was told.
@@ -316,6 +348,26 @@ mod tests {
         keys: Keys::Ready,
         tries: Tries::Left,
     };
+
+    #[test]
+    fn a_start_is_forgotten_only_where_nothing_else_has_happened() {
+        let (mut attempts, vm) = (Attempts::default(), VmId::random());
+        attempts.note_running(vm);
+        let before = attempts.starts(vm);
+        assert!(!attempts.forget_start(vm, before), "there was none");
+        for _ in 0..2 {
+            assert_eq!(attempts.note_start(vm), before);
+            assert!(attempts.forget_start(vm, before));
+        }
+        attempts.note_start(VmId::random());
+        attempts.note_start(vm);
+        attempts.note_running(vm);
+        assert!(!attempts.forget_start(vm, before), "it has run");
+        let before = attempts.note_start(vm);
+        let again = attempts.note_start(vm);
+        assert!(!attempts.forget_start(vm, before), "somebody else has started it");
+        assert!(attempts.forget_start(vm, again));
+    }
 
     #[test]
     fn a_vm_starts_once_in_a_boot_and_only_when_it_can() {

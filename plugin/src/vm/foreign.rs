@@ -19,7 +19,7 @@ use crate::model::problem::{Problem, chain};
 use crate::object::Opening;
 use crate::object::disk::{self, ImageCopy};
 use crate::secret::Dek;
-use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind};
+use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind, StoreError};
 
 /// What came to this host with VMs and images, and is not taken in.
 #[derive(Debug)]
@@ -50,8 +50,8 @@ pub(crate) fn adopt_foreign_envelopes<C>(
 ) -> Result<Travelling, Problem> {
     let mut visible = Visible::of_host(host)?;
     note_bad_images(host, &visible.bad_images)?;
-    let rivals = rivals(host, &visible.copies);
-    visible.copies.extend(held_copies(host.keystore, None));
+    let rivals = rivals(host, &visible.copies)?;
+    visible.copies.extend(held_copies(host.keystore, None)?);
     let mut vms: BTreeMap<VmId, Vec<VisibleCopy>> = BTreeMap::new();
     for copy in visible.copies {
         let record = host.keystore.readable_envelope(copy.envelope.id)?;
@@ -71,29 +71,36 @@ pub(crate) fn adopt_foreign_envelopes<C>(
 
 /// The same for what came with this VM, as far as it can be believed now.
 pub(crate) fn take_in_copies_of(host: &Host<'_>, defined: &DefinedDomain) {
-    if let Err(problem) = take_in_all(host, Visible::of_domain(host, defined).copies) {
+    let visible = Visible::of_domain(host, defined).map_err(Problem::from);
+    if let Err(problem) = visible.and_then(|visible| take_in_all(host, visible.copies)) {
         tracing::warn!(domain = defined.name, "{problem}");
     }
 }
 
 /// Envelopes of which somebody who had the key made another version of the same generation: which of them counts is root's to
 /// decide, and a job would hide the other. One that was forged follows the keystore.
-fn rivals(host: &Host<'_>, copies: &[VisibleCopy]) -> Vec<LeftBehind> {
+fn rivals(host: &Host<'_>, copies: &[VisibleCopy]) -> Result<Vec<LeftBehind>, StoreError> {
     let mut claims: BTreeMap<EnvelopeId, Vec<&VisibleCopy>> = BTreeMap::new();
     for copy in copies.iter().filter(|copy| copy.place.kept().is_some()) {
         claims.entry(copy.envelope.id).or_default().push(copy);
     }
     // Anybody can write any number of copies: each envelope is opened once.
-    let of_one = |(id, copies)| rivals_of(host, id, copies).unwrap_or_default();
-    claims.into_iter().flat_map(of_one).collect()
+    let mut rivals = Vec::new();
+    for (id, mut copies) in claims {
+        let Some(record) = host.keystore.readable_envelope(id)? else {
+            continue;
+        };
+        copies.retain(|copy| copy.envelope.supersedes(&record.envelope) == Precedence::Conflict);
+        if !copies.is_empty() {
+            rivals.extend(rivals_of(host, &record, copies));
+        }
+    }
+    Ok(rivals)
 }
 
-fn rivals_of(host: &Host<'_>, id: EnvelopeId, mut copies: Vec<&VisibleCopy>) -> Option<Vec<LeftBehind>> {
-    let record = host.keystore.readable_envelope(id).ok()??;
-    copies.retain(|copy| copy.envelope.supersedes(&record.envelope) == Precedence::Conflict);
-    copies.first()?;
+fn rivals_of(host: &Host<'_>, record: &EnvelopeRecord, mut copies: Vec<&VisibleCopy>) -> Vec<LeftBehind> {
     let left = |copy: &VisibleCopy, why: &str| LeftBehind {
-        envelope: id,
+        envelope: record.envelope.id,
         reason: format!(
             "{} has another version of generation {}; {why}: {}",
             copy.place,
@@ -107,21 +114,24 @@ fn rivals_of(host: &Host<'_>, id: EnvelopeId, mut copies: Vec<&VisibleCopy>) -> 
         // The job would write over it without having seen whether it is true.
         Err(error) => {
             let why = format!("whether it is true can't be told now ({})", error.reasons());
-            return Some(copies.into_iter().map(|copy| left(copy, &why)).collect());
+            return copies.into_iter().map(|copy| left(copy, &why)).collect();
         }
     };
-    let own = record.verify(&dek).ok()?;
+    // What does not verify itself is changed by no job.
+    let Ok(own) = record.verify(&dek) else {
+        return Vec::new();
+    };
     copies.retain(|copy| match weigh(&own, &copy.envelope, &dek) {
         Weighed::Doubtful(Doubt::Conflict) => true,
         Weighed::Doubtful(Doubt::Unverified(_)) => {
             // Where that fails it is tried at the next job.
-            let _ = note_behind(host, copy, &record, Proof::Forged);
+            let _ = note_behind(host, copy, record, Proof::Forged);
             false
         }
         _ => false,
     });
     let is_open = |copy: &VisibleCopy| left(copy, "which one counts must be decided");
-    Some(copies.into_iter().map(is_open).collect())
+    copies.into_iter().map(is_open).collect()
 }
 
 /// The keystore's copy is written over one that can't be read or is of another object, once that has opened the image.

@@ -87,10 +87,11 @@ pub(crate) fn is_needed_by(xml: &str, record: &EnvelopeRecord) -> bool {
         let mut objects = domain::objects(domain).into_iter();
         objects.any(|object| object.path.as_deref() == Some(place))
     };
+    let as_text = || !record.location.is_empty() && xml.contains(&record.location);
     let as_source = |sources: Vec<PathBuf>| sources.iter().any(|path| path == place);
     by_secret
         || Metadata::sources_in(xml).is_ok_and(as_source)
-        || Domain::parse(xml).is_ok_and(|domain| as_object(&domain))
+        || Domain::parse(xml).map_or_else(|_| as_text(), |domain| as_object(&domain))
 }
 
 /// Drops the record, after it was kept in a file; where the object, or somebody who needs it, is to be seen, only if the name of its
@@ -410,5 +411,6 @@ mod tests {
         assert!(is_needed_by(&with_store, &record));
         // What can't be read counts by its text.
         assert!(is_needed_by(&record.envelope.id.to_string(), &record));
+        assert!(is_needed_by(&record.location, &record) && !is_needed_by("/images", &record));
     }
 }

@@ -51,7 +51,11 @@ pub(crate) fn share(host: &Host<'_>, path: &Path, vm: &str, sharing: Sharing) ->
         sharing,
     };
     let mut record = volume_record(host, path)?;
-    request.refuse(&record, carried_where_kept(host, path, &record))?;
+    let carried = match sharing {
+        Sharing::With => carried_where_kept(host, path, &record)?,
+        Sharing::Without => None,
+    };
+    request.refuse(&record, carried)?;
     for _ in 0..TRIES {
         let next = request.changed(host, &record)?;
         if *next == record.envelope {
@@ -163,14 +167,25 @@ fn power_of(host: &Host<'_>, vm: VmId) -> Power {
 }
 
 /// The envelope in the file where the keystore has the volume, unless that is `path`. None where the volume was moved.
-fn carried_where_kept(host: &Host<'_>, path: &Path, record: &EnvelopeRecord) -> Option<EnvelopeId> {
+fn carried_where_kept(
+    host: &Host<'_>,
+    path: &Path,
+    record: &EnvelopeRecord,
+) -> Result<Option<EnvelopeId>, Problem> {
     let kept_at = Path::new(&record.location);
     let which = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino())).ok();
     if kept_at == path || which(kept_at) == which(path) {
-        return None;
+        return Ok(None);
     }
-    let (_, copy) = disk::identify(&host.known_place(kept_at).ok()?).ok()?;
-    copy.envelope().map(|envelope| envelope.id)
+    let place = match host.known_place(kept_at) {
+        Err(error) if error.is_missing() => return Ok(None),
+        place => place?,
+    };
+    match disk::identify(&place) {
+        Ok((_, copy)) => Ok(copy.envelope().map(|envelope| envelope.id)),
+        Err(VolumeError::NotFound(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// A VM that is gone has its UUID in the keystore, or the admin has it.

@@ -21,7 +21,7 @@ use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem, chain};
 use crate::object;
-use crate::store::{EnvelopeRecord, EnvelopeState};
+use crate::store::{EnvelopeRecord, EnvelopeState, StoreError};
 use plan::{Facts, KekFacts, KekFate, Needs};
 
 pub(crate) use apply::shred;
@@ -185,7 +185,8 @@ impl Doomed {
         let (own, others): (Vec<_>, Vec<_>) = elsewhere(host, self)?
             .into_iter()
             .partition(|envelope| ids.contains(&envelope.id));
-        facts.elsewhere = own.into_iter().map(|copy| self.weigh(host, copy)).collect();
+        let weighed = own.into_iter().map(|copy| self.weigh(host, copy));
+        facts.elsewhere = weighed.collect::<Result<_, _>>()?;
         let candidates = facts.needs(self.vm, &ids).own;
         let named = |copy: &Envelope| {
             let mut keks = copy
@@ -195,13 +196,15 @@ impl Doomed {
             keks.any(|kek: Kek| candidates.contains(&kek))
         };
         let others = others.into_iter().filter(named);
-        facts.elsewhere.extend(others.map(|copy| self.weigh(host, copy)));
+        for copy in others {
+            facts.elsewhere.push(self.weigh(host, copy)?);
+        }
         Ok(facts.needs(self.vm, &ids))
     }
 
     /// By the key of the keystore's version; by its own where there is none, which shows at least that it opens.
-    fn weigh(&self, host: &Host<'_>, copy: Envelope) -> (Envelope, Proof) {
-        let known = host.keystore.readable_envelope(copy.id).ok().flatten();
+    fn weigh(&self, host: &Host<'_>, copy: Envelope) -> Result<(Envelope, Proof), StoreError> {
+        let known = host.keystore.readable_envelope(copy.id)?;
         let proof = match &known {
             Some(known) if known.envelope == copy => Proof::Authentic,
             Some(known) => proof_of(host, &copy, &known.envelope),
@@ -212,7 +215,7 @@ impl Doomed {
                 Ok(_) | Err(_) => Proof::Unknown,
             },
         };
-        (copy, proof)
+        Ok((copy, proof))
     }
 
     fn kek_fate(&self, host: &Host<'_>, kek: &Kek, needs: &Needs, consent: Consent) -> KekFate {

@@ -187,7 +187,7 @@ pub(crate) fn plan(
     let xml = xml.as_deref().unwrap_or(&defined.xml);
     let domain = Domain::parse(xml).map_err(|error| of_vm(Problem::failed(chain(&error))))?;
     let disks = find(host, &domain).map_err(of_vm)?;
-    let snapshots: Vec<_> = snapshots_of(&host.kept, defined.vm).collect();
+    let snapshots = snapshots_of(&host.kept, defined.vm).map_err(of_vm)?;
     if act == SnapshotAct::Commit {
         found::refuse_other_branches(host, defined.vm, &disks, &snapshots).map_err(of_vm)?;
     }
@@ -209,11 +209,13 @@ pub(crate) fn plan(
     })
 }
 
-fn snapshots_of(kept: &[KeptXml], vm: VmId) -> impl Iterator<Item = ExternalSnapshot> {
-    let of_vm = kept
-        .iter()
-        .filter(move |kept| kept.vm == vm && kept.snapshot.is_some());
-    of_vm.filter_map(|kept| external_snapshot(&kept.xml).ok())
+/// A saved state is one without overlays.
+fn snapshots_of(kept: &[KeptXml], vm: VmId) -> Result<Vec<ExternalSnapshot>, Problem> {
+    let of_vm = kept.iter().filter(|kept| kept.vm == vm);
+    let snapshots = of_vm.filter_map(|kept| Some((kept.snapshot.as_ref()?, &kept.xml)));
+    snapshots
+        .map(|(name, xml)| external_snapshot(xml).map_err(|error| Problem::failed(chain(&error)).of(name)))
+        .collect()
 }
 
 impl OverlayPlan {

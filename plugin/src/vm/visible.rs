@@ -16,8 +16,8 @@ use crate::host::storage;
 use crate::model::deadlines::image::SEEN;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
 use crate::model::problem::{Code, Problem, chain};
-use crate::object::disk::{self, ImageCopy};
-use crate::store::{CopyPlace, EnvelopeStore};
+use crate::object::disk::{self, ImageCopy, VolumeError};
+use crate::store::{CopyPlace, EnvelopeStore, StoreError};
 
 /// A copy that this host can see.
 #[derive(Clone, Debug)]
@@ -133,7 +133,7 @@ impl Visible {
     }
 
     /// What came with this VM. Its images are looked at only where the keystore's rows of it are damaged: else its first start does.
-    pub(crate) fn of_domain(host: &Host<'_>, defined: &DefinedDomain) -> Self {
+    pub(crate) fn of_domain(host: &Host<'_>, defined: &DefinedDomain) -> Result<Self, StoreError> {
         let kept = KeptXml {
             vm: defined.vm,
             name: defined.name.clone(),
@@ -142,10 +142,9 @@ impl Visible {
         };
         let mut visible = Self::default();
         if visible.add_those_in(&kept).is_err() {
-            return visible;
+            return Ok(visible);
         }
-        let known = host.keystore.envelopes_of(defined.vm);
-        if known.is_ok_and(|known| !known.damaged.is_empty()) {
+        if !host.keystore.envelopes_of(defined.vm)?.damaged.is_empty() {
             let images = Metadata::sources_in(&defined.xml).unwrap_or_default();
             let places = images
                 .iter()
@@ -153,9 +152,9 @@ impl Visible {
             visible.copies.extend(places.filter_map(carried));
             visible
                 .copies
-                .extend(held_copies(host.keystore, Some(defined.vm)));
+                .extend(held_copies(host.keystore, Some(defined.vm))?);
         }
-        visible
+        Ok(visible)
     }
 
     fn add_those_in(&mut self, kept: &KeptXml) -> Result<(), DomainError> {
@@ -196,7 +195,7 @@ fn layers_of_sealed(kept: &KeptXml) -> Vec<PathBuf> {
 /// What is seen of an image.
 #[derive(Default)]
 struct Seen {
-    /// Why root does not look at it.
+    /// Why root does not look at it, or can't.
     out_of_sight: Option<Problem>,
     /// It, and those below.
     files: Vec<(PathBuf, SeenFile)>,
@@ -223,7 +222,7 @@ impl Seen {
                 };
             }
         };
-        let layers = disk::known_layers(&top, |path| Ok(permit(path)?)).0;
+        let (layers, end) = disk::known_layers(&top, |path| Ok(permit(path)?));
         let layers = layers.into_iter().map(|layer| layer.path);
         let all: BTreeSet<_> = layers.chain([image.to_owned()]).collect();
         let see = |image: PathBuf| {
@@ -233,35 +232,43 @@ impl Seen {
                     is_bad: true,
                     copy: None,
                 },
-                Ok(ImageCopy::Envelope(found)) => SeenFile {
-                    is_bad: known.get(&image).is_some_and(|ids| !ids.contains(&found.id)),
-                    copy: carried(place),
+                Ok(ImageCopy::Envelope(envelope)) => SeenFile {
+                    is_bad: known.get(&image).is_some_and(|ids| !ids.contains(&envelope.id)),
+                    copy: Some(VisibleCopy {
+                        envelope: *envelope,
+                        location: Some(image.clone()),
+                        place: Place::Image(image.clone()),
+                    }),
                 },
                 _ => return None,
             };
             Some((image, file))
         };
         Self {
-            out_of_sight: None,
+            out_of_sight: end
+                .filter(|error| matches!(error, VolumeError::File(_)))
+                .map(Problem::from),
             files: all.into_iter().filter_map(see).collect(),
         }
     }
 }
 
 /// The envelopes that damaged rows still hold: they count as copies, as those of the XML and the images do.
-pub(super) fn held_copies(keystore: &dyn EnvelopeStore, vm: Option<VmId>) -> Vec<VisibleCopy> {
+pub(super) fn held_copies(
+    keystore: &dyn EnvelopeStore,
+    vm: Option<VmId>,
+) -> Result<Vec<VisibleCopy>, StoreError> {
     let rows = match vm {
-        Some(vm) => keystore.envelopes_of(vm),
-        None => keystore.envelopes(),
+        Some(vm) => keystore.envelopes_of(vm)?,
+        None => keystore.envelopes()?,
     };
-    let damaged = rows.map(|rows| rows.damaged).unwrap_or_default();
-    let held = damaged.into_iter().filter_map(|row| row.holds);
-    held.map(|held| VisibleCopy {
+    let held = rows.damaged.into_iter().filter_map(|row| row.holds);
+    let copies = held.map(|held| VisibleCopy {
         location: (!held.location.is_empty()).then(|| held.location.clone().into()),
         envelope: held.envelope,
         place: Place::Keystore,
-    })
-    .collect()
+    });
+    Ok(copies.collect())
 }
 
 fn carried(place: PermittedPath) -> Option<VisibleCopy> {
@@ -271,4 +278,21 @@ fn carried(place: PermittedPath) -> Option<VisibleCopy> {
         place: Place::Image(image.clone()),
         location: Some(image),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_read_is_not_taken_for_empty() {
+        // Nothing can be read at its beginning.
+        let image = PathBuf::from(format!("/proc/{}/mem", std::process::id()));
+        let directory = image.parent().unwrap().to_owned();
+        let rule = PathRule::new(&[], std::slice::from_ref(&directory), Path::new(""));
+        let seen = |image: &Path| Seen::with_those_below(image, &BTreeMap::new(), &rule);
+        let found = seen(&image);
+        assert!(found.files.is_empty() && found.out_of_sight.is_some());
+        assert!(seen(&directory.join("none")).out_of_sight.is_none());
+    }
 }

@@ -4,7 +4,7 @@
 mod pivots;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, lchown, symlink};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
@@ -306,7 +306,14 @@ fn a_branch_is_followed_where_images_may_be_and_nowhere_else() -> Result<()> {
     expect_names(&image, &[&left, "of snapshot s1", "PATH", "image_dirs"])?;
     let none = none?;
     ensure!(image == none, "{image}\n{none}");
-    Ok(())
+
+    // Nor is one taken for none because it is out of sight itself.
+    let moved = format!("{IMAGES}/moved");
+    fs::rename(rig.host().path(&left), rig.host().path(&moved))?;
+    symlink(&moved, rig.host().path(&left))?;
+    lchown(rig.host().path(&left), Some(12_345), None)?;
+    let refused = rig.sealed.refused(6, &commit)?;
+    expect_names(&refused, &[&left, "of snapshot s1", "leads through the link"])
 }
 
 #[test]

@@ -88,9 +88,9 @@ fn check_root_key_complete(daemon: &Daemon, native: &NativeProvider) -> Result<(
         .map(|envelope| (envelope.id, envelope.vm))
         .collect();
     if lacking.is_empty() {
-        // Without libvirt, at least what is known here.
-        let host = daemon.host_of_vms().unwrap_or_else(|_| daemon.host());
-        let visible = Visible::of_host(&host).unwrap_or_default().copies;
+        let not_rotated = |failure: Problem| failure.of(format!("'{name}' is not rotated"));
+        let host = daemon.host_of_vms().map_err(not_rotated)?;
+        let visible = Visible::of_host(&host).map_err(not_rotated)?.copies;
         let claim = visible
             .into_iter()
             .find(|copy| lacks(&copy.envelope) && foreign::may_be_true(&host, copy));

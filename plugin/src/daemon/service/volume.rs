@@ -17,7 +17,7 @@ use crate::model::advice::Advice;
 use crate::model::digest::{Digest, NoDigest};
 use crate::model::envelope::{EnvelopeId, VmId};
 use crate::model::job::Subject;
-use crate::model::problem::Problem;
+use crate::model::problem::{Problem, chain};
 use crate::object::disk::{self, Backing, Bytes, CreateRequest, Declaration, VolumeError};
 use crate::store::NewJob;
 use crate::vm::headers::Writing;
@@ -252,14 +252,32 @@ fn start(daemon: &Daemon, by: Actor, request: &VolumeRequest, from: &str) -> Res
 
 /// The format that a VM declares for this image. A guest may have written another one's header into a raw disk.
 fn declared_format(daemon: &Daemon, image: &Path) -> Result<Option<DeclaredFormat>, Problem> {
-    // Without libvirt nobody has declared anything.
-    let domains = daemon.background.domains().unwrap_or_default();
+    let not_told = |problem: Problem| {
+        problem
+            .of(format!(
+                "which format a VM declares for {} can't be told",
+                image.display()
+            ))
+            .next("say it with --from-format")
+    };
+    let domains = daemon.background.domains();
+    let domains = domains.map_err(|error| not_told(names::unreachable(&error)))?;
     let is_it = |disk: &&Disk| disk.source.path().is_some_and(|path| is_same_file(path, image));
-    let declared = domains.iter().find_map(|defined| {
-        let domain = Domain::parse(&defined.xml).ok()?;
-        let format = domain.disks.iter().find(is_it)?.declared_format().ok()?;
-        Some((defined.name.clone(), format))
-    });
+    let mut declared = None;
+    for defined in domains {
+        let domain = match Domain::parse(&defined.xml) {
+            Ok(domain) => domain,
+            Err(_) if !defined.xml.contains(&image.display().to_string()) => continue,
+            Err(error) => return Err(not_told(Problem::failed(chain(&error)).of(&defined.name))),
+        };
+        if let Some(disk) = domain.disks.iter().find(is_it) {
+            let format = disk.declared_format();
+            let format = format
+                .map_err(|other| not_told(Problem::failed(format!("{} has it as {other}", defined.name))))?;
+            declared = Some((defined.name, format));
+            break;
+        }
+    }
     let Some((vm, format)) = declared else {
         return Ok(None);
     };

@@ -66,12 +66,12 @@ impl Overlaid {
             .is_some_and(|(since, base)| base > since + later)
     }
 
-    /// Whether the base was written to after its topmost overlay was for the last time, and not just then. Where QEMU has gone over to the
+    /// Whether the base was written to after its topmost overlay was for the last time, and not just then, or may have been. Where QEMU has gone over to the
     /// base by a command of somebody else, and libvirtd has died in it, an XML goes on naming the overlay.
     pub(super) fn has_newer_base(&self) -> bool {
         let base = modified(&self.base.handle());
         let top = self.overlays.first().and_then(|top| modified(&top.handle()));
-        top.zip(base).is_some_and(|(top, base)| base > top + GOES_OVER)
+        top.zip(base).is_none_or(|(top, base)| base > top + GOES_OVER)
     }
 
     pub(super) fn is_on_device(&self) -> bool {
@@ -207,8 +207,11 @@ pub(super) fn refuse_other_branches(
     };
     for snapshot in snapshots {
         for overlay in snapshot.overlays.iter().filter(|path| !goes(path)) {
-            let Ok(Ok(place)) = host.place_of(vm, overlay) else {
-                continue;
+            let of_snapshot =
+                |error: Problem| error.of(format!("{} of snapshot {}", overlay.display(), snapshot.name));
+            let place = match host.place_of(vm, overlay)? {
+                Err(error) if error.is_missing() => continue,
+                place => place.map_err(|error| of_snapshot(error.into()))?,
             };
             let (layers, end) = host.layers_of(vm, &place)?;
             let mut layers = layers.iter().map(|layer| layer.path.as_path());
@@ -223,9 +226,10 @@ pub(super) fn refuse_other_branches(
                     word(overlay.display())
                 )));
             }
-            if let Some(error @ VolumeError::Place(_)) = end {
-                let what = format!("{} of snapshot {}", overlay.display(), snapshot.name);
-                return Err(Problem::from(error).of(what));
+            match end {
+                // Without what is below it, it is of no use already.
+                None | Some(VolumeError::NotFound(_) | VolumeError::Chain { .. }) => {}
+                Some(error) => return Err(of_snapshot(error.into())),
             }
         }
     }
