@@ -33,7 +33,7 @@ pub(crate) use damage::{DamagedRow, Held, Rows};
 pub(crate) use error::StoreError;
 pub(crate) use host_records::{
     AuditAnchor, Autostart, BoundRoots, CachedKek, CopyNews, CopyPlace, KekEnrollment, KekNameRecord,
-    NativeRoot, NeededKek, SavedState, StaleCopy, TpmRenewal,
+    NativeRoot, NeededKek, Pivot, PivotBy, SavedState, StaleCopy, TpmRenewal,
 };
 #[cfg(test)]
 pub(crate) use job_records::Pass;

@@ -3,6 +3,8 @@
 //! A job goes disk by disk, by the way that fits how the VM is then: it may be switched off or on between two tries. Whatever it finds
 //! done it does not do again, so it is killed anywhere, and begins again from the beginning.
 
+mod earlier;
+
 use std::ops::ControlFlow;
 
 use super::job_records::{excluded, note_end, refuse_beside_another};
@@ -16,19 +18,16 @@ use crate::job::live::{AtWork, Stint};
 use crate::job::record::{self, Overlays, Work};
 use crate::model::advice::Advice;
 use crate::model::deadlines::image::SWITCHED_OFF;
-use crate::model::envelope::VmId;
-use crate::model::job::{JobState, SnapshotAct, Subject};
+use crate::model::job::SnapshotAct;
 use crate::model::problem::{Code, Problem, chain};
-use crate::store::{JobRecord, NewJob};
+use crate::store::{JobRecord, NewJob, PivotBy};
 use crate::vm::host::Host;
 use crate::vm::names::{not_redefined, unreachable};
 use crate::vm::seal::NewObject;
 use crate::vm::snapshot::off::{self, HeldDisk};
 use crate::vm::snapshot::running::{self, Ended};
 use crate::vm::snapshot::{self, Choices, Overlaid, OverlaidDisk, OverlayPlan, Standing};
-
-/// Far more than are ever kept.
-const ALL_JOBS: u32 = 100_000;
+use earlier::{is_doubtful, refuse_half_merged};
 
 /// How far a try has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,82 +89,6 @@ pub(super) fn begin(
     daemon.jobs.started(job.id);
     daemon.jobs.ring();
     Ok(job)
-}
-
-/// Whatever a commit has written so far is in the sealed image, and of neither time: only its end leads out. Where QEMU may have gone
-/// over to that image, a commit finds out, or root says so by `force`.
-fn refuse_half_merged(
-    daemon: &Daemon,
-    vm: VmId,
-    name: &str,
-    disks: &[OverlaidDisk],
-    force: bool,
-) -> Result<(), Problem> {
-    let refused = |why: &str| {
-        let what = format!("{name} stays as it is: {why}");
-        Err(Problem::would_lose_key(what).next(Advice::CommitSnapshot(name.to_owned())))
-    };
-    let jobs = daemon.keystore.jobs(ALL_JOBS)?.whole()?;
-    let mut half_merged = Vec::new();
-    for disk in disks {
-        match disk.asked(&daemon.host_store, vm)? {
-            None => half_merged.push(disk.clone()),
-            Some(_) if force => {
-                let one = std::slice::from_ref(disk);
-                let is_overwritten = jobs.iter().any(|job| is_forced(job) && has_begun(job, vm, one));
-                half_merged.extend(is_overwritten.then(|| disk.clone()));
-            }
-            Some(_) => {
-                let target = &disk.target;
-                let why = format!(
-                    "QEMU was asked to let disk {target} go over to its sealed image, and nobody has seen whether it did"
-                );
-                return refused(&why);
-            }
-        }
-    }
-    match jobs.iter().rfind(|job| has_begun(job, vm, &half_merged)) {
-        None => Ok(()),
-        Some(job) => refused(&format!(
-            "job {} has begun to merge it, and its sealed image is neither as it was nor as it is",
-            job.id.0
-        )),
-    }
-}
-
-/// Whether a commit may find newer data in the sealed image than in the overlay: no commit of ours has put it there.
-fn is_doubtful(daemon: &Daemon, plan: &OverlayPlan) -> Result<bool, Problem> {
-    if plan.act != SnapshotAct::Commit || !plan.has_newer_base() {
-        return Ok(false);
-    }
-    let jobs = daemon.keystore.jobs(ALL_JOBS)?.whole()?;
-    let disks = plan.jobs_disks();
-    Ok(!jobs.iter().any(|job| has_begun(job, plan.vm, &disks)))
-}
-
-fn is_forced(job: &JobRecord) -> bool {
-    matches!(Work::from_json(&job.task), Ok(Work::Overlays(overlays)) if overlays.force)
-}
-
-/// Whether a job may have written to a base, and one of the overlays that it was about is still there. So may one of another virtseald,
-/// which can't be read.
-fn has_begun(job: &JobRecord, vm: VmId, disks: &[OverlaidDisk]) -> bool {
-    if job.state == JobState::Done || disks.is_empty() {
-        return false;
-    }
-    let overlays = match Work::from_json(&job.task) {
-        Ok(Work::Overlays(overlays)) => overlays,
-        Ok(_) => return false,
-        Err(_) => return matches!(&job.subject, Subject::Image { vm: of, .. } if *of == vm),
-    };
-    let is_met = |theirs: &OverlaidDisk| {
-        let same_base = disks.iter().filter(|ours| ours.base == theirs.base);
-        let mut common = same_base
-            .flat_map(|ours| &ours.overlays)
-            .filter(|path| theirs.overlays.contains(path));
-        common.any(|overlay| snapshot::may_be_of(overlay, job.updated))
-    };
-    overlays.act == SnapshotAct::Commit && !overlays.reads_only && overlays.disks.iter().any(is_met)
 }
 
 /// What a job does, from the beginning.
@@ -299,13 +222,13 @@ fn free_off(
             at_work.note(before + done);
             go_on(at_work)
         };
-        let asked = disk.asked(&daemon.host_store, overlays.vm)?;
-        let is_known = overlays.force || asked.is_none() && !overlays.reads_only;
+        let pivot = disk.pivot(&daemon.host_store, overlays.vm)?;
+        let is_known = overlays.force || pivot.is_none() && !overlays.reads_only;
         let came = match is_known {
             true => held.merge(&host, &found, watch).map_err(of_disk)?,
             false => held.compare(&host, &found, watch).map_err(|failure| {
                 tracing::warn!(domain = name, "disk {}: {failure}", disk.target);
-                disk.not_known(name, asked)
+                disk.not_known(name, pivot)
             })?,
         };
         if came.is_break() {
@@ -401,11 +324,8 @@ fn free_running(
         return Ok(Came::Through);
     }
     let whole = bytes_of(disk);
-    let note = || -> Result<(), Problem> {
-        let top = disk.overlays.first().ok_or_else(|| disk.changed(name))?;
-        Ok(daemon.host_store.note_pivot(overlays.vm, &disk.base, top)?)
-    };
-    let asked = disk.asked(&daemon.host_store, overlays.vm)?;
+    let note = || disk.note_pivot(&daemon.host_store, overlays.vm, PivotBy::Virtseald);
+    let pivot = disk.pivot(&daemon.host_store, overlays.vm)?;
     let ended = running::merge(&daemon.background, defined.vm, name, disk, note, |job| {
         if let Some(job) = job {
             let part = job.done as f64 / job.total.max(1) as f64;
@@ -420,13 +340,16 @@ fn free_running(
     }
     // QEMU is believed about what it has open. An earlier try that had it merge has died before the next start knew that too; where none
     // had, the VM may run without what the overlays hold.
-    let was_merged = asked.is_some();
+    let was_merged = pivot.is_some_and(|pivot| pivot.by == PivotBy::Virtseald);
     let next = seen.next.as_deref();
     let found = match (found, next.map(|next| disk.standing(next)).transpose()?) {
         (Some(found), _) => found,
         (None, None | Some(Standing::Bare)) => return remove_left(daemon, disk, overlays),
         (None, Some(Standing::Overlaid)) if was_merged => find(&host, next.unwrap_or_default(), name, disk)?,
-        (None, Some(Standing::Overlaid | Standing::Other)) => return Err(disk.changed(name)),
+        (None, Some(Standing::Overlaid)) => {
+            return Err(disk.runs_without(&daemon.host_store, overlays.vm, name));
+        }
+        (None, Some(Standing::Other)) => return Err(disk.changed(name)),
     };
     let free = off::hold_overlays(&found).map_err(|failure| failure.of(name))?;
     if seen.next.is_some() {
@@ -437,89 +360,4 @@ fn free_running(
         off::remove(free)?;
     }
     Ok(Came::Through)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-    use std::time::{SystemTime, UNIX_EPOCH};
-
-    use super::*;
-    use crate::model::job::JobId;
-    use crate::store::Pass;
-
-    fn disk(base: &str, overlays: &[&PathBuf]) -> OverlaidDisk {
-        OverlaidDisk {
-            target: "vda".to_owned(),
-            base: base.into(),
-            overlays: overlays.iter().copied().cloned().collect(),
-        }
-    }
-
-    fn job(act: SnapshotAct, state: JobState, disk: &OverlaidDisk, updated: i64) -> JobRecord {
-        let work = Work::Overlays(Overlays {
-            vm: VmId(uuid::Uuid::from_u128(1)),
-            act,
-            keep: false,
-            force: false,
-            reads_only: false,
-            disks: vec![disk.clone()],
-            snapshots: Vec::new(),
-            asked_by: None,
-            host: None,
-        });
-        JobRecord {
-            id: JobId(1),
-            subject: work.subject(),
-            task: work.to_json(),
-            state,
-            pass: Pass::All,
-            cursor: String::new(),
-            total: 0,
-            seen: 0,
-            changed: 0,
-            left: 0,
-            waiting: String::new(),
-            failure: String::new(),
-            created: 0,
-            updated,
-        }
-    }
-
-    #[test]
-    fn a_commit_that_was_begun_is_remembered_as_long_as_an_overlay_of_it_is_there() {
-        use SnapshotAct::{Commit, Delete};
-        let vm = VmId(uuid::Uuid::from_u128(1));
-        let has_begun = |job: &JobRecord, disks: &[OverlaidDisk]| has_begun(job, vm, disks);
-        let directory = tempfile::tempdir().unwrap();
-        let [first, second] = ["s1", "s2"].map(|name| directory.path().join(name));
-        std::fs::write(&first, "").unwrap();
-        std::fs::write(&second, "").unwrap();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64 + 60;
-        let begun = disk("/b", &[&first]);
-        // Another snapshot was made on top since.
-        let ours = [disk("/c", &[]), disk("/b", &[&second, &first])];
-        for state in [
-            JobState::Running,
-            JobState::Aborted,
-            JobState::Failed,
-            JobState::Incomplete,
-        ] {
-            assert!(has_begun(&job(Commit, state, &begun, now), &ours), "{state:?}");
-        }
-        assert!(!has_begun(&job(Commit, JobState::Done, &begun, now), &ours));
-        assert!(!has_begun(&job(Delete, JobState::Aborted, &begun, now), &ours));
-        let aborted = |disk: &OverlaidDisk, updated| job(Commit, JobState::Aborted, disk, updated);
-        assert!(!has_begun(&aborted(&disk("/other", &[&first]), now), &ours));
-        assert!(!has_begun(&aborted(&begun, now), &[disk("/b", &[&second])]));
-        // A later virtseald has written it.
-        let mut later = job(Commit, JobState::Aborted, &begun, now);
-        later.task = r#"{"kind":"overlays","later":1}"#.to_owned();
-        assert!(has_begun(&later, &ours));
-        assert!(!super::has_begun(&later, VmId::random(), &ours));
-        // Another file has the name by now.
-        if first.metadata().unwrap().created().is_ok() {
-            assert!(!has_begun(&aborted(&begun, 1000), &ours));
-        }
-    }
 }

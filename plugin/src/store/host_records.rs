@@ -125,3 +125,18 @@ pub(crate) struct SavedState {
     /// The envelopes that the file has copies of.
     pub envelopes: Vec<Envelope>,
 }
+
+/// When QEMU may have gone over, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Pivot {
+    pub at: UnixTime,
+    pub by: PivotBy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum PivotBy {
+    /// It was asked to by virtseald, and nobody has seen that it has.
+    Virtseald,
+    /// It was seen to have the image below alone, and virtseald had not asked.
+    Others,
+}

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::foreign::{Proof, note_behind, take_in};
+use super::foreign::{Proof, Taken, note_behind, take_in};
 use super::host::Host;
 use super::moved::Moved;
 use super::names::ProviderNames;
@@ -135,11 +135,11 @@ fn adopt_object(
     let mut refused = None;
     for copy in with_mac {
         match adopt_with_mac(host, copy, location) {
-            Ok(doubt) => warnings.extend(doubt.map(|doubt| Finding {
+            Ok(Taken::Weighed(doubt)) => warnings.extend(doubt.map(|doubt| Finding {
                 subject: Subject::object(&domain.name, &object.label),
                 ..doubt
             })),
-            Err(problem) => drop(refused.get_or_insert(problem)),
+            Ok(Taken::GivenUp(problem)) | Err(problem) => drop(refused.get_or_insert(problem)),
         }
     }
     if let Some(record) = host.keystore.readable_envelope(object.secret)? {
@@ -191,7 +191,7 @@ fn attempts<'a>(
     Attempts { with_mac, format_1 }
 }
 
-fn adopt_with_mac(host: &Host<'_>, copy: &VisibleCopy, location: &Path) -> Result<Option<Finding>, Problem> {
+fn adopt_with_mac(host: &Host<'_>, copy: &VisibleCopy, location: &Path) -> Result<Taken, Problem> {
     let record = host.keystore.readable_envelope(copy.envelope.id)?;
     let first = record.as_ref().map_or(&copy.envelope, |record| &record.envelope);
     let dek = host.recipients.open_envelope(first)?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use super::foreign::{Proof, note_behind, proof_of};
+use super::foreign::{Proof, given_up, note_behind, proof_of};
 use super::forgotten::{self, ForgottenError, Said};
 use super::host::Host;
 use super::names::{VmNames, some_of};
@@ -31,8 +31,12 @@ pub(crate) struct Uses {
     fixed: usize,
     /// Whether the settings have it among the recipients of what is sealed.
     in_policy: bool,
+    /// VMs whose XML has a vTPM that was given up.
+    renewed: BTreeSet<String>,
+    /// Files of what was forgotten, and may be elsewhere.
+    forgotten: BTreeSet<PathBuf>,
     /// Files of what was forgotten as deleted, and would open by it: nothing needs them unless an image turns up.
-    given_up: BTreeSet<PathBuf>,
+    deleted: BTreeSet<PathBuf>,
 }
 
 /// Whether a copy can be brought up to date, and need the provider no more.
@@ -175,7 +179,7 @@ pub(crate) fn delete(
         let locked = Finding::warning(FindingCode::ObjectsLocked, subject.clone(), what);
         warnings.push(locked.next(bring_back(id, name.clone(), Some(provider.kind()))));
     }
-    warnings.extend(uses.given_up.iter().map(|file| {
+    warnings.extend(uses.deleted.iter().map(|file| {
         let file = word(file.display());
         let what = format!("should an image turn up that was forgotten as deleted ({file}), '{name}' must be here again to open it");
         Finding::warning(FindingCode::NeededIfFound, subject.clone(), what)
@@ -278,6 +282,14 @@ fn visible_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<(), 
                     uses.note_copy(copy.place.to_string(), follows);
                 }
             }
+            // A job does not take it in, so it can't be moved as it is.
+            None if given_up(host, &copy.envelope)?.is_some() => {
+                let place = format!("{}, of a vTPM that was given up", copy.place);
+                uses.note_copy(place, Follows::Never);
+                if let Place::Xml(vm) = &copy.place {
+                    uses.renewed.insert(vm.clone());
+                }
+            }
             None => {
                 if unknown.insert(copy.envelope.id) {
                     uses.note(id, &copy.envelope);
@@ -301,8 +313,9 @@ fn forgotten_uses(host: &Host<'_>, id: ProviderId, uses: &mut Uses) -> Result<()
                 Said::Elsewhere => {
                     let place = format!("{}, forgotten in {}", kept.vm.name, path.display());
                     uses.note_copy(place, Follows::Never);
+                    uses.forgotten.insert(path);
                 }
-                Said::Deleted => drop(uses.given_up.insert(path)),
+                Said::Deleted => drop(uses.deleted.insert(path)),
             }
         }
     }
@@ -340,16 +353,22 @@ fn needed(name: &str, uses: &Uses, names: &VmNames, other: String) -> Problem {
         from: name.to_owned(),
         to: other,
     };
-    let next = match (uses.objects.len(), uses.alone) {
-        (0, _) if uses.fixed > 0 => Advice::from("start what was saved")
-            .also(Advice::AdoptFrom("FILE".into()).note("with what was forgotten"))
+    let file = uses.forgotten.first().cloned().unwrap_or_else(|| "FILE".into());
+    let next = match (uses.objects.len(), uses.alone, uses.renewed.first()) {
+        (0, _, Some(vm)) => Advice::SealVm(vm.clone())
+            .note("which names the new vTPM in its XML")
+            .then(Advice::DeleteProvider(name.to_owned())),
+        (0, _, None) if uses.fixed > 0 => Advice::from("start what was saved")
+            .also(Advice::AdoptFrom(file).note("with what was forgotten"))
             .then(move_it)
             .also("copies in snapshots go with these, and with --force the provider goes without"),
-        (0, _) if !uses.copies.is_empty() => {
+        (0, _, None) if !uses.copies.is_empty() => {
             Advice::ListJobs.within("it shows the copies and what they wait for")
         }
-        (0, _) => Advice::from("take it out of recipients in virtseald.yaml").then(Advice::ReloadDaemon),
-        (_, 0) => Advice::RemoveRecipient(name.to_owned()),
+        (0, _, None) => {
+            Advice::from("take it out of recipients in virtseald.yaml").then(Advice::ReloadDaemon)
+        }
+        (_, 0, _) => Advice::RemoveRecipient(name.to_owned()),
         _ => move_it,
     };
     Problem::would_lose_key(format!("'{name}' stays: {}", reasons.join("; "))).next(next)

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::host::Host;
-use super::seal::was_given_up;
+use super::names::VmNames;
+use super::seal;
 use super::start::adoption::{Doubt, Weighed, believe, weigh};
 use super::visible::{Place, Visible, VisibleCopy, held_copies};
 use crate::domain::{Domain, encrypted_layers};
@@ -24,7 +25,7 @@ use crate::store::{CopyPlace, EnvelopeRecord, LeftBehind, StoreError};
 /// What came to this host with VMs and images, and is not taken in.
 #[derive(Debug)]
 pub(crate) struct Travelling {
-    /// What could not be read, and where; what somebody else has in hand.
+    /// What could not be read, and where; what somebody else has in hand; what was given up here.
     pub left_out: Vec<Problem>,
     /// What a job leaves as it is, and why.
     pub rivals: Vec<LeftBehind>,
@@ -62,7 +63,7 @@ pub(crate) fn adopt_foreign_envelopes<C>(
     let mut left_out = visible.unreadable;
     for (vm, copies) in vms {
         match claim(vm) {
-            Ok(_claim) => take_in_all(host, copies)?,
+            Ok(_claim) => left_out.extend(take_in_all(host, copies)?),
             Err(busy) => left_out.push(Problem::busy(busy.message)),
         }
     }
@@ -193,7 +194,11 @@ pub(crate) fn note_behind(
     Ok(true)
 }
 
-fn take_in_all(host: &Host<'_>, copies: impl IntoIterator<Item = VisibleCopy>) -> Result<(), Problem> {
+/// Says which of them were given up here.
+fn take_in_all(
+    host: &Host<'_>,
+    copies: impl IntoIterator<Item = VisibleCopy>,
+) -> Result<Vec<Problem>, Problem> {
     let mut candidates = Vec::new();
     for copy in copies {
         let record = host.keystore.readable_envelope(copy.envelope.id)?;
@@ -206,24 +211,37 @@ fn take_in_all(host: &Host<'_>, copies: impl IntoIterator<Item = VisibleCopy>) -
         .map(|(copy, record, _)| record.as_ref().map_or(&copy.envelope, |record| &record.envelope))
         .collect();
     let opened = host.recipients.open_each(&first);
+    let mut out = Vec::new();
     for ((copy, record, location), dek) in candidates.iter().zip(opened) {
         let Ok(dek) = dek else { continue };
-        if let Err(problem) = take_in(host, copy, record.as_ref(), location, &dek) {
-            tracing::warn!(envelope = %copy.envelope.id, place = %copy.place, "not adopted: {problem}");
+        match take_in(host, copy, record.as_ref(), location, &dek) {
+            Ok(Taken::Weighed(_)) => {}
+            Ok(Taken::GivenUp(problem)) => out.push(problem),
+            Err(problem) => {
+                tracing::warn!(envelope = %copy.envelope.id, place = %copy.place, "not adopted: {problem}");
+            }
         }
     }
-    Ok(())
+    Ok(out)
 }
 
-/// Takes in a copy that counts, by the key that the keystore's version, or it where there is none, opens to. Says what there is to
-/// say of one that does not.
+/// What became of a copy.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// The keystore has what counts; what there is to say of a copy that does not.
+    Weighed(Option<Finding>),
+    /// It is of a vTPM that was given up here, and stays out.
+    GivenUp(Problem),
+}
+
+/// Takes in a copy that counts, by the key that the keystore's version, or it where there is none, opens to.
 pub(crate) fn take_in(
     host: &Host<'_>,
     copy: &VisibleCopy,
     record: Option<&EnvelopeRecord>,
     location: &str,
     dek: &Dek,
-) -> Result<Option<Finding>, Problem> {
+) -> Result<Taken, Problem> {
     let refused = |error| Problem::failed(chain(&error));
     let believed = believe(host.recipients, record, Some(&copy.envelope), dek).map_err(refused)?;
     let doubt = believed.doubt.as_ref();
@@ -235,16 +253,40 @@ pub(crate) fn take_in(
         tracing::warn!("{doubt}");
     }
     if record.is_none() {
-        let opening = host.open_object(&believed.envelope, Path::new(location), dek)?;
-        if opening == Opening::NotMade && was_given_up(host, believed.envelope.vm, believed.envelope.id)? {
-            return Ok(doubt);
+        let opening = host.open_object(&believed.envelope, Path::new(location), dek);
+        // Only its own state, put back, makes it count again.
+        if !matches!(opening, Ok(Opening::Opened))
+            && let Some(file) = given_up(host, &believed.envelope)?
+        {
+            return Ok(Taken::GivenUp(stays_out(host, copy, &file)?));
         }
+        opening?;
     }
     if believed.is_news {
         host.keystore.put(&believed.envelope, location)?;
         tracing::info!(envelope = %copy.envelope.id, place = %copy.place, "taken in");
     }
-    Ok(doubt)
+    Ok(Taken::Weighed(doubt))
+}
+
+/// The file with the envelope of a vTPM that was given up here for another.
+pub(crate) fn given_up(host: &Host<'_>, envelope: &Envelope) -> Result<Option<PathBuf>, Problem> {
+    match envelope.kind.is_made_at_first_start() {
+        true => seal::given_up(host, envelope.vm, envelope.id),
+        false => Ok(None),
+    }
+}
+
+fn stays_out(host: &Host<'_>, copy: &VisibleCopy, file: &Path) -> Result<Problem, Problem> {
+    let name = VmNames::of_keystore(host.keystore)?.of(copy.envelope.vm);
+    let what = format!(
+        "envelope {} in {} is of a vTPM that was given up here (it is kept in {}), and the VM has a new one",
+        copy.envelope.id,
+        copy.place,
+        file.display()
+    );
+    let seal = Advice::SealVm(name.clone()).note("which names the new one in the XML");
+    Ok(Problem::failed(what).about(Subject::Vm(name)).next(seal))
 }
 
 /// The location to keep it with, if the keystore should learn of it. A snapshot is the past, and who wrote a format 1 can't

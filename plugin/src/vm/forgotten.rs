@@ -115,14 +115,15 @@ pub(crate) fn kept(state_dir: &Path) -> Result<Vec<Kept>, ForgottenError> {
     Ok(paths.into_iter().map(read).collect())
 }
 
-/// Whether one of the files has this envelope.
-pub(crate) fn has(state_dir: &Path, id: EnvelopeId) -> Result<bool, ForgottenError> {
-    let kept = kept(state_dir)?;
-    let mut objects = kept
-        .iter()
-        .filter_map(|(_, found)| found.as_ref().ok())
-        .flat_map(|found| &found.objects);
-    Ok(objects.any(|record| record.envelope.id == id))
+/// The newest of the files that have such an envelope.
+pub(crate) fn file_with(
+    state_dir: &Path,
+    is_it: impl Fn(&Envelope) -> bool,
+) -> Result<Option<PathBuf>, ForgottenError> {
+    let has_it = |found: &Forgotten| found.objects.iter().any(|record| is_it(&record.envelope));
+    let mut kept = kept(state_dir)?.into_iter().rev();
+    let newest = kept.find(|(_, found)| found.as_ref().is_ok_and(has_it));
+    Ok(newest.map(|(path, _)| path))
 }
 
 /// The envelopes in `kept` that nothing else has: not those that are known again. With any of them go those of its saved state.

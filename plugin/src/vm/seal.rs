@@ -8,6 +8,7 @@
 
 mod declared;
 mod disks;
+mod dropped;
 mod firmware;
 mod keys;
 mod known;
@@ -32,6 +33,7 @@ use crate::host::libvirt::DefinedDomain;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ObjectKind, Precedence};
+use crate::model::finding::Finding;
 use crate::model::problem::{Problem, chain};
 use crate::model::subject::Subject;
 use crate::object::disk::{self, CreateRequest, ImageLock, VolumeInfo};
@@ -40,6 +42,7 @@ use crate::vm::host::Host;
 
 use disks::{DiskStep, DiskWork};
 pub(crate) use firmware::firmware_of;
+pub(crate) use known::given_up;
 pub(crate) use object::{Leftover, NewObject};
 pub(crate) use others::OtherUses;
 pub(crate) use plan::{Plan, survey};
@@ -49,7 +52,6 @@ pub(crate) use replaced::Replaced;
 pub(crate) use reset::{plan_reset, reset};
 use store::{NewStore, NvramStep, Present};
 pub(crate) use unseal::{plan_unseal, unseal};
-pub(crate) use vtpm::was_given_up;
 
 /// A domain whose objects are made, to be defined.
 #[derive(Debug)]
@@ -59,6 +61,8 @@ pub(crate) struct Made {
     pub replaced: Replaced,
     /// Whether the keystore has learnt of another place of an image.
     pub moved: bool,
+    /// Where what only the XML had is now.
+    pub kept: Vec<Finding>,
 }
 
 /// Makes and adopts what the plan says. The caller defines the domain.
@@ -113,6 +117,7 @@ pub(crate) fn seal(
     };
     let xml = edit::seal(&defined.xml, &changes)
         .map_err(|error| Problem::failed(format!("{}: {}", defined.name, chain(&error))))?;
+    let kept = dropped::keep(host, defined, &xml)?;
     let again = Advice::SealVm(defined.name.clone());
     let replaced = Replaced::publish(host, ready, &again).map_err(|failure| failure.of(&defined.name))?;
     if let Some(envelope) = vtpm.filter(|_| plan.vtpm.act().is_some()) {
@@ -127,7 +132,12 @@ pub(crate) fn seal(
             .open_and_settle(host)
             .map_err(|failure| failure.of(&defined.name))?;
     }
-    Ok(Made { xml, replaced, moved })
+    Ok(Made {
+        xml,
+        replaced,
+        moved,
+        kept,
+    })
 }
 
 /// Which of two versions of one generation counts is root's to decide: until then that of the XML stays where `vm status` sees it.

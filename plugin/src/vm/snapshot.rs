@@ -15,7 +15,8 @@
 //!
 //! Before QEMU is **asked to go over** to the base of a VM that runs, the host's store notes it, until its XMLs are seen to say so. Where
 //! libvirtd, virtseald and the VM all end in between, an XML may name an overlay that is older than the base: as long as that is noted, a
-//! commit merges nothing that it has not read to be the same, and root decides which is newer where it is not.
+//! commit merges nothing that it has not read to be the same, and root decides which is newer where it is not. So it is with a VM that
+//! is seen to run on the base alone while its next start would have the overlay, as after a merge by hand and an older XML.
 
 mod found;
 pub(crate) mod off;
@@ -38,7 +39,7 @@ use crate::model::envelope::VmId;
 use crate::model::finding::{Finding, FindingCode, Subject};
 use crate::model::problem::{Problem, chain};
 use crate::object::disk::Bytes;
-use crate::store::{HostStore, StoreError, UnixTime};
+use crate::store::{HostStore, Pivot, PivotBy, StoreError, UnixTime};
 use crate::terminal::{visible, word};
 use crate::vm::host::Host;
 
@@ -89,30 +90,70 @@ impl OverlaidDisk {
         })
     }
 
-    /// When QEMU was asked to go over to the base, if nobody has seen whether it did.
+    /// Why it is not known whether the base is the newer one, if something of that is noted.
     ///
     /// # Errors
     /// When the store can't be read.
-    pub(crate) fn asked(&self, store: &HostStore, vm: VmId) -> Result<Option<UnixTime>, StoreError> {
+    pub(crate) fn pivot(&self, store: &HostStore, vm: VmId) -> Result<Option<Pivot>, StoreError> {
         let mut last = None;
         for overlay in &self.overlays {
-            let asked = store.pivot(vm, &self.base, overlay)?;
-            last = last.max(asked.filter(|asked| may_be_of(overlay, *asked)));
+            let noted = store.pivot(vm, &self.base, overlay)?;
+            last = last.max(noted.filter(|pivot| may_be_of(overlay, pivot.at)));
         }
         Ok(last)
     }
 
+    /// Whether the base was written to after that time, and not just then.
+    pub(crate) fn was_written_after(&self, at: UnixTime) -> bool {
+        modified(&self.base).is_some_and(|written| written > since_epoch(at) + GOES_OVER)
+    }
+
+    /// Notes that QEMU goes over to the base, or has.
+    pub(crate) fn note_pivot(&self, store: &HostStore, vm: VmId, by: PivotBy) -> Result<(), Problem> {
+        match self.overlays.first() {
+            Some(top) => Ok(store.note_pivot(vm, &self.base, top, by)?),
+            None => Ok(()),
+        }
+    }
+
+    /// What is said of a VM that runs on the base alone, although its next start would have the overlay: what is in that may have been
+    /// merged, or be missing in the base. Notes it.
+    pub(crate) fn runs_without(&self, store: &HostStore, vm: VmId, name: &str) -> Problem {
+        if let Err(failure) = self.note_pivot(store, vm, PivotBy::Others) {
+            return failure.of(name);
+        }
+        let (base, top) = (&self.base, self.overlays.first().unwrap_or(&self.base));
+        let what = format!(
+            "{name} runs on {}, and its next start would have {} on that, which virtseal has not merged",
+            base.display(),
+            top.display()
+        );
+        let commit = Advice::CommitSnapshot(name.to_owned()).note("which compares both");
+        Problem::busy(what).next(Advice::ShutDownVm(name.to_owned()).then(commit))
+    }
+
     /// What a commit says that finds both different after that, or where the sealed image is the newer one.
-    pub(crate) fn not_known(&self, name: &str, asked: Option<UnixTime>) -> Problem {
+    pub(crate) fn not_known(&self, name: &str, pivot: Option<Pivot>) -> Problem {
         let time =
             |time: Option<SystemTime>| time.map_or_else(|| "?".to_owned(), crate::host::local_time::rfc3339);
         let (base, target) = (self.base.display(), &self.target);
         let top = self.overlays.first().unwrap_or(&self.base);
-        let why = match asked {
-            Some(asked) => format!(
+        let why = match pivot {
+            Some(Pivot {
+                at,
+                by: PivotBy::Virtseald,
+            }) => format!(
                 "QEMU was asked at {} to let disk {target} go over from {} to {base}, nobody has seen whether it did, and they differ",
-                time(Some(since_epoch(asked))),
+                time(Some(since_epoch(at))),
                 top.display()
+            ),
+            Some(Pivot {
+                at,
+                by: PivotBy::Others,
+            }) => format!(
+                "disk {target} has the overlay {} by its XML, it ran on {base} alone at {}, and they differ",
+                top.display(),
+                time(Some(since_epoch(at)))
             ),
             None => format!(
                 "disk {target} has the overlay {} by its XML, {base} is newer, as after a blockcommit in which libvirtd died, and they \
@@ -156,7 +197,7 @@ pub(crate) struct OverlayPlan {
     snapshots: Vec<ExternalSnapshot>,
 }
 
-/// Looks and decides; nothing is changed.
+/// Looks and decides; nothing is changed but what is noted of a VM that runs without its overlays.
 pub(crate) fn plan(
     host: &Host<'_>,
     defined: &DefinedDomain,
@@ -187,6 +228,9 @@ pub(crate) fn plan(
     let xml = xml.as_deref().unwrap_or(&defined.xml);
     let domain = Domain::parse(xml).map_err(|error| of_vm(Problem::failed(chain(&error))))?;
     let disks = find(host, &domain).map_err(of_vm)?;
+    if defined.active && disks.is_empty() {
+        refuse_running_without(host, defined, xml)?;
+    }
     let snapshots = snapshots_of(&host.kept, defined.vm).map_err(of_vm)?;
     if act == SnapshotAct::Commit {
         found::refuse_other_branches(host, defined.vm, &disks, &snapshots).map_err(of_vm)?;
@@ -207,6 +251,19 @@ pub(crate) fn plan(
             .collect(),
         disks,
     })
+}
+
+fn refuse_running_without(host: &Host<'_>, defined: &DefinedDomain, live: &str) -> Result<(), Problem> {
+    let name = &defined.name;
+    let of_vm = |failure: Problem| failure.of(name);
+    let next = Domain::parse(&defined.xml).map_err(|error| of_vm(Problem::failed(chain(&error))))?;
+    for disk in find(host, &next).map_err(of_vm)? {
+        let disk = disk.paths();
+        if disk.standing(live)? == Standing::Bare {
+            return Err(disk.runs_without(host.host_store, defined.vm, name));
+        }
+    }
+    Ok(())
 }
 
 /// A saved state is one without overlays.

@@ -39,7 +39,9 @@ use crate::object::vtpm::StateError;
 use crate::object::{Located, ObjectError, OpenedHeaders, Opening};
 use crate::recipients::{OpenError, Recipients};
 use crate::secret::Passphrase;
-use crate::store::{CopyPlace, EnvelopeState, EnvelopeStore, HostStore, StoreError, VmRecord};
+use crate::store::{
+    CopyPlace, EnvelopeRecord, EnvelopeState, EnvelopeStore, HostStore, StoreError, VmRecord,
+};
 use crate::vm::host::passphrase;
 use crate::vm::moved::Moved;
 use crate::vm::whose::Whose;
@@ -127,10 +129,7 @@ pub(crate) fn prepare(context: &StartContext<'_>, domain: &Domain) -> Result<Pre
         check_place(domain, &object, &[&believed.envelope], whose).map_err(of_object)?;
         let passphrase = passphrase(&dek).map_err(of_object)?;
         // The images of this VM by the keystore, and that of the envelope, which may be another's that is shared.
-        let known = own
-            .iter()
-            .chain(&versions.record)
-            .map(|record| record.location.as_str());
+        let known = own.iter().chain(&versions.record);
         let opening = open_object(context, domain, &object, &believed.envelope, &passphrase, known);
         match opening.map_err(of_object)? {
             Opening::Opened if object.kind.is_made_at_first_start() => believed.note_seen(&dek),
@@ -175,7 +174,7 @@ fn open_object<'a>(
     object: &ObjectRef,
     envelope: &Envelope,
     passphrase: &Passphrase,
-    known: impl Iterator<Item = &'a str> + Clone,
+    known: impl Iterator<Item = &'a EnvelopeRecord> + Clone,
 ) -> Result<Opening, Problem> {
     let path = object.path.as_deref();
     // Until it is opened. Another start would wait there like this one.
@@ -185,7 +184,8 @@ fn open_object<'a>(
     };
     let permit = |path: &Path| {
         // Nothing is read where neither this host's settings nor the keystore expect an image of this VM, or another's that is shared.
-        context.paths.permit_known(path, known.clone())
+        let known = known.clone().map(|record| record.location.as_str());
+        context.paths.permit_known(path, known)
     };
     let located = Located::of(object.kind, domain.uuid, path, &context.swtpm_dir, permit);
     let located = located.map_err(|error| match (error.is_missing(), path) {
@@ -202,7 +202,12 @@ fn open_object<'a>(
     let opening = context
         .opened_headers
         .open(&located, envelope, passphrase)
-        .map_err(|error| not_opened(domain, object.kind, error))?;
+        .map_err(|error| match error {
+            ObjectError::State(error @ StateError::Closed { .. }) if has_another(known, envelope) => {
+                of_another_key(domain, error)
+            }
+            error => not_opened(domain, object.kind, error),
+        })?;
     match opening {
         Opening::NotMade if context.state_source == StateSource::Stream => {
             tracing::info!(
@@ -217,6 +222,21 @@ fn open_object<'a>(
         Opening::NotMade | Opening::Opened => {}
     }
     Ok(opening)
+}
+
+/// Whether the VM has had more than one object of this kind: a vTPM was given up for a new one.
+fn has_another<'a>(mut known: impl Iterator<Item = &'a EnvelopeRecord>, envelope: &Envelope) -> bool {
+    known.any(|record| record.envelope.kind == envelope.kind && record.envelope.id != envelope.id)
+}
+
+fn of_another_key(domain: &Domain, error: StateError) -> Problem {
+    let problem = Problem::from(error);
+    let seal = Advice::SealVm(domain.name.clone()).note("which tries the other keys that its TPM has had");
+    let advice = match problem.advice.clone() {
+        Some(back) => seal.or_else(back),
+        None => seal,
+    };
+    problem.next(advice)
 }
 
 fn unanswered(path: &Path, Silent(storage): &Silent) -> Problem {

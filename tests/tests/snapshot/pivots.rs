@@ -24,11 +24,7 @@ impl Asked {
         let (spec, overlays) = overlaid(rig, vm)?;
         let next = rig.sealed.dumpxml(vm)?;
         virsh(rig, &["blockcommit", vm, "vda", "--active"])?;
-        wait_until(PATIENCE, "the merge to be ready", || {
-            Ok(virsh(rig, &["dumpxml", vm])?
-                .contains("ready='yes'")
-                .then_some(()))
-        })?;
+        wait_until_ready(rig, vm)?;
         let pid = fs::read_to_string(rig.host().path(format!("/run/libvirt/qemu/{vm}.pid")))?;
         let qemu = pid.trim().to_owned();
         rig.host().run(&["kill", "-STOP", &qemu])?.succeeded()?;
@@ -228,33 +224,81 @@ fn a_merge_by_hand_is_no_riddle() -> Result<()> {
     Ok(())
 }
 
-/// libvirtd died in it, and the VM has run on its sealed image ever since: its XML names an overlay that is days old.
+/// libvirtd died in it, and the VM has run on its sealed image ever since: its XML names an overlay that is days old. A commit that was
+/// begun before, and aborted, has not written what is there now.
 #[test]
 fn a_merge_by_hand_that_libvirtd_died_in_loses_nothing() -> Result<()> {
     let mut rig = Rig::start()?;
-    let (spec, overlays) = overlaid(&rig, "web01")?;
-    virsh(&rig, &["blockcommit", "web01", "vda", "--active"])?;
-    wait_until(PATIENCE, "the merge to be ready", || {
-        Ok(virsh(&rig, &["dumpxml", "web01"])?
-            .contains("ready='yes'")
-            .then_some(()))
-    })?;
-    rig.sealed.host_mut().kill_libvirtd()?;
-    go_over(&rig, "web01", 0x43)?;
-    let pid = fs::read_to_string(rig.host().path("/run/libvirt/qemu/web01.pid"))?;
-    rig.host().run(&["kill", "-KILL", pid.trim()])?.succeeded()?;
-    for overlay in &overlays {
-        let file = fs::File::options().write(true).open(rig.host().path(overlay))?;
-        file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(3600))?;
+    for (vm, is_begun_before) in [("web01", false), ("web02", true)] {
+        let (spec, overlays) = overlaid(&rig, vm)?;
+        if is_begun_before {
+            abort_a_commit(&rig, vm)?;
+        }
+        virsh(&rig, &["blockcommit", vm, "vda", "--active"])?;
+        wait_until_ready(&rig, vm)?;
+        rig.sealed.host_mut().kill_libvirtd()?;
+        go_over(&rig, vm, 0x43)?;
+        let pid = fs::read_to_string(rig.host().path(format!("/run/libvirt/qemu/{vm}.pid")))?;
+        rig.host().run(&["kill", "-KILL", pid.trim()])?.succeeded()?;
+        let set_modified = |image: &PathBuf, time| -> Result<()> {
+            let file = fs::File::options().write(true).open(rig.host().path(image))?;
+            Ok(file.set_modified(time)?)
+        };
+        let (now, minute) = (std::time::SystemTime::now(), std::time::Duration::from_secs(60));
+        for overlay in &overlays {
+            set_modified(overlay, now - 60 * minute)?;
+        }
+        set_modified(&spec.disk, now + minute)?;
+        rig.sealed.host_mut().restart_libvirtd()?;
+        let told = rig.sealed.refused_start(vm)?;
+        let refused = Way::that_begins("virtseal vm snapshot commit", &told)?.refused(&rig.sealed)?;
+        let base = spec.disk.display().to_string();
+        expect_names(&refused, &["is newer", &format!("if it ran on {base} since")])?;
+        Way::that_begins("virtseal vm snapshot delete", &refused)?.take(&rig.sealed)?;
+        expect_data(&rig, &spec, 0x43)?;
+        expect_free(&rig, &spec, &overlays)?;
     }
-    rig.sealed.host_mut().restart_libvirtd()?;
-    let told = rig.sealed.refused_start("web01")?;
-    let refused = Way::that_begins("virtseal vm snapshot commit", &told)?.refused(&rig.sealed)?;
-    let base = spec.disk.display().to_string();
-    expect_names(&refused, &["is newer", &format!("if it ran on {base} since")])?;
-    Way::that_begins("virtseal vm snapshot delete", &refused)?.take(&rig.sealed)?;
-    expect_data(&rig, &spec, 0x43)?;
-    expect_free(&rig, &spec, &overlays)
+    Ok(())
+}
+
+fn wait_until_ready(rig: &Rig, vm: &str) -> Result<()> {
+    wait_until(PATIENCE, "the merge to be ready", || {
+        let live = virsh(rig, &["dumpxml", vm])?;
+        Ok(live.contains("ready='yes'").then_some(()))
+    })
+}
+
+/// Begins a commit that is not ready before something is done about it.
+fn begin_slowly(rig: &Rig, vm: &str) -> Result<Process> {
+    let begin = [
+        "blockcommit",
+        vm,
+        "vda",
+        "--active",
+        "--bytes",
+        "--bandwidth",
+        "65536",
+    ];
+    virsh(rig, &begin)?;
+    let program = built_program("virtseal")?;
+    let program = program.to_str().context("a UTF-8 path")?;
+    let commit = [program, "vm", "snapshot", "commit", vm];
+    let commit = rig.host().spawn(&format!("commit-{vm}"), &commit)?;
+    wait_until(PATIENCE, "the job to begin", || {
+        let job = rig.sealed.last_job();
+        Ok(job.is_ok_and(|job| job["state"] == "running").then_some(()))
+    })
+    .with_context(|| commit.output())?;
+    Ok(commit)
+}
+
+fn abort_a_commit(rig: &Rig, vm: &str) -> Result<()> {
+    let mut commit = begin_slowly(rig, vm)?;
+    rig.sealed.run(&["jobs", "abort"])?;
+    commit.wait(PATIENCE)?;
+    wait_until(PATIENCE, "the merge to be ended", || {
+        Ok((!virsh(rig, &["dumpxml", vm])?.contains("<mirror")).then_some(()))
+    })
 }
 
 #[test]
@@ -269,27 +313,7 @@ fn what_can_not_be_noted_is_not_asked() -> Result<()> {
     rig.sealed.start_daemon()?;
     rig.sealed.unlock()?;
     let (spec, overlays) = overlaid(&rig, "web01")?;
-    // So slow that it is not ready before there is no room.
-    virsh(
-        &rig,
-        &[
-            "blockcommit",
-            "web01",
-            "vda",
-            "--active",
-            "--bytes",
-            "--bandwidth",
-            "65536",
-        ],
-    )?;
-    let program = built_program("virtseal")?;
-    let program = program.to_str().context("a UTF-8 path")?;
-    let mut commit = rig
-        .host()
-        .spawn("commit", &[program, "vm", "snapshot", "commit", "web01"])?;
-    wait_until(PATIENCE, "the job to begin", || {
-        Ok(rig.sealed.last_job().is_ok().then_some(()))
-    })?;
+    let mut commit = begin_slowly(&rig, "web01")?;
     let pinned = pin_log(&rig.sealed)?;
     let ballast = rig.host().path(state).join("ballast");
     ensure!(
@@ -312,4 +336,60 @@ fn what_can_not_be_noted_is_not_asked() -> Result<()> {
     rig.sealed.destroy("web01")?;
     expect_data(&rig, &spec, 0x42)?;
     expect_free(&rig, &spec, &overlays)
+}
+
+/// A job was begun, an admin merged by hand, and defined an older XML again: whether the overlay has what the sealed image lacks nobody
+/// knows.
+#[test]
+fn a_vm_that_runs_without_an_overlay_of_its_next_start_keeps_what_it_has() -> Result<()> {
+    let mut rig = Rig::start()?;
+    for (vm, written) in [("web01", None), ("web02", Some(0x43))] {
+        let (spec, overlays) = overlaid(&rig, vm)?;
+        let next = rig.sealed.dumpxml(vm)?;
+        let _commit = begin_slowly(&rig, vm)?;
+        rig.sealed.stop_daemon(Signal::SIGKILL)?;
+        virsh(&rig, &["blockjob", vm, "vda", "--bytes", "--bandwidth", "0"])?;
+        wait_until_ready(&rig, vm)?;
+        virsh(&rig, &["blockjob", vm, "vda", "--pivot"])?;
+        rig.host().define_xml(&next)?;
+        if let Some(byte) = written {
+            write(&rig, vm, byte, 0, 2 * MIB)?;
+        }
+        rig.sealed.start_daemon()?;
+        rig.sealed.unlock()?;
+        let job = wait_for_its_end(&rig)?;
+        ensure!(job["state"] == "failed", "{job}");
+        let told = job["problem"].to_string();
+        expect_names(
+            &told,
+            &[
+                &spec.disk.display().to_string(),
+                "has not merged",
+                "virsh shutdown",
+            ],
+        )?;
+        // Asked again it says the same.
+        let refused = rig.sealed.refused(9, &["vm", "snapshot", "commit", vm])?;
+        let commit = Way::that_begins("virsh shutdown", &refused)?.after("virsh shutdown");
+        // No guest is there that would shut down.
+        rig.sealed.destroy(vm)?;
+        let delete = ["vm", "snapshot", "delete", &format!("--yes-delete={vm}"), vm];
+        expect_names(
+            &rig.sealed.refused(8, &delete)?,
+            &["ran on its sealed image alone"],
+        )?;
+        match written {
+            // Both are the same.
+            None => drop(commit.take(&rig.sealed)?),
+            Some(_) => {
+                let refused = commit.refused(&rig.sealed)?;
+                expect_names(&refused, &["ran on", "alone at", "and they differ"])?;
+                Way::that_begins("virtseal vm snapshot delete --force", &refused)?.take(&rig.sealed)?;
+            }
+        }
+        ensure!(kept_pivots(&rig.host().path("/var/lib/virtseal"))? == 0);
+        expect_data(&rig, &spec, written.unwrap_or(0x42))?;
+        expect_free(&rig, &spec, &overlays)?;
+    }
+    Ok(())
 }

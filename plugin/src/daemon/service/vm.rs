@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use super::autostart;
-use crate::api::{DiskFormat, LossPreview, Outcome, Receipt, ShredPreview, StepView};
+use crate::api::{DiskFormat, FindingView, LossPreview, Outcome, Receipt, ShredPreview, StepView};
 use crate::audit::Actor;
 use crate::daemon::job_records::refuse_beside_another;
 use crate::daemon::locks::{Claim, Doing};
@@ -87,7 +87,9 @@ pub(crate) fn seal(
     }
     foreign::note_bad_images_of(&host, &made.xml)?;
     daemon.copies_bell.ring();
-    Ok(with_named(plan.outcome(changed || made.moved), Tense::Done))
+    let mut outcome = with_named(plan.outcome(changed || made.moved), Tense::Done);
+    outcome.warnings.extend(FindingView::all(&made.kept));
+    Ok(outcome)
 }
 
 /// A job that waits may have an envelope for a disk already: a seal would make an empty image with it, which the job would take for

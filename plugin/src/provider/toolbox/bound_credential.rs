@@ -234,8 +234,10 @@ mod tests {
         let bound = BoundCredential::of(dir.path(), ProviderId::random(), None);
         assert!(matches!(bound.open(&tpm, None), Err(BoundError::NotEnrolled)));
         assert_eq!(bound.enrollment().unwrap(), None);
-        bound.bind(&tpm, &policy, &secret("1234"), Origin::Given).unwrap();
-        assert_eq!(bound.open(&tpm, None).unwrap().expose(), b"1234");
+        bound
+            .bind(&tpm, &policy, &secret("in no random text"), Origin::Given)
+            .unwrap();
+        assert_eq!(bound.open(&tpm, None).unwrap().expose(), b"in no random text");
         let enrollment = bound.enrollment().unwrap().unwrap();
         assert_eq!(enrollment.pcrs, Some("7".parse().unwrap()));
         assert!(!bound.is_made_here() && !enrollment.needs_pin);
@@ -243,7 +245,7 @@ mod tests {
         let of_provider = |id: ProviderId| dir.path().join("providers").join(id.to_string());
         let file = of_provider(bound.provider).join("unlock.json");
         let text = std::fs::read_to_string(&file).unwrap();
-        assert!(!text.contains("1234") && !text.contains(&hex::encode("1234")));
+        assert!(!text.contains("in no random text") && !text.contains(&hex::encode("in no random text")));
         let elsewhere = BoundCredential::of(dir.path(), ProviderId::random(), None);
         std::fs::create_dir(of_provider(elsewhere.provider)).unwrap();
         std::fs::copy(&file, of_provider(elsewhere.provider).join("unlock.json")).unwrap();

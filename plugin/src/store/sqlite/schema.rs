@@ -10,7 +10,7 @@ use crate::model::deadlines::store::BUSY;
 use crate::store::error::StoreError;
 
 /// What leads from each `PRAGMA user_version` to the next, the first one from nothing.
-const STEPS: [&str; 12] = [
+const STEPS: [&str; 13] = [
     TABLES,
     ROTATION,
     TPM,
@@ -23,6 +23,7 @@ const STEPS: [&str; 12] = [
     MASTER_KEYS,
     AUTOSTARTS,
     PIVOTS,
+    PIVOTS_OF_OTHERS,
 ];
 
 /// `PRAGMA user_version` after all steps.
@@ -241,6 +242,11 @@ const PIVOTS: &str = "
         asked   INTEGER NOT NULL,
         PRIMARY KEY (vm, base, overlay)
     );
+";
+
+/// `pivots` has those too that virtseald has not asked for: the VM was seen to run on the sealed image alone.
+const PIVOTS_OF_OTHERS: &str = "
+    ALTER TABLE pivots ADD COLUMN of_others INTEGER NOT NULL DEFAULT 0;
 ";
 
 /// Opens `path`, checks it whole and brings its tables up to date.

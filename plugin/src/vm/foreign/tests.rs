@@ -16,6 +16,7 @@ use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::adopt::{Formats, adopt};
 use crate::vm::confirmed_formats::ConfirmedFormats;
 use crate::vm::copies::Standing;
+use crate::vm::deletion::delete;
 use crate::vm::forget::{Dropped, keep_aside};
 use crate::vm::forgotten::Said;
 
@@ -188,6 +189,27 @@ fn a_tpm_that_was_given_up_does_not_come_back_beside_the_new_one() {
     keep_aside(keystore.as_ref(), host.host_store, old.vm, "web01", dropped).unwrap();
     keystore.forget_envelope(&record).unwrap();
     assert!(!comes_back());
+    // Whoever comes across it says so, and what leads out.
+    let left_out = adopt_foreign_envelopes(&host, |_| Ok(())).unwrap().left_out;
+    let domain = Domain::parse(&host.kept[0].xml).unwrap();
+    let not_adopted = adopt(&host, &domain, Formats::WithMac).unwrap_err();
+    for problem in [&left_out[0], &not_adopted] {
+        assert!(problem.message.contains("was given up here"), "{problem}");
+        assert!(
+            problem.to_string().contains("virtseal vm seal web01"),
+            "{problem}"
+        );
+    }
+    let spare = stage.recipients.find("spare").unwrap();
+    let needed = delete(&host, &spare, &[], Ok(()), None).unwrap_err();
+    let words = [
+        "1 objects of 1 VMs",
+        "the XML of web01, of a vTPM that was given up",
+    ];
+    assert!(
+        words.iter().all(|words| needed.message.contains(words)),
+        "{needed}"
+    );
     keystore.forget_envelope(&stage.record).unwrap();
     assert!(comes_back());
 }

@@ -1,13 +1,14 @@
 //! What the keystore and the XML know of a VM's objects.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Host;
 use crate::domain::{Domain, Metadata};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::model::problem::Problem;
+use crate::model::problem::{Problem, chain};
 use crate::store::{EnvelopeRecord, EnvelopeState};
+use crate::vm::forgotten;
 use crate::vm::whose::own_objects;
 
 /// What the keystore has of this kind for the VM: what is known to open something first, then the newest.
@@ -61,6 +62,17 @@ pub(super) fn named_envelope(
             .within("remove that <encryption>")
             .then(Advice::SealVm(domain.name.clone()).note("which finds the right one")),
     ))
+}
+
+/// The file that a vTPM's envelope was put into when it was dropped here for that of a new one, as `vm seal --replace=vtpm` does.
+pub(crate) fn given_up(host: &Host<'_>, vm: VmId, id: EnvelopeId) -> Result<Option<PathBuf>, Problem> {
+    let known = host.keystore.envelopes_of(vm)?.sound;
+    let is_another = |known: &Envelope| known.kind.is_made_at_first_start() && known.id != id;
+    if !known.iter().any(|record| is_another(&record.envelope)) {
+        return Ok(None);
+    }
+    let file = forgotten::file_with(host.host_store.dir(), |envelope| envelope.id == id);
+    file.map_err(|error| Problem::failed(chain(&error)))
 }
 
 /// What leads out where an object was made for another VM: this one may be a copy of that, or may have been that.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::known::{self, is_settled, named_envelope};
+use super::known::{self, given_up, is_settled, named_envelope};
 use super::loss::{Loss, Way};
 use super::object::Leftover;
 use super::take_back::{adopt, first_that_opens};
@@ -12,15 +12,15 @@ use crate::domain::{self, Domain, TpmBackend};
 use crate::host::libvirt::DefinedDomain;
 use crate::model::act::{Act, StepCode, Verb};
 use crate::model::advice::Advice;
-use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind, VmId};
-use crate::model::problem::{Problem, chain};
+use crate::model::envelope::{Envelope, EnvelopeId, ObjectKind};
+use crate::model::problem::Problem;
 use crate::object::Present;
-use crate::object::vtpm::StateDir;
+use crate::object::vtpm::{StateDir, StateError};
 use crate::store::EnvelopeRecord;
 use crate::terminal::word;
 use crate::vm::accepted_losses::AcceptedLosses;
 use crate::vm::forget::{Dropped, keep_aside};
-use crate::vm::forgotten::{self, Said};
+use crate::vm::forgotten::Said;
 use crate::vm::has_run::HasRun;
 
 #[derive(Debug)]
@@ -156,7 +156,7 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
             // Only a state that is there can still need it.
             let given_up = matches!(state, Present::Absent)
                 && envelopes.iter().all(|envelope| envelope.id != id)
-                && was_given_up(host, domain.uuid, id)?;
+                && given_up(host, domain.uuid, id)?.is_some();
             if let Some(named) = named_envelope(host, domain, ObjectKind::Vtpm, id)? {
                 // Of a copy in the XML, which the keystore has dropped, it can only be true.
                 seen |= named.seen;
@@ -165,7 +165,7 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
                     envelopes.insert(0, named);
                 }
             }
-            settled(host, domain, backend, id)?
+            settled(host, domain, backend, id)?.filter(|_| !is_of_another_key(host, &dir, id, &known))
         }
     };
     let plain = match (stated, of_plain_xml(&domain.name, backend)?) {
@@ -198,6 +198,15 @@ pub(super) fn plan_vtpm(host: &Host<'_>, domain: &Domain) -> Result<Way<VtpmStep
     }))
 }
 
+/// Whether the state is seen to have another key than this one, which is not the only one that is known of the VM's TPMs.
+fn is_of_another_key(host: &Host<'_>, dir: &StateDir, id: EnvelopeId, known: &[EnvelopeRecord]) -> bool {
+    let named = known
+        .iter()
+        .find(|record| record.envelope.id == id && known.len() > 1);
+    let passphrase = named.and_then(|named| host.passphrase_of(named).ok());
+    passphrase.is_some_and(|passphrase| matches!(dir.open(&passphrase), Err(StateError::Closed { .. })))
+}
+
 /// Whether keystore and metadata both have the envelope that the XML names.
 fn settled(
     host: &Host<'_>,
@@ -220,15 +229,6 @@ fn settled(
         true => VtpmStep::Sealed(record.envelope),
         false => VtpmStep::Keep(record.envelope),
     }))
-}
-
-/// Whether the envelope of a vTPM was dropped here for that of a new one, as [`VtpmStep::set_lost_aside`] does.
-pub(crate) fn was_given_up(host: &Host<'_>, vm: VmId, id: EnvelopeId) -> Result<bool, Problem> {
-    let known = host.keystore.envelopes_of(vm)?.sound;
-    let is_another = |known: &Envelope| known.kind == ObjectKind::Vtpm && known.id != id;
-    let dropped = || forgotten::has(host.host_store.dir(), id);
-    Ok(known.iter().any(|record| is_another(&record.envelope))
-        && dropped().map_err(|error| Problem::failed(chain(&error)))?)
 }
 
 fn gone(dir: &StateDir) -> Problem {
