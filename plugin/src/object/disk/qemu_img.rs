@@ -24,6 +24,7 @@ use crate::secret::Passphrase;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::resource::{Resource, setrlimit};
 
 /// How much of a job is done: 0 to 100.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd, Serialize, Deserialize)]
@@ -380,7 +381,11 @@ impl Drop for Guarded {
     }
 }
 
-/// The child keeps `inherited`, dies with this thread, dumps no core, and enters the sandbox.
+/// A check counts each cluster of a file, and a header and a hole make that as many as their writer likes. What virtseald and its children
+/// may have together (`MemoryMax` of its unit) is twice this. Images of 16 TiB with the usual clusters take half of it.
+const MAX_DATA: u64 = 1 << 30;
+
+/// The child keeps `inherited`, dies with this thread, dumps no core, takes no more memory than [`MAX_DATA`], and enters the sandbox.
 fn bequeath(command: &mut Command, inherited: Vec<RawFd>, sandbox: Sandbox) {
     let parent = nix::unistd::getpid();
     let prepare = move || {
@@ -388,7 +393,8 @@ fn bequeath(command: &mut Command, inherited: Vec<RawFd>, sandbox: Sandbox) {
         if nix::unistd::getppid() != parent {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0)?;
+        setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+        setrlimit(Resource::RLIMIT_DATA, MAX_DATA, MAX_DATA)?;
         for fd in &inherited {
             // SAFETY: fcntl takes numbers only; clearing the flags of a descriptor of this new process touches no memory.
             if unsafe { libc::fcntl(*fd, libc::F_SETFD, 0) } < 0 {

@@ -107,3 +107,36 @@ fn an_overlay_opens_only_what_is_handed_to_it() {
     let refused = disk::merge(&overlay, &base(&held, &bench.passphrase), go_on).unwrap_err();
     assert!(matches!(refused, VolumeError::Merge { .. }), "{refused}");
 }
+
+/// A header says how small the clusters are that a check counts, and a hole how many: a file of a few KiB, whoever can write to it.
+#[test]
+fn what_would_take_more_memory_than_a_child_may_have_fails_alone() {
+    let bench = Bench::new();
+    let hole = |name: &str| {
+        let file = fs::File::options().write(true).open(bench.path(name)).unwrap();
+        file.set_len(4 << 40).unwrap();
+        file
+    };
+    let request = CreateRequest {
+        cluster_size: ClusterSize::from_bits(12).unwrap(),
+        ..bench.request("base", 1 << 20)
+    };
+    bench.create(&request).unwrap();
+    hole("base");
+    let failed = disk::check(&bench.place("base"), &bench.passphrase).unwrap_err();
+    assert!(failed.to_string().contains("Cannot allocate memory"), "{failed}");
+
+    // One that was not closed is checked when it is opened.
+    bench.create(&bench.request("below", 1 << 20)).unwrap();
+    let options = "cluster_size=4096,refcount_bits=64,lazy_refcounts=on";
+    bench.must(
+        "qemu-img",
+        &[
+            "create", "-q", "-u", "-f", "qcow2", "-o", options, "-F", "qcow2", "-b", "below", "overlay", "1M",
+        ],
+    );
+    hole("overlay").write_all_at(&[1], 79).unwrap();
+    let (held, overlay) = (hold(&bench, "below"), hold(&bench, "overlay"));
+    let failed = disk::merge(&overlay, &base(&held, &bench.passphrase), go_on).unwrap_err();
+    assert!(failed.to_string().contains("Cannot allocate memory"), "{failed}");
+}
