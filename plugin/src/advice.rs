@@ -285,6 +285,12 @@ impl Display for Advice {
                 write!(f, "virsh detach-disk --config {} {}", word(vm), word(disk))
             }
             Self::ListSnapshots(vm) => virsh(f, "snapshot-list", vm),
+            Self::ForgetSnapshot { vm, snapshot } => write!(
+                f,
+                "virsh snapshot-delete --metadata --snapshotname={} {}",
+                quoted(snapshot),
+                word(vm)
+            ),
             Self::StartPool(pool) => virsh(f, "pool-start", pool),
             Self::RefreshPool(pool) => virsh(f, "pool-refresh", pool),
             Self::RestoreSaved => f.write_str("virsh restore FILE"),

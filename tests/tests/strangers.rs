@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use virtseal_testkit::{DomainSpec, DomainState, SealedHost, edited, expect_names, wait_until};
+use virtseal_testkit::{DomainSpec, DomainState, SealedHost, Way, edited, expect_names, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const IMAGES: &str = "/var/lib/libvirt/images";
@@ -241,6 +241,91 @@ fn keys_go_when_nobody_says_that_the_vm_has_started() -> Result<()> {
     })?;
     ensure!(sealed.host().state("victim")? == DomainState::Paused);
     sealed.destroy("victim")
+}
+
+/// libvirt writes a quote of an XML in six bytes, and tells no XML of more than 4 MiB: so what somebody defines it may never tell again.
+#[test]
+fn a_vm_of_which_libvirt_does_not_tell_all_hides_no_other() -> Result<()> {
+    let sealed = SealedHost::start()?;
+    let host = sealed.host();
+    sealed.seal_new("web01")?;
+    for name in ["evil", "web02"] {
+        let disk = host.empty_disk(name, 8 << 20)?;
+        host.define(&DomainSpec::minimal(name, &disk))?;
+    }
+    let refused = |command: &[&str], words: &[&str]| -> Result<String> {
+        let said = sealed.virtseal(command)?.refused()?;
+        expect_names(&said, words)?;
+        Ok(said)
+    };
+
+    let small = host.virsh(&["dumpxml", "--inactive", "evil"])?.succeeded()?;
+    let large = told_never(&small)?;
+    host.define_xml(&large)?;
+    host.virsh(&["dumpxml", "evil"])?.refused()?;
+    ensure!(states(&sealed)? == [("web01".to_owned(), "sealed".to_owned())]);
+    sealed.expect_start("web01")?;
+    let said = refused(
+        &["vm", "seal", "web02"],
+        &["the XML of VM evil", "virsh define", "virsh undefine"],
+    )?;
+    Way::named("virsh undefine", &said)?.take(&sealed)?;
+
+    host.define_xml(&small)?;
+    let snapshot = format!(
+        "<domainsnapshot><name>s 1</name><state>shutoff</state><creationTime>1</creationTime><memory snapshot='no'/><disks>\
+         <disk name='vda' snapshot='external'><driver type='qcow2'/><source file='{IMAGES}/evil.s1'/></disk></disks>{large}\
+         </domainsnapshot>"
+    );
+    fs::write(host.path("/run/snapshot.xml"), snapshot)?;
+    host.virsh(&["snapshot-create", "--redefine", "evil", "/run/snapshot.xml"])?
+        .succeeded()?;
+    let said = refused(&["vm", "seal", "web02"], &["the snapshot s 1 of VM evil"])?;
+    Way::named("virsh snapshot-delete", &said)?.take(&sealed)?;
+    sealed.run(&["vm", "seal", "web02"])?;
+
+    // Of a sealed one it is said.
+    let known = sealed.dumpxml("web01")?;
+    host.define_xml(&told_never(&known)?)?;
+    let said = refused(&["vm", "status", "web01"], &["the XML", "web01"])?;
+    ensure!(said.contains("virsh define FILE"), "{said}");
+    wait_until(PATIENCE, "the status to have it as unreadable", || {
+        let is_so = states(&sealed)?.contains(&("web01".to_owned(), "unreadable".to_owned()));
+        Ok(is_so.then_some(()))
+    })?;
+    host.define_xml(&known)?;
+
+    // Nor can anybody see then what is done to it while it runs.
+    sealed.start_paused("web01")?;
+    let text = format!("<a>{}</a>", ">".repeat(120_000));
+    for number in 0..10 {
+        let (uri, key) = (format!("urn:evil:{number}"), format!("evil{number}"));
+        host.virsh(&[
+            "metadata", "web01", "--live", "--uri", &uri, "--key", &key, "--set", &text,
+        ])?
+        .succeeded()?;
+    }
+    host.virsh(&["dumpxml", "web01"])?.refused()?;
+    wait_until(PATIENCE, "the status to say so", || {
+        let status = sealed.json(&["status"])?.to_string();
+        Ok(status.contains("current XML can't be read").then_some(()))
+    })?;
+    sealed.destroy("web01")
+}
+
+fn told_never(xml: &str) -> Result<String> {
+    let description = format!("<description>{}</description></domain>", "\"".repeat(900_000));
+    edited(xml, "</domain>", &description)
+}
+
+fn states(sealed: &SealedHost) -> Result<Vec<(String, String)>> {
+    let status = sealed.json(&["vm", "status"])?;
+    let vms = status["vms"].as_array().context("no VMs")?;
+    let text = |vm: &serde_json::Value, field: &str| vm[field].as_str().unwrap_or_default().to_owned();
+    Ok(vms
+        .iter()
+        .map(|vm| (text(vm, "name"), text(vm, "state")))
+        .collect())
 }
 
 fn secret_of_disk(sealed: &SealedHost, vm: &str) -> Result<String> {

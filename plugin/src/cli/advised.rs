@@ -221,6 +221,10 @@ pub(super) fn every_advice() -> Vec<Advice> {
             disk: "vda".into(),
         },
         A::ListSnapshots(vm()),
+        A::ForgetSnapshot {
+            vm: vm(),
+            snapshot: "before".into(),
+        },
         A::StartPool("images".into()),
         A::RefreshPool("images".into()),
         A::AbortBlockJob {

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use super::{Daemon, hook_seen, lock, records};
-use crate::host::libvirt::Background;
 use crate::host::libvirt::events::{self, Listener, Listening};
+use crate::host::libvirt::{Background, LibvirtError};
 use crate::host::permitted::PermittedPath;
 use crate::host::storage;
 use crate::model::deadlines::image::SEEN;
@@ -111,15 +111,20 @@ pub(super) fn look_now(daemon: &Daemon, vm: VmId) -> Result<(), Problem> {
 }
 
 fn look_at(daemon: &Daemon, vm: VmId, libvirt: &Background, news: News) -> Result<(), Problem> {
-    let running = libvirt.as_it_runs(vm);
-    let running = running.map_err(|error| names::unreachable(&error))?;
+    let running = match libvirt.as_it_runs(vm) {
+        // Who may change it may have seen to that.
+        Err(error @ LibvirtError::Untold { .. }) => Err(chain(&error)),
+        running => Ok(running.map_err(|error| names::unreachable(&error))?),
+    };
     // Keys are kept of one that was made plain again, too.
     let record = match daemon.keystore.is_sealed(vm)? {
         true => daemon.keystore.vm(vm)?,
         false => None,
     };
-    let now = running.as_ref().map(Now::of).transpose();
-    let now = now.map_err(|error| chain(&error));
+    let now = running.and_then(|running| {
+        let now = running.as_ref().map(Now::of).transpose();
+        now.map_err(|error| chain(&error))
+    });
     let runs = now.as_ref().ok().and_then(Option::as_ref);
     let acquaintance = Acquaintance::of(record.as_ref(), runs);
     let mut found = runs

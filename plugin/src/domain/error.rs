@@ -39,6 +39,11 @@ pub(crate) enum DomainError {
     /// Longer than [`Domain::MAX_XML`].
     #[error("the domain XML has {found} bytes, more than the {} allowed", Domain::MAX_XML)]
     TooLong { found: usize },
+    /// It may have more bytes than a call of libvirt can carry.
+    #[error("libvirt does not tell it: {0}")]
+    Untold(String),
+    #[error("the domain XML has {found} bytes, more than the {most} that are held of each of so many VMs")]
+    BeyondShare { found: usize, most: usize },
     #[error("the domain XML is beyond what is read")]
     Beyond(#[source] Beyond),
     #[error("the domain XML can't be read")]

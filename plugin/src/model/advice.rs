@@ -217,6 +217,11 @@ pub(crate) enum Advice {
         disk: String,
     },
     ListSnapshots(String),
+    /// libvirt's record of it: what it has laid over disks stays.
+    ForgetSnapshot {
+        vm: String,
+        snapshot: String,
+    },
     StartPool(String),
     RefreshPool(String),
     AbortBlockJob {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::host::libvirt::{Background, DefinedDomain, LibvirtError};
+use crate::host::libvirt::{Background, DefinedDomain, LibvirtError, Part};
 use crate::model::advice::Advice;
 use crate::model::envelope::{Envelope, ProviderId, Stanza, VmId};
 use crate::model::nearest::name_hint;
@@ -134,7 +134,27 @@ fn absent(libvirt: &Background, asked: &str) -> Problem {
 
 /// For a command that can't do without libvirt.
 pub(crate) fn unreachable(error: &LibvirtError) -> Problem {
-    Problem::unreachable(chain(error)).next(Advice::ShowStatus)
+    match error {
+        LibvirtError::Untold { vm, part, .. } => Problem::failed(chain(error)).next(told_again(vm, part)),
+        _ => Problem::unreachable(chain(error)).next(Advice::ShowStatus),
+    }
+}
+
+/// What lets libvirt tell it, or does without.
+fn told_again(vm: &str, part: &Part) -> Advice {
+    let vm = vm.to_owned();
+    match part {
+        Part::Xml => Advice::DefineXml
+            .note("with an earlier dumpxml of it")
+            .or_else(Advice::UndefineVm(vm).note("if nobody needs it")),
+        Part::Snapshots => Advice::ListSnapshots(vm).within("delete those that nobody needs"),
+        Part::Snapshot(snapshot) => Advice::ForgetSnapshot {
+            vm,
+            snapshot: snapshot.clone(),
+        }
+        .note("its files stay"),
+        Part::SavedState => Advice::DropSavedState(vm).note("which loses what was in its memory"),
+    }
 }
 
 /// For a command that changes the XML of the VM called `name`.

@@ -793,6 +793,14 @@ const FOLLOWED: &[(&str, By)] = &[
         ),
     ),
     (
+        "ForgetSnapshot",
+        Story(
+            "strangers.rs",
+            "a_vm_of_which_libvirt_does_not_tell_all_hides_no_other",
+            "virsh snapshot-delete",
+        ),
+    ),
+    (
         "StartPool",
         Story(
             "odd_disks.rs",

@@ -1,16 +1,17 @@
 //! Domains and storage pools, for what no hook waits for.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use virt::domain::{Domain, DomainShutoffReason, DomainState, DomainStateReason};
 use virt::enumutil::Enum;
-use virt::error::ErrorNumber;
+use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
 use super::glance::{DomainEntry, KnownXmls, ReadXml};
 use super::link::Link;
-use super::{LibvirtError, absent_is, find, saved};
+use super::{LibvirtError, Part, Untold, absent_is, find, saved, told};
 use crate::domain::parse_document;
 use crate::model::envelope::VmId;
 
@@ -98,6 +99,10 @@ pub(crate) struct StoragePool {
     pub path: PathBuf,
 }
 
+/// What is held of the XML of all VMs. Who may define VMs writes as much as libvirt takes, and a daemon that runs out of memory locks
+/// every provider.
+const MAX_KEPT: usize = 512 << 20;
+
 /// A connection that no start waits for.
 #[derive(Debug)]
 pub(crate) struct Background {
@@ -120,8 +125,11 @@ impl Background {
     }
 
     /// The domain with this name or UUID, or `None`.
+    ///
+    /// # Errors
+    /// [`LibvirtError::Untold`] where libvirt does not tell its XML.
     pub(crate) fn domain(&self, name_or_uuid: &str) -> Result<Option<DefinedDomain>, LibvirtError> {
-        self.link.with("read the domain", |connection| {
+        self.link.with_each("read the domain", |connection| {
             let found = match name_or_uuid.parse::<VmId>() {
                 Ok(vm) => find(connection, vm)?,
                 Err(_) => None,
@@ -130,7 +138,14 @@ impl Background {
                 Some(domain) => Some(domain),
                 None => absent_is(None, connection.lookup_domain_by_name(name_or_uuid).map(Some))?,
             };
-            found.as_ref().map(read).transpose()
+            let Some(domain) = found else {
+                return Ok(Ok(None));
+            };
+            told(
+                connection,
+                &domain,
+                read(&domain).map_err(|error| (Part::Xml, error)),
+            )
         })
     }
 
@@ -170,14 +185,20 @@ impl Background {
     }
 
     /// All domains, those too that libvirt forgets when they end.
+    ///
+    /// # Errors
+    /// As [`Background::every_xml`].
     pub(crate) fn domains(&self) -> Result<Vec<DefinedDomain>, LibvirtError> {
-        self.link.with("list the domains", |connection| {
-            let domains = connection.list_all_domains(0)?;
-            // One that was undefined meanwhile is simply no longer there.
-            domains
-                .iter()
-                .filter_map(|domain| absent_is(None, read(domain).map(Some)).transpose())
-                .collect()
+        self.link.with_each("list the domains", |connection| {
+            let mut found = Vec::new();
+            for domain in connection.list_all_domains(0)? {
+                let entry = read(&domain).map_err(|error| (Part::Xml, error));
+                match told(connection, &domain, entry)? {
+                    Ok(defined) => found.extend(defined),
+                    Err(untold) => return Ok(Err(untold)),
+                }
+            }
+            Ok(Ok(found))
         })
     }
 
@@ -187,14 +208,24 @@ impl Background {
     }
 
     /// Every XML with which libvirt could start or revert a VM: of the next start and of now, and of its snapshots.
+    ///
+    /// # Errors
+    /// [`LibvirtError::Untold`] names a VM of which libvirt does not tell all, or which has most of more than can be held.
     pub(crate) fn every_xml(&self) -> Result<Vec<KeptXml>, LibvirtError> {
-        self.link.with("read every domain", |connection| {
-            let mut found = Vec::new();
+        self.link.with_each("read every domain", |connection| {
+            let (mut found, mut bytes) = (Vec::new(), 0);
             for domain in connection.list_all_domains(0)? {
-                // One that was undefined meanwhile has none.
-                found.extend(absent_is(Vec::new(), xml_of(&domain))?);
+                let of_domain = match told(connection, &domain, xml_of(&domain, MAX_KEPT))? {
+                    Ok(of_domain) => of_domain.unwrap_or_default(),
+                    Err(untold) => return Ok(Err(untold)),
+                };
+                bytes += of_domain.iter().map(|kept| kept.xml.len()).sum::<usize>();
+                found.extend(of_domain);
+                if bytes > MAX_KEPT {
+                    return Ok(most_of(&found).map_or(Ok(found), Err));
+                }
             }
-            Ok(found)
+            Ok(Ok(found))
         })
     }
 
@@ -309,7 +340,7 @@ impl Background {
 const ELEMENT: i32 = sys::VIR_DOMAIN_METADATA_ELEMENT as i32;
 
 /// Which of a domain's XMLs there are to change.
-fn impacts(domain: &Domain) -> Result<Vec<u32>, virt::error::Error> {
+fn impacts(domain: &Domain) -> Result<Vec<u32>, Error> {
     let mut impacts = Vec::new();
     if domain.is_persistent()? {
         impacts.push(sys::VIR_DOMAIN_AFFECT_CONFIG);
@@ -333,7 +364,7 @@ fn storage_pool(xml: &str) -> Option<StoragePool> {
     })
 }
 
-fn read(domain: &Domain) -> Result<DefinedDomain, virt::error::Error> {
+fn read(domain: &Domain) -> Result<DefinedDomain, Error> {
     Ok(DefinedDomain {
         vm: VmId(domain.uuid()?),
         name: domain.name()?,
@@ -345,7 +376,7 @@ fn read(domain: &Domain) -> Result<DefinedDomain, virt::error::Error> {
 }
 
 /// A domain that has its id and not yet QEMU counts as active, and as shut off.
-fn power_of(domain: &Domain) -> Result<Power, virt::error::Error> {
+fn power_of(domain: &Domain) -> Result<Power, Error> {
     if !domain.is_active()? {
         return Ok(Power::Off);
     }
@@ -360,24 +391,76 @@ fn power_of(domain: &Domain) -> Result<Power, virt::error::Error> {
     })
 }
 
-fn xml_of(domain: &Domain) -> Result<Vec<KeptXml>, virt::error::Error> {
-    let (vm, name) = (VmId(domain.uuid()?), domain.name()?);
+/// The VM that has most of `kept`, which is more than is held.
+fn most_of(kept: &[KeptXml]) -> Option<Untold> {
+    let mut sizes = BTreeMap::<_, (usize, &KeptXml)>::new();
+    for kept in kept {
+        sizes.entry(kept.vm).or_insert((0, kept)).0 += kept.xml.len();
+    }
+    let (size, most) = sizes.into_values().max_by_key(|(size, _)| *size)?;
+    let has_snapshots = kept
+        .iter()
+        .any(|kept| kept.vm == most.vm && kept.snapshot.is_some());
+    Some(Untold {
+        vm: most.name.clone(),
+        part: if has_snapshots { Part::Snapshots } else { Part::Xml },
+        message: format!(
+            "all XML of all VMs is more than the {} MiB that are read, and {} MiB of it are this one's",
+            MAX_KEPT >> 20,
+            size >> 20
+        ),
+    })
+}
+
+/// Stops once there are more bytes of it than `most`.
+fn xml_of(domain: &Domain, most: usize) -> Result<Vec<KeptXml>, (Part, Error)> {
+    let of = |part: Part| move |error| (part, error);
+    let xml = || of(Part::Xml);
+    let (vm, name) = (VmId(domain.uuid().map_err(xml())?), domain.name().map_err(xml())?);
     let kept = |snapshot, xml| KeptXml {
         vm,
         name: name.clone(),
         snapshot,
         xml,
     };
-    let mut found = vec![kept(None, domain.xml_desc(sys::VIR_DOMAIN_XML_SECURE)?)];
-    if domain.is_persistent()? && domain.is_active()? {
+    let now = domain.xml_desc(sys::VIR_DOMAIN_XML_SECURE).map_err(xml())?;
+    let mut found = vec![kept(None, now)];
+    if domain.is_persistent().map_err(xml())? && domain.is_active().map_err(xml())? {
         let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
-        found.push(kept(None, domain.xml_desc(flags)?));
+        found.push(kept(None, domain.xml_desc(flags).map_err(xml())?));
     }
-    for snapshot in domain.list_all_snapshots(0)? {
-        let name = format!("snapshot {}", snapshot.name()?);
-        found.push(kept(Some(name), snapshot.xml_desc(0)?));
+    let mut bytes = 0;
+    for snapshot in domain.list_all_snapshots(0).map_err(of(Part::Snapshots))? {
+        let name = snapshot.name().map_err(of(Part::Snapshots))?;
+        let text = absent_is(None, snapshot.xml_desc(0).map(Some));
+        let text = text.map_err(of(Part::Snapshot(name.clone())))?;
+        bytes += text.as_ref().map_or(0, String::len);
+        found.extend(text.map(|text| kept(Some(format!("snapshot {name}")), text)));
+        if bytes > most {
+            return Ok(found);
+        }
     }
-    let managed = saved::managed_xml(domain)?;
+    let managed = saved::managed_xml(domain).map_err(of(Part::SavedState))?;
     found.extend(managed.map(|xml| kept(Some("managed save".to_owned()), xml)));
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_most_of_more_than_is_held_is_named() {
+        let kept = |vm: u128, snapshot: Option<&str>, size: usize| KeptXml {
+            vm: VmId(uuid::Uuid::from_u128(vm)),
+            name: format!("vm{vm}"),
+            snapshot: snapshot.map(str::to_owned),
+            xml: " ".repeat(size),
+        };
+        // Not the one with the largest XML.
+        let found = most_of(&[kept(1, None, 5), kept(2, None, 3), kept(2, Some("s"), 3)]).unwrap();
+        assert_eq!((found.vm.as_str(), found.part), ("vm2", Part::Snapshots));
+        let found = most_of(&[kept(1, None, 5), kept(3, None, 6)]).unwrap();
+        assert_eq!((found.vm.as_str(), found.part), ("vm3", Part::Xml));
+    }
 }

@@ -44,10 +44,26 @@ pub(crate) struct ReadXml {
 }
 
 impl ReadXml {
-    fn of(xml: &str) -> Self {
+    fn of(xml: &str, most: usize) -> Self {
+        let found = xml.len();
         Self {
-            domain: Domain::parse(xml),
+            domain: match found > most {
+                true => Err(DomainError::BeyondShare { found, most }),
+                false => Domain::parse(xml),
+            },
             names_us: xml.contains(Metadata::NAMESPACE),
+        }
+    }
+
+    /// Whether nothing else would come of it now, where each may have `most`.
+    fn stands(&self, most: usize) -> bool {
+        !matches!(self.domain, Err(DomainError::BeyondShare { found, .. }) if found <= most)
+    }
+
+    fn untold(error: &virt::error::Error) -> Self {
+        Self {
+            domain: Err(DomainError::Untold(error.message().to_owned())),
+            names_us: false,
         }
     }
 }
@@ -59,6 +75,17 @@ fn stamp_of(name: &str) -> Option<FileStamp> {
     }
     let file = Path::new(DIRECTORY).join(format!("{name}.xml"));
     FileStamp::of(&lstat(&file).ok()?)
+}
+
+/// What is held of all of them together: who may define VMs writes as much as libvirt takes, and a daemon that runs out of memory locks every
+/// provider.
+const MAX_HELD: usize = 256 << 20;
+/// What each may have, of however many.
+const MIN_SHARE: usize = 64 << 10;
+
+/// How many bytes each of `domains` may have.
+fn share(domains: usize) -> usize {
+    (MAX_HELD / domains.max(1)).max(MIN_SHARE)
 }
 
 /// What was read, and of which file that is the XML.
@@ -78,7 +105,9 @@ impl KnownXmls {
             let saved = those(sys::VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)?;
             let autostart = those(sys::VIR_CONNECT_LIST_DOMAINS_AUTOSTART)?;
             let (mut seen, mut found) = (HashMap::new(), Vec::new());
-            for domain in connection.list_all_domains(0)? {
+            let domains = connection.list_all_domains(0)?;
+            let most = share(domains.len());
+            for domain in domains {
                 let (vm, name) = (domain.uuid()?, domain.name()?);
                 // Before libvirt is asked: what it writes after that is read the next time.
                 let stamp = has_files.then(|| stamp_of(&name)).flatten();
@@ -89,15 +118,22 @@ impl KnownXmls {
                     autostart: autostart.contains(&vm),
                     managed_save: saved.contains(&vm),
                 };
-                let before = known.get(&entry.vm).filter(|(before, _)| Some(*before) == stamp);
+                let before = known.get(&entry.vm);
+                let before = before.filter(|(before, xml)| Some(*before) == stamp && xml.stands(most));
                 let xml = match before {
                     Some((_, xml)) => Arc::clone(xml),
                     None => {
                         let flags = sys::VIR_DOMAIN_XML_INACTIVE | sys::VIR_DOMAIN_XML_SECURE;
                         // One that was undefined meanwhile is simply no longer there.
-                        match absent_is(None, domain.xml_desc(flags).map(Some))? {
-                            Some(xml) => Arc::new(ReadXml::of(&xml)),
-                            None => continue,
+                        match absent_is(None, domain.xml_desc(flags).map(Some)) {
+                            Ok(Some(xml)) => Arc::new(ReadXml::of(&xml, most)),
+                            Ok(None) => continue,
+                            // It is asked again the next time. The others are told of meanwhile.
+                            Err(error) if connection.is_alive().unwrap_or(false) => {
+                                found.push((entry, Arc::new(ReadXml::untold(&error))));
+                                continue;
+                            }
+                            Err(error) => return Err(error),
                         }
                     }
                 };
@@ -110,5 +146,24 @@ impl KnownXmls {
         })?;
         *known = seen;
         Ok(found)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_domain_has_a_share_of_what_is_held() {
+        assert!(share(0) >= Domain::MAX_XML && share(60) >= Domain::MAX_XML);
+        assert!(share(1000) * 1000 <= MAX_HELD);
+        assert_eq!(share(usize::MAX), MIN_SHARE);
+        let xml = "<domain type='kvm'><name>a</name></domain>";
+        let held = ReadXml::of(xml, xml.len());
+        assert!(!matches!(held.domain, Err(DomainError::BeyondShare { .. })));
+        let beyond = ReadXml::of(xml, xml.len() - 1);
+        assert!(matches!(beyond.domain, Err(DomainError::BeyondShare { .. })));
+        assert!(beyond.stands(xml.len() - 1) && !beyond.stands(xml.len()));
+        assert!(held.stands(1));
     }
 }

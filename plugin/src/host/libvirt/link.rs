@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use virt::connect::Connect;
 
-use super::LibvirtError;
+use super::{LibvirtError, Untold};
 
 #[derive(Debug)]
 pub(super) struct Link {
@@ -84,6 +84,20 @@ impl Link {
             .as_ref()
             .map_or(Err(first), &call)
             .map_err(|source| self.error(what, source))
+    }
+
+    /// The same for a call that may find one VM of which libvirt does not tell all.
+    pub(super) fn with_each<T>(
+        &self,
+        what: &'static str,
+        call: impl Fn(&Connect) -> Result<Result<T, Untold>, virt::error::Error>,
+    ) -> Result<T, LibvirtError> {
+        self.with(what, call)?.map_err(|untold| LibvirtError::Untold {
+            vm: untold.vm,
+            part: untold.part,
+            uri: self.uri.clone(),
+            message: untold.message,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Connect>> {

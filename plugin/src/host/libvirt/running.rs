@@ -6,7 +6,7 @@ use virt::domain::Domain;
 use virt::error::{Error, ErrorNumber};
 use virt::sys;
 
-use super::{Background, LibvirtError, absent_is, find};
+use super::{Background, LibvirtError, Part, find, told};
 use crate::host::libvirt::events::{Listener, Listening};
 use crate::model::envelope::VmId;
 
@@ -36,11 +36,17 @@ impl Background {
     }
 
     /// The VM as it is now, if it runs.
+    ///
+    /// # Errors
+    /// [`LibvirtError::Untold`] where libvirt does not tell its XML.
     pub(crate) fn as_it_runs(&self, vm: VmId) -> Result<Option<RunningVm>, LibvirtError> {
-        self.link.with("read the domain", |connection| {
-            let found = find(connection, vm)?;
+        self.link.with_each("read the domain", |connection| {
+            let Some(domain) = find(connection, vm)? else {
+                return Ok(Ok(None));
+            };
             // One that was undefined meanwhile does not run.
-            found.map_or(Ok(None), |domain| absent_is(None, read(&domain)))
+            let read = read(&domain).map_err(|error| (Part::Xml, error));
+            Ok(told(connection, &domain, read)?.map(Option::flatten))
         })
     }
 }

@@ -134,11 +134,13 @@ fn of_keystore(vm: VmId, name: &str, findings: &[Finding], known: &Known) -> VmV
 pub(crate) fn xml_unreadable(defined: &DomainEntry, error: &DomainError) -> Problem {
     let name = &defined.name;
     let what = format!("{name}: its XML can't be read: {}", chain(error));
-    Problem::failed(what).next(
-        Advice::EditXml(name.clone())
-            .or(Advice::DefineXml.note("with an earlier dumpxml of it"))
-            .then(Advice::SealVm(name.clone())),
-    )
+    let earlier = Advice::DefineXml.note("with an earlier dumpxml of it");
+    let mended = match error {
+        // Nor is it told to an editor.
+        DomainError::Untold(_) => earlier,
+        _ => Advice::EditXml(name.clone()).or(earlier),
+    };
+    Problem::failed(what).next(mended.then(Advice::SealVm(name.clone())))
 }
 
 struct OneObject {
