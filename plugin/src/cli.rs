@@ -18,6 +18,7 @@ mod examples;
 mod job;
 mod kmip;
 mod new_backup;
+mod other_words;
 mod out;
 mod passphrase;
 mod patience;
@@ -117,7 +118,7 @@ enum AuditCommand {
     /// Print the last records.
     Show {
         /// How many.
-        #[arg(long, short = 'n', default_value_t = 20)]
+        #[arg(long, short = 'n', default_value_t = 20, value_parser = count)]
         records: u32,
     },
     /// Check that no record was changed, removed or reordered.
@@ -129,12 +130,21 @@ fn duration(text: &str) -> Result<Duration, &'static str> {
     given.ok_or("a time of more than 0 and at most an hour, such as 30s, 500ms or 2m")
 }
 
+fn count(text: &str) -> Result<u32, &'static str> {
+    let given = text.parse::<u32>().ok().filter(|count| *count > 0);
+    given.ok_or("a number from 1 to 4294967295")
+}
+
 /// What is wrong with the arguments, without the usage that people are shown.
 fn misused(error: &clap::Error) -> Problem {
     let text = error.to_string();
     let told = text.split("\n\n").next().unwrap_or_default();
     let told: Vec<_> = told.trim_start_matches("error: ").split_whitespace().collect();
-    Problem::usage(told.join(" ")).next("the same command with --help shows what it takes")
+    let tips = text
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("tip: ").map(str::to_owned));
+    let told: Vec<_> = [told.join(" ")].into_iter().chain(tips).collect();
+    Problem::usage(told.join("; ")).next("the same command with --help shows what it takes")
 }
 
 /// All commands with their options, for man pages and completions, which are written while the package is built.
@@ -142,11 +152,36 @@ pub fn commands() -> clap::Command {
     examples::add_to(Cli::command())
 }
 
-/// Who leaves out the group of a command, as in `virtseal unlock main`, is told which it is in.
+/// The words before the wrong one, as `provider add`.
+fn group_of(error: &clap::Error) -> String {
+    let Some(ContextValue::StyledStr(usage)) = error.get(ContextKind::Usage) else {
+        return String::new();
+    };
+    let usage = usage.to_string();
+    let words = usage
+        .split_whitespace()
+        .skip_while(|word| *word != "virtseal")
+        .skip(1);
+    let words: Vec<_> = words
+        .take_while(|word| !word.starts_with(['[', '<', '-']))
+        .collect();
+    words.join(" ")
+}
+
+/// Who leaves out the group of a command, as in `virtseal unlock main`, is told which it is in; and who uses the word of another program,
+/// what it is called here.
 fn with_its_group(mut error: clap::Error) -> clap::Error {
     let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidSubcommand) else {
         return error;
     };
+    if let Some(here) = other_words::otherwise(&group_of(&error), word) {
+        error.remove(ContextKind::SuggestedSubcommand);
+        error.insert(
+            ContextKind::Suggested,
+            ContextValue::StyledStrs(vec![here.into()]),
+        );
+        return error;
+    }
     let commands = Cli::command();
     let groups = commands
         .get_subcommands()
@@ -256,6 +291,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_missing_or_no_number_is_told_in_words() {
+        for (line, part) in [
+            ("virtseal provider tpm main", "<--enroll|--remove>"),
+            ("virtseal vm adopt", "--from <FILE>"),
+            ("virtseal jobs watch abc", "the number of a job"),
+            ("virtseal jobs resume 0", "the number of a job"),
+            ("virtseal audit show -n x", "a number from 1"),
+        ] {
+            let told = commands()
+                .try_get_matches_from(line.split(' '))
+                .unwrap_err()
+                .to_string();
+            assert!(told.contains(part), "{told}");
+        }
+    }
+
+    #[test]
     fn a_command_without_its_group_is_told_with_it() {
         let told = |arguments: &[&str]| {
             let arguments = [&["virtseal"], arguments].concat();
@@ -269,5 +321,33 @@ mod tests {
         );
         assert!(told(&["vm", "lock"]).contains("'provider lock'"));
         assert!(told(&["vms"]).contains("'vm'"), "as clap guesses");
+        for (arguments, tip) in [
+            (&["vm", "list"][..], "here that is: virtseal vm status"),
+            (&["list"][..], "here that is: virtseal status"),
+            (&["vm", "start", "web01"][..], "as of any other VM: virsh start"),
+            (&["start", "web01"][..], "as of any other VM: virsh start"),
+            (&["volume", "delete", "/x"][..], "virtseal volume forget"),
+            (&["provider", "remove", "main"][..], "virtseal provider delete"),
+            (
+                &["provider", "add", "vault", "v"][..],
+                "virtseal provider add transit",
+            ),
+        ] {
+            let told = told(arguments);
+            assert!(told.contains(tip), "{told}");
+            assert!(!told.contains("similar"), "{told}");
+        }
+        let jsons = commands()
+            .try_get_matches_from(["virtseal", "vm", "list", "--json"])
+            .map_err(with_its_group);
+        let jsons = misused(&jsons.unwrap_err()).to_string();
+        assert!(
+            jsons.contains("'list'; here that is: virtseal vm status"),
+            "{jsons}"
+        );
+        assert!(
+            !told(&["vm", "delete", "web01"]).contains("provider delete"),
+            "that would be another thing"
+        );
     }
 }

@@ -128,6 +128,11 @@ fn what_is_refused_is_one_document_too_and_words_go_elsewhere() -> Result<()> {
         usage["error"]["object"].is_null() && usage["error"]["message"].to_string().contains("<NAME>"),
         "{usage}"
     );
+    let missing = sealed.refused_json(7, &["volume", "info", "/nonexistent"])?;
+    ensure!(
+        missing["error"]["object"]["kind"] == "image" && missing["error"]["object"]["name"] == "/nonexistent",
+        "{missing}"
+    );
     let nowhere = sealed.refused_json(4, &["--socket", "/nonexistent", "status"])?;
     ensure!(
         nowhere["error"]["next"]

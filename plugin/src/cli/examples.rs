@@ -39,6 +39,11 @@ const EXAMPLES: &[(&str, &[&str])] = &[
             "virtseal provider add kmip kms --endpoint kms1.example --mode server",
         ],
     ),
+    ("provider list", &["virtseal provider list --json"]),
+    ("provider show", &["virtseal provider show main"]),
+    ("provider default", &["virtseal provider default kms"]),
+    ("provider lock", &["virtseal provider lock main"]),
+    ("provider orphans", &["virtseal provider orphans"]),
     (
         "provider set",
         &[
@@ -141,6 +146,18 @@ const EXAMPLES: &[(&str, &[&str])] = &[
         &["virtseal volume forget /var/lib/libvirt/images/deleted.qcow2"],
     ),
     (
+        "volume adopt",
+        &["virtseal volume adopt /var/lib/libvirt/images/web01.qcow2"],
+    ),
+    (
+        "volume check",
+        &["virtseal volume check /var/lib/libvirt/images/web01.qcow2"],
+    ),
+    (
+        "volume info",
+        &["virtseal volume info /var/lib/libvirt/images/web01.qcow2"],
+    ),
+    (
         "volume resize",
         &[
             "virtseal volume resize /var/lib/libvirt/images/web01.qcow2 40G",
@@ -156,7 +173,10 @@ const EXAMPLES: &[(&str, &[&str])] = &[
             "virtseal vm seal web01 --replace nvram",
         ],
     ),
-    ("vm unseal", &["virtseal vm unseal web01 --dry-run"]),
+    (
+        "vm unseal",
+        &["virtseal vm unseal web01 --dry-run", "virtseal vm unseal web01"],
+    ),
     ("vm rekey", &["virtseal vm rekey web01 --watch"]),
     ("vm shred", &["virtseal vm shred web01"]),
     (
@@ -168,16 +188,26 @@ const EXAMPLES: &[(&str, &[&str])] = &[
     ),
     (
         "vm snapshot delete",
-        &["virtseal vm snapshot delete web01 --dry-run"],
+        &[
+            "virtseal vm snapshot delete web01 --dry-run",
+            "virtseal vm snapshot delete web01",
+        ],
     ),
-    ("vm nvram reset", &["virtseal vm nvram reset web01 --dry-run"]),
+    (
+        "vm nvram reset",
+        &[
+            "virtseal vm nvram reset web01 --dry-run",
+            "virtseal vm nvram reset web01",
+        ],
+    ),
     (
         "vm adopt",
         &[
             "virtseal vm adopt web01",
-            "virtseal vm adopt --from /var/lib/virtseal/forgotten/web01",
+            "virtseal vm adopt --from /var/lib/virtseal/forgotten/2026-11-29T15-25-52Z.json",
         ],
     ),
+    ("vm forget", &["virtseal vm forget web01"]),
     (
         "vm autostart",
         &[
@@ -186,10 +216,15 @@ const EXAMPLES: &[(&str, &[&str])] = &[
         ],
     ),
     ("vm status", &["virtseal vm status web01 -o wide"]),
+    ("jobs", &["virtseal jobs", "virtseal jobs watch"]),
+    ("jobs list", &["virtseal jobs list --json"]),
+    ("jobs watch", &["virtseal jobs watch", "virtseal jobs watch 7"]),
+    ("jobs abort", &["virtseal jobs abort 7"]),
     ("jobs resume", &["virtseal jobs resume 7 --watch"]),
     ("state backup", &["virtseal state backup -o /mnt/usb/host1.age"]),
     ("state restore", &["virtseal state restore -i /mnt/usb/host1.age"]),
     ("audit show", &["virtseal audit show -n 100"]),
+    ("audit verify", &["virtseal audit verify"]),
 ];
 
 /// `command`, which is `virtseal` with all below it, with examples and headings.
@@ -220,7 +255,7 @@ fn under_heading(option: Arg) -> Arg {
         "sha256" | "sums" | "keyring" => "What the image of --from must be",
         "auth" | "role_id" | "cert_role" | "auth_mount" => "Login",
         "yes_delete" | "yes_forget" | "yes_shrink" | "yes_shred" | "yes_destroy_keks" | "yes_reset"
-        | "yes_replace" => "For scripts, instead of a question",
+        | "yes_replace" | "yes_commit" => "For scripts, instead of a question",
         _ => return option,
     };
     option.help_heading(heading)
@@ -243,6 +278,21 @@ mod tests {
                     panic!("{line}: {error}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn each_command_has_an_example() {
+        let mut left = vec![(String::new(), commands())];
+        while let Some((path, command)) = left.pop() {
+            if !command.has_subcommands() {
+                assert!(EXAMPLES.iter().any(|(of, _)| *of == path), "{path}");
+            }
+            let deeper = command.get_subcommands().filter(|sub| sub.get_name() != "help");
+            left.extend(deeper.map(|sub| {
+                let path = format!("{path} {}", sub.get_name());
+                (path.trim_start().to_owned(), sub.clone())
+            }));
         }
     }
 

@@ -22,21 +22,29 @@ pub(super) enum JobsCommand {
     /// Follow a job, or the only one that runs, until it ends.
     Watch {
         /// Its number.
+        #[arg(value_parser = number)]
         id: Option<i64>,
     },
     /// Stop a job, or the only one that runs. Envelopes that it has changed stay changed, an unfinished volume is removed, and an
     /// overlay that is not merged yet still has to be.
     Abort {
         /// Its number.
+        #[arg(value_parser = number)]
         id: Option<i64>,
     },
     /// Start a job once more that was aborted, has failed or has left something behind.
     Resume {
         /// Its number.
+        #[arg(value_parser = number)]
         id: i64,
         #[command(flatten)]
         watch: WatchArgs,
     },
+}
+
+fn number(text: &str) -> Result<i64, &'static str> {
+    let given = text.parse::<i64>().ok().filter(|number| *number > 0);
+    given.ok_or("the number of a job")
 }
 
 #[derive(Debug, Args)]

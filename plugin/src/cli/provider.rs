@@ -57,7 +57,7 @@ pub(super) enum ProviderCommand {
         #[command(flatten)]
         passphrase: PassphraseArgs,
     },
-    /// Let the TPM of this host unlock a native provider when virtseald starts, or no longer.
+    /// Let the TPM of this host unlock a provider when virtseald starts, or no longer.
     Tpm(TpmArgs),
     /// Lock a provider: purge its keys from memory, refuse starts.
     Lock {

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use super::client::Client;
 use super::credential::asked_for;
@@ -17,12 +17,13 @@ use crate::model::problem::{Code, Problem};
 use crate::provider::kind::{KeysAt, Kind};
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("way").required(true).multiple(false)))]
 pub(super) struct TpmArgs {
     /// The provider's name.
     name: String,
     /// Bind to the TPM what unlocks it: a native provider's root keys, for which it must be unlocked, or another's passphrase, PIN, token,
     /// secret id or client key. That goes on unlocking it too.
-    #[arg(long, required_unless_present = "remove", conflicts_with = "remove")]
+    #[arg(long, group = "way")]
     enroll: bool,
     /// Only while these PCRs are what they are now; unless given, those of the enrolment that this one replaces, or else
     /// PCR 7: Secure Boot's state and keys.
@@ -43,7 +44,7 @@ pub(super) struct TpmArgs {
     #[arg(long, value_name = "FILE", requires = "enroll")]
     credential_file: Option<PathBuf>,
     /// Stop the TPM from unlocking it.
-    #[arg(long)]
+    #[arg(long, group = "way")]
     remove: bool,
 }
 

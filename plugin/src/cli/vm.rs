@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 
 use super::client::Client;
 use super::job::{self, WatchArgs};
@@ -82,16 +82,17 @@ pub(super) enum VmCommand {
     },
     /// Take over keys that this host does not know: those that came with a VM from another host, as its first start would, or
     /// those in a file.
+    #[command(group(ArgGroup::new("what").required(true).multiple(false)))]
     Adopt {
         /// The VM: name or UUID.
-        #[arg(required_unless_present = "from", conflicts_with = "from")]
+        #[arg(group = "what")]
         vm: Option<String>,
         /// Also envelopes of format 1, which anyone who can edit the XML or an image may have changed: you know where they
         /// come from.
         #[arg(long = "format-1", conflicts_with = "from")]
         format_1: bool,
         /// The file that `virtseal vm forget` has written.
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", group = "what")]
         from: Option<PathBuf>,
     },
     /// Start a sealed VM with this host, in libvirt's place: once after each boot, as soon as libvirt answers and its providers are

@@ -308,10 +308,12 @@ pub(super) async fn create(args: &CreateArgs, client: &mut Client, printer: &Pri
 }
 
 pub(super) fn info(path: &Path, patience: Patience, printer: &Printer) -> Result<(), Problem> {
-    let info = inspect(path.to_owned(), patience.limit()).map_err(|problem| match problem.code {
-        Code::Denied => problem.next(Advice::RunAsRoot),
-        _ => problem,
-    })?;
+    let info = inspect(path.to_owned(), patience.limit())
+        .map_err(|problem| match problem.code {
+            Code::Denied => problem.next(Advice::RunAsRoot),
+            _ => problem,
+        })
+        .map_err(|problem| problem.about(Subject::Image(path.display().to_string())))?;
     let mut rows = vec![
         ("file", info.path.display().to_string()),
         ("format", info.format.as_str().to_owned()),

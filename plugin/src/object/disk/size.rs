@@ -36,6 +36,9 @@ impl FromStr for Bytes {
         let (number, suffix) = trimmed.split_at(end);
         let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
         let no_number = || error("write a number and one of K, M, G, T, P, E, such as 100G, 1.5T or 20GB");
+        if number.is_empty() {
+            return Err(no_number());
+        }
         let unit =
             unit(suffix.trim_start()).ok_or_else(|| error("its suffix is none of K, M, G, T, P, E"))?;
         if number.contains('.') && (fraction.is_empty() || fraction.len() > MAX_DECIMALS || unit == 1) {
@@ -197,6 +200,10 @@ mod tests {
             "15.9999999999999999999E",
         ] {
             assert!(text.parse::<Bytes>().is_err(), "{text}");
+        }
+        for text in ["", "+5G", "-1", "G"] {
+            let told = text.parse::<Bytes>().unwrap_err().to_string();
+            assert!(told.contains("write a number"), "{told}");
         }
     }
 
