@@ -39,7 +39,7 @@ pub(crate) use objects::{
 };
 pub(crate) use policy::{Permission, Policy, PolicyKey};
 pub(crate) use side_doors::{Rule, SideDoor};
-pub(crate) use xml::parse_document;
+pub(crate) use xml::{names_path, parse_document};
 
 /// What virtseal needs to know of a libvirt domain (<https://libvirt.org/formatdomain.html>).
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -249,14 +249,19 @@ fn a_disk_grows_where_a_vm_runs_with_its_key() -> Result<()> {
     sealed.destroy("thief01")?;
     host.undefine("thief01")?;
 
-    // Saved and restored while it is paused: QEMU opens no disk for writing before it runs.
+    // Saved and restored while it is paused: QEMU 10 opens no disk for writing before it runs, QEMU 7.2 does.
     sealed.start_paused("web01")?;
     host.virsh(&["managedsave", "web01", "--paused"])?.succeeded()?;
     host.virsh(&["start", "web01"])?.succeeded()?;
-    let said = sealed.refused(1, &["volume", "resize", &disk, "128M"])?;
-    expect_names(&said, &["is not resized", "virtseal volume resize"])?;
-    Way::that_begins("virsh resume", &said)?.take(&sealed)?;
-    sealed.run(&["volume", "resize", &disk, "128M"])?;
+    let resize = ["volume", "resize", &disk, "128M"];
+    let before_it_runs = sealed.virtseal(&resize)?;
+    if !before_it_runs.status.success() {
+        ensure!(before_it_runs.status.code() == Some(1));
+        let said = before_it_runs.refused()?;
+        expect_names(&said, &["is not resized", "virtseal volume resize"])?;
+        Way::that_begins("virsh resume", &said)?.take(&sealed)?;
+        sealed.run(&resize)?;
+    }
     let info = sealed.json(&["volume", "info", &disk])?;
     ensure!(info["virtual_size"] == 128 * MIB, "{info}");
     sealed.destroy("web01")

@@ -1,6 +1,7 @@
 //! The way to the XML parser, and the nodes that libvirt looks at.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::str::FromStr;
 
 use roxmltree::{Document, Node, ParsingOptions};
@@ -20,6 +21,34 @@ pub(crate) fn parse_document(xml: &str) -> Result<Document<'_>, DomainError> {
     };
     #[expect(clippy::disallowed_methods, reason = "the bounds were checked")]
     Document::parse_with_options(xml, options).map_err(DomainError::Xml)
+}
+
+/// Whether anything in the XML is this path, whatever it is for. What can't be read counts by its text.
+pub(crate) fn names_path(xml: &str, path: &Path) -> bool {
+    let Ok(document) = parse_document(xml) else {
+        let text = path.display().to_string();
+        return xml.contains(&text) || xml.contains(&escaped(&text));
+    };
+    document.descendants().any(|node| {
+        let text = node.text().is_some_and(|text| Path::new(text.trim()) == path);
+        text || node
+            .attributes()
+            .any(|attribute| Path::new(attribute.value()) == path)
+    })
+}
+
+/// As libvirt writes it.
+fn escaped(text: &str) -> String {
+    let pairs = [
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("\"", "&quot;"),
+        ("'", "&apos;"),
+    ];
+    pairs.iter().fold(text.to_owned(), |text, (plain, escaped)| {
+        text.replace(plain, escaped)
+    })
 }
 
 pub(super) fn root<'a, 'i>(document: &'a Document<'i>) -> Result<Node<'a, 'i>, DomainError> {
@@ -132,4 +161,27 @@ pub(super) fn value<T: FromStr>(
         found: found.chars().take(80).collect(),
         at: Position::of(node),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_named_as_libvirt_escapes_it_and_not_by_a_longer_one() {
+        let names = |xml: &str| names_path(xml, Path::new("/images/a & 'b'"));
+        assert!(names(
+            "<domain><source file='/images/a &amp; &apos;b&apos;'/></domain>"
+        ));
+        assert!(names("<domain><source file=\"/images//a &amp; 'b'\"/></domain>"));
+        assert!(names("<domain><nvram>/images/a &amp; 'b'\n</nvram></domain>"));
+        assert!(!names(
+            "<domain><source file='/images/a &amp; &apos;b&apos;2'/></domain>"
+        ));
+        assert!(!names("<domain><source file='/images/a'/></domain>"));
+        // What can't be read.
+        assert!(names("<domain><source file='/images/a &amp; &apos;b&apos;'/>"));
+        assert!(names("<domain><source file=\"/images/a & 'b'\"/>"));
+        assert!(!names("<domain><source file='/images/a'/>"));
+    }
 }

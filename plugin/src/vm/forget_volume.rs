@@ -14,7 +14,7 @@ use super::host::Host;
 use super::names::VmNames;
 use super::visible::{Place, Visible};
 use crate::api::{Outcome, StepView};
-use crate::domain::{self, Domain, Metadata, SecretRef, edit, named_secrets};
+use crate::domain::{self, Domain, Metadata, SecretRef, edit, named_secrets, names_path};
 use crate::host::libvirt::KeptXml;
 use crate::model::act::{StepCode, Tense};
 use crate::model::advice::Advice;
@@ -87,7 +87,7 @@ pub(crate) fn is_needed_by(xml: &str, record: &EnvelopeRecord) -> bool {
         let mut objects = domain::objects(domain).into_iter();
         objects.any(|object| object.path.as_deref() == Some(place))
     };
-    let as_text = || !record.location.is_empty() && xml.contains(&record.location);
+    let as_text = || !record.location.is_empty() && names_path(xml, Path::new(&record.location));
     let as_source = |sources: Vec<PathBuf>| sources.iter().any(|path| path == place);
     by_secret
         || Metadata::sources_in(xml).is_ok_and(as_source)

@@ -9,7 +9,7 @@ use crate::daemon::volumes::{
     check_again, claim_alone, create_request, envelope, left_by, refuse_existing, take_back,
 };
 use crate::daemon::{Daemon, job_records, records};
-use crate::domain::{DeclaredFormat, Disk, Domain};
+use crate::domain::{DeclaredFormat, Disk, Domain, names_path};
 use crate::host::permitted::PermittedPath;
 use crate::host::process::machine_id;
 use crate::job::record::{NewVolume, Work};
@@ -267,7 +267,7 @@ fn declared_format(daemon: &Daemon, image: &Path) -> Result<Option<DeclaredForma
     for defined in domains {
         let domain = match Domain::parse(&defined.xml) {
             Ok(domain) => domain,
-            Err(_) if !defined.xml.contains(&image.display().to_string()) => continue,
+            Err(_) if !names_path(&defined.xml, image) => continue,
             Err(error) => return Err(not_told(Problem::failed(chain(&error)).of(&defined.name))),
         };
         if let Some(disk) = domain.disks.iter().find(is_it) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::domain::overlays::{domains_of_snapshot, external_snapshot};
-use crate::domain::{Domain, Firmware};
+use crate::domain::{Domain, Firmware, names_path};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
 use crate::host::storage;
@@ -60,8 +60,7 @@ impl OtherUses {
         };
         let by_file = self.files.iter().find(is_it).map(|(name, ..)| name.as_str());
         by_file.or_else(|| {
-            let text = path.display().to_string();
-            let names_it = |(_, xml): &&(String, String)| xml.contains(&text);
+            let names_it = |(_, xml): &&(String, String)| names_path(xml, path);
             self.texts.iter().find(names_it).map(|(name, _)| name.as_str())
         })
     }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use super::Overlaid;
-use crate::domain::DeclaredFormat;
+use crate::domain::{DeclaredFormat, names_path};
 use crate::host::libvirt::KeptXml;
 use crate::host::permitted::PermittedPath;
 use crate::model::advice::Advice;
@@ -129,7 +129,7 @@ pub(crate) fn hold_left(
     path: &Path,
     base: &Path,
 ) -> Result<Option<ImageLock>, Problem> {
-    let is_named = |kept: &KeptXml| kept.snapshot.is_none() && kept.xml.contains(&path.display().to_string());
+    let is_named = |kept: &KeptXml| kept.snapshot.is_none() && names_path(&kept.xml, path);
     if host.kept.iter().any(is_named) {
         return Ok(None);
     }
