@@ -2,10 +2,11 @@
 //! start is decided by the same, so that what the status says is what `virsh start` then does.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use virtseal_testkit::{SealedHost, Way, expect_names};
+use virtseal_testkit::{SealedHost, Way, expect_names, wait_until};
 
 /// The line of a VM.
 fn line_of(sealed: &SealedHost, vm: &str) -> Result<String> {
@@ -14,6 +15,21 @@ fn line_of(sealed: &SealedHost, vm: &str) -> Result<String> {
     Ok(line
         .with_context(|| format!("{vm} is not in {status}"))?
         .to_owned())
+}
+
+/// What a status shows may be two seconds old where looking takes long.
+fn expect_line(sealed: &SealedHost, vm: &str, names: &[&str]) -> Result<()> {
+    let what = format!("{vm} to have {names:?} in its line");
+    wait_until(Duration::from_secs(10), &what, || {
+        Ok(expect_names(&line_of(sealed, vm)?, names).ok())
+    })
+}
+
+fn expect_to_start(sealed: &SealedHost, name: &str) -> Result<()> {
+    let what = format!("{name} to be told as one that starts");
+    wait_until(Duration::from_secs(10), &what, || {
+        Ok((vm(sealed, name)?["starts"]["outlook"] == "yes").then_some(()))
+    })
 }
 
 fn vm(sealed: &SealedHost, name: &str) -> Result<Value> {
@@ -61,14 +77,14 @@ fn what_keeps_vms_off_comes_first_and_its_next_command_leads_out() -> Result<()>
         ],
     )?;
     sealed.unlock()?;
-    ensure!(vm(&sealed, "web01")?["starts"]["outlook"] == "yes");
+    expect_to_start(&sealed, "web01")?;
 
     // Each for a reason of its own.
     let host = sealed.host();
     let disk = host.path(SealedHost::spec("web01").disk);
     let away = disk.with_extension("away");
     fs::rename(&disk, &away)?;
-    expect_names(&line_of(&sealed, "web01")?, &["no: disk vda: ", "does not exist"])?;
+    expect_line(&sealed, "web01", &["no: disk vda: ", "does not exist"])?;
     expect_refused_as_told(&sealed, "web01")?;
     host.run(&[
         "qemu-img",
@@ -80,13 +96,10 @@ fn what_keeps_vms_off_comes_first_and_its_next_command_leads_out() -> Result<()>
         "64M",
     ])?
     .succeeded()?;
-    expect_names(
-        &line_of(&sealed, "web01")?,
-        &["no: disk vda: ", "is not encrypted"],
-    )?;
+    expect_line(&sealed, "web01", &["no: disk vda: ", "is not encrypted"])?;
     expect_refused_as_told(&sealed, "web01")?;
     fs::rename(&away, &disk)?;
-    ensure!(vm(&sealed, "web01")?["starts"]["outlook"] == "yes");
+    expect_to_start(&sealed, "web01")?;
     sealed.expect_start("web01")?;
 
     // At a terminal it fits, whatever there is to say.
@@ -147,7 +160,7 @@ fn a_saved_vm_and_its_memory_in_plaintext_are_named() -> Result<()> {
     sealed.seal_new("web01")?;
     sealed.start_paused("web01")?;
     host.virsh(&["managedsave", "web01"])?.succeeded()?;
-    expect_names(&line_of(&sealed, "web01")?, &["saved  yes"])?;
+    expect_line(&sealed, "web01", &["saved  yes"])?;
     expect_names(
         &sealed.run(&["status"])?,
         &[
@@ -180,16 +193,13 @@ fn a_transient_vm_that_runs_is_running() -> Result<()> {
     let xml = sealed.dumpxml("web01")?;
     host.virsh(&["undefine", "web01", "--keep-nvram", "--keep-tpm"])?
         .succeeded()?;
-    expect_names(
-        &line_of(&sealed, "web01")?,
-        &["undefined", "no: it is not defined here"],
-    )?;
+    expect_line(&sealed, "web01", &["undefined", "no: it is not defined here"])?;
     // It may be on another host: that is no trouble of this one.
     ensure!(!sealed.run(&["status"])?.contains("critical: "));
     fs::write(host.path("/run/web01.xml"), xml)?;
     host.virsh(&["create", "--paused", "/run/web01.xml"])?
         .succeeded()?;
-    expect_names(&line_of(&sealed, "web01")?, &["running"])?;
+    expect_line(&sealed, "web01", &["running"])?;
     ensure!(vm(&sealed, "web01")?["state"] == "sealed");
     Ok(())
 }
