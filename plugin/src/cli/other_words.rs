@@ -13,6 +13,8 @@ const OTHER_WORDS: &[(&[&str], &str, &str)] = &[
         "vm",
         "virtseal vm shred VM, which destroys its keys for good; virsh undefine destroys none",
     ),
+    (&["encrypt"], "vm", "virtseal vm seal VM"),
+    (&["decrypt"], "vm", "virtseal vm unseal VM"),
     (&["list", "ls"], "volume", "virtseal vm status -o wide"),
     (
         &["delete", "remove", "rm"],
@@ -41,6 +43,8 @@ const OTHER_WORDS: &[(&[&str], &str, &str)] = &[
         "",
         "virsh",
     ),
+    (&["encrypt"], "", "virtseal vm seal VM"),
+    (&["decrypt"], "", "virtseal vm unseal VM"),
     (&["version"], "", "virtseal --version"),
 ];
 
