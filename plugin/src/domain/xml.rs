@@ -173,8 +173,8 @@ mod tests {
         ));
         assert!(names("<domain><source file=\"/images//a &amp; 'b'\"/></domain>"));
         assert!(names("<domain><nvram>/images/a &amp; 'b'\n</nvram></domain>"));
-        assert!(!names(
-            "<domain><source file='/images/a &amp; &apos;b&apos;2'/></domain>"
+        assert!(names(
+            "<domain><arg value='file=/images/a &amp; &apos;b&apos;,if=virtio'/></domain>"
         ));
         assert!(!names("<domain><source file='/images/a'/></domain>"));
         // What can't be read.
